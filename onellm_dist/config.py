@@ -1,0 +1,256 @@
+"""The run's configuration: a recipe (YAML) plus `key=value` overrides, validated before anything starts.
+
+Every problem is reported at once; an unknown key is refused with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from onellm_dist.errors import UsageError
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """`run.*`: where the run lives and its seed."""
+
+    dir: Path = Path("runs/default")
+    """The run directory: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `ledger/`, `checkpoints/`, `tensorboard/`, `exit.json`."""
+    seed: int = 0
+    """Seeds the order, the mixture, augmentation and initialisation."""
+
+
+class ModelSection(Section):
+    """`model.*`: where the model comes from. Exactly one of `path` and `preset`."""
+
+    path: Path | None = None
+    """A `save_pretrained` directory (a converted or assembled model, or the end of an earlier stage)."""
+    preset: Literal["onellm-7b", "toy", "smollm2-135m"] | None = None
+    """A named architecture; `toy` and `onellm-7b` start from random weights, `smollm2-135m` loads its LLM."""
+    init_from_image: tuple[str, ...] = ()
+    """Modalities whose projections, queries, router and tags start as copies of image's (paper, section 3.3)."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.preset is None):
+            raise ValueError("give exactly one of model.path and model.preset")
+        return self
+
+
+class MixtureEntry(Section):
+    """One dataset of the mixture."""
+
+    path: Path
+    """The dataset's folder (with `manifest.json`), relative to `data.root`."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples, relative to the other entries."""
+
+
+class DataSection(Section):
+    """`data.*`: what is read, and how it is packed."""
+
+    root: Path = Path(".")
+    """Relative dataset paths start here."""
+    mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
+    """The datasets and their weights."""
+    global_batch: PositiveInt
+    """Samples an optimizer step, over all ranks."""
+    workers: int = Field(2, ge=0)
+    """Loader processes a rank; 0 reads in the training process. Never changes what is read."""
+    prefetch: PositiveInt = 2
+    """Micro-batches each worker keeps ready."""
+    pack_llm_tokens: PositiveInt = 4096
+    """Most LLM positions of a micro-batch."""
+    pack_encoder_tokens: PositiveInt = 16384
+    """Most encoder tokens of a micro-batch."""
+    text_format: Literal["caption", "conversation"] = "caption"
+    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt format, answers supervised."""
+    max_text_tokens: PositiveInt = 96
+    """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
+    augment: bool = True
+    """Training transforms (random crops, fbank masking); false: the evaluation transforms."""
+    max_tombstones: int = Field(100, ge=0)
+    """More unreadable samples than this stop the run."""
+
+
+class TrainSection(Section):
+    """`train.*`: the stage and its length."""
+
+    stage: Literal["align", "tune"]
+    """`align`: tokenizers and UPM train, LLM and encoder are frozen. `tune`: the LLM trains, the rest is frozen."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` recomputes every block of encoder (where gradients pass), UPM and LLM in backward."""
+    log_every: PositiveInt = 1
+    """Steps between lines of `metrics.jsonl` on the terminal (the file has every step)."""
+
+
+class OptimSection(Section):
+    """`optim.*`: AdamW and its schedule (linear warm-up, cosine to `min_lr`)."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, gt=0)
+    """Step at which the cosine ends; `train.steps` where not given."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to biases and RMSNorm weights (as the reference does)."""
+    grad_clip: float = Field(2.0, ge=0)
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+class EngineSection(Section):
+    """`engine.*`: who shards the model."""
+
+    name: Literal["deepspeed", "fsdp"] = "deepspeed"
+    config: Path | None = None
+    """A DeepSpeed JSON (a path, or a name in `ds_configs/` such as `zero3`); `zero3` where not given."""
+
+
+class CheckpointSection(Section):
+    """`checkpoint.*`: when checkpoints are written and which one is resumed."""
+
+    every: PositiveInt = 500
+    keep: PositiveInt = 2
+    resume: Literal["auto", "never"] | Path = "auto"
+    """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory."""
+
+
+class LaunchSection(Section):
+    """`launch.*`: used only where no launcher (deepspeed, torchrun, srun) started us."""
+
+    ranks: int | None = Field(None, gt=0)
+    """Local ranks; every GPU, or 1 on a CPU, where not given."""
+
+
+class RunConfig(Section):
+    """A whole recipe. Attribute names are the YAML's keys."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    optim: OptimSection
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    launch: LaunchSection = LaunchSection()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply `key=value` overrides (values are YAML).
+
+    `recipe` is a file, or the name of a recipe that ships with the package (`toy/align_image`).
+    `model.path=` and `model.preset=` replace each other.
+
+    Raises:
+        UsageError: the file is missing or no YAML mapping, or any key or value is wrong (all of them are listed).
+    """
+    path = find_recipe(recipe)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not readable as YAML: {error}", "the recipe cannot be used.", "mend the line it names.") from None
+    if not isinstance(raw, dict):
+        raise UsageError(
+            f"{path}: a recipe is a YAML mapping of sections", "this file holds something else.", "start from one in launch/recipes/."
+        )
+    for item in overrides:
+        _apply_override(raw, item)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(e) for e in error.errors()]
+        raise UsageError(
+            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n" + "\n".join(f"  - {p}" for p in problems),
+            "nothing was started.",
+            "mend the recipe or the key=value given on the command line.",
+        ) from None
+
+
+def find_recipe(recipe: Path) -> Path:
+    """The recipe's file: as given, or by name among the recipes in `launch/recipes/` (checkout or wheel).
+
+    Raises:
+        UsageError: no such file and no such name.
+    """
+    from onellm_dist.resources import recipes_dir
+
+    if recipe.is_file():
+        return recipe
+    known = recipes_dir()
+    for candidate in (known / recipe, known / f"{recipe}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(str(p.relative_to(known).with_suffix("")) for p in known.rglob("*.yaml"))
+    raise UsageError(
+        f"no recipe {recipe}",
+        "it is neither a file nor a recipe that ships with onellm_dist.",
+        f"give a file, or one of: {', '.join(names)}.",
+    )
+
+
+def _apply_override(raw: dict[str, Any], item: str) -> None:
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise UsageError(f"{item!r} is not key=value", "an override names one key of the recipe.", "write it like train.steps=10.")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{item!r}: the value is not YAML: {error}", "it cannot be read.", "quote it for your shell.") from None
+    *sections, leaf = key.split(".")
+    node = raw
+    for name in sections:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"{item!r}: {name} is not a section", "it has no keys below it.", "see launch/recipes/ for the keys.")
+    node[leaf] = value
+    if key in ("model.path", "model.preset") and value is not None:
+        node["preset" if leaf == "path" else "path"] = None
+
+
+def _problem(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _fields_at(location[:-1]), n=1, cutoff=0.5)
+        return f"unknown key {key}" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, (dict, list)) else f" (given: {given!r})"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """The known keys of the section at `location`."""
+    model: Any = RunConfig
+    for part in location:
+        if part.isdigit():
+            model = MixtureEntry
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        model = field.annotation if hasattr(field.annotation, "model_fields") else MixtureEntry
+    return list(model.model_fields)

@@ -1,0 +1,38 @@
+"""Errors that users read: what was wrong, why it matters, what to do; and the exit codes of every command."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PREEMPTED = 75
+
+
+class OneLLMError(Exception):
+    """An error with a message for the user.
+
+    Args:
+        what: what was wrong, with the file, key and value.
+        why: why it matters.
+        do: what to do about it.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, what: str, why: str = "", do: str = "") -> None:
+        self.what, self.why, self.do = what, why, do
+        super().__init__("\n".join(line for line in (what, why, do) if line))
+
+    def __reduce__(self) -> tuple[type[OneLLMError], tuple[str, str, str]]:
+        # Exception's own pickling would pass the joined message as `what` (loader workers send errors this way).
+        return type(self), (self.what, self.why, self.do)
+
+
+class UsageError(OneLLMError):
+    """Wrong usage or configuration: nothing was started, nothing was changed (exit code 2)."""
+
+    exit_code = EXIT_USAGE
+
+
+class SampleError(OneLLMError):
+    """One sample cannot be read or decoded; the message names dataset, shard and key where they are known."""
