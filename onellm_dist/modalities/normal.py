@@ -1,0 +1,46 @@
+"""Surface normal maps, each with the picture it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from onellm_dist.modalities.base import Modality, Part
+from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, PATCHES, SIDE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class NormalModality(Modality):
+    """Surface normal maps, each with the picture it belongs to."""
+
+    name = "normal"
+    order = 5
+    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "normal": ("normal.png", "normal.jpg", "normal.webp", "normal.npy"),
+        "image": IMAGE_EXTENSIONS,
+    }
+    value_shape = (2, 3, SIDE, SIDE)
+    frames = 2
+    tokens = PATCHES
+    visual = True
+
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
+        raise NotImplementedError
+
+    def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        raise NotImplementedError
+
+    def tokenizer(self, width: int) -> nn.Module | None:
+        return None
+
+    def preview(self, raw: Any) -> Image.Image:
+        raise NotImplementedError
+
+
+MODALITY = NormalModality()
