@@ -1,0 +1,1 @@
+"""The real rehearsal: real media and a real pretrained LLM through the whole path (`make rehearse-real`)."""
