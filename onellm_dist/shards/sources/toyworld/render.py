@@ -1,0 +1,44 @@
+"""One sample of the toy world: media bytes, caption, attributes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from onellm_dist.shards.sources.toyworld import draws, image, world
+
+_RENDERERS = {
+    "image": image.render,
+}
+
+
+class Sample(NamedTuple):
+    """A whole sample.
+
+    Attributes:
+        key: its name in the shards.
+        parts: extension to bytes: media, `txt`, `json`.
+        caption: what a right answer says.
+        attributes: attribute name to value.
+    """
+
+    key: str
+    parts: dict[str, bytes]
+    caption: str
+    attributes: dict[str, str]
+
+
+def render(modality: str, split: str, index: int, seed: int = 0) -> Sample:
+    """Sample `index` of a split (draws.SPLITS): a pure function of the arguments.
+
+    Raises:
+        UsageError: unknown modality or split.
+    """
+    attributes = draws.attributes(modality, split, index, seed)
+    rendered = _RENDERERS[modality](attributes, draws.stream(modality, split, index, seed))
+    caption = world.caption(modality, attributes)
+    record: dict[str, Any] = {"caption": caption, "attributes": attributes, "conversations": world.conversation(modality, caption)}
+    if rendered.facts:
+        record["facts"] = rendered.facts
+    text = {"txt": caption.encode(), "json": json.dumps(record).encode()}
+    return Sample(f"{modality}_{split}_{index:06d}", {**rendered.parts, **text}, caption, attributes)

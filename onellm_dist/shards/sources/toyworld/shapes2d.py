@@ -1,0 +1,86 @@
+"""Flat coloured shapes on a constant background: what images and video frames are drawn with."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+BACKGROUND = (123, 117, 104)
+"""CLIP's mean colour: it becomes zero in the model's input, so that empty patches carry their position alone."""
+PALETTE = {
+    "red": (215, 45, 40),
+    "green": (45, 165, 65),
+    "blue": (45, 75, 215),
+    "yellow": (235, 215, 45),
+    "purple": (165, 45, 190),
+    "cyan": (50, 205, 220),
+}
+_OVERSAMPLE = 4
+
+
+def jittered_color(color: str, rng: np.random.Generator) -> np.ndarray:
+    """A shade of a named colour, [3] fp64 in 0..255: brightness and each channel vary a little."""
+    shade = np.array(PALETTE[color], dtype=np.float64) * rng.uniform(0.85, 1.08) + rng.uniform(-8, 8, size=3)
+    return np.clip(shade, 0, 255)
+
+
+def paint(canvas: np.ndarray, shape: str, *, center: tuple[float, float], radius: float, angle: float, color: np.ndarray) -> None:
+    """Paint one shape into `canvas` [H, W, 3] uint8, anti-aliased; what lies outside is cut off.
+
+    Args:
+        shape: one of world.SHAPES.
+        center: x and y in pixels (to a fraction of a pixel).
+        radius: of a circle of about the shape's size, pixels.
+        angle: turn, degrees.
+        color: [3] in 0..255.
+    """
+    height, width = canvas.shape[:2]
+    reach = math.ceil(1.3 * radius) + 1
+    left, top = math.floor(center[0]) - reach, math.floor(center[1]) - reach
+    side = 2 * reach + 1
+    mask = _mask(shape, side, (center[0] - left, center[1] - top), radius, angle)
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
+    if x0 >= x1 or y0 >= y1:
+        return
+    alpha = mask[y0 - top : y1 - top, x0 - left : x1 - left, None]
+    region = canvas[y0:y1, x0:x1]
+    region[:] = np.rint(region + alpha * (color - region)).astype(np.uint8)
+
+
+def _mask(shape: str, side: int, center: tuple[float, float], radius: float, angle: float) -> np.ndarray:
+    """Coverage of each pixel, [side, side] fp64 in 0..1."""
+    scale = _OVERSAMPLE
+    picture = Image.new("L", (side * scale, side * scale))
+    draw = ImageDraw.Draw(picture)
+    cx, cy, r = center[0] * scale, center[1] * scale, radius * scale
+    if shape == "circle":
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), fill=255)
+    else:
+        turn = math.radians(angle)
+        corners = [
+            (cx + r * (x * math.cos(turn) - y * math.sin(turn)), cy + r * (x * math.sin(turn) + y * math.cos(turn)))
+            for x, y in _OUTLINES[shape]
+        ]
+        draw.polygon(corners, fill=255)
+    return np.asarray(picture.reduce(scale), dtype=np.float64) / 255
+
+
+def _star() -> list[tuple[float, float]]:
+    radii = [1.25 if i % 2 == 0 else 0.5 for i in range(10)]
+    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+
+
+def _cross() -> list[tuple[float, float]]:
+    a, b = 0.36, 1.1
+    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+
+
+_OUTLINES = {
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0.0, -1.2), (1.05, 0.75), (-1.05, 0.75)],
+    "star": _star(),
+    "cross": _cross(),
+}
+"""Corners of the shapes of radius 1, y downwards."""
