@@ -1,0 +1,313 @@
+"""The index beside each tar (`x.tar.index`): where every part of every sample lies, so that one sample is one byte-range read.
+
+A columnar binary file that is mapped into memory and never parsed; `shards/README.md` has it byte by byte. Shapes: n
+samples and P parts of one shard.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+import os
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onellm_dist.errors import OneLLMError, SampleError
+
+if TYPE_CHECKING:
+    from onellm_dist.modalities.base import Part
+    from onellm_dist.shards.format import Dataset, ShardInfo
+
+MAGIC = b"ONELLMIX"
+VERSION = 1
+SUFFIX = ".index"
+"""The index of `x.tar` is `x.tar.index`."""
+_ALIGN = 64
+
+
+class PartLocation(NamedTuple):
+    """Where one part's bytes lie in the tar."""
+
+    offset: int
+    """First byte of the part's content, from the start of the tar."""
+    size: int
+    """Bytes."""
+    crc32: int
+    """zlib's CRC-32 of the content."""
+
+
+@dataclass
+class IndexRows:
+    """The rows of one shard's index while it is made, in the order of the tar."""
+
+    keys: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """Offset of each sample's first tar header."""
+    parts: list[dict[str, PartLocation]] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+
+    def add(self, key: str, start: int, parts: dict[str, PartLocation], text_bytes: int) -> None:
+        """One more sample."""
+        self.keys.append(key)
+        self.starts.append(start)
+        self.parts.append(parts)
+        self.text_bytes.append(text_bytes)
+
+
+def text_length(text: bytes | None, meta: bytes | None) -> int:
+    """UTF-8 bytes of a sample's text: its `.txt`, else the caption or the conversation in its `.json`, else 0.
+
+    An estimate for planning before a tokenizer has measured the text; a `.json` that cannot be read counts 0 here and is
+    an error for whoever reads the sample.
+    """
+    if text is not None:
+        return len(text)
+    try:
+        value = json.loads(meta) if meta is not None else None
+    except ValueError:
+        return 0
+    if not isinstance(value, dict):
+        return 0
+    if isinstance(value.get("caption"), str):
+        return len(value["caption"].encode())
+    turns = value.get("conversations")
+    if not isinstance(turns, list):
+        return 0
+    return sum(len(t["value"].encode()) for t in turns if isinstance(t, dict) and isinstance(t.get("value"), str))
+
+
+def index_path_of(tar: Path) -> Path:
+    """`x.tar` -> `x.tar.index`."""
+    return tar.with_name(tar.name + SUFFIX)
+
+
+def pack_index(rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: str, end: int) -> bytes:
+    """The index file's bytes.
+
+    Args:
+        rows: the samples in the order of the tar.
+        tar_name: base name of the tar.
+        tar_bytes: size of the tar file.
+        tar_sha256: hex digest of the tar file.
+        end: offset of the tar's end-of-archive marker (behind the last part).
+    """
+    extensions = sorted({e for parts in rows.parts for e in parts})
+    number = {e: i for i, e in enumerate(extensions)}
+    keys = [k.encode() for k in rows.keys]
+    flat = [(number[e], *place) for parts in rows.parts for e, place in sorted(parts.items(), key=lambda item: item[1].offset)]
+    table = np.array(flat, dtype=np.uint64).reshape(-1, 4)
+
+    def ends(lengths: Sequence[int]) -> NDArray[np.uint64]:
+        return np.concatenate([np.zeros(1, np.uint64), np.cumsum(np.array(lengths, np.uint64), dtype=np.uint64)])
+
+    columns: dict[str, NDArray[Any]] = {
+        "sample_start": np.array([*rows.starts, end], "<u8"),
+        "first_part": ends([len(p) for p in rows.parts]).astype("<u8"),
+        "part_offset": table[:, 1].astype("<u8"),
+        "part_size": table[:, 2].astype("<u8"),
+        "part_crc32": table[:, 3].astype("<u4"),
+        "part_extension": table[:, 0].astype("<u2"),
+        "text_bytes": np.array(rows.text_bytes, "<u8"),
+        "key_start": ends([len(k) for k in keys]).astype("<u8"),
+        "keys": np.frombuffer(b"".join(keys), "u1"),
+    }
+    body, places = bytearray(), {}
+    for name, column in columns.items():
+        places[name] = {"dtype": column.dtype.str, "count": len(column), "offset": len(body)}
+        body += column.tobytes()
+        body += bytes(-len(body) % _ALIGN)
+    header = {
+        "tar": {"name": tar_name, "bytes": tar_bytes, "sha256": tar_sha256},
+        "samples": len(rows.keys),
+        "extensions": extensions,
+        "columns": places,
+        "body_bytes": len(body),
+        "body_crc32": zlib.crc32(body),
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(16 + len(text)) % _ALIGN)
+    return MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text + bytes(body)
+
+
+class ShardIndex:
+    """One shard's index, mapped into memory. Rows are 0 .. samples - 1 in the order of the tar.
+
+    Raises:
+        OneLLMError: the file is no index, of another version, or shorter than it says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 16:
+                raise _bad_index(path, f"it has {size} bytes, fewer than an index's header")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._map[:8] != MAGIC:
+            raise _bad_index(path, "it does not start with the bytes ONELLMIX")
+        version, length = int.from_bytes(self._map[8:12], "little"), int.from_bytes(self._map[12:16], "little")
+        if version != VERSION:
+            raise _bad_index(path, f"its version is {version}, this program reads {VERSION}")
+        try:
+            header = json.loads(self._map[16 : 16 + length])
+            self._read_header(header, 16 + length, size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _bad_index(path, f"its header is damaged ({type(error).__name__}: {error})") from error
+
+    def _read_header(self, header: Mapping[str, Any], start: int, size: int) -> None:
+        self.samples: int = header["samples"]
+        self.extensions: tuple[str, ...] = tuple(header["extensions"])
+        self.tar_name: str = header["tar"]["name"]
+        self.tar_bytes: int = header["tar"]["bytes"]
+        self.tar_sha256: str = header["tar"]["sha256"]
+        self._body = start
+        self._body_crc32: int = header["body_crc32"]
+        if size != start + header["body_bytes"]:
+            raise _bad_index(self.path, f"it has {size} bytes where its header says {start + header['body_bytes']}")
+        self._columns = {
+            name: np.frombuffer(self._map, dtype=c["dtype"], count=c["count"], offset=start + c["offset"])
+            for name, c in header["columns"].items()
+        }
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def _row(self, row: int) -> int:
+        if not 0 <= row < self.samples:
+            raise IndexError(f"row {row} of {self.path}, which has {self.samples} samples")
+        return row
+
+    def key(self, row: int) -> str:
+        """The sample's key."""
+        starts = self._columns["key_start"]
+        return self._columns["keys"][int(starts[self._row(row)]) : int(starts[row + 1])].tobytes().decode()
+
+    def keys(self) -> list[str]:
+        """All keys, in order."""
+        blob, starts = self._columns["keys"].tobytes(), self._columns["key_start"].tolist()
+        return [blob[a:b].decode() for a, b in itertools.pairwise(starts)]
+
+    def parts(self, row: int) -> dict[str, PartLocation]:
+        """Extension to place, in the order of the tar."""
+        c = self._columns
+        first, last = c["first_part"][self._row(row) : row + 2].tolist()
+        return {
+            self.extensions[e]: PartLocation(o, s, crc)
+            for e, o, s, crc in zip(
+                c["part_extension"][first:last].tolist(), c["part_offset"][first:last].tolist(),
+                c["part_size"][first:last].tolist(), c["part_crc32"][first:last].tolist(), strict=True,
+            )
+        }  # fmt: skip
+
+    def text_bytes(self, row: int) -> int:
+        """UTF-8 bytes of the sample's text (see `text_length`)."""
+        return int(self._columns["text_bytes"][self._row(row)])
+
+    def all_text_bytes(self) -> NDArray[np.uint64]:
+        """[n] `text_bytes` of every row, a read-only view of the file."""
+        return self._columns["text_bytes"]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """(start, end) of the sample in the tar, headers included; these are also the numbers of Energon's `.tar.idx`."""
+        start, end = self._columns["sample_start"][self._row(row) : row + 2].tolist()
+        return start, end
+
+    def body_is_whole(self) -> bool:
+        """The columns' bytes have the CRC-32 that the header gives (reads the whole file: for `verify`)."""
+        return zlib.crc32(memoryview(self._map)[self._body :]) == self._body_crc32
+
+
+def _bad_index(path: Path, how: str) -> OneLLMError:
+    return OneLLMError(
+        f"{path} is no usable shard index: {how}.",
+        "samples are found through the index, so nothing of this shard can be read.",
+        f"make it again: onellm shards index {path.name.removesuffix(SUFFIX)}",
+    )
+
+
+def read_parts(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> dict[str, Part]:
+    """One sample's parts, by one byte-range read, each checked against its CRC-32.
+
+    Args:
+        dataset: an open dataset.
+        shard: one of its shards.
+        row: row in the shard's index.
+        extensions: only these; ones that the sample does not have are left out. None: all.
+
+    Raises:
+        SampleError: the tar cannot be read there or has other bytes than the index says; dataset, shard, key, part and
+            offset are named. Where the operating system failed, its OSError is the `__cause__` (a retry may help).
+    """
+    from onellm_dist.modalities.base import Part  # here: reading an index alone needs no torch
+
+    index = dataset.index(shard)
+    wanted = {e: place for e, place in index.parts(row).items() if extensions is None or e in extensions}
+    if not wanted:
+        return {}
+    first = min(place.offset for place in wanted.values())
+    last = max(place.offset + place.size for place in wanted.values())
+    try:
+        descriptor = os.open(dataset.tar_path(shard), os.O_RDONLY)
+        try:
+            data = _pread(descriptor, last - first, first)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise SampleError(
+            f"dataset {dataset.name}, shard {shard.path}, key {index.key(row)}, offset {first}: {error.strerror or error}.",
+            "the sample cannot be read.",
+            "check that the file is there and readable; a passing fault of a network disk goes away by itself.",
+        ) from error
+    found = {}
+    for extension, (offset, size, crc32) in wanted.items():
+        part = data[offset - first : offset - first + size]
+        if len(part) != size or zlib.crc32(part) != crc32:
+            how = f"only {len(part)} of its {size} bytes are there" if len(part) != size else "its bytes fail their CRC-32"
+            raise SampleError(
+                f"dataset {dataset.name}, shard {shard.path}, key {index.key(row)}, part .{extension} at offset {offset}: {how}.",
+                "the tar was damaged or changed after it was indexed.",
+                f"find all such places: onellm shards verify {dataset.root}",
+            )
+        found[extension] = Part(extension, part)
+    return found
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end of the file (one pread stops at 2 GiB on Linux)."""
+    pieces: list[bytes] = []
+    while size > 0:
+        piece = os.pread(descriptor, size, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        size, offset = size - len(piece), offset + len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def write_index(tar: Path, data: bytes) -> Path:
+    """Puts an index's bytes beside its tar: aside, synced, renamed."""
+    from onellm_dist.shards.files import write_whole
+
+    target = index_path_of(tar)
+    write_whole(target, data)
+    return target
+
+
+def index_tar(path: Path) -> Path:
+    """Indexes an existing WebDataset tar; the tar is only read. Returns the path of the index.
+
+    Raises:
+        OneLLMError: not a tar, truncated, damaged, compressed, or with a duplicate key or part; names tar, key and
+            offset. No index is written then, and an older one stays as it was.
+    """
+    from onellm_dist.shards.tars import scan_tar
+
+    scan = scan_tar(path)
+    return write_index(path, pack_index(scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end))
