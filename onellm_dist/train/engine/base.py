@@ -1,0 +1,117 @@
+"""What the loop asks of an engine. One file beside this one is one engine; nothing else names DeepSpeed or FSDP."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from onellm_dist.packed import PackedBatch
+
+MASTER = "master"
+STATE_KEYS = (MASTER, "exp_avg", "exp_avg_sq")
+"""What a checkpoint holds of every trainable element, each fp32."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did; the same on every rank."""
+
+    applied: bool
+    """False: the gradient was not finite, and nothing was changed."""
+    grad_norm: float
+    """Global norm before clipping; inf or nan where not applied."""
+
+
+class LocalRange(ABC):
+    """The part of one trainable parameter whose fp32 weight and Adam moments this rank holds: a contiguous range."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    start: int
+    """First element of the range in the flattened parameter."""
+    length: int
+
+    @abstractmethod
+    def read(self, key: str) -> torch.Tensor:
+        """[length] fp32: the current values of `key` (one of STATE_KEYS). Not a copy where that can be avoided."""
+
+    @abstractmethod
+    def write(self, key: str, values: torch.Tensor) -> None:
+        """Replace the values of `key` by `values` [length] fp32. `Engine.restored` must follow."""
+
+
+class PackedLoss(nn.Module):
+    """The model with plain tensors as its output, so that the engines' hooks on outputs see them (a dataclass hides them)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A pack -> (loss [] fp32: the sum, nll [N], sample_index [N])."""
+        out = self.model(packed=batch)
+        return out.loss, out.nll, out.sample_index
+
+
+class Engine(ABC):
+    """Shards a model over the ranks and steps it. `wrap` builds one; every method is called by all ranks together."""
+
+    device: torch.device
+
+    @classmethod
+    @abstractmethod
+    def wrap(cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings) -> Engine:
+        """Shard `model`, whose frozen parameters have requires_grad False already.
+
+        Args:
+            model: takes `packed=`; weights are the same on every rank.
+            groups: the optimizer's parameter groups (`params`, `weight_decay`).
+        """
+
+    @abstractmethod
+    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run one micro-batch; `last`: the optimizer step follows it. Returns what PackedLoss returns."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor, divisor: int) -> None:
+        """Add the gradients of `sum over ranks and micro-steps of loss / divisor`, exactly (no averaging over ranks)."""
+
+    @abstractmethod
+    def step(self, lr: float) -> StepResult:
+        """Clip, and apply AdamW with this rate; or, where the gradient is not finite, throw it away. Gradients are gone then."""
+
+    @abstractmethod
+    def ranges(self) -> list[LocalRange]:
+        """What this rank holds. Over all ranks every trainable element is held exactly once."""
+
+    @property
+    @abstractmethod
+    def optimizer_steps(self) -> int:
+        """Steps applied so far (Adam's bias correction counts them)."""
+
+    @abstractmethod
+    def restored(self, optimizer_steps: int) -> None:
+        """After writing ranges: bring the weights the model computes with up to date, and set the count of steps."""
+
+    @abstractmethod
+    def gather_full_state(self) -> dict[str, torch.Tensor]:
+        """Every weight and persistent buffer, whole, on the CPU, in the dtype the model computes in: rank 0; {} elsewhere."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the recipe says to an engine."""
+
+    world: int
+    device: torch.device
+    bf16: bool
+    betas: tuple[float, float]
+    eps: float
+    grad_clip: float
+    config: dict[str, object]
+    """The engine's own configuration (the DeepSpeed JSON)."""

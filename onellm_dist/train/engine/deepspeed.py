@@ -1,0 +1,118 @@
+"""ZeRO 0 to 3 through DeepSpeed (seen with 0.19.8). What it gets wrong by default is set right here, each with a word why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from onellm_dist.packed import PackedBatch
+from onellm_dist.train.engine.base import Engine, EngineSettings, LocalRange, PackedLoss, StepResult
+from onellm_dist.train.engine.ds_config import complete, zero_stage
+from onellm_dist.train.engine.ds_ranges import create_optimizer_state, flat_partitions, local_ranges, refresh_weights
+
+
+class DeepSpeedEngine(Engine):
+    """One optimizer for every ZeRO stage: torch's fused AdamW, handed to DeepSpeed as the client's.
+
+    DeepSpeed's own CPUAdam is compiled at run time and has other rounding than its GPU twin; torch's is there everywhere,
+    and its state is three plain tensors, which is what makes resumes exact.
+    """
+
+    def __init__(self, engine: Any, module: PackedLoss, optimizer: torch.optim.Optimizer, settings: EngineSettings) -> None:
+        self._engine, self._module, self._optimizer, self._settings = engine, module, optimizer, settings
+        self._stage = zero_stage(settings.config)
+        self.device = settings.device
+        self._flats = flat_partitions(engine, optimizer)
+        create_optimizer_state(optimizer, self._flats)
+        self._ranges = local_ranges(engine, module.model, optimizer, self._flats, rank=engine.global_rank, world=settings.world)
+
+    @classmethod
+    def wrap(cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings) -> DeepSpeedEngine:
+        deepspeed = import_deepspeed()
+        config = complete(settings.config, bf16=settings.bf16, grad_clip=settings.grad_clip)
+        module = PackedLoss(model)
+        optimizer = torch.optim.AdamW(list(groups), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+        engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        return cls(engine, module, optimizer, settings)
+
+    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss, nll, sample_index = self._engine(batch)
+        return loss, nll, sample_index
+
+    def backward(self, loss: torch.Tensor, divisor: int) -> None:
+        # A loss that is not finite may still have finite gradients (an infinite cross-entropy): spoil them, so that
+        # every rank sees a norm that is not finite and the step is thrown away everywhere, with no message between ranks.
+        sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would divide once more.
+        self._engine.backward(loss * sound * (self._settings.world / divisor), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage == 0:
+            return self._step_without_zero()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(applied=bool(self._engine.was_step_applied()), grad_norm=float("nan") if norm is None else float(norm))
+
+    def _step_without_zero(self) -> StepResult:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        clip = self._settings.grad_clip or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+        applied = norm == norm and norm != float("inf")
+        if applied:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return StepResult(applied, norm)
+
+    def ranges(self) -> list[LocalRange]:
+        return self._ranges
+
+    @property
+    def optimizer_steps(self) -> int:
+        # A rank may hold no elements at all (a tiny model on many ranks): its empty partitions step too.
+        return int(self._optimizer.state[self._flats[0]]["step"].item()) if self._flats else 0
+
+    def restored(self, optimizer_steps: int) -> None:
+        for flat in self._flats:
+            self._optimizer.state[flat]["step"].fill_(optimizer_steps)
+        refresh_weights(self._engine)
+
+    def gather_full_state(self) -> dict[str, torch.Tensor]:
+        import deepspeed
+
+        keep = self._engine.global_rank == 0
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._module.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                if keep:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        if keep:
+            transient = {f"{p}.{n}".lstrip(".") for p, m in self._module.model.named_modules() for n in m._non_persistent_buffers_set}
+            state |= {n: b.detach().to("cpu", copy=True) for n, b in self._module.model.named_buffers() if n not in transient}
+        return state
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, for CPU ranks where there is no GPU, and without the operator that training never calls.
+
+    Its shared-memory all-reduce serves inference alone (0.19.8: only `inference_all_reduce` uses it), takes 70 s to compile
+    on a fresh machine, and leaves 66 MiB a rank in /dev/shm when a run is killed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+    from deepspeed.utils import logger, set_log_level_from_string
+
+    set_log_level_from_string("warning")
+    # The model's own output is a dataclass; PackedLoss around it hands the engine plain tensors, which is what the warning asks for.
+    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,148 @@
+"""Which elements of which parameter this rank's optimizer holds, under each of DeepSpeed's optimizers (0.19.8).
+
+ZeRO-3 holds one equal range of every parameter, reached through DeepSpeed's public `safe_*_local_*` functions. ZeRO-1 and 2 flatten a
+group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`). Without ZeRO every rank holds everything,
+and each claims an equal range.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from onellm_dist.train.engine.base import MASTER, STATE_KEYS, LocalRange
+
+MOMENTS = STATE_KEYS[1:]
+
+
+def flat_partitions(engine: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors that the optimizer really steps on this rank, in a fixed order."""
+    zero = engine.optimizer
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(zero, attribute):  # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16
+            return list(getattr(zero, attribute))
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def create_optimizer_state(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor]) -> None:
+    """Make Adam's state now, as its first step would: a fresh and a resumed run then look alike."""
+    for flat in flats:
+        if not optimizer.state[flat]:
+            optimizer.state[flat].update(
+                step=torch.zeros((), dtype=torch.float32, device=flat.device), **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            )
+
+
+def local_ranges(
+    engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], *, rank: int, world: int
+) -> list[LocalRange]:
+    """The ranges of this rank, in the order of the model's parameters; empty ones are left out."""
+    found: list[LocalRange] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            made: LocalRange | None = _Zero3Range(name, parameter, rank, world)
+        elif hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            made = None if mapping is None else _FragmentRange(name, parameter, flats[mapping.param_group_index], optimizer)
+        else:
+            made = _WholeRange(name, parameter, optimizer, rank, world)
+        if made is not None and made.length > 0:
+            found.append(made)
+    return found
+
+
+@torch.no_grad()
+def refresh_weights(engine: Any) -> None:
+    """Copy the fp32 weights into those the model computes with, as the end of a step does."""
+    zero = engine.optimizer
+    if hasattr(zero, "update_lp_params"):  # ZeRO-1 and 2
+        zero.update_lp_params()
+    elif hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if len(zero.persistent_parameters) > 0:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        zero.invalidate_secondary_tensor()
+    # Without ZeRO the model computes with the very tensors that were written, but each rank wrote only its own range.
+    elif torch.distributed.get_world_size() > 1:
+        _exchange_whole(engine)
+
+
+class _Zero3Range(LocalRange):
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, world: int) -> None:
+        self.name, self.shape, self._parameter = name, tuple(parameter.ds_shape), parameter
+        self._padded = parameter.partition_numel()
+        self.start = min(rank * self._padded, parameter.ds_numel)
+        self.length = min(self._padded, parameter.ds_numel - self.start)
+
+    def read(self, key: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        whole = safe_get_local_fp32_param(self._parameter) if key == MASTER else safe_get_local_optimizer_state(self._parameter, key)
+        return whole.detach()[: self.length]
+
+    def write(self, key: str, values: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        padded = torch.zeros(self._padded, dtype=values.dtype)
+        padded[: self.length] = values
+        if key == MASTER:
+            safe_set_local_fp32_param(self._parameter, padded)
+        else:
+            safe_set_local_optimizer_state(self._parameter, padded, key)
+
+
+class _ViewRange(LocalRange):
+    """A range whose values are views of live memory."""
+
+    def _view(self, key: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def read(self, key: str) -> torch.Tensor:
+        return self._view(key)
+
+    def write(self, key: str, values: torch.Tensor) -> None:
+        self._view(key).copy_(values)
+
+
+class _FragmentRange(_ViewRange):
+    def __init__(self, name: str, parameter: nn.Parameter, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        self.name, self.shape, self._flat, self._optimizer = name, tuple(parameter.shape), flat, optimizer
+        self.start, self.length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        self._at = mapping.hp_fragment_address.start
+
+    def _view(self, key: str) -> torch.Tensor:
+        source = self._flat if key == MASTER else self._optimizer.state[self._flat][key]
+        return source.detach().narrow(0, self._at, self.length)
+
+
+class _WholeRange(_ViewRange):
+    """Without ZeRO: rank r of n speaks for the r-th of n equal ranges."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, rank: int, world: int) -> None:
+        self.name, self.shape, self._parameter, self._optimizer = name, tuple(parameter.shape), parameter, optimizer
+        self.start = rank * parameter.numel() // world
+        self.length = (rank + 1) * parameter.numel() // world - self.start
+
+    def _view(self, key: str) -> torch.Tensor:
+        source = self._parameter if key == MASTER else self._optimizer.state[self._parameter][key]
+        return source.detach().view(-1).narrow(0, self.start, self.length)
+
+
+def _exchange_whole(engine: Any) -> None:
+    """Give every rank the ranges that the others loaded: each sets what is not its own to zero, and the sum is the whole."""
+    optimizer = engine.optimizer
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            first, end = rank * parameter.numel() // world, (rank + 1) * parameter.numel() // world
+            for tensor in (parameter, *(optimizer.state[parameter][key] for key in MOMENTS)):
+                flat = tensor.detach().view(-1)
+                flat[:first] = 0
+                flat[end:] = 0
+                torch.distributed.all_reduce(flat)

@@ -1,0 +1,185 @@
+"""Run by test_engine.py, once a rank: many checks of one engine in one launch; rank 0 prints them as one JSON line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from stand_in import StandIn, pack, sample, supervised
+
+from onellm_dist.launch.local import end_with_parent
+from onellm_dist.launch.ranks import discover_ranks
+from onellm_dist.packed import PackedBatch
+from onellm_dist.train.checkpoint import load_state, save_state
+from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.engine.base import Engine, EngineSettings
+from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.stages import parameter_groups
+
+LR, CLIP, DECAY = 1e-3, 0.5, 0.1
+STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10, 11), ("a",)))
+"""Step -> sample numbers and the modalities of the step; in the mixed step rank 0 gets only a, rank 1 only b."""
+
+
+def step_samples(step: int) -> list[PackedBatch]:
+    if step == 0:
+        return [sample(100, ("a",)), sample(101, ("b",)), sample(102, ("a",)), sample(103, ("b",)), sample(104, ())]
+    numbers, names = STEPS[step % 4]
+    return [sample(1000 * step + n, names) for n in numbers]
+
+
+def deal(step: int, world: int) -> list[list[list[PackedBatch]]]:
+    """[rank][micro-step] -> samples. Step 0: modality a on rank 0, b on the last rank; other steps in turn, two a pack."""
+    every = step_samples(step)
+    if step == 0 and world > 1:
+        ranks: list[list[PackedBatch]] = [[] for _ in range(world)]
+        for one in every:
+            ranks[world - 1 if one.modalities[0] == ("b",) else 0].append(one)
+    else:
+        ranks = [every[r::world] for r in range(world)]
+    packs = [[own[i : i + 2] for i in range(0, len(own), 2)] for own in ranks]
+    count = max(len(p) for p in packs)
+    return [p + [[]] * (count - len(p)) for p in packs]
+
+
+def new_model(stage: str) -> StandIn:
+    torch.manual_seed(7)
+    model = StandIn()
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(("branches", "upm")) if stage == "align" else name.startswith(("embedding", "llm"))
+        parameter.requires_grad_(trained)
+    return model
+
+
+def new_engine(world: World, model: StandIn, config: dict[str, Any], bf16: bool) -> Engine:
+    settings = EngineSettings(world.size, world.device, bf16, (0.9, 0.95), 1e-8, CLIP, config)
+    return DeepSpeedEngine.wrap(model, parameter_groups(model, DECAY), settings)
+
+
+def train(engine: Engine, world: World, steps: range, spoil: int | None = None) -> list[dict[str, Any]]:
+    done = []
+    for step in steps:
+        dealt = deal(step, world.size)[world.rank]
+        divisor = sum(supervised(s) for s in step_samples(step))
+        total = torch.zeros(1)
+        for index, samples in enumerate(dealt):
+            batch = pack(samples)
+            if spoil == step and world.rank == world.size - 1 and index == 0:
+                batch.weights.fill_(float("inf"))
+            loss, _, _ = engine.forward(batch, last=index == len(dealt) - 1)
+            engine.backward(loss, divisor)
+            total += loss.detach().float()
+        world.sum(total)
+        result = engine.step(LR)
+        done.append({"loss": total.item() / divisor, "applied": result.applied, "norm": result.grad_norm})
+    return done
+
+
+def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """One process, plain torch, the whole global batch in one pack a sample."""
+    model = new_model(stage)
+    groups = parameter_groups(model, DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    losses = []
+    for step in steps:
+        every = step_samples(step)
+        optimizer.zero_grad()
+        loss = sum(model(pack([s])).loss for s in every) / sum(supervised(s) for s in every)
+        loss.backward()
+        for p in model.parameters():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, losses
+
+
+def update_error(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], trained: set[str]) -> dict[str, float]:
+    found = {}
+    for name in trained:
+        update = expected[name] - before[name]
+        found[name] = float((after[name] - expected[name]).norm() / update.norm().clamp_min(1e-30))
+    return found
+
+
+def check(world: World, out: Path, name: str, config: dict[str, Any], stage: str, bf16: bool) -> dict[str, Any]:
+    model = new_model(stage)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    engine = new_engine(world, model, copy.deepcopy(config), bf16)
+    folder = out / name
+    first = train(engine, world, range(0, 5))
+    save_state(folder, engine, world, {"step": 5})
+    rest = train(engine, world, range(5, 8))
+    ended = engine.gather_full_state()
+    spoilt = train(engine, world, range(8, 9), spoil=8)
+    kept = engine.gather_full_state()
+
+    resumed = new_engine(world, new_model(stage), copy.deepcopy(config), bf16)
+    load_state(folder, resumed, world)
+    again = train(resumed, world, range(5, 8))
+    second = resumed.gather_full_state()
+    if not world.main:
+        return {}
+    expected, losses = reference(stage, range(8))
+    errors = update_error(before, ended, expected, trained)
+    return {
+        "losses": max(abs(a["loss"] - b) for a, b in zip(first + rest, losses, strict=True)),
+        "update_error": max(errors.values()), "worst": max(errors, key=errors.get),
+        "frozen": all(torch.equal(ended[n].float(), before[n].to(ended[n].dtype).float()) for n in before if n not in trained),
+        "moved": all(not torch.equal(ended[n].float(), before[n]) for n in trained),
+        "resume_identical": all(torch.equal(ended[n], second[n]) for n in before) and [a["loss"] for a in again] == [a["loss"] for a in rest],
+        "resume_losses": max(abs(a["loss"] - b["loss"]) for a, b in zip(again, rest, strict=True)),
+        "steps": resumed.optimizer_steps, "spoilt_applied": spoilt[0]["applied"], "spoilt_kept": all(torch.equal(ended[n], kept[n]) for n in before),
+        "norms": [s["norm"] for s in first],
+    }  # fmt: skip
+
+
+def carry_on(world: World, folder: Path, config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Steps 5 to 7 from a checkpoint that another number of ranks under another ZeRO stage wrote."""
+    before = {n: p.detach().clone() for n, p in new_model(stage).named_parameters()}
+    model = new_model(stage)
+    engine = new_engine(world, model, copy.deepcopy(config), bf16=False)
+    load_state(folder, engine, world)
+    steps = engine.optimizer_steps
+    losses = [s["loss"] for s in train(engine, world, range(5, 8))]
+    ended = engine.gather_full_state()
+    if not world.main:
+        return {}
+    expected, right = reference(stage, range(8))
+    errors = update_error(before, ended, expected, {n for n, p in model.named_parameters() if p.requires_grad})
+    return {"steps": steps, "losses": max(abs(a - b) for a, b in zip(losses, right[5:], strict=True)), "update_error": max(errors.values())}
+
+
+def main() -> None:
+    end_with_parent()
+    ranks = discover_ranks()
+    assert ranks is not None
+    torch.set_num_threads(1)
+    world = join(ranks)
+    out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    found = {}
+    for job in jobs:
+        config = load_ds_config(Path(job["config"])) if isinstance(job["config"], str) else job["config"]
+        stage = job.get("stage", "align")
+        if "from" in job:
+            found[job["name"]] = carry_on(world, Path(job["from"]), config, stage)
+        else:
+            found[job["name"]] = check(world, out, job["name"], config, stage, job.get("bf16", False))
+    if world.main:
+        (out / "found.json").write_text(json.dumps(found))
+    leave()
+    import os
+
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
