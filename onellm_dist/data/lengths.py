@@ -1,0 +1,180 @@
+"""Text lengths, measured once: a sidecar per shard and (tokenizer, text format, max tokens), so that plans need no tokenizer.
+
+`<dataset>/lengths/<fingerprint>/<shard>-<sha256 of its tar, 12 digits>.npy` is an [n, 2] array of unsigned integers: text
+tokens (BOS included) and supervised tokens of each row. A rebuilt shard or another tokenizer has another name, so a
+sidecar is never out of date; sidecars are written aside and renamed, so they are whole or absent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onellm_dist.data.retry import read_with_retries
+from onellm_dist.data.text import TEXT_EXTENSIONS, TextEncoder
+from onellm_dist.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.progress import Progress, progress
+from onellm_dist.shards.format import Dataset, ShardInfo
+
+UNREADABLE = (1, 0)
+"""Lengths of a sample whose text could not be read or is in no such format: it will be a tombstone of one BOS token.
+
+(Every readable text has at least two tokens.)"""
+INLINE_SAMPLES = 100_000
+"""Fewer samples than this are measured in this process: starting others takes seconds."""
+CACHE_BYTES = 256 << 20
+
+Pairs = NDArray[np.unsignedinteger]
+
+
+def sidecar_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
+    """Where the lengths of a shard lie for a `TextEncoder.fingerprint`."""
+    return dataset.root / "lengths" / fingerprint / f"{shard.name}-{shard.sha256[:12]}.npy"
+
+
+class Lengths:
+    """The sidecars of some datasets; the most recently used ones are kept in memory, up to CACHE_BYTES."""
+
+    def __init__(self, datasets: Sequence[Dataset], fingerprint: str, split: str) -> None:
+        self._datasets, self._fingerprint = datasets, fingerprint
+        self._shards = [dataset.shards(split) for dataset in datasets]
+        self._kept: OrderedDict[tuple[int, int], Pairs] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, dataset: int, shard: int) -> Pairs:
+        """[n, 2] text and supervised tokens of each row of a shard.
+
+        Raises:
+            OneLLMError: the sidecar is missing or damaged.
+        """
+        kept = self._kept.get((dataset, shard))
+        if kept is not None:
+            self._kept.move_to_end((dataset, shard))
+            return kept
+        info = self._shards[dataset][shard]
+        pairs = _load(sidecar_path(self._datasets[dataset], info, self._fingerprint), info)
+        self._kept[dataset, shard] = pairs
+        self._bytes += pairs.nbytes
+        while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return pairs
+
+
+def _load(path: Path, shard: ShardInfo) -> Pairs:
+    try:
+        pairs: Pairs = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OneLLMError(
+            f"{path}: {error}",
+            f"the text lengths of shard {shard.path} cannot be read.",
+            "remove the file, if it is there, and start again.",
+        ) from None
+    if pairs.shape != (shard.samples, 2):
+        raise OneLLMError(
+            f"{path}: it has the shape {pairs.shape}, not {(shard.samples, 2)}", "it is not of this shard.", "remove it and start again."
+        )
+    return pairs
+
+
+def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
+    """Shards without a sidecar (one directory read a dataset)."""
+    missing = []
+    for dataset in datasets:
+        folder = dataset.root / "lengths" / fingerprint
+        there = set(os.listdir(folder)) if folder.is_dir() else set()
+        missing += [(dataset, shard) for shard in dataset.shards(split) if sidecar_path(dataset, shard, fingerprint).name not in there]
+    return missing
+
+
+def ensure_lengths(
+    datasets: Sequence[Dataset], encoder: TextEncoder, *, split: str = "train", workers: int | None = None, show: bool = True
+) -> int:
+    """Measures the shards that have no sidecar yet; returns how many samples were measured.
+
+    Run it on one rank and let the others wait; several at once do the same work, and no harm.
+
+    Args:
+        workers: processes; every core where not given, none for few samples.
+        show: a progress bar (or lines) on stderr.
+
+    Raises:
+        UsageError: no sample of a shard has text in this format; the dataset's folder cannot be written.
+        OneLLMError: text could not be read for a reason that is not the sample's (a disk fault that stays).
+    """
+    jobs = missing_lengths(datasets, encoder.fingerprint, split)
+    if not jobs:
+        return 0
+    total = sum(shard.samples for _, shard in jobs)
+    workers = workers if workers is not None else (1 if total < INLINE_SAMPLES else min(len(jobs), os.cpu_count() or 1))
+    bar: Progress[int] = progress(total, "Measuring text lengths", unit="sample", enabled=show)
+    with bar:
+        for samples in _inline(jobs, encoder) if workers <= 1 else _parallel(jobs, encoder, workers):
+            bar.advance(samples)
+    return total
+
+
+def _inline(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder) -> Iterator[int]:
+    for dataset, shard in jobs:
+        yield measure_shard(dataset, shard, encoder)
+
+
+def _parallel(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder, workers: int) -> Iterator[int]:
+    # spawn: this process may hold CUDA, threads and locks that a fork must not inherit
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures: list[Future[int]] = [pool.submit(measure_shard, dataset, shard, encoder) for dataset, shard in jobs]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> int:
+    """Writes one sidecar; returns the shard's samples. See `ensure_lengths` for the errors."""
+    dtype = np.uint16 if encoder.max_tokens <= np.iinfo(np.uint16).max else np.uint32
+    pairs = np.empty((shard.samples, 2), dtype=dtype)
+    failures: list[SampleError] = []
+    for row in range(shard.samples):
+        try:
+            ids, labels = encoder.encode(read_with_retries(dataset, shard, row, TEXT_EXTENSIONS))
+        except SampleError as error:
+            if isinstance(error.__cause__, OSError):
+                raise OneLLMError(error.what, "text lengths must not depend on a disk fault, so nothing was recorded.", error.do) from error
+            failures.append(error)
+            pairs[row] = UNREADABLE
+            continue
+        pairs[row] = len(ids), sum(label >= 0 for label in labels)
+    if len(failures) == shard.samples > 1:
+        raise UsageError(
+            f"dataset {dataset.name}, shard {shard.path}: none of its {shard.samples} samples has text for data.text_format="
+            f"{encoder.text_format}; the first: {failures[0].what}",
+            "there is nothing to train on.",
+            failures[0].do,
+        )
+    _write_aside(sidecar_path(dataset, shard, encoder.fingerprint), pairs)
+    return shard.samples
+
+
+def _write_aside(path: Path, pairs: Pairs) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.save(file, pairs, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UsageError(
+            f"{path}: the text lengths cannot be written: {error.strerror or error}",
+            "plans are made from them; they lie beside the shards.",
+            "make the dataset's folder writable for this one step, or have its owner start the run once.",
+        ) from error

@@ -1,0 +1,125 @@
+"""The loader: micro-batches of one rank in order, read ahead by worker processes that never change what is read."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from onellm_dist.data.microstep import MicroStep
+from onellm_dist.data.plan import Plan
+from onellm_dist.data.reader import Reader
+from onellm_dist.errors import OneLLMError
+from onellm_dist.packed import PackedBatch
+
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a cluster sends to every process of a job: the training process decides, its workers go on reading."""
+
+
+class Loader:
+    """Iterates (MicroStep, PackedBatch) over steps first_step .. last_step - 1 of one rank. Use it as a context manager.
+
+    Args:
+        plan: the run's plan.
+        world: ranks.
+        rank: this rank.
+        first_step: the first step, 0 for a new run.
+        last_step: the step behind the last one.
+        workers: reading processes, 0: this one; the recipe's `data.workers` where not given.
+        tombstones: see Reader.
+        pin: page-locked batches; where there is a GPU, if not given.
+
+    Raises (while iterating):
+        OneLLMError: whatever the plan or the reader raises, also in a worker.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        world: int,
+        rank: int,
+        first_step: int,
+        last_step: int,
+        workers: int | None = None,
+        *,
+        tombstones: Mapping[str, str] | None = None,
+        pin: bool | None = None,
+    ) -> None:
+        self._workers = plan.config.workers if workers is None else workers
+        self._loader: DataLoader[Any] = DataLoader(
+            _Micros(Reader(plan, tombstones)),
+            sampler=_Schedule(plan, world, rank, first_step, last_step),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=plan.config.prefetch if self._workers else None,
+            collate_fn=_as_is,
+            worker_init_fn=_ignore_signals,
+            pin_memory=torch.cuda.is_available() if pin is None else pin,
+        )
+        self._running: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[tuple[MicroStep, PackedBatch]]:
+        self.close()
+        self._running = iter(self._loader)
+        atexit.register(self.close)  # before multiprocessing's own, which would wait for workers that nobody told to end
+        try:
+            while self._running is not None:
+                try:
+                    micro, outcome = next(self._running)
+                except StopIteration:
+                    return
+                if isinstance(outcome, OneLLMError):
+                    raise outcome
+                yield micro, outcome
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._running = None  # torch ends the workers when their iterator goes
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Schedule:
+    """The micro-steps of one rank in order; what the DataLoader calls a sampler."""
+
+    def __init__(self, plan: Plan, world: int, rank: int, first_step: int, last_step: int) -> None:
+        self._plan, self._world, self._rank = plan, world, rank
+        self._steps = range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[MicroStep]:
+        for step in self._steps:
+            yield from self._plan.step(step, self._world).ranks[self._rank]
+
+
+class _Micros(Dataset[Any]):
+    """A map from MicroStep to its batch. An error is handed over as a value: torch would wrap its message in a trace."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, micro: MicroStep) -> tuple[MicroStep, PackedBatch | OneLLMError]:
+        try:
+            return micro, self._reader.read(micro)
+        except OneLLMError as error:
+            return micro, error
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

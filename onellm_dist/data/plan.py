@@ -1,0 +1,282 @@
+"""The plan: what every rank does in every step, as a pure function of (seed, mixture, shards, step).
+
+`samples(step)` does not know the world; only the grouping into micro-steps does. Every rank computes the same plan, without
+communication, and the whole state of the data is one integer: the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onellm_dist.config import DataSection
+from onellm_dist.data.costs import CostModel, llm_tokens
+from onellm_dist.data.lengths import Lengths, ensure_lengths, missing_lengths, sidecar_path
+from onellm_dist.data.microstep import MicroStep, SampleRef, StepPlan
+from onellm_dist.data.mixture import Mixture
+from onellm_dist.data.order import Order, derive_key
+from onellm_dist.data.packing import Caps, Loads, pack, too_large
+from onellm_dist.data.text import TextEncoder
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import Modality, get_modality
+from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
+
+Ints = NDArray[np.int64]
+KEPT_STEPS = 4
+
+
+class _Batch(NamedTuple):
+    """The samples of a global batch in stream order: six arrays [n], the fields of SampleRef."""
+
+    dataset: Ints
+    shard: Ints
+    row: Ints
+    epoch: Ints
+    text_tokens: Ints
+    supervised_tokens: Ints
+
+    def refs(self) -> tuple[SampleRef, ...]:
+        return tuple(map(SampleRef._make, zip(*(column.tolist() for column in self), strict=True)))
+
+
+class Plan:
+    """The stream of a run. Open it with `Plan.open`.
+
+    Args:
+        datasets: one a mixture entry, checked by `open_datasets`.
+        config: the run's `data.*`.
+        encoder: tokenizer, text format and length.
+        seed: the run's seed.
+        modalities: the model's modalities; every dataset's are among them.
+        split: which split is read.
+        costs: what samples are balanced on.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        config: DataSection,
+        encoder: TextEncoder,
+        seed: int,
+        modalities: Sequence[str],
+        *,
+        split: str = "train",
+        costs: CostModel | None = None,
+    ) -> None:
+        self.datasets = tuple(datasets)
+        self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
+        self.modalities: dict[str, Modality] = {m.name: m for m in sorted(map(get_modality, modalities), key=lambda m: m.order)}
+        """The model's modalities by name, in the order of their runs."""
+        self.shards: list[tuple[ShardInfo, ...]] = [dataset.shards(split) for dataset in datasets]
+        """The shards of each dataset; SampleRef.shard counts in them."""
+        self.runs: list[tuple[str, ...]] = [tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets]
+        """The modalities of each dataset's samples, in the order of their runs."""
+        self.mixture = Mixture([entry.weight for entry in config.mixture])
+        self._orders = [
+            Order([shard.samples for shard in shards], derive_key("order", seed, dataset.name))
+            for dataset, shards in zip(datasets, self.shards, strict=True)
+        ]
+        self._lengths = Lengths(datasets, encoder.fingerprint, split)
+        self._costs = costs or CostModel()
+        kinds = [[self.modalities[name] for name in runs] for runs in self.runs]
+        self._run_count = np.asarray([len(kind) for kind in kinds], dtype=np.int64)
+        self._encoder_tokens = np.asarray([sum(m.encoder_tokens for m in kind) for kind in kinds], dtype=np.int64)
+        self._media_cost = np.asarray([self._costs.media(kind) for kind in kinds])
+        self._batches: OrderedDict[int, _Batch] = OrderedDict()
+        self._steps: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
+
+    @classmethod
+    def open(
+        cls,
+        config: DataSection,
+        tokenizer: Any,
+        seed: int,
+        modalities: Sequence[str],
+        *,
+        split: str = "train",
+        build_lengths: bool = True,
+        show: bool = True,
+    ) -> Plan:
+        """Opens the datasets of a recipe, and measures text lengths that no one has measured.
+
+        Args:
+            tokenizer: the processor's (fast) tokenizer.
+            modalities: names of the model's modalities.
+            build_lengths: false on ranks that wait for another one to measure: a missing sidecar is then an error.
+            show: progress on stderr while lengths are measured.
+
+        Raises:
+            UsageError: anything wrong with the mixture, all of it at once; see also `ensure_lengths` and `TextEncoder`.
+        """
+        datasets = open_datasets(config, modalities, split)
+        encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
+        if build_lengths:
+            ensure_lengths(datasets, encoder, split=split, show=show)
+        else:
+            _refuse_missing(datasets, encoder, split)
+        return cls(datasets, config, encoder, seed, modalities, split=split)
+
+    def samples(self, step: int) -> tuple[SampleRef, ...]:
+        """The global batch of a step (the first is 0) in stream order; the same for every world."""
+        return self._batch(step).refs()
+
+    def step(self, step: int, world: int) -> StepPlan:
+        """The global batch, packed and dealt to `world` ranks.
+
+        Raises:
+            UsageError: a sample is larger than a micro-batch may be.
+        """
+        known = self._steps.get((step, world))
+        if known is None:
+            known = self._steps[step, world] = self._deal(step, world)
+            _forget(self._steps)
+        return known
+
+    def digest(self, step: int) -> str:
+        """`sample_digest`: hex SHA-256 of the step's sample ids, sorted as bytes, each followed by a newline."""
+        ids = sorted(name.encode("utf-8") for name in self.sample_ids(self.samples(step)))
+        return hashlib.sha256(b"".join(name + b"\n" for name in ids)).hexdigest()
+
+    def sample_id(self, ref: SampleRef) -> str:
+        """`dataset/shard-name/key@epoch`."""
+        dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
+        return f"{dataset.name}/{shard.name}/{dataset.index(shard).key(ref.row)}@{ref.epoch}"
+
+    def sample_ids(self, refs: Sequence[SampleRef]) -> list[str]:
+        """`sample_id` of each, opening every shard's index once."""
+        ids = [""] * len(refs)
+        for i in sorted(range(len(refs)), key=refs.__getitem__):
+            ids[i] = self.sample_id(refs[i])
+        return ids
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of everything the stream depends on: two plans of one fingerprint give the same samples at every step."""
+        text = [f"{self.seed} {self.config.global_batch} {self.split} {self.encoder.fingerprint} {self.mixture.counts}"]
+        for dataset, shards in zip(self.datasets, self.shards, strict=True):
+            text.append(f"{dataset.name} {dataset.modalities}")
+            text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
+        return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
+
+    def _batch(self, step: int) -> _Batch:
+        known = self._batches.get(step)
+        if known is None:
+            known = self._batches[step] = self._locate(step)
+            _forget(self._batches)
+        return known
+
+    def _locate(self, step: int) -> _Batch:
+        if step < 0:
+            raise ValueError(f"step {step} < 0")
+        n = self.config.global_batch
+        dataset, index = self.mixture.locate(np.arange(step * n, (step + 1) * n, dtype=np.int64))
+        epoch, shard, row = (np.empty(n, dtype=np.int64) for _ in range(3))
+        for number in np.unique(dataset).tolist():
+            here = np.flatnonzero(dataset == number)
+            epoch[here], shard[here], row[here] = self._orders[number].locate(index[here])
+        pairs = np.empty((n, 2), dtype=np.int64)
+        by_place = np.lexsort((shard, dataset))
+        starts = np.flatnonzero(np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1))
+        for here in np.split(by_place, starts[1:]):
+            pairs[here] = self._lengths.of(int(dataset[here[0]]), int(shard[here[0]]))[row[here]]
+        return _Batch(dataset, shard, row, epoch, pairs[:, 0], pairs[:, 1])
+
+    def _deal(self, step: int, world: int) -> StepPlan:
+        batch = self._batch(step)
+        llm = llm_tokens(batch.text_tokens, self._run_count[batch.dataset])
+        loads = Loads(llm, self._encoder_tokens[batch.dataset], self._costs.samples(self._media_cost[batch.dataset], llm))
+        caps = Caps(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
+        refs = batch.refs()
+        over = too_large(loads, caps)
+        if over is not None:
+            raise self._too_large(refs[over], int(loads.llm[over]), int(loads.encoder[over]))
+        divisor = max(1, int(batch.supervised_tokens.sum()))
+        ranks = tuple(
+            tuple(MicroStep(step, rank, index, len(packs), tuple(refs[i] for i in members), divisor) for index, members in enumerate(packs))
+            for rank, packs in enumerate(pack(loads, caps, world))
+        )
+        return StepPlan(step, divisor, ranks)
+
+    def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
+        key, size, cap = (
+            ("data.pack_llm_tokens", llm, self.config.pack_llm_tokens)
+            if llm > self.config.pack_llm_tokens
+            else ("data.pack_encoder_tokens", encoder, self.config.pack_encoder_tokens)
+        )
+        return UsageError(
+            f"sample {self.sample_id(ref)} ({', '.join(self.runs[ref.dataset]) or 'text'}, {ref.text_tokens} text tokens) needs {size} "
+            f"tokens; {key} is {cap}",
+            "a micro-batch holds whole samples, so this one fits in none.",
+            f"raise {key} to {size} or more" + (", or lower data.max_text_tokens." if llm > self.config.pack_llm_tokens else "."),
+        )
+
+
+def open_datasets(config: DataSection, modalities: Sequence[str], split: str = "train") -> list[Dataset]:
+    """The datasets of a mixture, checked.
+
+    Raises:
+        UsageError: lists every problem: a missing, empty or repeated dataset, one without this split, a modality that the
+            model does not have, a weight that is no number.
+    """
+    problems: list[UsageError] = []
+    datasets: list[Dataset] = []
+    for entry in config.mixture:
+        try:
+            dataset = open_dataset(config.root / entry.path)
+            _check(dataset, entry.weight, modalities, split, datasets)
+            datasets.append(dataset)
+        except UsageError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UsageError(
+            f"{len(problems)} problems in data.mixture\n" + "\n".join(f"  - {p.what} {p.do}" for p in problems),
+            "nothing was started.",
+            "mend the recipe's data.root and data.mixture, or the datasets.",
+        )
+    return datasets
+
+
+def _check(dataset: Dataset, weight: float, modalities: Sequence[str], split: str, before: Sequence[Dataset]) -> None:
+    if not math.isfinite(weight):
+        raise UsageError(f"dataset {dataset.root}: weight {weight} is no number", "shares cannot be computed.", "give a number above 0.")
+    unknown = [name for name in dataset.modalities if name not in modalities]
+    if unknown:
+        raise UsageError(
+            f"dataset {dataset.root} has modality {', '.join(unknown)}; the model has {', '.join(modalities) or 'none'}",
+            "the model has no tokenizer for it.",
+            "take the dataset out of data.mixture, or use a model with this modality.",
+        )
+    if not sum(shard.samples for shard in dataset.shards(split)):
+        raise UsageError(
+            f"dataset {dataset.root}: its split {split!r} is empty", "nothing can be read from it.", "build it again, or take it out."
+        )
+    twin = next((other for other in before if other.name == dataset.name), None)
+    if twin is not None:
+        raise UsageError(
+            f"datasets {twin.root} and {dataset.root} have the same name, {dataset.name!r}",
+            "sample ids, orders and digests go by it, so both would give the same.",
+            "name a dataset once, with the sum of the weights; or build one of them under another name.",
+        )
+
+
+def _refuse_missing(datasets: Sequence[Dataset], encoder: TextEncoder, split: str) -> None:
+    missing = missing_lengths(datasets, encoder.fingerprint, split)
+    if missing:
+        dataset, shard = missing[0]
+        raise UsageError(
+            f"{sidecar_path(dataset, shard, encoder.fingerprint)}: no such file ({len(missing)} shards have no text lengths)",
+            "plans are made from them.",
+            "let rank 0 measure them first; the datasets' folders must be on a disk that all ranks share.",
+        )
+
+
+def _forget(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > KEPT_STEPS:
+        kept.popitem(last=False)

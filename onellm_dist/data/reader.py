@@ -1,0 +1,134 @@
+"""MicroStep -> PackedBatch: reads, decodes and transforms the samples of one micro-step.
+
+A sample that cannot be read or decoded keeps its slot as a tombstone: zero values, as many text tokens as planned, weight
+0. No other sample is ever taken in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onellm_dist.data.lengths import UNREADABLE, sidecar_path
+from onellm_dist.data.microstep import MicroStep, SampleRef
+from onellm_dist.data.order import derive_key
+from onellm_dist.data.plan import Plan
+from onellm_dist.data.retry import read_with_retries
+from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
+from onellm_dist.errors import OneLLMError, SampleError
+from onellm_dist.modalities import Modality
+from onellm_dist.packed import IGNORE, PackedBatch
+
+
+@dataclass(frozen=True)
+class _Sample:
+    ids: Sequence[int]
+    labels: Sequence[int]
+    values: Mapping[str, torch.Tensor]
+    tombstone: str | None = None
+
+
+class Reader:
+    """Reads micro-steps of a plan. What it returns depends on the MicroStep alone (and on the disk working).
+
+    Args:
+        plan: the run's plan.
+        tombstones: sample id to reason, of samples that an earlier start of the run could not read (its ledger): they
+            are not tried again, so that a resumed run sees what the first one saw.
+    """
+
+    def __init__(self, plan: Plan, tombstones: Mapping[str, str] | None = None) -> None:
+        self._plan = plan
+        self._known = dict(tombstones or {})
+
+    def read(self, micro: MicroStep) -> PackedBatch:
+        """The micro-batch; see PackedBatch for its shapes. One BOS of zero weight where nothing was dealt.
+
+        Raises:
+            OneLLMError: a text has another length than its sidecar says; an index is damaged.
+        """
+        if micro.dummy:
+            return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], dummy=True)
+        ids = self._plan.sample_ids(micro.samples)
+        samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
+        return self._pack(samples, [self._plan.runs[ref.dataset] for ref in micro.samples], ids, dummy=False)
+
+    def _sample(self, ref: SampleRef, sample_id: str) -> _Sample:
+        reason = self._known.get(sample_id)
+        if reason is not None:
+            return self._tombstone(ref, reason)
+        try:
+            return self._read(ref, sample_id)
+        except SampleError as error:
+            return self._tombstone(ref, f"{sample_id}: {error.what}")
+
+    def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
+        plan = self._plan
+        dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
+        kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
+        there = dataset.index(shard).parts(ref.row)
+        slots = {kind.name: kind.match(there) for kind in kinds}
+        wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
+        parts = read_with_retries(dataset, shard, ref.row, wanted)
+        ids, labels = plan.encoder.encode(parts)
+        self._check_length(ref, sample_id, ids, labels)
+        meta = meta_of(parts)
+        values = {}
+        for kind in kinds:
+            raw = kind.decode({slot: parts[extension] for slot, extension in slots[kind.name].items()}, meta)
+            values[kind.name] = kind.transform(raw, train=plan.config.augment, rng=self._rng(kind, sample_id))
+            _check_value(kind, values[kind.name], sample_id)
+        return _Sample(ids, labels, values)
+
+    def _rng(self, kind: Modality, sample_id: str) -> np.random.Generator:
+        """Seeded by run, sample, epoch and modality: never by a worker, a rank or what was read before."""
+        return np.random.Generator(np.random.PCG64(derive_key("augment", self._plan.seed, sample_id, kind.name)))
+
+    def _check_length(self, ref: SampleRef, sample_id: str, ids: Sequence[int], labels: Sequence[int]) -> None:
+        planned = (ref.text_tokens, ref.supervised_tokens)
+        if planned == UNREADABLE:
+            raise SampleError("its text could not be read when text lengths were measured", "it was planned as a tombstone.")
+        now = (len(ids), sum(label >= 0 for label in labels))
+        if now != planned:
+            plan = self._plan
+            sidecar = sidecar_path(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], plan.encoder.fingerprint)
+            raise OneLLMError(
+                f"stale sidecar {sidecar}: sample {sample_id} has {now[0]} text tokens ({now[1]} supervised), "
+                f"the sidecar says {planned[0]} ({planned[1]})",
+                "the plan of this run was made from it, and the loss is divided by its counts.",
+                "remove the file and start again; it is measured anew.",
+            )
+
+    def _tombstone(self, ref: SampleRef, reason: str) -> _Sample:
+        runs = self._plan.runs[ref.dataset]
+        zeros = {name: torch.zeros(self._plan.modalities[name].value_shape) for name in runs}
+        return _Sample([self._plan.encoder.bos] * ref.text_tokens, [IGNORE] * ref.text_tokens, zeros, reason)
+
+    def _pack(self, samples: Sequence[_Sample], runs: Sequence[tuple[str, ...]], sample_ids: Sequence[str], *, dummy: bool) -> PackedBatch:
+        values = {}
+        for name, kind in self._plan.modalities.items():
+            found = [sample.values[name] for sample in samples if name in sample.values]
+            values[name] = torch.stack(found) if found else torch.zeros((0, *kind.value_shape))
+        return PackedBatch(
+            input_ids=torch.tensor([token for sample in samples for token in sample.ids], dtype=torch.int64),
+            labels=torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64),
+            text_lengths=tuple(len(sample.ids) for sample in samples),
+            modalities=tuple(runs),
+            values=values,
+            weights=torch.tensor([0.0 if dummy or sample.tombstone is not None else 1.0 for sample in samples]),
+            sample_ids=() if dummy else tuple(sample_ids),
+            dummy=dummy,
+            tombstones={i: sample.tombstone for i, sample in enumerate(samples) if sample.tombstone is not None},
+        )
+
+
+def _check_value(kind: Modality, value: torch.Tensor, sample_id: str) -> None:
+    if tuple(value.shape) != tuple(kind.value_shape) or value.dtype != torch.float32:
+        raise OneLLMError(
+            f"sample {sample_id}: modality {kind.name} gave {tuple(value.shape)} {value.dtype}, not {tuple(kind.value_shape)} float32",
+            "this is a fault of the program, not of the data.",
+            "report it with the sample's id.",
+        )
