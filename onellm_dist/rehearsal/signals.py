@@ -25,7 +25,7 @@ def soundtrack(video: bytes, start: float, seconds: float) -> bytes:
         rate = container.streams.audio[0].rate
         resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
         frames = [f.to_ndarray().reshape(-1) for frame in container.decode(audio=0) for f in resampler.resample(frame)]
-    sound = np.concatenate(frames)[int(start * rate) : int((start + seconds) * rate)]
+    sound = np.concatenate(frames)[round(start * rate) : round((start + seconds) * rate)]
     if not len(sound):
         raise ValueError(f"the sound ends before {start} s")
     buffer = io.BytesIO()
