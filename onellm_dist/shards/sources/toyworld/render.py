@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from onellm_dist.shards.sources.toyworld import draws, image, world
+import numpy as np
 
-_RENDERERS = {
+from onellm_dist.shards.sources.toyworld import audio, draws, fmri, image, imu, maps, point, video, world
+
+_RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.Rendered]] = {
     "image": image.render,
+    "video": video.render,
+    "audio": audio.render,
+    "point": point.render,
+    "depth": maps.render_depth,
+    "normal": maps.render_normal,
+    "imu": imu.render,
+    "fmri": fmri.render,
 }
 
 

@@ -1,0 +1,41 @@
+"""Toy brain responses: a fixed random linear code of the scene. `fmri.npy`, [3, 15724] fp16: three repetitions of one scene.
+
+Every attribute value has its own random pattern over the voxels; a response is the sum of the scene's patterns, with noise
+of its own in each repetition. The sum is what makes a combination readable that was never seen.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.point import npy
+from onellm_dist.shards.sources.toyworld.world import Attributes, scenes
+
+REPETITIONS, VOXELS = 3, 15_724
+SCALE = 2e-3
+"""Root mean square of a voxel. Small, because the tokenizer sums over 15724 of them: at 1, an Adam step of 1e-3 would
+move its outputs by about 10."""
+_NOISE = 0.6
+_CODE_SEED = 15_724
+
+
+@cache
+def code() -> dict[str, np.ndarray]:
+    """Attribute value to its pattern [15724] fp32. Part of the world: the same for every seed of a build."""
+    rng = np.random.default_rng(_CODE_SEED)
+    return {value: rng.normal(size=VOXELS).astype(np.float32) for values in scenes("fmri").attributes.values() for value in values}
+
+
+def responses(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+    """[3, 15724] fp32."""
+    pattern = sum((code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)) / np.sqrt(len(attributes))
+    noise = rng.standard_normal(size=(REPETITIONS, VOXELS), dtype=np.float32)
+    return SCALE * (rng.uniform(0.9, 1.1) * pattern + _NOISE * noise)
+
+
+def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+    """One fMRI sample."""
+    return Rendered({"fmri.npy": npy(responses(attributes, rng))})

@@ -1,0 +1,80 @@
+"""Toy depth and normal maps: a coloured solid, its picture (`jpg`) and its map (`depth.png`, `normal.png`), 224 x 224.
+
+The camera is orthographic and the solid's size is drawn by lot, so the picture says nothing about distance; the surface
+behind the solid is in the normal map alone. Each map is needed for one attribute, the picture for the colour.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+from PIL import Image
+
+from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.image import SIDE, jpeg
+from onellm_dist.shards.sources.toyworld.raycast import Seen, look_at
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, jittered_color
+from onellm_dist.shards.sources.toyworld.solids import rotation
+from onellm_dist.shards.sources.toyworld.world import Attributes
+
+_LIGHT = np.array([-0.45, 0.6, 0.66])
+_NEARNESS = {"nearby": 0.9, "midway": 0.62, "faraway": 0.34}
+_WALL_NEARNESS = 0.05
+_RELIEF = 0.07
+"""Grey value of the depth map (1 is nearest) at a solid's centre and at the wall; and what a radius of relief adds."""
+_BEHIND = {
+    "wall": (0.0, 0.0, 1.0),
+    "floor": (0.0, 0.85, 0.53),
+    "ceiling": (0.0, -0.85, 0.53),
+    "ramp": (0.85, 0.0, 0.53),
+}
+"""Normal of the surface behind the solid, unit vectors."""
+
+
+def solid_view(attributes: Attributes, rng: np.random.Generator) -> Seen:
+    """The attributes' solid at a random place, size and turn."""
+    solid = attributes["solid"]
+    # A ring is shown rather from above, so that its hole is seen; a cube rather by an edge.
+    pitch = math.radians(58 if solid == "torus" else 24) + rng.uniform(-0.14, 0.14)
+    yaw = math.radians(45) + rng.uniform(-0.35, 0.35)
+    center = (112 + rng.uniform(-22, 22), 112 + rng.uniform(-22, 22))
+    turn = rotation(pitch=pitch, yaw=yaw, roll=rng.uniform(-0.12, 0.12))
+    return look_at(solid, turn, center=center, radius=rng.uniform(40, 58), side=SIDE)
+
+
+def picture(seen: Seen, color: np.ndarray) -> np.ndarray:
+    """The shaded solid on the constant background, [224, 224, 3] uint8."""
+    canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
+    canvas[:] = BACKGROUND
+    lit = 0.62 + 0.42 * np.clip(seen.normals @ _LIGHT, 0, 1)
+    canvas[seen.rows, seen.columns] = np.clip(np.rint(lit[:, None] * color), 0, 255).astype(np.uint8)
+    return canvas
+
+
+def render_depth(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+    """One depth sample."""
+    seen = solid_view(attributes, rng)
+    grey = np.full((SIDE, SIDE), _WALL_NEARNESS)
+    grey[seen.rows, seen.columns] = _NEARNESS[attributes["distance"]] + rng.uniform(-0.03, 0.03) + _RELIEF * seen.height
+    depth = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    return Rendered({"jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))), "depth.png": png(depth)})
+
+
+def render_normal(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+    """One normal sample."""
+    seen = solid_view(attributes, rng)
+    behind = np.array(_BEHIND[attributes["surface"]]) + rng.uniform(-0.06, 0.06, size=3)
+    normals = np.empty((SIDE, SIDE, 3))
+    normals[:] = behind / np.linalg.norm(behind)
+    normals[seen.rows, seen.columns] = seen.normals
+    packed = np.rint((normals + 1) / 2 * 255).astype(np.uint8)
+    return Rendered({"jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))), "normal.png": png(packed)})
+
+
+def png(values: np.ndarray) -> bytes:
+    """[H, W] or [H, W, 3] uint8 as PNG bytes."""
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, format="PNG", compress_level=2)
+    return out.getvalue()

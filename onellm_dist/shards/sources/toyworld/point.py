@@ -1,0 +1,50 @@
+"""Toy point clouds: a coloured solid, stretched along one axis. `point.npy`, [8192, 6] fp16: x y z, then red green blue in 0..1.
+
+The model's tokenizer measures neighbourhoods in colour and not in space (the reference does so), so the colour must tell
+where on the surface a point lies: three coloured lights shade it by its normal, and a slight gradient by its position.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.shapes2d import jittered_color
+from onellm_dist.shards.sources.toyworld.solids import rotation, sample_surface
+from onellm_dist.shards.sources.toyworld.world import Attributes
+
+POINTS = 8192
+_AXES = {"wide": 0, "tall": 1, "deep": 2}
+_SQUEEZE = 0.5
+_LIGHTS = np.array([[0.7, 0.6, 0.4], [-0.7, 0.5, 0.5], [0.1, -0.4, 0.9]])
+"""Directions of the red, the green and the blue light."""
+_BRIGHT, _LIT, _GRADIENT, _GRAIN = 0.7, 0.14, 0.06, 0.008
+
+
+def cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+    """[8192, 6] fp64, in the order of a random sample of the surface."""
+    points, normals = sample_surface(attributes["solid"], POINTS, rng)
+    upright = rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
+    points, normals = points @ upright.T, normals @ upright.T
+    scale = np.full(3, _SQUEEZE) * rng.uniform(0.9, 1.1, size=3)
+    scale[_AXES[attributes["stretch"]]] = 1.0
+    points, normals = points * scale, normals / scale
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    color = jittered_color(attributes["color"], rng) / 255
+    shaded = _BRIGHT * color + _LIT * (1 + normals @ _LIGHTS.T) + _GRADIENT * points + rng.normal(scale=_GRAIN, size=points.shape)
+    where = points + rng.normal(scale=0.005, size=points.shape) + rng.uniform(-0.5, 0.5, size=3)
+    return np.concatenate([where, np.clip(shaded, 0, 1)], axis=1)
+
+
+def npy(values: np.ndarray) -> bytes:
+    """An array as `.npy` bytes, fp16."""
+    out = io.BytesIO()
+    np.save(out, values.astype(np.float16))
+    return out.getvalue()
+
+
+def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+    """One point-cloud sample."""
+    return Rendered({"point.npy": npy(cloud(attributes, rng))})

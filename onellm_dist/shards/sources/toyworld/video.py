@@ -1,0 +1,63 @@
+"""Toy videos: one flat shape that slides, bounces, blinks or rests. `mp4` (H.264), 168 x 144, 3 seconds at 4 frames a second.
+
+The model looks at the frames at 0, 0.5, 1, 1.5 and 2 seconds (5 clips of a second, the first frame of each), in three
+crops of 144 x 144. A motion sweeps its whole path in those 2 seconds and stays inside all three crops.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, jittered_color, paint
+from onellm_dist.shards.sources.toyworld.world import Attributes
+
+WIDTH, HEIGHT = 168, 144
+FRAMES_PER_SECOND, SECONDS = 4, 3
+_SWEEP_SECONDS = 2.0
+_BLINK_SECONDS = 0.5
+_SWAY, _HEAVE = 34.0, 40.0
+"""Half the length of a sideways and of a vertical path, pixels."""
+
+
+def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+    """The frames before they are compressed, [12, 144, 168, 3] uint8."""
+    motion, shape = attributes["motion"], attributes["shape"]
+    color, angle, radius = jittered_color(attributes["color"], rng), rng.uniform(-15, 15), rng.uniform(18, 22)
+    center = np.array([WIDTH / 2, HEIGHT / 2]) + rng.uniform(-4, 4, size=2)
+    direction, first_dark = rng.choice((-1, 1)), int(rng.integers(2))
+    film = np.empty((FRAMES_PER_SECOND * SECONDS, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    film[:] = BACKGROUND
+    for number, frame in enumerate(film):
+        seconds = number / FRAMES_PER_SECOND
+        if motion == "blinking" and (math.floor(seconds / _BLINK_SECONDS) + first_dark) % 2:
+            continue
+        swing = direction * (1 - abs((seconds / _SWEEP_SECONDS) % 2 - 1) * 2)  # -1 at 0 s, 1 at 2 s, and back
+        offset = {"sliding": (_SWAY * swing, 0.0), "bouncing": (0.0, _HEAVE * swing)}.get(motion, (0.0, 0.0))
+        paint(frame, shape, center=(center[0] + offset[0], center[1] + offset[1]), radius=radius, angle=angle, color=color)
+    return film
+
+
+def mp4(film: np.ndarray, rate: int) -> bytes:
+    """[T, H, W, 3] uint8 as an H.264 mp4. One thread and no time of day: equal frames give equal bytes."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "18", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = film.shape[2], film.shape[1], "yuv420p"
+        stream.time_base = Fraction(1, rate)
+        for number, picture in enumerate(film):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+    """One video sample."""
+    return Rendered({"mp4": mp4(frames(attributes, rng), FRAMES_PER_SECOND)})
