@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+from onellm_dist.errors import SampleError
+from onellm_dist.modalities.arrays import read_npy, require_finite
 from onellm_dist.modalities.base import Modality, Part
-
-if TYPE_CHECKING:
-    from PIL import Image
+from onellm_dist.modalities.drawing import heat
 
 VOXELS = 15724
 FMRI_TOKENS = 8
@@ -41,17 +42,34 @@ class FmriModality(Modality):
     value_shape = (1, VOXELS)
     tokens = FMRI_TOKENS
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
-        raise NotImplementedError
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> np.ndarray:
+        """[voxels] or [repetitions, voxels] to their mean [15724] fp32."""
+        array = read_npy(parts["fmri"])
+        if array.shape[-1:] != (VOXELS,) or array.ndim > 2 or array.size == 0:
+            raise SampleError(
+                f".{parts['fmri'].extension} has shape {array.shape}, not [{VOXELS}] or [repetitions, {VOXELS}]",
+                "the tokenizer is made for the nsdgeneral voxels of NSD subject 1.",
+                "give that subject's voxels; other subjects have other numbers of them.",
+            )
+        mean = array.reshape(-1, VOXELS).mean(0, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            voxels = mean.astype(np.float32)
+        require_finite(voxels, f".{parts['fmri'].extension} (in fp32)")
+        return voxels
 
-    def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        raise NotImplementedError
+    def transform(self, raw: np.ndarray, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """[1, 15724], as measured: the reference normalises nothing."""
+        return torch.from_numpy(raw)[None].clone()
 
-    def tokenizer(self, width: int) -> nn.Module | None:
+    def tokenizer(self, width: int) -> nn.Module:
+        """One linear map."""
         return FmriTokenizer(width)
 
-    def preview(self, raw: Any) -> Image.Image:
-        raise NotImplementedError
+    def preview(self, raw: np.ndarray) -> Image.Image:
+        """The voxels in rows of 448, blue below and red above 0, 448 x 216."""
+        rows = np.zeros((-(-VOXELS // 448), 448), np.float32)
+        rows.reshape(-1)[:VOXELS] = raw
+        return heat(rows, (448, 216), signed=True)
 
 
 MODALITY = FmriModality()

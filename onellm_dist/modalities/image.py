@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from PIL import Image
 
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, PATCHES, SIDE
-
-if TYPE_CHECKING:
-    from PIL import Image
+from onellm_dist.modalities.visual import (
+    IMAGE_EXTENSIONS,
+    PATCHES,
+    SIDE,
+    crop_eval,
+    crop_train,
+    decode_picture,
+    normalise,
+    random_box,
+    thumbnail,
+)
 
 
 class ImageModality(Modality):
-    """Still images, read by the encoder's own patch embedding."""
+    """Still images. The raw signal is an RGB `PIL.Image`."""
 
     name = "image"
     order = 0
@@ -26,17 +33,21 @@ class ImageModality(Modality):
     tokens = PATCHES
     visual = True
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
-        raise NotImplementedError
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Image.Image:
+        """JPEG, PNG or WebP to RGB (see `visual.decode_picture`)."""
+        return decode_picture(parts["image"])
 
-    def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        raise NotImplementedError
+    def transform(self, raw: Image.Image, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """[3, 224, 224]: a random crop of at least 0.9 of the area (train), or short side 224 and the middle (eval)."""
+        return normalise(crop_train(raw, random_box(*raw.size, rng)) if train else crop_eval(raw))
 
-    def tokenizer(self, width: int) -> nn.Module | None:
+    def tokenizer(self, width: int) -> None:
+        """None: the encoder reads pixels itself."""
         return None
 
-    def preview(self, raw: Any) -> Image.Image:
-        raise NotImplementedError
+    def preview(self, raw: Image.Image) -> Image.Image:
+        """The picture, at most 448 pixels a side."""
+        return thumbnail(raw, 448)
 
 
 MODALITY = ImageModality()

@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import nn
+from PIL import Image
 
-from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, PATCHES, SIDE
+from onellm_dist.errors import SampleError
+from onellm_dist.modalities.arrays import read_npy
+from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.pairs import PairModality
+from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, decode_picture
 
-if TYPE_CHECKING:
-    from PIL import Image
 
+class NormalModality(PairModality):
+    """Normal maps with their pictures.
 
-class NormalModality(Modality):
-    """Surface normal maps, each with the picture it belongs to."""
+    Pictures are taken as they are (16-bit ones lose their lower 8 bits). Float arrays of vectors in [-1, 1] are rendered
+    as round((n + 1) / 2 * 255), the usual picture of normals.
+    """
 
     name = "normal"
     order = 5
     slots: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "normal": ("normal.png", "normal.jpg", "normal.webp", "normal.npy"),
+        "normal": ("normal.png", "normal.jpg", "normal.jpeg", "normal.webp", "normal.npy"),
         "image": IMAGE_EXTENSIONS,
     }
-    value_shape = (2, 3, SIDE, SIDE)
-    frames = 2
-    tokens = PATCHES
-    visual = True
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
-        raise NotImplementedError
+    def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
+        """The map as RGB."""
+        if part.data[:6] != b"\x93NUMPY":
+            return decode_picture(part)
+        return render_normals(read_npy(part), name=f".{part.extension}")
 
-    def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        raise NotImplementedError
 
-    def tokenizer(self, width: int) -> nn.Module | None:
-        return None
+def render_normals(vectors: np.ndarray, *, name: str) -> Image.Image:
+    """[H, W, 3] or [3, H, W] vectors with components in [-1, 1] (a margin of 1% is clipped) to RGB.
 
-    def preview(self, raw: Any) -> Image.Image:
-        raise NotImplementedError
+    Raises:
+        SampleError: another shape, or components outside.
+    """
+    if vectors.ndim == 3 and vectors.shape[0] == 3 and vectors.shape[2] != 3:
+        vectors = vectors.transpose(1, 2, 0)
+    if vectors.ndim != 3 or vectors.shape[2] != 3 or min(vectors.shape) < 2:
+        raise SampleError(
+            f"{name} has shape {vectors.shape}, not [height, width, 3]", "it is no normal map.", "store one unit vector a pixel."
+        )
+    largest = float(np.abs(vectors).max())
+    if vectors.dtype.kind != "f" or largest > 1.01:
+        raise SampleError(
+            f"{name} has {vectors.dtype} components up to {largest:g}, not floats in [-1, 1]",
+            "they are no unit vectors, so their colours would mean nothing.",
+            "normalise them, or store the rendered map as a picture.",
+        )
+    return Image.fromarray(np.round((vectors.clip(-1, 1).astype(np.float64) + 1) * 127.5).astype(np.uint8))
 
 
 MODALITY = NormalModality()

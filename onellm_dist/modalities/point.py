@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
+from onellm_dist.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
+from onellm_dist.modalities.cloud_files import read_cloud
 from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
-
-if TYPE_CHECKING:
-    from PIL import Image
+from onellm_dist.modalities.drawing import cloud as draw_cloud
 
 POINTS, CENTRES, NEIGHBOURS = 8192, 1024, 32
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -67,25 +68,57 @@ class PointTokenizer(nn.Module):
 
 
 class PointModality(Modality):
-    """Coloured point clouds of 8192 points."""
+    """Coloured point clouds. The raw signal is [N, 6] fp32: positions, then colours in [0, 1] (`cloud_files.read_cloud`)."""
 
     name = "point"
     order = 3
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"point": ("point.npy", "npy", "ply", "pcd")}
+    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"point": ("point.npy", "ply", "pcd", "npy")}
     value_shape = (POINTS, 6)
     tokens = CENTRES
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
-        raise NotImplementedError
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> np.ndarray:
+        """NumPy, PLY or PCD to [N, 6]."""
+        return read_cloud(parts["point"])
 
-    def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        raise NotImplementedError
+    def transform(self, raw: np.ndarray, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """[8192, 6]: positions around their centroid, the farthest at distance 1; colours as they are.
 
-    def tokenizer(self, width: int) -> nn.Module | None:
+        A cloud of another size is brought to 8192 points: fewer are all kept and some repeated, more are thinned out. Eval
+        takes evenly spaced rows for both, training draws them.
+        """
+        if len(raw) < NEIGHBOURS:
+            raise SampleError(
+                f"a cloud of {len(raw)} points",
+                f"one group of the tokenizer alone has {NEIGHBOURS}.",
+                "drop the sample, or sample its surface more densely.",
+            )
+        cloud = raw if len(raw) == POINTS else raw[_rows_to_keep(len(raw), rng if train else None)]
+        centred = cloud[:, :3] - cloud[:, :3].mean(0)
+        radius = float(np.sqrt((centred**2).sum(1)).max())
+        if not np.isfinite(radius) or radius == 0:
+            raise SampleError(
+                f"a cloud of {len(raw)} points with the radius {radius}",
+                "it cannot be scaled to radius 1.",
+                "drop the sample; its points are all one, or too far apart for fp32.",
+            )
+        return torch.from_numpy(np.concatenate([centred / np.float32(radius), cloud[:, 3:]], 1).astype(np.float32, copy=False))
+
+    def tokenizer(self, width: int) -> nn.Module:
+        """Grouping by colour, then a small PointNet."""
         return PointTokenizer(width)
 
-    def preview(self, raw: Any) -> Image.Image:
-        raise NotImplementedError
+    def preview(self, raw: np.ndarray) -> Image.Image:
+        """The cloud from a corner, z up, 336 pixels a side."""
+        return draw_cloud(raw[:, :3], raw[:, 3:])
+
+
+def _rows_to_keep(count: int, rng: np.random.Generator | None) -> np.ndarray:
+    """[8192] row numbers out of `count` != 8192; without `rng` evenly spaced."""
+    if rng is None:
+        return np.arange(POINTS) * count // POINTS
+    if count > POINTS:
+        return np.sort(rng.choice(count, POINTS, replace=False))
+    return np.concatenate([np.arange(count), rng.integers(0, count, POINTS - count)])
 
 
 MODALITY = PointModality()
