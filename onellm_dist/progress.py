@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -128,15 +128,23 @@ class Progress(Generic[T]):
         print(", ".join([*words, self._note] if self._note else words), file=sys.stderr, flush=True)
 
 
+@overload
 def progress(
-    work: Iterable[T] | int | None,
+    work: int | None, description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS
+) -> Progress[None]: ...
+@overload
+def progress(
+    work: Iterable[T], description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS
+) -> Progress[T]: ...
+def progress(
+    work: Iterable[Any] | int | None,
     description: str,
     *,
     total: int | None = None,
     unit: str = "",
     enabled: bool = True,
     every: float = PLAIN_SECONDS,
-) -> Progress[T]:
+) -> Progress[Any]:
     """A progress display over `work`.
 
     Args:

@@ -128,12 +128,12 @@ class DatasetWriter:
         if not parts:
             raise SampleError(f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one.")
         components = key.split("/")
-        if _CONTROL.search(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
+        if not _printable(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
             raise SampleError(
                 f"{where}: no key of a WebDataset tar.", "readers would skip it or read another name.", "use plain relative names."
             )
         for extension in parts:
-            if split_name(f"{key}.{extension}") != (key, extension) or extension.startswith(("_", ".")) or _CONTROL.search(extension):
+            if split_name(f"{key}.{extension}") != (key, extension) or extension.startswith(("_", ".")) or not _printable(extension):
                 raise SampleError(
                     f"{where}, part {extension!r}: a reader of the tar would not find it under this name.",
                     "a key has no dot behind its last slash; an extension is lower-case and starts with a letter or digit.",
@@ -201,13 +201,24 @@ def refuse_occupied(root: Path) -> None:
     )
 
 
+def _printable(text: str) -> bool:
+    """UTF-8 (a file's name need not be) without control characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return _CONTROL.search(text) is None
+
+
 class _Hashed:
     """The file a tar is written to, and the SHA-256 of what went through."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
+        self.file, self.digest, self.bytes, self.dropped = file, hashlib.sha256(), 0, False
 
     def write(self, data: bytes) -> int:
+        if self.dropped:
+            return len(data)
         self.digest.update(data)
         self.bytes += len(data)
         return self.file.write(data)
@@ -250,5 +261,7 @@ class _ShardWriter:
         return ShardInfo(self.path, self.split, self.samples, size, digest)
 
     def abandon(self) -> None:
+        self._stream.dropped = True  # closing the tar would write its end, perhaps onto a full disk
+        self._tar.close()
         self._file.close()
         aside(self.target).unlink(missing_ok=True)

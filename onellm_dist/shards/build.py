@@ -1,0 +1,139 @@
+"""`onellm shards build`: finds the source by its name, checks its options, and builds into a staging folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards import sources as sources_folder
+from onellm_dist.shards.sources.base import BuildReport, Source
+from onellm_dist.shards.staging import QUARANTINE, staged
+
+
+def all_sources() -> dict[str, Source]:
+    """Name to source: every module in shards/sources/ that has a `SOURCE`."""
+    found = []
+    for info in pkgutil.iter_modules(sources_folder.__path__):
+        module = importlib.import_module(f"{sources_folder.__name__}.{info.name}")
+        if isinstance(getattr(module, "SOURCE", None), Source):
+            found.append(module.SOURCE)
+    return {s.name: s for s in sorted(found, key=lambda s: s.name)}
+
+
+def get_source(name: str) -> Source:
+    """The source of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = all_sources()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(
+            f"unknown source {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
+            "no module in onellm_dist/shards/sources/ builds it.",
+            "use one of: " + "; ".join(f"{s.name} ({s.summary})" for s in known.values()),
+        )
+    return known[name]
+
+
+def build_dataset(
+    source: str, inputs: Path | None, out: Path, *, workers: int = 1, seed: int = 0, overwrite: bool = False, **options: Any
+) -> BuildReport:
+    """Builds a dataset folder (or, for `toyworld`, a folder of them); `out` appears only when it is whole.
+
+    Args:
+        source: "folder", "toyworld", ... (see `all_sources`).
+        inputs: what is read; None for generated data.
+        out: the new folder. Must be absent or empty, or hold datasets and `overwrite` be given.
+        workers: processes; the output's bytes do not depend on it.
+        seed: for sources that draw or shuffle.
+        options: the source's own (`Source.options`); texts are converted to their types.
+
+    Returns:
+        What was built and what was left out (`summary` makes lines of it).
+
+    Raises:
+        UsageError: unknown source or option, wrong type, missing input, occupied output.
+        OneLLMError: the build was given up; nothing stands under `out`.
+    """
+    kind = get_source(source)
+    if kind.needs_input and inputs is None:
+        raise UsageError(f"source {source!r} needs an input.", "there is nothing to read.", f"onellm shards build {source} IN OUT")
+    if inputs is not None and not Path(inputs).exists():
+        raise UsageError(f"{inputs}: there is no such file or folder.", "there is nothing to read.", "check the path.")
+    if workers < 1:
+        raise UsageError(f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more.")
+    complete = _complete_options(kind, options)
+    if complete.get("name", "") is None:
+        complete["name"] = re.sub(r"[^\w.-]", "_", Path(out).resolve().name)
+    with staged(Path(out), overwrite=overwrite) as folder:
+        report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
+    return report if report is not None else BuildReport(0)
+
+
+def _complete_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
+    for name in given:
+        if name not in source.options:
+            close = difflib.get_close_matches(name, source.options, n=1)
+            raise UsageError(
+                f"source {source.name!r} has no option {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
+                "an option that is not understood would be ignored.",
+                f"it has: {', '.join(source.options) or 'none'}.",
+            )
+    return {name: option.convert(name, given.get(name, option.default)) for name, option in source.options.items()}
+
+
+def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> tuple[Path, BuildReport]:
+    """Builds from a dataset recipe (YAML): `source`, `inputs`, `out`, `workers`, `seed`, and the source's `options`.
+
+    `inputs` and `out` are relative to the current folder. `overrides` replace top-level keys, or options by name.
+
+    Returns:
+        (the output folder, the report).
+
+    Raises:
+        UsageError: no readable recipe, or a key that is not understood.
+    """
+    try:
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{recipe}: {error}", "the recipe cannot be read.", "see shards/folder.yaml for an example.") from error
+    top = {"source", "inputs", "out", "workers", "seed", "options"}
+    if not isinstance(content, dict) or not isinstance(content.get("options") or {}, dict):
+        raise UsageError(f"{recipe} is no mapping of keys to values.", "it is no dataset recipe.", "see shards/folder.yaml for an example.")
+    values = {k: v for k, v in content.items() if k != "options"}
+    options = dict(content.get("options") or {})
+    for key, value in overrides.items():
+        (values if key in top else options)[key] = value
+    unknown, missing = sorted(set(values) - top), sorted({"source", "out"} - values.keys())
+    if unknown or missing:
+        faults = [*(f"unknown key {k!r}" for k in unknown), *(f"no key {k!r}" for k in missing)]
+        raise UsageError(
+            f"{recipe}: {', '.join(faults)}.", "the recipe is not built as written.", f"its keys are: {', '.join(sorted(top))}."
+        )
+    out, inputs = Path(values["out"]), values.get("inputs")
+    report = build_dataset(
+        values["source"], None if inputs is None else Path(inputs), out,
+        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, **options,
+    )  # fmt: skip
+    return out, report
+
+
+def summary(report: BuildReport, out: Path) -> str:
+    """The lines a command prints after a build."""
+    lines = [f"{out}: {report.samples} samples", *report.notes] if report.samples else [f"{out}: built", *report.notes]
+    if report.quarantined:
+        lines.append(f"left out: {len(report.quarantined)} (all in {out / QUARANTINE})")
+        kinds = Counter(q.reason.split(":")[0] for q in report.quarantined)
+        lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
+        lines += [f"  {q.file}: {q.reason}" for q in report.quarantined[:5]]
+    return "\n".join(lines)
