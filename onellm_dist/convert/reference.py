@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from onellm_dist.errors import UsageError
@@ -37,7 +38,8 @@ _BLOCK = {
     "attention_norm": "attention_norm", "ffn_norm": "ffn_norm",
 }  # fmt: skip
 _LLM_BLOCK = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
@@ -55,8 +57,14 @@ _RULES: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
     (r"positional_embedding\.(audio|point|fmri|imu)", lambda m: f"tokenizers.{m[1]}.positions.weight"),
     (rf"resample_tokens\.({_MODAL})", lambda m: f"projectors.{MODALITIES[m[1]]}.queries.weight"),
     (rf"(start|end)_tag\.({_MODAL})", lambda m: f"projectors.{MODALITIES[m[2]]}.{m[1]}_tag.weight"),
-    (rf"clip_proj1\.({_MODAL})\.([01])\.(weight|bias)", lambda m: f"projectors.{MODALITIES[m[1]]}.in_proj.{('linear', 'norm')[int(m[2])]}.{m[3]}"),
-    (rf"clip_proj2\.({_MODAL})\.([01])\.(weight|bias)", lambda m: f"projectors.{MODALITIES[m[1]]}.out_proj.{('linear', 'norm')[int(m[2])]}.{m[3]}"),
+    (
+        rf"clip_proj1\.({_MODAL})\.([01])\.(weight|bias)",
+        lambda m: f"projectors.{MODALITIES[m[1]]}.in_proj.{('linear', 'norm')[int(m[2])]}.{m[3]}",
+    ),
+    (
+        rf"clip_proj2\.({_MODAL})\.([01])\.(weight|bias)",
+        lambda m: f"projectors.{MODALITIES[m[1]]}.out_proj.{('linear', 'norm')[int(m[2])]}.{m[3]}",
+    ),
     (rf"routers\.({_MODAL})\.(fc[12])\.(weight|bias)", lambda m: f"projectors.{MODALITIES[m[1]]}.router.{m[2]}.{m[3]}"),
 )
 
@@ -137,11 +145,11 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors raises its own SafetensorError, which is a bare Exception
+        except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and runtime errors alike
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
         loaded = loaded["model"]
@@ -152,7 +160,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 def _unreadable(path: Path, error: object) -> UsageError:
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return UsageError(f"{path} cannot be read: {first}", "nothing was converted.", "download it again; only tensors are accepted, never pickled code.")
+    return UsageError(
+        f"{path} cannot be read: {first}", "nothing was converted.", "download it again; only tensors are accepted, never pickled code."
+    )
 
 
 def config_from_shapes(
@@ -166,7 +176,9 @@ def config_from_shapes(
 
     def shape(key: str) -> tuple[int, ...]:
         if key not in shapes:
-            raise UsageError(f"{source}: no key llma.{key}", "the sizes are read from it.", "give a whole checkpoint of the reference's code.")
+            raise UsageError(
+                f"{source}: no key llma.{key}", "the sizes are read from it.", "give a whole checkpoint of the reference's code."
+            )
         return shapes[key]
 
     def count(pattern: str) -> int:
@@ -257,4 +269,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             reason = str(error).splitlines()[0]
     else:
         reason = "no such file"
-    raise UsageError(f"{path}: no tokenizer ({reason})", "the converted model could not read text.", "give LLaMA-2's tokenizer.model, or leave it out.")
+    raise UsageError(
+        f"{path}: no tokenizer ({reason})", "the converted model could not read text.", "give LLaMA-2's tokenizer.model, or leave it out."
+    )

@@ -262,7 +262,7 @@ def backend() -> tuple[str, str]:
         if wanted != "auto":
             raise UsageError(f"{BACKEND_VARIABLE}={wanted}", "no CUDA device is here.", "unset it, or use sdpa.")
         return "sdpa", "no CUDA device: scaled-dot-product attention, segment by segment"
-    reasons = []
+    reasons: list[str] = []
     for name in _KERNELS if wanted == "auto" else (wanted,):
         reason = _unusable(name)
         if reason is None:

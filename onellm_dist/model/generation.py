@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig
 
 from onellm_dist.errors import UsageError
 from onellm_dist.model.padded import Spliced
@@ -15,33 +16,32 @@ REFERENCE_SHORTFALL = 2
 
 
 def generate_text(
-    llm: PreTrainedModel, input_ids: torch.Tensor, spliced: Spliced, decode_offset: str, options: dict[str, Any]
+    llm: Any, input_ids: torch.Tensor, spliced: Spliced, decode_offset: str, config: GenerationConfig, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Continue `input_ids` [B, S], whose prompt as the LLM reads it is `spliced`: [B, S + new].
+    """Continue `input_ids` [B, S], whose prompt as the LLM reads it is `spliced`: [B, S + new] (more rows where several are asked for).
 
     Raises:
         UsageError: an unknown `decode_offset`, or an option that has no meaning here.
     """
     if decode_offset not in ("correct", "reference"):
         raise UsageError(f"decode_offset={decode_offset!r}", "there is no such mode.", "use correct or reference.")
-    if options.get("return_dict_in_generate"):
+    if config.return_dict_in_generate:
         raise UsageError("return_dict_in_generate is set", "generate returns token ids alone.", "leave it out.")
     if decode_offset == "reference" and spliced.runs:
-        new = _generate_as_reference(llm, spliced, options)
+        new = _generate_as_reference(llm, spliced, config, options)
     else:
-        new = llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask, **options)
-    return torch.cat([input_ids, new], dim=1)
+        new = llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask, generation_config=config, **options)
+    return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
 
 
-def _generate_as_reference(llm: PreTrainedModel, spliced: Spliced, options: dict[str, Any]) -> torch.Tensor:
+def _generate_as_reference(llm: Any, spliced: Spliced, config: GenerationConfig, options: dict[str, Any]) -> torch.Tensor:
     """The first token from a right prefill; the rest from a cache whose last two positions are gone."""
-    config = options.get("generation_config")
-    total = options.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or 20
-    first = llm.generate(
-        inputs_embeds=spliced.embeds,
-        attention_mask=spliced.mask,
-        **{**options, "max_new_tokens": 1, "return_dict_in_generate": True, "use_cache": True},
-    )
+    if (config.num_return_sequences or 1) > 1 or (config.num_beams or 1) > 1:
+        raise UsageError("decode_offset=reference with beams or several sequences", "the reference has neither.", "ask for one sequence.")
+    total = config.max_new_tokens or 20
+    prefill = copy.deepcopy(config)
+    prefill.update(max_new_tokens=1, return_dict_in_generate=True, use_cache=True)
+    first = llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask, generation_config=prefill, **options)
     if total == 1:
         return first.sequences
     cache = first.past_key_values
@@ -50,5 +50,6 @@ def _generate_as_reference(llm: PreTrainedModel, spliced: Spliced, options: dict
     # Ids of cached positions are never read; transformers only counts them.
     ids = torch.cat([first.sequences.new_zeros((len(first.sequences), kept)), first.sequences], dim=1)
     mask = torch.cat([spliced.mask[:, :kept], spliced.mask.new_ones((len(ids), 1))], dim=1)
-    rest = llm.generate(ids, attention_mask=mask, past_key_values=cache, **{**options, "max_new_tokens": total - 1})
-    return rest[:, kept:]
+    decode = copy.deepcopy(config)
+    decode.update(max_new_tokens=total - 1)
+    return llm.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=decode, **options)[:, kept:]

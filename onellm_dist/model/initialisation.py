@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ _RULES: tuple[tuple[str, _Fill], ...] = (
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, *, skip: tuple[str, ...] = ()) -> None:
+def initialise(model: Any, seed: int, *, skip: tuple[str, ...] = ()) -> None:
     """Fill every parameter of a OneLLM in place, except those whose name starts with one of `skip` (`llm.`, `encoder.`).
 
     Experts beyond the first are copies of it where the config's `upm.init` is `copied`.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _no_split_modules = ["EncoderBlock", "UPMBlock", "LlamaDecoderLayer"]  # noqa: RUF012
 
+    config: OneLLMConfig
+    llm: Any
+
     def __init__(self, config: OneLLMConfig) -> None:
         super().__init__(config)
         width = config.vision.width
@@ -63,7 +67,8 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             OneLLMError: the checkpoint does not fit the model its config describes.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         problems = [
             f"{kind}: {', '.join(map(str, sorted(info[kind])))}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -90,6 +95,10 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Recompute every block of encoder, UPM and LLM in backward; non-reentrant where not said otherwise."""
         super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, *args, **kwargs)
 
+    def projector(self, name: str) -> Projector:
+        """A modality's own projections, queries, router and tags."""
+        return cast(Projector, self.projectors[name])
+
     # -- modality tokens ---------------------------------------------------------------------------------------------------
 
     def encode(self, values: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -105,13 +114,13 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features = {**self._encode_visual(values), **self._encode_tokenized(values)}
         inputs, gates = [], {}
         for name in self.config.modalities:
-            x, gates[name] = self.projectors[name](features[name])
+            x, gates[name] = self.projector(name)(features[name])
             inputs.append(x)
         mixed = self._run_upm(inputs, gates)
         counts = [len(x) for x in inputs]
         rows = mixed.split([n * QUERY_TOKENS for n in counts])
         tokens = {
-            name: (out := self.projectors[name].out_proj(part)).reshape(n, QUERY_TOKENS, out.shape[-1])
+            name: (out := self.projector(name).out_proj(part)).reshape(n, QUERY_TOKENS, out.shape[-1])
             for name, part, n in zip(self.config.modalities, rows, counts, strict=True)
         }
         return tokens, gates
@@ -150,7 +159,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not names:
             return {}
         tokens = [self.tokenizers[name](values[name], self.encoder.class_token) for name in names]
-        lengths = [t.shape[1] for t, n in zip(tokens, (len(t) for t in tokens), strict=True) for _ in range(n)]
+        lengths = [t.shape[1] for t in tokens for _ in range(len(t))]
         flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]) for t in tokens])
         x = self.encoder(flat, Segments.of(lengths, device=flat.device))
         parts = x.split([t.shape[0] * t.shape[1] for t in tokens])
@@ -165,7 +174,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _tags(self) -> torch.Tensor:
         """[2 * modalities, d]: start and end tag of every modality."""
-        return torch.cat([self.projectors[name].tags() for name in self.config.modalities])
+        return torch.cat([self.projector(name).tags() for name in self.config.modalities])
 
     # -- forward -----------------------------------------------------------------------------------------------------------
 
@@ -296,9 +305,10 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: [B, S]; batches of unequal prompts are padded on the left.
             decode_offset: `correct`, or `reference`, which repeats the reference's cache fault: after the prefill the last two
                 positions are overwritten, and positions go on two too low.
-            kwargs: `image_values=` and so on, and anything transformers' `generate` takes.
+            kwargs: `image_values=` and so on, and what transformers' `generate` takes; say the length as `max_new_tokens`.
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
-        kwargs.setdefault("generation_config", self.generation_config)
+        config = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
+        rest = config.update(**kwargs)
         spliced = self.splice(input_ids, attention_mask, values, modality_order)
-        return generate_text(self.llm, input_ids, spliced, decode_offset, kwargs)
+        return generate_text(self.llm, input_ids, spliced, decode_offset, config, rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -60,7 +61,8 @@ def _smollm2_135m() -> OneLLMConfig:
     """The paper's encoder and UPM before SmolLM2-135M (shapes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
     text = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
 
@@ -100,8 +102,7 @@ def load_model(
         raise UsageError("give exactly one of path and preset", "the model has one source.", "set model.path or model.preset.")
     if path is not None:
         return _from_directory(Path(path), dtype)
-    config = build_config(str(preset))
-    model = OneLLMForConditionalGeneration(config)
+    model: Any = OneLLMForConditionalGeneration(build_config(str(preset)))
     if preset == "smollm2-135m":
         gguf = smollm2_gguf()
         pretrained = AutoModelForCausalLM.from_pretrained(

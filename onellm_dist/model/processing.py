@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
@@ -24,7 +24,7 @@ class OneLLMProcessor(ProcessorMixin):
     attributes = ["tokenizer"]  # noqa: RUF012
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> None:
+    def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
         super().__init__(tokenizer, **kwargs)
         self.tokenizer = tokenizer
 
