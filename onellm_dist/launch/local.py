@@ -47,7 +47,7 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
 
 class _Group:
     def __init__(self, command: Sequence[str], ranks: int, logs: Path) -> None:
-        port = _free_port()
+        port = free_port()
         self.logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self.processes: list[subprocess.Popen[str]] = []
@@ -103,7 +103,11 @@ class _Group:
         return code if code > 0 else EXIT_FAILED
 
     def _report(self, rank: int, code: int) -> None:
-        how = f"was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "") if code < 0 else f"exit code {code}"
+        how = (
+            f"was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+            if code < 0
+            else f"exit code {code}"
+        )
         if rank == 0:
             lines = list(self.tail)
         else:
@@ -118,7 +122,8 @@ class _Group:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

@@ -55,7 +55,11 @@ def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
         local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
         port = int(env.get("MASTER_PORT", 29500))
     except ValueError as error:
-        raise UsageError(f"RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number: {error}", "the ranks cannot meet.", "start through deepspeed, torchrun or srun.") from None  # fmt: skip
+        raise UsageError(
+            f"RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number: {error}",
+            "the ranks cannot meet.",
+            "start through deepspeed, torchrun or srun.",
+        ) from None
     if not 0 <= rank < world:
         raise UsageError(f"RANK={rank} with WORLD_SIZE={world}", "ranks count from 0.", "unset both to start alone, or use a launcher.")
     return Ranks(rank, world, local_rank, local_world, env.get("MASTER_ADDR", "127.0.0.1"), port)

@@ -23,7 +23,9 @@ def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] |
         return None
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if not nodes:
-        raise UsageError("SLURM_STEP_NODELIST is not set", "the ranks cannot find rank 0's host.", "start with srun inside the job, or set MASTER_ADDR.")
+        raise UsageError(
+            "SLURM_STEP_NODELIST is not set", "the ranks cannot find rank 0's host.", "start with srun inside the job, or set MASTER_ADDR."
+        )
     local_rank = int(env.get("SLURM_LOCALID", 0))
     node = int(env.get("SLURM_NODEID", 0))
     local_world = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world))[node]
@@ -38,7 +40,9 @@ def tasks_per_node(text: str) -> list[int]:
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())
         if match is None:
-            raise UsageError(f"tasks per node {text!r} is not in Slurm's form", "the local ranks cannot be counted.", "expected something like 8(x2).")
+            raise UsageError(
+                f"tasks per node {text!r} is not in Slurm's form", "the local ranks cannot be counted.", "expected something like 8(x2)."
+            )
         found += [int(match[1])] * int(match[2] or 1)
     return found
 

@@ -62,7 +62,11 @@ def save_state(folder: Path, engine: Engine, world: World, about: dict[str, Any]
     if failures:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OneLLMError(f"checkpoint {folder} was not written: {failures[0]}", "the newest whole checkpoint is the one before it.", "make room or mend the file system, and start again.")  # fmt: skip
+        raise OneLLMError(
+            f"checkpoint {folder} was not written: {failures[0]}",
+            "the newest whole checkpoint is the one before it.",
+            "make room or mend the file system, and start again.",
+        )
 
 
 def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
@@ -77,7 +81,9 @@ def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise OneLLMError(f"checkpoint {folder} is not whole", "it cannot be resumed.", "give another checkpoint directory, or checkpoint.resume=auto.")
+        raise OneLLMError(
+            f"checkpoint {folder} is not whole", "it cannot be resumed.", "give another checkpoint directory, or checkpoint.resume=auto."
+        )
     _check_parameters(folder, manifest["parameters"], engine.ranges(), world)
     with ExitStack() as stack:
         files = _Files(folder, stack)
@@ -177,10 +183,16 @@ class _Files:
                 continue
             if file not in self._open:
                 self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
-            values[first - own.start : end - own.start] = self._open[file].get_slice(_key(own.name, start, key))[first - start : end - start]
+            values[first - own.start : end - own.start] = self._open[file].get_slice(_key(own.name, start, key))[
+                first - start : end - start
+            ]
             missing -= end - first
         if missing:
-            raise OneLLMError(f"checkpoint {self._folder} lacks {missing} elements of {own.name} ({key})", "it cannot be resumed.", "give another checkpoint directory.")  # fmt: skip
+            raise OneLLMError(
+                f"checkpoint {self._folder} lacks {missing} elements of {own.name} ({key})",
+                "it cannot be resumed.",
+                "give another checkpoint directory.",
+            )
         return values
 
 

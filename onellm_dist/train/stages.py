@@ -35,7 +35,11 @@ def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str]) 
         owner = parts[1] if parts[0] in ("tokenizers", "projectors") and parts[1] in known else None
         parameter.requires_grad_(parts[0] in roots and (owner is None or owner in modalities))
     if not modalities and stage == "align":
-        raise UsageError("no dataset of the mixture has a modality", "in the stage align nothing could train on text alone.", "give data.mixture a dataset with a modality, or train.stage=tune.")  # fmt: skip
+        raise UsageError(
+            "no dataset of the mixture has a modality",
+            "in the stage align nothing could train on text alone.",
+            "give data.mixture a dataset with a modality, or train.stage=tune.",
+        )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -75,7 +79,11 @@ def start_from_image(model: nn.Module, modalities: Iterable[str], source: str) -
     written: list[str] = []
     for name in modalities:
         if name not in given or source not in given:
-            raise UsageError(f"model.init_from_image: the model has no modality {name if name not in given else source}", "there is nothing to copy.", f"name some of: {', '.join(given)}.")  # fmt: skip
+            raise UsageError(
+                f"model.init_from_image: the model has no modality {name if name not in given else source}",
+                "there is nothing to copy.",
+                f"name some of: {', '.join(given)}.",
+            )
         given[name].load_state_dict(given[source].state_dict())
         written += [f"projectors.{name}.{key}" for key in given[source].state_dict()]
     return written

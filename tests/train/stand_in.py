@@ -1,4 +1,4 @@
-"""A small model with the traits that make engines stumble: frozen parts, branches that a rank may not need, tied embeddings, no-decay groups."""
+"""A small model with the traits that make engines stumble: frozen parts, branches a rank may not need, tied embeddings."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def sample(index: int, names: tuple[str, ...]) -> PackedBatch:
     ids[0] = 1
     labels = ids.clone()
     labels[0] = IGNORE
-    values = {
-        name: torch.randn((1 if name in names else 0, features), generator=generator) for name, features in (("a", 10), ("b", 7))
-    }
+    values = {name: torch.randn((1 if name in names else 0, features), generator=generator) for name, features in (("a", 10), ("b", 7))}
     return PackedBatch(ids, labels, (length,), (names,), values, torch.ones(1), (f"s{index}",))
 
 
@@ -90,7 +88,8 @@ def pack(samples: list[PackedBatch]) -> PackedBatch:
         empty = {"a": torch.zeros(0, 10), "b": torch.zeros(0, 7)}
         return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), empty, torch.zeros(1), dummy=True)
     return PackedBatch(
-        torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples]), tuple(n for s in samples for n in s.text_lengths),
+        torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples]),
+        tuple(n for s in samples for n in s.text_lengths),
         tuple(m for s in samples for m in s.modalities), {k: torch.cat([s.values[k] for s in samples]) for k in ("a", "b")},
         torch.cat([s.weights for s in samples]), tuple(i for s in samples for i in s.sample_ids),
     )  # fmt: skip

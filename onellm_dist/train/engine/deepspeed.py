@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class DeepSpeedEngine(Engine):
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         clip = self._settings.grad_clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-        applied = norm == norm and norm != float("inf")
+        applied = math.isfinite(norm)
         if applied:
             self._engine.step()
         else:

@@ -35,10 +35,14 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not JSON: {error}", "DeepSpeed cannot be configured.", "mend the line it names.") from None
     if not isinstance(config, dict):
-        raise UsageError(f"{path}: a DeepSpeed configuration is a JSON object", "this file holds something else.", "start from one in ds_configs/.")
+        raise UsageError(
+            f"{path}: a DeepSpeed configuration is a JSON object", "this file holds something else.", "start from one in ds_configs/."
+        )
     taken = [f"{key} (set {OWNED[key]} instead)" for key in config if key in OWNED]
     if taken:
-        raise UsageError(f"{path}: the recipe decides {', '.join(taken)}", "two places would say different things.", "remove these keys from the JSON.")
+        raise UsageError(
+            f"{path}: the recipe decides {', '.join(taken)}", "two places would say different things.", "remove these keys from the JSON."
+        )
     return config
 
 
@@ -82,4 +86,6 @@ def _find(name: Path) -> Path:
     if candidate.is_file():
         return candidate
     names = ", ".join(sorted(p.stem for p in known.glob("*.json")))
-    raise UsageError(f"no DeepSpeed configuration {name}", "it is neither a file nor a name in ds_configs/.", f"give a JSON file, or one of: {names}.")
+    raise UsageError(
+        f"no DeepSpeed configuration {name}", "it is neither a file nor a name in ds_configs/.", f"give a JSON file, or one of: {names}."
+    )

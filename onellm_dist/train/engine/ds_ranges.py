@@ -31,7 +31,8 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer, flats: list[torch.T
     for flat in flats:
         if not optimizer.state[flat]:
             optimizer.state[flat].update(
-                step=torch.zeros((), dtype=torch.float32, device=flat.device), **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+                step=torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
             )
 
 
@@ -73,7 +74,7 @@ def refresh_weights(engine: Any) -> None:
 
 
 class _Zero3Range(LocalRange):
-    def __init__(self, name: str, parameter: nn.Parameter, rank: int, world: int) -> None:
+    def __init__(self, name: str, parameter: Any, rank: int, world: int) -> None:
         self.name, self.shape, self._parameter = name, tuple(parameter.ds_shape), parameter
         self._padded = parameter.partition_numel()
         self.start = min(rank * self._padded, parameter.ds_numel)
@@ -110,8 +111,8 @@ class _ViewRange(LocalRange):
 
 
 class _FragmentRange(_ViewRange):
-    def __init__(self, name: str, parameter: nn.Parameter, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    def __init__(self, name: str, parameter: Any, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        mapping = parameter._hp_mapping
         self.name, self.shape, self._flat, self._optimizer = name, tuple(parameter.shape), flat, optimizer
         self.start, self.length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         self._at = mapping.hp_fragment_address.start

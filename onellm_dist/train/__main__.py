@@ -1,0 +1,8 @@
+"""`python -m onellm_dist.train`: what the deepspeed launcher, torchrun and srun start."""
+
+import sys
+
+from onellm_dist.train.run import command_line
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv[1:]))

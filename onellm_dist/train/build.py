@@ -1,0 +1,234 @@
+"""Everything a run is made of, built in order: directory, model, plan, engine, checkpoint, loader, and what watches over them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist import __version__
+from onellm_dist.config import RunConfig
+from onellm_dist.data.loader import Loader
+from onellm_dist.data.plan import Plan
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.modalities import all_modalities
+from onellm_dist.model.presets import load_model
+from onellm_dist.train.checkpoint import checkpoint_name, load_state, newest_whole, prune, read_manifest, save_state
+from onellm_dist.train.distributed import World
+from onellm_dist.train.engine.base import Engine, EngineSettings
+from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.exits import ExitFile
+from onellm_dist.train.export import MODEL, export_model
+from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
+from onellm_dist.train.guard import Guard
+from onellm_dist.train.ledger import Ledger
+from onellm_dist.train.metrics import METRICS, Events, Metrics
+from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
+from onellm_dist.train.stop import StopRequest
+from onellm_dist.train.totals import StepTotals
+
+CHECKPOINTS, LEDGER, CONFIG = "checkpoints", "ledger", "config.yaml"
+COMPARE_EVERY = 50
+"""Steps between comparisons of the plan across ranks."""
+
+
+@dataclass
+class Run:
+    """A run, ready to go. The loop uses it; nothing in it knows the loop."""
+
+    config: RunConfig
+    world: World
+    plan: Plan
+    engine: Engine
+    loader: Loader
+    ledger: Ledger
+    guard: Guard
+    metrics: Metrics
+    events: Events
+    stop: StopRequest
+    exit_file: ExitFile
+    first_step: int
+    model: Any
+    processor: Any
+    flops: FlopCounter
+    peak: float | None
+
+    def new_totals(self) -> StepTotals:
+        """Empty sums for a step."""
+        return StepTotals(sorted(set(self.plan.runs)), self.world.device)
+
+    def size_of(self, step: int) -> StepSize:
+        """What all ranks do in a step, by the plan."""
+        return self.flops.step(self.plan.step(step, self.world.size))
+
+    def compare_plans(self, step: int) -> None:
+        """At the first step and now and then: every rank must have made the same plan.
+
+        Raises:
+            OneLLMError: they differ; without this the ranks would wait for each other in a collective.
+        """
+        if step != self.first_step and step % COMPARE_EVERY:
+            return
+        digests = self.world.gather(self.plan.step(step, self.world.size).digest())
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            raise OneLLMError(
+                f"step {step}: ranks {odd} have another plan than rank 0",
+                "they would run different micro-batches and wait for each other for ever.",
+                "make sure that all nodes see the same shards, length sidecars and version of onellm_dist.",
+            )
+
+    def checkpoint(self, step: int) -> None:
+        """Write the checkpoint after `step` steps, and drop the oldest ones."""
+        started = time.perf_counter()
+        folder = self.config.run.dir / CHECKPOINTS / checkpoint_name(step)
+        about = {
+            "step": step, "stage": self.config.train.stage, "plan": self.plan.fingerprint(), "onellm_dist": __version__,
+            "model": self.config.model.model_dump(mode="json"), "seed": self.config.run.seed,
+        }  # fmt: skip
+        save_state(folder, self.engine, self.world, about)
+        if self.world.main:
+            prune(folder.parent, self.config.checkpoint.keep)
+        self.events.write("checkpoint", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3))
+
+    def stop_reason(self) -> str:
+        """Who asked to stop, as far as any rank knows. Called by all ranks."""
+        reasons = [reason for reason in self.world.gather(self.stop.reason) if reason]
+        return reasons[0] if reasons else "asked to stop"
+
+    def export(self) -> None:
+        """Write the trained model to `<run.dir>/model`."""
+        folder = self.config.run.dir / MODEL
+        export_model(folder, self.engine, self.model, self.processor, self.world)
+        self.events.write("export", folder=str(folder), say=f"the trained model is in {folder}")
+
+
+def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
+    """Build a run; called by all ranks together.
+
+    Raises:
+        UsageError: the recipe asks for something that is not there or cannot be.
+    """
+    settings = _engine_settings(config, world)
+    resume = _checkpoint_to_resume(config, world)
+    if world.main:
+        _prepare_directory(config, fresh=resume is None)
+    world.barrier()
+    stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
+    events = Events(config.run.dir, main=world.main)
+
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
+    plan = _open_plan(config, world, model, processor)
+    flops = FlopCounter(model, plan, config.train.stage)
+    freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
+    if resume is None and config.model.init_from_image:
+        start_from_image(model, config.model.init_from_image, source=next(iter(all_modalities())))
+    if config.train.activation_checkpointing == "full":
+        model.gradient_checkpointing_enable()
+    model.train()
+
+    engine = _wrap(model, config, settings)
+    first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
+    ledger = Ledger(config.run.dir / LEDGER, world.rank)
+    steps = config.train.steps
+    run = Run(
+        config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,
+        Guard(config.data.max_tombstones, len(ledger.known)),
+        Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every),
+        events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device),
+    )  # fmt: skip
+    exit_file.step = first_step
+    _tell_start(run, resume)
+    return run
+
+
+def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
+    if config.engine.name != "deepspeed":
+        raise UsageError(
+            f"engine.name={config.engine.name} is not there yet",
+            "only DeepSpeed shards models in this version.",
+            "set engine.name=deepspeed.",
+        )
+    return EngineSettings(
+        world.size, world.device, config.train.precision == "bf16", config.optim.betas, config.optim.eps, config.optim.grad_clip,
+        load_ds_config(config.engine.config),
+    )  # fmt: skip
+
+
+def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings) -> Engine:
+    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine.wrap(model, parameter_groups(model, config.optim.weight_decay), settings)
+
+
+def _checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
+    """The checkpoint that this start goes on from; rank 0 looks, all go by it."""
+    wanted = config.checkpoint.resume
+    if wanted == "never":
+        return None
+    if isinstance(wanted, Path):
+        found = wanted if world.main and read_manifest(wanted) is not None else None
+        if world.broadcast(found) is None:
+            raise UsageError(
+                f"checkpoint.resume={wanted}: no whole checkpoint there",
+                "a checkpoint has a manifest.json and every file that it names.",
+                "give a step-... folder of a run's checkpoints/, or auto.",
+            )
+        return wanted
+    return world.broadcast(newest_whole(config.run.dir / CHECKPOINTS) if world.main else None)
+
+
+def _prepare_directory(config: RunConfig, *, fresh: bool) -> None:
+    """Make the run directory; what an earlier run left there is moved aside where this one starts from nothing."""
+    run_dir = config.run.dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    old = [run_dir / name for name in (CHECKPOINTS, LEDGER, METRICS, "events.jsonl", "tensorboard", MODEL) if (run_dir / name).exists()]
+    if fresh and old:
+        aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir(exist_ok=True)
+        for path in old:
+            path.rename(aside / path.name)
+        print(f"{run_dir} held an earlier run without a checkpoint to resume: moved to {aside}", flush=True)
+    (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+    (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _open_plan(config: RunConfig, world: World, model: Any, processor: Any) -> Plan:
+    """Rank 0 measures text lengths that nobody measured; the others wait for it."""
+    arguments = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
+    problem: OneLLMError | None = None
+    plan: Plan | None = None
+    if world.main:
+        try:
+            plan = Plan.open(*arguments)
+        except OneLLMError as error:
+            problem = error
+    problem = world.broadcast(problem)
+    if problem is not None:
+        raise problem
+    return plan or Plan.open(*arguments, build_lengths=False)
+
+
+def _resume(folder: Path, engine: Engine, world: World, plan: Plan, events: Events) -> int:
+    manifest = load_state(folder, engine, world)
+    if manifest["plan"] != plan.fingerprint():
+        events.write(
+            "plan_changed", step=manifest["step"], checkpoint=folder.name,
+            say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {manifest['step']} on",
+        )  # fmt: skip
+    return int(manifest["step"])
+
+
+def _tell_start(run: Run, resume: Path | None) -> None:
+    trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.model.parameters() if p.requires_grad)
+    origin = f"resumes {resume.name} (step {run.first_step})" if resume else "starts at step 0"
+    run.events.write(
+        "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
+        trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
+        say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
+        f"{origin} of {run.config.train.steps}",
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Model FLOPs of a step, for MFU. There are several conventions; this is ours, without attention scores and without recomputation:
+
+    LLM      4 N a position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where it trains; N without embedding and head
+    head     4 or 6 x width x vocabulary, a supervised token only
+    encoder  2 N a token of the visual pack, 4 N of the tokenizer pack (the gradient passes through)   [tune: 2 N]
+    UPM      6 N a token, all experts   [tune: 2 N]
+
+Projections and tokenizers (a few per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in bf16, dense).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onellm_dist.data.microstep import StepPlan
+from onellm_dist.data.plan import Plan
+from onellm_dist.modalities import RUN_TOKENS
+
+PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
+"""Dense bf16 FLOP/s by a part of the device's name (vendors' data sheets; SXM forms)."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What the ranks do together in a step."""
+
+    samples: int
+    divisor: int
+    """What the summed loss is divided by: the plan's supervised tokens, at least 1."""
+    supervised_tokens: int
+    tokens: int
+    """LLM positions, runs of modality tokens included."""
+    padding_fraction: float
+    """Positions that are no sample's (dummies of ranks without a pack), of all positions."""
+    flops: float
+
+
+class FlopCounter:
+    """Work of a step from its plan alone, so that no rank has to ask another.
+
+    Args:
+        model: the model before the engine shards it.
+        stage: `align` or `tune`.
+    """
+
+    def __init__(self, model: Any, plan: Plan, stage: str) -> None:
+        parts = {name: _count(model.get_submodule(name)) for name in ("encoder", "upm", "llm")}
+        llm = model.get_submodule("llm")
+        embedding = sum({id(p): p.numel() for m in llm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}.values())
+        text = model.config.text_config
+        self._head = text.hidden_size * text.vocab_size
+        tied = bool(getattr(text, "tie_word_embeddings", False))
+        body = parts["llm"] - embedding - (0 if tied else self._head)
+        align = stage == "align"
+        self._llm, self._head_factor = (4 if align else 6) * body, (4 if align else 6)
+        self._media = [self._media_flops(plan, runs, parts, align) for runs in plan.runs]
+        self._runs = [len(runs) for runs in plan.runs]
+
+    @staticmethod
+    def _media_flops(plan: Plan, runs: Sequence[str], parts: Mapping[str, int], align: bool) -> float:
+        total = 0.0
+        for name in runs:
+            kind = plan.modalities[name]
+            total += kind.encoder_tokens * parts["encoder"] * (4 if align and not kind.visual else 2)
+            total += kind.upm_tokens * parts["upm"] * (6 if align else 2)
+        return total
+
+    def step(self, plan: StepPlan) -> StepSize:
+        """Sizes of a step of all ranks."""
+        tokens = supervised = samples = dummies = 0
+        flops = 0.0
+        for micro in (micro for rank in plan.ranks for micro in rank):
+            dummies += micro.dummy
+            samples += len(micro.samples)
+            for ref in micro.samples:
+                positions = ref.text_tokens + RUN_TOKENS * self._runs[ref.dataset]
+                tokens += positions
+                supervised += ref.supervised_tokens
+                flops += self._media[ref.dataset] + self._llm * positions + self._head_factor * self._head * ref.supervised_tokens
+        return StepSize(samples, plan.divisor, supervised, tokens, dummies / max(1, tokens + dummies), flops)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device, or None where it is not known (a CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,142 @@
+"""What a run tells: `metrics.jsonl` (one object a step), TensorBoard, a line for people, and `events.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.progress import seconds_text
+
+METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
+RATE_STEPS = 20
+"""Steps over which the line for people averages its rate."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One line of `metrics.jsonl`."""
+
+    step: int
+    """Index of the step in the plan; the first is 0."""
+    loss: float
+    loss_by_modality: dict[str, float]
+    """Mean cross-entropy of the supervised tokens of the samples of each kind (`image`, `video+audio`, `text`)."""
+    lr: float
+    grad_norm: float
+    """Before clipping; null where the step was skipped."""
+    applied: bool
+    """False: the gradient was not finite and the step was skipped."""
+    samples: int
+    supervised_tokens: int
+    tokens: int
+    """LLM positions of all ranks, runs of modality tokens included."""
+    padding_fraction: float
+    tokens_per_second: float
+    """Of all ranks together."""
+    data_wait_fraction: float
+    """Share of the step in which rank 0 waited for the loader."""
+    mfu: float | None
+    """Model FLOPs utilisation by train/flops.py's formula; null where the device's peak is not known."""
+    sample_digest: str
+    seconds: float
+
+
+class Metrics:
+    """Writes on rank 0; silent elsewhere.
+
+    Args:
+        first_step: lines of this step and later ones, left by a start that went further than its last checkpoint, are dropped.
+        steps: of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, *, main: bool, first_step: int, steps: int, log_every: int) -> None:
+        self._main, self._steps, self._log_every = main, steps, log_every
+        self._recent: deque[StepReport] = deque(maxlen=RATE_STEPS)
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        drop_from(run_dir / METRICS, first_step)
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
+
+    def write(self, report: StepReport) -> None:
+        """Record a step, and print a line every `log_every` steps and at the end."""
+        if not self._main:
+            return
+        self._recent.append(report)
+        self._file.write(json.dumps(_plain(asdict(report))) + "\n")
+        self._file.flush()
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "mfu"):
+            value = getattr(report, name)
+            if value is not None:
+                self._board.add_scalar(f"train/{name}", value, report.step)
+        for name, value in report.loss_by_modality.items():
+            self._board.add_scalar(f"loss_by_modality/{name}", value, report.step)
+        if (report.step + 1) % self._log_every == 0 or report.step + 1 == self._steps:
+            print(self._line(report), flush=True)
+
+    def close(self) -> None:
+        """Flush to the disk."""
+        if self._main:
+            self._file.close()
+            self._board.close()
+
+    def _line(self, report: StepReport) -> str:
+        seconds = sum(r.seconds for r in self._recent)
+        left = (self._steps - report.step - 1) * seconds / len(self._recent)
+        rate = sum(r.tokens for r in self._recent) / seconds
+        kinds = " ".join(f"{name} {value:.3f}" for name, value in report.loss_by_modality.items())
+        skipped = "" if report.applied else "  SKIPPED (not finite)"
+        mfu = "" if report.mfu is None else f"  MFU {100 * report.mfu:.1f}%"
+        return (
+            f"step {report.step + 1}/{self._steps}  loss {report.loss:.4f} ({kinds})  lr {report.lr:.2e}  |g| {report.grad_norm:.2f}  "
+            f"{rate:,.0f} tokens/s{mfu}  ETA {seconds_text(left)}{skipped}"
+        )
+
+
+class Events:
+    """`events.jsonl`: what happened, beside the steps. Rank 0 writes."""
+
+    def __init__(self, run_dir: Path, *, main: bool) -> None:
+        self._path = run_dir / EVENTS if main else None
+
+    def write(self, event: str, *, say: str = "", **fields: Any) -> None:
+        """Record an event; `say` is printed as well."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **_plain(fields)}) + "\n")
+        if say:
+            print(say, flush=True)
+
+
+def drop_from(path: Path, step: int) -> None:
+    """Remove the lines of step `step` and later, and a last line that a kill cut short. The file is replaced as a whole."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: null stands for a number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return value
