@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onellm_dist.data.retry import read_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, TextEncoder
 from onellm_dist.errors import OneLLMError, SampleError, UsageError
-from onellm_dist.progress import Progress, progress
+from onellm_dist.progress import progress
 from onellm_dist.shards.format import Dataset, ShardInfo
 
 UNREADABLE = (1, 0)
@@ -113,8 +113,7 @@ def ensure_lengths(
         return 0
     total = sum(shard.samples for _, shard in jobs)
     workers = workers if workers is not None else (1 if total < INLINE_SAMPLES else min(len(jobs), os.cpu_count() or 1))
-    bar: Progress[int] = progress(total, "Measuring text lengths", unit="sample", enabled=show)
-    with bar:
+    with progress(total, "Measuring text lengths", unit="sample", enabled=show) as bar:
         for samples in _inline(jobs, encoder) if workers <= 1 else _parallel(jobs, encoder, workers):
             bar.advance(samples)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,8 +57,8 @@ class StepPlan:
 
     step: int
     divisor: int
-    ranks: tuple[tuple[MicroStep, ...], ...]
-    """[world][count]."""
+    ranks: Sequence[tuple[MicroStep, ...]]
+    """[world][count]. A plan makes a rank's when it is asked for: a rank needs its own, and thousands of objects a step less."""
 
     def digest(self) -> str:
         """Hash over everything a rank will do in this step: equal on all ranks, or the run must stop."""

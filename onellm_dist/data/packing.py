@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 ENOUGH = 1.05
 """A fullest micro-batch of at most this many times the mean cost is balanced enough to stop looking."""
-ONE_BY_ONE = 1024
+ONE_BY_ONE = 512
 """Samples of a step, the smallest ones, that are placed one by one."""
 EXTRA_ROUNDS = 2
 """How many more micro-steps a rank may be tried for better balance, once the caps hold."""
@@ -54,8 +54,8 @@ def too_large(loads: Loads, caps: Caps) -> int | None:
     return int(over[0]) if over.size else None
 
 
-def pack(loads: Loads, caps: Caps, world: int) -> list[list[list[int]]]:
-    """Deals the samples: [world][micro-steps] lists of indices, each ascending; no sample may be larger than a cap.
+def pack(loads: Loads, caps: Caps, world: int) -> list[list[Ints]]:
+    """Deals the samples: [world][micro-steps] arrays of indices, each ascending; no sample may be larger than a cap.
 
     In each micro-step the ranks get neighbours in cost (they wait for each other there), the costliest micro-step first,
     so that a lack of memory shows at once; the ranks' turns alternate, which evens out their totals.
@@ -63,17 +63,14 @@ def pack(loads: Loads, caps: Caps, world: int) -> list[list[list[int]]]:
     bins, owner = _best_bins(loads, caps, world)
     cost = np.bincount(owner, weights=loads.cost, minlength=bins).astype(np.int64)
     order = np.argsort(-cost, kind="stable")
-    ranked = np.empty(bins, dtype=np.int64)
-    ranked[order] = np.arange(bins)
-    members: list[list[int]] = [[] for _ in range(bins)]
-    for sample, slot in enumerate(ranked[owner].tolist()):
-        members[slot].append(sample)
-    count = bins // world
-    dealt: list[list[list[int]]] = [[] for _ in range(world)]
-    for micro in range(count):
-        turn = members[micro * world : (micro + 1) * world]
-        for rank, samples in enumerate(turn if micro % 2 == 0 else reversed(turn)):
-            dealt[rank].append(samples)
+    by_bin = np.argsort(owner, kind="stable")  # the samples of bin 0, of bin 1, ...; ascending in each
+    ends = np.cumsum(np.bincount(owner, minlength=bins))
+    members = np.split(by_bin, ends[:-1])
+    dealt: list[list[Ints]] = [[] for _ in range(world)]
+    for micro in range(bins // world):
+        turn = order[micro * world : (micro + 1) * world].tolist()
+        for rank, number in enumerate(turn if micro % 2 == 0 else reversed(turn)):
+            dealt[rank].append(members[number])
     return dealt
 
 
@@ -130,7 +127,7 @@ def _fill(loads: Loads, caps: Caps, bins: int) -> Ints | None:
         used.cost[targets] += loads.cost[items]
     for item in order[owner[order] < 0].tolist():
         no_room = (used.llm > caps.llm - loads.llm[item]) | (used.encoder > caps.encoder - loads.encoder[item])
-        target = int(np.argmin(np.where(no_room, _FULL, used.cost)))
+        target = int(np.where(no_room, _FULL, used.cost).argmin())
         if no_room[target]:
             return None
         owner[item] = target

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +41,42 @@ class _Batch(NamedTuple):
     text_tokens: Ints
     supervised_tokens: Ints
 
-    def refs(self) -> tuple[SampleRef, ...]:
-        return tuple(map(SampleRef._make, zip(*(column.tolist() for column in self), strict=True)))
+    def refs(self, members: Ints | None = None) -> tuple[SampleRef, ...]:
+        """The samples, or those at the indices `members`."""
+        chosen = self if members is None else [column[members] for column in self]
+        return tuple(map(SampleRef._make, zip(*(column.tolist() for column in chosen), strict=True)))
+
+
+class _Ranks(Sequence[tuple[MicroStep, ...]]):
+    """[world][count] micro-steps, each rank's made when first asked for."""
+
+    def __init__(self, step: int, divisor: int, batch: _Batch, dealt: Sequence[Sequence[Ints]]) -> None:
+        self._step, self._divisor, self._batch, self._dealt = step, divisor, batch, dealt
+        self._made: dict[int, tuple[MicroStep, ...]] = {}
+
+    def __len__(self) -> int:
+        return len(self._dealt)
+
+    @overload
+    def __getitem__(self, rank: int) -> tuple[MicroStep, ...]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> tuple[tuple[MicroStep, ...], ...]: ...
+    def __getitem__(self, rank: int | slice) -> tuple[MicroStep, ...] | tuple[tuple[MicroStep, ...], ...]:
+        if isinstance(rank, slice):
+            return tuple(self[r] for r in range(len(self))[rank])
+        rank = range(len(self))[rank]
+        if rank not in self._made:
+            packs = self._dealt[rank]
+            self._made[rank] = tuple(
+                MicroStep(self._step, rank, index, len(packs), self._batch.refs(members), self._divisor)
+                for index, members in enumerate(packs)
+            )
+        return self._made[rank]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class Plan:
@@ -191,16 +225,11 @@ class Plan:
         llm = llm_tokens(batch.text_tokens, self._run_count[batch.dataset])
         loads = Loads(llm, self._encoder_tokens[batch.dataset], self._costs.samples(self._media_cost[batch.dataset], llm))
         caps = Caps(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
-        refs = batch.refs()
         over = too_large(loads, caps)
         if over is not None:
-            raise self._too_large(refs[over], int(loads.llm[over]), int(loads.encoder[over]))
+            raise self._too_large(batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over]))
         divisor = max(1, int(batch.supervised_tokens.sum()))
-        ranks = tuple(
-            tuple(MicroStep(step, rank, index, len(packs), tuple(refs[i] for i in members), divisor) for index, members in enumerate(packs))
-            for rank, packs in enumerate(pack(loads, caps, world))
-        )
-        return StepPlan(step, divisor, ranks)
+        return StepPlan(step, divisor, _Ranks(step, divisor, batch, pack(loads, caps, world)))
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
         key, size, cap = (
