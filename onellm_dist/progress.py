@@ -131,7 +131,7 @@ class Progress(Generic[T]):
 @overload
 def progress(
     work: int | None, description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS
-) -> Progress[None]: ...
+) -> Progress[Any]: ...
 @overload
 def progress(
     work: Iterable[T], description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from onellm_dist.errors import UsageError
+from onellm_dist.errors import EXIT_DONE, UsageError
 from onellm_dist.shards import sources as sources_folder
+from onellm_dist.shards.adopt import index_path
+from onellm_dist.shards.naming import dataset_name, parse_modalities
 from onellm_dist.shards.sources.base import BuildReport, Source
 from onellm_dist.shards.staging import QUARANTINE, staged
 
@@ -74,7 +75,7 @@ def build_dataset(
         raise UsageError(f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more.")
     complete = _complete_options(kind, options)
     if complete.get("name", "") is None:
-        complete["name"] = re.sub(r"[^\w.-]", "_", Path(out).resolve().name)
+        complete["name"] = dataset_name(Path(out))
     with staged(Path(out), overwrite=overwrite) as folder:
         report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
     return report if report is not None else BuildReport(0)
@@ -126,6 +127,61 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
         workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, **options,
     )  # fmt: skip
     return out, report
+
+
+def build_command(source: str, paths: list[Path], options: list[str], *, workers: int, seed: int, overwrite: bool) -> int:
+    """`onellm shards build`: SOURCE [IN] OUT with `key=value` options, or a dataset recipe (YAML) alone.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        OneLLMError: as `build_dataset`.
+    """
+    if source.endswith((".yaml", ".yml")):
+        places = dict(zip(("out", "inputs"), reversed(paths), strict=False))
+        out, report = build_recipe(Path(source), overwrite=overwrite, **places, **_pairs(options))
+    else:
+        kind = get_source(source)
+        if "help" in options:
+            print(options_help(kind))
+            return EXIT_DONE
+        expected = 2 if kind.needs_input else 1
+        if len(paths) != expected:
+            raise UsageError(
+                f"source {source!r} takes {'IN and OUT' if kind.needs_input else 'OUT alone'}, and {len(paths)} paths were given.",
+                "it is not clear what is read and what is written.",
+                f"onellm shards build {source} {'IN OUT' if kind.needs_input else 'OUT'}",
+            )
+        out, inputs = paths[-1], paths[0] if kind.needs_input else None
+        report = build_dataset(source, inputs, out, workers=workers, seed=seed, overwrite=overwrite, **_pairs(options))
+    print(summary(report, out))
+    return EXIT_DONE
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    for option in options:
+        if "=" not in option:
+            raise UsageError(
+                f"option {option!r} is no key=value.", "its value is not known.", "write -o key=value; -o help lists the keys."
+            )
+    return dict(option.split("=", 1) for option in options)
+
+
+def options_help(source: Source) -> str:
+    """A source's options, a line each."""
+    lines = [f"{source.name}: {source.summary}", *(f"  {n}={o.default}  ({o.kind.__name__}) {o.help}" for n, o in source.options.items())]
+    return "\n".join(lines)
+
+
+def index_command(paths: list[Path], modalities: list[str]) -> int:
+    """`onellm shards index`: indexes tars and folders of tars. Returns the exit code."""
+    wanted = parse_modalities(",".join(modalities)) if modalities else None
+    for path in paths:
+        done = index_path(path, modalities=wanted)
+        where = f"; it is a dataset now ({done.manifest})" if done.manifest else "; to train from it, index its folder"
+        print(f"{path}: {done.tars} tar{'s' if done.tars != 1 else ''}, {done.samples} samples indexed{where}")
+    return EXIT_DONE
 
 
 def summary(report: BuildReport, out: Path) -> str:

@@ -41,8 +41,8 @@ class ShardInfo:
 
     @property
     def name(self) -> str:
-        """The tar's name without `.tar`: the shard's name in sample ids."""
-        return PurePosixPath(self.path).name.removesuffix(".tar")
+        """The shard's name in sample ids: its path without `shards/` and `.tar`, so that no two shards have the same."""
+        return self.path.removeprefix(f"{SHARD_FOLDER}/").removesuffix(".tar")
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,22 @@ class ShardIndex:
             )
         }  # fmt: skip
 
+    def kinds(self) -> dict[frozenset[str], tuple[int, int]]:
+        """The sets of extensions that samples have -> (how many have it, the first such row)."""
+        c = self._columns
+        counts = np.diff(c["first_part"])
+        width = int(counts[0]) if self.samples else 0
+        if width and (counts == width).all():
+            table = c["part_extension"].reshape(self.samples, width)
+            if (table == table[0]).all():  # nearly every shard: all samples alike
+                return {frozenset(self.extensions[e] for e in table[0].tolist()): (self.samples, 0)}
+        found: dict[frozenset[str], tuple[int, int]] = {}
+        for row in range(self.samples):
+            kind = frozenset(self.parts(row))
+            count, first = found.get(kind, (0, row))
+            found[kind] = (count + 1, first)
+        return found
+
     def text_bytes(self, row: int) -> int:
         """UTF-8 bytes of the sample's text (see `text_length`)."""
         return int(self._columns["text_bytes"][self._row(row)])

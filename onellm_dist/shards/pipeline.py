@@ -262,7 +262,7 @@ class TooManyFailures(OneLLMError):
             f"{len(bad)} of {total} samples are bad, more than max_failures={max_failures:g} allows:\n{shown}"
             + (f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""),
             "so many failures mean a wrong input rather than a few broken files; nothing was built.",
-            "repair them (all are listed in OUT.quarantine.jsonl), or raise --max-failures.",
+            "repair them (all are listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
         )
 
     def __reduce__(self) -> tuple[type[TooManyFailures], tuple[tuple[Quarantined, ...], int, float]]:  # type: ignore[override]

@@ -10,9 +10,10 @@ import random
 from pathlib import Path
 
 from onellm_dist.errors import UsageError
+from onellm_dist.shards.naming import parse_modalities
 from onellm_dist.shards.pipeline import Candidate, TooManyFailures, write_quarantine, write_samples
 from onellm_dist.shards.sources.base import BuildReport, Option, Source
-from onellm_dist.shards.sources.folder_files import parse_modalities, side_file_candidates
+from onellm_dist.shards.sources.folder_files import side_file_candidates
 from onellm_dist.shards.sources.folder_tables import find_table, table_candidates
 from onellm_dist.shards.staging import QUARANTINE
 from onellm_dist.shards.writer import MAX_BYTES, MAX_SAMPLES, DatasetWriter
@@ -30,7 +31,7 @@ def find_candidates(
     if captions is not None and not captions.is_file() and (inputs / captions).is_file():
         captions = inputs / captions
     if captions is not None and not captions.is_file():
-        raise UsageError(f"{captions}: there is no such table.", "captions cannot be read.", "check --captions.")
+        raise UsageError(f"{captions}: there is no such table.", "captions cannot be read.", "check the option captions.")
     root = inputs if inputs.is_dir() else inputs.parent
     table = captions or (find_table(inputs) if inputs.is_dir() else inputs)
     if table is not None:
@@ -38,10 +39,11 @@ def find_candidates(
     else:
         found = side_file_candidates(inputs, wanted)
     if not found[1]:
+        ignored = f" ({'; '.join(found[2])})" if found[2] else ""
         raise UsageError(
-            f"{inputs}: no samples found{' of modality ' + modality if modality else ''}{' (' + '; '.join(found[2]) + ')' if found[2] else ''}.",
+            f"{inputs}: no samples{f' of modality {modality}' if modality else ''} found{ignored}.",
             "there is nothing to build from.",
-            "put captions beside the media (cat.jpg + cat.txt), or name a table: --captions FILE.",
+            "put captions beside the media (cat.jpg + cat.txt), or name a table: -o captions=FILE.",
         )
     return found
 

@@ -14,8 +14,9 @@ from typing import Any
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format import TEXT_EXTENSIONS
+from onellm_dist.shards.naming import infer_modalities, safe_key, slots_of, split_file_name
 from onellm_dist.shards.pipeline import Candidate
-from onellm_dist.shards.sources.folder_files import infer_modalities, safe_key, select_parts, slots_of, split_file_name
+from onellm_dist.shards.sources.folder_files import select_parts
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "title", "label")
@@ -157,7 +158,7 @@ def find_table(root: Path) -> Path | None:
         raise UsageError(
             f"{root} has {len(tables)} tables: {', '.join(p.name for p in tables)}.",
             "each names samples, and they may be the same ones.",
-            "say which: --captions FILE.",
+            "say which: -o captions=FILE.",
         )
     return tables[0] if tables else None
 
@@ -252,13 +253,13 @@ def _require_columns(table: Path, names: set[str], columns: Columns, wanted: tup
         raise UsageError(
             f"{table}: no column names a file (columns: {shown}).",
             "media cannot be found.",
-            f"name it one of {', '.join(FILE_COLUMNS)}, or after a modality; or give --file-column.",
+            f"name it one of {', '.join(FILE_COLUMNS)}, or after a modality; or give -o file_column=NAME.",
         )
     if columns.caption not in names and "conversations" not in names:
         raise UsageError(
             f"{table}: no column holds captions (columns: {shown}).",
             "a sample without text teaches nothing.",
-            f"name it one of {', '.join(CAPTION_COLUMNS)}, or `conversations`; or give --caption-column.",
+            f"name it one of {', '.join(CAPTION_COLUMNS)}, or `conversations`; or give -o caption_column=NAME.",
         )
 
 
