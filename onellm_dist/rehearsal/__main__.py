@@ -1,0 +1,29 @@
+"""`python -m onellm_dist.rehearsal --out real_run` (= `make rehearse-real`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from onellm_dist.errors import OneLLMError
+from onellm_dist.rehearsal.run import run_rehearsal
+
+
+def main() -> int:
+    """Parse the arguments and run; errors that a user can mend are three lines."""
+    parser = argparse.ArgumentParser(prog="python -m onellm_dist.rehearsal", description="The whole path on real media and a real LLM.")
+    parser.add_argument("--out", type=Path, default=Path("real_run"), help="folder of the rehearsal (default: real_run)")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks (default: 2)")
+    parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (default: 24)")
+    given = parser.parse_args()
+    try:
+        return run_rehearsal(given.out, steps=given.steps, ranks=given.ranks, new_tokens=given.new_tokens)
+    except OneLLMError as error:
+        print(f"rehearsal: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
