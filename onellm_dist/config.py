@@ -75,7 +75,7 @@ class DataSection(Section):
     pack_encoder_tokens: PositiveInt = 16384
     """Most encoder tokens of a micro-batch."""
     text_format: Literal["caption", "conversation"] = "caption"
-    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt format, answers supervised."""
+    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference prompt format, answers supervised."""
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
     augment: bool = True
