@@ -67,8 +67,8 @@ def train(
 
 @shards_app.command("build")
 def shards_build(
-    source: Annotated[str, typer.Argument(help="toyworld, or folder (media with captions in .txt files or a CSV/TSV/JSONL).")],
-    paths: Annotated[list[Path], typer.Argument(help="OUT for toyworld; IN OUT for the others.", metavar="[IN] OUT")],
+    source: Annotated[str, typer.Argument(help="toyworld, folder (media with captions), or a dataset recipe (YAML).")],
+    paths: Annotated[list[Path] | None, typer.Argument(help="OUT for toyworld, IN OUT for folder.", metavar="[IN] OUT")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value of the source; --option help lists them.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the bytes written.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
@@ -81,7 +81,7 @@ def shards_build(
     """
     from onellm_dist.shards.build import build_command
 
-    raise typer.Exit(build_command(source, paths, option or [], workers=workers, seed=seed, overwrite=overwrite))
+    raise typer.Exit(build_command(source, paths or [], option or [], workers=workers, seed=seed, overwrite=overwrite))
 
 
 @shards_app.command("index")
@@ -124,7 +124,10 @@ def convert_reference(
     """
     from onellm_dist.convert.reference import convert_reference as run
 
-    run(checkpoint, out, tokenizer=tokenizer, encoder_heads=encoder_heads, upm_heads=upm_heads, llm_heads=llm_heads)
+    done = run(checkpoint, out, tokenizer=tokenizer, encoder_heads=encoder_heads, upm_heads=upm_heads, llm_heads=llm_heads)
+    print(f"{out}: {done.parameters:,} parameters; {len(done.ignored)} keys of CLIP's unused text tower left out")
+    if not done.tokenizer:
+        print(f"{out} has no tokenizer: give --tokenizer to make it a whole onellm directory (onellm generate needs one)")
 
 
 def _generate(
