@@ -44,9 +44,17 @@ def main() -> int:
         print(json.dumps(measure(arguments.one)))
         return 0
     print(f"global batch {GLOBAL_BATCH}, {WORLD} ranks, {STEPS} steps; in brackets: the part of the limit that was used")
-    print(
-        f"{'samples':>11} {'shards':>7} {'open s':>14} {'MB':>12} {'plan ms':>9} {'99%':>13} {'CPU 99%':>8} {'fullest/mean':>13} micro-steps"
+    columns = (
+        ("samples", 11),
+        ("shards", 7),
+        ("open s", 14),
+        ("MB", 12),
+        ("plan ms", 9),
+        ("99%", 13),
+        ("CPU 99%", 8),
+        ("fullest/mean", 13),
     )
+    print(" ".join(f"{name:>{width}}" for name, width in columns), "micro-steps")
     met = True
     for samples in arguments.samples:
         with tempfile.TemporaryDirectory() as folder:
