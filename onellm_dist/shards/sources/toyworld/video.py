@@ -44,10 +44,16 @@ def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
 
 
 def mp4(film: np.ndarray, rate: int) -> bytes:
-    """[T, H, W, 3] uint8 as an H.264 mp4. One thread and no time of day: equal frames give equal bytes."""
+    """[T, H, W, 3] uint8 as an H.264 mp4; equal frames give equal bytes.
+
+    For that: one thread, no time of day, and no B-frames and lookahead (with them, x264 in PyAV 18.1 gave other bytes for
+    one video in a hundred when the process was started again).
+    """
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "crf": "18", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=rate, options={"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = film.shape[2], film.shape[1], "yuv420p"
         stream.time_base = Fraction(1, rate)
         for number, picture in enumerate(film):
