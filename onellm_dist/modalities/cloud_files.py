@@ -127,7 +127,8 @@ def _records(body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, i
     if len(body) < count * record.itemsize:
         raise ValueError(f"{len(body)} bytes where the header says {count} x {record.itemsize}")
     table = np.frombuffer(body, record, count)
-    return {name: table[name] for name in record.names or ()}
+    # Of a field with several values a point (PCD padding, histograms) the first stands for it: no such field is used.
+    return {name: table[name] if table[name].ndim == 1 else table[name][:, 0] for name in record.names or ()}
 
 
 def _read_pcd(data: bytes) -> Fields:

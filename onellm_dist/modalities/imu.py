@@ -89,7 +89,8 @@ class ImuModality(Modality):
             )
         signal = resample(raw.signal, raw.rate, RATE)[:, :SAMPLES]
         out = torch.zeros(self.value_shape)
-        out[:, : signal.shape[1]] = torch.from_numpy(signal.astype(np.float32))
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            out[:, : signal.shape[1]] = torch.from_numpy(signal.astype(np.float32))
         if not torch.isfinite(out).all():
             raise SampleError(
                 "the signal is too large for fp32", "it would make the gradients of the whole step NaN.", "give it in m/s^2 and rad/s."

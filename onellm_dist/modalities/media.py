@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
 
-_FORMATS = "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr,m4v,h264,hevc"
+_FORMATS = "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr"
 """Containers FFmpeg may guess. Playlists (hls, concat, dash) are not among them: a sample must not open files or addresses."""
+
+_SEEKABLE = {"mov", "mp4", "matroska", "webm", "flv"}
+"""Those of them that store presentation times (AVI has none: of B-frames it tells the wrong ones) and seek by them."""
 
 
 @contextmanager
@@ -59,21 +62,45 @@ class FrameTable:
         times: presentation times of all frames, ascending, in the stream's time base; or just 0, 1, 2 ... (`counted`).
         keys: those of the key frames, ascending.
         rate: mean frames per second.
-        counted: packets carry no times of their own (XviD in AVI, raw streams): frames are told by their number.
+        counted: the container has no dependable times to seek by: frames are told by their number, decoding all before them.
     """
 
     times: tuple[int, ...]
     keys: tuple[int, ...]
     rate: float
-    counted: bool = False
+    counted: bool
 
 
-def frame_table(container: InputContainer) -> FrameTable:
-    """The table of the first video stream; packets are only read for it, not decoded.
+def read_frames(part: Part, choose: Callable[[int, float], Sequence[int]]) -> tuple[list[np.ndarray], list[float]]:
+    """Some frames of a video, [H, W, 3] uint8 RGB upright, and when they are shown (their number over the mean rate).
+
+    Args:
+        choose: number of frames and frames per second to the wanted indices; a repeated one gives the same array again.
 
     Raises:
-        ValueError: no frames, or no frame rate.
+        SampleError: no readable video, or one of the frames cannot be decoded.
     """
+    with open_media(part, "video") as container:
+        table = _frame_table(container)
+        indices = choose(len(table.times), table.rate)
+        wanted = sorted({table.times[i] for i in indices})
+        if not table.counted:
+            found = _seek_frames(container, table, wanted)
+    if table.counted:
+        with open_media(part, "video") as container:  # from the start again: some of these containers cannot seek
+            found = _count_frames(container, wanted)
+    missing = [t for t in wanted if t not in found]
+    if missing:
+        raise SampleError(
+            f".{part.extension}: frame {table.times.index(missing[0])} of {len(table.times)} cannot be decoded",
+            "the model needs it; another one in its place would be a guess.",
+            "download or encode the video again, or drop the sample.",
+        )
+    return [found[table.times[i]] for i in indices], [i / table.rate for i in indices]
+
+
+def _frame_table(container: InputContainer) -> FrameTable:
+    """The table of the first video stream; packets are only read for it, not decoded."""
     stream = container.streams.video[0]
     times: list[int | None] = []
     keys: list[int] = []
@@ -86,35 +113,42 @@ def frame_table(container: InputContainer) -> FrameTable:
     if not times or not rate:
         raise ValueError(f"{len(times)} frames at {rate} frames a second")
     known = sorted({t for t in times if t is not None})
-    if len(known) != len(times):
-        return FrameTable(tuple(range(len(times))), (0,), float(rate), counted=True)
-    return FrameTable(tuple(known), tuple(sorted(keys)), float(rate))
+    if not _SEEKABLE & set(container.format.name.split(",")) or len(known) != len(times):
+        return FrameTable(tuple(range(len(times))), (), float(rate), counted=True)
+    return FrameTable(tuple(known), tuple(sorted(keys)), float(rate), counted=False)
 
 
-def frames_at(container: InputContainer, table: FrameTable, times: list[int]) -> dict[int, np.ndarray]:
-    """The frames of these times (ascending, out of `table.times`), [H, W, 3] uint8 RGB upright, decoding as little as possible.
-
-    Raises:
-        ValueError: a frame cannot be decoded.
-    """
+def _seek_frames(container: InputContainer, table: FrameTable, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """The frames at these times, ascending; from the last key frame before each where that is further on."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # workers are the parallelism
     found: dict[int, np.ndarray] = {}
-    decoder: Iterator[tuple[int, VideoFrame]] | None = None
+    decoder: Iterator[VideoFrame] | None = None
     at = 0
-    for time in times:
+    for time in wanted:
         key = max((k for k in table.keys if k <= time), default=table.times[0])
         if decoder is None or key > at:
-            container.seek(0 if table.counted else key, stream=stream, backward=True)
-            frames = container.decode(stream)
-            decoder = enumerate(frames) if table.counted else ((f.pts, f) for f in frames if f.pts is not None)
-        for at, frame in decoder:
-            if at >= time:
-                if at == time:
+            container.seek(key, stream=stream, backward=True)
+            decoder = container.decode(stream)
+        for frame in decoder:
+            if frame.pts is not None and frame.pts >= time:
+                at = frame.pts
+                if at == time and not frame.is_corrupt:
                     found[time] = _upright(frame)
                 break
-        if time not in found:
-            raise ValueError(f"frame {table.times.index(time)} of {len(table.times)} cannot be decoded")
+    return found
+
+
+def _count_frames(container: InputContainer, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """The frames of these numbers."""
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1
+    found: dict[int, np.ndarray] = {}
+    for number, frame in enumerate(container.decode(stream)):
+        if number in wanted and not frame.is_corrupt:
+            found[number] = _upright(frame)
+        if number >= wanted[-1]:
+            break
     return found
 
 

@@ -93,8 +93,9 @@ class PointModality(Modality):
                 "drop the sample, or sample its surface more densely.",
             )
         cloud = raw if len(raw) == POINTS else raw[_rows_to_keep(len(raw), rng if train else None)]
-        centred = cloud[:, :3] - cloud[:, :3].mean(0)
-        radius = float(np.sqrt((centred**2).sum(1)).max())
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+            centred = cloud[:, :3] - cloud[:, :3].mean(0)
+            radius = float(np.sqrt((centred**2).sum(1)).max())
         if not np.isfinite(radius) or radius == 0:
             raise SampleError(
                 f"a cloud of {len(raw)} points with the radius {radius}",

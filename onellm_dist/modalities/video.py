@@ -13,7 +13,7 @@ from PIL import Image
 
 from onellm_dist.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.media import frame_table, frames_at, open_media
+from onellm_dist.modalities.media import read_frames
 from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD, PATCHES, SIDE, beside, thumbnail
 
 CLIPS, CROPS = 5, 3
@@ -52,11 +52,7 @@ class VideoModality(Modality):
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Clip:
         """The first frame of each of 5 one-second clips that are spread evenly over the video."""
         part = parts["video"]
-        with open_media(part, "video") as container:
-            table = frame_table(container)
-            indices = clip_starts(len(table.times), table.rate)
-            found = frames_at(container, table, sorted({table.times[i] for i in indices}))
-        frames = tuple(found[table.times[i]] for i in indices)
+        frames, seconds = read_frames(part, clip_starts)
         height, width = frames[0].shape[:2]
         if any(f.shape != frames[0].shape for f in frames) or max(height, width) > _WIDEST * min(height, width):
             raise SampleError(
@@ -64,7 +60,7 @@ class VideoModality(Modality):
                 f"frames must have one size, and a shape of at most {_WIDEST} : 1.",
                 "encode the video again at one size, or drop the sample.",
             )
-        return Clip(frames, tuple(i / table.rate for i in indices))
+        return Clip(tuple(frames), tuple(seconds))
 
     def transform(self, raw: Clip, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[15, 3, 224, 224]: the frames in order, each as three crops along its long side."""
@@ -83,8 +79,8 @@ class VideoModality(Modality):
         return None
 
     def preview(self, raw: Clip) -> Image.Image:
-        """The five frames as a strip, about 448 pixels wide for an upright picture and more for a wide one."""
-        return beside([thumbnail(Image.fromarray(f), 128) for f in raw.frames])
+        """The five frames as a strip, 446 pixels wide where frames are wide."""
+        return beside([thumbnail(Image.fromarray(f), 86) for f in raw.frames])
 
 
 def clip_starts(total: int, rate: float) -> list[int]:

@@ -1,0 +1,197 @@
+"""IMU windows and fMRI vectors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from making_media import npy
+from safetensors.torch import load_file
+
+from onellm_dist.errors import SampleError
+from onellm_dist.modalities import Part, get_modality
+
+PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+IMU, FMRI = get_modality("imu"), get_modality("fmri")
+RNG = np.random.default_rng(0)
+WINDOW = {"window_start": 1.0, "window_end": 3.0}
+
+
+def motion(samples: int, rate: float = 200.0) -> np.ndarray:
+    at = np.arange(samples) / rate
+    return np.stack([np.sin(2 * np.pi * (c + 1) * at) + c for c in range(6)])
+
+
+def values(parts: dict[str, Part], meta: dict | None = None) -> torch.Tensor:
+    return IMU.transform(IMU.decode(parts, meta or {}), train=True, rng=RNG)
+
+
+def timed(signal: np.ndarray, times: np.ndarray) -> dict[str, Part]:
+    return {"imu": npy(signal), "timestamps": npy(times, "timestamps.npy")}
+
+
+def test_a_window_is_the_references() -> None:
+    got = values(timed(PARITY["imu.signal_6xN"].numpy(), PARITY["imu.timestamps_ms"].numpy()), WINDOW)
+    torch.testing.assert_close(got, PARITY["imu.win0"].float(), atol=0, rtol=0)
+
+
+def test_a_ready_window_needs_nothing_else() -> None:
+    signal = motion(400)
+    got = values({"imu": npy(signal)}, {"window_start": 512.0, "window_end": 514.0, "caption": "..."})
+    assert got.shape == (6, 400) and got.dtype == torch.float32
+    np.testing.assert_array_equal(got, signal.astype(np.float32))
+
+
+@pytest.mark.parametrize("samples", [10, 399, 401, 440])
+def test_nearly_two_seconds_are_cut_or_filled(samples: int) -> None:
+    got = values({"imu": npy(motion(samples))})
+    np.testing.assert_array_equal(got[:, : min(samples, 400)], motion(samples)[:, :400].astype(np.float32))
+    assert (got[:, samples:] == 0).all()
+
+
+@pytest.mark.parametrize("rate", [50, 100, 197, 400])
+def test_other_rates_are_resampled(rate: int) -> None:
+    times = np.arange(rate * 5) * 1000 / rate
+    got = values(timed(motion(rate * 5, rate), times), WINDOW).numpy()
+    at = 1 + np.arange(400) / 200
+    middle = slice(60, 340)  # the window is zero outside itself: its edges ring
+    for channel in range(6):
+        expected = np.sin(2 * np.pi * (channel + 1) * at) + channel
+        assert np.abs(got[channel, middle] - expected[middle]).max() < 0.05 * (channel + 1)
+
+
+def test_the_window_is_half_open() -> None:
+    signal = np.arange(2000.0)[None].repeat(6, 0)
+    got = values(timed(signal, np.arange(2000) * 5.0), WINDOW)
+    assert got[0, 0] == 200 and got[0, -1] == 599
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"window_start": 1.0, "window_end": 3.6}, "2 s long"),
+        ({"window_start": 1.0, "window_end": 1.0}, "2 s long"),
+        ({"window_start": 9.0, "window_end": 11.0}, "beyond"),
+        ({"window_start": 1.0}, "window_end"),
+        ({"window_start": "1", "window_end": 3.0}, "window_start"),
+        ({"window_start": True, "window_end": 3.0}, "window_start"),
+        ({"window_start": float("nan"), "window_end": 3.0}, "window_start"),
+        ({}, "no window"),
+    ],
+)
+def test_bad_windows_are_refused(meta: dict, message: str) -> None:
+    with pytest.raises(SampleError, match=message):
+        values(timed(motion(2000), np.arange(2000) * 5.0), meta)
+
+
+def test_gaps_are_refused() -> None:
+    times = np.concatenate([np.arange(100) * 5.0, 20_000 + np.arange(100) * 5.0])
+    with pytest.raises(SampleError, match="away"):
+        values(timed(motion(200), times), {"window_start": 8.0, "window_end": 10.0})
+    with pytest.raises(SampleError, match="samples"):
+        values(timed(motion(200), times), {"window_start": 17.5, "window_end": 19.5})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"imu": npy(motion(401).T)},
+        {"imu": npy(np.zeros(400))},
+        {"imu": npy(motion(9))},
+        {"imu": npy(motion(2000))},
+        {"imu": npy(np.full((6, 400), np.inf))},
+        {"imu": npy(motion(400) * 1e300)},
+        timed(motion(400), np.arange(399) * 5.0),
+        timed(motion(400), np.zeros(400)),
+        timed(motion(400), -np.arange(400) * 5.0),
+        timed(motion(400), np.full(400, np.nan)),
+    ],
+)
+def test_bad_recordings_are_refused(parts: dict[str, Part]) -> None:
+    with pytest.raises(SampleError):
+        values(parts)
+
+
+def ego4d_csv(samples: int, *, skip: int = 0) -> str:
+    """Ego4D's columns, gyroscope first; the first `skip` rows lie outside the video."""
+    lines = ["component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"]
+    for i in range(samples):
+        canonical = "" if i < skip else (i - skip) * 5.0
+        lines.append(f"0,{i * 5.0},{canonical}," + ",".join(str(v) for v in (i + 0.4, i + 0.5, i + 0.6, i + 0.1, i + 0.2, i + 0.3)))
+    return "\n".join(lines) + "\n"
+
+
+def test_an_ego4d_csv_gives_accelerometer_then_gyroscope() -> None:
+    got = values({"imu": Part("csv", ego4d_csv(1000, skip=30).encode())}, WINDOW)
+    np.testing.assert_allclose(got[:, 0], 230 + np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), rtol=1e-6)
+
+
+def test_a_csv_without_times_is_a_ready_window() -> None:
+    text = "acc_x,acc_y,acc_z,gyr_x,gyr_y,gyr_z\n" + "1,2,3,4,5,6\n" * 400
+    assert values({"imu": Part("csv", text.encode())})[:, 100].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a,b,c\n1,2,3\n", "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3\n", "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3,4,5,x\n",
+     "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n" + "1,2,3,4,5,nan\n" * 400, "\x00\x01"],
+)  # fmt: skip
+def test_bad_csvs_are_refused(text: str) -> None:
+    with pytest.raises(SampleError):
+        values({"imu": Part("csv", text.encode())})
+
+
+def test_a_recording_given_by_hand_finds_its_times_and_window(tmp_path: Path) -> None:
+    (tmp_path / "walk.npy").write_bytes(npy(motion(2000)).data)
+    (tmp_path / "walk.timestamps.npy").write_bytes(npy(np.arange(2000) * 5.0).data)
+    (tmp_path / "walk.window.json").write_text(json.dumps(WINDOW))
+    got = values(IMU.parts_from_file(tmp_path / "walk.npy"))
+    np.testing.assert_array_equal(got, motion(2000)[:, 200:600].astype(np.float32))
+
+
+def test_fmri_repetitions_are_averaged() -> None:
+    scans = np.random.default_rng(0).normal(size=(3, 15724)).astype(np.float32)
+    got = FMRI.transform(FMRI.decode({"fmri": npy(scans)}, {}), train=True, rng=RNG)
+    assert got.shape == (1, 15724) and got.dtype == torch.float32
+    np.testing.assert_allclose(got[0], scans.mean(0), atol=1e-6)
+    one = FMRI.transform(FMRI.decode({"fmri": npy(scans[0])}, {}), train=False, rng=RNG)
+    np.testing.assert_array_equal(one[0], scans[0])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 15723)),
+        np.zeros((0, 15724)),
+        np.zeros((1, 3, 15724)),
+        np.float64(3.0),
+        np.full((1, 15724), np.nan),
+        np.full(15724, 1e300),
+    ],
+)
+def test_bad_fmri_is_refused(array: np.ndarray) -> None:
+    with pytest.raises(SampleError):
+        FMRI.decode({"fmri": npy(array)}, {})
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["<f4", ">f8", "<i2", "<f2"]), st.booleans())
+def test_every_numeric_npy_is_read(kind: str, fortran: bool) -> None:
+    scans = np.random.default_rng(0).integers(-9, 9, (2, 15724)).astype(kind)
+    got = FMRI.decode({"fmri": npy(np.asfortranarray(scans) if fortran else scans)}, {})
+    np.testing.assert_allclose(got, scans.astype(np.float64).mean(0), atol=1e-6)
+
+
+def test_pickled_and_lying_npy_files_are_refused() -> None:
+    good = npy(np.zeros(15724)).data
+    texts = npy(np.array(["a"] * 10)).data
+    objects = good.replace(b"<f8", b"|O ")
+    lying = good.replace(b"(15724,)", b"(99999,)")
+    for data in (objects, texts, lying, good[:-1], good + b"\0", good[:8], b"\x93NUMPY\x09\x00"):
+        with pytest.raises(SampleError, match="NumPy"):
+            FMRI.decode({"fmri": Part("npy", data)}, {})
