@@ -10,6 +10,7 @@ import itertools
 import json
 import mmap
 import os
+import struct
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ VERSION = 1
 SUFFIX = ".index"
 """The index of `x.tar` is `x.tar.index`."""
 _ALIGN = 64
+_FIXED = struct.Struct("<8sIIII")
+"""Magic, version, header bytes, the header's CRC-32, the columns' CRC-32."""
 
 
 class PartLocation(NamedTuple):
@@ -129,11 +132,10 @@ def pack_index(rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: st
         "extensions": extensions,
         "columns": places,
         "body_bytes": len(body),
-        "body_crc32": zlib.crc32(body),
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(16 + len(text)) % _ALIGN)
-    return MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text + bytes(body)
+    text += b" " * (-(_FIXED.size + len(text)) % _ALIGN)
+    return _FIXED.pack(MAGIC, VERSION, len(text), zlib.crc32(text), zlib.crc32(body)) + text + bytes(body)
 
 
 class ShardIndex:
@@ -147,32 +149,30 @@ class ShardIndex:
         self.path = path
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < 16:
+            if size < _FIXED.size:
                 raise _bad_index(path, f"it has {size} bytes, fewer than an index's header")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if self._map[:8] != MAGIC:
-            raise _bad_index(path, "it does not start with the bytes ONELLMIX")
-        version, length = int.from_bytes(self._map[8:12], "little"), int.from_bytes(self._map[12:16], "little")
+        magic, version, length, header_crc32, self._body_crc32 = _FIXED.unpack_from(self._map)
+        if magic != MAGIC:
+            raise _bad_index(path, f"it does not start with the bytes {MAGIC.decode()}")
         if version != VERSION:
             raise _bad_index(path, f"its version is {version}, this program reads {VERSION}")
-        try:
-            header = json.loads(self._map[16 : 16 + length])
-            self._read_header(header, 16 + length, size)
-        except (ValueError, KeyError, TypeError) as error:
-            raise _bad_index(path, f"its header is damaged ({type(error).__name__}: {error})") from error
+        self._body = _FIXED.size + length
+        text = self._map[_FIXED.size : self._body]
+        if zlib.crc32(text) != header_crc32:
+            raise _bad_index(path, "its header fails its CRC-32")
+        self._read_header(json.loads(text), size)
 
-    def _read_header(self, header: Mapping[str, Any], start: int, size: int) -> None:
+    def _read_header(self, header: Mapping[str, Any], size: int) -> None:
         self.samples: int = header["samples"]
         self.extensions: tuple[str, ...] = tuple(header["extensions"])
         self.tar_name: str = header["tar"]["name"]
         self.tar_bytes: int = header["tar"]["bytes"]
         self.tar_sha256: str = header["tar"]["sha256"]
-        self._body = start
-        self._body_crc32: int = header["body_crc32"]
-        if size != start + header["body_bytes"]:
-            raise _bad_index(self.path, f"it has {size} bytes where its header says {start + header['body_bytes']}")
+        if size != self._body + header["body_bytes"]:
+            raise _bad_index(self.path, f"it has {size} bytes where its header says {self._body + header['body_bytes']}")
         self._columns = {
-            name: np.frombuffer(self._map, dtype=c["dtype"], count=c["count"], offset=start + c["offset"])
+            name: np.frombuffer(self._map, dtype=c["dtype"], count=c["count"], offset=self._body + c["offset"])
             for name, c in header["columns"].items()
         }
 

@@ -133,7 +133,12 @@ class DatasetWriter:
                 f"{where}: no key of a WebDataset tar.", "readers would skip it or read another name.", "use plain relative names."
             )
         for extension in parts:
-            if split_name(f"{key}.{extension}") != (key, extension) or extension.startswith(("_", ".")) or not _printable(extension):
+            if (
+                not extension
+                or split_name(f"{key}.{extension}") != (key, extension)
+                or extension.startswith(("_", "."))
+                or not _printable(extension)
+            ):
                 raise SampleError(
                     f"{where}, part {extension!r}: a reader of the tar would not find it under this name.",
                     "a key has no dot behind its last slash; an extension is lower-case and starts with a letter or digit.",
