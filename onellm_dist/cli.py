@@ -180,7 +180,8 @@ def _with_modality_options(function: Any) -> Any:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Entry point of `onellm`: every error that a user can mend is three lines and the right exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-"):
+    wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")
+    if wanted and all(command.name != "generate" for command in app.registered_commands):
         app.command("generate")(_with_modality_options(_generate))
     try:
         app(arguments, prog_name="onellm")

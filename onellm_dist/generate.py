@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from onellm_dist.data.text import HEADER, STOP, TURN, TextEncoder
 from onellm_dist.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
-from onellm_dist.modalities import get_modality
+from onellm_dist.modalities import RUN_TOKENS, Part, get_modality
 
 if TYPE_CHECKING:
     import torch
@@ -95,8 +96,6 @@ def prompt_text(prompt: str, prompt_format: str) -> str:
     Raises:
         UsageError: an unknown format, or a conversation without a prompt.
     """
-    from onellm_dist.data.text import HEADER, STOP, TURN
-
     if prompt_format not in FORMATS:
         raise UsageError(f"--format {prompt_format}", "there is no such prompt format.", f"use one of: {', '.join(FORMATS)}.")
     if prompt_format == "raw" or (prompt_format == "auto" and not prompt):
@@ -202,8 +201,6 @@ def generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    from onellm_dist.modalities import RUN_TOKENS
-
     ids = prompt_ids(tokenizer, text).to(model.device)
     if missing := [name for name in values if name not in model.config.modalities]:
         raise UsageError(
@@ -238,9 +235,6 @@ def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """[1, S] int64 token ids of BOS and `text`, exactly as training encodes them."""
     import torch
 
-    from onellm_dist.data.text import TextEncoder
-    from onellm_dist.modalities import Part
-
     encoder = TextEncoder(tokenizer, "caption", sys.maxsize)
     ids, _ = encoder.encode({"txt": Part("txt", text.encode("utf-8"))})
     return torch.tensor([ids[:-1]])  # without the caption's EOS
@@ -252,8 +246,6 @@ class _StopString:
     TAIL_TOKENS = 8
 
     def __init__(self, tokenizer: Any) -> None:
-        from onellm_dist.data.text import STOP
-
         self.text, self.tokenizer = STOP, tokenizer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:

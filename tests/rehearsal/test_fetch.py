@@ -60,7 +60,8 @@ def test_a_debian_package_is_unpacked_without_being_installed(tmp_path: Path, mo
     subprocess.run(["dpkg-deb", "--build", str(tree), str(tmp_path / "tiny_1_all.deb")], check=True, capture_output=True)
     apt = tmp_path / "bin" / "apt-get"
     apt.parent.mkdir()
-    script = f'for name; do :; done\n[ "$name" = tiny ] || {{ echo "E: Unable to locate $name" >&2; exit 100; }}\ncp {tmp_path}/tiny_1_all.deb .\n'
+    known = f'[ "$name" = tiny ] && exec cp {tmp_path}/tiny_1_all.deb .'
+    script = f'for name; do :; done\n{known}\necho "E: Unable to locate $name" >&2\nexit 100\n'
     apt.write_text("#!/bin/sh\n" + script)
     apt.chmod(0o755)
     monkeypatch.setenv("PATH", f"{apt.parent}{os.pathsep}{os.environ['PATH']}")
