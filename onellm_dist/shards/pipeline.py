@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +26,8 @@ from onellm_dist.progress import progress
 from onellm_dist.shards.sources.base import Quarantined
 from onellm_dist.shards.writer import DatasetWriter
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+"""Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>"), which differ from run to run."""
 _CHUNK = 8
 """Candidates a worker gets at once."""
 _WINDOW = 4
@@ -168,7 +171,7 @@ def _prepare_chunk(chunk: Sequence[Candidate], modalities: Sequence[str], check:
         try:
             results.append(prepare(candidate, modalities, check))
         except SampleError as error:
-            results.append(error.what)
+            results.append(_ADDRESS.sub("", error.what))
     return results
 
 

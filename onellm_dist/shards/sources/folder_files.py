@@ -100,7 +100,7 @@ def _candidate(stem: str, files: Mapping[str, Path], modalities: Sequence[str], 
     where = str(next(iter((media or texts or files).values())))
     if clash is not None:
         problem = clash
-    elif modalities and not media:
+    elif modalities and files.keys() <= set(TEXT_EXTENSIONS):
         problem = "caption without media: no media file has this name"
     elif not texts:
         problem = f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
