@@ -1,0 +1,110 @@
+"""Packed attention against dense softmax, segment by segment."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packs import relative
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.model import attention
+from onellm_dist.model.attention import Segments, backend, llm_attention, packed_attention, varlen_attention
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lengths: list[int], k_lengths: list[int], causal: bool) -> torch.Tensor:
+    """[T, H, D] by one softmax a segment and a head."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    out = []
+    for a, b, c in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", a, b) / math.sqrt(q.shape[2])
+        if causal:
+            scores = scores.masked_fill(torch.ones(len(a), len(b), dtype=torch.bool).triu(1), -math.inf)
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("q_lengths", "k_lengths", "causal"),
+    [
+        ([7], [7], False),
+        ([7], [7], True),
+        ([5, 5, 5], [5, 5, 5], False),
+        ([5, 5, 5], [5, 5, 5], True),
+        ([3, 9, 1, 9, 40], [3, 9, 1, 9, 40], False),
+        ([3, 9, 1, 9, 40, 2, 17], [3, 9, 1, 9, 40, 2, 17], True),
+        ([4, 4, 4], [11, 11, 6], False),
+    ],
+)
+def test_equals_dense_attention(kv_heads: int, q_lengths: list[int], k_lengths: list[int], causal: bool) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(sum(q_lengths), 4, 8, requires_grad=True)
+    k, v = (torch.randn(sum(k_lengths), kv_heads, 8, requires_grad=True) for _ in range(2))
+    weight = torch.randn(sum(q_lengths), 4, 8)
+    ours = packed_attention(q, k, v, Segments.of(q_lengths, k_lengths, device=q.device), causal=causal)
+    ours_grad = torch.autograd.grad((ours * weight).sum(), (q, k, v))
+    reference = dense(q, k, v, q_lengths, k_lengths, causal)
+    reference_grad = torch.autograd.grad((reference * weight).sum(), (q, k, v))
+    assert relative(ours, reference) < 1e-6
+    assert all(relative(a, b) < 1e-5 for a, b in zip(ours_grad, reference_grad, strict=True))
+
+
+def test_an_empty_pack_stays_in_the_graph() -> None:
+    q, k, v = (torch.empty(0, 4, 8, requires_grad=True) for _ in range(3))
+    for causal in (False, True):
+        out = packed_attention(q, k, v, Segments.of([], device=q.device), causal=causal)
+        assert out.shape == (0, 4, 8)
+        assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [(0, 4, 8)] * 3
+
+
+def test_cumulative_lengths_say_the_same() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    cu = torch.tensor([0, 2, 9], dtype=torch.int32)
+    out = varlen_attention(q, k, v, cu_q=cu, cu_k=cu, max_q=7, max_k=7, causal=True, scale=0.5)
+    assert torch.equal(out, packed_attention(q, k, v, Segments.of([2, 7], device=q.device), causal=True, scale=0.5))
+    with pytest.raises(ValueError, match="longer than max_q=6"):
+        varlen_attention(q, k, v, cu_q=cu, cu_k=cu, max_q=6, max_k=7, causal=True)
+
+
+def test_causal_attention_needs_equal_lengths() -> None:
+    q, k = torch.randn(2, 1, 8), torch.randn(3, 1, 8)
+    with pytest.raises(ValueError, match="equal query and key lengths"):
+        packed_attention(q, k, k, Segments.of([2], [3], device=q.device), causal=True)
+
+
+@pytest.mark.parametrize("option", [{"sliding_window": 4}, {"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.ones(4)}])
+def test_llms_that_need_more_are_refused_rather_than_wrong(option: dict[str, object]) -> None:
+    q = torch.randn(1, 4, 6, 8)
+    with pytest.raises(OneLLMError, match="packed attention cannot do"):
+        llm_attention(SimpleNamespace(), q, q, q, None, segments=Segments.of([6], device=q.device), **option)  # type: ignore[arg-type]
+
+
+def test_a_window_longer_than_every_sequence_changes_nothing() -> None:
+    q = torch.randn(1, 4, 6, 8)
+    segments = Segments.of([6], device=q.device)
+    plain, _ = llm_attention(SimpleNamespace(), q, q, q, None, segments=segments)  # type: ignore[arg-type]
+    windowed, _ = llm_attention(SimpleNamespace(), q, q, q, None, segments=segments, sliding_window=6)  # type: ignore[arg-type]
+    assert torch.equal(plain, windowed)
+
+
+def test_the_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend.cache_clear()
+    name, reason = backend()
+    assert name in ("flash3", "flash2", "varlen", "sdpa")
+    assert reason
+    if not torch.cuda.is_available():
+        assert (name, "no CUDA device" in reason) == ("sdpa", True)
+        monkeypatch.setenv(attention.BACKEND_VARIABLE, "flash2")
+        backend.cache_clear()
+        with pytest.raises(UsageError, match="no CUDA device"):
+            backend()
+    monkeypatch.setenv(attention.BACKEND_VARIABLE, "fast")
+    backend.cache_clear()
+    with pytest.raises(UsageError, match="no attention backend"):
+        backend()
+    monkeypatch.undo()
+    backend.cache_clear()
