@@ -2,7 +2,9 @@
 
 `<dataset>/lengths/<fingerprint>/<shard>-<sha256 of its tar, 12 digits>.npy` is an [n, 2] array of unsigned integers: text
 tokens (BOS included) and supervised tokens of each row. A rebuilt shard or another tokenizer has another name, so a
-sidecar is never out of date; sidecars are written aside and renamed, so they are whole or absent.
+sidecar is never out of date; sidecars are written aside and renamed, so they are whole or absent. Where the dataset's
+folder is read-only they lie in the user's cache instead: `$ONELLM_CACHE` (or `$XDG_CACHE_HOME/onellm_dist`, or
+`~/.cache/onellm_dist`)`/lengths/<dataset>/<fingerprint>/`, which ranks on several machines must then share.
 """
 
 from __future__ import annotations
@@ -34,9 +36,23 @@ CACHE_BYTES = 256 << 20
 Pairs = NDArray[np.unsignedinteger]
 
 
+def sidecar_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
+    """Where lengths may lie for a `TextEncoder.fingerprint`: with the dataset, and in the user's cache."""
+    cache = os.environ.get("ONELLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"
+    return dataset.root / "lengths" / fingerprint, Path(cache) / "lengths" / dataset.name / fingerprint
+
+
 def sidecar_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
-    """Where the lengths of a shard lie for a `TextEncoder.fingerprint`."""
-    return dataset.root / "lengths" / fingerprint / f"{shard.name}-{shard.sha256[:12]}.npy"
+    """The sidecar of a shard, where it lies, or where it will be written."""
+    name = _sidecar_name(shard)
+    beside, cached = (folder / name for folder in sidecar_folders(dataset, fingerprint))
+    if beside.exists() or (os.access(dataset.root, os.W_OK) and not cached.exists()):
+        return beside
+    return cached
+
+
+def _sidecar_name(shard: ShardInfo) -> str:
+    return f"{shard.name}-{shard.sha256[:12]}.npy"
 
 
 class Lengths:
@@ -84,12 +100,11 @@ def _load(path: Path, shard: ShardInfo) -> Pairs:
 
 
 def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
-    """Shards without a sidecar (one directory read a dataset)."""
+    """Shards without a sidecar (two directory reads a dataset)."""
     missing = []
     for dataset in datasets:
-        folder = dataset.root / "lengths" / fingerprint
-        there = set(os.listdir(folder)) if folder.is_dir() else set()
-        missing += [(dataset, shard) for shard in dataset.shards(split) if sidecar_path(dataset, shard, fingerprint).name not in there]
+        there = {name for folder in sidecar_folders(dataset, fingerprint) if folder.is_dir() for name in os.listdir(folder)}
+        missing += [(dataset, shard) for shard in dataset.shards(split) if _sidecar_name(shard) not in there]
     return missing
 
 
@@ -174,6 +189,6 @@ def _write_aside(path: Path, pairs: Pairs) -> None:
         aside.unlink(missing_ok=True)
         raise UsageError(
             f"{path}: the text lengths cannot be written: {error.strerror or error}",
-            "plans are made from them; they lie beside the shards.",
-            "make the dataset's folder writable for this one step, or have its owner start the run once.",
+            "plans are made from them.",
+            "make room or the folder writable; where the dataset is read-only, set ONELLM_CACHE to a folder that all ranks share.",
         ) from error

@@ -22,13 +22,15 @@ from onellm_dist.data.microstep import MicroStep, SampleRef, StepPlan
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import Caps, Loads, pack, too_large
+from onellm_dist.data.retry import index_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
 
 Ints = NDArray[np.int64]
-KEPT_STEPS = 4
+KEPT_STEPS = 16
+"""Steps kept in memory: more than a loader reads ahead, as a rule."""
 
 
 class _Batch(NamedTuple):
@@ -180,7 +182,7 @@ class Plan:
     def sample_id(self, ref: SampleRef) -> str:
         """`dataset/shard-name/key@epoch`."""
         dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
-        return f"{dataset.name}/{shard.name}/{dataset.index(shard).key(ref.row)}@{ref.epoch}"
+        return f"{dataset.name}/{shard.name}/{index_with_retries(dataset, shard).key(ref.row)}@{ref.epoch}"
 
     def sample_ids(self, refs: Sequence[SampleRef]) -> list[str]:
         """`sample_id` of each, opening every shard's index once."""
@@ -302,7 +304,7 @@ def _refuse_missing(datasets: Sequence[Dataset], encoder: TextEncoder, split: st
         raise UsageError(
             f"{sidecar_path(dataset, shard, encoder.fingerprint)}: no such file ({len(missing)} shards have no text lengths)",
             "plans are made from them.",
-            "let rank 0 measure them first; the datasets' folders must be on a disk that all ranks share.",
+            "let rank 0 measure them first, to a disk that all ranks share (ONELLM_CACHE, where the dataset is read-only).",
         )
 
 

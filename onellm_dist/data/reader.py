@@ -16,7 +16,7 @@ from onellm_dist.data.lengths import UNREADABLE, sidecar_path
 from onellm_dist.data.microstep import MicroStep, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
-from onellm_dist.data.retry import read_with_retries
+from onellm_dist.data.retry import index_with_retries, read_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Modality
@@ -69,7 +69,7 @@ class Reader:
         plan = self._plan
         dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
         kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
-        there = dataset.index(shard).parts(ref.row)
+        there = index_with_retries(dataset, shard).parts(ref.row)
         slots = {kind.name: kind.match(there) for kind in kinds}
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
         parts = read_with_retries(dataset, shard, ref.row, wanted)

@@ -1,15 +1,17 @@
-"""Reading a sample's parts so that a passing fault (a network disk, a torn read) is none."""
+"""Reading so that a passing fault (a network disk, a torn read) is none."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
-from onellm_dist.errors import SampleError
+from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format import Dataset, ShardInfo
-from onellm_dist.shards.index import read_parts
+from onellm_dist.shards.index import ShardIndex, read_parts
 
+T = TypeVar("T")
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try."""
 
@@ -19,10 +21,26 @@ def read_with_retries(dataset: Dataset, shard: ShardInfo, row: int, extensions: 
 
     Raises:
         SampleError: it failed every time (with the OSError as its `__cause__`, where it was one).
+        OneLLMError: the shard's index cannot be used.
     """
+    return _retried(lambda: read_parts(dataset, shard, row, extensions))
+
+
+def index_with_retries(dataset: Dataset, shard: ShardInfo) -> ShardIndex:
+    """`Dataset.index`, tried again after a failure of the operating system.
+
+    Raises:
+        OneLLMError: the index is missing, damaged or stale.
+    """
+    return _retried(lambda: dataset.index(shard))
+
+
+def _retried(action: Callable[[], T]) -> T:
     for pause in PAUSES:
         try:
-            return read_parts(dataset, shard, row, extensions)
-        except SampleError:
+            return action()
+        except OneLLMError as error:
+            if not isinstance(error, SampleError) and not isinstance(error.__cause__, OSError):
+                raise
             time.sleep(pause)
-    return read_parts(dataset, shard, row, extensions)
+    return action()

@@ -116,6 +116,21 @@ def test_a_damaged_sidecar_is_named(talk: Dataset) -> None:
             Lengths([talk], text.fingerprint, "train").of(0, number)
 
 
+@pytest.mark.parametrize("variable", ["ONELLM_CACHE", "XDG_CACHE_HOME"])
+def test_lengths_of_a_read_only_dataset_lie_in_the_cache(
+    talk: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("ONELLM_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    monkeypatch.setattr(lengths_module.os, "access", lambda path, mode: path != talk.root)
+    text = encoder()
+    assert ensure_lengths([talk], text, show=False) == 17
+    assert not (talk.root / "lengths").exists()
+    assert len(list((tmp_path / "cache").rglob("lengths/talk/*/*.npy"))) == 3
+    assert ensure_lengths([talk], text, show=False) == 0
+    assert len(Lengths([talk], text.fingerprint, "train").of(0, 0)) == 7
+
+
 def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
     ensure_lengths([talk], text, show=False)

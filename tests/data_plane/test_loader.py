@@ -108,6 +108,7 @@ def test_a_loader_may_begin_anywhere(root: Path) -> None:
     assert [fingerprint(batch) for _, batch in run(open_plan(root, MIXTURE), 2, 0, 0, first=1)] == whole
 
 
+@pytest.mark.slow
 def test_workers_go_on_when_the_job_is_signalled(root: Path) -> None:
     plan = open_plan(root, MIXTURE, pack_llm_tokens=160)
     expected = [fingerprint(batch) for _, batch in run(plan, 1, 0, 0)]

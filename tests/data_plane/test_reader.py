@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from onellm_dist.data.text import encode
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards import index as index_module
-from onellm_dist.shards.format import open_dataset
-from onellm_dist.shards.index import read_parts
+from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
+from onellm_dist.shards.index import ShardIndex, read_parts
 from onellm_dist.shards.writer import DatasetWriter
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
@@ -161,6 +162,35 @@ def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.
     monkeypatch.setattr(retry, "read_parts", FailingReads(2, 99, OSError(5, "Input/output error")))
     failed = batch_of(plan)
     assert {failed.sample_ids[i].split("/")[2] for i in failed.tombstones} == {"talk-0002@0", "talk-0009@0"}
+
+
+def test_an_index_that_fails_once_stops_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    plan, failures = open_plan(root, {"talk": 1}, global_batch=11), [1, 1]
+    expected = plan.sample_ids(plan.samples(0))
+    works = type(plan.datasets[0]).index
+
+    def index(dataset: Dataset, shard: ShardInfo) -> ShardIndex:
+        if failures:
+            failures.pop()
+            raise OneLLMError("no index") from OSError(116, "Stale file handle")
+        return works(dataset, shard)
+
+    monkeypatch.setattr(type(plan.datasets[0]), "index", index)
+    with pytest.raises(OneLLMError, match="no index"):
+        plan.sample_id(plan.samples(0)[0])  # twice in a row is one time too many here
+    failures.append(1)
+    assert plan.sample_ids(plan.samples(0)) == expected
+    assert not failures
+
+
+def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
+    plan = open_plan(root, MIXTURE)
+    micro = plan.step(1, 2).ranks[1][0]
+    here, there = Reader(plan).read(micro), pickle.loads(pickle.dumps(Reader(plan))).read(pickle.loads(pickle.dumps(micro)))
+    assert here.sample_ids == there.sample_ids
+    assert torch.equal(here.input_ids, there.input_ids)
+    assert all(torch.equal(here.values[name], there.values[name]) for name in here.values)
 
 
 def test_tombstones_of_an_earlier_start_are_not_tried_again(root: Path) -> None:
