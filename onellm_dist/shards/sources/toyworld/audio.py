@@ -18,8 +18,8 @@ from onellm_dist.shards.sources.toyworld.world import Attributes
 RATE = 16_000
 SAMPLES = 163_840
 _DECIBEL = {"loud": 0.0, "moderate": -18.0, "faint": -36.0}
-_ROOT_MEAN_SQUARE = {"tone": 0.10, "hiss": 0.12, "buzz": 0.11, "siren": 0.14, "rumble": 0.16}
-"""Of a loud source while it sounds: chosen so that the log-mel bins it fills are about equally bright."""
+_ROOT_MEAN_SQUARE = {"tone": 0.056, "hiss": 0.024, "buzz": 0.05, "siren": 0.028, "rumble": 0.28}
+"""Of a loud source while it sounds: chosen so that the brightest log-mel bin of a frame is the same for all (model input 0.6)."""
 _RAMP_SECONDS = 0.01
 
 
