@@ -1,0 +1,82 @@
+"""The sizes of the demo: how much is rendered, pretrained and trained, and how long each part takes on the reference machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from onellm_dist.shards.sources.toyworld.world import MODALITIES
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of the trainer.
+
+    Attributes:
+        recipe: name of the recipe that ships.
+        steps: optimizer steps.
+        step_seconds: of one step on two idle reference cores.
+        overrides: further keys of the recipe.
+    """
+
+    recipe: str
+    steps: int
+    step_seconds: float
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that differs between `onellm demo` and `onellm demo --full`.
+
+    Attributes:
+        train: training samples a modality in the shards.
+        test: samples of each of the two test splits, a modality (at least 100).
+        clip, llm: overrides of the stand-ins' recipes.
+        stages: the trainer's runs, in order: align (image), align (all), tune.
+        shards_seconds, clip_seconds, llm_seconds, caption_seconds: on one idle reference core.
+    """
+
+    train: Mapping[str, int]
+    test: int
+    clip: tuple[str, ...]
+    llm: tuple[str, ...]
+    stages: tuple[Training, Training, Training]
+    shards_seconds: float
+    clip_seconds: float
+    llm_seconds: float
+    caption_seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+
+QUICK = Scale(
+    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000},
+    test=120,
+    clip=(),
+    llm=("steps=160",),
+    stages=(
+        Training("toy/align_image", 500, 0.35),
+        Training("toy/align_all", 1000, 0.6),
+        Training("toy/tune", 60, 0.6),
+    ),
+    shards_seconds=60,
+    clip_seconds=100,
+    llm_seconds=60,
+    caption_seconds=60,
+)
+
+FULL = Scale(
+    train={**dict.fromkeys(MODALITIES, 6000), "image": 12000},
+    test=400,
+    clip=("images=60000", "bank=16000"),
+    llm=("steps=400",),
+    stages=(
+        Training("toy/align_image", 2000, 0.35, ("train.steps=2000",)),
+        Training("toy/align_all", 8000, 0.6, ("train.steps=8000",)),
+        Training("toy/tune", 200, 0.6, ("train.steps=200",)),
+    ),
+    shards_seconds=260,
+    clip_seconds=240,
+    llm_seconds=140,
+    caption_seconds=200,
+)
