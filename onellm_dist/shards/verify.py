@@ -205,9 +205,14 @@ def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
 
 
 def verify_command(path: Path, *, workers: int = 1) -> int:
-    """`onellm shards verify`: prints the faults; exit code 1 where there are some."""
-    problems = verify_dataset(path, workers=workers)
-    for problem in problems:
-        print(problem)
-    print(f"{path}: {len(problems)} problem{'s' if len(problems) != 1 else ''}" if problems else f"{path}: every byte is as it was written")
-    return EXIT_FAILED if problems else EXIT_DONE
+    """`onellm shards verify`: prints the faults of a dataset, or of all datasets in a folder; exit code 1 where there are some."""
+    datasets = [path] if (path / MANIFEST).exists() else sorted(p.parent for p in path.glob(f"*/{MANIFEST}")) or [path]
+    total = 0
+    for dataset in datasets:
+        problems = verify_dataset(dataset, workers=workers)
+        total += len(problems)
+        for problem in problems:
+            print(problem)
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        print(f"{dataset}: {count if problems else 'every byte is as it was written'}")
+    return EXIT_FAILED if total else EXIT_DONE

@@ -154,6 +154,15 @@ def test_files_that_nothing_reads(dataset: Dataset) -> None:
     }
 
 
+def test_a_folder_of_datasets_is_verified_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        text_dataset(tmp_path / name, SAMPLES)
+    assert verify_command(tmp_path) == 0
+    flip(tmp_path / "b" / FIRST, 600)
+    assert verify_command(tmp_path) == 1
+    assert f"{tmp_path}/a: every byte is as it was written\n{FIRST}, key k0" in capsys.readouterr().out
+
+
 def test_what_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no manifest"):
         verify_dataset(tmp_path)
