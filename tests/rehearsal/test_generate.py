@@ -31,6 +31,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def loaded(model_dir: Path) -> tuple[Any, Any]:
+    """That model and its processor."""
+    return load_model(path=model_dir, preset=None, seed=0)
+
+
+@pytest.fixture(scope="module")
 def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One small real file of every modality."""
     folder = tmp_path_factory.mktemp("media")
@@ -72,8 +78,8 @@ def test_every_modality_has_a_file_here(media: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", list(all_modalities()))
-def test_a_file_of_each_modality_changes_what_the_model_reads(name: str, model_dir: Path, media: dict[str, Path]) -> None:
-    model, processor = load_model(path=model_dir, preset=None, seed=0)
+def test_a_file_of_each_modality_changes_what_the_model_reads(name: str, loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+    model, processor = loaded
     values = g.read_files([(name, media[name])])
     assert {k: tuple(v.shape) for k, v in values.items()} == {name: (1, *all_modalities()[name].value_shape)}
     answer = g.generate(model, processor.tokenizer, g.prompt_text("What is it?", "auto"), values, max_new_tokens=5)
@@ -101,8 +107,8 @@ def reversed_options(files: list[Any]) -> list[Any]:
     return [item for pair in reversed(pairs) for item in pair]
 
 
-def test_greedy_is_deterministic_and_sampling_follows_its_seed(model_dir: Path, media: dict[str, Path]) -> None:
-    model, processor = load_model(path=model_dir, preset=None, seed=0)
+def test_greedy_is_deterministic_and_sampling_follows_its_seed(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+    model, processor = loaded
     values = g.read_files([("image", media["image"])])
 
     def said(**options: Any) -> str:
@@ -114,8 +120,8 @@ def test_greedy_is_deterministic_and_sampling_follows_its_seed(model_dir: Path, 
     assert said(temperature=5.0, top_p=1e-6, seed=7) == said(), "the smallest nucleus is the greedy token"
 
 
-def test_the_reference_offset_gives_the_same_first_token_and_another_rest(model_dir: Path, media: dict[str, Path]) -> None:
-    model, processor = load_model(path=model_dir, preset=None, seed=0)
+def test_the_reference_offset_gives_the_same_first_token_and_another_rest(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+    model, processor = loaded
     values = g.read_files([("audio", media["audio"])])
     text = g.prompt_text("What do you hear?", "conversation")
     ids = g.prompt_ids(processor.tokenizer, text)
@@ -128,11 +134,11 @@ def test_the_reference_offset_gives_the_same_first_token_and_another_rest(model_
     assert new["correct"][0] == new["reference"][0] and new["correct"] != new["reference"]
 
 
-def test_prompts_are_encoded_as_training_encodes_them(model_dir: Path) -> None:
+def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -> None:
     from onellm_dist.data.text import TextEncoder
     from onellm_dist.modalities import Part
 
-    tokenizer = load_model(path=model_dir, preset=None, seed=0)[1].tokenizer
+    tokenizer = loaded[1].tokenizer
     conversation = b'{"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cone"}]}'
     trained, labels = TextEncoder(tokenizer, "conversation", 10_000).encode({"json": Part("json", conversation)})
     prompt = g.prompt_ids(tokenizer, g.prompt_text("What is it?", "auto"))[0].tolist()
@@ -159,8 +165,8 @@ class Scripted(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("tail", "ended"), [("###", "stop string"), ("</s>", "eos"), ("", "length")])
-def test_answers_end_at_eos_and_at_the_stop_string(model_dir: Path, tail: str, ended: str) -> None:
-    model, processor = load_model(path=model_dir, preset=None, seed=0)
+def test_answers_end_at_eos_and_at_the_stop_string(loaded: tuple[Any, Any], tail: str, ended: str) -> None:
+    model, processor = loaded
     tokenizer = processor.tokenizer
     said = tokenizer(" a red cone\n", add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id] if tail == "</s>" else tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
@@ -204,8 +210,8 @@ def test_a_broken_side_file_is_named(media: dict[str, Path], tmp_path: Path) -> 
         g.read_files([("image", tmp_path / "cat.jpg")])
 
 
-def test_a_prompt_longer_than_the_context_is_refused(model_dir: Path) -> None:
-    model, processor = load_model(path=model_dir, preset=None, seed=0)
+def test_a_prompt_longer_than_the_context_is_refused(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
     with pytest.raises(UsageError, match="positions"):
         g.generate(model, processor.tokenizer, "x", {}, max_new_tokens=2000)
 
