@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 
 _STRIDE = 1024
 """Threads of the reference's CUDA kernel (`sampling_gpu.cu`): equal distances go to the smaller k mod 1024, then the smaller k."""
+
+_CLOUDS = 8
 
 
 def farthest_points(coordinates: torch.Tensor, count: int) -> torch.Tensor:
@@ -81,14 +82,31 @@ def nearest_neighbours(coordinates: torch.Tensor, centres: torch.Tensor, count: 
         centres: [n, C] int64 indices into the N points.
         count: neighbours of each centre.
     """
-    n, centre_count = centres.shape
-    at = coordinates.float().gather(1, centres[..., None].expand(n, centre_count, 3))
-    if coordinates.device.type != "cpu":
-        # Exact differences and not torch.cdist: its matrix form loses the digits that tell near points apart.
-        distance = sum((at[:, :, None, c] - coordinates[:, None, :, c].float()).square() for c in range(3))
-        return torch.as_tensor(distance).topk(count, dim=2, largest=False).indices
-    found = torch.empty((n, centre_count, count), dtype=torch.int64)
-    for i in range(n):  # a k-d tree takes 6 ms a cloud where distances and topk take 50
-        _, index = cKDTree(coordinates[i].float().numpy()).query(at[i].numpy(), count)
-        found[i] = torch.from_numpy(index)
+    at = coordinates.float().gather(1, centres[..., None].expand(*centres.shape, 3))
+    find = _nearest_tree if coordinates.device.type == "cpu" else _nearest_torch
+    return find(coordinates.float(), at, count)
+
+
+def _nearest_tree(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
+    """[n, N, 3] and [n, C, 3] -> [n, C, count]; a k-d tree takes 6 ms a cloud where distances and topk take 50."""
+    from scipy.spatial import cKDTree  # half a second of import, which commands without a model need not wait for
+
+    found = torch.empty((*at.shape[:2], count), dtype=torch.int64)
+    for i in range(len(coordinates)):
+        found[i] = torch.from_numpy(cKDTree(coordinates[i].numpy()).query(at[i].numpy(), count)[1])
+    return found
+
+
+def _nearest_torch(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
+    """The same on the device, a few clouds at a time: their distances take 32 MiB each.
+
+    From exact differences and not by torch.cdist, whose matrix form loses the digits that tell near points apart.
+    """
+    found = torch.empty((*at.shape[:2], count), dtype=torch.int64, device=at.device)
+    for start in range(0, len(at), _CLOUDS):
+        rows = slice(start, start + _CLOUDS)
+        distance = (at[rows, :, None, 0] - coordinates[rows, None, :, 0]).square_()
+        for axis in (1, 2):
+            distance += (at[rows, :, None, axis] - coordinates[rows, None, :, axis]).square_()
+        found[rows] = distance.topk(count, dim=2, largest=False).indices
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from onellm_dist.modalities.base import Part
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 _FORMATS = "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr"
 """Containers FFmpeg may guess. Playlists (hls, concat, dash) are not among them: a sample must not open files or addresses."""
@@ -119,24 +121,32 @@ def _frame_table(container: InputContainer) -> FrameTable:
 
 
 def _seek_frames(container: InputContainer, table: FrameTable, wanted: Sequence[int]) -> dict[int, np.ndarray]:
-    """The frames at these times, ascending; from the last key frame before each where that is further on."""
+    """The frames at these times, ascending; each decoded from the last key frame before it."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # workers are the parallelism
-    found: dict[int, np.ndarray] = {}
-    decoder: Iterator[VideoFrame] | None = None
-    at = 0
+    groups: dict[int, set[int]] = {}
     for time in wanted:
-        key = max((k for k in table.keys if k <= time), default=table.times[0])
-        if decoder is None or key > at:
-            container.seek(key, stream=stream, backward=True)
-            decoder = container.decode(stream)
-        for frame in decoder:
-            if frame.pts is not None and frame.pts >= time:
-                at = frame.pts
-                if at == time and not frame.is_corrupt:
-                    found[time] = _upright(frame)
-                break
+        at = bisect_right(table.keys, time)
+        groups.setdefault(table.keys[at - 1] if at else table.times[0], set()).add(time)
+    found: dict[int, np.ndarray] = {}
+    for key, times in groups.items():
+        container.seek(key, stream=stream, backward=True)
+        for frame in _needed(container, stream, times):
+            if frame.pts in times and not frame.is_corrupt:
+                found[frame.pts] = _upright(frame)
+                if times <= found.keys():
+                    break
     return found
+
+
+def _needed(container: InputContainer, stream: VideoStream, times: set[int]) -> Iterator[VideoFrame]:
+    """The frames from here on, without those that nobody looks at and no other frame is predicted from.
+
+    B-frames between the wanted ones are half of a usual H.264 video; not decoding them changes no other frame.
+    """
+    for packet in container.demux(stream):
+        stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+        yield from packet.decode()
 
 
 def _count_frames(container: InputContainer, wanted: Sequence[int]) -> dict[int, np.ndarray]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from onellm_dist.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.visual import (
     PATCHES,
@@ -85,4 +86,11 @@ class PairModality(Modality):
                         self.name: Part(path.name.split(".", 1)[-1].lower(), path.read_bytes()),
                         "image": Part(extension, picture.read_bytes()),
                     }
-        return super().parts_from_file(path)
+        parts = super().parts_from_file(path)
+        if parts["image"].data == parts[self.name].data:
+            raise SampleError(
+                f"{path}: the picture found beside it is the {self.name} map itself",
+                "the model compares a picture with its map.",
+                f"name the map {stem}.{self.slots[self.name][0]} and the picture {stem}.jpg or {stem}.png.",
+            )
+        return parts

@@ -182,6 +182,9 @@ def test_a_map_given_by_hand_finds_its_picture(tmp_path: Path) -> None:
     (tmp_path / "room_normal.png").write_bytes(picture(Image.new("RGB", (9, 9))).data)
     with pytest.raises(SampleError, match="image"):
         DEPTH.parts_from_file(tmp_path / "room.depth.png")
+    (tmp_path / "alone.png").write_bytes(picture(photo()).data)
+    with pytest.raises(SampleError, match="itself"):
+        DEPTH.parts_from_file(tmp_path / "alone.png")
     (tmp_path / "room.jpg").write_bytes(picture(photo(), "JPEG").data)
     assert DEPTH.decode(DEPTH.parts_from_file(tmp_path / "room.depth.png"), {}).map.size == (320, 240)
     assert NORMAL.decode(NORMAL.parts_from_file(tmp_path / "room_normal.png"), {}).map.size == (320, 240)

@@ -151,6 +151,16 @@ def test_planar_torch_path_agrees_with_numpy() -> None:
         assert both[i].tolist() == _farthest_numpy(planar[i].numpy(), 300).tolist()
 
 
+def test_neighbours_by_tree_and_by_distances_agree_with_the_definition() -> None:
+    from onellm_dist.modalities.clouds import _nearest_torch, _nearest_tree
+
+    generator = torch.Generator().manual_seed(0)
+    points, at = torch.rand(9, 500, 3, generator=generator), torch.rand(9, 20, 3, generator=generator)
+    brute = ((at[:, :, None] - points[:, None]).double() ** 2).sum(-1).argsort(2)[..., :7]
+    assert torch.equal(_nearest_tree(points, at, 7), brute)
+    assert torch.equal(_nearest_torch(points, at, 7), brute)
+
+
 def test_point_tokens_are_the_plain_convolution_and_maximum() -> None:
     torch.manual_seed(1)
     module, values = PointTokenizer(WIDTH), torch.rand(2, 8192, 6)

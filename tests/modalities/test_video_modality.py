@@ -31,6 +31,9 @@ def decode(data: bytes) -> Clip:
     [
         ("mp4", "libx264", {"bf": "3", "g": "12"}),
         ("mp4", "libx264", {"bf": "2", "g": "250"}),
+        ("mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
+        ("mp4", "libx265", {"preset": "ultrafast", "x265-params": "bframes=3:keyint=20:log-level=none"}),
+        ("mp4", "mpeg4", {"bf": "2", "g": "15"}),
         ("mov", "mjpeg", {}),
         ("matroska", "libx264", {"bf": "2", "g": "20"}),
         ("webm", "libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
