@@ -15,7 +15,7 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.progress import progress
 from onellm_dist.shards.files import write_whole
 from onellm_dist.shards.format import MANIFEST, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo
-from onellm_dist.shards.index import ShardIndex, index_path_of, index_tar
+from onellm_dist.shards.index import ShardIndex, index_path_of, try_index_tar
 from onellm_dist.shards.naming import dataset_name, infer_modalities
 
 SOURCE_NAME = "index"
@@ -62,7 +62,8 @@ def index_path(
             the manifest is not written.
     """
     if path.is_file():
-        return Adopted(1, ShardIndex(index_tar(path)).samples, None)
+        _index_all([path], workers=1)
+        return Adopted(1, ShardIndex(index_path_of(path)).samples, None)
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such file or folder.", "there is nothing to index.", "check the path.")
     tars = sorted(p for p in path.rglob("*.tar") if p.is_file())
@@ -85,24 +86,16 @@ def _old_manifest(path: Path) -> Manifest | None:
         return None
 
 
-def _index_or_error(tar: Path) -> OneLLMError | None:
-    try:
-        index_tar(tar)
-    except OneLLMError as error:
-        return error
-    return None
-
-
 def _index_all(tars: Sequence[Path], workers: int) -> None:
     errors: list[OneLLMError] = []
     with progress(len(tars), "Indexing", unit="tars") as bar:
         if workers == 1:
             for tar in tars:
-                errors += filter(None, [_index_or_error(tar)])
+                errors += filter(None, [try_index_tar(tar)])
                 bar.advance()
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for error in pool.map(_index_or_error, tars):
+                for error in pool.map(try_index_tar, tars):
                     errors += filter(None, [error])
                     bar.advance()
     if len(errors) == 1:
@@ -142,6 +135,14 @@ def _manifest(
         for kind, (count, row) in index.kinds().items():
             kinds[kind] += count
             example.setdefault(kind, (tar, index.key(row), index.span(row)[0]))
+    names = Counter(s.name for s in shards)
+    if len(names) < len(shards):
+        name_twice = names.most_common(1)[0][0]
+        raise UsageError(
+            f"{root}: two tars would both be the shard {name_twice!r}: {', '.join(s.path for s in shards if s.name == name_twice)}.",
+            "a shard's name is part of its samples' ids.",
+            "rename one of them.",
+        )
     if modalities is None:
         media: Counter[frozenset[str]] = Counter()
         for kind, count in kinds.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from onellm_dist.errors import EXIT_DONE, UsageError
+from onellm_dist.errors import EXIT_DONE, OneLLMError, UsageError
 from onellm_dist.shards import sources as sources_folder
 from onellm_dist.shards.adopt import index_path
 from onellm_dist.shards.naming import dataset_name, parse_modalities
@@ -76,8 +76,15 @@ def build_dataset(
     complete = _complete_options(kind, options)
     if complete.get("name", "") is None:
         complete["name"] = dataset_name(Path(out))
-    with staged(Path(out), overwrite=overwrite) as folder:
-        report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
+    try:
+        with staged(Path(out), overwrite=overwrite) as folder:
+            report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
+    except OSError as error:
+        raise OneLLMError(
+            f"{error.filename or out}: {error.strerror or error}.",
+            f"the build was given up; nothing stands under {out}.",
+            "mend it and build again.",
+        ) from error
     return report if report is not None else BuildReport(0)
 
 

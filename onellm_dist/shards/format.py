@@ -41,8 +41,8 @@ class ShardInfo:
 
     @property
     def name(self) -> str:
-        """The shard's name in sample ids: its path without `shards/` and `.tar`, so that no two shards have the same."""
-        return self.path.removeprefix(f"{SHARD_FOLDER}/").removesuffix(".tar")
+        """The shard's name in sample ids and side files: its path without `shards/` and `.tar`, with `__` for other slashes."""
+        return self.path.removeprefix(f"{SHARD_FOLDER}/").removesuffix(".tar").replace("/", "__")
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,10 @@ class Dataset:
         self.manifest = manifest
         self.name = manifest.name
         self.modalities = manifest.modalities
-        self._splits: dict[str, tuple[ShardInfo, ...]] = {}
+        splits: dict[str, list[ShardInfo]] = {}
         for shard in manifest.shards:
-            self._splits.setdefault(shard.split, ())
-        for split in self._splits:
-            self._splits[split] = tuple(s for s in manifest.shards if s.split == split)
+            splits.setdefault(shard.split, []).append(shard)
+        self._splits = {split: tuple(shards) for split, shards in splits.items()}
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
 

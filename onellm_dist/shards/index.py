@@ -327,3 +327,18 @@ def index_tar(path: Path) -> Path:
 
     scan = scan_tar(path)
     return write_index(path, pack_index(scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end))
+
+
+def try_index_tar(path: Path) -> OneLLMError | None:
+    """`index_tar` for many tars: returns the error instead of raising it. (Here, so that worker processes need no torch.)"""
+    try:
+        index_tar(path)
+    except OneLLMError as error:
+        return error
+    except OSError as error:
+        return OneLLMError(
+            f"{error.filename or path}: {error.strerror or error}.",
+            "the tar is not indexed.",
+            "check the disk and the rights; the index goes beside the tar.",
+        )
+    return None

@@ -82,9 +82,15 @@ def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[
 
 def verify_shard(root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
     """(faults, keys) of one shard."""
-    tar = root / shard.path
-    if not tar.is_file():
+    if not (root / shard.path).is_file():
         return [Problem(shard.path, "missing: the manifest lists it")], []
+    try:
+        return _verify_tar(root / shard.path, shard, modalities, text)
+    except OSError as error:
+        return [Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")], []
+
+
+def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
     problems: list[Problem] = []
     index = _usable_index(tar, shard, problems)
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +273,43 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, FINE)
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onellm_dist.shards.writer.os.fsync", full)
+    with pytest.raises(OneLLMError, match=r"No space left on device(.|\n)*nothing stands under") as caught:
+        build(tmp_path, FINE)
+    assert caught.value.exit_code == 1
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.slow
+def test_a_build_killed_with_kill_9_ends_in_the_same_bytes_when_run_again(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{i:02d}{e}": d for i in range(30) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
+    write_tree(tmp_path / "in", files)
+    script = """
+import os, signal, sys
+from pathlib import Path
+from onellm_dist.shards import pipeline
+from onellm_dist.shards.build import build_dataset
+real = pipeline.prepare
+def deadly(candidate, *rest):
+    if candidate.key == "25":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(candidate, *rest)
+pipeline.prepare = deadly
+build_dataset("folder", Path("in"), Path("out"), max_samples=5)
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / ".out.building/shards").glob("*.tar"))
+    build(tmp_path, {}, max_samples=5)
+    build_dataset("folder", tmp_path / "in", tmp_path / "undisturbed", max_samples=5, name="out")
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "undisturbed")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out", "undisturbed"]
 
 
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:

@@ -164,9 +164,18 @@ def test_splits_come_from_names(tmp_path: Path) -> None:
         foreign_tar(tmp_path / f"{name}.tar", [(f"k{i}.nsdgeneral.npy", array((3, 4))), (f"k{i}.txt", b"x")])
     assert index_path(tmp_path, modalities=("fmri",)).samples == 6
     dataset = open_dataset(tmp_path)
-    assert {s.name: s.split for split in dataset.splits for s in dataset.shards(split)} == names
+    assert {s.name: s.split for split in dataset.splits for s in dataset.shards(split)} == {
+        n.replace("/", "__"): s for n, s in names.items()
+    }
     index_path(tmp_path, modalities=("fmri",), split="all")
     assert open_dataset(tmp_path).splits == ("all",)
+
+
+def test_no_two_shards_have_one_name(tmp_path: Path) -> None:
+    for i, name in enumerate(("a/b", "a__b")):
+        foreign_tar(tmp_path / f"{name}.tar", [(f"k{i}.txt", b"x")])
+    with pytest.raises(UsageError, match=r"a/b\.tar, a__b\.tar"):
+        index_path(tmp_path, modalities=())
 
 
 def test_all_bad_tars_are_reported_and_no_manifest_is_written(tmp_path: Path) -> None:
