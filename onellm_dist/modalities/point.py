@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,32 +17,52 @@ from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
 from onellm_dist.modalities.drawing import cloud as draw_cloud
 
 POINTS, CENTRES, NEIGHBOURS = 8192, 1024, 32
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Values of the wide intermediate held at a time."""
+
+
+class _WidestOfGroup(torch.autograd.Function):
+    """max over K of (groups [G, K, 6] @ weight [D, 6]^T + bias), [G, D].
+
+    The intermediate [G, K, D] (134 MB a cloud at width 1024 in fp32) only exists chunk by chunk. For the backward one byte
+    an output is kept: which of the K won.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((len(groups), len(weight)), dtype=weight.dtype, device=groups.device)
+        winners = torch.empty(out.shape, dtype=torch.uint8, device=groups.device)
+        for rows in _chunks(groups, len(weight)):
+            best = torch.matmul(groups[rows], weight.t()).max(1)  # on a CPU 3 x faster than argmax
+            out[rows], winners[rows] = best.values, best.indices.to(torch.uint8)
+        ctx.save_for_backward(groups, winners)
+        return out.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
+        groups, winners = ctx.saved_tensors
+        gradient = gradients[0].float()  # sums over thousands of groups: in fp32 whatever the weights are
+        total = torch.zeros((gradient.shape[1], groups.shape[2]), device=gradient.device)
+        for rows in _chunks(groups, gradient.shape[1]):
+            index = winners[rows].long()[..., None].expand(-1, -1, groups.shape[2])
+            total += (groups[rows].gather(1, index) * gradient[rows, :, None]).sum(0)
+        return None, total.to(gradients[0].dtype), gradient.sum(0).to(gradients[0].dtype)
+
+
+def _chunks(groups: torch.Tensor, width: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS.get(groups.device.type, 1 << 20) // (groups.shape[1] * width))
+    return (slice(start, start + size) for start in range(0, len(groups), size))
 
 
 class PointEmbedding(nn.Conv2d):
-    """A 1 x 1 convolution of 6 channels, then the maximum over each group of neighbours.
-
-    The wide intermediate [groups, neighbours, width] (134 MB a cloud at width 1024 in fp32) is only made in chunks, without
-    gradient, to find which neighbour wins each channel; the output is then computed from the winners alone, with gradient.
-    """
+    """A 1 x 1 convolution of 6 channels, then the maximum over each group of neighbours."""
 
     def __init__(self, width: int) -> None:
         super().__init__(6, width, kernel_size=1)
 
     def forward(self, groups: torch.Tensor) -> torch.Tensor:
-        """[G, K, 6] -> [G, width]."""
-        weight = self.weight.flatten(1)  # [width, 6]
-        groups = groups.to(weight.dtype)
-        winners = torch.empty((len(groups), len(weight)), dtype=torch.int64, device=groups.device)
-        chunk = max(1, _CHUNK_ELEMENTS.get(groups.device.type, 1 << 20) // (groups.shape[1] * len(weight)))
-        with torch.no_grad():
-            for start in range(0, len(groups), chunk):
-                part = groups[start : start + chunk]
-                winners[start : start + chunk] = torch.matmul(part, weight.t()).max(1).indices  # on a CPU 3 x faster than argmax
-        chosen = groups.gather(1, winners[..., None].expand(-1, -1, 6))  # [G, width, 6]: sizes of G x width, not G x K x width
-        assert self.bias is not None
-        return (chosen * weight).sum(-1) + self.bias
+        """[G, K, 6] -> [G, width]; the groups get no gradient."""
+        return _WidestOfGroup.apply(groups.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class PointTokenizer(nn.Module):
