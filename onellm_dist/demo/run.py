@@ -109,7 +109,7 @@ def _towers_and_shards(demo: Demo, table: Timetable) -> None:
     """One lane makes the stand-in CLIP, the other the stand-in LLM and then the shards."""
     table.start()
     scale, made = demo.scale, demo.out / "standins"
-    counts = "{" + ", ".join(f"{m}: {n}" for m, n in scale.train.items()) + "}"
+    counts = ",".join(f"{m}={n}" for m, n in scale.train.items())
     standins = (sys.executable, "-m", "onellm_dist.demo.standins")
     lanes = [
         [_job(demo, "stand-in CLIP", [*standins, "clip", str(made / "clip.pt"), *scale.clip])],
@@ -118,7 +118,7 @@ def _towers_and_shards(demo: Demo, table: Timetable) -> None:
             _job(
                 demo, "shards",
                 [*_onellm(), "shards", "build", "toyworld", str(demo.toy),
-                 "--option", f"train_per_modality={counts}", "--option", f"test_per_modality={scale.test}"],
+                 "--option", f"train={counts}", "--option", f"test={scale.test}"],
             ),
         ],
     ]  # fmt: skip

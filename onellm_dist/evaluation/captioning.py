@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from onellm_dist.data.text import HEADER, STOP, TURN, TextEncoder, caption_of, meta_of, turns_of
-from onellm_dist.errors import UsageError
 from onellm_dist.evaluation.table import Caption
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.progress import progress
@@ -137,15 +136,10 @@ def caption_datasets(
     from onellm_dist.model.presets import load_model
 
     opened = [open_dataset(path) for path in datasets]
-    for path, dataset in zip(datasets, opened, strict=True):
-        if lacking := [split for split in splits if not dataset.samples(split)]:
-            raise UsageError(
-                f"{path} has no split {', '.join(lacking)}", "there is nothing to caption.", f"it has: {', '.join(dataset.splits)}."
-            )
+    total = sum(min(d.samples(s), limit or d.samples(s)) for d in opened for s in splits)
     loaded, processor = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    total = sum(min(d.samples(s), limit or d.samples(s)) for d in opened for s in splits)
     with progress(total, "Captioning", unit="samples") as bar, out.open("w", encoding="utf-8") as file:
         for dataset in opened:
             bar.note("+".join(dataset.modalities))
