@@ -193,7 +193,8 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything the stream depends on: two plans of one fingerprint give the same samples at every step."""
-        text = [f"{self.seed} {self.config.global_batch} {self.split} {self.encoder.fingerprint} {self.mixture.counts}"]
+        config = self.config
+        text = [f"{self.seed} {config.global_batch} {self.split} {config.text_format} {config.max_text_tokens} {self.mixture.counts}"]
         for dataset, shards in zip(self.datasets, self.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,6 +127,49 @@ def test_workers_go_on_when_the_job_is_signalled(root: Path) -> None:
                         os.kill(worker.pid, sent)
     assert found == expected
     assert signal.SIGTERM in IGNORED_SIGNALS
+
+
+ORPHANS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import psutil
+from data_worlds import open_plan
+from onellm_dist.data.loader import Loader
+for _ in Loader(open_plan(Path(sys.argv[2]), {"talk": 1}), 1, 0, 0, 10**6, 2):
+    print(*(p.pid for p in psutil.Process().children()), flush=True)
+    if sys.argv[3] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(0)  # the iterator is still alive here
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("exit", 0)])
+def test_workers_end_with_the_training_process(root: Path, how: str, code: int) -> None:
+    """They ignore SIGTERM, so neither a killed nor a normally ending process may depend on it."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANS, str(Path(__file__).parent), str(root), how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(filter(lives, pids))
+
+
+def lives(pid: int) -> bool:
+    """A zombie has ended: in a container without an init nobody takes note of it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_leaving_early_ends_the_workers(root: Path) -> None:

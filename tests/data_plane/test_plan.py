@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(root: Path) -> None:
             assert len(dealt.ranks) == world
             assert Counter(s for rank in dealt.ranks for micro in rank for s in micro.samples) == expected
             assert dealt.divisor == sum(s.supervised_tokens for s in expected.elements())
+
+
+def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
+    """Twenty starts of random worlds, each killed at a random step and begun again where its last checkpoint was."""
+    whole, draw = open_plan(root, MIXTURE, global_batch=16), random.Random(0)
+    applied: dict[int, str] = {}
+    step = 0
+    for _ in range(20):
+        world, plan = draw.choice((1, 2, 3, 4, 5, 8)), open_plan(root, MIXTURE, global_batch=16)
+        killed = step + draw.randint(1, 15)
+        for at in range(step, killed):
+            names = [plan.sample_id(ref) for rank in plan.step(at, world).ranks for micro in rank for ref in micro.samples]
+            text = "".join(f"{name}\n" for name in sorted(names, key=str.encode))
+            assert applied.setdefault(at, hashlib.sha256(text.encode()).hexdigest()) == whole.digest(at)
+        step = draw.randint(max(step, killed - 5), killed)
+    assert len(applied) > 60
 
 
 def test_steps_may_be_asked_in_any_order(root: Path) -> None:
