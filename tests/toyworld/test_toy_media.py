@@ -20,7 +20,7 @@ READERS: dict[str, dict[str, Callable[[np.ndarray], str]]] = {
     "point": {"stretch": readers.point_stretch, "color": readers.point_color},
     "depth": {"color": readers.pair_color, "distance": readers.depth_distance},
     "normal": {"color": readers.pair_color, "surface": readers.normal_surface},
-    "imu": {"lean": readers.imu_lean, "activity": readers.imu_activity},
+    "imu": {"lean": readers.imu_lean, "activity": readers.imu_activity, "pace": readers.imu_pace},
     "fmri": {name: readers.fmri_value(values) for name, values in world.scenes("fmri").attributes.items()},
 }
 SAMPLES = 14

@@ -109,13 +109,18 @@ def imu_lean(value: np.ndarray) -> str:
     return "right" if left > 0 else "left"
 
 
+def imu_pace(value: np.ndarray) -> str:
+    shake = np.median(np.abs(np.diff(value[:3], axis=1))) / 0.95
+    return ("slowly", "steadily", "quickly")[int(shake > 0.04) + int(shake > 0.12)]
+
+
 def imu_activity(value: np.ndarray) -> str:
-    acceleration, spin = value[:3], value[3:]
+    acceleration, spin = np.apply_along_axis(np.convolve, 1, value, np.full(16, 1 / 16), "valid").reshape(2, 3, -1)  # shaking averaged out
     if np.abs(spin.mean(1)).max() > 0.35:
         return "turning"
     if spin.std(1).max() > 0.35:
         return "nodding"
-    weightless = np.linalg.norm(acceleration, axis=0) < 0.12
+    weightless = np.linalg.norm(acceleration, axis=0) < 0.2
     return "jumping" if weightless.mean() > 0.15 else "walking"
 
 

@@ -25,6 +25,8 @@ _TURN_RATE = (0.6, 1.5, 3.2)
 _NODS = (0.8, 1.5, 2.6)
 _NOD_RATE = (0.6, 1.4, 2.8)
 """By pace: cycles a second; g; rad/s."""
+_SHAKE = (0.02, 0.07, 0.2)
+"""By pace: how much the sensor shakes, g and half as many rad/s. The one sign of the pace that is the same in all activities."""
 
 
 def trace(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
@@ -35,7 +37,8 @@ def trace(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     about_x, about_y = (part * math.radians(rng.uniform(25, 35)) for part in _LEAN[attributes["lean"]])
     turn = _turn(about_x, about_y)
     signals = np.concatenate([turn.T @ acceleration, turn.T @ spin])
-    return signals + rng.normal(size=signals.shape) * np.array([0.02] * 3 + [0.04] * 3)[:, None]
+    shake = _SHAKE[pace] * rng.uniform(0.8, 1.2) * np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+    return signals + shake[:, None] * rng.normal(size=signals.shape)
 
 
 def _phase(rate: float, rng: np.random.Generator) -> np.ndarray:
