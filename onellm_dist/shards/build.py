@@ -137,7 +137,9 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
 
 
 def build_command(source: str, paths: list[Path], options: list[str], *, workers: int, seed: int, overwrite: bool) -> int:
-    """`onellm shards build`: SOURCE [IN] OUT with `key=value` options, or a dataset recipe (YAML) alone.
+    """`onellm shards build`: SOURCE [IN] OUT with `key=value` options, or a dataset recipe (YAML).
+
+    What is given here and is not the default replaces what the recipe says.
 
     Returns:
         The exit code.
@@ -146,8 +148,9 @@ def build_command(source: str, paths: list[Path], options: list[str], *, workers
         OneLLMError: as `build_dataset`.
     """
     if source.endswith((".yaml", ".yml")):
-        places = dict(zip(("out", "inputs"), reversed(paths), strict=False))
-        out, report = build_recipe(Path(source), overwrite=overwrite, **places, **_pairs(options))
+        given: dict[str, Any] = dict(zip(("out", "inputs"), reversed(paths), strict=False))
+        given.update({k: v for k, v, default in (("workers", workers, 1), ("seed", seed, 0)) if v != default})
+        out, report = build_recipe(Path(source), overwrite=overwrite, **given, **_pairs(options))
     else:
         kind = get_source(source)
         if "help" in options:

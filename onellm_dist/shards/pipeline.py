@@ -240,10 +240,10 @@ def write_samples(
                 bad.append(Quarantined(candidate.key, candidate.where, reason))
                 bar.note(f"{len(bad)} bad")
             bar.advance()
-            if len(bad) > max_failures * len(candidates):
-                raise TooManyFailures(bad, len(candidates), max_failures)
+            if len(bad) > _allowed(max_failures, len(candidates)):
+                raise TooManyFailures(bad, bar.done, len(candidates), max_failures)
     if not written:
-        raise TooManyFailures(bad, len(candidates), max_failures)
+        raise TooManyFailures(bad, len(candidates), len(candidates), max_failures)
     return written, bad
 
 
@@ -255,21 +255,25 @@ def _add(writer: DatasetWriter, split: str, key: str, parts: Mapping[str, bytes]
     return None
 
 
+def _allowed(max_failures: float, total: int) -> int:
+    return int(max_failures * total + 1e-9)  # 0.29 * 100 is 28.999...
+
+
 class TooManyFailures(OneLLMError):
     """The build was given up; `bad` has what was found until then."""
 
-    def __init__(self, bad: Sequence[Quarantined], total: int, max_failures: float) -> None:
-        self.bad, self.total, self.max_failures = tuple(bad), total, max_failures
+    def __init__(self, bad: Sequence[Quarantined], seen: int, total: int, max_failures: float) -> None:
+        self.bad, self.seen, self.total, self.max_failures = tuple(bad), seen, total, max_failures
         shown = "\n".join(f"  {q.file}: {q.reason}" for q in bad[:5])
         super().__init__(
-            f"{len(bad)} of {total} samples are bad, more than max_failures={max_failures:g} allows:\n{shown}"
-            + (f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""),
+            f"{len(bad)} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
+            f"{_allowed(max_failures, total)} of all {total}:\n{shown}" + (f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""),
             "so many failures mean a wrong input rather than a few broken files; nothing was built.",
-            "repair them (all are listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
+            "repair them (listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
         )
 
-    def __reduce__(self) -> tuple[type[TooManyFailures], tuple[tuple[Quarantined, ...], int, float]]:  # type: ignore[override]
-        return type(self), (self.bad, self.total, self.max_failures)
+    def __reduce__(self) -> tuple[type[TooManyFailures], tuple[tuple[Quarantined, ...], int, int, float]]:  # type: ignore[override]
+        return type(self), (self.bad, self.seen, self.total, self.max_failures)
 
 
 def write_quarantine(path: Path, bad: Sequence[Quarantined]) -> None:

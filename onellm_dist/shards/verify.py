@@ -112,7 +112,7 @@ def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Se
                 f"SHA-256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}... (every part is whole: headers or padding changed)",
             )
         )
-    return problems, rows.keys if rows is not None else []
+    return list(dict.fromkeys(problems)), rows.keys if rows is not None else []
 
 
 def _usable_index(tar: Path, shard: ShardInfo, problems: list[Problem]) -> ShardIndex | None:
