@@ -244,7 +244,7 @@ def _convert_state(
             "the model would be partly random.",
             "give a checkpoint of the reference's code (commit 8587a47 or later), and the right numbers of heads.",
         )
-    return converted, tuple(ignored)
+    return converted, tuple(sorted(ignored))
 
 
 def _permute_rotary(name: str, weight: torch.Tensor, heads: int) -> torch.Tensor:

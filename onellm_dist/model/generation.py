@@ -38,9 +38,9 @@ def _generate_as_reference(llm: Any, spliced: Spliced, config: GenerationConfig,
     """The first token from a right prefill; the rest from a cache whose last two positions are gone."""
     if (config.num_return_sequences or 1) > 1 or (config.num_beams or 1) > 1:
         raise UsageError("decode_offset=reference with beams or several sequences", "the reference has neither.", "ask for one sequence.")
-    total = config.max_new_tokens or 20
+    total, least = config.max_new_tokens or 20, config.min_new_tokens or 0
     prefill = copy.deepcopy(config)
-    prefill.update(max_new_tokens=1, return_dict_in_generate=True, use_cache=True)
+    prefill.update(max_new_tokens=1, min_new_tokens=min(least, 1) or None, return_dict_in_generate=True, use_cache=True)
     first = llm.generate(inputs_embeds=spliced.embeds, attention_mask=spliced.mask, generation_config=prefill, **options)
     if total == 1:
         return first.sequences
@@ -51,5 +51,11 @@ def _generate_as_reference(llm: Any, spliced: Spliced, config: GenerationConfig,
     ids = torch.cat([first.sequences.new_zeros((len(first.sequences), kept)), first.sequences], dim=1)
     mask = torch.cat([spliced.mask[:, :kept], spliced.mask.new_ones((len(ids), 1))], dim=1)
     decode = copy.deepcopy(config)
-    decode.update(max_new_tokens=total - 1)
-    return llm.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=decode, **options)[:, kept:]
+    decode.update(max_new_tokens=total - 1, min_new_tokens=max(least - 1, 0) or None)
+    new = llm.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=decode, **options)[:, kept:]
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
+    if ends:  # the second call does not know that a row ended with the first token
+        ended = torch.isin(first.sequences, torch.tensor(ends, device=new.device))
+        pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
+        new = torch.cat([new[:, :1], new[:, 1:].masked_fill(ended, pad)], dim=1)
+    return new

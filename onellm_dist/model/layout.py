@@ -25,7 +25,6 @@ class Layout:
         gather: [T] table row of each LLM position.
         position_ids: [T] 0, 1, ... within each sample.
         predictor: [T_text] LLM position whose logits predict this text token (its own for a BOS, which is never a target).
-        sample: [T_text] the sample each text token belongs to.
     """
 
     lengths: tuple[int, ...]
@@ -33,7 +32,6 @@ class Layout:
     gather: np.ndarray
     position_ids: np.ndarray
     predictor: np.ndarray
-    sample: np.ndarray
 
     @classmethod
     def of(cls, text_lengths: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]) -> Layout:
@@ -54,9 +52,9 @@ class Layout:
         next_row = dict(zip(known, starts[:-1].tolist(), strict=True))
         tag_row = {name: int(starts[-1]) + 2 * i for i, name in enumerate(known)}
 
-        gather, position_ids, predictor, sample, lengths = [], [], [], [], []
+        gather, position_ids, predictor, lengths = [], [], [], []
         text_start = llm_start = 0
-        for i, (length, runs) in enumerate(zip(text_lengths, modalities, strict=True)):
+        for length, runs in zip(text_lengths, modalities, strict=True):
             pieces = [np.array([text_start])]
             for name in runs:
                 tokens = np.arange(next_row[name], next_row[name] + QUERY_TOKENS)
@@ -68,13 +66,10 @@ class Layout:
             position_ids.append(np.arange(total))
             own = np.concatenate([[llm_start + 1], np.arange(llm_start + total - length + 1, llm_start + total)])
             predictor.append(own - 1)
-            sample.append(np.full(length, i))
             lengths.append(total)
             text_start += length
             llm_start += total
-        return cls(
-            tuple(lengths), counts, *(np.concatenate([np.empty(0, np.int64), *x]) for x in (gather, position_ids, predictor, sample))
-        )
+        return cls(tuple(lengths), counts, *(np.concatenate([np.empty(0, np.int64), *x]) for x in (gather, position_ids, predictor)))
 
 
 def _check(text_lengths: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]) -> None:

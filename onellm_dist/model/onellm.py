@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -81,6 +83,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "parts of the model would be random or lost.",
                 "convert the checkpoint again, or use the config it was saved with.",
             )
+        model.encoder.requires_grad_(False)  # loading makes new parameters, which all want gradients
         return (model, info) if wants_info else model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -91,9 +94,14 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The LLM's head."""
         return self.llm.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Recompute every block of encoder, UPM and LLM in backward; non-reentrant where not said otherwise."""
-        super().gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}, *args, **kwargs)
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # 5.23 renames it; 5.17 has only this name
+            super().gradient_checkpointing_enable(options, **kwargs)
+        if not options["use_reentrant"]:
+            self.disable_input_require_grads()  # else text embeddings would get gradients that nobody needs
 
     def projector(self, name: str) -> Projector:
         """A modality's own projections, queries, router and tags."""
@@ -250,7 +258,12 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise UsageError(f"modality_order={list(order)} for values of {names}", "each must be named once.", "name exactly those.")
         return list(order)
 
-    def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
+    def packed_logits(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Logits of a pack's supervised tokens alone.
+
+        Returns:
+            ([N, V] logits, [N] their places in `batch.labels`, modality -> [Q, E] gates).
+        """
         device = batch.input_ids.device
         layout = Layout.of(batch.text_lengths, batch.modalities, self.config.modalities)
         self._check_pack(batch, layout)
@@ -258,18 +271,21 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         text = self.llm.get_input_embeddings()(batch.input_ids)
         table = torch.cat([text, *(t.flatten(0, 1).to(text.dtype) for t in tokens.values()), self._tags().to(text.dtype)])
         sequence = table.index_select(0, device_tensor(layout.gather, device))
-
         supervised = batch.supervised if batch.supervised is not None else (batch.labels != IGNORE).nonzero().squeeze(1)
-        sample = device_tensor(layout.sample, device).index_select(0, supervised)
-        logits = self.llm(
+        out = self.llm(
             inputs_embeds=sequence[None],
             position_ids=device_tensor(layout.position_ids, device)[None],
             attention_mask=packed_mask(device),
             use_cache=False,
             segments=Segments.of(layout.lengths, device=device),
             logits_to_keep=device_tensor(layout.predictor, device).index_select(0, supervised),
-        ).logits[0]
+        )
+        return out.logits[0], supervised, gates
+
+    def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
+        logits, supervised, gates = self.packed_logits(batch)
         nll = F.cross_entropy(logits.float(), batch.labels.index_select(0, supervised), reduction="none")
+        sample = device_tensor(np.repeat(np.arange(len(batch.text_lengths)), batch.text_lengths), logits.device).index_select(0, supervised)
         loss = (nll * batch.weights.to(nll.dtype).index_select(0, sample)).sum()
         return PackedOutput(
             loss=loss, nll=nll.detach(), sample_index=sample, router={name: g.detach().float() for name, g in gates.items()}
@@ -282,8 +298,8 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if len(v) != layout.counts.get(name, 0)
         ]
         wrong += [f"{name}: no values for {n} runs" for name, n in layout.counts.items() if n and name not in batch.values]
-        if len(batch.input_ids) != len(layout.sample):
-            wrong.append(f"{len(batch.input_ids)} text tokens for text lengths that sum to {len(layout.sample)}")
+        if len(batch.input_ids) != len(layout.predictor):
+            wrong.append(f"{len(batch.input_ids)} text tokens for text lengths that sum to {len(layout.predictor)}")
         if wrong:
             raise OneLLMError(f"the pack contradicts itself: {'; '.join(wrong)}", "samples would be mixed up.", "mend whoever made it.")
 

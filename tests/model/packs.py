@@ -16,14 +16,16 @@ from onellm_dist.packed import IGNORE, PackedBatch
 WORDS = 97
 
 
-def small_model(seed: int = 0, *, kv_heads: int = 2, modalities: Sequence[str] | None = None, **upm: object) -> OneLLMForConditionalGeneration:
+def small_model(
+    seed: int = 0, *, kv_heads: int = 2, modalities: Sequence[str] | None = None, **upm: object
+) -> OneLLMForConditionalGeneration:
     """Real token counts at tiny widths, in fp32 and ready to align (LLM and encoder frozen)."""
     config = OneLLMConfig(
         vision=OneLLMVisionConfig(width=32, layers=2, heads=2, output_dim=16),
         upm=OneLLMUPMConfig(**{"experts": 3, "blocks": 2, "heads": 2, "ffn": 64, "router_hidden": 48, **upm}),
         text_config=LlamaConfig(
-            vocab_size=WORDS, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-            max_position_embeddings=512, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+            vocab_size=WORDS, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=kv_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         ),
         modalities=modalities,
     )  # fmt: skip

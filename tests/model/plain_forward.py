@@ -72,7 +72,7 @@ def tokenize(name: str, value: torch.Tensor, w: Weights) -> torch.Tensor:
     if name == "point":
         colours = value[:, 3:6]
         centres = colours[farthest(colours.numpy(), 1024)]
-        near = ((centres[:, None] - colours[None]) ** 2).sum(-1).topk(32, largest=False).indices
+        near = torch.cdist(centres, colours, compute_mode="donot_use_mm_for_euclid_dist").topk(32, largest=False).indices
         features = value[near] @ w["llma.conv1.point.conv1.weight"].reshape(width, 6).T + w["llma.conv1.point.conv1.bias"]
         return features.max(1).values[None]
     if name == "imu":

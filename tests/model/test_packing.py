@@ -55,7 +55,9 @@ def test_the_loss_is_the_weighted_sum_over_supervised_tokens() -> None:
     alone = one_by_one(model, pack)
     out = model(packed=pack)
     supervised = [s[s != IGNORE] for s in labels.split(list(pack.text_lengths))]
-    nll = [F.cross_entropy(x[s[1:] != IGNORE], t, reduction="none") for x, s, t in zip(alone, labels.split([5, 7, 3]), supervised, strict=True)]
+    nll = [
+        F.cross_entropy(x[s[1:] != IGNORE], t, reduction="none") for x, s, t in zip(alone, labels.split([5, 7, 3]), supervised, strict=True)
+    ]
     assert torch.allclose(out.nll, torch.cat(nll), rtol=1e-5)
     assert out.sample_index.tolist() == [0] * 4 + [1] * 3 + [2] * 2
     assert torch.allclose(out.loss, nll[0].sum() + nll[2].sum(), rtol=1e-5)
@@ -78,9 +80,13 @@ def test_nothing_leaks_between_samples(changed: int) -> None:
         values[name][row] = other.values[name][row]
     with torch.no_grad():
         before = model.packed_logits(pack)[0].split([n - 1 for n in lengths])
-        after = model.packed_logits(PackedBatch(ids, labels, pack.text_lengths, pack.modalities, values, pack.weights))[0].split([n - 1 for n in lengths])
+        after = model.packed_logits(PackedBatch(ids, labels, pack.text_lengths, pack.modalities, values, pack.weights))[0].split(
+            [n - 1 for n in lengths]
+        )
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
-        assert torch.equal(a, b) == (i != changed), f"sample {i} moved with sample {changed}" if i != changed else "the change had no effect"
+        assert torch.equal(a, b) == (i != changed), (
+            f"sample {i} moved with sample {changed}" if i != changed else "the change had no effect"
+        )
 
 
 @pytest.mark.parametrize("router", ["soft", "constant", "sparse"])

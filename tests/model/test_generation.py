@@ -1,0 +1,130 @@
+"""generate: the cache, left padding, and the runs that go in once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packs import WORDS, small_model
+
+from onellm_dist.errors import UsageError
+from onellm_dist.model import OneLLMForConditionalGeneration
+
+NEW = 7
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model() -> OneLLMForConditionalGeneration:
+    """Large weights, so that what a text says next depends on all that came before."""
+    model = small_model().eval()
+    with torch.no_grad():
+        for name, p in model.llm.named_parameters():
+            if "proj" in name:
+                p.mul_(2.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, WORDS, (3, 6), generator=generator)
+    mask = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
+    ids = torch.where(mask.cumsum(1) == 1, 1, ids).where(mask == 1, torch.tensor(0))
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_values": torch.randn(3, 3, 224, 224, generator=generator),
+        "imu_values": torch.randn(3, 6, 400, generator=generator),
+    }
+
+
+def uncached(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], **options: object) -> torch.Tensor:
+    """Greedy decoding by running everything again for each token."""
+    batch = dict(batch)
+    for _ in range(NEW):
+        word = model(**batch, **options).logits[:, -1].argmax(-1, keepdim=True)
+        batch["input_ids"] = torch.cat([batch["input_ids"], word], 1)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(word)], 1)
+    return batch["input_ids"]
+
+
+@pytest.mark.parametrize("given", [(), ("image",), ("image", "imu")], ids=lambda g: "+".join(g) or "text")
+@torch.no_grad()
+def test_the_cache_changes_nothing(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], given: tuple[str, ...]) -> None:
+    kept = {k: v for k, v in batch.items() if not k.endswith("_values") or k.removesuffix("_values") in given}
+    out = model.generate(**kept, **GREEDY)
+    assert torch.equal(out, uncached(model, kept))
+    assert len({tuple(row[-NEW:].tolist()) for row in out}) > 1, "rows that all say the same test nothing"
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    together = model.generate(**batch, **GREEDY)
+    for row in range(3):
+        real = batch["attention_mask"][row].bool()
+        values = {k: v[row : row + 1] for k, v in batch.items() if k.endswith("_values")}
+        alone = model.generate(batch["input_ids"][row, real][None], **values, **GREEDY)
+        assert alone[0, -NEW:].tolist() == together[row, -NEW:].tolist()
+
+
+@torch.no_grad()
+def test_right_padding_changes_no_logits(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    ids = torch.tensor([[1, 5, 9, 4, 0, 0]])
+    image = {"image_values": batch["image_values"][:1]}
+    padded = model(ids, (torch.arange(6) < 4).long()[None], **image).logits[:, : 32 + 4]
+    assert torch.allclose(padded, model(ids[:, :4], **image).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_runs_are_injected_at_prefill_alone(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    lengths: list[int] = []
+    handle = model.llm.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    try:
+        model.generate(**batch, **GREEDY)
+    finally:
+        handle.remove()
+    assert lengths == [6 + 2 * 32] + [1] * (NEW - 1)
+
+
+@torch.no_grad()
+def test_the_order_of_runs_can_be_chosen(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    swapped = model(**batch, modality_order=["imu", "image"]).logits
+    assert torch.equal(model(**batch, modality_order=["image", "imu"]).logits, model(**batch).logits)
+    assert not torch.allclose(swapped, model(**batch).logits)
+    out = model.generate(**batch, modality_order=["imu", "image"], **GREEDY)
+    assert torch.equal(out, uncached(model, batch, modality_order=["imu", "image"]))
+
+
+@torch.no_grad()
+def test_reference_offset_ends_rows_where_they_end(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    free = model.generate(**batch, decode_offset="reference", **GREEDY)
+    first = int(free[0, 6])
+    ended = model.generate(**batch, decode_offset="reference", **{**GREEDY, "eos_token_id": first, "pad_token_id": 0})
+    assert ended[0, 6:].tolist() == [first] + [0] * (ended.shape[1] - 7)
+    assert ended[1, 6].item() == free[1, 6].item()
+
+
+@torch.no_grad()
+def test_several_sequences_of_a_prompt(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    out = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, eos_token_id=None)
+    assert out.shape == (6, 9)
+    assert torch.equal(out[:, :6], batch["input_ids"].repeat_interleave(2, 0))
+    with pytest.raises(UsageError, match="several sequences"):
+        model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, decode_offset="reference")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode_offset": "30"}, "decode_offset='30'"),
+        ({"smell_values": torch.zeros(3, 1)}, "unknown input smell_values"),
+        ({"fmri_values": torch.zeros(1, 1, 15724)}, "1 rows for 3 texts"),
+        ({"modality_order": ["image"]}, "modality_order"),
+    ],
+)
+def test_wrong_use_is_refused(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        model.generate(**batch, **options, **GREEDY)
