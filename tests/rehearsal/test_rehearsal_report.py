@@ -115,7 +115,8 @@ def test_a_failed_command_shows_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_leaving_early_ends_what_the_command_started() -> None:
-    code = "import subprocess,sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(p.pid, flush=True); p.wait()"
+    child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
+    code = f"import subprocess, sys; p = subprocess.Popen({child}); print(p.pid, flush=True); p.wait()"
     with pytest.raises(KeyboardInterrupt), rehearsal._process_group([sys.executable, "-c", code], dict(os.environ)) as process:
         assert process.stdout is not None
         grandchild = psutil.Process(int(process.stdout.readline()))
