@@ -59,6 +59,7 @@ class Loader:
             prefetch_factor=plan.config.prefetch if self._workers else None,
             collate_fn=_as_is,
             worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # of its own: starting workers must not draw from the run's generator
             pin_memory=torch.cuda.is_available() if pin is None else pin,
         )
         self._running: Iterator[Any] | None = None

@@ -112,9 +112,10 @@ class Reader:
         for name, kind in self._plan.modalities.items():
             found = [sample.values[name] for sample in samples if name in sample.values]
             values[name] = torch.stack(found) if found else torch.zeros((0, *kind.value_shape))
+        labels = torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64)
         return PackedBatch(
             input_ids=torch.tensor([token for sample in samples for token in sample.ids], dtype=torch.int64),
-            labels=torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64),
+            labels=labels,
             text_lengths=tuple(len(sample.ids) for sample in samples),
             modalities=tuple(runs),
             values=values,
@@ -122,6 +123,7 @@ class Reader:
             sample_ids=() if dummy else tuple(sample_ids),
             dummy=dummy,
             tombstones={i: sample.tombstone for i, sample in enumerate(samples) if sample.tombstone is not None},
+            supervised=(labels != IGNORE).nonzero().squeeze(1),
         )
 
 

@@ -172,6 +172,14 @@ def lives(pid: int) -> bool:
         return False
 
 
+def test_the_runs_random_numbers_are_left_alone(root: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(open_plan(root, MIXTURE), 1, 0, 1, last=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_leaving_early_ends_the_workers(root: Path) -> None:
     with Loader(open_plan(root, MIXTURE), 1, 0, 0, 1000, 2) as loader:
         next(iter(loader))

@@ -50,6 +50,9 @@ def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
     assert batch.sample_ids == tuple(plan.sample_ids(micro.samples))
     assert batch.modalities == tuple(plan.runs[ref.dataset] for ref in micro.samples)
     assert batch.weights.tolist() == [1.0] * 12
+    assert batch.supervised is not None
+    assert torch.equal(batch.labels[batch.supervised], batch.labels[batch.labels != IGNORE])
+    assert len(batch.supervised) == plan.step(0, 1).divisor
     assert not batch.tombstones
     assert not batch.dummy
     seen = {"image": 0, "imu": 0}
