@@ -18,10 +18,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)")
     parser.add_argument("--ranks", type=int, default=2, help="ranks (default: 2)")
     parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (default: 24)")
+    parser.add_argument(
+        "--preset", choices=["smollm2-135m", "toy"], default="smollm2-135m", help="toy: only tries the phases, in a minute or two"
+    )
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception: what was started is ended too
     try:
-        return run_rehearsal(given.out, steps=given.steps, ranks=given.ranks, new_tokens=given.new_tokens)
+        return run_rehearsal(given.out, steps=given.steps, ranks=given.ranks, new_tokens=given.new_tokens, preset=given.preset)
     except OneLLMError as error:
         print(f"rehearsal: {error}", file=sys.stderr)
         return error.exit_code

@@ -30,7 +30,7 @@ from onellm_dist.rehearsal.media import QUESTIONS, collect
 from onellm_dist.rehearsal.memory import GIB, PeakMemory
 from onellm_dist.rehearsal.report import checks, print_report
 
-PRESET, SEED = "smollm2-135m", 0
+SEED = 0
 GLOBAL_BATCH = 8
 """A sample of every modality a step: launch/recipes/real/*.yaml."""
 MEMORY_LIMIT_GIB = 20.0
@@ -51,6 +51,7 @@ class Rehearsal:
     steps: int
     ranks: int
     new_tokens: int
+    preset: str
     memory: PeakMemory
     facts: dict[str, Any] = field(default_factory=lambda: {"phases": [], "events": []})
     started: float = field(default_factory=time.monotonic)
@@ -110,7 +111,7 @@ class Rehearsal:
         return env
 
 
-def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int = 24) -> int:
+def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int = 24, preset: str = "smollm2-135m") -> int:
     """Media, shards, align, tune, generate; prints the table and writes `OUT/rehearsal.json`.
 
     Args:
@@ -118,6 +119,7 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
         steps: optimizer steps of each stage.
         ranks: of the deepspeed launcher.
         new_tokens: longest answer.
+        preset: `toy` tries the phases with a tiny model (a minute); it is no rehearsal of the real sizes.
 
     Returns:
         0; 1 where a phase failed or a check did not hold (more than 20 GiB, a frozen part that moved, ...).
@@ -128,7 +130,7 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
     out = out.resolve()
     _prepare(out)
     with PeakMemory() as memory:
-        run = Rehearsal(out, steps, ranks, new_tokens, memory)
+        run = Rehearsal(out, steps, ranks, new_tokens, preset, memory)
         try:
             with run.phase("media"):
                 _media(run)
@@ -141,10 +143,7 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
             with run.phase("generate"):
                 _generate(run)
             with run.phase("weights"):
-                told = run.command(
-                    "weights", [sys.executable, "-m", "onellm_dist.rehearsal.weights", out / "align/model", out / "tune/model", str(SEED)]
-                )
-                run.facts["weights_changed"] = json.loads(told.strip().splitlines()[-1])
+                _compare_weights(run)
         except OneLLMError as error:
             run.facts["error"] = str(error)
             print(f"rehearsal: {error}", file=sys.stderr)
@@ -215,7 +214,7 @@ def _estimate(run: Rehearsal) -> None:
     precision = max(speed, key=lambda name: speed[name])
     names = list(all_modalities())
     samples = dict.fromkeys(names, GLOBAL_BATCH // len(names))
-    flops = {stage: step_flops(build_config(PRESET), samples, tune=stage == "tune") for stage in ("align", "tune")}
+    flops = {stage: step_flops(build_config(run.preset), samples, tune=stage == "tune") for stage in ("align", "tune")}
     seconds = {stage: run.steps * work / (speed[precision] * run.ranks) for stage, work in flops.items()}
     run.facts["estimate"] = {
         "precision": precision,
@@ -239,8 +238,7 @@ def _train(run: Rehearsal, stage: str) -> None:
         f"run.dir={run.out / stage}", f"run.seed={SEED}", f"data.root={run.out / 'shards'}", f"data.global_batch={GLOBAL_BATCH}",
         f"train.steps={run.steps}", f"train.precision={run.facts['estimate']['precision']}",
     ]  # fmt: skip
-    if stage == "tune":
-        overrides.append(f"model.path={run.out / 'align' / 'model'}")
+    overrides.append(f"model.path={run.out / 'align' / 'model'}" if stage == "tune" else f"model.preset={run.preset}")
     start = [launcher, "--num_accelerators", str(run.ranks), "--master_port", str(_free_port()), "--module", "onellm_dist.train"]
     run.command(stage, [*start, f"real/{stage}", *overrides], show=True)
     lines = (run.out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -278,6 +276,12 @@ def _generate(run: Rehearsal) -> None:
         }  # fmt: skip
         run.facts["generate"].append(row)
         run.say(f"{stage}, {' + '.join(row['inputs']) or 'text alone'}: {row['text']!r}")
+
+
+def _compare_weights(run: Rehearsal) -> None:
+    models = (run.out / "align" / "model", run.out / "tune" / "model")
+    told = run.command("weights", [sys.executable, "-m", "onellm_dist.rehearsal.weights", *models, run.preset, str(SEED)])
+    run.facts["weights_changed"] = json.loads(told.strip().splitlines()[-1])
 
 
 def _media_file(folder: Path, modality: str, key: str) -> Path:

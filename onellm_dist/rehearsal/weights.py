@@ -1,4 +1,4 @@
-"""What two stages changed in the model, tensor by tensor: run as `python -m onellm_dist.rehearsal.weights ALIGNED TUNED`."""
+"""What two stages changed in the model, tensor by tensor: run as `python -m onellm_dist.rehearsal.weights ALIGNED TUNED PRESET SEED`."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ def main(aligned: Path, tuned: Path, preset: str, seed: int) -> dict[str, dict[s
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), preset="smollm2-135m", seed=int(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), preset=sys.argv[3], seed=int(sys.argv[4]))))

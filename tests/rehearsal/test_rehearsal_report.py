@@ -111,7 +111,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_failed_command_shows_its_last_lines(tmp_path: Path) -> None:
     with PeakMemory(every=60) as memory, pytest.raises(OneLLMError, match="line 99"):
         code = "import sys\nfor n in range(100): print('line', n)\nsys.exit(7)"
-        rehearsal.Rehearsal(tmp_path, 3, 2, 8, memory).command("noisy", [sys.executable, "-c", code])
+        rehearsal.Rehearsal(tmp_path, 3, 2, 8, "toy", memory).command("noisy", [sys.executable, "-c", code])
 
 
 def test_leaving_early_ends_what_the_command_started() -> None:
