@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
-import resource
-import time
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -171,17 +174,34 @@ def test_damaged_indexes_are_recognised(tmp_path: Path, damage: object, message:
         ShardIndex(path)
 
 
+@pytest.fixture
+def fast_folder() -> Iterator[Path]:
+    """In memory where that is possible: making 82,800 files takes a minute on a busy disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
-def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(tmp_path: Path) -> None:
+def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(fast_folder: Path) -> None:
     """41,400 shards, 4e8 samples: under 5 s and 500 MB; the indexes are not touched until a sample is asked for."""
     shards = tuple(ShardInfo(f"shards/train-{i:06d}.tar", "train", 9662, 10**9, f"{i:064x}") for i in range(41_400))
-    (tmp_path / "shards").mkdir()
+    (fast_folder / "shards").mkdir()
     for shard in shards:
-        (tmp_path / shard.path).touch()
-        (tmp_path / f"{shard.path}.index").touch()
-    (tmp_path / "manifest.json").write_bytes(Manifest("laion", ("image",), ("txt",), "CC-BY-4.0", "x", shards).to_bytes())
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    dataset = open_dataset(tmp_path)
-    assert dataset.samples("train") == 41_400 * 9662
-    assert time.monotonic() - start < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+        os.mknod(f"{fast_folder}/{shard.path}")
+        os.mknod(f"{fast_folder}/{shard.path}.index")
+    (fast_folder / "manifest.json").write_bytes(Manifest("laion", ("image",), ("txt",), "CC-BY-4.0", "x", shards).to_bytes())
+    script = """
+import sys, time
+from pathlib import Path
+from onellm_dist.shards.format import open_dataset
+start = time.process_time()  # of this process: the machine may be busy
+samples = open_dataset(Path(sys.argv[1])).samples("train")
+seconds = time.process_time() - start
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(samples, seconds, int(peak.split()[1]) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(fast_folder)], check=True, capture_output=True, text=True)
+    samples, seconds, megabytes = map(float, done.stdout.split())
+    assert samples == 41_400 * 9662
+    assert seconds < 5
+    assert megabytes < 500
