@@ -176,3 +176,27 @@ def test_point_tokens_are_the_plain_convolution_and_maximum() -> None:
     found = torch.autograd.grad((got * target).sum(), [module.conv.weight, module.conv.bias])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_cuda_gives_the_cpus_tokens(name: str) -> None:
+    modality = get_modality(name)
+    module = modality.tokenizer(WIDTH)
+    assert module is not None
+    values = torch.rand(3, *modality.value_shape)
+    expected = module(values)
+    got = module.cuda()(values.cuda()).cpu()
+    close = torch.isclose(got, expected, atol=1e-2, rtol=1e-2)  # cuDNN's convolutions may use TF32
+    # A neighbour whose distance ties in fp32 may differ, and with it one group of the point tokenizer.
+    assert close.all(2).float().mean() > (0.99 if name == "point" else 0.9999)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_point_indices_on_cuda_are_the_references() -> None:
+    colours = PARITY["point.input"][None, :, 3:6].contiguous().cuda()
+    centres = farthest_points(colours, CENTRES)
+    assert torch.equal(centres[0].cpu(), PARITY["point.fps_idx"])
+    assert torch.equal(nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(), PARITY["point.knn_idx_first8"])
