@@ -73,8 +73,8 @@ class Rehearsal:
             peak = self.memory.peak(began) / GIB
             self.facts["phases"].append({"phase": name, "seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak, 2)})
 
-    def command(self, name: str, arguments: Sequence[str | Path], *, show: bool = False) -> str:
-        """Run a command, its output going to `logs/NAME.log` (and, with `show`, here too).
+    def command(self, name: str, arguments: Sequence[str | Path], *, ranks: int = 1, show: bool = False) -> str:
+        """Run a command of `ranks` processes, its output going to `logs/NAME.log` (and, with `show`, here too).
 
         Returns:
             its standard output and error.
@@ -85,7 +85,7 @@ class Rehearsal:
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         lines: list[str] = []
-        with log.open("w", encoding="utf-8") as file, _process_group([str(a) for a in arguments], self.environment()) as process:
+        with log.open("w", encoding="utf-8") as file, _process_group([str(a) for a in arguments], self.environment(ranks)) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
@@ -98,13 +98,13 @@ class Rehearsal:
             raise OneLLMError(f"{name} ended with exit code {process.returncode}\n{tail}", "the rehearsal stops here.", f"see {log}.")
         return "".join(lines)
 
-    def environment(self) -> dict[str, str]:
-        """Of every command: the fetched LLM package, a core each for the ranks, CPU ranks where there are too few GPUs."""
+    def environment(self, ranks: int) -> dict[str, str]:
+        """Of a command: the fetched LLM package, the cores shared out to its ranks, CPU ranks where there are too few GPUs."""
         import torch
 
         env = dict(os.environ)
         env["PYTHONPATH"] = os.pathsep.join(p for p in (str(self.out / "packages" / "site"), env.get("PYTHONPATH", "")) if p)
-        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // self.ranks))
+        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
         env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
         if torch.cuda.device_count() < self.ranks:
             env |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -240,7 +240,7 @@ def _train(run: Rehearsal, stage: str) -> None:
     ]  # fmt: skip
     overrides.append(f"model.path={run.out / 'align' / 'model'}" if stage == "tune" else f"model.preset={run.preset}")
     start = [launcher, "--num_accelerators", str(run.ranks), "--master_port", str(_free_port()), "--module", "onellm_dist.train"]
-    run.command(stage, [*start, f"real/{stage}", *overrides], show=True)
+    run.command(stage, [*start, f"real/{stage}", *overrides], ranks=run.ranks, show=True)
     lines = (run.out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     run.facts[stage] = [json.loads(line) for line in lines]
 
