@@ -86,6 +86,20 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.encoder.requires_grad_(False)  # loading makes new parameters, which all want gradients
         return (model, info) if wants_info else model
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As torch's own (`.to`, `.bfloat16()`, DeepSpeed's cast), but rotary frequencies stay in fp32.
+
+        In bf16 they are off by up to 0.4%, which is several radians after a thousand positions.
+        """
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            cast = self.get_buffer(name)
+            if cast.dtype != buffer.dtype and not buffer.is_meta:
+                setattr(self.get_submodule(owner), leaf, buffer.to(cast.device))
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
         return self.llm.get_input_embeddings()

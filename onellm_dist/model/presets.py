@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,8 @@ def load_model(
         raise UsageError("give exactly one of path and preset", "the model has one source.", "set model.path or model.preset.")
     if path is not None:
         return _from_directory(Path(path), dtype)
-    model: Any = OneLLMForConditionalGeneration(build_config(str(preset)))
+    with _default_dtype(dtype):
+        model: Any = OneLLMForConditionalGeneration(build_config(str(preset)))
     if preset == "smollm2-135m":
         gguf = smollm2_gguf()
         pretrained = AutoModelForCausalLM.from_pretrained(
@@ -114,7 +117,18 @@ def load_model(
     else:
         initialise(model, seed)
         tokenizer = toy_tokenizer()
-    return model.to(dtype), OneLLMProcessor(tokenizer)
+    return model, OneLLMProcessor(tokenizer)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters made inside have this dtype: a 7B model in bf16 never needs its fp32 memory."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:

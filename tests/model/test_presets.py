@@ -98,3 +98,13 @@ def test_the_gguf_is_found_inside_its_package(monkeypatch: pytest.MonkeyPatch, t
         smollm2_gguf()
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     assert smollm2_gguf() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def test_rotary_frequencies_stay_in_fp32() -> None:
+    model = small_model()
+    exact = model.llm.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(exact.bfloat16().float(), exact), "these would survive the cast anyway"
+    for cast in (model.bfloat16(), model.to(torch.float16), load_model(path=None, preset="toy", seed=0, dtype=torch.bfloat16)[0]):
+        assert {p.dtype for p in cast.parameters()} != {torch.float32}
+        assert cast.llm.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.llm.model.rotary_emb.inv_freq, exact)
