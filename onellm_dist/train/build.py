@@ -25,7 +25,7 @@ from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger
-from onellm_dist.train.metrics import METRICS, Events, Metrics
+from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD, Events, Metrics
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
 from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.totals import StepTotals
@@ -114,15 +114,15 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     """
     settings = _engine_settings(config, world)
     resume = _checkpoint_to_resume(config, world)
-    if world.main:
-        _prepare_directory(config, fresh=resume is None)
-    world.barrier()
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
-    events = Events(config.run.dir, main=world.main)
 
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
     plan = _open_plan(config, world, model, processor)
+    if world.main:
+        _prepare_directory(config, fresh=resume is None)
+    world.barrier()
+    events = Events(config.run.dir, main=world.main)
     flops = FlopCounter(model, plan, config.train.stage)
     freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
     if resume is None and config.model.init_from_image:
@@ -186,7 +186,8 @@ def _prepare_directory(config: RunConfig, *, fresh: bool) -> None:
     """Make the run directory; what an earlier run left there is moved aside where this one starts from nothing."""
     run_dir = config.run.dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    old = [run_dir / name for name in (CHECKPOINTS, LEDGER, METRICS, "events.jsonl", "tensorboard", MODEL) if (run_dir / name).exists()]
+    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, TENSORBOARD, MODEL)
+    old = [path for name in names if (path := run_dir / name).is_file() or (path.is_dir() and any(path.iterdir()))]
     if fresh and old:
         aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.mkdir(exist_ok=True)

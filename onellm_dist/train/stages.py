@@ -58,9 +58,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 def _without_decay(model: nn.Module) -> Iterable[nn.Parameter]:
     for module in model.modules():
-        # transformers has an RMSNorm class a model family (LlamaRMSNorm, Qwen2RMSNorm, ...).
-        rms = "rmsnorm" in type(module).__name__.lower()
-        for name, parameter in module.named_parameters(recurse=False):
+        # There is an RMSNorm class a model family (LlamaRMSNorm, ..., our UPMNorm); they have no bias, LayerNorms do.
+        own = dict(module.named_parameters(recurse=False))
+        rms = "norm" in type(module).__name__.lower() and list(own) == ["weight"] and not isinstance(module, nn.LayerNorm)
+        for name, parameter in own.items():
             if name == "bias" or name.endswith("_bias") or rms:
                 yield parameter
 

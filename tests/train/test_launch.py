@@ -1,0 +1,146 @@
+"""Ranks as launchers describe them, and ranks that we start ourselves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from onellm_dist.errors import UsageError
+from onellm_dist.launch.local import launch_local
+from onellm_dist.launch.ranks import Ranks, discover_ranks
+from onellm_dist.launch.slurm import expand_hosts, tasks_per_node
+
+STEP = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "31234",
+    "SLURM_STEP_NODELIST": "gpu[08-10]", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+}  # fmt: skip
+
+
+def test_no_launcher() -> None:
+    assert discover_ranks({}) is None
+
+
+def test_ranks_of_deepspeed_and_torchrun() -> None:
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert discover_ranks(env) == Ranks(3, 4, 1, 2, "a", 7)
+    assert discover_ranks({**env, "LOCAL_WORLD_SIZE": "4"}) == Ranks(3, 4, 1, 4, "a", 7)
+
+
+@pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_contradicting_ranks_are_refused(env: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        discover_ranks(env)
+
+
+def test_ranks_of_a_slurm_step() -> None:
+    assert discover_ranks(STEP) == Ranks(5, 6, 1, 2, "gpu08", 20000 + 31234 % 20000)
+
+
+def test_a_batch_script_is_no_rank() -> None:
+    assert discover_ranks({k: v for k, v in STEP.items() if k != "SLURM_STEP_ID"}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a", ["a"]),
+        ("n[1-3,7]", ["n1", "n2", "n3", "n7"]),
+        ("x[09-10]-ib,b", ["x09-ib", "x10-ib", "b"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+    ],
+)
+def test_host_lists(text: str, hosts: list[str]) -> None:
+    assert expand_hosts(text) == hosts
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+def script(tmp_path: Path, body: str) -> list[str]:
+    path = tmp_path / "rank.py"
+    path.write_text("import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + body)
+    return [sys.executable, "-u", str(path)]
+
+
+def test_every_rank_done_is_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_local(script(tmp_path, "print('hello from', rank)"), 2, tmp_path / "logs") == 0
+    assert "hello from 0" in capsys.readouterr().out
+    assert "hello from 1" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onellm_dist.launch.local.PATIENCE_S", 0.2)
+    started = time.monotonic()
+    body = "if rank == 1:\n    print('disk on fire', file=sys.stderr)\n    sys.exit(1)\ntime.sleep(60)"
+    assert launch_local(script(tmp_path, body), 3, tmp_path / "logs") == 1
+    assert time.monotonic() - started < 20
+    err = capsys.readouterr().err
+    assert "rank 1 failed first (exit code 1)" in err
+    assert "disk on fire" in err
+
+
+def test_exit_codes_pass_through(tmp_path: Path) -> None:
+    assert launch_local(script(tmp_path, "sys.exit(75)"), 2, tmp_path / "logs") == 75
+
+
+def test_signals_reach_every_rank(tmp_path: Path) -> None:
+    body = (
+        "def on(n, f):\n    open(f'got-{rank}', 'w').write(signal.Signals(n).name)\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, on)\nopen(f'ready-{rank}', 'w')\ntime.sleep(60)\n"
+    )
+    launcher = launcher_process(tmp_path, script(tmp_path, body))
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGUSR1)
+    assert launcher.wait(timeout=60) == 75
+    assert [(tmp_path / f"got-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")
+def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
+    body = (
+        "from onellm_dist.launch.local import end_with_parent\nend_with_parent()\n"
+        "open(f'pid-{rank}', 'w').write(str(os.getpid()) + '\\n')\ntime.sleep(60)\n"
+    )
+    launcher = launcher_process(tmp_path, script(tmp_path, body))
+    pids = [wait_for_pid(tmp_path / f"pid-{rank}") for rank in (0, 1)]
+    launcher.kill()
+    launcher.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.05)
+
+
+def launcher_process(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    """`launch_local` of two ranks in a process of its own."""
+    code = "import sys; from pathlib import Path; from onellm_dist.launch.local import launch_local\n"
+    return subprocess.Popen([sys.executable, "-c", f"{code}sys.exit(launch_local({command!r}, 2, Path('logs')))"], cwd=folder)
+
+
+def wait_for_pid(path: Path) -> int:
+    deadline = time.monotonic() + 60
+    while not path.exists() or not path.read_text().endswith("\n"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(path.read_text())
+
+
+def alive(pid: int) -> bool:
+    """Running: an orphan that nobody reaps yet is not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX" and os.path.exists(f"/proc/{pid}")

@@ -1,0 +1,212 @@
+"""The small parts of training: schedule, guard, ledger, metrics, exit file, configuration of DeepSpeed, whole checkpoints, freezing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from stand_in import pack, sample
+from torch import nn
+
+from onellm_dist.config import OptimSection
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.modalities import all_modalities
+from onellm_dist.resources import ds_configs_dir
+from onellm_dist.train.checkpoint import MANIFEST, checkpoint_name, newest_whole, prune
+from onellm_dist.train.engine.ds_config import complete, load_ds_config, zero_stage
+from onellm_dist.train.exits import ExitFile
+from onellm_dist.train.guard import MAX_SKIPPED_IN_A_ROW, Guard
+from onellm_dist.train.ledger import Ledger
+from onellm_dist.train.metrics import drop_from
+from onellm_dist.train.run import run_dir_of, without_launcher_arguments
+from onellm_dist.train.schedule import learning_rate
+from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
+
+
+def test_warm_up_then_cosine_to_min_lr() -> None:
+    optim = OptimSection(lr=1.0, min_lr=0.1, warmup_steps=4)
+    rates = [learning_rate(step, optim, 24) for step in range(30)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[14] == pytest.approx(0.55)
+    assert rates[24:] == pytest.approx([0.1] * 6)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_constant_schedule_and_decay_steps() -> None:
+    assert learning_rate(900, OptimSection(lr=0.5, schedule="constant"), 1000) == 0.5
+    assert learning_rate(50, OptimSection(lr=1.0, decay_steps=50), 1000) == 0.0
+
+
+def test_guard_stops_after_skips_in_a_row_only() -> None:
+    guard = Guard(max_tombstones=5)
+    for step in range(3 * MAX_SKIPPED_IN_A_ROW):
+        guard.after_step(step, applied=step % MAX_SKIPPED_IN_A_ROW == 0, new_tombstones=0)
+    with pytest.raises(OneLLMError, match="in a row"):
+        for step in range(MAX_SKIPPED_IN_A_ROW):
+            guard.after_step(step, applied=False, new_tombstones=0)
+
+
+def test_guard_counts_tombstones_of_earlier_starts() -> None:
+    guard = Guard(max_tombstones=5, tombstones=4)
+    guard.after_step(0, applied=True, new_tombstones=1)
+    with pytest.raises(OneLLMError, match="max_tombstones is 5"):
+        guard.after_step(1, applied=True, new_tombstones=1)
+
+
+def test_ledger_is_read_back_by_any_rank_and_counts_once(tmp_path: Path) -> None:
+    batch = pack([sample(1, ("a",)), sample(2, ("b",))])
+    batch.tombstones[1] = "cut short"
+    assert Ledger(tmp_path, 1).record(3, [batch]) == 1
+    with (tmp_path / "tombstones-rank00001.jsonl").open("a") as out:
+        out.write('{"step": 4, "sample_')  # a kill in the middle of a line
+    again = Ledger(tmp_path, 0)
+    assert again.known == {"s2": "cut short"}
+    assert again.record(3, [batch]) == 0
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(6)) + '{"step": 6, "lo')
+    drop_from(path, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_the_rank_that_fails_first_is_believed(tmp_path: Path) -> None:
+    assert ExitFile(tmp_path, 1).write("failed", reason="disk on fire") == 1
+    assert ExitFile(tmp_path, 0).write("failed", reason="connection closed by peer") == 1
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert (found["reason"], found["rank"], found["exit_code"]) == ("disk on fire", 1, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_every_shipped_deepspeed_configuration_loads() -> None:
+    stages = {path.stem: zero_stage(load_ds_config(Path(path.stem))) for path in ds_configs_dir().glob("*.json")}
+    assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_hpz": 3, "cpu": 3}
+
+
+def test_gradients_accumulate_in_fp32() -> None:
+    full = complete(load_ds_config(Path("zero3")), bf16=True, grad_clip=2.0)
+    assert full["data_types"]["grad_accum_dtype"] == "fp32"
+    assert full["bf16"]["enabled"] and full["gradient_clipping"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not JSON"), ("[]", "JSON object"), ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16")],
+)
+def test_wrong_deepspeed_configurations_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_ds_config(path)
+
+
+def test_unknown_deepspeed_configuration_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="zero3_hpz"):
+        load_ds_config(Path("zero9"))
+
+
+def test_bf16_without_zero_is_refused() -> None:
+    with pytest.raises(UsageError, match="stage 0"):
+        complete({}, bf16=True, grad_clip=1.0)
+
+
+def whole_checkpoint(folder: Path, *, size: int = 3) -> None:
+    folder.mkdir(parents=True)
+    (folder / "rank-00000.safetensors").write_bytes(b"abc")
+    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": {"rank-00000.safetensors": size}}))
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
+    whole_checkpoint(tmp_path / checkpoint_name(9))
+    whole_checkpoint(tmp_path / checkpoint_name(10))
+    whole_checkpoint(tmp_path / checkpoint_name(11), size=4)  # cut short
+    (tmp_path / checkpoint_name(12)).mkdir()
+    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+    assert newest_whole(tmp_path) == tmp_path / checkpoint_name(10)
+    assert newest_whole(tmp_path / "nowhere") is None
+
+
+def test_the_last_n_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 4):
+        whole_checkpoint(tmp_path / checkpoint_name(step))
+    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+    prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_name(4), checkpoint_name(10)]
+
+
+@pytest.fixture(scope="module")
+def toy() -> nn.Module:
+    from onellm_dist.model.presets import meta_model
+
+    return meta_model("toy")
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_align_trains_tokenizers_projectors_and_upm(toy: nn.Module) -> None:
+    freeze_for_stage(toy, "align", set(all_modalities()))
+    assert {name.split(".")[0] for name in trained(toy)} == {"tokenizers", "projectors", "upm"}
+    assert {name for name, _ in toy.named_parameters()} - trained(toy) == {
+        name for name, _ in toy.named_parameters() if name.startswith(("encoder.", "llm."))
+    }
+
+
+def test_parts_of_modalities_outside_the_mixture_are_frozen(toy: nn.Module) -> None:
+    freeze_for_stage(toy, "align", {"audio"})
+    owners = {name.split(".")[1] for name in trained(toy) if name.startswith(("tokenizers", "projectors"))}
+    assert owners == {"audio"}
+
+
+def test_tune_trains_the_llm_alone(toy: nn.Module) -> None:
+    freeze_for_stage(toy, "tune", {"audio"})
+    assert trained(toy) == {name for name, _ in toy.named_parameters() if name.startswith("llm.")}
+
+
+def test_align_on_text_alone_is_refused(toy: nn.Module) -> None:
+    with pytest.raises(UsageError):
+        freeze_for_stage(toy, "align", set())
+
+
+def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
+    freeze_for_stage(toy, "align", set(all_modalities()))
+    groups = parameter_groups(toy, 0.1)
+    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    names = {id(p): n for n, p in toy.named_parameters()}
+    spared = {names[id(p)] for p in groups[1]["params"]}  # type: ignore[attr-defined]
+    assert {n for n in trained(toy) if n.endswith("bias")} <= spared
+    assert any("upm" in n and "norm" in n for n in spared)
+    assert sum(len(g["params"]) for g in groups) == len(trained(toy))  # type: ignore[arg-type]
+    layer_norms = {f"{n}.weight" for n, m in toy.named_modules() if isinstance(m, nn.LayerNorm)}
+    assert not layer_norms & spared
+
+
+def test_new_modalities_start_from_image() -> None:
+    from onellm_dist.model.presets import load_model
+
+    model, _ = load_model(path=None, preset="toy", seed=0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    written = start_from_image(model, ["audio", "point"], source="image")
+    assert written and all(n.startswith(("projectors.audio.", "projectors.point.")) for n in written)
+    for name, parameter in model.named_parameters():
+        if name in written:
+            owner = name.split(".")[1]
+            assert torch.equal(parameter, before[name.replace(f".{owner}.", ".image.", 1)])
+        else:
+            assert torch.equal(parameter, before[name])
+    with pytest.raises(UsageError, match="smell"):
+        start_from_image(model, ["smell"], source="image")
+
+
+def test_launcher_arguments_and_run_dir(tmp_path: Path) -> None:
+    assert without_launcher_arguments(["--local_rank=1", "toy/align_image", "a=b"]) == ["toy/align_image", "a=b"]
+    broken = tmp_path / "r.yaml"
+    broken.write_text("run: {dir: here}\nnonsense: 1\n")
+    assert run_dir_of(broken, []) == Path("here")
+    assert run_dir_of(broken, ["run.dir=there"]) == Path("there")
+    assert run_dir_of(Path("no/such"), []) == Path("runs/default")
