@@ -49,34 +49,36 @@ class Scale:
     notes: tuple[str, ...] = field(default=())
 
 
+_BF16 = "train.precision=bf16"
+
 QUICK = Scale(
-    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000},
+    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000, "imu": 3000},
     test=120,
-    clip=(),
+    clip=("images=36000",),
     llm=("steps=160",),
     stages=(
-        Training("toy/align_image", 500, 0.35),
-        Training("toy/align_all", 1000, 0.6),
-        Training("toy/tune", 60, 0.6),
+        Training("toy/align_image", 160, 0.36, (_BF16, "checkpoint.every=16")),
+        Training("toy/align_all", 600, 1.2, (_BF16, "checkpoint.every=150")),
+        Training("toy/tune", 40, 1.0, (_BF16, "checkpoint.every=20")),
     ),
-    shards_seconds=60,
-    clip_seconds=100,
-    llm_seconds=60,
+    shards_seconds=75,
+    clip_seconds=110,
+    llm_seconds=55,
     caption_seconds=60,
 )
 
 FULL = Scale(
-    train={**dict.fromkeys(MODALITIES, 6000), "image": 12000},
+    train={**dict.fromkeys(MODALITIES, 8000), "image": 12000},
     test=400,
-    clip=("images=60000", "bank=16000"),
-    llm=("steps=400",),
+    clip=("images=80000", "bank=16000"),
+    llm=("steps=300",),
     stages=(
-        Training("toy/align_image", 2000, 0.35, ("train.steps=2000",)),
-        Training("toy/align_all", 8000, 0.6, ("train.steps=8000",)),
-        Training("toy/tune", 200, 0.6, ("train.steps=200",)),
+        Training("toy/align_image", 1000, 0.36, ("checkpoint.every=100",)),
+        Training("toy/align_all", 6000, 1.5, ("checkpoint.every=250",)),
+        Training("toy/tune", 200, 1.2, ("checkpoint.every=50",)),
     ),
-    shards_seconds=260,
+    shards_seconds=350,
     clip_seconds=240,
-    llm_seconds=140,
+    llm_seconds=100,
     caption_seconds=200,
 )
