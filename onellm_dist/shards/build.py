@@ -78,6 +78,7 @@ def build_dataset(
         complete["name"] = dataset_name(Path(out))
     try:
         with staged(Path(out), overwrite=overwrite) as folder:
+            assert kind.build is not None
             report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
     except OSError as error:
         raise OneLLMError(

@@ -2,6 +2,9 @@
 
 `shards/README.md` (top level) has the format byte by byte. Opening reads the manifest and lists the shard folders; an
 index is opened when a sample of its shard is asked for, so a dataset of 10^8 samples opens in a fraction of a second.
+
+The folder may be a URL: manifest and indexes are then copied once to the user's cache (`resources.user_cache()/remote/`,
+about 100 bytes a sample), tars are read by byte range.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.index import ShardIndex, index_path_of
+from onellm_dist.resources import user_cache
+from onellm_dist.shards.index import ShardIndex, index_path_of, read_range
+from onellm_dist.shards.remote import RemoteFolder, is_url, write_copy
 
 MANIFEST = "manifest.json"
 FORMAT = "onellm-shards"
@@ -95,10 +100,18 @@ class Manifest:
 
 
 class Dataset:
-    """An open dataset. Made by `open_dataset`; may be pickled (a loader worker opens it again)."""
+    """An open dataset. Made by `open_dataset`; may be pickled (a loader worker opens it again).
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    Args:
+        root: its folder; of a remote one, the folder in the user's cache that holds copies of its manifest and indexes.
+        remote: where a remote one really lies.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, remote: RemoteFolder | None = None) -> None:
         self.root = root
+        self.remote = remote
+        self.place = remote.url if remote else str(root)
+        """Its path or URL, for messages."""
         self.manifest = manifest
         self.name = manifest.name
         self.modalities = manifest.modalities
@@ -109,8 +122,8 @@ class Dataset:
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[Dataset], tuple[Path, Manifest]]:
-        return Dataset, (self.root, self.manifest)
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Path, Manifest, RemoteFolder | None]]:
+        return Dataset, (self.root, self.manifest, self.remote)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -125,7 +138,7 @@ class Dataset:
         """
         if split not in self._splits:
             raise UsageError(
-                f"dataset {self.root} has no split {split!r}.",
+                f"dataset {self.place} has no split {split!r}.",
                 "nothing can be read from it.",
                 f"it has: {', '.join(self._splits) or 'none'}.",
             )
@@ -136,8 +149,18 @@ class Dataset:
         return sum(s.samples for s in self.shards(split))
 
     def tar_path(self, shard: ShardInfo) -> Path:
-        """Where the shard's tar lies."""
+        """Where the shard's tar lies; of a remote dataset, where it would lie beside its index."""
         return self.root / shard.path
+
+    def read_tar(self, shard: ShardInfo, start: int, end: int) -> bytes:
+        """Bytes start .. end - 1 of a shard's tar; fewer only where the tar ends before.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        if self.remote is not None:
+            return self.remote.read(shard.path, start, min(end, shard.bytes))
+        return read_range(self.tar_path(shard), start, end)
 
     def index(self, shard: ShardInfo) -> ShardIndex:
         """The shard's index; the most recently used ones stay mapped.
@@ -158,10 +181,10 @@ class Dataset:
     def _open_index(self, shard: ShardInfo) -> ShardIndex:
         tar = self.tar_path(shard)
         try:
-            index, on_disk = ShardIndex(index_path_of(tar)), tar.stat().st_size
+            index, on_disk = (self._mirrored(shard), shard.bytes) if self.remote else (ShardIndex(index_path_of(tar)), tar.stat().st_size)
         except OSError as error:
             raise OneLLMError(
-                f"dataset {self.name}, shard {shard.path}: {error.filename}: {error.strerror}.",
+                f"dataset {self.name}, shard {shard.path}: {f'{error.filename}: {error.strerror}' if error.strerror else error}.",
                 "no sample of this shard can be read.",
                 "restore the file; a lost index is made again by: onellm shards index",
             ) from error
@@ -171,22 +194,43 @@ class Dataset:
                 f"the index was made for {index.tar_bytes}, the manifest says {shard.bytes}; "
                 f"SHA-256 {index.tar_sha256[:12]} in the index, {shard.sha256[:12]} in the manifest).",
                 "reading through a stale index would give other samples than asked for.",
-                f"see what differs: onellm shards verify {self.root}",
+                f"see what differs: onellm shards verify {self.place}",
             )
         return index
+
+    def _mirrored(self, shard: ShardInfo) -> ShardIndex:
+        """A remote shard's index, from its copy; a copy that is damaged is fetched again."""
+        assert self.remote is not None
+        name = str(index_path_of(Path(shard.path)))
+        copy = self.root / name
+        if copy.is_file():
+            try:
+                index = ShardIndex(copy)
+                if index.body_is_whole():
+                    return index
+            except OneLLMError:
+                pass
+        size = self.remote.size(shard.path)
+        if size != shard.bytes:
+            raise OSError(f"{self.remote.url}/{shard.path} has {size} bytes, the manifest says {shard.bytes}")
+        self.remote.fetch(name, copy)
+        return ShardIndex(copy)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the manifest: equal where name, modalities, order and bytes of all shards are equal."""
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
 
-def open_dataset(path: Path) -> Dataset:
-    """Opens a dataset folder.
+def open_dataset(place: Path | str) -> Dataset:
+    """Opens a dataset folder, or a URL of one.
 
     Raises:
-        UsageError: no dataset there, a half-written one, an unknown version, or a shard or index is missing.
+        UsageError: no dataset there, a half-written one, an unknown version, or a shard or index is missing (of a remote
+            one, that is found when the shard is first read: listing a bucket takes minutes).
     """
-    path = Path(path)
+    if is_url(place):
+        return _open_remote(str(place))
+    path = Path(place)
     try:
         data = (path / MANIFEST).read_bytes()
     except OSError as error:
@@ -203,6 +247,33 @@ def open_dataset(path: Path) -> Dataset:
             "restore the tars or build the dataset again." if tars else f"make the indexes: onellm shards index {path}",
         )
     return Dataset(path, manifest)
+
+
+def _open_remote(url: str) -> Dataset:
+    remote = RemoteFolder(url)
+    try:
+        data = remote.read_whole(MANIFEST)
+    except OSError as error:
+        raise UsageError(
+            f"{remote.url}/{MANIFEST} cannot be read: {error}",
+            "a dataset is a folder with a manifest.json.",
+            "check the URL (data.root, data.mixture), the credentials and the endpoint.",
+        ) from error
+    where = Path(f"{remote.url}/{MANIFEST}")
+    manifest = Manifest.from_bytes(data, where)
+    version = hashlib.sha256(remote.url.encode() + data).hexdigest()[:16]  # another manifest has other indexes
+    mirror = user_cache() / "remote" / f"{manifest.name}-{version}"
+    try:
+        if not (mirror / MANIFEST).is_file():
+            mirror.mkdir(parents=True, exist_ok=True)
+            write_copy(mirror / MANIFEST, data)
+    except OSError as error:
+        raise UsageError(
+            f"{mirror} cannot be written: {error.strerror or error}",
+            "copies of a remote dataset's indexes lie there.",
+            "set ONELLM_CACHE to a folder that all ranks share.",
+        ) from error
+    return Dataset(mirror, manifest, remote)
 
 
 def _listing(root: Path, folders: set[str]) -> set[str]:

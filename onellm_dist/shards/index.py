@@ -261,38 +261,66 @@ def read_parts(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collect
         SampleError: the tar cannot be read there or has other bytes than the index says; dataset, shard, key, part and
             offset are named. Where the operating system failed, its OSError is the `__cause__` (a retry may help).
     """
-    from onellm_dist.modalities.base import Part  # here: reading an index alone needs no torch
-
-    index = dataset.index(shard)
-    wanted = {e: place for e, place in index.parts(row).items() if extensions is None or e in extensions}
-    if not wanted:
+    span = span_of(dataset, shard, row, extensions)
+    if not span.parts:
         return {}
-    first = min(place.offset for place in wanted.values())
-    last = max(place.offset + place.size for place in wanted.values())
     try:
-        descriptor = os.open(dataset.tar_path(shard), os.O_RDONLY)
-        try:
-            data = _pread(descriptor, last - first, first)
-        finally:
-            os.close(descriptor)
+        data = dataset.read_tar(shard, span.start, span.end)
     except OSError as error:
         raise SampleError(
-            f"dataset {dataset.name}, shard {shard.path}, key {index.key(row)}, offset {first}: {error.strerror or error}.",
+            f"dataset {dataset.name}, shard {shard.path}, key {dataset.index(shard).key(row)}, offset {span.start}: "
+            f"{error.strerror or error}.",
             "the sample cannot be read.",
             "check that the file is there and readable; a passing fault of a network disk goes away by itself.",
         ) from error
+    return parts_in(dataset, shard, row, span, data)
+
+
+class SampleSpan(NamedTuple):
+    """The byte range that holds some parts of a sample."""
+
+    parts: dict[str, PartLocation]
+    start: int
+    end: int
+
+
+def span_of(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> SampleSpan:
+    """Where a sample's parts with these extensions lie (all, if None); the span is empty where it has none of them."""
+    parts = {e: place for e, place in dataset.index(shard).parts(row).items() if extensions is None or e in extensions}
+    start = min((place.offset for place in parts.values()), default=0)
+    return SampleSpan(parts, start, max((place.offset + place.size for place in parts.values()), default=0))
+
+
+def parts_in(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, data: bytes) -> dict[str, Part]:
+    """The parts in a span's bytes, each checked against its CRC-32.
+
+    Raises:
+        SampleError: bytes are missing or other than the index says.
+    """
+    from onellm_dist.modalities.base import Part  # here: reading an index alone needs no torch
+
     found = {}
-    for extension, (offset, size, crc32) in wanted.items():
-        part = data[offset - first : offset - first + size]
+    for extension, (offset, size, crc32) in span.parts.items():
+        part = data[offset - span.start : offset - span.start + size]
         if len(part) != size or zlib.crc32(part) != crc32:
             how = f"only {len(part)} of its {size} bytes are there" if len(part) != size else "its bytes fail their CRC-32"
             raise SampleError(
-                f"dataset {dataset.name}, shard {shard.path}, key {index.key(row)}, part .{extension} at offset {offset}: {how}.",
+                f"dataset {dataset.name}, shard {shard.path}, key {dataset.index(shard).key(row)}, part .{extension} at offset {offset}: "
+                f"{how}.",
                 "the tar was damaged or changed after it was indexed.",
-                f"find all such places: onellm shards verify {dataset.root}",
+                f"find all such places: onellm shards verify {dataset.place}",
             )
         found[extension] = Part(extension, part)
     return found
+
+
+def read_range(path: Path, start: int, end: int) -> bytes:
+    """Bytes start .. end - 1 of a file; fewer only where it ends before."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _pread(descriptor, end - start, start)
+    finally:
+        os.close(descriptor)
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.progress import progress
-from onellm_dist.shards.sources.base import Quarantined
+from onellm_dist.shards.sources.base import BadSample, Candidate, Media, Quarantined
 from onellm_dist.shards.writer import DatasetWriter
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
@@ -32,27 +31,6 @@ _CHUNK = 8
 """Candidates a worker gets at once."""
 _WINDOW = 4
 """Chunks in flight a worker: bounds the memory of samples that wait for their turn."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One sample before it is read."""
-
-    key: str
-    where: str
-    """What the user looks for when it is bad: a file, or a table's line."""
-    files: Mapping[str, Path] = field(default_factory=dict)
-    """Part extension to file; `txt` and `json` are text, anything else media."""
-    caption: str | None = None
-    """The caption, where it comes from a table."""
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    """What goes to the sample's `.json`, where it comes from a table."""
-    problem: str | None = None
-    """Already known to be bad."""
-
-
-class BadSample(SampleError):
-    """Why a candidate is left out: `what` is the reason, one line, its kind before the first colon."""
 
 
 def caption_bytes(data: bytes | str, where: str = "") -> bytes:
@@ -104,11 +82,11 @@ def _texts(candidate: Candidate) -> tuple[dict[str, bytes], dict[str, Any]]:
     parts: dict[str, bytes] = {}
     if candidate.caption is not None:
         parts["txt"] = caption_bytes(candidate.caption)
-    elif "txt" in candidate.files:
-        parts["txt"] = caption_bytes(_read(candidate.files["txt"]), f"{candidate.files['txt'].name}: ")
+    elif "txt" in candidate.parts:
+        parts["txt"] = caption_bytes(_read(candidate.parts["txt"]), f"{_name(candidate.parts['txt'])}: ")
     meta: dict[str, Any] = {}
-    if "json" in candidate.files:
-        parts["json"] = _read(candidate.files["json"])
+    if "json" in candidate.parts:
+        parts["json"] = _read(candidate.parts["json"])
         meta = parse_meta(parts["json"])
     if candidate.meta:
         meta = {**meta, **candidate.meta}
@@ -126,13 +104,17 @@ def _texts(candidate: Candidate) -> tuple[dict[str, bytes], dict[str, Any]]:
     return parts, meta
 
 
-def _read(path: Path) -> bytes:
+def _name(media: Media) -> str:
+    return media.name if isinstance(media, Path) else str(getattr(media, "member", type(media).__name__))
+
+
+def _read(media: Media) -> bytes:
     try:
-        return path.read_bytes()
+        return media.read_bytes()
     except FileNotFoundError as error:
-        raise BadSample(f"missing file: {path}") from error
+        raise BadSample(f"missing file: {media if isinstance(media, Path) else error.filename}") from error
     except OSError as error:
-        raise BadSample(f"unreadable file: {path}: {error.strerror}") from error
+        raise BadSample(f"unreadable file: {media if isinstance(media, Path) else error.filename}: {error.strerror}") from error
 
 
 def prepare(candidate: Candidate, modalities: Sequence[str], check: bool) -> dict[str, bytes]:
@@ -144,7 +126,7 @@ def prepare(candidate: Candidate, modalities: Sequence[str], check: bool) -> dic
     if candidate.problem is not None:
         raise BadSample(candidate.problem)
     parts, meta = _texts(candidate)
-    for extension, path in candidate.files.items():
+    for extension, path in candidate.parts.items():
         if extension not in parts:
             parts[extension] = _read(path)
     if check:

@@ -1,20 +1,146 @@
 """The contract of a source: one module (or package) of this folder is one source, found by its `SOURCE`.
 
-    SOURCE = Source(name="folder", summary="a folder of media and captions", options={...}, build=build)
+A source says what there is, and where its bytes lie; the builder (shards/build.py) does everything else: it reads, checks,
+filters, de-duplicates, cuts shards, shares the work among processes, resumes, and keeps account of what was left out.
 
-`build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in subfolders of it, and returns
-a BuildReport. `out` is a new, empty staging folder: `build_dataset` renames it when the function returns, and removes it
-when it raises, so a source never cares for half-written output. Its `options` arrive complete (defaults filled in) and of
-the right type.
+    SOURCE = Source(name="laion400m", summary="...", plan=plan, candidates=candidates, options={...}, licence="...")
+
+    def plan(inputs: Path, *, seed: int, **options) -> Layout       # once a build: what there is, in an order that never changes
+    def candidates(inputs: Path, spec: Mapping[str, Any], **options) -> Iterator[Candidate]    # of one group, in its order
+
+*Groups.* A Group is a stretch of the input that can be read by itself, of about 1,000 to 10,000 samples: one img2dataset
+tar, rows 20,000 to 30,000 of a CSV (with the byte offset of its first row, so that no process reads the rows before it). Its
+`spec` is JSON and holds all that `candidates` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
+sorted order, never in that of the file system. `count` is the exact number of candidates, bad ones included, where that is
+known without reading the group; None: the builder goes through the group once and counts.
+
+*Candidates* of equal spec and options must be equal, in every process and on every machine: no clock, no `hash()`, no order of
+sets. They are made lazily (a generator): do not read media to list them. They must be picklable. What is known to be bad is
+still yielded: with `problem` where it is a failure (a row that cannot be parsed, a missing file), which goes to quarantine.jsonl
+and counts toward `max_failures`; with `skip` where it is left out knowingly (`status failed_to_download`, a blacklist,
+a split that is not wanted), which is only counted by reason. Keep reasons short with the kind before the first colon:
+`missing file: videos/a/1.mp4`. Keys are unique in the dataset (a repeated key is a failure of the later one).
+
+*Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath` (shards/places.py) with the same
+methods. Use only these of it: `/`, name, stem, suffix, parent, open("rb" or text), read_bytes, read_text, exists, is_file,
+is_dir, iterdir, glob, rglob, stat().st_size. Make neither a `Path(...)` nor a `str` of it to open a file. What several groups
+share (a caption table) is cached a process with functools.lru_cache on `inputs` (hashable). `options` arrive complete and of
+the right type, the source's own and no others.
+
+*Text.* `caption` becomes `.txt`. `meta` becomes `.json` (sorted keys): `conversations` goes there, `caption` too where a sample
+has several texts; anything else that is worth keeping (url, similarity, window). The builder's filters read `meta`,
+whatever the case of the key: `url`, `nsfw`, `punsafe`, `similarity`, `width`, `height`, `sha256`. Parts named `txt` and `json` in
+`parts` are stored as they are instead (`caption` and `meta` go before them).
+
+A source that makes its data itself (toyworld) has `build` instead of `plan` and `candidates`:
+`build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in subfolders of it, and returns a
+BuildReport. `out` is a new, empty staging folder: `build_dataset` renames it when the function returns, and removes it when it
+raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-from onellm_dist.errors import UsageError
+from onellm_dist.errors import SampleError, UsageError
+
+
+@runtime_checkable
+class Media(Protocol):
+    """Where the bytes of one part come from: a Path, FileRange, ZipMember, or a source's own frozen dataclass with `read_bytes`."""
+
+    def read_bytes(self) -> bytes:
+        """The whole part. Raises FileNotFoundError, another OSError, or BadSample (the reason to leave the sample out)."""
+        ...
+
+
+class BadSample(SampleError):
+    """Why a candidate is left out: `what` is the reason, one line, its kind before the first colon."""
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Some bytes of a file: a member of an uncompressed tar."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read_bytes(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise BadSample(f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}")
+        return data
+
+
+@dataclass(frozen=True)
+class ZipMember:
+    """One member of a zip archive (of one volume)."""
+
+    path: Path
+    member: str
+
+    def read_bytes(self) -> bytes:
+        try:
+            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                return archive.read(self.member)
+        except KeyError:
+            raise BadSample(f"missing file: {self.member} in {self.path.name}") from None
+        except (zipfile.BadZipFile, EOFError) as error:
+            raise BadSample(f"unreadable archive: {self.path.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sample before it is read."""
+
+    key: str
+    """Unique in the dataset; no dot behind its last slash (`naming.safe_key` makes one of a path)."""
+    where: str
+    """What the user looks for when it is bad: a file, a table's line (`a.csv:17`), a tar's member."""
+    parts: Mapping[str, Media] = field(default_factory=dict)
+    """Part extension (lower-case: `jpg`, `depth.png`) to where its bytes come from; `txt` and `json` are text, others media."""
+    caption: str | None = None
+    """Goes to `.txt`."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """Goes to `.json`."""
+    problem: str | None = None
+    """Already known to be bad: quarantined with this reason, counts as a failure."""
+    skip: str | None = None
+    """Left out knowingly: counted by reason, no failure."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A stretch of the input that is read by itself."""
+
+    name: str
+    """For messages and the plan: `00017.tar`, `results_2M_train.csv:20001`."""
+    spec: Mapping[str, Any]
+    """JSON; all that `candidates` needs."""
+    split: str = "train"
+    count: int | None = None
+    """Its candidates, bad and skipped ones included; None: not known before it was read."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a source found in its input."""
+
+    modalities: tuple[str, ...]
+    """Every sample has exactly these; () is text only."""
+    groups: Iterable[Group]
+    """In an order that depends on the input and the options alone."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user, such as files that were ignored."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest (JSON)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +183,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a source built."""
+    """What was built."""
 
     samples: int
     quarantined: tuple[Quarantined, ...] = ()
@@ -67,12 +193,21 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of input that shards are built from."""
+    """A kind of input that shards are built from: `plan` and `candidates`, or `build`."""
 
     name: str
     summary: str
-    build: Callable[..., BuildReport | None]
-    """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options); None: nothing to report."""
+    build: Callable[..., BuildReport | None] | None = None
+    """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options); None returned: nothing to report."""
+    plan: Callable[..., Layout] | None = None
+    """(inputs: Path, *, seed: int, **options) -> Layout. Raises UsageError where the input is not what the source reads."""
+    candidates: Callable[..., Iterator[Candidate]] | None = None
+    """(inputs: Path, spec: Mapping[str, Any], **options) -> the group's candidates. An error other than OSError and
+    OneLLMError is a fault of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
+    """Its own. Every planned source also has the builder's (shards/settings.py): name, licence, check, max_failures,
+    max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw, max_punsafe, ..."""
+    licence: str = "unknown"
+    """Of the manifest, where the user gives none."""
     needs_input: bool = True
     """False: `inputs` is None (generated data)."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import parse_modalities
-from onellm_dist.shards.pipeline import Candidate, TooManyFailures, write_quarantine, write_samples
-from onellm_dist.shards.sources.base import BuildReport, Option, Source
+from onellm_dist.shards.pipeline import TooManyFailures, write_quarantine, write_samples
+from onellm_dist.shards.sources.base import BuildReport, Candidate, Option, Source
 from onellm_dist.shards.sources.folder_files import side_file_candidates
 from onellm_dist.shards.sources.folder_tables import find_table, table_candidates
 from onellm_dist.shards.staging import QUARANTINE

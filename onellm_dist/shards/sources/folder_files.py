@@ -17,7 +17,7 @@ from onellm_dist.errors import SampleError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format import TEXT_EXTENSIONS
 from onellm_dist.shards.naming import infer_modalities, safe_key, slots_of, split_file_name
-from onellm_dist.shards.pipeline import Candidate
+from onellm_dist.shards.sources.base import Candidate
 
 
 def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[dict[str, Path], str | None]:

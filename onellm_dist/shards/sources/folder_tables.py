@@ -15,7 +15,7 @@ from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format import TEXT_EXTENSIONS
 from onellm_dist.shards.naming import infer_modalities, safe_key, slots_of, split_file_name
-from onellm_dist.shards.pipeline import Candidate
+from onellm_dist.shards.sources.base import Candidate
 from onellm_dist.shards.sources.folder_files import select_parts
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
