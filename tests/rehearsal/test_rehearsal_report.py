@@ -132,7 +132,9 @@ def test_peak_memory_counts_children() -> None:
         with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"up\n"
             began = time.monotonic()
-            time.sleep(0.3)
+            until = began + 30
+            while not memory.peak(began) and time.monotonic() < until:
+                time.sleep(0.01)
             process.kill()
         assert memory.peak(began) - before > 60 * MIB
 
