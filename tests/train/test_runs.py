@@ -20,7 +20,7 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 pytestmark = pytest.mark.slow
 STEPS, EVERY, BATCH = 12, 4, 4
-TIMEOUT_S = 400
+TIMEOUT_S = 800
 
 
 @pytest.fixture(scope="module")

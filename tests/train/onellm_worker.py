@@ -1,0 +1,147 @@
+"""Run by test_unbalanced.py, once a rank: the toy OneLLM where rank 0 is dealt only images and rank 1 only audio."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.launch.local import end_with_parent
+from onellm_dist.launch.ranks import discover_ranks
+from onellm_dist.modalities import all_modalities
+from onellm_dist.model.presets import load_model
+from onellm_dist.packed import IGNORE, PackedBatch
+from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.engine.base import EngineSettings
+from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+
+LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
+MIXTURE = ("image", "audio", "imu")
+DEALT: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
+    ([["image", "image"], ["image"]], [["audio"]]),
+    ([["image"]], [["image", "image"]]),
+    ([["image"], ["image"]], []),
+    ([["image"]], [["audio"]]),
+)
+"""Step -> what rank 0 and what rank 1 are dealt, in packs. IMU is in the mixture and comes in no step; audio is absent for two."""
+
+
+def make_pack(names: list[str], number: int) -> PackedBatch:
+    """One sample of each name, drawn from `number`; none: the dummy token."""
+    generator = torch.Generator().manual_seed(number)
+    kinds = all_modalities()
+    values = {m: torch.randn((names.count(m), *kind.value_shape), generator=generator) for m, kind in kinds.items()}
+    if not names:
+        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), dummy=True)
+    ids = torch.randint(3, 300, (len(names), TOKENS), generator=generator)
+    ids[:, 0] = 1
+    labels = ids.clone()
+    labels[:, 0] = IGNORE
+    return PackedBatch(
+        ids.flatten(), labels.flatten(), (TOKENS,) * len(names), tuple((n,) for n in names), values, torch.ones(len(names)),
+        tuple(f"s{number}-{i}" for i in range(len(names))),
+    )  # fmt: skip
+
+
+def step_packs(step: int) -> list[list[PackedBatch]]:
+    """[rank][micro-step], the shorter rank filled up with dummies."""
+    count = max(len(rank) for rank in DEALT[step])
+    return [
+        [make_pack(names, 100 * step + 10 * r + i) for i, names in enumerate([*rank, *[[]] * (count - len(rank))])]
+        for r, rank in enumerate(DEALT[step])
+    ]
+
+
+def divisor(step: int) -> int:
+    return sum(int((pack.labels != IGNORE).sum()) for rank in step_packs(step) for pack in rank)
+
+
+def new_model() -> torch.nn.Module:
+    model, _ = load_model(path=None, preset="toy", seed=3)
+    freeze_for_stage(model, "align", MIXTURE)
+    return model.train()
+
+
+def sharded(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    model = new_model()
+    engine = DeepSpeedEngine.wrap(
+        model, parameter_groups(model, DECAY), EngineSettings(world.size, world.device, False, (0.9, 0.95), 1e-8, CLIP, config)
+    )
+    losses = []
+    for step in range(len(DEALT)):
+        packs = step_packs(step)[world.rank]
+        total = torch.zeros(1)
+        for i, pack in enumerate(packs):
+            loss, _, _ = engine.forward(pack, last=i == len(packs) - 1)
+            engine.backward(loss, divisor(step))
+            total += loss.detach()
+        world.sum(total)
+        assert engine.step(LR).applied
+        losses.append(total.item() / divisor(step))
+    return engine.gather_full_state(), losses
+
+
+def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
+    """Plain torch over every pack of every rank. A modality that is absent has gradient zero (DESIGN, section 4)."""
+    model = new_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    losses = []
+    for step in range(len(DEALT)):
+        optimizer.zero_grad()
+        total = 0.0
+        for pack in (pack for rank in step_packs(step) for pack in rank if not pack.dummy):
+            loss = model(packed=pack).loss / divisor(step)
+            loss.backward()
+            total += float(loss.detach())
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimizer.step()
+        losses.append(total)
+    return before, {n: p.detach() for n, p in model.named_parameters()}, losses
+
+
+def compare(found: dict[str, torch.Tensor], losses: list[float], right: tuple[Any, Any, list[float]]) -> dict[str, Any]:
+    before, expected, right_losses = right
+    names = [n for n, p in new_model().named_parameters() if p.requires_grad]
+    errors = {}
+    for part in sorted({".".join(n.split(".")[:2]) for n in names}):
+        own = [n for n in names if n.startswith(part)]
+        gap = sum(float((found[n] - expected[n]).square().sum()) for n in own) ** 0.5
+        errors[part] = gap / sum(float((expected[n] - before[n]).square().sum()) for n in own) ** 0.5
+    return {
+        "losses": max(abs(a - b) for a, b in zip(losses, right_losses, strict=True)),
+        "errors": errors,
+        "unmoved": [n for n in names if torch.equal(found[n], before[n])],
+        "frozen": all(torch.equal(found[n], before[n]) for n in before if n not in names),
+    }
+
+
+def main() -> None:
+    end_with_parent()
+    ranks = discover_ranks()
+    assert ranks is not None
+    torch.set_num_threads(1)
+    world = join(ranks)
+    results = {}
+    for name in sys.argv[2:]:
+        results[name] = sharded(world, load_ds_config(Path(name)))
+    if world.main:
+        right = one_process()
+        found = {name: compare(state, losses, right) for name, (state, losses) in results.items()}
+        (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
+    leave()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The toy OneLLM under ZeRO-2 and ZeRO-3, rank 0 dealt only images, rank 1 only audio, then no audio for two steps, IMU never."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onellm_dist.launch.local import launch_local
+
+pytestmark = pytest.mark.slow
+ENGINES = ("zero2", "cpu", "zero3")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("unbalanced")
+    worker = Path(__file__).parent / "onellm_worker.py"
+    assert launch_local([sys.executable, str(worker), str(out), *ENGINES], 2, out / "logs") == 0
+    results: dict[str, Any] = json.loads((out / "found.json").read_text())
+    return results
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_updates_equal_one_process(found: dict[str, Any], engine: str) -> None:
+    assert found[engine]["losses"] < 1e-4
+    assert {part: error for part, error in found[engine]["errors"].items() if error > 1e-3} == {}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_trainable_weight_moves_and_every_frozen_one_is_bit_identical(found: dict[str, Any], engine: str) -> None:
+    # IMU was never dealt: what of it does not decay, or is zero, stays.
+    assert [name for name in found[engine]["unmoved"] if name.split(".")[1] != "imu"] == []
+    assert found[engine]["frozen"]
