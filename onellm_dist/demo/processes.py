@@ -16,7 +16,7 @@ import psutil
 
 from onellm_dist.errors import OneLLMError
 
-_PROGRESS = re.compile(r"(\d+)/(\d+)")
+_PROGRESS = r"(\d+)/(\d+)"
 _TAIL_BYTES = 4096
 _LOOK_SECONDS = 0.5
 
@@ -30,6 +30,7 @@ class Job:
         command: its words.
         log: where its output goes (appended).
         environment: variables beside the parent's.
+        counted: pattern of its output whose two groups are what is done and the whole.
         kill_at: share of its progress at which the whole process tree gets SIGKILL; None: it is let alone.
     """
 
@@ -37,6 +38,7 @@ class Job:
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    counted: str = _PROGRESS
     kill_at: float | None = None
     process: subprocess.Popen[bytes] | None = None
     killed: bool = False
@@ -55,10 +57,10 @@ class Job:
         )
 
     def progress(self) -> float:
-        """Share done, by the last `number/total` in the output of this start; 0 before there is one."""
+        """Share done, by the last count in the output of this start; 0 before there is one."""
         with self.log.open("rb") as file:
             file.seek(max(self._from, self.log.stat().st_size - _TAIL_BYTES))
-            found = _PROGRESS.findall(file.read().decode("utf-8", errors="replace"))
+            found = re.findall(self.counted, file.read().decode("utf-8", errors="replace"))
         done, total = map(int, found[-1]) if found else (0, 1)
         return min(1.0, done / total) if total else 0.0
 

@@ -27,6 +27,8 @@ from onellm_dist.shards.sources.toyworld import world
 RANKS = 2
 KILL_AT = 0.45
 """Share of the first run at which its processes are killed; its checkpoints come every tenth."""
+NUMBERS, STEPS = r"(\d+)/(\d+)", r"step (\d+)/(\d+)"
+"""How commands say how far they are; a training run counts other things, too."""
 RUNS = ("align_image", "align_all", "tune")
 
 
@@ -142,12 +144,12 @@ def _train(demo: Demo, table: Timetable) -> None:
         table.start()
         command = _training_command(demo, name, training)
         if name == RUNS[0]:
-            victim = _job(demo, name, command, kill_at=KILL_AT)
+            victim = _job(demo, name, command, counted=STEPS, kill_at=KILL_AT)
             run_lanes([[victim]], lambda running: table.tell(running[0].progress() if running else KILL_AT))
             if not victim.killed:
                 raise OneLLMError(f"{name} ended before it could be killed", "the resume was not shown.", "run the demo again.")
             print(f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it", file=sys.stderr)
-        run_lanes([[_job(demo, name, command)]], lambda running: table.tell(running[0].progress() if running else 1.0))
+        run_lanes([[_job(demo, name, command, counted=STEPS)]], lambda running: table.tell(running[0].progress() if running else 1.0))
         if not (demo.run_dir(name) / "model" / "config.json").is_file():
             raise OneLLMError(f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}.")
         table.end()
@@ -227,9 +229,11 @@ def _device() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
 
 
-def _job(demo: Demo, name: str, command: Sequence[str], kill_at: float | None = None) -> Job:
+def _job(demo: Demo, name: str, command: Sequence[str], *, counted: str = NUMBERS, kill_at: float | None = None) -> Job:
     threads = max(1, (os.cpu_count() or 1) // RANKS)
-    return Job(name, command, demo.log(name.replace(" ", "_")), {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}, kill_at)
+    return Job(
+        name, command, demo.log(name.replace(" ", "_")), {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}, counted, kill_at
+    )
 
 
 def _script(name: str) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from onellm_dist.progress import seconds_text
 
-REFERENCE_SPEED_S = 0.60
+REFERENCE_SPEED_S = 0.20
 """What `measure_speed` takes on one idle core of the machine that the stages' seconds were measured on (AMD EPYC, Zen 5, 2025)."""
 _PLAIN_SECONDS = 15.0
 

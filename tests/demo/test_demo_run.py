@@ -1,0 +1,70 @@
+"""The demo's commands are ones that the package takes, its sizes keep the promises of the toy world, its verdict is honest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from onellm_dist.config import load_config
+from onellm_dist.demo.run import RUNS, STEPS, Demo, _claim, _stages, _training_command, _verdict
+from onellm_dist.demo.scale import FULL, QUICK, Scale
+from onellm_dist.demo.standin_clip import ClipRecipe
+from onellm_dist.demo.standin_llm import LLMRecipe
+from onellm_dist.demo.standins import _recipe
+from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.evaluation.table import Caption, summarise
+from onellm_dist.shards.sources.toyworld import world
+
+MINUTES = 25
+
+
+@pytest.mark.parametrize("scale", [QUICK, FULL], ids=["quick", "full"])
+def test_every_stage_is_a_recipe_that_is_accepted(scale: Scale, tmp_path: Path) -> None:
+    demo = Demo(tmp_path, scale, ranks=2)
+    sources = []
+    for name, training in zip(RUNS, scale.stages, strict=True):
+        command = _training_command(demo, name, training)
+        assert command[1:3] == ["--num_accelerators", "2"] and command[5:7] == ["--module", "onellm_dist.train"]
+        config = load_config(Path(command[7]), command[8:])
+        assert config.train.steps == training.steps and config.run.dir == demo.run_dir(name)
+        assert config.train.stage == ("tune" if name == "tune" else "align")
+        assert config.checkpoint.every <= config.train.steps // 2
+        sources.append(config.model.path)
+        assert {str(entry.path) for entry in config.data.mixture} <= set(world.MODALITIES)
+    assert sources == [demo.towers, demo.run_dir("align_image") / "model", demo.run_dir("align_all") / "model"]
+    assert set(load_config(Path("toy/align_all")).model.init_from_image) == set(world.MODALITIES) - {"image"}
+
+
+@pytest.mark.parametrize("scale", [QUICK, FULL], ids=["quick", "full"])
+def test_sizes_keep_the_promises(scale: Scale) -> None:
+    assert scale.test >= 100 and set(scale.train) == set(world.MODALITIES)
+    _recipe(ClipRecipe(), scale.clip)
+    _recipe(LLMRecipe(), scale.llm)
+
+
+def test_the_quick_demo_is_predicted_to_end_in_time(tmp_path: Path) -> None:
+    assert sum(stage.predicted for stage in _stages(Demo(tmp_path, QUICK, 2), slow=1.0)) < MINUTES * 60
+
+
+def test_progress_of_training_is_not_taken_from_other_counts() -> None:
+    import re
+
+    said = "Measuring text lengths: 4000/4000 (100%) sample\nLoading weights: 256/256\nstep 10/160  loss 0.6 (image 0.6)\n"
+    assert re.findall(STEPS, said) == [("10", "160")]
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
+    _claim(tmp_path / "new")
+    (tmp_path / "new" / "file").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        _claim(tmp_path / "new")
+
+
+def test_the_verdict_fails_a_model_that_does_not_read_its_input(capsys: pytest.CaptureFixture[str]) -> None:
+    every = [world.caption("imu", world.named("imu", c)) for c in world.combinations("imu")]
+    right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
+    parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]
+    assert _verdict(summarise(right, {"imu": every})) == EXIT_DONE
+    assert _verdict(summarise([*right, *parrot], {"imu": every})) == EXIT_FAILED
+    assert "imu (test_held_out)" in capsys.readouterr().err
