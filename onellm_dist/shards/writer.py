@@ -1,4 +1,4 @@
-"""Writes a dataset: tars by webdataset's own writer, an index beside each, the manifest last.
+"""Writes a dataset from one process: tars, an index beside each, the manifest last (the builder shares the work out instead).
 
 Everything is written aside, synced and renamed, so a file under its final name is whole, and a folder with a manifest is a
 whole dataset. Tars have a fixed time and owner: the same samples give the same bytes.
@@ -6,29 +6,25 @@ whole dataset. Tars have a fixed time and owner: the same samples give the same 
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
-
-from webdataset.writer import TarWriter
+from typing import Any
 
 from onellm_dist.errors import SampleError, UsageError
-from onellm_dist.modalities import get_modality
-from onellm_dist.shards.files import ASIDE, aside, sync_folder, write_whole
+from onellm_dist.modalities import Modality, get_modality
+from onellm_dist.shards.files import ASIDE, sync_folder, write_whole
 from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo, open_dataset
-from onellm_dist.shards.index import SUFFIX, IndexRows, PartLocation, pack_index, text_length, write_index
-from onellm_dist.shards.tars import BLOCK, split_name
+from onellm_dist.shards.index import SUFFIX
+from onellm_dist.shards.tars import split_name
+from onellm_dist.shards.tarwriter import ShardWriter
 
 MAX_SAMPLES = 10_000
 MAX_BYTES = 1 << 30
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_OURS = re.compile(rf"[A-Za-z0-9_-]+-\d{{6}}\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?")
+_OURS = re.compile(rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?")
 
 
 class DatasetWriter:
@@ -79,7 +75,7 @@ class DatasetWriter:
         self._max_samples, self._max_bytes = max_samples, max_bytes
         refuse_occupied(self.root)
         (self.root / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        self._open: dict[str, _ShardWriter] = {}
+        self._open: dict[str, ShardWriter] = {}
         self._shards: list[ShardInfo] = []
         self._counts: dict[str, int] = {}
         self._keys: set[str] = set()
@@ -114,10 +110,14 @@ class DatasetWriter:
         if shard is None:
             number = self._counts.get(split, 0)
             self._counts[split] = number + 1
-            shard = self._open[split] = _ShardWriter(self.root, f"{SHARD_FOLDER}/{split}-{number:06d}.tar", split)
+            shard = self._open[split] = self._new_shard(split, number)
         shard.add(key, parts)
         self._keys.add(key)
         self._text &= parts.keys()
+
+    def _new_shard(self, split: str, number: int) -> ShardWriter:
+        path = shard_path(split, number)
+        return ShardWriter(self.root / path, path=path, split=split)
 
     def _check(self, split: str, key: str, parts: Mapping[str, bytes]) -> None:
         where = f"dataset {self.name}, key {key!r}"
@@ -125,34 +125,12 @@ class DatasetWriter:
             raise SampleError(
                 f"{where}: split {split!r} has other characters than letters, digits, _ and -.", "it names the tar.", "rename it."
             )
-        if not parts:
-            raise SampleError(f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one.")
-        components = key.split("/")
-        if not _printable(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
-            raise SampleError(
-                f"{where}: no key of a WebDataset tar.", "readers would skip it or read another name.", "use plain relative names."
-            )
-        for extension in parts:
-            if (
-                not extension
-                or split_name(f"{key}.{extension}") != (key, extension)
-                or extension.startswith(("_", "."))
-                or not _printable(extension)
-            ):
-                raise SampleError(
-                    f"{where}, part {extension!r}: a reader of the tar would not find it under this name.",
-                    "a key has no dot behind its last slash; an extension is lower-case and starts with a letter or digit.",
-                    "rename it (a dot in a key may become _).",
-                )
+        check_names(where, key, parts)
         if key in self._keys:
             raise SampleError(
                 f"{where} was written before.", "keys are unique in a dataset, over all its splits.", "give each sample its own key."
             )
-        for modality in self._checks:
-            try:
-                modality.match(set(parts))
-            except SampleError as error:
-                raise SampleError(f"{where}: {error.what}", error.why, error.do) from error
+        check_parts(where, self._checks, parts)
 
     def finish(self) -> Dataset:
         """Closes the shards, writes the manifest, and opens the dataset.
@@ -215,58 +193,38 @@ def _printable(text: str) -> bool:
     return _CONTROL.search(text) is None
 
 
-class _Hashed:
-    """The file a tar is written to, and the SHA-256 of what went through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.bytes, self.dropped = file, hashlib.sha256(), 0, False
-
-    def write(self, data: bytes) -> int:
-        if self.dropped:
-            return len(data)
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
+def shard_path(split: str, number: int, piece: int = 0) -> str:
+    """A shard's path in the dataset; `piece`: where `max_bytes` cut a shard of the builder's plan in several."""
+    return f"{SHARD_FOLDER}/{split}-{number:06d}{f'_{piece:02d}' if piece else ''}.tar"
 
 
-class _ShardWriter:
-    """One tar and its index."""
+def check_names(where: str, key: str, parts: Collection[str]) -> None:
+    """Raises SampleError where a WebDataset tar cannot hold this key with these extensions."""
+    if not parts:
+        raise SampleError(f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one.")
+    components = key.split("/")
+    if not _printable(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
+        raise SampleError(
+            f"{where}: no key of a WebDataset tar.", "readers would skip it or read another name.", "use plain relative names."
+        )
+    for extension in parts:
+        if (
+            not extension
+            or split_name(f"{key}.{extension}") != (key, extension)
+            or extension.startswith(("_", "."))
+            or not _printable(extension)
+        ):
+            raise SampleError(
+                f"{where}, part {extension!r}: a reader of the tar would not find it under this name.",
+                "a key has no dot behind its last slash; an extension is lower-case and starts with a letter or digit.",
+                "rename it (a dot in a key may become _).",
+            )
 
-    def __init__(self, root: Path, path: str, split: str) -> None:
-        self.path, self.split, self.target = path, split, root / path
-        self.samples = self.content = 0
-        self._rows = IndexRows()
-        self._file = aside(self.target).open("wb")
-        self._stream = _Hashed(self._file)
-        # webdataset 1.0.2 ignores `format` and writes tarfile's default (PAX); long or non-ASCII names take extra headers.
-        self._tar = TarWriter(self._stream, user="onellm", group="onellm", mtime=0, compress=False, encoder=False)
 
-    def add(self, key: str, parts: Mapping[str, bytes]) -> None:
-        tar, start, places = self._tar.tarstream, self._tar.tarstream.offset, {}
-        for extension in sorted(parts):
-            content = parts[extension]
-            # One part a call gives the bytes of one call, and tells where the content lies.
-            self._tar.write({"__key__": key, extension: content})
-            padded = -(-len(content) // BLOCK) * BLOCK
-            places[extension] = PartLocation(tar.offset - padded, len(content), zlib.crc32(content))
-        tar.members = []  # or every header stays in memory until the shard is closed
-        self._rows.add(key, start, places, text_length(parts.get("txt"), parts.get("json")))
-        self.samples += 1
-        self.content += sum(len(p) for p in parts.values())
-
-    def close(self) -> ShardInfo:
-        end = self._tar.tarstream.offset
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        size, digest = self._stream.bytes, self._stream.digest.hexdigest()
-        write_index(self.target, pack_index(self._rows, tar_name=self.target.name, tar_bytes=size, tar_sha256=digest, end=end))
-        aside(self.target).replace(self.target)
-        return ShardInfo(self.path, self.split, self.samples, size, digest)
-
-    def abandon(self) -> None:
-        self._stream.dropped = True  # closing the tar would write its end, perhaps onto a full disk
-        self._tar.close()
-        self._file.close()
-        aside(self.target).unlink(missing_ok=True)
+def check_parts(where: str, modalities: Iterable[Modality], parts: Collection[str]) -> None:
+    """Raises SampleError where a modality lacks a part."""
+    for modality in modalities:
+        try:
+            modality.match(set(parts))
+        except SampleError as error:
+            raise SampleError(f"{where}: {error.what}", error.why, error.do) from error

@@ -281,7 +281,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monk
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("onellm_dist.shards.writer.os.fsync", full)
+    monkeypatch.setattr("onellm_dist.shards.tarwriter.os.fsync", full)
     with pytest.raises(OneLLMError, match=r"No space left on device(.|\n)*nothing stands under") as caught:
         build(tmp_path, FINE)
     assert caught.value.exit_code == 1
