@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -25,12 +25,12 @@ from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger
-from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD, Events, Metrics
+from onellm_dist.train.metrics import Events, Metrics
+from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
 from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.totals import StepTotals
 
-CHECKPOINTS, LEDGER, CONFIG = "checkpoints", "ledger", "config.yaml"
 COMPARE_EVERY = 50
 """Steps between comparisons of the plan across ranks."""
 
@@ -55,6 +55,8 @@ class Run:
     processor: Any
     flops: FlopCounter
     peak: float | None
+    lock: IO[str] | None
+    """Held by rank 0 while the process lives."""
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
@@ -113,6 +115,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
         UsageError: the recipe asks for something that is not there or cannot be.
     """
     settings = _engine_settings(config, world)
+    lock = lock_directory(config.run.dir) if world.main else None
     resume = _checkpoint_to_resume(config, world)
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
 
@@ -120,12 +123,12 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
     plan = _open_plan(config, world, model, processor)
     if world.main:
-        _prepare_directory(config, fresh=resume is None)
+        prepare_directory(config, resume)
     world.barrier()
     events = Events(config.run.dir, main=world.main)
     flops = FlopCounter(model, plan, config.train.stage)
     freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
-    if resume is None and config.model.init_from_image:
+    if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         start_from_image(model, config.model.init_from_image, source=next(iter(all_modalities())))
     if config.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
@@ -139,7 +142,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
         config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,
         Guard(config.data.max_tombstones, len(ledger.known)),
         Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every),
-        events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device),
+        events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
     )  # fmt: skip
     exit_file.step = first_step
     _tell_start(run, resume)
@@ -180,22 +183,6 @@ def _checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
             )
         return wanted
     return world.broadcast(newest_whole(config.run.dir / CHECKPOINTS) if world.main else None)
-
-
-def _prepare_directory(config: RunConfig, *, fresh: bool) -> None:
-    """Make the run directory; what an earlier run left there is moved aside where this one starts from nothing."""
-    run_dir = config.run.dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, TENSORBOARD, MODEL)
-    old = [path for name in names if (path := run_dir / name).is_file() or (path.is_dir() and any(path.iterdir()))]
-    if fresh and old:
-        aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir(exist_ok=True)
-        for path in old:
-            path.rename(aside / path.name)
-        print(f"{run_dir} held an earlier run without a checkpoint to resume: moved to {aside}", flush=True)
-    (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
-    (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _open_plan(config: RunConfig, world: World, model: Any, processor: Any) -> Plan:

@@ -61,7 +61,7 @@ def join(ranks: Ranks) -> World:
     # torchrun sets OMP_NUM_THREADS=1 and deepspeed leaves it unset (every rank then takes all cores).
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(ranks.local_world))
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT, device_id=device if cuda else None)
     return World(ranks.rank, ranks.world, ranks.local_world, device)
 

@@ -10,7 +10,7 @@ import torch
 from stand_in import pack, sample
 from torch import nn
 
-from onellm_dist.config import OptimSection
+from onellm_dist.config import OptimSection, RunConfig
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.resources import ds_configs_dir
@@ -21,6 +21,7 @@ from onellm_dist.train.guard import MAX_SKIPPED_IN_A_ROW, Guard
 from onellm_dist.train.ledger import Ledger
 from onellm_dist.train.metrics import drop_from
 from onellm_dist.train.run import run_dir_of, without_launcher_arguments
+from onellm_dist.train.rundir import lock_directory, prepare_directory
 from onellm_dist.train.schedule import learning_rate
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
 
@@ -210,3 +211,37 @@ def test_launcher_arguments_and_run_dir(tmp_path: Path) -> None:
     assert run_dir_of(broken, []) == Path("here")
     assert run_dir_of(broken, ["run.dir=there"]) == Path("there")
     assert run_dir_of(Path("no/such"), []) == Path("runs/default")
+
+
+def run_config(run_dir: Path) -> RunConfig:
+    return RunConfig.model_validate({
+        "run": {"dir": str(run_dir)}, "model": {"preset": "toy"}, "data": {"mixture": [{"path": "image"}], "global_batch": 1},
+        "train": {"stage": "align", "steps": 1}, "optim": {"lr": 1.0},
+    })  # fmt: skip
+
+
+def test_one_start_of_a_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onellm_dist.train.rundir.LOCK_PATIENCE_S", 0.1)
+    first = lock_directory(tmp_path)
+    with pytest.raises(OneLLMError, match="in use"):
+        lock_directory(tmp_path)
+    first.close()
+    lock_directory(tmp_path).close()
+
+
+def test_a_start_from_nothing_moves_an_earlier_run_aside(tmp_path: Path) -> None:
+    whole_checkpoint(tmp_path / "checkpoints" / checkpoint_name(4))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    prepare_directory(run_config(tmp_path), None)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert [p.name for p in tmp_path.glob("before-*/checkpoints/*")] == [checkpoint_name(4)]
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_start_from_an_older_checkpoint_moves_the_newer_ones_aside(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        whole_checkpoint(tmp_path / "checkpoints" / checkpoint_name(step))
+    prepare_directory(run_config(tmp_path), tmp_path / "checkpoints" / checkpoint_name(4))
+    assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / checkpoint_name(4)
+    assert sorted(p.name for p in tmp_path.glob("before-*/*")) == [checkpoint_name(8), checkpoint_name(12)]

@@ -1,0 +1,75 @@
+"""The run directory: one start at a time, what an earlier run left there, and the resolved recipe."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import time
+from pathlib import Path
+from typing import IO
+
+from onellm_dist.config import RunConfig
+from onellm_dist.errors import OneLLMError
+from onellm_dist.train.checkpoint import PREFIX
+from onellm_dist.train.export import MODEL
+from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD
+
+CHECKPOINTS, LEDGER, CONFIG, LOCK = "checkpoints", "ledger", "config.yaml", ".lock"
+LOCK_PATIENCE_S = 30.0
+"""Seconds that a start waits for the ranks of the one before it, which may have been killed just now."""
+
+
+def lock_directory(run_dir: Path) -> IO[str]:
+    """Hold the run directory until this process ends. Rank 0 calls it.
+
+    The `deepspeed` launcher, when killed, leaves its ranks running: two starts would write one run.
+
+    Raises:
+        OneLLMError: another start of this run is still going.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = (run_dir / LOCK).open("w", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return held
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks: go on without
+                return held
+        if time.monotonic() > deadline:
+            raise OneLLMError(
+                f"{run_dir} is in use by another start of this run",
+                "both would write its checkpoints.",
+                "end that one first, or give another run.dir.",
+            )
+        time.sleep(0.2)
+
+
+def prepare_directory(config: RunConfig, resume: Path | None) -> None:
+    """Move aside what this start does not go on from, and write the resolved recipe. Rank 0 calls it.
+
+    A start from nothing moves everything of an earlier run; a start from an older checkpoint moves the newer ones, so that the next
+    `checkpoint.resume=auto` does not take them.
+    """
+    run_dir = config.run.dir
+    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, TENSORBOARD, MODEL)
+    stale = (
+        [path for name in names if _holds_something(path := run_dir / name)] if resume is None else _newer(run_dir / CHECKPOINTS, resume)
+    )
+    if stale:
+        aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir(exist_ok=True)
+        for path in stale:
+            path.rename(aside / path.name)
+        print(f"{run_dir}: moved {', '.join(p.name for p in stale)} of an earlier start to {aside.name}/", flush=True)
+    (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
+    (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def _newer(checkpoints: Path, resume: Path) -> list[Path]:
+    return sorted(path for path in checkpoints.glob(f"{PREFIX}*") if path.name > resume.name)
