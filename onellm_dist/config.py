@@ -8,12 +8,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from onellm_dist.errors import UsageError
+
+
+def _location(value: Any) -> Any:
+    return value if not isinstance(value, str) or "://" in value else Path(value)
+
+
+Location = Annotated[Path | str, BeforeValidator(_location)]
+"""A local path, or a URL that fsspec reads (`s3://bucket/folder`), which stays as it is written."""
 
 
 class Section(BaseModel):
@@ -51,8 +59,8 @@ class ModelSection(Section):
 class MixtureEntry(Section):
     """One dataset of the mixture."""
 
-    path: Path
-    """The dataset's folder (with `manifest.json`), relative to `data.root`."""
+    path: Location
+    """The dataset's folder (with `manifest.json`) or its URL; a relative path starts at `data.root`."""
     weight: float = Field(1.0, gt=0)
     """Share of the samples, relative to the other entries."""
 
@@ -60,8 +68,8 @@ class MixtureEntry(Section):
 class DataSection(Section):
     """`data.*`: what is read, and how it is packed."""
 
-    root: Path = Path(".")
-    """Relative dataset paths start here."""
+    root: Location = Path(".")
+    """Relative dataset paths start here: a folder, or a URL such as `s3://bucket/datasets`."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     """The datasets and their weights."""
     global_batch: PositiveInt
@@ -70,18 +78,30 @@ class DataSection(Section):
     """Loader processes a rank; 0 reads in the training process. Never changes what is read."""
     prefetch: PositiveInt = 2
     """Micro-batches each worker keeps ready."""
+    read_ahead_mb: PositiveInt = 256
+    """Most megabytes of remote shards that each worker holds ahead of need."""
+    cache_dir: Path | None = None
+    """A folder on this node's disk for what is read of remote shards, shared by its processes; none: nothing is kept."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Most gigabytes (10^9 bytes) in `data.cache_dir`; what was used longest ago goes first."""
     pack_llm_tokens: PositiveInt = 4096
     """Most LLM positions of a micro-batch."""
     pack_encoder_tokens: PositiveInt = 16384
     """Most encoder tokens of a micro-batch."""
     text_format: Literal["caption", "conversation"] = "caption"
-    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference prompt format, answers supervised."""
+    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt, answers supervised."""
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
     augment: bool = True
     """Training transforms (random crops, fbank masking); false: the evaluation transforms."""
     max_tombstones: int = Field(100, ge=0)
     """More unreadable samples than this stop the run."""
+
+    def place(self, entry: MixtureEntry) -> Path | str:
+        """Where a dataset of the mixture lies: a path, or a URL."""
+        if isinstance(entry.path, str) or isinstance(self.root, Path):
+            return entry.path if isinstance(entry.path, str) else Path(self.root) / entry.path
+        return str(entry.path) if entry.path.is_absolute() else f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
 
 
 class TrainSection(Section):

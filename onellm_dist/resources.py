@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -25,3 +26,9 @@ def ds_configs_dir() -> Path:
 def shard_recipes_dir() -> Path:
     """`shards/`: one dataset recipe a dataset."""
     return _folder("shards")
+
+
+def user_cache() -> Path:
+    """What may be made again: `$ONELLM_CACHE`, or `$XDG_CACHE_HOME/onellm_dist`, or `~/.cache/onellm_dist`."""
+    own = os.environ.get("ONELLM_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"

@@ -9,21 +9,29 @@ folder is read-only they lie in the user's cache instead: `$ONELLM_CACHE` (or `$
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.data.retry import read_with_retries
+from onellm_dist.data.readahead import ReadAhead, Span
+from onellm_dist.data.retry import index_with_retries, read_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, TextEncoder
 from onellm_dist.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.modalities.base import Part
 from onellm_dist.progress import progress
+from onellm_dist.resources import user_cache
 from onellm_dist.shards.format import Dataset, ShardInfo
+from onellm_dist.shards.index import SampleSpan, parts_in, span_of
 
 UNREADABLE = (1, 0)
 """Lengths of a sample whose text could not be read or is in no such format: it will be a tombstone of one BOS token.
@@ -32,14 +40,21 @@ UNREADABLE = (1, 0)
 INLINE_SAMPLES = 100_000
 """Fewer samples than this are measured in this process: starting others takes seconds."""
 CACHE_BYTES = 256 << 20
+WINDOW_BYTES = 64 << 20
+"""Part of a remote shard whose texts are fetched together."""
 
 Pairs = NDArray[np.unsignedinteger]
 
 
+class _Row(NamedTuple):
+    row: int
+    place: SampleSpan
+    span: Span
+
+
 def sidecar_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
     """Where lengths may lie for a `TextEncoder.fingerprint`: with the dataset, and in the user's cache."""
-    cache = os.environ.get("ONELLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"
-    return dataset.root / "lengths" / fingerprint, Path(cache) / "lengths" / dataset.name / fingerprint
+    return dataset.root / "lengths" / fingerprint, user_cache() / "lengths" / dataset.name / fingerprint
 
 
 def sidecar_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
@@ -75,12 +90,21 @@ class Lengths:
             self._kept.move_to_end((dataset, shard))
             return kept
         info = self._shards[dataset][shard]
-        pairs = _load(sidecar_path(self._datasets[dataset], info, self._fingerprint), info)
+        pairs = _load(_here(self._datasets[dataset], info, self._fingerprint), info)
         self._kept[dataset, shard] = pairs
         self._bytes += pairs.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return pairs
+
+
+def _here(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
+    """The sidecar's path; one that lies with a remote dataset is copied first."""
+    path = sidecar_path(dataset, shard, fingerprint)
+    if dataset.remote is not None and not path.exists():
+        with contextlib.suppress(FileNotFoundError):  # the message is that of a sidecar that is not there
+            dataset.remote.fetch(f"lengths/{fingerprint}/{path.name}", path)
+    return path
 
 
 def _load(path: Path, shard: ShardInfo) -> Pairs:
@@ -100,10 +124,12 @@ def _load(path: Path, shard: ShardInfo) -> Pairs:
 
 
 def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
-    """Shards without a sidecar (two directory reads a dataset)."""
+    """Shards without a sidecar (two or three directory reads a dataset)."""
     missing = []
     for dataset in datasets:
         there = {name for folder in sidecar_folders(dataset, fingerprint) if folder.is_dir() for name in os.listdir(folder)}
+        if dataset.remote is not None:
+            there |= dataset.remote.names(f"lengths/{fingerprint}")
         missing += [(dataset, shard) for shard in dataset.shards(split) if _sidecar_name(shard) not in there]
     return missing
 
@@ -155,9 +181,9 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
     dtype = np.uint16 if encoder.max_tokens <= np.iinfo(np.uint16).max else np.uint32
     pairs = np.empty((shard.samples, 2), dtype=dtype)
     failures: list[SampleError] = []
-    for row in range(shard.samples):
+    for row, read in enumerate(_texts(dataset, shard)):
         try:
-            ids, labels = encoder.encode(read_with_retries(dataset, shard, row, TEXT_EXTENSIONS))
+            ids, labels = encoder.encode(read())
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
                 raise OneLLMError(error.what, "text lengths must not depend on a disk fault, so nothing was recorded.", error.do) from error
@@ -174,6 +200,40 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
         )
     _write_aside(sidecar_path(dataset, shard, encoder.fingerprint), pairs)
     return shard.samples
+
+
+def _texts(dataset: Dataset, shard: ShardInfo) -> Iterator[Callable[[], dict[str, Part]]]:
+    """What reads the text parts of each row; of a remote shard, windows of rows are fetched together, one window ahead."""
+    if dataset.remote is None:
+        yield from (partial(read_with_retries, dataset, shard, row, TEXT_EXTENSIONS) for row in range(shard.samples))
+        return
+    ahead = ReadAhead(None, 2 * WINDOW_BYTES)
+    windows = list(_windows(dataset, shard))
+    for now, following in itertools.zip_longest(windows, windows[1:], fillvalue=[]):
+        ahead.ask([span for _, _, span in now], [span for _, _, span in following])
+        for row, place, span in now:
+            yield partial(_fetched, ahead, row, place, span)
+
+
+def _windows(dataset: Dataset, shard: ShardInfo) -> Iterator[list[_Row]]:
+    """Neighbouring rows of a shard, as many as fill WINDOW_BYTES of the tar."""
+    index_with_retries(dataset, shard)
+    window: list[_Row] = []
+    for row in range(shard.samples):
+        place = span_of(dataset, shard, row, TEXT_EXTENSIONS)
+        if window and place.end - window[0][2].start > WINDOW_BYTES:
+            yield window
+            window = []
+        window.append(_Row(row, place, Span(dataset, shard, place.start, place.end)))
+    yield window
+
+
+def _fetched(ahead: ReadAhead, row: int, place: SampleSpan, span: Span) -> dict[str, Part]:
+    data = ahead.take(span)
+    if data is not None:
+        with contextlib.suppress(SampleError):
+            return parts_in(span.dataset, span.shard, row, place, data)
+    return read_with_retries(span.dataset, span.shard, row, TEXT_EXTENSIONS)
 
 
 def _write_aside(path: Path, pairs: Pairs) -> None:

@@ -259,7 +259,7 @@ def open_datasets(config: DataSection, modalities: Sequence[str], split: str = "
     datasets: list[Dataset] = []
     for entry in config.mixture:
         try:
-            dataset = open_dataset(config.root / entry.path)
+            dataset = open_dataset(config.place(entry))
             _check(dataset, entry.weight, modalities, split, datasets)
             datasets.append(dataset)
         except UsageError as error:
@@ -277,22 +277,22 @@ def open_datasets(config: DataSection, modalities: Sequence[str], split: str = "
 
 def _check(dataset: Dataset, weight: float, modalities: Sequence[str], split: str, before: Sequence[Dataset]) -> None:
     if not math.isfinite(weight):
-        raise UsageError(f"dataset {dataset.root}: weight {weight} is no number", "shares cannot be computed.", "give a number above 0.")
+        raise UsageError(f"dataset {dataset.place}: weight {weight} is no number", "shares cannot be computed.", "give a number above 0.")
     unknown = [name for name in dataset.modalities if name not in modalities]
     if unknown:
         raise UsageError(
-            f"dataset {dataset.root} has modality {', '.join(unknown)}; the model has {', '.join(modalities) or 'none'}",
+            f"dataset {dataset.place} has modality {', '.join(unknown)}; the model has {', '.join(modalities) or 'none'}",
             "the model has no tokenizer for it.",
             "take the dataset out of data.mixture, or use a model with this modality.",
         )
     if not sum(shard.samples for shard in dataset.shards(split)):
         raise UsageError(
-            f"dataset {dataset.root}: its split {split!r} is empty", "nothing can be read from it.", "build it again, or take it out."
+            f"dataset {dataset.place}: its split {split!r} is empty", "nothing can be read from it.", "build it again, or take it out."
         )
     twin = next((other for other in before if other.name == dataset.name), None)
     if twin is not None:
         raise UsageError(
-            f"datasets {twin.root} and {dataset.root} have the same name, {dataset.name!r}",
+            f"datasets {twin.place} and {dataset.place} have the same name, {dataset.name!r}",
             "sample ids, orders and digests go by it, so both would give the same.",
             "name a dataset once, with the sum of the weights; or build one of them under another name.",
         )

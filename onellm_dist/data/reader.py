@@ -6,21 +6,27 @@ A sample that cannot be read or decoded keeps its slot as a tombstone: zero valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from onellm_dist.data.cache import ChunkCache
 from onellm_dist.data.lengths import UNREADABLE, sidecar_path
 from onellm_dist.data.microstep import MicroStep, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
+from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, read_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Modality
+from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
+from onellm_dist.shards.index import parts_in, span_of
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,15 @@ class Reader:
     def __init__(self, plan: Plan, tombstones: Mapping[str, str] | None = None) -> None:
         self._plan = plan
         self._known = dict(tombstones or {})
+        config = plan.config
+        self._cache = ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+        self._ahead: tuple[int, ReadAhead] | None = None
 
-    def read(self, micro: MicroStep) -> PackedBatch:
+    def read(self, micro: MicroStep, ahead: MicroStep | None = None) -> PackedBatch:
         """The micro-batch; see PackedBatch for its shapes. One BOS of zero weight where nothing was dealt.
+
+        Args:
+            ahead: the one that this process will be asked for next; its bytes are fetched meanwhile.
 
         Raises:
             OneLLMError: a text has another length than its sidecar says; an index is damaged.
@@ -53,8 +65,44 @@ class Reader:
         if micro.dummy:
             return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], dummy=True)
         ids = self._plan.sample_ids(micro.samples)
+        self._read_ahead.ask(self._spans(micro.samples), self._spans(ahead.samples) if ahead else ())
         samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
         return self._pack(samples, [self._plan.runs[ref.dataset] for ref in micro.samples], ids, dummy=False)
+
+    @property
+    def _read_ahead(self) -> ReadAhead:
+        if self._ahead is None or self._ahead[0] != os.getpid():
+            self._ahead = os.getpid(), ReadAhead(self._cache, self._plan.config.read_ahead_mb << 20)
+        return self._ahead[1]
+
+    def _spans(self, refs: Sequence[SampleRef]) -> list[Span]:
+        """Where the samples lie, as far as it can be told (whoever reads the others says what is wrong with them)."""
+        spans = []
+        for ref in refs:
+            with contextlib.suppress(OneLLMError):
+                _, span = self._place(ref)
+                spans.append(span)
+        return spans
+
+    def _place(self, ref: SampleRef) -> tuple[dict[str, dict[str, str]], Span]:
+        """Which extension fills which slot of each modality, and the span of these parts and the text."""
+        plan = self._plan
+        dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
+        there = index_with_retries(dataset, shard).parts(ref.row)
+        slots = {name: plan.modalities[name].match(there) for name in plan.runs[ref.dataset]}
+        wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
+        span = span_of(dataset, shard, ref.row, wanted)
+        return slots, Span(dataset, shard, span.start, span.end)
+
+    def _parts(self, ref: SampleRef, span: Span, wanted: Collection[str]) -> dict[str, Part]:
+        """A sample's parts: from what was fetched ahead if that is sound, else from the tar."""
+        data = self._read_ahead.take(span)
+        if data is not None:
+            try:
+                return parts_in(span.dataset, span.shard, ref.row, span_of(span.dataset, span.shard, ref.row, wanted), data)
+            except SampleError:
+                self._read_ahead.distrust(span)
+        return read_with_retries(span.dataset, span.shard, ref.row, wanted)
 
     def _sample(self, ref: SampleRef, sample_id: str) -> _Sample:
         reason = self._known.get(sample_id)
@@ -67,12 +115,10 @@ class Reader:
 
     def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
         plan = self._plan
-        dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
         kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
-        there = index_with_retries(dataset, shard).parts(ref.row)
-        slots = {kind.name: kind.match(there) for kind in kinds}
+        slots, span = self._place(ref)
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
-        parts = read_with_retries(dataset, shard, ref.row, wanted)
+        parts = self._parts(ref, span, wanted)
         ids, labels = plan.encoder.encode(parts)
         self._check_length(ref, sample_id, ids, labels)
         meta = meta_of(parts)
