@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,6 +118,8 @@ def load_model(
     else:
         initialise(model, seed)
         tokenizer = toy_tokenizer()
+        if preset != "toy":
+            warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: LLaMA's does not ship here", stacklevel=2)
     return model, OneLLMProcessor(tokenizer)
 
 
