@@ -119,7 +119,7 @@ def load_model(
         initialise(model, seed)
         tokenizer = toy_tokenizer()
         if preset != "toy":
-            warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: LLaMA's does not ship here", stacklevel=2)
+            warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own", stacklevel=2)
     return model, OneLLMProcessor(tokenizer)
 
 
