@@ -97,6 +97,9 @@ class DataSection(Section):
     max_tombstones: int = Field(100, ge=0)
     """More unreadable samples than this stop the run."""
 
+    new_segment: bool = False
+    """At a resume with another mixture, batch or text format: begin a new plan segment there. Otherwise that is refused."""
+
     def place(self, entry: MixtureEntry) -> Path | str:
         """Where a dataset of the mixture lies: a path, or a URL."""
         if isinstance(entry.path, str) or isinstance(self.root, Path):

@@ -32,7 +32,17 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self.counts = quantise(weights)
+        self._fill(quantise(weights))
+
+    @classmethod
+    def of_counts(cls, counts: Sequence[int]) -> Mixture:
+        """The mixture with these counts in a period, as `counts` gives them."""
+        made = cls.__new__(cls)
+        made._fill(list(counts))
+        return made
+
+    def _fill(self, counts: list[int]) -> None:
+        self.counts = counts
         """Occurrences of each dataset in a period."""
         self.period = sum(self.counts)
         """D, the common denominator: dataset j has exactly counts[j] / D of the stream."""
@@ -47,6 +57,12 @@ class Mixture:
         turn, place = positions // self.period, positions % self.period
         dataset = self._sequence[place]
         return dataset, turn * np.asarray(self.counts, dtype=np.int64)[dataset] + self._seen[place]
+
+    def taken(self, length: int) -> list[int]:
+        """How often each dataset occurs in the first `length` positions."""
+        turns, rest = divmod(length, self.period)
+        begun = np.bincount(self._sequence[:rest], minlength=len(self.counts)).tolist()
+        return [turns * count + more for count, more in zip(self.counts, begun, strict=True)]
 
 
 def quantise(weights: Sequence[float]) -> list[int]:

@@ -23,6 +23,7 @@ from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import Caps, Loads, pack, too_large
 from onellm_dist.data.retry import index_with_retries
+from onellm_dist.data.segments import Segment, consumed, go_on, shards_fingerprint
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import Modality, get_modality
@@ -118,6 +119,9 @@ class Plan:
             Order([shard.samples for shard in shards], derive_key("order", seed, dataset.name))
             for dataset, shards in zip(datasets, self.shards, strict=True)
         ]
+        self.segments: tuple[Segment, ...] = (self._segment(),)
+        """The run's segments so far; the plan is that of the last one. See `follow`."""
+        self._offsets = np.zeros(len(datasets), dtype=np.int64)
         self._lengths = Lengths(datasets, encoder.fingerprint, split)
         self._costs = costs or CostModel()
         kinds = [[self.modalities[name] for name in runs] for runs in self.runs]
@@ -157,6 +161,28 @@ class Plan:
         else:
             _refuse_missing(datasets, encoder, split)
         return cls(datasets, config, encoder, seed, modalities, split=split)
+
+    def follow(self, history: Sequence[Segment], step: int) -> bool:
+        """Goes on from the segments of a checkpoint after `step` steps; returns whether a new segment begins.
+
+        Raises:
+            UsageError: see `segments.go_on`.
+        """
+        if not history:
+            return False
+        self.segments = go_on(history, self._segment(), step, allow_new=self.config.new_segment)
+        before = consumed(self.segments[:-1], self.segments[-1].start)
+        self._offsets = np.asarray([before.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64)
+        self._batches.clear()
+        self._steps.clear()
+        return self.segments != tuple(history[: len(self.segments)])
+
+    def _segment(self) -> Segment:
+        names = [dataset.name for dataset in self.datasets]
+        return Segment(
+            0, self.seed, self.split, self.config.global_batch, self.encoder.fingerprint,
+            dict(zip(names, self.mixture.counts, strict=True)), dict(zip(names, map(shards_fingerprint, self.shards), strict=True)),
+        )  # fmt: skip
 
     def samples(self, step: int) -> tuple[SampleRef, ...]:
         """The global batch of a step (the first is 0) in stream order; the same for every world."""
@@ -198,6 +224,8 @@ class Plan:
         for dataset, shards in zip(self.datasets, self.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
+        if len(self.segments) > 1:
+            text.append(f"{self.segments[-1].start} {self._offsets.tolist()}")
         return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
 
     def _batch(self, step: int) -> _Batch:
@@ -208,10 +236,12 @@ class Plan:
         return known
 
     def _locate(self, step: int) -> _Batch:
-        if step < 0:
-            raise ValueError(f"step {step} < 0")
+        first = self.segments[-1].start
+        if step < first:
+            raise ValueError(f"step {step} < {first}, where the segment of this plan begins")
         n = self.config.global_batch
-        dataset, index = self.mixture.locate(np.arange(step * n, (step + 1) * n, dtype=np.int64))
+        dataset, index = self.mixture.locate(np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64))
+        index += self._offsets[dataset]
         epoch, shard, row = (np.empty(n, dtype=np.int64) for _ in range(3))
         for number in np.unique(dataset).tolist():
             here = np.flatnonzero(dataset == number)

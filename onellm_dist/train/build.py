@@ -13,6 +13,7 @@ from onellm_dist import __version__
 from onellm_dist.config import RunConfig
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
+from onellm_dist.data.segments import Segment
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
@@ -24,7 +25,7 @@ from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
-from onellm_dist.train.ledger import Ledger
+from onellm_dist.train.ledger import Ledger, write_segments
 from onellm_dist.train.metrics import Events, Metrics
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
@@ -90,6 +91,7 @@ class Run:
         about = {
             "step": step, "stage": self.config.train.stage, "plan": self.plan.fingerprint(), "onellm_dist": __version__,
             "model": self.config.model.model_dump(mode="json"), "seed": self.config.run.seed,
+            "segments": [segment.to_json() for segment in self.plan.segments],
         }  # fmt: skip
         save_state(folder, self.engine, self.world, about)
         if self.world.main:
@@ -122,10 +124,14 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
     plan = _open_plan(config, world, model, processor)
+    new_segment = False if resume is None else _follow(plan, resume)
     if world.main:
         prepare_directory(config, resume)
+        write_segments(config.run.dir / LEDGER, plan.segments)
     world.barrier()
     events = Events(config.run.dir, main=world.main)
+    if new_segment:
+        _tell_segment(events, plan)
     flops = FlopCounter(model, plan, config.train.stage)
     freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
@@ -201,9 +207,24 @@ def _open_plan(config: RunConfig, world: World, model: Any, processor: Any) -> P
     return plan or Plan.open(*arguments, build_lengths=False)
 
 
+def _follow(plan: Plan, resume: Path) -> bool:
+    """Go on with the stream of a checkpoint; whether a new segment of it begins. Every rank reads the same manifest."""
+    manifest = read_manifest(resume) or {}
+    return plan.follow([Segment.from_json(raw) for raw in manifest.get("segments", ())], int(manifest.get("step", 0)))
+
+
+def _tell_segment(events: Events, plan: Plan) -> None:
+    segment = plan.segments[-1]
+    shares = ", ".join(f"{name} {count / sum(segment.counts.values()):.4f}" for name, count in segment.counts.items())
+    events.write(
+        "segment", step=segment.start, counts=dict(segment.counts), global_batch=segment.global_batch,
+        say=f"segment {len(plan.segments)} of the plan begins at step {segment.start}: {shares}",
+    )  # fmt: skip
+
+
 def _resume(folder: Path, engine: Engine, world: World, plan: Plan, events: Events) -> int:
     manifest = load_state(folder, engine, world)
-    if manifest["plan"] != plan.fingerprint():
+    if "segments" not in manifest and manifest["plan"] != plan.fingerprint():  # written before 0.2, when nothing was refused
         events.write(
             "plan_changed", step=manifest["step"], checkpoint=folder.name,
             say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {manifest['step']} on",

@@ -1,14 +1,17 @@
 """The ledger of a run: which samples could not be read, in which step. Written before the step is applied, replayed on resume.
 
 `ledger/tombstones-rank00000.jsonl`: one object a line, `step`, `sample_id`, `reason`; one file a rank, so that no two write one file.
+`ledger/segments.json`: the segments of the plan (data/segments.py), for people; a resume goes by the copy in its checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from onellm_dist.data.segments import Segment
 from onellm_dist.packed import PackedBatch
 
 
@@ -46,6 +49,22 @@ class Ledger:
             os.fsync(out.fileno())
         self.known.update(new)
         return len(new)
+
+
+def write_segments(folder: Path, segments: Sequence[Segment]) -> None:
+    """Replace `segments.json`, durably. Rank 0 calls it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / ".segments.json.partial"
+    with aside.open("w", encoding="utf-8") as out:
+        json.dump([segment.to_json() for segment in segments], out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(folder / "segments.json")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _parse(line: str) -> dict[str, str] | None:
