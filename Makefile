@@ -28,7 +28,7 @@ demo-full: $(STAMP)  ## the same to convergence (hours on a CPU, minutes on a GP
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
 test: $(STAMP) lint types  ## every check but the long random ones
-	$(PYTEST) -m "not soak" $(SLOW_REPORT)
+	$(PYTEST) -m "not soak" -n 2 --dist loadfile $(SLOW_REPORT)
 
 test-fast: $(STAMP)  ## under three minutes: for every edit
 	$(PYTEST) -m "not slow and not soak" -n 2 --dist loadfile

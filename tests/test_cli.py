@@ -1,0 +1,52 @@
+"""The command as a user meets it: help with an example everywhere, three-line errors, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ["demo", "doctor", "train", "generate", "shards build", "shards index", "shards verify"]
+
+
+def onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "onellm_dist.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = onellm(*command.split(), "--help")
+    assert done.returncode == 0
+    assert f"onellm {command}" in " ".join(done.stdout.split())
+    assert "Example" in done.stdout
+
+
+def test_generate_has_an_option_for_every_modality() -> None:
+    from onellm_dist.modalities import all_modalities
+
+    shown = onellm("generate", "--help").stdout
+    assert all(f"--{name}" in shown for name in all_modalities())
+
+
+@pytest.mark.parametrize("arguments", [["trai"], ["train"], ["shards", "build"], ["generate"], ["--nope"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert onellm(*arguments).returncode == 2
+
+
+def test_errors_are_what_why_and_what_to_do(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {stage: align, stepz: 3}\n")
+    done = onellm("train", str(recipe))
+    assert done.returncode == 2
+    assert "did you mean train.steps?" in done.stderr
+    assert "nothing was started" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_model_is_a_usage_error(tmp_path: Path) -> None:
+    done = onellm("generate", str(tmp_path / "no_model"), "hello")
+    assert done.returncode == 2
+    assert "no_model" in done.stderr
+    assert "Traceback" not in done.stderr
