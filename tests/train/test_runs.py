@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from onellm_dist.launch.local import free_port
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 pytestmark = pytest.mark.slow
@@ -82,20 +83,16 @@ def runner(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner(toy, tmp_path_factory.mktemp("runs"))
 
 
+def deepspeed_launcher() -> list[str]:
+    """`deepspeed` for two CPU ranks. It passes no signals to them: a `stop` file does."""
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    return [*command, "--module", "onellm_dist.train"]
+
+
 @pytest.fixture(scope="module")
 def two(runner: Runner) -> str:
     """Two ranks under the deepspeed launcher, ZeRO-3, never stopped."""
-    port = str(23000 + os.getpid() % 4000)
-    launcher = [
-        str(Path(sys.executable).parent / "deepspeed"),
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        port,
-        "--module",
-        "onellm_dist.train",
-    ]
-    code, output = runner.run("two", launcher=launcher)
+    code, output = runner.run("two", launcher=deepspeed_launcher())
     assert code == 0, output
     return "two"
 
@@ -198,7 +195,7 @@ def test_killed_runs_go_on_bit_identically(runner: Runner, two: str) -> None:
 @pytest.mark.parametrize("how", ["file", "signal"])
 def test_preempted_runs_go_on_bit_identically(runner: Runner, two: str, how: str) -> None:
     name = f"preempted_{how}"
-    process = runner.start(name)
+    process = runner.start(name, launcher=deepspeed_launcher() if how == "file" else None)
     runner.wait_for_step(name, 1, process)
     if how == "file":
         (runner.out / name / "stop").touch()
