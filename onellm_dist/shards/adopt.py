@@ -13,6 +13,7 @@ from pathlib import Path
 from onellm_dist.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.progress import progress
+from onellm_dist.shards.energon import energon_splits
 from onellm_dist.shards.files import write_whole
 from onellm_dist.shards.format import MANIFEST, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo
 from onellm_dist.shards.index import ShardIndex, index_path_of, try_index_tar
@@ -51,8 +52,8 @@ def index_path(
         path: a tar or a folder.
         modalities: what every sample has; inferred from the parts' extensions where None; () is text only.
         name: the dataset's name; the folder's where None.
-        split: the split of all tars; where None, `train`, `val`, `validation` or `test` where a folder or the tar is named
-            so (`val/0.tar`, `test_subj01_0.tar`), else `train`.
+        split: the split of all tars; where None, what Energon's `.nv-meta/split.yaml` says, else `train`, `val`, `validation`
+            or `test` where a folder or the tar is named so (`val/0.tar`, `test_subj01_0.tar`), else `train`.
         licence: goes to the manifest.
         workers: processes, a tar each at a time.
 
@@ -125,13 +126,15 @@ def _manifest(
 ) -> Manifest:
     shards, kinds = list[ShardInfo](), Counter[frozenset[str]]()
     example: dict[frozenset[str], tuple[Path, str, int]] = {}
+    prepared = energon_splits(root)
     for tar in tars:
-        index = ShardIndex(index_path_of(tar))
         relative = tar.relative_to(root).as_posix()
+        if prepared is not None and relative not in prepared:
+            continue  # Energon's split.yaml excludes it
+        index = ShardIndex(index_path_of(tar))
         named = _SPLITS.search(relative)
-        shards.append(
-            ShardInfo(relative, split or (named.group(1) if named else "train"), index.samples, index.tar_bytes, index.tar_sha256)
-        )
+        own = split or (prepared[relative] if prepared is not None else named.group(1) if named else "train")
+        shards.append(ShardInfo(relative, own, index.samples, index.tar_bytes, index.tar_sha256))
         for kind, (count, row) in index.kinds().items():
             kinds[kind] += count
             example.setdefault(kind, (tar, index.key(row), index.span(row)[0]))

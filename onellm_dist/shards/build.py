@@ -1,63 +1,49 @@
-"""`onellm shards build`: finds the source by its name, checks its options, and builds into a staging folder."""
+"""`onellm shards build` and `index`: from what the user wrote to a request, and back to lines for the user."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from onellm_dist.errors import EXIT_DONE, OneLLMError, UsageError
-from onellm_dist.shards import sources as sources_folder
 from onellm_dist.shards.adopt import index_path
+from onellm_dist.shards.builder import Request, build_planned, dry_run
+from onellm_dist.shards.catalogue import complete_options, get_source, options_help
+from onellm_dist.shards.crew import Task
 from onellm_dist.shards.naming import dataset_name, parse_modalities
+from onellm_dist.shards.places import Place, place
 from onellm_dist.shards.sources.base import BuildReport, Source
 from onellm_dist.shards.staging import QUARANTINE, staged
 
 
-def all_sources() -> dict[str, Source]:
-    """Name to source: every module in shards/sources/ that has a `SOURCE`."""
-    found = []
-    for info in pkgutil.iter_modules(sources_folder.__path__):
-        module = importlib.import_module(f"{sources_folder.__name__}.{info.name}")
-        if isinstance(getattr(module, "SOURCE", None), Source):
-            found.append(module.SOURCE)
-    return {s.name: s for s in sorted(found, key=lambda s: s.name)}
-
-
-def get_source(name: str) -> Source:
-    """The source of this name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    known = all_sources()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        raise UsageError(
-            f"unknown source {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
-            "no module in onellm_dist/shards/sources/ builds it.",
-            "use one of: " + "; ".join(f"{s.name} ({s.summary})" for s in known.values()),
-        )
-    return known[name]
-
-
 def build_dataset(
-    source: str, inputs: Path | None, out: Path, *, workers: int = 1, seed: int = 0, overwrite: bool = False, **options: Any
+    source: str,
+    inputs: Path | str | None,
+    out: Path | str,
+    *,
+    workers: int = 1,
+    seed: int = 0,
+    overwrite: bool = False,
+    task: Task | None = None,
+    **options: Any,
 ) -> BuildReport:
     """Builds a dataset folder (or, for `toyworld`, a folder of them); `out` appears only when it is whole.
 
+    A planned source's build that was stopped goes on where it was when it is called again; several processes that are called
+    alike share the work.
+
     Args:
         source: "folder", "toyworld", ... (see `all_sources`).
-        inputs: what is read; None for generated data.
-        out: the new folder. Must be absent or empty, or hold datasets and `overwrite` be given.
+        inputs: what is read, a path or an fsspec URL; None for generated data.
+        out: the new folder, a path or an fsspec URL. Must be absent or empty, or hold datasets and `overwrite` be given.
         workers: processes; the output's bytes do not depend on it.
         seed: for sources that draw or shuffle.
-        options: the source's own (`Source.options`); texts are converted to their types.
+        task: this process builds a fixed part of the shards (see `Task`); needed for remote outputs of several processes.
+        options: the source's own and the builder's (`options_of`); texts are converted to their types.
 
     Returns:
         What was built and what was left out (`summary` makes lines of it).
@@ -67,38 +53,45 @@ def build_dataset(
         OneLLMError: the build was given up; nothing stands under `out`.
     """
     kind = get_source(source)
-    if kind.needs_input and inputs is None:
-        raise UsageError(f"source {source!r} needs an input.", "there is nothing to read.", f"onellm shards build {source} IN OUT")
-    if inputs is not None and not Path(inputs).exists():
-        raise UsageError(f"{inputs}: there is no such file or folder.", "there is nothing to read.", "check the path.")
+    where, what = place(out), _inputs(kind, inputs)
     if workers < 1:
         raise UsageError(f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more.")
-    complete = _complete_options(kind, options)
-    if complete.get("name", "") is None:
-        complete["name"] = dataset_name(Path(out))
+    own, settings = complete_options(kind, options, name=dataset_name(where))
     try:
-        with staged(Path(out), overwrite=overwrite) as folder:
-            assert kind.build is not None
-            report = kind.build(None if inputs is None else Path(inputs), folder, workers=workers, seed=seed, **complete)
+        if settings is not None:
+            assert what is not None
+            request = Request(kind, what, where, seed, own, settings)
+            return build_planned(request, workers=workers, overwrite=overwrite, task=task or Task())
+        if not isinstance(where, Path):
+            raise UsageError(f"source {source!r} writes to local folders only.", f"{out} is remote.", "build locally and copy the folder.")
+        assert kind.build is not None
+        with staged(where, overwrite=overwrite) as folder:
+            report = kind.build(what, folder, workers=workers, seed=seed, **own)
     except OSError as error:
         raise OneLLMError(
             f"{error.filename or out}: {error.strerror or error}.",
             f"the build was given up; nothing stands under {out}.",
-            "mend it and build again.",
+            "mend it and build again (shards that were finished are kept).",
         ) from error
     return report if report is not None else BuildReport(0)
 
 
-def _complete_options(source: Source, given: dict[str, Any]) -> dict[str, Any]:
-    for name in given:
-        if name not in source.options:
-            close = difflib.get_close_matches(name, source.options, n=1)
+def _inputs(kind: Source, inputs: Path | str | None) -> Place | None:
+    """The input as a place.
+
+    Raises:
+        UsageError: it is missing.
+    """
+    if inputs is None:
+        if kind.needs_input:
             raise UsageError(
-                f"source {source.name!r} has no option {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
-                "an option that is not understood would be ignored.",
-                f"it has: {', '.join(source.options) or 'none'}.",
+                f"source {kind.name!r} needs an input.", "there is nothing to read.", f"onellm shards build {kind.name} IN OUT"
             )
-    return {name: option.convert(name, given.get(name, option.default)) for name, option in source.options.items()}
+        return None
+    found = place(inputs)
+    if not found.exists():
+        raise UsageError(f"{inputs}: there is no such file or folder.", "there is nothing to read.", "check the path.")
+    return found
 
 
 def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> tuple[Path, BuildReport]:
@@ -108,6 +101,23 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
 
     Returns:
         (the output folder, the report).
+
+    Raises:
+        UsageError: no readable recipe, or a key that is not understood.
+    """
+    values, options = read_recipe(recipe, **overrides)
+    return Path(values["out"]), _build(values, options, overwrite=overwrite, task=Task())
+
+
+def _build(values: Mapping[str, Any], options: Mapping[str, Any], *, overwrite: bool, task: Task) -> BuildReport:
+    return build_dataset(
+        values["source"], values.get("inputs"), values["out"],
+        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, task=task, **options,
+    )  # fmt: skip
+
+
+def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(top-level values, options) of a dataset recipe, overrides put in.
 
     Raises:
         UsageError: no readable recipe, or a key that is not understood.
@@ -129,15 +139,20 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
         raise UsageError(
             f"{recipe}: {', '.join(faults)}.", "the recipe is not built as written.", f"its keys are: {', '.join(sorted(top))}."
         )
-    out, inputs = Path(values["out"]), values.get("inputs")
-    report = build_dataset(
-        values["source"], None if inputs is None else Path(inputs), out,
-        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, **options,
-    )  # fmt: skip
-    return out, report
+    return values, options
 
 
-def build_command(source: str, paths: list[Path], options: list[str], *, workers: int, seed: int, overwrite: bool) -> int:
+def build_command(
+    source: str,
+    paths: list[Path],
+    options: list[str],
+    *,
+    workers: int,
+    seed: int,
+    overwrite: bool,
+    task: str = "0/1",
+    dry_run: bool = False,
+) -> int:
     """`onellm shards build`: SOURCE [IN] OUT with `key=value` options, or a dataset recipe (YAML).
 
     What is given here and is not the default replaces what the recipe says.
@@ -148,10 +163,11 @@ def build_command(source: str, paths: list[Path], options: list[str], *, workers
     Raises:
         OneLLMError: as `build_dataset`.
     """
+    number = Task.parse(task)
     if source.endswith((".yaml", ".yml")):
         given: dict[str, Any] = dict(zip(("out", "inputs"), reversed(paths), strict=False))
         given.update({k: v for k, v, default in (("workers", workers, 1), ("seed", seed, 0)) if v != default})
-        out, report = build_recipe(Path(source), overwrite=overwrite, **given, **_pairs(options))
+        values, kind_options = read_recipe(Path(source), **given, **_pairs(options))
     else:
         kind = get_source(source)
         if "help" in options:
@@ -164,10 +180,23 @@ def build_command(source: str, paths: list[Path], options: list[str], *, workers
                 "it is not clear what is read and what is written.",
                 f"onellm shards build {source} {'IN OUT' if kind.needs_input else 'OUT'}",
             )
-        out, inputs = paths[-1], paths[0] if kind.needs_input else None
-        report = build_dataset(source, inputs, out, workers=workers, seed=seed, overwrite=overwrite, **_pairs(options))
-    print(summary(report, out))
+        values = {"source": source, "inputs": paths[0] if kind.needs_input else None, "out": paths[-1], "workers": workers, "seed": seed}
+        kind_options = dict(_pairs(options))
+    if dry_run:
+        print(_dry_run(values, kind_options))
+        return EXIT_DONE
+    print(summary(_build(values, kind_options, overwrite=overwrite, task=number), values["out"]))
     return EXIT_DONE
+
+
+def _dry_run(values: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    kind = get_source(values["source"])
+    inputs = _inputs(kind, values.get("inputs"))
+    own, settings = complete_options(kind, options, name=dataset_name(place(values["out"])))
+    if settings is None or inputs is None:
+        raise UsageError(f"source {kind.name!r} has no dry run.", "it makes its data as it writes.", "build it.")
+    request = Request(kind, inputs, place(values["out"]), int(values.get("seed", 0)), own, settings)
+    return dry_run(request, workers=int(values.get("workers", 1)))
 
 
 def _pairs(options: list[str]) -> dict[str, str]:
@@ -177,12 +206,6 @@ def _pairs(options: list[str]) -> dict[str, str]:
                 f"option {option!r} is no key=value.", "its value is not known.", "write -o key=value; -o help lists the keys."
             )
     return dict(option.split("=", 1) for option in options)
-
-
-def options_help(source: Source) -> str:
-    """A source's options, a line each."""
-    lines = [f"{source.name}: {source.summary}", *(f"  {n}={o.default}  ({o.kind.__name__}) {o.help}" for n, o in source.options.items())]
-    return "\n".join(lines)
 
 
 def index_command(paths: list[Path], modalities: list[str]) -> int:
@@ -195,11 +218,11 @@ def index_command(paths: list[Path], modalities: list[str]) -> int:
     return EXIT_DONE
 
 
-def summary(report: BuildReport, out: Path) -> str:
+def summary(report: BuildReport, out: Path | str) -> str:
     """The lines a command prints after a build."""
     lines = [f"{out}: {report.samples} samples", *report.notes] if report.samples else [f"{out}: built", *report.notes]
     if report.quarantined:
-        lines.append(f"left out: {len(report.quarantined)} (all in {out / QUARANTINE})")
+        lines.append(f"left out: {len(report.quarantined)} (all in {place(out) / QUARANTINE})")
         kinds = Counter(q.reason.split(":")[0] for q in report.quarantined)
         lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
         lines += [f"  {q.file}: {q.reason}" for q in report.quarantined[:5]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 ASIDE = ".aside"
@@ -12,6 +13,11 @@ ASIDE = ".aside"
 def aside(path: Path) -> Path:
     """The name under which `path` is written before it is renamed."""
     return path.with_name(path.name + ASIDE)
+
+
+def private_name() -> str:
+    """A name that no other process has, on any machine that shares the disk."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -24,8 +30,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes `data` aside, syncs it and renames it to `path`; a failure leaves nothing behind."""
-    temporary = aside(path)
+    """Writes `data` aside, syncs it and renames it to `path`; a failure leaves nothing behind.
+
+    The name aside is this process's own, so that two that write the same file do not write into each other's.
+    """
+    temporary = aside(path.with_name(f"{path.name}.{private_name()}"))
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -235,6 +235,10 @@ class ShardIndex:
         start, end = self._columns["sample_start"][self._row(row) : row + 2].tolist()
         return start, end
 
+    def sample_starts(self) -> NDArray[np.uint64]:
+        """[n+1] where each sample's first header lies, then the end, a read-only view of the file: Energon's `.tar.idx`."""
+        return self._columns["sample_start"]
+
     def body_is_whole(self) -> bool:
         """The columns' bytes have the CRC-32 that the header gives (reads the whole file: for `verify`)."""
         return zlib.crc32(memoryview(self._map)[self._body :]) == self._body_crc32

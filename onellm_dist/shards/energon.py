@@ -1,0 +1,134 @@
+"""Megatron-Energon's metadata (version 7.4.1's files), so that its loader reads our shards; and the splits of sets it prepared.
+
+x.tar.idx               uint64: where each sample's first header lies, then the end: our index's column `sample_start`
+.nv-meta/.info.json     samples a shard         .nv-meta/split.yaml    shards of train, val, test
+.nv-meta/dataset.yaml   how samples are cooked  .nv-meta/index.sqlite  where each sample and part lies, by key
+.nv-meta/index.uuid     here made from the manifest, so that equal datasets have equal files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.files import private_name
+from onellm_dist.shards.format import MANIFEST, Manifest, ShardInfo
+from onellm_dist.shards.index import ShardIndex
+from onellm_dist.shards.places import Place, put, write
+
+ENERGON_VERSION = "7.4.1"
+META = ".nv-meta"
+_SPLITS = ("train", "val", "test")
+"""Energon's own; they are named even where they are empty."""
+_TABLES = """
+CREATE TABLE samples (tar_file_id INTEGER NOT NULL, sample_key TEXT NOT NULL UNIQUE, sample_index INTEGER NOT NULL,
+    byte_offset INTEGER, byte_size INTEGER);
+CREATE TABLE sample_parts (tar_file_id INTEGER, sample_index INTEGER, part_name TEXT, content_byte_offset INTEGER,
+    content_byte_size INTEGER);
+"""
+_INDEXES = """
+CREATE INDEX idx_samples_by_tar_and_idx ON samples(tar_file_id, sample_index);
+CREATE INDEX idx_sample_parts_seq ON sample_parts(tar_file_id, sample_index, content_byte_offset);
+CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, part_name, content_byte_offset, content_byte_size);
+"""
+
+
+def write_energon(root: Place) -> None:
+    """Writes Energon's files into a dataset folder; older ones are replaced. Tars are not read, only their indexes.
+
+    Raises:
+        UsageError: there is no dataset.
+        OneLLMError: an index cannot be read.
+    """
+    try:
+        data = (root / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{root} holds no dataset.", "Energon's files describe one.", "check the path.") from None
+    manifest = Manifest.from_bytes(data, Path(str(root / MANIFEST)))
+    meta = root / META
+    if isinstance(meta, Path):
+        meta.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="onellm-") as folder:
+        _write_database(root, manifest.shards, Path(folder))
+    splits: dict[str, list[str]] = {name: [] for name in _SPLITS}
+    for shard in manifest.shards:
+        splits.setdefault(shard.split, []).append(shard.path)
+    info = {"energon_version": ENERGON_VERSION, "shard_counts": {s.path: s.samples for s in manifest.shards}}
+    dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    write(meta / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False).encode())
+    write(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())
+    write(meta / "index.uuid", str(uuid.UUID(bytes=hashlib.sha256(data).digest()[:16], version=4)).encode())
+    write(meta / ".info.json", json.dumps(info, indent=2).encode())
+
+
+def _write_database(root: Place, shards: Sequence[ShardInfo], scratch: Path) -> None:
+    """index.sqlite, made locally (SQLite cannot write to stores), and each tar's `.idx` on the way."""
+    local = scratch / f"{private_name()}.sqlite"
+    with closing(sqlite3.connect(local)) as database:
+        # The file is thrown away after a crash, so nothing needs to be journalled.
+        database.execute("PRAGMA journal_mode = OFF")
+        database.execute("PRAGMA synchronous = OFF")
+        database.executescript(_TABLES)
+        for number, shard in enumerate(shards):
+            tar = root / shard.path
+            index = _index(tar, scratch)
+            write(tar.with_name(f"{tar.name}.idx"), index.sample_starts().astype("<u8").tobytes())
+            database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", _samples(number, index))
+            database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", _parts(number, index))
+        database.executescript(_INDEXES)
+        database.commit()
+    put(local, root / META / "index.sqlite")
+
+
+def _index(tar: Place, scratch: Path) -> ShardIndex:
+    path = tar.with_name(f"{tar.name}.index")
+    if isinstance(path, Path):
+        return ShardIndex(path)
+    copy = scratch / "remote.index"
+    copy.write_bytes(path.read_bytes())
+    return ShardIndex(copy)
+
+
+def _samples(number: int, index: ShardIndex) -> Iterator[tuple[int, str, int, int, int]]:
+    starts = index.sample_starts().astype(np.int64)
+    for row, (key, start, size) in enumerate(zip(index.keys(), starts.tolist(), np.diff(starts).tolist(), strict=False)):
+        yield number, key, row, start, size
+
+
+def _parts(number: int, index: ShardIndex) -> Iterator[tuple[int, int, str, int, int]]:
+    for row in range(index.samples):
+        for extension, place in index.parts(row).items():
+            yield number, row, extension, place.offset, place.size
+
+
+def energon_splits(root: Path) -> dict[str, str] | None:
+    """Tar (path relative to `root`) -> split, of a set that `energon prepare` was run on; excluded tars are left out.
+
+    Returns:
+        None: there is no `.nv-meta/split.yaml`.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = root / META / "split.yaml"
+    if not path.is_file():
+        return None
+    try:
+        content: Any = yaml.safe_load(path.read_bytes())
+        excluded = {str(e) for e in content.get("exclude") or []}
+        return {str(t): str(s) for s, tars in content["split_parts"].items() for t in tars if str(t) not in excluded}
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"{path}: {type(error).__name__}: {error}", "it says which tar belongs to which split.", "run `energon prepare` again."
+        ) from error
