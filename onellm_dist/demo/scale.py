@@ -52,18 +52,18 @@ class Scale:
 _BF16 = "train.precision=bf16"
 
 QUICK = Scale(
-    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000, "imu": 3000},
+    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000, "audio": 3000, "point": 2500, "depth": 3000, "imu": 4000},
     test=120,
     clip=("images=36000",),
-    llm=("steps=160",),
+    llm=("steps=120",),
     stages=(
         Training("toy/align_image", 160, 0.36, (_BF16, "checkpoint.every=16")),
-        Training("toy/align_all", 600, 1.2, (_BF16, "checkpoint.every=150")),
-        Training("toy/tune", 40, 1.0, (_BF16, "checkpoint.every=20")),
+        Training("toy/align_all", 700, 1.1, (_BF16, "checkpoint.every=150")),
+        Training("toy/tune", 40, 0.6, (_BF16, "checkpoint.every=20")),
     ),
-    shards_seconds=75,
+    shards_seconds=90,
     clip_seconds=110,
-    llm_seconds=55,
+    llm_seconds=42,
     caption_seconds=60,
 )
 
