@@ -10,7 +10,6 @@ folder is read-only they lie in the user's cache instead: `$ONELLM_CACHE` (or `$
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -209,7 +208,8 @@ def _texts(dataset: Dataset, shard: ShardInfo) -> Iterator[Callable[[], dict[str
         return
     ahead = ReadAhead(None, 2 * WINDOW_BYTES)
     windows = list(_windows(dataset, shard))
-    for now, following in itertools.zip_longest(windows, windows[1:], fillvalue=[]):
+    after: list[list[_Row]] = [*windows[1:], []]
+    for now, following in zip(windows, after, strict=bool(windows)):
         ahead.ask([span for _, _, span in now], [span for _, _, span in following])
         for row, place, span in now:
             yield partial(_fetched, ahead, row, place, span)
