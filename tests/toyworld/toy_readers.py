@@ -75,7 +75,7 @@ def audio_loudness(value: np.ndarray) -> str:
 def audio_rhythm(value: np.ndarray) -> str:
     sounds = value[0][:, :1020].max(0) > -1.0
     onsets = int((np.diff(sounds.astype(int)) == 1).sum())
-    return "steadily" if sounds.all() else "once" if onsets <= 1 and sounds.mean() < 0.25 else "slowly" if onsets < 10 else "quickly"
+    return "steadily" if sounds.all() else "once" if onsets <= 1 else "slowly" if onsets < 20 else "quickly"
 
 
 def point_stretch(value: np.ndarray) -> str:
@@ -94,7 +94,7 @@ def pair_color(value: np.ndarray) -> str:
 
 def depth_distance(value: np.ndarray) -> str:
     near = np.median(_rgb(value[1])[_object(_rgb(value[0]))]) / 255
-    return ("faraway", "midway", "nearby")[int(near > 0.48) + int(near > 0.76)]
+    return ("faraway", "midway", "nearby")[int(near > 0.4) + int(near > 0.76)]
 
 
 def normal_surface(value: np.ndarray) -> str:
@@ -111,7 +111,7 @@ def imu_lean(value: np.ndarray) -> str:
 
 def imu_pace(value: np.ndarray) -> str:
     shake = np.median(np.abs(np.diff(value[:3], axis=1))) / 0.95
-    return ("slowly", "steadily", "quickly")[int(shake > 0.04) + int(shake > 0.12)]
+    return ("slowly", "steadily", "quickly")[int(shake > 0.04) + int(shake > 0.16)]
 
 
 def imu_activity(value: np.ndarray) -> str:

@@ -57,10 +57,11 @@ def _envelope(rhythm: str, rng: np.random.Generator) -> np.ndarray:
     if rhythm == "steadily":
         return np.ones(SAMPLES)
     if rhythm == "once":
-        start, length = rng.uniform(1, 7), rng.uniform(1.4, 1.9)
+        start, length = rng.uniform(1, 6), rng.uniform(2.2, 2.8)
         sounds = (time >= start) & (time < start + length)
     else:
-        period = rng.uniform(1.8, 2.2) if rhythm == "slowly" else rng.uniform(0.28, 0.34)
+        # A quick period fits into one patch, a slow one has whole patches of sound and of silence.
+        period = rng.uniform(1.0, 1.2) if rhythm == "slowly" else rng.uniform(0.14, 0.18)
         sounds = ((time / period + rng.uniform()) % 1) < 0.5
     ramp = int(_RAMP_SECONDS * RATE)
     running = np.cumsum(np.concatenate([np.zeros(ramp), sounds]))

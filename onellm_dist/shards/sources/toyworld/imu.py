@@ -25,7 +25,7 @@ _TURN_RATE = (0.6, 1.5, 3.2)
 _NODS = (0.8, 1.5, 2.6)
 _NOD_RATE = (0.6, 1.4, 2.8)
 """By pace: cycles a second; g; rad/s."""
-_SHAKE = (0.02, 0.07, 0.2)
+_SHAKE = (0.02, 0.09, 0.28)
 """By pace: how much the sensor shakes, g and half as many rad/s. The one sign of the pace that is the same in all activities."""
 
 

@@ -20,8 +20,8 @@ from onellm_dist.shards.sources.toyworld.solids import rotation
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 _LIGHT = np.array([-0.45, 0.6, 0.66])
-_NEARNESS = {"nearby": 0.9, "midway": 0.62, "faraway": 0.34}
-_WALL_NEARNESS = 0.05
+_NEARNESS = {"nearby": 0.94, "midway": 0.58, "faraway": 0.22}
+_WALL_NEARNESS = 0.03
 _RELIEF = 0.07
 """Grey value of the depth map (1 is nearest) at a solid's centre and at the wall; and what a radius of relief adds."""
 _BEHIND = {
