@@ -65,6 +65,17 @@ class MixtureEntry(Section):
     """Share of the samples, relative to the other entries."""
 
 
+class ValidationSection(Section):
+    """`data.validation`: a fixed set from another split of the mixture's datasets, run now and then without training on it."""
+
+    split: str
+    """The split; datasets that do not have it are left out."""
+    samples: PositiveInt
+    """Samples of the set, in the shares of the mixture; the same ones each time, at any number of ranks."""
+    every: PositiveInt
+    """Optimizer steps between two validations; one more comes after the last step."""
+
+
 class DataSection(Section):
     """`data.*`: what is read, and how it is packed."""
 
@@ -97,6 +108,8 @@ class DataSection(Section):
     max_tombstones: int = Field(100, ge=0)
     """More unreadable samples than this stop the run."""
 
+    validation: ValidationSection | None = None
+    """Losses of a fixed set of another split go to `validation.jsonl`; none where not given."""
     new_segment: bool = False
     """At a resume with another mixture, batch or text format: begin a new plan segment there. Otherwise that is refused."""
 

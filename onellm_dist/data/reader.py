@@ -88,7 +88,7 @@ class Reader:
         """Which extension fills which slot of each modality, and the span of these parts and the text."""
         plan = self._plan
         dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
-        there = index_with_retries(dataset, shard).parts(ref.row)
+        there = dataset.index(shard).parts(ref.row)
         slots = {name: plan.modalities[name].match(there) for name in plan.runs[ref.dataset]}
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
         span = span_of(dataset, shard, ref.row, wanted)
@@ -116,6 +116,7 @@ class Reader:
     def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
         plan = self._plan
         kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
+        index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
         slots, span = self._place(ref)
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
         parts = self._parts(ref, span, wanted)

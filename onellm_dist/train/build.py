@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,7 @@ from onellm_dist.config import RunConfig
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.segments import Segment
+from onellm_dist.data.validation import open_validation
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
@@ -31,6 +34,7 @@ from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepar
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
 from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.totals import StepTotals
+from onellm_dist.train.validate import Validation
 
 COMPARE_EVERY = 50
 """Steps between comparisons of the plan across ranks."""
@@ -58,6 +62,7 @@ class Run:
     peak: float | None
     lock: IO[str] | None
     """Held by rank 0 while the process lives."""
+    validation: Validation | None
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
@@ -123,7 +128,9 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
 
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
-    plan = _open_plan(config, world, model, processor)
+    opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
+    plan = _main_first(world, partial(Plan.open, *opening))
+    validation = _main_first(world, partial(open_validation, *opening)) if config.data.validation else None
     new_segment = False if resume is None else _follow(plan, resume)
     if world.main:
         prepare_directory(config, resume)
@@ -149,6 +156,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
         Guard(config.data.max_tombstones, len(ledger.known)),
         Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every),
         events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
+        _validation(config, validation, engine, model, world, events, first_step),
     )  # fmt: skip
     exit_file.step = first_step
     _tell_start(run, resume)
@@ -191,20 +199,28 @@ def _checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
     return world.broadcast(newest_whole(config.run.dir / CHECKPOINTS) if world.main else None)
 
 
-def _open_plan(config: RunConfig, world: World, model: Any, processor: Any) -> Plan:
+def _validation(
+    config: RunConfig, plan: Plan | None, engine: Engine, model: Any, world: World, events: Events, first_step: int
+) -> Validation | None:
+    if plan is None or config.data.validation is None:
+        return None
+    steps = config.train.steps
+    return Validation(config.data.validation, plan, engine, model, world, config.run.dir, events, first_step=first_step, steps=steps)
+
+
+def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
     """Rank 0 measures text lengths that nobody measured; the others wait for it."""
-    arguments = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
     problem: OneLLMError | None = None
     plan: Plan | None = None
     if world.main:
         try:
-            plan = Plan.open(*arguments)
+            plan = open_plan()
         except OneLLMError as error:
             problem = error
     problem = world.broadcast(problem)
     if problem is not None:
         raise problem
-    return plan or Plan.open(*arguments, build_lengths=False)
+    return plan or open_plan(build_lengths=False)
 
 
 def _follow(plan: Plan, resume: Path) -> bool:

@@ -51,6 +51,8 @@ def train(run: Run) -> Outcome:
             run.exit_file.step = step + 1
             run.guard.after_step(step, applied=result.applied, new_tombstones=values.new_tombstones)
             preempted = values.stop and step + 1 < steps
+            if run.validation is not None and run.validation.due(step + 1) and not preempted:
+                run.validation.run(step + 1)
             if preempted or (step + 1) % run.config.checkpoint.every == 0 or step + 1 == steps:
                 run.checkpoint(step + 1)
             if preempted:

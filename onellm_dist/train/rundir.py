@@ -13,6 +13,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.train.checkpoint import PREFIX
 from onellm_dist.train.export import MODEL
 from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD
+from onellm_dist.train.validate import VALIDATION
 
 CHECKPOINTS, LEDGER, CONFIG, LOCK = "checkpoints", "ledger", "config.yaml", ".lock"
 LOCK_PATIENCE_S = 30.0
@@ -53,7 +54,7 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     `checkpoint.resume=auto` does not take them.
     """
     run_dir = config.run.dir
-    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, TENSORBOARD, MODEL)
+    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, TENSORBOARD, MODEL)
     stale = (
         [path for name in names if _holds_something(path := run_dir / name)] if resume is None else _newer(run_dir / CHECKPOINTS, resume)
     )
