@@ -46,9 +46,11 @@ def test_progress_is_the_last_count_of_this_start(tmp_path: Path) -> None:
 def test_a_failure_says_what_the_job_said_and_stops_the_others(tmp_path: Path) -> None:
     bad = python(tmp_path, "bad", "print('the disk is full'); raise SystemExit(3)")
     long = python(tmp_path, "long", "import time; time.sleep(60)")
+    started = time.monotonic()
     with pytest.raises(OneLLMError, match=r"bad failed \(exit code 3\)[\s\S]*the disk is full"):
         run_lanes([[bad], [long]], lambda running: None)
-    assert long.process is not None and long.process.wait(timeout=5) == -9
+    assert long.process is not None and long.process.poll() is not None  # its code may have gone to whoever waited for it first
+    assert time.monotonic() - started < 50
 
 
 def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
