@@ -114,11 +114,11 @@ def _samples_of(metrics: Sequence[dict[str, Any]]) -> str:
     return f"{len(metrics):,} steps, {samples:,} samples, last loss {metrics[-1]['loss']:.3f}" if metrics else "no step"
 
 
+def resumed_at(run: Path) -> list[int]:
+    """The steps at which later starts of a run went on from a checkpoint."""
+    return [event["first_step"] for event in read_events(run) if event["event"] == "start" and event["first_step"] > 0]
+
+
 def _resumed(runs: Mapping[str, Path]) -> str:
-    found = [
-        f"{name.replace('_', ' ')} from step {event['first_step']}, after SIGKILL"
-        for name, run in runs.items()
-        for event in read_events(run)
-        if event["event"] == "start" and event["first_step"] > 0
-    ]
+    found = [f"{name.replace('_', ' ')} from step {step}, after SIGKILL" for name, run in runs.items() for step in resumed_at(run)]
     return ", ".join(found) or "nothing"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from onellm_dist.demo.evidence import collect_report
+from onellm_dist.demo.evidence import collect_report, resumed_at
 from onellm_dist.demo.processes import Job, run_lanes
 from onellm_dist.demo.scale import FULL, QUICK, Scale, Training
 from onellm_dist.demo.timetable import Stage, Timetable, measure_speed
@@ -150,6 +150,8 @@ def _train(demo: Demo, table: Timetable) -> None:
                 raise OneLLMError(f"{name} ended before it could be killed", "the resume was not shown.", "run the demo again.")
             print(f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it", file=sys.stderr)
         run_lanes([[_job(demo, name, command, counted=STEPS)]], lambda running: table.tell(running[0].progress() if running else 1.0))
+        if name == RUNS[0] and not resumed_at(demo.run_dir(name)):
+            raise OneLLMError(f"{name} did not resume after its kill", "it started again at step 0.", f"see {demo.log(name)}.")
         if not (demo.run_dir(name) / "model" / "config.json").is_file():
             raise OneLLMError(f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}.")
         table.end()

@@ -52,16 +52,16 @@ class Scale:
 _BF16 = "train.precision=bf16"
 
 QUICK = Scale(
-    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000, "audio": 3000, "point": 2500, "depth": 3000, "imu": 4000},
+    train={**dict.fromkeys(MODALITIES, 1500), "image": 4000, "imu": 3000},
     test=120,
     clip=("images=36000",),
     llm=("steps=120",),
     stages=(
         Training("toy/align_image", 160, 0.36, (_BF16, "checkpoint.every=16")),
-        Training("toy/align_all", 700, 1.1, (_BF16, "checkpoint.every=150")),
+        Training("toy/align_all", 540, 1.6, (_BF16, "checkpoint.every=150")),
         Training("toy/tune", 40, 0.6, (_BF16, "checkpoint.every=20")),
     ),
-    shards_seconds=90,
+    shards_seconds=80,
     clip_seconds=110,
     llm_seconds=42,
     caption_seconds=60,
@@ -73,9 +73,9 @@ FULL = Scale(
     clip=("images=80000", "bank=16000"),
     llm=("steps=300",),
     stages=(
-        Training("toy/align_image", 1000, 0.36, ("checkpoint.every=100",)),
-        Training("toy/align_all", 6000, 1.5, ("checkpoint.every=250",)),
-        Training("toy/tune", 200, 1.2, ("checkpoint.every=50",)),
+        Training("toy/align_image", 1000, 0.36, (_BF16, "checkpoint.every=100")),
+        Training("toy/align_all", 6000, 1.5, (_BF16, "checkpoint.every=250")),
+        Training("toy/tune", 200, 1.2, (_BF16, "checkpoint.every=50")),
     ),
     shards_seconds=350,
     clip_seconds=240,

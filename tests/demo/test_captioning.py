@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onellm_dist.demo.evidence import router_weights, run_curve, sample_pictures
+from onellm_dist.demo.evidence import resumed_at, router_weights, run_curve, sample_pictures
 from onellm_dist.demo.standin_llm import LLMRecipe, composition_score, pretrain_llm
 from onellm_dist.errors import UsageError
 from onellm_dist.evaluation.captioning import answer, caption_datasets, caption_split, questions, read_captions
@@ -122,3 +122,12 @@ def test_corpus_documents_hold_no_held_out_combination() -> None:
     texts = [processor.tokenizer.decode([t for t in row if t > 2]).strip() for row in labels.tolist()]
     assert len(set(texts)) > 50 and not held & set(texts)
     assert ids[:, 0].tolist() == [1] * 200
+
+
+def test_a_resume_is_read_from_the_events(tmp_path: Path) -> None:
+    lines = ['{"event": "start", "first_step": 0}', '{"event": "checkpoint", "step": 8}', '{"event": "start", "first_step": 8}']
+    events = tmp_path / "events.jsonl"
+    events.write_text("\n".join(lines[:2]) + "\n")
+    assert resumed_at(tmp_path) == []
+    events.write_text("\n".join(lines) + "\n")
+    assert resumed_at(tmp_path) == [8]
