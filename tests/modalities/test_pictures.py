@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from onellm_dist.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD, random_box
+from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD, crop_train, random_box
 
 PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
 IMAGE, DEPTH, NORMAL = get_modality("image"), get_modality("depth"), get_modality("normal")
@@ -110,6 +110,28 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
     error = 4 * theirs.std(0) * (2 / 3000) ** 0.5
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < error).all()
     assert (np.abs(ours.std(0) - theirs.std(0)) < error).all()
+
+
+SIZES = [(500, 400), (1600, 901), (260, 700), (225, 225), (480, 640), (120, 90), (9, 7)]
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("kind", ["photo", "noise", "edges"])
+def test_training_pixels_agree_with_pillows(width: int, height: int, kind: str) -> None:
+    """Training resizes with torch, evaluation with Pillow: within 2 of 255, the horizontal direction first."""
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    if kind == "photo":
+        pixels = np.asarray(photo(width, height))
+    elif kind == "edges":
+        pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    for seed in range(2):
+        box = random_box(width, height, rng(seed))
+        wide = image.crop(box).resize((224, box[3] - box[1]), Image.Resampling.BICUBIC)  # two steps: Pillow 13 may turn the order round
+        expected = np.asarray(wide.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+        apart = np.abs(crop_train(image, box).astype(int) - expected)
+        assert apart.max() <= 2
+        assert (apart > 0).mean() <= 0.01
 
 
 def test_training_is_a_function_of_the_generator_alone() -> None:
