@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from onellm_dist.convert.registry import ABOUT, DEFAULT_TARGET, EXAMPLES
 from onellm_dist.errors import EXIT_DONE, OneLLMError
 
 app = typer.Typer(
@@ -19,7 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Build, index and check tar shards.")
-convert_app = typer.Typer(no_args_is_help=True, help="Convert checkpoints.")
+convert_app = typer.Typer(
+    no_args_is_help=True,
+    help="Convert checkpoints: `onellm convert FROM SRC DST [--to TO]`; assemble, compare and inspect them.",
+)
 app.add_typer(shards_app, name="shards")
 app.add_typer(convert_app, name="convert")
 
@@ -109,25 +113,136 @@ def shards_verify(dataset: Annotated[Path, typer.Argument(help="A dataset folder
     raise typer.Exit(verify_command(dataset))
 
 
-@convert_app.command("reference")
-def convert_reference(
-    checkpoint: Annotated[Path, typer.Argument(help="OneLLM's consolidated.00-of-01.pth, or safetensors of the same keys.")],
+def _converter(name: str) -> Any:
+    """The command `onellm convert <name>`: all formats take the same options."""
+
+    def command(
+        source: Annotated[Path, typer.Argument(help="The checkpoint: a file or a folder.", metavar="SRC")],
+        out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
+        to: Annotated[str | None, typer.Option(help="onellm, reference, meta-llama, hf, open-clip or hf-clip; default: see above.")] = None,
+        tokenizer: Annotated[Path | None, typer.Option(help="The LLM's tokenizer: a file or a folder.")] = None,
+        dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: each tensor keeps its own.")] = None,
+        base: Annotated[Path | None, typer.Option(help="For runs: the onellm directory that it started from.")] = None,
+        act: Annotated[str | None, typer.Option(help="For CLIP files that do not say it: quick_gelu or gelu.")] = None,
+        encoder_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
+        upm_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
+        llm_heads: Annotated[int | None, typer.Option(help="Default: params.json, or width / 128.")] = None,
+        allow: Annotated[
+            list[str] | None, typer.Option(help="A key (or pattern with *) that may be missing, unknown or not finite.")
+        ] = None,
+        shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file.")] = 5.0,
+        workers: Annotated[int | None, typer.Option(min=1, help="Files written at once.")] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote at DST.")] = False,
+    ) -> None:
+        from onellm_dist.convert.commands import convert_command
+
+        options = {
+            "tokenizer": tokenizer, "dtype": dtype, "base": base, "act": act, "encoder_heads": encoder_heads, "upm_heads": upm_heads,
+            "llm_heads": llm_heads, "allow": allow, "shard_gb": shard_gb,
+        }  # fmt: skip
+        raise typer.Exit(convert_command(name, source, out, to, options, workers=workers, overwrite=overwrite))
+
+    return command
+
+
+for _name, _about in ABOUT.items():
+    _target = DEFAULT_TARGET[_name]
+    _help = (
+        f"{_about} Written as {_target} unless --to says otherwise.\n\nExample: onellm convert {_name} {EXAMPLES[_name]} out --to {_target}"
+    )
+    convert_app.command(_name, help=_help, short_help=_about)(_converter(_name))
+
+
+@convert_app.command("assemble")
+def convert_assemble(
     out: Annotated[Path, typer.Argument(help="The onellm directory to write.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="The LLM's tokenizer: a file or a transformers directory.")] = None,
-    encoder_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
+    llm: Annotated[Path | None, typer.Option(help="An LLM of any format.")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="A CLIP of any format.")] = None,
+    base: Annotated[Path | None, typer.Option(help="A onellm model to extend instead.")] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of a new model.")] = 3,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks an expert.")] = 8,
+    router: Annotated[str, typer.Option(help="soft, constant or sparse.")] = "soft",
+    init: Annotated[str, typer.Option(help="separate, or copied: all experts start as the first.")] = "separate",
     upm_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
-    llm_heads: Annotated[int | None, typer.Option(help="Default: width / 128.")] = None,
+    modality: Annotated[list[str] | None, typer.Option(help="A modality of a new model (repeatable); all by default.")] = None,
+    add_experts: Annotated[int, typer.Option(min=0, help="Experts to add to --base, closed for its modalities at first.")] = 0,
+    add_modality: Annotated[list[str] | None, typer.Option(help="A modality to add to --base (repeatable).")] = None,
+    expert_init: Annotated[str, typer.Option(help="Added experts: copied (from the first) or separate (random).")] = "copied",
+    gate_bias: Annotated[float, typer.Option(help="Router bias of added experts in old modalities; their gate is its sigmoid.")] = -20.0,
+    seed: Annotated[int, typer.Option(help="Of random parts.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="The LLM's tokenizer, where its folder has none.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: parts keep their own, new ones are fp32.")] = None,
+    act: Annotated[str | None, typer.Option(help="For CLIP files that do not say it: quick_gelu or gelu.")] = None,
+    encoder_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
+    llm_heads: Annotated[int | None, typer.Option(help="Default: params.json.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A key that may be missing or unknown.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file.")] = 5.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")] = False,
 ) -> None:
-    """Take OneLLM's own checkpoint layout in.
+    """Put an LLM and an encoder together, ready for stage I; or give a trained model more experts and modalities.
 
-    Example: onellm convert reference consolidated.00-of-01.pth onellm-7b --tokenizer llama/tokenizer.model
+    Example: onellm convert assemble --llm llama-2-7b --encoder clip-vit-large-patch14 models/onellm-7b-start
     """
-    from onellm_dist.convert.reference import convert_reference as run
+    from onellm_dist.convert.commands import assemble_command
 
-    done = run(checkpoint, out, tokenizer=tokenizer, encoder_heads=encoder_heads, upm_heads=upm_heads, llm_heads=llm_heads)
-    print(f"{out}: {done.parameters:,} parameters; {len(done.ignored)} keys of CLIP's unused text tower left out")
-    if not done.tokenizer:
-        print(f"{out} has no tokenizer: give --tokenizer to make it a whole onellm directory (onellm generate needs one)")
+    options = {
+        "tokenizer": tokenizer, "dtype": dtype, "act": act, "encoder_heads": encoder_heads, "llm_heads": llm_heads, "allow": allow,
+        "shard_gb": shard_gb,
+    }  # fmt: skip
+    sizes = {"experts": experts, "blocks": blocks, "router": router, "init": init, "heads": upm_heads}
+    raise typer.Exit(
+        assemble_command(
+            out, options, sizes, llm=llm, encoder=encoder, base=base, modalities=modality, add_experts=add_experts,
+            add_modalities=add_modality or [], expert_init=expert_init, gate_bias=gate_bias, seed=seed, overwrite=overwrite,
+        )
+    )  # fmt: skip
+
+
+@convert_app.command("verify")
+def convert_verify(
+    a: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
+    b: Annotated[Path, typer.Argument(help="Another, of any format.")],
+    logits: Annotated[bool, typer.Option("--logits", help="Compare a forward on random inputs too (both models in memory, fp32).")] = False,
+    inputs: Annotated[Path | None, typer.Option(help="Compare a forward on these: safetensors with input_ids, image_values, ...")] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest absolute difference that counts as the same.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    from_a: Annotated[str | None, typer.Option(help="A's format, where it is not recognised.")] = None,
+    from_b: Annotated[str | None, typer.Option(help="B's format.")] = None,
+    encoder_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
+    upm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
+    llm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
+    act: Annotated[str | None, typer.Option(help="Where a CLIP does not say it.")] = None,
+    base: Annotated[Path | None, typer.Option(help="For runs: what it started from.")] = None,
+) -> None:
+    """Compare two checkpoints of any two formats, tensor by tensor after mapping. Exit code 0: the same; 1: not.
+
+    Example: onellm convert verify consolidated.00-of-01.pth onellm-7b
+    """
+    from onellm_dist.convert.commands import options_of
+    from onellm_dist.convert.verify import verify_command
+
+    options = options_of({"encoder_heads": encoder_heads, "upm_heads": upm_heads, "llm_heads": llm_heads, "act": act, "base": base})
+    raise typer.Exit(
+        verify_command(a, b, options, logits=logits, inputs=inputs, tolerance=tolerance, seed=seed, from_a=from_a, from_b=from_b)
+    )
+
+
+@convert_app.command("inspect")
+def convert_inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
+    format_name: Annotated[str | None, typer.Option("--from", help="Its format, where it is not recognised.")] = None,
+    base: Annotated[Path | None, typer.Option(help="For runs: what it started from.")] = None,
+    act: Annotated[str | None, typer.Option(help="Where a CLIP does not say it.")] = None,
+    llm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
+) -> None:
+    """Say what a checkpoint is: format, parameters by part, dtypes, world size, step, stage, what is missing.
+
+    Example: onellm convert inspect runs/stage1_image
+    """
+    from onellm_dist.convert.commands import options_of
+    from onellm_dist.convert.inspect import inspect_command
+
+    raise typer.Exit(inspect_command(path, options_of({"base": base, "act": act, "llm_heads": llm_heads}), format_name))
 
 
 def _generate(

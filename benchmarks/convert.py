@@ -1,0 +1,125 @@
+"""A synthetic OneLLM checkpoint of the real tensors' shapes, converted: peak memory, and speed beside plain `cp` of the same bytes.
+
+    nice python benchmarks/convert.py [--layers 32] [--folder DIR]
+
+`--layers 32` is the 7B (15.2 GB in bf16, and as much for the result); fewer layers keep every shape and cut the size. The source holds
+one block of random bf16 bits repeated. `cp --sparse=never` and the conversion each read the source after it was dropped from the page cache
+where that is allowed, and end when their bytes are on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from onellm_dist.convert.lazy import BLOCK, LazyTensor
+from onellm_dist.convert.reference import PREFIX, name_to_reference
+from onellm_dist.convert.writers import TensorFile, write_tensor_file
+from onellm_dist.model import build_config
+from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+
+CONVERT = """
+import resource, sys, time
+from pathlib import Path
+from onellm_dist.convert.run import convert
+import torch, transformers, onellm_dist.convert.reference, onellm_dist.convert.onellm
+from onellm_dist.convert.opened import Options
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=Options(shard_bytes=int(sys.argv[3])), quiet=True)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start)
+"""
+
+
+def repeated(shape: tuple[int, ...], pattern: torch.Tensor) -> LazyTensor:
+    """A bf16 tensor whose bytes are `pattern` again and again."""
+    tensor = LazyTensor(shape, torch.bfloat16, lambda: torch.zeros(shape, dtype=torch.bfloat16))
+
+    def stream() -> Iterator[torch.Tensor]:
+        for at in range(0, tensor.nbytes, BLOCK):
+            yield pattern[: min(BLOCK, tensor.nbytes - at)]
+
+    return LazyTensor(shape, torch.bfloat16, tensor.load, stream)
+
+
+def make_source(path: Path, layers: int) -> int:
+    """Write the checkpoint; returns its bytes."""
+    config = build_config("onellm-7b")
+    config.text_config.num_hidden_layers = layers
+    with torch.device("meta"):
+        model = OneLLMForConditionalGeneration(config)
+    pattern = (torch.randn(BLOCK // 2, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().view(torch.uint8)
+    named = []
+    for name, parameter in model.named_parameters():
+        key, shape = name_to_reference(name), tuple(parameter.shape)
+        shape = (*shape, 1, 1) if key == "conv1.point.conv1.weight" and len(shape) == 2 else shape
+        named.append((PREFIX + key, repeated(shape, pattern)))
+    return write_tensor_file(path, TensorFile(path.name, tuple(named)), told=lambda n: None, allow_nonfinite=lambda n: False).bytes
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the page cache, so that both sides read the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """`cp` and fsync."""
+    forget(source)
+    start = time.perf_counter()
+    subprocess.run(["cp", "--sparse=never", "--reflink=never", str(source), str(target)], check=True)
+    subprocess.run(["sync", str(target)], check=True)
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def convert_once(source: Path, out: Path, shard_bytes: int) -> tuple[float, float, float]:
+    """(GB resident before, GB at its peak, seconds) of a conversion in a process of its own."""
+    forget(source)
+    command = [sys.executable, "-c", CONVERT, str(source), str(out), str(shard_bytes)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    before, peak, seconds = (float(x) for x in re.findall(r"[\d.]+", done.stdout.splitlines()[-1]))
+    return before * 1024 / 1e9, peak * 1024 / 1e9, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="LLM layers; 32 is the 7B")
+    parser.add_argument("--folder", type=Path, default=None, help="where the files go for the time of the run")
+    parser.add_argument("--rounds", type=int, default=1, help="copies and conversions in turn")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        size = make_source(folder / "consolidated.00-of-01.pth", arguments.layers)
+        if shutil.disk_usage(folder).free < size * 1.1:
+            raise SystemExit(f"{folder} has no room for another {size / 1e9:.1f} GB")
+        copies, conversions = [], []
+        for _ in range(arguments.rounds):
+            copies.append(copy_seconds(folder / "consolidated.00-of-01.pth", folder / "copy"))
+            conversions.append(convert_once(folder / "consolidated.00-of-01.pth", folder / "out", max(size // 4, 1)))
+            shutil.rmtree(folder / "out")
+    best, fastest = min(copies), min(c[2] for c in conversions)
+    found = {
+        "GB": round(size / 1e9, 2), "cp_seconds": round(best, 1), "convert_seconds": round(fastest, 1),
+        "speed_over_cp": round(best / fastest, 3), "resident_before_GB": round(conversions[0][0], 3),
+        "peak_GB": round(max(c[1] for c in conversions), 3), "load": os.getloadavg()[0], "cores": os.cpu_count(),
+    }  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Every format in and out: bit for bit, and the same logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from making import clip, llama, meta_state, onellm, parity_weights, save_meta, save_onellm, save_open_clip, split
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
+
+from onellm_dist.convert.inspect import opened_any
+from onellm_dist.convert.opened import Options
+from onellm_dist.convert.run import convert
+from onellm_dist.convert.verify import build, compare
+from onellm_dist.errors import UsageError
+from onellm_dist.model import OneLLMForConditionalGeneration, load_model
+from onellm_dist.model.encoder import Encoder
+
+Tensors = dict[str, torch.Tensor]
+HEADS = Options(encoder_heads=4, upm_heads=4, llm_heads=4)
+SMALL = 100_000
+"""Bytes a file, so that outputs have several."""
+
+
+def same(a: Tensors, b: Tensors) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+def load_folder(folder: Path) -> Tensors:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
+    """fp16 of the encoder included; only the dead keys of CLIP's text tower are gone."""
+    weights = parity_weights()
+    torch.save(weights, tmp_path / "consolidated.00-of-01.pth")
+    options = Options(encoder_heads=4, upm_heads=4, llm_heads=4, shard_bytes=SMALL)
+    opened, record = convert("reference", tmp_path / "consolidated.00-of-01.pth", tmp_path / "ours", options=options, quiet=True)
+    _, back = convert("onellm", tmp_path / "ours", tmp_path / "back", quiet=True)
+    again = torch.load(tmp_path / "back" / "consolidated.00-of-01.pth", weights_only=True)
+    live = {key: value for key, value in weights.items() if key not in opened.ignored}
+    assert len(opened.ignored) == 6
+    same(again, live)
+    assert len(record["result"]) > 3
+    assert back["source"][0]["sha256"] == record["result"][0]["sha256"]
+    assert json.loads((tmp_path / "back" / "params.json").read_text())["n_heads"] == 4
+
+
+def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
+    weights = parity_weights()
+    torch.save(weights, tmp_path / "whole.pth")
+    (tmp_path / "parts").mkdir()
+    for rank, part in enumerate(split(weights, 2)):
+        torch.save(part, tmp_path / "parts" / f"consolidated.{rank:02d}-of-02.pth")
+    found = compare(opened_any(tmp_path / "parts", HEADS), opened_any(tmp_path / "whole.pth", HEADS))
+    assert found.equal(0)
+    assert found.same > 100
+    (tmp_path / "parts" / "consolidated.01-of-02.pth").unlink()
+    with pytest.raises(UsageError, match="1 of 2 model-parallel files are missing: numbers 1"):
+        opened_any(tmp_path / "parts", HEADS, "reference")
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tied", "ranks", "by_words"), [(4, False, 1, False), (2, False, 2, False), (2, False, 2, True), (4, True, 1, False)]
+)
+def test_meta_llama_there_and_back(kv_heads: int, tied: bool, ranks: int, by_words: bool, tmp_path: Path) -> None:
+    """Logits are those of transformers' own LLaMA; both directions bit for bit; grouped heads, tied embeddings, two ranks."""
+    model = llama(kv_heads=kv_heads, tied=tied)
+    save_meta(tmp_path / "meta", model, ranks=ranks, by_words=by_words)
+    convert("meta-llama", tmp_path / "meta", tmp_path / "hf", options=Options(shard_bytes=SMALL), quiet=True)
+    ids = torch.arange(3, 30)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.config.tie_word_embeddings is tied
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    same(dict(loaded.state_dict()), dict(model.state_dict()))
+    convert("hf", tmp_path / "hf", tmp_path / "back", quiet=True)
+    same(torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True), meta_state(model))
+    params = json.loads((tmp_path / "back" / "params.json").read_text())
+    assert (params["n_heads"], params["n_kv_heads"], params["multiple_of"]) == (4, kv_heads, 176)
+    with torch.no_grad():
+        assert torch.equal(build(opened_any(tmp_path / "back", Options()))(ids).logits, model(ids).logits)
+
+
+def test_hf_of_bin_files_with_an_index_and_old_buffers(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    model.save_pretrained(tmp_path / "hf")
+    state = {**model.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    halves = [dict(list(state.items())[:7]), dict(list(state.items())[7:])]
+    places = {}
+    for i, half in enumerate(halves):
+        torch.save(half, tmp_path / "hf" / f"pytorch_model-{i}.bin")
+        places |= dict.fromkeys(half, f"pytorch_model-{i}.bin")
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    opened, _ = convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)
+    assert set(opened.ignored) == {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    same(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()), dict(model.state_dict()))
+
+
+def test_the_llm_of_a_onellm_as_hf(tmp_path: Path) -> None:
+    save_onellm(tmp_path / "one")
+    convert("onellm", tmp_path / "one", tmp_path / "hf", to="hf", quiet=True)
+    model = OneLLMForConditionalGeneration.from_pretrained(tmp_path / "one")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits, model(ids).logits, atol=1e-5)
+    same(load_folder(tmp_path / "hf"), {k: v for k, v in model.llm.state_dict().items()})
+
+
+def encoded(encoder: Encoder, image: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return encoder.images(image)
+
+
+def test_open_clip_and_hf_clip_give_the_towers_own_outputs(tmp_path: Path) -> None:
+    folder, tower = save_open_clip(tmp_path / "clip")
+    image = torch.randn(1, 3, 224, 224)
+    opened = opened_any(folder, Options())
+    encoder = Encoder(opened.config)
+    encoder.load_state_dict({n: t.read() for n, t in opened.tensors.items()})
+    tokens = encoded(encoder, image)
+    with torch.no_grad():
+        pooled = tokens[:, 0] @ encoder.proj.weight
+        assert torch.allclose(pooled, tower(image), atol=1e-5)
+    convert("open-clip", folder, tmp_path / "hf", quiet=True)
+    theirs = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert torch.allclose(theirs(image).image_embeds, tower(image), atol=1e-5)
+    convert("hf-clip", tmp_path / "hf", tmp_path / "back", quiet=True)
+    same(load_file(tmp_path / "back" / "open_clip_model.safetensors"), {f"visual.{k}": v for k, v in tower.state_dict().items()})
+    assert compare(opened_any(tmp_path / "hf", Options()), opened_any(tmp_path / "back", Options())).equal(0)
+
+
+def test_a_clip_file_must_say_its_activation(tmp_path: Path) -> None:
+    _, tower = save_open_clip(tmp_path / "clip")
+    state = {**{f"visual.{k}": v for k, v in tower.state_dict().items()}, "logit_scale": torch.tensor(1.0), "transformer.x": torch.ones(2)}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "vit.pt")
+    with pytest.raises(UsageError, match="does not say its activation"):
+        opened_any(tmp_path / "vit.pt", Options(), "open-clip")
+    opened = opened_any(tmp_path / "vit.pt", Options(act="quick_gelu", encoder_heads=4), "open-clip")
+    assert set(opened.ignored) == {"logit_scale", "transformer.x"}
+    assert compare(opened, opened_any(tmp_path / "clip", Options())).equal(0)
+
+
+def test_openais_torchscript_file_is_read_without_running_it(tmp_path: Path) -> None:
+    """OpenAI's .pt are TorchScript archives: modules as attributes, half precision."""
+
+    class Tower(torch.nn.Module):
+        def __init__(self, visual: torch.nn.Module) -> None:
+            super().__init__()
+            self.visual = visual.half()
+            self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.visual.conv1(x)
+
+    _, tower = save_open_clip(tmp_path / "clip")
+    model = Tower(tower)
+    torch.jit.trace(model, torch.randn(1, 3, 224, 224).half()).save(str(tmp_path / "ViT.pt"))
+    opened = opened_any(tmp_path / "ViT.pt", Options(encoder_heads=4))
+    assert opened.config.act == "quick_gelu"
+    assert not opened.problems
+    assert all(t.dtype == torch.float16 for t in opened.tensors.values())
+    assert torch.equal(opened.tensors["proj.weight"].read(), tower.proj.half())
+
+
+def test_a_gguf_file_gives_transformers_own_weights(tmp_path: Path) -> None:
+    """A llama written as GGUF (rows of q and k in Meta's order, as llama.cpp keeps them) against transformers' own reader."""
+    gguf = pytest.importorskip("gguf")
+    model = llama(kv_heads=2)
+    state, meta, config = model.state_dict(), meta_state(model), model.config
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(176)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    names = {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}
+    writer.add_tensor(names["embed_tokens"], state["model.embed_tokens.weight"].numpy())
+    writer.add_tensor(names["norm"], state["model.norm.weight"].numpy())
+    writer.add_tensor("output.weight", state["lm_head.weight"].numpy())
+    for i in range(2):
+        for theirs, ours in (
+            ("attn_q", "attention.wq"), ("attn_k", "attention.wk"), ("attn_v", "attention.wv"), ("attn_output", "attention.wo"),
+            ("ffn_gate", "feed_forward.w1"), ("ffn_down", "feed_forward.w2"), ("ffn_up", "feed_forward.w3"),
+            ("attn_norm", "attention_norm"), ("ffn_norm", "ffn_norm"),
+        ):  # fmt: skip
+            writer.add_tensor(f"blk.{i}.{theirs}.weight", meta[f"layers.{i}.{ours}.weight"].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    convert("gguf", tmp_path / "m.gguf", tmp_path / "hf", quiet=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    same(dict(loaded.state_dict()), dict(theirs.state_dict()))
+    same(dict(loaded.state_dict()), dict(state))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_dtype_is_cast_and_the_directory_loads(tmp_path: Path) -> None:
+    save_onellm(tmp_path / "one")
+    convert("onellm", tmp_path / "one", tmp_path / "half", to="onellm", options=Options(dtype=torch.bfloat16), quiet=True)
+    model, processor = load_model(path=tmp_path / "half", preset=None, seed=0)
+    wanted = onellm().bfloat16().state_dict()
+    assert all(torch.equal(v.bfloat16(), wanted[n]) for n, v in model.named_parameters())
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert processor.tokenizer.bos_token_id == 1
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "Licences" in card
+    assert "| llm |" in card
+
+
+def test_clip_of_another_activation_keeps_it(tmp_path: Path) -> None:
+    clip(act="gelu").save_pretrained(tmp_path / "clip")
+    convert("hf-clip", tmp_path / "clip", tmp_path / "open", quiet=True)
+    opened = opened_any(tmp_path / "open", Options())
+    assert (opened.config.act, opened.config.heads) == ("gelu", 4)
+    assert compare(opened, opened_any(tmp_path / "clip", Options())).equal(0)

@@ -1,0 +1,180 @@
+"""Checkpoints of training runs: ours at any number of ranks, DeepSpeed's own, torch.distributed.checkpoint's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from making import onellm, save_onellm
+from safetensors.torch import load_file, save_file
+
+from onellm_dist.convert.inspect import described, opened_any
+from onellm_dist.convert.opened import Options
+from onellm_dist.convert.run import convert
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+
+Tensors = dict[str, torch.Tensor]
+TRAINED = ("upm.", "projectors.", "tokenizers.")
+
+
+def trained_weights() -> Tensors:
+    """Other weights for what aligns: those of another seed."""
+    return {n: p.detach() for n, p in onellm(seed=9).named_parameters() if n.startswith(TRAINED)}
+
+
+def save_run(run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad: bool = True) -> Path:
+    """A checkpoint as train/checkpoint.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
+    folder = run / "checkpoints" / "step-00000010"
+    folder.mkdir(parents=True)
+    parameters: dict[str, Any] = {}
+    files: dict[str, int] = {}
+    for rank in range(ranks):
+        held, file = {}, f"rank-{rank:05d}.safetensors"
+        for name, weight in trained_weights().items():
+            each = -(-weight.numel() // ranks)
+            start, end = min(rank * each, weight.numel()), min((rank + 1) * each, weight.numel())
+            if start == end:
+                continue
+            for key, factor in (("master", 1.0), ("exp_avg", 7.0), ("exp_avg_sq", 9.0)):
+                held[f"{name}:{start}:{key}"] = weight.flatten()[start:end] * factor
+            parameters.setdefault(name, {"shape": list(weight.shape), "pieces": []})["pieces"].append([start, end - start, file])
+        save_file(held, folder / file)
+        files[file] = (folder / file).stat().st_size
+    manifest = {
+        "version": 1, "step": 10, "stage": "align", "seed": 0, "world": ranks, "optimizer_steps": 10, "plan": "0" * 8,
+        "model": {"path": str(base), "preset": None, "init_from_image": []}, "files": files, "parameters": parameters,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (run / "config.yaml").write_text(f"train: {{precision: {precision}}}\n")
+    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n')
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (3, "bf16"), (4, "fp32")])
+def test_ranges_of_any_number_of_ranks_become_the_model(ranks: int, precision: str, tmp_path: Path) -> None:
+    base = save_onellm(tmp_path / "base")
+    save_run(tmp_path / "run", base, ranks, precision=precision)
+    convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    expected = {**{n: p.detach() for n, p in onellm().named_parameters()}, **trained_weights()}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], expected[n].to(dtype)) for n in expected)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(words in card for words in ("- step: 10", "- stage: align", "loss of the last step: 2.5", "abc"))
+    lines = "\n".join(described(opened_any(tmp_path / "run", Options())))
+    assert f"world size: {ranks}" in lines
+    assert "stage: align" in lines
+
+
+def test_a_run_that_is_not_whole_or_lost_its_base(tmp_path: Path) -> None:
+    base = save_onellm(tmp_path / "base")
+    folder = save_run(tmp_path / "run", base, 2)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="give --base DIR"):
+        convert("run", folder, tmp_path / "out", quiet=True)
+    convert("deepspeed", folder, tmp_path / "out", options=Options(base=tmp_path / "moved"), quiet=True)
+    file = folder / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"is not whole: rank-00001.safetensors has \d+ of \d+ bytes"):
+        convert("run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True)
+    file.unlink()
+    with pytest.raises(UsageError, match=r"rank-00001\.safetensors is missing"):
+        convert("run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True)
+
+
+def save_zero(folder: Path, stage: int, world: int) -> None:
+    """A ZeRO checkpoint as DeepSpeed 0.19.8 lays it out (its zero_to_fp32 reads it too: see the test)."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+    folder.mkdir(parents=True)
+    weights = {f"model.{n}": w for n, w in trained_weights().items()}
+    names = list(weights)
+    groups = [names[: len(names) // 2], names[len(names) // 2 :]]
+    shapes = [{n: weights[n].shape for n in group} for group in groups]
+    ranks: list[list[torch.Tensor]] = [[] for _ in range(world)]
+    for group in groups:
+        if stage == 3:
+            for rank in range(world):
+                parts = []
+                for n in group:
+                    each = -(-weights[n].numel() // world)
+                    padded = torch.nn.functional.pad(weights[n].flatten(), (0, each * world - weights[n].numel()))
+                    parts.append(padded[rank * each : (rank + 1) * each])
+                ranks[rank].append(torch.cat(parts))
+        else:
+            flat = torch.cat([weights[n].flatten() for n in group])
+            flat = torch.nn.functional.pad(flat, (0, -len(flat) % (2 * world)))
+            for rank, part in enumerate(flat.chunk(world)):
+                ranks[rank].append(part.clone())
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    for rank in range(world):
+        state = {"zero_stage": stage, "partition_count": world, key: ranks[rank], "loss_scaler": LossScaler(scale=1.0)}
+        torch.save({"optimizer_state_dict": state, "ds_config": {"a": 1}}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        about = {
+            "module": {}, "buffer_names": [], "param_shapes": shapes, "frozen_param_shapes": None, "frozen_param_fragments": None,
+            "shared_params": {}, "ds_version": "0.19.8", "global_steps": 10,
+        }  # fmt: skip
+        torch.save(about, folder / name)
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 4)])
+def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> None:
+    """Beside DeepSpeed's own zero_to_fp32 on the same files."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    base = save_onellm(tmp_path / "base")
+    save_zero(tmp_path / "ds" / "global_step10", stage, world)
+    (tmp_path / "ds" / "latest").write_text("global_step10")
+    opened, _ = convert("deepspeed", tmp_path / "ds", tmp_path / "out", options=Options(base=base), quiet=True)
+    theirs = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds"))
+    found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
+    assert len(theirs) == len(weights)
+    assert all(torch.equal(found[n], weights[n]) and torch.equal(theirs[f"model.{n}"], weights[n]) for n in weights)
+    assert torch.equal(found["llm.model.norm.weight"], onellm().llm.model.norm.weight)
+    assert opened.notes["zero stage"] == stage
+    (tmp_path / "ds" / "global_step10" / f"zero_pp_rank_{world - 1}_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(UsageError, match=f"{world - 1} of {world} ranks' files are there"):
+        opened_any(tmp_path / "ds", Options(base=base), "deepspeed")
+
+
+def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
+    base = save_onellm(tmp_path / "base")
+    weights = trained_weights()
+    state = {"model": {n: w.clone() for n, w in weights.items()}, "step": 4, "optim": {"x": torch.ones(2)}}
+    torch_checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert math.prod(next(iter(weights.values())).shape) > 1
+    convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+    with pytest.raises(UsageError, match="give --base DIR"):
+        opened_any(tmp_path / "dcp", Options())
+
+
+@pytest.mark.slow
+def test_a_real_run_at_four_ranks_gives_what_it_exported(tmp_path: Path) -> None:
+    """ZeRO-3 at 4 ranks, a step: the checkpoint converted is the exported model, tensor by tensor."""
+    build_toyworld(tmp_path / "toy", seed=0, train_per_modality=8, test_per_modality=1, modalities=("image",))
+    keys = {
+        "data.root": tmp_path / "toy", "run.dir": tmp_path / "run", "train.steps": 1, "data.global_batch": 4, "data.workers": 0,
+        "launch.ranks": 4, "checkpoint.every": 1, "data.mixture": "[{path: image, weight: 1}]",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "onellm_dist.train", "toy/align_image", *(f"{k}={v}" for k, v in keys.items())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    opened, _ = convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
+    exported, found = load_file(tmp_path / "run" / "model" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert opened.notes["world size"] == 4
+    assert exported.keys() == found.keys()
+    assert all(torch.equal(exported[n], found[n]) and exported[n].dtype == found[n].dtype for n in exported)
