@@ -33,7 +33,7 @@ from onellm_dist.shards.prepare import prepare
 from onellm_dist.shards.settings import Settings
 from onellm_dist.shards.sources.base import BuildReport, Candidate, Source
 from onellm_dist.shards.staging import clear, failed_quarantine, lock, locked, put_in_place, refuse_output, staging_of
-from onellm_dist.shards.unit import BUILT, DONE, Account, Job, TooManyFailures
+from onellm_dist.shards.unit import BUILT, DONE, Account, Job, NothingLeft, TooManyFailures
 
 _DATASET, _SCRATCH, _PLANNING = "dataset", "scratch", "plan"
 _TRIED = 64
@@ -107,6 +107,9 @@ def _build(
                 put_in_place(base / _DATASET, Path(os.path.abspath(str(request.out))))
             remove_tree(base)
             return BuildReport(done.samples, done.quarantined, done.notes)
+    except NothingLeft:
+        remove_tree(base / DONE)  # nothing to go on from
+        raise
     except TooManyFailures as error:
         data = quarantine_bytes(error.bad)
         write(

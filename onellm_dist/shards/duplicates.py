@@ -22,6 +22,8 @@ BUCKET = 1 << 23
 """Entries that are sorted at once: 200 MB."""
 _MOST_FILES = 256
 _BLOCKS = (11, 11, 11, 11, 10, 10)
+_SET_BITS = np.array([bin(i).count("1") for i in range(1 << 16)], np.uint8)
+"""Of every 16-bit number."""
 _PAIRS = 2048
 """Pictures compared with each other at once."""
 Rows = Callable[[], Iterator[tuple[int, NDArray[np.void]]]]
@@ -120,9 +122,10 @@ def _near(entries: NDArray[np.void], distance: int) -> Iterator[int]:
     first[1:] = (entries["a"][1:] != entries["a"][:-1]) | (entries["b"][1:] != entries["b"][:-1])
     unique = entries[first]
     edges = np.flatnonzero(np.diff(unique["a"], prepend=~unique["a"][:1], append=~unique["a"][-1:]))
-    for start, stop in itertools.pairwise(edges.tolist()):
+    several = np.diff(edges) > 1
+    for start, stop in zip(edges[:-1][several].tolist(), edges[1:][several].tolist(), strict=True):
         run = unique[start:stop][np.argsort(unique["place"][start:stop])]
-        for begin in range(0, len(run) if len(run) > 1 else 0, _PAIRS):
+        for begin in range(0, len(run), _PAIRS):
             later = run[begin : begin + _PAIRS]
             near = np.zeros(len(later), bool)
             for other in range(0, begin + len(later), _PAIRS):
@@ -134,5 +137,4 @@ def _near(entries: NDArray[np.void], distance: int) -> Iterator[int]:
 
 def _bits(words: NDArray[np.uint64]) -> NDArray[np.uint8]:
     """Set bits of each word."""
-    table = np.array([i.bit_count() for i in range(1 << 16)], np.uint8)
-    return table[words.view(np.uint16).reshape(*words.shape, 4)].sum(axis=-1, dtype=np.uint8)
+    return _SET_BITS[words.view(np.uint16).reshape(*words.shape, 4)].sum(axis=-1, dtype=np.uint8)

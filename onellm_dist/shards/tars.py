@@ -93,6 +93,25 @@ def scan_tar(path: Path) -> TarScan:
     return TarScan(rows, size, sha256_of(path), end)
 
 
+def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
+    """(the samples of a tar as far as it can be read, why it cannot be read farther; None: it is whole).
+
+    The last one may lack parts, where a damaged header hid them; none behind it are among them.
+    """
+    try:
+        return scan_tar(path).rows, None
+    except TarError as error:
+        how = error.how
+    with path.open("rb") as file:
+        scanner = _Scanner(path, file)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                scanner.run(tar)
+        except (TarError, tarfile.TarError):
+            pass  # what was closed until then is whole
+    return scanner.rows, how
+
+
 class _Scanner:
     """Groups members into samples while going through the tar once."""
 

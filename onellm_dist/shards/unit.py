@@ -86,13 +86,13 @@ class Account:
 
         Raises:
             TooManyFailures: too many are bad, or all.
-            OneLLMError: the filters left nothing.
+            NothingLeft: the filters left nothing.
         """
         samples = self.seen - self.skipped
         if len(self.bad) > allowed(self.max_failures, samples) or (self.bad and not self.written):
             raise TooManyFailures(self.bad, self.seen, samples, self.max_failures)
         if not self.written:
-            raise OneLLMError(
+            raise NothingLeft(
                 f"all {self.skipped} samples were left out by filters.", "an empty dataset cannot be read.", "check the filters' options."
             )
 
@@ -225,6 +225,10 @@ def read_rows(base: Place, unit: int) -> NDArray[np.void]:
 def allowed(max_failures: float, total: int) -> int:
     """How many of `total` may be bad."""
     return int(max_failures * total + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+class NothingLeft(OneLLMError):
+    """Filters left no sample."""
 
 
 class TooManyFailures(OneLLMError):

@@ -1,0 +1,75 @@
+"""The static pages: they say what is in the dataset, need nothing from outside, and escape what users wrote."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from shard_worlds import picture, sound, write_tree
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.page import histogram, page, page_command
+
+
+class _Balanced(HTMLParser):
+    """Every tag is closed in order; what would be fetched is collected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def checked(html: str) -> str:
+    reader = _Balanced()
+    reader.feed(html)
+    assert (reader.open, reader.fetched) == ([], [])
+    return html
+
+
+def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files: dict[str, bytes | str] = {
+        f"{i:02d}{e}": d for i in range(12) for e, d in ((".jpg", picture(i)), (".txt", f"<b>caption</b> {i}"))
+    }
+    build_dataset("folder", write_tree(tmp_path / "in", {**files, "05.jpg": b"broken"}), tmp_path / "set", max_samples=5, licence="CC0-1.0")
+    assert page_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
+    stats = checked((tmp_path / "stats.html").read_text())
+    for words in (
+        "CC0-1.0",
+        "unreadable image",
+        "&lt;b&gt;caption&lt;/b&gt;",
+        "11 values, least 16, median 16, mean 16.18, greatest 17 bytes",
+    ):
+        assert words in stats
+    assert "<b>caption" not in stats
+    assert "<img" not in stats
+    drawn = checked(page(tmp_path / "set", previews=6))
+    assert 1 <= drawn.count('<img alt="image" src="data:image/jpeg;base64,') <= 6
+    assert drawn == page(tmp_path / "set", previews=6)
+    assert "bytes; open it" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="cannot be written"):
+        page_command(tmp_path / "set", tmp_path / "none/x.html", previews=0, seed=0)
+
+
+def test_durations_are_measured(tmp_path: Path) -> None:
+    files = {f"{i}{e}": d for i in range(3) for e, d in ((".wav", sound(i)), (".txt", "x"))}
+    build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set")
+    html = checked(page(tmp_path / "set", previews=0))
+    assert re.search(r"3 values, least 0\.2, median 0\.2, mean 0\.2, greatest 0\.2 s", html)
+
+
+def test_a_histogram_counts_every_value() -> None:
+    html = histogram([1.0] * 5 + [3.0], "s")
+    assert sum(int(n) for n in re.findall(r" s: (\d+)</title>", html)) == 6
+    assert histogram([], "s") == "<p>no values</p>"
