@@ -153,7 +153,7 @@ def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: 
     for name, tensor in opened.tensors.items():
         if re.fullmatch(r"projectors\.\w+\.router\.fc2\.(weight|bias)", name):
             tensors[name] = _more_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
-    notes = {**opened.notes, "added experts": f"{count}, {init}, gates of old modalities at sigmoid({gate_bias})"}
+    notes = {**opened.notes, "added experts": f"{count}, {init} (seed {seed}), gates of old modalities at sigmoid({gate_bias})"}
     made = (*opened.made, *drawn) if init == "separate" else opened.made
     return replace(opened, config=config, tensors=tensors, notes=notes, made=made)
 

@@ -185,11 +185,11 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
         return False
     if a.stream is None or b.stream is None:
         return torch.equal(a.read().reshape(-1).view(torch.uint8), b.read().reshape(-1).view(torch.uint8)) if a.numel else True
-    left, right = _rechunked(a), _rechunked(b)
+    left, right = equal_blocks(a), equal_blocks(b)
     return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
 
 
-def _rechunked(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+def equal_blocks(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     """The bytes in blocks of exactly BLOCK, the last one less."""
     held: list[torch.Tensor] = []
     length = 0

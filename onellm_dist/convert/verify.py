@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onellm_dist.convert.inspect import opened_any
-from onellm_dist.convert.lazy import LazyTensor, same_bytes
+from onellm_dist.convert.lazy import LazyTensor, equal_blocks, same_bytes
 from onellm_dist.convert.opened import KINDS, Opened, Options
 from onellm_dist.convert.safetensor_files import read_safetensors
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, UsageError
@@ -82,7 +82,9 @@ def compare(
 
 
 def _distance(a: LazyTensor, b: LazyTensor) -> float:
-    return float((a.read().double() - b.read().double()).abs().max()) if a.numel else 0.0
+    """Largest absolute difference; NaN where one of them has it."""
+    pairs = zip(equal_blocks(a.cast(torch.float64)), equal_blocks(b.cast(torch.float64)), strict=True)
+    return float(torch.stack([(x.view(torch.float64) - y.view(torch.float64)).abs().max() for x, y in pairs]).max())
 
 
 def build(opened: Opened) -> torch.nn.Module:

@@ -61,6 +61,26 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
     assert torch.equal(model.llm(IDS).logits, language(IDS).logits)
 
 
+def test_metas_sentencepiece_model_becomes_the_processor(tmp_path: Path) -> None:
+    """Meta's folder holds tokenizer.model and nothing else of a tokenizer."""
+    import sentencepiece
+
+    language = llama()
+    save_meta(tmp_path / "llama", language)
+    (tmp_path / "words.txt").write_text("a red cube left of a blue ball\na dog runs and a person claps\n" * 40)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "llama" / "tokenizer"), vocab_size=48, model_type="bpe",
+        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    clip().save_pretrained(tmp_path / "clip")
+    assemble(tmp_path / "start", llm=tmp_path / "llama", encoder=tmp_path / "clip", upm=SIZES, modalities=["image"], quiet=True)
+    _, processor = load_model(path=tmp_path / "start", preset=None, seed=0)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "llama" / "tokenizer.model"))
+    text = "a red dog claps"
+    assert processor(text=text)["input_ids"][0].tolist() == [1, *pieces.encode(text)]
+    assert processor.tokenizer.eos_token_id == 2
+
+
 @pytest.mark.parametrize("router", ["soft", "sparse"])
 def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_path: Path) -> None:
     save_onellm(tmp_path / "one", router=router)
