@@ -18,6 +18,7 @@ from onellm_dist.cli import main as cli
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SampleError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
+from onellm_dist.rehearsal.ask import answers
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +225,25 @@ def test_a_webp_and_a_stream_of_bytes_read_alike(tmp_path: Path) -> None:
     picture.save(tmp_path / "a_b.png")
     webp, png = (g.read_files([("image", tmp_path / f)])["image"] for f in ("a.webp", "a_b.png"))
     torch.testing.assert_close(webp, png)
+
+
+def test_a_cpu_computes_in_bf16_only_where_the_model_was_saved_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {}
+    for saved in ("float32", "bfloat16"):
+        (tmp_path / "config.json").write_text(f'{{"dtype": "{saved}"}}')
+        for able in (True, False):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+            found[saved, able] = g.placement(tmp_path)["dtype"]
+    assert found.pop(("bfloat16", True)) == torch.bfloat16
+    assert set(found.values()) == {torch.float32}
+
+
+def test_many_questions_get_the_answers_that_the_command_gives(
+    model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"image": media["image"], "audio": media["audio"]}
+    questions = [{"inputs": [], "prompt": "Hello?"}, {"inputs": [[n, str(f)] for n, f in files.items()], "prompt": "What is it?"}]
+    told = list(answers(model_dir, questions, max_new_tokens=6))
+    _, said, _ = run([model_dir, "What is it?", *[x for n, f in files.items() for x in (f"--{n}", f)], "--max-new-tokens", 6], capsys)
+    assert len(told) == 2 and told[1]["text"] == said.strip() and told[0]["tokens"] <= 6
