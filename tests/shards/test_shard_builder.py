@@ -1,0 +1,405 @@
+"""The builder of large datasets: the same bytes whoever builds them and however often they are killed; filters; duplicates; stores."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from shard_worlds import all_bytes, array, contents, picture, write_tree
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards import catalogue
+from onellm_dist.shards.adopt import index_path
+from onellm_dist.shards.build import build_command, build_dataset, summary
+from onellm_dist.shards.crew import Task
+from onellm_dist.shards.duplicates import duplicates
+from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.sources.base import BuildReport, Candidate, FileRange, Group, Layout, Option, Source
+from onellm_dist.shards.unit import ROW, TooManyFailures
+from onellm_dist.shards.verify import verify_dataset
+
+
+def _plan(inputs: Path, *, seed: int, group: int) -> Layout:
+    rows = len((inputs / "rows.txt").read_text().splitlines())
+    groups = (Group(f"rows:{i}", {"first": i, "last": min(i + group, rows)}, count=None if i else group) for i in range(0, rows, group))
+    return Layout((), groups)
+
+
+def _candidates(inputs: Path, spec: Mapping[str, Any], *, group: int) -> Iterator[Candidate]:
+    lines = (inputs / "rows.txt").read_text().splitlines()
+    for number in range(spec["first"], spec["last"]):
+        if number < len(lines):
+            key, _, text = lines[number].partition(":")
+            skip = "not wanted" if text == "skip" else None
+            yield Candidate(key, f"rows.txt:{number + 1}", caption=text, meta={"url": f"http://{text}"}, skip=skip)
+
+
+ROWS = Source("rows", "a test's text samples", plan=_plan, candidates=_candidates, options={"group": Option(10, "rows a group", int)})
+
+
+@pytest.fixture(autouse=True)
+def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**catalogue.all_sources(), "rows": ROWS}
+    monkeypatch.setattr(catalogue, "all_sources", lambda: known)
+
+
+def rows_input(folder: Path, count: int = 60) -> Path:
+    """Rows with bad, skipped and repeated ones."""
+    lines = [f"k{i:03d}:caption number {i}" for i in range(count)]
+    lines[7], lines[20], lines[33] = "k007:", "k020:skip", "k003:caption of a repeated key"
+    lines[41] = "k041:caption number 12"
+    return write_tree(folder, {"rows.txt": "\n".join(lines)})
+
+
+BUILD: dict[str, Any] = {"name": "rows", "max_samples": 8, "dedup": "exact", "group": 10}
+
+
+def build(inputs: Path, out: Path, **options: Any) -> BuildReport:
+    return build_dataset("rows", inputs, out, **{**BUILD, **options})
+
+
+# -- killed, resumed, shared
+
+
+class _KilledAt:
+    """Ends the process by SIGKILL at the n-th file operation (open, rename, mkdir, remove) below a folder."""
+
+    def __init__(self, folder: Path, at: int, counter: Any) -> None:
+        self.folder, self.at, self.counter = str(folder), at, counter
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and self.folder in str(arguments[0]):
+            self.counter.value += 1
+            if self.counter.value == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _child(inputs: Path, out: Path, at: int, counter: Any) -> None:
+    sys.addaudithook(_KilledAt(out.parent / f".{out.name}.building", at, counter))
+    build(inputs, out)
+
+
+def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
+    """(exit code, file operations until then) of a build in a process of its own; at=0: not killed."""
+    context = multiprocessing.get_context("fork")  # a spawned one imports torch first, for every kill
+    counter = context.Value("i", 0)
+    process = context.Process(target=_child, args=(inputs, out, at, counter))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode, counter.value
+
+
+def _killed_at_random(tmp_path: Path, seeds: range) -> None:
+    inputs = rows_input(tmp_path / "in")
+    _, operations = run_killed(inputs, tmp_path / "undisturbed", 0)
+    expected = all_bytes(tmp_path / "undisturbed")
+    assert operations > 100
+    kept = 0
+    for seed in seeds:
+        draw, out = random.Random(seed), tmp_path / f"out{seed}"
+        for _ in range(3):
+            code, _ = run_killed(inputs, out, draw.randint(1, operations))
+            kept += len(list((tmp_path / f".{out.name}.building").glob("done/*.json")))
+            assert code in (0, -signal.SIGKILL) or out.exists()
+            if out.exists():
+                break
+        if not out.exists():
+            assert run_killed(inputs, out, 0)[0] == 0
+        assert all_bytes(out) == expected
+        if (tmp_path / f".{out.name}.building").exists():  # killed between the last rename and the removal of the build's folder
+            assert not list((tmp_path / f".{out.name}.building").glob("dataset"))
+    assert kept  # some kills came after shards were done, and those were gone on from
+
+
+def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    _killed_at_random(tmp_path, range(5))
+
+
+@pytest.mark.soak
+def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(tmp_path: Path) -> None:
+    _killed_at_random(tmp_path, range(5, 25))
+
+
+def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    _, operations = run_killed(inputs, tmp_path / "a", 0)
+    run_killed(inputs, tmp_path / "b", operations // 2)
+    built = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".b.building/built").glob("*.tar")}
+    assert 0 < len(built) < 8
+    os.link(tmp_path / ".b.building/built" / min(built), tmp_path / "witness")
+    build(inputs, tmp_path / "b")
+    assert (tmp_path / "witness").stat().st_nlink == 2  # moved, not written again
+    assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
+
+
+def test_processes_called_alike_share_the_work_and_one_may_die(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "alone")
+    context = multiprocessing.get_context("fork")
+    crew = [context.Process(target=_child, args=(inputs, tmp_path / "shared", at, context.Value("i", 0))) for at in (0, 0, 40)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join(120)
+    if not (tmp_path / "shared").exists():  # the one that died held the last shard, or others had left before
+        build(inputs, tmp_path / "shared")
+    assert all_bytes(tmp_path / "shared") == all_bytes(tmp_path / "alone")
+
+
+def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "alone")
+    first = build(inputs, tmp_path / "out", task=Task(1, 3))
+    assert "put together by the process that ends last" in first.notes[0]
+    assert not (tmp_path / "out").exists()
+    assert sorted(p.stem for p in (tmp_path / ".out.building/done").glob("*.json")) == ["000001", "000004", "000007"]
+    build(inputs, tmp_path / "out", task=Task(0, 3))
+    assert build(inputs, tmp_path / "out", task=Task(2, 3)).samples == 56
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone")
+    assert "had finished already" in build(inputs, tmp_path / "out", task=Task(1, 3)).notes[0]
+    with pytest.raises(UsageError, match="INDEX/COUNT"):
+        Task.parse("3/3")
+
+
+def test_another_request_does_not_go_on_with_an_unfinished_build(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out", task=Task(0, 2))
+    with pytest.raises(UsageError, match="max_samples: 8 then, 9 now"):
+        build(inputs, tmp_path / "out", max_samples=9)
+    report = build(inputs, tmp_path / "out", max_samples=9, overwrite=True)
+    assert report.samples == 56
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out", task=Task(0, 2))
+    (inputs / "rows.txt").write_text("a:b\n")
+    with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
+        build(inputs, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{i:03d}{e}": d for i in range(40) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
+    write_tree(tmp_path / "in", {**files, "017.jpg": b"broken", "033.jpg": picture(2)})
+    options: dict[str, Any] = {"name": "same", "max_samples": 6, "dedup": "exact"}
+    for workers in (1, 2):
+        build_dataset("folder", tmp_path / "in", tmp_path / str(workers), workers=workers, **options)
+    assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
+    assert open_dataset(tmp_path / "1").samples() == 38
+
+
+# -- what is left out
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    report = build(rows_input(tmp_path / "in"), tmp_path / "out")
+    reasons = {"k007": "empty caption", "k003": "duplicate key: an earlier sample has it"}
+    assert {q.key: q.reason for q in report.quarantined} == reasons
+    assert report.samples == 56
+    assert "left out knowingly: 1 x not wanted" in summary(report, tmp_path / "out")
+    found = contents(open_dataset(tmp_path / "out"))
+    assert found["k003"]["txt"] == b"caption number 3"
+    assert json.loads(found["k003"]["json"]) == {"url": "http://caption number 3"}
+    told = json.loads((tmp_path / "out/statistics.json").read_text())
+    assert (told["candidates"], told["samples"], told["left_out"]) == (60, 56, {"duplicate: exact": 1, "not wanted": 1})
+    assert verify_dataset(tmp_path / "out") == []
+
+
+def pictures(folder: Path) -> Path:
+    """Four different photos (low frequencies, so that copies look alike), a byte copy, a smaller copy."""
+    files: dict[str, bytes | str] = {}
+    for i in range(4):
+        grid = np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        image = Image.fromarray(grid).resize((180, 120), Image.Resampling.BICUBIC)
+        for name, size in ((f"p{i}", (180, 120)), *([("small", (90, 60))] if i == 1 else [])):
+            buffer = io.BytesIO()
+            image.resize(size).save(buffer, "JPEG", quality=92)
+            files[f"{name}.jpg"] = buffer.getvalue()
+    files["q.jpg"] = files["p2.jpg"]
+    for i, name in enumerate(sorted(files)):
+        meta = {"caption": name, "URL": f"http://x/{name}", "punsafe": i / 10, "NSFW": "UNLIKELY" if i else "NSFW"}
+        files[name.replace(".jpg", ".json")] = json.dumps(meta)
+    return write_tree(folder, files)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, ["p0", "p1", "p2", "p3", "q", "small"]),
+        ({"dedup": "exact"}, ["p0", "p1", "p2", "p3", "small"]),
+        ({"dedup": "perceptual", "dedup_distance": 3}, ["p0", "p1", "p2", "p3"]),
+        ({"max_punsafe": 0.25}, ["p0", "p1", "p2"]),
+        ({"nsfw": "unlikely,unsure"}, ["p1", "p2", "p3", "q", "small"]),
+        ({"limit": 2}, ["p0", "p1"]),
+    ],
+)
+def test_duplicates_and_filters(tmp_path: Path, options: dict[str, Any], kept: list[str]) -> None:
+    build_dataset("folder", pictures(tmp_path / "in"), tmp_path / "out", **options)
+    assert list(contents(open_dataset(tmp_path / "out"))) == kept
+
+
+def test_the_denylist_knows_urls_and_hashes(tmp_path: Path) -> None:
+    inputs = pictures(tmp_path / "in")
+    denied = hashlib.sha256((inputs / "p3.jpg").read_bytes()).hexdigest().upper()
+    (tmp_path / "deny.txt").write_text(f"# takedowns\nhttp://x/p0.jpg\n{denied}\n")
+    report = build_dataset("folder", inputs, tmp_path / "out", denylist=tmp_path / "deny.txt")
+    assert list(contents(open_dataset(tmp_path / "out"))) == ["p1", "p2", "q", "small"]
+    assert "left out knowingly: 2 x denylist" in report.notes
+    with pytest.raises(UsageError, match="no such denylist"):
+        build_dataset("folder", inputs, tmp_path / "other", denylist=tmp_path / "none.txt")
+
+
+def test_filters_that_leave_nothing_build_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OneLLMError, match="all 6 samples were left out by filters"):
+        build_dataset("folder", pictures(tmp_path / "in"), tmp_path / "out", max_punsafe=-1)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_pictures_are_made_smaller_where_asked(tmp_path: Path) -> None:
+    inputs = pictures(tmp_path / "in")
+    build_dataset("folder", inputs, tmp_path / "out", resize=64, quality=80)
+    found = contents(open_dataset(tmp_path / "out"))
+    assert {k: Image.open(io.BytesIO(v["jpg"])).size for k, v in found.items()} == {
+        **dict.fromkeys(("p0", "p1", "p2", "p3", "q"), (96, 64)),
+        "small": (90, 60),
+    }
+    build_dataset("folder", inputs, tmp_path / "as_is", resize=60)
+    as_is = contents(open_dataset(tmp_path / "as_is"))
+    assert as_is["small"]["jpg"] == (inputs / "small.jpg").read_bytes()  # small enough, no quality asked for
+    assert Image.open(io.BytesIO(as_is["p0"]["jpg"])).size == (90, 60)
+
+
+def test_a_picture_with_a_depth_map_keeps_its_size(tmp_path: Path) -> None:
+    files = {"a.jpg": picture(0), "a.depth.npy": array((24, 32)), "a.txt": "x"}
+    build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", resize=8)
+    assert contents(open_dataset(tmp_path / "out"))["a"]["jpg"] == files["a.jpg"]
+
+
+def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_path: Path) -> None:
+    """Random hashes with planted neighbours at 0 to 6 bits; buckets smaller than the data."""
+    draw = random.Random(0)
+    looks = [draw.getrandbits(64) for _ in range(300)]
+    for _ in range(300):
+        near = draw.choice(looks)
+        for bit in draw.sample(range(64), draw.randint(0, 6)):
+            near ^= 1 << bit
+        looks.append(near)
+    draw.shuffle(looks)
+    rows = np.zeros(len(looks), ROW)
+    rows["look"] = looks
+    rows["content"] = np.arange(2 * len(looks)).reshape(-1, 2)
+    units = [(u, rows[u * 100 : u * 100 + 100]) for u in range(6)]
+    for distance in range(4):
+        expected = {
+            (i // 100, i % 100) for i in range(600) if any((looks[i] ^ looks[j]).bit_count() <= distance for j in range(i))
+        }  # fmt: skip
+        for capacity in (1000, 150):
+            found = duplicates(lambda: iter(units), keys=False, dedup="perceptual", distance=distance, scratch=tmp_path, capacity=capacity)
+            assert {(u, r) for u, rs in found.items() for r in rs} == expected
+
+
+def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:
+    lines = [f"k{i}:{'' if i % 6 == 5 else 'text'}" for i in range(60)]
+    inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})
+    with pytest.raises(TooManyFailures, match="7 of the first 42 samples are bad"):
+        build(inputs, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["in", "out.quarantine.jsonl"]
+
+
+# -- shards
+
+
+def test_shards_are_cut_by_bytes(tmp_path: Path) -> None:
+    build(rows_input(tmp_path / "in"), tmp_path / "out", max_bytes=200, dedup="none")
+    dataset = open_dataset(tmp_path / "out")
+    assert [s.path for s in dataset.shards()][:2] == ["shards/train-000000.tar", "shards/train-000000_01.tar"]
+    assert all(s.samples < 8 for s in dataset.shards())
+    assert dataset.samples() == 57
+    assert verify_dataset(tmp_path / "out") == []
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = pictures(tmp_path / "in")
+    (inputs / "p1.jpg").write_bytes(b"broken")
+    assert build_command("folder", [inputs, tmp_path / "out"], ["max_samples=4"], workers=1, seed=0, overwrite=False, dry_run=True) == 0
+    text = capsys.readouterr().out
+    told = ("1 groups, 6 candidates of image", "2 shards or more (train: 2)", "tried 6: 5 good, about", "p1.jpg: unreadable image")
+    for line in (*told, "nothing was written"):
+        assert line in text
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_remote_store_gets_the_same_bytes(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out")
+    store = fsspec.filesystem("memory")
+    for path in inputs.iterdir():
+        store.pipe_file(f"/lake/in/{path.name}", path.read_bytes())
+    build("memory://lake/in", "memory://lake/out", task=Task(0, 2))  # type: ignore[arg-type]
+    assert not store.exists("/lake/out/manifest.json")
+    build("memory://lake/in", "memory://lake/out", task=Task(1, 2))  # type: ignore[arg-type]
+    assert {k.removeprefix("/lake/out/"): store.cat(k) for k in store.find("/lake/out")} == all_bytes(tmp_path / "out")
+    with pytest.raises(UsageError, match="already holds a dataset"):
+        build("memory://lake/in", "memory://lake/out")  # type: ignore[arg-type]
+    store.rm("/lake", recursive=True)
+
+
+def test_parts_may_be_byte_ranges(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"0123456789")
+    assert FileRange(tmp_path / "blob", 3, 4).read_bytes() == b"3456"
+    with pytest.raises(OneLLMError, match="truncated file: blob has 2 of 4 bytes at offset 8"):
+        FileRange(tmp_path / "blob", 8, 4).read_bytes()
+
+
+# -- Energon
+
+
+def test_energons_files_say_where_everything_lies(tmp_path: Path) -> None:
+    build(rows_input(tmp_path / "in"), tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
+    info = json.loads((tmp_path / "out/.nv-meta/.info.json").read_text())
+    assert info["shard_counts"] == {s.path: s.samples for s in dataset.shards()}
+    assert yaml.safe_load((tmp_path / "out/.nv-meta/split.yaml").read_text())["split_parts"]["train"] == [s.path for s in dataset.shards()]
+    for shard in dataset.shards():
+        starts = np.fromfile(tmp_path / "out" / f"{shard.path}.idx", "<u8")
+        assert [int(starts[0]), len(starts)] == [0, shard.samples + 1]
+    database = sqlite3.connect(tmp_path / "out/.nv-meta/index.sqlite")
+    tars = list(info["shard_counts"])
+    rows = database.execute(
+        """SELECT tar_file_id, sample_key, part_name, content_byte_offset, content_byte_size
+        FROM samples JOIN sample_parts USING (tar_file_id, sample_index)"""
+    ).fetchall()
+    database.close()
+    found: dict[str, dict[str, bytes]] = {}
+    for tar, key, part, offset, size in rows:
+        found.setdefault(key, {})[part] = FileRange(tmp_path / "out" / tars[tar], offset, size).read_bytes()
+    assert found == contents(dataset)
+
+
+def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) -> None:
+    build(rows_input(tmp_path / "in"), tmp_path / "out", max_samples=20)
+    os.unlink(tmp_path / "out/manifest.json")
+    names = [f"shards/train-00000{i}.tar" for i in range(3)]
+    split = {"split_parts": {"train": [names[0]], "val": [names[1], names[2]]}, "exclude": [names[2]]}
+    (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump(split))
+    index_path(tmp_path / "out", modalities=())
+    dataset = open_dataset(tmp_path / "out")
+    assert {s: [i.path for i in dataset.shards(s)] for s in dataset.splits} == {"train": names[:1], "val": names[1:2]}
