@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.shards.index import parts_in, span_of
+from onellm_dist.shards.index import SampleSpan, parts_in, span_of_parts
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class _Sample:
     labels: Sequence[int]
     values: Mapping[str, torch.Tensor]
     tombstone: str | None = None
+
+
+class _Place(NamedTuple):
+    """Where a sample's bytes are."""
+
+    slots: dict[str, dict[str, str]]
+    """Modality -> slot -> extension."""
+    wanted: Collection[str]
+    parts: SampleSpan
+    span: Span
 
 
 class Reader:
@@ -52,6 +63,7 @@ class Reader:
         config = plan.config
         self._cache = ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
         self._ahead: tuple[int, ReadAhead] | None = None
+        self._places: dict[SampleRef, _Place] = {}
 
     def read(self, micro: MicroStep, ahead: MicroStep | None = None) -> PackedBatch:
         """The micro-batch; see PackedBatch for its shapes. One BOS of zero weight where nothing was dealt.
@@ -65,7 +77,9 @@ class Reader:
         if micro.dummy:
             return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], dummy=True)
         ids = self._plan.sample_ids(micro.samples)
-        self._read_ahead.ask(self._spans(micro.samples), self._spans(ahead.samples) if ahead else ())
+        known, self._places = self._places, {}
+        now, later = self._spans(micro.samples, known), self._spans(ahead.samples if ahead else (), known)
+        self._read_ahead.ask(now, later)
         samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
         return self._pack(samples, [self._plan.runs[ref.dataset] for ref in micro.samples], ids, dummy=False)
 
@@ -75,34 +89,34 @@ class Reader:
             self._ahead = os.getpid(), ReadAhead(self._cache, self._plan.config.read_ahead_mb << 20)
         return self._ahead[1]
 
-    def _spans(self, refs: Sequence[SampleRef]) -> list[Span]:
+    def _spans(self, refs: Sequence[SampleRef], known: Mapping[SampleRef, _Place]) -> list[Span]:
         """Where the samples lie, as far as it can be told (whoever reads the others says what is wrong with them)."""
         spans = []
         for ref in refs:
             with contextlib.suppress(OneLLMError):
-                _, span = self._place(ref)
-                spans.append(span)
+                place = self._places[ref] = known.get(ref) or self._place(ref)
+                spans.append(place.span)
         return spans
 
-    def _place(self, ref: SampleRef) -> tuple[dict[str, dict[str, str]], Span]:
-        """Which extension fills which slot of each modality, and the span of these parts and the text."""
+    def _place(self, ref: SampleRef) -> _Place:
         plan = self._plan
         dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
         there = dataset.index(shard).parts(ref.row)
         slots = {name: plan.modalities[name].match(there) for name in plan.runs[ref.dataset]}
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
-        span = span_of(dataset, shard, ref.row, wanted)
-        return slots, Span(dataset, shard, span.start, span.end)
+        parts = span_of_parts(there, wanted)
+        return _Place(slots, wanted, parts, Span(dataset, shard, parts.start, parts.end))
 
-    def _parts(self, ref: SampleRef, span: Span, wanted: Collection[str]) -> dict[str, Part]:
+    def _parts(self, ref: SampleRef, place: _Place) -> dict[str, Part]:
         """A sample's parts: from what was fetched ahead if that is sound, else from the tar."""
+        span = place.span
         data = self._read_ahead.take(span)
         if data is not None:
             try:
-                return parts_in(span.dataset, span.shard, ref.row, span_of(span.dataset, span.shard, ref.row, wanted), data)
+                return parts_in(span.dataset, span.shard, ref.row, place.parts, data)
             except SampleError:
                 self._read_ahead.distrust(span)
-        return read_with_retries(span.dataset, span.shard, ref.row, wanted)
+        return read_with_retries(span.dataset, span.shard, ref.row, place.wanted)
 
     def _sample(self, ref: SampleRef, sample_id: str) -> _Sample:
         reason = self._known.get(sample_id)
@@ -116,16 +130,17 @@ class Reader:
     def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
         plan = self._plan
         kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
-        index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
-        slots, span = self._place(ref)
-        wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
-        parts = self._parts(ref, span, wanted)
+        place = self._places.get(ref)
+        if place is None:
+            index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
+            place = self._place(ref)
+        parts = self._parts(ref, place)
         ids, labels = plan.encoder.encode(parts)
         self._check_length(ref, sample_id, ids, labels)
         meta = meta_of(parts)
         values = {}
         for kind in kinds:
-            raw = kind.decode({slot: parts[extension] for slot, extension in slots[kind.name].items()}, meta)
+            raw = kind.decode({slot: parts[extension] for slot, extension in place.slots[kind.name].items()}, meta)
             values[kind.name] = kind.transform(raw, train=plan.config.augment, rng=self._rng(kind, sample_id))
             _check_value(kind, values[kind.name], sample_id)
         return _Sample(ids, labels, values)

@@ -290,7 +290,12 @@ class SampleSpan(NamedTuple):
 
 def span_of(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> SampleSpan:
     """Where a sample's parts with these extensions lie (all, if None); the span is empty where it has none of them."""
-    parts = {e: place for e, place in dataset.index(shard).parts(row).items() if extensions is None or e in extensions}
+    return span_of_parts(dataset.index(shard).parts(row), extensions)
+
+
+def span_of_parts(there: Mapping[str, PartLocation], extensions: Collection[str] | None = None) -> SampleSpan:
+    """`span_of` for a sample's parts, as `ShardIndex.parts` gives them."""
+    parts = {e: place for e, place in there.items() if extensions is None or e in extensions}
     start = min((place.offset for place in parts.values()), default=0)
     return SampleSpan(parts, start, max((place.offset + place.size for place in parts.values()), default=0))
 
