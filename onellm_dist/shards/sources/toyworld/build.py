@@ -75,7 +75,7 @@ def build_toyworld(
         bar: Progress[int] = stack.enter_context(progress(total, "Building the toy world", unit="samples"))
         for modality in modalities:
             _write(out / modality, modality, seed, samples, sum(c.modality == modality for c in chunks), bar)
-    return BuildReport(total, notes=tuple(world.describe().splitlines()))
+    return BuildReport(total, notes=tuple(line for line in world.describe().splitlines() if line.split(":")[0] in modalities))
 
 
 def _write(folder: Path, modality: str, seed: int, samples: Iterator[tuple[_Chunk, list[Sample]]], chunks: int, bar: Progress[int]) -> None:
