@@ -45,7 +45,7 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     try:
         chunks = _chunks(metadata.state["storage_data"])
         sizes = {
-            name: (tuple(entry.state["size"]), entry.state["properties"].state)
+            name: tuple(entry.state["size"])
             for name, entry in metadata.state["state_dict_metadata"].items()
             if isinstance(entry, Inert) and "chunks" in getattr(entry, "state", {}) and name.split(".")[0] not in _SKIPPED
         }
@@ -56,7 +56,7 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         raise UsageError(
             f"{path}: {len(absent)} files are missing: {', '.join(absent)}", "they hold parts of weights.", "copy all of them."
         )
-    tensors = {name: _tensor(path, name, shape, chunks[name]) for name, (shape, _) in sizes.items()}
+    tensors = {name: _tensor(path, name, shape, chunks[name]) for name, shape in sizes.items()}
     return overlaid(NAME, path, tensors, tuple(files), options, {"files": len(files)})
 
 
