@@ -36,9 +36,9 @@ from onellm_dist.convert.run import convert
 import torch, transformers, onellm_dist.convert.reference, onellm_dist.convert.onellm
 from onellm_dist.convert.opened import Options
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+start, worked = time.perf_counter(), time.process_time()
 convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=Options(shard_bytes=int(sys.argv[3])), quiet=True)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start)
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start, time.process_time() - worked)
 """
 
 
@@ -87,13 +87,13 @@ def copy_seconds(source: Path, target: Path) -> float:
     return seconds
 
 
-def convert_once(source: Path, out: Path, shard_bytes: int) -> tuple[float, float, float]:
-    """(GB resident before, GB at its peak, seconds) of a conversion in a process of its own."""
+def convert_once(source: Path, out: Path, shard_bytes: int) -> tuple[float, float, float, float]:
+    """(GB resident before, GB at its peak, seconds, CPU seconds) of a conversion in a process of its own."""
     forget(source)
     command = [sys.executable, "-c", CONVERT, str(source), str(out), str(shard_bytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    before, peak, seconds = (float(x) for x in re.findall(r"[\d.]+", done.stdout.splitlines()[-1]))
-    return before * 1024 / 1e9, peak * 1024 / 1e9, seconds
+    before, peak, seconds, worked = (float(x) for x in re.findall(r"[\d.]+", done.stdout.splitlines()[-1]))
+    return before * 1024 / 1e9, peak * 1024 / 1e9, seconds, worked
 
 
 def main() -> None:
@@ -116,7 +116,8 @@ def main() -> None:
     found = {
         "GB": round(size / 1e9, 2), "cp_seconds": round(best, 1), "convert_seconds": round(fastest, 1),
         "speed_over_cp": round(best / fastest, 3), "resident_before_GB": round(conversions[0][0], 3),
-        "peak_GB": round(max(c[1] for c in conversions), 3), "load": os.getloadavg()[0], "cores": os.cpu_count(),
+        "peak_GB": round(max(c[1] for c in conversions), 3), "cpu_seconds": round(min(c[3] for c in conversions), 1),
+        "load": os.getloadavg()[0], "cores": os.cpu_count(),
     }  # fmt: skip
     print(json.dumps(found))
 
