@@ -143,7 +143,7 @@ def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -
     plan = plan_of(memory)
     reader, (first, *_) = Reader(plan), plan.step(0, 1).ranks[0]
     ahead = readahead.ReadAhead(None, limit=25_000)
-    spans = reader._spans(first.samples)
+    spans = reader._spans(first.samples, {})
     assert sum(span.end - span.start for span in spans) > 25_000
     ahead.ask(spans)
     assert 0 < ahead._bytes <= 25_000
