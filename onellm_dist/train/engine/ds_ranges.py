@@ -7,6 +7,7 @@ and each claims an equal range.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -100,8 +101,9 @@ class _Zero3Range(LocalRange):
 class _ViewRange(LocalRange):
     """A range whose values are views of live memory."""
 
+    @abstractmethod
     def _view(self, key: str) -> torch.Tensor:
-        raise NotImplementedError
+        """[length]: the values of `key`, in place."""
 
     def read(self, key: str) -> torch.Tensor:
         return self._view(key)
