@@ -253,6 +253,7 @@ def _tell_start(run: Run, resume: Path | None) -> None:
     origin = f"resumes {resume.name} (step {run.first_step})" if resume else "starts at step 0"
     run.events.write(
         "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
+        lost_steps=run.metrics.lost_steps, lost_seconds=round(run.metrics.lost_seconds, 3),
         trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
         f"{origin} of {run.config.train.steps}",

@@ -58,11 +58,14 @@ class Metrics:
     def __init__(self, run_dir: Path, *, main: bool, first_step: int, steps: int, log_every: int) -> None:
         self._main, self._steps, self._log_every = main, steps, log_every
         self._recent: deque[StepReport] = deque(maxlen=RATE_STEPS)
+        self.lost_steps, self.lost_seconds = 0, 0.0
+        """Steps that an earlier start had done after the checkpoint that this one goes on from: they are done again."""
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        drop_from(run_dir / METRICS, first_step)
+        dropped = drop_from(run_dir / METRICS, first_step)
+        self.lost_steps, self.lost_seconds = len(dropped), sum(float(line.get("seconds", 0.0)) for line in dropped)
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
 
@@ -117,20 +120,29 @@ class Events:
             print(say, flush=True)
 
 
-def drop_from(path: Path, step: int) -> None:
-    """Remove the lines of step `step` and later, and a last line that a kill cut short. The file is replaced as a whole."""
+def drop_from(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines of step `step` and later, and a last line that a kill cut short. The file is replaced as a whole.
+
+    Returns:
+        The lines of step `step` and later.
+    """
     if not path.is_file():
-        return
-    kept = []
+        return []
+    kept, dropped = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
+            entry = json.loads(line)
+            earlier = entry["step"] < step
         except (json.JSONDecodeError, KeyError):
             continue
+        if earlier:
+            kept.append(line + "\n")
+        else:
+            dropped.append(entry)
     aside = path.with_suffix(".partial")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+    return dropped
 
 
 def _plain(value: Any) -> Any:
