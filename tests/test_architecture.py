@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "onellm_dist"
-LEAVES = {"errors", "packed", "config", "resources", "progress"}
+LEAVES = {"errors", "packed", "config", "resources", "progress", "charts", "webpage"}
 MAY_IMPORT = {
     "modalities": set(),
     "model": {"modalities"},
@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "launch": set(),
     "train": {"data", "model", "modalities", "launch", "shards.format"},
     "convert": {"model", "modalities"},
+    "report": {"train.metrics", "train.exits"},
+    "preflight": {"launch", "shards.format"},
     "evaluation": {"data", "model", "modalities", "shards.format", "shards.index"},
 }
 TOP = {"cli", "demo", "rehearsal", "generate", "doctor"}

@@ -10,29 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onellm_dist.demo.charts import line_chart, router_chart, smooth
+from onellm_dist.charts import line_chart, router_chart, smooth
 from onellm_dist.evaluation.table import ModalityResult
+from onellm_dist.webpage import html_page, write_page
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _STYLE = """
-:root{--fg:#1b1f24;--bg:#fff;--dim:#667;--line:#d8dce2;--soft:#f5f6f8}
-@media(prefers-color-scheme:dark){:root{--fg:#e8eaed;--bg:#15181c;--dim:#9aa4b2;--line:#343a42;--soft:#1e2328}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1080px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.4rem;border-top:1px solid var(--line);padding-top:1rem}
-h3{font-size:1rem;margin:1.2rem 0 .4rem}
-table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--dim)}
-svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 3}
-.legend span{margin-right:1rem;font-size:13px}
-.legend i{display:inline-block;width:12px;height:3px;margin-right:5px;vertical-align:middle}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:1rem}
 figure{margin:0;background:var(--soft);border-radius:6px;padding:.6rem}
 figure img{width:100%;height:auto;border-radius:4px;display:block}figcaption{font-size:13px;margin-top:.4rem}
-.right{color:#228833}.wrong{color:#d0455a}.dim,.none{color:var(--dim);font-size:13px}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
 """.strip()
 
 _COLUMNS = (
@@ -101,13 +89,7 @@ def write_report(path: Path, report: Report) -> None:
         "<h2>Time</h2>",
         _timetable(report.timetable),
     ]
-    page = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">' + (
-        f"<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)
+    write_page(path, html_page(report.title, body, style=_STYLE))
 
 
 def picture_uri(picture: Image.Image, *, widest: int = 480) -> str:

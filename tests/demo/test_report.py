@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from onellm_dist.demo.charts import line_chart, router_chart, smooth, thin
+from onellm_dist.charts import line_chart, router_chart, smooth, thin
 from onellm_dist.demo.report import Curve, Report, Sample, write_report
 from onellm_dist.evaluation.table import Caption, as_json, as_text, summarise
 

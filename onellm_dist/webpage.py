@@ -1,0 +1,56 @@
+"""A static HTML page that holds all it shows: no script, no network, light and dark screens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+STYLE = """
+:root{--fg:#1b1f24;--bg:#fff;--dim:#667;--line:#d8dce2;--soft:#f5f6f8}
+@media(prefers-color-scheme:dark){:root{--fg:#e8eaed;--bg:#15181c;--dim:#9aa4b2;--line:#343a42;--soft:#1e2328}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.4rem;border-top:1px solid var(--line);padding-top:1rem}
+h3{font-size:1rem;margin:1.2rem 0 .4rem}
+table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--dim)}
+svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 3}
+.legend span{margin-right:1rem;font-size:13px}
+.legend i{display:inline-block;width:12px;height:3px;margin-right:5px;vertical-align:middle}
+.right{color:#228833}.wrong{color:#d0455a}.dim,.none{color:var(--dim);font-size:13px}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
+""".strip()
+
+
+def html_page(title: str, body: Iterable[str], *, style: str = "") -> str:
+    """A whole page; `body` is HTML, `title` is text, `style` is CSS beside the common one."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}{style}</style></head><body>{"".join(body)}</body></html>\n'
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, html: Sequence[int] = ()) -> str:
+    """A table; numbers stand at the right.
+
+    Args:
+        head: one heading a column; none where all are empty.
+        html: columns whose cells are HTML already; all else is escaped.
+    """
+
+    def cell(column: int, value: object) -> str:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        text = f"{value:,}" if isinstance(value, int) and number else str(value)
+        return f"<td{' class=n' if number else ''}>{text if column in html else escape(text)}</td>"
+
+    heading = f"<thead><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr></thead>" if any(head) else ""
+    body = "".join(f"<tr>{''.join(cell(i, v) for i, v in enumerate(row))}</tr>" for row in rows)
+    return f"<table>{heading}<tbody>{body}</tbody></table>"
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write the page: under its name it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    aside.write_text(page, encoding="utf-8")
+    aside.replace(path)
