@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from onellm_dist.demo.evidence import collect_report, resumed_at
+from onellm_dist.demo.journal import Journal, claim
 from onellm_dist.demo.processes import Job, run_lanes
 from onellm_dist.demo.scale import FULL, QUICK, Scale, Training
 from onellm_dist.demo.timetable import Stage, Timetable, measure_speed
-from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
+from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
 from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.table import ModalityResult, as_json, as_text, summarise
 from onellm_dist.launch.local import free_port
@@ -25,6 +27,7 @@ from onellm_dist.progress import seconds_text
 from onellm_dist.shards.sources.toyworld import world
 
 RANKS = 2
+EXIT_TERMINATED = 128 + signal.SIGTERM
 KILL_AT = 0.45
 """Share of the first run at which its processes are killed; its checkpoints come every tenth."""
 NUMBERS, STEPS = r"(\d+)/(\d+)", r"step (\d+)/(\d+)"
@@ -67,29 +70,37 @@ class Demo:
 def run_demo(out: Path, full: bool = False) -> int:
     """Run everything; prints the table, writes `out/report.html`, `out/table.txt` and `out/results.json`.
 
+    Ended on the way, the same command goes on with the stage that it was in; after the end it only shows the table again.
+
     Returns:
         0; 1 where a modality does not beat its shuffled-input control, or a step failed.
 
     Raises:
-        UsageError: `out` holds something else already.
+        UsageError: `out` holds something else already, or a demo of the other size.
         OneLLMError: one of the commands failed.
     """
     demo = Demo(out.resolve(), FULL if full else QUICK, ranks=_ranks())
-    _claim(demo.out)
-    started = time.monotonic()
+    journal = claim(demo.out, full=full)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # an exit on which the commands under way are ended, too
     slow = measure_speed()
-    table = Timetable(_stages(demo, slow))
+    table = Timetable(_stages(demo, slow), journal)
     print(f"onellm demo in {demo.out}: {demo.ranks} ranks on {_device()}, this machine runs at {1 / slow:.2f} of the reference's speed")
     table.show()
-    _towers_and_shards(demo, table)
-    _train(demo, table)
-    _caption(demo, table)
-    table.start()
+    stages: list[Callable[[Demo, Timetable, Journal], None]] = [
+        _towers_and_shards,
+        *(partial(_train, name=name) for name in RUNS),
+        _caption,
+    ]
+    for stage in stages:
+        if table.start():
+            stage(demo, table, journal)
+            table.end()
     results = summarise(read_captions(demo.out / "captions.jsonl"), _every_caption())
-    _write_results(demo, results, table, time.monotonic() - started)
-    table.end()
+    if table.start():
+        _write_results(demo, results, table)
+        table.end()
     print(as_text(results))
-    print(f"\nreport: {demo.out / 'report.html'}   all in {seconds_text(time.monotonic() - started)}")
+    print(f"\nreport: {demo.out / 'report.html'}   all in {seconds_text(table.taken)}")
     return _verdict(results)
 
 
@@ -107,10 +118,11 @@ def _stages(demo: Demo, slow: float) -> list[Stage]:
     return [*stages, Stage("table and report", 8 * slow)]
 
 
-def _towers_and_shards(demo: Demo, table: Timetable) -> None:
+def _towers_and_shards(demo: Demo, table: Timetable, _: Journal) -> None:
     """One lane makes the stand-in CLIP, the other the stand-in LLM and then the shards."""
-    table.start()
     scale, made = demo.scale, demo.out / "standins"
+    for begun in (made, demo.toy, demo.towers):  # by a start that was ended in this stage
+        shutil.rmtree(begun, ignore_errors=True)
     counts = ",".join(f"{m}={n}" for m, n in scale.train.items())
     standins = (sys.executable, "-m", "onellm_dist.demo.standins")
     lanes = [
@@ -129,7 +141,6 @@ def _towers_and_shards(demo: Demo, table: Timetable) -> None:
     run_lanes(lanes, lambda running: table.tell(_share(everything, running, seconds), " and ".join(job.name for job in running)))
     assemble = _job(demo, "assemble", [*standins, "assemble", str(made / "clip.pt"), str(made / "llm.pt"), str(demo.towers)])
     run_lanes([[assemble]], lambda running: table.tell(0.98, "putting the towers together"))
-    table.end()
 
 
 def _share(jobs: Sequence[Job], running: Sequence[Job], seconds: dict[str, float]) -> float:
@@ -138,23 +149,24 @@ def _share(jobs: Sequence[Job], running: Sequence[Job], seconds: dict[str, float
     return done / sum(seconds.values())
 
 
-def _train(demo: Demo, table: Timetable) -> None:
-    """Align (image), killed on the way and resumed; align (all); tune."""
-    for name, training in zip(RUNS, demo.scale.stages, strict=True):
-        table.start()
-        command = _training_command(demo, name, training)
-        if name == RUNS[0]:
-            victim = _job(demo, name, command, counted=STEPS, kill_at=KILL_AT)
-            run_lanes([[victim]], lambda running: table.tell(running[0].progress() if running else KILL_AT))
-            if not victim.killed:
-                raise OneLLMError(f"{name} ended before it could be killed", "the resume was not shown.", "run the demo again.")
-            print(f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it", file=sys.stderr)
-        run_lanes([[_job(demo, name, command, counted=STEPS)]], lambda running: table.tell(running[0].progress() if running else 1.0))
-        if name == RUNS[0] and not resumed_at(demo.run_dir(name)):
-            raise OneLLMError(f"{name} did not resume after its kill", "it started again at step 0.", f"see {demo.log(name)}.")
-        if not (demo.run_dir(name) / "model" / "config.json").is_file():
-            raise OneLLMError(f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}.")
-        table.end()
+def _train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None:
+    """One run of the trainer; the first one is killed on the way and resumed."""
+    command = _training_command(demo, name, demo.scale.stages[RUNS.index(name)])
+    if name == RUNS[0] and not journal.killed:
+        victim = _job(demo, name, command, counted=STEPS, kill_at=KILL_AT)
+        run_lanes([[victim]], lambda running: table.tell(running[0].progress() if running else KILL_AT))
+        if not victim.killed:
+            raise OneLLMError(
+                f"{name} ended before it could be killed", "the resume was not shown.", "remove the folder and run the demo again."
+            )
+        journal.killed = True
+        journal.write()
+        print(f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it", file=sys.stderr)
+    run_lanes([[_job(demo, name, command, counted=STEPS)]], lambda running: table.tell(running[0].progress() if running else 1.0))
+    if name == RUNS[0] and not resumed_at(demo.run_dir(name)):
+        raise OneLLMError(f"{name} did not resume after its kill", "it started again at step 0.", f"see {demo.log(name)}.")
+    if not (demo.run_dir(name) / "model" / "config.json").is_file():
+        raise OneLLMError(f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}.")
 
 
 def _training_command(demo: Demo, name: str, training: Training) -> list[str]:
@@ -166,9 +178,8 @@ def _training_command(demo: Demo, name: str, training: Training) -> list[str]:
     ]  # fmt: skip
 
 
-def _caption(demo: Demo, table: Timetable) -> None:
+def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
     """Caption the test splits, modalities dealt to as many processes as there are ranks."""
-    table.start()
     parts = [demo.out / f"captions-{i}.jsonl" for i in range(demo.ranks)]
     order = [*world.MODALITIES]
     dealt = [order[i :: demo.ranks] for i in range(demo.ranks)]
@@ -186,7 +197,6 @@ def _caption(demo: Demo, table: Timetable) -> None:
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: order.index(json.loads(line)["modality"]))
     (demo.out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table.end()
 
 
 def _every_caption() -> dict[str, list[str]]:
@@ -194,9 +204,9 @@ def _every_caption() -> dict[str, list[str]]:
     return {m: [world.caption(m, world.named(m, c)) for c in world.combinations(m)] for m in world.MODALITIES}
 
 
-def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetable, seconds: float) -> None:
+def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetable) -> None:
     (demo.out / "table.txt").write_text(as_text(results) + "\n", encoding="utf-8")
-    (demo.out / "results.json").write_text(json.dumps({"seconds": seconds, "results": as_json(results)}, indent=1), encoding="utf-8")
+    (demo.out / "results.json").write_text(json.dumps({"seconds": table.taken, "results": as_json(results)}, indent=1), encoding="utf-8")
     collect_report(
         demo.out / "report.html", results=results, captions=read_captions(demo.out / "captions.jsonl"), toy=demo.toy,
         runs={name: demo.run_dir(name) for name in RUNS}, standins=demo.out / "standins",
@@ -210,17 +220,6 @@ def _verdict(results: Sequence[ModalityResult]) -> int:
         print(f"not beyond the 95% interval of their own shuffled-input control: {', '.join(failed)}", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
-
-
-def _claim(out: Path) -> None:
-    """Make `out`; an earlier demo there is refused.
-
-    Raises:
-        UsageError: `out` is not empty.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty", "the demo would mix with what is there.", "remove it, or give another folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _ranks() -> int:

@@ -11,6 +11,7 @@ from typing import TextIO
 import torch
 from torch import nn
 
+from onellm_dist.demo.journal import Journal
 from onellm_dist.progress import seconds_text
 
 REFERENCE_SPEED_S = 0.20
@@ -48,30 +49,47 @@ class Stage:
 
 
 class Timetable:
-    """The stages in their order, and the progress line of the one that runs."""
+    """The stages in their order, and the progress line of the one that runs.
 
-    def __init__(self, stages: Sequence[Stage], out: TextIO | None = None) -> None:
+    Args:
+        journal: knows the stages that an earlier start ended, and is told of those that end.
+    """
+
+    def __init__(self, stages: Sequence[Stage], journal: Journal, out: TextIO | None = None) -> None:
         self.stages = list(stages)
-        self._out = out or sys.stderr
+        self._out, self._journal = out or sys.stderr, journal
+        for stage in self.stages:
+            stage.taken = journal.seconds.get(stage.name)
         self._current = -1
         self._started = self._last_line = 0.0
 
     def show(self) -> None:
         """Print the whole table."""
         for stage in self.stages:
-            print(f"  {stage.name:<34} about {seconds_text(stage.predicted)}", file=self._out)
-        print(f"  {'all':<34} about {seconds_text(sum(s.predicted for s in self.stages))}", file=self._out, flush=True)
+            when = "done" if stage.taken is not None else f"about {seconds_text(stage.predicted)}"
+            print(f"  {stage.name:<34} {when}", file=self._out)
+        left = sum(s.predicted for s in self.stages if s.taken is None)
+        print(f"  {'all':<34} about {seconds_text(left)}", file=self._out, flush=True)
 
-    def start(self) -> None:
-        """The next stage begins."""
+    @property
+    def taken(self) -> float:
+        """Seconds of the stages that ended, in this start or in one before (of a stage that was taken up again: since then)."""
+        return sum(stage.taken or 0.0 for stage in self.stages)
+
+    def start(self) -> bool:
+        """The next stage begins; False where an earlier start ended it."""
         self._current += 1
+        if self.stages[self._current].taken is not None:
+            return False
         self._started, self._last_line = time.monotonic(), 0.0
         self.tell(0.0)
+        return True
 
     def end(self) -> None:
         """The stage is over."""
         stage = self.stages[self._current]
         stage.taken = time.monotonic() - self._started
+        self._journal.ended(stage.name, stage.taken)
         self._print(f"{self._head()} done in {seconds_text(stage.taken)} (about {seconds_text(stage.predicted)} was expected)", last=True)
 
     def tell(self, share: float, doing: str = "") -> None:
@@ -95,7 +113,7 @@ class Timetable:
         stage = self.stages[self._current]
         by_plan = max(0.0, stage.predicted * self._stretch() * (1 - share))
         here = by_plan if share <= 0.02 else (1 - share) * by_plan + share * (elapsed / share * (1 - share))
-        later = sum(s.predicted for s in self.stages[self._current + 1 :]) * self._stretch()
+        later = sum(s.predicted for s in self.stages[self._current + 1 :] if s.taken is None) * self._stretch()
         return here, here + later
 
     def _stretch(self) -> float:

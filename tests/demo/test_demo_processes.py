@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from onellm_dist.demo.journal import claim
 from onellm_dist.demo.processes import Job, kill_tree, run_lanes
 from onellm_dist.demo.timetable import Stage, Timetable, measure_speed
 from onellm_dist.errors import OneLLMError
@@ -66,9 +68,9 @@ def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
     assert "step 99/100" not in text
 
 
-def test_the_time_left_follows_what_was_measured() -> None:
+def test_the_time_left_follows_what_was_measured(tmp_path: Path) -> None:
     out = io.StringIO()
-    table = Timetable([Stage("a", 100.0), Stage("b", 50.0), Stage("c", 50.0)], out)
+    table = Timetable([Stage("a", 100.0), Stage("b", 50.0), Stage("c", 50.0)], claim(tmp_path, full=False), out)
     table.start()
     assert table.left(0.0, 0.0) == (100.0, 200.0)
     here, everything = table.left(0.5, 100.0)  # twice as slow as predicted: 50 by the plan, 100 by the rate
@@ -78,6 +80,19 @@ def test_the_time_left_follows_what_was_measured() -> None:
     table.start()
     assert table.left(0.0, 0.0) == (100.0, 200.0)  # the rest is stretched by two
     assert "[1/3] a" in out.getvalue() and "[2/3] b" in out.getvalue()
+
+
+def test_a_demo_that_was_ended_goes_on_with_the_stage_it_was_in(tmp_path: Path) -> None:
+    out = io.StringIO()
+    first = Timetable([Stage("a", 100.0), Stage("b", 50.0)], claim(tmp_path, full=True), out)
+    assert first.start()
+    first.end()
+    assert first.start()  # and here it is ended
+    again = Timetable([Stage("a", 100.0), Stage("b", 50.0)], claim(tmp_path, full=True), out)
+    again.show()
+    assert not again.start() and again.start()
+    assert again.taken == first.taken
+    assert re.search(r"a +done\n +b +about 50 s\n +all +about 50 s", out.getvalue())
 
 
 def test_speed_is_a_positive_ratio() -> None:

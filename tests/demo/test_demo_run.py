@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.config import load_config
-from onellm_dist.demo.run import RUNS, STEPS, Demo, _claim, _stages, _training_command, _verdict
+from onellm_dist.demo.journal import claim
+from onellm_dist.demo.run import RUNS, STEPS, Demo, _stages, _training_command, _verdict
 from onellm_dist.demo.scale import FULL, QUICK, Scale
 from onellm_dist.demo.standin_clip import ClipRecipe
 from onellm_dist.demo.standin_llm import LLMRecipe
@@ -54,11 +55,19 @@ def test_progress_of_training_is_not_taken_from_other_counts() -> None:
     assert re.findall(STEPS, said) == [("10", "160")]
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    _claim(tmp_path / "new")
-    (tmp_path / "new" / "file").write_text("mine")
+def test_only_a_demo_of_the_same_size_is_taken_up_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
-        _claim(tmp_path / "new")
+        claim(tmp_path, full=False)
+    begun = claim(tmp_path / "new", full=False)
+    begun.killed = True
+    begun.ended("towers", 12.5)
+    assert claim(tmp_path / "new", full=False) == begun
+    with pytest.raises(UsageError, match="holds the quick demo"):
+        claim(tmp_path / "new", full=True)
+    (tmp_path / "new" / "demo.json").write_text('{"full"')
+    with pytest.raises(UsageError, match="not a demo's record"):
+        claim(tmp_path / "new", full=False)
 
 
 def test_the_verdict_fails_a_model_that_does_not_read_its_input(capsys: pytest.CaptureFixture[str]) -> None:
