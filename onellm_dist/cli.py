@@ -69,6 +69,22 @@ def train(
     raise typer.Exit(train_main(recipe, overrides or []))
 
 
+@app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(help="A run's directory; the run may be going on.")],
+    step: Annotated[int | None, typer.Option(help="Which samples this step had; the first is 0.")] = None,
+    sample: Annotated[str | None, typer.Option(help="At which steps this sample comes: dataset/shard/key, a key, or a beginning.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say which samples were trained on at a step, or at which steps a sample was or will be seen.
+
+    Example: onellm ledger runs/stage1_image --step 120
+    """
+    from onellm_dist.train.ledger_command import ledger_command
+
+    raise typer.Exit(ledger_command(run, step, sample, as_json=as_json))
+
+
 @shards_app.command("build")
 def shards_build(
     source: Annotated[str, typer.Argument(help="A source (toyworld, folder, ...), or a dataset recipe (YAML).")],

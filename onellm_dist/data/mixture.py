@@ -58,6 +58,11 @@ class Mixture:
         dataset = self._sequence[place]
         return dataset, turn * np.asarray(self.counts, dtype=np.int64)[dataset] + self._seen[place]
 
+    def positions(self, dataset: int, index: Ints) -> Ints:
+        """[n] positions of a dataset's own order ([n] int64) -> [n] positions of the stream: the inverse of `locate`."""
+        turn, nth = index // self.counts[dataset], index % self.counts[dataset]
+        return turn * self.period + np.flatnonzero(self._sequence == dataset)[nth]
+
     def taken(self, length: int) -> list[int]:
         """How often each dataset occurs in the first `length` positions."""
         turns, rest = divmod(length, self.period)

@@ -76,6 +76,32 @@ def _feistel(cell: Ints, rows: Ints, columns: Ints, key: Words) -> Ints:
     return row * columns + column
 
 
+def unpermute(value: Ints, size: Ints, key: Words) -> Ints:
+    """The inverse of `permute`: where element value[i] stands in the permutation of range(size[i]) named by key[i]."""
+    rows = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.int64)
+    columns = -(-size // rows)
+    out = value.copy()
+    walking = np.arange(len(value))
+    while walking.size:
+        stepped = _feistel_back(out[walking], rows[walking], columns[walking], key[walking])
+        out[walking] = stepped
+        walking = walking[stepped >= size[walking]]
+    return out
+
+
+def _feistel_back(cell: Ints, rows: Ints, columns: Ints, key: Words) -> Ints:
+    """The inverse of `_feistel`."""
+    row, column = cell // columns, cell % columns
+    for number in reversed(range(ROUNDS)):
+        with np.errstate(over="ignore"):
+            round_key = key + np.uint64(number) * np.uint64(0xD1B54A32D192ED03)
+        if number % 2 == 0:
+            row = (row - _below(hash_words(column, round_key), rows)) % rows
+        else:
+            column = (column - _below(hash_words(row, round_key), columns)) % columns
+    return row * columns + column
+
+
 def _below(words: Words, limit: Ints) -> Ints:
     return ((words >> np.uint64(1)) % limit.astype(np.uint64)).astype(np.int64)
 
@@ -123,6 +149,19 @@ class Order:
             here = np.flatnonzero(epochs == epoch)
             shard[here], row[here] = self._locate_in(self._epoch(int(epoch)), offsets[here])
         return Places(epochs, shard, row)
+
+    def positions(self, shard: int, row: int, epochs: Ints) -> Ints:
+        """[n] positions of one sample, one in each of these epochs ([n] int64): the inverse of `locate`."""
+        start, size, offset = (np.empty_like(epochs) for _ in range(3))
+        key = np.empty(len(epochs), dtype=np.uint64)
+        for i, number in enumerate(epochs.tolist()):
+            epoch = self._epoch(number)
+            slot = int(np.flatnonzero(epoch.shards == shard)[0])
+            block = slot // BLOCK_SHARDS
+            start[i], key[i] = epoch.block_starts[block], epoch.block_keys[block]
+            size[i] = epoch.block_starts[block + 1] - start[i]
+            offset[i] = epoch.starts[slot] + row - start[i]
+        return epochs * self.size + start + unpermute(offset, size, key)
 
     def _locate_in(self, epoch: _Epoch, offsets: Ints) -> tuple[Ints, Ints]:
         block = np.searchsorted(epoch.block_starts, offsets, side="right") - 1

@@ -28,7 +28,7 @@ from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
-from onellm_dist.train.ledger import Ledger, write_segments
+from onellm_dist.train.ledger import Ledger, write_stream
 from onellm_dist.train.metrics import Events, Metrics
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
 from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
@@ -134,7 +134,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     new_segment = False if resume is None else _follow(plan, resume)
     if world.main:
         prepare_directory(config, resume)
-        write_segments(config.run.dir / LEDGER, plan.segments)
+        write_stream(config.run.dir / LEDGER, plan.segments, {d.name: _absolute(d.place) for d in plan.datasets})
     world.barrier()
     events = Events(config.run.dir, main=world.main)
     if new_segment:
@@ -150,6 +150,9 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     engine = _wrap(model, config, settings)
     first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
     ledger = Ledger(config.run.dir / LEDGER, world.rank)
+    lost = ledger.begin(first_step)
+    if lost:
+        events.write("steps_lost", first=first_step, count=lost, say=f"{lost} steps from step {first_step} on are done again")
     steps = config.train.steps
     run = Run(
         config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,
@@ -227,6 +230,10 @@ def _follow(plan: Plan, resume: Path) -> bool:
     """Go on with the stream of a checkpoint; whether a new segment of it begins. Every rank reads the same manifest."""
     manifest = read_manifest(resume) or {}
     return plan.follow([Segment.from_json(raw) for raw in manifest.get("segments", ())], int(manifest.get("step", 0)))
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).resolve())
 
 
 def _tell_segment(events: Events, plan: Plan) -> None:

@@ -1,0 +1,190 @@
+"""`onellm ledger`: steps to samples and back, against a plan that is walked step by step; what became of the steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from stand_in import pack, sample
+
+from onellm_dist.config import DataSection, MixtureEntry
+from onellm_dist.data.order import Order, derive_key
+from onellm_dist.data.plan import Plan
+from onellm_dist.errors import UsageError
+from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.shards.writer import DatasetWriter
+from onellm_dist.train.ledger import Ledger, write_stream
+from onellm_dist.train.ledger_command import ledger_command
+from onellm_dist.train.lookup import RunRecord, RunStream
+
+STEPS, CHANGE, BATCH = 23, 9, 10
+SIZES = {"a": 17, "b": 8, "c": 31}
+
+
+def make(root: Path, name: str, samples: int) -> None:
+    with DatasetWriter(root / name, name=name, modalities=(), max_samples=5) as writer:
+        for number in range(samples):
+            writer.add("train", f"{name}{number:03d}x", {"txt": b"a red cube"})
+
+
+def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
+    entries = tuple(MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items())
+    section = DataSection(root=root, mixture=entries, global_batch=BATCH, new_segment=True)
+    return Plan.open(section, toy_tokenizer(), 3, (), show=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
+    """A run of two segments (b leaves, c comes), as its directory would be; and the ids of every step, by the plans."""
+    root = tmp_path_factory.mktemp("ledger")
+    for name, samples in SIZES.items():
+        make(root, name, samples)
+    first, second = plan_of(root, {"a": 3, "b": 1}), plan_of(root, {"c": 2, "a": 1})
+    assert second.follow(first.segments, CHANGE)
+    ids = [plan.sample_ids(plan.samples(step)) for step in range(STEPS) for plan in [first if step < CHANGE else second]]
+    run_dir = root / "run"
+    for plan in (first, second):
+        write_stream(run_dir / "ledger", plan.segments, {d.name: d.place for d in plan.datasets})
+    recipe = {"train": {"steps": STEPS}, "data": {"root": str(root), "mixture": [{"path": "c", "weight": 2}, {"path": "a", "weight": 1}]}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return run_dir, ids
+
+
+@pytest.mark.parametrize("counts", [[40] * 37, [1], [0, 3, 0, 0, 5] * 9, [7] * 16])
+def test_places_are_inverted(counts: list[int]) -> None:
+    order = Order(counts, derive_key("inverse", len(counts)))
+    epochs = np.asarray([0, 1, 5])
+    for shard, count in enumerate(counts):
+        for row in {0, count // 2, count - 1} if count else set():
+            places = order.locate(order.positions(shard, row, epochs))
+            assert (places.epoch.tolist(), set(places.shard.tolist()), set(places.row.tolist())) == ([0, 1, 5], {shard}, {row})
+
+
+def test_the_samples_of_a_step_are_the_plans(run: tuple[Path, list[list[str]]]) -> None:
+    run_dir, ids = run
+    stream = RunStream(run_dir)
+    assert [[use.sample_id for use in stream.samples(step)] for step in range(STEPS)] == ids
+
+
+def test_the_steps_of_a_sample_are_all_there_are(run: tuple[Path, list[list[str]]]) -> None:
+    run_dir, ids = run
+    stream = RunStream(run_dir)
+    found: dict[str, list[int]] = {}
+    for step, names in enumerate(ids):
+        for name in names:
+            found.setdefault(name.partition("@")[0], []).append(step)
+    for name, size in SIZES.items():
+        for number in range(size):
+            shard = f"train-{number // 5:06d}"
+            known = next((key for key in found if key.endswith(f"/{name}{number:03d}x")), f"{name}/{shard}/{name}{number:03d}x")
+            assert [use.step for use in stream.steps_of(stream.find(known))] == found.get(known, [])
+    assert any(len(steps) > 3 for steps in found.values()), "several epochs were asked for"
+
+
+def test_a_sample_is_found_by_any_part_of_its_id_that_names_it(run: tuple[Path, list[list[str]]]) -> None:
+    stream = RunStream(run[0])
+    whole = stream.find("b004x").name
+    assert whole.startswith("b/") and whole.endswith("/b004x")
+    dataset, shard, key = whole.split("/")
+    for part in (whole, whole[:-1], f"{shard}/{key}", f"{shard}/b004", "b004"):
+        assert stream.find(part).name == whole
+    assert stream.find(f"{dataset}/{stream.find('b007').shard_name}/b007").key == "b007x"
+    with pytest.raises(UsageError, match="may be"):
+        stream.find("b00")
+    with pytest.raises(UsageError, match="no sample"):
+        stream.find("zebra")
+    with pytest.raises(UsageError, match=r"0 \.\. 22"):
+        stream.samples(STEPS)
+
+
+def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
+    make(tmp_path, "a", 6)
+    plan = plan_of(tmp_path, {"a": 1})
+    write_stream(tmp_path / "run" / "ledger", plan.segments, {"a": str(tmp_path / "a")})
+    (tmp_path / "run" / "config.yaml").write_text(
+        yaml.safe_dump({"train": {"steps": 2}, "data": {"root": str(tmp_path), "mixture": [{"path": "a"}]}})
+    )
+    assert len(RunStream(tmp_path / "run").samples(0)) == BATCH
+    (tmp_path / "a").rename(tmp_path / "old")
+    make(tmp_path, "a", 7)
+    with pytest.raises(Exception, match="its shards are not those"):
+        RunStream(tmp_path / "run").samples(0)
+    with pytest.raises(UsageError, match=r"segments\.json"):
+        RunStream(tmp_path)
+
+
+def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a tombstone."""
+    run_dir, ids = run
+    live = tmp_path / "run"
+    for name in ("config.yaml", "ledger/segments.json", "ledger/datasets.json"):
+        (live / name).parent.mkdir(parents=True, exist_ok=True)
+        (live / name).write_text((run_dir / name).read_text())
+    first = Ledger(live / "ledger", 0)
+    assert first.begin(0) == 0
+    for step in range(7):
+        first.record(step, [])
+    second = Ledger(live / "ledger", 0)
+    assert second.begin(4) == 3
+    (live / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (live / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
+    batch = pack([sample(1, ("a",))])
+    bad = type(batch)(**{**batch.__dict__, "sample_ids": (ids[5][2],), "tombstones": {0: "torn"}})
+    second.record(4, [])
+    second.record(5, [bad])
+    (live / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "applied": s != 4}) + "\n" for s in range(6)) + '{"step": 6, "app')
+
+    record = RunRecord(live)
+    states = [tuple(record.of(step)) for step in range(8)]
+    assert states == [
+        ("trained", 0, True), ("trained", 0, True), ("trained", 0, True), ("trained", 0, True),
+        ("skipped", 1, False), ("trained", 1, False), ("planned", 1, False), ("planned", 0, False),
+    ]  # fmt: skip
+
+    def ask(**question: Any) -> dict[str, Any]:
+        given = {"step": None, "key": None} | question
+        assert ledger_command(live, given["step"], given["key"], as_json=True) == 0
+        answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return answer
+
+    answer = ask(step=5)
+    assert [row["id"] for row in answer["samples"]] == ids[5]
+    assert [row["tombstone"] for row in answer["samples"]] == [None, None, "torn", *[None] * (BATCH - 3)]
+    assert answer["state"] == "trained" and answer["lost"] == 1
+    back = ask(key=ids[5][2])  # with its epoch
+    assert [(row["step"], row["tombstone"]) for row in back["seen"]] == [(5, "torn")]
+    assert ask()["lost_steps"] == 3
+    assert ledger_command(live, None, ids[5][2].partition("@")[0], as_json=False) == 0
+    assert "TOMBSTONE: torn" in capsys.readouterr().out
+
+
+def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> None:
+    """2500 epochs of one small dataset beside a large share: nothing is replayed."""
+    make(tmp_path, "a", 100)
+    make(tmp_path, "b", 40)
+    plan = plan_of(tmp_path, {"a": 0.25, "b": 0.75})
+    write_stream(tmp_path / "run" / "ledger", plan.segments, {d.name: d.place for d in plan.datasets})
+    mixture = [{"path": "a"}, {"path": "b"}]
+    (tmp_path / "run" / "config.yaml").write_text(
+        yaml.safe_dump({"train": {"steps": 100_000}, "data": {"root": str(tmp_path), "mixture": mixture}})
+    )
+    started = time.process_time()
+    stream = RunStream(tmp_path / "run")
+    uses = stream.steps_of(stream.find("a042x"))
+    there = [any(use.sample.key == "a042x" for use in stream.samples(use.step)) for use in uses[::250]]
+    assert time.process_time() - started < 10
+    assert len(uses) == 2500 and all(there)
+    assert [use.epoch for use in uses] == list(range(2500))
+
+
+def test_the_ledger_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import onellm_dist.train.ledger_command, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
