@@ -150,9 +150,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     engine = _wrap(model, config, settings)
     first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
     ledger = Ledger(config.run.dir / LEDGER, world.rank)
-    lost = ledger.begin(first_step)
-    if lost:
-        events.write("steps_lost", first=first_step, count=lost, say=f"{lost} steps from step {first_step} on are done again")
+    ledger.begin(first_step)
     steps = config.train.steps
     run = Run(
         config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,

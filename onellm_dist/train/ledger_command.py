@@ -35,7 +35,7 @@ def ledger_command(run_dir: Path, step: int | None, key: str | None, *, as_json:
 def _of_step(stream: RunStream, record: RunRecord, step: int) -> tuple[dict[str, Any], list[str]]:
     uses = stream.samples(step)
     became = record.of(step)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "id": use.sample_id, "dataset": use.sample.dataset, "shard": use.sample.shard_name, "key": use.sample.key, "epoch": use.epoch,
             "modalities": list(stream.modalities(use.sample.dataset)), "tombstone": record.tombstones.get(use.sample_id),
@@ -56,7 +56,7 @@ def _of_sample(stream: RunStream, record: RunRecord, key: str) -> tuple[dict[str
     epoch = re.search(r"@(\d+)$", key)
     sample = stream.find(key[: epoch.start()] if epoch else key)
     uses = [use for use in stream.steps_of(sample) if epoch is None or use.epoch == int(epoch.group(1))]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"step": use.step, "epoch": use.epoch, **record.of(use.step)._asdict(), "tombstone": record.tombstones.get(use.sample_id)}
         for use in uses
     ]
