@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -83,6 +84,51 @@ def ledger(
     from onellm_dist.train.ledger_command import ledger_command
 
     raise typer.Exit(ledger_command(run, step, sample, as_json=as_json))
+
+
+@app.command()
+def launch(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")],
+    nodes: Annotated[str, typer.Option(help="Nodes: 2, or 1-4 for as many of four as there are.")] = "1",
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs, and ranks, a node.")] = 8,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Where it is not the GPUs' number: runs on CPUs.")] = None,
+    starter: Annotated[str, typer.Option("--with", help="How ranks start: srun, torchrun or deepspeed (pdsh).")] = "srun",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit as Slurm writes it [24:00:00].")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="Nodes to keep away from: gpu[07,12].")] = None,
+    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Cores a rank, to share nodes; default: whole nodes.")] = None,
+    container: Annotated[str | None, typer.Option(help="Image to run in.")] = None,
+    container_runtime: Annotated[str | None, typer.Option(help="pyxis (Enroot) or apptainer [pyxis].")] = None,
+    mount: Annotated[list[str] | None, typer.Option(help="A folder that the container sees (repeatable), besides the run's.")] = None,
+    max_requeues: Annotated[
+        int | None, typer.Option(min=0, help="Failures in a row, without a new checkpoint, before it halts [5].")
+    ] = None,
+    signal_notice: Annotated[
+        int | None, typer.Option(help="Seconds of notice before the time limit; the last save must fit [300].")
+    ] = None,
+    job_name: Annotated[str | None, typer.Option(help="Default: the recipe's name.")] = None,
+    python: Annotated[str | None, typer.Option(help="The interpreter on the nodes; default: this one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: stdout, or RUN_DIR/job.sbatch with --submit.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
+) -> None:
+    """Render a Slurm job script for a recipe, check it, and submit it on request. It requeues and resumes by itself.
+
+    Examples: onellm launch stage1_image --nodes 2 --gpus-per-node 8 --set run.dir=/scratch/stage1 --submit
+              onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu --out tune.sbatch
+    """
+    from onellm_dist.launch.submit import launch_command
+
+    options = {
+        "gpus_per_node": gpus_per_node, "ranks_per_node": ranks_per_node, "starter": starter, "time": time, "partition": partition,
+        "account": account, "qos": qos, "exclude": exclude, "cpus_per_rank": cpus_per_rank, "container": container,
+        "container_runtime": container_runtime, "max_requeues": max_requeues, "signal_notice_s": signal_notice, "name": job_name,
+        "python": python, "mounts": mount or [],
+    }  # fmt: skip
+    command = shlex.join(["onellm", *sys.argv[1:]])
+    raise typer.Exit(launch_command(recipe, settings or [], nodes=nodes, out=out, submit=submit, command=command, **options))
 
 
 @shards_app.command("build")

@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "data": {"modalities", "shards.format", "shards.index"},
     "shards": {"modalities"},
     "launch": set(),
+    "slurm": {"launch"},
     "train": {"data", "model", "modalities", "launch", "shards.format"},
     "convert": {"model", "modalities"},
     "report": {"train.metrics", "train.exits"},

@@ -1,0 +1,217 @@
+"""What a job script asks around a start of the run: `begin` before the ranks start, `end` after they ended: go on, requeue, or stop?
+
+    python -m onellm_dist.launch.after begin RUN_DIR
+    python -m onellm_dist.launch.after end RUN_DIR --launcher-status N --stop-asked 0|1 --max-requeues N
+
+`end` explains itself on stderr and prints one line on stdout: VERDICT DELAY_SECONDS EXIT_CODE, the verdict being done, requeue or halt.
+It reads `exit.json` (launchers blur exit codes) and the history in `attempts.jsonl`. It imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
+from onellm_dist.launch.attempts import LOST, RUNNING, Attempt, append_attempt, now, read_attempts, this_attempt
+
+CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
+FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
+SHOWN_SUSPECTS = 8
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the job script is to do."""
+
+    word: str
+    """done, requeue or halt."""
+    delay_s: int
+    exit_code: int
+    why: str
+    """For people."""
+
+
+def begin(run_dir: Path, env: Mapping[str, str]) -> None:
+    """Record this start, and take away how the last one ended: what `end` reads must be this start's."""
+    before = read_attempts(run_dir)
+    if before and before[-1].status == RUNNING:  # nobody wrote its end: node or job script were killed
+        step = steps_done(run_dir)
+        append_attempt(run_dir, replace(before[-1], status=LOST, step=step, failed_step=step, checkpoint=newest_checkpoint(run_dir)))
+    (run_dir / "exit.json").unlink(missing_ok=True)
+    append_attempt(run_dir, this_attempt(env))
+
+
+def end(run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: bool, max_requeues: int) -> Verdict:
+    """Record how this start ended and decide what follows."""
+    attempts = read_attempts(run_dir)
+    key = this_attempt(env)
+    started = next((a for a in attempts if (a.job_id, a.restart_count) == (key.job_id, key.restart_count)), key)
+    earlier = [a for a in attempts if (a.job_id, a.restart_count) != (key.job_id, key.restart_count)]
+    ended = how_it_ended(run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked)
+    verdict = decide(ended, earlier, max_requeues=max_requeues)
+    append_attempt(run_dir, replace(ended, verdict=verdict.word, delay_s=verdict.delay_s))
+    return verdict
+
+
+def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: bool) -> Attempt:
+    """The attempt as `exit.json` tells it; where no rank wrote one, as the launcher and the stop tell it."""
+    over = replace(started, end=now(), checkpoint=newest_checkpoint(run_dir))
+    found = _read_json(run_dir / "exit.json")
+    if stop_asked and found.get("status") == "failed":  # a second signal, or time ran out in the middle of the checkpoint
+        reason = f"stopped before its checkpoint was whole: {found.get('reason', '')}"
+        return replace(over, status="preempted", step=found.get("step"), reason=reason)
+    if found.get("status") in CODES:
+        return replace(
+            over, status=found["status"], step=found.get("step"), failed_step=found.get("failed_step"), reason=str(found.get("reason", "")),
+            suspects=tuple(str(s) for s in found.get("suspects") or ()),
+        )  # fmt: skip
+    step = steps_done(run_dir)
+    if stop_asked:
+        return replace(over, status="preempted", step=step, reason="stopped before the ranks could write a checkpoint")
+    if launcher_status == EXIT_USAGE:
+        return replace(over, status="usage", step=step, reason="the launcher or the recipe refused the command line (see above)")
+    reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
+    return replace(over, status="failed", step=step, failed_step=step, reason=reason)
+
+
+def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> Verdict:
+    """Done, requeue with a back-off, or halt.
+
+    Halts where the command line is wrong, where two starts failed at the same step with nothing got past it in between (a crash loop), and
+    after `max_requeues` failures in a row of which none wrote a new checkpoint. Preemptions are never counted.
+    """
+    at = f"step {_place(ended)}" if _place(ended) is not None else "before the first step"
+    if ended.status == "done":
+        return Verdict("done", 0, EXIT_DONE, f"done: {ended.reason}")
+    if ended.status == "usage":
+        return Verdict(
+            "halt",
+            0,
+            EXIT_USAGE,
+            f"halted: {ended.reason}\nThe same command would be refused again.\nMend the recipe or the job script and submit it anew.",
+        )
+    if ended.status == "preempted":
+        return Verdict("requeue", 0, EXIT_PREEMPTED, f"preempted ({ended.reason}) at {at}: requeued, goes on from its newest checkpoint")
+    twin = _same_step(ended, earlier)
+    if twin is not None:
+        return Verdict("halt", 0, EXIT_FAILED, _crash_loop(ended, twin, at))
+    in_a_row = 1 + _failures_in_a_row(ended, earlier)
+    if in_a_row > max_requeues:
+        why = f"halted: {in_a_row} failures in a row without a new checkpoint, {max_requeues} requeues are allowed (--max-requeues)."
+        return Verdict(
+            "halt",
+            0,
+            EXIT_FAILED,
+            f"{why}\nThe last one, at {at}: {ended.reason}\nMend its cause and submit the job anew: it goes on from the newest checkpoint.",
+        )
+    delay = min(FIRST_DELAY_S * 2 ** (in_a_row - 1), LONGEST_DELAY_S)
+    return Verdict(
+        "requeue",
+        delay,
+        EXIT_FAILED,
+        f"failed at {at}: {ended.reason}\nrequeued in {delay} s (failure {in_a_row} of {max_requeues} in a row)",
+    )
+
+
+def steps_done(run_dir: Path) -> int | None:
+    """Steps that `metrics.jsonl` has, for a start that could not say it itself."""
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"]) + 1
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint; a checkpoint has its name only when it is whole."""
+    names = [f.name.removeprefix("step-") for f in (run_dir / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def _place(attempt: Attempt) -> int | None:
+    return attempt.failed_step if attempt.failed_step is not None else attempt.step
+
+
+def _same_step(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | None:
+    """An earlier failure at the same step, nothing having got past that step since."""
+    place = _place(ended)
+    for attempt in reversed(earlier):
+        if attempt.status == "failed" and _place(attempt) == place:
+            return attempt
+        if (attempt.step or 0) > (place or 0):
+            return None
+    return None
+
+
+def _failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
+    """Failed and lost starts just before this one, back to the last that ended well or with another newest checkpoint."""
+    count = 0
+    for attempt in reversed(earlier):
+        if attempt.status not in ("failed", LOST) or attempt.checkpoint != ended.checkpoint:
+            break
+        count += 1
+    return count
+
+
+def _crash_loop(ended: Attempt, twin: Attempt, at: str) -> str:
+    common = [s for s in ended.suspects if s in set(twin.suspects)] or list(ended.suspects)
+    lines = [f"halted: two starts failed at {at}, another would too.", f"Now: {ended.reason}"]
+    if twin.reason != ended.reason:
+        lines.append(f"Before: {twin.reason}")
+    if common:
+        rest = f" and {len(common) - SHOWN_SUSPECTS} more (attempts.jsonl)" if len(common) > SHOWN_SUSPECTS else ""
+        lines.append(f"Suspect samples (of the micro-step that failed): {', '.join(common[:SHOWN_SUSPECTS])}{rest}")
+        lines.append("Look at them (`onellm shards preview`), mend or leave them out (`onellm shards repair`), and submit the job anew.")
+    else:
+        lines.append("No sample is suspected. Look for the cause in the job's log, mend it, and submit the job anew.")
+    return "\n".join(lines)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: see the top of this file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m onellm_dist.launch.after", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("begin", "end"):
+        commands.add_parser(name).add_argument("run_dir", type=Path)
+    ending = commands.choices["end"]
+    ending.add_argument("--launcher-status", type=int, required=True)
+    ending.add_argument("--stop-asked", type=int, choices=(0, 1), default=0)
+    ending.add_argument("--max-requeues", type=int, default=5)
+    given = parser.parse_args(arguments)
+    if given.command == "begin":
+        begin(given.run_dir, os.environ)
+        return EXIT_DONE
+    verdict = end(
+        given.run_dir, os.environ, launcher_status=given.launcher_status, stop_asked=bool(given.stop_asked), max_requeues=given.max_requeues
+    )
+    print(verdict.why, file=sys.stderr)
+    print(verdict.word, verdict.delay_s, verdict.exit_code)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

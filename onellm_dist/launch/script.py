@@ -1,0 +1,193 @@
+"""Renders a job script that people can read, edit and keep."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from onellm_dist import __version__
+from onellm_dist.launch.job import Job
+
+FIRST_PORT, PORTS = 20000, 20000
+
+_ASK = """\
+# Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption): the file `stop` is what every way of starting understands,
+# for the deepspeed runner and torchrun do not pass signals on. All ranks see it at the end of a step, write a checkpoint and leave.
+stop_asked=0
+trap 'stop_asked=1; echo "$(date +%FT%T) asked to stop: $run_dir/stop"' USR1 TERM
+"""
+
+_WAIT = """\
+# Not a plain `wait`: the trap must run while the ranks do. The file is touched until they are gone, since ranks that are only just
+# starting remove one that they find.
+while kill -0 "$ranks" 2>/dev/null; do
+    [ "$stop_asked" = 0 ] || touch "$run_dir/stop"
+    sleep 1 & wait $!
+done
+wait "$ranks"
+status=$?
+"""
+
+_AFTER = """\
+# Launchers blur exit codes, so the verdict comes from $run_dir/exit.json and the starts before this one ($run_dir/attempts.jsonl):
+# done; preempted: requeue; failed: requeue with a back-off, but not for ever, and never twice at the same step; wrong usage: halt.
+read -r verdict delay code < <({tool} end "$run_dir" \\
+    --launcher-status "$status" --stop-asked "$stop_asked" --max-requeues {max_requeues})
+if [ "${{verdict:-}}" = requeue ]; then
+    # RUNNING: the job is still ours. After scancel it is not, and a preemption by REQUEUE has requeued it already.
+    if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+        trap '' TERM # requeueing ends this script too; one more line is to be run
+        scontrol requeue "$SLURM_JOB_ID"
+        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay" # else Slurm waits two minutes
+    else
+        echo "not requeued from here: the job is being cancelled or requeued already"
+    fi
+fi
+exit "${{code:-1}}"
+"""
+
+
+def render(job: Job) -> str:
+    """The whole script; the same job gives the same text."""
+    tool = f"{'in_container ' if job.container else ''}{job.python} -m onellm_dist.launch.after"
+    parts = [
+        _header(job),
+        _run_dir(job),
+        _ASK,
+        _in_container(job),
+        "# This start goes into the history of the run, and the exit.json of an earlier one goes away.\n"
+        f'{tool} begin "$run_dir" || exit 1\n',
+    ]
+    if job.preflight:
+        parts.append(_preflight(job))
+    parts += [_start(job), _WAIT, _AFTER.format(tool=tool, max_requeues=job.max_requeues)]
+    return "\n".join(filter(None, parts))
+
+
+def _header(job: Job) -> str:
+    least, most = job.nodes
+    nodes = str(least) if least == most else f"{least}-{most}"
+    options = [
+        f"--job-name={job.name}", f"--nodes={nodes}", f"--ntasks-per-node={job.ranks_per_node}",
+        f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
+        f"--cpus-per-task={job.cpus_per_rank}" if job.cpus_per_rank else "--exclusive",
+        "" if job.cpus_per_rank else "--mem=0",
+        f"--time={job.time}",
+        f"--partition={job.partition}" if job.partition else "", f"--account={job.account}" if job.account else "",
+        f"--qos={job.qos}" if job.qos else "", f"--exclude={job.exclude}" if job.exclude else "",
+        "--requeue", "--open-mode=append", f"--signal=B:USR1@{job.signal_notice_s}", "--output=%x-%j.log",
+    ]  # fmt: skip
+    about = {
+        "--exclusive": "whole nodes: their cores and memory are shared by our ranks alone",
+        "--requeue": "a lost node or a preemption puts the job back into the queue; the run goes on from its newest checkpoint",
+        "--open-mode=append": "a requeued job writes on in the same log",
+        f"--signal=B:USR1@{job.signal_notice_s}": "seconds before the time limit, to this script: the last checkpoint must fit in",
+    }
+    what = job.recipe or "any recipe (sbatch --nodes=2 generic.sbatch RUN_DIR RECIPE [key=value ...])"
+    ranks = f"{job.ranks_per_node} rank{'s' if job.ranks_per_node > 1 else ''}"
+    lines = ["#!/usr/bin/env bash", f"# {what} on {nodes} node{'s' if nodes != '1' else ''} with {ranks} each, started by {job.starter}."]
+    lines.append(f"# Rendered by onellm_dist {__version__}; it is yours: read it, edit it, keep it.")
+    if job.command:
+        lines.append(f"#   {job.command}")
+    for option in filter(None, options):
+        lines.append(f"#SBATCH {option}" + (f"  # {about[option]}" if option in about else ""))
+    lines += ["", "# sbatch hands your environment on. Where a cluster does not, set it here: source .venv/bin/activate", "set -u"]
+    return "\n".join(lines) + "\n"
+
+
+def _run_dir(job: Job) -> str:
+    usage = f"usage: sbatch --nodes=2 {job.name}.sbatch RUN_DIR RECIPE [key=value ...]"
+    where = f'"${{1:?{usage}}}"' if not job.recipe else shlex.quote(str(job.run_dir))
+    return f'run_dir={where}\nmkdir -p "$run_dir"\n'
+
+
+def _start(job: Job) -> str:
+    return {"srun": _with_srun, "torchrun": _with_torchrun, "deepspeed": _with_deepspeed}[job.starter](job)
+
+
+def _with_srun(job: Job) -> str:
+    return (
+        "# One process a GPU, straight from Slurm: rank, world size and the address of rank 0 are read from its variables. When a rank\n"
+        "# fails, Slurm ends the others. Cores are not bound to ranks, for a rank's loader workers need them too.\n"
+        + _srun(job, job.ranks_per_node, " --kill-on-bad-exit=1")
+        + f"    {_inside(job)}{job.python} -u -m {_training(job)} &\nranks=$!\n"
+    )
+
+
+def _with_torchrun(job: Job) -> str:
+    return (
+        "# One torchrun a node, which starts a process a GPU; they meet at the first node.\n"
+        + _first_node()
+        + _srun(job, 1, " --kill-on-bad-exit=1")
+        + f"    {_inside(job)}{job.python} -m torch.distributed.run \\\n"
+        f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} --rdzv-backend=c10d \\\n'
+        '    --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \\\n'
+        f"    --module {_training(job)} &\nranks=$!\n"
+    )
+
+
+def _with_deepspeed(job: Job) -> str:
+    deepspeed = "deepspeed" if job.python == "python" else str(Path(job.python).with_name("deepspeed"))
+    return (
+        "# The deepspeed runner starts the ranks through pdsh and ssh, so it needs ssh between nodes without a password. The hostfile is\n"
+        "# made from the allocation; what ssh does not hand on (PATH, NCCL settings) stands in .deepspeed_env in the working directory.\n"
+        + _first_node()
+        + f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed \'s/$/ slots={job.ranks_per_node}/\' >"$run_dir/hostfile"\n'
+        f'{deepspeed} --hostfile "$run_dir/hostfile" --launcher pdsh --master_addr "$first" --master_port "$port" --no_ssh_check \\\n'
+        f"    --module {_training(job)} &\nranks=$!\n"
+    )
+
+
+def _srun(job: Job, tasks_per_node: int, more: str) -> str:
+    """The first lines of a step over all nodes; Slurm must be told the tasks again, for the step may start other numbers than the job."""
+    tasks = '"$SLURM_JOB_NUM_NODES"' if tasks_per_node == 1 else f"$((SLURM_JOB_NUM_NODES * {tasks_per_node}))"
+    first = f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks={tasks} --ntasks-per-node={tasks_per_node}'
+    return f"{first} --cpu-bind=none{more}{_pyxis(job)} \\\n"
+
+
+def _first_node() -> str:
+    return (
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
+        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS})) # jobs that share a node must not share a port\n"
+    )
+
+
+def _preflight(job: Job) -> str:
+    return (
+        "# Before GPUs are paid for: every node is looked at (GPUs, bandwidth, clocks, versions, disk), and a bad one is named.\n"
+        + _srun(job, job.ranks_per_node, "")
+        + f"    {_inside(job)}{job.python} -m onellm_dist.cli doctor --distributed\n"
+    )
+
+
+def _training(job: Job) -> str:
+    if not job.recipe:
+        return 'onellm_dist.train "${@:2}" run.dir="$run_dir"'
+    return " ".join(["onellm_dist.train", shlex.quote(job.recipe), *(shlex.quote(item) for item in job.overrides)])
+
+
+def _mounts(job: Job) -> list[str]:
+    return ['"$PWD"', *(shlex.quote(path) for path in job.mounts)]
+
+
+def _pyxis(job: Job) -> str:
+    if not job.container or job.container_runtime != "pyxis":
+        return ""
+    mounts = ",".join(f"{path}:{path}" for path in _mounts(job))
+    return f' \\\n    --container-image={shlex.quote(job.container)} --container-mounts={mounts} --container-workdir="$PWD"'
+
+
+def _inside(job: Job) -> str:
+    if not job.container or job.container_runtime != "apptainer":
+        return ""
+    nv = " --nv" if job.gpus_per_node else ""
+    binds = " ".join(f"--bind {path}" for path in _mounts(job))
+    return f'apptainer exec{nv} {binds} --pwd "$PWD" {shlex.quote(job.container)} \\\n    '
+
+
+def _in_container(job: Job) -> str:
+    """A shell function for commands of ours in the job script itself; nothing without a container."""
+    if not job.container:
+        return ""
+    enter = _inside(job) if job.container_runtime == "apptainer" else f"srun --nodes=1 --ntasks=1 --overlap{_pyxis(job)} \\\n    "
+    return f'# The package lives in the container.\nin_container() {{\n    {enter}"$@"\n}}\n'

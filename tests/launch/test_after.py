@@ -1,0 +1,150 @@
+"""What the job script is told after a start of the run: requeue, with which delay, or halt, and why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onellm_dist.launch.after import begin, end
+from onellm_dist.launch.attempts import ATTEMPTS, read_attempts
+
+
+class History:
+    """Starts of one job, one after the other, in a run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir, self.restart = run_dir, 0
+
+    def env(self) -> dict[str, str]:
+        return {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
+
+    def begin(self) -> None:
+        begin(self.run_dir, self.env())
+
+    def end(self, *, status: int = 1, stop: bool = False, most: int = 3, checkpoint: int | None = None) -> tuple[str, int, int]:
+        if checkpoint is not None:
+            (self.run_dir / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True)
+        verdict = end(self.run_dir, self.env(), launcher_status=status, stop_asked=stop, max_requeues=most)
+        self.restart += 1
+        self.why = verdict.why
+        return verdict.word, verdict.delay_s, verdict.exit_code
+
+    def start(self, exit_json: dict[str, Any] | None = None, **how: Any) -> tuple[str, int, int]:
+        self.begin()
+        if exit_json is not None:
+            (self.run_dir / "exit.json").write_text(json.dumps(exit_json))
+        return self.end(**how)
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    return History(tmp_path / "run")
+
+
+def test_done_and_usage_end_the_job(history: History) -> None:
+    # The launcher's own exit code is not asked.
+    assert history.start({"status": "done", "step": 12, "reason": "12 steps"}, status=1) == ("done", 0, 0)
+    history.begin()
+    assert not (history.run_dir / "exit.json").exists()  # else an older end would be taken for this one
+    assert history.end(status=2) == ("halt", 0, 2)
+    assert history.start({"status": "usage", "step": None, "reason": "unknown key"}) == ("halt", 0, 2)
+    assert "unknown key" in history.why
+
+
+def failed(history: History, step: int, suspects: tuple[str, ...] = (), **how: Any) -> tuple[str, int, int]:
+    found = {"status": "failed", "step": step, "failed_step": step, "reason": f"boom at {step}", "suspects": suspects}
+    return history.start(found, **how)
+
+
+def preempted(history: History, step: int, **how: Any) -> tuple[str, int, int]:
+    return history.start({"status": "preempted", "step": step, "reason": "stop file"}, **how)
+
+
+def test_preemptions_are_requeued_at_once_and_never_counted(history: History) -> None:
+    for step in range(1, 9):
+        assert preempted(history, step, most=0) == ("requeue", 0, 75)
+
+
+def test_failures_back_off_and_end_after_the_limit(history: History) -> None:
+    assert failed(history, 10) == ("requeue", 60, 1)
+    assert failed(history, 11) == ("requeue", 120, 1)
+    assert failed(history, 12) == ("requeue", 240, 1)
+    assert failed(history, 13) == ("halt", 0, 1)
+    assert "4 failures in a row" in history.why and "boom at 13" in history.why
+
+
+def test_a_new_checkpoint_or_a_preemption_ends_the_row(history: History) -> None:
+    assert failed(history, 10) == ("requeue", 60, 1)
+    assert failed(history, 11) == ("requeue", 120, 1)
+    assert failed(history, 50, checkpoint=40) == ("requeue", 60, 1)
+    assert failed(history, 51) == ("requeue", 120, 1)
+    assert preempted(history, 45) == ("requeue", 0, 75)
+    assert failed(history, 52) == ("requeue", 60, 1)
+
+
+def test_the_same_step_twice_halts_and_names_the_suspects(history: History) -> None:
+    assert failed(history, 10, suspects=("image/a/1@0", "image/a/2@0"))[0] == "requeue"
+    assert preempted(history, 9)[0] == "requeue"
+    assert failed(history, 10, suspects=("image/a/2@0", "image/a/3@0")) == ("halt", 0, 1)
+    assert "two starts failed at step 10" in history.why and "image/a/2@0" in history.why and "image/a/1@0" not in history.why
+
+
+def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
+    assert failed(history, 10)[0] == "requeue"
+    assert preempted(history, 20)[0] == "requeue"
+    assert failed(history, 10)[0] == "requeue"
+
+
+def test_failing_before_the_first_step_twice_halts(history: History) -> None:
+    assert history.start(status=1)[0] == "requeue"
+    assert history.start(status=1) == ("halt", 0, 1)
+    assert "before the first step" in history.why and "without exit.json" in history.why
+
+
+def test_ranks_that_vanish_are_placed_by_their_metrics(history: History) -> None:
+    history.begin()
+    (history.run_dir / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5, "lo')
+    assert history.end(status=137)[0] == "requeue"
+    assert read_attempts(history.run_dir)[-1].failed_step == 5
+
+
+def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
+    assert history.start(status=143, stop=True, most=0) == ("requeue", 0, 75)
+    found = {"status": "failed", "step": 4, "reason": "SIGTERM after the file: ended at once"}
+    assert history.start(found, status=143, stop=True, most=0) == ("requeue", 0, 75)
+    assert "before its checkpoint was whole" in history.why
+
+
+def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: History) -> None:
+    history.begin()
+    assert [a.status for a in read_attempts(history.run_dir)] == ["running"]
+    history.restart += 1
+    assert failed(history, 4) == ("requeue", 120, 1)
+    first, second = read_attempts(history.run_dir)
+    assert (first.status, first.end, second.status, second.step) == ("lost", None, "failed", 4)
+    assert first.nodes == ("n1", "n2") and (second.job_id, second.restart_count, second.verdict) == ("7", 1, "requeue")
+
+
+def test_a_line_cut_short_is_passed_over(history: History) -> None:
+    preempted(history, 3)
+    with (history.run_dir / ATTEMPTS).open("a") as out:
+        out.write('{"job_id": "7", "resta')
+    assert [a.status for a in read_attempts(history.run_dir)] == ["preempted"]
+
+
+def test_the_command_line_needs_no_torch(history: History) -> None:
+    history.begin()
+    (history.run_dir / "exit.json").write_text(json.dumps({"status": "preempted", "step": 3, "reason": "USR1"}))
+    code = (
+        "import sys; from onellm_dist.launch.after import main; main(sys.argv[1:]);"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+    )
+    line = ["end", str(history.run_dir), "--launcher-status", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *line], env=history.env(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "requeue 0 75\n"), done.stderr
+    assert "preempted (USR1)" in done.stderr
