@@ -99,8 +99,9 @@ class DataSection(Section):
     """Most LLM positions of a micro-batch."""
     pack_encoder_tokens: PositiveInt = 16384
     """Most encoder tokens of a micro-batch."""
-    text_format: Literal["caption", "conversation"] = "caption"
-    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt, answers supervised."""
+    text_format: Literal["caption", "conversation", "chat"] = "caption"
+    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt, answers supervised.
+    `chat`: the same in the LLM's own chat template."""
     max_text_tokens: PositiveInt = 96
     """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
     augment: bool = True

@@ -1,10 +1,12 @@
 """Text lengths, measured once: a sidecar per shard and (tokenizer, text format, max tokens), so that plans need no tokenizer.
 
 `<dataset>/lengths/<fingerprint>/<shard>-<sha256 of its tar, 12 digits>.npy` is an [n, 2] array of unsigned integers: text
-tokens (BOS included) and supervised tokens of each row. A rebuilt shard or another tokenizer has another name, so a
-sidecar is never out of date; sidecars are written aside and renamed, so they are whole or absent. Where the dataset's
-folder is read-only they lie in the user's cache instead: `$ONELLM_CACHE` (or `$XDG_CACHE_HOME/onellm_dist`, or
-`~/.cache/onellm_dist`)`/lengths/<dataset>/<fingerprint>/`, which ranks on several machines must then share.
+tokens (BOS included) and supervised tokens of each row. Where a row of the shard has several captions it is an [m, 3] array
+instead, a caption each: its row, text tokens, supervised tokens; rows ascending, a row's captions in their order. A rebuilt
+shard or another tokenizer has another name, so a sidecar is never out of date; sidecars are written aside and renamed, so they
+are whole or absent. Where the dataset's folder is read-only they lie in the user's cache instead: `$ONELLM_CACHE` (or
+`$XDG_CACHE_HOME/onellm_dist`, or `~/.cache/onellm_dist`)`/lengths/<dataset>/<fingerprint>/`, which ranks on several machines must
+then share.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.data.captions import chosen_captions
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, read_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, TextEncoder
@@ -43,6 +46,7 @@ WINDOW_BYTES = 64 << 20
 """Part of a remote shard whose texts are fetched together."""
 
 Pairs = NDArray[np.unsignedinteger]
+Ints = NDArray[np.int64]
 
 
 class _Row(NamedTuple):
@@ -69,32 +73,53 @@ def _sidecar_name(shard: ShardInfo) -> str:
     return f"{shard.name}-{shard.sha256[:12]}.npy"
 
 
-class Lengths:
-    """The sidecars of some datasets; the most recently used ones are kept in memory, up to CACHE_BYTES."""
+class _Texts(NamedTuple):
+    """The lengths of a shard's texts."""
 
-    def __init__(self, datasets: Sequence[Dataset], fingerprint: str, split: str) -> None:
-        self._datasets, self._fingerprint = datasets, fingerprint
+    pairs: Pairs
+    """[m, 2] text and supervised tokens of each text, row by row."""
+    starts: Ints | None
+    """[n + 1] the first text of each row; None where every row has one."""
+
+
+class Lengths:
+    """The sidecars of some datasets; the most recently used ones are kept in memory, up to CACHE_BYTES.
+
+    Args:
+        seed: the run's; with sample and epoch it chooses among captions.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], fingerprint: str, split: str, seed: int) -> None:
+        self._datasets, self._fingerprint, self._seed = datasets, fingerprint, seed
         self._shards = [dataset.shards(split) for dataset in datasets]
-        self._kept: OrderedDict[tuple[int, int], Pairs] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], _Texts] = OrderedDict()
         self._bytes = 0
 
-    def of(self, dataset: int, shard: int) -> Pairs:
-        """[n, 2] text and supervised tokens of each row of a shard.
+    def at(self, dataset: int, shard: int, rows: Ints, epochs: Ints) -> Pairs:
+        """[k, 2] text and supervised tokens of these samples of a shard ([k] rows and epochs).
 
         Raises:
             OneLLMError: the sidecar is missing or damaged.
         """
+        texts = self._of(dataset, shard)
+        if texts.starts is None:
+            return texts.pairs[rows]
+        first = texts.starts[rows]
+        names = self._datasets[dataset].name, self._shards[dataset][shard].name
+        return texts.pairs[first + chosen_captions(self._seed, *names, rows, epochs, texts.starts[rows + 1] - first)]
+
+    def _of(self, dataset: int, shard: int) -> _Texts:
         kept = self._kept.get((dataset, shard))
         if kept is not None:
             self._kept.move_to_end((dataset, shard))
             return kept
         info = self._shards[dataset][shard]
-        pairs = _load(_here(self._datasets[dataset], info, self._fingerprint), info)
-        self._kept[dataset, shard] = pairs
-        self._bytes += pairs.nbytes
+        texts = _load(_here(self._datasets[dataset], info, self._fingerprint), info)
+        self._kept[dataset, shard] = texts
+        self._bytes += texts.pairs.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        return pairs
+            self._bytes -= self._kept.popitem(last=False)[1].pairs.nbytes
+        return texts
 
 
 def _here(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
@@ -106,7 +131,7 @@ def _here(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
     return path
 
 
-def _load(path: Path, shard: ShardInfo) -> Pairs:
+def _load(path: Path, shard: ShardInfo) -> _Texts:
     try:
         pairs: Pairs = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -115,11 +140,14 @@ def _load(path: Path, shard: ShardInfo) -> Pairs:
             f"the text lengths of shard {shard.path} cannot be read.",
             "remove the file, if it is there, and start again.",
         ) from None
-    if pairs.shape != (shard.samples, 2):
+    if pairs.shape == (shard.samples, 2):
+        return _Texts(pairs, None)
+    rows = pairs[:, 0].astype(np.int64) if pairs.ndim == 2 and pairs.shape[1] == 3 else np.zeros(0, dtype=np.int64)
+    if not (np.diff(rows) >= 0).all() or not np.array_equal(np.unique(rows), np.arange(shard.samples)):
         raise OneLLMError(
             f"{path}: it has the shape {pairs.shape}, not {(shard.samples, 2)}", "it is not of this shard.", "remove it and start again."
         )
-    return pairs
+    return _Texts(pairs[:, 1:], np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64))
 
 
 def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
@@ -177,19 +205,18 @@ def _parallel(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder, w
 
 def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> int:
     """Writes one sidecar; returns the shard's samples. See `ensure_lengths` for the errors."""
-    dtype = np.uint16 if encoder.max_tokens <= np.iinfo(np.uint16).max else np.uint32
-    pairs = np.empty((shard.samples, 2), dtype=dtype)
+    found: list[tuple[int, int, int]] = []
     failures: list[SampleError] = []
     for row, read in enumerate(_texts(dataset, shard)):
         try:
-            ids, labels = encoder.encode(read())
+            texts = encoder.variants(read())
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
                 raise OneLLMError(error.what, "text lengths must not depend on a disk fault, so nothing was recorded.", error.do) from error
             failures.append(error)
-            pairs[row] = UNREADABLE
+            found.append((row, *UNREADABLE))
             continue
-        pairs[row] = len(ids), sum(label >= 0 for label in labels)
+        found += [(row, len(ids), sum(label >= 0 for label in labels)) for ids, labels in texts]
     if len(failures) == shard.samples > 1:
         raise UsageError(
             f"dataset {dataset.name}, shard {shard.path}: none of its {shard.samples} samples has text for data.text_format="
@@ -197,7 +224,12 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
             "there is nothing to train on.",
             failures[0].do,
         )
-    _write_aside(sidecar_path(dataset, shard, encoder.fingerprint), pairs)
+    table = np.asarray(found, dtype=np.uint32).reshape(-1, 3)
+    if len(table) == shard.samples:
+        table = table[:, 1:]
+        if encoder.max_tokens <= np.iinfo(np.uint16).max:
+            table = table.astype(np.uint16)
+    _write_aside(sidecar_path(dataset, shard, encoder.fingerprint), table)
     return shard.samples
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.config import DataSection
+from onellm_dist.data.captions import chosen_captions
 from onellm_dist.data.costs import CostModel, llm_tokens
 from onellm_dist.data.lengths import Lengths, ensure_lengths, missing_lengths, sidecar_path
 from onellm_dist.data.microstep import MicroStep, SampleRef, StepPlan
@@ -122,7 +123,7 @@ class Plan:
         self.segments: tuple[Segment, ...] = (self._segment(),)
         """The run's segments so far; the plan is that of the last one. See `follow`."""
         self._offsets = np.zeros(len(datasets), dtype=np.int64)
-        self._lengths = Lengths(datasets, encoder.fingerprint, split)
+        self._lengths = Lengths(datasets, encoder.fingerprint, split, seed)
         self._costs = costs or CostModel()
         kinds = [[self.modalities[name] for name in runs] for runs in self.runs]
         self._run_count = np.asarray([len(kind) for kind in kinds], dtype=np.int64)
@@ -217,6 +218,12 @@ class Plan:
             ids[i] = self.sample_id(refs[i])
         return ids
 
+    def caption_of(self, ref: SampleRef, count: int) -> int:
+        """Which of its `count` captions a sample is read with."""
+        one = np.ones(1, dtype=np.int64)
+        dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
+        return int(chosen_captions(self.seed, dataset.name, shard.name, one * ref.row, one * ref.epoch, one * count)[0])
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything the stream depends on: two plans of one fingerprint give the same samples at every step."""
         config = self.config
@@ -250,7 +257,7 @@ class Plan:
         by_place = np.lexsort((shard, dataset))
         starts = np.flatnonzero(np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1))
         for here in np.split(by_place, starts[1:]):
-            pairs[here] = self._lengths.of(int(dataset[here[0]]), int(shard[here[0]]))[row[here]]
+            pairs[here] = self._lengths.at(int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here])
         return _Batch(dataset, shard, row, epoch, pairs[:, 0], pairs[:, 1])
 
     def _deal(self, step: int, world: int) -> StepPlan:

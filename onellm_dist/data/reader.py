@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -135,7 +136,7 @@ class Reader:
             index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
             place = self._place(ref)
         parts = self._parts(ref, place)
-        ids, labels = plan.encoder.encode(parts)
+        ids, labels = plan.encoder.encode(parts, partial(plan.caption_of, ref))
         self._check_length(ref, sample_id, ids, labels)
         meta = meta_of(parts)
         values = {}

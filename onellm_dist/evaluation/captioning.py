@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onellm_dist.data.text import HEADER, STOP, TURN, TextEncoder, caption_of, meta_of, turns_of
+from onellm_dist.data.text import STOP, TURN, TextEncoder, caption_of, meta_of, opening, turns_of
 from onellm_dist.evaluation.table import Caption
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.progress import progress
@@ -73,8 +73,8 @@ def questions(dataset: Dataset, split: str, limit: int | None = None, *, ask: bo
 
 def _first_exchange(parts: dict[str, Part]) -> tuple[str, str]:
     """The text up to the first answer, and that answer."""
-    text = HEADER
-    for speaker, value in turns_of(parts):
+    text, turns = opening(turns_of(parts))
+    for speaker, value in turns:
         if speaker == "Assistant":
             return f"{text}{STOP} Assistant:", value
         text += TURN.format(speaker=speaker, value=value)

@@ -65,7 +65,7 @@ class IndexRows:
 
 
 def text_length(text: bytes | None, meta: bytes | None) -> int:
-    """UTF-8 bytes of a sample's text: its `.txt`, else the caption or the conversation in its `.json`, else 0.
+    """UTF-8 bytes of a sample's text: its `.txt`, else the (longest) caption or the conversation in its `.json`, else 0.
 
     An estimate for planning before a tokenizer has measured the text; a `.json` that cannot be read counts 0 here and is
     an error for whoever reads the sample.
@@ -78,8 +78,10 @@ def text_length(text: bytes | None, meta: bytes | None) -> int:
         return 0
     if not isinstance(value, dict):
         return 0
-    if isinstance(value.get("caption"), str):
-        return len(value["caption"].encode())
+    caption = value.get("caption", value.get("captions"))
+    if isinstance(caption, (str, list)):
+        captions = [caption] if isinstance(caption, str) else caption
+        return max((len(one.encode()) for one in captions if isinstance(one, str)), default=0)
     turns = value.get("conversations")
     if not isinstance(turns, list):
         return 0

@@ -130,6 +130,28 @@ def test_supervised_tokens_decode_to_the_answers(values: list[str]) -> None:
     assert len(ids) == len(labels)
 
 
+def test_a_system_turn_stands_in_place_of_the_header_and_roles_are_read_too() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what"}, {"role": "assistant", "content": "a cube"}]
+    parts = {"json": Part("json", json.dumps({"conversations": messages}).encode())}
+    text, answers = render_conversation(turns_of(parts))
+    assert text == "Be brief.\n\n### Human: what\n### Assistant: a cube\n### "
+    assert [text[a:b] for a, b in answers] == [" a cube\n###"]
+    later = {"json": Part("json", json.dumps({"conversations": [*messages[1:], messages[0]]}).encode())}
+    with pytest.raises(SampleError, match="turn 2 of its conversation is a system turn"):
+        turns_of(later)
+
+
+def test_of_several_captions_one_is_chosen() -> None:
+    tok = tokenizer()
+    several = {"json": Part("json", json.dumps({"caption": ["a red cube", "a cube", "it"]}).encode())}
+    encoder = TextEncoder(tok, "caption", 96)
+    variants = encoder.variants(several)
+    assert variants == [encode(caption_parts(text), tok, "caption", 96) for text in ("a red cube", "a cube", "it")]
+    assert encoder.encode(several) == variants[0]
+    assert encoder.encode(several, lambda count: count - 1) == variants[2]
+    assert encoder.encode(caption_parts("a red cube"), lambda count: 1 // 0) == variants[0], "one caption is no choice"
+
+
 def test_a_conversation_is_cut_with_its_labels() -> None:
     parts = talk_parts("what is it", "a red cube", "and now", "a blue sphere")
     ids, labels = encode(parts, tokenizer(), "conversation", 2018)
@@ -143,6 +165,8 @@ def test_a_conversation_is_cut_with_its_labels() -> None:
         ({"txt": Part("txt", b"caf\xe9")}, "caption", "not UTF-8"),
         ({}, "caption", "no caption"),
         ({"json": Part("json", b'{"caption": 3}')}, "caption", "no caption"),
+        ({"json": Part("json", b'{"caption": []}')}, "caption", "no caption"),
+        ({"json": Part("json", b'{"captions": ["a", 3]}')}, "caption", "no caption"),
         ({"json": Part("json", b"{")}, "caption", "not JSON"),
         ({"json": Part("json", b"[1]")}, "caption", "no JSON object"),
         ({"txt": Part("txt", b"a")}, "conversation", "no `conversations`"),

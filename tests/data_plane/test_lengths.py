@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,15 +28,20 @@ def encoder(text_format: str = "caption", tokens: int = 96) -> TextEncoder:
     return TextEncoder(tokenizer(), text_format, tokens)  # type: ignore[arg-type]
 
 
+def whole(lengths: Lengths, shard: int, samples: int) -> Any:
+    """[n, 2] lengths of every row of a shard of the first dataset, in epoch 0."""
+    return lengths.at(0, shard, np.arange(samples), np.zeros(samples, dtype=np.int64))
+
+
 @pytest.mark.parametrize("text_format", ["caption", "conversation"])
 def test_lengths_are_those_of_the_texts(talk: Dataset, text_format: str) -> None:
     text = encoder(text_format)
     assert ensure_lengths([talk], text, show=False) == 17
-    lengths = Lengths([talk], text.fingerprint, "train")
+    lengths = Lengths([talk], text.fingerprint, "train", seed=0)
     for number, shard in enumerate(talk.shards()):
         for row in range(shard.samples):
             ids, labels = text.encode(read_parts(talk, shard, row))
-            assert lengths.of(0, number)[row].tolist() == [len(ids), sum(label >= 0 for label in labels)]
+            assert whole(lengths, number, shard.samples)[row].tolist() == [len(ids), sum(label >= 0 for label in labels)]
 
 
 def test_they_are_measured_once(talk: Dataset) -> None:
@@ -82,7 +88,7 @@ def with_captions(root: Path, captions: list[bytes]) -> Dataset:
 def test_text_that_cannot_be_read_is_marked_and_the_rest_is_measured(tmp_path: Path) -> None:
     dataset, text = with_captions(tmp_path, [b"a red cube", b"caf\xe9", b"a"]), encoder()
     ensure_lengths([dataset], text, show=False)
-    pairs = Lengths([dataset], text.fingerprint, "train").of(0, 0)
+    pairs = whole(Lengths([dataset], text.fingerprint, "train", seed=0), 0, 3)
     assert pairs.tolist() == [[5, 4], list(UNREADABLE), [3, 2]]
 
 
@@ -113,7 +119,7 @@ def test_a_damaged_sidecar_is_named(talk: Dataset) -> None:
     np.save(second, np.zeros((3, 2), dtype=np.uint16))
     for number, path in enumerate((first, second)):
         with pytest.raises(OneLLMError, match=path.name):
-            Lengths([talk], text.fingerprint, "train").of(0, number)
+            whole(Lengths([talk], text.fingerprint, "train", seed=0), number, 1)
 
 
 @pytest.mark.parametrize("variable", ["ONELLM_CACHE", "XDG_CACHE_HOME"])
@@ -128,13 +134,13 @@ def test_lengths_of_a_read_only_dataset_lie_in_the_cache(
     assert not (talk.root / "lengths").exists()
     assert len(list((tmp_path / "cache").rglob("lengths/talk/*/*.npy"))) == 3
     assert ensure_lengths([talk], text, show=False) == 0
-    assert len(Lengths([talk], text.fingerprint, "train").of(0, 0)) == 7
+    assert len(whole(Lengths([talk], text.fingerprint, "train", seed=0), 0, 7)) == 7
 
 
 def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
     ensure_lengths([talk], text, show=False)
     monkeypatch.setattr(lengths_module, "CACHE_BYTES", 1)
-    lengths = Lengths([talk], text.fingerprint, "train")
-    assert [len(lengths.of(0, n)) for n in (0, 1, 2, 0)] == [7, 7, 3, 7]
+    lengths = Lengths([talk], text.fingerprint, "train", seed=0)
+    assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [7, 7, 3, 7]
     assert len(lengths._kept) == 1
