@@ -89,9 +89,10 @@ class ChatTemplate:
 
         options = {"chat_template": self.source, "return_assistant_tokens_mask": True, **self._tokenizer.special_tokens_map}
         try:
-            (text,), (spans,) = render_jinja_template([messages], **options)
+            rendered: Any = render_jinja_template([messages], **options)  # annotated as a string; with the mask it is a pair of lists
         except TemplateError as error:
             raise _refused(error) from None
+        (text,), (spans,) = rendered
         if text != self._text(messages):
             raise SampleError("its chat template gives another text with its marks", "labels would be misplaced.", "mend the template.")
         found = [(start, end) for start, end in spans if end > start]
