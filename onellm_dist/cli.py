@@ -54,6 +54,21 @@ def doctor() -> None:
     raise typer.Exit(run_doctor())
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The run.dir of a run, going or ended.", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="The HTML page to write.  [default: RUN/report.html]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON; write a page only with --out.")] = False,
+) -> None:
+    """Write one HTML page about a run over all its restarts: loss, goodput, restarts, resume time, stalls, what to look at first.
+
+    Example: onellm report runs/stage1_image
+    """
+    from onellm_dist.report.command import report_command
+
+    raise typer.Exit(report_command(run, out, as_json=as_json))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships (toy/align_image).")],

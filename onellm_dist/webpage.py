@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -15,9 +15,10 @@ h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.4rem;border-top:1px solid v
 h3{font-size:1rem;margin:1.2rem 0 .4rem}
 table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+td.n,th.n{text-align:right}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--dim)}
 svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 3}
-.legend span{margin-right:1rem;font-size:13px}
+.legend span{margin-right:1rem;font-size:13px;white-space:nowrap;display:inline-block}
 .legend i{display:inline-block;width:12px;height:3px;margin-right:5px;vertical-align:middle}
 .right{color:#228833}.wrong{color:#d0455a}.dim,.none{color:var(--dim);font-size:13px}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:1rem}
@@ -30,21 +31,22 @@ def html_page(title: str, body: Iterable[str], *, style: str = "") -> str:
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}{style}</style></head><body>{"".join(body)}</body></html>\n'
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, html: Sequence[int] = ()) -> str:
-    """A table; numbers stand at the right.
+def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Collection[int] = (), html: Collection[int] = ()) -> str:
+    """A table.
 
     Args:
-        head: one heading a column; none where all are empty.
+        head: one heading a column; no heading line where all are empty.
+        right: columns whose cells stand at the right (numbers).
         html: columns whose cells are HTML already; all else is escaped.
     """
 
-    def cell(column: int, value: object) -> str:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        text = f"{value:,}" if isinstance(value, int) and number else str(value)
-        return f"<td{' class=n' if number else ''}>{text if column in html else escape(text)}</td>"
+    def cell(tag: str, column: int, value: object) -> str:
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        number = ' class="n"' if column in right else ""
+        return f"<{tag}{number}>{text if column in html and tag == 'td' else escape(text)}</{tag}>"
 
-    heading = f"<thead><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{''.join(cell(i, v) for i, v in enumerate(row))}</tr>" for row in rows)
+    heading = f"<thead><tr>{''.join(cell('th', i, h) for i, h in enumerate(head))}</tr></thead>" if any(head) else ""
+    body = "".join(f"<tr>{''.join(cell('td', i, v) for i, v in enumerate(row))}</tr>" for row in rows)
     return f"<table>{heading}<tbody>{body}</tbody></table>"
 
 

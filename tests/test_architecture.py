@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "slurm": {"launch"},
     "train": {"data", "model", "modalities", "launch", "shards.format"},
     "convert": {"model", "modalities"},
-    "report": {"train.metrics", "train.exits"},
+    "report": {"train.metrics", "train.exits", "launch.slurm"},
     "preflight": {"launch", "shards.format"},
     "evaluation": {"data", "model", "modalities", "shards.format", "shards.index"},
 }

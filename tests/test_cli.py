@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "doctor", "train", "ledger", "generate", "shards build", "shards index", "shards verify"]
+COMMANDS = ["demo", "doctor", "train", "report", "ledger", "generate", "shards build", "shards index", "shards verify"]
 
 
 def onellm(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,1 @@
+"""`onellm report`: one page about a run over all its starts."""
