@@ -25,6 +25,7 @@ from onellm_dist.errors import UsageError
 from onellm_dist.progress import progress
 from onellm_dist.shards.crew import CLAIMS, Claim, Task, build_units, claim
 from onellm_dist.shards.energon import write_energon
+from onellm_dist.shards.files import ASIDE
 from onellm_dist.shards.finish import all_records, finish, quarantine_bytes
 from onellm_dist.shards.format import MANIFEST
 from onellm_dist.shards.places import Place, remove_tree, write
@@ -103,8 +104,10 @@ def _build(
             done = finish(job, records, final, workers=workers)
             if plan.settings.energon:
                 write_energon(final)
-            if isinstance(base, Path):
-                put_in_place(base / _DATASET, Path(os.path.abspath(str(request.out))))
+            if isinstance(final, Path):
+                for left in final.rglob(f"*{ASIDE}"):  # of a process that was killed while it wrote
+                    left.unlink()
+                put_in_place(final, Path(os.path.abspath(str(request.out))))
             remove_tree(base)
             return BuildReport(done.samples, done.quarantined, done.notes)
     except NothingLeft:

@@ -30,10 +30,10 @@ def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
             return "denylist"
     if settings.nsfw is not None and str(values.get("nsfw")).upper() not in {v.strip().upper() for v in settings.nsfw.split(",")}:
         return f"nsfw: {values.get('nsfw')}"
-    if settings.max_punsafe is not None:
-        value = _number(values.get("punsafe"))
-        if value is None or not value <= settings.max_punsafe:
-            return "punsafe: not known" if value is None else f"punsafe: above {settings.max_punsafe:g}"
+    for name, limit in (("punsafe", settings.max_punsafe), ("pwatermark", settings.max_pwatermark)):
+        value = _number(values.get(name))
+        if limit is not None and (value is None or not value <= limit):
+            return f"{name}: not known" if value is None else f"{name}: above {limit:g}"
     if settings.min_similarity is not None:
         value = _number(values.get("similarity"))
         if value is None or not value >= settings.min_similarity:

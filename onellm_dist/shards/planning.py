@@ -23,7 +23,8 @@ from onellm_dist.shards.settings import Settings
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Source
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
-VERSION = 1
+VERSION = 2
+"""2: the settings have max_pwatermark."""
 
 
 class GroupRow(NamedTuple):

@@ -30,6 +30,7 @@ OPTIONS: Mapping[str, Option] = {
     "denylist": Option(None, "a file of URLs and SHA-256 of media, one a line, that are left out", Path),
     "nsfw": Option(None, "the values of meta's `nsfw` that are kept, by comma (UNLIKELY); samples without the value are left out"),
     "max_punsafe": Option(None, "largest `punsafe` of meta that is kept; samples without the value are left out", float),
+    "max_pwatermark": Option(None, "largest `pwatermark` of meta that is kept; samples without the value are left out", float),
     "min_similarity": Option(None, "least `similarity` of meta that is kept; samples without the value are left out", float),
     "energon": Option(True, "write Megatron-Energon's metadata too (.nv-meta/, .tar.idx)", bool),
 }
@@ -53,6 +54,7 @@ class Settings:
     denylist: Path | None
     nsfw: str | None
     max_punsafe: float | None
+    max_pwatermark: float | None
     min_similarity: float | None
     energon: bool
 

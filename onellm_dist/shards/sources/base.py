@@ -29,8 +29,8 @@ the right type, the source's own and no others.
 
 *Text.* `caption` becomes `.txt`. `meta` becomes `.json` (sorted keys): `conversations` goes there, `caption` too where a sample
 has several texts; anything else that is worth keeping (url, similarity, window). The builder's filters read `meta`,
-whatever the case of the key: `url`, `nsfw`, `punsafe`, `similarity`, `width`, `height`, `sha256`. Parts named `txt` and `json` in
-`parts` are stored as they are instead (`caption` and `meta` go before them).
+whatever the case of the key: `url`, `nsfw`, `punsafe`, `pwatermark`, `similarity`, `width`, `height`, `sha256`. Parts named
+`txt` and `json` in `parts` are stored as they are instead (`caption` and `meta` go before them).
 
 A source that makes its data itself (toyworld) has `build` instead of `plan` and `candidates`:
 `build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in subfolders of it, and returns a
@@ -206,7 +206,7 @@ class Source:
     OneLLMError is a fault of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """Its own. Every planned source also has the builder's (shards/settings.py): name, licence, check, max_failures,
-    max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw, max_punsafe, ..."""
+    max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw, max_punsafe, max_pwatermark, ..."""
     licence: str = "unknown"
     """Of the manifest, where the user gives none."""
     needs_input: bool = True

@@ -1,0 +1,133 @@
+"""`onellm shards build cap3d IN OUT`: Cap3D's captions of Objaverse with its point clouds, or PointLLM's copy of both.
+
+Cap3D_automated_Objaverse_full.csv                  uid,caption without a header
+<anywhere>/<uid>.ply | .pt | .npy                   unpacked clouds of 16,384 coloured points, and/or
+PointCloud_zips/compressed_pcs_00.zip, ...          the archives as they were downloaded (members are found by name)
+
+PointLLM_brief_description_660K_filtered.json       [{object_id, conversation_type, conversations}]
+8192_npy/<object_id>_8192.npy                       [8192, 6]: x, y, z, then red, green, blue in [0, 1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.clouds import TensorCloud
+from onellm_dist.shards.sources.delimited import CSV, RowRange, read_rows, row_ranges
+from onellm_dist.shards.sources.json_rows import ObjectRange, object_ranges, read_objects
+from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
+from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+
+SUFFIXES = (".npy", ".pt", ".ply")
+"""Best first: NumPy is read fastest."""
+_ROWS = 2000
+
+
+def plan(inputs: Path, *, seed: int, captions: str | None, missing: str) -> Layout:
+    """Ranges of the table's rows.
+
+    Raises:
+        UsageError: no table or several, or no clouds.
+    """
+    check_missing(missing)
+    table = _table(inputs, captions)
+    pool = find_pool(inputs, SUFFIXES)
+    if not pool:
+        raise UsageError(f"{inputs}: no {', '.join(SUFFIXES)} or .zip there.", "there are captions and no clouds.", "fetch the clouds too.")
+    return Layout(("point",), _groups(inputs, table, pool))
+
+
+def _table(inputs: Path, given: str | None) -> str:
+    if given is not None:
+        if not (inputs / given).is_file():
+            raise UsageError(f"{inputs / given}: there is no such table.", "captions cannot be read.", "check the option captions.")
+        return given
+    found = [p.name for pattern in ("*.csv", "*.json") for p in sorted(inputs.glob(pattern), key=lambda p: p.name)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{inputs} has {'no table' if not found else f'{len(found)} tables: ' + ', '.join(found)}.",
+            "captions stand in Cap3D_automated_Objaverse_full.csv or PointLLM_brief_description_660K_filtered.json.",
+            "put one there, or name it: -o captions=FILE (relative to IN).",
+        )
+    return found[0]
+
+
+def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[Group]:
+    spec = {"table": table, "pool": pool.to_json()}
+    if table.lower().endswith(".json"):
+        for objects in object_ranges(inputs / table, None, _ROWS):
+            yield Group(f"{table}[{objects.first}]", {**spec, "range": list(objects)}, count=objects.size)
+    else:
+        for rows in row_ranges(inputs / table, CSV, _ROWS):
+            yield Group(f"{table}:{rows.line}", {**spec, "range": list(rows)}, count=rows.size)
+
+
+def candidates(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, missing: str) -> Iterator[Candidate]:
+    """Of one range of rows."""
+    pool = Pool.from_json(spec["pool"])
+    rows = _conversations(inputs, spec) if spec["table"].lower().endswith(".json") else _captions(inputs, spec)
+    for where, uid, caption, meta, problem in rows:
+        key = safe_key(uid) if uid else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
+        if problem is not None:
+            yield Candidate(key, where, problem=problem)
+            continue
+        found = find_media(inputs, pool, (uid, f"{uid}_8192"), SUFFIXES)
+        if found is None:
+            lost = f"missing file: {uid}{{{','.join(SUFFIXES)}}} is in no folder and no archive"
+            yield Candidate(key, where, problem=lost) if missing == "fail" else Candidate(key, where, skip="media was not fetched")
+            continue
+        yield Candidate(key, where, cloud_parts(*found, uid), caption, meta)
+
+
+def cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
+    """The part of a cloud's file: `.pt` becomes `.npy`, others stay as they are."""
+    return {"npy": TensorCloud(media, f"{name}.pt")} if suffix == ".pt" else {suffix[1:]: media}
+
+
+_Found = tuple[str, str, str | None, Mapping[str, Any], str | None]
+"""where, uid, caption, metadata, problem."""
+
+
+def _captions(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
+    for line, row, problem in read_rows(inputs / spec["table"], CSV, RowRange(*spec["range"]), ("uid", "caption")):
+        uid = row.get("uid", "").strip()
+        wrong = problem or (f"unreadable row: the uid is {uid!r}" if not uid or "/" in uid else None)
+        yield f"{spec['table']}:{line}", "" if wrong else uid, row.get("caption"), {"uid": uid}, wrong
+
+
+def _conversations(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
+    for number, row in read_objects(inputs / spec["table"], ObjectRange(*spec["range"])):
+        where = f"{spec['table']}[{number}]"
+        uid = row.get("object_id") if isinstance(row, dict) else None
+        if not isinstance(uid, str) or not uid or "/" in uid:
+            yield where, "", None, {}, "unreadable row: no object_id"
+            continue
+        answer = _answer(row.get("conversations"))
+        meta = {k: v for k, v in row.items() if k != "conversations"}
+        yield where, uid, answer, meta, None if answer is not None else "malformed conversations: not one question and its answer"
+
+
+def _answer(turns: Any) -> str | None:
+    """The description: the answer to the one question."""
+    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, dict) for t in turns):
+        return None
+    asked, answered = turns
+    return answered.get("value") if (asked.get("from"), answered.get("from")) == ("human", "gpt") else None
+
+
+SOURCE = Source(
+    name="cap3d",
+    summary="Cap3D: headerless CSV with .ply, .pt or .npy clouds or their zips; PointLLM's copy: JSON with 8192_npy",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "captions": Option(None, "the table, relative to IN, where there are several"),
+        "missing": MISSING_OPTION,
+    },
+    licence="ODC-By (Cap3D); CC-BY-NC-SA 4.0 (PointLLM's copy); objects under their own licences",
+)

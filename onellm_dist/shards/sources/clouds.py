@@ -1,0 +1,49 @@
+"""Point clouds that torch.save wrote, as `.npy`: Cap3D's `.pt` files are tensors [6, 16384] (x, y, z, red, green, blue)."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from dataclasses import dataclass
+
+import numpy as np
+
+from onellm_dist.shards.sources.base import BadSample, Media
+
+_UNREADABLE = (
+    RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorCloud:
+    """A `.pt` cloud of any media as `.npy` [N, 6] fp32."""
+
+    source: Media
+    where: str
+
+    def read_bytes(self) -> bytes:
+        """The `.npy` file.
+
+        Raises:
+            BadSample: no tensor file (pickled code is never run), another shape or type of numbers.
+        """
+        import torch
+
+        try:
+            value = torch.load(io.BytesIO(self.source.read_bytes()), map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BadSample(f"unreadable .pt: {self.where}: {first[:200]}") from error
+        if not isinstance(value, torch.Tensor):
+            raise BadSample(f"wrong type: {self.where} holds a {type(value).__name__}, not a tensor")
+        if not (value.is_floating_point() or value.dtype == torch.uint8):
+            raise BadSample(f"wrong type: {self.where} holds {value.dtype}, not floating-point numbers")
+        if value.ndim != 2 or 6 not in value.shape:
+            raise BadSample(f"wrong shape: {self.where} holds {list(value.shape)}, not [6, points]")
+        if value.shape[0] == 6 and value.shape[1] != 6:
+            value = value.t()
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(value.float().numpy()))
+        return buffer.getvalue()

@@ -1,0 +1,70 @@
+"""`onellm shards build laion-coco IN OUT`: LAION-COCO as img2dataset downloaded it, with its synthetic captions.
+
+The usual recipe of img2dataset passes `--caption_col TEXT`, so that the tars' `.txt` is the alt text; what the set is for is `top_caption`,
+which stands in the metadata where the download kept it (`--save_additional_columns`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Option, Source
+from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Captions, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.laion400m import alt_caption, column
+
+CHOICES = ("top", "alt", "all")
+
+
+def top_caption(row: Mapping[str, Any], text: str | None) -> Sequence[str | None]:
+    """The synthetic caption that CLIP liked best."""
+    found = column(row, ("top_caption",))
+    if found is None:
+        raise BadSample("no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)")
+    return [found]
+
+
+def all_captions(row: Mapping[str, Any], text: str | None) -> Sequence[str | None]:
+    """Every synthetic caption once, the best one first."""
+    found = column(row, ("all_captions",))
+    if not isinstance(found, Sequence) or isinstance(found, str) or not all(isinstance(c, str) for c in found):
+        raise BadSample("no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)")
+    return list(dict.fromkeys([*top_caption(row, text), *found]))
+
+
+_CAPTIONS: Mapping[str, Captions] = {"top": top_caption, "alt": alt_caption, "all": all_captions}
+
+
+def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
+    """A group for each tar.
+
+    Raises:
+        UsageError: no tars, unfinished ones, or a choice that there is not.
+    """
+    if caption not in CHOICES:
+        raise UsageError(f"caption={caption} is none of {', '.join(CHOICES)}.", "it is not known which text to take.", "choose one.")
+    groups, notes = tar_groups(inputs, find_tars(inputs), unfinished, one_each=caption != "all")
+    return Layout(("image",), groups, notes, {"caption": caption})
+
+
+def candidates(inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str) -> Iterator[Candidate]:
+    """One tar's."""
+    return tar_candidates(inputs, spec, get_modality("image").slots["image"], _CAPTIONS[caption])
+
+
+SOURCE = Source(
+    name="laion-coco",
+    summary="LAION-COCO: tars, parquet and stats of img2dataset, with synthetic captions",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "caption": Option(
+            "top", "top: top_caption; alt: the alt text; all: a sample for each of all_captions (the picture is stored as often)"
+        ),
+        "unfinished": UNFINISHED_OPTION,
+    },
+    licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",
+)

@@ -1,0 +1,126 @@
+"""`onellm shards build webvid IN OUT`: WebVid as a CSV with a tree of videos, or as video2dataset's tars.
+
+    results_2M_train.csv                    videoid,contentUrl,duration,page_dir,name (+ results_2M_val.csv: split val)
+    videos/<page_dir>/<videoid>.mp4
+
+    00000.tar, 00000.parquet, 00000_stats.json      of video2dataset: {key}.mp4/.txt/.json
+
+The CSV's durations (`PT00H00M11S`) are sometimes wrong: they are kept as they stand, with their value in seconds where they can be read,
+and decide nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.laion400m import column
+
+_COLUMNS = ("videoid", "page_dir", "name")
+_DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")
+_VALIDATION = re.compile(r"(?:^|_)(?:val|validation|test)(?:_|\.|$)", re.IGNORECASE)
+MISSING_OPTION = Option("fail", "rows whose media is not there: fail (they are bad samples), or skip (a set that was fetched in part)")
+
+
+def seconds(text: str) -> float | None:
+    """`PT00H01M11S` -> 71.0; None: it says nothing."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or match.lastindex is None:
+        return None
+    hours, minutes, rest = (float(v or 0) for v in match.groups())
+    return 3600 * hours + 60 * minutes + rest
+
+
+def check_missing(choice: str) -> None:
+    """Raises UsageError where `missing` is no choice."""
+    if choice not in ("fail", "skip"):
+        raise UsageError(f"missing={choice} is neither fail nor skip.", MISSING_OPTION.help + ".", "choose one.")
+
+
+def plan(inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfinished: str) -> Layout:
+    """Ranges of the CSVs' rows, or a group for each tar.
+
+    Raises:
+        UsageError: neither a CSV of WebVid nor tars there.
+    """
+    check_missing(missing)
+    if rows < 1:
+        raise UsageError(f"rows={rows} is below 1.", "a group has rows.", "the default is 5000.")
+    tables = sorted(inputs.glob("*.csv"), key=lambda p: p.name)
+    if not tables:
+        groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
+        return Layout(("video",), groups, notes)
+    headers = {}
+    for table in tables:
+        names, start = read_header(table, CSV)
+        if not set(_COLUMNS) <= set(names):
+            raise UsageError(
+                f"{table}: its columns are {', '.join(names)}.",
+                f"WebVid's have {', '.join(_COLUMNS)}, and without them media and captions cannot be found.",
+                "remove other CSVs from this folder.",
+            )
+        headers[table.name] = (names, start)
+    return Layout(("video",), chain.from_iterable(_row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()))
+
+
+def _row_groups(table: Path, names: Sequence[str], start: RowRange, rows: int) -> Iterator[Group]:
+    split = "val" if _VALIDATION.search(table.stem) else "train"
+    for part in row_ranges(table, CSV, rows, start):
+        spec = {"table": table.name, "columns": list(names), "range": list(part)}
+        yield Group(f"{table.name}:{part.line}", spec, split, part.size)
+
+
+def candidates(
+    inputs: Path, spec: Mapping[str, Any], *, rows: int, videos: str, missing: str, unfinished: str
+) -> Iterator[Candidate]:  # fmt: skip
+    """Of one range of rows, or of one tar."""
+    if "tar" in spec:
+        yield from tar_candidates(inputs, spec, get_modality("video").slots["video"], _caption)
+        return
+    for line, row, problem in read_rows(inputs / spec["table"], CSV, RowRange(*spec["range"]), spec["columns"]):
+        where = f"{spec['table']}:{line}"
+        name = row.get("videoid", "")
+        wrong = problem or (f"unreadable row: the videoid is {name!r}" if not name or "/" in name else None)
+        if wrong is not None:
+            yield Candidate(f"{safe_key(spec['table'])}-{line:09d}", where, problem=wrong)
+            continue
+        file = inputs / videos / row["page_dir"] / f"{name}.mp4"
+        skip = "media was not fetched" if missing == "skip" and not file.is_file() else None
+        yield Candidate(safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip)
+
+
+def _meta(row: Mapping[str, str]) -> dict[str, Any]:
+    meta: dict[str, Any] = {k: v for k, v in row.items() if v and k not in ("name", "contentUrl")}
+    if row.get("contentUrl"):
+        meta["url"] = row["contentUrl"]
+    length = seconds(row.get("duration", ""))
+    return meta if length is None else {**meta, "duration_seconds": length}
+
+
+def _caption(row: Mapping[str, Any], text: str | None) -> list[str | None]:
+    found = column(row, ("caption", "name", "text"))
+    return [found if isinstance(found, str) else text]
+
+
+SOURCE = Source(
+    name="webvid",
+    summary="WebVid: CSV with a tree of mp4 files, or tars, parquet and stats of video2dataset",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "rows": Option(5000, "rows of a CSV that are planned together", int),
+        "videos": Option("videos", "the folder of the page_dir folders, relative to IN (. : IN itself)"),
+        "missing": MISSING_OPTION,
+        "unfinished": UNFINISHED_OPTION,
+    },
+    licence="WebVid terms: research only, never redistribute (watermarked)",
+)

@@ -1,0 +1,231 @@
+"""laion400m and laion-coco: img2dataset's tars, parquet and stats; what is unfinished, cut short or mixed up."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from source_checks import built, decoded, photo, reasons, samples
+from source_trees import downloaded
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import build_dataset, build_recipe
+from onellm_dist.shards.unit import TooManyFailures
+
+RECIPES = Path(__file__).parents[2] / "shards"
+
+
+def laion_rows(first: int, count: int, **more: Any) -> list[dict[str, Any]]:
+    """Rows as of LAION-400M's metadata after a download with --save_additional_columns."""
+    return [
+        {
+            "url": f"https://example.org/{i}.jpg", "caption": f"alt text {i}", "SAMPLE_ID": 1000 + i, "LICENSE": "?", "NSFW": "UNLIKELY",
+            "similarity": 0.3 + i / 100, "sha256": f"{i:064x}", "exif": "{}", "original_width": 640, "original_height": 480,
+            "width": 64, "height": 48, "media": photo(seed=i), **more,
+        }
+        for i in range(first, first + count)
+    ]  # fmt: skip
+
+
+FAILED = {
+    "url": "https://example.org/gone.jpg",
+    "caption": "gone",
+    "status": "failed_to_download",
+    "error_message": "HTTP 404",
+    "media": None,
+}
+
+
+def laion(root: Path) -> Path:
+    """Two finished shards; downloads that failed stand in the parquet alone."""
+    first = laion_rows(0, 3)
+    downloaded(root, 0, [first[0], FAILED, *first[1:], {**FAILED, "status": "failed_to_resize"}])
+    downloaded(root, 1, laion_rows(3, 2))
+    return root
+
+
+def places_in(tar: Path) -> dict[str, int]:
+    """Member to the offset of its content."""
+    with tarfile.open(tar) as archive:
+        return {m.name: m.offset_data for m in archive}
+
+
+def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
+    report, dataset = built("laion400m", laion(tmp_path / "in"), tmp_path / "out")
+    found = samples(dataset)
+    assert list(found) == ["0000000", "0000002", "0000003", "0000100", "0000101"]
+    assert found["0000002"]["jpg"] == photo(seed=1)
+    assert found["0000002"]["txt"] == "alt text 1"
+    expected = {k: v for k, v in laion_rows(1, 1)[0].items() if k != "media"}
+    assert found["0000002"]["json"] == {**expected, "key": "0000002", "status": "success"}
+    assert dataset.modalities == ("image",)
+    assert "CC-BY" in dataset.manifest.licence
+    told = json.loads((tmp_path / "out/statistics.json").read_text())
+    assert (told["candidates"], told["left_out"]) == (7, {"failed_to_download": 1, "failed_to_resize": 1})
+    assert not report.quarantined
+    assert decoded(dataset, "0000101")["image"].std() > 0.1
+
+
+def test_without_parquet_the_json_in_the_tar_says_the_same(tmp_path: Path) -> None:
+    _, listed = built("laion400m", laion(tmp_path / "in"), tmp_path / "listed")
+    for table in (tmp_path / "in").glob("*.parquet"):
+        table.unlink()
+    _, dataset = built("laion400m", tmp_path / "in", tmp_path / "out")
+    before, after = samples(listed), samples(dataset)
+    assert before.keys() == after.keys()
+    for key, sample in before.items():
+        assert sample["jpg"] == after[key]["jpg"]
+        assert sample["txt"] == after[key]["txt"]
+        assert sample["json"] == after[key]["json"]
+
+
+def test_a_caption_may_stand_in_laions_own_column_or_in_the_tar_alone(tmp_path: Path) -> None:
+    rows = laion_rows(0, 2)
+    named = [{**{k: v for k, v in r.items() if k != "caption"}, "TEXT": f"named {i}"} for i, r in enumerate(rows)]
+    downloaded(tmp_path / "named", 0, named, captions=False)
+    _, dataset = built("laion400m", tmp_path / "named", tmp_path / "a")
+    assert [s["txt"] for s in samples(dataset).values()] == ["named 0", "named 1"]
+    downloaded(tmp_path / "none", 0, [{**n, "TEXT": None, "media": photo(seed=9)} for n in named[:1]] + named[1:], captions=False)
+    report, _ = built("laion400m", tmp_path / "none", tmp_path / "b", max_failures=0.5)
+    assert reasons(report) == {"0000000": "no caption: neither the metadata nor a .txt has one"}
+
+
+def test_keys_of_several_download_runs_do_not_clash(tmp_path: Path) -> None:
+    for run in ("part1", "part0"):
+        downloaded(tmp_path / "in" / run, 0, laion_rows(0, 1))
+    _, dataset = built("laion400m", tmp_path / "in", tmp_path / "out")
+    assert list(samples(dataset)) == ["part0/0000000", "part1/0000000"]
+
+
+def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    laion(tmp_path / "in")
+    cut = downloaded(tmp_path / "in", 2, laion_rows(5, 3), finished=False)
+    cut.write_bytes(cut.read_bytes()[: places_in(cut)["0000202.jpg"] + 50])
+    (tmp_path / "in/00002.parquet").write_bytes(b"PAR1")  # its footer is written last
+    with pytest.raises(UsageError, match=r"1 of 3 tars are unfinished \(no _stats.json\): 00002.tar"):
+        build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
+    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "skipped", unfinished="skip")
+    assert dataset.samples() == 5
+    assert "unfinished tars (left out): 00002.tar" in report.notes
+    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "taken", unfinished="take", max_failures=0.5)
+    assert {"0000200", "0000201"} <= samples(dataset).keys()
+    assert "0000202" not in samples(dataset)
+    assert any(r.startswith("truncated tar: 00002.tar") for r in reasons(report).values())
+    with pytest.raises(UsageError, match="unfinished=some is none of"):
+        build_dataset("laion400m", tmp_path / "in", tmp_path / "out", unfinished="some")
+
+
+def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(tmp_path: Path) -> None:
+    tar = downloaded(tmp_path / "in", 0, laion_rows(0, 5))
+    tar.write_bytes(tar.read_bytes()[: places_in(tar)["0000003.jpg"] + 100])
+    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.5)
+    assert list(samples(dataset)) == ["0000000", "0000001", "0000002"]
+    found = reasons(report)
+    assert found["0000003"].startswith("truncated file: 00000.tar has 100 of")
+    assert found["0000004"].startswith("truncated tar: 00000.tar cannot be read to its end")
+    with pytest.raises(TooManyFailures, match="1 of the first 4 samples are bad"):
+        build_dataset("laion400m", tmp_path / "in", tmp_path / "other")
+
+
+def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
+    rows = laion_rows(0, 8)
+    rows[1]["media"] = b"no picture"
+    rows[2]["caption"] = "  "
+    rows[3]["media"] = photo(seed=3)[:200]
+    tar = downloaded(tmp_path / "in", 0, rows)
+    members = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            source = archive.extractfile(member)
+            assert source is not None
+            members[member.name] = source.read()
+    with open(tar, "wb") as file:  # a sample that is lost and one without its picture
+        writer = webdataset.TarWriter(file)
+        for key in ("0000000", "0000001", "0000002", "0000003", "0000005", "0000006", "0000007"):
+            parts = {e: members[f"{key}.{e}"] for e in ("jpg", "txt", "json") if (key, e) != ("0000005", "jpg")}
+            writer.write({"__key__": key, **parts})
+        writer.close()
+    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.7)
+    assert list(samples(dataset)) == ["0000000", "0000006", "0000007"]
+    found = reasons(report)
+    assert found["0000001"].startswith("unreadable image")
+    assert found["0000002"] == "empty caption"
+    assert found["0000003"].startswith("unreadable image")
+    assert found["0000004"] == "missing sample: the parquet lists it, the tar has not"
+    assert found["0000005"].startswith("missing part: none of .jpg")
+
+
+def test_a_tar_beside_another_runs_parquet_is_refused(tmp_path: Path) -> None:
+    downloaded(tmp_path / "other", 0, laion_rows(0, 1))
+    downloaded(tmp_path / "in", 0, laion_rows(0, 3))
+    (tmp_path / "other/00000.parquet").replace(tmp_path / "in/00000.parquet")
+    with pytest.raises(OneLLMError, match=r"holds 2 samples that 00000\.parquet does not list"):
+        build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in/00000.parquet").write_bytes(b"PAR1 no table PAR1")
+    with pytest.raises(OneLLMError, match=r"00000\.parquet: "):
+        build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no tar there"):
+        build_dataset("laion400m", tmp_path / "empty", tmp_path / "out")
+
+
+def coco(root: Path) -> Path:
+    """LAION-COCO with its columns kept; `.txt` is the alt text."""
+    rows = [
+        {
+            **row, "top_caption": f"top {i}", "all_captions": [f"top {i}", f"second {i}", f"third {i}"],
+            "all_similarities": [0.3, 0.2, 0.1], "hash": 2**62 + i,
+            "punsafe": [0.01, 0.5, 0.02, None][i], "pwatermark": [0.1, 0.1, 0.9, 0.1][i],
+        }
+        for i, row in enumerate(laion_rows(0, 4))
+    ]  # fmt: skip
+    downloaded(root, 0, rows)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("top", {f"000000{i}": f"top {i}" for i in range(4)}),
+        ("alt", {f"000000{i}": f"alt text {i}" for i in range(4)}),
+        ("all", {f"000000{i}-{n}": f"{word} {i}" for i in range(4) for n, word in enumerate(("top", "second", "third"))}),
+    ],
+)
+def test_laion_coco_has_three_kinds_of_captions(tmp_path: Path, caption: str, expected: dict[str, str]) -> None:
+    _, dataset = built("laion-coco", coco(tmp_path / "in"), tmp_path / "out", caption=caption)
+    found = samples(dataset)
+    assert {k: s["txt"] for k, s in found.items()} == expected
+    meta = next(iter(found.values()))["json"]
+    assert (meta["all_captions"], meta["hash"], meta["punsafe"]) == (["top 0", "second 0", "third 0"], 2**62, 0.01)
+    assert dataset.manifest.attributes["caption"] == caption
+
+
+def test_the_thresholds_of_laion_coco(tmp_path: Path) -> None:
+    coco(tmp_path / "in")
+    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "a", max_punsafe=0.1)
+    assert list(samples(dataset)) == ["0000000", "0000002"]
+    told = json.loads((tmp_path / "a/statistics.json").read_text())
+    assert told["left_out"] == {"punsafe: above 0.1": 1, "punsafe: not known": 1}
+    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "b", max_punsafe=0.1, max_pwatermark=0.8)
+    assert list(samples(dataset)) == ["0000000"]
+    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "c", min_similarity=0.315, nsfw="UNLIKELY")
+    assert list(samples(dataset)) == ["0000002", "0000003"]
+
+
+def test_a_download_without_the_synthetic_captions_says_so(tmp_path: Path) -> None:
+    laion(tmp_path / "in")
+    with pytest.raises(TooManyFailures, match="no caption: the metadata has no top_caption"):
+        build_dataset("laion-coco", tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UsageError, match="caption=best is none of"):
+        build_dataset("laion-coco", tmp_path / "in", tmp_path / "out", caption="best")
+
+
+@pytest.mark.parametrize("name", ["laion400m", "laion_coco"])
+def test_the_recipes_build(tmp_path: Path, name: str) -> None:
+    tree = (laion if name == "laion400m" else coco)(tmp_path / "in")
+    _, report = build_recipe(RECIPES / f"{name}.yaml", inputs=str(tree), out=str(tmp_path / "out"), workers=1)
+    assert report.samples == (5 if name == "laion400m" else 1)
