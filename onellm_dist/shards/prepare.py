@@ -154,9 +154,11 @@ def _texts(candidate: Candidate) -> tuple[dict[str, bytes], dict[str, Any]]:
             raise BadSample("table row is not UTF-8") from error
         parse_meta(parts["json"])
     if "txt" not in parts:
-        caption = meta.get("caption")
-        if isinstance(caption, str):
-            caption_bytes(caption, ".json: ")
+        caption = meta.get("caption", meta.get("captions"))
+        captions: list[Any] = caption if isinstance(caption, list) else [caption]
+        if captions and all(isinstance(one, str) for one in captions):
+            for one in captions:
+                caption_bytes(one, ".json: ")
         elif not meta.get("conversations"):
             raise BadSample("no caption: neither a caption nor a conversation belongs to it")
     return parts, meta

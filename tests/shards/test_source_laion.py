@@ -192,13 +192,14 @@ def coco(root: Path) -> Path:
     [
         ("top", {f"000000{i}": f"top {i}" for i in range(4)}),
         ("alt", {f"000000{i}": f"alt text {i}" for i in range(4)}),
-        ("all", {f"000000{i}-{n}": f"{word} {i}" for i in range(4) for n, word in enumerate(("top", "second", "third"))}),
+        ("all", {f"000000{i}": [f"top {i}", f"second {i}", f"third {i}"] for i in range(4)}),
     ],
 )
-def test_laion_coco_has_three_kinds_of_captions(tmp_path: Path, caption: str, expected: dict[str, str]) -> None:
+def test_laion_coco_has_three_kinds_of_captions(tmp_path: Path, caption: str, expected: dict[str, Any]) -> None:
     _, dataset = built("laion-coco", coco(tmp_path / "in"), tmp_path / "out", caption=caption)
     found = samples(dataset)
-    assert {k: s["txt"] for k, s in found.items()} == expected
+    assert {k: s.get("txt", s["json"]["caption"]) for k, s in found.items()} == expected
+    assert all(s["json"].get("alt_text", s["json"]["caption"]) == f"alt text {k[-1]}" for k, s in found.items())
     meta = next(iter(found.values()))["json"]
     assert (meta["all_captions"], meta["hash"], meta["punsafe"]) == (["top 0", "second 0", "third 0"], 2**62, 0.01)
     assert dataset.manifest.attributes["caption"] == caption

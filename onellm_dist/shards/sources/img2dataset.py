@@ -25,7 +25,7 @@ _STATS = "_stats.json"
 _SHOWN = 5
 
 Captions = Callable[[Mapping[str, Any], str | None], Sequence[str | None]]
-"""(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none."""
+"""(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none; several go to `.json` as a list."""
 
 
 def find_tars(inputs: Path) -> list[str]:
@@ -42,11 +42,8 @@ def find_tars(inputs: Path) -> list[str]:
     return tars
 
 
-def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str, *, one_each: bool = True) -> tuple[Iterator[Group], tuple[str, ...]]:
-    """(a group for each tar, lines for the user).
-
-    Args:
-        one_each: a row of the parquet is one candidate, so that its footer tells how many there are.
+def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iterator[Group], tuple[str, ...]]:
+    """(a group for each tar, lines for the user). A row of the parquet is one candidate, so that its footer tells how many there are.
 
     Raises:
         UsageError: unfinished tars, where they are refused; an unknown choice; none left.
@@ -68,12 +65,12 @@ def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str, *, one_each: 
     if not wanted:
         raise UsageError(f"{inputs}: every tar is unfinished (no {_STATS}).", "nothing is left to build from.", "download them to the end.")
     notes = (f"unfinished tars ({'left out' if unfinished == 'skip' else 'taken as far as they go'}): {named}",) if bad else ()
-    return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted], one_each), notes
+    return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted]), notes
 
 
-def _groups(inputs: Path, stems: Sequence[tuple[str, bool]], one_each: bool) -> Iterator[Group]:
+def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[Group]:
     def rows(stem: tuple[str, bool]) -> int | None:
-        return parquet_length(inputs / f"{stem[0]}.parquet") if stem[1] and one_each else None
+        return parquet_length(inputs / f"{stem[0]}.parquet") if stem[1] else None
 
     with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
         for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
@@ -86,7 +83,7 @@ def tar_candidates(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[s
 
     Args:
         extensions: of the media, the preferred first.
-        captions: chooses the captions; a sample with several becomes as many candidates (`KEY-0`, `KEY-1`, ...).
+        captions: chooses the captions of a sample.
 
     Raises:
         OneLLMError: tar and parquet are not of one run, or the parquet cannot be read.
@@ -102,7 +99,7 @@ def tar_candidates(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[s
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
-        yield from _candidates(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
+        yield _candidate(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
 
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
@@ -116,7 +113,7 @@ def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
         )
 
 
-def _candidates(
+def _candidate(
     tar: str,
     key: str,
     row: Mapping[str, Any],
@@ -124,31 +121,29 @@ def _candidates(
     problem: str | None,
     extensions: Sequence[str],
     captions: Captions,
-) -> Iterator[Candidate]:
+) -> Candidate:
     name, where = safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
     status = row.get("status")
     meta = {k: v for k, v in ((k, plain(v)) for k, v in row.items()) if v is not None}
     if status not in (None, "success"):
-        yield Candidate(name, where, skip=str(status))
-        return
+        return Candidate(name, where, skip=str(status))
     extension = next((e for e in extensions if parts and e in parts), None)
     if problem is None and parts is None:
         problem = "missing sample: the parquet lists it, the tar has not"
     elif problem is None and extension is None:
         problem = f"missing part: none of {', '.join('.' + e for e in extensions)}"
     if problem is not None or parts is None or extension is None:
-        yield Candidate(name, where, problem=problem)
-        return
+        return Candidate(name, where, problem=problem)
     try:
         text = parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None
         chosen = captions(row, text)
     except OneLLMError as error:  # a tar that ends inside the text
-        yield Candidate(name, where, problem=error.what)
-        return
-    for number, caption in enumerate(chosen):
-        own = name if len(chosen) == 1 else f"{name}-{number}"
-        lost = "no caption: neither the metadata nor a .txt has one" if caption is None else None
-        yield Candidate(own, where, {extension: parts[extension]}, caption, meta, lost)
+        return Candidate(name, where, problem=error.what)
+    if len(chosen) > 1:  # which one is read is chosen anew in each epoch
+        meta = {**meta, "caption": list(chosen), **({"alt_text": meta["caption"]} if "caption" in meta else {})}
+        return Candidate(name, where, {extension: parts[extension]}, meta=meta)
+    lost = "no caption: neither the metadata nor a .txt has one" if chosen[0] is None else None
+    return Candidate(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
 
 
 def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], str | None]:

@@ -22,7 +22,7 @@ CHOICES = ("top", "alt", "all")
 def top_caption(row: Mapping[str, Any], text: str | None) -> Sequence[str | None]:
     """The synthetic caption that CLIP liked best."""
     found = column(row, ("top_caption",))
-    if found is None:
+    if not isinstance(found, str):
         raise BadSample("no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)")
     return [found]
 
@@ -32,7 +32,7 @@ def all_captions(row: Mapping[str, Any], text: str | None) -> Sequence[str | Non
     found = column(row, ("all_captions",))
     if not isinstance(found, Sequence) or isinstance(found, str) or not all(isinstance(c, str) for c in found):
         raise BadSample("no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)")
-    return list(dict.fromkeys([*top_caption(row, text), *found]))
+    return [c for c in dict.fromkeys([*top_caption(row, text), *found]) if c and c.strip()] or [""]
 
 
 _CAPTIONS: Mapping[str, Captions] = {"top": top_caption, "alt": alt_caption, "all": all_captions}
@@ -46,7 +46,7 @@ def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
     """
     if caption not in CHOICES:
         raise UsageError(f"caption={caption} is none of {', '.join(CHOICES)}.", "it is not known which text to take.", "choose one.")
-    groups, notes = tar_groups(inputs, find_tars(inputs), unfinished, one_each=caption != "all")
+    groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
     return Layout(("image",), groups, notes, {"caption": caption})
 
 
@@ -61,9 +61,7 @@ SOURCE = Source(
     plan=plan,
     candidates=candidates,
     options={
-        "caption": Option(
-            "top", "top: top_caption; alt: the alt text; all: a sample for each of all_captions (the picture is stored as often)"
-        ),
+        "caption": Option("top", "top: top_caption; alt: the alt text; all: all_captions as a list, one of which is read in an epoch"),
         "unfinished": UNFINISHED_OPTION,
     },
     licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",
