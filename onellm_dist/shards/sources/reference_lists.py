@@ -1,0 +1,190 @@
+"""`onellm shards build reference-lists IN OUT -o modality=NAME`: the lists that OneLLM's own code trains from.
+
+    *.csv, *.tsv    tab-separated, with the columns `caption` and `url` in any order (pretraining, all modalities but IMU)
+    *.json          a list of {id, image, conversations} (instruction tuning; `image` is the path for every modality, `depth_image` or
+                    `normal_image` the map's), or of {image or url, caption}
+
+IN is a list or a folder of lists. Paths start at `root`; parts of them are replaced as told, which turns the authors' storage into
+the user's (`cluster:s3://laion=/data/laion`). A depth or normal map without a column of its own lies where the picture's path has
+`/cc3m_depth/` or `/cc3m_normal/` for `/cc3m/`. IMU windows: source ego4d-imu.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import Modality, get_modality
+from onellm_dist.shards.naming import TEXT_ONLY, safe_key
+from onellm_dist.shards.places import Place, place
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.clouds import TensorCloud
+from onellm_dist.shards.sources.delimited import TSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.json_rows import ObjectRange, object_ranges, read_objects
+
+_ROWS = 5000
+_TABLES = (".csv", ".tsv", ".json")
+_MEDIA_KEYS = ("image", "url")
+_MAPS = ("depth", "normal")
+_SPLITS = (("val", re.compile(r"(?:^|[_.-])(?:val|valid|validation)(?:[_.-]|$)")), ("test", re.compile(r"(?:^|[_.-])test(?:[_.-]|$)")))
+
+
+def plan(inputs: Path, *, seed: int, modality: str | None, root: str | None, replace: str | None, maps: str) -> Layout:
+    """Ranges of the lists' rows.
+
+    Raises:
+        UsageError: no modality given, no list there, or one without the columns that are needed.
+    """
+    if modality is None:
+        raise UsageError("reference-lists needs -o modality=NAME.", "the lists do not say what their files are.", "for example image.")
+    if modality == "imu":
+        raise UsageError("reference-lists reads no IMU windows.", "they are cut from whole recordings.", "use source ego4d-imu.")
+    modalities = () if modality == TEXT_ONLY else (get_modality(modality).name,)
+    _replacements(replace)
+    _replacements(maps)
+    folder, tables = _tables(inputs)
+    return Layout(modalities, chain.from_iterable(_groups(folder, t) for t in tables))
+
+
+def _tables(inputs: Path) -> tuple[Path, list[str]]:
+    """(the lists' folder, their names in it)."""
+    if inputs.is_file():
+        return inputs.parent, [inputs.name]
+    found = sorted(p.relative_to(inputs).as_posix() for p in inputs.rglob("*.*") if p.suffix.lower() in _TABLES and p.name[0] != ".")
+    if not found:
+        raise UsageError(f"{inputs}: no {', '.join(_TABLES)} there.", "there is nothing to build from.", "give the lists' folder.")
+    return inputs, found
+
+
+def _groups(folder: Path, table: str) -> Iterator[Group]:
+    stem = PurePosixPath(table).stem.lower()
+    split = next((name for name, pattern in _SPLITS if pattern.search(stem)), "train")
+    if table.lower().endswith(".json"):
+        for objects in object_ranges(folder / table, None, _ROWS):
+            yield Group(f"{table}[{objects.first}]", {"table": table, "range": list(objects)}, split, objects.size)
+        return
+    names, start = read_header(folder / table, TSV)
+    if not {"caption", "url"} <= set(names):
+        raise UsageError(
+            f"{folder / table}: its columns are {', '.join(names)}.",
+            "the reference's lists are tab-separated and have the columns caption and url.",
+            "remove other tables from IN, or use source folder for them.",
+        )
+    for rows in row_ranges(folder / table, TSV, _ROWS, start):
+        yield Group(f"{table}:{rows.line}", {"table": table, "range": list(rows), "columns": names}, split, rows.size)
+
+
+def candidates(
+    inputs: Path, spec: Mapping[str, Any], *, modality: str, root: str | None, replace: str | None, maps: str
+) -> Iterator[Candidate]:  # fmt: skip
+    """Of one range of rows."""
+    folder = inputs.parent if inputs.is_file() else inputs
+    start = place(root) if root is not None else folder
+    kind = None if modality == TEXT_ONLY else get_modality(modality)
+    for number, where, row, problem in _rows(folder, spec):
+        key = safe_key(f"{PurePosixPath(spec['table']).with_suffix('')}/{number:09d}")
+        parts, wrong = ({}, problem) if problem or kind is None else _parts(row, kind, start, _replacements(replace), _replacements(maps))
+        yield _candidate(key, where, row, parts, wrong)
+
+
+def _rows(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
+    """(number, place, values, what is wrong)."""
+    table = spec["table"]
+    if "columns" in spec:
+        for line, values, problem in read_rows(folder / table, TSV, RowRange(*spec["range"]), spec["columns"]):
+            yield line, f"{table}:{line}", values, problem
+        return
+    for number, row in read_objects(folder / table, ObjectRange(*spec["range"])):
+        problem = None if isinstance(row, dict) else f"unreadable row: a {type(row).__name__}, not an object"
+        yield number, f"{table}[{number}]", row if problem is None else {}, problem
+
+
+def _parts(
+    row: Mapping[str, Any], kind: Modality, root: Place, replace: Sequence[tuple[str, str]], maps: Sequence[tuple[str, str]]
+) -> tuple[dict[str, Media], str | None]:  # fmt: skip
+    """Extension to media, and what is wrong."""
+    name = next((row[k] for k in _MEDIA_KEYS if row.get(k)), None)
+    if not isinstance(name, str):
+        return {}, "unreadable row: it names no file"
+    wanted = {next(iter(kind.slots)): name}
+    if kind.name in _MAPS:
+        beside = row.get(f"{kind.name}_image") or _replaced(name, [(a, b) for a, b in maps if kind.name in b])
+        if not isinstance(beside, str) or beside == name:
+            return {}, f"missing file: nothing says where the {kind.name} map of {name} lies"
+        wanted = {kind.name: beside, "image": name}
+    found: dict[str, Media] = {}
+    for slot, path in wanted.items():
+        file = _placed(root, _replaced(path, replace))
+        suffix = file.suffix.lower().lstrip(".")
+        if kind.name == "point" and suffix == "pt":
+            found["npy"] = TensorCloud(file, file.name)
+            continue
+        extension = next((e for e in kind.slots[slot] if e.endswith(f".{suffix}")), suffix if suffix in kind.slots[slot] else None)
+        if not suffix or extension is None:
+            return {}, f"unknown kind of file: {path}"
+        found[extension] = file
+    return found, None
+
+
+def _candidate(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None) -> Candidate:
+    meta = {k: v for k, v in row.items() if k not in ("caption", "conversations") and v not in (None, "")}
+    turns, caption = row.get("conversations"), row.get("caption")
+    if problem is None and turns is not None:
+        try:
+            meta["conversations"] = _clean(turns)
+        except (TypeError, KeyError, AttributeError):
+            problem = 'malformed conversations: not a list of {"from": "human" or "gpt", "value": text}'
+    elif problem is None and not isinstance(caption, str):
+        problem = "no caption: neither a caption nor a conversation"
+    return Candidate(key, where, parts, caption if isinstance(caption, str) else None, meta, problem)
+
+
+def _clean(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The turns without the reference's `<image>` tags, which its code removes too."""
+    return [{"from": t["from"], "value": t["value"].replace("<image>", "").strip()} for t in turns]
+
+
+def _placed(root: Place, path: str) -> Place:
+    return place(path) if "://" in path or path.startswith("/") else root / path
+
+
+def _replaced(path: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        path = path.replace(old, new)
+    return path
+
+
+def _replacements(text: str | None) -> list[tuple[str, str]]:
+    """`A=B,C=D` as pairs.
+
+    Raises:
+        UsageError: a pair without `=`.
+    """
+    pairs = []
+    for pair in (text or "").split(","):
+        old, equals, new = pair.partition("=")
+        if pair and (not equals or not old):
+            raise UsageError(f"{pair!r} is no OLD=NEW.", "it says what is replaced in the lists' paths.", "write replace=OLD=NEW,OLD=NEW")
+        if pair:
+            pairs.append((old, new))
+    return pairs
+
+
+SOURCE = Source(
+    name="reference-lists",
+    summary="the lists of OneLLM's own code: tab-separated caption and url, or JSON with conversations",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "modality": Option(None, "what the files are (image, video, audio, point, depth, normal, fmri), or text; needed"),
+        "root": Option(None, "where relative paths start, a folder or a URL; the lists' folder if not given"),
+        "replace": Option(None, "what is replaced in paths: OLD=NEW, several by comma"),
+        "maps": Option(
+            "/cc3m/=/cc3m_depth/,/cc3m/=/cc3m_normal/", "from a picture's path to its map's: OLD=NEW, NEW has depth or normal in it"
+        ),
+    },
+)
