@@ -157,7 +157,20 @@ class EngineSection(Section):
 
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
     config: Path | None = None
-    """A DeepSpeed JSON (a path, or a name in `ds_configs/` such as `zero3`); `zero3` where not given."""
+    """A DeepSpeed JSON (a path, or a name in `ds_configs/` such as `zero3`); `zero3` where not given. `fsdp` does not
+    read it."""
+    shard_ranks: PositiveInt | None = None
+    """`fsdp` only: hybrid sharding over groups of so many neighbouring ranks (a node's), each group holding a whole copy; all ranks
+    share one copy where not given."""
+    reduce_every: Literal["micro_step", "step"] = "micro_step"
+    """`fsdp` only: reduce gradients after every micro-step, so that a rank keeps its shard of them, or once a step: less traffic, but
+    every rank keeps whole fp32 gradients of what trains."""
+
+    @model_validator(mode="after")
+    def _keys_of_this_engine(self) -> EngineSection:
+        if self.name == "deepspeed" and (self.shard_ranks is not None or self.reduce_every != "micro_step"):
+            raise ValueError("engine.shard_ranks and engine.reduce_every are for engine.name=fsdp (DeepSpeed: zero_hpz_partition_size)")
+        return self
 
 
 class CheckpointSection(Section):

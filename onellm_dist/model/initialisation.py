@@ -87,9 +87,18 @@ def initialise(model: Any, seed: int, *, skip: tuple[str, ...] = ()) -> None:
 
 
 def fill_parameter(name: str, parameter: torch.Tensor, model: nn.Module, seed: int) -> None:
-    """Fill one parameter by its name; values are drawn in fp32 on the CPU, so that they are the same on every device."""
+    """Fill one parameter by its name."""
+    parameter.copy_(drawn(name, parameter.shape, model, seed))
+
+
+def drawn(name: str, shape: torch.Size, model: nn.Module, seed: int) -> torch.Tensor:
+    """A parameter's values by its name, fp32 on the CPU, so that they are the same on every device.
+
+    Args:
+        model: may be on the meta device.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()) + (seed << 32) % (1 << 62))
-    values = torch.empty(parameter.shape, dtype=torch.float32)
+    values = torch.empty(shape, dtype=torch.float32)
     rule = next((fill for pattern, fill in _RULES if re.fullmatch(pattern, name)), None)
     if rule is not None:
         rule(values, generator)
@@ -103,4 +112,9 @@ def fill_parameter(name: str, parameter: torch.Tensor, model: nn.Module, seed: i
             "it would stay undefined.",
             "add one to model/initialisation.py, or name it weight or bias.",
         )
-    parameter.copy_(values)
+    return values
+
+
+def drawn_as(name: str, model: Any) -> str:
+    """The parameter whose values `name` starts with: the first expert's where the config's `upm.init` is `copied`, else its own."""
+    return re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name) if model.config.upm.init == "copied" else name

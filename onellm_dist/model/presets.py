@@ -108,19 +108,31 @@ def load_model(
     with _default_dtype(dtype):
         model: Any = OneLLMForConditionalGeneration(build_config(str(preset)))
     if preset == "smollm2-135m":
-        gguf = smollm2_gguf()
-        pretrained = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=ATTENTION_NAME
-        )
-        model.llm.load_state_dict(pretrained.state_dict())
+        model.llm.load_state_dict(smollm2_weights())
         initialise(model, seed, skip=("llm.",))
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     else:
         initialise(model, seed)
-        tokenizer = toy_tokenizer()
-        if preset != "toy":
-            warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own", stacklevel=2)
-    return model, OneLLMProcessor(tokenizer)
+    return model, preset_processor(str(preset))
+
+
+def preset_processor(preset: str) -> OneLLMProcessor:
+    """The processor of a preset's model."""
+    if preset == "smollm2-135m":
+        gguf = smollm2_gguf()
+        return OneLLMProcessor(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    if preset != "toy":
+        warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own", stacklevel=3)
+    return OneLLMProcessor(toy_tokenizer())
+
+
+def smollm2_weights() -> dict[str, torch.Tensor]:
+    """The pretrained LLM of `smollm2-135m`, fp32, names without `llm.`."""
+    gguf = smollm2_gguf()
+    pretrained = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+    )
+    state: dict[str, torch.Tensor] = pretrained.state_dict()
+    return state
 
 
 @contextmanager
@@ -134,7 +146,12 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+def check_directory(path: Path) -> None:
+    """Refuse a directory that holds no model.
+
+    Raises:
+        UsageError: no config or no tokenizer there.
+    """
     if not (path / "config.json").is_file():
         raise UsageError(
             f"no model in {path}",
@@ -147,6 +164,10 @@ def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditiona
             "texts cannot be read or written.",
             "convert again with --tokenizer, or copy tokenizer.json and tokenizer_config.json there.",
         )
+
+
+def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+    check_directory(path)
     return OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype), OneLLMProcessor.from_pretrained(path)
 
 

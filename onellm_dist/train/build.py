@@ -19,11 +19,12 @@ from onellm_dist.data.segments import Segment
 from onellm_dist.data.validation import open_validation
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.presets import load_model
+from onellm_dist.model.unloaded import Weights, open_model
 from onellm_dist.train.checkpoint import checkpoint_name, load_state, newest_whole, prune, read_manifest, save_state
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine, EngineSettings
 from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.engine.select import checked, engine_class
 from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
@@ -31,7 +32,7 @@ from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger, write_stream
 from onellm_dist.train.metrics import Events, Metrics
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
-from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
+from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
 from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.totals import StepTotals
 from onellm_dist.train.validate import Validation
@@ -126,8 +127,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     resume = _checkpoint_to_resume(config, world)
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
 
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model, processor = load_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed, dtype=dtype)
+    model, processor, weights = open_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed)
     opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
     plan = _main_first(world, partial(Plan.open, *opening))
     validation = _main_first(world, partial(open_validation, *opening)) if config.data.validation else None
@@ -142,12 +142,13 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     flops = FlopCounter(model, plan, config.train.stage)
     freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
-        start_from_image(model, config.model.init_from_image, source=next(iter(all_modalities())))
+        weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
     if config.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
     model.train()
 
-    engine = _wrap(model, config, settings)
+    engine = _wrap(model, config, settings, weights)
+    del weights
     first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
     ledger = Ledger(config.run.dir / LEDGER, world.rank)
     ledger.begin(first_step)
@@ -165,22 +166,17 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
 
 
 def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
-    if config.engine.name != "deepspeed":
-        raise UsageError(
-            f"engine.name={config.engine.name} is not there yet",
-            "only DeepSpeed shards models in this version.",
-            "set engine.name=deepspeed.",
-        )
-    return EngineSettings(
-        world.size, world.device, config.train.precision == "bf16", config.optim.betas, config.optim.eps, config.optim.grad_clip,
-        load_ds_config(config.engine.config),
+    engine, optim = config.engine, config.optim
+    settings = EngineSettings(
+        world.size, world.device, config.train.precision == "bf16", optim.betas, optim.eps, optim.grad_clip,
+        load_ds_config(engine.config) if engine.name == "deepspeed" else {},
+        shard_ranks=engine.shard_ranks, reduce_every_micro_step=engine.reduce_every == "micro_step",
     )  # fmt: skip
+    return checked(settings)
 
 
-def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings) -> Engine:
-    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine.wrap(model, parameter_groups(model, config.optim.weight_decay), settings)
+def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights) -> Engine:
+    return engine_class(config.engine.name).wrap(model, parameter_groups(model, config.optim.weight_decay), settings, weights)
 
 
 def _checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:

@@ -66,18 +66,18 @@ def _without_decay(model: nn.Module) -> Iterable[nn.Parameter]:
                 yield parameter
 
 
-def start_from_image(model: nn.Module, modalities: Iterable[str], source: str) -> list[str]:
-    """Copy `source`'s projections, queries, router and tags to `modalities` (paper, section 3.3: new modalities start from image's).
+def copies_of(model: nn.Module, source: str, modalities: Iterable[str]) -> dict[str, str]:
+    """Which parameters start as copies: `modalities` take `source`'s projections, queries, router and tags (paper, section 3.3).
 
     Returns:
-        The names of the parameters that were overwritten.
+        Name of a parameter -> name of the one whose values it takes.
 
     Raises:
         UsageError: the model does not have one of them.
     """
     projectors: Any = model.get_submodule("projectors")
     given = dict(projectors.named_children())
-    written: list[str] = []
+    copies: dict[str, str] = {}
     for name in modalities:
         if name not in given or source not in given:
             raise UsageError(
@@ -85,6 +85,5 @@ def start_from_image(model: nn.Module, modalities: Iterable[str], source: str) -
                 "there is nothing to copy.",
                 f"name some of: {', '.join(given)}.",
             )
-        given[name].load_state_dict(given[source].state_dict())
-        written += [f"projectors.{name}.{key}" for key in given[source].state_dict()]
-    return written
+        copies |= {f"projectors.{name}.{key}": f"projectors.{source}.{key}" for key, _ in given[source].named_parameters()}
+    return copies

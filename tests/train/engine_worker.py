@@ -17,8 +17,8 @@ from onellm_dist.packed import PackedBatch
 from onellm_dist.train.checkpoint import load_state, save_state
 from onellm_dist.train.distributed import World, join, leave
 from onellm_dist.train.engine.base import Engine, EngineSettings
-from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
 from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.engine.select import engine_class
 from onellm_dist.train.stages import parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
@@ -56,9 +56,13 @@ def new_model(stage: str) -> StandIn:
     return model
 
 
-def new_engine(world: World, model: StandIn, config: dict[str, Any], bf16: bool) -> Engine:
-    settings = EngineSettings(world.size, world.device, bf16, (0.9, 0.95), 1e-8, CLIP, config)
-    return DeepSpeedEngine.wrap(model, parameter_groups(model, DECAY), settings)
+def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = False) -> Engine:
+    """`job`: `config` is a DeepSpeed JSON or its name; or `fsdp` says what FSDP2 takes."""
+    config = job.get("config", {})
+    config = load_ds_config(Path(config)) if isinstance(config, str) else copy.deepcopy(config)
+    parts = {name: name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith("embedding")}
+    settings = EngineSettings(world.size, world.device, bf16, (0.9, 0.95), 1e-8, CLIP, config, parts=parts, **job.get("fsdp", {}))
+    return engine_class("fsdp" if "fsdp" in job else "deepspeed").wrap(model, parameter_groups(model, DECAY), settings)
 
 
 def train(engine: Engine, world: World, steps: range, spoil: int | None = None) -> list[dict[str, Any]]:
@@ -76,7 +80,9 @@ def train(engine: Engine, world: World, steps: range, spoil: int | None = None) 
             total += loss.detach().float()
         world.sum(total)
         result = engine.step(LR)
-        done.append({"loss": total.item() / divisor, "applied": result.applied, "norm": result.grad_norm})
+        done.append(
+            {"loss": total.item() / divisor, "applied": result.applied, "norm": result.grad_norm, "parts": result.grad_norm_by_part}
+        )
     return done
 
 
@@ -110,11 +116,12 @@ def update_error(
     return found
 
 
-def check(world: World, out: Path, name: str, config: dict[str, Any], stage: str, bf16: bool) -> dict[str, Any]:
+def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
+    name, stage, bf16 = job["name"], job.get("stage", "align"), job.get("bf16", False)
     model = new_model(stage)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    engine = new_engine(world, model, copy.deepcopy(config), bf16)
+    engine = new_engine(world, model, job, bf16)
     folder = out / name
     first = train(engine, world, range(0, 5))
     save_state(folder, engine, world, {"step": 5})
@@ -123,7 +130,7 @@ def check(world: World, out: Path, name: str, config: dict[str, Any], stage: str
     spoilt = train(engine, world, range(8, 9), spoil=8)
     kept = engine.gather_full_state()
 
-    resumed = new_engine(world, new_model(stage), copy.deepcopy(config), bf16)
+    resumed = new_engine(world, new_model(stage), job, bf16)
     load_state(folder, resumed, world)
     again = train(resumed, world, range(5, 8))
     second = resumed.gather_full_state()
@@ -143,16 +150,17 @@ def check(world: World, out: Path, name: str, config: dict[str, Any], stage: str
         "steps": resumed.optimizer_steps,
         "spoilt_applied": spoilt[0]["applied"],
         "spoilt_kept": all(torch.equal(ended[n], kept[n]) for n in before),
-        "norms": [s["norm"] for s in first],
+        "norms": [s["norm"] for s in first], "parts": [s["parts"] for s in first],
     }  # fmt: skip
 
 
-def carry_on(world: World, folder: Path, config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """Steps 5 to 7 from a checkpoint that another number of ranks under another ZeRO stage wrote."""
+def carry_on(world: World, job: dict[str, Any]) -> dict[str, Any]:
+    """Steps 5 to 7 from a checkpoint that another number of ranks under another engine or ZeRO stage wrote."""
+    stage = job.get("stage", "align")
     before = {n: p.detach().clone() for n, p in new_model(stage).named_parameters()}
     model = new_model(stage)
-    engine = new_engine(world, model, copy.deepcopy(config), bf16=False)
-    load_state(folder, engine, world)
+    engine = new_engine(world, model, job)
+    load_state(Path(job["from"]), engine, world)
     steps = engine.optimizer_steps
     losses = [s["loss"] for s in train(engine, world, range(5, 8))]
     ended = engine.gather_full_state()
@@ -172,12 +180,7 @@ def main() -> None:
     out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
     for job in jobs:
-        config = load_ds_config(Path(job["config"])) if isinstance(job["config"], str) else job["config"]
-        stage = job.get("stage", "align")
-        if "from" in job:
-            found[job["name"]] = carry_on(world, Path(job["from"]), config, stage)
-        else:
-            found[job["name"]] = check(world, out, job["name"], config, stage, job.get("bf16", False))
+        found[job["name"]] = carry_on(world, job) if "from" in job else check(world, out, job)
     if world.main:
         (out / "found.json").write_text(json.dumps(found))
     leave()

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the engine interface, on several ranks: exact gradients whatever a rank is dealt, skipped steps, elastic resumes."""
+"""Both engines behind their interface, on several ranks: exact gradients whatever a rank is dealt, skipped steps, elastic resumes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ JOBS = (
     {"name": "zero1_bf16", "config": "zero1", "bf16": True},
     {"name": "zero2_bf16", "config": "zero2", "bf16": True},
     {"name": "zero3_bf16", "config": ZERO3, "bf16": True},
+    {"name": "fsdp", "fsdp": {}},
+    {"name": "fsdp_reduced_once", "fsdp": {"reduce_every_micro_step": False}},
+    {"name": "fsdp_tune", "fsdp": {}, "stage": "tune"},
+    {"name": "fsdp_bf16", "fsdp": {}, "bf16": True},
+    {"name": "fsdp_reduced_once_bf16", "fsdp": {"reduce_every_micro_step": False}, "bf16": True},
 )
 FP32 = tuple(job["name"] for job in JOBS if not job.get("bf16"))
 pytestmark = pytest.mark.slow
@@ -75,14 +80,32 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(two: tup
     assert two[1][name]["spoilt_kept"]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_checkpoint_of_two_ranks_goes_on_at_other_sizes_and_stages(two: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+def test_norms_of_the_parts_add_up_to_the_whole(two: tuple[Path, dict[str, Any]], name: str) -> None:
+    found = two[1][name]
+    trained = {"llm"} if "tune" in name else {"branches", "upm"}
+    for norm, parts in zip(found["norms"], found["parts"], strict=True):
+        assert set(parts) == trained
+        assert all(value > 0 for value in parts.values())
+        whole = sum(value**2 for value in parts.values()) ** 0.5
+        assert whole < norm if "tune" in name else whole == pytest.approx(norm, rel=1e-5)  # the embedding is in no part
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_a_checkpoint_of_two_ranks_goes_on_at_other_sizes_stages_and_engines(
+    two: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int
+) -> None:
     jobs = [
         {"name": "zero3", "config": ZERO3, "from": str(two[0] / "zero2")},
         {"name": "zero1", "config": "zero1", "from": str(two[0] / "zero3")},
         {"name": "zero0", "config": {}, "from": str(two[0] / "zero3")},
         {"name": "tune", "config": "zero2", "stage": "tune", "from": str(two[0] / "zero3_tune")},
+        {"name": "fsdp", "fsdp": {}, "from": str(two[0] / "zero3")},
+        {"name": "fsdp_tune", "fsdp": {}, "stage": "tune", "from": str(two[0] / "zero2_tune")},
+        {"name": "back", "config": ZERO3, "from": str(two[0] / "fsdp")},
     ]
+    if ranks == 4:
+        jobs.append({"name": "hybrid", "fsdp": {"shard_ranks": 2}, "from": str(two[0] / "zero3")})
     for name, found in run_worker(tmp_path, ranks, jobs).items():
         assert found["steps"] == 5, name
         assert found["losses"] < 1e-5, name

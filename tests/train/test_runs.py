@@ -278,7 +278,8 @@ def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repa
         ({"model__path": "no/such/model"}, "no/such/model"),
         ({"checkpoint__resume": "no/such/step"}, "no whole checkpoint"),
         ({"engine__config": "zero9"}, "zero3_hpz"),
-        ({"engine__name": "fsdp"}, "engine.name"),
+        ({"engine__name": "fsdp", "engine__shard_ranks": 3}, "engine.shard_ranks=3 does not divide"),
+        ({"engine__shard_ranks": 2}, "engine.name=fsdp"),
         ({"data__root": "no/such/shards"}, "no/such/shards"),
     ],
 )

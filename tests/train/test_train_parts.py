@@ -13,6 +13,7 @@ from torch import nn
 from onellm_dist.config import OptimSection, RunConfig
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.unloaded import open_model
 from onellm_dist.resources import ds_configs_dir
 from onellm_dist.train.checkpoint import MANIFEST, checkpoint_name, newest_whole, prune
 from onellm_dist.train.engine.ds_config import complete, load_ds_config, zero_stage
@@ -23,7 +24,7 @@ from onellm_dist.train.metrics import drop_from
 from onellm_dist.train.run import run_dir_of, without_launcher_arguments
 from onellm_dist.train.rundir import lock_directory, prepare_directory
 from onellm_dist.train.schedule import learning_rate
-from onellm_dist.train.stages import freeze_for_stage, parameter_groups, start_from_image
+from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
 
 
 def test_warm_up_then_cosine_to_min_lr() -> None:
@@ -188,20 +189,17 @@ def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
 
 
 def test_new_modalities_start_from_image() -> None:
-    from onellm_dist.model.presets import load_model
-
-    model, _ = load_model(path=None, preset="toy", seed=0)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    written = start_from_image(model, ["audio", "point"], source="image")
-    assert written and all(n.startswith(("projectors.audio.", "projectors.point.")) for n in written)
+    model, _, weights = open_model(path=None, preset="toy", seed=0)
+    before = {n: weights.rows(n, 0, p.shape[0]) for n, p in model.named_parameters()}
+    copies = copies_of(model, "image", ["audio", "point"])
+    assert copies and all(n.startswith(("projectors.audio.", "projectors.point.")) for n in copies)
+    weights.copy(copies)
     for name, parameter in model.named_parameters():
-        if name in written:
-            owner = name.split(".")[1]
-            assert torch.equal(parameter, before[name.replace(f".{owner}.", ".image.", 1)])
-        else:
-            assert torch.equal(parameter, before[name])
+        owner = name.split(".")[1]
+        source = name.replace(f".{owner}.", ".image.", 1) if name in copies else name
+        assert torch.equal(weights.rows(name, 0, parameter.shape[0]), before[source])
     with pytest.raises(UsageError, match="smell"):
-        start_from_image(model, ["smell"], source="image")
+        copies_of(model, "image", ["smell"])
 
 
 def test_launcher_arguments_and_run_dir(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,15 @@ class StepResult:
     """False: the gradient was not finite, and nothing was changed."""
     grad_norm: float
     """Global norm before clipping; inf or nan where not applied."""
+    grad_norm_by_part: dict[str, float] = field(default_factory=dict)
+    """The same of each part that `EngineSettings.parts` names (its gradient alone, before clipping); their squares add up to its square."""
+
+
+class WeightSource(Protocol):
+    """Where the values of a model that is still on the meta device come from; every rank has one, with the same values."""
+
+    def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Rows [first, end) of the parameter `name` along its first dimension (all of them where it has none), in any dtype."""
 
 
 class LocalRange(ABC):
@@ -43,6 +53,10 @@ class LocalRange(ABC):
     @abstractmethod
     def write(self, key: str, values: torch.Tensor) -> None:
         """Replace the values of `key` by `values` [length] fp32. `Engine.restored` must follow."""
+
+    @abstractmethod
+    def gradient(self) -> torch.Tensor:
+        """[length], any floating dtype: the gradient summed over ranks; between the last backward of a step and `Engine.step`."""
 
 
 class PackedLoss(nn.Module):
@@ -65,12 +79,15 @@ class Engine(ABC):
 
     @classmethod
     @abstractmethod
-    def wrap(cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings) -> Engine:
-        """Shard `model`, whose frozen parameters have requires_grad False already.
+    def wrap(
+        cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings, weights: WeightSource | None = None
+    ) -> Engine:
+        """Shard `model`, whose frozen parameters have requires_grad False already. Its parameters may be replaced by others.
 
         Args:
-            model: takes `packed=`; weights are the same on every rank.
+            model: takes `packed=`; its weights are the same on every rank, or it is on the meta device (its buffers are not).
             groups: the optimizer's parameter groups (`params`, `weight_decay`).
+            weights: what a model on the meta device is filled from, parameter by parameter, so that no rank ever holds all of it.
         """
 
     @abstractmethod
@@ -98,9 +115,23 @@ class Engine(ABC):
     def restored(self, optimizer_steps: int) -> None:
         """After writing ranges: bring the weights the model computes with up to date, and set the count of steps."""
 
+    @property
     @abstractmethod
+    def compute_dtype(self) -> torch.dtype:
+        """Of the weights that the model computes with."""
+
+    @abstractmethod
+    def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each of `whole_weights`, in its order."""
+
+    @abstractmethod
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each weight and persistent buffer in turn, whole, in the dtype the model computes in: on the CPU on rank 0, a tensor on
+        the meta device elsewhere. Every rank must run it to its end. Tied weights come once."""
+
     def gather_full_state(self) -> dict[str, torch.Tensor]:
-        """Every weight and persistent buffer, whole, on the CPU, in the dtype the model computes in: rank 0; {} elsewhere."""
+        """All of `whole_weights` at once: rank 0; {} elsewhere."""
+        return {name: tensor for name, tensor in self.whole_weights() if not tensor.is_meta}
 
 
 @dataclass(frozen=True)
@@ -114,4 +145,10 @@ class EngineSettings:
     eps: float
     grad_clip: float
     config: dict[str, object]
-    """The engine's own configuration (the DeepSpeed JSON)."""
+    """The engine's own configuration (the DeepSpeed JSON; nothing for FSDP2)."""
+    shard_ranks: int | None = None
+    """FSDP2: ranks that a parameter is sharded over; groups of so many hold the same shards. None: all ranks."""
+    reduce_every_micro_step: bool = True
+    """FSDP2: reduce gradients after every micro-step (a shard of them is kept), or once a step (all of them are kept, less traffic)."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Parameter name -> the part of the model whose gradient norm it counts in; parameters that are not named count in none."""

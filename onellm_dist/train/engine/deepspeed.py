@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import Engine, EngineSettings, LocalRange, PackedLoss, StepResult
+from onellm_dist.train.engine.base import Engine, EngineSettings, LocalRange, PackedLoss, StepResult, WeightSource
 from onellm_dist.train.engine.ds_config import complete, zero_stage
+from onellm_dist.train.engine.ds_filling import fill_partitioned, fill_whole
 from onellm_dist.train.engine.ds_ranges import create_optimizer_state, flat_partitions, local_ranges, refresh_weights
+from onellm_dist.train.engine.naming import grouped, named_groups, persistent_buffers
+from onellm_dist.train.engine.parts import PartNorms
 
 
 class DeepSpeedEngine(Engine):
@@ -30,11 +33,22 @@ class DeepSpeedEngine(Engine):
         self._flats = flat_partitions(engine, optimizer)
         create_optimizer_state(optimizer, self._flats)
         self._ranges = local_ranges(engine, module.model, optimizer, self._flats, rank=engine.global_rank, world=settings.world)
+        self._norms = PartNorms(module.model, self._ranges, settings.parts, settings.device)
 
     @classmethod
-    def wrap(cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings) -> DeepSpeedEngine:
+    def wrap(
+        cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings, weights: WeightSource | None = None
+    ) -> DeepSpeedEngine:
         deepspeed = import_deepspeed()
         config = complete(settings.config, bf16=settings.bf16, grad_clip=settings.grad_clip)
+        if weights is not None:
+            names = named_groups(model, groups)
+            dtype = torch.bfloat16 if settings.bf16 else torch.float32
+            if zero_stage(config) == 3:
+                fill_partitioned(model, weights, config, dtype, deepspeed)
+            else:
+                fill_whole(model, weights, dtype, settings.device)
+            groups = grouped(names, dict(model.named_parameters()))
         module = PackedLoss(model)
         optimizer = torch.optim.AdamW(list(groups), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -55,13 +69,16 @@ class DeepSpeedEngine(Engine):
     def step(self, lr: float) -> StepResult:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self._stage == 0:
-            return self._step_without_zero()
+        squares = self._norms.squares() if self._norms.names else None  # queued before the step, read after its own wait
+        applied, norm = self._step_without_zero() if self._stage == 0 else self._step_with_zero()
+        return StepResult(applied, norm, {} if squares is None else self._norms.named(squares.tolist()))
+
+    def _step_with_zero(self) -> tuple[bool, float]:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepResult(applied=bool(self._engine.was_step_applied()), grad_norm=float("nan") if norm is None else float(norm))
+        return bool(self._engine.was_step_applied()), float("nan") if norm is None else float(norm)
 
-    def _step_without_zero(self) -> StepResult:
+    def _step_without_zero(self) -> tuple[bool, float]:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         clip = self._settings.grad_clip or float("inf")
         norm = float(nn.utils.clip_grad_norm_(parameters, clip))
@@ -70,7 +87,7 @@ class DeepSpeedEngine(Engine):
             self._engine.step()
         else:
             self._engine.zero_grad()
-        return StepResult(applied, norm)
+        return applied, norm
 
     def ranges(self) -> list[LocalRange]:
         return self._ranges
@@ -85,19 +102,25 @@ class DeepSpeedEngine(Engine):
             self._optimizer.state[flat]["step"].fill_(optimizer_steps)
         refresh_weights(self._engine)
 
-    def gather_full_state(self) -> dict[str, torch.Tensor]:
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._settings.bf16 else torch.float32
+
+    def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        found = [(n, tuple(getattr(p, "ds_shape", p.shape)), self.compute_dtype) for n, p in self._module.model.named_parameters()]
+        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)]
+
+    @torch.no_grad()
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         import deepspeed
 
-        keep = self._engine.global_rank == 0
-        state: dict[str, torch.Tensor] = {}
+        main = self._engine.global_rank == 0
         for name, parameter in self._module.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                if keep:
-                    state[name] = parameter.detach().to("cpu", copy=True)
-        if keep:
-            transient = {f"{p}.{n}".lstrip(".") for p, m in self._module.model.named_modules() for n in m._non_persistent_buffers_set}
-            state |= {n: b.detach().to("cpu", copy=True) for n, b in self._module.model.named_buffers() if n not in transient}
-        return state
+                whole = parameter.detach().to("cpu", copy=True) if main else torch.empty_like(parameter, device="meta")
+            yield name, whole
+        for name, buffer in persistent_buffers(self._module.model):
+            yield name, buffer.detach().to("cpu", copy=True) if main else torch.empty_like(buffer, device="meta")
 
 
 def import_deepspeed() -> Any:

@@ -97,6 +97,11 @@ class _Zero3Range(LocalRange):
         else:
             safe_set_local_optimizer_state(self._parameter, padded, key)
 
+    def gradient(self) -> torch.Tensor:
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(self._parameter)[: self.length]
+
 
 class _ViewRange(LocalRange):
     """A range whose values are views of live memory."""
@@ -116,12 +121,18 @@ class _FragmentRange(_ViewRange):
     def __init__(self, name: str, parameter: Any, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         mapping = parameter._hp_mapping
         self.name, self.shape, self._flat, self._optimizer = name, tuple(parameter.shape), flat, optimizer
+        self._parameter = parameter
         self.start, self.length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         self._at = mapping.hp_fragment_address.start
 
     def _view(self, key: str) -> torch.Tensor:
         source = self._flat if key == MASTER else self._optimizer.state[self._flat][key]
         return source.detach().narrow(0, self._at, self.length)
+
+    def gradient(self) -> torch.Tensor:
+        found = self._parameter._hp_mapping.get_lp_grad_fragment(self._parameter._index_in_param_group).detach().view(-1)
+        # ZeRO-1 in bf16 keeps the gradient of the whole parameter.
+        return found if len(found) == self.length else found.narrow(0, self.start, self.length)
 
 
 class _WholeRange(_ViewRange):
@@ -135,6 +146,11 @@ class _WholeRange(_ViewRange):
     def _view(self, key: str) -> torch.Tensor:
         source = self._parameter if key == MASTER else self._optimizer.state[self._parameter][key]
         return source.detach().view(-1).narrow(0, self.start, self.length)
+
+    def gradient(self) -> torch.Tensor:
+        if self._parameter.grad is None:
+            return torch.zeros(self.length, device=self._parameter.device)
+        return self._parameter.grad.detach().reshape(-1).narrow(0, self.start, self.length)
 
 
 def _exchange_whole(engine: Any) -> None:

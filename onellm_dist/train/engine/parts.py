@@ -1,0 +1,41 @@
+"""The norm of the gradient, whole and by part of the model, from the ranges that each rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from onellm_dist.train.engine.base import LocalRange
+
+
+class PartNorms:
+    """Squared norms of the gradient by part; the last place is for parameters that belong to no part.
+
+    Args:
+        model: its trainable parameters are those of `ranges`, over all ranks.
+        parts: parameter name -> part; the same on every rank.
+    """
+
+    def __init__(self, model: nn.Module, ranges: Sequence[LocalRange], parts: Mapping[str, str], device: torch.device) -> None:
+        self.names = sorted({parts[name] for name, p in model.named_parameters() if p.requires_grad and name in parts})
+        place = {name: i for i, name in enumerate(self.names)}
+        self._ranges = [r for r in ranges if r.length]
+        self._place = torch.tensor([place[parts[r.name]] if r.name in parts else len(place) for r in self._ranges], dtype=torch.int64)
+        self._place, self._device = self._place.to(device), device
+
+    @torch.no_grad()
+    def squares(self) -> torch.Tensor:
+        """[parts + 1] fp64 on the device: sums over all ranks; nothing waits for the device. Called by all ranks."""
+        sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
+        if self._ranges:
+            norms = torch.stack(torch._foreach_norm([r.gradient().float() for r in self._ranges])).double().to(self._device)
+            sums.index_add_(0, self._place, norms.square())
+        dist.all_reduce(sums)
+        return sums
+
+    def named(self, squares: Sequence[float]) -> dict[str, float]:
+        """Part -> norm, from what `squares` gave."""
+        return {name: float(square) ** 0.5 for name, square in zip(self.names, squares, strict=False)}

@@ -1,0 +1,109 @@
+"""Whole runs that change engine and number of ranks between checkpoints; what they export, and what their checkpoints convert to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onellm_dist.convert.run import convert
+from onellm_dist.launch.local import free_port
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+
+pytestmark = pytest.mark.slow
+STEPS = 4
+
+
+class Runs:
+    """Toy align runs (image and IMU, fp32) in one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        build_toyworld(root / "toy", seed=0, train_per_modality=16, test_per_modality=2, modalities=("image", "imu"))
+
+    def run(self, name: str, ranks: int, launcher: list[str] | None = None, **keys: object) -> Path:
+        fixed: dict[str, object] = {
+            "data.root": self.root / "toy", "run.dir": self.root / name, "train.steps": STEPS, "data.global_batch": 4, "data.workers": 0,
+            "data.mixture": "[{path: image, weight: 1}, {path: imu, weight: 1}]", "optim.schedule": "constant", "optim.warmup_steps": 0,
+            "optim.lr": 1e-3, "checkpoint.every": 1, "checkpoint.keep": 20, "launch.ranks": ranks,
+            "data.validation": "{split: test_seen, samples: 4, every: 2}",
+        }  # fmt: skip
+        fixed |= {key.replace("__", "."): value for key, value in keys.items()}
+        command = [*(launcher or [sys.executable, "-m", "onellm_dist.train"]), "toy/align_image", *(f"{k}={v}" for k, v in fixed.items())]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.root / name
+
+    def step(self, name: str, step: int) -> Path:
+        return self.root / name / "checkpoints" / f"step-{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """ZeRO-3 on 4 ranks, all steps; FSDP2 on 3 ranks (torchrun) from its first; FSDP2 on 2 (deepspeed) from those; ZeRO-2 on 1 back."""
+    made = Runs(tmp_path_factory.mktemp("engines"))
+    made.run("zero3_4", 4, engine__config="zero3")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m", "onellm_dist.train"]
+    made.run("fsdp_3", 3, torchrun, engine__name="fsdp", checkpoint__resume=made.step("zero3_4", 1))
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    made.run(
+        "fsdp_2", 2, [*deepspeed, "--module", "onellm_dist.train"], engine__name="fsdp", engine__reduce_every="step",
+        checkpoint__resume=made.step("fsdp_3", 2), train__activation_checkpointing="full",
+    )  # fmt: skip
+    made.run("zero2_1", 1, engine__config="zero2", checkpoint__resume=made.step("fsdp_2", 3))
+    return made
+
+
+def lines(run: Path, file: str) -> dict[int, dict[str, Any]]:
+    return {line["step"]: line for line in map(json.loads, (run / file).read_text().splitlines())}
+
+
+@pytest.mark.parametrize(("name", "first"), [("fsdp_3", 1), ("fsdp_2", 2), ("zero2_1", 3)])
+def test_a_run_goes_on_under_another_engine_with_the_same_numbers(runs: Runs, name: str, first: int) -> None:
+    there, here = lines(runs.root / "zero3_4", "metrics.jsonl"), lines(runs.root / name, "metrics.jsonl")
+    assert sorted(here) == list(range(first, STEPS))
+    for step, line in here.items():
+        assert line["sample_digest"] == there[step]["sample_digest"]
+        assert line["loss"] == pytest.approx(there[step]["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(there[step]["grad_norm"], rel=1e-3)
+    validations = [lines(runs.root / n, "validation.jsonl")[STEPS]["loss"] for n in ("zero3_4", name)]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["zero3_4", "fsdp_3"])
+def test_a_checkpoint_converts_to_what_the_run_gathered(runs: Runs, name: str, tmp_path: Path) -> None:
+    """ZeRO-3 saved at 4 ranks, FSDP2 saved at 3: `onellm convert` gives the safetensors of the run's own export."""
+    opened, _ = convert("run", runs.root / name, tmp_path / "out", quiet=True)
+    exported, found = (load_file(folder / "model.safetensors") for folder in (runs.root / name / "model", tmp_path / "out"))
+    assert opened.notes["world size"] == int(name[-1])
+    assert exported.keys() == found.keys()
+    assert all(torch.equal(exported[n], found[n]) and exported[n].dtype == found[n].dtype for n in exported)
+
+
+def test_the_export_is_what_save_pretrained_writes(runs: Runs, tmp_path: Path) -> None:
+    from onellm_dist.model.presets import load_model
+
+    folder = runs.root / "fsdp_3" / "model"
+    model, processor = load_model(path=folder, preset=None, seed=0)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in tmp_path.iterdir())
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+    for name in ("config.json", "generation_config.json"):
+        assert without_inner_dtypes(folder / name) == without_inner_dtypes(tmp_path / name)
+
+
+def without_inner_dtypes(path: Path) -> dict[str, Any]:
+    """Loading a model writes its dtype into the configs of its parts too."""
+    found = json.loads(path.read_text())
+    return {key: {k: v for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value for key, value in found.items()}
