@@ -61,7 +61,7 @@ def open_model(*, path: Path | None, preset: str | None, seed: int) -> tuple[One
         return model, OneLLMProcessor.from_pretrained(path), Weights(_directory(path, model))
     model = empty_model(build_config(str(preset)))
     llm = _Memory({f"llm.{name}": tensor for name, tensor in smollm2_weights().items()}) if preset == "smollm2-135m" else None
-    return model, preset_processor(str(preset)), Weights(_Drawn(model, seed), llm)
+    return model, preset_processor(str(preset)), Weights(Drawn(model, seed), llm)
 
 
 def empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
@@ -72,7 +72,7 @@ def empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
     return model
 
 
-class _Drawn:
+class Drawn:
     """Random weights. A parameter is drawn whole to give any of its rows."""
 
     def __init__(self, model: OneLLMForConditionalGeneration, seed: int) -> None:

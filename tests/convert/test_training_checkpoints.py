@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from onellm_dist.convert.inspect import described, opened_any
 from onellm_dist.convert.opened import Options
 from onellm_dist.convert.run import convert
 from onellm_dist.errors import UsageError
+from onellm_dist.launch.local import launch_local
 
 Tensors = dict[str, torch.Tensor]
 TRAINED = ("upm.", "projectors.", "tokenizers.")
@@ -155,3 +157,19 @@ def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(found[n], weights[n]) for n in weights)
     with pytest.raises(UsageError, match="give --base DIR"):
         opened_any(tmp_path / "dcp", Options())
+
+
+@pytest.mark.slow
+def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
+    """Shards of rows (also uneven ones, also none on the last rank), of columns, and whole tensors; Adam's moments beside them."""
+    base = save_onellm(tmp_path / "base")
+    worker = Path(__file__).parent / "dcp_worker.py"
+    assert launch_local([sys.executable, str(worker), str(tmp_path / "dcp")], 3, tmp_path / "logs") == 0
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 3
+    convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
+    found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
+    assert any(w.shape[0] % 3 for w in weights.values()) and any(w.shape[0] < 3 for w in weights.values())
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+    (tmp_path / "dcp" / "__1_0.distcp").unlink()
+    with pytest.raises(UsageError, match=r"1 files are missing: __1_0\.distcp"):
+        convert("fsdp", tmp_path / "dcp", tmp_path / "two", options=Options(base=base), quiet=True)
