@@ -74,6 +74,10 @@ class ValidationSection(Section):
     """Samples of the set, in the shares of the mixture; the same ones each time, at any number of ranks."""
     every: PositiveInt
     """Optimizer steps between two validations; one more comes after the last step."""
+    generate: int = Field(0, ge=0)
+    """So many of the samples are answered by the model each time: `validation_samples.jsonl`."""
+    new_tokens: PositiveInt = 32
+    """Longest generated answer."""
 
 
 class DataSection(Section):
@@ -182,6 +186,25 @@ class CheckpointSection(Section):
     """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory."""
 
 
+class TrackSection(Section):
+    """`track.*`: who else is told the run's figures, and what is looked at more closely."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    trackers: tuple[str, ...] = Field((), alias="with")
+    """Written `track.with`: accelerate's trackers beside TensorBoard (wandb, mlflow, aim, comet_ml, ...), or `module:Class` of your own."""
+    project: str = "onellm"
+    """The project that trackers show the run under."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Tracker -> what it is started with: `{wandb: {name: stage1, mode: offline}}`."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step of which a trace is written to `profiles/`; a file `profile` in the run directory asks for the next two."""
+    starve_share: float = Field(0.05, ge=0, le=1)
+    """An expert to which no modality gives this share of its weight ..."""
+    starve_steps: PositiveInt = 200
+    """... for so many steps is warned about."""
+
+
 class LaunchSection(Section):
     """`launch.*`: used only where no launcher (deepspeed, torchrun, srun) started us."""
 
@@ -199,11 +222,12 @@ class RunConfig(Section):
     optim: OptimSection
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
     launch: LaunchSection = LaunchSection()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -303,4 +327,4 @@ def _fields_at(location: list[str]) -> list[str]:
         if field is None:
             return []
         model = field.annotation if hasattr(field.annotation, "model_fields") else MixtureEntry
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -59,6 +59,8 @@ class StepPlan:
     divisor: int
     ranks: Sequence[tuple[MicroStep, ...]]
     """[world][count]. A plan makes a rank's when it is asked for: a rank needs its own, and thousands of objects a step less."""
+    balance: float = 1.0
+    """Predicted cost of the costliest micro-step over the mean of all."""
 
     def digest(self) -> str:
         """Hash over everything a rank will do in this step: equal on all ranks, or the run must stop."""

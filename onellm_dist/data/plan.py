@@ -269,7 +269,9 @@ class Plan:
         if over is not None:
             raise self._too_large(batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over]))
         divisor = max(1, int(batch.supervised_tokens.sum()))
-        return StepPlan(step, divisor, _Ranks(step, divisor, batch, pack(loads, caps, world)))
+        dealt = pack(loads, caps, world)
+        costs = [int(loads.cost[members].sum()) for rank in dealt for members in rank]
+        return StepPlan(step, divisor, _Ranks(step, divisor, batch, dealt), max(costs) * len(costs) / sum(costs))
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
         key, size, cap = (

@@ -31,10 +31,14 @@ from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger, write_stream
 from onellm_dist.train.metrics import Events, Metrics
+from onellm_dist.train.profiler import Profiler
+from onellm_dist.train.router import RouterWatch
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
 from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
 from onellm_dist.train.stop import StopRequest
+from onellm_dist.train.telemetry import Telemetry
 from onellm_dist.train.totals import StepTotals
+from onellm_dist.train.trackers import Trackers, check_trackers
 from onellm_dist.train.validate import Validation
 
 COMPARE_EVERY = 50
@@ -64,6 +68,10 @@ class Run:
     lock: IO[str] | None
     """Held by rank 0 while the process lives."""
     validation: Validation | None
+    telemetry: Telemetry
+    profiler: Profiler
+    trackers: Trackers | None
+    """Of rank 0."""
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
@@ -123,6 +131,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
         UsageError: the recipe asks for something that is not there or cannot be.
     """
     settings = _engine_settings(config, world)
+    check_trackers(config.track)
     lock = lock_directory(config.run.dir) if world.main else None
     resume = _checkpoint_to_resume(config, world)
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
@@ -146,6 +155,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     if config.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
     model.train()
+    router = RouterWatch(model, {name for runs in plan.runs for name in runs})
 
     engine = _wrap(model, config, settings, weights)
     del weights
@@ -153,12 +163,14 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     ledger = Ledger(config.run.dir / LEDGER, world.rank)
     ledger.begin(first_step)
     steps = config.train.steps
+    trackers = _trackers(config, world, events)
     run = Run(
         config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,
         Guard(config.data.max_tombstones, len(ledger.known)),
-        Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every),
+        Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every, trackers=trackers),
         events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
-        _validation(config, validation, engine, model, world, events, first_step),
+        _validation(config, validation, engine, model, world, events, first_step), Telemetry(config, world, events, router),
+        Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers,
     )  # fmt: skip
     exit_file.step = first_step
     _tell_start(run, resume)
@@ -203,6 +215,12 @@ def _validation(
         return None
     steps = config.train.steps
     return Validation(config.data.validation, plan, engine, model, world, config.run.dir, events, first_step=first_step, steps=steps)
+
+
+def _trackers(config: RunConfig, world: World, events: Events) -> Trackers | None:
+    if not (world.main and config.track.trackers):
+        return None
+    return Trackers(config.track, config.run.dir, config.model_dump(mode="json", by_alias=True), events)
 
 
 def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
@@ -255,7 +273,7 @@ def _tell_start(run: Run, resume: Path | None) -> None:
     run.events.write(
         "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
         lost_steps=run.metrics.lost_steps, lost_seconds=round(run.metrics.lost_seconds, 3),
-        trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
+        mfu=run.flops.describe(run.world.size, run.peak), trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
-        f"{origin} of {run.config.train.steps}",
+        f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",
     )  # fmt: skip

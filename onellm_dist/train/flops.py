@@ -1,11 +1,12 @@
 """Model FLOPs of a step, for MFU. There are several conventions; this is ours, without attention scores and without recomputation:
 
-    LLM      4 N a position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where it trains; N without embedding and head
+    LLM      4 N a position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where it trains
     head     4 or 6 x width x vocabulary, a supervised token only
     encoder  2 N a token of the visual pack, 4 N of the tokenizer pack (the gradient passes through)   [tune: 2 N]
-    UPM      6 N a token, all experts   [tune: 2 N]
+    UPM      6 N a token, all experts   [tune: 2 N]; the last block computes keys and values of all tokens, the rest of the queries alone
 
-Projections and tokenizers (a few per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in bf16, dense).
+N counts the weights of the part's linear layers (embedding and head apart). Projections and tokenizers (a few per cent) are left out.
+MFU = FLOPs / seconds / (ranks x peak of the device in bf16, dense).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 
 from onellm_dist.data.microstep import StepPlan
 from onellm_dist.data.plan import Plan
-from onellm_dist.modalities import RUN_TOKENS
+from onellm_dist.modalities import QUERY_TOKENS, RUN_TOKENS
 
 PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
 """Dense bf16 FLOP/s by a part of the device's name (vendors' data sheets; SXM forms)."""
@@ -38,6 +39,8 @@ class StepSize:
     padding_fraction: float
     """Positions that are no sample's (dummies of ranks without a pack), of all positions."""
     flops: float
+    balance: float = 1.0
+    """Predicted cost of the costliest micro-batch over the mean."""
 
 
 class FlopCounter:
@@ -49,25 +52,31 @@ class FlopCounter:
     """
 
     def __init__(self, model: Any, plan: Plan, stage: str) -> None:
-        parts = {name: _count(model.get_submodule(name)) for name in ("encoder", "upm", "llm")}
-        llm = model.get_submodule("llm")
-        embedding = sum({id(p): p.numel() for m in llm.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}.values())
+        parts = {name: _matrices(model.get_submodule(name)) for name in ("encoder", "upm", "llm")}
         text = model.config.text_config
         self._head = text.hidden_size * text.vocab_size
-        tied = bool(getattr(text, "tie_word_embeddings", False))
-        body = parts["llm"] - embedding - (0 if tied else self._head)
+        body = parts["llm"] - self._head
         align = stage == "align"
-        self._llm, self._head_factor = (4 if align else 6) * body, (4 if align else 6)
-        self._media = [self._media_flops(plan, runs, parts, align) for runs in plan.runs]
+        self._llm_factor = self._head_factor = 4 if align else 6
+        self._llm = self._llm_factor * body
+        upm = model.config.upm
+        last_kv = upm.experts * 2 * model.config.vision.width**2
+        last = parts["upm"] / upm.blocks
+        upm_flops = {
+            name: (parts["upm"] - last + last_kv) * kind.upm_tokens + (last - last_kv) * QUERY_TOKENS
+            for name, kind in plan.modalities.items()
+        }
+        self._media = [self._media_flops(plan, runs, parts["encoder"], upm_flops, align) for runs in plan.runs]
         self._runs = [len(runs) for runs in plan.runs]
+        self._by_kind = {"+".join(runs) or "text": flops for runs, flops in zip(plan.runs, self._media, strict=True)}
 
     @staticmethod
-    def _media_flops(plan: Plan, runs: Sequence[str], parts: Mapping[str, int], align: bool) -> float:
+    def _media_flops(plan: Plan, runs: Sequence[str], encoder: int, upm: Mapping[str, float], align: bool) -> float:
         total = 0.0
         for name in runs:
             kind = plan.modalities[name]
-            total += kind.encoder_tokens * parts["encoder"] * (4 if align and not kind.visual else 2)
-            total += kind.upm_tokens * parts["upm"] * (6 if align else 2)
+            total += kind.encoder_tokens * encoder * (4 if align and not kind.visual else 2)
+            total += upm[name] * (6 if align else 2)
         return total
 
     def step(self, plan: StepPlan) -> StepSize:
@@ -82,7 +91,17 @@ class FlopCounter:
                 tokens += positions
                 supervised += ref.supervised_tokens
                 flops += self._media[ref.dataset] + self._llm * positions + self._head_factor * self._head * ref.supervised_tokens
-        return StepSize(samples, plan.divisor, supervised, tokens, dummies / max(1, tokens + dummies), flops)
+        return StepSize(samples, plan.divisor, supervised, tokens, dummies / max(1, tokens + dummies), flops, plan.balance)
+
+    def describe(self, world: int, peak: float | None) -> str:
+        """The formula with this run's figures, for people."""
+        over = f"{world} x {peak / 1e12:g} TFLOP/s" if peak else "ranks x peak (not known for this device: MFU is null)"
+        return (
+            f"MFU = model FLOPs a second / ({over}); model FLOPs = {self._llm:.3g} a position of the LLM ({self._llm_factor} N), "
+            f"{self._head_factor * self._head:.3g} a supervised token (head), and per sample "
+            + ", ".join(f"{name} {flops:.3g}" for name, flops in self._by_kind.items())
+            + " in encoder and UPM; attention scores, projections and recomputation are not counted"
+        )
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -93,5 +112,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _matrices(module: nn.Module) -> int:
+    """Weights that every token is multiplied with: those of the linear layers."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

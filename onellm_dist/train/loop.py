@@ -47,14 +47,18 @@ def train(run: Run) -> Outcome:
         micro_batches = iter(loader)
         for step in range(run.first_step, steps):
             run.compare_plans(step)
+            run.profiler.begin(step)
             values, result = _step(run, step, micro_batches)
+            run.profiler.end(step)
             run.exit_file.step = step + 1
             run.guard.after_step(step, applied=result.applied, new_tombstones=values.new_tombstones)
             preempted = values.stop and step + 1 < steps
             if run.validation is not None and run.validation.due(step + 1) and not preempted:
                 run.validation.run(step + 1)
             if preempted or (step + 1) % run.config.checkpoint.every == 0 or step + 1 == steps:
+                started = time.perf_counter()
                 run.checkpoint(step + 1)
+                run.telemetry.stalled += time.perf_counter() - started
             if preempted:
                 return Outcome("preempted", run.stop_reason())
     run.export()
@@ -109,10 +113,12 @@ def _tell_skipped(run: Run, step: int, done: _Pass, values: StepValues) -> None:
 
 def _report(run: Run, step: int, lr: float, values: StepValues, result: StepResult, seconds: float, waited: float) -> StepReport:
     size = run.size_of(step)
+    readings = run.telemetry.read(step)
     return StepReport(
         step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=result.grad_norm, applied=result.applied,
         samples=size.samples, supervised_tokens=size.supervised_tokens, tokens=size.tokens, padding_fraction=size.padding_fraction,
         tokens_per_second=size.tokens / seconds, data_wait_fraction=min(1.0, waited / seconds),
         mfu=None if run.peak is None else size.flops / seconds / (run.world.size * run.peak),
-        sample_digest=run.plan.digest(step) if run.world.main else "", seconds=seconds,
+        sample_digest=run.plan.digest(step) if run.world.main else "", seconds=seconds, pack_balance=size.balance,
+        **readings._asdict(),
     )  # fmt: skip

@@ -7,15 +7,25 @@ import math
 import os
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onellm_dist.progress import seconds_text
+
+if TYPE_CHECKING:
+    from onellm_dist.train.trackers import Trackers
 
 METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
 RATE_STEPS = 20
 """Steps over which the line for people averages its rate."""
+
+
+SHOWN = (
+    "loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "pack_balance", "mfu", "seconds",
+    "peak_memory_bytes", "checkpoint_stall_seconds",
+)  # fmt: skip
+"""Figures of a step that boards and trackers show."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,24 @@ class StepReport:
     """Model FLOPs utilisation by train/flops.py's formula; null where the device's peak is not known."""
     sample_digest: str
     seconds: float
+    pack_balance: float = 1.0
+    """Predicted cost of the costliest micro-batch over the mean of all ranks' micro-batches in the step."""
+    grad_norm_by_part: dict[str, float] = field(default_factory=dict)
+    """Gradient norm of each modality's own parameters, of the UPM (`upm`) and of the LLM (`llm`), as far as they train."""
+    router_load: dict[str, list[float]] | None = None
+    """Modality -> mean weight of each expert; at the log interval, else null."""
+    peak_memory_bytes: int | None = None
+    """Most bytes that a rank has held so far (GPU memory; resident memory on a CPU); at the log interval, else null."""
+    checkpoint_stall_seconds: float = 0.0
+    """Seconds between the step before and this one in which training stood still for a checkpoint."""
+
+
+class Readings(NamedTuple):
+    """What a step's report has from `telemetry.Telemetry`."""
+
+    router_load: dict[str, list[float]] | None = None
+    peak_memory_bytes: int | None = None
+    checkpoint_stall_seconds: float = 0.0
 
 
 class Metrics:
@@ -53,10 +81,11 @@ class Metrics:
     Args:
         first_step: lines of this step and later ones, left by a start that went further than its last checkpoint, are dropped.
         steps: of the whole run.
+        trackers: get the figures too.
     """
 
-    def __init__(self, run_dir: Path, *, main: bool, first_step: int, steps: int, log_every: int) -> None:
-        self._main, self._steps, self._log_every = main, steps, log_every
+    def __init__(self, run_dir: Path, *, main: bool, first_step: int, steps: int, log_every: int, trackers: Trackers | None = None) -> None:
+        self._main, self._steps, self._log_every, self._trackers = main, steps, log_every, trackers
         self._recent: deque[StepReport] = deque(maxlen=RATE_STEPS)
         self.lost_steps, self.lost_seconds = 0, 0.0
         """Steps that an earlier start had done after the checkpoint that this one goes on from: they are done again."""
@@ -74,16 +103,21 @@ class Metrics:
         if not self._main:
             return
         self._recent.append(report)
-        self._file.write(json.dumps(_plain(asdict(report))) + "\n")
+        line = _plain(asdict(report))
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "mfu"):
-            value = getattr(report, name)
-            if value is not None:
-                self._board.add_scalar(f"train/{name}", value, report.step)
-        for name, value in report.loss_by_modality.items():
-            self._board.add_scalar(f"loss_by_modality/{name}", value, report.step)
+        values = scalars(line)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, report.step)
+        if self._trackers is not None:
+            self._trackers.log(values, report.step)
         if (report.step + 1) % self._log_every == 0 or report.step + 1 == self._steps:
             print(self._line(report), flush=True)
+
+    def text(self, name: str, value: str, step: int) -> None:
+        """Show a text on the board."""
+        if self._main:
+            self._board.add_text(name, value, step)
 
     def close(self) -> None:
         """Flush to the disk."""
@@ -120,6 +154,16 @@ class Events:
             print(say, flush=True)
 
 
+def scalars(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line of `metrics.jsonl` by the names that boards and trackers show them under."""
+    found = {f"train/{name}": line[name] for name in SHOWN if line.get(name) is not None}
+    for key in ("loss_by_modality", "grad_norm_by_part"):
+        found |= {f"{key}/{name}": value for name, value in (line.get(key) or {}).items() if value is not None}
+    for name, shares in (line.get("router_load") or {}).items():
+        found |= {f"router_load/{name}/expert{number}": share for number, share in enumerate(shares)}
+    return found
+
+
 def drop_from(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the lines of step `step` and later, and a last line that a kill cut short. The file is replaced as a whole.
 
@@ -151,4 +195,6 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     return value

@@ -68,6 +68,8 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     run = build_run(config, world, exit_file)
     outcome = train(run)
     run.metrics.close()
+    if run.trackers is not None:
+        run.trackers.finish()
     run.events.write("end", status=outcome.status, reason=outcome.reason, say=f"{outcome.status}: {outcome.reason}")
     if world.main:
         run.stop.honoured()
@@ -80,6 +82,11 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
 def _check_before_ranks(config: RunConfig) -> None:
     """What can be refused in a second, before ranks spend ten on their imports."""
     from onellm_dist.train.engine.ds_config import complete, load_ds_config
+
+    if config.track.trackers:
+        from onellm_dist.train.trackers import check_trackers
+
+        check_trackers(config.track)
 
     if config.engine.name == "deepspeed":
         complete(load_ds_config(config.engine.config), bf16=config.train.precision == "bf16", grad_clip=config.optim.grad_clip)
