@@ -295,7 +295,7 @@ for _name, _about in ABOUT.items():
 def convert_assemble(
     out: Annotated[Path, typer.Argument(help="The onellm directory to write.")],
     llm: Annotated[Path | None, typer.Option(help="An LLM of any format.")] = None,
-    encoder: Annotated[Path | None, typer.Option(help="A CLIP of any format.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="A CLIP of any format; or timm:NAME, open-clip:NAME (docs/conversion.md).")] = None,
     base: Annotated[Path | None, typer.Option(help="A onellm model to extend instead.")] = None,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a new model.")] = 3,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks an expert.")] = 8,

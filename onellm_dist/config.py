@@ -130,6 +130,8 @@ class TrainSection(Section):
 
     stage: Literal["align", "tune"]
     """`align`: tokenizers and UPM train, LLM and encoder are frozen. `tune`: the LLM trains, the rest is frozen."""
+    encoder: Literal["frozen", "trainable"] = "frozen"
+    """`trainable`: in `align`, the encoder trains too (paper, table 8: more memory, and worse but for audio)."""
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -137,6 +139,12 @@ class TrainSection(Section):
     """`full` recomputes every block of encoder (where gradients pass), UPM and LLM in backward."""
     log_every: PositiveInt = 1
     """Steps between lines of `metrics.jsonl` on the terminal (the file has every step)."""
+
+    @model_validator(mode="after")
+    def _encoder_trains_in_align(self) -> TrainSection:
+        if self.stage != "align" and self.encoder == "trainable":
+            raise ValueError("train.encoder=trainable is for train.stage=align: in tune the LLM alone trains")
+        return self
 
 
 class OptimSection(Section):

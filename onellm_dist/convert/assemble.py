@@ -17,6 +17,7 @@ from onellm_dist.convert.lazy import LazyTensor
 from onellm_dist.convert.opened import KINDS, Opened, Options, Tensors, with_prefix
 from onellm_dist.convert.registry import format_of, recognised
 from onellm_dist.convert.run import emit
+from onellm_dist.convert.towers import is_tower, open_tower
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig
@@ -43,7 +44,7 @@ def assemble(
     out: Path,
     *,
     llm: Path | None = None,
-    encoder: Path | None = None,
+    encoder: Path | str | None = None,
     base: Path | None = None,
     upm: UPMSizes | None = None,
     modalities: Sequence[str] | None = None,
@@ -59,7 +60,8 @@ def assemble(
     """Write a onellm directory made of parts.
 
     Args:
-        llm, encoder: checkpoints of any format with such a part; everything between them is initialised from `seed`.
+        llm, encoder: checkpoints of any format with such a part; everything between them is initialised from `seed`. The encoder may also
+            be `timm:NAME` or `open-clip:NAME` (towers.py).
         base: or a onellm model to extend.
         modalities: of a new model; all where None.
         add_experts: experts added to `base`: copies of its first (`expert_init="copied"`) or random (`separate`). Old modalities' gates of
@@ -93,7 +95,10 @@ def assemble(
     return opened, emit(opened, plan, out, target="onellm", options=options, overwrite=overwrite, quiet=quiet)
 
 
-def _part(path: Path, kind: str, options: Options) -> Opened:
+def _part(path: Path | str, kind: str, options: Options) -> Opened:
+    if kind == "encoder" and is_tower(str(path)):
+        return open_tower(str(path))
+    path = Path(path)
     opened = format_of(recognised(path)).open_checkpoint(path, options).checked(options)
     if kind == "encoder" and opened.kind == "llm":
         raise UsageError(f"{path} is {KINDS['llm']}, not {KINDS['encoder']}", "the encoder reads pictures.", "give a CLIP.")
@@ -120,7 +125,7 @@ def new_model(llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequenc
     }
     return Opened(
         "assemble", "onellm", config, {**made, **given}, (*llm.files, *encoder.files), llm.root, (*llm.ignored, *encoder.ignored),
-        (*llm.problems, *encoder.problems), notes, tuple(made),
+        (*llm.problems, *encoder.problems), notes | {"encoder": encoder.notes.get("tower", encoder.format)}, tuple(made),
     )  # fmt: skip
 
 

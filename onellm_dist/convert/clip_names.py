@@ -6,6 +6,8 @@ import re
 
 from onellm_dist.convert.lazy import LazyTensor, concatenated
 from onellm_dist.convert.opened import Tensors
+from onellm_dist.errors import UsageError
+from onellm_dist.model.configuration import OneLLMVisionConfig
 
 _TO_OPEN_CLIP = (
     (r"class_token\.weight", "class_embedding"),
@@ -33,6 +35,20 @@ _TO_HF = (
 )
 _HF_QKV = "vision_model.encoder.layers.{}.self_attn.{}_proj.{}"
 _OUR_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
+
+
+def only_clip(config: OneLLMVisionConfig, target: str) -> None:
+    """Refuse to write an encoder that is not of CLIP's form (DINOv2, SigLIP, ...) in a format of CLIP.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not config.clip:
+        raise UsageError(
+            f"the encoder is no CLIP (class token {config.class_token}, registers {config.registers}, layer scale {config.layer_scale})",
+            f"the format {target} has no place for it.",
+            "write it as onellm.",
+        )
 
 
 def open_clip_name(name: str) -> str:

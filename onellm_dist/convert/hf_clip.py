@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig
 
-from onellm_dist.convert.clip_names import from_hf, to_hf
+from onellm_dist.convert.clip_names import from_hf, only_clip, to_hf
 from onellm_dist.convert.hf import read_config
 from onellm_dist.convert.opened import Opened, Options, Plan, fitted, parameter_shapes
 from onellm_dist.convert.safetensor_files import read_folder
@@ -58,11 +58,12 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
 def plan(opened: Opened, options: Options) -> Plan:
     """A CLIPVisionModelWithProjection directory."""
     config: OneLLMVisionConfig = opened.config
+    only_clip(config, NAME)
     files = safetensor_shards(list(to_hf(opened.tensors).items()), options.shard_bytes)
 
     def finish(folder: Path) -> None:
         theirs = CLIPVisionConfig(
-            hidden_size=config.width, intermediate_size=config.mlp_width, projection_dim=config.output_dim,
+            hidden_size=config.width, intermediate_size=config.mlp_width, projection_dim=config.output_dim or 0,
             num_hidden_layers=config.layers, num_attention_heads=config.heads, image_size=config.image_size,
             patch_size=config.patch_size, hidden_act=config.act, layer_norm_eps=1e-5,
         )  # fmt: skip

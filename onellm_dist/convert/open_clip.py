@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.convert.clip_names import open_clip_name
+from onellm_dist.convert.clip_names import only_clip, open_clip_name
 from onellm_dist.convert.opened import Opened, Options, Plan, Tensors, fitted, parameter_shapes
 from onellm_dist.convert.pickled import read_pickled, state_of, torchscript_state, unreadable
 from onellm_dist.convert.safetensor_files import read_folder, read_safetensors
 from onellm_dist.convert.writers import TensorFile
 from onellm_dist.errors import UsageError
 from onellm_dist.model.configuration import OneLLMVisionConfig
-from onellm_dist.model.encoder import Encoder, name_from_open_clip
+from onellm_dist.model.encoder import Encoder
+from onellm_dist.model.towers import name_from_open_clip
 
 NAME, KIND = "open-clip", "encoder"
 CONFIG = "open_clip_config.json"
@@ -98,6 +99,7 @@ def _config(state: Tensors, about: dict[str, Any], options: Options, path: Path,
 def plan(opened: Opened, options: Options) -> Plan:
     """`open_clip_model.safetensors` with the keys `visual.*`, and its config (the text tower is no part of it)."""
     config: OneLLMVisionConfig = opened.config
+    only_clip(config, NAME)
     tensors = tuple((f"visual.{open_clip_name(name)}", tensor) for name, tensor in opened.tensors.items())
 
     def finish(folder: Path) -> None:

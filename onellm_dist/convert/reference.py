@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from onellm_dist.convert.clip_names import open_clip_name
+from onellm_dist.convert.clip_names import only_clip, open_clip_name
 from onellm_dist.convert.lazy import LazyTensor
 from onellm_dist.convert.llama_names import (
     BLOCK,
@@ -28,8 +28,8 @@ from onellm_dist.convert.parallel_files import merged, numbered_files
 from onellm_dist.convert.writers import TensorFile
 from onellm_dist.errors import UsageError
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
-from onellm_dist.model.encoder import name_from_open_clip
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.towers import name_from_open_clip
 
 NAME, KIND = "reference", "onellm"
 PREFIX = "llma."
@@ -250,6 +250,7 @@ def plan(opened: Opened, options: Options) -> Plan:
         UsageError: the model has a part that the reference does not know.
     """
     config: OneLLMConfig = opened.config
+    only_clip(config.vision, NAME)
     params = params_from_config(config.text_config)
     if config.upm.router != "soft" or config.vision.act != "quick_gelu" or params["n_kv_heads"] != params["n_heads"]:
         raise UsageError(

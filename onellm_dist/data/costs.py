@@ -50,7 +50,7 @@ class CostModel:
         total = 0.0
         for modality in modalities:
             passes = self.visual_encoder_passes if modality.visual else self.other_encoder_passes
-            total += passes * modality.frames * float(self.encoder.forward(modality.tokens + 1))
+            total += passes * modality.frames * float(self.encoder.forward(modality.prefix_tokens + modality.tokens))
             total += self.upm_passes * float(self.upm.forward(modality.upm_tokens))
         return total
 

@@ -94,6 +94,7 @@ class Plan:
         modalities: the model's modalities; every dataset's are among them.
         split: which split is read.
         costs: what samples are balanced on.
+        sizes: patches a picture and prefix tokens of the encoder; CLIP ViT-L/14's where not given.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class Plan:
         *,
         split: str = "train",
         costs: CostModel | None = None,
+        sizes: tuple[int, int] | None = None,
     ) -> None:
         self.datasets = tuple(datasets)
         self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
-        self.modalities: dict[str, Modality] = {m.name: m for m in sorted(map(get_modality, modalities), key=lambda m: m.order)}
+        known = sorted(map(get_modality, modalities), key=lambda m: m.order)
+        self.modalities: dict[str, Modality] = {m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m for m in known}
         """The model's modalities by name, in the order of their runs."""
         self.shards: list[tuple[ShardInfo, ...]] = [dataset.shards(split) for dataset in datasets]
         """The shards of each dataset; SampleRef.shard counts in them."""
@@ -143,6 +146,7 @@ class Plan:
         split: str = "train",
         build_lengths: bool = True,
         show: bool = True,
+        sizes: tuple[int, int] | None = None,
     ) -> Plan:
         """Opens the datasets of a recipe, and measures text lengths that no one has measured.
 
@@ -151,6 +155,7 @@ class Plan:
             modalities: names of the model's modalities.
             build_lengths: false on ranks that wait for another one to measure: a missing sidecar is then an error.
             show: progress on stderr while lengths are measured.
+            sizes: patches a picture and prefix tokens of the encoder; CLIP ViT-L/14's where not given.
 
         Raises:
             UsageError: anything wrong with the mixture, all of it at once; see also `ensure_lengths` and `TextEncoder`.
@@ -161,7 +166,7 @@ class Plan:
             ensure_lengths(datasets, encoder, split=split, show=show)
         else:
             _refuse_missing(datasets, encoder, split)
-        return cls(datasets, config, encoder, seed, modalities, split=split)
+        return cls(datasets, config, encoder, seed, modalities, split=split, sizes=sizes)
 
     def follow(self, history: Sequence[Segment], step: int) -> bool:
         """Goes on from the segments of a checkpoint after `step` steps; returns whether a new segment begins.

@@ -11,7 +11,15 @@ from onellm_dist.errors import UsageError
 from onellm_dist.shards.format import open_dataset
 
 
-def open_validation(config: DataSection, tokenizer: Any, seed: int, modalities: Sequence[str], *, build_lengths: bool = True) -> Plan:
+def open_validation(
+    config: DataSection,
+    tokenizer: Any,
+    seed: int,
+    modalities: Sequence[str],
+    *,
+    build_lengths: bool = True,
+    sizes: tuple[int, int] | None = None,
+) -> Plan:  # fmt: skip
     """A plan whose step 0 is the whole validation set of `data.validation`, in packed micro-batches, without augmentation.
 
     Datasets of the mixture that do not have the split are left out.
@@ -30,7 +38,7 @@ def open_validation(config: DataSection, tokenizer: Any, seed: int, modalities: 
             "build the datasets with a validation split, name another one, or take data.validation out.",
         )
     section = config.model_copy(update={"mixture": entries, "global_batch": wanted.samples, "augment": False})
-    plan = Plan.open(section, tokenizer, seed, modalities, split=wanted.split, build_lengths=build_lengths)
+    plan = Plan.open(section, tokenizer, seed, modalities, split=wanted.split, build_lengths=build_lengths, sizes=sizes)
     _check_sizes(plan, wanted)
     return plan
 

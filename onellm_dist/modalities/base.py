@@ -10,6 +10,7 @@ Q queries (30), d LLM width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,18 +57,26 @@ class Modality(ABC):
     """Encoder sequences a sample makes; their outputs are averaged (video 15, depth and normal 2)."""
     tokens: ClassVar[int]
     """L: encoder tokens of one sequence, without the class token."""
+    prefix_tokens: ClassVar[int] = 1
+    """Tokens that the encoder puts before them: the class token (and registers, in some encoders)."""
     visual: ClassVar[bool] = False
     """True: the encoder's own (frozen) patch embedding and positions are used, and `tokenizer` returns None."""
 
     @property
     def encoder_tokens(self) -> int:
         """Packed encoder tokens of one sample (class tokens included)."""
-        return self.frames * (self.tokens + 1)
+        return self.frames * (self.prefix_tokens + self.tokens)
 
     @property
     def upm_tokens(self) -> int:
         """Packed UPM tokens of one sample (queries included)."""
-        return self.tokens + 1 + QUERY_TOKENS
+        return self.prefix_tokens + self.tokens + QUERY_TOKENS
+
+    def under(self, *, patches: int, prefix: int) -> Modality:
+        """This modality as an encoder with so many patches a picture and prefix tokens counts it. Only counts differ."""
+        sized = copy.copy(self)
+        vars(sized).update(prefix_tokens=prefix, tokens=patches if self.visual else self.tokens)
+        return sized
 
     @abstractmethod
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:

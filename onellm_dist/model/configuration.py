@@ -15,15 +15,23 @@ EXPERT_INITS = ("separate", "copied")
 
 
 class OneLLMVisionConfig(PretrainedConfig):
-    """The encoder (CLIP's visual transformer). Defaults: ViT-L/14 of OpenAI.
+    """The encoder: a vision transformer. Defaults: CLIP ViT-L/14 of OpenAI; DINOv2 and others of timm and open_clip differ in the rest.
 
     Args:
         width: D, channels of a token.
         layers, heads: of the transformer.
         mlp_ratio: hidden channels of a block's MLP, over `width`.
-        patch_size, image_size: pixels; positions are not interpolated.
-        act: `quick_gelu` (x sigmoid(1.702 x), OpenAI's weights) or `gelu`.
-        output_dim: columns of CLIP's final projection, which OneLLM keeps and never uses.
+        patch_size, image_size: pixels; positions are not interpolated. Pictures of another size are resized before the encoder.
+        act: `quick_gelu` (x sigmoid(1.702 x), OpenAI's weights), `gelu`, `gelu_tanh` or `silu`.
+        output_dim: columns of CLIP's final projection, which OneLLM keeps and never uses; None: there is none.
+        class_token, registers: tokens before those of the patches (or of another modality).
+        positions: `all` (prefix and patches have one each), `patches` (added before the prefix is put there) or `none`.
+        patch_bias, qkv_bias: whether the maps have biases.
+        pre_norm, post_norm: LayerNorm before and after the blocks.
+        layer_scale: whether each branch of a block is scaled by a learned vector.
+        mlp: `plain`, or `glu` (the first map's output is halved; act(first half) x second half).
+        norm_eps: of the LayerNorms.
+        image_mean, image_std: of the pixels that the encoder was trained on; None: CLIP's, as the modalities give them.
     """
 
     model_type = "onellm_vision"
@@ -37,12 +45,31 @@ class OneLLMVisionConfig(PretrainedConfig):
         patch_size: int = 14,
         image_size: int = 224,
         act: str = "quick_gelu",
-        output_dim: int = 768,
+        output_dim: int | None = 768,
+        class_token: bool = True,
+        registers: int = 0,
+        positions: str = "all",
+        patch_bias: bool = False,
+        qkv_bias: bool = True,
+        pre_norm: bool = True,
+        post_norm: bool = True,
+        layer_scale: bool = False,
+        mlp: str = "plain",
+        norm_eps: float = 1e-5,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
         self.patch_size, self.image_size, self.act, self.output_dim = patch_size, image_size, act, output_dim
-        _choice("vision.act", act, ("quick_gelu", "gelu"))
+        self.class_token, self.registers, self.positions = class_token, registers, positions
+        self.patch_bias, self.qkv_bias, self.pre_norm, self.post_norm = patch_bias, qkv_bias, pre_norm, post_norm
+        self.layer_scale, self.mlp, self.norm_eps = layer_scale, mlp, norm_eps
+        self.image_mean = None if image_mean is None else list(image_mean)
+        self.image_std = None if image_std is None else list(image_std)
+        _choice("vision.act", act, ("quick_gelu", "gelu", "gelu_tanh", "silu"))
+        _choice("vision.positions", positions, ("all", "patches", "none"))
+        _choice("vision.mlp", mlp, ("plain", "glu"))
         _divides("vision.heads", heads, "vision.width", width)
         super().__init__(**kwargs)
 
@@ -55,6 +82,18 @@ class OneLLMVisionConfig(PretrainedConfig):
     def patches(self) -> int:
         """Patch tokens of an image (256 at ViT-L/14)."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token, registers."""
+        return int(self.class_token) + self.registers
+
+    @property
+    def clip(self) -> bool:
+        """Whether it is CLIP's own form, which checkpoint formats of CLIP can hold."""
+        plain = OneLLMVisionConfig()
+        own = ("class_token", "registers", "positions", "patch_bias", "qkv_bias", "pre_norm", "post_norm", "layer_scale", "mlp", "norm_eps")
+        return self.output_dim is not None and all(getattr(self, name) == getattr(plain, name) for name in own)
 
 
 class OneLLMUPMConfig(PretrainedConfig):

@@ -1,47 +1,48 @@
-"""The shared encoder: CLIP's visual transformer over packed tokens, with weights from open_clip (paper, section 3.2).
+"""The shared encoder: a vision transformer over packed tokens, CLIP's by default (paper, section 3.2); weights: towers.py.
 
 Every parameter is read in the forward of the module that owns it, so that ZeRO-3 gathers it there.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.model.attention import Segments, packed_attention
+from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
+from onellm_dist.model.attention import Segments, device_tensor, packed_attention
 from onellm_dist.model.configuration import OneLLMVisionConfig
 
 LAYER_NORM_EPS = 1e-5
+"""Of the LayerNorms around the encoder (CLIP's own)."""
 
 
 class PatchEmbedding(nn.Conv2d):
-    """CLIP's `conv1`: [n, 3, image, image] -> [n, patches, width], row by row."""
+    """Pictures to tokens: [n, 3, image, image] -> [n, patches, width], row by row."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
-        super().__init__(3, config.width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
+        super().__init__(3, config.width, kernel_size=config.patch_size, stride=config.patch_size, bias=config.patch_bias)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[n, 3, image, image] -> [n, patches, width]; pixels are cast to the weights' dtype."""
         return super().forward(images.to(self.weight.dtype)).flatten(2).transpose(1, 2)
 
 
-class ClassToken(nn.Module):
-    """CLIP's class embedding, put before the tokens of every modality."""
+class PrefixTokens(nn.Module):
+    """Learned tokens put before those of every modality: the class token [D], or registers [R, D]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(shape))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[n, L, D] -> [n, L + 1, D]."""
+        """[n, L, D] -> [n, R + L, D]."""
         n, _, width = tokens.shape
-        return torch.cat([self.weight.expand(n, 1, width).to(tokens.dtype), tokens], dim=1)
+        own = self.weight.reshape(-1, width)
+        return torch.cat([own.expand(n, len(own), width).to(tokens.dtype), tokens], dim=1)
 
 
 class Positions(nn.Module):
@@ -56,6 +57,18 @@ class Positions(nn.Module):
         return tokens + self.weight
 
 
+class LayerScale(nn.Module):
+    """A learned factor a channel (CaiT, DINOv2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D]."""
+        return x * self.weight
+
+
 class VisualProjection(nn.Module):
     """CLIP's final projection [D, output_dim]: kept so that checkpoints round-trip, never used by OneLLM."""
 
@@ -67,10 +80,10 @@ class VisualProjection(nn.Module):
 class EncoderAttention(nn.Module):
     """Bidirectional self-attention within each segment of a pack."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
@@ -81,48 +94,69 @@ class EncoderAttention(nn.Module):
 
 
 class EncoderMLP(nn.Module):
-    """Linear, (quick) GELU, linear."""
+    """Linear, activation (gated in `glu`), linear."""
 
-    def __init__(self, width: int, hidden: int, act: str) -> None:
+    def __init__(self, width: int, hidden: int, act: str, form: str = "plain") -> None:
         super().__init__()
-        self.act = act
+        self.act, self.gated = act, form == "glu"
         self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.down = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         x = self.up(x)
-        return self.down(x * torch.sigmoid(1.702 * x) if self.act == "quick_gelu" else F.gelu(x))
+        if self.gated:
+            x, other = x.chunk(2, dim=-1)
+            return self.down(self._activated(x) * other)
+        return self.down(self._activated(x))
+
+    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+        if self.act == "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        if self.act == "silu":
+            return F.silu(x)
+        return F.gelu(x, approximate="tanh" if self.act == "gelu_tanh" else "none")
 
 
 class EncoderBlock(GradientCheckpointingLayer):
-    """A pre-norm transformer block of CLIP."""
+    """A pre-norm transformer block."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.attn = EncoderAttention(config.width, config.heads)
-        self.ln_2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.mlp = EncoderMLP(config.width, config.mlp_width, config.act)
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attn = EncoderAttention(config.width, config.heads, bias=config.qkv_bias)
+        self.ls_1 = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.mlp = EncoderMLP(config.width, config.mlp_width, config.act, config.mlp)
+        self.ls_2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        x = x + self.attn(self.ln_1(x), segments)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attn(self.ln_1(x), segments))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 class Encoder(nn.Module):
-    """CLIP's visual transformer. `patches`, `class_token` and `positions` make its input; forward is the transformer."""
+    """The vision transformer. `images` takes pictures, `prefix` and forward the tokens of any other modality."""
+
+    class_token: Any
+    """PrefixTokens, or nothing."""
+    positions: Any
+    """Positions, or nothing."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()
+        self.config = config
         self.patches = PatchEmbedding(config)
-        self.class_token = ClassToken(config.width)
-        self.positions = Positions(config.patches + 1, config.width)
-        self.ln_pre = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.class_token = PrefixTokens(config.width) if config.class_token else nn.Identity()
+        self.registers = PrefixTokens(config.registers, config.width) if config.registers else nn.Identity()
+        length = {"all": config.prefix + config.patches, "patches": config.patches}.get(config.positions)
+        self.positions = Positions(length, config.width) if length is not None else nn.Identity()
+        self.ln_pre = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        self.ln_post = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.proj = VisualProjection(config.width, config.output_dim)
+        self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps) if config.post_norm else nn.Identity()
+        if config.output_dim is not None:
+            self.proj = VisualProjection(config.width, config.output_dim)
 
     def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
         """Tokens with positions [T, D] -> [T, D]: ln_pre, the blocks, ln_post on every token (class tokens stay)."""
@@ -131,48 +165,27 @@ class Encoder(nn.Module):
             x = block(x, segments)
         return self.ln_post(x)
 
+    def prefix(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Class token and registers before the tokens: [n, L, D] -> [n, P + L, D]."""
+        return self.class_token(self.registers(tokens))
+
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch of images through everything: [n, 3, image, image] -> [n, patches + 1, D]."""
-        x = self.positions(self.class_token(self.patches(images)))
+        """A batch of images, as the encoder was trained on them, through everything: [n, 3, image, image] -> [n, P + patches, D]."""
+        x = self.patches(images)
+        x = self.prefix(self.positions(x)) if self.config.positions == "patches" else self.positions(self.prefix(x))
         n, length, width = x.shape
         return self(x.reshape(n * length, width), Segments.of((length,) * n, device=x.device)).reshape(n, length, width)
 
-
-_OPEN_CLIP_NAMES = (
-    (r"class_embedding", "class_token.weight"),
-    (r"positional_embedding", "positions.weight"),
-    (r"proj", "proj.weight"),
-    (r"conv1\.weight", "patches.weight"),
-    (r"(ln_pre|ln_post)\.(weight|bias)", r"\1.\2"),
-    (r"transformer\.resblocks\.(\d+)\.(ln_1|ln_2)\.(weight|bias)", r"blocks.\1.\2.\3"),
-    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
-    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"blocks.\1.attn.out.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(weight|bias)", r"blocks.\1.mlp.up.\2"),
-    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(weight|bias)", r"blocks.\1.mlp.down.\2"),
-)
-
-
-def name_from_open_clip(name: str) -> str | None:
-    """Our name of a parameter of open_clip's `visual` (name without that prefix), or None where it is none of its."""
-    for pattern, replacement in _OPEN_CLIP_NAMES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(replacement)
-    return None
-
-
-def from_open_clip(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's `visual.state_dict()` as our encoder's state dict (the tensors themselves are the same).
-
-    Raises:
-        OneLLMError: a key belongs to no CLIP visual transformer (a ResNet, an attention pool, a SigLIP).
-    """
-    named = {key: name_from_open_clip(key) for key in state}
-    unknown = [key for key, name in named.items() if name is None]
-    if unknown:
-        raise OneLLMError(
-            f"not a CLIP visual transformer: unknown keys {', '.join(unknown)}",
-            "OneLLM's encoder has no place for them.",
-            "give the `visual` state dict of a plain open_clip ViT such as ViT-L-14.",
-        )
-    return {str(name): state[key] for key, name in named.items()}
+    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames as the modalities give them (CLIP's normalisation, 224 pixels) as this encoder was trained on them."""
+        config = self.config
+        if config.image_mean is not None and config.image_std is not None:
+            statistics = device_tensor([CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std], frames.device, frames.dtype)
+            mean, std, own_mean, own_std = statistics[:, :, None, None]
+            frames = frames * (std / own_std) + (mean - own_mean) / own_std
+        side = config.image_size
+        if frames.shape[-1] == side:
+            return frames
+        if not len(frames):  # resizing refuses an empty batch
+            return frames.new_zeros((0, frames.shape[1], side, side))
+        return F.interpolate(frames.float(), (side, side), mode="bicubic", antialias=True)

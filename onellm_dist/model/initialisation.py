@@ -49,7 +49,8 @@ _RULES: tuple[tuple[str, _Fill], ...] = (
     # encoder: as open_clip 3.3's VisionTransformer
     (r"encoder\.(ln_\w+|blocks\.\d+\.ln_\d)\.weight", _constant(1)),
     (r"encoder\.(ln_\w+|blocks\.\d+\.ln_\d)\.bias", _constant(0)),
-    (r"encoder\.(class_token|positions)\.weight", _width_scaled),
+    (r"encoder\.(class_token|positions|registers)\.weight", _width_scaled),
+    (r"encoder\.blocks\.\d+\.ls_\d\.weight", _constant(1e-5)),  # timm's DINOv2
     (r"encoder\.proj\.weight", lambda t, g: t.normal_(0, t.shape[0] ** -0.5, generator=g)),
     (r"encoder\.blocks\.\d+\.attn\.(qkv|out)\.bias", _constant(0)),
     (r"encoder\.blocks\.\d+\.attn\.qkv\.weight", _xavier),

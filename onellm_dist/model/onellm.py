@@ -51,7 +51,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         width = config.vision.width
         self.encoder = Encoder(config.vision)
-        self.tokenizers = nn.ModuleDict({name: ModalityTokenizer(name, width) for name in config.tokenizer_modalities})
+        self.tokenizers = nn.ModuleDict(
+            {name: ModalityTokenizer(name, width, config.vision.prefix) for name in config.tokenizer_modalities}
+        )
         self.projectors = nn.ModuleDict({name: Projector(config) for name in config.modalities})
         self.upm = UPM(width, config.upm)
         self.llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
@@ -167,7 +169,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return {}
         frames = torch.cat([values[name].reshape(-1 if len(values[name]) else 0, *values[name].shape[-3:]) for name in names])
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())):
-            x = self.encoder.images(frames)
+            x = self.encoder.images(self.encoder.pixels(frames))
         counts = [len(values[name]) for name in names]
         parts = x.split([n * get_modality(name).frames for name, n in zip(names, counts, strict=True)])
         return {
@@ -180,7 +182,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         names = self.config.tokenizer_modalities
         if not names:
             return {}
-        tokens = [self.tokenizers[name](values[name], self.encoder.class_token) for name in names]
+        tokens = [self.tokenizers[name](values[name], self.encoder.prefix) for name in names]
         lengths = [t.shape[1] for t in tokens for _ in range(len(t))]
         flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]) for t in tokens])
         x = self.encoder(flat, Segments.of(lengths, device=flat.device))

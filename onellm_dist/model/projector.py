@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -13,20 +15,20 @@ from onellm_dist.model.upm import Router
 
 
 class ModalityTokenizer(nn.Module):
-    """A non-visual modality's tokenizer and its own learned positions (class token included)."""
+    """A non-visual modality's tokenizer and its own learned positions (those of the encoder's prefix, the class token, included)."""
 
-    def __init__(self, name: str, width: int) -> None:
+    def __init__(self, name: str, width: int, prefix: int = 1) -> None:
         super().__init__()
         modality = get_modality(name)
         embed = modality.tokenizer(width)
         if embed is None:
             raise OneLLMError(f"modality {name} is not visual but has no tokenizer", "its values cannot be read.", f"mend {name}.py.")
         self.embed = embed
-        self.positions = Positions(modality.tokens + 1, width)
+        self.positions = Positions(prefix + modality.tokens, width)
 
-    def forward(self, values: torch.Tensor, class_token: nn.Module) -> torch.Tensor:
-        """[n, *value_shape] -> [n, L + 1, D]; `class_token` is the encoder's."""
-        return self.positions(class_token(self.embed(values)))
+    def forward(self, values: torch.Tensor, prefix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """[n, *value_shape] -> [n, P + L, D]; `prefix` is the encoder's."""
+        return self.positions(prefix(self.embed(values)))
 
 
 class LearnedRows(nn.Module):

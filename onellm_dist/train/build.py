@@ -138,8 +138,9 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
 
     model, processor, weights = open_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed)
     opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
-    plan = _main_first(world, partial(Plan.open, *opening))
-    validation = _main_first(world, partial(open_validation, *opening)) if config.data.validation else None
+    sizes = model.config.vision.patches, model.config.vision.prefix
+    plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
+    validation = _main_first(world, partial(open_validation, *opening, sizes=sizes)) if config.data.validation else None
     new_segment = False if resume is None else _follow(plan, resume)
     if world.main:
         prepare_directory(config, resume)
@@ -148,8 +149,8 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     events = Events(config.run.dir, main=world.main)
     if new_segment:
         _tell_segment(events, plan)
-    flops = FlopCounter(model, plan, config.train.stage)
-    freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs})
+    flops = FlopCounter(model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable")
+    freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs}, encoder=config.train.encoder == "trainable")
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
     if config.train.activation_checkpointing == "full":

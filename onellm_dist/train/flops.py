@@ -2,7 +2,7 @@
 
     LLM      4 N a position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where it trains
     head     4 or 6 x width x vocabulary, a supervised token only
-    encoder  2 N a token of the visual pack, 4 N of the tokenizer pack (the gradient passes through)   [tune: 2 N]
+    encoder  2 N a token of the visual pack, 4 N of the tokenizer pack (the gradient passes through)   [trainable: 6 N; tune: 2 N]
     UPM      6 N a token, all experts   [tune: 2 N]; the last block computes keys and values of all tokens, the rest of the queries alone
 
 N counts the weights of the part's linear layers (embedding and head apart). Projections and tokenizers (a few per cent) are left out.
@@ -11,7 +11,6 @@ MFU = FLOPs / seconds / (ranks x peak of the device in bf16, dense).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +48,10 @@ class FlopCounter:
     Args:
         model: the model before the engine shards it.
         stage: `align` or `tune`.
+        encoder_trains: in `align`.
     """
 
-    def __init__(self, model: Any, plan: Plan, stage: str) -> None:
+    def __init__(self, model: Any, plan: Plan, stage: str, *, encoder_trains: bool = False) -> None:
         parts = {name: _matrices(model.get_submodule(name)) for name in ("encoder", "upm", "llm")}
         text = model.config.text_config
         self._head = text.hidden_size * text.vocab_size
@@ -66,18 +66,16 @@ class FlopCounter:
             name: (parts["upm"] - last + last_kv) * kind.upm_tokens + (last - last_kv) * QUERY_TOKENS
             for name, kind in plan.modalities.items()
         }
-        self._media = [self._media_flops(plan, runs, parts["encoder"], upm_flops, align) for runs in plan.runs]
+        encoder = dict.fromkeys((True, False), 6 if encoder_trains else 2)  # by whether the modality is visual
+        if align and not encoder_trains:
+            encoder[False] = 4
+        per_sample = {
+            name: kind.encoder_tokens * parts["encoder"] * encoder[kind.visual] + upm_flops[name] * (6 if align else 2)
+            for name, kind in plan.modalities.items()
+        }
+        self._media = [sum(per_sample[name] for name in runs) for runs in plan.runs]
         self._runs = [len(runs) for runs in plan.runs]
         self._by_kind = {"+".join(runs) or "text": flops for runs, flops in zip(plan.runs, self._media, strict=True)}
-
-    @staticmethod
-    def _media_flops(plan: Plan, runs: Sequence[str], encoder: int, upm: Mapping[str, float], align: bool) -> float:
-        total = 0.0
-        for name in runs:
-            kind = plan.modalities[name]
-            total += kind.encoder_tokens * encoder * (4 if align and not kind.visual else 2)
-            total += upm[name] * (6 if align else 2)
-        return total
 
     def step(self, plan: StepPlan) -> StepSize:
         """Sizes of a step of all ranks."""

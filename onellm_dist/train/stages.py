@@ -14,7 +14,7 @@ ALIGN_ROOTS = ("tokenizers", "projectors", "upm")
 TUNE_ROOTS = ("llm",)
 
 
-def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str]) -> None:
+def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str], *, encoder: bool = False) -> None:
     """Set requires_grad of every parameter for `stage`.
 
     In `align`, the parts of modalities that the mixture does not have stay frozen: they cannot learn, would only decay,
@@ -24,16 +24,20 @@ def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str]) 
         model: has `tokenizers`, `projectors` (one child a modality), `upm`, `encoder` and `llm`.
         stage: `align` or `tune`.
         modalities: those of the mixture.
+        encoder: it trains in `align` too (all of it but CLIP's final projection, which nothing computes with).
 
     Raises:
         UsageError: nothing would train.
     """
     roots = ALIGN_ROOTS if stage == "align" else TUNE_ROOTS
+    if stage == "align" and encoder:
+        roots = (*roots, "encoder")
     known = set(model.get_submodule("projectors")._modules)
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         owner = parts[1] if parts[0] in ("tokenizers", "projectors") and parts[1] in known else None
-        parameter.requires_grad_(parts[0] in roots and (owner is None or owner in modalities))
+        unused = parts[:2] == ["encoder", "proj"]
+        parameter.requires_grad_(parts[0] in roots and (owner is None or owner in modalities) and not unused)
     if not modalities and stage == "align":
         raise UsageError(
             "no dataset of the mixture has a modality",

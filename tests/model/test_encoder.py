@@ -9,7 +9,8 @@ from packs import relative
 from onellm_dist.errors import OneLLMError
 from onellm_dist.model.attention import Segments
 from onellm_dist.model.configuration import OneLLMVisionConfig
-from onellm_dist.model.encoder import Encoder, from_open_clip
+from onellm_dist.model.encoder import Encoder
+from onellm_dist.model.towers import from_open_clip
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -1,0 +1,74 @@
+"""Encoders by name, of timm and open_clip: `timm:NAME[?img_size=224][@FILE]`, `open-clip:NAME[@FILE or TAG]`.
+
+Without FILE, weights come from where the library has them (the Hub, or its cache of it: this needs a network the first time).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.convert.lazy import of_tensor
+from onellm_dist.convert.opened import Opened
+from onellm_dist.errors import OneLLMError, UsageError
+
+_SPEC = re.compile(r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?")
+
+
+def is_tower(spec: str) -> bool:
+    """Whether it names a tower, and no path."""
+    return spec.startswith(("timm:", "open-clip:"))
+
+
+def open_tower(spec: str) -> Opened:
+    """The tower as an encoder, in memory.
+
+    Raises:
+        UsageError: the name is malformed or unknown, the weights cannot be had, or the encoder cannot run it.
+    """
+    from onellm_dist.model.towers import encoder_of
+
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(
+            f"--encoder {spec}", "it names no tower.", "write timm:NAME, timm:NAME?img_size=224, timm:NAME@FILE or open-clip:NAME@TAG."
+        )
+    weights = match["weights"]
+    if match["library"] == "timm" and weights is not None and not Path(weights).is_file():
+        raise UsageError(f"--encoder {spec}: no file {weights}", "there are no weights to read.", "check the path.")
+    make = _timm if match["library"] == "timm" else _open_clip
+    try:
+        tower = make(match["name"], int(match["size"]) if match["size"] else None, weights)
+        config, state = encoder_of(tower)
+    except OneLLMError as error:
+        raise UsageError(f"--encoder {spec}: {error.what}", error.why, error.do) from None
+    except Exception as error:  # whatever the library or its download raises
+        raise UsageError(
+            f"--encoder {spec}: {type(error).__name__}: {error}",
+            "the tower cannot be made.",
+            f"check the name; without a network give the weights: {spec.partition('@')[0]}@FILE.",
+        ) from error
+    files = (Path(weights),) if weights is not None and Path(weights).is_file() else ()
+    tensors = {name: of_tensor(value.detach()) for name, value in state.items()}
+    return Opened(match["library"], "encoder", config, tensors, files, Path(), notes={"tower": spec})
+
+
+def _timm(name: str, size: int | None, weights: str | None) -> Any:
+    import timm
+
+    options: dict[str, Any] = {} if size is None else {"img_size": size}
+    if weights is None:
+        return timm.create_model(name, pretrained=True, num_classes=0, **options)
+    # Through timm's own filter, which renames the keys of DINOv2's files and resizes positions.
+    return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": weights, "hf_hub_id": None}, **options)
+
+
+def _open_clip(name: str, size: int | None, weights: str | None) -> Any:
+    import open_clip
+
+    options: dict[str, Any] = {} if size is None else {"force_image_size": size}
+    tag = weights or next(iter(open_clip.list_pretrained_tags_by_model(name)), None)
+    if tag is None:
+        raise UsageError(f"open_clip has no weights of {name}", "an encoder without training reads nothing.", "give open-clip:NAME@FILE.")
+    return open_clip.create_model(name, pretrained=tag, **options)
