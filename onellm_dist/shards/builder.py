@@ -37,6 +37,7 @@ from onellm_dist.shards.staging import clear, failed_quarantine, lock, locked, p
 from onellm_dist.shards.unit import BUILT, DONE, Account, Job, NothingLeft, TooManyFailures
 
 _DATASET, _SCRATCH, _PLANNING = "dataset", "scratch", "plan"
+_LATE = "the other processes had finished already"
 _TRIED = 64
 """Candidates that a dry run reads."""
 
@@ -70,12 +71,14 @@ def build_planned(request: Request, *, workers: int, overwrite: bool, task: Task
     if isinstance(request.out, Path):
         out = Path(os.path.abspath(request.out))
         if task.count > 1 and not overwrite and (out / MANIFEST).exists() and not staging_of(out).exists():
-            return BuildReport(0, notes=("the other processes had finished already",))
+            return BuildReport(0, notes=(_LATE,))
         refuse_output(out, overwrite=overwrite)
         with locked(staging_of(out), out, shared=True) as descriptor, _tidied(staging_of(out), descriptor, out):
             return _build(request, staging_of(out), staging_of(out) / _SCRATCH, descriptor, workers, overwrite, task)
     base = request.out / ".building"
     if (request.out / MANIFEST).exists():
+        if task.count > 1 and not overwrite:
+            return BuildReport(0, notes=(_LATE,))
         if not overwrite:
             raise UsageError(f"{request.out} already holds a dataset.", "it is not overwritten unless asked for.", "give --overwrite.")
         (request.out / MANIFEST).unlink()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
 import sqlite3
-import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from shard_kills import killable
 from shard_worlds import all_bytes, array, contents, picture, write_tree
 
 from onellm_dist.errors import OneLLMError, UsageError
@@ -76,29 +76,9 @@ def build(inputs: Path, out: Path, **options: Any) -> BuildReport:
 # -- killed, resumed, shared
 
 
-class _KilledAt:
-    """Ends the process by SIGKILL at the n-th file operation (open, rename, mkdir, remove) below a folder."""
-
-    def __init__(self, folder: Path, at: int, counter: Any) -> None:
-        self.folder, self.at, self.counter = str(folder), at, counter
-
-    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and self.folder in str(arguments[0]):
-            self.counter.value += 1
-            if self.counter.value == self.at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _child(inputs: Path, out: Path, at: int, counter: Any) -> None:
-    sys.addaudithook(_KilledAt(out.parent / f".{out.name}.building", at, counter))
-    build(inputs, out)
-
-
 def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
     """(exit code, file operations until then) of a build in a process of its own; at=0: not killed."""
-    context = multiprocessing.get_context("fork")  # a spawned one imports torch first, for every kill
-    counter = context.Value("i", 0)
-    process = context.Process(target=_child, args=(inputs, out, at, counter))
+    process, counter = killable(out, at, partial(build, inputs, out))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -148,18 +128,34 @@ def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
     assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
 
 
-def test_processes_called_alike_share_the_work_and_one_may_die(tmp_path: Path) -> None:
+def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
+    """Three processes that were called alike (srun's ranks) share the work; one, two or all are killed somewhere."""
     inputs = rows_input(tmp_path / "in")
-    build(inputs, tmp_path / "alone")
-    context = multiprocessing.get_context("fork")
-    crew = [context.Process(target=_child, args=(inputs, tmp_path / "shared", at, context.Value("i", 0))) for at in (0, 0, 40)]
-    for process in crew:
-        process.start()
-    for process in crew:
-        process.join(120)
-    if not (tmp_path / "shared").exists():  # the one that died held the last shard, or others had left before
-        build(inputs, tmp_path / "shared")
-    assert all_bytes(tmp_path / "shared") == all_bytes(tmp_path / "alone")
+    _, operations = run_killed(inputs, tmp_path / "alone", 0)
+    expected = all_bytes(tmp_path / "alone")
+    for seed in seeds:
+        draw, out = random.Random(seed), tmp_path / f"out{seed}"
+        kills = [draw.randint(1, operations // 2) if rank <= seed % 3 else 0 for rank in range(3)]
+        draw.shuffle(kills)
+        crew = [killable(out, at, partial(build, inputs, out))[0] for at in kills]
+        for process in crew:
+            process.start()
+        for process in crew:
+            process.join(120)
+        codes = [process.exitcode for process in crew]
+        assert all(code == 0 or (code == -signal.SIGKILL and at) for code, at in zip(codes, kills, strict=True))
+        if not out.exists():  # the one that died held the last shard, or the others had left before
+            build(inputs, out)
+        assert all_bytes(out) == expected
+
+
+def test_processes_called_alike_share_the_work_and_some_may_die(tmp_path: Path) -> None:
+    _one_of_several_killed(tmp_path, range(5))
+
+
+@pytest.mark.soak
+def test_processes_called_alike_share_the_work_and_some_may_die_for_long(tmp_path: Path) -> None:
+    _one_of_several_killed(tmp_path, range(5, 25))
 
 
 def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
@@ -235,7 +231,13 @@ def pictures(folder: Path) -> Path:
             files[f"{name}.jpg"] = buffer.getvalue()
     files["q.jpg"] = files["p2.jpg"]
     for i, name in enumerate(sorted(files)):
-        meta = {"caption": name, "URL": f"http://x/{name}", "punsafe": i / 10, "NSFW": "UNLIKELY" if i else "NSFW"}
+        meta = {
+            "caption": name,
+            "URL": f"http://x/{name}",
+            "punsafe": i / 10,
+            "NSFW": "UNLIKELY" if i else "NSFW",
+            "Similarity": 0.3 - i / 100,
+        }
         files[name.replace(".jpg", ".json")] = json.dumps(meta)
     return write_tree(folder, files)
 
@@ -247,12 +249,20 @@ def pictures(folder: Path) -> Path:
         ({"dedup": "exact"}, ["p0", "p1", "p2", "p3", "small"]),
         ({"dedup": "perceptual", "dedup_distance": 3}, ["p0", "p1", "p2", "p3"]),
         ({"max_punsafe": 0.25}, ["p0", "p1", "p2"]),
+        ({"min_similarity": 0.275}, ["p0", "p1", "p2"]),
+        ({"dedup": "perceptual", "min_similarity": 0.26}, ["p0", "p1", "p2", "p3"]),
+        ({"max_pwatermark": 0.5, "max_failures": 0.0}, None),
         ({"nsfw": "unlikely,unsure"}, ["p1", "p2", "p3", "q", "small"]),
         ({"limit": 2}, ["p0", "p1"]),
     ],
 )
-def test_duplicates_and_filters(tmp_path: Path, options: dict[str, Any], kept: list[str]) -> None:
-    build_dataset("folder", pictures(tmp_path / "in"), tmp_path / "out", **options)
+def test_duplicates_and_filters(tmp_path: Path, options: dict[str, Any], kept: list[str] | None) -> None:
+    inputs = pictures(tmp_path / "in")
+    if kept is None:  # the value that the threshold is for is in no sample
+        with pytest.raises(OneLLMError, match="all 6 samples were left out by filters"):
+            build_dataset("folder", inputs, tmp_path / "out", **options)
+        return
+    build_dataset("folder", inputs, tmp_path / "out", **options)
     assert list(contents(open_dataset(tmp_path / "out"))) == kept
 
 
