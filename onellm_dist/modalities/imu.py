@@ -77,7 +77,7 @@ class ImuModality(Modality):
             meta = _read_window(parts["window"])
         if "window_start" not in meta and "window_end" not in meta:
             return _whole(recording.signal, _mean_rate(recording.times))
-        return _cut(recording, recording.times, meta)
+        return cut_window(recording, recording.times, meta)
 
     def transform(self, raw: Window, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[6, 400]: resampled to 200 Hz, cut or filled with zeros at the end. Nothing is normalised."""
@@ -134,8 +134,15 @@ def _whole(signal: np.ndarray, rate: int) -> Window:
     return Window(signal, rate)
 
 
-def _cut(recording: Recording, times: np.ndarray, meta: Mapping[str, Any]) -> Window:
-    """The samples in [window_start, window_end)."""
+def cut_window(recording: Recording, times: np.ndarray, meta: Mapping[str, Any]) -> Window:
+    """The samples in [window_start, window_end), which `meta` gives in seconds.
+
+    Args:
+        times: [N] in ms, the recording's.
+
+    Raises:
+        SampleError: no window of 2 s, or the recording has too few samples there.
+    """
     start, end = (_seconds(meta, key) for key in ("window_start", "window_end"))
     if round(end - start) != SECONDS:
         raise _bad_window(f"the window {start:g} to {end:g} s is not {SECONDS} s long")

@@ -1,0 +1,102 @@
+"""Prompts of OneLLM's training (paper, Table 10), and conversations made with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+CAPTION_PROMPTS: Mapping[str, str] = {
+    **{
+        name: f"Provide a one-sentence caption for the provided {called}."
+        for name, called in (("image", "image"), ("video", "video"), ("audio", "audio"), ("point", "point cloud"))
+    },
+    "imu": "Describe the motion.",
+    "fmri": "Describe the scene based on fMRI data.",
+}
+"""Modality to the prompt whose answer is a caption (of point clouds: Table 11's; their training data has prompts of its own)."""
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+OPTION_LETTER = "Answer with the option's letter from the given choices directly"
+REGION = "Provide a short description for this region."
+_TAG = r"<(?:image|video|audio|point|depth|normal|imu|fmri|rgbd|rgbn)>"
+_TAGS = re.compile(rf"^\s*{_TAG}\s*|\s*{_TAG}\s*$")
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bard": "gpt", "bing": "gpt"}
+
+Turn = dict[str, str]
+"""`{"from": "human" or "gpt", "value": text}`."""
+
+
+def asked(*pairs: tuple[str, str]) -> list[Turn]:
+    """Questions and their answers as turns."""
+    return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
+
+
+def captioned(modality: str, caption: str) -> list[Turn]:
+    """A caption as the answer to the paper's prompt for it."""
+    return asked((CAPTION_PROMPTS[modality], caption.strip()))
+
+
+def question(text: str) -> str:
+    """An open question with the paper's suffix: `{Question} Answer the question using a single word or phrase.`"""
+    return f"{text.strip()} {SHORT_ANSWER}"
+
+
+def choice(text: str, options: Sequence[str]) -> str:
+    """A question with options: `{Question} A. ... B. ... Answer with the option's letter from the given choices directly`."""
+    listed = " ".join(f"{letter(i)}. {option.strip()}" for i, option in enumerate(options))
+    return f"{text.strip()} {listed} {OPTION_LETTER}"
+
+
+def letter(number: int) -> str:
+    """0 -> A."""
+    return chr(ord("A") + number)
+
+
+def region(left: float, top: float, width: float, height: float, size: tuple[float, float]) -> str:
+    """The prompt for a region, with its box as `[left, top, right, bottom]` in shares of the whole picture's width and height.
+
+    Raises:
+        ValueError: the box is empty, or the picture is.
+    """
+    if not (min(size) > 0 and width > 0 and height > 0):
+        raise ValueError(f"a box of {width:g} x {height:g} in a picture of {size[0]:g} x {size[1]:g}")
+    corners = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
+    return f"{REGION} [{', '.join(f'{min(1.0, max(0.0, c)):.2f}' for c in corners)}]"
+
+
+def most_common(answers: Iterable[str]) -> str:
+    """The answer that most people gave; of several, the one given first."""
+    given = list(answers)
+    return max(given, key=given.count)
+
+
+def clean(raw: Any, *, tags: bool = True) -> list[Turn]:
+    """A conversation of a dataset: speakers as `human` and `gpt`.
+
+    Turns before the first of a person, of which ShareGPT has some, are dropped, and a last question without an answer too.
+
+    Args:
+        tags: take media tags (`<image>`, `<point>`) from the start and the end of a turn: the medium stands before the text
+            anyhow. False for texts without media, where `<video>` is a web page's.
+
+    Raises:
+        ValueError: it is no conversation: not a list of {"from", "value"}, an unknown speaker, an empty answer, nobody answers.
+    """
+    if not isinstance(raw, list):
+        raise ValueError(f"a {type(raw).__name__}, not a list of turns")
+    turns: list[Turn] = []
+    for number, turn in enumerate(raw):
+        value = turn.get("value") if isinstance(turn, dict) else None
+        speaker = _SPEAKERS.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
+        if speaker is None or not isinstance(value, str):
+            raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
+        text = (_TAGS.sub("", value) if tags else value).strip()
+        if speaker == "gpt" and not text:
+            raise ValueError(f"turn {number}: empty answer")
+        if turns or speaker == "human":
+            turns.append({"from": speaker, "value": text})
+    while turns and turns[-1]["from"] == "human":
+        turns.pop()
+    if not turns:
+        raise ValueError("nobody answers")
+    return turns

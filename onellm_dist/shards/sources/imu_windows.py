@@ -1,0 +1,92 @@
+"""Two-second windows of Ego4D's inertial recordings, cut and resampled once, when shards are built."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from onellm_dist.errors import SampleError
+from onellm_dist.modalities import Part
+from onellm_dist.modalities.imu import MODALITY, cut_window
+from onellm_dist.modalities.imu_files import Recording, read_recording
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.base import BadSample
+
+_FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
+
+
+@dataclass(frozen=True)
+class ImuWindow:
+    """The window as `.npy` [6, 400] fp32: accelerometer xyz, gyroscope xyz, 200 Hz; as many zeros at the end as samples are missing."""
+
+    recording: Place
+    """Ego4D's `<uid>.csv`, or imu2clip's `<uid>.npy`."""
+    timestamps: Place | None
+    """imu2clip's `<uid>_timestamps.npy`."""
+    start: float
+    """Seconds of the video."""
+    end: float
+    min_samples: int
+
+    def read_bytes(self) -> bytes:
+        """Cuts and resamples as the modality does.
+
+        Raises:
+            BadSample: the recording cannot be read, or has too few samples there.
+        """
+        recording = _recording(self.recording, self.timestamps)
+        assert recording.times is not None
+        try:
+            window = cut_window(recording, recording.times, {"window_start": self.start, "window_end": self.end})
+            count = window.signal.shape[1]
+            if count < self.min_samples:
+                raise BadSample(
+                    f"too few samples: the window {self.start:g} to {self.end:g} s has {count}, and min_samples={self.min_samples}"
+                )
+            values = MODALITY.transform(window, train=False, rng=np.random.default_rng(0)).numpy()
+        except BadSample:
+            raise
+        except SampleError as error:
+            raise BadSample(f"no usable window: {error.what}") from error
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(values))
+        return buffer.getvalue()
+
+
+@lru_cache(maxsize=2)
+def _recording(path: Place, timestamps: Place | None) -> Recording:
+    """A video's whole recording (1 hour: 35 MB); its windows follow each other in the plan.
+
+    Raises:
+        BadSample: it cannot be read, or has no times.
+    """
+    try:
+        times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
+        found = read_recording(Part(f"imu{path.suffix}", path.read_bytes()), times)
+    except SampleError as error:
+        raise BadSample(f"unreadable recording: {path.name}: {error.what}") from error
+    if found.times is None:
+        raise BadSample(f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)")
+    if not len(found.times):
+        raise BadSample(f"no canonical times: no row of {path.name} lies within the video")
+    return found
+
+
+@lru_cache(maxsize=256)
+def recording_of(folder: Place, uid: str) -> tuple[Place, Place | None] | None:
+    """(recording, timestamps) of a video below a folder; None: it has none.
+
+    imu2clip's pair of `.npy` goes before the raw `.csv`: it is read in a tenth of the time.
+    """
+    for place in _FOLDERS:
+        signal, times = folder / f"{place}{uid}.npy", folder / f"{place}{uid}_timestamps.npy"
+        if signal.is_file() and times.is_file():
+            return signal, times
+    for place in _FOLDERS:
+        table = folder / f"{place}{uid}.csv"
+        if table.is_file():
+            return table, None
+    return None

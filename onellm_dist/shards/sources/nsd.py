@@ -1,0 +1,164 @@
+"""`onellm shards build nsd IN OUT`: fMRI of NSD's subject 1 with captions of the pictures that were seen (paper, Tab. 9).
+
+IN is MindEye's tree: `webdataset_avg_split/{train,val,test}/{train,val,test}_subj01_*.tar` (or that folder itself), each sample with
+`.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and `COCO_73k_annots_curated.npy` [73000, 5] of text. Stored is the mean over
+the repetitions, fp32 [15724], with one caption; all five stand in the `.json`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onellm_dist.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.modalities import Part
+from onellm_dist.modalities.arrays import read_npy
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.base import BadSample, Candidate, FileRange, Group, Layout, Option, Source
+from onellm_dist.shards.sources.conversations import captioned
+from onellm_dist.shards.sources.img2dataset import tar_members
+from onellm_dist.shards.sources.media_files import below, need_file
+
+_CAPTIONS = ("COCO_73k_annots_curated.npy", "webdataset_avg_split/COCO_73k_annots_curated.npy", "../COCO_73k_annots_curated.npy")
+_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class MeanOfRepetitions:
+    """A sample's voxels as `.npy` [voxels] fp32."""
+
+    voxels: FileRange
+
+    def read_bytes(self) -> bytes:
+        """Averages over the first axis in fp64.
+
+        Raises:
+            BadSample: no array of numbers, not finite, or not [repetitions, voxels].
+        """
+        try:
+            array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()))
+        except BadSample:
+            raise
+        except SampleError as error:
+            raise BadSample(f"unreadable fMRI: {error.what}") from error
+        if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
+            raise BadSample(f"unreadable fMRI: {array.dtype} of shape {array.shape}, not floats [repetitions, voxels]")
+        buffer = io.BytesIO()
+        np.save(buffer, array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64).astype(np.float32))
+        return buffer.getvalue()
+
+
+def plan(inputs: Place, *, seed: int, subject: int, captions: Path | None, every_caption: bool) -> Layout:
+    """One group a tar.
+
+    Raises:
+        UsageError: no tars of the subject, or no captions.
+    """
+    table = need_file(inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions")
+    _Captions(below(inputs, table))
+    root = inputs / "webdataset_avg_split" if (inputs / "webdataset_avg_split").is_dir() else inputs
+    tars = [(s, t) for s in _SPLITS for t in sorted((root / s).glob(f"{s}_subj{subject:02d}_*.tar"), key=_number)]
+    if not tars:
+        raise UsageError(
+            f"{inputs}: no train/train_subj{subject:02d}_*.tar there.",
+            "fMRI is read from MindEye's tars.",
+            "give the folder that holds webdataset_avg_split/, and see -o subject=.",
+        )
+    name = "webdataset_avg_split/" if root != inputs else ""
+    groups = (Group(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars)
+    return Layout(("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject})
+
+
+def _number(tar: Place) -> tuple[int, str]:
+    """`train_subj01_2.tar` before `train_subj01_10.tar`."""
+    tail = tar.stem.rpartition("_")[2]
+    return (int(tail) if tail.isdecimal() else -1), tar.name
+
+
+class _Captions:
+    """A `.npy` [pictures, 5] of text, read row by row (whole it takes 365 MB; mapped, a change of the file would be a crash)."""
+
+    def __init__(self, path: Place) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+                self.shape, fortran, self.dtype = read(file)
+                self.start = file.tell()
+        except (ValueError, KeyError) as error:
+            raise self._unusable(f"it is no .npy ({error})") from error
+        if len(self.shape) != 2 or self.dtype.kind not in "US" or fortran:
+            raise self._unusable(f"it is an array of {self.dtype}, shape {self.shape}")
+
+    def _unusable(self, why: str) -> UsageError:
+        return UsageError(
+            f"{self.path}: {why}.", "captions are looked up in it.", "it must be text [pictures, 5], without pickled objects."
+        )
+
+    def row(self, number: int) -> list[str]:
+        """The captions of a picture.
+
+        Raises:
+            OneLLMError: the file is cut short.
+        """
+        size = self.dtype.itemsize * self.shape[1]
+        with self.path.open("rb") as file:
+            file.seek(self.start + number * size)
+            data = file.read(size)
+        if len(data) != size:
+            raise OneLLMError(f"{self.path} ends before row {number}.", "captions are looked up in it.", "fetch it again.")
+        return [(t.decode() if isinstance(t, bytes) else str(t)).strip() for t in np.frombuffer(data, self.dtype)]
+
+
+def candidates(
+    inputs: Place, spec: Mapping[str, Any], *, subject: int, captions: Path | None, every_caption: bool
+) -> Iterator[Candidate]:  # fmt: skip
+    """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
+    table = _Captions(below(inputs, spec["captions"]))
+    members, fault = tar_members(inputs / spec["tar"])
+    for key, parts in members.items():
+        where, name = f"{spec['tar']}: {key}", f"{Path(spec['tar']).stem}-{Path(key).name}"
+        found = _looked_up(table, parts)
+        if isinstance(found, str):
+            yield Candidate(name, where, problem=found)
+            continue
+        picture, texts = found
+        for i, caption in enumerate(texts if every_caption else texts[:1]):
+            meta = {"coco73k": picture, "captions": texts, "conversations": captioned("fmri", caption)}
+            yield Candidate(f"{name}-{i}" if i else name, where, {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}, caption, meta)
+    if fault is not None:
+        yield Candidate(f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault)  # nothing tells how many samples are lost
+
+
+def _looked_up(table: _Captions, parts: Mapping[str, FileRange]) -> tuple[int, list[str]] | str:
+    """(the picture's number, its captions), or what is wrong."""
+    missing = [e for e in ("nsdgeneral.npy", "coco73k.npy") if e not in parts]
+    if missing:
+        return f"missing part: no .{missing[0]} in the tar"
+    try:
+        number = read_npy(Part("coco73k.npy", parts["coco73k.npy"].read_bytes())).reshape(-1)
+    except SampleError as error:
+        return f"unreadable coco73k.npy: {error.what}"
+    if number.size != 1 or not 0 <= int(number[0]) < table.shape[0]:
+        return f"no such picture: coco73k is {number.tolist()[:3]}, and there are captions of {table.shape[0]}"
+    return int(number[0]), table.row(int(number[0]))
+
+
+SOURCE = Source(
+    "nsd",
+    "NSD's fMRI from MindEye's tars, with COCO captions",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "captions": Option(None, "COCO_73k_annots_curated.npy, if it does not lie in IN", Path),
+        "subject": Option(1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int),
+        "every_caption": Option(False, "a sample of each of the five captions of a picture, not of the first alone", bool),
+    },
+    licence="NSD Data Access Agreement",
+)

@@ -1,0 +1,234 @@
+"""`onellm shards build cc3m-depth | cc3m-normal`: parallel trees, Omnidata's output, img2dataset's tars, and maps made here."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from shard_worlds import all_bytes, foreign_tar, write_tree
+from source_checks import built, decoded, photo, reasons, samples
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards.sources.depth_models import normals
+
+
+def grey_map(size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
+    """A map that is brighter to the right."""
+    pixels = np.tile(np.linspace(0, 255, size[0]).astype(np.uint8), (size[1], 1))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def colour_map(side: int = 384) -> bytes:
+    """Omnidata's pictures are squares of 512 (depth) and 384 (normal)."""
+    pixels = np.zeros((side, side, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, side)
+    pixels[..., 2] = 200
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def parallel(root: Path, kind: str) -> Path:
+    """cc3m/00000/*.jpg + *.txt beside cc3m_<kind>/00000/*."""
+    files: dict[str, bytes | str] = {}
+    for i in range(5):
+        files[f"cc3m/00000/00000000{i}.jpg"] = photo(seed=i)
+        files[f"cc3m/00000/00000000{i}.txt"] = f"caption {i}\n"
+    files["cc3m/00001/000010000.JPG"] = photo((48, 64), 7)
+    files["cc3m/00001/000010000.txt"] = "upright"
+    for i in range(5):
+        files[f"cc3m_{kind}/00000/00000000{i}.{'jpg' if i == 1 else 'png'}"] = grey_map(kind="JPEG" if i == 1 else "PNG")
+    files[f"cc3m_{kind}/00001/000010000.png"] = grey_map((48, 64))
+    return write_tree(root, files)
+
+
+@pytest.mark.parametrize("kind", ["depth", "normal"])
+def test_parallel_trees(tmp_path: Path, kind: str) -> None:
+    inputs = parallel(tmp_path / "in", kind)
+    report, dataset = built(f"cc3m-{kind}", inputs, tmp_path / "out")
+    found = samples(dataset)
+    assert not report.quarantined
+    assert dataset.modalities == (kind,)
+    assert list(found) == [*(f"00000/00000000{i}" for i in range(5)), "00001/000010000"]
+    assert found["00000/000000000"] == {
+        "jpg": photo(seed=0), f"{kind}.png": grey_map(), "txt": "caption 0",
+    }  # fmt: skip
+    assert found["00000/000000001"][f"{kind}.jpg"] == grey_map(kind="JPEG")
+    assert found["00001/000010000"]["txt"] == "upright"
+    picture, rendered = decoded(dataset, "00000/000000000")[kind]
+    assert rendered[0, 112, 200] > rendered[0, 112, 20]  # brighter to the right, as the map
+    assert not picture.equal(rendered)
+
+
+def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
+    inputs = parallel(tmp_path / "in", "depth")
+    (inputs / "cc3m_depth/00000/000000000.png").unlink()
+    (inputs / "cc3m/00000/000000001.txt").unlink()
+    (inputs / "cc3m/00000/000000002.txt").write_text(" \n")
+    (inputs / "cc3m/00000/000000003.jpg").write_bytes(photo(seed=3)[:300])
+    (inputs / "cc3m/00000/notes.pdf").write_bytes(b"no picture")
+    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", max_failures=0.7)
+    why = reasons(report)
+    assert list(samples(dataset)) == ["00000/000000004", "00001/000010000"]
+    assert why["00000/000000000"].startswith("missing map: no depth map of 00000/000000000.jpg in ")
+    assert why["00000/000000001"].startswith("missing file: ")
+    assert why["00000/000000002"].startswith("empty caption")
+    assert why["00000/000000003"].startswith("unreadable depth: .jpg (300 bytes) is no readable JPEG")
+    assert len(why) == 4
+    with pytest.raises(OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"):
+        built("cc3m-depth", inputs, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "images/a.jpg": photo((96, 48), 1), "images/a.txt": "wide", "images/b.jpg": photo((48, 64), 2), "images/b.txt": "with rgb",
+        "out/a_normal.png": colour_map(), "out/b_normal.png": colour_map(), "out/b_rgb.png": photo((384, 384), 2, "PNG"),
+    }  # fmt: skip
+    inputs = write_tree(tmp_path / "in", files)
+    report, dataset = built("cc3m-normal", inputs, tmp_path / "normal", images="images", maps="out")
+    found = samples(dataset)
+    assert not report.quarantined
+    assert set(found["a"]) == {"jpg", "normal.png", "txt"}
+    square = Image.open(io.BytesIO(found["a"]["jpg"]))
+    assert square.size == (48, 48)
+    expected = np.asarray(Image.open(io.BytesIO(files["images/a.jpg"])).crop((24, 0, 72, 48))).astype(int)  # type: ignore[arg-type]
+    assert np.abs(np.asarray(square).astype(int) - expected).mean() < 3
+    assert found["b"]["png"] == files["out/b_rgb.png"]
+    assert decoded(dataset, "b")["normal"][1, 2].std() < 1e-6  # the map's blue is one value
+
+    both = write_tree(tmp_path / "one", {"x.jpg": photo(), "x.txt": "beside", "x_depth.png": colour_map(512), "x_normal.png": colour_map()})
+    assert list(samples(built("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == ["depth.png", "jpg", "txt"]
+
+
+def test_the_references_table(tmp_path: Path) -> None:
+    """cc3m.csv: tab-separated, caption and url, local paths with /cc3m/ in them."""
+    inputs = parallel(tmp_path / "in", "depth")
+    rows = ["url\tcaption", "/mnt/x/cc3m/00000/000000002.jpg\tof the \"table\"", "cc3m/00000/000000004.jpg\tsecond", "one cell",
+            "00000/none.jpg\tno such picture", f"{inputs}/cc3m/00001/000010000.JPG\tabsolute"]  # fmt: skip
+    (inputs / "cc3m.csv").write_text("\n".join(rows) + "\n")
+    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", captions="cc3m.csv", max_failures=0.5)
+    assert {k: s["txt"] for k, s in samples(dataset).items()} == {
+        "00000/000000002": 'of the "table"', "00000/000000004": "second", "00001/000010000": "absolute",
+    }  # fmt: skip
+    assert [q.reason.split(":")[0] for q in report.quarantined] == ["unreadable row", "missing map"]
+    assert [q.file for q in report.quarantined] == ["cc3m.csv:4", "cc3m.csv:5"]
+    (inputs / "google.tsv").write_text("a caption\thttp://x/1.jpg\n")
+    with pytest.raises(UsageError, match="img2dataset"):
+        built("cc3m-depth", inputs, tmp_path / "no", captions="google.tsv")
+
+
+def img2dataset_tar(root: Path, name: str, count: int = 4, cut: int = 0, stats: bool = True) -> None:
+    members: list[tuple[str, bytes]] = []
+    for i in range(count):
+        key = f"{name}{i:04d}"
+        status = {"caption": f"c{i}", "url": f"http://x/{i}", "key": key, "status": "success", "error_message": None}
+        members += [(f"{key}.jpg", photo(seed=i)), (f"{key}.json", json.dumps(status).encode()), (f"{key}.txt", f"caption {i}".encode())]
+    tar = foreign_tar(root / f"{name}.tar", members)
+    if cut:
+        tar.write_bytes(tar.read_bytes()[:-cut])
+    if stats:
+        (root / f"{name}_stats.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DPT of the real classes with random weights, saved as its makers save theirs."""
+    import torch
+    from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+
+    torch.manual_seed(0)
+    config = DPTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 24, 32, 32], fusion_hidden_size=32, reassemble_factors=[4, 2, 1, 0.5],
+        is_hybrid=False, use_auxiliary_head=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny-dpt"
+    model = DPTForDepthEstimation(config)
+    with torch.no_grad():
+        model.head.head[4].bias.fill_(10.0)  # its last ReLU must not be dead
+    model.save_pretrained(folder)
+    DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
+    """From img2dataset's tars; the same bytes with one process and with three; as transformers' own pipeline estimates it."""
+    from transformers import pipeline
+
+    (tmp_path / "in").mkdir()
+    for name in ("00000", "00001"):
+        img2dataset_tar(tmp_path / "in", name)
+    options: dict[str, Any] = {"depth_model": str(dpt), "max_samples": 3, "name": "x"}
+    report, dataset = built("cc3m-depth", tmp_path / "in", tmp_path / "one", **options)
+    built("cc3m-depth", tmp_path / "in", tmp_path / "three", workers=3, **options)
+    assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "three")
+    assert not report.quarantined
+    assert dataset.manifest.attributes["depth_model"] == "tiny-dpt"
+    assert len(dataset.manifest.attributes["depth_model_sha256"]) == 64
+    found = samples(dataset)
+    assert list(found) == [f"{t}{i:04d}" for t in ("00000", "00001") for i in range(4)]
+    sample = found["000000002"]
+    assert (sample["jpg"], sample["txt"], sample["json"]["url"]) == (photo(seed=2), "caption 2", "http://x/2")
+    ours = np.asarray(Image.open(io.BytesIO(sample["depth.png"]))).astype(int)
+    theirs = pipeline("depth-estimation", model=str(dpt), device="cpu")(Image.open(io.BytesIO(sample["jpg"])))["predicted_depth"]
+    values = theirs.squeeze().double().numpy()
+    expected = (values - values.min()) / (values.max() - values.min()) * 255
+    assert ours.shape == (48, 64)
+    assert np.abs(ours - expected).max() < 1.5
+    assert (ours.min(), ours.max()) == (0, 255)
+    assert decoded(dataset, "000000002")["depth"].isfinite().all()
+
+    _, normal = built("cc3m-normal", tmp_path / "in", tmp_path / "normal", **options)
+    vectors = np.asarray(Image.open(io.BytesIO(samples(normal)["000000002"]["normal.png"]))) / 127.5 - 1
+    assert np.abs(np.linalg.norm(vectors, axis=-1) - 1).max() < 0.02
+    assert np.abs(vectors - normals(expected / 255, 0.5)).max() < 0.05
+    # Distances: near and far change places.
+    _, far = built("cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3)
+    turned = np.asarray(Image.open(io.BytesIO(samples(far)["000000002"]["depth.png"]))).astype(int)
+    assert turned[np.unravel_index(ours.argmax(), ours.shape)] == 0
+    assert turned[np.unravel_index(ours.argmin(), ours.shape)] == 255
+
+
+@pytest.mark.slow
+def test_a_model_that_is_none_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    from transformers import ViTConfig
+
+    inputs = parallel(tmp_path / "in", "depth")
+    with pytest.raises(UsageError, match=r"no transformers model lies there"):
+        built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path))
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit/model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"a vit model estimates no depth"):
+        built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
+
+
+def test_a_half_written_tar(tmp_path: Path) -> None:
+    files = {f"cc3m_depth/00000/00000{i:04d}.png": grey_map() for i in range(4)}
+    inputs = write_tree(tmp_path / "in", files)
+    (inputs / "cc3m").mkdir()
+    img2dataset_tar(inputs / "cc3m", "00000", cut=10240, stats=False)
+    with pytest.raises(UsageError, match="unfinished"):
+        built("cc3m-depth", inputs, tmp_path / "out")
+    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", unfinished="take", max_failures=0.6)
+    assert samples(dataset)
+    assert any("truncated" in r for r in reasons(report).values())
+
+
+def test_the_formula_of_normals() -> None:
+    """A wall, a ramp that rises to the right, and a floor."""
+    y, x = np.mgrid[:40, :60]
+    inside = (slice(2, -2), slice(2, -2))
+    assert np.allclose(normals(np.full((40, 60), 0.3), 0.5)[inside], (0, 0, 1))
+    ramp = normals(x / 60, 0.75)[inside]  # height 0.75 * 40 * x / 60 = x / 2
+    assert np.allclose(ramp, np.array([-0.5, 0, 1]) / np.sqrt(1.25))
+    floor = normals(y / 40, 0.5)[inside]
+    assert np.allclose(floor, np.array([0, 0.5, 1]) / np.sqrt(1.25))

@@ -1,0 +1,112 @@
+"""`onellm shards build nsd`: MindEye's tars with the curated captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shard_worlds import foreign_tar
+from source_checks import built, decoded, npy, photo, reasons, samples, turns
+
+from onellm_dist.errors import OneLLMError, UsageError
+
+VOXELS = 15724
+
+
+def voxels(seed: int, repetitions: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(repetitions, VOXELS)).astype(np.float16)
+
+
+def sample(key: str, picture: int, seed: int) -> list[tuple[str, bytes]]:
+    """The parts in the order of MindEye's tars."""
+    return [
+        (f"{key}.coco73k.npy", npy(np.array([picture]))), (f"{key}.jpg", photo(seed=seed)), (f"{key}.nsdgeneral.npy", npy(voxels(seed))),
+        (f"{key}.num_uniques.npy", npy(np.array([3]))), (f"{key}.trial.npy", npy(np.array([[seed], [seed + 1], [seed + 2]]))),
+    ]  # fmt: skip
+
+
+def tree(root: Path) -> Path:
+    folder = root / "webdataset_avg_split"
+    foreign_tar(folder / "train/train_subj01_0.tar", [m for i in range(3) for m in sample(f"sample00000{i}", 10 + i, i)])
+    foreign_tar(folder / "train/train_subj01_2.tar", sample("sample000003", 13, 3))
+    foreign_tar(folder / "train/train_subj01_10.tar", sample("sample000004", 14, 4))
+    foreign_tar(folder / "train/train_subj02_0.tar", sample("sample000000", 1, 9))
+    foreign_tar(folder / "val/val_subj01_0.tar", sample("sample000000", 20, 5))
+    foreign_tar(folder / "test/test_subj01_0.tar", sample("sample000000", 30, 6))
+    foreign_tar(folder / "test/test_subj01_1.tar", sample("sample000001", 31, 7))
+    captions = np.array([[f"picture {i} text {j} " for j in range(5)] for i in range(40)])
+    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(captions))
+    return root
+
+
+def test_mindeyes_tars(tmp_path: Path) -> None:
+    report, dataset = built("nsd", tree(tmp_path / "in"), tmp_path / "out")
+    assert not report.quarantined
+    assert dataset.modalities == ("fmri",)
+    assert dataset.splits == ("test", "train", "val") or set(dataset.splits) == {"train", "val", "test"}
+    train = samples(dataset)
+    # In the order of the tars' numbers.
+    assert list(train) == [
+        *(f"train_subj01_0-sample00000{i}" for i in range(3)),
+        "train_subj01_2-sample000003",
+        "train_subj01_10-sample000004",
+    ]
+    one = train["train_subj01_0-sample000001"]
+    assert one["txt"] == "picture 11 text 0"
+    assert one["json"] == {
+        "coco73k": 11, "captions": [f"picture 11 text {j}" for j in range(5)],
+        "conversations": turns("Describe the scene based on fMRI data.", "picture 11 text 0"),
+    }  # fmt: skip
+    mean = voxels(1).astype(np.float64).mean(0).astype(np.float32)
+    assert np.array_equal(decoded(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None])
+    assert list(samples(dataset, "val")) == ["val_subj01_0-sample000000"]
+    assert [s["txt"] for s in samples(dataset, "test").values()] == ["picture 30 text 0", "picture 31 text 0"]
+
+
+def test_every_caption_and_the_inner_folder(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in")
+    _, dataset = built("nsd", root / "webdataset_avg_split", tmp_path / "out", captions=str(root / "COCO_73k_annots_curated.npy"),
+                       every_caption=True)  # fmt: skip
+    assert [s["txt"] for s in samples(dataset, "val").values()] == [f"picture 20 text {j}" for j in range(5)]
+    assert dataset.samples() == 25
+
+
+def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in")
+    folder = root / "webdataset_avg_split/train"
+    good, wide, text, nan, lost, far = (sample(f"s{i}", i, i) for i in range(6))
+    wide[2] = (wide[2][0], npy(np.zeros((3, 14278), np.float16)))
+    text[2] = (text[2][0], npy(np.array(["a"])))
+    nan[2] = (nan[2][0], npy(np.full((2, VOXELS), np.nan, np.float32)))
+    far[0] = (far[0][0], npy(np.array([73000])))
+    foreign_tar(folder / "train_subj01_11.tar", [*good, *wide, *text, *nan, *(m for m in lost if "nsdgeneral" not in m[0]), *far])
+    cut = foreign_tar(folder / "train_subj01_12.tar", [*sample("a", 1, 1), *sample("b", 2, 2)])
+    cut.write_bytes(cut.read_bytes()[:-60_000])  # within b's voxels
+    integers = sample("i", 1, 1)
+    integers[2] = (integers[2][0], npy(np.zeros((3, VOXELS), np.int64)))
+    foreign_tar(folder / "train_subj01_13.tar", integers)
+    report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.6)
+    why = {k.removeprefix("train_subj01_"): r for k, r in reasons(report).items()}
+    starts = {
+        "11-s1": "unreadable fmri: .fmri.npy has shape (14278,)", "11-s2": "unreadable fMRI: .nsdgeneral.npy", "11-s3": "unreadable fMRI: ",
+        "11-s4": "missing part: no .nsdgeneral.npy", "11-s5": "no such picture: coco73k is [73000]", "12-b": "truncated file",
+        "12-end": "truncated tar", "13-i": "unreadable fMRI: int64",
+    }  # fmt: skip
+    assert why.keys() == starts.keys()
+    assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
+    assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(samples(dataset))
+    with pytest.raises(OneLLMError, match="are bad"):
+        built("nsd", root, tmp_path / "none")
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    root = tree(tmp_path / "in")
+    with pytest.raises(UsageError, match="train_subj07"):
+        built("nsd", root, tmp_path / "out", subject=7)
+    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(np.array([["a", None]], dtype=object)))
+    with pytest.raises(UsageError, match="without pickled objects"):
+        built("nsd", root, tmp_path / "out")
+    (root / "COCO_73k_annots_curated.npy").unlink()
+    with pytest.raises(UsageError, match="captions=FILE"):
+        built("nsd", root, tmp_path / "out")
