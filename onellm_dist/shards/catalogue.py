@@ -17,12 +17,13 @@ from onellm_dist.shards.sources.base import Option, Source
 
 @cache
 def all_sources() -> dict[str, Source]:
-    """Name to source: every module in shards/sources/ that has a `SOURCE`."""
-    found = []
+    """Name to source: every module in shards/sources/ that has a `SOURCE`, or `SOURCES` of one family."""
+    found = list[Source]()
     for info in pkgutil.iter_modules(sources_folder.__path__):
         module = importlib.import_module(f"{sources_folder.__name__}.{info.name}")
         if isinstance(getattr(module, "SOURCE", None), Source):
             found.append(module.SOURCE)
+        found += getattr(module, "SOURCES", ())
     return {s.name: s for s in sorted(found, key=lambda s: s.name)}
 
 

@@ -147,7 +147,7 @@ def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, 
 def _from_narrations(
     inputs: Place, spec: Mapping[str, Any], *, imu: Path | None, others: bool, passes: str, min_samples: int, **_: Any
 ) -> Iterator[Candidate]:  # fmt: skip
-    for _where, uid, video in read_rows(inputs, spec):
+    for _, _, uid, video in read_rows(inputs, spec):
         told = _narrated(video, passes)
         first = next(told, None)
         known = recording_of(inputs if imu is None else below(inputs, imu), uid) is not None

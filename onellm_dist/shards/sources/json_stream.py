@@ -19,6 +19,8 @@ from onellm_dist.shards.sources.base import Group
 _CHUNK = 1 << 20
 _LARGEST = 1 << 28
 """Bytes of one row beyond which the file is taken for broken."""
+_MOST = 8
+"""Rows of a group for each candidate that it is to have: where most rows are of another split."""
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -228,15 +230,26 @@ def row_groups(
         for part, candidates in (count(row) if count is not None else {split: 1}).items():
             held[part] = held.get(part, 0) + candidates
         end = row.end
-        if sum(held.values()) >= rows:
+        if sum(held.values()) >= rows or number - first >= _MOST * rows:
             yield from groups()
             start, held = -1, {}
     if start >= 0:
         yield from groups()
 
 
-def read_rows(inputs: Place, spec: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(where, key, value) of a group's rows; value None: it cannot be read.
+class Item(NamedTuple):
+    """One row as a source reads it."""
+
+    where: str
+    number: int
+    """In its file, from 0."""
+    key: str
+    value: Any
+    """None: a line that is no JSON."""
+
+
+def read_rows(inputs: Place, spec: Mapping[str, Any]) -> Iterator[Item]:
+    """A group's rows.
 
     Raises:
         OneLLMError: the file is not what it was when the build was planned.
@@ -251,7 +264,7 @@ def read_rows(inputs: Place, spec: Mapping[str, Any]) -> Iterator[tuple[str, str
     except ValueError as error:
         raise _changed(path, spec["start"], spec["end"], error) from error
     for i, (key, value) in enumerate(found, spec["first"]):
-        yield f"{spec['file']}[{key or i}]", key, value
+        yield Item(f"{spec['file']}[{key or i}]", i, key, value)
 
 
 def read_places(path: Place, places: Iterable[Sequence[int]]) -> Iterator[tuple[int, Any]]:

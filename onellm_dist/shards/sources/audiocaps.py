@@ -1,0 +1,112 @@
+"""`onellm shards build audiocaps IN OUT`: AudioCaps' {train,val,test}.csv (audiocap_id,youtube_id,start_time,caption) and the clips.
+
+Clips of ten seconds are found by name in any folder or zip archive below IN: `<youtube_id>_<start_time>`, `Y<youtube_id>`, `<audiocap_id>`,
+AudioSet's `<youtube_id>_<start>_<end>` in milliseconds, or `<youtube_id>`, as .wav, .flac, .mp3, .ogg, .opus, .m4a or .aac.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.conversations import captioned
+from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.media_files import below, need_file
+from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
+from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+
+_COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
+_SPLITS = ("train", "val", "test")
+_ROWS = 1000
+_CLIP_SECONDS = 10
+
+
+def _suffixes() -> tuple[str, ...]:
+    return tuple(f".{e}" for e in next(iter(get_modality("audio").slots.values())))
+
+
+def plan(inputs: Place, *, seed: int, annotations: Path | None, splits: str, missing: str) -> Layout:
+    """Ranges of the tables' rows.
+
+    Raises:
+        UsageError: a table or the clips are not there.
+    """
+    check_missing(missing)
+    wanted = [s.strip() for s in splits.split(",")]
+    if (unknown := [s for s in wanted if s not in _SPLITS]) or (annotations is not None and len(wanted) > 1):
+        raise UsageError(
+            f"splits={splits}: {f'there is no {unknown[0]}' if unknown else 'one table is named for several'}.",
+            "each split has a table of its own.",
+            f"use {', '.join(_SPLITS)}.",
+        )
+    tables = [
+        (s, need_file(inputs, annotations, (f"{s}.csv", f"dataset/{s}.csv"), f"AudioCaps' rows of {s}", "annotations")) for s in wanted
+    ]
+    for _, table in tables:
+        names, _ = read_header(below(inputs, table), CSV)
+        if not set(_COLUMNS) <= set(names):
+            raise UsageError(
+                f"{table} has the columns {', '.join(names)}.", "it is no table of AudioCaps.", f"it has {', '.join(_COLUMNS)}."
+            )
+    pool = find_pool(inputs, _suffixes())
+    if not pool:
+        raise UsageError(
+            f"{inputs}: no {', '.join(_suffixes())} or .zip there.", "there are captions and no clips.", "fetch the clips too."
+        )
+    return Layout(("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool)))
+
+
+def _groups(inputs: Place, split: str, table: str, pool: Pool) -> Iterator[Group]:
+    names, start = read_header(below(inputs, table), CSV)
+    for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
+        spec = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
+        yield Group(f"{table}:{found.line}", spec, split, found.count)
+
+
+def candidates(inputs: Place, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[Candidate]:
+    """Of one range of rows."""
+    pool = Pool.from_json(spec["pool"])
+    for line, row, problem in read_rows(below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]):
+        where = f"{spec['table']}:{line}"
+        if problem is not None:
+            yield Candidate(f"row-{line:07d}", where, problem=problem)
+            continue
+        key = safe_key(row["audiocap_id"].strip() or f"row-{line:07d}")
+        found = find_media(inputs, pool, _stems(row), _suffixes())
+        if found is None:
+            lost = f"missing file: no clip of {row['youtube_id']} at {row['start_time']} s"
+            yield Candidate(key, where, problem=lost) if missing == "fail" else Candidate(key, where, skip="media was not fetched")
+            continue
+        suffix, media = found
+        meta = {"youtube_id": row["youtube_id"], "start_time": row["start_time"], "conversations": captioned("audio", row["caption"])}
+        yield Candidate(key, where, {suffix[1:]: media}, row["caption"], meta)
+
+
+def _stems(row: Mapping[str, str]) -> list[str]:
+    """What a clip may be called, most telling first."""
+    video, start = row["youtube_id"].strip(), row["start_time"].strip()
+    stems = [f"{prefix}{video}_{start}" for prefix in ("", "Y")]
+    if start.replace(".", "", 1).isdecimal():
+        first = round(float(start))
+        stems += [f"{video}_{first * 1000}_{(first + _CLIP_SECONDS) * 1000}", f"{video}_{first}_{first + _CLIP_SECONDS}"]
+    return [*stems, f"Y{video}", video, row["audiocap_id"].strip()]
+
+
+SOURCE = Source(
+    "audiocaps",
+    "AudioCaps: {train,val,test}.csv and the clips, by any of their usual names; a sample each caption",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "annotations": Option(None, "the table, if it is not train.csv", Path),
+        "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),
+        "missing": MISSING_OPTION,
+    },
+    licence="MIT (captions); clips under YouTube's terms",
+)

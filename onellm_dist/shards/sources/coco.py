@@ -1,0 +1,68 @@
+"""`onellm shards build coco | coco-karpathy IN OUT`: COCO's captions; each of a picture's five is a sample (paper: COCO Cap).
+
+`coco` reads captions_{train,val}{2017,2014}.json, `coco-karpathy` Karpathy's dataset_coco.json (its `restval` belongs to train).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.conversations import captioned
+from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.vqa import COCO_FOLDERS, coco_picture
+
+_LICENCE = "CC-BY 4.0 (captions); COCO's pictures under Flickr's terms"
+_KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
+
+
+def _caption(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    caption, picture = text_of(row["caption"], "caption"), int(row["image_id"])
+    return [Sample(str(row["id"]), coco_picture(context, picture), captioned("image", caption), caption, {"image_id": picture})]
+
+
+def _sentences(row: Any, split: str) -> int:
+    """Captions of a picture of the split; a row that is none counts once in train, so that it is seen."""
+    if not isinstance(row, dict) or row.get("split") not in _KARPATHY:
+        return int(split == "train")
+    listed = row.get("sentences")
+    return max(1, len(listed) if isinstance(listed, list) else 0) if _KARPATHY[row["split"]] == split else 0
+
+
+def _picture(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    _ = _KARPATHY[row["split"]]
+    media, meta = coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
+    texts = [(int(s["sentid"]), text_of(s["raw"], "a caption")) for s in row["sentences"]]
+    return [Sample(f"{number}", media, captioned("image", text), text, meta) for number, text in texts]
+
+
+SOURCES = tuple(
+    s.source()
+    for s in (
+        AnnotationSet(
+            "coco",
+            "COCO's captions_{train,val}{2017,2014}.json and its pictures; a sample each caption",
+            "image",
+            {s: tuple(f"{f}captions_{s}{year}.json" for year in (2017, 2014) for f in ("annotations/", "", "coco/annotations/"))
+             for s in ("train", "val")},
+            _caption,
+            key="annotations",
+            folders=COCO_FOLDERS,
+            licence=_LICENCE,
+        ),
+        AnnotationSet(
+            "coco-karpathy",
+            "COCO's captions in Karpathy's splits (dataset_coco.json); a sample each caption",
+            "image",
+            {s: ("dataset_coco.json", "karpathy/dataset_coco.json", "annotations/dataset_coco.json") for s in ("train", "val", "test")},
+            _picture,
+            key="images",
+            folders=COCO_FOLDERS,
+            licence=_LICENCE,
+            count=_sentences,
+        ),
+    )
+)  # fmt: skip

@@ -1,0 +1,86 @@
+"""`onellm shards build llava665k IN OUT`: LLaVA-1.5's llava_v1_5_mix665k.json, its pictures or (rows=text) its rows without a picture.
+
+A dataset's samples all have the same modalities, so the two kinds of rows are two datasets: build both. IN is LLaVA's `playground/data`:
+coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.base import Candidate, Layout, Option, Source
+from onellm_dist.shards.sources.conversations import clean
+from onellm_dist.shards.sources.json_stream import Item, Row, read_rows, row_groups
+from onellm_dist.shards.sources.media_files import need_file
+from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+
+_ROWS = 1000
+_KINDS = ("image", "text")
+
+
+def _kind(row: Any) -> str:
+    """A row that is none counts as a picture's, so that it is seen."""
+    return "text" if isinstance(row, dict) and not row.get("image") else "image"
+
+
+def plan(inputs: Place, *, seed: int, annotations: Path | None, media: Path | None, rows: str, missing: str) -> Layout:
+    """Ranges of the file's rows of one kind.
+
+    Raises:
+        UsageError: the file is not there, or an option is wrong.
+    """
+    check_missing(missing)
+    if rows not in _KINDS:
+        raise UsageError(f"rows={rows} is neither image nor text.", "a dataset has one of them.", "build each into a folder of its own.")
+    name = need_file(inputs, annotations, ("llava_v1_5_mix665k.json",), "LLaVA's rows", "annotations")
+    media_folders(inputs, media, ())
+
+    def count(row: Row) -> Mapping[str, int]:
+        return {"train": int(_kind(row.value) == rows)}
+
+    other = (
+        f"only the rows {'with a picture' if rows == 'image' else 'of text alone'} are built; -o rows={_KINDS[rows == 'image']}: the others"
+    )
+    return Layout(("image",) if rows == "image" else (), row_groups(inputs, name, _ROWS, count=count), (other,))
+
+
+def candidates(
+    inputs: Place, spec: Mapping[str, Any], *, media: Path | None, rows: str, missing: str, **options: Any
+) -> Iterator[Candidate]:
+    """Of one range of rows."""
+    context = Context(inputs, media_folders(inputs, media, ()), spec, options)
+    for item in read_rows(inputs, spec):
+        if _kind(item.value) == rows:
+            yield from row_candidates(lambda i: conversation(context, i, rows), item, 1, missing)
+
+
+def conversation(context: Context, item: Item, rows: str) -> Sequence[Sample]:
+    """A row as a sample; ids are not unique in this file, so the row's number is the key."""
+    row, key = item.value, f"{item.number:06d}"
+    meta = {"id": str(row.get("id", ""))}
+    if rows == "text":
+        return [Sample(key, {}, clean(row["conversations"], tags=False), meta=meta)]
+    name = text_of(row["image"], "image")
+    stem = str(PurePosixPath(name).with_suffix(""))
+    names = dict.fromkeys((name, f"{stem}.jpg", f"{stem}.png"))  # OCR-VQA's .gif are .jpg on most users' disks
+    return [Sample(key, context.media("image", *names), clean(row["conversations"]), meta={**meta, "image": name})]
+
+
+SOURCE = Source(
+    "llava665k",
+    "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, or (rows=text) those without",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "annotations": Option(None, "the file of rows, if it is not llava_v1_5_mix665k.json", Path),
+        "media": Option(None, "the folder that holds coco/, gqa/, ocr_vqa/, textvqa/ and vg/, if it is not IN", Path),
+        "rows": Option("image", "image: rows with a picture; text: rows without (a dataset of text alone)"),
+        "missing": MISSING_OPTION,
+    },
+    licence="LLaVA: research only; pictures of COCO, GQA, OCR-VQA, TextVQA, Visual Genome",
+)

@@ -1,0 +1,59 @@
+"""`onellm shards build msrvtt | msrvtt-qa IN OUT`: MSR-VTT's captions and questions, a sample each, with the paper's prompts (Table 10).
+
+`msrvtt` reads train_val_videodatainfo.json (its 7,010 videos: the reference trains on both parts) and test_videodatainfo.json;
+`msrvtt-qa` reads {train,val,test}_qa.json. The videos lie as `video0.mp4` in TrainValVideo/, TestVideo/ or any of the usual folders.
+A video is stored with each of its 20 captions (and each question), as the reference has it: 20 times the videos' bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.conversations import asked, captioned, question
+from onellm_dist.shards.sources.json_stream import Item
+
+_FOLDERS = ("TrainValVideo", "TestVideo", "videos/all", "videos", "MSRVTT/videos/all", "all", "train-video", "test-video")
+_LICENCE = "MSR-VTT: research only"
+
+
+def _caption(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    caption, video = text_of(row["caption"], "caption"), text_of(row["video_id"], "video_id")
+    return [Sample(str(row["sen_id"]), context.media("video", f"{video}.mp4"), captioned("video", caption), caption, {"video_id": video})]
+
+
+def _question(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    turns = asked((question(text_of(row["question"], "question")), text_of(row["answer"], "answer")))
+    video = f"video{int(row['video_id'])}"
+    return [Sample(str(row["id"]), context.media("video", f"{video}.mp4"), turns, meta={"video_id": video})]
+
+
+SOURCES = tuple(
+    s.source()
+    for s in (
+        AnnotationSet(
+            "msrvtt",
+            "MSR-VTT's captions: {train_val,test}_videodatainfo.json and the videos; a sample each caption",
+            "video",
+            {
+                s: tuple(f"{folder}{name}_videodatainfo.json" for folder in ("", "annotation/", "annotations/", "videodatainfo/"))
+                for s, name in (("train", "train_val"), ("test", "test"))
+            },
+            _caption,
+            key="sentences",
+            folders=_FOLDERS,
+            licence=_LICENCE,
+        ),
+        AnnotationSet(
+            "msrvtt-qa",
+            "MSRVTT-QA: {train,val,test}_qa.json and MSR-VTT's videos",
+            "video",
+            {s: tuple(f"{folder}{s}_qa.json" for folder in ("", "MSRVTT-QA/", "annotations/")) for s in ("train", "val", "test")},
+            _question,
+            folders=_FOLDERS,
+            licence=_LICENCE,
+        ),
+    )
+)

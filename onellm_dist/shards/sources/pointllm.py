@@ -1,0 +1,34 @@
+"""`onellm shards build pointllm IN OUT`: PointLLM's conversations about Objaverse's point clouds, with its own prompts.
+
+IN holds PointLLM_complex_instruction_70K.json (or PointLLM_brief_description_660K_filtered.json, of which `cap3d` makes captions) and
+8192_npy/<object_id>_8192.npy. Rows: {object_id, conversation_type, conversations}; the `<point>` before a question is taken out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.conversations import clean
+from onellm_dist.shards.sources.json_stream import Item
+
+_FILES = ("PointLLM_complex_instruction_70K.json", "PointLLM_brief_description_660K_filtered.json")
+
+
+def _conversation(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    uid = text_of(row["object_id"], "object_id")
+    names = [f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.ply"]
+    meta = {"object_id": uid, "conversation_type": str(row.get("conversation_type", ""))}
+    return [Sample(f"{uid}-{item.number:06d}", context.media("point", *names), clean(row["conversations"]), meta=meta)]
+
+
+SOURCE = AnnotationSet(
+    "pointllm",
+    "PointLLM's conversations (70K complex, or 660K brief) with 8192_npy/",
+    "point",
+    {"train": tuple(f"{folder}{name}" for name in _FILES for folder in ("", "anno_data/"))},
+    _conversation,
+    folders=("8192_npy", "objaverse_data", "data/objaverse_data"),
+    licence="CC-BY-NC-SA 4.0 (conversations); objects under their own licences",
+).source()

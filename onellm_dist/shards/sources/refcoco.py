@@ -1,0 +1,122 @@
+"""`onellm shards build refcoco | refcoco+ | refcocog IN OUT`: expressions that refer to a region of a COCO picture, a sample each.
+
+IN is the REFER tool's `data/` (`refcoco/refs(unc).p`, `refcoco/instances.json`, `images/mscoco/images/train2014/`), or one dataset's folder.
+The pickle is read by an unpickler that knows plain values only. The prompt is the paper's (Table 10) with the box, in shares of the
+whole picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.conversations import asked, region
+from onellm_dist.shards.sources.json_stream import Item, scan
+from onellm_dist.shards.sources.media_files import below, need_file
+from onellm_dist.shards.sources.safe_pickle import load_plain
+from onellm_dist.shards.sources.vqa import coco_picture
+from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+
+_REFS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
+_SPLITS = ("train", "val", "test", "testA", "testB")
+_FOLDERS = ("images/mscoco/images", "images", "coco", "../images/mscoco/images")
+"""The last one: where IN is one dataset's folder of REFER's data."""
+_ROWS = 1000
+
+
+@lru_cache(maxsize=1)
+def _refs(path: Place) -> list[Any]:
+    """The pickle's list (RefCOCO: 50,000 rows).
+
+    Raises:
+        UsageError: it holds no list.
+    """
+    refs = load_plain(path)
+    if not isinstance(refs, list):
+        raise UsageError(f"{path} holds a {type(refs).__name__}, not a list.", "a row is one expression's object.", "is it the right file?")
+    return refs
+
+
+@lru_cache(maxsize=1)
+def _instances(path: Place) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
+    """(object to its box [left, top, width, height], picture to (width, height))."""
+    boxes = {int(r.value["id"]): tuple(float(v) for v in r.value["bbox"]) for r in scan(path, "annotations")}
+    return boxes, {int(r.value["id"]): (float(r.value["width"]), float(r.value["height"])) for r in scan(path, "images")}
+
+
+def _count(ref: Any, split: str) -> int:
+    """Expressions of a row in a split; one that is no row counts once in train, so that it is seen."""
+    if not isinstance(ref, dict) or ref.get("split") not in _SPLITS:
+        return int(split == "train")
+    told = ref.get("sentences")
+    return max(1, len(told) if isinstance(told, list) else 0) if ref["split"] == split else 0
+
+
+def _source(name: str) -> Source:
+    def plan(
+        inputs: Place, *, seed: int, refs: Path | None, instances: Path | None, media: Path | None, splits: str, missing: str
+    ) -> Layout:  # fmt: skip
+        check_missing(missing)
+        usual = [f"{folder}refs({by}).p" for by in _REFS[name] for folder in (f"{name}/", "")]
+        rows = need_file(inputs, refs, usual, f"{name}'s expressions", "refs")
+        boxes = need_file(inputs, instances, (f"{name}/instances.json", "instances.json"), f"{name}'s boxes", "instances")
+        media_folders(inputs, media, _FOLDERS)
+        wanted = [s.strip() for s in splits.split(",")]
+        if unknown := [s for s in wanted if s not in _SPLITS]:
+            raise UsageError(f"splits={splits}: there is no {unknown[0]}.", f"{name} has others.", f"use {', '.join(_SPLITS)}.")
+        return Layout(("image",), _groups(_refs(below(inputs, rows)), rows, boxes, wanted))
+
+    return Source(
+        name,
+        f"{name}: refs(...).p, instances.json and COCO's pictures of 2014; a sample each expression",
+        plan=plan,
+        candidates=_candidates,
+        options={
+            "refs": Option(None, f"the pickle of expressions, if it is not refs({_REFS[name][0]}).p", Path),
+            "instances": Option(None, "instances.json, if it does not lie beside", Path),
+            "media": Option(None, "the folder that holds train2014/, if it is none of the usual ones", Path),
+            "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),
+            "missing": MISSING_OPTION,
+        },
+        licence="RefCOCO: research only; COCO's pictures under Flickr's terms",
+    )
+
+
+def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> Iterator[Group]:
+    for split in splits:
+        for first in range(0, len(refs), _ROWS):
+            count = sum(_count(r, split) for r in refs[first : first + _ROWS])
+            yield Group(f"{rows}:{first}", {"refs": rows, "instances": boxes, "first": first, "split": split}, split, count)
+
+
+def _candidates(inputs: Place, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[Candidate]:
+    context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
+    refs = _refs(below(inputs, spec["refs"]))
+    for number, ref in enumerate(refs[spec["first"] : spec["first"] + _ROWS], spec["first"]):
+        planned = _count(ref, spec["split"])
+        if planned:
+            item = Item(f"{spec['refs']}[{number}]", number, "", ref)
+            yield from row_candidates(lambda i: _expressions(context, i), item, planned, missing)
+
+
+def _expressions(context: Context, item: Item) -> Sequence[Sample]:
+    ref = item.value
+    _ = _SPLITS.index(ref["split"])
+    boxes, sizes = _instances(below(context.inputs, context.spec["instances"]))
+    picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
+    if box is None or picture not in sizes:
+        raise ValueError(f"instances.json has no object {ref['ann_id']} or no picture {picture}")
+    left, top, width, height = box
+    prompt, parts = region(left, top, width, height, sizes[picture]), coco_picture(context, picture)
+    meta = {"image_id": picture, "ann_id": int(ref["ann_id"]), "ref_id": ref.get("ref_id")}
+    told = [(int(s["sent_id"]), text_of(s.get("raw") or s["sent"], "an expression")) for s in ref["sentences"]]
+    return [Sample(str(number), parts, asked((prompt, text)), meta=meta) for number, text in told]
+
+
+SOURCES = tuple(_source(name) for name in _REFS)

@@ -1,0 +1,56 @@
+"""`onellm shards build sharegpt IN OUT`: conversations without media, in ShareGPT's form: {id, conversations: [{from, value}]}.
+
+IN is one .json or .jsonl, or a folder of them. Speakers may be human/gpt or user/assistant, turns {from, value} or {role, content}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from onellm_dist.errors import UsageError
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import Sample, row_candidates
+from onellm_dist.shards.sources.base import Candidate, Layout, Source
+from onellm_dist.shards.sources.conversations import clean
+from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
+
+_ROWS = 1000
+
+
+def plan(inputs: Place, *, seed: int) -> Layout:
+    """Ranges of the files' rows.
+
+    Raises:
+        UsageError: no such file there.
+    """
+    names = [inputs.name] if inputs.is_file() else sorted(p.name for p in inputs.iterdir() if p.suffix in (".json", ".jsonl"))
+    if not names:
+        raise UsageError(f"{inputs}: no .json or .jsonl there.", "there is nothing to build from.", "give the file, or its folder.")
+    root = inputs.parent if inputs.is_file() else inputs
+    return Layout((), (g for name in names for g in row_groups(root, name, _ROWS)))
+
+
+def candidates(inputs: Place, spec: Mapping[str, Any]) -> Iterator[Candidate]:
+    """Of one range of rows."""
+    root = inputs.parent if inputs.is_file() else inputs
+    for item in read_rows(root, spec):
+        yield from row_candidates(_conversation, item, 1, "fail")
+
+
+def _conversation(item: Item) -> Sequence[Sample]:
+    row = item.value
+    raw = row["conversations"] if "conversations" in row else row["messages"]
+    turns = [{"from": t.get("from", t.get("role")), "value": t.get("value", t.get("content"))} for t in raw]
+    meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
+    stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
+    return [Sample(f"{stem}-{item.number:07d}", {}, clean(turns, tags=False), meta=meta)]
+
+
+SOURCE = Source(
+    "sharegpt",
+    "conversations without media: .json or .jsonl of {conversations: [{from, value}]}",
+    plan=plan,
+    candidates=candidates,
+    licence="unknown",
+)

@@ -1,0 +1,56 @@
+"""`onellm shards build vg IN OUT`: Visual Genome's region descriptions, a picture with some of its regions a sample.
+
+IN holds region_descriptions.json (108,077 pictures, 5.4M regions; read by byte range), image_data.json (the pictures' sizes) and VG_100K/ with
+VG_100K_2/. A region's prompt is the paper's (Table 10) with the box, in shares of the whole picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from onellm_dist.errors import OneLLMError
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample
+from onellm_dist.shards.sources.base import Option
+from onellm_dist.shards.sources.conversations import asked, region
+from onellm_dist.shards.sources.json_stream import Item
+
+
+@lru_cache(maxsize=1)
+def _sizes(path: Place) -> Mapping[int, tuple[int, int]]:
+    """Picture to (width, height)."""
+    try:
+        return {int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"])) for i in json.loads(path.read_bytes())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OneLLMError(f"{path}: {error}", "boxes cannot be scaled.", "fetch the file again; it may be cut short.") from error
+
+
+def _regions(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    number = int(row["id"] if "id" in row else row["image_id"])
+    size = _sizes(context.partner("image_data")).get(number)
+    if size is None:
+        raise ValueError(f"image_data.json has no picture {number}")
+    told = [r for r in row["regions"] if str(r["phrase"]).strip()]
+    if not told:
+        raise ValueError("no region has a phrase")
+    most = int(context.options["regions"])
+    chosen = told if most < 1 or most >= len(told) else [told[i * len(told) // most] for i in range(most)]
+    turns = asked(*((region(r["x"], r["y"], r["width"], r["height"], size), str(r["phrase"]).strip()) for r in chosen))
+    names = [f"{folder}{number}.{e}" for e in ("jpg", "png") for folder in ("VG_100K/", "VG_100K_2/", "")]
+    return [Sample(str(number), context.media("image", *names), turns, meta={"image_id": number})]
+
+
+SOURCE = AnnotationSet(
+    "vg",
+    "Visual Genome's region_descriptions.json with VG_100K/ and VG_100K_2/",
+    "image",
+    {"train": ("region_descriptions.json", "annotations/region_descriptions.json")},
+    _regions,
+    folders=("vg", "images"),
+    partners={"image_data": ("the pictures' sizes", {"train": ("image_data.json", "annotations/image_data.json")})},
+    options={"regions": Option(10, "regions of a picture, evenly spread over its list; 0: all (about 50)", int)},
+    licence="CC-BY 4.0",
+).source()

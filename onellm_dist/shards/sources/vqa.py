@@ -1,0 +1,161 @@
+"""`onellm shards build vqav2 | okvqa | gqa | aokvqa | ocrvqa IN OUT`: questions about pictures, with the paper's prompts (Table 10).
+
+| source | IN | a sample |
+|---|---|---|
+| vqav2 | v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json, COCO's pictures | a question; the most common of ten answers |
+| okvqa | OpenEnded_mscoco_train2014_questions.json, mscoco_train2014_annotations.json, COCO's pictures | the same |
+| gqa | train_balanced_questions.json, images/ | a question |
+| aokvqa | aokvqa_v1p0_train.json, COCO's pictures | a question with its four options; the answer is a letter |
+| ocrvqa | dataset.json, images/ | a book cover with all its questions |
+
+COCO's pictures may be those of 2014 (`train2014/COCO_train2014_000000000009.jpg`) or of 2017 (`train2017/000000000009.jpg`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+from onellm_dist.errors import OneLLMError
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.base import Media
+from onellm_dist.shards.sources.conversations import asked, choice, letter, most_common, question
+from onellm_dist.shards.sources.json_stream import Item
+
+COCO_FOLDERS = ("coco", "images", "coco/images")
+_BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
+
+
+def coco_picture(context: Context, number: int) -> dict[str, Media]:
+    """A picture of COCO by its number, of 2014 or 2017, train or val.
+
+    Raises:
+        NotFetched: it is not there.
+    """
+    names = [f"train2017/{number:012d}.jpg", f"val2017/{number:012d}.jpg"]
+    names += [f"{s}2014/COCO_{s}2014_{number:012d}.jpg" for s in ("train", "val")]
+    flat = [PurePosixPath(n).name for n in names]
+    return context.media("image", *names, *flat)
+
+
+@lru_cache(maxsize=2)
+def _questions(path: Place) -> Mapping[int, str]:
+    """Question number to its text (VQAv2 train: 443,757)."""
+    try:
+        listed = json.loads(path.read_bytes())["questions"]
+        return {int(q["question_id"]): str(q["question"]) for q in listed}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OneLLMError(f"{path}: {error}", "no question can be told.", "fetch the file again; it may be cut short.") from error
+
+
+def _vqa(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    number = int(row["question_id"])
+    text = _questions(context.partner("questions")).get(number)
+    if text is None:
+        raise ValueError(f"there is no question {number}")
+    given = [answer for a in row["answers"] if (answer := str(a["answer"]).strip())]
+    answer = row.get("multiple_choice_answer") or most_common(given)
+    turns = asked((question(text), text_of(answer, "multiple_choice_answer")))
+    meta = {"question_id": number, "image_id": int(row["image_id"]), "answers": given}
+    return [Sample(f"{number}", coco_picture(context, int(row["image_id"])), turns, meta=meta)]
+
+
+def _gqa(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    turns = asked((question(text_of(row["question"], "question")), text_of(row["answer"], "answer")))
+    return [Sample(item.key, context.media("image", f"{row['imageId']}.jpg"), turns, meta={"image_id": str(row["imageId"])})]
+
+
+def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
+    row = item.value
+    options = [text_of(c, "a choice") for c in row["choices"]]
+    right = int(row["correct_choice_idx"])
+    if not 0 <= right < len(options):
+        raise ValueError(f"correct_choice_idx is {right} of {len(options)} choices")
+    turns = asked((choice(text_of(row["question"], "question"), options), letter(right)))
+    meta = {"question_id": str(row["question_id"]), "choices": options, "answers": list(row.get("direct_answers", []))}
+    meta["rationales"] = list(row.get("rationales", []))
+    return [Sample(str(row["question_id"]), coco_picture(context, int(row["image_id"])), turns, meta=meta)]
+
+
+def _books(row: Any, split: str) -> int:
+    """1 where the cover belongs to the split; rows that are none count as train's, so that they are seen."""
+    return int((_BOOK_SPLITS.get(row.get("split")) if isinstance(row, dict) else "train") == split)
+
+
+def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:
+    row, key = item.value, item.key
+    questions, answers = row["questions"], row["answers"]
+    if not questions or len(questions) != len(answers):
+        raise ValueError(f"{len(questions)} questions and {len(answers)} answers")
+    pairs = [(question(text_of(q, "a question")), text_of(str(a), "an answer")) for q, a in zip(questions, answers, strict=True)]
+    suffix = PurePosixPath(str(row.get("imageURL", ""))).suffix or ".jpg"
+    names = dict.fromkeys((f"{key}{suffix}", f"{key}.jpg", f"{key}.png"))  # LLaVA's users turned the .gif into .jpg
+    meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
+    return [Sample(key, context.media("image", *names), asked(*pairs), meta=meta)]
+
+
+def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
+    """A set in VQA's format: a file of questions, one of annotations."""
+    splits = ("train", "val")
+    return AnnotationSet(
+        name,
+        f"{called}: VQA's files of questions and annotations, COCO's pictures",
+        "image",
+        {s: (f"{prefix}mscoco_{s}2014_annotations.json", f"annotations/{prefix}mscoco_{s}2014_annotations.json") for s in splits},
+        _vqa,
+        key="annotations",
+        folders=COCO_FOLDERS,
+        partners={
+            "questions": (
+                "the file of questions",
+                {
+                    s: tuple(f"{folder}{prefix}OpenEnded_mscoco_{s}2014_questions.json" for folder in ("", "questions/", "annotations/"))
+                    for s in splits
+                },
+            )
+        },
+        licence=licence,
+    )
+
+
+SOURCES = tuple(
+    s.source()
+    for s in (
+        _asked("vqav2", "VQAv2", "v2_", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"),
+        _asked("okvqa", "OK-VQA", "", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"),
+        AnnotationSet(
+            "gqa",
+            "GQA: {train,val}_balanced_questions.json and images/",
+            "image",
+            {s: (f"{s}_balanced_questions.json", f"questions/{s}_balanced_questions.json") for s in ("train", "val")},
+            _gqa,
+            folders=("images", "gqa/images"),
+            licence="CC-BY 4.0",
+        ),
+        AnnotationSet(
+            "aokvqa",
+            "A-OKVQA: aokvqa_v1p0_{train,val}.json, COCO's pictures",
+            "image",
+            {s: (f"aokvqa_v1p0_{s}.json", f"aokvqa/aokvqa_v1p0_{s}.json") for s in ("train", "val")},
+            _aokvqa,
+            folders=COCO_FOLDERS,
+            licence="CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms",
+        ),
+        AnnotationSet(
+            "ocrvqa",
+            "OCR-VQA: dataset.json and images/ of book covers; all questions of a cover are one sample",
+            "image",
+            {s: ("dataset.json",) for s in _BOOK_SPLITS.values()},
+            _ocrvqa,
+            count=_books,
+            folders=("images", "ocr_vqa/images"),
+            licence="OCR-VQA: research only",
+        ),
+    )
+)
