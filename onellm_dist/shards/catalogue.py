@@ -23,7 +23,7 @@ def all_sources() -> dict[str, Source]:
         module = importlib.import_module(f"{sources_folder.__name__}.{info.name}")
         if isinstance(getattr(module, "SOURCE", None), Source):
             found.append(module.SOURCE)
-        found += getattr(module, "SOURCES", ())
+        found += [s for s in getattr(module, "SOURCES", ()) if isinstance(s, Source)]
     return {s.name: s for s in sorted(found, key=lambda s: s.name)}
 
 

@@ -126,13 +126,14 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise BadSample(f"unreadable .json: a {type(meta).__name__}, not an object")
     turns = meta.get("conversations")
-    if turns is not None and not (isinstance(turns, list) and all(_is_turn(t) for t in turns)):
-        raise BadSample('malformed conversations: not a list of {"from": "human" or "gpt", "value": text}')
+    if turns is not None and not (isinstance(turns, list) and all(_is_turn(t, first=not i) for i, t in enumerate(turns))):
+        raise BadSample('malformed conversations: not a list of {"from": "human" or "gpt" (or at first "system"), "value": text}')
     return meta
 
 
-def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("from") in ("human", "gpt") and isinstance(turn.get("value"), str)
+def _is_turn(turn: Any, *, first: bool) -> bool:
+    speakers = ("human", "gpt", "system") if first else ("human", "gpt")
+    return isinstance(turn, dict) and turn.get("from") in speakers and isinstance(turn.get("value"), str)
 
 
 def _texts(candidate: Candidate) -> tuple[dict[str, bytes], dict[str, Any]]:

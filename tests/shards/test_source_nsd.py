@@ -53,23 +53,24 @@ def test_mindeyes_tars(tmp_path: Path) -> None:
         "train_subj01_10-sample000004",
     ]
     one = train["train_subj01_0-sample000001"]
-    assert one["txt"] == "picture 11 text 0"
+    assert set(one) == {"fmri.npy", "json"}
     assert one["json"] == {
-        "coco73k": 11, "captions": [f"picture 11 text {j}" for j in range(5)],
+        "coco73k": 11, "caption": [f"picture 11 text {j}" for j in range(5)],
         "conversations": turns("Describe the scene based on fMRI data.", "picture 11 text 0"),
     }  # fmt: skip
     mean = voxels(1).astype(np.float64).mean(0).astype(np.float32)
     assert np.array_equal(decoded(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None])
     assert list(samples(dataset, "val")) == ["val_subj01_0-sample000000"]
-    assert [s["txt"] for s in samples(dataset, "test").values()] == ["picture 30 text 0", "picture 31 text 0"]
+    assert [s["json"]["coco73k"] for s in samples(dataset, "test").values()] == [30, 31]
 
 
-def test_every_caption_and_the_inner_folder(tmp_path: Path) -> None:
+def test_one_caption_and_the_inner_folder(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
     _, dataset = built("nsd", root / "webdataset_avg_split", tmp_path / "out", captions=str(root / "COCO_73k_annots_curated.npy"),
-                       every_caption=True)  # fmt: skip
-    assert [s["txt"] for s in samples(dataset, "val").values()] == [f"picture 20 text {j}" for j in range(5)]
-    assert dataset.samples() == 25
+                       texts="first")  # fmt: skip
+    assert [s["txt"] for s in samples(dataset, "val").values()] == ["picture 20 text 0"]
+    assert dataset.manifest.text == ("txt", "json")
+    assert dataset.samples() == 5
 
 
 def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _groups(inputs: Place, split: str, table: str, pool: Pool) -> Iterator[Group
     names, start = read_header(below(inputs, table), CSV)
     for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
         spec = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
-        yield Group(f"{table}:{found.line}", spec, split, found.count)
+        yield Group(f"{table}:{found.line}", spec, split, found.size)
 
 
 def candidates(inputs: Place, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[Candidate]:

@@ -20,10 +20,19 @@ OPTION_LETTER = "Answer with the option's letter from the given choices directly
 REGION = "Provide a short description for this region."
 _TAG = r"<(?:image|video|audio|point|depth|normal|imu|fmri|rgbd|rgbn)>"
 _TAGS = re.compile(rf"^\s*{_TAG}\s*|\s*{_TAG}\s*$")
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "chatgpt": "gpt", "bard": "gpt", "bing": "gpt"}
+_SPEAKERS = {
+    "system": "system",
+    "human": "human",
+    "user": "human",
+    "gpt": "gpt",
+    "assistant": "gpt",
+    "chatgpt": "gpt",
+    "bard": "gpt",
+    "bing": "gpt",
+}
 
 Turn = dict[str, str]
-"""`{"from": "human" or "gpt", "value": text}`."""
+"""`{"from": "human", "gpt", or in the first turn "system", "value": text}`."""
 
 
 def asked(*pairs: tuple[str, str]) -> list[Turn]:
@@ -71,9 +80,9 @@ def most_common(answers: Iterable[str]) -> str:
 
 
 def clean(raw: Any, *, tags: bool = True) -> list[Turn]:
-    """A conversation of a dataset: speakers as `human` and `gpt`.
+    """A conversation of a dataset: speakers as `human` and `gpt`, and `system` in the first turn.
 
-    Turns before the first of a person, of which ShareGPT has some, are dropped, and a last question without an answer too.
+    Answers before the first question, of which ShareGPT has some, are dropped, and a last question without an answer too.
 
     Args:
         tags: take media tags (`<image>`, `<point>`) from the start and the end of a turn: the medium stands before the text
@@ -91,11 +100,13 @@ def clean(raw: Any, *, tags: bool = True) -> list[Turn]:
         if speaker is None or not isinstance(value, str):
             raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
         text = (_TAGS.sub("", value) if tags else value).strip()
+        if speaker == "system" and number:
+            raise ValueError(f"turn {number} is a system turn, and only the first may be")
         if speaker == "gpt" and not text:
             raise ValueError(f"turn {number}: empty answer")
-        if turns or speaker == "human":
+        if speaker != "gpt" or any(t["from"] == "human" for t in turns):
             turns.append({"from": speaker, "value": text})
-    while turns and turns[-1]["from"] == "human":
+    while turns and turns[-1]["from"] != "gpt":
         turns.pop()
     if not turns:
         raise ValueError("nobody answers")

@@ -4,7 +4,7 @@ IN holds recordings, raw (`v2/imu/<video_uid>.csv`) or as imu2clip's script leav
 `<video_uid>_timestamps.npy`, in `v2/processed_imu/`, `processed_imu/`, `imu/` or IN itself), and one of
 
 - a list of windows, `[{video_uid, window_start, window_end, text}]` in seconds (the reference's window_idx_train.json);
-  a `text` that is a list makes a sample of each text;
+  of a `text` that is a list, training takes one each epoch, as the reference;
 - Ego4D's `narration.json`: a window of two seconds around each narration, not before the video's start.
 
 Narrations are cleaned: `#C C ` and `#C` (the camera wearer) and `#O ` (another person) go, `#unsure` becomes "something".
@@ -77,20 +77,14 @@ def _first(inputs: Place, chosen: Path | None, usual: tuple[str, ...]) -> str | 
 
 def _window_groups(inputs: Place, name: str) -> Iterator[Group]:
     """Windows sorted by video (0.5M of them: some 200 MB); a video's recording is then read by one process."""
-    found: dict[str, list[list[Any]]] = {}
+    found: dict[str, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(scan(below(inputs, name))):
         uid = row.value.get("video_uid") if isinstance(row.value, dict) else None
-        found.setdefault(uid if isinstance(uid, str) else "", []).append([number, row.start, row.end, _texts(row.value)])
+        found.setdefault(uid if isinstance(uid, str) else "", []).append((number, row.start, row.end))
     for uid, rows in sorted(found.items()):
         for first in range(0, len(rows), _GROUP):
             some = rows[first : first + _GROUP]
-            places = [[number, start, end] for number, start, end, _ in some]
-            yield Group(f"{name}:{uid}:{first}", {"windows": name, "rows": places}, count=sum(texts for *_, texts in some))
-
-
-def _texts(row: Any) -> int:
-    text = row.get("text") if isinstance(row, dict) else None
-    return max(1, len(text)) if isinstance(text, list) else 1
+            yield Group(f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some))
 
 
 def candidates(inputs: Place, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
@@ -105,12 +99,9 @@ def _from_windows(inputs: Place, spec: Mapping[str, Any], *, imu: Path | None, m
         key, where = f"window-{number:07d}", f"{spec['windows']}[{number}]"
         uid, times = _window(row)
         if uid is None or times is None:
-            for i in range(_texts(row)):
-                yield Candidate(f"{key}-{i}", where, problem="unreadable row: no video_uid, window_start, window_end and text")
+            yield Candidate(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")
             continue
-        texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
-        for i, text in enumerate(texts or [""]):
-            yield _candidate(inputs, imu, f"{key}-{i}" if i else key, where, uid, times, text, min_samples)
+        yield _candidate(inputs, imu, key, where, uid, times, row["text"], min_samples)
 
 
 def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
@@ -125,14 +116,19 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
 def _candidate(
     inputs: Place, imu: Path | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
 ) -> Candidate:  # fmt: skip
-    if not isinstance(text, str):
+    texts = text if isinstance(text, list) and text else [text]
+    if not all(isinstance(t, str) for t in texts):
         return Candidate(key, where, problem=f"caption is no text: a {type(text).__name__}")
     found = recording_of(inputs if imu is None else below(inputs, imu), uid)
     if found is None:
         return Candidate(key, where, problem=f"missing file: no recording of video {uid}")
-    caption = clean_narration(text)
-    meta = {"video_uid": uid, "window_start": times[0], "window_end": times[1], "conversations": captioned("imu", caption)}
-    return Candidate(key, where, {"imu.npy": ImuWindow(*found, *times, min_samples)}, caption, meta)
+    captions = [clean_narration(t) for t in texts]
+    meta: dict[str, Any] = {
+        "video_uid": uid, "window_start": times[0], "window_end": times[1], "conversations": captioned("imu", captions[0]),
+    }  # fmt: skip
+    if len(captions) > 1:
+        meta["caption"] = captions
+    return Candidate(key, where, {"imu.npy": ImuWindow(*found, *times, min_samples)}, captions[0] if len(captions) == 1 else None, meta)
 
 
 def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:

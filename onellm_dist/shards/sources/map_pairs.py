@@ -173,7 +173,7 @@ def _table_groups(table: Place) -> Iterator[Group]:
             "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
         )
     for found in row_ranges(table, dialect, _ROWS, start):
-        yield Group(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.count)
+        yield Group(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
 
 
 def _dialect(table: Place) -> Dialect:

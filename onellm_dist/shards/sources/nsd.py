@@ -2,7 +2,7 @@
 
 IN is MindEye's tree: `webdataset_avg_split/{train,val,test}/{train,val,test}_subj01_*.tar` (or that folder itself), each sample with
 `.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and `COCO_73k_annots_curated.npy` [73000, 5] of text. Stored is the mean over
-the repetitions, fp32 [15724], with one caption; all five stand in the `.json`.
+the repetitions, fp32 [15724], with all five captions (training takes one each epoch), or with the first.
 """
 
 from __future__ import annotations
@@ -53,12 +53,14 @@ class MeanOfRepetitions:
         return buffer.getvalue()
 
 
-def plan(inputs: Place, *, seed: int, subject: int, captions: Path | None, every_caption: bool) -> Layout:
+def plan(inputs: Place, *, seed: int, subject: int, captions: Path | None, texts: str) -> Layout:
     """One group a tar.
 
     Raises:
         UsageError: no tars of the subject, or no captions.
     """
+    if texts not in ("all", "first"):
+        raise UsageError(f"texts={texts} is neither all nor first.", "it says which captions a sample has.", "choose one.")
     table = need_file(inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions")
     _Captions(below(inputs, table))
     root = inputs / "webdataset_avg_split" if (inputs / "webdataset_avg_split").is_dir() else inputs
@@ -117,7 +119,7 @@ class _Captions:
 
 
 def candidates(
-    inputs: Place, spec: Mapping[str, Any], *, subject: int, captions: Path | None, every_caption: bool
+    inputs: Place, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
 ) -> Iterator[Candidate]:  # fmt: skip
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
     table = _Captions(below(inputs, spec["captions"]))
@@ -128,10 +130,12 @@ def candidates(
         if isinstance(found, str):
             yield Candidate(name, where, problem=found)
             continue
-        picture, texts = found
-        for i, caption in enumerate(texts if every_caption else texts[:1]):
-            meta = {"coco73k": picture, "captions": texts, "conversations": captioned("fmri", caption)}
-            yield Candidate(f"{name}-{i}" if i else name, where, {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}, caption, meta)
+        picture, told = found
+        meta: dict[str, Any] = {"coco73k": picture, "conversations": captioned("fmri", told[0])}
+        if texts == "all":
+            meta["caption"] = told  # training takes another one each epoch
+        media = {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}
+        yield Candidate(name, where, media, told[0] if texts == "first" else None, meta)
     if fault is not None:
         yield Candidate(f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault)  # nothing tells how many samples are lost
 
@@ -158,7 +162,7 @@ SOURCE = Source(
     options={
         "captions": Option(None, "COCO_73k_annots_curated.npy, if it does not lie in IN", Path),
         "subject": Option(1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int),
-        "every_caption": Option(False, "a sample of each of the five captions of a picture, not of the first alone", bool),
+        "texts": Option("all", "captions of a sample: all five (training takes one each epoch, as the reference), or the first"),
     },
     licence="NSD Data Access Agreement",
 )

@@ -1,6 +1,7 @@
 """`onellm shards build refcoco | refcoco+ | refcocog IN OUT`: expressions that refer to a region of a COCO picture, a sample each.
 
-IN is the REFER tool's `data/` (`refcoco/refs(unc).p`, `refcoco/instances.json`, `images/mscoco/images/train2014/`), or one dataset's folder.
+IN is the REFER tool's `data/` (`refcoco/refs(unc).p`, `refcoco/instances.json`, `images/mscoco/images/train2014/`), or one dataset's
+folder in it.
 The pickle is read by an unpickler that knows plain values only. The prompt is the paper's (Table 10) with the box, in shares of the
 whole picture.
 """

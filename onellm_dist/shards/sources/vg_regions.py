@@ -1,7 +1,7 @@
 """`onellm shards build vg IN OUT`: Visual Genome's region descriptions, a picture with some of its regions a sample.
 
-IN holds region_descriptions.json (108,077 pictures, 5.4M regions; read by byte range), image_data.json (the pictures' sizes) and VG_100K/ with
-VG_100K_2/. A region's prompt is the paper's (Table 10) with the box, in shares of the whole picture.
+IN holds region_descriptions.json (108,077 pictures, 5.4M regions; read by byte range), image_data.json (the pictures' sizes), VG_100K/
+and VG_100K_2/. A region's prompt is the paper's (Table 10) with the box, in shares of the whole picture.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """`onellm shards build vqav2 | okvqa | gqa | aokvqa | ocrvqa IN OUT`: questions about pictures, with the paper's prompts (Table 10).
 
-| source | IN | a sample |
+| source | IN (beside the pictures) | a sample |
 |---|---|---|
-| vqav2 | v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json, COCO's pictures | a question; the most common of ten answers |
-| okvqa | OpenEnded_mscoco_train2014_questions.json, mscoco_train2014_annotations.json, COCO's pictures | the same |
-| gqa | train_balanced_questions.json, images/ | a question |
-| aokvqa | aokvqa_v1p0_train.json, COCO's pictures | a question with its four options; the answer is a letter |
-| ocrvqa | dataset.json, images/ | a book cover with all its questions |
+| vqav2 | v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json | a question; the most common of ten answers |
+| okvqa | OpenEnded_mscoco_train2014_questions.json, mscoco_train2014_annotations.json | the same |
+| gqa | train_balanced_questions.json | a question |
+| aokvqa | aokvqa_v1p0_train.json | a question with its four options; the answer is a letter |
+| ocrvqa | dataset.json | a book cover with all its questions |
 
 COCO's pictures may be those of 2014 (`train2014/COCO_train2014_000000000009.jpg`) or of 2017 (`train2017/000000000009.jpg`).
 """

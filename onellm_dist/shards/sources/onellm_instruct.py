@@ -1,0 +1,209 @@
+"""`onellm shards build onellm-instruct IN OUT -o modality=NAME`: OneLLM's own instruction data (csuhan/OneLLM_InstructionTuning).
+
+IN is `InstructionTuning/`, or the folder that holds it. Every sample of a dataset has the same modalities, so each of image, text, video,
+audio, point, depth, normal, imu and fmri is a dataset of its own: nine builds, recipes shards/onellm_instruct_*.yaml. Rows are
+{id, image, conversations}, where `image` is the path of any medium; depth and normal add `depth_image` and `normal_image`, IMU has
+`imu_path, video_uid, window_start, window_end`; the text rows have no medium.
+
+What is known to be wrong with these files, and what is done about it:
+
+- Paths start at `InstructionTuning/` while the documentation puts that below `datasets/`: a path is looked for whole, and from behind
+  `InstructionTuning/`, in IN and in IN/InstructionTuning.
+- The reference reads point clouds from 6 x N `.pt` files, its documentation names `8192_npy`: whichever is there is taken, as [N, 6].
+- MSR-VTT's test videos stand in the reference's training list: they are left out, unless `include_test` is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from onellm_dist.errors import UsageError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.naming import TEXT_ONLY
+from onellm_dist.shards.places import Place
+from onellm_dist.shards.sources.annotations import Context, NotFetched, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Media, Option, Source
+from onellm_dist.shards.sources.clouds import TensorCloud
+from onellm_dist.shards.sources.conversations import clean
+from onellm_dist.shards.sources.imu_windows import ImuWindow, recording_of
+from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
+from onellm_dist.shards.sources.media_files import first_file
+from onellm_dist.shards.sources.nsd import MeanOfRepetitions
+from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+
+_ROWS = 1000
+_ROOT = "InstructionTuning"
+_MIN_SAMPLES = 10
+"""Of an IMU window, as in the reference."""
+
+
+class _File(NamedTuple):
+    name: str
+    modality: str
+    test: bool = False
+    """Of a benchmark's test split."""
+
+
+FILES = (
+    _File("audio/audiocap_train.json", "audio"),
+    _File("audio/audio_conversation.json", "audio"),
+    _File("depth_normal/llava_instruct_50k_depth.json", "depth"),
+    _File("depth_normal/llava_instruct_50k_normal.json", "normal"),
+    _File("fmri/fmri_fixed_train.json", "fmri"),
+    _File("image/cococap_train.json", "image"),
+    _File("image/llava_v1_5_mix665k_image.json", "image"),
+    _File("image/llava_v1_5_mix665k_text.json", TEXT_ONLY),
+    _File("imu/imu_fixed_50k.json", "imu"),
+    _File("point/pointllm_70k.json", "point"),
+    _File("video/msrvtt_cap_trainval.json", "video"),
+    _File("video/msrvtt_cap_test.json", "video", test=True),
+    _File("video/msrvtt_vqa_train.json", "video"),
+    _File("video/msrvtt_vqa_val.json", "video"),
+    _File("video/msrvtt_vqa_test.json", "video", test=True),
+    _File("video/video_complex_reasoning_10k.json", "video"),
+    _File("video/video_conversation_10k.json", "video"),
+    _File("video/video_detail_10k.json", "video"),
+)
+"""The files of the tree; a training run of the reference reads them all."""
+_KINDS = tuple(dict.fromkeys(f.modality for f in FILES))
+
+
+def plan(
+    inputs: Place, *, seed: int, modality: str | None, files: str | None, media: Path | None, include_test: bool, missing: str
+) -> Layout:
+    """Ranges of the rows of one modality's files.
+
+    Raises:
+        UsageError: no modality chosen, or none of its files there.
+    """
+    check_missing(missing)
+    if modality not in _KINDS:
+        raise UsageError(
+            f"modality={modality} is none of {', '.join(_KINDS)}.",
+            "every sample of a dataset has the same modalities, so each kind of row is built by itself.",
+            "give -o modality=NAME, and build each that you want into a folder of its own.",
+        )
+    media_folders(inputs, media, (_ROOT,))
+    base = f"{_ROOT}/" if (inputs / _ROOT).is_dir() else ""
+    listed = [f for f in FILES if f.modality == modality and (files is None or _chosen(f, files))]
+    there = [f for f in listed if (inputs / f"{base}{f.name}").is_file()]
+    taken = [f for f in there if include_test or not f.test]
+    if not taken:
+        raise UsageError(
+            f"{inputs}: no {' or '.join(f.name for f in listed) or f'file called {files}'} there.",
+            "nothing can be built without it.",
+            "give the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
+        )
+    groups = chain.from_iterable(row_groups(inputs, f"{base}{f.name}", _ROWS) for f in taken)
+    return Layout(() if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken)))
+
+
+def _chosen(file: _File, files: str) -> bool:
+    return PurePosixPath(file.name).stem in {PurePosixPath(f.strip()).stem for f in files.split(",")}
+
+
+def _notes(listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_File]) -> Iterator[str]:
+    if absent := [f.name for f in listed if f not in there]:
+        yield f"not there: {', '.join(absent)}"
+    if tests := [f.name for f in there if f.test]:
+        names = ", ".join(tests)
+        if any(f.test for f in taken):
+            yield f"WARNING: {names} are MSR-VTT's TEST split, and are in this training set because include_test=true"
+        else:
+            yield f"WARNING: {names} left out: the reference trains on MSR-VTT's TEST split; -o include_test=true does so too"
+
+
+def candidates(
+    inputs: Place, spec: Mapping[str, Any], *, modality: str, media: Path | None, missing: str, **options: Any
+) -> Iterator[Candidate]:  # fmt: skip
+    """Of one range of rows."""
+    context = Context(inputs, media_folders(inputs, media, (_ROOT,)), spec, options)
+    for item in read_rows(inputs, spec):
+        yield from row_candidates(lambda i: _sample(context, i, modality), item, 1, missing)
+
+
+def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
+    row, key = item.value, f"{PurePosixPath(context.spec['file']).stem}-{item.number:07d}"
+    text = modality == TEXT_ONLY
+    meta: dict[str, Any] = {"id": str(row.get("id", ""))}
+    turns = clean(row["conversations"], tags=not text)
+    if text:
+        return [Sample(key, {}, turns, meta=meta)]
+    if modality == "imu":
+        parts = _imu(context, row, meta)
+    else:
+        parts = _medium(context, modality, text_of(row["image"], "image"), meta)
+    if modality in ("depth", "normal"):
+        [(extension, file)] = context.media("image", *_names(text_of(row[f"{modality}_image"], f"{modality}_image"))).items()
+        parts[f"{modality}.{extension}"] = file
+    return [Sample(key, parts, turns, meta=meta)]
+
+
+def _names(path: str) -> list[str]:
+    """Where a path of the files may lead to: as it is, and from behind `InstructionTuning/`."""
+    return list(dict.fromkeys((path, path.rpartition(f"{_ROOT}/")[2])))
+
+
+def _medium(context: Context, modality: str, path: str, meta: dict[str, Any]) -> dict[str, Media]:
+    """The part of any modality but IMU, from the row's `image`."""
+    if modality == "point":
+        return _cloud(context, path, meta)
+    if modality in ("depth", "normal"):
+        return context.media("image", *_names(path))
+    meta["media"] = path
+    if modality == "fmri":
+        [(_, file)] = context.media("fmri", *_names(path)).items()
+        return {"fmri.npy": MeanOfRepetitions(file)}
+    stems = [str(PurePosixPath(n).with_suffix("")) for n in _names(path)]
+    others = [f"{s}.{e}" for s in stems for e in next(iter(get_modality(modality).slots.values()))]
+    return context.media(modality, *_names(path), *others)
+
+
+def _cloud(context: Context, path: str, meta: dict[str, Any]) -> dict[str, Media]:
+    """A cloud from `.npy` or `.pt`, under the path's own name or as PointLLM calls it (`8192_npy/<id>_8192.npy`)."""
+    uid = PurePosixPath(path).stem.removesuffix("_8192")
+    meta["object_id"] = uid
+    folders = [str(PurePosixPath(n).parent) for n in _names(path)]
+    beside = [f"{f}/{n}" for f in (*folders, *(f"{PurePosixPath(f).parent}/8192_npy" for f in folders), "point/8192_npy", "8192_npy")
+              for n in (f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.pt")]  # fmt: skip
+    if any(".." in PurePosixPath(n).parts for n in (path, *beside)):
+        raise BadSample(f"unreadable row: the file name {path} leads out of the folder")
+    file = first_file(context.folders, [*_names(path), *beside])
+    if file is None:
+        raise NotFetched(f"missing file: {path}")
+    return {"npy": TensorCloud(file, file.name)} if file.suffix == ".pt" else context.media("point", *_names(path), *beside)
+
+
+def _imu(context: Context, row: Mapping[str, Any], meta: dict[str, Any]) -> dict[str, Media]:
+    """The row's window; `imu_path` is the folder of the recordings, or a recording."""
+    uid, path = text_of(row["video_uid"], "video_uid"), str(row.get("imu_path", "")).rstrip("/")
+    window = float(row["window_start"]), float(row["window_end"])
+    meta.update(video_uid=uid, window_start=window[0], window_end=window[1])
+    folder = str(PurePosixPath(path).parent) if path.endswith((".npy", ".csv")) else path
+    places = [*_names(folder), "imu", ""]
+    if any(".." in PurePosixPath(n).parts for n in places):
+        raise BadSample(f"unreadable row: the path {path} leads out of the folder")
+    for root in context.folders:
+        for name in places:
+            if (found := recording_of(root / name if name else root, uid)) is not None:
+                return {"imu.npy": ImuWindow(*found, *window, _MIN_SAMPLES)}
+    raise NotFetched(f"missing file: no recording of video {uid} in {path or 'IN'}")
+
+
+SOURCE = Source(
+    "onellm-instruct",
+    "OneLLM's InstructionTuning/ files, one modality at a time (-o modality=image|text|video|audio|point|depth|normal|imu|fmri)",
+    plan=plan,
+    candidates=candidates,
+    options={
+        "modality": Option(None, f"which rows are built, of {', '.join(_KINDS)}"),
+        "files": Option(None, "only these files of the modality, by comma (cococap_train)"),
+        "media": Option(None, "the folder where the rows' paths begin, if it is not IN", Path),
+        "include_test": Option(False, "take MSR-VTT's test split too, as the reference's training list does", bool),
+        "missing": MISSING_OPTION,
+    },
+    licence="OneLLM: research only; media under the licences of their datasets",
+)
