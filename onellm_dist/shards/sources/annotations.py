@@ -13,7 +13,6 @@ from typing import Any
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import safe_key
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import BadSample, Candidate, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.conversations import Turn
 from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
@@ -42,12 +41,12 @@ class Sample:
 class Context:
     """Where a row's media and the other files lie."""
 
-    inputs: Place
-    folders: tuple[Place, ...]
+    inputs: Path
+    folders: tuple[Path, ...]
     spec: Mapping[str, Any]
     options: Mapping[str, Any]
 
-    def partner(self, name: str) -> Place:
+    def partner(self, name: str) -> Path:
         """Another file that the rows need."""
         return below(self.inputs, self.spec["partners"][name])
 
@@ -104,7 +103,7 @@ class AnnotationSet:
         return Source(self.name, self.summary, plan=self._plan, candidates=self._candidates, options=options, licence=self.licence)
 
     def _plan(
-        self, inputs: Place, *, seed: int, annotations: Path | None, media: Path | None, splits: str, missing: str, **own: Any
+        self, inputs: Path, *, seed: int, annotations: Path | None, media: Path | None, splits: str, missing: str, **own: Any
     ) -> Layout:
         check_missing(missing)
         wanted = [s.strip() for s in splits.split(",")]
@@ -116,7 +115,7 @@ class AnnotationSet:
         layout = [self._split(inputs, s, annotations, own) for s in wanted]
         return Layout((self.modality,), (g for groups in layout for g in groups))
 
-    def _split(self, inputs: Place, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[Group]:
+    def _split(self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[Group]:
         rows = need_file(inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations")
         partners = {n: need_file(inputs, own.get(n), usual[split], what, n) for n, (what, usual) in self.partners.items()}
         count = self.count
@@ -124,7 +123,7 @@ class AnnotationSet:
         return row_groups(inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners)
 
     def _candidates(
-        self, inputs: Place, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
+        self, inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
     ) -> Iterator[Candidate]:
         context = Context(inputs, media_folders(inputs, media, self.folders), spec, options)
         for item in read_rows(inputs, spec):
@@ -133,7 +132,7 @@ class AnnotationSet:
                 yield from row_candidates(lambda i: self.read(context, i), item, planned, missing)
 
 
-def media_folders(inputs: Place, media: Path | None, usual: Sequence[str]) -> tuple[Place, ...]:
+def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tuple[Path, ...]:
     """Where media are looked for: the user's folder, or those of the usual ones that are there, and IN itself.
 
     Raises:
@@ -156,6 +155,8 @@ def row_candidates(read: Callable[[Item], Sequence[Sample]], item: Item, planned
     problem: str | None = None
     skip: str | None = None
     try:
+        if not isinstance(item.value, Mapping):
+            raise ValueError("not JSON" if item.value is None else f"a {type(item.value).__name__}, not an object")
         samples = read(item)
         if len(samples) != planned:
             raise ValueError(f"{len(samples)} samples where {planned} were planned")

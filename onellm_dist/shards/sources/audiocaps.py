@@ -13,7 +13,6 @@ from typing import Any
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.naming import safe_key
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import captioned
 from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
@@ -31,7 +30,7 @@ def _suffixes() -> tuple[str, ...]:
     return tuple(f".{e}" for e in next(iter(get_modality("audio").slots.values())))
 
 
-def plan(inputs: Place, *, seed: int, annotations: Path | None, splits: str, missing: str) -> Layout:
+def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, missing: str) -> Layout:
     """Ranges of the tables' rows.
 
     Raises:
@@ -62,14 +61,14 @@ def plan(inputs: Place, *, seed: int, annotations: Path | None, splits: str, mis
     return Layout(("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool)))
 
 
-def _groups(inputs: Place, split: str, table: str, pool: Pool) -> Iterator[Group]:
+def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[Group]:
     names, start = read_header(below(inputs, table), CSV)
     for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
         spec = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
         yield Group(f"{table}:{found.line}", spec, split, found.size)
 
 
-def candidates(inputs: Place, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[Candidate]:
+def candidates(inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[Candidate]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
     for line, row, problem in read_rows(below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]):

@@ -33,7 +33,8 @@ def _sentences(row: Any, split: str) -> int:
 
 def _picture(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
-    _ = _KARPATHY[row["split"]]
+    if row["split"] not in _KARPATHY:
+        raise ValueError(f"its split is {row['split']!r}, none of {', '.join(_KARPATHY)}")
     media, meta = coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
     texts = [(int(s["sentid"]), text_of(s["raw"], "a caption")) for s in row["sentences"]]
     return [Sample(f"{number}", media, captioned("image", text), text, meta) for number, text in texts]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import captioned
 from onellm_dist.shards.sources.imu_windows import ImuWindow, recording_of
@@ -41,7 +40,7 @@ def clean_narration(text: str) -> str:
 
 
 def plan(
-    inputs: Place, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
+    inputs: Path, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
 ) -> Layout:  # fmt: skip
     """Windows by video, from either list.
 
@@ -67,7 +66,7 @@ def plan(
     return Layout(("imu",), groups, (f"windows of {_SECONDS:g} s around the narrations of {told}",))
 
 
-def _first(inputs: Place, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
+def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
     names = usual if chosen is None else (str(chosen),)
     found = next((n for n in names if below(inputs, n).is_file()), None)
     if chosen is not None and found is None:
@@ -75,7 +74,7 @@ def _first(inputs: Place, chosen: Path | None, usual: tuple[str, ...]) -> str | 
     return found
 
 
-def _window_groups(inputs: Place, name: str) -> Iterator[Group]:
+def _window_groups(inputs: Path, name: str) -> Iterator[Group]:
     """Windows sorted by video (0.5M of them: some 200 MB); a video's recording is then read by one process."""
     found: dict[str, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(scan(below(inputs, name))):
@@ -87,14 +86,14 @@ def _window_groups(inputs: Place, name: str) -> Iterator[Group]:
             yield Group(f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some))
 
 
-def candidates(inputs: Place, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
     """The group's windows."""
     if "windows" in spec:
         return _from_windows(inputs, spec, **options)
     return _from_narrations(inputs, spec, **options)
 
 
-def _from_windows(inputs: Place, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
+def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
     for number, row in read_places(inputs / spec["windows"], spec["rows"]):
         key, where = f"window-{number:07d}", f"{spec['windows']}[{number}]"
         uid, times = _window(row)
@@ -114,7 +113,7 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
 
 
 def _candidate(
-    inputs: Place, imu: Path | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
+    inputs: Path, imu: Path | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
 ) -> Candidate:  # fmt: skip
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
@@ -141,9 +140,10 @@ def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, 
 
 
 def _from_narrations(
-    inputs: Place, spec: Mapping[str, Any], *, imu: Path | None, others: bool, passes: str, min_samples: int, **_: Any
+    inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, others: bool, passes: str, min_samples: int, **_: Any
 ) -> Iterator[Candidate]:  # fmt: skip
-    for _, _, uid, video in read_rows(inputs, spec):
+    for item in read_rows(inputs, spec):
+        uid, video = item.key, item.value
         told = _narrated(video, passes)
         first = next(told, None)
         known = recording_of(inputs if imu is None else below(inputs, imu), uid) is not None

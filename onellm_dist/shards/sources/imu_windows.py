@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +13,6 @@ from onellm_dist.errors import SampleError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
 from onellm_dist.modalities.imu_files import Recording, read_recording
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import BadSample
 
 _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
@@ -22,9 +22,9 @@ _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
 class ImuWindow:
     """The window as `.npy` [6, 400] fp32: accelerometer xyz, gyroscope xyz, 200 Hz; as many zeros at the end as samples are missing."""
 
-    recording: Place
+    recording: Path
     """Ego4D's `<uid>.csv`, or imu2clip's `<uid>.npy`."""
-    timestamps: Place | None
+    timestamps: Path | None
     """imu2clip's `<uid>_timestamps.npy`."""
     start: float
     """Seconds of the video."""
@@ -57,7 +57,7 @@ class ImuWindow:
 
 
 @lru_cache(maxsize=2)
-def _recording(path: Place, timestamps: Place | None) -> Recording:
+def _recording(path: Path, timestamps: Path | None) -> Recording:
     """A video's whole recording (1 hour: 35 MB); its windows follow each other in the plan.
 
     Raises:
@@ -76,7 +76,7 @@ def _recording(path: Place, timestamps: Place | None) -> Recording:
 
 
 @lru_cache(maxsize=256)
-def recording_of(folder: Place, uid: str) -> tuple[Place, Place | None] | None:
+def recording_of(folder: Path, uid: str) -> tuple[Path, Path | None] | None:
     """(recording, timestamps) of a video below a folder; None: it has none.
 
     imu2clip's pair of `.npy` goes before the raw `.csv`: it is read in a tenth of the time.

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import Group
 
 _CHUNK = 1 << 20
@@ -145,7 +145,7 @@ class _Scanner:
         )
 
 
-def scan(path: Place, key: str | None = None) -> Iterator[Row]:
+def scan(path: Path, key: str | None = None) -> Iterator[Row]:
     """The rows of a file in order.
 
     Args:
@@ -169,7 +169,7 @@ def scan(path: Place, key: str | None = None) -> Iterator[Row]:
         yield from scanner.rows()
 
 
-def _scanner(file: IO[bytes], path: Place) -> _Scanner:
+def _scanner(file: IO[bytes], path: Path) -> _Scanner:
     """At the start of a file, behind its byte order mark."""
     scanner = _Scanner(file, path.name)
     scanner.more()
@@ -189,7 +189,7 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
         offset += len(line)
 
 
-def has_key(path: Place, key: str) -> bool:
+def has_key(path: Path, key: str) -> bool:
     """Whether a JSON file is an object with this key."""
     with path.open("rb") as file:
         scanner = _scanner(file, path)
@@ -197,7 +197,7 @@ def has_key(path: Place, key: str) -> bool:
 
 
 def row_groups(
-    inputs: Place,
+    inputs: Path,
     name: str,
     rows: int,
     *,
@@ -248,7 +248,7 @@ class Item(NamedTuple):
     """None: a line that is no JSON."""
 
 
-def read_rows(inputs: Place, spec: Mapping[str, Any]) -> Iterator[Item]:
+def read_rows(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Item]:
     """A group's rows.
 
     Raises:
@@ -267,7 +267,7 @@ def read_rows(inputs: Place, spec: Mapping[str, Any]) -> Iterator[Item]:
         yield Item(f"{spec['file']}[{key or i}]", i, key, value)
 
 
-def read_places(path: Place, places: Iterable[Sequence[int]]) -> Iterator[tuple[int, Any]]:
+def read_places(path: Path, places: Iterable[Sequence[int]]) -> Iterator[tuple[int, Any]]:
     """(number, value) of single array elements.
 
     Args:
@@ -285,7 +285,7 @@ def read_places(path: Place, places: Iterable[Sequence[int]]) -> Iterator[tuple[
                 raise _changed(path, start, end, error) from error
 
 
-def _changed(path: Place, start: int, end: int, error: ValueError) -> OneLLMError:
+def _changed(path: Path, start: int, end: int, error: ValueError) -> OneLLMError:
     return OneLLMError(
         f"{path}: bytes {start} to {end} are no rows any more ({error}).",
         "the input changed under the builder.",

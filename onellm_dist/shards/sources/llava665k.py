@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
 from onellm_dist.shards.sources.base import Candidate, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import clean
@@ -28,7 +27,7 @@ def _kind(row: Any) -> str:
     return "text" if isinstance(row, dict) and not row.get("image") else "image"
 
 
-def plan(inputs: Place, *, seed: int, annotations: Path | None, media: Path | None, rows: str, missing: str) -> Layout:
+def plan(inputs: Path, *, seed: int, annotations: Path | None, media: Path | None, rows: str, missing: str) -> Layout:
     """Ranges of the file's rows of one kind.
 
     Raises:
@@ -43,14 +42,13 @@ def plan(inputs: Place, *, seed: int, annotations: Path | None, media: Path | No
     def count(row: Row) -> Mapping[str, int]:
         return {"train": int(_kind(row.value) == rows)}
 
-    other = (
-        f"only the rows {'with a picture' if rows == 'image' else 'of text alone'} are built; -o rows={_KINDS[rows == 'image']}: the others"
-    )
+    built = "with a picture" if rows == "image" else "of text alone"
+    other = f"only the rows {built} are built; the others: -o rows={_KINDS[rows == 'image']}"
     return Layout(("image",) if rows == "image" else (), row_groups(inputs, name, _ROWS, count=count), (other,))
 
 
 def candidates(
-    inputs: Place, spec: Mapping[str, Any], *, media: Path | None, rows: str, missing: str, **options: Any
+    inputs: Path, spec: Mapping[str, Any], *, media: Path | None, rows: str, missing: str, **options: Any
 ) -> Iterator[Candidate]:
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, ()), spec, options)

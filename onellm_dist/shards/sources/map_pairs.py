@@ -25,7 +25,6 @@ from onellm_dist.errors import UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, decode_picture
 from onellm_dist.shards.naming import safe_key
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.depth_models import EstimatedMap, check_model
@@ -60,17 +59,17 @@ class CentreSquare:
 class _Folders:
     """Where things lie."""
 
-    pictures: Place
-    maps: Place
+    pictures: Path
+    maps: Path
 
 
 def map_source(kind: str) -> Source:
     """The source of one kind of map: `depth` or `normal`."""
 
-    def plan(inputs: Place, *, seed: int, **options: Any) -> Layout:
+    def plan(inputs: Path, *, seed: int, **options: Any) -> Layout:
         return _plan(kind, inputs, **options)
 
-    def candidates(inputs: Place, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+    def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
         return _candidates(kind, inputs, spec, **options)
 
     options = {
@@ -94,7 +93,7 @@ def map_source(kind: str) -> Source:
     )
 
 
-def _folders(kind: str, inputs: Place, images: Path | None, maps: Path | None) -> _Folders:
+def _folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _Folders:
     pictures = below(inputs, images) if images is not None else inputs / "cc3m" if (inputs / "cc3m").is_dir() else inputs
     if maps is not None:
         return _Folders(pictures, below(inputs, maps))
@@ -103,11 +102,11 @@ def _folders(kind: str, inputs: Place, images: Path | None, maps: Path | None) -
 
 
 def _plan(
-    kind: str, inputs: Place, *, images: Path | None, maps: Path | None, captions: Path | None, depth_model: Path | None, unfinished: str,
+    kind: str, inputs: Path, *, images: Path | None, maps: Path | None, captions: Path | None, depth_model: Path | None, unfinished: str,
     **_: Any,
 ) -> Layout:  # fmt: skip
     folders = _folders(kind, inputs, images, maps)
-    for folder in (folders.pictures, folders.maps):
+    for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
         if not folder.is_dir():
             raise UsageError(
                 f"{folder}: there is no such folder.", "pictures or maps are looked for there.", "see -o images= and -o maps=."
@@ -130,7 +129,7 @@ def _plan(
 
 
 @lru_cache(maxsize=2)
-def _names(folder: Place, kind: str) -> tuple[str, ...]:
+def _names(folder: Path, kind: str) -> tuple[str, ...]:
     """The pictures of one folder, sorted; maps that lie among them are none."""
     maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
     return tuple(
@@ -138,7 +137,7 @@ def _names(folder: Place, kind: str) -> tuple[str, ...]:
     )
 
 
-def _subfolders(folder: Place) -> Iterator[tuple[str, Place]]:
+def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
     """(relative name, folder) of a folder and all below it, sorted."""
     waiting = [("", folder)]
     while waiting:
@@ -148,7 +147,7 @@ def _subfolders(folder: Place) -> Iterator[tuple[str, Place]]:
         waiting += [(f"{name}{below_}/", here / below_) for below_ in reversed(inside)]
 
 
-def _tree_groups(kind: str, pictures: Place) -> Iterator[Group]:
+def _tree_groups(kind: str, pictures: Path) -> Iterator[Group]:
     for name, folder in _subfolders(pictures):
         if folder.name.startswith(("cc3m_depth", "cc3m_normal")):
             continue
@@ -158,7 +157,7 @@ def _tree_groups(kind: str, pictures: Place) -> Iterator[Group]:
             yield Group(f"{name or '.'}:{first}", {"folder": name, "first": first, "count": rows}, count=rows)
 
 
-def _table_groups(table: Place) -> Iterator[Group]:
+def _table_groups(table: Path) -> Iterator[Group]:
     """Rows of a table with the columns `caption` and `url`.
 
     Raises:
@@ -176,14 +175,14 @@ def _table_groups(table: Place) -> Iterator[Group]:
         yield Group(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
 
 
-def _dialect(table: Place) -> Dialect:
+def _dialect(table: Path) -> Dialect:
     """The reference's .csv are tab-separated."""
     with table.open("rb") as file:
         return TSV if b"\t" in file.readline() else CSV
 
 
 def _candidates(
-    kind: str, inputs: Place, spec: Mapping[str, Any], *, images: Path | None, maps: Path | None, captions: Path | None, unfinished: str,
+    kind: str, inputs: Path, spec: Mapping[str, Any], *, images: Path | None, maps: Path | None, captions: Path | None, unfinished: str,
     **model: Any,
 ) -> Iterator[Candidate]:  # fmt: skip
     folders = _folders(kind, inputs, images, maps)
@@ -219,7 +218,7 @@ def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, 
     return replace(sample, parts=found)
 
 
-def _below_pictures(url: str, pictures: Place) -> str:
+def _below_pictures(url: str, pictures: Path) -> str:
     """A table's path (`/mnt/data/cc3m/00000/1.jpg`, `datasets/cc3m/00000/1.jpg`, `00000/1.jpg`) relative to the pictures' folder."""
     path = url.strip()
     root = f"{pictures}/"
@@ -229,7 +228,7 @@ def _below_pictures(url: str, pictures: Place) -> str:
 
 
 def _candidate(
-    kind: str, folders: _Folders, model: Mapping[str, Any], name: str, where: str, caption: str | None, side: Place | None
+    kind: str, folders: _Folders, model: Mapping[str, Any], name: str, where: str, caption: str | None, side: Path | None
 ) -> Candidate:  # fmt: skip
     stem, extension = name.rpartition(".")[0], picture_extension(name)
     key = safe_key(stem or name)

@@ -7,15 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.places import Place
 
 
-def below(inputs: Place, path: Path | str) -> Place:
+def below(inputs: Path, path: Path | str) -> Path:
     """An option's path: relative to the input folder, unless it is absolute."""
     return Path(path) if Path(path).is_absolute() else inputs / str(path)
 
 
-def need_file(inputs: Place, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> str:
+def need_file(inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> str:
     """The name, relative to `inputs` (or absolute), of a file that a source cannot do without.
 
     Args:
@@ -36,7 +35,7 @@ def need_file(inputs: Place, path: Path | str | None, usual: Iterable[str], what
     return found
 
 
-def need_folder(inputs: Place, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> Place:
+def need_folder(inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> Path:
     """As `need_file`, for a folder; `"."` is the input folder itself.
 
     Raises:
@@ -63,7 +62,7 @@ def picture_extension(name: str) -> str | None:
     return extension_for("image", name)
 
 
-def first_file(folders: Iterable[Place], names: Iterable[str]) -> Place | None:
+def first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
     """The first of these names that is a file in one of these folders."""
     tried = list(names)
     return next((f for folder in folders for n in tried if (f := folder / n).is_file()), None)

@@ -18,8 +18,7 @@ import numpy as np
 from onellm_dist.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.arrays import read_npy
-from onellm_dist.shards.places import Place
-from onellm_dist.shards.sources.base import BadSample, Candidate, FileRange, Group, Layout, Option, Source
+from onellm_dist.shards.sources.base import BadSample, Candidate, FileRange, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.conversations import captioned
 from onellm_dist.shards.sources.img2dataset import tar_members
 from onellm_dist.shards.sources.media_files import below, need_file
@@ -32,7 +31,7 @@ _SPLITS = ("train", "val", "test")
 class MeanOfRepetitions:
     """A sample's voxels as `.npy` [voxels] fp32."""
 
-    voxels: FileRange
+    voxels: Media
 
     def read_bytes(self) -> bytes:
         """Averages over the first axis in fp64.
@@ -53,7 +52,7 @@ class MeanOfRepetitions:
         return buffer.getvalue()
 
 
-def plan(inputs: Place, *, seed: int, subject: int, captions: Path | None, texts: str) -> Layout:
+def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts: str) -> Layout:
     """One group a tar.
 
     Raises:
@@ -76,7 +75,7 @@ def plan(inputs: Place, *, seed: int, subject: int, captions: Path | None, texts
     return Layout(("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject})
 
 
-def _number(tar: Place) -> tuple[int, str]:
+def _number(tar: Path) -> tuple[int, str]:
     """`train_subj01_2.tar` before `train_subj01_10.tar`."""
     tail = tar.stem.rpartition("_")[2]
     return (int(tail) if tail.isdecimal() else -1), tar.name
@@ -85,7 +84,7 @@ def _number(tar: Place) -> tuple[int, str]:
 class _Captions:
     """A `.npy` [pictures, 5] of text, read row by row (whole it takes 365 MB; mapped, a change of the file would be a crash)."""
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
@@ -119,7 +118,7 @@ class _Captions:
 
 
 def candidates(
-    inputs: Place, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
+    inputs: Path, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
 ) -> Iterator[Candidate]:  # fmt: skip
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
     table = _Captions(below(inputs, spec["captions"]))

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.naming import TEXT_ONLY
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import Context, NotFetched, Sample, media_folders, row_candidates, text_of
 from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Media, Option, Source
 from onellm_dist.shards.sources.clouds import TensorCloud
@@ -72,7 +71,7 @@ _KINDS = tuple(dict.fromkeys(f.modality for f in FILES))
 
 
 def plan(
-    inputs: Place, *, seed: int, modality: str | None, files: str | None, media: Path | None, include_test: bool, missing: str
+    inputs: Path, *, seed: int, modality: str | None, files: str | None, media: Path | None, include_test: bool, missing: str
 ) -> Layout:
     """Ranges of the rows of one modality's files.
 
@@ -117,7 +116,7 @@ def _notes(listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_Fil
 
 
 def candidates(
-    inputs: Place, spec: Mapping[str, Any], *, modality: str, media: Path | None, missing: str, **options: Any
+    inputs: Path, spec: Mapping[str, Any], *, modality: str, media: Path | None, missing: str, **options: Any
 ) -> Iterator[Candidate]:  # fmt: skip
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, (_ROOT,)), spec, options)
@@ -132,10 +131,7 @@ def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
     turns = clean(row["conversations"], tags=not text)
     if text:
         return [Sample(key, {}, turns, meta=meta)]
-    if modality == "imu":
-        parts = _imu(context, row, meta)
-    else:
-        parts = _medium(context, modality, text_of(row["image"], "image"), meta)
+    parts = _imu(context, row, meta) if modality == "imu" else _medium(context, modality, text_of(row["image"], "image"), meta)
     if modality in ("depth", "normal"):
         [(extension, file)] = context.media("image", *_names(text_of(row[f"{modality}_image"], f"{modality}_image"))).items()
         parts[f"{modality}.{extension}"] = file

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import asked, region
@@ -32,7 +31,7 @@ _ROWS = 1000
 
 
 @lru_cache(maxsize=1)
-def _refs(path: Place) -> list[Any]:
+def _refs(path: Path) -> list[Any]:
     """The pickle's list (RefCOCO: 50,000 rows).
 
     Raises:
@@ -45,7 +44,7 @@ def _refs(path: Place) -> list[Any]:
 
 
 @lru_cache(maxsize=1)
-def _instances(path: Place) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
+def _instances(path: Path) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
     boxes = {int(r.value["id"]): tuple(float(v) for v in r.value["bbox"]) for r in scan(path, "annotations")}
     return boxes, {int(r.value["id"]): (float(r.value["width"]), float(r.value["height"])) for r in scan(path, "images")}
@@ -61,7 +60,7 @@ def _count(ref: Any, split: str) -> int:
 
 def _source(name: str) -> Source:
     def plan(
-        inputs: Place, *, seed: int, refs: Path | None, instances: Path | None, media: Path | None, splits: str, missing: str
+        inputs: Path, *, seed: int, refs: Path | None, instances: Path | None, media: Path | None, splits: str, missing: str
     ) -> Layout:  # fmt: skip
         check_missing(missing)
         usual = [f"{folder}refs({by}).p" for by in _REFS[name] for folder in (f"{name}/", "")]
@@ -96,7 +95,7 @@ def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> It
             yield Group(f"{rows}:{first}", {"refs": rows, "instances": boxes, "first": first, "split": split}, split, count)
 
 
-def _candidates(inputs: Place, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[Candidate]:
+def _candidates(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[Candidate]:
     context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
     refs = _refs(below(inputs, spec["refs"]))
     for number, ref in enumerate(refs[spec["first"] : spec["first"] + _ROWS], spec["first"]):
@@ -108,7 +107,8 @@ def _candidates(inputs: Place, spec: Mapping[str, Any], *, media: Path | None, m
 
 def _expressions(context: Context, item: Item) -> Sequence[Sample]:
     ref = item.value
-    _ = _SPLITS.index(ref["split"])
+    if ref["split"] not in _SPLITS:
+        raise ValueError(f"its split is {ref['split']!r}, none of {', '.join(_SPLITS)}")
     boxes, sizes = _instances(below(context.inputs, context.spec["instances"]))
     picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
     if box is None or picture not in sizes:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.places import Place
 
 
 class _PlainOnly(pickle.Unpickler):
@@ -20,7 +20,7 @@ class _PlainOnly(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to objects outside of it")
 
 
-def load_plain(path: Place) -> Any:
+def load_plain(path: Path) -> Any:
     """The value of a pickle of any protocol, Python 2's too (its texts are read as UTF-8).
 
     Raises:

@@ -6,10 +6,10 @@ IN is one .json or .jsonl, or a folder of them. Speakers may be human/gpt or use
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import Sample, row_candidates
 from onellm_dist.shards.sources.base import Candidate, Layout, Source
 from onellm_dist.shards.sources.conversations import clean
@@ -18,7 +18,7 @@ from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
 _ROWS = 1000
 
 
-def plan(inputs: Place, *, seed: int) -> Layout:
+def plan(inputs: Path, *, seed: int) -> Layout:
     """Ranges of the files' rows.
 
     Raises:
@@ -31,7 +31,7 @@ def plan(inputs: Place, *, seed: int) -> Layout:
     return Layout((), (g for name in names for g in row_groups(root, name, _ROWS)))
 
 
-def candidates(inputs: Place, spec: Mapping[str, Any]) -> Iterator[Candidate]:
+def candidates(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Candidate]:
     """Of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
     for item in read_rows(root, spec):

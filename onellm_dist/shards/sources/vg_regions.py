@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from onellm_dist.errors import OneLLMError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample
 from onellm_dist.shards.sources.base import Option
 from onellm_dist.shards.sources.conversations import asked, region
@@ -19,7 +19,7 @@ from onellm_dist.shards.sources.json_stream import Item
 
 
 @lru_cache(maxsize=1)
-def _sizes(path: Place) -> Mapping[int, tuple[int, int]]:
+def _sizes(path: Path) -> Mapping[int, tuple[int, int]]:
     """Picture to (width, height)."""
     try:
         return {int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"])) for i in json.loads(path.read_bytes())}

@@ -16,11 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.errors import OneLLMError
-from onellm_dist.shards.places import Place
 from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
 from onellm_dist.shards.sources.base import Media
 from onellm_dist.shards.sources.conversations import asked, choice, letter, most_common, question
@@ -43,7 +42,7 @@ def coco_picture(context: Context, number: int) -> dict[str, Media]:
 
 
 @lru_cache(maxsize=2)
-def _questions(path: Place) -> Mapping[int, str]:
+def _questions(path: Path) -> Mapping[int, str]:
     """Question number to its text (VQAv2 train: 443,757)."""
     try:
         listed = json.loads(path.read_bytes())["questions"]
@@ -85,7 +84,7 @@ def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
 
 def _books(row: Any, split: str) -> int:
     """1 where the cover belongs to the split; rows that are none count as train's, so that they are seen."""
-    return int((_BOOK_SPLITS.get(row.get("split")) if isinstance(row, dict) else "train") == split)
+    return int((_BOOK_SPLITS.get(row.get("split", 0)) if isinstance(row, dict) else "train") == split)
 
 
 def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:

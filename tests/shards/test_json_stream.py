@@ -1,0 +1,103 @@
+"""Rows of JSON files by byte range: arrays, entries and lines of any size, read in small pieces."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards.sources import json_stream
+from onellm_dist.shards.sources.json_stream import has_key, read_places, read_rows, row_groups, scan
+
+
+def odd_values(seed: int, count: int) -> list[Any]:
+    """Everything that JSON can say, with texts that look like its structure."""
+    draw = random.Random(seed)
+    texts = ["", 'a "quoted" [text], {x: 1}', "é 東京 🎈", "\\ \n \t \u2028", "]", "},{"]
+    pick: list[Any] = [None, True, -1.5e-7, 12345678901234567890, *texts]
+    return [
+        draw.choice([draw.choice(pick), {"k": draw.choice(texts), "n": [draw.random(), {}]}, [], {"d": {"e": [1, [2]]}}])
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("style", ["compact", "indented", "escaped"])
+def test_what_is_read_is_what_json_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, style: str) -> None:
+    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    values = odd_values(chunk, 60)
+    whole = {"info": {"rows": [1, {"a": 2}]}, "n": 17, "rows": values, "more": {f"key {i}é": v for i, v in enumerate(values)}, "end": []}
+    layouts: dict[str, dict[str, Any]] = {
+        "compact": {"separators": (",", ":"), "ensure_ascii": False},
+        "indented": {"indent": 2},
+        "escaped": {},
+    }
+    text = json.dumps(whole, **layouts[style])
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode() if style == "indented" else text.encode())
+    groups = list(row_groups(tmp_path, "x.json", 7, key="rows"))
+    assert [g.count for g in groups] == [7] * 8 + [4]
+    assert [i.value for g in groups for i in read_rows(tmp_path, g.spec)] == values
+    assert [i.number for i in read_rows(tmp_path, groups[2].spec)] == list(range(14, 21))
+    entries = [i for g in row_groups(tmp_path, "x.json", 9, key="more") for i in read_rows(tmp_path, g.spec)]
+    assert {i.key: i.value for i in entries} == whole["more"]
+    assert entries[3].where == "x.json[key 3é]"
+    places = [(n, row.start, row.end) for n, row in enumerate(scan(tmp_path / "x.json", "rows"))]
+    assert dict(read_places(tmp_path / "x.json", reversed(places))) == dict(enumerate(values))
+    assert has_key(tmp_path / "x.json", "more")
+    assert not has_key(tmp_path / "x.json", "key 0é")
+
+
+def test_rows_are_counted_by_split(tmp_path: Path) -> None:
+    rows = [{"s": "abc"[i % 3], "n": i % 4} for i in range(50)]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    groups = list(row_groups(tmp_path, "x.json", 10, count=lambda r: {r.value["s"]: r.value["n"]}))
+    for split in "abc":
+        mine = [g for g in groups if g.split == split]
+        assert sum(g.count or 0 for g in mine) == sum(r["n"] for r in rows if r["s"] == split)
+        assert [i.value for g in mine for i in read_rows(tmp_path, g.spec) if i.value["s"] == split] == [r for r in rows if r["s"] == split]
+
+
+def test_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": "é"}\nbroken\n{"a": 3}')
+    [group] = row_groups(tmp_path, "x.jsonl", 10)
+    assert [(i.number, i.value) for i in read_rows(tmp_path, group.spec)] == [(0, {"a": 1}), (1, {"a": "é"}), (2, None), (3, {"a": 3})]
+
+
+@pytest.mark.parametrize("text", ['[1, 2, {"a": ', "[1, 2", "[1 2]", '{"rows": [1, nope]}', '{"rows" [1]}', "17", '["a'])
+def test_what_is_broken_is_named_by_its_place(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(OneLLMError, match=r"x\.json: at byte \d+: "):
+        list(scan(tmp_path / "x.json", "rows" if text[0] == "{" else None))
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": []}')
+    with pytest.raises(UsageError, match=r"x\.json has no key 'rows'"):
+        list(scan(tmp_path / "x.json", "rows"))
+    with pytest.raises(UsageError, match="no such file"):
+        list(scan(tmp_path / "y.json"))
+    (tmp_path / "x.json").write_text("[1, 2, 3]")
+    [group] = row_groups(tmp_path, "x.json", 10)
+    (tmp_path / "x.json").write_text("[1, 2")
+    with pytest.raises(OneLLMError, match="no rows any more"):
+        list(read_rows(tmp_path, {**group.spec, "start": 0}))
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    with (tmp_path / "x.json").open("w") as file:
+        file.write('{"images": [')
+        for i in range(40_000):
+            file.write(f'{{"id": {i}, "text": "{"x" * 500}"}}{"," if i < 39_999 else ""}')
+        file.write('], "rows": [1, 2]}')
+    tracemalloc.start()
+    assert [r.value for r in scan(tmp_path / "x.json", "rows")] == [1, 2]
+    assert sum(g.count or 0 for g in row_groups(tmp_path, "x.json", 1000, key="images")) == 40_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "x.json").stat().st_size > 20_000_000
+    assert peak < 8_000_000
