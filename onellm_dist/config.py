@@ -135,8 +135,9 @@ class TrainSection(Section):
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes every block of encoder (where gradients pass), UPM and LLM in backward."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is recomputed in backward, in every block of encoder (where gradients pass), UPM and LLM: nothing; all but matrix products and
+    attention (`selective`); or all of it (`full`)."""
     log_every: PositiveInt = 1
     """Steps between lines of `metrics.jsonl` on the terminal (the file has every step)."""
 

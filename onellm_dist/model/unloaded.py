@@ -93,7 +93,7 @@ class _Memory:
         return self._state[name][first:end]
 
 
-class _Files:
+class Files:
     """Safetensors, memory-mapped."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -116,8 +116,8 @@ class _Files:
 def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
     if not (path / INDEX).is_file() and not (path / SINGLE).is_file():  # saved by something older: read whole
         return _Memory(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
-    files = _files_of(path)
-    source = _Files(files)
+    files = files_of(path)
+    source = Files(files)
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     known = set(model.state_dict())
     groups: dict[str, Iterable[str]] = {
@@ -135,7 +135,7 @@ def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
     return source
 
 
-def _files_of(path: Path) -> dict[str, Path]:
+def files_of(path: Path) -> dict[str, Path]:
     """Name of a weight -> the file that has it."""
     try:
         if (path / INDEX).is_file():

@@ -19,6 +19,7 @@ from onellm_dist.data.segments import Segment
 from onellm_dist.data.validation import open_validation
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.model.unloaded import Weights, open_model
 from onellm_dist.train.checkpoint import checkpoint_name, load_state, newest_whole, prune, read_manifest, save_state
 from onellm_dist.train.distributed import World
@@ -153,8 +154,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs}, encoder=config.train.encoder == "trainable")
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
-    if config.train.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable()
+    activation_checkpointing(model, config.train.activation_checkpointing)
     model.train()
     router = RouterWatch(model, {name for runs in plan.runs for name in runs})
 

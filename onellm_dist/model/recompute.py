@@ -1,0 +1,33 @@
+"""Activation checkpointing: what a block keeps for its backward, and what is computed again there."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+MODES = ("none", "selective", "full")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_mm")
+
+
+def activation_checkpointing(model: Any, mode: str) -> None:
+    """Set what the blocks of encoder, UPM and LLM keep.
+
+    Args:
+        model: a OneLLM.
+        mode: `none` keeps everything. `selective` keeps the outputs of matrix products and of attention, and computes norms, activation
+            functions, rotations and casts again: most of the memory, hardly any work. `full` keeps a block's input alone: least
+            memory, one forward more.
+    """
+    if mode == "full":
+        model.gradient_checkpointing_enable()
+    elif mode == "selective":
+        model.gradient_checkpointing_enable({"context_fn": partial(create_selective_checkpoint_contexts, _policy)})
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().split("::")[-1].split(".")[0] if isinstance(operator, torch._ops.OpOverload) else str(operator)
+    kept = name in _PRODUCTS or "attn" in name or "attention" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,75 @@
+"""A tiny OneLLM, steps of samples for it with modalities absent here and there, and how they are dealt to ranks and micro-steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LlamaConfig
+
+from onellm_dist.modalities import all_modalities
+from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
+from onellm_dist.packed import IGNORE, PackedBatch
+
+MODALITIES = ("image", "depth", "imu")
+VOCABULARY, TOKENS, SEED = 64, 6, 5
+STEP_KINDS: tuple[tuple[str, ...], ...] = (
+    ("imu", "depth", "image", "depth", "image", "image", "imu", "image"),
+    ("image",) * 8,
+    ("imu", "imu", "imu", "image", "image", "image", "", "image"),
+    ("depth", "imu", "depth", "imu", "depth", "imu", "depth", "depth"),
+    ("depth",) * 5,
+)
+"""Step modulo 5 -> the modality of each sample ("": text alone). No step but the first has all of them; the last samples, and so the last
+micro-steps, lack some even there; five samples leave ranks without one."""
+
+
+def tiny_config() -> OneLLMConfig:
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return OneLLMConfig(
+        vision=OneLLMVisionConfig(width=32, layers=2, heads=2, patch_size=56, output_dim=16),
+        upm=OneLLMUPMConfig(experts=2, blocks=2, heads=2, ffn=64, router_hidden=32), text_config=text, modalities=MODALITIES,
+    )  # fmt: skip
+
+
+def step_kinds(step: int) -> tuple[str, ...]:
+    return STEP_KINDS[step % len(STEP_KINDS)]
+
+
+def divisor(step: int) -> int:
+    """Supervised tokens of a step."""
+    return (TOKENS - 1) * len(step_kinds(step))
+
+
+def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
+    """Samples `numbers` of a step in one pack; none: the dummy token."""
+    names = [step_kinds(step)[n] for n in numbers]
+    drawn = {n: torch.Generator().manual_seed(1000 * step + n) for n in numbers}
+    values = {}
+    for modality in MODALITIES:
+        shape = all_modalities()[modality].value_shape
+        own = [torch.randn(shape, generator=drawn[n]) for n, name in zip(numbers, names, strict=True) if name == modality]
+        values[modality] = torch.stack(own) if own else torch.zeros((0, *shape))
+    if not numbers:
+        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), dummy=True)
+    # Few different words, so that there is something to learn in 20 steps.
+    ids = torch.stack([torch.randint(3, 7, (TOKENS,), generator=drawn[n]) for n in numbers])
+    ids[:, 0] = 1
+    labels = ids.clone()
+    labels[:, 0] = IGNORE
+    return PackedBatch(
+        ids.flatten(), labels.flatten(), (TOKENS,) * len(numbers), tuple((n,) if n else () for n in names), values,
+        torch.ones(len(numbers)), tuple(f"{step}-{n}" for n in numbers),
+    )  # fmt: skip
+
+
+def dealt(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
+    """[rank][micro-step] -> sample numbers. `accumulate` packs a rank, in order; None: no packing, a micro-step a sample."""
+    count = len(step_kinds(step))
+    own = [list(range(rank, count, ranks)) for rank in range(ranks)]
+    micro = max(map(len, own)) if accumulate is None else accumulate
+    size = [-(-len(numbers) // micro) or 1 for numbers in own]
+    return [[numbers[i * s : (i + 1) * s] for i in range(micro)] for numbers, s in zip(own, size, strict=True)]

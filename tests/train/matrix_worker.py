@@ -1,0 +1,134 @@
+"""Run by test_engine_matrix.py, once a rank: many engine configurations train the tiny OneLLM in turn, each against plain torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix_model import MODALITIES, SEED, dealt, divisor, make_pack, step_kinds, tiny_config
+from torch import nn
+
+from onellm_dist.launch.local import end_with_parent
+from onellm_dist.launch.ranks import discover_ranks
+from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+from onellm_dist.model.recompute import activation_checkpointing
+from onellm_dist.model.unloaded import Drawn, Weights, empty_model
+from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.engine.base import EngineSettings
+from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.engine.select import engine_class
+from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+
+LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
+State = dict[str, torch.Tensor]
+
+
+def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
+    """One process, plain torch, sample by sample. Weights before, and after each of `steps` steps; the loss of every step."""
+    model = OneLLMForConditionalGeneration(tiny_config())
+    initialise(model, SEED)
+    freeze_for_stage(model, stage, MODALITIES)
+    model.train()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
+    found: dict[str, Any] = {0: state_of(model), "losses": [], "trained": list(trained)}
+    for step in range(max(steps)):
+        optimizer.zero_grad()
+        total = 0.0
+        for number in range(len(step_kinds(step))):
+            loss = model(packed=make_pack(step, [number])).loss / divisor(step)
+            loss.backward()
+            total += float(loss.detach())
+        for parameter in trained.values():  # a modality that is absent has gradient zero (DESIGN, section 4)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+        found["losses"].append(total)
+        if step + 1 in steps:
+            found[step + 1] = state_of(model)
+    return found
+
+
+def state_of(model: nn.Module) -> State:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float]]:
+    """What a job's engine makes of the same steps: exported weights, fp32 weights of what trains (whole), and losses."""
+    model = empty_model(tiny_config())
+    freeze_for_stage(model, job.get("stage", "align"), MODALITIES)
+    activation_checkpointing(model, job.get("recompute", "none"))
+    model.train()
+    weights = Weights(Drawn(model, SEED))
+    config = job.get("config", {})
+    config = load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
+    settings = EngineSettings(world.size, world.device, job.get("bf16", False), BETAS, EPS, CLIP, config, **job.get("fsdp", {}))
+    kind = engine_class("fsdp" if "fsdp" in job else "deepspeed")
+    engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
+    losses = []
+    for step in range(job["steps"]):
+        mine = dealt(step, world.size, job["accumulate"])[world.rank]
+        total = torch.zeros(1, dtype=torch.float64)
+        for i, numbers in enumerate(mine):
+            loss, _, _ = engine.forward(make_pack(step, numbers), last=i == len(mine) - 1)
+            engine.backward(loss, divisor(step))
+            total += loss.detach().double()
+        world.sum(total)
+        assert engine.step(LR).applied
+        losses.append(total.item() / divisor(step))
+    masters = {}
+    for rank, ranges in enumerate(world.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])):
+        for name, shape, start, values in ranges:
+            masters.setdefault(name, torch.full(shape, torch.nan)).view(-1)[start : start + len(values)] = values
+        assert rank < world.size
+    return engine.gather_full_state(), masters, losses
+
+
+def compare(job: dict[str, Any], state: State, masters: State, losses: list[float], right: dict[str, Any]) -> dict[str, Any]:
+    before, after, trained = right[0], right[job["steps"]], right["trained"]
+    gap = sum(float((masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
+    update = sum(float((after[n] - before[n]).square().sum()) for n in trained) ** 0.5
+    groups = {n.rsplit(".", 2)[0] if n.startswith("upm") else ".".join(n.split(".")[:3]) for n in trained}
+    dtype = torch.bfloat16 if job.get("bf16") else torch.float32
+    return {
+        "loss": max(abs(a - b) / b for a, b in zip(losses, right["losses"], strict=False)),
+        "update": gap / update,
+        "fall": 1 - sum(losses[-5:]) / sum(losses[:5]),
+        "unmoved": [g for g in groups if not any(not torch.equal(masters[n], before[n]) for n in trained if n.startswith(g))],
+        "frozen": [n for n in before if n not in trained and not torch.equal(state[n], before[n].to(dtype))],
+        "whole": all(bool(torch.isfinite(m).all()) for m in masters.values()) and set(masters) == set(trained),
+        "exported": all(torch.equal(state[n], masters[n].to(dtype)) for n in trained), "losses": losses,
+    }  # fmt: skip
+
+
+def main() -> None:
+    end_with_parent()
+    ranks = discover_ranks()
+    assert ranks is not None
+    torch.set_num_threads(1)
+    world = join(ranks)
+    out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    file = Path(sys.argv[3])
+    if world.main and not file.exists():
+        torch.save({stage: plain(stage, (20, 32)) for stage in ("align", "tune")}, file)
+    found = {}
+    for job in jobs:
+        started = time.perf_counter()
+        result = sharded(world, job)
+        if world.main:
+            right = torch.load(file, weights_only=False)[job.get("stage", "align")]
+            found[job["name"]] = compare(job, *result, right) | {"seconds": time.perf_counter() - started}
+    if world.main:
+        (out / "found.json").write_text(json.dumps(found))
+    leave()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""What a rank holds at 1 and 4 ranks (benchmarks/engines.py): never the whole model, a quarter of the state."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "engines.py"
+ENGINES = ("zero3", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("memory") / "found.json"
+    command = [sys.executable, str(BENCHMARK), "--ranks", "1", "4", "--json", str(out), "--engines", *ENGINES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measures: dict[str, Any] = json.loads(out.read_text())
+    return measures
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_rank_ever_holds_the_whole_model(found: dict[str, Any], engine: str) -> None:
+    """Peak growth while a frozen model of 231 MB is drawn or read and sharded over 4 ranks, and while rank 0 writes all of it."""
+    one = found[engine]["4"]
+    assert one["model_bytes"] > 200e6
+    assert one["load"] < 0.5 * one["model_bytes"]
+    assert one["export"] < 0.25 * one["model_bytes"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_ranks_hold_a_quarter_of_the_state_each(found: dict[str, Any], engine: str) -> None:
+    assert found[engine]["4"]["state"] < 0.35 * found[engine]["1"]["state"]
+    assert found[engine]["1"]["state"] > 12 * found[engine]["1"]["trained_weights"]
