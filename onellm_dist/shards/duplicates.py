@@ -88,7 +88,7 @@ def _buckets(
     """All entries, those of equal `a` in the same bucket, sorted by (a, b, place)."""
     count = min(_MOST_FILES, -(-total // capacity))
     if count <= 1:
-        yield _sorted(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of)]))
+        yield sorted_entries(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of)]))
         return
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         names = [Path(folder, str(i)) for i in range(count)]
@@ -100,10 +100,11 @@ def _buckets(
                 for i in np.unique(number).tolist():
                     files[i].write(entries[number == i].tobytes())
         for name in names:
-            yield _sorted(np.fromfile(name, ENTRY))
+            yield sorted_entries(np.fromfile(name, ENTRY))
 
 
-def _sorted(entries: NDArray[np.void]) -> NDArray[np.void]:
+def sorted_entries(entries: NDArray[np.void]) -> NDArray[np.void]:
+    """[n] of dtype ENTRY, by hash, then by place."""
     return entries[np.lexsort((entries["place"], entries["b"], entries["a"]))]
 
 

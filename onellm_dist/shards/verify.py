@@ -7,8 +7,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
 from onellm_dist.modalities import get_modality
@@ -16,6 +20,7 @@ from onellm_dist.progress import progress
 from onellm_dist.shards.files import ASIDE
 from onellm_dist.shards.format import MANIFEST, Manifest, ShardInfo, no_dataset
 from onellm_dist.shards.index import IndexRows, PartLocation, ShardIndex, index_path_of
+from onellm_dist.shards.repeats import KeyBook, Place, hashes_of
 from onellm_dist.shards.tars import TarError, scan_tar, sha256_of
 
 
@@ -39,6 +44,8 @@ class Problem:
 def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
     """Checks a dataset: flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray files.
 
+    Memory does not grow with the number of samples (`KeyBook` says how much); a shard's rows are held for each worker.
+
     Args:
         path: the dataset's folder.
         workers: processes, a shard each at a time.
@@ -54,19 +61,49 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
         manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
     except OSError as error:
         raise no_dataset(path) from error
-    problems, first_seen = list[Problem](), dict[str, str]()
-    with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
-        for shard, (found, keys) in zip(manifest.shards, _each_shard(path, manifest, workers), strict=True):
-            problems += found
-            for key in keys:
-                if first_seen.setdefault(key, shard.path) != shard.path:
-                    problems.append(Problem(shard.path, f"duplicate key: it stands in {first_seen[key]} too", key))
-            bar.advance()
-            bar.note(f"{len(problems)} problems" if problems else "")
-    return problems + _stray_files(path, manifest)
+    problems, count = dict[int, list[Problem]](), 0
+    with KeyBook(sum(s.samples for s in manifest.shards)) as book:
+        with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
+            for number, (found, keys) in enumerate(_each_shard(path, manifest, workers)):
+                if found:
+                    problems[number] = found
+                    count += len(found)
+                book.add(number, keys)
+                bar.advance()
+                bar.note(f"{count} problems" if count else "")
+        for number, found in _repeated_keys(path, manifest, book.repeats()):
+            problems.setdefault(number, []).extend(found)
+    return [p for number in sorted(problems) for p in problems[number]] + _stray_files(path, manifest)
 
 
-def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[list[Problem], list[str]]]:
+def _repeated_keys(
+    root: Path, manifest: Manifest, repeats: Sequence[tuple[Place, Place]]
+) -> Iterator[tuple[int, list[Problem]]]:  # fmt: skip
+    """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
+    for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
+        shard = manifest.shards[number]
+        rows = shard_rows(root / shard.path)
+        keys = rows.keys if rows is not None else []
+        yield (
+            number,
+            [
+                Problem(shard.path, f"duplicate key: it stands in {manifest.shards[first.shard].path} too", keys[later.row])
+                for first, later in pairs
+                if later.row < len(keys)
+            ],
+        )
+
+
+def shard_rows(tar: Path) -> IndexRows | None:
+    """What a tar holds by its own structure, or where that is broken, by its index; None: neither can be read."""
+    try:
+        return scan_tar(tar).rows
+    except TarError:
+        index = _usable_index(tar, None, [])
+        return _rows_of(index) if index is not None else None
+
+
+def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[list[Problem], NDArray[np.uint64]]]:
     arguments = (
         [root] * len(manifest.shards),
         manifest.shards,
@@ -80,14 +117,17 @@ def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[
             yield from pool.map(verify_shard, *arguments)
 
 
-def verify_shard(root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
-    """(faults, keys) of one shard."""
+def verify_shard(
+    root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
+) -> tuple[list[Problem], NDArray[np.uint64]]:  # fmt: skip
+    """(faults, [samples, 2] hashes of the keys) of one shard."""
     if not (root / shard.path).is_file():
-        return [Problem(shard.path, "missing: the manifest lists it")], []
+        return [Problem(shard.path, "missing: the manifest lists it")], hashes_of([])
     try:
-        return _verify_tar(root / shard.path, shard, modalities, text)
+        problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
     except OSError as error:
-        return [Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")], []
+        return [Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")], hashes_of([])
+    return problems, hashes_of(keys)
 
 
 def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
@@ -115,8 +155,8 @@ def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Se
     return list(dict.fromkeys(problems)), rows.keys if rows is not None else []
 
 
-def _usable_index(tar: Path, shard: ShardInfo, problems: list[Problem]) -> ShardIndex | None:
-    name = shard.path + ".index"
+def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[Problem]) -> ShardIndex | None:
+    name = f"{shard.path if shard is not None else tar.name}.index"
     try:
         index = ShardIndex(index_path_of(tar))
     except FileNotFoundError:
@@ -128,6 +168,8 @@ def _usable_index(tar: Path, shard: ShardInfo, problems: list[Problem]) -> Shard
     if not index.body_is_whole():
         problems.append(Problem(name, "damaged index: its columns fail their CRC-32"))
         return None
+    if shard is None:
+        return index
     if index.tar_sha256 != shard.sha256:
         problems.append(
             Problem(name, f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...")

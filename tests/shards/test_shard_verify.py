@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from shard_worlds import all_bytes, foreign_tar, picture, text_dataset, write_tree
 
@@ -13,6 +16,7 @@ from onellm_dist.errors import UsageError
 from onellm_dist.shards.adopt import index_path
 from onellm_dist.shards.format import Dataset
 from onellm_dist.shards.index import index_path_of, index_tar
+from onellm_dist.shards.repeats import KeyBook, Place, hashes_of
 from onellm_dist.shards.verify import Problem, verify_command, verify_dataset
 from onellm_dist.shards.writer import DatasetWriter
 
@@ -131,6 +135,38 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
     problem = verify_dataset(tmp_path)[0]
     assert (problem.shard, problem.key, problem.offset) == ("0.tar", "a", 2048)
     assert "duplicate key" in problem.what
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 100, 10_000])
+def test_repeated_keys_are_those_that_a_dictionary_finds(tmp_path: Path, capacity: int) -> None:
+    draw = random.Random(capacity)
+    shards = [[f"k{draw.randrange(500)}" for _ in range(draw.choice([0, 1, 100, 150]))] for _ in range(12)]
+    first: dict[str, Place] = {}
+    expected = []
+    with KeyBook(sum(map(len, shards)), tmp_path, capacity) as book:
+        for number, keys in enumerate(shards):
+            book.add(number, hashes_of(keys))
+            for row, key in enumerate(keys):
+                if first.setdefault(key, Place(number, row)) != (number, row):
+                    expected.append((first[key], Place(number, row)))
+        assert len(expected) > 100
+        assert book.repeats() == expected
+        assert len(os.listdir(tmp_path)) == (capacity < 10_000)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_memory_of_verify_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    """5 and 20 times as many samples as are held at once; 0.2 million samples take 5 MB of disk."""
+    peaks = []
+    for shards in (50, 200):
+        tracemalloc.start()
+        with KeyBook(shards * 1000, tmp_path, 10_000) as book:
+            for shard in range(shards):
+                book.add(shard, np.random.default_rng(shard).integers(0, 2**63, (1000, 2)).astype(np.uint64))
+            assert book.repeats() == []
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 def test_a_missing_part_of_the_modality_or_the_text(tmp_path: Path) -> None:
