@@ -10,10 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from onellm_dist import __version__
-from onellm_dist.convert.lazy import DataFile
 from onellm_dist.convert.opened import Opened, Options, Plan
 from onellm_dist.convert.registry import DEFAULT_TARGET, WRITABLE, format_of
 from onellm_dist.convert.staging import RECORD, Stage, staged
@@ -21,7 +20,8 @@ from onellm_dist.convert.writers import safetensors_header, write_tensor_file
 from onellm_dist.errors import UsageError
 from onellm_dist.progress import progress
 
-HASH_BLOCK = 8 << 20
+HASH_BLOCK = 1 << 20
+"""Bytes of a source that are hashed at once, always in the same memory: it stays in the processor's cache."""
 SMALL_FILES = 64 << 20
 """Bytes kept for configs, tokenizer and archive headers when the disk's room is checked."""
 
@@ -152,11 +152,11 @@ def _wait(futures: list[Future[Any]], stop: threading.Event) -> None:
 
 
 def _hashed(path: Path, told: Callable[[int], None]) -> str:
-    digest, data = hashlib.sha256(), DataFile(path)
-    for start in range(0, data.size, HASH_BLOCK):
-        length = min(HASH_BLOCK, data.size - start)
-        digest.update(cast(Any, data.bytes_at(start, length).numpy()))
-        told(length)
+    digest, block = hashlib.sha256(), memoryview(bytearray(HASH_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(block):
+            digest.update(block[:got])
+            told(got)
     return digest.hexdigest()
 
 
