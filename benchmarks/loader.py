@@ -214,7 +214,7 @@ def energon(root: Path) -> dict[str, Iterator[int]]:
 def _energon(peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
     class Task(peer.DefaultTaskEncoder):
         decoder = None  # bytes, decoded below as for the others
-        cookers = (peer.Cooker(_as_is),)
+        cookers = (peer.Cooker(peer.stateless(_as_is)),)
 
     words = tokenizer()
     words.pad_token = words.pad_token or words.eos_token

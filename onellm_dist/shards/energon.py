@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from braceexpand import braceexpand
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.files import private_name
@@ -115,20 +116,29 @@ def _parts(number: int, index: ShardIndex) -> Iterator[tuple[int, int, str, int,
 def energon_splits(root: Path) -> dict[str, str] | None:
     """Tar (path relative to `root`) -> split, of a set that `energon prepare` was run on; excluded tars are left out.
 
+    `energon prepare` writes runs of names as `shards/{000000..000009}.tar`.
+
     Returns:
-        None: there is no `.nv-meta/split.yaml`.
+        None: there is no `.nv-meta/split.yaml` (or `.json`).
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or excludes single samples.
     """
-    path = root / META / "split.yaml"
-    if not path.is_file():
+    path = next((p for p in (root / META / "split.yaml", root / META / "split.json") if p.is_file()), None)
+    if path is None:
         return None
     try:
         content: Any = yaml.safe_load(path.read_bytes())
-        excluded = {str(e) for e in content.get("exclude") or []}
-        return {str(t): str(s) for s, tars in content["split_parts"].items() for t in tars if str(t) not in excluded}
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        excluded = {e for given in content.get("exclude") or [] for e in braceexpand(str(given))}
+        splits = {t: str(s) for s, tars in content["split_parts"].items() for given in tars for t in braceexpand(str(given))}
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path}: {type(error).__name__}: {error}", "it says which tar belongs to which split.", "run `energon prepare` again."
         ) from error
+    if single := sorted(e for e in excluded if not e.endswith(".tar")):
+        raise UsageError(
+            f"{path} excludes {len(single)} single samples, {single[0]} the first.",
+            "tars are indexed as they are, and these samples would be trained on.",
+            "write the tars again without them, or exclude whole tars.",
+        )
+    return {tar: split for tar, split in splits.items() if tar not in excluded}

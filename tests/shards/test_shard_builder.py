@@ -408,8 +408,11 @@ def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) ->
     build(rows_input(tmp_path / "in"), tmp_path / "out", max_samples=20)
     os.unlink(tmp_path / "out/manifest.json")
     names = [f"shards/train-00000{i}.tar" for i in range(3)]
-    split = {"split_parts": {"train": [names[0]], "val": [names[1], names[2]]}, "exclude": [names[2]]}
+    split = {"split_parts": {"train": [names[0]], "val": ["shards/train-{000001..000002}.tar"]}, "exclude": [f"{names[2]}/k050"]}
     (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump(split))
+    with pytest.raises(UsageError, match=r"excludes 1 single samples, shards/train-000002\.tar/k050"):
+        index_path(tmp_path / "out", modalities=())
+    (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump({**split, "exclude": ["shards/train-{000002..000007}.tar"]}))
     index_path(tmp_path / "out", modalities=())
     dataset = open_dataset(tmp_path / "out")
     assert {s: [i.path for i in dataset.shards(s)] for s in dataset.splits} == {"train": names[:1], "val": names[1:2]}
