@@ -44,11 +44,35 @@ def demo(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and what would go wrong: versions, attention kernels, GPUs, launchers.
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the recipe (with --distributed).", metavar="[KEY=VALUE]...")
+    ] = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help="Look at every node and the links between them.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="Its run.dir, data and needs are checked too.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Local ranks, where no launcher started us.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    exclude_file: Annotated[Path | None, typer.Option(help="Write the bad nodes there, as Slurm's --exclude takes them.")] = None,
+    max_skew: Annotated[float, typer.Option(min=0, help="Seconds that a clock may be off the nodes' median.")] = 2.0,
+    min_bandwidth: Annotated[float, typer.Option(min=0, help="GB/s of an all-reduce between two nodes; 0: only compare nodes.")] = 0.0,
+    min_disk: Annotated[float, typer.Option(min=0, help="MB/s of writing to run.dir; 0: only compare nodes.")] = 0.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for ranks that have not come.")] = 180.0,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds of each check.")] = 60.0,
+) -> None:
+    """Say what this machine has and what would go wrong: versions, attention kernels, GPUs, launchers; or look at all nodes of a job.
 
-    Example: onellm doctor
+    Examples: onellm doctor
+              srun onellm doctor --distributed --recipe stage1_image run.dir=/scratch/stage1 --exclude-file bad_nodes
     """
+    if distributed:
+        from onellm_dist.preflight.options import Options
+        from onellm_dist.preflight.run import run_preflight
+
+        options = Options(
+            recipe=recipe, overrides=tuple(overrides or ()), wait=wait, limit=limit, max_skew=max_skew, min_bandwidth=min_bandwidth,
+            min_disk=min_disk, exclude_file=exclude_file, as_json=as_json,
+        )  # fmt: skip
+        raise typer.Exit(run_preflight(options, local_ranks=ranks))
     from onellm_dist.doctor import run_doctor
 
     raise typer.Exit(run_doctor())

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "train": {"data", "model", "modalities", "launch", "shards.format"},
     "convert": {"model", "modalities"},
     "report": {"train.metrics", "train.exits", "launch.slurm"},
-    "preflight": {"launch", "shards.format"},
+    "preflight": {"launch", "train.engine.ds_config", "model.presets"},
     "evaluation": {"data", "model", "modalities", "shards.format", "shards.index"},
 }
 TOP = {"cli", "demo", "rehearsal", "generate", "doctor"}
