@@ -62,6 +62,7 @@ def run_doctor() -> int:
 def examine() -> Iterator[Finding]:
     """Every finding, in the order of the report."""
     yield from check_packages()
+    yield from check_torchaudio()
     yield from check_imports()
     yield from check_devices()
     yield check_attention()
@@ -91,6 +92,19 @@ def check_packages(requirements: Iterable[str] | None = None) -> Iterator[Findin
             yield Finding("packages", name, "ok", version)
         else:
             yield Finding("packages", name, "fail", f"{version}, but {wanted} is needed", f"pip install '{requirement}'")
+
+
+def check_torchaudio(version: Callable[[str], str] = importlib.metadata.version) -> Iterator[Finding]:
+    """torchaudio ended with 2.11: beside a newer torch its libraries do not load, and transformers' LLaMA imports it where installed."""
+    try:
+        audio, torch = version("torchaudio"), version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if audio.split(".")[:2] != torch.split(".")[:2]:
+        yield Finding(
+            "packages", "torchaudio", "fail", f"{audio} beside torch {torch}: transformers' LLaMA imports it and breaks",
+            "pip uninstall torchaudio: onellm_dist computes its spectrograms without it.",
+        )  # fmt: skip
 
 
 def check_imports(load: Callable[[str], object] = importlib.import_module) -> Iterator[Finding]:

@@ -16,8 +16,8 @@ from onellm_dist.launch.ranks import Ranks
 
 T = TypeVar("T")
 POLL_S = 0.05
-GRACE_S = 10.0
-"""How much longer than rank 0 the others wait for its word."""
+GRACE_S = 5.0
+"""How much longer than a phase's limit its end is waited for."""
 
 
 class Meeting:
@@ -98,9 +98,9 @@ class Meeting:
         """
         self.put(f"at/{phase}/{self.rank}", fit)
         if self.rank == 0:
-            came = self.collect(f"at/{phase}", present, wait)
+            came = self.collect(f"at/{phase}", present, wait + GRACE_S)
             self.put(f"go/{phase}", [sorted(came), sorted(rank for rank, able in came.items() if able)])
-        came_in_time, able = self.get(f"go/{phase}", wait + GRACE_S)
+        came_in_time, able = self.get(f"go/{phase}", 2 * wait + 3 * GRACE_S)  # rank 0 may be late itself, and then waits
         return came_in_time, able
 
 

@@ -23,7 +23,9 @@ from onellm_dist.preflight.meeting import GRACE_S, Meeting, Overdue, within
 from onellm_dist.preflight.options import Options, Pretence
 from onellm_dist.preflight.versions import environment, versions
 
-CLOCK_TRIES = 5
+CLOCK_TRIES, CLOCK_PATIENCE_S = 5, 5.0
+AFTER_OVERDUE_S = 5.0
+"""What is left for a rank's other checks when one of them was stuck: the others wait for it."""
 TOKEN = ".preflight-seen-by-all"
 
 
@@ -49,7 +51,7 @@ class Rank:
     def __init__(self, meeting: Meeting, ranks: Ranks, team: Team, node: str, options: Options, pretence: Pretence) -> None:
         self.meeting, self.ranks, self.team, self.node, self.options, self.pretence = meeting, ranks, team, node, options, pretence
         self.leader = team.nodes[node][0] == ranks.rank
-        self.fit = True
+        self.fit, self.overdue = True, False
         self.report: dict[str, Any] = {"rank": ranks.rank, "node": node, "errors": {}, "pairs": []}
 
     def look_around(self, config: RunConfig | None) -> None:
@@ -89,9 +91,8 @@ class Rank:
                 self._guarded("clocks", "", self._answer_clock)
             return {}
         offsets = {self.node: self.pretence.clock}
-        for node, rank in leaders.items():
-            if rank != 0:
-                self._guarded("clocks", "", partial(self._ask_into, offsets, node, rank))
+        others = {node: rank for node, rank in leaders.items() if rank != 0}
+        self._guarded("clocks", "", partial(self._ask_clocks, offsets, others))
         middle = statistics.median(offsets.values())
         return {node: offset - middle for node, offset in offsets.items()}
 
@@ -107,6 +108,8 @@ class Rank:
             if pair is None or not self.fit:
                 continue
             other = pair[1] if pair[0] == self.node else pair[0]
+            if not any(r in self.team.fit for r in self.team.nodes[other]):
+                continue
             members = sorted(r for node in pair for r in self.team.nodes[node] if r in self.team.fit)
             result: dict[str, Any] = {"with": other}
             try:
@@ -135,8 +138,9 @@ class Rank:
         if self.pretence.stuck_in == phase:
             work = partial(time.sleep, 1e6)
         try:
-            found = within(self.options.limit, work)
+            found = within(AFTER_OVERDUE_S if self.overdue else self.options.limit, work)
         except Overdue as error:
+            self.overdue = True
             self.fit = self.fit and not collective
             self.report["errors"][phase] = str(error)
         except Exception as error:  # a broken node may raise anything: it is the finding
@@ -162,8 +166,13 @@ class Rank:
             self.meeting.get(f"clock/{self.ranks.rank}/ask/{i}", self.options.limit)
             self.meeting.put(f"clock/{self.ranks.rank}/say/{i}", time.time() + self.pretence.clock)
 
-    def _ask_into(self, offsets: dict[str, float], node: str, rank: int) -> None:
-        offsets[node] = self._ask_clock(rank)
+    def _ask_clocks(self, offsets: dict[str, float], others: Mapping[str, int]) -> None:
+        """Fills `offsets`; a node that does not answer is left out, and found by the next gate."""
+        for node, rank in others.items():
+            try:
+                offsets[node] = self._ask_clock(rank)
+            except TimeoutError:
+                continue
 
     def _ask_clock(self, rank: int) -> float:
         """Seconds that the rank's clock is ahead of this one: of several tries the one with the shortest way."""
@@ -171,7 +180,7 @@ class Rank:
         for i in range(CLOCK_TRIES):
             before = time.time()
             self.meeting.put(f"clock/{rank}/ask/{i}", True)
-            said = float(self.meeting.get(f"clock/{rank}/say/{i}", self.options.limit))
+            said = float(self.meeting.get(f"clock/{rank}/say/{i}", CLOCK_PATIENCE_S))
             after = time.time()
             tries.append((after - before, said - (before + after) / 2))
         return min(tries)[1] + self.pretence.clock

@@ -120,14 +120,18 @@ def _conclude(
     """Rank 0's verdict: printed, written, and turned into the exit code."""
     from onellm_dist.preflight.needs import needs_of
     from onellm_dist.preflight.table import json_of, text_of
-    from onellm_dist.preflight.verdict import Findings, excluded, judge
+    from onellm_dist.preflight.verdict import Fault, Findings, excluded, judge
 
     for rank, name in missing.items():
         if name:
             nodes.setdefault(name, []).append(rank)
-    needs = asdict(needs_of(config, ranks.world, gpus=_gpus() > 0)) if config else None
+    needs, unknown = None, list[Fault]()
+    try:
+        needs = asdict(needs_of(config, ranks.world, gpus=_gpus() > 0)) if config else None
+    except OneLLMError as error:
+        unknown = [Fault("fail", "", error.what, error.do)]
     found = Findings(nodes, reports, missing, left_behind, skews, needs)
-    faults = judge(found, options)
+    faults = [*judge(found, options), *unknown]
     exclude = excluded(found, faults)
     result = json_of(found, faults, exclude, seconds)
     print(json.dumps(result, indent=1) if options.as_json else text_of(found, faults, exclude, seconds), flush=True)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from onellm_dist.report.attempts import Attempt, median, number
+from onellm_dist.report.attempts import Attempt, median, number, stall
 
 PARTS = ("progress", "data_wait", "lost", "skipped", "start_up", "checkpoints", "validation", "other")
 """`progress` and `data_wait` are the steps that counted: together they are the goodput."""
 WORDS = {
     "progress": "steps that counted: computing", "data_wait": "steps that counted: waiting for data", "lost": "steps done in vain",
-    "skipped": "skipped steps (not finite)", "start_up": "start-up", "checkpoints": "writing checkpoints", "validation": "validation",
-    "other": "anything else",
+    "skipped": "skipped steps (not finite)", "start_up": "start-up", "checkpoints": "standing still for checkpoints",
+    "validation": "validation", "other": "anything else",
 }  # fmt: skip
 DEFINITION = """
 Goodput is the share of the allocated time that made progress: the seconds of the optimizer steps that counted, divided by the time
@@ -68,7 +68,7 @@ def split(attempt: Attempt) -> dict[str, float]:
         found["data_wait"] += waited
         found["progress"] += seconds - waited
     found["lost"] = attempt.lost_seconds
-    found["checkpoints"] = sum(number(c.get("seconds")) for c in attempt.checkpoints)
+    found["checkpoints"] = sum(stall(c) for c in attempt.checkpoints)
     found["validation"] = attempt.validation_seconds
     found["start_up"] = start_up(attempt)
     found["other"] = max(0.0, attempt.seconds - sum(found.values()))

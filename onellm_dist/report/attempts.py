@@ -43,6 +43,8 @@ class Attempt:
     """Steps done at its end."""
     failed_step: int | None = None
     suspects: list[str] = field(default_factory=list)
+    suspected_host: str = ""
+    """The node that the watchdog blames for a hang."""
     phases: dict[str, float] = field(default_factory=dict)
     trained_at: float | None = None
     """When everything was built and the first step was about to begin."""
@@ -56,6 +58,7 @@ class Attempt:
     lost_known: bool = True
     """False: the seconds are the count times this run's median step."""
     checkpoints: list[Entry] = field(default_factory=list)
+    rollbacks: list[Entry] = field(default_factory=list)
     validation_seconds: float = 0.0
 
     @property
@@ -184,8 +187,10 @@ def _attempt(files: RunFiles, group: _Group, row: Entry | None) -> Attempt:
         job=str(pick(row, "job_id", "job", "slurm_job_id") or start.get("slurm_job_id") or ""),
         restart=_restart(row, start), device=str(start.get("device") or ""), first_step=start.get("first_step"),
         last_step=pick(end_event, "step") if end_event else row.get("step"), failed_step=end_event.get("failed_step"),
-        suspects=[str(s) for s in end_event.get("suspects") or ()], phases=dict(group.phases), trained_at=start.get("at"),
+        suspects=[str(s) for s in end_event.get("suspects") or row.get("suspects") or ()],
+        suspected_host=str(end_event.get("suspected_host") or ""), phases=dict(group.phases), trained_at=start.get("at"),
         checkpoints=[e for e in group.events if e.get("event") == "checkpoint"],
+        rollbacks=[e for e in group.events if e.get("event") == "rollback"],
         redoes=(int(number(start["lost_steps"])), number(start.get("lost_seconds"))) if "lost_steps" in start else None,
     )  # fmt: skip
 
@@ -232,6 +237,12 @@ def _lost(files: RunFiles, found: list[Attempt]) -> None:
         if owner is not None:
             owner.lost_steps += 1
             owner.lost_seconds += number(line.get("seconds"))
+    for attempt in trained:
+        for event in attempt.rollbacks if not files.overwritten else ():  # their lines are gone from the file: the event counts them
+            steps = int(number(event.get("lost_steps")))
+            attempt.lost_steps += steps
+            attempt.lost_seconds += number(event["lost_seconds"]) if "lost_seconds" in event else steps * seconds
+            attempt.lost_known = attempt.lost_known and "lost_seconds" in event
 
 
 def _share_lost(earlier: list[Attempt], first: int, steps: int, seconds: float) -> None:
@@ -253,7 +264,7 @@ def _ends(files: RunFiles, found: list[Attempt]) -> None:
         last = i == len(found) - 1
         written = (attempt.trained_at or attempt.begin) + attempt.lost_seconds + attempt.validation_seconds
         written += sum(number(s.get("seconds")) for s in attempt.steps)
-        written += sum(number(c.get("seconds")) for c in attempt.checkpoints)
+        written += sum(stall(c) for c in attempt.checkpoints)
         seen = max([written, *[c["at"] for c in attempt.checkpoints if c["at"] is not None]])
         if last and not attempt.end_known:
             _last_end(files, attempt, seen)
@@ -287,6 +298,11 @@ def _seems_alive(files: RunFiles, attempt: Attempt) -> bool:
     """Without a lock to ask: something was written lately, or the job script began lately and no rank has the directory yet."""
     lately = files.now - max(files.last_sign or 0.0, attempt.begin) < QUIET_S
     return lately and (files.running is None or (attempt.begin_known and attempt.first_step is None))
+
+
+def stall(checkpoint: Entry) -> float:
+    """Seconds that training stood still for a checkpoint: less than `seconds` where it is written in the background."""
+    return number(pick(checkpoint, "stall_seconds", "seconds"))
 
 
 def pick(entry: Entry, *keys: str) -> Any:

@@ -95,6 +95,22 @@ def _bad_nodes(facts: Facts) -> Iterator[Finding]:
                           f"try --exclude={','.join(suspects)}, or onellm doctor --distributed.")  # fmt: skip
 
 
+def _preflight(facts: Facts) -> Iterator[Finding]:
+    found = facts.files.preflight
+    faults = [f for f in (found or {}).get("faults") or () if isinstance(f, dict) and f.get("state") == "fail"]
+    if found is not None and faults:
+        words = "; ".join(f"{f['node']}: {f.get('what')}" if f.get("node") else str(f.get("what")) for f in faults[:3])
+        yield Finding(
+            "warn", f"The last preflight found {counted(len(faults), 'fault', 'faults')}: {words}{' …' if len(faults) > 3 else ''}."
+        )
+
+
+def _hangs(facts: Facts) -> Iterator[Finding]:
+    hosts = Counter(a.suspected_host for a in facts.attempts if a.suspected_host)
+    for host, times in hosts.items():
+        yield Finding("bad", f"The watchdog blamed a rank on {host} for {counted(times, 'hang', 'hangs')}: try --exclude={host}.")
+
+
 def _nodes(attempt: Attempt) -> set[str]:
     from onellm_dist.errors import UsageError
     from onellm_dist.launch.slurm import expand_hosts
@@ -227,7 +243,8 @@ def _checkpoints(facts: Facts) -> Iterator[Finding]:
     share = facts.account.parts["checkpoints"] / facts.account.allocated if facts.account.allocated else 0.0
     if share > 0.05 and len(facts.files.steps) >= FEW:
         yield Finding(
-            "warn", f"{share:.0%} of the allocated time went into writing checkpoints: raise checkpoint.every, or use a faster disk."
+            "warn",
+            f"{share:.0%} of the allocated time went into standing still for checkpoints: raise checkpoint.every, or use a faster disk.",
         )
     long = number(troubles.checkpoints[0].get("seconds")) if troubles.checkpoints else 0.0
     if len(troubles.checkpoints) >= 3 and long > 10 and long > SLOW_FACTOR * troubles.checkpoint_median:
@@ -252,10 +269,6 @@ def _resumes(facts: Facts) -> Iterator[Finding]:
 
 
 def _records(facts: Facts) -> Iterator[Finding]:
-    for event in facts.troubles.others:
-        if str(event.get("event", "")).startswith(("hang", "watchdog")):
-            yield Finding("bad", f"A hang was recorded at {event.get('time', 'an unknown time')}; see below which rank lagged.")
-            break
     if facts.files.broken_lines:
         files = ", ".join(f"{name} ({count})" for name, count in facts.files.broken_lines.items())
         yield Finding(
@@ -274,5 +287,5 @@ def _closed_experts(steps: Sequence[Entry]) -> list[str]:
 
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    _ending, _crash_loops, _bad_nodes, _goodput, _lost_work, _data, _loss, _speed, _checkpoints, _resumes, _records,
+    _ending, _crash_loops, _bad_nodes, _preflight, _hangs, _goodput, _lost_work, _data, _loss, _speed, _checkpoints, _resumes, _records,
 )  # fmt: skip

@@ -11,7 +11,7 @@ import yaml
 from onellm_dist.charts import line_chart, stacked_bars
 from onellm_dist.progress import seconds_text
 from onellm_dist.report.account import DEFINITION, PARTS, WORDS, resume_seconds
-from onellm_dist.report.attempts import PHASES, Attempt, median, number
+from onellm_dist.report.attempts import PHASES, Attempt, median, number, stall
 from onellm_dist.report.drawing import PART_COLOURS, PHASE_COLOURS, PHASE_WORDS, clock, timeline
 from onellm_dist.report.findings import Facts, Finding
 from onellm_dist.report.read import Entry
@@ -253,6 +253,9 @@ def _troubles(facts: Facts) -> Iterator[str]:
         took = sum(number(c.get("seconds")) for c in t.checkpoints)
         words = f"{len(t.checkpoints)} written in {seconds_text(took)}: median {t.checkpoint_median:.3g} s, "
         words += f"longest {number(t.checkpoints[0].get('seconds')):.3g} s (step {t.checkpoints[0].get('step')})."
+        if any("stall_seconds" in c for c in t.checkpoints):
+            stalls = [stall(c) for c in t.checkpoints]
+            words += f" Training stood still for {seconds_text(sum(stalls))} of it, {max(stalls):.3g} s at most."
         if t.notice is not None:
             words += f" The job gives {t.notice:.0f} s of notice: " + (
                 f"{len(t.late)} took longer." if t.late else "every one of them fits."

@@ -18,6 +18,7 @@ from onellm_dist.train.exits import EXIT_FILE
 from onellm_dist.train.metrics import EVENTS, METRICS
 
 CONFIG, LOCK, VALIDATION, ATTEMPTS = "config.yaml", ".lock", "validation.jsonl", "attempts.jsonl"
+PREFLIGHT = "preflight.json"
 FILES = (CONFIG, METRICS, EVENTS, VALIDATION, EXIT_FILE, ATTEMPTS)
 """One of them makes a folder a run directory; `attempts.jsonl` is the Slurm job script's."""
 
@@ -38,6 +39,8 @@ class RunFiles:
     events: list[Entry]
     attempts: list[Entry]
     exit: Entry | None
+    preflight: Entry | None
+    """What `onellm doctor --distributed` found last."""
     tombstones: list[Entry]
     running: bool | None
     """Whether a process holds the run directory; None where the file system does not say."""
@@ -83,7 +86,7 @@ def read_run(directory: Path, *, now: float | None = None) -> RunFiles:
     written = [path.stat().st_mtime for name in (METRICS, EVENTS) if (path := directory / name).is_file()]
     return RunFiles(
         directory, _config(directory / CONFIG), steps, overwritten, lines(directory / VALIDATION), lines(directory / EVENTS),
-        lines(directory / ATTEMPTS), _object(directory / EXIT_FILE),
+        lines(directory / ATTEMPTS), _object(directory / EXIT_FILE), _object(directory / PREFLIGHT),
         [e for path in sorted(directory.glob("ledger/tombstones-rank*.jsonl")) for e in lines(path)], _held(directory / LOCK),
         max(written, default=None), time.time() if now is None else now,
         sorted(path.name for path in directory.glob("before-*") if path.is_dir()), broken,

@@ -35,7 +35,8 @@ class Start:
         self.started = time.monotonic()
         self.ranks = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "onellm_dist.preflight", json.dumps(given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-m", "onellm_dist.preflight", json.dumps(given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True,
                 env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_NODELIST": ",".join(names),
                      "SLURM_STEP_TASKS_PER_NODE": f"1(x{world})", PRETEND: json.dumps(pretence)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import mmap
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def test_a_broken_torchaudio_is_a_failure() -> None:
 
     found = {f.name: f for f in doctor.check_imports(load)}
     assert found["torchaudio"].state == "fail" and "uninstall torchaudio" in found["torchaudio"].do
+
+
+def test_a_torchaudio_of_another_torch_is_a_failure_that_names_both() -> None:
+    (found,) = doctor.check_torchaudio(lambda name: {"torchaudio": "2.11.0+cu130", "torch": "2.15.0+cu132"}[name])
+    assert found.state == "fail" and "2.11.0" in found.detail and "2.15.0" in found.detail and "uninstall" in found.do
+    assert list(doctor.check_torchaudio(lambda name: "2.11.0")) == []
+
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert list(doctor.check_torchaudio(none)) == []
 
 
 def test_left_over_buffers_are_counted_and_those_in_use_are_not(tmp_path: Path) -> None:

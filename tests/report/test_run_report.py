@@ -17,6 +17,7 @@ from onellm_dist.report.command import facts_of, report_command
 from onellm_dist.report.findings import Facts, findings_of
 from onellm_dist.report.page import page_of
 from onellm_dist.report.summary import summary_json, summary_of, summary_text
+from onellm_dist.train.metrics import drop_from
 
 
 def said(facts: Facts) -> str:
@@ -213,6 +214,24 @@ def test_steps_done_again_inside_a_start_are_in_vain(tmp_path: Path) -> None:
     assert "rollback" in page_of(facts, summary_of(facts), findings_of(facts))
 
 
+def test_a_rollback_whose_lines_are_gone_is_counted_by_its_event_and_a_hang_names_the_host(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run")
+    run.begin()
+    run.start(0)
+    run.train(70, every=1000)
+    drop_from(run.directory / "metrics.jsonl", 50)
+    run.step = 50
+    run.event("rollback", step=69, to=50, lost_steps=20, reason="loss 9.1", kind="spike")
+    run.train(10, every=1000)
+    run.event("checkpoint", step=60, folder="step-00000060", seconds=30.0, stall_seconds=0.5)
+    run.end("failed", "hang: no progress for 900 s in step 60", failed_step=60, kind="hang", suspected_host="gpu02")
+    facts = facts_of(run.directory, now=run.settle())
+    (attempt,) = facts.attempts
+    assert attempt.lost_steps == 20 and attempt.lost_seconds == pytest.approx(40, rel=0.05) and not attempt.lost_known
+    assert facts.account.parts["checkpoints"] == 0.5 * 16, "what is written in the background stops nobody"
+    assert "blamed a rank on gpu02" in said(facts)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -248,6 +267,14 @@ def test_saves_that_do_not_fit_into_the_notice_are_told(four_starts: Facts) -> N
     late = replace(four_starts, troubles=replace(four_starts.troubles, notice=10.0))
     assert "took longer than the 10 s of notice" in said(late).replace("\n", " ")
     assert "longer than the 100 s" not in said(replace(four_starts, troubles=replace(four_starts.troubles, notice=100.0)))
+
+
+def test_the_faults_of_the_last_preflight_are_repeated(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run")
+    run.begin()
+    faults = [{"state": "fail", "node": "gpu02", "what": "its clock is 40 s ahead", "do": ""}, {"state": "warn", "node": "", "what": "x"}]
+    (run.directory / "preflight.json").write_text(json.dumps({"ok": False, "faults": faults}))
+    assert "The last preflight found 1 fault: gpu02: its clock is 40 s ahead." in said(facts_of(run.directory, now=run.clock))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
