@@ -126,8 +126,10 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _marks(attempts: Sequence[Attempt]) -> dict[float, str]:
-    """Restarts on a step axis; many of them get no words."""
+    """Restarts on a step axis; a few get words too, very many are not drawn."""
     steps = [a.first_step for a in attempts[1:] if a.first_step is not None]
+    if len(steps) > 12:
+        return {}
     return {float(step): "restart" if len(steps) <= 3 else "" for step in steps}
 
 
@@ -201,15 +203,20 @@ def _time(facts: Facts, summary: Summary) -> Iterator[str]:
         return
     share = {name: 100 * seconds / account.allocated for name, seconds in account.parts.items()}
     yield stacked_bars([("allocated time", share)], PART_COLOURS, unit="%", keys=WORDS)
-    rows = [(WORDS[n], f"{share[n]:.1f}%", f"{account.parts[n] / 3600:.3g}") for n in PARTS if account.parts[n] > 0]
+    rows = [(WORDS[n], f"{share[n]:.1f}%", _hours(account.parts[n])) for n in PARTS if account.parts[n] > 0]
     unit = "GPU hours" if any(a.device.startswith("cuda") for a in facts.attempts) else "rank hours"
-    yield html_table(("", "share", unit), [*rows, ("allocated", "100.0%", f"{account.allocated / 3600:.3g}")], right=(1, 2))
+    yield html_table(("", "share", unit), [*rows, ("allocated", "100.0%", _hours(account.allocated))], right=(1, 2))
     goodput = "–" if summary.goodput is None else f"{summary.goodput:.1%}"
     yield f'<p><b>Goodput {goodput}.</b> <span class="small">{escape(DEFINITION)}</span></p>'
     words = f"Wall-clock time {seconds_text(account.wall)}, of it {seconds_text(account.queued)} between starts."
     if account.estimated:
         words += " Some begins and ends were not recorded by a job script (attempts.jsonl) and are reckoned from the run's own events."
     yield f'<p class="small">{escape(words)}</p>'
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _starts(attempts: Sequence[Attempt]) -> str:

@@ -120,7 +120,7 @@ def summary_text(facts: Facts, summary: Summary, findings: Sequence[Finding]) ->
 def _starts_text(attempts: Sequence[Attempt]) -> list[str]:
     shown = [f"  start {a.number}: {seconds_text(a.seconds)} on {a.world} ranks, {_steps_text(a)}; {a.status}"
              + (f", {a.lost_steps} steps in vain" if a.lost_steps else "")
-             + (f", first step after {resume_seconds(a):.0f} s" if resume_seconds(a) is not None else "")
+             + (f", first step after {seconds_text(seconds)}" if (seconds := resume_seconds(a)) is not None else "")
              for a in attempts[-8:]]  # fmt: skip
     more = [f"  ... and {len(attempts) - 8} before"] if len(attempts) > 8 else []
     return [f"{len(attempts)} start{'s' if len(attempts) != 1 else ''}:", *more, *shown]
