@@ -46,8 +46,9 @@ def run_preflight(options: Options, *, local_ranks: int | None = None) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     told = os.environ.get(TOLD)
-    if told and ranks.rank == 0:
-        Path(told).write_text(str(code), encoding="ascii")
+    if told:
+        if ranks.rank == 0:
+            Path(told).write_text(str(code), encoding="ascii")
         code = EXIT_DONE  # the parent has the verdict; a failing rank would be reported as a crash
     os._exit(code)  # a stuck disk or collective would hold up Python's own end
 

@@ -65,7 +65,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Start:
             {"node": "n1"}, {"node": "n2", "link_delay": 0.4}, {"node": "n3", "clock": 40.0},
             {"node": "n4", "torch": "2.11.0", "free_bytes": 1000}, {"node": "n5"},
         ],
-        absent=(4,), wait=15,
+        absent=(4,), wait=12,
     )  # fmt: skip
 
 
