@@ -1,26 +1,22 @@
-"""How sources read large tables: rows and objects by byte offset, in bounded memory; zip members over the ends of volumes."""
+"""How sources read large tables: rows by byte offset, in bounded memory; zip members over the ends of volumes."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 import shutil
 import subprocess
 import tracemalloc
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from shard_worlds import write_tree
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.shards.sources import archives, json_rows
+from onellm_dist.shards.sources import archives
 from onellm_dist.shards.sources.archives import ArchiveIndex, entries
 from onellm_dist.shards.sources.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.json_rows import object_ranges, read_objects
 
 
 def all_rows(table: Path, dialect: Dialect, names: list[str], size: int) -> list[list[str]]:
@@ -77,31 +73,6 @@ def test_planning_a_table_takes_the_same_memory_whatever_its_length(tmp_path: Pa
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 10_000
     assert peaks[1] < 300_000
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
-@pytest.mark.parametrize("wrapped", [False, True], ids=["list", "object"])
-def test_objects_of_a_list_are_those_of_the_json_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, wrapped: bool) -> None:
-    draw = random.Random(chunk)
-    texts = ["plain", "grün 文 😀", 'q"uo\\te', "br]ack}et", "", "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]
-    rows: list[Any] = [
-        {"id": i, "text": draw.choice(texts), "nested": {"a": [1, {"b": None}], "data": [draw.random()]}} if i % 9 else [i, "x", 12.5e3, i]
-        for i in range(60)
-    ]
-    whole = json.dumps({"n": 1, "data": rows} if wrapped else rows, ensure_ascii=False, indent=draw.choice([None, 1]))
-    (tmp_path / "t.json").write_bytes((b"" if wrapped else b"\xef\xbb\xbf") + whole.encode())
-    monkeypatch.setattr(json_rows, "_CHUNK", max(chunk, 64) if wrapped else max(chunk, 4))
-    for size in (1, 8, 100):
-        ranges = list(object_ranges(tmp_path / "t.json", "data", size))
-        assert sum(r.size for r in ranges) == 60
-        assert [v for r in ranges for v in read_objects(tmp_path / "t.json", r)] == list(enumerate(rows))
-
-
-@pytest.mark.parametrize("text", ['[{"a": 1}, {"a": ', '[{"a": 1}, nonsense]', '[{"a": 1}'])
-def test_a_list_that_is_cut_short_or_damaged_is_an_error(tmp_path: Path, text: str) -> None:
-    (tmp_path / "t.json").write_text(text)
-    with pytest.raises(OneLLMError, match=r"t.json: no whole JSON object at byte \d+"):
-        list(object_ranges(tmp_path / "t.json", None, 10))
 
 
 @pytest.mark.skipif(shutil.which("zip") is None, reason="Info-ZIP's zip makes the split archives")

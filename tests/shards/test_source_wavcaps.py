@@ -189,11 +189,18 @@ def test_a_json_that_is_cut_short_is_an_error_that_names_its_place(tmp_path: Pat
     unpacked(tmp_path / "in")
     path = tmp_path / "in/json_files/FreeSound/fsd_final.json"
     path.write_text(path.read_text()[:-120])
-    with pytest.raises(Exception, match=r"fsd_final.json: no whole JSON object at byte \d+"):
+    with pytest.raises(Exception, match=r"fsd_final.json: at byte \d+: .*\nthe rows behind this place"):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
     path.write_text('{"rows": []}')
-    with pytest.raises(UsageError, match='an object with a list "data"'):
+    with pytest.raises(UsageError, match=r"fsd_final.json has no key 'data'"):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
+
+
+def test_the_sets_first_version_has_the_list_alone(tmp_path: Path) -> None:
+    unpacked(tmp_path / "in")
+    (tmp_path / "in/json_files/SoundBible/sb_final.json").write_text(json.dumps(ROWS["SoundBible"]))
+    _, dataset = built("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
+    assert samples(dataset)["SoundBible/2219"]["txt"] == "An airplane is landing."
 
 
 @needs_zip

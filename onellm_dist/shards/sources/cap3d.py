@@ -16,10 +16,10 @@ from typing import Any
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.sources import json_stream
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.clouds import TensorCloud
 from onellm_dist.shards.sources.delimited import CSV, RowRange, read_rows, row_ranges
-from onellm_dist.shards.sources.json_rows import ObjectRange, object_ranges, read_objects
 from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
@@ -58,19 +58,17 @@ def _table(inputs: Path, given: str | None) -> str:
 
 
 def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[Group]:
-    spec = {"table": table, "pool": pool.to_json()}
     if table.lower().endswith(".json"):
-        for objects in object_ranges(inputs / table, None, _ROWS):
-            yield Group(f"{table}[{objects.first}]", {**spec, "range": list(objects)}, count=objects.size)
-    else:
-        for rows in row_ranges(inputs / table, CSV, _ROWS):
-            yield Group(f"{table}:{rows.line}", {**spec, "range": list(rows)}, count=rows.size)
+        yield from json_stream.row_groups(inputs, table, _ROWS, pool=pool.to_json())
+        return
+    for rows in row_ranges(inputs / table, CSV, _ROWS):
+        yield Group(f"{table}:{rows.line}", {"table": table, "range": list(rows), "pool": pool.to_json()}, count=rows.size)
 
 
 def candidates(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, missing: str) -> Iterator[Candidate]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
-    rows = _conversations(inputs, spec) if spec["table"].lower().endswith(".json") else _captions(inputs, spec)
+    rows = _captions(inputs, spec) if "table" in spec else _conversations(inputs, spec)
     for where, uid, caption, meta, problem in rows:
         key = safe_key(uid) if uid else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
         if problem is not None:
@@ -101,8 +99,7 @@ def _captions(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
 
 
 def _conversations(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
-    for number, row in read_objects(inputs / spec["table"], ObjectRange(*spec["range"])):
-        where = f"{spec['table']}[{number}]"
+    for where, _, _, row in json_stream.read_rows(inputs, spec):
         uid = row.get("object_id") if isinstance(row, dict) else None
         if not isinstance(uid, str) or not uid or "/" in uid:
             yield where, "", None, {}, "unreadable row: no object_id"

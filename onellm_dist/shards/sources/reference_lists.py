@@ -23,8 +23,10 @@ from onellm_dist.shards.naming import TEXT_ONLY, safe_key
 from onellm_dist.shards.places import Place, place
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.clouds import TensorCloud
+from onellm_dist.shards.sources.conversations import clean
 from onellm_dist.shards.sources.delimited import TSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.json_rows import ObjectRange, object_ranges, read_objects
+from onellm_dist.shards.sources.json_stream import read_rows as read_objects
+from onellm_dist.shards.sources.json_stream import row_groups
 
 _ROWS = 5000
 _TABLES = (".csv", ".tsv", ".json")
@@ -64,8 +66,7 @@ def _groups(folder: Path, table: str) -> Iterator[Group]:
     stem = PurePosixPath(table).stem.lower()
     split = next((name for name, pattern in _SPLITS if pattern.search(stem)), "train")
     if table.lower().endswith(".json"):
-        for objects in object_ranges(folder / table, None, _ROWS):
-            yield Group(f"{table}[{objects.first}]", {"table": table, "range": list(objects)}, split, objects.size)
+        yield from row_groups(folder, table, _ROWS, split=split)
         return
     names, start = read_header(folder / table, TSV)
     if not {"caption", "url"} <= set(names):
@@ -86,21 +87,21 @@ def candidates(
     start = place(root) if root is not None else folder
     kind = None if modality == TEXT_ONLY else get_modality(modality)
     for number, where, row, problem in _rows(folder, spec):
-        key = safe_key(f"{PurePosixPath(spec['table']).with_suffix('')}/{number:09d}")
+        key = safe_key(f"{PurePosixPath(spec.get('table', spec.get('file'))).with_suffix('')}/{number:09d}")
         parts, wrong = ({}, problem) if problem or kind is None else _parts(row, kind, start, _replacements(replace), _replacements(maps))
         yield _candidate(key, where, row, parts, wrong)
 
 
 def _rows(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
     """(number, place, values, what is wrong)."""
-    table = spec["table"]
     if "columns" in spec:
+        table = spec["table"]
         for line, values, problem in read_rows(folder / table, TSV, RowRange(*spec["range"]), spec["columns"]):
             yield line, f"{table}:{line}", values, problem
         return
-    for number, row in read_objects(folder / table, ObjectRange(*spec["range"])):
+    for where, number, _, row in read_objects(folder, spec):
         problem = None if isinstance(row, dict) else f"unreadable row: a {type(row).__name__}, not an object"
-        yield number, f"{table}[{number}]", row if problem is None else {}, problem
+        yield number, where, row if problem is None else {}, problem
 
 
 def _parts(
@@ -135,17 +136,12 @@ def _candidate(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str,
     turns, caption = row.get("conversations"), row.get("caption")
     if problem is None and turns is not None:
         try:
-            meta["conversations"] = _clean(turns)
-        except (TypeError, KeyError, AttributeError):
-            problem = 'malformed conversations: not a list of {"from": "human" or "gpt", "value": text}'
+            meta["conversations"] = clean(turns)
+        except ValueError as error:
+            problem = f"malformed conversations: {error}"
     elif problem is None and not isinstance(caption, str):
         problem = "no caption: neither a caption nor a conversation"
     return Candidate(key, where, parts, caption if isinstance(caption, str) else None, meta, problem)
-
-
-def _clean(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The turns without the reference's `<image>` tags, which its code removes too."""
-    return [{"from": t["from"], "value": t["value"].replace("<image>", "").strip()} for t in turns]
 
 
 def _placed(root: Place, path: str) -> Place:

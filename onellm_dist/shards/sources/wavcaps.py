@@ -20,7 +20,7 @@ from typing import Any
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.json_rows import ObjectRange, object_ranges, read_objects
+from onellm_dist.shards.sources.json_stream import read_rows, row_groups
 from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
@@ -74,9 +74,9 @@ def _tables(inputs: Path, name: str) -> list[str]:
 
 
 def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[Group]:
-    for objects in object_ranges(inputs / table, "data", _ROWS):
-        spec = {"source": name, "table": table, "range": list(objects), "pool": pool.to_json()}
-        yield Group(f"{table}[{objects.first}]", spec, count=objects.size)
+    with (inputs / table).open("rb") as file:
+        key = None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"  # the set's first version: the list alone
+    yield from row_groups(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
 
 
 def candidates(
@@ -85,8 +85,7 @@ def candidates(
     """Of one range of rows."""
     pool, name = Pool.from_json(spec["pool"]), spec["source"]
     listed = _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset()) if blacklist else frozenset()
-    for number, row in read_objects(inputs / spec["table"], ObjectRange(*spec["range"])):
-        where = f"{spec['table']}[{number}]"
+    for where, number, _, row in read_rows(inputs, spec):
         identity = row.get("id") if isinstance(row, dict) else None
         if not isinstance(identity, (str, int)) or not str(identity).strip():
             yield Candidate(f"{name}/row-{number:09d}", where, problem="unreadable row: no id")
