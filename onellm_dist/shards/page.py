@@ -2,164 +2,165 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import inspect
 import json
-import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.errors import EXIT_DONE, SampleError, UsageError
-from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.files import write_whole
-from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
-from onellm_dist.shards.index import read_parts
+from onellm_dist.charts import short, ticks
+from onellm_dist.errors import EXIT_DONE, UsageError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.finish import STATISTICS
+from onellm_dist.shards.format import Dataset, open_dataset
+from onellm_dist.shards.naming import slots_of
+from onellm_dist.shards.page_samples import TIMED, Look, figure, text_of
 from onellm_dist.shards.staging import QUARANTINE
+from onellm_dist.webpage import html_page, html_table, write_page
 
-_SHARDS = 200
-"""Shards whose indexes are looked at, evenly spread; the page says so where there are more."""
 _PROBED = 200
 """Samples whose duration is measured."""
 _EXAMPLES = 20
-_BINS = 30
-_TIMED = frozenset({"mp4", "webm", "mkv", "avi", "mov", "wav", "flac", "mp3", "ogg", "opus", "m4a"})
-_CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac"
-"""What FFmpeg may guess: no playlists, which would open other files."""
-_WIDTH = 320
-"""Pixels of a preview."""
+_BINS = 40
+_WIDEST = 48
+"""Pixels of a bar, where there are few."""
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1d2733;background:#fff}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem}table{border-collapse:collapse}
-td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #e3e7ec}td.n,th.n{text-align:right}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:1rem}figure{margin:0}
-img{max-width:100%;display:block;background:#eef1f4}figcaption{font-size:.85rem}.key{color:#66788a;font-size:.75rem;word-break:break-all}
-svg text{font:11px system-ui,sans-serif;fill:#52616f}rect{fill:#2f6f9f}
+h1{margin-bottom:.2rem}.lead{font-size:1.05rem;margin-top:0}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:1.4rem 1rem}figure{margin:0}
+img{max-width:100%;display:block;background:var(--soft);margin-bottom:.3rem}figcaption{font-size:.85rem;overflow-wrap:anywhere}
+figcaption ul,td ul{margin:.1rem 0;padding-left:1.1rem}.key{color:var(--dim);font-size:.75rem}rect{fill:#4477aa}
+svg.histogram{max-width:720px;display:block}
 """
+_TEXT_PARTS = {"txt": "the caption", "json": "captions or a conversation, and what else the source says of the sample"}
 
 
 def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
-    """An SVG histogram with its least, median and greatest value."""
+    """An SVG histogram with scales on both axes, and a line with the least, median, mean and greatest value.
+
+    Whole numbers that are few have a bar each.
+    """
     data = np.asarray(values, float)
     if not data.size:
         return "<p>no values</p>"
-    counts, edges = np.histogram(data, bins=_BINS)
-    width, height, top = 640, 140, max(1, int(counts.max()))
-    bars = []
+    low, high = float(data.min()), float(data.max())
+    whole = bool((data == data.round()).all()) and high - low < _BINS
+    edges = np.arange(low - 0.5, high + 1.5) if whole else np.histogram_bin_edges(data, bins=_BINS)
+    counts = np.histogram(data, bins=edges)[0]
+    left, right, width, height, top = 56, 14, 720, 170, max(1, int(counts.max()))
+    floor = height - 36
+
+    def across(value: float) -> float:
+        return left + (value - edges[0]) / (edges[-1] - edges[0]) * (width - left - right)
+
+    def up(count: float) -> float:
+        return floor - (floor - 10) * count / top
+
+    middle = f"median {np.median(data):.4g}, mean {data.mean():.4g}"
+    text = escape(f"{data.size:,} values, least {low:.4g}, {middle}, greatest {high:.4g} {unit}")
+    svg = [f'<svg class="histogram" viewBox="0 0 {width} {height}" role="img" aria-label="{text}">']
+    for tick in (t for t in ticks(0, top, 3) if t == int(t)):
+        svg.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
+        svg.append(f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for i, count in enumerate(counts.tolist()):
-        tall = height * count / top
-        label = f"{edges[i]:.4g} to {edges[i + 1]:.4g} {unit}: {count}"
-        bars.append(
-            f'<rect x="{i * width / _BINS:.1f}" y="{height - tall:.1f}" width="{width / _BINS - 1:.1f}" height="{tall:.1f}">'
+        start, end = across(float(edges[i])), across(float(edges[i + 1]))
+        start, end = max(start, (start + end - _WIDEST) / 2), min(end, (start + end + _WIDEST) / 2)
+        label = f"{edges[i]:.4g} to {edges[i + 1]:.4g} {escape(unit)}: {count}"
+        svg.append(
+            f'<rect x="{start:.1f}" y="{up(count):.1f}" width="{max(1.0, end - start - 1):.1f}" height="{floor - up(count):.1f}">'
             f"<title>{label}</title></rect>"
         )
-    middle = f"median {np.median(data):.4g}, mean {data.mean():.4g}"
-    text = escape(f"{data.size} values, least {data.min():.4g}, {middle}, greatest {data.max():.4g} {unit}")
-    left = f'<text x="0" y="{height + 14}">{edges[0]:.4g}</text>'
-    right = f'<text x="{width}" y="{height + 14}" text-anchor="end">{edges[-1]:.4g}</text>'
-    svg = f'<svg viewBox="0 0 {width} {height + 18}" width="{width}" role="img" aria-label="{text}">'
-    return f"{svg}{''.join(bars)}{left}{right}</svg><p>{text}</p>"
+    for tick in (t for t in ticks(low, high, 8) if not whole or t == int(t)):
+        svg.append(f'<text x="{across(tick):.1f}" y="{floor + 14}" text-anchor="middle">{short(tick)}</text>')
+    svg.append(f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>')
+    svg.append(f'<text transform="rotate(-90)" x="{-floor / 2}" y="12" text-anchor="middle">samples</text></svg>')
+    return f"{''.join(svg)}<p>{text}</p>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    def cell(value: object, tag: str = "td") -> str:
-        number = ' class="n"' if isinstance(value, int) else ""
-        return f"<{tag}{number}>{f'{value:,}' if isinstance(value, int) else escape(str(value))}</{tag}>"
-
-    body = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in rows)
-    return f"<table><tr>{''.join(cell(h, 'th') for h in head)}</tr>{body}</table>"
-
-
-class _Look:
-    """What the page needs of a dataset, gathered once."""
-
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        shards = [s for split in dataset.splits for s in dataset.shards(split)]
-        step = -(-len(shards) // _SHARDS)
-        self.all, self.seen = len(shards), shards[::step]
-        lengths = list[NDArray[np.uint64]]()
-        self.counts = Counter[str]()
-        for shard in self.seen:
-            index = dataset.index(shard)
-            lengths.append(index.all_text_bytes())
-            for kind, (count, _) in index.kinds().items():
-                self.counts.update(dict.fromkeys(kind, count))
-        self.lengths = np.concatenate(lengths)
-        self._draw = random.Random(seed)
-
-    def rows(self, count: int) -> list[tuple[ShardInfo, int]]:
-        """Random samples of the shards that were looked at."""
-        shards = self._draw.choices(self.seen, [s.samples for s in self.seen], k=count)
-        return list(dict.fromkeys((s, self._draw.randrange(s.samples)) for s in shards))
+def size_of(count: float) -> str:
+    """Bytes as people say them: 20.5 KB, 1.2 GB (powers of 1000)."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:.0f} bytes"
 
 
-def _text(parts: dict[str, Part]) -> str:
-    """What a sample says: its caption, or its conversation."""
-    if "txt" in parts:
-        return parts["txt"].data.decode(errors="replace")
-    meta = _meta(parts)
-    if isinstance(meta.get("caption"), str):
-        return str(meta["caption"])
-    turns = meta.get("conversations")
-    return "\n".join(f"{t.get('from')}: {t.get('value')}" for t in turns if isinstance(t, dict)) if isinstance(turns, list) else ""
+def _lead(dataset: Dataset) -> str:
+    manifest = dataset.manifest
+    samples, size = (sum(getattr(s, field) for s in manifest.shards) for field in ("samples", "bytes"))
+    what = f"{samples:,} sample{'s' if samples != 1 else ''} of {' + '.join(dataset.modalities) or 'text alone'}, {size_of(size)}"
+    texts = " and ".join(f".{t}" for t in manifest.text)
+    rows = [
+        ("built by", f"onellm shards build {manifest.source}" if manifest.source != "index" else "another tool; indexed by onellm"),
+        ("licence", manifest.licence),
+        ("text", f"every sample has {texts}" if texts else "some samples have .txt, some .json"),
+        ("shards", f"{len(manifest.shards):,}"),
+        *((k, json.dumps(v)) for k, v in manifest.attributes.items() if not isinstance(v, (dict, list))),
+    ]
+    return f'<p class="lead">{escape(what)}</p>{html_table(("", ""), rows)}'
 
 
-def _meta(parts: dict[str, Part]) -> dict[str, object]:
-    try:
-        value = json.loads(parts["json"].data) if "json" in parts else {}
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+def _drawn_how(modalities: Sequence[str]) -> list[str]:
+    """How to look at the pictures: what each modality says of its preview."""
+    said = [(name, (inspect.getdoc(get_modality(name).preview) or "").partition("\n\n")[0]) for name in modalities]
+    return [f'<p class="dim">{escape(name)}: {escape(how)}</p>' for name, how in said if how]
 
 
-def _seconds(parts: dict[str, Part]) -> float | None:
-    """How long a sample's sound or film is."""
-    part = next((p for e, p in parts.items() if e.rsplit(".", 1)[-1] in _TIMED), None)
-    if part is None:
-        return None
-    try:
-        with av.open(io.BytesIO(part.data), "r", options={"format_whitelist": _CONTAINERS}) as container:
-            return container.duration / av.time_base if container.duration else None
-    except av.FFmpegError:
-        return None
+def _splits(dataset: Dataset) -> str:
+    rows = [(s, dataset.samples(s), len(dataset.shards(s)), size_of(sum(i.bytes for i in dataset.shards(s)))) for s in dataset.splits]
+    return html_table(("split", "samples", "shards", "size"), rows, right=(1, 2, 3))
 
 
-def _drawn(dataset: Dataset, shard: ShardInfo, row: int) -> str:
-    """A figure of one sample: each of its modalities as people look at it, and its text."""
-    key = dataset.index(shard).key(row)
-    pictures = []
-    try:
-        parts = read_parts(dataset, shard, row)
-        for name in dataset.modalities:
-            modality = get_modality(name)
-            slots = {slot: parts[e] for slot, e in modality.match(set(parts)).items()}
-            picture = modality.preview(modality.decode(slots, _meta(parts))).convert("RGB")
-            picture.thumbnail((_WIDTH, _WIDTH))
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            pictures.append(f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
-        text = _text(parts)
-    except SampleError as error:
-        text = f"cannot be drawn: {error.what}"
-    caption = f'{escape(text)}<div class="key">{escape(shard.name)}/{escape(key)}</div>'
-    return f"<figure>{''.join(pictures)}<figcaption>{caption}</figcaption></figure>"
+def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str, Any]) -> str:
+    """What each part is, how many samples have it, and its mean size where the builder noted it."""
+    roles = dict(_TEXT_PARTS)
+    for name in dataset.modalities:
+        for slot, accepted in slots_of(get_modality(name)).items():
+            roles.update({e: f"{name}: {slot}" if slot != name else name for e in accepted if e in counts})
+    noted = statistics.get("parts_before_duplicates_went", {})
+
+    def mean(part: str) -> str:
+        found = noted.get(part, {})
+        return size_of(found["bytes"] / found["count"]) if found.get("count") else ""
+
+    rows = [(f".{p}", roles.get(p, "stored, not read in training"), n, mean(p)) for p, n in sorted(counts.items())]
+    return html_table(("part", "what it is", "samples that have it", "mean size"), rows, right=(2, 3))
 
 
-def _quarantine(root: Path) -> str:
-    """Reasons with their numbers, from the file that the builder wrote."""
+def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
+    """Bad samples by kind with an example each, and what the source and the filters left out knowingly."""
+    kinds, examples = Counter[str](), dict[str, str]()
     path = root / QUARANTINE
-    if not path.is_file():
-        return "<p>No sample was left out as bad.</p>"
-    kinds: Counter[str] = Counter()
-    with path.open(encoding="ascii") as file:
-        kinds.update(json.loads(line)["reason"].split(":")[0] for line in file)
-    return _table(("reason", "samples"), kinds.most_common())
+    if path.is_file():
+        with path.open(encoding="ascii") as file:
+            for line in file:
+                bad = json.loads(line)
+                kind = bad["reason"].split(":")[0]
+                kinds[kind] += 1
+                examples.setdefault(kind, f"{bad['file']}: {bad['reason']}")
+    total = statistics.get("candidates")
+    of = f" of {total:,} that the source listed" if total else ""
+    bad_rows = [(kind, count, examples[kind]) for kind, count in kinds.most_common()]
+    html = [f"<p>{sum(kinds.values()):,} bad{of}" + (f"; each is named in {QUARANTINE}.</p>" if kinds else ".</p>")]
+    html += [html_table(("why", "samples", "the first one"), bad_rows, right=(1,))] if kinds else []
+    known = statistics.get("left_out", {})
+    if known:
+        html.append("<p>Left out as asked (filters, duplicates, failed downloads, other splits):</p>")
+        html.append(html_table(("why", "samples"), sorted(known.items(), key=lambda row: -row[1]), right=(1,)))
+    return "".join(html)
+
+
+def _statistics(root: Path) -> Mapping[str, Any]:
+    """The builder's statistics.json; empty where there is none (indexed tars, the toy world)."""
+    try:
+        found = json.loads((root / STATISTICS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def page(root: Path, *, previews: int, seed: int = 0) -> str:
@@ -174,30 +175,24 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
         UsageError: there is no dataset.
     """
     dataset = open_dataset(root)
-    look = _Look(dataset, seed)
-    manifest = dataset.manifest
-    about = [
-        ("modalities", ", ".join(dataset.modalities) or "text alone"), ("text", ", ".join(manifest.text) or "not in every sample"),
-        ("licence", manifest.licence), ("source", manifest.source), ("shards", look.all),
-    ]  # fmt: skip
-    splits = [(s, len(dataset.shards(s)), dataset.samples(s), sum(i.bytes for i in dataset.shards(s))) for s in dataset.splits]
+    look, statistics = Look(dataset, seed), _statistics(root)
     part = f" ({len(look.seen)} of {look.all} shards, evenly spread)" if len(look.seen) < look.all else ""
-    html = [f"<h1>{escape(dataset.name)}</h1>", _table(("", ""), about)]
-    html += ["<h2>Splits</h2>", _table(("split", "shards", "samples", "bytes"), splits)]
-    html += [f"<h2>Parts{part}</h2>", _table(("part", "samples that have it"), sorted(look.counts.items()))]
-    html += [f"<h2>Length of the texts{part}</h2>", histogram(look.lengths, "bytes")]
-    examples = [(s, r, read_parts(dataset, s, r)) for s, r in look.rows(_EXAMPLES)]
-    if any(e.rsplit(".", 1)[-1] in _TIMED for e in look.counts):
-        durations = [d for s, r in look.rows(_PROBED) if (d := _seconds(read_parts(dataset, s, r))) is not None]
-        html += [f"<h2>Duration ({len(durations)} samples drawn at random)</h2>", histogram(durations, "s")]
-    html += ["<h2>Texts</h2>", _table(("sample", "text"), [(f"{s.name}/{dataset.index(s).key(r)}", _text(p)) for s, r, p in examples])]
-    html += ["<h2>Quarantine</h2>", _quarantine(root)]
+    html = [f"<h1>{escape(dataset.name)}</h1>", _lead(dataset)]
     if previews:
-        html += ["<h2>Samples</h2>", f'<div class="grid">{"".join(_drawn(dataset, s, r) for s, r in look.rows(previews))}</div>']
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(dataset.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>{"".join(html)}</body></html>\n'
-    )
+        shown = look.rows(previews)
+        html += [f"<h2>{len(shown)} samples drawn at random</h2>", *_drawn_how(dataset.modalities)]
+        html.append(f'<div class="gallery">{"".join(figure(dataset, *s) for s in shown)}</div>')
+    html += ["<h2>Splits</h2>", _splits(dataset)]
+    html += [f"<h2>What a sample holds{part}</h2>", _parts(dataset, look.counts, statistics)]
+    html += [f"<h2>Length of the texts{part}</h2>", histogram(look.lengths, "bytes")]
+    if any(e.rsplit(".", 1)[-1] in TIMED for e in look.counts):
+        durations = look.durations(_PROBED)
+        html += [f"<h2>Duration of {len(durations)} samples drawn at random</h2>", histogram(durations, "s")]
+    html += ["<h2>What was left out</h2>", _left_out(root, statistics)]
+    if not previews:
+        rows = [(f"{s.name}/{dataset.index(s).key(r)}", text_of(dataset, s, r)) for s, r in look.rows(_EXAMPLES)]
+        html += [f"<h2>{len(rows)} texts drawn at random</h2>", html_table(("sample", "text"), rows, html=(1,))]
+    return html_page(dataset.name, html, style=_STYLE)
 
 
 def page_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
@@ -208,7 +203,7 @@ def page_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
     """
     html = page(root, previews=previews, seed=seed)
     try:
-        write_whole(out, html.encode())
+        write_page(out, html)
     except OSError as error:
         raise UsageError(f"{out}: {error.strerror}.", "the page cannot be written.", "choose another --out.") from error
     print(f"{out}: {len(html):,} bytes; open it in a browser")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,7 +25,7 @@ class _Balanced(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -59,7 +60,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert drawn == page(tmp_path / "set", previews=6)
     assert "bytes; open it" in capsys.readouterr().out
     with pytest.raises(UsageError, match="cannot be written"):
-        page_command(tmp_path / "set", tmp_path / "none/x.html", previews=0, seed=0)
+        page_command(tmp_path / "set", tmp_path / "stats.html/x.html", previews=0, seed=0)
 
 
 def test_durations_are_measured(tmp_path: Path) -> None:
@@ -73,3 +74,32 @@ def test_a_histogram_counts_every_value() -> None:
     html = histogram([1.0] * 5 + [3.0], "s")
     assert sum(int(n) for n in re.findall(r" s: (\d+)</title>", html)) == 6
     assert histogram([], "s") == "<p>no values</p>"
+
+
+def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
+    """Conversations a turn a line, all captions of a list; bad samples with an example, and those left out knowingly."""
+    rows = [
+        {"id": "talk", "conversations": [{"from": "human", "value": "<what>?"}, {"from": "gpt", "value": "this"}]},
+        {"id": "bad", "caption": " "},
+        {"id": "spam", "caption": "x", "url": "http://spam"},
+    ]
+    (tmp_path / "deny").write_text("http://spam\n")
+    inputs = write_tree(tmp_path / "in", {"t.jsonl": "\n".join(json.dumps(r) for r in rows), "list.json": '{"caption": ["one", "a & b"]}'})
+    build_dataset("folder", inputs / "t.jsonl", tmp_path / "set", modality="text", max_failures=0.5, denylist=tmp_path / "deny")
+    html = checked(page(tmp_path / "set", previews=3))
+    assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
+    assert "1 sample of text alone" in html
+    assert "1 bad of 3 that the source listed" in html
+    assert re.search(r"<td>empty caption</td><td class=\"n\">1</td><td>[^<]*t\.jsonl:2: empty caption</td>", html)
+    assert '<td>denylist</td><td class="n">1</td>' in html
+    (inputs / "t.jsonl").unlink()
+    build_dataset("folder", inputs, tmp_path / "list", modality="text")
+    assert "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>" in page(tmp_path / "list", previews=0)
+
+
+def test_every_sample_of_a_small_dataset_is_shown_once(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{i:02d}{e}": d for i in range(9) for e, d in ((".jpg", picture(i)), (".txt", f"number {i}"))}
+    build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set", max_samples=4)
+    html = page(tmp_path / "set", previews=20)
+    assert [html.count(f"<figcaption>number {i}<") for i in range(9)] == [1] * 9
+    assert "image: The picture, at most 448 pixels a side." in html
