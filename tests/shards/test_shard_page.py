@@ -81,17 +81,16 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
     rows = [
         {"id": "talk", "conversations": [{"from": "human", "value": "<what>?"}, {"from": "gpt", "value": "this"}]},
         {"id": "bad", "caption": " "},
-        {"id": "spam", "caption": "x", "url": "http://spam"},
+        {"id": "again", "conversations": [{"from": "human", "value": "<what>?"}, {"from": "gpt", "value": "this"}]},
     ]
-    (tmp_path / "deny").write_text("http://spam\n")
     inputs = write_tree(tmp_path / "in", {"t.jsonl": "\n".join(json.dumps(r) for r in rows), "list.json": '{"caption": ["one", "a & b"]}'})
-    build_dataset("folder", inputs / "t.jsonl", tmp_path / "set", modality="text", max_failures=0.5, denylist=tmp_path / "deny")
+    build_dataset("folder", inputs / "t.jsonl", tmp_path / "set", modality="text", max_failures=0.5, dedup="exact")
     html = checked(page(tmp_path / "set", previews=3))
     assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
     assert "1 sample of text alone" in html
     assert "1 bad of 3 that the source listed" in html
     assert re.search(r"<td>empty caption</td><td class=\"n\">1</td><td>[^<]*t\.jsonl:2: empty caption</td>", html)
-    assert '<td>denylist</td><td class="n">1</td>' in html
+    assert '<td>duplicate: exact</td><td class="n">1</td>' in html
     (inputs / "t.jsonl").unlink()
     build_dataset("folder", inputs, tmp_path / "list", modality="text")
     assert "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>" in page(tmp_path / "list", previews=0)
