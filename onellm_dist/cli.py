@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from onellm_dist.convert.registry import ABOUT, DEFAULT_TARGET, EXAMPLES
 from onellm_dist.errors import EXIT_DONE, OneLLMError
@@ -170,13 +171,29 @@ def launch(
     raise typer.Exit(launch_command(recipe, settings or [], nodes=nodes, out=out, submit=submit, command=command, **options))
 
 
-@shards_app.command("build")
+class _BuildCommand(TyperCommand):
+    """`onellm shards build`: its flags are those of the source too, and `SOURCE --help` lists them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from onellm_dist.shards.arguments import expanded, source_help, source_in
+
+        source = source_in(args)
+        if source is not None and "--help" in args:
+            print(source_help(source))
+            ctx.exit()
+        own = [flag for parameter in self.get_params(ctx) for flag in parameter.opts]
+        return super().parse_args(ctx, expanded(args, own))
+
+
+@shards_app.command("build", cls=_BuildCommand)
 def shards_build(
-    source: Annotated[str, typer.Argument(help="A source (toyworld, folder, ...), or a dataset recipe (YAML).")],
+    source: Annotated[str, typer.Argument(help="A source (toyworld, folder, webvid, ...; docs/data.md), or a dataset recipe (YAML).")],
     paths: Annotated[
         list[Path] | None, typer.Argument(help="IN OUT, or OUT alone where the source makes its data.", metavar="[IN] OUT")
     ] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="key=value of the source; --option help lists them.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="key=value of the source; also --key value. SOURCE --help lists them.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the bytes written.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at OUT, finished or not.")] = False,
@@ -187,6 +204,7 @@ def shards_build(
 
     Examples: onellm shards build toyworld toy
               onellm shards build folder photos/ photo_shards --option modality=image
+              onellm shards build cc3m-depth cc3m/ cc3m_depth_shards --depth-model models/dpt-large
               srun -n 64 onellm shards build laion400m laion/ laion_shards --workers 8
     """
     from onellm_dist.shards.build import build_command

@@ -11,8 +11,9 @@ import yaml
 
 from onellm_dist.errors import EXIT_DONE, OneLLMError, UsageError
 from onellm_dist.shards.adopt import index_path
+from onellm_dist.shards.arguments import source_help
 from onellm_dist.shards.builder import Request, build_planned, dry_run
-from onellm_dist.shards.catalogue import complete_options, get_source, options_help
+from onellm_dist.shards.catalogue import complete_options, get_source
 from onellm_dist.shards.crew import Task
 from onellm_dist.shards.naming import dataset_name, parse_modalities
 from onellm_dist.shards.places import Place, place
@@ -171,7 +172,7 @@ def build_command(
     else:
         kind = get_source(source)
         if "help" in options:
-            print(options_help(kind))
+            print(source_help(kind))
             return EXIT_DONE
         expected = 2 if kind.needs_input else 1
         if len(paths) != expected:

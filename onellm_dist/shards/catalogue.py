@@ -76,10 +76,3 @@ def complete_options(source: Source, given: Mapping[str, Any], *, name: str) -> 
     values["licence"] = values["licence"] or source.licence
     settings = Settings(**{n: values[n] for n in OPTIONS})
     return {n: values[n] for n in source.options}, settings
-
-
-def options_help(source: Source) -> str:
-    """A source's options, a line each."""
-    return "\n".join(
-        [f"{source.name}: {source.summary}", *(f"  {n}={o.default}  ({o.kind.__name__}) {o.help}" for n, o in options_of(source).items())]
-    )

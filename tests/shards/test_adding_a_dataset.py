@@ -1,0 +1,79 @@
+"""What docs/data.md says about adding a dataset, done literally: its example is built, verified, previewed and trained from."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from shard_worlds import all_bytes, write_tree
+from source_checks import decoded, reasons, samples, tone
+
+from onellm_dist.cli import main
+from onellm_dist.shards import catalogue
+from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.format import open_dataset
+
+PAGE = Path(__file__).parents[2] / "docs/data.md"
+
+
+@pytest.fixture
+def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's source, as if it lay in shards/sources/."""
+    code = re.search(r'```python\n(""".onellm shards build birdsong.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    module = types.ModuleType("onellm_dist.shards.sources.birdsong")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(code[1], module.__dict__)
+    known = {**catalogue.all_sources(), "birdsong": module.SOURCE}
+    monkeypatch.setattr(catalogue, "all_sources", lambda: known)
+    monkeypatch.setattr("onellm_dist.shards.arguments.all_sources", lambda: known)
+
+
+def birds(root: Path) -> Path:
+    rows = ["id,species,place", "a1,blackbird,garden", "a2,wren,forest", "a3,robin", "a4,owl,forest", "a5,lark,field"]
+    files: dict[str, bytes | str] = {f"recordings/a{i}.wav": tone("WAV", hertz=200.0 * i) for i in (1, 2, 4)}
+    return write_tree(root, {**files, "birds.csv": "\n".join(rows) + "\n"})
+
+
+@pytest.mark.usefixtures("_birdsong")
+def test_the_pages_example(tmp_path: Path) -> None:
+    inputs = birds(tmp_path / "birds")
+    report = build_dataset("birdsong", inputs, tmp_path / "out", max_failures=0.5)
+    dataset = open_dataset(tmp_path / "out")
+    assert {k: (s["txt"], s["json"]) for k, s in samples(dataset).items()} == {
+        "a1": ("A blackbird sings.", {"place": "garden"}),
+        "a2": ("A wren sings.", {"place": "forest"}),
+        "a4": ("A owl sings.", {"place": "forest"}),
+    }
+    assert decoded(dataset, "a4")["audio"].shape == (1, 128, 1024)
+    assert reasons(report) == {
+        "row-000004": "unreadable row: 2 columns where the header has 3",
+        "a5": f"missing file: {inputs / 'recordings/a5.wav'}",
+    }
+    some = build_dataset("birdsong", inputs, tmp_path / "forest", max_failures=0.5, places="forest")
+    assert (some.samples, some.notes) == (2, ("left out knowingly: 2 x another place",))
+
+
+@pytest.mark.usefixtures("_birdsong")
+def test_the_pages_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    birds(tmp_path / "birds")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "birds/birds.csv").write_text("id,species,place\na1,blackbird,garden\na2,wren,forest\n")
+    commands = re.findall(
+        r"`(onellm shards (?:build birdsong|verify shards/birdsong|preview shards/birdsong)[^`]*)`", PAGE.read_text(encoding="utf-8")
+    )
+    lines = [c.split()[1:] for c in commands if "IN OUT" not in c]
+    assert [line[1] for line in lines] == ["build", "verify", "preview"]
+    build, verify, preview = lines
+    for line in (build, [w for w in build if w != "--dry-run"], verify, preview):
+        with pytest.raises(SystemExit) as stop:
+            main(line)
+        assert stop.value.code == 0
+        if "--dry-run" in line:
+            assert not (tmp_path / "shards").exists()
+    assert "blackbird" in (tmp_path / "birds.html").read_text()
+    assert "manifest.json" in all_bytes(tmp_path / "shards/birdsong")
+    assert "nothing was written" in capsys.readouterr().out
