@@ -150,7 +150,7 @@ def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
     known = statistics.get("left_out", {})
     if known:
         html.append("<p>Left out as asked (filters, duplicates, failed downloads, other splits):</p>")
-        html.append(html_table(("why", "samples"), sorted(known.items(), key=lambda row: -row[1]), right=(1,)))
+        html.append(html_table(("why", "samples"), Counter(known).most_common(), right=(1,)))
     return "".join(html)
 
 
