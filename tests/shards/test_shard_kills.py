@@ -1,0 +1,151 @@
+"""Builds that are killed, stopped, shared: they end in the bytes of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shard_kills import killable
+from shard_rows import build, known_rows, rows_input
+from shard_worlds import all_bytes, picture, write_tree
+
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.crew import Task
+from onellm_dist.shards.format import open_dataset
+
+
+@pytest.fixture(autouse=True)
+def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    known_rows(monkeypatch)
+
+
+def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
+    """(exit code, file operations until then) of a build in a process of its own; at=0: not killed."""
+    process, counter = killable(out, at, partial(build, inputs, out))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode, counter.value
+
+
+def _killed_at_random(tmp_path: Path, seeds: range) -> None:
+    inputs = rows_input(tmp_path / "in")
+    _, operations = run_killed(inputs, tmp_path / "undisturbed", 0)
+    expected = all_bytes(tmp_path / "undisturbed")
+    assert operations > 100
+    kept = 0
+    for seed in seeds:
+        draw, out = random.Random(seed), tmp_path / f"out{seed}"
+        for _ in range(3):
+            code, _ = run_killed(inputs, out, draw.randint(1, operations))
+            kept += len(list((tmp_path / f".{out.name}.building").glob("done/*.json")))
+            assert code in (0, -signal.SIGKILL) or out.exists()
+            if out.exists():
+                break
+        if not out.exists():
+            assert run_killed(inputs, out, 0)[0] == 0
+        assert all_bytes(out) == expected
+        if (tmp_path / f".{out.name}.building").exists():  # killed between the last rename and the removal of the build's folder
+            assert not list((tmp_path / f".{out.name}.building").glob("dataset"))
+    assert kept  # some kills came after shards were done, and those were gone on from
+
+
+def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    _killed_at_random(tmp_path, range(5))
+
+
+@pytest.mark.soak
+def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(tmp_path: Path) -> None:
+    _killed_at_random(tmp_path, range(5, 25))
+
+
+def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    _, operations = run_killed(inputs, tmp_path / "a", 0)
+    run_killed(inputs, tmp_path / "b", operations // 2)
+    built = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".b.building/built").glob("*.tar")}
+    assert 0 < len(built) < 8
+    os.link(tmp_path / ".b.building/built" / min(built), tmp_path / "witness")
+    build(inputs, tmp_path / "b")
+    assert (tmp_path / "witness").stat().st_nlink == 2  # moved, not written again
+    assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
+
+
+def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
+    """Three processes that were called alike (srun's ranks) share the work; one, two or all are killed somewhere."""
+    inputs = rows_input(tmp_path / "in")
+    _, operations = run_killed(inputs, tmp_path / "alone", 0)
+    expected = all_bytes(tmp_path / "alone")
+    for seed in seeds:
+        draw, out = random.Random(seed), tmp_path / f"out{seed}"
+        kills = [draw.randint(1, operations // 2) if rank <= seed % 3 else 0 for rank in range(3)]
+        draw.shuffle(kills)
+        crew = [killable(out, at, partial(build, inputs, out))[0] for at in kills]
+        for process in crew:
+            process.start()
+        for process in crew:
+            process.join(120)
+        codes = [process.exitcode for process in crew]
+        assert all(code == 0 or (code == -signal.SIGKILL and at) for code, at in zip(codes, kills, strict=True))
+        if not out.exists():  # the one that died held the last shard, or the others had left before
+            build(inputs, out)
+        assert all_bytes(out) == expected
+
+
+def test_processes_called_alike_share_the_work_and_some_may_die(tmp_path: Path) -> None:
+    _one_of_several_killed(tmp_path, range(5))
+
+
+@pytest.mark.soak
+def test_processes_called_alike_share_the_work_and_some_may_die_for_long(tmp_path: Path) -> None:
+    _one_of_several_killed(tmp_path, range(5, 25))
+
+
+def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "alone")
+    first = build(inputs, tmp_path / "out", task=Task(1, 3))
+    assert "put together by the process that ends last" in first.notes[0]
+    assert not (tmp_path / "out").exists()
+    assert sorted(p.stem for p in (tmp_path / ".out.building/done").glob("*.json")) == ["000001", "000004", "000007"]
+    build(inputs, tmp_path / "out", task=Task(0, 3))
+    assert build(inputs, tmp_path / "out", task=Task(2, 3)).samples == 56
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone")
+    assert "had finished already" in build(inputs, tmp_path / "out", task=Task(1, 3)).notes[0]
+    with pytest.raises(UsageError, match="INDEX/COUNT"):
+        Task.parse("3/3")
+
+
+def test_another_request_does_not_go_on_with_an_unfinished_build(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out", task=Task(0, 2))
+    with pytest.raises(UsageError, match="max_samples: 8 then, 9 now"):
+        build(inputs, tmp_path / "out", max_samples=9)
+    report = build(inputs, tmp_path / "out", max_samples=9, overwrite=True)
+    assert report.samples == 56
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out", task=Task(0, 2))
+    (inputs / "rows.txt").write_text("a:b\n")
+    with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
+        build(inputs, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {f"{i:03d}{e}": d for i in range(40) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
+    write_tree(tmp_path / "in", {**files, "017.jpg": b"broken", "033.jpg": picture(2)})
+    options: dict[str, Any] = {"name": "same", "max_samples": 6, "dedup": "exact"}
+    for workers in (1, 2):
+        build_dataset("folder", tmp_path / "in", tmp_path / str(workers), workers=workers, **options)
+    assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
+    assert open_dataset(tmp_path / "1").samples() == 38
