@@ -190,7 +190,15 @@ class CheckpointSection(Section):
     """`checkpoint.*`: when checkpoints are written and which one is resumed."""
 
     every: PositiveInt = 500
+    """Optimizer steps between two checkpoints; one more is written at the end, and when the run is asked to stop."""
+    every_minutes: float | None = Field(None, gt=0)
+    """Also after so many minutes, by rank 0's clock, at the end of the step."""
     keep: PositiveInt = 2
+    """The newest ones that stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this stay for ever."""
+    asynchronous: bool = True
+    """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits."""
     resume: Literal["auto", "never"] | Path = "auto"
     """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory."""
 
@@ -214,6 +222,30 @@ class TrackSection(Section):
     """... for so many steps is warned about."""
 
 
+class GuardSection(Section):
+    """`guard.*`: what is done about losses and gradients that are not finite or leap, and about steps that do not end."""
+
+    policy: Literal["skip", "rollback", "stop"] = "skip"
+    """`skip` throws the step away on all ranks; `rollback` goes back to the last checkpoint and marks the samples as tombstones;
+    `stop` ends the run."""
+    window: PositiveInt = 128
+    """Steps that a loss and a gradient norm are compared with (a leap can be seen once a quarter of them, at least 8, are there)."""
+    threshold: float = Field(10.0, ge=0)
+    """A loss or gradient norm that lies so many robust standard deviations (1.4826 MAD) above the window's median is a spike; 0: none."""
+    max_skipped: PositiveInt = 10
+    """So many steps thrown away in a row stop the run."""
+    max_rollbacks: int = Field(5, ge=0)
+    """More roll-backs than this, earlier starts included, stop the run."""
+    hang_minutes: float = Field(15.0, ge=0)
+    """A step in which no rank gets on for so long ends the run, with every rank's stack in `hangs/`; 0: nobody watches."""
+    first_step_minutes: float = Field(30.0, gt=0)
+    """The same for everything before the end of the first step (compilers run, caches are cold)."""
+    checkpoint_minutes: float = Field(30.0, gt=0)
+    """The same for waiting for a checkpoint or an export."""
+    validation_minutes: float = Field(30.0, gt=0)
+    """The same for a validation."""
+
+
 class LaunchSection(Section):
     """`launch.*`: used only where no launcher (deepspeed, torchrun, srun) started us."""
 
@@ -232,6 +264,7 @@ class RunConfig(Section):
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
+    guard: GuardSection = GuardSection()
     launch: LaunchSection = LaunchSection()
 
     def to_yaml(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "onellm_dist"
-LEAVES = {"errors", "packed", "config", "resources", "progress", "charts", "webpage"}
+LEAVES = {"errors", "packed", "config", "resources", "progress", "charts", "webpage", "files"}
 MAY_IMPORT = {
     "modalities": set(),
     "model": {"modalities"},

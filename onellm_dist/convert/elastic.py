@@ -23,7 +23,8 @@ from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.model.presets import TOY_TOKENIZER, build_config, smollm2_gguf
 
 NAME, KIND = "run", "onellm"
-MANIFEST, VERSION = "manifest.json", 1
+MANIFEST, VERSIONS = "manifest.json", (1, 2)
+"""Version 2 added checksums."""
 MASTER = "master"
 """The key of the fp32 weights; the others are Adam's."""
 
@@ -83,9 +84,9 @@ def _newest(path: Path) -> Path:
 
 
 def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
-    if manifest["version"] != VERSION:
+    if manifest["version"] not in VERSIONS:
         raise UsageError(
-            f"{folder}: version {manifest['version']}", f"this program reads version {VERSION}.", "convert it with its own version."
+            f"{folder}: version {manifest['version']}", f"this program reads versions {VERSIONS}.", "convert it with its own version."
         )
     wrong = []
     for name, size in manifest["files"].items():

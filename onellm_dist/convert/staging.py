@@ -14,6 +14,7 @@ from typing import Any
 
 from onellm_dist.convert.writers import Written
 from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.files import sync
 
 RECORD = "conversion.json"
 """Stands in every folder that was written here; only such a folder is ever replaced."""
@@ -55,8 +56,8 @@ class Stage:
         (self.folder / _JOURNAL).unlink(missing_ok=True)
         for path in self.folder.iterdir():
             if path.name not in self.done and path.is_file():
-                _sync(path)
-        _sync(self.folder)
+                sync(path)
+        sync(self.folder)
 
 
 @contextmanager
@@ -153,17 +154,9 @@ def _rename(folder: Path, out: Path) -> None:
     if out.exists():
         out.replace(before)
     folder.replace(out)
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
 def _aside(out: Path) -> Path:
     return out.with_name(f".{out.name}.before")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from onellm_dist.files import sync
+
 ASIDE = ".aside"
 """Suffix of a file that is being written; left behind only by a crash."""
 
@@ -18,15 +20,6 @@ def aside(path: Path) -> Path:
 def private_name() -> str:
     """A name that no other process has, on any machine that shares the disk."""
     return f"{socket.gethostname()}-{os.getpid()}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -44,4 +37,4 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.files import sync
 from onellm_dist.progress import progress
 from onellm_dist.shards.duplicates import duplicates
-from onellm_dist.shards.files import private_name, sync_folder
+from onellm_dist.shards.files import private_name
 from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.index import ShardIndex, index_path_of
 from onellm_dist.shards.places import Place, move, put, write
@@ -73,7 +74,7 @@ def finish(job: Job, records: list[Record], final: Place, *, workers: int) -> Fi
     if bad:
         write(final / QUARANTINE, quarantine_bytes(bad))
     if isinstance(final, Path):
-        sync_folder(final / SHARD_FOLDER)
+        sync(final / SHARD_FOLDER)
     write(final / STATISTICS, json.dumps(_statistics(records, manifest, bad, repeated), indent=1, sort_keys=True).encode())
     write(final / MANIFEST, manifest.to_bytes())
     skipped = _skipped(records, repeated)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.files import aside, sync_folder, write_whole
+from onellm_dist.files import sync
+from onellm_dist.shards.files import aside, write_whole
 
 if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
@@ -191,7 +192,7 @@ def put(source: Path, target: Place) -> None:
         else:
             shutil.copyfile(source, aside(target))
             aside(target).replace(target)
-        sync_folder(target.parent)
+        sync(target.parent)
     else:
         target._fs.put_file(str(source), target._key)
         source.unlink()

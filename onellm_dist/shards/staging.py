@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onellm_dist.errors import UsageError
-from onellm_dist.shards.files import sync_folder
+from onellm_dist.files import sync
 from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER
 from onellm_dist.shards.writer import refuse_occupied
 
@@ -69,7 +69,7 @@ def put_in_place(folder: Path, out: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         out.replace(replaced)
     folder.replace(out)
-    sync_folder(out.parent)
+    sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     failed_quarantine(out).unlink(missing_ok=True)
 

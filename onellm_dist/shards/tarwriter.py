@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from onellm_dist.shards.files import aside, sync_folder
+from onellm_dist.files import sync
+from onellm_dist.shards.files import aside
 from onellm_dist.shards.format import ShardInfo
 from onellm_dist.shards.index import IndexRows, PartLocation, pack_index, text_length, write_index
 
@@ -114,7 +115,7 @@ class ShardWriter:
         digest = self._digest.hexdigest()
         write_index(self.target, pack_index(self._rows, tar_name=self.target.name, tar_bytes=self._offset, tar_sha256=digest, end=end))
         aside(self.target).replace(self.target)
-        sync_folder(self.target.parent)
+        sync(self.target.parent)
         return ShardInfo(self.path, self.split, self.samples, self._offset, digest)
 
     def abandon(self) -> None:

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from onellm_dist.errors import SampleError, UsageError
+from onellm_dist.files import sync
 from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.files import ASIDE, sync_folder, write_whole
+from onellm_dist.shards.files import ASIDE, write_whole
 from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo, open_dataset
 from onellm_dist.shards.index import SUFFIX
 from onellm_dist.shards.tars import split_name
@@ -143,7 +144,7 @@ class DatasetWriter:
             raise UsageError(f"dataset {self.name} ({self.root}) got no sample.", "an empty dataset cannot be read.", "check the inputs.")
         self._shards.extend(shard.close() for shard in self._open.values())
         self._open = {}
-        sync_folder(self.root / SHARD_FOLDER)
+        sync(self.root / SHARD_FOLDER)
         manifest = Manifest(
             self.name, self.modalities, tuple(e for e in TEXT_EXTENSIONS if e in self._text), self._licence, self._source,
             tuple(sorted(self._shards, key=lambda s: s.path)), self._attributes,

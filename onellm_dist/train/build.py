@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,14 @@ from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.segments import Segment
 from onellm_dist.data.validation import open_validation
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.errors import OneLLMError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.model.unloaded import Weights, open_model
-from onellm_dist.train.checkpoint import checkpoint_name, load_state, newest_whole, prune, read_manifest, save_state
+from onellm_dist.train.best import BEST, Best
+from onellm_dist.train.checkpoint import load_state, read_manifest
+from onellm_dist.train.checkpoint_source import describe_source
+from onellm_dist.train.checkpoint_writer import Checkpoints
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine, EngineSettings
 from onellm_dist.train.engine.ds_config import load_ds_config
@@ -30,9 +33,13 @@ from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
+from onellm_dist.train.inflight import InFlight
 from onellm_dist.train.ledger import Ledger, write_stream
-from onellm_dist.train.metrics import Events, Metrics
+from onellm_dist.train.metrics import Events, Metrics, drop_from
+from onellm_dist.train.phases import Phases
 from onellm_dist.train.profiler import Profiler
+from onellm_dist.train.resume import Found, find_checkpoint
+from onellm_dist.train.rollback import Marks
 from onellm_dist.train.router import RouterWatch
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
 from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
@@ -40,7 +47,7 @@ from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.telemetry import Telemetry
 from onellm_dist.train.totals import StepTotals
 from onellm_dist.train.trackers import Trackers, check_trackers
-from onellm_dist.train.validate import Validation
+from onellm_dist.train.validate import VALIDATION, Validation
 
 COMPARE_EVERY = 50
 """Steps between comparisons of the plan across ranks."""
@@ -56,7 +63,9 @@ class Run:
     engine: Engine
     loader: Loader
     ledger: Ledger
+    marks: Marks
     guard: Guard
+    checkpoints: Checkpoints
     metrics: Metrics
     events: Events
     stop: StopRequest
@@ -73,6 +82,16 @@ class Run:
     profiler: Profiler
     trackers: Trackers | None
     """Of rank 0."""
+    phases: Phases
+    """Of this start, until its first step is done."""
+    open_loader: Callable[[int], Loader]
+    open_metrics: Callable[[int], Metrics]
+    best: Best
+
+    @property
+    def in_flight(self) -> InFlight:
+        """What this rank is at."""
+        return self.exit_file.in_flight
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
@@ -99,19 +118,18 @@ class Run:
                 "make sure that all nodes see the same shards, length sidecars and version of onellm_dist.",
             )
 
-    def checkpoint(self, step: int) -> None:
-        """Write the checkpoint after `step` steps, and drop the oldest ones."""
-        started = time.perf_counter()
-        folder = self.config.run.dir / CHECKPOINTS / checkpoint_name(step)
-        about = {
-            "step": step, "stage": self.config.train.stage, "plan": self.plan.fingerprint(), "onellm_dist": __version__,
-            "model": self.config.model.model_dump(mode="json"), "seed": self.config.run.seed,
-            "segments": [segment.to_json() for segment in self.plan.segments],
-        }  # fmt: skip
-        save_state(folder, self.engine, self.world, about)
+    def restart_at(self, step: int, guard: Mapping[str, Any]) -> None:
+        """Go on from `step`, a second time: loader, metrics and guard are set to it. Called by all ranks together."""
+        self.first_step = step
+        self.exit_file.step = step
+        self.loader.close()
+        self.loader = self.open_loader(step)
+        self.metrics.close()
+        self.metrics = self.open_metrics(step)
+        self.guard.restore(guard)
+        self.ledger.begin(step)
         if self.world.main:
-            prune(folder.parent, self.config.checkpoint.keep)
-        self.events.write("checkpoint", step=step, folder=folder.name, seconds=round(time.perf_counter() - started, 3))
+            drop_from(self.config.run.dir / VALIDATION, step + 1)
 
     def stop_reason(self) -> str:
         """Who asked to stop, as far as any rank knows. Called by all ranks."""
@@ -124,9 +142,17 @@ class Run:
         export_model(folder, self.engine, self.model, self.processor, self.world)
         self.events.write("export", folder=str(folder), say=f"the trained model is in {folder}")
 
+    def note_validation(self, done: int, loss: float) -> None:
+        """Write the model to `<run.dir>/best` where its validation loss is the least so far. Called by all ranks with the same loss."""
+        if self.best.note(done, loss):
+            self.events.write("best", step=done, loss=loss, folder=str(self.config.run.dir / BEST))
 
-def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
+
+def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phases) -> Run:
     """Build a run; called by all ranks together.
+
+    Args:
+        phases: what the start took so far; goes on here.
 
     Raises:
         UsageError: the recipe asks for something that is not there or cannot be.
@@ -134,20 +160,20 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     settings = _engine_settings(config, world)
     check_trackers(config.track)
     lock = lock_directory(config.run.dir) if world.main else None
-    resume = _checkpoint_to_resume(config, world)
+    with phases.of("checkpoint"):
+        found = find_checkpoint(config, config.run.dir / CHECKPOINTS, world)
+    resume, manifest = found.folder, {} if found.folder is None else read_manifest(found.folder) or {}
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
 
-    model, processor, weights = open_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed)
-    opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
-    sizes = model.config.vision.patches, model.config.vision.prefix
-    plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
-    validation = _main_first(world, partial(open_validation, *opening, sizes=sizes)) if config.data.validation else None
+    with phases.of("model"):
+        model, processor, weights = open_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed)
+    with phases.of("data"):
+        opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
+        sizes = model.config.vision.patches, model.config.vision.prefix
+        plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
+        validation = _main_first(world, partial(open_validation, *opening, sizes=sizes)) if config.data.validation else None
     new_segment = False if resume is None else _follow(plan, resume)
-    if world.main:
-        prepare_directory(config, resume)
-        write_stream(config.run.dir / LEDGER, plan.segments, {d.name: _absolute(d.place) for d in plan.datasets})
-    world.barrier()
-    events = Events(config.run.dir, main=world.main)
+    events = _open_records(config, world, plan, exit_file, found)
     if new_segment:
         _tell_segment(events, plan)
     flops = FlopCounter(model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable")
@@ -158,24 +184,49 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile) -> Run:
     model.train()
     router = RouterWatch(model, {name for runs in plan.runs for name in runs})
 
-    engine = _wrap(model, config, settings, weights)
+    with phases.of("engine"):
+        engine = _wrap(model, config, settings, weights)
     del weights
-    first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
+    with phases.of("checkpoint"):
+        first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
     ledger = Ledger(config.run.dir / LEDGER, world.rank)
+    marks = Marks(config.run.dir / LEDGER)
+    unreadable = len(ledger.known.keys() - marks.known.keys())
+    ledger.known.update(marks.known)
     ledger.begin(first_step)
     steps = config.train.steps
     trackers = _trackers(config, world, events)
+    open_loader = partial(Loader, plan, world.size, world.rank, last_step=steps, tombstones=ledger.known)
+    open_metrics = partial(_open_metrics, config, world, trackers)
+    guard = Guard(config.guard, config.data.max_tombstones, unreadable, {} if new_segment else manifest.get("guard", {}))
     run = Run(
-        config, world, plan, engine, Loader(plan, world.size, world.rank, first_step, steps, tombstones=ledger.known), ledger,
-        Guard(config.data.max_tombstones, len(ledger.known)),
-        Metrics(config.run.dir, main=world.main, first_step=first_step, steps=steps, log_every=config.train.log_every, trackers=trackers),
-        events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
+        config, world, plan, engine, open_loader(first_step), ledger, marks, guard,
+        Checkpoints(
+            config.run.dir / CHECKPOINTS, engine, world, config.checkpoint, partial(_about, config, plan, guard),
+            partial(describe_source, config, manifest.get("frozen")), events.write,
+        ),
+        open_metrics(first_step), events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
         _validation(config, validation, engine, model, world, events, first_step), Telemetry(config, world, events, router),
-        Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers,
+        Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers, phases, open_loader, open_metrics,
+        Best(config.run.dir / BEST, engine, model, processor, world),
     )  # fmt: skip
     exit_file.step = first_step
     _tell_start(run, resume)
     return run
+
+
+def _open_records(config: RunConfig, world: World, plan: Plan, exit_file: ExitFile, found: Found) -> Events:
+    """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
+    if world.main:
+        prepare_directory(config, found.folder)
+        write_stream(config.run.dir / LEDGER, plan.segments, {d.name: _absolute(d.place) for d in plan.datasets})
+    world.barrier()
+    events = Events(config.run.dir, main=world.main)
+    _tell_passed_over(events, found)
+    exit_file.in_flight.names = lambda micro: plan.sample_ids(micro.samples)
+    exit_file.in_flight.runs = plan.runs
+    exit_file.on_failure = partial(_tell_failed, config.run.dir)
+    return events
 
 
 def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
@@ -190,23 +241,6 @@ def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
 
 def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights) -> Engine:
     return engine_class(config.engine.name).wrap(model, parameter_groups(model, config.optim.weight_decay), settings, weights)
-
-
-def _checkpoint_to_resume(config: RunConfig, world: World) -> Path | None:
-    """The checkpoint that this start goes on from; rank 0 looks, all go by it."""
-    wanted = config.checkpoint.resume
-    if wanted == "never":
-        return None
-    if isinstance(wanted, Path):
-        found = wanted if world.main and read_manifest(wanted) is not None else None
-        if world.broadcast(found) is None:
-            raise UsageError(
-                f"checkpoint.resume={wanted}: no whole checkpoint there",
-                "a checkpoint has a manifest.json and every file that it names.",
-                "give a step-... folder of a run's checkpoints/, or auto.",
-            )
-        return wanted
-    return world.broadcast(newest_whole(config.run.dir / CHECKPOINTS) if world.main else None)
 
 
 def _validation(
@@ -245,6 +279,30 @@ def _follow(plan: Plan, resume: Path) -> bool:
     return plan.follow([Segment.from_json(raw) for raw in manifest.get("segments", ())], int(manifest.get("step", 0)))
 
 
+def _open_metrics(config: RunConfig, world: World, trackers: Trackers | None, first_step: int) -> Metrics:
+    track = config.train
+    return Metrics(
+        config.run.dir, main=world.main, first_step=first_step, steps=track.steps, log_every=track.log_every, trackers=trackers
+    )  # fmt: skip
+
+
+def _about(config: RunConfig, plan: Plan, guard: Guard, step: int) -> dict[str, Any]:
+    """What a checkpoint's manifest says beside the state."""
+    return {
+        "step": step, "stage": config.train.stage, "plan": plan.fingerprint(), "onellm_dist": __version__,
+        "model": config.model.model_dump(mode="json"), "seed": config.run.seed,
+        "segments": [segment.to_json() for segment in plan.segments], "guard": guard.state(),
+    }  # fmt: skip
+
+
+def _tell_passed_over(events: Events, found: Found) -> None:
+    for name, problem in found.passed_over:
+        events.write(
+            "checkpoint_damaged", folder=name, problems=[problem], resumed=found.folder.name if found.folder else None,
+            say=f"WARNING: checkpoint {name} is damaged and passed over: {problem}",
+        )  # fmt: skip
+
+
 def _absolute(place: str) -> str:
     return place if "://" in place else str(Path(place).resolve())
 
@@ -275,6 +333,24 @@ def _tell_start(run: Run, resume: Path | None) -> None:
         "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
         lost_steps=run.metrics.lost_steps, lost_seconds=round(run.metrics.lost_seconds, 3),
         mfu=run.flops.describe(run.world.size, run.peak), trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
+        nodes=run.world.size // run.world.local_world, **_slurm(os.environ),
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
         f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",
     )  # fmt: skip
+
+
+def _slurm(env: Mapping[str, str]) -> dict[str, Any]:
+    """What Slurm says of the job that this start is in; nothing outside one."""
+    if "SLURM_JOB_ID" not in env:
+        return {}
+    nodes = env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES")
+    return {
+        "slurm_job_id": env["SLURM_JOB_ID"], "slurm_restart_count": int(env.get("SLURM_RESTART_COUNT") or 0),
+        "slurm_nodes": int(nodes) if nodes else None, "slurm_node_list": env.get("SLURM_JOB_NODELIST"),
+    }  # fmt: skip
+
+
+def _tell_failed(run_dir: Path, found: dict[str, Any]) -> None:
+    """The event `end` of a start that failed, written by the rank whose failure came first."""
+    fields = {key: value for key, value in found.items() if key != "time"}
+    Events(run_dir, main=True).write("end", **fields)

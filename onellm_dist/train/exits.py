@@ -6,23 +6,31 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
+from onellm_dist.train.inflight import InFlight
 
 CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
 EXIT_FILE = "exit.json"
 
 
 class ExitFile:
-    """`RUN_DIR/exit.json`: status, exit_code, step (steps done), reason, rank, time. The rank that writes first is believed:
-    the others fail because it did."""
+    """`RUN_DIR/exit.json`: status, exit_code, step (steps done), reason, rank, time; where the status is `failed`, also failed_step
+    (index of the step that was under way, or null) and suspects (ids of the samples of the micro-step that this rank was at).
+    The rank that writes first is believed: the others fail because it did."""
 
     def __init__(self, run_dir: Path, rank: int) -> None:
+        self.run_dir = run_dir
         self._path, self._rank = run_dir / EXIT_FILE, rank
         self.step: int | None = None
         """Steps done so far; kept up to date by the loop."""
+        self.in_flight = InFlight()
+        """What this rank is at."""
+        self.on_failure: Callable[[dict[str, Any]], None] | None = None
+        """Told what was written, when a failure is recorded by this rank; set once the run has a record of its events."""
 
     def clear(self) -> None:
         """Forget how the start before this one ended. Rank 0 calls it, before any rank can fail over a message."""
@@ -33,18 +41,24 @@ class ExitFile:
         self.clear()
         return self.write(status, reason=reason)
 
-    def write(self, status: str, *, reason: str) -> int:
-        """Record the end, unless another rank did. Returns the exit code."""
+    def write(self, status: str, *, reason: str, **more: Any) -> int:
+        """Record the end, unless another rank did; `more` goes in as it is. Returns the exit code."""
         code = CODES[status]
-        found = {
+        found: dict[str, Any] = {
             "status": status, "exit_code": code, "step": self.step, "reason": reason, "rank": self._rank,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }  # fmt: skip
+        if status == "failed":
+            found["failed_step"] = self.in_flight.step
+            found["suspects"] = more.pop("suspects") if "suspects" in more else self.in_flight.suspects()
+            found |= more
         own = self._path.with_name(f".{EXIT_FILE}.{self._rank}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             os.link(own, self._path)
+            if status == "failed" and self.on_failure is not None:
+                self.on_failure(found)
         except FileExistsError:
             pass
         except OSError as error:  # a full or missing disk must not hide why the run ended

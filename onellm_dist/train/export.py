@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from onellm_dist.errors import OneLLMError
-from onellm_dist.train.checkpoint import sync
+from onellm_dist.files import sync
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onellm_dist.data.segments import Segment
+from onellm_dist.files import sync
 from onellm_dist.packed import PackedBatch
 
 SEGMENTS, DATASETS, PROGRESS, STARTS = "segments.json", "datasets.json", "progress", "starts.jsonl"
@@ -100,11 +101,7 @@ def _replace(path: Path, value: object) -> None:
         out.flush()
         os.fsync(out.fileno())
     aside.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def _parse(line: str) -> dict[str, str] | None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass, field, replace
 
 from onellm_dist.data.microstep import MicroStep
+from onellm_dist.errors import OneLLMError
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.build import Run
+from onellm_dist.train.culprits import Part, Suspect, describe, find_culprits, say
 from onellm_dist.train.engine.base import StepResult
+from onellm_dist.train.guard import Verdict
 from onellm_dist.train.metrics import StepReport
+from onellm_dist.train.rollback import RollBackError, needs_a_start, roll_back
 from onellm_dist.train.schedule import learning_rate
 from onellm_dist.train.totals import StepTotals, StepValues
 
@@ -28,87 +30,170 @@ class Outcome:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
     """What one rank did in a step before the optimizer."""
 
     totals: StepTotals
-    batches: list[PackedBatch]
-    """The micro-batches, without their media."""
-    losses: list[torch.Tensor]
-    waited: float
+    parts: list[Part] = field(default_factory=list)
+    waited: float = 0.0
     """Seconds spent waiting for the loader."""
+    values: StepValues | None = None
+    """The sums over all ranks; known before the last backward."""
+    verdict: Verdict | None = None
+    """Why the step must not be applied."""
 
 
 def train(run: Run) -> Outcome:
-    """Run every step that is left, then export the model."""
+    """Run every step that is left, going back where the guard says so, then export the model."""
+    if needs_a_start(run):
+        run.checkpoints.save(0)
+    while True:
+        try:
+            outcome = _train(run)
+            break
+        except RollBackError as back:
+            run.in_flight.rest("checkpoint")
+            roll_back(run, back)
+    run.in_flight.rest("checkpoint")
+    run.checkpoints.settle()
+    if outcome.status == "done":
+        run.in_flight.rest("export")
+        run.export()
+    return outcome
+
+
+def _train(run: Run) -> Outcome:
     steps = run.config.train.steps
     with run.loader as loader:
         micro_batches = iter(loader)
         for step in range(run.first_step, steps):
+            run.in_flight.beat("plan", step=step)
             run.compare_plans(step)
             run.profiler.begin(step)
-            values, result = _step(run, step, micro_batches)
+            values, applied = _step(run, step, micro_batches)
             run.profiler.end(step)
             run.exit_file.step = step + 1
-            run.guard.after_step(step, applied=result.applied, new_tombstones=values.new_tombstones)
-            preempted = values.stop and step + 1 < steps
-            if run.validation is not None and run.validation.due(step + 1) and not preempted:
-                run.validation.run(step + 1)
-            if preempted or (step + 1) % run.config.checkpoint.every == 0 or step + 1 == steps:
-                started = time.perf_counter()
-                run.checkpoint(step + 1)
-                run.telemetry.stalled += time.perf_counter() - started
-            if preempted:
+            run.in_flight.first_step_done = True
+            run.guard.count(step, applied=applied, new_tombstones=values.new_tombstones)
+            if _end_of_step(run, step + 1, values):
                 return Outcome("preempted", run.stop_reason())
-    run.export()
     return Outcome("done", f"{steps} steps")
 
 
-def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues, StepResult]:
+def _end_of_step(run: Run, done: int, values: StepValues) -> bool:
+    """Validation and checkpoint, where they are due after `done` steps. Returns whether the run stops here."""
+    steps = run.config.train.steps
+    if values.write_failed:
+        run.checkpoints.settle()  # raises on every rank
+    preempted = values.stop and done < steps
+    if run.validation is not None and run.validation.due(done) and not preempted:
+        run.in_flight.beat("validation")
+        run.note_validation(done, run.validation.run(done))
+    last = preempted or done == steps
+    if last or done % run.config.checkpoint.every == 0 or values.save:
+        run.in_flight.beat("checkpoint")
+        run.checkpoints.save(done, wait=last)
+        run.telemetry.stalled += run.checkpoints.stall_seconds
+    return preempted
+
+
+def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues, bool]:
+    """One optimizer step; whether it was applied.
+
+    Raises:
+        RollBackError, OneLLMError: by the guard's policy.
+    """
     started = time.perf_counter()
     done = _forward_backward(run, step, micro_batches)
-    # The record of tombstones is on the disk of every rank before any rank can apply the step: the sum waits for all.
-    new_tombstones = run.ledger.record(step, done.batches)
-    done.totals.reduce(run.world, new_tombstones=new_tombstones, stop=run.stop.asked())
+    values = done.values
+    if values is None:
+        raise RuntimeError(f"the plan has no micro-step in step {step}")
     lr = learning_rate(step, run.config.optim, run.config.train.steps)
     result = run.engine.step(lr)
-    values = done.totals.read()
-    if values.not_finite or not result.applied:
-        _tell_skipped(run, step, done, values)
+    verdict = done.verdict or run.guard.after_step(_loss(run, step, values), result.grad_norm, applied=result.applied)
+    if verdict is not None:
+        _judge(run, step, done, verdict)
     if values.new_tombstones:
         run.events.write("tombstones", step=step, count=values.new_tombstones, total=run.guard.tombstones + values.new_tombstones)
-    run.metrics.write(_report(run, step, lr, values, result, time.perf_counter() - started, done.waited))
-    return values, result
+    seconds = time.perf_counter() - started
+    run.metrics.write(_report(run, step, lr, values, result, seconds, done.waited))
+    run.phases.first_step(seconds, done.waited, run.events)
+    return values, result.applied
 
 
 def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass:
-    done = _Pass(run.new_totals(), [], [], 0.0)
-    waited = 0.0
-    while True:
+    done = _Pass(run.new_totals())
+    for planned in run.plan.step(step, run.world.size).ranks[run.world.rank]:
+        run.in_flight.beat("data", micro=planned)
         asked = time.perf_counter()
         micro, batch = next(micro_batches)
-        waited += time.perf_counter() - asked
-        if micro.step != step:
-            raise RuntimeError(f"the loader gave a micro-step of step {micro.step} in step {step}")
+        done.waited += time.perf_counter() - asked
+        if (micro.step, micro.index) != (step, planned.index):
+            raise RuntimeError(f"the loader gave micro-step {micro.index} of step {micro.step} for {planned.index} of step {step}")
+        run.in_flight.beat("forward")
         batch = batch.to(run.world.device)
         loss, nll, sample_index = run.engine.forward(batch, last=micro.last)
-        run.engine.backward(loss, micro.divisor)
         done.totals.add(batch, loss, nll, sample_index)
-        done.batches.append(replace(batch, values={}))
-        done.losses.append(loss.detach())
+        done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
         if micro.last:
-            return _Pass(done.totals, done.batches, done.losses, waited)
+            _decide(run, step, done)
+            if done.verdict is not None:
+                loss = loss * math.nan  # so that every engine throws the whole step away, as it does for any loss that is not finite
+        run.in_flight.beat("backward")
+        run.engine.backward(loss, micro.divisor)
+    run.in_flight.beat("step")
+    return done
 
 
-def _tell_skipped(run: Run, step: int, done: _Pass, values: StepValues) -> None:
-    """An event that names the samples whose loss was not finite, on whichever rank."""
-    own = [batch.sample_ids for batch, loss in zip(done.batches, done.losses, strict=True) if not math.isfinite(loss.item())]
-    culprits = [{"rank": rank, "samples": list(ids)} for rank, found in enumerate(run.world.gather(own)) for ids in found]
-    reason = f"loss not finite in {values.not_finite} micro-steps" if culprits else "gradient not finite, every loss finite"
-    run.events.write(
-        "step_skipped", say=f"step {step} skipped on all ranks: {reason} (see events.jsonl)", step=step, reason=reason, micro_steps=culprits
+def _decide(run: Run, step: int, done: _Pass) -> None:
+    """Sum over the ranks, and look at the loss while nothing is applied yet.
+
+    The record of tombstones is on the disk of every rank before any rank can apply the step: the sum waits for all.
+    """
+    new_tombstones = run.ledger.record(step, [part.batch for part in done.parts])
+    done.totals.reduce(
+        run.world, new_tombstones=new_tombstones, stop=run.stop.asked(), write_failed=run.checkpoints.failed, save=run.checkpoints.overdue
     )
+    done.values = done.totals.read()
+    done.verdict = run.guard.before_step(math.nan if done.values.not_finite else _loss(run, step, done.values))
+
+
+def _loss(run: Run, step: int, values: StepValues) -> float:
+    return values.loss / run.plan.step(step, run.world.size).divisor
+
+
+def _judge(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
+    """Name the samples, and do what the policy says about a step that went wrong."""
+    culprits = find_culprits(done.parts, verdict, run.world)
+    policy = run.guard.policy
+    if policy == "rollback":
+        raise RollBackError(step, verdict, culprits)
+    if policy == "stop":
+        run.events.write("guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits))
+        raise OneLLMError(
+            f"step {step}: {verdict.reason}; the samples: {say(culprits)}",
+            "guard.policy is stop" + ("." if verdict.applied else ": the step was not applied."),
+            "see events.jsonl for the samples; take guard.policy=skip or rollback to go on without them.",
+        )
+    if verdict.applied:
+        told = "was applied (clipped): its norm is known only then; guard.policy=rollback would undo it"
+        run.events.write(
+            verdict.kind, step=step, reason=verdict.reason, **describe(culprits), say=f"WARNING: step {step} {told}: {verdict.reason}"
+        )
+        return
+    _tell_skipped(run, step, verdict, culprits)
+
+
+def _tell_skipped(run: Run, step: int, verdict: Verdict, culprits: list[Suspect]) -> None:
+    packs: dict[tuple[int, int], list[str]] = {}
+    for suspect in culprits:
+        packs.setdefault((suspect.rank, suspect.micro_step), []).append(suspect.sample)
+    run.events.write(
+        "step_skipped", step=step, reason=verdict.reason, kind=verdict.kind,
+        micro_steps=[{"rank": rank, "micro_step": index, "samples": names} for (rank, index), names in packs.items()], **describe(culprits),
+        say=f"step {step} skipped on all ranks: {verdict.reason}: {say(culprits)}",
+    )  # fmt: skip
 
 
 def _report(run: Run, step: int, lr: float, values: StepValues, result: StepResult, seconds: float, waited: float) -> StepReport:

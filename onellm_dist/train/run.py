@@ -6,13 +6,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.config import RunConfig, load_config
 from onellm_dist.errors import EXIT_USAGE, OneLLMError
 from onellm_dist.launch.local import end_with_parent, free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
 from onellm_dist.train.exits import ExitFile, end_process
+from onellm_dist.train.watchdog import Watchdog, put_hangs_aside
+
+if TYPE_CHECKING:
+    from onellm_dist.train.build import Run
+    from onellm_dist.train.loop import Outcome
 
 LOGS = "logs"
 
@@ -48,6 +53,7 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
     exit_file = ExitFile(run_dir_of(recipe, overrides), ranks.rank)
     if ranks.rank == 0:
         exit_file.clear()
+        put_hangs_aside(exit_file.run_dir)
     try:
         code = _train(load_config(recipe, overrides), ranks, exit_file)
     except OneLLMError as error:
@@ -61,16 +67,33 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
 
 def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     from onellm_dist.train.build import build_run
-    from onellm_dist.train.distributed import join, leave
+    from onellm_dist.train.distributed import join
     from onellm_dist.train.loop import train
+    from onellm_dist.train.phases import Phases
 
-    world = join(ranks)
-    run = build_run(config, world, exit_file)
-    outcome = train(run)
+    phases = Phases()
+    phases.imported()
+    with phases.of("process_group"):
+        world = join(ranks)
+    with Watchdog(config.run.dir, world.rank, world.size, config.guard, exit_file):
+        run = build_run(config, world, exit_file, phases)
+        try:
+            outcome = train(run)
+        except Exception:
+            run.checkpoints.linger()
+            raise
+        return _finish(run, outcome)
+
+
+def _finish(run: Run, outcome: Outcome) -> int:
+    """The end of a start that did not fail: the records, and the last meeting of the ranks. Returns the exit code of all."""
+    from onellm_dist.train.distributed import leave
+
+    world, exit_file = run.world, run.exit_file
     run.metrics.close()
     if run.trackers is not None:
         run.trackers.finish()
-    run.events.write("end", status=outcome.status, reason=outcome.reason, say=f"{outcome.status}: {outcome.reason}")
+    run.events.write("end", status=outcome.status, step=exit_file.step, reason=outcome.reason, say=f"{outcome.status}: {outcome.reason}")
     if world.main:
         run.stop.honoured()
         code = exit_file.write(outcome.status, reason=outcome.reason)

@@ -11,8 +11,8 @@ from onellm_dist.model.attention import device_tensor
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.distributed import World
 
-LOSS, NOT_FINITE, TOMBSTONES, STOP = range(4)
-FIXED = 4
+LOSS, NOT_FINITE, TOMBSTONES, STOP, WRITE_FAILED, SAVE = range(6)
+FIXED = 6
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class StepValues:
     new_tombstones: int
     stop: bool
     """Some rank was asked to stop."""
+    write_failed: bool = False
+    """Some rank could not write its part of the checkpoint in flight."""
+    save: bool = False
+    """A checkpoint is due by the clock."""
 
 
 class StepTotals:
@@ -54,8 +58,10 @@ class StepTotals:
         self._sums.index_add_(0, place, nll.double() * weight)
         self._sums.index_add_(0, place + len(self._kinds), weight)
 
-    def reduce(self, world: World, *, new_tombstones: int, stop: bool) -> None:
+    def reduce(self, world: World, *, new_tombstones: int, stop: bool, write_failed: bool = False, save: bool = False) -> None:
         """Sum over the ranks. On a GPU this is queued, not waited for."""
+        self._sums[WRITE_FAILED] = float(write_failed)
+        self._sums[SAVE] = float(save)
         self._sums[TOMBSTONES] = new_tombstones
         self._sums[STOP] = float(stop)
         world.sum(self._sums)
@@ -65,4 +71,12 @@ class StepTotals:
         values = self._sums.tolist()
         nll, count = values[FIXED : FIXED + len(self._kinds)], values[FIXED + len(self._kinds) :]
         means = {"+".join(kind) or "text": nll[i] / count[i] for kind, i in self._kinds.items() if count[i] > 0}
-        return StepValues(values[LOSS], means, int(values[NOT_FINITE]), int(values[TOMBSTONES]), values[STOP] > 0)
+        return StepValues(
+            values[LOSS],
+            means,
+            int(values[NOT_FINITE]),
+            int(values[TOMBSTONES]),
+            values[STOP] > 0,
+            values[WRITE_FAILED] > 0,
+            values[SAVE] > 0,
+        )

@@ -10,7 +10,7 @@ import torch
 from stand_in import pack, sample
 from torch import nn
 
-from onellm_dist.config import OptimSection, RunConfig
+from onellm_dist.config import GuardSection, OptimSection, RunConfig
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.unloaded import open_model
@@ -18,7 +18,7 @@ from onellm_dist.resources import ds_configs_dir
 from onellm_dist.train.checkpoint import MANIFEST, checkpoint_name, newest_whole, prune
 from onellm_dist.train.engine.ds_config import complete, load_ds_config, zero_stage
 from onellm_dist.train.exits import ExitFile
-from onellm_dist.train.guard import MAX_SKIPPED_IN_A_ROW, Guard
+from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger
 from onellm_dist.train.metrics import drop_from
 from onellm_dist.train.run import run_dir_of, without_launcher_arguments
@@ -43,19 +43,19 @@ def test_constant_schedule_and_decay_steps() -> None:
 
 
 def test_guard_stops_after_skips_in_a_row_only() -> None:
-    guard = Guard(max_tombstones=5)
-    for step in range(3 * MAX_SKIPPED_IN_A_ROW):
-        guard.after_step(step, applied=step % MAX_SKIPPED_IN_A_ROW == 0, new_tombstones=0)
+    guard = Guard(GuardSection(max_skipped=4), max_tombstones=5)
+    for step in range(12):
+        guard.count(step, applied=step % 4 == 0, new_tombstones=0)
     with pytest.raises(OneLLMError, match="in a row"):
-        for step in range(MAX_SKIPPED_IN_A_ROW):
-            guard.after_step(step, applied=False, new_tombstones=0)
+        for step in range(4):
+            guard.count(step, applied=False, new_tombstones=0)
 
 
 def test_guard_counts_tombstones_of_earlier_starts() -> None:
-    guard = Guard(max_tombstones=5, tombstones=4)
-    guard.after_step(0, applied=True, new_tombstones=1)
+    guard = Guard(GuardSection(), max_tombstones=5, tombstones=4)
+    guard.count(0, applied=True, new_tombstones=1)
     with pytest.raises(OneLLMError, match="max_tombstones is 5"):
-        guard.after_step(1, applied=True, new_tombstones=1)
+        guard.count(1, applied=True, new_tombstones=1)
 
 
 def test_ledger_is_read_back_by_any_rank_and_counts_once(tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""The best weights of a run by validation loss: `<run.dir>/best`, a `save_pretrained` directory with `best.json` (step, loss) in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.files import sync
+from onellm_dist.train.distributed import World
+from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.export import export_model
+
+BEST, RECORD = "best", "best.json"
+
+
+class Best:
+    """Keeps the weights with the least validation loss. Every method is called by all ranks together.
+
+    Args:
+        folder: `<run.dir>/best`; what an earlier start left there goes on to count.
+        model: the transformers model whose weights the engine holds.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, model: Any, processor: Any, world: World) -> None:
+        self._folder, self._engine, self._model, self._processor, self._world = folder, engine, model, processor, world
+        self.loss: float | None = world.broadcast(_recorded(folder) if world.main else None)
+
+    def note(self, step: int, loss: float) -> bool:
+        """Write the weights after `step` steps if `loss`, the same on all ranks, is the least so far. Returns whether it is."""
+        if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
+            return False
+        self.loss = loss
+        export_model(self._folder, self._engine, self._model, self._processor, self._world)
+        if self._world.main:
+            aside = self._folder / f".{RECORD}.partial"
+            aside.write_text(json.dumps({"step": step, "loss": loss}) + "\n", encoding="utf-8")
+            sync(aside)
+            aside.replace(self._folder / RECORD)
+        return True
+
+
+def _recorded(folder: Path) -> float | None:
+    try:
+        return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,110 @@
+"""Checkpoints of the trainable state, elastic: written by ranges, read by ranges, at any number of ranks and by any engine.
+
+A checkpoint is a folder `step-00000100` (100 steps are done; step index 100 comes next):
+
+    rank-00000.safetensors   what rank 0 held: `<parameter>:<start>:<key>` -> [length] fp32, key one of master, exp_avg, exp_avg_sq
+    rank-00001.safetensors   ...
+    manifest.json            version, step, optimizer_steps, what the run adds, every file's size and SHA-256 (since version 2),
+                             every parameter's shape and pieces
+
+It is written as `.step-00000100.partial`, synced file by file, and renamed when whole (checkpoint_writer.py). Frozen weights are not in
+it: they come from `model.path` or `model.preset` again (checkpoint_source.py).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.files import sync
+from onellm_dist.train.checkpoint_files import Written
+
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had no checksums."""
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a whole checkpoint, or None: missing, of an unknown version, or a file is missing or cut short."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = manifest["version"] in READABLE and all((folder / n).stat().st_size == size for n, size in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
+
+
+def recorded_files(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path, Written]]:
+    """The files of a checkpoint as its manifest records them; none where it has no checksums."""
+    digests = manifest.get("sha256", {})
+    return [(folder / name, Written(size, digests[name])) for name, size in manifest["files"].items() if name in digests]
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` steps."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Steps done, by a checkpoint's folder name."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def newest_whole(checkpoints: Path) -> Path | None:
+    """The newest checkpoint in `checkpoints` that is whole, as far as its manifest and the sizes of its files tell."""
+    return next((folder for folder in reversed(folders(checkpoints)) if read_manifest(folder) is not None), None)
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints, and what unfinished writes left.
+
+    Args:
+        keep_every: those whose step is a multiple of it stay for ever.
+    """
+    for folder in folders(checkpoints)[:-keep]:
+        step = step_of(folder)
+        if not (keep_every and step and step % keep_every == 0):
+            shutil.rmtree(folder, ignore_errors=True)
+    for partial in checkpoints.glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """Every folder that is named like a checkpoint, the oldest first."""
+    return sorted((f for f in checkpoints.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit()), key=step_of)
+
+
+def tensor_name(name: str, start: int, key: str) -> str:
+    """How a range of a parameter is called in a checkpoint's files."""
+    return f"{name}:{start}:{key}"
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a whole, synced folder its name. What has that name goes first, and comes back (`restore_displaced`) if a kill falls between."""
+    before = _displaced(folder)
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():  # a run that came back to an older checkpoint passes this step a second time
+        folder.rename(before)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def restore_displaced(checkpoints: Path) -> None:
+    """Give back their names to checkpoints that were being replaced when a start was killed, and remove unfinished ones."""
+    for before in checkpoints.glob(f".{PREFIX}*.before"):
+        folder = before.with_name(before.name[1:].removesuffix(".before"))
+        if not folder.exists():
+            before.rename(folder)
+        else:
+            shutil.rmtree(before, ignore_errors=True)
+    for partial in checkpoints.glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _displaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")

@@ -1,0 +1,78 @@
+"""What this rank is doing right now: the loop says it, the watchdog and `exit.json` read it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from onellm_dist.data.microstep import MicroStep
+
+Names = Callable[[MicroStep], Sequence[str]]
+"""Sample ids of a micro-step."""
+
+
+class InFlight:
+    """Step, phase and micro-step of this rank. Saying so costs an assignment; names are looked up only when someone asks.
+
+    Attributes:
+        phase: `start`, `data`, `forward`, `backward`, `step`, `checkpoint`, `validation`, `export`, ...
+        step: index of the step under way; None outside the steps.
+        micro: the micro-step under way.
+        beats: how often the rank said something: the rank with the fewest lags.
+    """
+
+    def __init__(self) -> None:
+        self.phase = "start"
+        self.step: int | None = None
+        self.micro: MicroStep | None = None
+        self.first_step_done = False
+        self.beats = 0
+        self.names: Names = lambda micro: [str(tuple(ref)) for ref in micro.samples]
+        self.runs: Sequence[tuple[str, ...]] = ()
+        """The modalities of each dataset's samples. Both are set by whoever knows the plan."""
+        self._lock = threading.Lock()
+
+    def beat(self, phase: str, *, step: int | None = None, micro: MicroStep | None = None) -> None:
+        """The rank goes on with `phase`; step and micro-step stay what they were unless given."""
+        with self._lock:
+            self.phase = phase
+            self.step = self.step if step is None else step
+            self.micro = self.micro if micro is None else micro
+            self.beats += 1
+
+    def rest(self, phase: str) -> None:
+        """The rank goes on with something that belongs to no step."""
+        with self._lock:
+            self.phase, self.step, self.micro = phase, None, None
+            self.beats += 1
+
+    def suspects(self) -> list[str]:
+        """Ids of the samples of the micro-step under way; [] where there is none, or its names cannot be read."""
+        micro = self.micro
+        if micro is None or micro.dummy:
+            return []
+        try:
+            return list(self.names(micro))
+        except Exception:  # a broken disk must not hide the failure that is being reported
+            return []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The samples of the micro-step under way: sample, modalities, text_tokens, supervised_tokens."""
+        names = self.suspects()
+        refs = self.micro.samples if self.micro is not None and names else ()
+        return [
+            {
+                "sample": name, "modalities": list(self.runs[ref.dataset]) if ref.dataset < len(self.runs) else None,
+                "text_tokens": ref.text_tokens, "supervised_tokens": ref.supervised_tokens,
+            }
+            for name, ref in zip(names, refs, strict=True)
+        ]  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        micro = self.micro
+        return {
+            "phase": self.phase, "step": self.step, "beats": self.beats,
+            "micro_step": None if micro is None else micro.index, "micro_steps": None if micro is None else micro.count,
+        }  # fmt: skip

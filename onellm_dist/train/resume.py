@@ -1,0 +1,79 @@
+"""Which checkpoint a start goes on from: the newest whole one whose files have their checksums, or the one that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.config import RunConfig
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.train.checkpoint_files import damaged
+from onellm_dist.train.checkpoint_folder import folders, read_manifest, recorded_files, restore_displaced
+from onellm_dist.train.checkpoint_source import check_source
+from onellm_dist.train.distributed import World
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_checkpoint` found."""
+
+    folder: Path | None
+    """None: the run starts from nothing."""
+    passed_over: tuple[tuple[str, str], ...] = ()
+    """(checkpoint, what is wrong with it), of newer ones."""
+
+
+def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found:
+    """The checkpoint to go on from. Called by all ranks; the files of each candidate are dealt over them and read once.
+
+    Args:
+        checkpoints: `<run.dir>/checkpoints`; rank 0 holds the run's lock, so nobody writes there.
+
+    Raises:
+        UsageError: the one asked for is not whole or damaged, or was trained over other frozen weights.
+        OneLLMError: there are checkpoints, and every one is damaged: a start from nothing would throw the run away.
+    """
+    wanted = config.checkpoint.resume
+    if world.main and checkpoints.is_dir():
+        restore_displaced(checkpoints)
+    world.barrier()
+    if wanted == "never":
+        return Found(None)
+    if isinstance(wanted, Path):
+        problem = _problem(wanted, world)
+        if problem:
+            raise UsageError(
+                f"checkpoint.resume={wanted}: no whole checkpoint there ({problem})",
+                "a checkpoint has a manifest.json and every file that it names, with its checksum.",
+                "give a step-... folder of a run's checkpoints/, or auto.",
+            )
+        check_source(wanted, _manifest(wanted, world) or {}, config, world)
+        return Found(wanted)
+    passed_over: list[tuple[str, str]] = []
+    for folder in world.broadcast(list(reversed(folders(checkpoints))) if world.main else []):
+        problem = _problem(folder, world)
+        if not problem:
+            check_source(folder, _manifest(folder, world) or {}, config, world)
+            return Found(folder, tuple(passed_over))
+        passed_over.append((folder.name, problem))
+    if passed_over:
+        raise OneLLMError(
+            f"every checkpoint in {checkpoints} is damaged: " + "; ".join(f"{name}: {problem}" for name, problem in passed_over[:3]),
+            "a start from nothing would lose what the run has learnt.",
+            "restore one of them from a copy, or set checkpoint.resume=never to begin anew (they are moved aside then).",
+        )
+    return Found(None)
+
+
+def _problem(folder: Path, world: World) -> str:
+    """What is wrong with a checkpoint; "" where nothing is. The same on every rank."""
+    manifest = _manifest(folder, world)
+    if manifest is None:
+        return "its manifest.json or a file that it names is missing or cut short"
+    return "; ".join(damaged(recorded_files(folder, manifest), world))
+
+
+def _manifest(folder: Path, world: World) -> dict[str, Any] | None:
+    """Rank 0 reads it, so that all judge by the same."""
+    return world.broadcast(read_manifest(folder) if world.main else None)

@@ -1,0 +1,82 @@
+"""What the tests plant in a rank before it runs: a sample that spoils its step, a rank that sleeps, a disk that is slow."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+
+def plant(what: dict[str, Any], rank: int) -> None:
+    """Plant everything that `what` names in this rank."""
+    for name, value in what.items():
+        {"nan": _nan, "leap": _leap, "sleep": _sleep, "slow_writes": _slow_writes}[name](value, rank)
+
+
+def _spoil(sample_id: str, change: Any) -> None:
+    from onellm_dist.data.reader import Reader
+
+    read = Reader._read
+
+    def spoilt(self: Reader, ref: Any, name: str) -> Any:
+        sample = read(self, ref, name)
+        return change(sample) if name.split("@", maxsplit=1)[0] == sample_id else sample
+
+    Reader._read = spoilt  # type: ignore[method-assign]
+
+
+def _nan(sample_id: str, rank: int) -> None:
+    """The media of a sample decode to NaN."""
+    _spoil(sample_id, lambda sample: replace(sample, values={k: torch.full_like(v, torch.nan) for k, v in sample.values.items()}))
+
+
+def _leap(sample_id: str, rank: int) -> None:
+    """The cross-entropy of a sample's tokens comes out 50 higher."""
+    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+
+    forward = DeepSpeedEngine.forward
+
+    def leaping(self: DeepSpeedEngine, batch: Any, *, last: bool) -> Any:
+        loss, nll, index = forward(self, batch, last=last)
+        for place, name in enumerate(batch.sample_ids):
+            if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.tombstones:
+                own = (index == place).float()
+                loss, nll = loss + 50 * own.sum(), nll + 50 * own
+        return loss, nll, index
+
+    DeepSpeedEngine.forward = leaping  # type: ignore[method-assign]
+
+
+def _sleep(where: dict[str, int], rank: int) -> None:
+    """One rank falls asleep in the forward of a step."""
+    if rank != where["rank"]:
+        return
+    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+
+    forward = DeepSpeedEngine.forward
+    steps = [0]
+
+    def sleepy(self: DeepSpeedEngine, batch: Any, *, last: bool) -> Any:
+        if steps[0] == where["step"]:
+            time.sleep(3600)
+        steps[0] += last
+        return forward(self, batch, last=last)
+
+    DeepSpeedEngine.forward = sleepy  # type: ignore[method-assign]
+
+
+def _slow_writes(seconds: float, rank: int) -> None:
+    """Every file of a checkpoint takes so long at least."""
+    from onellm_dist.train import checkpoint_writer
+
+    write = checkpoint_writer.write_tensors
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds / 2)
+        written = write(*arguments)
+        time.sleep(seconds / 2)
+        return written
+
+    checkpoint_writer.write_tensors = slow

@@ -1,0 +1,193 @@
+"""Ranks without their imports: a process that has imported everything, and forks the ranks of each start it is asked for.
+
+Run as a program, it reads a JSON line a start and answers one, then one for each process that ends. `Zygote` is its client. A start of
+two ranks costs a second of two cores instead of fifteen: kill tests need dozens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+
+def serve() -> None:
+    """The program."""
+    from torch.utils import tensorboard  # noqa: F401
+
+    import onellm_dist.train.build
+    import onellm_dist.train.loop  # noqa: F401
+    from onellm_dist.train.engine.deepspeed import import_deepspeed
+
+    with contextlib.redirect_stdout(sys.stderr):
+        import_deepspeed()
+    _answer({"ready": os.getpid()})
+    children: set[int] = set()
+    while True:
+        for pid in list(children):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                children.remove(pid)
+                _answer({"pid": pid, "code": os.waitstatus_to_exitcode(status)})
+        if select.select([sys.stdin], [], [], 0.02)[0]:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            order = json.loads(line)
+            pids = [_fork(order, rank) for rank in range(order["world"])]
+            children |= set(pids)
+            _answer({"pids": pids})
+
+
+def _answer(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def _fork(order: dict[str, Any], rank: int) -> int:
+    parent = os.getpid()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    _be_rank(order, rank, parent)
+
+
+def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
+    from planted import plant
+
+    from onellm_dist.launch.local import PARENT_VARIABLE
+    from onellm_dist.launch.ranks import discover_ranks
+    from onellm_dist.train.run import run_rank
+
+    os.setsid()
+    log = os.open(f"{order['logs']}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(0)
+    world = str(order["world"])
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(order["port"]), **{PARENT_VARIABLE: str(parent)},
+    )  # fmt: skip
+    plant(order["plant"], rank)
+    ranks = discover_ranks()
+    assert ranks is not None
+    run_rank(Path("toy/align_image"), order["overrides"], ranks)
+
+
+class Zygote:
+    """Starts runs of the toy recipe through the program; use it as a context manager."""
+
+    def __init__(self, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs, self._number = logs, 0
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        with (logs / "zygote.log").open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+            )  # fmt: skip
+        self._codes: dict[int, int] = {}
+        self._heard = b""
+        assert self._hear(300) is not None, (logs / "zygote.log").read_text()
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def start(self, world: int, overrides: list[str], plant: dict[str, Any] | None = None) -> Start:
+        """Fork the ranks of a start."""
+        from onellm_dist.launch.local import free_port
+
+        self._number += 1
+        logs = self._logs / f"start{self._number:03d}"
+        order = {"world": world, "overrides": overrides, "port": free_port(), "plant": plant or {}, "logs": str(logs)}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        while True:
+            heard = self._hear(60)
+            assert heard is not None, "the zygote does not answer"
+            if "pids" in heard:
+                return Start(self, heard["pids"], logs)
+
+    def codes(self, pids: list[int], timeout: float) -> list[int]:
+        """Exit codes of processes, waited for."""
+        deadline = time.monotonic() + timeout
+        while not all(pid in self._codes for pid in pids):
+            left = deadline - time.monotonic()
+            assert left > 0, f"still running: {[pid for pid in pids if pid not in self._codes]}"
+            self._hear(min(left, 0.5))
+        return [self._codes[pid] for pid in pids]
+
+    def ended(self, pids: list[int]) -> bool:
+        """Whether all of them have ended."""
+        while self._hear(0) is not None:
+            pass
+        return all(pid in self._codes for pid in pids)
+
+    def _hear(self, timeout: float) -> dict[str, Any] | None:
+        assert self._process.stdout is not None
+        if b"\n" not in self._heard:  # what came together with an earlier line is still here, where select does not look
+            if not select.select([self._process.stdout], [], [], timeout)[0]:
+                return None
+            data = os.read(self._process.stdout.fileno(), 65536)
+            assert data, "the zygote is gone: " + (self._logs / "zygote.log").read_text()
+            self._heard += data
+            if b"\n" not in self._heard:
+                return None
+        line, _, self._heard = self._heard.partition(b"\n")
+        heard: dict[str, Any] = json.loads(line)
+        if "code" in heard:
+            self._codes[heard["pid"]] = heard["code"]
+        return heard
+
+
+class Start:
+    """The ranks of one start."""
+
+    def __init__(self, zygote: Zygote, pids: list[int], logs: Path) -> None:
+        self._zygote, self.pids, self._logs = zygote, pids, logs
+
+    def wait(self, timeout: float = 300) -> list[int]:
+        """Exit codes, by rank."""
+        return self._zygote.codes(self.pids, timeout)
+
+    def done(self, timeout: float = 300) -> None:
+        """Every rank ends with 0."""
+        codes = self.wait(timeout)
+        assert codes == [0] * len(codes), self.output()
+
+    @property
+    def ended(self) -> bool:
+        """Every rank has ended."""
+        return self._zygote.ended(self.pids)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        self.wait()
+
+    def output(self) -> str:
+        """What the ranks printed."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self._logs.parent.glob(f"{self._logs.name}-*.log")))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    serve()
