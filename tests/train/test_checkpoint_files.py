@@ -1,0 +1,220 @@
+"""A checkpoint on the disk: files written and hashed, verified, passed over, kept, put in place; frozen weights by reference."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from onellm_dist.config import RunConfig
+from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.train.best import Best
+from onellm_dist.train.checkpoint_files import CHUNK, AbandonedError, Written, damaged, sha256_of, write_tensors
+from onellm_dist.train.checkpoint_folder import (
+    MANIFEST,
+    checkpoint_name,
+    folders,
+    prune,
+    put_in_place,
+    read_manifest,
+    recorded_files,
+    restore_displaced,
+)
+from onellm_dist.train.checkpoint_source import check_source, describe_source
+from onellm_dist.train.resume import find_checkpoint
+
+
+class Alone:
+    """A world of one rank that has no process group."""
+
+    rank, size, main = 0, 1, True
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        return None
+
+
+ALONE: Any = Alone()
+
+
+def checkpoint(folder: Path, *, version: int = 2, data: bytes = b"abc", said: bytes | None = None, **more: Any) -> Path:
+    """A folder with one file, and a manifest that says of it what `said` would be."""
+    folder.mkdir(parents=True)
+    said = data if said is None else said
+    (folder / "rank-00000.safetensors").write_bytes(data)
+    manifest = {"version": version, "files": {"rank-00000.safetensors": len(said)}, **more}
+    if version > 1:
+        manifest["sha256"] = {"rank-00000.safetensors": hashlib.sha256(said).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def config(run_dir: Path, **keys: Any) -> RunConfig:
+    return RunConfig.model_validate({
+        "run": {"dir": str(run_dir), "seed": keys.pop("seed", 0)}, "model": keys.pop("model", {"preset": "toy"}),
+        "data": {"mixture": [{"path": "image"}], "global_batch": 1}, "train": {"stage": "align", "steps": 1}, "optim": {"lr": 1.0},
+        "checkpoint": keys,
+    })  # fmt: skip
+
+
+def test_files_are_safetensors_and_hashed_on_their_way(tmp_path: Path) -> None:
+    tensors = {"a:0:master": torch.randn(CHUNK // 4 + 7), "b:3:exp_avg": torch.arange(5.0), "none:0:master": torch.zeros(0)}
+    path = tmp_path / "x.safetensors"
+    written = write_tensors(path, tensors)
+    assert written == Written(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) and sha256_of(path) == written.sha256
+    back = load_file(path)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    write_tensors(path, {})
+    assert load_file(path) == {}
+
+
+def test_a_write_can_be_given_up_and_takes_fp32_alone(tmp_path: Path) -> None:
+    abandon = threading.Event()
+    abandon.set()
+    with pytest.raises(AbandonedError):
+        write_tensors(tmp_path / "x", {"a": torch.zeros(3)}, abandon)
+    with pytest.raises(ValueError, match="bfloat16"):
+        write_tensors(tmp_path / "x", {"a": torch.zeros(3, dtype=torch.bfloat16)})
+
+
+def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
+    (tmp_path / "good").write_bytes(b"abc")
+    good = Written(3, hashlib.sha256(b"abc").hexdigest())
+    assert damaged([(tmp_path / "good", good)], ALONE) == []
+    (tmp_path / "flipped").write_bytes(b"abd")
+    (tmp_path / "short").write_bytes(b"ab")
+    found = damaged([(tmp_path / name, good) for name in ("flipped", "short", "gone")], ALONE)
+    assert [problem.split()[0].rstrip(":") for problem in found] == ["flipped", "gone", "short"]
+    assert "sha256" in found[0] and "2 of 3 bytes" in found[2]
+
+
+def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    checkpoint(root / checkpoint_name(9))
+    checkpoint(root / checkpoint_name(10), said=b"abd")
+    checkpoint(root / checkpoint_name(11), said=b"abcd")
+    (root / checkpoint_name(12)).mkdir()
+    (root / f".{checkpoint_name(13)}.partial").mkdir()
+    found = find_checkpoint(config(tmp_path), root, ALONE)
+    assert found.folder == root / checkpoint_name(9)
+    assert [name for name, _ in found.passed_over] == [checkpoint_name(12), checkpoint_name(11), checkpoint_name(10)]
+    assert "sha256" in found.passed_over[2][1]
+    assert not list(root.glob(".*.partial"))
+    assert find_checkpoint(config(tmp_path, resume="never"), root, ALONE).folder is None
+    with pytest.raises(UsageError, match="sha256"):
+        find_checkpoint(config(tmp_path, resume=str(root / checkpoint_name(10))), root, ALONE)
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    assert find_checkpoint(config(tmp_path), root, ALONE).folder is None
+    checkpoint(root / checkpoint_name(9), said=b"abd")
+    with pytest.raises(OneLLMError, match="every checkpoint"):
+        find_checkpoint(config(tmp_path), root, ALONE)
+
+
+def test_checkpoints_of_version_1_are_read_and_later_ones_are_not(tmp_path: Path) -> None:
+    old = checkpoint(tmp_path / "checkpoints" / checkpoint_name(3), version=1)
+    manifest = read_manifest(old)
+    assert manifest is not None and recorded_files(old, manifest) == []
+    assert find_checkpoint(config(tmp_path), old.parent, ALONE).folder == old
+    assert read_manifest(checkpoint(tmp_path / "later", version=3)) is None
+
+
+def test_some_stay_for_ever(tmp_path: Path) -> None:
+    for step in (0, 10, 20, 25, 30, 35, 100000000):
+        checkpoint(tmp_path / checkpoint_name(step))
+    prune(tmp_path, 2, keep_every=20)
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(20), checkpoint_name(35), "step-100000000"]
+
+
+@pytest.mark.parametrize("cut", ["before", "between", "after"])
+def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before, between or after the two renames: the old one or the new one is there."""
+    folder, partial = (
+        checkpoint(tmp_path / checkpoint_name(4), data=b"old"),
+        checkpoint(tmp_path / f".{checkpoint_name(4)}.partial", data=b"new"),
+    )
+    renames = {"before": 0, "between": 1, "after": 2}[cut]
+    rename, done = Path.rename, []
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    try:
+        put_in_place(partial, folder)
+    except KeyboardInterrupt:
+        assert cut != "after"
+    monkeypatch.undo()
+    restore_displaced(tmp_path)
+    assert (folder / "rank-00000.safetensors").read_bytes() == (b"new" if cut == "after" else b"old")
+    assert read_manifest(folder) is not None and [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_frozen_weights_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "config.json").write_text("{}")
+    own = config(tmp_path, model={"path": str(model)})
+    manifest = {"frozen": json.loads(json.dumps(describe_source(own)))}
+    check_source(tmp_path, manifest, own, ALONE)
+    check_source(tmp_path, {}, own, ALONE)  # version 1
+    (model / "model.safetensors").write_bytes(b"weights")  # another time, the same bytes
+    check_source(tmp_path, manifest, own, ALONE)
+    (model / "model.safetensors").write_bytes(b"weighed")
+    with pytest.raises(UsageError, match=r"other frozen weights.*model.safetensors has sha256"):
+        check_source(tmp_path, manifest, own, ALONE)
+    (model / "more.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"other files: more.safetensors"):
+        check_source(tmp_path, manifest, own, ALONE)
+    with pytest.raises(UsageError, match=r"now model\.preset=toy"):
+        check_source(tmp_path, manifest, config(tmp_path), ALONE)
+
+
+def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
+    manifest = {"frozen": describe_source(config(tmp_path, seed=3))}
+    check_source(tmp_path, manifest, config(tmp_path, seed=3), ALONE)
+    with pytest.raises(UsageError, match=r"run\.seed was 3, now 4"):
+        check_source(tmp_path, manifest, config(tmp_path, seed=4), ALONE)
+    with pytest.raises(UsageError, match=r"model\.preset was toy"):
+        check_source(tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ALONE)
+
+
+def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    own = config(tmp_path, model={"path": str(tmp_path)})
+    known = describe_source(own)
+    monkeypatch.setattr("onellm_dist.train.checkpoint_source.sha256_of", lambda path: pytest.fail("hashed"))
+    assert describe_source(own, known) == known
+
+
+def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def export(folder: Path, *_: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        written.append(folder)
+
+    monkeypatch.setattr("onellm_dist.train.best.export_model", export)
+    best = Best(tmp_path / "best", *[ALONE] * 4)
+    assert [best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))] == [True, False, False, True]
+    again = Best(tmp_path / "best", *[ALONE] * 4)
+    assert again.loss == 2.5 and not again.note(10, 2.5) and again.note(12, 2.0)
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 12, "loss": 2.0}
+    assert len(written) == 3
