@@ -141,14 +141,12 @@ class Zygote:
 
     def _hear(self, timeout: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
-        if b"\n" not in self._heard:  # what came together with an earlier line is still here, where select does not look
+        while b"\n" not in self._heard:  # what came together with an earlier line is still here, where select does not look
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 return None
             data = os.read(self._process.stdout.fileno(), 65536)
             assert data, "the zygote is gone: " + (self._logs / "zygote.log").read_text()
             self._heard += data
-            if b"\n" not in self._heard:
-                return None
         line, _, self._heard = self._heard.partition(b"\n")
         heard: dict[str, Any] = json.loads(line)
         if "code" in heard:
