@@ -138,18 +138,22 @@ def spoilt_step(runs: Runs, reference: str, step: int) -> str:
     return RunStream(runs.out / reference).samples(step)[1].sample.name
 
 
-@pytest.mark.parametrize("world", [1, 4])
-def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int) -> None:
-    bad, name = spoilt_step(runs, two, 5), f"nan_skipped_{world}"
-    start = runs.start(name, world, {"nan": bad})
+@pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
+def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, engine: str) -> None:
+    bad, name = spoilt_step(runs, two, 5), f"nan_skipped_{world}_{engine}"
+    more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
+    start = runs.start(name, world, {"nan": bad}, **more)
     start.done()
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
     (suspect,) = event["samples"]
     assert event["step"] == 5 and suspect["sample"].startswith(bad) and suspect["modality"] == "imu" and 0 <= suspect["rank"] < world
     assert bad in start.output() and "imu, rank" in start.output()
-    applied = [line["applied"] for line in runs.lines(name, "metrics.jsonl")]
-    assert applied == [step != 5 for step in range(STEPS)]
+    lines = runs.lines(name, "metrics.jsonl")
+    assert [line["applied"] for line in lines] == [step != 5 for step in range(STEPS)]
+    if engine == "fsdp":  # the engines agree about what follows
+        other = [line["loss"] for line in runs.lines("nan_skipped_4_deepspeed", "metrics.jsonl")]
+        assert [line["loss"] for line in lines[6:]] == pytest.approx(other[6:], rel=1e-4)
 
 
 @pytest.mark.parametrize(("world", "what"), [(1, "nan"), (4, "nan"), (1, "leap"), (4, "leap")])
