@@ -39,7 +39,7 @@ def get_source(name: str) -> Source:
         raise UsageError(
             f"unknown source {name!r}{f'; did you mean {close[0]!r}?' if close else ''}",
             "no module in onellm_dist/shards/sources/ builds it.",
-            "use one of: " + "; ".join(f"{s.name} ({s.summary})" for s in known.values()),
+            f"use one of: {', '.join(known)} (`onellm shards build NAME x -o help` describes one).",
         )
     return known[name]
 
