@@ -58,7 +58,7 @@ def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
     inputs, out = pictures(tmp_path / "in"), tmp_path / "out"
     build_dataset("folder", inputs, tmp_path / "alone", name="same", max_samples=SAMPLES, dedup="exact", max_failures=0.5)
     draw, died, done = random.Random(seed), 0, out.parent / f".{out.name}.building/done"
-    for number, target in enumerate(sorted(draw.sample(range(1, UNITS - 4), kills))):
+    for number, target in enumerate(sorted(draw.sample(range(1, UNITS - 12), kills))):
         builder = start(inputs, out)
         wait_for_units(out, target, builder)
         if builder.poll() is not None:
