@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from source_trees import downloaded
 
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.shards.build import build_dataset, build_recipe
+from onellm_dist.shards.catalogue import complete_options, get_source
+from onellm_dist.shards.prepare import prepare
+from onellm_dist.shards.sources.img2dataset import tar_candidates
+from onellm_dist.shards.sources.laion400m import alt_caption
 from onellm_dist.shards.unit import TooManyFailures
 
 RECIPES = Path(__file__).parents[2] / "shards"
@@ -129,6 +134,32 @@ def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(tm
     assert found["0000004"].startswith("truncated tar: 00000.tar cannot be read to its end")
     with pytest.raises(TooManyFailures, match="1 of the first 4 samples are bad"):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "other")
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["parquet", "alone"])
+def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_the_fault(tmp_path: Path, listed: bool) -> None:
+    """Cuts at random bytes and around every header and every content's end."""
+    tar = downloaded(tmp_path / "in", 0, laion_rows(0, 4))
+    data, places = tar.read_bytes(), places_in(tar)
+    with tarfile.open(tar) as archive:
+        ends = {m.name: m.offset_data + m.size for m in archive}
+    spec = {"tar": "00000.tar", "parquet": "00000.parquet" if listed else None}
+    _, settings = complete_options(get_source("laion400m"), {}, name="cut")
+    assert settings is not None
+    draw = random.Random(0)
+    cuts = {p + d for p in (*places.values(), *(p - 512 for p in places.values()), *ends.values()) for d in (-1, 0, 1)}
+    for cut in sorted({c for c in cuts if 0 <= c <= max(ends.values())} | {draw.randrange(len(data)) for _ in range(20)}):
+        tar.write_bytes(data[:cut])
+        found = list(tar_candidates(tmp_path / "in", spec, ("jpg",), alt_caption))
+        outcomes = [prepare(c, ("image",), settings) for c in found]
+        needed = "jpg" if listed else "json"  # the parquet has the caption and the metadata; without it the tar's .json
+        whole = [key for key in (f"000000{i}" for i in range(4)) if ends[f"{key}.{needed}"] <= cut]
+        assert [o.key for o in outcomes if o.parts is not None] == whole, cut
+        assert all(o.reason for o in outcomes if o.parts is None)
+        if listed:
+            assert len(found) == 4
+        elif cut <= max(ends.values()):
+            assert any("truncated" in o.reason for o in outcomes)
 
 
 def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ UNFINISHED_OPTION = Option("refuse", "tars without _stats.json (not downloaded t
 _STATS = "_stats.json"
 _SHOWN = 5
 
-Captions = Callable[[Mapping[str, Any], str | None], Sequence[str | None]]
+Text = Callable[[], str | None]
+"""Reads the sample's `.txt` from the tar; None: it has none."""
+Captions = Callable[[Mapping[str, Any], Text], Sequence[str | None]]
 """(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none; several go to `.json` as a list."""
 
 
@@ -135,8 +137,7 @@ def _candidate(
     if problem is not None or parts is None or extension is None:
         return Candidate(name, where, problem=problem)
     try:
-        text = parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None
-        chosen = captions(row, text)
+        chosen = captions(row, lambda: parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None)
     except OneLLMError as error:  # a tar that ends inside the text
         return Candidate(name, where, problem=error.what)
     if len(chosen) > 1:  # which one is read is chosen anew in each epoch

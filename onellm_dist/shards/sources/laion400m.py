@@ -12,7 +12,7 @@ from typing import Any
 
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import Candidate, Layout, Source
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
 
 ALT_COLUMNS = ("caption", "text")
 """In any case: img2dataset's own name, LAION's (`TEXT`)."""
@@ -24,10 +24,10 @@ def column(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     return next((lower[n] for n in names if n in lower), None)
 
 
-def alt_caption(row: Mapping[str, Any], text: str | None) -> list[str | None]:
+def alt_caption(row: Mapping[str, Any], text: Text) -> list[str | None]:
     """The alt text of a picture."""
     found = column(row, ALT_COLUMNS)
-    return [found if isinstance(found, str) else text]
+    return [found if isinstance(found, str) else text()]
 
 
 def plan(inputs: Path, *, seed: int, unfinished: str) -> Layout:

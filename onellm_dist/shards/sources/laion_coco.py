@@ -13,13 +13,13 @@ from typing import Any
 from onellm_dist.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Option, Source
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Captions, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_candidates, tar_groups
 from onellm_dist.shards.sources.laion400m import alt_caption, column
 
 CHOICES = ("top", "alt", "all")
 
 
-def top_caption(row: Mapping[str, Any], text: str | None) -> Sequence[str | None]:
+def top_caption(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
     """The synthetic caption that CLIP liked best."""
     found = column(row, ("top_caption",))
     if not isinstance(found, str):
@@ -27,7 +27,7 @@ def top_caption(row: Mapping[str, Any], text: str | None) -> Sequence[str | None
     return [found]
 
 
-def all_captions(row: Mapping[str, Any], text: str | None) -> Sequence[str | None]:
+def all_captions(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
     """Every synthetic caption once, the best one first."""
     found = column(row, ("all_captions",))
     if not isinstance(found, Sequence) or isinstance(found, str) or not all(isinstance(c, str) for c in found):

@@ -187,7 +187,7 @@ def _candidates(
 ) -> Iterator[Candidate]:  # fmt: skip
     folders = _folders(kind, inputs, images, maps)
     if "tar" in spec:
-        for sample in tar_candidates(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text or row.get("caption")]):
+        for sample in tar_candidates(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text() or row.get("caption")]):
             yield _with_map(kind, folders, model, spec["tar"], sample)
         return
     if captions is not None:

@@ -22,7 +22,7 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.naming import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
 from onellm_dist.shards.sources.laion400m import column
 
 _COLUMNS = ("videoid", "page_dir", "name")
@@ -106,9 +106,9 @@ def _meta(row: Mapping[str, str]) -> dict[str, Any]:
     return meta if length is None else {**meta, "duration_seconds": length}
 
 
-def _caption(row: Mapping[str, Any], text: str | None) -> list[str | None]:
+def _caption(row: Mapping[str, Any], text: Text) -> list[str | None]:
     found = column(row, ("caption", "name", "text"))
-    return [found if isinstance(found, str) else text]
+    return [found if isinstance(found, str) else text()]
 
 
 SOURCE = Source(
