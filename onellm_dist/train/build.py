@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,7 @@ from onellm_dist.train.resume import Found, find_checkpoint
 from onellm_dist.train.rollback import Marks
 from onellm_dist.train.router import RouterWatch
 from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
-from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
+from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups, parts_of
 from onellm_dist.train.stop import StopRequest
 from onellm_dist.train.telemetry import Telemetry
 from onellm_dist.train.totals import StepTotals
@@ -240,7 +240,8 @@ def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
 
 
 def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights) -> Engine:
-    return engine_class(config.engine.name).wrap(model, parameter_groups(model, config.optim.weight_decay), settings, weights)
+    groups = parameter_groups(model, config.optim.weight_decay)
+    return engine_class(config.engine.name).wrap(model, groups, replace(settings, parts=parts_of(model)), weights)
 
 
 def _validation(

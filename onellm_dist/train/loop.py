@@ -200,7 +200,8 @@ def _report(run: Run, step: int, lr: float, values: StepValues, result: StepResu
     size = run.size_of(step)
     readings = run.telemetry.read(step)
     return StepReport(
-        step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=result.grad_norm, applied=result.applied,
+        step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=result.grad_norm,
+        grad_norm_by_part=result.grad_norm_by_part, applied=result.applied,
         samples=size.samples, supervised_tokens=size.supervised_tokens, tokens=size.tokens, padding_fraction=size.padding_fraction,
         tokens_per_second=size.tokens / seconds, data_wait_fraction=min(1.0, waited / seconds),
         mfu=None if run.peak is None else size.flops / seconds / (run.world.size * run.peak),

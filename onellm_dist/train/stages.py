@@ -46,6 +46,15 @@ def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str], 
         )
 
 
+def parts_of(model: nn.Module) -> dict[str, str]:
+    """Parameter name -> the part whose gradient norm is told: a modality for its tokenizer and projector, else `upm`, `llm`, `encoder`."""
+    found = {}
+    for name, _ in model.named_parameters():
+        root, owner, *_ = name.split(".")
+        found[name] = owner if root in ("tokenizers", "projectors") else root
+    return found
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """The trainable parameters as two groups: with decay, and without (biases and RMSNorm weights, as the reference does).
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,44 +10,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_runs import Runs
 
 from onellm_dist.convert.run import convert
 from onellm_dist.launch.local import free_port
-from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 pytestmark = pytest.mark.slow
 STEPS = 4
 
 
-class Runs:
-    """Toy align runs (image and IMU, fp32) in one folder."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        build_toyworld(root / "toy", seed=0, train_per_modality=16, test_per_modality=2, modalities=("image", "imu"))
-
-    def run(self, name: str, ranks: int, launcher: list[str] | None = None, **keys: object) -> Path:
-        fixed: dict[str, object] = {
-            "data.root": self.root / "toy", "run.dir": self.root / name, "train.steps": STEPS, "data.global_batch": 4, "data.workers": 0,
-            "data.mixture": "[{path: image, weight: 1}, {path: imu, weight: 1}]", "optim.schedule": "constant", "optim.warmup_steps": 0,
-            "optim.lr": 1e-3, "checkpoint.every": 1, "checkpoint.keep": 20, "launch.ranks": ranks,
-            "data.validation": "{split: test_seen, samples: 4, every: 2}",
-        }  # fmt: skip
-        fixed |= {key.replace("__", "."): value for key, value in keys.items()}
-        command = [*(launcher or [sys.executable, "-m", "onellm_dist.train"]), "toy/align_image", *(f"{k}={v}" for k, v in fixed.items())]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return self.root / name
-
-    def step(self, name: str, step: int) -> Path:
-        return self.root / name / "checkpoints" / f"step-{step:08d}"
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """ZeRO-3 on 4 ranks, all steps; FSDP2 on 3 ranks (torchrun) from its first; FSDP2 on 2 (deepspeed) from those; ZeRO-2 on 1 back."""
-    made = Runs(tmp_path_factory.mktemp("engines"))
+    made = Runs(
+        tmp_path_factory.mktemp("engines"), ("image", "imu"), 16, train__steps=STEPS, data__global_batch=4, checkpoint__every=1,
+        checkpoint__keep=20, data__validation="{split: test_seen, samples: 4, every: 2}",
+    )  # fmt: skip
     made.run("zero3_4", 4, engine__config="zero3")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m", "onellm_dist.train"]
     made.run("fsdp_3", 3, torchrun, engine__name="fsdp", checkpoint__resume=made.step("zero3_4", 1))
@@ -62,19 +38,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
-def lines(run: Path, file: str) -> dict[int, dict[str, Any]]:
-    return {line["step"]: line for line in map(json.loads, (run / file).read_text().splitlines())}
-
-
 @pytest.mark.parametrize(("name", "first"), [("fsdp_3", 1), ("fsdp_2", 2), ("zero2_1", 3)])
 def test_a_run_goes_on_under_another_engine_with_the_same_numbers(runs: Runs, name: str, first: int) -> None:
-    there, here = lines(runs.root / "zero3_4", "metrics.jsonl"), lines(runs.root / name, "metrics.jsonl")
+    there, here = runs.metrics("zero3_4"), runs.metrics(name)
     assert sorted(here) == list(range(first, STEPS))
     for step, line in here.items():
         assert line["sample_digest"] == there[step]["sample_digest"]
         assert line["loss"] == pytest.approx(there[step]["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(there[step]["grad_norm"], rel=1e-3)
-    validations = [lines(runs.root / n, "validation.jsonl")[STEPS]["loss"] for n in ("zero3_4", name)]
+        assert line["grad_norm_by_part"] == pytest.approx(there[step]["grad_norm_by_part"], rel=1e-3)
+        assert set(line["grad_norm_by_part"]) == {"image", "imu", "upm"}
+    validations = [runs.metrics(n, "validation.jsonl")[STEPS]["loss"] for n in ("zero3_4", name)]
     assert validations[0] == pytest.approx(validations[1], rel=1e-4)
 
 

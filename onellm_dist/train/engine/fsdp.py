@@ -71,11 +71,11 @@ class FsdpEngine(Engine):
         return cls(module, names, settings, mesh)
 
     def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._settings.reduce_every_micro_step:
-            self._module.set_requires_all_reduce(last)  # with hybrid sharding the groups meet once a step
-        else:
+        if not self._settings.reduce_every_micro_step:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
+        elif self._replica.count > 1:  # with hybrid sharding the groups meet once a step
+            self._module.set_requires_all_reduce(last)
         loss, nll, sample_index = self._module(batch)
         return loss, nll, sample_index
 

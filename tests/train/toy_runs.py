@@ -1,0 +1,47 @@
+"""Starts of whole toy runs in one folder, for tests that compare runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+
+
+class Runs:
+    """Runs of `recipe` over the toy world's `modalities`: fp32, constant rate of 1e-3; other keys as `train__steps=3`."""
+
+    def __init__(self, root: Path, modalities: tuple[str, ...], samples: int, recipe: str = "toy/align_image", **keys: object) -> None:
+        self.root, self.recipe, self.keys = root, recipe, keys
+        self.mixture = "[" + ", ".join(f"{{path: {name}, weight: 1}}" for name in modalities) + "]"
+        build_toyworld(root / "toy", seed=0, train_per_modality=samples, test_per_modality=2, modalities=modalities)
+
+    def run(self, name: str, ranks: int, launcher: list[str] | None = None, **keys: object) -> Path:
+        fixed: dict[str, object] = {
+            "data.root": self.root / "toy", "run.dir": self.root / name, "data.workers": 0, "data.mixture": self.mixture,
+            "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.lr": 1e-3, "train.precision": "fp32", "launch.ranks": ranks,
+        }  # fmt: skip
+        fixed |= {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
+        command = [*(launcher or [sys.executable, "-m", "onellm_dist.train"]), self.recipe, *(f"{k}={v}" for k, v in fixed.items())]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return self.root / name
+
+    def step(self, name: str, step: int) -> Path:
+        return self.root / name / "checkpoints" / f"step-{step:08d}"
+
+    def metrics(self, name: str, file: str = "metrics.jsonl") -> dict[int, dict[str, Any]]:
+        """Lines by step."""
+        return {line["step"]: line for line in map(json.loads, (self.root / name / file).read_text().splitlines())}
+
+    def exported(self, name: str) -> dict[str, Tensor]:
+        with safe_open(self.root / name / "model" / "model.safetensors", "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
