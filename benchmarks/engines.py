@@ -3,7 +3,7 @@
     python benchmarks/engines.py                                   # every engine at 1 and 4 ranks, CPU, gloo; some minutes
     python benchmarks/engines.py --engines zero3 fsdp --ranks 1 4 --json found.json
 
-A OneLLM whose LLM of 57 million weights outweighs everything else, fp32. Two measures of memory, both growth of this process's anonymous
+A OneLLM whose LLM of 36 million weights outweighs everything else, fp32. Two measures of memory, both growth of this process's anonymous
 memory over what it had before the model was built (malloc returns what is freed: see `malloc_environment`):
 
     load    peak while an `align` model is built (LLM frozen, drawn or read), over the bytes of the whole model
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 0.35
-WIDTH, LAYERS, VOCABULARY, STEPS = 768, 8, 512, 3
+WIDTH, LAYERS, VOCABULARY, STEPS = 768, 5, 512, 3
 _SMALL: dict[str, Any] = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
 _ZERO3: dict[str, Any] = {
     **_SMALL, "stage": 3, "stage3_prefetch_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000,
@@ -56,12 +56,12 @@ def main() -> int:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker, arguments.engines)
+        worker(arguments.worker, arguments.engines[0])
     found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in arguments.engines}
     with tempfile.TemporaryDirectory() as folder:
         for ranks in arguments.ranks:
-            for name, measures in launch(Path(folder) / str(ranks), ranks, arguments.engines).items():
-                found[name][ranks] = measures
+            for name in arguments.engines:  # a launch each: DeepSpeed never lets go of an engine
+                found[name][ranks] = launch(Path(folder) / f"{name}-{ranks}", ranks, name)
     if arguments.json:
         arguments.json.write_text(json.dumps(found))
     return report(found)
@@ -90,20 +90,20 @@ def malloc_environment() -> dict[str, str]:
     return {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
-def launch(out: Path, ranks: int, engines: list[str]) -> dict[str, dict[str, float]]:
-    """Measures of each engine; of the rank that needed most."""
+def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
+    """Measures of an engine; of the rank that needed most."""
     from onellm_dist.launch.local import launch_local
 
     out.mkdir(parents=True)
     os.environ.update(malloc_environment())
-    code = launch_local([sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", *engines], ranks, out / "logs")
+    code = launch_local([sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", name], ranks, out / "logs")
     if code:
-        raise SystemExit(f"{ranks} ranks failed ({code}); see {out}/logs")
-    found: dict[str, dict[str, float]] = json.loads((out / "found.json").read_text())
+        raise SystemExit(f"{name}: {ranks} ranks failed ({code}); see {out}/logs")
+    found: dict[str, float] = json.loads((out / "found.json").read_text())
     return found
 
 
-def worker(out: Path, engines: list[str]) -> None:
+def worker(out: Path, name: str) -> None:
     """One rank. Never returns."""
     from onellm_dist.launch.local import end_with_parent
     from onellm_dist.launch.ranks import discover_ranks
@@ -113,50 +113,33 @@ def worker(out: Path, engines: list[str]) -> None:
     ranks = discover_ranks()
     assert ranks is not None
     world = join(ranks)
-    warm_up(world, engines)
-    found = {}
-    for name in engines:
-        own = {**measure_load(world, name, out), **measure_steps(world, name)}
-        found[name] = {key: max(other[key] for other in world.gather(own)) for key in own}
+    train_step(build(world, name, "tune", tiny=True)[0], 0)  # imports, and what libraries make once
+    own = {**measure_load(world, name, out), **measure_steps(world, name)}
+    found = {key: max(other[key] for other in world.gather(own)) for key in own}
     if world.main:
         (out / "found.json").write_text(json.dumps(found))
     leave()
     os._exit(0)
 
 
-def warm_up(world: Any, engines: list[str]) -> None:
-    """Imports and what libraries make once: on a model of no size."""
-    for name in engines:
-        engine = build(world, name, "tune", tiny=True)[0]
-        train_step(engine, 0)
-        del engine
-    gc.collect()
-
-
 def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
-    """Peak growth while a mostly frozen model is built from random draws and from files, and while it is exported."""
+    """Peak growth while a mostly frozen model is drawn at random, exported, and read from the files of that."""
     from onellm_dist.train.export import write_weights
 
-    engine, model_bytes = build(world, name, "align", tiny=False)
-    folder = out / f"export_{name}"
-    folder.mkdir(exist_ok=True)
-    shapes = {n: (shape, dtype) for n, shape, dtype in engine.whole_shapes()}
+    with Peak() as drawn:
+        engine, model_bytes = build(world, name, "align", tiny=False)
     with Peak() as export:
         weights = engine.whole_weights()
         if world.main:
-            write_weights(folder, weights, shapes, file_bytes=60_000_000)
+            shapes = {n: (shape, dtype) for n, shape, dtype in engine.whole_shapes()}
+            write_weights(out, weights, shapes, file_bytes=60_000_000)
         for _ in weights:
             pass
+    world.barrier()
     del engine, weights
     gc.collect()
-    world.barrier()
-    with Peak() as drawn:
-        engine, _ = build(world, name, "align", tiny=False)
-    del engine
-    gc.collect()
     with Peak() as read:
-        engine, _ = build(world, name, "align", tiny=False, folder=folder)
-    del engine
+        build(world, name, "align", tiny=False, folder=out)
     gc.collect()
     return {"load": max(drawn.growth, read.growth), "export": export.growth, "model_bytes": model_bytes}
 
@@ -176,8 +159,6 @@ def measure_steps(world: Any, name: str) -> dict[str, float]:
             train_step(engine, step)
             seconds.append(time.perf_counter() - started)
     trained = sum(world.gather(sum(r.length for r in engine.ranges())))
-    del engine
-    gc.collect()
     return {"state": state, "peak": peak.growth, "seconds": min(seconds), "trained_weights": trained}
 
 

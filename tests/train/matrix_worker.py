@@ -33,7 +33,7 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
     """One process, plain torch, sample by sample. Weights before, and after each of `steps` steps; the loss of every step."""
     model = OneLLMForConditionalGeneration(tiny_config())
     initialise(model, SEED)
-    freeze_for_stage(model, stage, MODALITIES)
+    freeze(model, stage)
     model.train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
@@ -55,6 +55,19 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
     return found
 
 
+def freeze(model: nn.Module, stage: str) -> None:
+    """`encoder` is align with the encoder trained too."""
+    freeze_for_stage(model, "tune" if stage == "tune" else "align", MODALITIES, encoder=stage == "encoder")
+
+
+def counted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """What of a weight has a gradient: a key bias has none in truth (it shifts all scores of a query alike), Adam moves it by noise."""
+    if not name.endswith("attn.qkv.bias"):
+        return tensor
+    q, _, v = tensor.chunk(3)
+    return torch.cat([q, v])
+
+
 def state_of(model: nn.Module) -> State:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
@@ -62,7 +75,7 @@ def state_of(model: nn.Module) -> State:
 def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float]]:
     """What a job's engine makes of the same steps: exported weights, fp32 weights of what trains (whole), and losses."""
     model = empty_model(tiny_config())
-    freeze_for_stage(model, job.get("stage", "align"), MODALITIES)
+    freeze(model, job.get("stage", "align"))
     activation_checkpointing(model, job.get("recompute", "none"))
     model.train()
     weights = Weights(Drawn(model, SEED))
@@ -92,8 +105,8 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
 
 def compare(job: dict[str, Any], state: State, masters: State, losses: list[float], right: dict[str, Any]) -> dict[str, Any]:
     before, after, trained = right[0], right[job["steps"]], right["trained"]
-    gap = sum(float((masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
-    update = sum(float((after[n] - before[n]).square().sum()) for n in trained) ** 0.5
+    gap = sum(float(counted(n, masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
+    update = sum(float(counted(n, after[n] - before[n]).square().sum()) for n in trained) ** 0.5
     groups = {n.rsplit(".", 2)[0] if n.startswith("upm") else ".".join(n.split(".")[:3]) for n in trained}
     dtype = torch.bfloat16 if job.get("bf16") else torch.float32
     return {
@@ -116,7 +129,7 @@ def main() -> None:
     out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     file = Path(sys.argv[3])
     if world.main and not file.exists():
-        torch.save({stage: plain(stage, (20, 32)) for stage in ("align", "tune")}, file)
+        torch.save({stage: plain(stage, (20, 32)) for stage in ("align", "tune", "encoder")}, file)
     found = {}
     for job in jobs:
         started = time.perf_counter()

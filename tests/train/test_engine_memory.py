@@ -27,9 +27,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_rank_ever_holds_the_whole_model(found: dict[str, Any], engine: str) -> None:
-    """Peak growth while a frozen model of 231 MB is drawn or read and sharded over 4 ranks, and while rank 0 writes all of it."""
+    """Peak growth while a frozen model of 146 MB is drawn or read and sharded over 4 ranks, and while rank 0 writes all of it."""
     one = found[engine]["4"]
-    assert one["model_bytes"] > 200e6
+    assert one["model_bytes"] > 140e6
     assert one["load"] < 0.5 * one["model_bytes"]
     assert one["export"] < 0.25 * one["model_bytes"]
 

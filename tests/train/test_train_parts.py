@@ -18,6 +18,7 @@ from onellm_dist.resources import ds_configs_dir
 from onellm_dist.train.checkpoint import MANIFEST, checkpoint_name, newest_whole, prune
 from onellm_dist.train.engine.ds_config import complete, load_ds_config, zero_stage
 from onellm_dist.train.exits import ExitFile
+from onellm_dist.train.export import write_weights
 from onellm_dist.train.guard import Guard
 from onellm_dist.train.ledger import Ledger
 from onellm_dist.train.metrics import drop_from
@@ -243,3 +244,20 @@ def test_a_start_from_an_older_checkpoint_moves_the_newer_ones_aside(tmp_path: P
     prepare_directory(run_config(tmp_path), tmp_path / "checkpoints" / checkpoint_name(4))
     assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / checkpoint_name(4)
     assert sorted(p.name for p in tmp_path.glob("before-*/*")) == [checkpoint_name(8), checkpoint_name(12)]
+
+
+@pytest.mark.parametrize(("dtype", "file_bytes", "files"), [(torch.float32, 5_000_000_000, 1), (torch.bfloat16, 2_000_000, 4)])
+def test_weights_are_written_as_transformers_reads_them(tmp_path: Path, dtype: torch.dtype, file_bytes: int, files: int) -> None:
+    from onellm_dist.model.onellm import OneLLMForConditionalGeneration
+    from onellm_dist.model.presets import load_model
+
+    model, _ = load_model(path=None, preset="toy", seed=2, dtype=dtype)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    write_weights(tmp_path, iter(state.items()), {n: (tuple(p.shape), p.dtype) for n, p in state.items()}, file_bytes)
+    model.config.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model*.safetensors"))) >= files
+    assert (tmp_path / "model.safetensors.index.json").is_file() == (files > 1)
+    again = OneLLMForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert all(torch.equal(p, state[name]) and p.dtype == dtype for name, p in again.named_parameters())
+    with pytest.raises(RuntimeError, match="was due"):
+        write_weights(tmp_path, iter([("other", torch.zeros(1))]), {"one": ((1,), torch.float32)})
