@@ -6,10 +6,13 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
+from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, picture, write_tree
 
 from onellm_dist.shards.build import build_dataset
@@ -19,6 +22,11 @@ CODE = """
 import sys
 from onellm_dist.shards.build import build_dataset
 build_dataset("folder", sys.argv[1], sys.argv[2], workers=3, name="same", max_samples=4, dedup="exact", max_failures=0.5)
+"""
+REMOTE = """
+import sys
+from onellm_dist.shards.build import build_dataset
+build_dataset("reference-lists", sys.argv[1], sys.argv[2], modality="text", name="same", max_samples=4)
 """
 
 
@@ -31,14 +39,14 @@ def pictures(folder: Path) -> Path:
     return write_tree(folder, files)
 
 
-def start(inputs: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", CODE, str(inputs), str(out)], stderr=subprocess.PIPE)
+def start(inputs: Path | str, out: Path | str, code: str = CODE) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", code, str(inputs), str(out)], stderr=subprocess.PIPE)
 
 
-def wait_for_units(out: Path, count: int, builder: subprocess.Popen[bytes]) -> None:
+def wait_for_units(done: Callable[[], int], count: int, builder: subprocess.Popen[bytes]) -> None:
     """Until so many shards are done."""
-    done, deadline = out.parent / f".{out.name}.building/done", time.monotonic() + 120
-    while builder.poll() is None and len(list(done.glob("*.json"))) < count:
+    deadline = time.monotonic() + 120
+    while builder.poll() is None and done() < count:
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -60,7 +68,7 @@ def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
     draw, died, done = random.Random(seed), 0, out.parent / f".{out.name}.building/done"
     for number, target in enumerate(sorted(draw.sample(range(1, UNITS - 12), kills))):
         builder = start(inputs, out)
-        wait_for_units(out, target, builder)
+        wait_for_units(lambda: len(list(done.glob("*.json"))), target, builder)
         if builder.poll() is not None:
             assert builder.returncode == 0
             break
@@ -88,3 +96,28 @@ def test_a_builder_with_three_workers_survives_kills_for_long(tmp_path: Path) ->
     for round_ in range(4):
         (tmp_path / str(round_)).mkdir()
         killed_builds(tmp_path / str(round_), 5, seed=1 + round_)
+
+
+@pytest.mark.slow
+def test_a_builder_that_writes_to_a_store_survives_kills(tmp_path: Path) -> None:
+    rows = "".join(f"caption {i}\tnone\n" for i in range(4 * 16))
+    inputs = write_tree(tmp_path / "in", {"a.csv": f"caption\turl\n{rows}"})
+    build_dataset("reference-lists", inputs, tmp_path / "alone", modality="text", name="same", max_samples=4)
+    with local_s3("crash") as bucket:
+        upload(inputs, f"{bucket}/in")
+        store = fsspec.filesystem("s3")
+
+        def done() -> int:
+            store.invalidate_cache()
+            return len(store.glob(f"{bucket}/out/.building/done/*.json"))
+
+        for target in (2, 8):
+            builder = start(f"{bucket}/in", f"{bucket}/out", REMOTE)
+            wait_for_units(done, target, builder)
+            kill(builder, worker=False)
+            assert builder.returncode == -9
+            assert not store.exists(f"{bucket}/out/manifest.json")
+        builder = start(f"{bucket}/in", f"{bucket}/out", REMOTE)
+        text = builder.communicate(timeout=120)[1].decode()
+        assert builder.returncode == 0, text
+        assert stored(f"{bucket}/out") == all_bytes(tmp_path / "alone")

@@ -11,6 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, write_tree
 from source_checks import cloud, film, npy, photo, tone
 from source_trees import downloaded
@@ -69,21 +70,6 @@ TREES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 OPTIONS: dict[str, Any] = {"name": "same", "max_failures": 0.9, "max_samples": 3, "dedup": "exact"}
 
 
-def upload(tree: Path, url: str) -> None:
-    """Every file of a folder."""
-    store, base = fsspec.core.url_to_fs(url)
-    for path in sorted(tree.rglob("*")):
-        if path.is_file():
-            store.pipe_file(f"{base}/{path.relative_to(tree).as_posix()}", path.read_bytes())
-
-
-def stored(url: str) -> dict[str, bytes]:
-    """Every file below a URL."""
-    store, base = fsspec.core.url_to_fs(url)
-    store.invalidate_cache()
-    return {k.split(f"{base.lstrip('/')}/", 1)[1]: store.cat_file(k) for k in store.find(base)}
-
-
 def without_folders(files: dict[str, bytes]) -> dict[str, bytes]:
     """Missing files' reasons hold whole paths, which differ between stores."""
     return {k: v for k, v in files.items() if k != "quarantine.jsonl"}
@@ -117,20 +103,8 @@ def test_a_store_in_memory_gives_and_takes_the_same_bytes(tmp_path: Path, source
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An empty bucket of a local S3."""
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
-            environment.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="lake")
-        yield "s3://lake"
-    running.stop()
+    with local_s3("lake") as url:
+        yield url
 
 
 @pytest.mark.slow
