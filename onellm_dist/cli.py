@@ -171,6 +171,28 @@ def launch(
     raise typer.Exit(launch_command(recipe, settings or [], nodes=nodes, out=out, submit=submit, command=command, **options))
 
 
+@app.command()
+def rehearse(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships.")] = Path("toy/align_image"),
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the throw-away Slurm.")] = 2,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node; all share this machine's cores.")] = 2,
+    starter: Annotated[str, typer.Option("--with", help="How ranks start: srun, torchrun or deepspeed (pdsh).")] = "srun",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A scenario (repeatable); default: all five.")] = None,
+    out: Annotated[Path, typer.Option(help="Run directories, logs and job scripts.")] = Path("runs/rehearsal"),
+) -> None:
+    """Rehearse a recipe at toy size under a real, throw-away Slurm on this machine: its own job script is run clean, preempted, with a
+    rank killed, with a node lost, and back at another node count; samples and losses must be those of the clean run.
+
+    Example: onellm rehearse stage1_image --nodes 2 --ranks-per-node 2
+    """
+    from onellm_dist.slurm.rehearse import rehearse_command
+
+    raise typer.Exit(
+        rehearse_command(recipe, settings or [], nodes=nodes, ranks_per_node=ranks_per_node, starter=starter, out=out, only=only or ())
+    )
+
+
 class _BuildCommand(TyperCommand):
     """`onellm shards build`: its flags are those of the source too, and `SOURCE --help` lists them."""
 

@@ -23,6 +23,8 @@ from onellm_dist.launch.attempts import LOST, RUNNING, Attempt, append_attempt, 
 
 CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
 FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
+PREEMPTED_DELAY_S = 15
+"""Nodes refuse a job that they ended in the same second ("credential revoked", Slurm 22.05), and their clocks differ a little."""
 SHOWN_SUSPECTS = 8
 
 
@@ -98,7 +100,12 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
             f"halted: {ended.reason}\nThe same command would be refused again.\nMend the recipe or the job script and submit it anew.",
         )
     if ended.status == "preempted":
-        return Verdict("requeue", 0, EXIT_PREEMPTED, f"preempted ({ended.reason}) at {at}: requeued, goes on from its newest checkpoint")
+        return Verdict(
+            "requeue",
+            PREEMPTED_DELAY_S,
+            EXIT_PREEMPTED,
+            f"preempted ({ended.reason}) at {at}: requeued, goes on from its newest checkpoint",
+        )
     twin = _same_step(ended, earlier)
     if twin is not None:
         return Verdict("halt", 0, EXIT_FAILED, _crash_loop(ended, twin, at))

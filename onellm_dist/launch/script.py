@@ -38,7 +38,7 @@ if [ "${{verdict:-}}" = requeue ]; then
     if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
         trap '' TERM # requeueing ends this script too; one more line is to be run
         scontrol requeue "$SLURM_JOB_ID"
-        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay" # else Slurm waits two minutes
+        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay" # Slurm's own delay is two minutes
     else
         echo "not requeued from here: the job is being cancelled or requeued already"
     fi

@@ -67,7 +67,7 @@ def preempted(history: History, step: int, **how: Any) -> tuple[str, int, int]:
 
 def test_preemptions_are_requeued_at_once_and_never_counted(history: History) -> None:
     for step in range(1, 9):
-        assert preempted(history, step, most=0) == ("requeue", 0, 75)
+        assert preempted(history, step, most=0) == ("requeue", 15, 75)
 
 
 def test_failures_back_off_and_end_after_the_limit(history: History) -> None:
@@ -83,7 +83,7 @@ def test_a_new_checkpoint_or_a_preemption_ends_the_row(history: History) -> None
     assert failed(history, 11) == ("requeue", 120, 1)
     assert failed(history, 50, checkpoint=40) == ("requeue", 60, 1)
     assert failed(history, 51) == ("requeue", 120, 1)
-    assert preempted(history, 45) == ("requeue", 0, 75)
+    assert preempted(history, 45) == ("requeue", 15, 75)
     assert failed(history, 52) == ("requeue", 60, 1)
 
 
@@ -114,9 +114,9 @@ def test_ranks_that_vanish_are_placed_by_their_metrics(history: History) -> None
 
 
 def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
-    assert history.start(status=143, stop=True, most=0) == ("requeue", 0, 75)
+    assert history.start(status=143, stop=True, most=0) == ("requeue", 15, 75)
     found = {"status": "failed", "step": 4, "reason": "SIGTERM after the file: ended at once"}
-    assert history.start(found, status=143, stop=True, most=0) == ("requeue", 0, 75)
+    assert history.start(found, status=143, stop=True, most=0) == ("requeue", 15, 75)
     assert "before its checkpoint was whole" in history.why
 
 
@@ -146,5 +146,5 @@ def test_the_command_line_needs_no_torch(history: History) -> None:
     )
     line = ["end", str(history.run_dir), "--launcher-status", "1"]
     done = subprocess.run([sys.executable, "-c", code, *line], env=history.env(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "requeue 0 75\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "requeue 15 75\n"), done.stderr
     assert "preempted (USR1)" in done.stderr
