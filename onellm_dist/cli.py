@@ -149,6 +149,7 @@ def launch(
     signal_notice: Annotated[
         int | None, typer.Option(help="Seconds of notice before the time limit; the last save must fit [300].")
     ] = None,
+    preflight: Annotated[bool, typer.Option(help="Look at every node before the ranks start; keep away from bad ones.")] = False,
     job_name: Annotated[str | None, typer.Option(help="Default: the recipe's name.")] = None,
     python: Annotated[str | None, typer.Option(help="The interpreter on the nodes; default: this one.")] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default: stdout, or RUN_DIR/job.sbatch with --submit.")] = None,
@@ -165,7 +166,7 @@ def launch(
         "gpus_per_node": gpus_per_node, "ranks_per_node": ranks_per_node, "starter": starter, "time": time, "partition": partition,
         "account": account, "qos": qos, "exclude": exclude, "cpus_per_rank": cpus_per_rank, "container": container,
         "container_runtime": container_runtime, "max_requeues": max_requeues, "signal_notice_s": signal_notice, "name": job_name,
-        "python": python, "mounts": mount or [],
+        "python": python, "mounts": mount or [], "preflight": preflight,
     }  # fmt: skip
     command = shlex.join(["onellm", *sys.argv[1:]])
     raise typer.Exit(launch_command(recipe, settings or [], nodes=nodes, out=out, submit=submit, command=command, **options))

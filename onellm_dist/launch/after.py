@@ -26,6 +26,8 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
 PREEMPTED_DELAY_S = 15
 """Nodes refuse a job that they ended in the same second ("credential revoked", Slurm 22.05), and their clocks differ a little."""
 SHOWN_SUSPECTS = 8
+PREFLIGHT, BAD_NODES = "preflight", "bad_nodes"
+"""How a preflight's reason begins; the file in the run directory, one a start, that names the nodes to keep away from."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,18 @@ def begin(run_dir: Path, env: Mapping[str, str]) -> None:
     append_attempt(run_dir, this_attempt(env))
 
 
-def end(run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: bool, max_requeues: int) -> Verdict:
+def end(
+    run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: bool, max_requeues: int, preflight_status: int = 0
+) -> Verdict:
     """Record how this start ended and decide what follows."""
     attempts = read_attempts(run_dir)
     key = this_attempt(env)
     started = next((a for a in attempts if (a.job_id, a.restart_count) == (key.job_id, key.restart_count)), key)
     earlier = [a for a in attempts if (a.job_id, a.restart_count) != (key.job_id, key.restart_count)]
-    ended = how_it_ended(run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked)
+    if preflight_status:
+        ended = refused_by_preflight(run_dir, started, preflight_status)
+    else:
+        ended = how_it_ended(run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked)
     verdict = decide(ended, earlier, max_requeues=max_requeues)
     append_attempt(run_dir, replace(ended, verdict=verdict.word, delay_s=verdict.delay_s))
     return verdict
@@ -83,6 +90,17 @@ def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_
     return replace(over, status="failed", step=step, failed_step=step, reason=reason)
 
 
+def refused_by_preflight(run_dir: Path, started: Attempt, status: int) -> Attempt:
+    """The attempt that no rank was started for."""
+    over = replace(started, end=now(), step=steps_done(run_dir), checkpoint=newest_checkpoint(run_dir))
+    if status == EXIT_USAGE:
+        return replace(over, status="usage", reason=f"{PREFLIGHT}: the recipe or the command line is wrong (see above)")
+    path = run_dir / f"{BAD_NODES}.{started.job_id}.{started.restart_count}"
+    bad = path.read_text(encoding="utf-8").split() if path.exists() else []
+    reason = f"{PREFLIGHT}: bad nodes {', '.join(bad)}" if bad else f"{PREFLIGHT}: see above; no node is to blame by itself"
+    return replace(over, status="failed", reason=reason)
+
+
 def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> Verdict:
     """Done, requeue with a back-off, or halt.
 
@@ -105,6 +123,13 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
             PREEMPTED_DELAY_S,
             EXIT_PREEMPTED,
             f"preempted ({ended.reason}) at {at}: requeued, goes on from its newest checkpoint",
+        )
+    if ended.reason.startswith(PREFLIGHT) and "bad nodes" not in ended.reason:
+        return Verdict(
+            "halt",
+            0,
+            EXIT_FAILED,
+            f"halted: {ended.reason}\nAnother start would be refused too.\nMend what it names and submit the job anew.",
         )
     twin = _same_step(ended, earlier)
     if twin is not None:
@@ -156,8 +181,10 @@ def _place(attempt: Attempt) -> int | None:
 def _same_step(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | None:
     """An earlier failure at the same step, nothing having got past that step since."""
     place = _place(ended)
+    if ended.reason.startswith(PREFLIGHT):
+        return None
     for attempt in reversed(earlier):
-        if attempt.status == "failed" and _place(attempt) == place:
+        if attempt.status == "failed" and not attempt.reason.startswith(PREFLIGHT) and _place(attempt) == place:
             return attempt
         if (attempt.step or 0) > (place or 0):
             return None
@@ -208,12 +235,18 @@ def main(arguments: Sequence[str]) -> int:
     ending.add_argument("--launcher-status", type=int, required=True)
     ending.add_argument("--stop-asked", type=int, choices=(0, 1), default=0)
     ending.add_argument("--max-requeues", type=int, default=5)
+    ending.add_argument("--preflight-status", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.command == "begin":
         begin(given.run_dir, os.environ)
         return EXIT_DONE
     verdict = end(
-        given.run_dir, os.environ, launcher_status=given.launcher_status, stop_asked=bool(given.stop_asked), max_requeues=given.max_requeues
+        given.run_dir,
+        os.environ,
+        launcher_status=given.launcher_status,
+        stop_asked=bool(given.stop_asked),
+        max_requeues=given.max_requeues,
+        preflight_status=given.preflight_status,
     )
     print(verdict.why, file=sys.stderr)
     print(verdict.word, verdict.delay_s, verdict.exit_code)

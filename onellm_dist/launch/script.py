@@ -32,18 +32,23 @@ _AFTER = """\
 # Launchers blur exit codes, so the verdict comes from $run_dir/exit.json and the starts before this one ($run_dir/attempts.jsonl):
 # done; preempted: requeue; failed: requeue with a back-off, but not for ever, and never twice at the same step; wrong usage: halt.
 read -r verdict delay code < <({tool} end "$run_dir" \\
-    --launcher-status "$status" --stop-asked "$stop_asked" --max-requeues {max_requeues})
+    --launcher-status "$status" --stop-asked "$stop_asked" --max-requeues {max_requeues}{told})
 if [ "${{verdict:-}}" = requeue ]; then
     # RUNNING: the job is still ours. After scancel it is not, and a preemption by REQUEUE has requeued it already.
     if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
         trap '' TERM # requeueing ends this script too; one more line is to be run
         scontrol requeue "$SLURM_JOB_ID"
         scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay" # Slurm's own delay is two minutes
-    else
+{exclude}    else
         echo "not requeued from here: the job is being cancelled or requeued already"
     fi
 fi
 exit "${{code:-1}}"
+"""
+
+_EXCLUDE = """\
+        bad=$(cat "$run_dir/bad_nodes.$SLURM_JOB_ID".* 2>/dev/null | sort -u | paste -sd,)
+        [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad{exclude}"
 """
 
 
@@ -60,7 +65,9 @@ def render(job: Job) -> str:
     ]
     if job.preflight:
         parts.append(_preflight(job))
-    parts += [_start(job), _WAIT, _AFTER.format(tool=tool, max_requeues=job.max_requeues)]
+    told = ' \\\n    --preflight-status "$preflight"' if job.preflight else ""
+    exclude = _EXCLUDE.format(exclude=f",{job.exclude}" if job.exclude else "") if job.preflight else ""
+    parts += [_guarded(job), _AFTER.format(tool=tool, max_requeues=job.max_requeues, told=told, exclude=exclude)]
     return "\n".join(filter(None, parts))
 
 
@@ -153,17 +160,30 @@ def _first_node() -> str:
 
 
 def _preflight(job: Job) -> str:
+    recipe = '--recipe "$2" "${@:3}" run.dir="$run_dir"' if not job.recipe else f"--recipe {_arguments(job)}"
     return (
-        "# Before GPUs are paid for: every node is looked at (GPUs, bandwidth, clocks, versions, disk), and a bad one is named.\n"
-        + _srun(job, job.ranks_per_node, "")
-        + f"    {_inside(job)}{job.python} -m onellm_dist.cli doctor --distributed\n"
-    )
+        "# Before GPUs are paid for: every node is looked at (GPUs, links, clocks, versions, memory, disks). Bad ones are named, and kept\n"
+        "# away from at the next start.\n"
+        'bad_nodes="$run_dir/bad_nodes.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"\n' + _srun(job, job.ranks_per_node, "")
+        + f'    {_inside(job)}{job.python} -u -m onellm_dist.cli doctor --distributed --exclude-file "$bad_nodes" \\\n    {recipe}\n'
+        "preflight=$?\n"
+    )  # fmt: skip
+
+
+def _guarded(job: Job) -> str:
+    """Start the ranks and wait for them, where the preflight lets them."""
+    body = f"{_start(job)}\n{_WAIT}"
+    return f'if [ "$preflight" = 0 ]; then\n\n{body}\nelse\n    status=1\nfi\n' if job.preflight else body
 
 
 def _training(job: Job) -> str:
-    if not job.recipe:
-        return 'onellm_dist.train "${@:2}" run.dir="$run_dir"'
-    return " ".join(["onellm_dist.train", shlex.quote(job.recipe), *(shlex.quote(item) for item in job.overrides)])
+    # A step of one task looks like an interactive shell, where local ranks are wanted: say how many.
+    alone = " launch.ranks=1" if job.starter == "srun" and job.ranks_per_node == 1 else ""
+    return "onellm_dist.train " + (_arguments(job) if job.recipe else '"${@:2}" run.dir="$run_dir"') + alone
+
+
+def _arguments(job: Job) -> str:
+    return " ".join([shlex.quote(job.recipe), *(shlex.quote(item) for item in job.overrides)])
 
 
 def _mounts(job: Job) -> list[str]:

@@ -27,7 +27,7 @@ from onellm_dist.slurm.needs import check_needs, find_tool
 from onellm_dist.slurm.places import claim_folder, remove_stale
 from onellm_dist.slurm.ssh import boot_lines, write_ssh
 
-START_S = 30.0
+START_S = 90.0
 COMMAND_S = 60.0
 JOB_FIELDS = ("JobState", "Reason", "Restarts", "NodeList", "BatchHost", "ExitCode", "StartTime", "NumNodes")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}

@@ -74,6 +74,7 @@ def rehearse_command(
     failed: list[str] = []
     with Cluster(nodes, grace_s=GRACE_S, ssh=starter == "deepspeed") as cluster:
         cluster.env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // (nodes * ranks_per_node))), "DS_ACCELERATOR": "cpu"}
+        (out / ".deepspeed_env").write_text(deepspeed_env(cluster), encoding="utf-8")
         for name in chosen:
             print(f"rehearsal: {name} ...", flush=True)
             started = time.monotonic()
@@ -102,7 +103,7 @@ def toy_size(recipe: Path, overrides: Sequence[str], *, ranks: int, data: Path) 
     mixture = ", ".join(f"{{path: {entry.path}, weight: {entry.weight}}}" for entry in toy.data.mixture)
     keys = {
         "model.preset": "toy", "data.root": data.resolve(), "data.mixture": f"[{mixture}]", "data.global_batch": 2 * ranks,
-        "data.workers": 1,
+        "model.init_from_image": "[]", "data.workers": 1,
         "data.pack_llm_tokens": toy.data.pack_llm_tokens, "data.pack_encoder_tokens": toy.data.pack_encoder_tokens, "data.validation": "",
         "train.steps": STEPS, "train.precision": "fp32", "train.log_every": 1, "checkpoint.every": EVERY, "checkpoint.keep": 2,
         "engine.config": toy.engine.config,
@@ -125,6 +126,11 @@ def toy_data(recipe: Path, keys: Sequence[str], folder: Path) -> None:
         raise OneLLMError(
             f"the toy data could not be made: {done.stderr.strip()}", "the rehearsal has nothing to read.", "mend what it names."
         )
+
+
+def deepspeed_env(cluster: Cluster) -> str:
+    """`.deepspeed_env`: what ranks that ssh starts need of the environment and do not get by themselves."""
+    return "".join(f"{key}={cluster.env[key]}\n" for key in ("PATH", "TMPDIR", "OMP_NUM_THREADS", "DS_ACCELERATOR"))
 
 
 def _stage(

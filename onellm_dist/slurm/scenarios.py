@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ class Stage:
     patience_s: float
 
     def submit(self) -> RunningJob:
-        """Submit the job script."""
+        """Submit the job script, to nodes that are all free: it takes as many as there are."""
+        self.cluster.wait_for_nodes(self.cluster.nodes)
         return RunningJob(self.cluster, self.script, self.run_dir, name=self.name, cwd=self.folder, patience_s=self.patience_s)
 
 
@@ -60,7 +61,7 @@ def preemption(stage: Stage) -> Interrupted:
     urgent = stage.folder / "urgent.sbatch"
     urgent.write_text(URGENT.format(nodes=len(stage.cluster.nodes)), encoding="utf-8")
     stage.cluster.submit(urgent, cwd=stage.folder)
-    return _back(job)
+    return _back(job, stage.cluster.nodes)
 
 
 def killed_rank(stage: Stage) -> Interrupted:
@@ -68,7 +69,7 @@ def killed_rank(stage: Stage) -> Interrupted:
     job = stage.submit()
     job.wait_for_step(stage.every)
     job.kill_rank(stage.cluster.nodes[-1])
-    return _back(job)
+    return _back(job, stage.cluster.nodes)
 
 
 def lost_node(stage: Stage) -> Interrupted:
@@ -81,8 +82,7 @@ def lost_node(stage: Stage) -> Interrupted:
         requeued = job.wait_for_requeue(1)
     finally:
         stage.cluster.start_node(node)
-    stage.cluster.wait_for_nodes(stage.cluster.nodes)
-    return _back(job, requeued)
+    return _back(job, stage.cluster.nodes, requeued)
 
 
 def other_node_count(stage: Stage) -> Interrupted:
@@ -93,7 +93,7 @@ def other_node_count(stage: Stage) -> Interrupted:
     stage.cluster.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=rehearsal")
     try:
         stage.cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
-        return _back(job)
+        return _back(job, stage.cluster.nodes[:-1])
     finally:
         stage.cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
@@ -108,9 +108,10 @@ SCENARIOS: dict[str, Callable[[Stage], Interrupted]] = {
 """In this order; the first one is what the others are compared with."""
 
 
-def _back(job: RunningJob, requeued: float | None = None) -> Interrupted:
-    """From an interruption to the end of the run."""
+def _back(job: RunningJob, nodes: Sequence[str], requeued: float | None = None) -> Interrupted:
+    """From an interruption to the end of the run, which goes on once `nodes` are free."""
     requeued = job.wait_for_requeue(1) if requeued is None else requeued
+    job.cluster.wait_for_nodes(nodes)
     job.hurry()
     first_step = job.wait_for_first_step(1)
     return _finish(job, first_step - requeued)

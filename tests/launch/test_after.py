@@ -130,6 +130,18 @@ def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: Histo
     assert first.nodes == ("n1", "n2") and (second.job_id, second.restart_count, second.verdict) == ("7", 1, "requeue")
 
 
+def test_a_preflight_that_names_bad_nodes_is_requeued_and_any_other_halts(history: History) -> None:
+    for _ in range(2):  # never a crash loop: the next start has other nodes
+        history.begin()
+        (history.run_dir / f"bad_nodes.7.{history.restart}").write_text("n2\n")
+        verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=False, max_requeues=3, preflight_status=1)
+        assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
+        history.restart += 1
+    history.begin()
+    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=False, max_requeues=3, preflight_status=1)
+    assert (verdict.word, verdict.exit_code) == ("halt", 1)
+
+
 def test_a_line_cut_short_is_passed_over(history: History) -> None:
     preempted(history, 3)
     with (history.run_dir / ATTEMPTS).open("a") as out:

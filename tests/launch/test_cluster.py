@@ -172,7 +172,10 @@ def test_nothing_is_left(how: str, tmp_path: Path) -> None:
     """Of a cluster with a job on it, whose owner fails, is interrupted, terminated or killed."""
     told, mark = tmp_path / "root", f"mark-{uuid.uuid4()}"
     last = "raise RuntimeError('a fault')" if how == "failure" else "time.sleep(600)"
-    owner = subprocess.Popen([sys.executable, "-c", OWNER.replace("MARK", mark).replace("HOW", last), str(told)], stderr=subprocess.DEVNULL)
+    # Another Slurm's settings must not be taken for ours.
+    env = {**os.environ, "SLURM_CONF": "/no/such/slurm.conf", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "theirs"}
+    code = OWNER.replace("MARK", mark).replace("HOW", last)
+    owner = subprocess.Popen([sys.executable, "-c", code, str(told)], env=env, stderr=subprocess.DEVNULL)
     wait_for(told)
     root = told.read_text()
     if how != "failure":

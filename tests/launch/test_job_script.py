@@ -52,6 +52,14 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
     assert all(len(line) <= 140 for line in text.splitlines())
 
 
+def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() -> None:
+    text = render(variant(preflight=True))
+    doctor, ranks, after = (text.index(word) for word in ("doctor --distributed", "onellm_dist.train tune", "launch.after end"))
+    assert doctor < ranks < after and "ExcNodeList" in text[after:] and "--preflight-status" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert "preflight" not in render(JOB)
+
+
 def test_the_header_says_what_was_asked() -> None:
     text = render(variant(nodes=(1, 4), partition="gpu", account="a", qos="q", exclude="gpu[07,12]", time="2-0", signal_notice_s=600))
     asked = "--nodes=1-4 --ntasks-per-node=4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"

@@ -1,0 +1,108 @@
+"""Toy stage I with ZeRO-3 under a real Slurm of two nodes: each way of starting ranks, and everything that a cluster does to a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onellm_dist.errors import UsageError
+from onellm_dist.launch.attempts import read_attempts
+from onellm_dist.slurm.cluster import Cluster
+from onellm_dist.slurm.history import compare
+from onellm_dist.slurm.needs import what_is_missing
+from onellm_dist.slurm.rehearse import EVERY, STEPS, TOY_RECIPE, deepspeed_env, rehearse_command, toy_size
+from onellm_dist.slurm.scenarios import SCENARIOS
+
+MISSING = what_is_missing(ssh=True)
+needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"no throw-away Slurm here: {MISSING}")
+TIMEOUT_S = 800
+
+
+def folder_of(scenario: str) -> str:
+    return scenario.lower().replace(" ", "_")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Where `onellm rehearse` (srun, one rank a node) left its runs, and its exit code."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    return out, rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=1, starter="srun", out=out)
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=folder_of)
+def test_the_run_comes_through_with_the_undisturbed_samples_and_losses(rehearsed: tuple[Path, int], scenario: str) -> None:
+    out, code = rehearsed
+    assert code == 0
+    found = compare(out / folder_of(scenario), out / "clean_run")
+    assert (found.steps, found.stream, found.losses) == (STEPS, True, True)
+    starts = read_attempts(out / folder_of(scenario))
+    assert starts[-1].status == "done" and len(starts) == (1 if scenario == "clean run" else 2)
+    first = starts[0]
+    if scenario in ("preemption", "other node count"):  # enough notice: nothing is done twice
+        assert (first.status, first.verdict) == ("preempted", "requeue") and first.checkpoint == first.step
+    elif scenario != "clean run":
+        assert first.status in ("failed", "lost") and (first.step or 0) - (first.checkpoint or 0) <= EVERY
+    assert [len(a.nodes) for a in starts] == {"clean run": [2], "other node count": [2, 1]}.get(scenario, [2, 2])
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "deepspeed"])
+def test_the_other_ways_of_starting_run_the_same(rehearsed: tuple[Path, int], starter: str, tmp_path: Path) -> None:
+    out, _ = rehearsed
+    keys = [f"data.root={out / 'toy'}", "train.steps=4"]
+    assert rehearse_command(TOY_RECIPE, keys, nodes=2, ranks_per_node=1, starter=starter, out=tmp_path, only=["clean run"]) == 0
+    same_beginning(tmp_path / "clean_run", out / "clean_run")
+
+
+def same_beginning(run: Path, undisturbed: Path) -> None:
+    """Four steps as the undisturbed run's first four."""
+    lines = (undisturbed / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run.parent / "beginning").mkdir()
+    (run.parent / "beginning" / "metrics.jsonl").write_text("".join(lines[:4]))
+    found = compare(run, run.parent / "beginning")
+    assert (found.steps, found.stream, found.losses) == (4, True, True)
+    engine = yaml.safe_load((run / "config.yaml").read_text())["engine"]
+    assert engine["config"].endswith("cpu") and engine["name"] == "deepspeed"  # ds_configs/cpu.json is ZeRO-3
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(rehearsed: tuple[Path, int], tmp_path: Path) -> None:
+    """From one of two hosts, with a hostfile, without Slurm's help."""
+    out, _ = rehearsed
+    keys = [*toy_size(TOY_RECIPE, [], ranks=2, data=out / "toy"), "train.steps=4", f"run.dir={tmp_path / 'run'}"]
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    with Cluster(2, ssh=True) as cluster:
+        cluster.env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        (tmp_path / ".deepspeed_env").write_text(deepspeed_env(cluster))
+        line = shlex.join(["deepspeed", "--hostfile", "hostfile", "--module", "onellm_dist.train", str(TOY_RECIPE), *keys])
+        command = cluster.on_node("n1", ["bash", "-c", f"cd {tmp_path} && {line}"])
+        done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_beginning(tmp_path / "run", out / "clean_run")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
+def test_what_is_asked_wrongly_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    how = {"nodes": 2, "ranks_per_node": 1, "starter": "srun", "out": tmp_path / "out"}
+    for recipe, keys, only in ((TOY_RECIPE, ["train.stepz=1"], []), (Path("no_such"), [], []), (TOY_RECIPE, [], ["earthquake"])):
+        with pytest.raises(UsageError):
+            rehearse_command(recipe, keys, only=only, **how)  # type: ignore[arg-type]
+    assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune", "toy/align_all"])
+def test_every_recipe_comes_down_to_toy_size(recipe: str, tmp_path: Path) -> None:
+    from onellm_dist.config import load_config
+
+    config = load_config(Path(recipe), toy_size(Path(recipe), ["optim.lr=0.5"], ranks=4, data=tmp_path))
+    assert (config.model.preset, config.model.path, config.data.global_batch, config.optim.lr) == ("toy", None, 8, 0.5)
+    assert config.train.stage == load_config(Path(recipe)).train.stage
