@@ -1,6 +1,6 @@
 """What a job script asks around a start of the run: `begin` before the ranks start, `end` after they ended: go on, requeue, or stop?
 
-    python -m onellm_dist.launch.after begin RUN_DIR
+    python -m onellm_dist.launch.after begin RUN_DIR --signal-notice SECONDS
     python -m onellm_dist.launch.after end RUN_DIR --launcher-status N --stop-asked 0|1 --max-requeues N
 
 `end` explains itself on stderr and prints one line on stdout: VERDICT DELAY_SECONDS EXIT_CODE, the verdict being done, requeue or halt.
@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
 PREEMPTED_DELAY_S = 15
 """Nodes refuse a job that they ended in the same second ("credential revoked", Slurm 22.05), and their clocks differ a little."""
 SHOWN_SUSPECTS = 8
+TAIL_BYTES = 1 << 18
 PREFLIGHT, BAD_NODES = "preflight", "bad_nodes"
 """How a preflight's reason begins; the file in the run directory, one a start, that names the nodes to keep away from."""
 
@@ -50,6 +51,17 @@ def begin(run_dir: Path, env: Mapping[str, str]) -> None:
         append_attempt(run_dir, replace(before[-1], status=LOST, step=step, failed_step=step, checkpoint=newest_checkpoint(run_dir)))
     (run_dir / "exit.json").unlink(missing_ok=True)
     append_attempt(run_dir, this_attempt(env))
+
+
+def notice_warning(run_dir: Path, notice_s: int) -> str:
+    """What to say where the last checkpoint took more than half of the notice that the job gets; else nothing."""
+    took = last_save_s(run_dir)
+    if took is None or 2 * took <= notice_s:
+        return ""
+    return (
+        f"warning: the last checkpoint took {took:.0f} s, the notice before the time limit is {notice_s} s.\n"
+        f"A stop may come too late for a checkpoint.\nRender the job again with --signal-notice {max(60, round(4 * took))}.\n"
+    )
 
 
 def end(
@@ -107,7 +119,7 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
     Halts where the command line is wrong, where two starts failed at the same step with nothing got past it in between (a crash loop), and
     after `max_requeues` failures in a row of which none wrote a new checkpoint. Preemptions are never counted.
     """
-    at = f"step {_place(ended)}" if _place(ended) is not None else "before the first step"
+    at = f"at step {_place(ended)}" if _place(ended) is not None else "before the first step"
     if ended.status == "done":
         return Verdict("done", 0, EXIT_DONE, f"done: {ended.reason}")
     if ended.status == "usage":
@@ -122,7 +134,7 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
             "requeue",
             PREEMPTED_DELAY_S,
             EXIT_PREEMPTED,
-            f"preempted ({ended.reason}) at {at}: requeued, goes on from its newest checkpoint",
+            f"preempted ({ended.reason}) {at}: requeued, goes on from its newest checkpoint",
         )
     if ended.reason.startswith(PREFLIGHT) and "bad nodes" not in ended.reason:
         return Verdict(
@@ -141,31 +153,43 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
             "halt",
             0,
             EXIT_FAILED,
-            f"{why}\nThe last one, at {at}: {ended.reason}\nMend its cause and submit the job anew: it goes on from the newest checkpoint.",
+            f"{why}\nThe last one, {at}: {ended.reason}\nMend its cause and submit the job anew: it goes on from the newest checkpoint.",
         )
     delay = min(FIRST_DELAY_S * 2 ** (in_a_row - 1), LONGEST_DELAY_S)
     return Verdict(
         "requeue",
         delay,
         EXIT_FAILED,
-        f"failed at {at}: {ended.reason}\nrequeued in {delay} s (failure {in_a_row} of {max_requeues} in a row)",
+        f"failed {at}: {ended.reason}\nrequeued in {delay} s (failure {in_a_row} of {max_requeues} in a row)",
     )
 
 
 def steps_done(run_dir: Path) -> int | None:
     """Steps that `metrics.jsonl` has, for a start that could not say it itself."""
+    return next((int(line["step"]) + 1 for line in _newest_first(run_dir / "metrics.jsonl") if "step" in line), None)
+
+
+def last_save_s(run_dir: Path) -> float | None:
+    """Seconds that the newest checkpoint took, by `events.jsonl`."""
+    events = _newest_first(run_dir / "events.jsonl")
+    return next((float(line["seconds"]) for line in events if line.get("event") == "checkpoint" and "seconds" in line), None)
+
+
+def _newest_first(path: Path) -> Iterator[dict[str, Any]]:
+    """The last lines of a JSONL file, without those cut short."""
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
-        return None
+        return
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"]) + 1
-        except (ValueError, KeyError, TypeError):
+            found = json.loads(line)
+        except ValueError:
             continue
-    return None
+        if isinstance(found, dict):
+            yield found
 
 
 def newest_checkpoint(run_dir: Path) -> int | None:
@@ -203,7 +227,7 @@ def _failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
 
 def _crash_loop(ended: Attempt, twin: Attempt, at: str) -> str:
     common = [s for s in ended.suspects if s in set(twin.suspects)] or list(ended.suspects)
-    lines = [f"halted: two starts failed at {at}, another would too.", f"Now: {ended.reason}"]
+    lines = [f"halted: two starts failed {at}, another would too.", f"Now: {ended.reason}"]
     if twin.reason != ended.reason:
         lines.append(f"Before: {twin.reason}")
     if common:
@@ -231,6 +255,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("begin", "end"):
         commands.add_parser(name).add_argument("run_dir", type=Path)
+    commands.choices["begin"].add_argument("--signal-notice", type=int, default=0)
     ending = commands.choices["end"]
     ending.add_argument("--launcher-status", type=int, required=True)
     ending.add_argument("--stop-asked", type=int, choices=(0, 1), default=0)
@@ -239,6 +264,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.command == "begin":
         begin(given.run_dir, os.environ)
+        if given.signal_notice:
+            print(notice_warning(given.run_dir, given.signal_notice), end="", file=sys.stderr)
         return EXIT_DONE
     verdict = end(
         given.run_dir,

@@ -60,8 +60,9 @@ def render(job: Job) -> str:
         _run_dir(job),
         _ASK,
         _in_container(job),
-        "# This start goes into the history of the run, and the exit.json of an earlier one goes away.\n"
-        f'{tool} begin "$run_dir" || exit 1\n',
+        "# This start goes into the history of the run, and the exit.json of an earlier one goes away; a notice that is too short for the\n"
+        "# last checkpoint is told.\n"
+        f'{tool} begin "$run_dir" --signal-notice {job.signal_notice_s} || exit 1\n',
     ]
     if job.preflight:
         parts.append(_preflight(job))
@@ -75,7 +76,8 @@ def _header(job: Job) -> str:
     least, most = job.nodes
     nodes = str(least) if least == most else f"{least}-{most}"
     options = [
-        f"--job-name={job.name}", f"--nodes={nodes}", f"--ntasks-per-node={job.ranks_per_node}",
+        # With one task a node, Slurm (22.05) would give a job that asks for 1-4 nodes a single one.
+        f"--job-name={job.name}", f"--nodes={nodes}", f"--ntasks-per-node={job.ranks_per_node}" if job.ranks_per_node > 1 else "",
         f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
         f"--cpus-per-task={job.cpus_per_rank}" if job.cpus_per_rank else "--exclusive",
         "" if job.cpus_per_rank else "--mem=0",

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         check_needs(ssh=self._ssh)
         remove_stale()
-        self._before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         self.root = claim_folder()
         try:
             self._write_files()

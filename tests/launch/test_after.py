@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.after import begin, end
+from onellm_dist.launch.after import begin, end, notice_warning
 from onellm_dist.launch.attempts import ATTEMPTS, read_attempts
 
 
@@ -140,6 +140,15 @@ def test_a_preflight_that_names_bad_nodes_is_requeued_and_any_other_halts(histor
     history.begin()
     verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=False, max_requeues=3, preflight_status=1)
     assert (verdict.word, verdict.exit_code) == ("halt", 1)
+
+
+def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) -> None:
+    history.run_dir.mkdir()
+    assert notice_warning(history.run_dir, 1) == ""
+    lines = [{"event": "checkpoint", "seconds": 9.0}, {"event": "checkpoint", "seconds": 40.0}, {"event": "end"}]
+    (history.run_dir / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert notice_warning(history.run_dir, 80) == ""
+    assert "took 40 s" in notice_warning(history.run_dir, 79) and "--signal-notice 160" in notice_warning(history.run_dir, 79)
 
 
 def test_a_line_cut_short_is_passed_over(history: History) -> None:

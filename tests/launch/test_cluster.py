@@ -30,9 +30,11 @@ PATIENCE_S = 120.0
 
 STAND_IN = """#!/bin/bash
 # In place of `python -m onellm_dist.train`: rank 0 ends as the next line of `plan` in the run directory says. Anything else is Python.
-for word in "$@"; do [ "$word" != onellm_dist.train ] || train=1; done
+for word in "$@"; do
+    [ "$word" != onellm_dist.train ] || train=1
+    [ "${word#run.dir=}" = "$word" ] || run="${word#run.dir=}"
+done
 [ -n "${train:-}" ] || exec PYTHON "$@"
-run="${@: -1}"; run="${run#run.dir=}"
 [ "$SLURM_PROCID" = 0 ] || { while :; do sleep 0.1; done; }
 line=$(head -n 1 "$run/plan"); sed -i 1d "$run/plan"
 case "$line" in

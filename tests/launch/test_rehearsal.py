@@ -106,3 +106,10 @@ def test_every_recipe_comes_down_to_toy_size(recipe: str, tmp_path: Path) -> Non
     config = load_config(Path(recipe), toy_size(Path(recipe), ["optim.lr=0.5"], ranks=4, data=tmp_path))
     assert (config.model.preset, config.model.path, config.data.global_batch, config.optim.lr) == ("toy", None, 8, 0.5)
     assert config.train.stage == load_config(Path(recipe)).train.stage
+
+
+@needs_slurm
+@pytest.mark.soak
+@pytest.mark.parametrize("starter", ["srun", "torchrun", "deepspeed"])
+def test_every_scenario_with_two_ranks_a_node(starter: str, tmp_path: Path) -> None:
+    assert rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=2, starter=starter, out=tmp_path) == 0
