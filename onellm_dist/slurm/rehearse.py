@@ -151,7 +151,7 @@ def _stage(
 def table(rows: Sequence[Row], failed: Sequence[str]) -> str:
     """The table as text."""
     heads = ("scenario", "first start ended", "steps", "redone", "restarts", "nodes", "requeue to step", "samples", "losses", "seconds")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for row in rows:
         back = "-" if row.came.back_s is None else f"{row.came.back_s:.1f} s"
         same = ("the same" if row.against.stream else "DIFFER", f"within {row.against.largest_gap:.0e}" if row.against.losses else "DIFFER")
