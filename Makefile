@@ -17,7 +17,7 @@ help:  ## this list
 
 setup: $(STAMP)  ## make .venv and install everything in it
 
-$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt launch/setup_machine.sh
 	@bash launch/setup_machine.sh $(PYTHON) $(VENV)
 	@touch $@
 

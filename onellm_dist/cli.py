@@ -179,6 +179,7 @@ def rehearse(
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks a node; all share this machine's cores.")] = 2,
     starter: Annotated[str, typer.Option("--with", help="How ranks start: srun, torchrun or deepspeed (pdsh).")] = "srun",
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")] = None,
+    preflight: Annotated[bool, typer.Option(help="Rehearse the script with the preflight in it.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="A scenario (repeatable); default: all five.")] = None,
     out: Annotated[Path, typer.Option(help="Run directories, logs and job scripts.")] = Path("runs/rehearsal"),
 ) -> None:
@@ -190,7 +191,16 @@ def rehearse(
     from onellm_dist.slurm.rehearse import rehearse_command
 
     raise typer.Exit(
-        rehearse_command(recipe, settings or [], nodes=nodes, ranks_per_node=ranks_per_node, starter=starter, out=out, only=only or ())
+        rehearse_command(
+            recipe,
+            settings or [],
+            nodes=nodes,
+            ranks_per_node=ranks_per_node,
+            starter=starter,
+            out=out,
+            only=only or (),
+            preflight=preflight,
+        )
     )
 
 

@@ -1,7 +1,7 @@
 """What a job script asks around a start of the run: `begin` before the ranks start, `end` after they ended: go on, requeue, or stop?
 
     python -m onellm_dist.launch.after begin RUN_DIR --signal-notice SECONDS
-    python -m onellm_dist.launch.after end RUN_DIR --launcher-status N --stop-asked 0|1 --max-requeues N
+    python -m onellm_dist.launch.after end RUN_DIR --launcher-status N --stop-asked TIME --max-requeues N
 
 `end` explains itself on stderr and prints one line on stdout: VERDICT DELAY_SECONDS EXIT_CODE, the verdict being done, requeue or halt.
 It reads `exit.json` (launchers blur exit codes) and the history in `attempts.jsonl`. It imports nothing but the standard library.
@@ -65,7 +65,7 @@ def notice_warning(run_dir: Path, notice_s: int) -> str:
 
 
 def end(
-    run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: bool, max_requeues: int, preflight_status: int = 0
+    run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: float, max_requeues: int, preflight_status: int = 0
 ) -> Verdict:
     """Record how this start ended and decide what follows."""
     attempts = read_attempts(run_dir)
@@ -81,11 +81,16 @@ def end(
     return verdict
 
 
-def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: bool) -> Attempt:
-    """The attempt as `exit.json` tells it; where no rank wrote one, as the launcher and the stop tell it."""
+def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: float) -> Attempt:
+    """The attempt as `exit.json` tells it; where no rank wrote one, as the launcher and the stop tell it.
+
+    Args:
+        stop_asked: when the job script was asked to stop (seconds since 1970); 0 where it was not.
+    """
     over = replace(started, end=now(), checkpoint=newest_checkpoint(run_dir))
     found = _read_json(run_dir / "exit.json")
-    if stop_asked and found.get("status") == "failed":  # a second signal, or time ran out in the middle of the checkpoint
+    # Failed after it: a second signal, or time ran out in the middle of the checkpoint. Failed before: the stop came of the failure.
+    if stop_asked and found.get("status") == "failed" and (run_dir / "exit.json").stat().st_mtime >= stop_asked:
         reason = f"stopped before its checkpoint was whole: {found.get('reason', '')}"
         return replace(over, status="preempted", step=found.get("step"), reason=reason)
     if found.get("status") in CODES:
@@ -258,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     commands.choices["begin"].add_argument("--signal-notice", type=int, default=0)
     ending = commands.choices["end"]
     ending.add_argument("--launcher-status", type=int, required=True)
-    ending.add_argument("--stop-asked", type=int, choices=(0, 1), default=0)
+    ending.add_argument("--stop-asked", type=float, default=0.0)
     ending.add_argument("--max-requeues", type=int, default=5)
     ending.add_argument("--preflight-status", type=int, default=0)
     given = parser.parse_args(arguments)
@@ -271,7 +276,7 @@ def main(arguments: Sequence[str]) -> int:
         given.run_dir,
         os.environ,
         launcher_status=given.launcher_status,
-        stop_asked=bool(given.stop_asked),
+        stop_asked=given.stop_asked,
         max_requeues=given.max_requeues,
         preflight_status=given.preflight_status,
     )

@@ -14,7 +14,7 @@ _ASK = """\
 # Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption): the file `stop` is what every way of starting understands,
 # for the deepspeed runner and torchrun do not pass signals on. All ranks see it at the end of a step, write a checkpoint and leave.
 stop_asked=0
-trap 'stop_asked=1; echo "$(date +%FT%T) asked to stop: $run_dir/stop"' USR1 TERM
+trap '[ "$stop_asked" != 0 ] || stop_asked=$(date +%s); echo "$(date +%FT%T) asked to stop: $run_dir/stop"' USR1 TERM
 """
 
 _WAIT = """\

@@ -51,7 +51,7 @@ def rehearse_command(
     starter: str,
     out: Path,
     only: Sequence[str] = (),
-    gpus_per_node: int | None = None,
+    preflight: bool = False,
 ) -> int:
     """Rehearse a recipe and print the table.
 
@@ -79,7 +79,7 @@ def rehearse_command(
             print(f"rehearsal: {name} ...", flush=True)
             started = time.monotonic()
             try:
-                stage = _stage(cluster, recipe, keys, name, starter=starter, ranks=ranks_per_node, gpus=gpus_per_node, out=out)
+                stage = _stage(cluster, recipe, keys, name, starter=starter, ranks=ranks_per_node, preflight=preflight, out=out)
                 came = SCENARIOS[name](stage)
             except OneLLMError as error:
                 print(f"rehearsal: {name}: {error}", file=sys.stderr, flush=True)
@@ -134,13 +134,13 @@ def deepspeed_env(cluster: Cluster) -> str:
 
 
 def _stage(
-    cluster: Cluster, recipe: Path, keys: Sequence[str], scenario: str, *, starter: str, ranks: int, gpus: int | None, out: Path
+    cluster: Cluster, recipe: Path, keys: Sequence[str], scenario: str, *, starter: str, ranks: int, preflight: bool, out: Path
 ) -> Stage:
     run_dir = (out / _slug(scenario)).resolve()
     nodes = len(cluster.nodes)
     path = find_recipe(recipe).resolve()
     job = make_job(
-        path, [*keys, f"run.dir={run_dir}"], nodes=f"1-{nodes}" if nodes > 1 else "1", gpus_per_node=ranks if gpus is None else gpus,
+        path, [*keys, f"run.dir={run_dir}"], nodes=f"1-{nodes}" if nodes > 1 else "1", gpus_per_node=ranks, preflight=preflight,
         ranks_per_node=ranks, starter=starter, name=_slug(scenario), time="1:00:00",
     )  # fmt: skip
     script = out / f"{_slug(scenario)}.sbatch"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class History:
     def begin(self) -> None:
         begin(self.run_dir, self.env())
 
-    def end(self, *, status: int = 1, stop: bool = False, most: int = 3, checkpoint: int | None = None) -> tuple[str, int, int]:
+    def end(self, *, status: int = 1, stop: float = 0.0, most: int = 3, checkpoint: int | None = None) -> tuple[str, int, int]:
         if checkpoint is not None:
             (self.run_dir / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True)
         verdict = end(self.run_dir, self.env(), launcher_status=status, stop_asked=stop, max_requeues=most)
@@ -114,10 +115,12 @@ def test_ranks_that_vanish_are_placed_by_their_metrics(history: History) -> None
 
 
 def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
-    assert history.start(status=143, stop=True, most=0) == ("requeue", 15, 75)
+    assert history.start(status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     found = {"status": "failed", "step": 4, "reason": "SIGTERM after the file: ended at once"}
-    assert history.start(found, status=143, stop=True, most=0) == ("requeue", 15, 75)
+    assert history.start(found, status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     assert "before its checkpoint was whole" in history.why
+    found["reason"] = "connection closed by peer"  # and then Slurm ended the job, for a node was lost
+    assert history.start(found, status=143, stop=time.time() + 60) == ("requeue", 60, 1)
 
 
 def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: History) -> None:
@@ -134,11 +137,11 @@ def test_a_preflight_that_names_bad_nodes_is_requeued_and_any_other_halts(histor
     for _ in range(2):  # never a crash loop: the next start has other nodes
         history.begin()
         (history.run_dir / f"bad_nodes.7.{history.restart}").write_text("n2\n")
-        verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=False, max_requeues=3, preflight_status=1)
+        verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=0.0, max_requeues=3, preflight_status=1)
         assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
         history.restart += 1
     history.begin()
-    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=False, max_requeues=3, preflight_status=1)
+    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=0.0, max_requeues=3, preflight_status=1)
     assert (verdict.word, verdict.exit_code) == ("halt", 1)
 
 
