@@ -168,6 +168,21 @@ def test_a_set_that_was_fetched_in_part_or_not_at_all(tmp_path: Path) -> None:
         build_dataset("cap3d", tmp_path / "in", tmp_path / "x", missing="maybe")
 
 
+def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        f"new/{UIDS[0]}.npy": npy(cloud(64)),
+        f"old/{UIDS[0]}.npy": npy(cloud(64, seed=1)),
+        "pictures/x.zip": b"",
+    }
+    write_tree(tmp_path / "in", {TABLE: csv_of(CAPTIONS[:1]), **files})
+    with pytest.raises(UsageError, match=r"x.zip is no readable zip archive"):
+        build_dataset("cap3d", tmp_path / "in", tmp_path / "out")
+    _, dataset = built("cap3d", tmp_path / "in", tmp_path / "out", clouds="old")
+    assert samples(dataset)[UIDS[0]]["npy"] == npy(cloud(64, seed=1))
+    with pytest.raises(UsageError, match=r"in/pict: no .npy, .pt, .ply or .zip there"):
+        build_dataset("cap3d", tmp_path / "in", tmp_path / "none", clouds="pict")
+
+
 def test_the_recipe_builds(tmp_path: Path) -> None:
     write_tree(tmp_path / "in", {TABLE: csv_of(CAPTIONS), **{f"c/{u}.npy": npy(cloud(64)) for u in UIDS}})
     _, report = build_recipe(RECIPES / "cap3d.yaml", inputs=str(tmp_path / "in"), out=str(tmp_path / "out"), workers=1)

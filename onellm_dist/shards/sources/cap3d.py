@@ -28,7 +28,7 @@ SUFFIXES = (".npy", ".pt", ".ply")
 _ROWS = 2000
 
 
-def plan(inputs: Path, *, seed: int, captions: str | None, missing: str) -> Layout:
+def plan(inputs: Path, *, seed: int, captions: str | None, clouds: str | None, missing: str) -> Layout:
     """Ranges of the table's rows.
 
     Raises:
@@ -36,9 +36,10 @@ def plan(inputs: Path, *, seed: int, captions: str | None, missing: str) -> Layo
     """
     check_missing(missing)
     table = _table(inputs, captions)
-    pool = find_pool(inputs, SUFFIXES)
+    pool = find_pool(inputs, SUFFIXES, clouds)
     if not pool:
-        raise UsageError(f"{inputs}: no {', '.join(SUFFIXES)} or .zip there.", "there are captions and no clouds.", "fetch the clouds too.")
+        where = inputs if clouds is None else inputs / clouds
+        raise UsageError(f"{where}: no {', '.join(SUFFIXES)} or .zip there.", "there are captions and no clouds.", "fetch the clouds too.")
     return Layout(("point",), _groups(inputs, table, pool))
 
 
@@ -65,7 +66,7 @@ def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[Group]:
         yield Group(f"{table}:{rows.line}", {"table": table, "range": list(rows), "pool": pool.to_json()}, count=rows.size)
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, missing: str) -> Iterator[Candidate]:
+def candidates(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str) -> Iterator[Candidate]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
     rows = _captions(inputs, spec) if "table" in spec else _conversations(inputs, spec)
@@ -124,6 +125,7 @@ SOURCE = Source(
     candidates=candidates,
     options={
         "captions": Option(None, "the table, relative to IN, where there are several"),
+        "clouds": Option(None, "the folder of the clouds and their zips, relative to IN; all of IN (pictures' zips too) if not given"),
         "missing": MISSING_OPTION,
     },
     licence="ODC-By (Cap3D); CC-BY-NC-SA 4.0 (PointLLM's copy); objects under their own licences",

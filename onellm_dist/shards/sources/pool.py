@@ -36,14 +36,17 @@ class Pool:
         return bool(self.folders or self.archives)
 
 
-def find_pool(inputs: Path, suffixes: Sequence[str]) -> Pool:
+def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) -> Pool:
     """Every folder below `inputs` that holds a file with one of the suffixes, and every zip archive.
+
+    Args:
+        folder: look there alone, relative to `inputs`.
 
     Raises:
         UsageError: an archive cannot be read, or a volume of it is missing.
     """
     folders, archives = set[str](), set[str]()
-    for path in inputs.rglob("*.*"):
+    for path in (inputs if folder is None else inputs / folder).rglob("*.*"):
         suffix = path.suffix.lower()
         if path.name.startswith("."):
             continue
