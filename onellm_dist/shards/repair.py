@@ -27,6 +27,7 @@ from onellm_dist.shards.files import ASIDE, write_whole
 from onellm_dist.shards.finish import quarantine_bytes
 from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER, Manifest, ShardInfo, no_dataset
 from onellm_dist.shards.index import PartLocation, ShardIndex, index_path_of, index_tar
+from onellm_dist.shards.repeats import KeyBook, hashes_of
 from onellm_dist.shards.sources.base import Quarantined
 from onellm_dist.shards.tars import salvage_tar, sha256_of
 from onellm_dist.shards.tarwriter import ShardWriter
@@ -50,12 +51,11 @@ def repair_dataset(root: Path) -> list[str]:
         manifest = Manifest.from_bytes((root / MANIFEST).read_bytes(), root / MANIFEST)
     except OSError as error:
         raise no_dataset(root) from error
-    done, lost, shards, seen = list[str](), list[Quarantined](), list[ShardInfo](), dict[str, str]()
-    with progress(len(manifest.shards), f"Repairing {manifest.name}", unit="shards") as bar:
-        for shard in manifest.shards:
-            mended = _mended(root, manifest, shard, seen, done, lost)
-            shards += [mended] if mended is not None else []
-            bar.advance()
+    done, lost, shards = list[str](), list[Quarantined](), list[ShardInfo]()
+    whole, repeated = _surveyed(root, manifest)
+    for number, shard in enumerate(manifest.shards):
+        mended = _mended(root, manifest, shard, whole[number], repeated.get(number, {}), done, lost)
+        shards += [mended] if mended is not None else []
     if not shards:
         raise OneLLMError(f"{root}: no good sample is left.", "an empty dataset cannot be read.", "restore the tars, or build again.")
     for path in sorted((root / SHARD_FOLDER).glob(f"*{ASIDE}")) if (root / SHARD_FOLDER).is_dir() else []:
@@ -71,8 +71,29 @@ def repair_dataset(root: Path) -> list[str]:
     return done
 
 
+def _surveyed(root: Path, manifest: Manifest) -> tuple[list[bool], dict[int, dict[int, str]]]:
+    """(which tars are whole, by the manifest's SHA-256; shard -> row -> the earlier shard with a good sample of the same key).
+
+    Every byte is read once here. Memory does not grow with the number of samples (`KeyBook`).
+    """
+    whole, repeated = list[bool](), dict[int, dict[int, str]]()
+    with KeyBook(sum(s.samples for s in manifest.shards)) as book:
+        with progress(len(manifest.shards), f"Looking through {manifest.name}", unit="shards") as bar:
+            for number, shard in enumerate(manifest.shards):
+                tar = root / shard.path
+                there = tar.is_file()
+                whole.append(there and sha256_of(tar) == shard.sha256)
+                found = enumerate(_samples(tar, _trusted_index(tar, shard), whole[-1])) if there else ()
+                good = [(row, key) for row, (key, parts, fault) in found if fault is None and _lacking(manifest, parts) is None]
+                book.add(number, hashes_of([key for _, key in good]), [row for row, _ in good])
+                bar.advance()
+        for first, later in book.repeats():
+            repeated.setdefault(later.shard, {})[later.row] = manifest.shards[first.shard].path
+    return whole, repeated
+
+
 def _mended(
-    root: Path, manifest: Manifest, shard: ShardInfo, seen: dict[str, str], done: list[str], lost: list[Quarantined]
+    root: Path, manifest: Manifest, shard: ShardInfo, whole: bool, repeated: Mapping[int, str], done: list[str], lost: list[Quarantined]
 ) -> ShardInfo | None:
     """The shard as it is after its repair; None: nothing of it is there."""
     tar = root / shard.path
@@ -80,15 +101,13 @@ def _mended(
         done.append(f"{shard.path}: missing; taken from the manifest ({shard.samples} samples)")
         return None
     index = _index_of(tar)
-    whole = sha256_of(tar) == shard.sha256
     samples = dict[str, dict[str, PartLocation]]()
     order, faults = list[str](), list[Quarantined]()
-    for key, parts, fault in _samples(tar, index if index is not None and _is_of(index, shard, tar) else None, whole):
+    for row, (key, parts, fault) in enumerate(_samples(tar, _trusted_index(tar, shard), whole)):
         reason = fault or _lacking(manifest, parts)
-        if reason is None and key in seen:
-            reason = f"duplicate key: it stands in {seen[key]}"
+        if reason is None and row in repeated:
+            reason = f"duplicate key: it stands in {repeated[row]}"
         if reason is None:
-            seen[key] = shard.path
             samples[key] = parts
             order.append(key)
         else:
@@ -114,6 +133,12 @@ def _index_of(tar: Path) -> ShardIndex | None:
     except (OSError, OneLLMError):
         return None
     return index if index.body_is_whole() else None
+
+
+def _trusted_index(tar: Path, shard: ShardInfo) -> ShardIndex | None:
+    """The index where it tells where this tar's samples lie."""
+    index = _index_of(tar)
+    return index if index is not None and _is_of(index, shard, tar) else None
 
 
 def _is_of(index: ShardIndex, shard: ShardInfo, tar: Path) -> bool:

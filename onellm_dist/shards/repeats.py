@@ -59,11 +59,11 @@ class KeyBook:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def add(self, shard: int, hashes: NDArray[np.uint64]) -> None:
-        """The keys of a shard, in the order of its rows: [n, 2], as `hashes_of` makes them."""
+    def add(self, shard: int, hashes: NDArray[np.uint64], rows: Sequence[int] | None = None) -> None:
+        """The keys of a shard: [n, 2], as `hashes_of` makes them; of all its rows in their order, or of some `rows`."""
         entries = np.empty(len(hashes), ENTRY)
         entries["a"], entries["b"] = hashes[:, 0], hashes[:, 1]
-        entries["place"] = np.uint64(shard << 32) + np.arange(len(hashes), dtype=np.uint64)
+        entries["place"] = np.uint64(shard << 32) + (np.arange(len(hashes)) if rows is None else np.array(rows, np.int64)).astype(np.uint64)
         if not self._files:
             self._held.append(entries)
             return
