@@ -239,7 +239,7 @@ class GuardSection(Section):
     hang_minutes: float = Field(15.0, ge=0)
     """A step in which no rank gets on for so long ends the run, with every rank's stack in `hangs/`; 0: nobody watches."""
     first_step_minutes: float = Field(30.0, gt=0)
-    """The same for everything before the end of the first step (compilers run, caches are cold)."""
+    """The same for each phase of a start, the first step included (compilers run, caches are cold)."""
     checkpoint_minutes: float = Field(30.0, gt=0)
     """The same for waiting for a checkpoint or an export."""
     validation_minutes: float = Field(30.0, gt=0)

@@ -12,15 +12,21 @@ from contextlib import contextmanager
 
 import psutil
 
+from onellm_dist.train.inflight import InFlight
 from onellm_dist.train.metrics import Events
 
 NAMES = ("imports", "process_group", "model", "engine", "checkpoint", "data", "first_step")
 
 
 class Phases:
-    """The seconds of each phase of this start."""
+    """The seconds of each phase of this start.
 
-    def __init__(self) -> None:
+    Args:
+        in_flight: is told when a phase begins, so that the watchdog knows.
+    """
+
+    def __init__(self, in_flight: InFlight | None = None) -> None:
+        self._in_flight = in_flight
         self.seconds: dict[str, float] = {}
         self._told = False
 
@@ -34,6 +40,8 @@ class Phases:
     def of(self, name: str) -> Iterator[None]:
         """Count what is done inside to `name`."""
         started = time.perf_counter()
+        if self._in_flight is not None:
+            self._in_flight.rest(name)
         try:
             yield
         finally:

@@ -71,7 +71,7 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     from onellm_dist.train.loop import train
     from onellm_dist.train.phases import Phases
 
-    phases = Phases()
+    phases = Phases(exit_file.in_flight)
     phases.imported()
     with phases.of("process_group"):
         world = join(ranks)

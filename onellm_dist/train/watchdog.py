@@ -63,10 +63,10 @@ class Watchdog:
     def limit(self) -> float:
         """Seconds without progress that the present phase may have."""
         phase, config = self._in_flight.phase, self._config
+        if not self._in_flight.first_step_done:
+            return 60 * config.first_step_minutes
         own = {"checkpoint": config.checkpoint_minutes, "export": config.checkpoint_minutes, "validation": config.validation_minutes}
-        if phase in own:
-            return 60 * own[phase]
-        return 60 * (config.hang_minutes if self._in_flight.first_step_done else config.first_step_minutes)
+        return 60 * own.get(phase, config.hang_minutes)
 
     def _watch(self) -> None:
         idle, seen, looked = 0.0, -1, time.monotonic()
