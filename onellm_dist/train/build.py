@@ -14,6 +14,7 @@ import torch
 from onellm_dist import __version__
 from onellm_dist.config import RunConfig
 from onellm_dist.data.loader import Loader
+from onellm_dist.data.microstep import MicroStep
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.segments import Segment
 from onellm_dist.data.validation import open_validation
@@ -225,8 +226,20 @@ def _open_records(config: RunConfig, world: World, plan: Plan, exit_file: ExitFi
     _tell_passed_over(events, found)
     exit_file.in_flight.names = lambda micro: plan.sample_ids(micro.samples)
     exit_file.in_flight.runs = plan.runs
+    exit_file.in_flight.following = partial(_read_ahead, config, world, plan)
     exit_file.on_failure = partial(_tell_failed, config.run.dir)
     return events
+
+
+def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroStep) -> list[MicroStep]:
+    """What this rank's loader reads while the rank is at `micro`."""
+    count = config.data.workers * config.data.prefetch
+    later: list[MicroStep] = []
+    for step in range(micro.step, config.train.steps):
+        if len(later) >= count:
+            break
+        later += [m for m in plan.step(step, world.size).ranks[micro.rank] if (m.step, m.index) > (micro.step, micro.index)]
+    return later[:count]
 
 
 def _engine_settings(config: RunConfig, world: World) -> EngineSettings:

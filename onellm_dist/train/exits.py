@@ -15,6 +15,8 @@ from onellm_dist.train.inflight import InFlight
 
 CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
 EXIT_FILE = "exit.json"
+WORKER_DIED = "DataLoader worker"
+"""torch's message of a loader process that was killed or crashed begins so (2.15)."""
 
 
 class ExitFile:
@@ -50,7 +52,8 @@ class ExitFile:
         }  # fmt: skip
         if status == "failed":
             found["failed_step"] = self.in_flight.step
-            found["suspects"] = more.pop("suspects") if "suspects" in more else self.in_flight.suspects()
+            died = WORKER_DIED in reason
+            found["suspects"] = more.pop("suspects") if "suspects" in more else self.in_flight.suspects(read_ahead=died)
             found |= more
         own = self._path.with_name(f".{EXIT_FILE}.{self._rank}.{os.getpid()}")
         try:

@@ -10,6 +10,8 @@ from onellm_dist.data.microstep import MicroStep
 
 Names = Callable[[MicroStep], Sequence[str]]
 """Sample ids of a micro-step."""
+Following = Callable[[MicroStep], Sequence[MicroStep]]
+"""The micro-steps of this rank that its loader reads ahead while it is at one."""
 
 
 class InFlight:
@@ -30,7 +32,9 @@ class InFlight:
         self.beats = 0
         self.names: Names = lambda micro: [str(tuple(ref)) for ref in micro.samples]
         self.runs: Sequence[tuple[str, ...]] = ()
-        """The modalities of each dataset's samples. Both are set by whoever knows the plan."""
+        """The modalities of each dataset's samples."""
+        self.following: Following = lambda micro: ()
+        """All three are set by whoever knows the plan."""
         self._lock = threading.Lock()
 
     def beat(self, phase: str, *, step: int | None = None, micro: MicroStep | None = None) -> None:
@@ -47,13 +51,17 @@ class InFlight:
             self.phase, self.step, self.micro = phase, None, None
             self.beats += 1
 
-    def suspects(self) -> list[str]:
-        """Ids of the samples of the micro-step under way; [] where there is none, or its names cannot be read."""
+    def suspects(self, *, read_ahead: bool = False) -> list[str]:
+        """Ids of the samples of the micro-step under way; [] where there is none, or their names cannot be read.
+
+        Args:
+            read_ahead: also those that the loader's workers were reading for later micro-steps (it was a worker that died).
+        """
         micro = self.micro
-        if micro is None or micro.dummy:
+        if micro is None:
             return []
         try:
-            return list(self.names(micro))
+            return [name for m in (micro, *(self.following(micro) if read_ahead else ())) if not m.dummy for name in self.names(m)]
         except Exception:  # a broken disk must not hide the failure that is being reported
             return []
 

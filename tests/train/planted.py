@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import replace
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 def plant(what: dict[str, Any], rank: int) -> None:
     """Plant everything that `what` names in this rank."""
     for name, value in what.items():
-        {"nan": _nan, "leap": _leap, "sleep": _sleep, "slow_writes": _slow_writes}[name](value, rank)
+        {"deadly": _deadly, "nan": _nan, "leap": _leap, "sleep": _sleep, "slow_writes": _slow_writes}[name](value, rank)
 
 
 def _spoil(sample_id: str, change: Any) -> None:
@@ -25,6 +27,11 @@ def _spoil(sample_id: str, change: Any) -> None:
         return change(sample) if name.split("@", maxsplit=1)[0] == sample_id else sample
 
     Reader._read = spoilt  # type: ignore[method-assign]
+
+
+def _deadly(sample_id: str, rank: int) -> None:
+    """Decoding a sample kills the process that does it (as running out of memory, or a crash in C, would)."""
+    _spoil(sample_id, lambda sample: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _nan(sample_id: str, rank: int) -> None:

@@ -63,6 +63,16 @@ def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_re
     assert (found["failed_step"], found["suspects"], found["reason"]) == (None, [], "no room")
 
 
+def test_a_loader_worker_that_died_makes_suspects_of_what_was_read_ahead(tmp_path: Path) -> None:
+    exit_file = ExitFile(tmp_path, 0)
+    exit_file.in_flight.names = lambda m: [f"s{ref.row}" for ref in m.samples]
+    exit_file.in_flight.following = lambda m: [micro(2, 5), micro(2)]
+    exit_file.in_flight.beat("data", step=1, micro=micro(1, 3))
+    assert exit_file.in_flight.suspects() == ["s3"]
+    exit_file.write("failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert json.loads((tmp_path / "exit.json").read_text())["suspects"] == ["s3", "s5"]
+
+
 def test_slurm_is_read_where_it_is_there() -> None:
     assert _slurm({}) == {}
     env = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}

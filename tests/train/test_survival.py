@@ -147,7 +147,7 @@ def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, eng
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
     (suspect,) = event["samples"]
-    assert event["step"] == 5 and suspect["sample"].startswith(bad) and suspect["modality"] == "imu" and 0 <= suspect["rank"] < world
+    assert event["step"] == 5 and suspect["sample"].startswith(f"{bad}@") and suspect["modality"] == "imu" and 0 <= suspect["rank"] < world
     assert bad in start.output() and "imu, rank" in start.output()
     lines = runs.lines(name, "metrics.jsonl")
     assert [line["applied"] for line in lines] == [step != 5 for step in range(STEPS)]
@@ -165,10 +165,10 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(runs: Runs, two: str, world: i
     (event,) = runs.events(name, "rollback")
     assert (event["step"], event["to"], event["marked"]) == (10, 9, 1)
     assert event["kind"] == {"nan": "loss_not_finite", "leap": "loss_spike"}[what]
-    assert event["samples"][0]["sample"].startswith(bad) and bad in start.output()
+    assert event["samples"][0]["sample"].startswith(f"{bad}@") and bad in start.output()
     assert all(line["applied"] and line["loss"] < 10 for line in runs.lines(name, "metrics.jsonl"))
     (mark,) = runs.lines(name, "ledger/tombstones-ranks-guard.jsonl")
-    assert mark["sample_id"].startswith(bad) and mark["step"] == 10
+    assert mark["sample_id"].startswith(f"{bad}@") and mark["step"] == 10
     if world == 4 or what == "leap":
         return
     # The mark outlives the start: from a checkpoint before it, at another world, the sample is left out without another roll-back.
@@ -188,13 +188,13 @@ def test_a_leap_of_the_loss_is_skipped_before_it_is_applied_or_stops_the_run(run
     if policy == "skip":
         start.done()
         (event,) = runs.events(name, "step_skipped")
-        assert event["kind"] == "loss_spike" and event["samples"][0]["sample"].startswith(bad) and event["samples_total"] == 1
+        assert event["kind"] == "loss_spike" and event["samples"][0]["sample"].startswith(f"{bad}@") and event["samples_total"] == 1
         assert [line["applied"] for line in runs.lines(name, "metrics.jsonl")] == [step != 10 for step in range(STEPS)]
     else:
         assert start.wait() == [1]
         assert bad in start.output() and "guard.policy is stop" in start.output()
         found = runs.exit(name)
-        assert found["failed_step"] == 10 and any(sample.startswith(bad) for sample in found["suspects"])
+        assert found["failed_step"] == 10 and any(sample.startswith(f"{bad}@") for sample in found["suspects"])
         (end,) = runs.events(name, "end")
         assert end["status"] == "failed" and end["suspects"] == found["suspects"]
 
@@ -217,6 +217,14 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert "'modalities': ['imu']" in reports[1] and "imu/" in reports[1]
     assert found["suspects"] and all(sample in reports[1] for sample in found["suspects"])
     assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
+
+
+def test_a_sample_that_kills_its_loader_worker_is_a_suspect(runs: Runs, two: str) -> None:
+    bad = spoilt_step(runs, two, 5)
+    assert runs.start("deadly", 1, {"deadly": bad}, data__workers=1).wait() == [1]
+    found = runs.exit("deadly")
+    assert found["status"] == "failed" and "DataLoader worker" in found["reason"] and found["failed_step"] <= 5
+    assert any(sample.startswith(f"{bad}@") for sample in found["suspects"])
 
 
 def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(runs: Runs, two: str) -> None:
