@@ -221,8 +221,6 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self.stall_seconds = 0.0
         """What the newest save cost the training: waiting for the one before it, and the copy."""
-        self.total_stall_seconds = 0.0
-        """Of this start."""
 
     @property
     def failed(self) -> bool:
@@ -260,7 +258,6 @@ class Checkpoints:
         if wait:
             self.settle()
         self.stall_seconds = time.perf_counter() - started
-        self.total_stall_seconds += self.stall_seconds
 
     def settle(self) -> None:
         """Wait for the checkpoint in flight, if there is one.
