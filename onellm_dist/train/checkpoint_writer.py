@@ -33,7 +33,7 @@ from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
 
 POLL_S = 0.02
-LINGER_S = 15.0
+LINGER_S = 10.0
 """Seconds that a start which failed gives a checkpoint in flight."""
 
 Commit = Callable[["Writing", int], None]

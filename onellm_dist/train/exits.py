@@ -33,6 +33,8 @@ class ExitFile:
         """What this rank is at."""
         self.on_failure: Callable[[dict[str, Any]], None] | None = None
         """Told what was written, when a failure is recorded by this rank; set once the run has a record of its events."""
+        self.last_act: Callable[[], None] | None = None
+        """What a start that failed still does, for some seconds, before its process ends."""
 
     def clear(self) -> None:
         """Forget how the start before this one ended. Rank 0 calls it, before any rank can fail over a message."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.config import RunConfig, load_config
-from onellm_dist.errors import EXIT_USAGE, OneLLMError
+from onellm_dist.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.launch.local import end_with_parent, free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
 from onellm_dist.train.exits import ExitFile, end_process
@@ -62,6 +62,8 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
     except Exception as error:
         _say(ranks, traceback.format_exc())
         code = exit_file.write("failed", reason=f"{type(error).__name__}: {error}")
+    if code == EXIT_FAILED and exit_file.last_act is not None:
+        exit_file.last_act()
     end_process(code)
 
 
@@ -77,12 +79,8 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
         world = join(ranks)
     with Watchdog(config.run.dir, world.rank, world.size, config.guard, exit_file):
         run = build_run(config, world, exit_file, phases)
-        try:
-            outcome = train(run)
-        except Exception:
-            run.checkpoints.linger()
-            raise
-        return _finish(run, outcome)
+        exit_file.last_act = run.checkpoints.linger
+        return _finish(run, train(run))
 
 
 def _finish(run: Run, outcome: Outcome) -> int:
