@@ -219,11 +219,12 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
 
 
-def test_a_sample_that_kills_its_loader_worker_is_a_suspect(runs: Runs, two: str) -> None:
+def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_in_flight_gets_whole(runs: Runs, two: str) -> None:
     bad = spoilt_step(runs, two, 5)
-    assert runs.start("deadly", 1, {"deadly": bad}, data__workers=1).wait() == [1]
+    assert runs.start("deadly", 1, {"deadly": bad, "slow_writes": 3.0}, data__workers=1).wait() == [1]
     found = runs.exit("deadly")
-    assert found["status"] == "failed" and "DataLoader worker" in found["reason"] and found["failed_step"] <= 5
+    assert found["status"] == "failed" and "DataLoader worker" in found["reason"] and EVERY <= found["failed_step"] <= 5
+    assert runs.checkpoints("deadly") == [f"step-{EVERY:08d}"]
     assert any(sample.startswith(f"{bad}@") for sample in found["suspects"])
 
 
