@@ -1,0 +1,64 @@
+"""Sources whose input lies in a store (memory:// here): the same samples as from a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from shard_worlds import contents, write_tree
+from source_checks import as_json
+from test_source_cc3m import parallel
+from test_source_coco import official, pictures
+from test_source_conversations import instruction_tuning
+from test_source_ego4d import recordings, window
+from test_source_nsd import tree
+
+from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.format import open_dataset
+
+
+def _coco(root: Path) -> Path:
+    return write_tree(root, {**pictures(), "annotations/captions_train2017.json": as_json(official())})
+
+
+def _ego4d(root: Path) -> Path:
+    (recordings(root) / "window_idx_train.json").write_text(as_json([window("bbbb", 3.0, "x"), window("aaaa", 1.5, "y")]))
+    return root
+
+
+def _table(root: Path) -> Path:
+    (parallel(root, "depth") / "cc3m.csv").write_text("url\tcaption\n/mnt/x/cc3m/00000/000000002.jpg\tz\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("source", "made", "options"),
+    [
+        ("coco", _coco, {}),
+        ("nsd", tree, {}),
+        ("ego4d-imu", _ego4d, {}),
+        ("cc3m-depth", _table, {}),
+        ("cc3m-depth", _table, {"captions": "cc3m.csv"}),
+        ("onellm-instruct", instruction_tuning, {"modality": "point"}),
+        ("onellm-instruct", instruction_tuning, {"modality": "imu"}),
+        ("onellm-instruct", instruction_tuning, {"modality": "normal"}),
+    ],
+    ids=["coco", "nsd", "ego4d", "cc3m", "cc3m-table", "instruct-point", "instruct-imu", "instruct-normal"],
+)
+def test_a_store_as_input(tmp_path: Path, source: str, made: Callable[[Path], Path], options: dict[str, Any]) -> None:
+    local = made(tmp_path / "in")
+    store, base = fsspec.filesystem("memory"), f"/sources-{tmp_path.name}"
+    for file in local.rglob("*"):
+        if file.is_file():
+            store.pipe_file(f"{base}/{file.relative_to(local)}", file.read_bytes())
+    try:
+        build_dataset(source, local, tmp_path / "local", name="n", **options)
+        build_dataset(source, f"memory:/{base}", tmp_path / "remote", name="n", **options)
+    finally:
+        store.rm(base, recursive=True)
+    found = contents(open_dataset(tmp_path / "remote"))
+    assert found
+    assert found == contents(open_dataset(tmp_path / "local"))
