@@ -308,9 +308,9 @@ def test_msrvtt(tmp_path: Path) -> None:
     report, dataset = built("msrvtt", inputs, tmp_path / "out", max_failures=0.7)
     prompt = "Provide a one-sentence caption for the provided video."
     assert {k: (s["mp4"], s["txt"], s["json"]["conversations"]) for k, s in samples(dataset).items()} == {
-        "5": (film(seed=1), "a man plays", turns(prompt, "a man plays")), "3": (film(), "a ball", turns(prompt, "a ball")),
+        "video1-5": (film(seed=1), "a man plays", turns(prompt, "a man plays")), "video0-3": (film(), "a ball", turns(prompt, "a ball")),
     }  # fmt: skip
-    assert decoded(dataset, "3")["video"].shape == (15, 3, 224, 224)
+    assert decoded(dataset, "video0-3")["video"].shape == (15, 3, 224, 224)
     why = list(reasons(report).values())
     assert why[:2] == ["unreadable row: caption is '', not a text", "missing file: video9.mp4"]
     assert why[2].startswith("unreadable video: .mp4 has no video stream")

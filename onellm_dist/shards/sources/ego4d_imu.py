@@ -94,7 +94,7 @@ def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterato
 
 
 def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
-    for number, row in read_places(inputs / spec["windows"], spec["rows"]):
+    for number, row in read_places(below(inputs, spec["windows"]), spec["rows"]):
         key, where = f"window-{number:07d}", f"{spec['windows']}[{number}]"
         uid, times = _window(row)
         if uid is None or times is None:

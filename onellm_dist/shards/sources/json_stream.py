@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.shards.sources.base import Group
+from onellm_dist.shards.sources.media_files import below
 
 _CHUNK = 1 << 20
 _LARGEST = 1 << 28
@@ -216,7 +217,7 @@ def row_groups(
     Raises:
         UsageError, OneLLMError: as `scan`.
     """
-    path, start, end, first, number, held = inputs / name, -1, 0, 0, 0, dict[str, int]()
+    path, start, end, first, number, held = below(inputs, name), -1, 0, 0, 0, dict[str, int]()
     entries = False
 
     def groups() -> Iterator[Group]:
@@ -254,7 +255,7 @@ def read_rows(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Item]:
     Raises:
         OneLLMError: the file is not what it was when the build was planned.
     """
-    path = inputs / spec["file"]
+    path = below(inputs, spec["file"])
     with path.open("rb") as file:
         file.seek(spec["start"])
         data = file.read(spec["end"] - spec["start"])

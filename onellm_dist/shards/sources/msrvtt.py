@@ -20,7 +20,15 @@ _LICENCE = "MSR-VTT: research only"
 def _caption(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
     caption, video = text_of(row["caption"], "caption"), text_of(row["video_id"], "video_id")
-    return [Sample(str(row["sen_id"]), context.media("video", f"{video}.mp4"), captioned("video", caption), caption, {"video_id": video})]
+    return [
+        Sample(
+            f"{video}-{int(row['sen_id'])}",
+            context.media("video", f"{video}.mp4"),
+            captioned("video", caption),
+            caption,
+            {"video_id": video},
+        )
+    ]
 
 
 def _question(context: Context, item: Item) -> Sequence[Sample]:
