@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from onellm_dist.progress import seconds_text
-from onellm_dist.train.metrics import EVENTS
 
 NOTICE = "ONELLM_NOTICE_S"
 """Seconds of warning before the job's end; the job script sets it (`onellm launch --signal-notice`)."""
@@ -45,38 +42,13 @@ class NoticeWatch:
         """Write the event, and the warning where it is due."""
         self._tell(event, say=say, **fields)
         if event == "checkpoint":
-            self.compare(float(fields.get("seconds") or 0.0), f"the checkpoint of step {fields.get('step')} took")
+            self._compare(int(fields["step"]), float(fields["seconds"]))
 
-    def at_start(self, run_dir: Path) -> None:
-        """Compare with the last checkpoint of the starts before this one."""
-        seconds = last_save(run_dir / EVENTS)
-        if seconds is not None:
-            self.compare(seconds, "the last checkpoint of an earlier start took")
-
-    def compare(self, seconds: float, words: str) -> None:
-        """Warn where `seconds` are more than the notice."""
+    def _compare(self, step: int, seconds: float) -> None:
         if self._notice is None or seconds <= self._notice:
             return
         self._tell(
-            "notice_short", seconds=seconds, notice_seconds=self._notice,
-            say=f"WARNING: {words} {seconds_text(seconds)}, the job gives {seconds_text(self._notice)} of notice before it ends: "
-            "a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
+            "notice_short", step=step, seconds=seconds, notice_seconds=self._notice,
+            say=f"WARNING: the checkpoint of step {step} took {seconds_text(seconds)}, the job gives {seconds_text(self._notice)} of notice "
+            "before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
         )  # fmt: skip
-
-
-def last_save(events: Path) -> float | None:
-    """Seconds of the newest checkpoint in `events.jsonl`; None where there is none."""
-    try:
-        lines = events.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        if '"checkpoint"' not in line:
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict) and found.get("event") == "checkpoint":
-            return float(found.get("seconds") or 0.0)
-    return None

@@ -1,4 +1,4 @@
-"""A checkpoint that takes longer than the job's notice is warned of: when it is written, and at the next start."""
+"""A checkpoint that takes longer than the job's notice is warned of when it is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.train.metrics import EVENTS, Events
-from onellm_dist.train.notice import NOTICE, NoticeWatch, last_save, notice_seconds
+from onellm_dist.train.notice import NOTICE, NoticeWatch, notice_seconds
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:
@@ -26,19 +26,9 @@ def test_a_save_longer_than_the_notice_is_warned_of_and_a_shorter_one_is_not(tmp
     assert "the checkpoint of step 10 took 32 s, the job gives 30 s of notice" in capsys.readouterr().out
 
 
-def test_the_next_start_compares_the_last_save_with_its_own_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write = Events(tmp_path, main=True).write
-    write("checkpoint", step=5, seconds=100.0)
-    write("checkpoint", step=10, seconds=40.0)
-    with (tmp_path / EVENTS).open("a") as out:
-        out.write('{"event": "checkpoint", "sec')
-    assert last_save(tmp_path / EVENTS) == 40.0
-    NoticeWatch(write, 60.0).at_start(tmp_path)
-    NoticeWatch(write, None).at_start(tmp_path)
-    assert "WARNING" not in capsys.readouterr().out
-    NoticeWatch(write, 20.0).at_start(tmp_path)
-    assert "earlier start took 40 s" in capsys.readouterr().out
-    NoticeWatch(write, 20.0).at_start(tmp_path / "nothing")
+def test_without_a_notice_nothing_is_compared(tmp_path: Path) -> None:
+    NoticeWatch(Events(tmp_path, main=True).write, None)("checkpoint", step=5, seconds=1e6)
+    assert [e["event"] for e in events(tmp_path)] == ["checkpoint"]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("300", 300.0), ("", None), ("soon", None), ("0", None), ("-5", None)])
