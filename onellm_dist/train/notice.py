@@ -49,6 +49,6 @@ class NoticeWatch:
             return
         self._tell(
             "notice_short", step=step, seconds=seconds, notice_seconds=self._notice,
-            say=f"WARNING: the checkpoint of step {step} took {seconds_text(seconds)}, the job gives {seconds_text(self._notice)} of notice "
-            "before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
+            say=f"WARNING: the checkpoint of step {step} took {seconds_text(seconds)}, the job gives {seconds_text(self._notice)} of "
+            "notice before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
         )  # fmt: skip
