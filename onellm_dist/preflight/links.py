@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -46,6 +47,8 @@ def all_reduce_speed(store: Any, rank: int, ranks: Sequence[int], *, megabytes: 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     size = len(ranks)
+    # NCCL's watchdog would abort the process over a collective that does not come through; here that is a finding (torch 2.15).
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=store, rank=ranks.index(rank), world_size=size, timeout=timedelta(seconds=limit),
         device_id=device if cuda else None,
