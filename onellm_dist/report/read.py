@@ -22,6 +22,19 @@ PREFLIGHT = "preflight.json"
 FILES = (CONFIG, METRICS, EVENTS, VALIDATION, EXIT_FILE, ATTEMPTS)
 """One of them makes a folder a run directory; `attempts.jsonl` is the Slurm job script's."""
 
+INTEGERS = frozenset(
+    ("step", "first_step", "failed_step", "lost_steps", "world", "restart_count", "slurm_restart_count", "slurm_nodes", "checkpoint")
+)
+NUMBERS = frozenset((
+    "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "mfu", "lost_seconds",
+    "stall_seconds", "notice_seconds",
+))  # fmt: skip
+TEXTS = frozenset((
+    "event", "name", "status", "reason", "time", "device", "slurm_node_list", "sample_id", "suspected_host",
+))  # fmt: skip
+MOST, LATEST = 1e15, 4e9
+"""No figure of a run is larger, and no clock shows more seconds since 1970 (the year 2096)."""
+
 Entry = dict[str, Any]
 
 
@@ -85,7 +98,8 @@ def read_run(directory: Path, *, now: float | None = None) -> RunFiles:
     steps, overwritten = _standing([e for e in lines(directory / METRICS) if isinstance(e.get("step"), int)])
     written = [path.stat().st_mtime for name in (METRICS, EVENTS) if (path := directory / name).is_file()]
     return RunFiles(
-        directory, _config(directory / CONFIG), steps, overwritten, lines(directory / VALIDATION), lines(directory / EVENTS),
+        directory, _config(directory / CONFIG), steps, overwritten, 
+        [e for e in lines(directory / VALIDATION) if isinstance(e.get("step"), int)], lines(directory / EVENTS),
         lines(directory / ATTEMPTS), _object(directory / EXIT_FILE), _object(directory / PREFLIGHT),
         [e for path in sorted(directory.glob("ledger/tombstones-rank*.jsonl")) for e in lines(path)], _held(directory / LOCK),
         max(written, default=None), time.time() if now is None else now,
@@ -93,16 +107,48 @@ def read_run(directory: Path, *, now: float | None = None) -> RunFiles:
     )  # fmt: skip
 
 
+def cleaned(entry: Entry) -> Entry:
+    """The entry without values that are not what their key says (a sick disk, another program's lines), and with `at`, its time."""
+    found = {key: value for key, value in entry.items() if _fits(key, value)}
+    found["at"] = seconds_since_1970(found.get("time"))
+    return found
+
+
+def _fits(key: str, value: Any) -> bool:
+    if key in INTEGERS:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST)
+    if key in NUMBERS:
+        return value is None or (_is_number(value) and (value >= 0 or key == "loss"))
+    if key in TEXTS:
+        return value is None or isinstance(value, str)
+    if key in ("loss_by_modality", "grad_norm_by_part"):
+        return value is None or (isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values()))
+    if key == "router_load":
+        rows = value.values() if isinstance(value, dict) else [value]
+        return value is None or all(isinstance(row, list) and all(_is_number(v) for v in row) for row in rows)
+    if key in ("suspects", "faults"):
+        return isinstance(value, list)
+    if key == "nodes":
+        return (
+            isinstance(value, (str, int)) or (isinstance(value, list) and all(isinstance(v, str) for v in value)) or isinstance(value, dict)
+        )
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST  # not NaN either
+
+
 def seconds_since_1970(value: Any) -> float | None:
     """A time as files give it: a number, or ISO text with or without a zone (`2026-11-20T09:14:15+0000`); None for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+    if _is_number(value):
+        return float(value) if 0 < value < LATEST else None
     if not isinstance(value, str):
         return None
     for form in ("%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S.%f%z", "%Y-%m-%dT%H:%M:%S"):
         try:
             return datetime.strptime(value, form).timestamp()
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     return None
 
@@ -125,8 +171,7 @@ def _read_lines(path: Path) -> tuple[list[Entry], int]:
         if not isinstance(entry, dict):
             wrong += 1
             continue
-        entry["at"] = seconds_since_1970(entry.get("time"))
-        found.append(entry)
+        found.append(cleaned(entry))
     return found, wrong
 
 
@@ -145,7 +190,7 @@ def _config(path: Path) -> Entry:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}
 
 
 def _object(path: Path) -> Entry | None:
@@ -155,8 +200,7 @@ def _object(path: Path) -> Entry | None:
         return None
     if not isinstance(found, dict):
         return None
-    found["at"] = seconds_since_1970(found.get("time"))
-    return found
+    return cleaned(found)
 
 
 def _held(path: Path) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,29 @@ def test_files_that_a_kill_or_a_sick_disk_broke_are_read_as_far_as_they_go(tmp_p
     assert [a.lost_steps for a in facts.attempts] == [0, 53, 22, 0], "the events alone tell the starts"
     assert "cannot be read" in said(facts)
     assert "<h2>Starts" in page_of(facts, summary_of(facts), findings_of(facts))
+
+
+VALUES = (None, "x", -1, 1e300, [], {}, [1, {"a": 2}], True, "2026-11-20T09:14:15+0000", 0, float("nan"), "123", 1.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_line_whatever_it_holds_keeps_the_page_from_being_written(seed: int, tmp_path: Path) -> None:
+    run = eventful(tmp_path / "run")
+    draw = random.Random(seed)
+    texts = {path: path.read_text() for path in run.directory.rglob("*.json*") if path.is_file()}
+    for _ in range(12):
+        for path, text in texts.items():
+            lines = text.splitlines()
+            for i in draw.sample(range(len(lines)), min(4, len(lines))):
+                entry = json.loads(lines[i])
+                entry[draw.choice(list(entry))] = draw.choice(VALUES)
+                entry.pop(draw.choice(list(entry)))
+                lines[i] = json.dumps(entry)
+            path.write_text("\n".join(lines) + "\n")
+        facts = facts_of(run.directory, now=run.clock)
+        summary, findings = summary_of(facts), findings_of(facts)
+        assert "</html>" in page_of(facts, summary, findings) and summary_text(facts, summary, findings)
+        json.dumps(summary_json(facts, summary, findings))
 
 
 @pytest.mark.parametrize(
