@@ -37,6 +37,7 @@ from onellm_dist.train.guard import Guard
 from onellm_dist.train.inflight import InFlight
 from onellm_dist.train.ledger import Ledger, write_stream
 from onellm_dist.train.metrics import Events, Metrics, drop_from
+from onellm_dist.train.notice import NoticeWatch, notice_seconds
 from onellm_dist.train.phases import Phases
 from onellm_dist.train.profiler import Profiler
 from onellm_dist.train.resume import Found, find_checkpoint
@@ -204,7 +205,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         config, world, plan, engine, open_loader(first_step), ledger, marks, guard,
         Checkpoints(
             config.run.dir / CHECKPOINTS, engine, world, config.checkpoint, partial(_about, config, plan, guard),
-            partial(describe_source, config, manifest.get("frozen")), events.write,
+            partial(describe_source, config, manifest.get("frozen")), NoticeWatch(events.write, notice_seconds()),
         ),
         open_metrics(first_step), events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
         _validation(config, validation, engine, model, world, events, first_step), Telemetry(config, world, events, router),
@@ -347,7 +348,7 @@ def _tell_start(run: Run, resume: Path | None) -> None:
         "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
         lost_steps=run.metrics.lost_steps, lost_seconds=round(run.metrics.lost_seconds, 3),
         mfu=run.flops.describe(run.world.size, run.peak), trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
-        nodes=run.world.size // run.world.local_world, **_slurm(os.environ),
+        nodes=run.world.size // run.world.local_world, notice_seconds=notice_seconds(), **_slurm(os.environ),
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
         f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",
     )  # fmt: skip

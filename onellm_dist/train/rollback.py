@@ -101,7 +101,8 @@ def roll_back(run: Run, back: RollBackError) -> None:
     manifest = load_state(folder, run.engine, run.world)
     run.restart_at(int(manifest["step"]), manifest.get("guard", {}))
     run.events.write(
-        "rollback", step=back.step, to=run.first_step, lost_steps=back.step - run.first_step, reason=back.verdict.reason,
+        "rollback", step=back.step, to=run.first_step, lost_steps=back.step - run.first_step,
+        lost_seconds=round(run.metrics.lost_seconds, 3), reason=back.verdict.reason,
         kind=back.verdict.kind, marked=marked, number=run.marks.rollbacks, **describe(back.culprits),
         say=f"step {back.step}: {back.verdict.reason}: back to {folder.name}, without {marked} samples: {say(back.culprits)}",
     )  # fmt: skip
