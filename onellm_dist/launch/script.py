@@ -62,7 +62,8 @@ def render(job: Job) -> str:
         _in_container(job),
         "# This start goes into the history of the run, and the exit.json of an earlier one goes away; a notice that is too short for the\n"
         "# last checkpoint is told.\n"
-        f'{tool} begin "$run_dir" --signal-notice {job.signal_notice_s} || exit 1\n',
+        f'{tool} begin "$run_dir" --signal-notice {job.signal_notice_s} || exit 1\n'
+        f"export ONELLM_NOTICE_S={job.signal_notice_s} # each checkpoint that takes longer is warned of\n",
     ]
     if job.preflight:
         parts.append(_preflight(job))
