@@ -50,6 +50,11 @@ def counted(number: int, one: str, many: str) -> str:
     return f"{number:,} {one if number == 1 else many}"
 
 
+def span(seconds: float) -> str:
+    """Seconds for people, short ones with their fractions."""
+    return f"{seconds:.2g} s" if seconds < 10 else seconds_text(seconds)
+
+
 def _ending(facts: Facts) -> Iterator[Finding]:
     if not facts.attempts:
         yield Finding("warn", "No start is recorded in this directory yet.")
@@ -238,7 +243,7 @@ def _checkpoints(facts: Facts) -> Iterator[Finding]:
     if troubles.late:
         worst = number(troubles.late[0].get("seconds"))
         yield Finding("bad", f"{len(troubles.late)} of {len(troubles.checkpoints)} checkpoints took longer than the "
-                      f"{troubles.notice:.0f} s of notice that the job gives (the longest {worst:.0f} s): a preemption would lose work. "
+                      f"{span(troubles.notice)} of notice that the job gives (the longest {span(worst)}): a preemption would lose work. "
                       "Ask for more (onellm launch --signal-notice).")  # fmt: skip
     share = facts.account.parts["checkpoints"] / facts.account.allocated if facts.account.allocated else 0.0
     if share > 0.05 and len(facts.files.steps) >= FEW:

@@ -13,7 +13,7 @@ from onellm_dist.progress import seconds_text
 from onellm_dist.report.account import DEFINITION, PARTS, WORDS, resume_seconds
 from onellm_dist.report.attempts import PHASES, Attempt, median, number, stall
 from onellm_dist.report.drawing import PART_COLOURS, PHASE_COLOURS, PHASE_WORDS, clock, timeline
-from onellm_dist.report.findings import Facts, Finding
+from onellm_dist.report.findings import Facts, Finding, counted, span
 from onellm_dist.report.read import Entry
 from onellm_dist.report.summary import Summary
 from onellm_dist.report.troubles import SLOW_FACTOR, words_of
@@ -84,7 +84,10 @@ def _subtitle(facts: Facts, summary: Summary) -> str:
         f"stage {setting('train', 'stage')}" if setting("train", "stage") else "",
         f"model {setting('model', 'path') or setting('model', 'preset')}" if facts.files.config.get("model") else "",
         f"global batch {setting('data', 'global_batch')}" if setting("data", "global_batch") else "",
-        f"{last.world} ranks on {last.device or 'an unknown device'}" + (f", {last.nodes} nodes" if last.nodes else "") if last else "",
+        f"{counted(last.world, 'rank', 'ranks')} on {last.device or 'an unknown device'}"
+        + (f", {counted(last.nodes, 'node', 'nodes')}" if last.nodes else "")
+        if last
+        else "",
         f"engine {setting('engine', 'name')}/{setting('engine', 'config') or 'zero3'}" if facts.files.config.get("engine") else "",
         str(setting("train", "precision") or ""),
         summary.reason,
@@ -246,7 +249,8 @@ def _resume(attempts: Sequence[Attempt]) -> Iterator[str]:
     head = ["start", *(PHASE_WORDS[p].split(" (")[0].split(",")[0] for p in PHASES), "all, s"]
     table = [[a.number, *(f"{parts[p]:.1f}" if p in a.phases else "–" for p in PHASES), f"{resume_seconds(a):.1f}"] for a, parts in shown]
     if len(rows) > 2:
-        middle = [f"{median([parts[p] for a, parts in rows[1:] if p in a.phases]):.1f}" for p in PHASES]
+        known = {p: [parts[p] for a, parts in rows[1:] if p in a.phases] for p in PHASES}
+        middle = [f"{median(known[p]):.1f}" if known[p] else "–" for p in PHASES]
         table.append(["restarts' median", *middle, f"{median([resume_seconds(a) or 0.0 for a, _ in rows[1:]]):.1f}"])
     yield html_table(head, table, right=range(1, len(head)))
     yield ('<p class="small">To the first new step done: the bars from the moment that nodes were given, the table with the wait for them, '
@@ -258,13 +262,13 @@ def _troubles(facts: Facts) -> Iterator[str]:
     if t.checkpoints:
         yield "<h3>Checkpoints</h3>"
         took = sum(number(c.get("seconds")) for c in t.checkpoints)
-        words = f"{len(t.checkpoints)} written in {seconds_text(took)}: median {t.checkpoint_median:.3g} s, "
+        words = f"{len(t.checkpoints)} written in {span(took)}: median {t.checkpoint_median:.3g} s, "
         words += f"longest {number(t.checkpoints[0].get('seconds')):.3g} s (step {t.checkpoints[0].get('step')})."
         if any("stall_seconds" in c for c in t.checkpoints):
             stalls = [stall(c) for c in t.checkpoints]
-            words += f" Training stood still for {seconds_text(sum(stalls))} of it, {max(stalls):.3g} s at most."
+            words += f" Training stood still for {span(sum(stalls))} of it, {max(stalls):.3g} s at most."
         if t.notice is not None:
-            words += f" The job gives {t.notice:.0f} s of notice: " + (
+            words += f" The job gives {span(t.notice)} of notice: " + (
                 f"{len(t.late)} took longer." if t.late else "every one of them fits."
             )
         yield f"<p>{escape(words)}</p>"

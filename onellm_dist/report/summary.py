@@ -9,7 +9,7 @@ from typing import Any
 from onellm_dist.progress import seconds_text
 from onellm_dist.report.account import WORDS, resume_seconds, split
 from onellm_dist.report.attempts import Attempt, median, number
-from onellm_dist.report.findings import Facts, Finding
+from onellm_dist.report.findings import Facts, Finding, counted
 
 RECENT = 20
 """Steps that the current loss and rate are taken from."""
@@ -118,7 +118,7 @@ def summary_text(facts: Facts, summary: Summary, findings: Sequence[Finding]) ->
 
 
 def _starts_text(attempts: Sequence[Attempt]) -> list[str]:
-    shown = [f"  start {a.number}: {seconds_text(a.seconds)} on {a.world} ranks, {_steps_text(a)}; {a.status}"
+    shown = [f"  start {a.number}: {seconds_text(a.seconds)} on {counted(a.world, 'rank', 'ranks')}, {_steps_text(a)}; {a.status}"
              + (f", {a.lost_steps} steps in vain" if a.lost_steps else "")
              + (f", first step after {seconds_text(seconds)}" if (seconds := resume_seconds(a)) is not None else "")
              for a in attempts[-8:]]  # fmt: skip

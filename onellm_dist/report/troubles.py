@@ -15,7 +15,7 @@ SLOW_FACTOR = 3.0
 SPIKE_FACTOR = 10.0
 """A gradient norm is a spike from this many medians of the steps before it on."""
 SPIKE_WINDOW = 50
-ROUTINE = ("start", "end", "phase", "checkpoint", "validation", "export", "segment", "best")
+ROUTINE = ("start", "end", "phase", "checkpoint", "validation", "export", "segment", "best", "notice_short")
 """Events that tell of nothing wrong."""
 _HANDLED = ("step_skipped", "tombstones", *ROUTINE)
 

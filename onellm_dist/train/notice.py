@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from onellm_dist.progress import seconds_text
-
 NOTICE = "ONELLM_NOTICE_S"
 """Seconds of warning before the job's end; the job script sets it (`onellm launch --signal-notice`)."""
 
@@ -49,6 +47,6 @@ class NoticeWatch:
             return
         self._tell(
             "notice_short", step=step, seconds=seconds, notice_seconds=self._notice,
-            say=f"WARNING: the checkpoint of step {step} took {seconds_text(seconds)}, the job gives {seconds_text(self._notice)} of "
+            say=f"WARNING: the checkpoint of step {step} took {seconds:.3g} s, the job gives {self._notice:g} s of "
             "notice before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
         )  # fmt: skip

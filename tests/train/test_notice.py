@@ -23,7 +23,7 @@ def test_a_save_longer_than_the_notice_is_warned_of_and_a_shorter_one_is_not(tmp
     assert [e["event"] for e in events(tmp_path)] == ["checkpoint", "validation"]
     tell("checkpoint", step=10, folder="step-00000010", seconds=31.5)
     assert events(tmp_path)[-1]["event"] == "notice_short" and events(tmp_path)[-1]["notice_seconds"] == 30.0
-    assert "the checkpoint of step 10 took 32 s, the job gives 30 s of notice" in capsys.readouterr().out
+    assert "the checkpoint of step 10 took 31.5 s, the job gives 30 s of notice" in capsys.readouterr().out
 
 
 def test_without_a_notice_nothing_is_compared(tmp_path: Path) -> None:
