@@ -241,9 +241,9 @@ def _speed(facts: Facts) -> Iterator[Finding]:
 def _checkpoints(facts: Facts) -> Iterator[Finding]:
     troubles = facts.troubles
     if troubles.late:
-        worst = number(troubles.late[0].get("seconds"))
+        worst, notice = number(troubles.late[0].get("seconds")), troubles.notice or 0.0
         yield Finding("bad", f"{len(troubles.late)} of {len(troubles.checkpoints)} checkpoints took longer than the "
-                      f"{span(troubles.notice or 0.0)} of notice that the job gives (the longest {span(worst)}): a preemption would lose work. "
+                      f"{span(notice)} of notice that the job gives (the longest {span(worst)}): a preemption would lose work. "
                       "Ask for more (onellm launch --signal-notice).")  # fmt: skip
     share = facts.account.parts["checkpoints"] / facts.account.allocated if facts.account.allocated else 0.0
     if share > 0.05 and len(facts.files.steps) >= FEW:
