@@ -25,7 +25,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.slurm.config import CONTROLLER, FAKE_GPUS, PREFIX_LENGTH, address, hosts_file, node_names, slurm_conf
 from onellm_dist.slurm.namespaces import Host, pids_of
 from onellm_dist.slurm.needs import check_needs, find_tool
-from onellm_dist.slurm.places import claim_folder, remove_stale
+from onellm_dist.slurm.places import OWNER, claim_folder, remove_stale
 from onellm_dist.slurm.ssh import boot_lines, write_ssh
 
 START_S = 90.0
@@ -51,16 +51,17 @@ class Cluster:
         self._grace_s, self._ssh = grace_s, ssh
         self._hosts: dict[str, Host] = {}
         self._before: dict[int, Any] = {}
-        self.root = Path()
+        self.root = Path("/nonexistent")
+        """The folder of everything of this cluster, while it is up."""
         self.env: dict[str, str] = {}
 
     def __enter__(self) -> Cluster:
         check_needs(ssh=self._ssh)
         remove_stale()
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         self.root = claim_folder()
         try:
+            if threading.current_thread() is threading.main_thread():
+                self._before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
             self._write_files()
             self._start_head()
             for name in self.nodes:
@@ -79,7 +80,8 @@ class Cluster:
         for host in self._hosts.values():
             host.kill()
         self._hosts.clear()
-        shutil.rmtree(self.root, ignore_errors=True)
+        if (self.root / OWNER).is_file():
+            shutil.rmtree(self.root, ignore_errors=True)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

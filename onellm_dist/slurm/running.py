@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onellm_dist.errors import OneLLMError
@@ -22,13 +22,24 @@ class RunningJob:
     """A submitted job script of a run.
 
     Args:
+        env: added to the cluster's environment for the job.
         patience_s: longest wait for anything it does; a start of ranks on a busy machine is the slowest.
     """
 
-    def __init__(self, cluster: Cluster, script: Path, run_dir: Path, *, name: str, cwd: Path, patience_s: float) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        script: Path,
+        run_dir: Path,
+        *,
+        name: str,
+        cwd: Path,
+        patience_s: float,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.cluster, self.run_dir, self._cwd, self._patience_s = cluster, run_dir, cwd, patience_s
         self._name = name
-        self.number = cluster.submit(script, cwd=cwd)
+        self.number = cluster.submit(script, cwd=cwd, env=env)
 
     @property
     def log(self) -> Path:

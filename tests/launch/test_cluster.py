@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,15 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10") -> RunningJob:
+APPTAINER = """#!/bin/bash
+# In place of apptainer: leaves its own options out and runs the command here.
+[ "$1" = exec ] && shift
+while [ "${1#--}" != "$1" ]; do case "$1" in --bind | --pwd) shift 2 ;; *) shift ;; esac; done
+[ "$1" = "an image.sif" ] && shift && exec "$@"
+"""
+
+
+def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10", env: dict[str, str] | None = None, **fields: Any) -> RunningJob:
     """A job of two nodes with a stand-in rank each, whose starts end as `plan` says."""
     stand_in = folder / "stand_in"
     stand_in.write_text(STAND_IN.replace("PYTHON", sys.executable))
@@ -64,11 +73,11 @@ def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10") -> Runn
     (run_dir / "plan").write_text("\n".join(plan) + "\n")
     job = Job(
         recipe="x", run_dir=run_dir, overrides=(f"run.dir={run_dir}",), nodes=(2, 2), gpus_per_node=1, ranks_per_node=1, name="job",
-        python=str(stand_in), signal_notice_s=1 if time == "10" else 50, time=time,
+        python=str(stand_in), signal_notice_s=1 if time == "10" else 50, time=time, **fields,
     )  # fmt: skip
     script = folder / "job.sbatch"
     script.write_text(render(job))
-    return RunningJob(cluster, script, run_dir, name="job", cwd=folder, patience_s=PATIENCE_S)
+    return RunningJob(cluster, script, run_dir, name="job", cwd=folder, patience_s=PATIENCE_S, env=env)
 
 
 def failed(step: int, *suspects: str) -> str:
@@ -103,6 +112,19 @@ def test_the_same_step_twice_halts_and_the_log_names_the_suspects(cluster: Clust
     assert [(a.restart_count, a.status, a.verdict, a.nodes) for a in job.attempts()] == [
         (0, "failed", "requeue", ("n1", "n2")), (1, "failed", "halt", ("n1", "n2")),
     ]  # fmt: skip
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["srun", "torchrun"])
+def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: str) -> None:
+    (tmp_path / "apptainer").write_text(APPTAINER)
+    (tmp_path / "apptainer").chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{cluster.env['PATH']}"}
+    done = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
+    job = submit(cluster, tmp_path, done, env=path, container="an image.sif", container_runtime="apptainer", starter=starter)
+    assert job.wait_for_end() == "COMPLETED"
+    assert [a.status for a in job.attempts()] == ["done"]
 
 
 @needs_slurm

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -90,13 +92,42 @@ def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(rehearsed: tuple
     same_beginning(tmp_path / "run", out / "clean_run")
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="Linux")
+@needs_slurm
+@pytest.mark.slow
+def test_an_interrupted_rehearsal_leaves_nothing_running(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "onellm_dist.cli", "rehearse", "--ranks-per-node", "1", "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (ranks := training(out)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    deadline = time.monotonic() + 20
+    while (left := training(out)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks and not left
+
+
+def training(out: Path) -> list[int]:
+    """Processes that name a run directory below `out`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"run.dir={out}".encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
 def test_what_is_asked_wrongly_is_refused_before_anything_starts(tmp_path: Path) -> None:
     how = {"nodes": 2, "ranks_per_node": 1, "starter": "srun", "out": tmp_path / "out"}
     for recipe, keys, only in ((TOY_RECIPE, ["train.stepz=1"], []), (Path("no_such"), [], []), (TOY_RECIPE, [], ["earthquake"])):
         with pytest.raises(UsageError):
             rehearse_command(recipe, keys, only=only, **how)  # type: ignore[arg-type]
-    assert not os.path.exists(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune", "toy/align_all"])
