@@ -108,6 +108,16 @@ def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) 
     assert list(samples(built("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == ["depth.png", "jpg", "txt"]
 
 
+def test_maps_below_the_pictures_folder_are_no_pictures(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {
+        "a.jpg": photo(), "a.txt": "one", "maps/a.jpg": grey_map(kind="JPEG"), "cc3m_normal/a.jpg": grey_map(kind="JPEG"),
+    }  # fmt: skip
+    inputs = write_tree(tmp_path / "cc3m_depth_pictures", files)
+    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", maps="maps")
+    assert not report.quarantined
+    assert {k: s["depth.jpg"] for k, s in samples(dataset).items()} == {"a": grey_map(kind="JPEG")}
+
+
 def test_the_references_table(tmp_path: Path) -> None:
     """cc3m.csv: tab-separated, caption and url, local paths with /cc3m/ in them."""
     inputs = parallel(tmp_path / "in", "depth")

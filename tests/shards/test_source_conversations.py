@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shard_worlds import write_tree
+from shard_worlds import contents, write_tree
 from source_checks import as_json, built, cloud, decoded, film, npy, photo, reasons, samples, tone, turns
 
+from onellm_dist.data.text import turns_of
 from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.modalities import Part
 from onellm_dist.shards.sources.conversations import clean
 
 SHORT = "Answer the question using a single word or phrase."
@@ -105,6 +107,8 @@ def test_onellms_own_files(tmp_path: Path) -> None:
         assert dataset.modalities == (() if modality == "text" else (modality,))
         found[modality] = samples(dataset)
         values |= {f"{modality}/{k}": decoded(dataset, k)[modality] for k in found[modality] if modality != "text"}
+        for parts in contents(dataset).values():
+            assert turns_of({e: Part(e, d) for e, d in parts.items()})  # as training reads it
     chats = {m: {k: s["json"]["conversations"] for k, s in d.items()} for m, d in found.items()}
     assert chats["image"] == {
         "cococap_train-0000000": turns("Caption", "a dog"),

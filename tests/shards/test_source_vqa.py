@@ -70,6 +70,17 @@ def test_questions_and_annotations(tmp_path: Path, name: str) -> None:
     assert decoded(dataset, "25000")["image"].std() > 0.1
 
 
+def test_files_that_were_changed_are_read_again(tmp_path: Path) -> None:
+    """In one process: what is kept of a file is of the file as it is."""
+    files = vqa()
+    inputs = write_tree(coco(tmp_path / "in"), as_files(files))
+    built("vqav2", inputs, tmp_path / "before")
+    files["v2_OpenEnded_mscoco_train2014_questions.json"]["questions"][0]["question"] = "Changed?"
+    write_tree(inputs, as_files(files))
+    _, dataset = built("vqav2", inputs, tmp_path / "after")
+    assert samples(dataset)["9000"]["json"]["conversations"][0]["value"] == f"Changed? {SHORT}"
+
+
 def test_bad_questions_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     files = vqa()
     rows = files["v2_mscoco_train2014_annotations.json"]["annotations"]

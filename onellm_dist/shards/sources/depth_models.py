@@ -23,6 +23,7 @@ from onellm_dist.errors import UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.visual import decode_picture
 from onellm_dist.shards.sources.base import BadSample, Media
+from onellm_dist.shards.sources.media_files import stamp
 
 _SCHARR = np.array([3.0, 10.0, 3.0]) / 16
 
@@ -93,7 +94,8 @@ def _unusable(folder: Path, why: object) -> UsageError:
 
 
 @lru_cache(maxsize=1)
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
+def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
+    """(image processor, model); `written` changes with the files, so that what the manifest says of the weights is true."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
     try:
@@ -107,7 +109,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
 def _estimate(folder: Path, device: str, picture: Image.Image) -> np.ndarray:
     """[height, width] fp64, at the picture's size (bicubic, as transformers' depth pipeline does it)."""
     with _one_thread():
-        processor, model = _load(folder, device)
+        processor, model = _load(folder, device, max(stamp(p) for p in (folder, *folder.iterdir())))
         with torch.inference_mode():
             found = model(**processor(images=picture, return_tensors="pt").to(device)).predicted_depth.float()
             found = found.reshape(1, 1, *found.shape[-2:])

@@ -21,7 +21,7 @@ from typing import Any
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import captioned
-from onellm_dist.shards.sources.imu_windows import ImuWindow, recording_of
+from onellm_dist.shards.sources.imu_windows import ImuWindow, Recorded, recording_of
 from onellm_dist.shards.sources.json_stream import has_key, read_places, read_rows, row_groups, scan
 from onellm_dist.shards.sources.media_files import below
 
@@ -94,13 +94,16 @@ def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterato
 
 
 def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
+    last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
     for number, row in read_places(below(inputs, spec["windows"]), spec["rows"]):
         key, where = f"window-{number:07d}", f"{spec['windows']}[{number}]"
         uid, times = _window(row)
         if uid is None or times is None:
             yield Candidate(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")
             continue
-        yield _candidate(inputs, imu, key, where, uid, times, row["text"], min_samples)
+        if last is None or last[0] != uid:
+            last = uid, recording_of(inputs if imu is None else below(inputs, imu), uid)
+        yield _candidate(last[1], key, where, uid, times, row["text"], min_samples)
 
 
 def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
@@ -113,12 +116,11 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
 
 
 def _candidate(
-    inputs: Path, imu: Path | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
+    found: Recorded | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
 ) -> Candidate:  # fmt: skip
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
         return Candidate(key, where, problem=f"caption is no text: a {type(text).__name__}")
-    found = recording_of(inputs if imu is None else below(inputs, imu), uid)
     if found is None:
         return Candidate(key, where, problem=f"missing file: no recording of video {uid}")
     captions = [clean_narration(t) for t in texts]
@@ -146,7 +148,7 @@ def _from_narrations(
         uid, video = item.key, item.value
         told = _narrated(video, passes)
         first = next(told, None)
-        known = recording_of(inputs if imu is None else below(inputs, imu), uid) is not None
+        found = recording_of(inputs if imu is None else below(inputs, imu), uid)
         if first is None:
             yield Candidate(uid, f"{spec['file']}[{uid}]", skip="a video without narrations")
             continue
@@ -156,13 +158,13 @@ def _from_narrations(
             text, second = narration.get("narration_text"), narration.get("timestamp_sec")
             if not isinstance(text, str) or not isinstance(second, (int, float)):
                 yield Candidate(key, where, problem="unreadable row: no narration_text and timestamp_sec")
-            elif not known:
+            elif found is None:
                 yield Candidate(key, where, skip="a video without inertial recording")
             elif not others and re.search(r"#O\b", text):
                 yield Candidate(key, where, skip="about another person (#O)")
             else:
                 start = max(0.0, float(second) - _SECONDS / 2)
-                yield _candidate(inputs, imu, key, where, uid, (start, start + _SECONDS), text, min_samples)
+                yield _candidate(found, key, where, uid, (start, start + _SECONDS), text, min_samples)
 
 
 SOURCE = Source(

@@ -14,7 +14,10 @@ from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
 from onellm_dist.modalities.imu_files import Recording, read_recording
 from onellm_dist.shards.sources.base import BadSample
+from onellm_dist.shards.sources.media_files import stamp
 
+Recorded = tuple[Path, Path | None]
+"""A recording and, of imu2clip's, its timestamps."""
 _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
 
 
@@ -37,7 +40,10 @@ class ImuWindow:
         Raises:
             BadSample: the recording cannot be read, or has too few samples there.
         """
-        recording = _recording(self.recording, self.timestamps)
+        times = self.timestamps
+        recording = _recording(self.recording, times, stamp(self.recording), 0 if times is None else stamp(times))
+        if isinstance(recording, str):
+            raise BadSample(recording)
         assert recording.times is not None
         try:
             window = cut_window(recording, recording.times, {"window_start": self.start, "window_end": self.end})
@@ -57,26 +63,21 @@ class ImuWindow:
 
 
 @lru_cache(maxsize=2)
-def _recording(path: Path, timestamps: Path | None) -> Recording:
-    """A video's whole recording (1 hour: 35 MB); its windows follow each other in the plan.
-
-    Raises:
-        BadSample: it cannot be read, or has no times.
-    """
+def _recording(path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int) -> Recording | str:
+    """A video's whole recording (1 hour: 35 MB), or why it cannot be used; its windows follow each other in the plan."""
     try:
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
         found = read_recording(Part(f"imu{path.suffix}", path.read_bytes()), times)
     except SampleError as error:
-        raise BadSample(f"unreadable recording: {path.name}: {error.what}") from error
+        return f"unreadable recording: {path.name}: {error.what}"
     if found.times is None:
-        raise BadSample(f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)")
+        return f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)"
     if not len(found.times):
-        raise BadSample(f"no canonical times: no row of {path.name} lies within the video")
+        return f"no canonical times: no row of {path.name} lies within the video"
     return found
 
 
-@lru_cache(maxsize=256)
-def recording_of(folder: Path, uid: str) -> tuple[Path, Path | None] | None:
+def recording_of(folder: Path, uid: str) -> Recorded | None:
     """(recording, timestamps) of a video below a folder; None: it has none.
 
     imu2clip's pair of `.npy` goes before the raw `.csv`: it is read in a tenth of the time.

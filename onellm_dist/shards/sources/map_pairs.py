@@ -29,7 +29,7 @@ from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Opt
 from onellm_dist.shards.sources.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.depth_models import EstimatedMap, check_model
 from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
-from onellm_dist.shards.sources.media_files import below, picture_extension
+from onellm_dist.shards.sources.media_files import below, picture_extension, stamp
 
 _ROWS = 2000
 _QUALITY = 95
@@ -124,12 +124,12 @@ def _plan(
         groups, more = tar_groups(folders.pictures, find_tars(folders.pictures), unfinished)
         notes += more
     else:
-        groups = _tree_groups(kind, folders.pictures)
+        groups = _tree_groups(folders)
     return Layout((kind,), groups, tuple(notes), attributes)
 
 
 @lru_cache(maxsize=2)
-def _names(folder: Path, kind: str) -> tuple[str, ...]:
+def _names(folder: Path, stamp: int) -> tuple[str, ...]:
     """The pictures of one folder, sorted; maps that lie among them are none."""
     maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
     return tuple(
@@ -147,11 +147,12 @@ def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
         waiting += [(f"{name}{below_}/", here / below_) for below_ in reversed(inside)]
 
 
-def _tree_groups(kind: str, pictures: Path) -> Iterator[Group]:
-    for name, folder in _subfolders(pictures):
-        if folder.name.startswith(("cc3m_depth", "cc3m_normal")):
+def _tree_groups(folders: _Folders) -> Iterator[Group]:
+    """The pictures of every folder; maps in folders of their own below the pictures' are none."""
+    for name, folder in _subfolders(folders.pictures):
+        if name and (folder.name in ("cc3m_depth", "cc3m_normal") or folder == folders.maps):
             continue
-        count = len(_names(folder, kind))
+        count = len(_names(folder, stamp(folder)))
         for first in range(0, count, _ROWS):
             rows = min(_ROWS, count - first)
             yield Group(f"{name or '.'}:{first}", {"folder": name, "first": first, "count": rows}, count=rows)
@@ -201,7 +202,7 @@ def _candidates(
             yield _candidate(kind, folders, model, name, where, row.values["caption"], None)
         return
     folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
-    for file in _names(folder, kind)[spec["first"] : spec["first"] + spec["count"]]:
+    for file in _names(folder, stamp(folder))[spec["first"] : spec["first"] + spec["count"]]:
         name = spec["folder"] + file
         yield _candidate(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
 

@@ -66,3 +66,8 @@ def first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
     """The first of these names that is a file in one of these folders."""
     tried = list(names)
     return next((f for folder in folders for n in tried if (f := folder / n).is_file()), None)
+
+
+def stamp(path: Path) -> int:
+    """Changes when a local file or folder is written: what a cache of its content is keyed by. 0 for remote ones."""
+    return path.stat().st_mtime_ns if isinstance(path, Path) else 0

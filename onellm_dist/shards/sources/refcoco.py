@@ -18,7 +18,7 @@ from onellm_dist.shards.sources.annotations import Context, Sample, media_folder
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
 from onellm_dist.shards.sources.conversations import asked, region
 from onellm_dist.shards.sources.json_stream import Item, scan
-from onellm_dist.shards.sources.media_files import below, need_file
+from onellm_dist.shards.sources.media_files import below, need_file, stamp
 from onellm_dist.shards.sources.safe_pickle import load_plain
 from onellm_dist.shards.sources.vqa import coco_picture
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
@@ -31,7 +31,7 @@ _ROWS = 1000
 
 
 @lru_cache(maxsize=1)
-def _refs(path: Path) -> list[Any]:
+def _refs(path: Path, stamp: int) -> list[Any]:
     """The pickle's list (RefCOCO: 50,000 rows).
 
     Raises:
@@ -44,7 +44,7 @@ def _refs(path: Path) -> list[Any]:
 
 
 @lru_cache(maxsize=1)
-def _instances(path: Path) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
+def _instances(path: Path, stamp: int) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
     boxes = {int(r.value["id"]): tuple(float(v) for v in r.value["bbox"]) for r in scan(path, "annotations")}
     return boxes, {int(r.value["id"]): (float(r.value["width"]), float(r.value["height"])) for r in scan(path, "images")}
@@ -70,7 +70,7 @@ def _source(name: str) -> Source:
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in _SPLITS]:
             raise UsageError(f"splits={splits}: there is no {unknown[0]}.", f"{name} has others.", f"use {', '.join(_SPLITS)}.")
-        return Layout(("image",), _groups(_refs(below(inputs, rows)), rows, boxes, wanted))
+        return Layout(("image",), _groups(_refs(below(inputs, rows), stamp(below(inputs, rows))), rows, boxes, wanted))
 
     return Source(
         name,
@@ -97,7 +97,8 @@ def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> It
 
 def _candidates(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[Candidate]:
     context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
-    refs = _refs(below(inputs, spec["refs"]))
+    path = below(inputs, spec["refs"])
+    refs = _refs(path, stamp(path))
     for number, ref in enumerate(refs[spec["first"] : spec["first"] + _ROWS], spec["first"]):
         planned = _count(ref, spec["split"])
         if planned:
@@ -109,7 +110,8 @@ def _expressions(context: Context, item: Item) -> Sequence[Sample]:
     ref = item.value
     if ref["split"] not in _SPLITS:
         raise ValueError(f"its split is {ref['split']!r}, none of {', '.join(_SPLITS)}")
-    boxes, sizes = _instances(below(context.inputs, context.spec["instances"]))
+    instances = below(context.inputs, context.spec["instances"])
+    boxes, sizes = _instances(instances, stamp(instances))
     picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
     if box is None or picture not in sizes:
         raise ValueError(f"instances.json has no object {ref['ann_id']} or no picture {picture}")

@@ -16,10 +16,11 @@ from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sampl
 from onellm_dist.shards.sources.base import Option
 from onellm_dist.shards.sources.conversations import asked, region
 from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.media_files import stamp
 
 
 @lru_cache(maxsize=1)
-def _sizes(path: Path) -> Mapping[int, tuple[int, int]]:
+def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
     """Picture to (width, height)."""
     try:
         return {int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"])) for i in json.loads(path.read_bytes())}
@@ -30,7 +31,8 @@ def _sizes(path: Path) -> Mapping[int, tuple[int, int]]:
 def _regions(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
     number = int(row["id"] if "id" in row else row["image_id"])
-    size = _sizes(context.partner("image_data")).get(number)
+    sizes = context.partner("image_data")
+    size = _sizes(sizes, stamp(sizes)).get(number)
     if size is None:
         raise ValueError(f"image_data.json has no picture {number}")
     told = [r for r in row["regions"] if str(r["phrase"]).strip()]

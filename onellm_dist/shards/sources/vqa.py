@@ -24,6 +24,7 @@ from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sampl
 from onellm_dist.shards.sources.base import Media
 from onellm_dist.shards.sources.conversations import asked, choice, letter, most_common, question
 from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.media_files import stamp
 
 COCO_FOLDERS = ("coco", "images", "coco/images")
 _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
@@ -42,7 +43,7 @@ def coco_picture(context: Context, number: int) -> dict[str, Media]:
 
 
 @lru_cache(maxsize=2)
-def _questions(path: Path) -> Mapping[int, str]:
+def _questions(path: Path, stamp: int) -> Mapping[int, str]:
     """Question number to its text (VQAv2 train: 443,757)."""
     try:
         listed = json.loads(path.read_bytes())["questions"]
@@ -54,7 +55,8 @@ def _questions(path: Path) -> Mapping[int, str]:
 def _vqa(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
     number = int(row["question_id"])
-    text = _questions(context.partner("questions")).get(number)
+    questions = context.partner("questions")
+    text = _questions(questions, stamp(questions)).get(number)
     if text is None:
         raise ValueError(f"there is no question {number}")
     given = [answer for a in row["answers"] if (answer := str(a["answer"]).strip())]
