@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -250,7 +250,7 @@ class ArchiveIndex:
         return self.suffixes[int(row["suffix"])], ArchiveMember(self.volumes[int(row["volume"]) :], stem, *where)
 
 
-@lru_cache(maxsize=64)
+@cache  # a bound would make a set of many archives parse them anew for every sample
 def _index(archive: Path, size: int, suffixes: tuple[str, ...]) -> ArchiveIndex:
     return ArchiveIndex(archive, suffixes)
 

@@ -44,7 +44,11 @@ def plan(inputs: Path, *, seed: int, modality: str | None, root: str | None, rep
     if modality is None:
         raise UsageError("reference-lists needs -o modality=NAME.", "the lists do not say what their files are.", "for example image.")
     if modality == "imu":
-        raise UsageError("reference-lists reads no IMU windows.", "they are cut from whole recordings.", "use source ego4d-imu.")
+        raise UsageError(
+            "reference-lists reads no IMU windows.",
+            "they are cut from whole recordings.",
+            "use source ego4d-imu (IN: the folder of window_idx_train.json).",
+        )
     modalities = () if modality == TEXT_ONLY else (get_modality(modality).name,)
     _replacements(replace)
     _replacements(maps)
