@@ -76,7 +76,7 @@ def _ending(facts: Facts) -> Iterator[Finding]:
 
 
 def _crash_loops(facts: Facts) -> Iterator[Finding]:
-    failed = [a for a in facts.attempts if a.status == "failed"]
+    failed = [a for a in facts.attempts if a.status == "failed" and not a.reason.startswith("preflight")]  # no rank was started then
     places = Counter(a.failed_step if a.failed_step is not None else a.last_step for a in failed)
     for step, times in places.items():
         if times < 2:
