@@ -8,12 +8,12 @@ from itertools import pairwise
 
 from onellm_dist.report.attempts import Attempt, median, number, stall
 
-PARTS = ("progress", "data_wait", "lost", "skipped", "start_up", "checkpoints", "validation", "other")
+PARTS = ("progress", "data_wait", "lost", "skipped", "start_up", "checkpoints", "validation", "dead", "other")
 """`progress` and `data_wait` are the steps that counted: together they are the goodput."""
 WORDS = {
     "progress": "steps that counted: computing", "data_wait": "steps that counted: waiting for data", "lost": "steps done in vain",
     "skipped": "skipped steps (not finite)", "start_up": "start-up", "checkpoints": "standing still for checkpoints",
-    "validation": "validation", "other": "anything else",
+    "validation": "validation", "dead": "held by a broken start", "other": "anything else",
 }  # fmt: skip
 DEFINITION = """
 Goodput is the share of the allocated time that made progress: the seconds of the optimizer steps that counted, divided by the time
@@ -21,7 +21,8 @@ that nodes were held, both multiplied by the ranks of the start that they belong
 the run as it stands: steps done after the last checkpoint before a kill or a roll-back, which had to be done again, do not count, and
 neither do steps that were skipped because a gradient was not finite. A step's seconds run from asking for its data to its update;
 waiting for data is part of it and shown apart. Nodes are held from the start of the job's attempt (without a job script: of rank 0's
-process) to its end; time in Slurm's queue is not allocated and counts for nothing.
+process) to its end, also while a start is broken already and nobody has noticed (a hang, a lost node: shown apart); time in Slurm's
+queue is not allocated and counts for nothing.
 """.strip().replace("\n", " ")
 
 
@@ -71,7 +72,7 @@ def split(attempt: Attempt) -> dict[str, float]:
     found["checkpoints"] = sum(stall(c) for c in attempt.checkpoints)
     found["validation"] = attempt.validation_seconds
     found["start_up"] = start_up(attempt)
-    found["other"] = max(0.0, attempt.seconds - sum(found.values()))
+    found["dead" if attempt.status in ("failed", "lost") else "other"] = max(0.0, attempt.seconds - sum(found.values()))
     return found
 
 

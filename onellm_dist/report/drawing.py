@@ -12,7 +12,7 @@ from onellm_dist.report.attempts import Attempt
 
 PART_COLOURS = {
     "progress": "#4477aa", "data_wait": "#66ccee", "lost": "#ee6677", "skipped": "#aa3377", "start_up": "#ccbb44",
-    "checkpoints": "#228833", "validation": "#009988", "other": "#b4bac2",
+    "checkpoints": "#228833", "validation": "#009988", "dead": "#5b6470", "other": "#b4bac2",
 }  # fmt: skip
 PHASE_COLOURS = {
     "scheduler": "#b4bac2", "job": "#8b95a1", "imports": "#ccbb44", "process_group": "#ee7733", "model": "#4477aa", "engine": "#66ccee",
@@ -45,6 +45,8 @@ def timeline(attempts: Sequence[Attempt], *, width: int = 960, height: int = 150
     shown = {"start-up": PART_COLOURS["start_up"], "progress": PART_COLOURS["progress"]}
     if any(a.lost_seconds for a in attempts):
         shown["steps done in vain"] = PART_COLOURS["lost"]
+    if any(split(a)["dead"] > 0.01 * span for a in attempts):
+        shown["broken, not ended yet"] = PART_COLOURS["dead"]
     if any(split(a)["other"] > 0.02 * span for a in attempts):
         shown["anything else"] = PART_COLOURS["other"]
     return "".join(out) + "</svg>" + legend(list(shown), shown)
@@ -53,7 +55,13 @@ def timeline(attempts: Sequence[Attempt], *, width: int = 960, height: int = 150
 def _block(attempt: Attempt, x: float, scale: float, ground: float, tall: float) -> list[str]:
     parts = split(attempt)
     useful = sum(parts[name] for name in ("progress", "data_wait", "skipped", "checkpoints", "validation"))
-    drawn = (("start_up", parts["start_up"]), ("progress", useful), ("lost", parts["lost"]), ("other", parts["other"]))
+    drawn = (
+        ("start_up", parts["start_up"]),
+        ("progress", useful),
+        ("lost", parts["lost"]),
+        ("dead", parts["dead"]),
+        ("other", parts["other"]),
+    )
     whole = sum(seconds for _, seconds in drawn)
     fit = attempt.seconds / whole if whole > 0 else 0.0  # clocks may differ: the block keeps its length
     nodes = f", nodes {attempt.node_list or attempt.nodes}" if attempt.nodes else ""

@@ -238,6 +238,18 @@ def test_steps_done_again_inside_a_start_are_in_vain(tmp_path: Path) -> None:
     assert "rollback" in page_of(facts, summary_of(facts), findings_of(facts))
 
 
+def test_the_time_that_a_hang_holds_its_nodes_is_told_apart(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run")
+    run.begin()
+    run.start(0)
+    run.train(50)
+    run.clock += 900
+    run.end("failed", "hang: no progress for 900 s in step 50", failed_step=50)
+    facts = facts_of(run.directory, now=run.settle())
+    assert facts.account.parts["dead"] == pytest.approx(902 * 16, rel=0.01) and facts.account.parts["other"] == 0
+    assert "held by a broken start" in said(facts)
+
+
 def test_a_rollback_whose_lines_are_gone_is_counted_by_its_event_and_a_hang_names_the_host(tmp_path: Path) -> None:
     run = MadeRun(tmp_path / "run")
     run.begin()
