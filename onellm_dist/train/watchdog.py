@@ -30,8 +30,8 @@ GRACE_S = 20.0
 """Seconds that the ranks have, after the alarm, to say what they are at; those that cannot are suspected."""
 LAST_RESORT_S = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
-IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/")
-"""A thread with such a file on its stack waits for other ranks."""
+IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/", "deepspeed/runtime/zero/")
+"""A thread whose innermost Python frame is in such a file waits for other ranks (ZeRO-3 waits for its gathers in its own files: 0.19.8)."""
 
 
 class Watchdog:
@@ -161,13 +161,8 @@ def suspected_ranks(found: Mapping[int, Mapping[str, Any]], world: int) -> tuple
 
 def in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
     """Whether some thread of this process, the watching one apart, is in a call that waits for other ranks."""
-    for thread, top in frames.items():
-        frame: FrameType | None = None if thread == own_thread else top
-        while frame is not None:
-            if any(part in frame.f_code.co_filename for part in IN_COLLECTIVE):
-                return True
-            frame = frame.f_back
-    return False
+    innermost = [frame.f_code.co_filename for thread, frame in frames.items() if thread != own_thread]
+    return any(part in name for name in innermost for part in IN_COLLECTIVE)
 
 
 def end_children() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,8 +167,16 @@ def test_who_is_suspected(found: dict[int, dict[str, Any]], world: int, suspecte
     assert suspected_ranks(found, world)[0] == suspected
 
 
-def test_this_process_waits_for_nobody() -> None:
+def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
     assert not in_collective(sys._current_frames(), threading.get_ident())
+
+    def frame(path: str) -> Any:
+        return SimpleNamespace(f_code=SimpleNamespace(co_filename=path))
+
+    gather = frame("/lib/deepspeed/runtime/zero/partition_parameters.py")
+    assert in_collective({1: frame("/lib/torch/nn/linear.py"), 2: gather}, 3)
+    assert in_collective({1: frame("/lib/torch/distributed/distributed_c10d.py")}, 3)
+    assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), "the watching thread does not count"
 
 
 def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Watchdog:
@@ -205,8 +214,6 @@ def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
 
 
 def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     from onellm_dist.train.rollback import RollBackError, roll_back
 
     culprits = find_culprits([part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE)
