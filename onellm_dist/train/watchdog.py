@@ -26,6 +26,8 @@ from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.inflight import InFlight
 
 HANGS, ALARM = "hangs", "alarm"
+WRAPPER = "deepspeed/utils/nvtx.py"
+"""DeepSpeed calls the wait of its gathers through a wrapper there: whoever called that counts."""
 GRACE_S = 20.0
 """Seconds that the ranks have, after the alarm, to say what they are at; those that cannot are suspected."""
 LAST_RESORT_S = 60.0
@@ -161,8 +163,14 @@ def suspected_ranks(found: Mapping[int, Mapping[str, Any]], world: int) -> tuple
 
 def in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
     """Whether some thread of this process, the watching one apart, is in a call that waits for other ranks."""
-    innermost = [frame.f_code.co_filename for thread, frame in frames.items() if thread != own_thread]
+    innermost = [_innermost_file(frame) for thread, frame in frames.items() if thread != own_thread]
     return any(part in name for name in innermost for part in IN_COLLECTIVE)
+
+
+def _innermost_file(frame: FrameType) -> str:
+    while frame.f_code.co_filename.endswith(WRAPPER) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename
 
 
 def end_children() -> None:

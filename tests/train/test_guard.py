@@ -170,12 +170,14 @@ def test_who_is_suspected(found: dict[int, dict[str, Any]], world: int, suspecte
 def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
     assert not in_collective(sys._current_frames(), threading.get_ident())
 
-    def frame(path: str) -> Any:
-        return SimpleNamespace(f_code=SimpleNamespace(co_filename=path))
+    def frame(path: str, back: Any = None) -> Any:
+        return SimpleNamespace(f_code=SimpleNamespace(co_filename=path), f_back=back)
 
     gather = frame("/lib/deepspeed/runtime/zero/partition_parameters.py")
     assert in_collective({1: frame("/lib/torch/nn/linear.py"), 2: gather}, 3)
     assert in_collective({1: frame("/lib/torch/distributed/distributed_c10d.py")}, 3)
+    assert in_collective({1: frame("/lib/deepspeed/utils/nvtx.py", back=gather)}, 3)
+    assert not in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), "a module that runs under ZeRO waits for nobody"
     assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), "the watching thread does not count"
 
 
