@@ -223,7 +223,8 @@ def summary(report: BuildReport, out: Path | str) -> str:
     """The lines a command prints after a build."""
     lines = [f"{out}: {report.samples} samples", *report.notes] if report.samples else [f"{out}: built", *report.notes]
     if report.quarantined:
-        lines.append(f"left out: {len(report.quarantined)} (all in {place(out) / QUARANTINE})")
+        total, named = max(report.failures, len(report.quarantined)), len(report.quarantined)
+        lines.append(f"left out: {total} (all in {place(out) / QUARANTINE})" + (f"; of the first {named}:" if total > named else ""))
         kinds = Counter(q.reason.split(":")[0] for q in report.quarantined)
         lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
         lines += [f"  {q.file}: {q.reason}" for q in report.quarantined[:5]]

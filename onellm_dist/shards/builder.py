@@ -99,12 +99,12 @@ def _build(
         with _alone(base):
             if not (base / "plan.json").exists():
                 return BuildReport(0, notes=("finished by another process",))
-            records = all_records(job)
-            if records is None:
+            built = all_records(job)
+            if built is None:
                 note = "this process's part is done; the dataset is put together by the process that ends last (or by the next call)"
-                return BuildReport(account.written, tuple(account.bad), (note,))
+                return BuildReport(account.written, tuple(account.bad), (note,), account.failures)
             final = base / _DATASET if isinstance(base, Path) else request.out
-            done = finish(job, records, final, workers=workers)
+            done = finish(job, built, final, workers=workers)
             if plan.settings.energon:
                 write_energon(final)
             if isinstance(final, Path):
@@ -112,7 +112,7 @@ def _build(
                     left.unlink()
                 put_in_place(final, Path(os.path.abspath(str(request.out))))
             remove_tree(base)
-            return BuildReport(done.samples, done.quarantined, done.notes)
+            return BuildReport(done.samples, done.quarantined, done.notes, done.failures)
     except NothingLeft:
         remove_tree(base / DONE)  # nothing to go on from
         raise

@@ -95,16 +95,14 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
         TooManyFailures: too many samples are bad.
         OneLLMError: a worker process died, or the input changed.
     """
-    pending, records = list[Unit](), list[Record]()
+    pending = list[Unit]()
     for unit in job.plan.units:
         record = read_record(job.base, unit, job.plan)
         if record is not None:
-            records.append(record)
+            account.take(record)
             bar.advance(unit.candidates)
         elif unit.number % task.count == task.index:
             pending.append(unit)
-    for record in records:
-        account.take(record)
     account.check()
     if workers == 1:
         _one_by_one(job, pending, bar, account, job.prepared)
@@ -146,8 +144,8 @@ def _counted(outcomes: Iterator[Outcome], bar: Progress[object], account: Accoun
     for outcome in outcomes:
         yield outcome
         bar.advance()
-        if account.bad:
-            bar.note(f"{len(account.bad)} bad")
+        if account.failures:
+            bar.note(f"{account.failures} bad")
 
 
 def _shared(
@@ -192,7 +190,7 @@ def _unit_each(
                 record = future.result()
                 account.take(record)
                 bar.advance(record.candidates)
-                bar.note(f"{len(account.bad)} bad" if account.bad else "")
+                bar.note(f"{account.failures} bad" if account.failures else "")
                 account.check()
     finally:
         for future, held in running.items():

@@ -6,10 +6,12 @@ Every step may be repeated after a kill: a shard that stands in its place is lef
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,16 +42,30 @@ class _Move(NamedTuple):
     """Rows that repeat earlier samples."""
 
 
+class Built(NamedTuple):
+    """What all units together made, before duplicate keys are known."""
+
+    records: list[Record]
+    """Without their bad samples."""
+    account: Account
+    kinds: Counter[str]
+    """Bad samples by the reason's first words."""
+    quarantine: Path
+    """A local file of all bad samples, in plan order."""
+
+
 class Finished(NamedTuple):
     """What the dataset became."""
 
     samples: int
     quarantined: tuple[Quarantined, ...]
+    """The first LISTED."""
+    failures: int
     notes: tuple[str, ...]
     shards: tuple[ShardInfo, ...]
 
 
-def finish(job: Job, records: list[Record], final: Place, *, workers: int) -> Finished:
+def finish(job: Job, built: Built, final: Place, *, workers: int) -> Finished:
     """Puts the dataset together in `final`.
 
     Raises:
@@ -57,12 +73,10 @@ def finish(job: Job, records: list[Record], final: Place, *, workers: int) -> Fi
         OneLLMError: there is no sample.
     """
     plan, settings = job.plan, job.plan.settings
-    account = Account(plan.total, settings.max_failures)
-    for record in records:
-        account.take(record)
+    records, account = built.records, built.account
     repeated = _repeated(job)
     bad_keys = [_named(job, records[u], row) for u, rows in sorted(repeated.items()) for row, why in sorted(rows.items()) if why == "key"]
-    account.bad += bad_keys
+    account.note(bad_keys)
     account.check_end()
     moves = [m for r in records for m in _moves(r, repeated.get(r.unit, {}))]
     shards = [s for s in _settled(job, moves, final, workers) if s is not None]
@@ -70,30 +84,44 @@ def finish(job: Job, records: list[Record], final: Place, *, workers: int) -> Fi
     manifest = Manifest(
         settings.name, plan.modalities, text, settings.licence, plan.source, tuple(sorted(shards, key=lambda s: s.path)), plan.attributes
     )  # fmt: skip
-    bad = tuple(q for r in records for q in r.quarantined) + tuple(bad_keys)
-    if bad:
-        write(final / QUARANTINE, quarantine_bytes(bad))
+    kinds = built.kinds + Counter(_kind(q) for q in bad_keys)
+    if account.failures:
+        with built.quarantine.open("ab") as file:
+            file.write(quarantine_bytes(bad_keys))
+            file.flush()
+            os.fsync(file.fileno())
+        put(built.quarantine, final / QUARANTINE)
     if isinstance(final, Path):
         sync(final / SHARD_FOLDER)
-    write(final / STATISTICS, json.dumps(_statistics(records, manifest, bad, repeated), indent=1, sort_keys=True).encode())
+    write(final / STATISTICS, json.dumps(_statistics(records, manifest, kinds, repeated), indent=1, sort_keys=True).encode())
     write(final / MANIFEST, manifest.to_bytes())
     skipped = _skipped(records, repeated)
     notes = (*plan.notes, *(f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()))
-    return Finished(sum(s.samples for s in shards), bad, notes, manifest.shards)
+    return Finished(sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest.shards)
 
 
-def all_records(job: Job) -> list[Record] | None:
+def all_records(job: Job) -> Built | None:
     """The done records of all units, in plan order; None: some are missing."""
-    records = []
-    for unit in job.plan.units:
-        record = read_record(job.base, unit, job.plan)
-        if record is None:
-            return None
-        records.append(record)
-    return records
+    records, account, kinds = list[Record](), Account(job.plan.total, job.plan.settings.max_failures), Counter[str]()
+    own = job.scratch / private_name()
+    own.mkdir(parents=True, exist_ok=True)
+    with (own / QUARANTINE).open("wb") as file:
+        for unit in job.plan.units:
+            record = read_record(job.base, unit, job.plan)
+            if record is None:
+                return None
+            account.take(record)
+            kinds.update(_kind(q) for q in record.quarantined)
+            file.write(quarantine_bytes(record.quarantined))
+            records.append(replace(record, quarantined=()))
+    return Built(records, account, kinds, own / QUARANTINE)
 
 
-def quarantine_bytes(bad: tuple[Quarantined, ...] | list[Quarantined]) -> bytes:
+def _kind(bad: Quarantined) -> str:
+    return bad.reason.split(":")[0]
+
+
+def quarantine_bytes(bad: Sequence[Quarantined]) -> bytes:
     """One JSON object a line: key, file, reason."""
     return "".join(json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad).encode("ascii")
 
@@ -213,7 +241,7 @@ def _skipped(records: list[Record], repeated: Mapping[int, Mapping[int, str]]) -
 
 
 def _statistics(
-    records: list[Record], manifest: Manifest, bad: tuple[Quarantined, ...], repeated: Mapping[int, Mapping[int, str]]
+    records: list[Record], manifest: Manifest, kinds: Counter[str], repeated: Mapping[int, Mapping[int, str]]
 ) -> dict[str, Any]:  # fmt: skip
     """statistics.json: what the build saw."""
     parts: dict[str, list[int]] = {}
@@ -232,6 +260,6 @@ def _statistics(
         "shards": len(manifest.shards),
         "bytes": sum(s.bytes for s in manifest.shards),
         "parts_before_duplicates_went": {e: {"count": c, "bytes": b} for e, (c, b) in parts.items()},
-        "quarantined": dict(Counter(q.reason.split(":")[0] for q in bad)),
+        "quarantined": dict(kinds),
         "left_out": _skipped(records, repeated),
     }

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from onellm_dist.shards.writer import shard_path
 BUILT, DONE = "built", "done"
 ROW = np.dtype([("key", "<u8", 2), ("content", "<u8", 2), ("look", "<u8")])
 """A written sample in `done/N.npy`: hashes of its key and of its media, dHash of its picture."""
+LISTED = 100_000
+"""Bad samples that a process holds by name (about 40 MB); quarantine.jsonl has them all."""
 DUPLICATE_KEY = "duplicate key: an earlier sample has it"
 
 
@@ -67,19 +69,27 @@ class Account:
     seen: int = 0
     written: int = 0
     skipped: int = 0
+    failures: int = 0
+    """Bad samples."""
     bad: list[Quarantined] = field(default_factory=list)
+    """The first LISTED of them."""
 
     def take(self, record: Record) -> None:
         """A finished unit of somebody else's."""
         self.seen += record.candidates
         self.written += sum(s.samples for s in record.shards)
         self.skipped += sum(record.skipped.values())
-        self.bad += record.quarantined
+        self.note(record.quarantined)
+
+    def note(self, bad: Sequence[Quarantined]) -> None:
+        """Some bad samples."""
+        self.failures += len(bad)
+        self.bad += bad[: max(0, LISTED - len(self.bad))]
 
     def check(self) -> None:
         """Raises TooManyFailures where more are bad than may be of all that will be seen."""
-        if len(self.bad) > allowed(self.max_failures, self.total):
-            raise TooManyFailures(self.bad, self.seen, self.total, self.max_failures)
+        if self.failures > allowed(self.max_failures, self.total):
+            raise TooManyFailures(self.bad, self.seen, self.total, self.max_failures, self.failures)
 
     def check_end(self) -> None:
         """The same when all was seen; those that were left out knowingly do not count as samples then.
@@ -89,8 +99,8 @@ class Account:
             NothingLeft: the filters left nothing.
         """
         samples = self.seen - self.skipped
-        if len(self.bad) > allowed(self.max_failures, samples) or (self.bad and not self.written):
-            raise TooManyFailures(self.bad, self.seen, samples, self.max_failures)
+        if self.failures > allowed(self.max_failures, samples) or (self.failures and not self.written):
+            raise TooManyFailures(self.bad, self.seen, samples, self.max_failures, self.failures)
         if not self.written:
             raise NothingLeft(
                 f"all {self.skipped} samples were left out by filters.", "an empty dataset cannot be read.", "check the filters' options."
@@ -191,7 +201,7 @@ def build_unit(unit: Unit, job: Job, outcomes: Iterator[Outcome], account: Accou
                 account.skipped += 1
             else:
                 bad.append(Quarantined(outcome.key, outcome.where, outcome.reason or DUPLICATE_KEY))
-                account.bad.append(bad[-1])
+                account.note(bad[-1:])
                 account.check()
         shards.close()
     except BaseException:
@@ -232,17 +242,17 @@ class NothingLeft(OneLLMError):
 
 
 class TooManyFailures(OneLLMError):
-    """The build was given up; `bad` has what was found until then."""
+    """The build was given up; `bad` has what was found until then (the first LISTED of `failures`)."""
 
-    def __init__(self, bad: list[Quarantined], seen: int, total: int, max_failures: float) -> None:
-        self.bad, self.seen, self.total, self.max_failures = list(bad), seen, total, max_failures
+    def __init__(self, bad: list[Quarantined], seen: int, total: int, max_failures: float, failures: int) -> None:
+        self.bad, self.seen, self.total, self.max_failures, self.failures = list(bad), seen, total, max_failures, failures
         shown = "\n".join(f"  {q.file}: {q.reason}" for q in bad[:5])
         super().__init__(
-            f"{len(bad)} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
-            f"{allowed(max_failures, total)} of all {total}:\n{shown}" + (f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""),
+            f"{failures} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
+            f"{allowed(max_failures, total)} of all {total}:\n{shown}" + (f"\n  and {failures - 5} more" if failures > 5 else ""),
             "so many failures mean a wrong input rather than a few broken files; nothing was built.",
             "repair them (listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
         )
 
-    def __reduce__(self) -> tuple[type[TooManyFailures], tuple[list[Quarantined], int, int, float]]:  # type: ignore[override]
-        return type(self), (self.bad, self.seen, self.total, self.max_failures)
+    def __reduce__(self) -> tuple[type[TooManyFailures], tuple[list[Quarantined], int, int, float, int]]:  # type: ignore[override]
+        return type(self), (self.bad, self.seen, self.total, self.max_failures, self.failures)

@@ -20,6 +20,7 @@ from shard_rows import build, known_rows, rows_input
 from shard_worlds import all_bytes, array, contents, picture, write_tree
 
 from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards import unit
 from onellm_dist.shards.adopt import index_path
 from onellm_dist.shards.build import build_command, build_dataset, summary
 from onellm_dist.shards.crew import Task
@@ -157,6 +158,23 @@ def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_pat
         for capacity in (1000, 150):
             found = duplicates(lambda: iter(units), keys=False, dedup="perceptual", distance=distance, scratch=tmp_path, capacity=capacity)
             assert {(u, r) for u, rs in found.items() for r in rs} == expected
+
+
+def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"k{i}:{'' if i % 3 == 2 else 'text'}" for i in range(60)]
+    inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})
+    whole = build(inputs, tmp_path / "whole", max_failures=0.5, dedup="none")
+    assert (len(whole.quarantined), whole.failures) == (20, 20)
+    monkeypatch.setattr(unit, "LISTED", 7)
+    build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(0, 2))  # the others' are taken from their records
+    report = build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(1, 2))
+    assert (report.quarantined, report.failures) == (whole.quarantined[:7], 20)
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
+    assert [json.loads(line)["key"] for line in (tmp_path / "out/quarantine.jsonl").open()] == [f"k{i}" for i in range(2, 60, 3)]
+    assert f"left out: 20 (all in {tmp_path}/out/quarantine.jsonl); of the first 7:" in summary(report, tmp_path / "out")
+    with pytest.raises(TooManyFailures, match="13 of the first") as caught:
+        build(inputs, tmp_path / "given_up", max_failures=0.2, dedup="none")
+    assert len(caught.value.bad) == 7
 
 
 def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:

@@ -187,8 +187,11 @@ class BuildReport:
 
     samples: int
     quarantined: tuple[Quarantined, ...] = ()
+    """The bad samples; of very many, the first 100,000 (quarantine.jsonl has them all)."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
+    failures: int = 0
+    """All bad samples."""
 
 
 @dataclass(frozen=True)
