@@ -47,7 +47,10 @@ def test_what_is_read_is_what_json_says(tmp_path: Path, monkeypatch: pytest.Monk
     assert {i.key: i.value for i in entries} == whole["more"]
     assert entries[3].where == "x.json[key 3é]"
     places = [(n, row.start, row.end) for n, row in enumerate(scan(tmp_path / "x.json", "rows"))]
-    assert dict(read_places(tmp_path / "x.json", reversed(places))) == dict(enumerate(values))
+    assert {i.number: i.value for i in read_places(tmp_path / "x.json", reversed(places))} == dict(enumerate(values))
+    entry = list(scan(tmp_path / "x.json", "more"))[5]
+    [found] = read_places(tmp_path / "x.json", [(5, entry.start, entry.end)], entries=True)
+    assert (found.key, found.value) == ("key 5é", values[5])
     assert has_key(tmp_path / "x.json", "more")
     assert not has_key(tmp_path / "x.json", "key 0é")
 

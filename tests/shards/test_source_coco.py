@@ -81,3 +81,17 @@ def test_karpathys_splits(tmp_path: Path) -> None:
         "dataset_coco_json-4-1": "unreadable row: a caption is 8, not a text",
         "dataset_coco_json-5": "unreadable row: its split is 'none', none of train, restval, val, test",
     }
+
+
+def test_captions_joined_by_their_picture(tmp_path: Path) -> None:
+    """`join=true`: a picture once, with a list of its captions, of which training reads one in an epoch."""
+    inputs = write_tree(tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())})
+    _, dataset = built("coco", inputs, tmp_path / "out", join=True)
+    found = samples(dataset)
+    assert {k: (s["json"]["caption"], s["json"]["rows"]) for k, s in found.items()} == {
+        "661611": (["Closeup of bins of food. ".strip(), "A meal."], ["661611", "661977"]),
+        "122312": (["A giraffe é eating."], ["122312"]),
+    }
+    assert "txt" not in found["661611"]
+    assert found["661611"]["json"]["conversations"] == turns(PROMPT, "Closeup of bins of food.")
+    assert dataset.manifest.text == ("json",)

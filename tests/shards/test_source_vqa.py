@@ -175,3 +175,36 @@ def test_ocrvqa(tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match="there is no dev"):
         built("ocrvqa", inputs, tmp_path / "dev", splits="dev")
+
+
+def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
+    """`join=true`: a picture once, with all its questions; a bad row spoils no other."""
+    files = vqa()
+    rows = files["v2_mscoco_train2014_annotations.json"]["annotations"]
+    rows.append({**rows[0], "question_id": 77})  # about picture 9, without a question
+    rows.append("row")
+    rows.append({**rows[1], "question_id": 31000, "image_id": 31})  # without a picture
+    files["v2_OpenEnded_mscoco_train2014_questions.json"]["questions"].append({"image_id": 31, "question": "?", "question_id": 31000})
+    inputs = write_tree(coco(tmp_path / "in"), as_files(files))
+    report, dataset = built("vqav2", inputs, tmp_path / "out", join="true", max_failures=0.9)
+    found = samples(dataset)
+    assert list(found) == ["9000", "25000", "30000"]
+    assert found["9000"]["json"] == {
+        "image_id": 9, "rows": ["9000", "9001"], "question_id": [9000, 9001],
+        "answers": [["red"] * 6 + ["dark red"] * 4, ["no", "yes", "yes", "no"]],
+        "conversations": turns(f"What color is it? {SHORT}", "red", f"Is it “big”? {SHORT}", "no"),
+    }  # fmt: skip
+    assert found["25000"]["json"]["question_id"] == 25000
+    assert sorted(reasons(report).values()) == [
+        "missing file: train2017/000000000031.jpg", "unreadable row: a str, not an object", "unreadable row: there is no question 77",
+    ]  # fmt: skip
+    assert "left out knowingly: 1 x in the sample of its medium's first row" in report.notes
+    _, cut = built("vqav2", inputs, tmp_path / "cut", join=True, max_failures=0.9, max_samples=2, name="out")
+    assert samples(cut) == found
+
+    gqa = {f"{i:03d}": {"question": f"Is it {i}?", "imageId": "12"[i % 2], "answer": "yes"} for i in range(5)}
+    inputs = write_tree(
+        tmp_path / "gqa", {"train_balanced_questions.json": as_json(gqa), "images/1.jpg": photo(), "images/2.jpg": photo(seed=1)}
+    )
+    _, dataset = built("gqa", inputs, tmp_path / "joined", join=True)
+    assert {k: s["json"]["rows"] for k, s in samples(dataset).items()} == {"000": ["000", "002", "004"], "001": ["001", "003"]}

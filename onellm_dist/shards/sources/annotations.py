@@ -7,7 +7,7 @@ rows are read by byte range (json_stream.py), a row that is not as it should be 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from onellm_dist.errors import UsageError
 from onellm_dist.shards.naming import safe_key
 from onellm_dist.shards.sources.base import BadSample, Candidate, Group, Layout, Media, Option, Source
 from onellm_dist.shards.sources.conversations import Turn
-from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
+from onellm_dist.shards.sources.json_stream import Item, read_places, read_rows, row_groups, scan
 from onellm_dist.shards.sources.media_files import below, extension_for, first_file, need_file
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _ROWS = 1000
+_JOINED = "in the sample of its medium's first row"
+JOIN_OPTION = Option(False, "all rows of a medium in one sample: questions as turns of one conversation, captions as a list", bool)
 
 
 class NotFetched(BadSample):
@@ -90,6 +92,9 @@ class AnnotationSet:
     count: Callable[[Any, str], int] | None = None
     """(row, split) -> its samples in that split, where it has not just one; it sees non-ASCII texts garbled."""
 
+    medium: Callable[[Any], object] | None = None
+    """A row to the name of its medium (ASCII), where several rows are about one: they can be joined then."""
+
     def source(self) -> Source:
         """The builder's source."""
         options = {
@@ -98,6 +103,7 @@ class AnnotationSet:
             "media": Option(None, f"the folder of the media, if it is not {', '.join((*self.folders, 'IN'))}", Path),
             "splits": Option(next(iter(self.files)), f"what is built, by comma, of {', '.join(self.files)}"),
             "missing": MISSING_OPTION,
+            **({"join": JOIN_OPTION} if self.medium is not None else {}),
             **self.options,
         }
         return Source(self.name, self.summary, plan=self._plan, candidates=self._candidates, options=options, licence=self.licence)
@@ -118,6 +124,8 @@ class AnnotationSet:
     def _split(self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[Group]:
         rows = need_file(inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations")
         partners = {n: need_file(inputs, own.get(n), usual[split], what, n) for n, (what, usual) in self.partners.items()}
+        if own.get("join"):
+            return self._joined_groups(inputs, rows, split, partners)
         count = self.count
         samples = None if count is None else lambda row: {split: count(row.value, split)}
         return row_groups(inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners)
@@ -126,10 +134,58 @@ class AnnotationSet:
         self, inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
     ) -> Iterator[Candidate]:
         context = Context(inputs, media_folders(inputs, media, self.folders), spec, options)
+        if "media" in spec:
+            yield from self._joined(context, missing)
+            return
         for item in read_rows(inputs, spec):
             planned = 1 if self.count is None else self.count(item.value, spec["split"])
             if planned:
                 yield from row_candidates(lambda i: self.read(context, i), item, planned, missing)
+
+    def _joined_groups(self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]) -> Iterator[Group]:
+        """Media in the order of their first rows, with the places of their rows (a million rows: some 200 MB while it is planned)."""
+        assert self.medium is not None
+        found, entries = dict[object, list[tuple[int, int, int]]](), False
+        for number, row in enumerate(scan(below(inputs, rows), self.key)):
+            try:
+                medium: object = str(self.medium(row.value))
+            except (KeyError, TypeError, AttributeError):
+                medium = number  # alone: it is said to be bad when it is read
+            found.setdefault(medium, []).append((number, row.start, row.end))
+            entries = bool(row.key)
+        listed = list(found.values())
+        for first in range(0, len(listed), _ROWS):
+            some = listed[first : first + _ROWS]
+            spec = {"file": rows, "split": split, "partners": partners, "entries": entries, "media": some}
+            yield Group(f"{rows}:{some[0][0][0]}", spec, split, sum(map(len, some)))
+
+    def _joined(self, context: Context, missing: str) -> Iterator[Candidate]:
+        """A candidate for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
+        path = below(context.inputs, context.spec["file"])
+        for places in context.spec["media"]:
+            rows = list(read_places(path, places, entries=context.spec["entries"]))
+            found = [c for item in rows for c in row_candidates(lambda i: self.read(context, i), item, 1, missing)]
+            good = [c for c in found if c.problem is None and c.skip is None]
+            for candidate in found:
+                if candidate.problem is not None or candidate.skip is not None:
+                    yield candidate
+                elif candidate is good[0]:
+                    yield _merged(good)
+                else:
+                    yield replace(candidate, parts={}, skip=_JOINED)
+
+
+def _merged(candidates: Sequence[Candidate]) -> Candidate:
+    """One sample of several about one medium; `rows` in its `.json` are their keys."""
+    first = candidates[0]
+    captions = [c.caption for c in candidates if c.caption is not None]
+    meta: dict[str, Any] = {**first.meta, "rows": [c.key for c in candidates]}
+    if captions:  # each conversation is the same question about the medium
+        return replace(first, caption=None, meta={**meta, "caption": captions})
+    differing = [k for k in first.meta if any(c.meta.get(k) != first.meta[k] for c in candidates)]
+    meta.update({k: [c.meta.get(k) for c in candidates] for k in differing})
+    meta["conversations"] = [turn for c in candidates for turn in c.meta["conversations"]]
+    return replace(first, meta=meta)
 
 
 def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tuple[Path, ...]:

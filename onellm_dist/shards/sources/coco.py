@@ -51,6 +51,7 @@ SOURCES = tuple(
              for s in ("train", "val")},
             _caption,
             key="annotations",
+            medium=lambda row: row["image_id"],
             folders=COCO_FOLDERS,
             licence=_LICENCE,
         ),

@@ -97,7 +97,9 @@ def _unusable(folder: Path, why: object) -> UsageError:
 def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
     """(image processor, model); `written` changes with the files, so that what the manifest says of the weights is true."""
     from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the builder has one
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
         model = AutoModelForDepthEstimation.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)

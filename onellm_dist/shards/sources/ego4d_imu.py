@@ -95,8 +95,8 @@ def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterato
 
 def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
     last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
-    for number, row in read_places(below(inputs, spec["windows"]), spec["rows"]):
-        key, where = f"window-{number:07d}", f"{spec['windows']}[{number}]"
+    for item in read_places(below(inputs, spec["windows"]), spec["rows"]):
+        row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
         if uid is None or times is None:
             yield Candidate(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")

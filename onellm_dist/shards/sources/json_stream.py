@@ -268,11 +268,12 @@ def read_rows(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Item]:
         yield Item(f"{spec['file']}[{key or i}]", i, key, value)
 
 
-def read_places(path: Path, places: Iterable[Sequence[int]]) -> Iterator[tuple[int, Any]]:
-    """(number, value) of single array elements.
+def read_places(path: Path, places: Iterable[Sequence[int]], *, entries: bool = False) -> Iterator[Item]:
+    """Single rows.
 
     Args:
         places: (number, start, end) of each, as `scan` gives them.
+        entries: they are entries of an object.
 
     Raises:
         OneLLMError: the file is not what it was when the build was planned.
@@ -281,9 +282,10 @@ def read_places(path: Path, places: Iterable[Sequence[int]]) -> Iterator[tuple[i
         for number, start, end in places:
             file.seek(start)
             try:
-                yield number, _DECODER.decode(file.read(end - start).decode("utf-8", "surrogateescape").strip())
+                [(key, value)] = _parsed(file.read(end - start), entries)
             except ValueError as error:
                 raise _changed(path, start, end, error) from error
+            yield Item(f"{path.name}[{key or number}]", number, key, value)
 
 
 def _changed(path: Path, start: int, end: int, error: ValueError) -> OneLLMError:

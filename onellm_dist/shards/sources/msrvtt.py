@@ -2,7 +2,8 @@
 
 `msrvtt` reads train_val_videodatainfo.json (its 7,010 videos: the reference trains on both parts) and test_videodatainfo.json;
 `msrvtt-qa` reads {train,val,test}_qa.json. The videos lie as `video0.mp4` in TrainValVideo/, TestVideo/ or any of the usual folders.
-A video is stored with each of its 20 captions (and each question), as the reference has it: 20 times the videos' bytes.
+A video is stored with each of its 20 captions (and each question), as the reference has it: 20 times the videos' bytes. `join=true`
+stores it once, with all of them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SOURCES = tuple(
             },
             _caption,
             key="sentences",
+            medium=lambda row: row["video_id"],
             folders=_FOLDERS,
             licence=_LICENCE,
         ),
@@ -60,6 +62,7 @@ SOURCES = tuple(
             "video",
             {s: tuple(f"{folder}{s}_qa.json" for folder in ("", "MSRVTT-QA/", "annotations/")) for s in ("train", "val", "test")},
             _question,
+            medium=lambda row: row["video_id"],
             folders=_FOLDERS,
             licence=_LICENCE,
         ),

@@ -112,6 +112,7 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
         _vqa,
         key="annotations",
         folders=COCO_FOLDERS,
+        medium=lambda row: row["image_id"],
         partners={
             "questions": (
                 "the file of questions",
@@ -136,6 +137,7 @@ SOURCES = tuple(
             "image",
             {s: (f"{s}_balanced_questions.json", f"questions/{s}_balanced_questions.json") for s in ("train", "val")},
             _gqa,
+            medium=lambda row: row["imageId"],
             folders=("images", "gqa/images"),
             licence="CC-BY 4.0",
         ),
@@ -145,6 +147,7 @@ SOURCES = tuple(
             "image",
             {s: (f"aokvqa_v1p0_{s}.json", f"aokvqa/aokvqa_v1p0_{s}.json") for s in ("train", "val")},
             _aokvqa,
+            medium=lambda row: row["image_id"],
             folders=COCO_FOLDERS,
             licence="CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms",
         ),
