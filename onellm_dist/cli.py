@@ -381,6 +381,7 @@ def convert_assemble(
     add_experts: Annotated[int, typer.Option(min=0, help="Experts to add to --base, closed for its modalities at first.")] = 0,
     add_modality: Annotated[list[str] | None, typer.Option(help="A modality to add to --base (repeatable).")] = None,
     expert_init: Annotated[str, typer.Option(help="Added experts: copied (from the first) or separate (random).")] = "copied",
+    expert_noise: Annotated[float | None, typer.Option(min=0, help="Relative noise that tells copied experts apart; default 0.01.")] = None,
     gate_bias: Annotated[float, typer.Option(help="Router bias of added experts in old modalities; their gate is its sigmoid.")] = -20.0,
     seed: Annotated[int, typer.Option(help="Of random parts.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="The LLM's tokenizer, where its folder has none.")] = None,
@@ -406,7 +407,8 @@ def convert_assemble(
     raise typer.Exit(
         assemble_command(
             out, options, sizes, llm=llm, encoder=encoder, base=base, modalities=modality, add_experts=add_experts,
-            add_modalities=add_modality or [], expert_init=expert_init, gate_bias=gate_bias, seed=seed, overwrite=overwrite,
+            add_modalities=add_modality or [], expert_init=expert_init, expert_noise=expert_noise, gate_bias=gate_bias, seed=seed,
+            overwrite=overwrite,
         )
     )  # fmt: skip
 

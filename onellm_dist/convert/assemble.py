@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig
 CLOSED = -20.0
 """Router bias of an added expert in old modalities: its gate is sigmoid(-20) = 2e-9, below fp32's rounding of the others' sum."""
 UPM_HEAD_WIDTH = 64
+EXPERT_NOISE = 0.01
+"""Copied experts' matrices are multiplied by 1 + this x a standard normal number. Without it, copies that share their gates (as added
+ones do at first) would get the same gradients for ever."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ def assemble(
     add_experts: int = 0,
     add_modalities: Sequence[str] = (),
     expert_init: str = "copied",
+    expert_noise: float | None = None,
     gate_bias: float = CLOSED,
     seed: int = 0,
     options: Options | None = None,
@@ -69,6 +74,7 @@ def assemble(
         add_modalities: modalities added to `base`: projections, queries, router and tags start as the first modality's (image's; paper,
             section 3.3), with gates of added experts open; a tokenizer and its positions are random.
         expert_init: `copied` or `separate`.
+        expert_noise: what breaks the symmetry of copies, see EXPERT_NOISE (the default; 0 for the router `constant`).
 
     Returns:
         (the model, the content of `conversion.json`).
@@ -89,7 +95,7 @@ def assemble(
         opened = new_model(_part(llm, "llm", options), _part(encoder, "encoder", options), upm or UPMSizes(), modalities, seed)
     else:
         opened = _part(base, "onellm", options)
-        opened = with_experts(opened, add_experts, expert_init, gate_bias, seed) if add_experts else opened
+        opened = with_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise) if add_experts else opened
         opened = with_modalities(opened, add_modalities, seed, added_experts=add_experts) if add_modalities else opened
     plan = onellm.plan(opened, options)
     return opened, emit(opened, plan, out, target="onellm", options=options, overwrite=overwrite, quiet=quiet)
@@ -129,11 +135,11 @@ def new_model(llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequenc
     )  # fmt: skip
 
 
-def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: int) -> Opened:
+def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: int, noise: float | None = None) -> Opened:
     """`opened` with `count` experts more, whose gates are closed for its modalities.
 
     The router's new rows are zero with the bias `gate_bias`, so that the outputs of a soft router stay the same to fp32's rounding, and a
-    sparse one never picks the new experts before it learns to. Weights: a copy of the first expert, or random.
+    sparse one never picks the new experts before it learns to. Weights: a copy of the first expert with some noise, or random.
 
     Raises:
         UsageError: the router has no gates, and the experts could only change what the model says.
@@ -151,14 +157,19 @@ def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: 
     config.upm.experts = before + count
     config.upm.init = "separate"
     tensors = dict(opened.tensors)
+    if noise is None:
+        noise = 0.0 if config.upm.router == "constant" else EXPERT_NOISE
     drawn = fresh_tensors(config, seed, [n for k in range(before, before + count) for n in _expert_names(opened.tensors, k)])
     for name, random in drawn.items():
         first = re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
-        tensors[name] = opened.tensors[first] if init == "copied" else random.cast(opened.tensors[first].dtype)
+        copied = _shaken(opened.tensors[first], name, noise, seed)
+        tensors[name] = copied if init == "copied" else random.cast(opened.tensors[first].dtype)
     for name, tensor in opened.tensors.items():
         if re.fullmatch(r"projectors\.\w+\.router\.fc2\.(weight|bias)", name):
             tensors[name] = _more_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
-    notes = {**opened.notes, "added experts": f"{count}, {init} (seed {seed}), gates of old modalities at sigmoid({gate_bias})"}
+    shaken = f", noise {noise}" if init == "copied" else ""
+    about = f"{count}, {init} (seed {seed}{shaken}), gates of old modalities at sigmoid({gate_bias})"
+    notes = {**opened.notes, "added experts": about}
     made = (*opened.made, *drawn) if init == "separate" else opened.made
     return replace(opened, config=config, tensors=tensors, notes=notes, made=made)
 
@@ -194,6 +205,18 @@ def _check_modalities(names: Sequence[str]) -> None:
 def _expert_names(tensors: Tensors, expert: int) -> list[str]:
     first = "upm.experts.0."
     return [f"upm.experts.{expert}.{name.removeprefix(first)}" for name in tensors if name.startswith(first)]
+
+
+def _shaken(tensor: LazyTensor, name: str, noise: float, seed: int) -> LazyTensor:
+    """A matrix times 1 + noise x normal, drawn by seed and name; vectors (norms) as they are."""
+    if not noise or len(tensor.shape) < 2:
+        return tensor
+
+    def shake(t: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/shaken/{name}".encode()))
+        return (t.float() * (1 + noise * torch.randn(t.shape, generator=generator))).to(t.dtype)
+
+    return tensor.mapped(shake)
 
 
 def _more_rows(tensor: LazyTensor, count: int, value: float) -> LazyTensor:

@@ -94,12 +94,22 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert torch.isfinite(logits(after, "audio")).all()
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     assert all(torch.equal(new[n], old[n]) for n in old if "router.fc2" not in n)
-    assert torch.equal(new["upm.experts.3.blocks.0.attention.q.weight"], old["upm.experts.0.blocks.0.attention.q.weight"])
+    first, *added = (new[f"upm.experts.{k}.blocks.0.attention.q.weight"] for k in (0, 2, 3))
+    assert all(0.005 < ((expert - first) / first).std() < 0.02 for expert in added), "copies of the first, shaken by a hundredth"
+    assert not torch.equal(*added), "with the same gates, equal ones would stay equal"
+    assert torch.equal(new["upm.experts.3.blocks.0.attention_norm.weight"], old["upm.experts.0.blocks.0.attention_norm.weight"])
     assert torch.equal(new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"])
     gates = after.projector("depth").router(after.projector("depth").queries())
     if router == "soft":
         assert (gates[:, 2:] > 0.05).all(), "a new modality may use the new experts"
         assert (after.projector("image").router(after.projector("image").queries())[:, 2:] < 1e-8).all()
+
+
+def test_copies_are_exact_where_asked_for(tmp_path: Path) -> None:
+    save_onellm(tmp_path / "one")
+    assemble(tmp_path / "more", base=tmp_path / "one", add_experts=1, expert_noise=0.0, quiet=True)
+    new = dict(load(tmp_path / "more").named_parameters())
+    assert torch.equal(new["upm.experts.2.blocks.0.attention.q.weight"], new["upm.experts.0.blocks.0.attention.q.weight"])
 
 
 def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
