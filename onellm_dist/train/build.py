@@ -22,6 +22,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.model.unloaded import Weights, open_model
+from onellm_dist.train.answers import Answers
 from onellm_dist.train.best import BEST, Best
 from onellm_dist.train.checkpoint import load_state, read_manifest
 from onellm_dist.train.checkpoint_source import describe_source
@@ -138,6 +139,10 @@ class Run:
         reasons = [reason for reason in self.world.gather(self.stop.reason) if reason]
         return reasons[0] if reasons else "asked to stop"
 
+    def show(self, name: str, text: str, step: int) -> None:
+        """Show a text on the board."""
+        self.metrics.text(name, text, step)
+
     def export(self) -> None:
         """Write the trained model to `<run.dir>/model`."""
         folder = self.config.run.dir / MODEL
@@ -208,10 +213,13 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
             partial(describe_source, config, manifest.get("frozen")), NoticeWatch(events.write, notice_seconds()),
         ),
         open_metrics(first_step), events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
-        _validation(config, validation, engine, model, world, events, first_step), Telemetry(config, world, events, router),
+        _validation(config, validation, engine, model, processor.tokenizer, world, events, first_step),
+        Telemetry(config, world, events, router),
         Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers, phases, open_loader, open_metrics,
         Best(config.run.dir / BEST, engine, model, processor, world),
     )  # fmt: skip
+    if run.validation is not None:
+        run.validation.show = run.show
     exit_file.step = first_step
     _tell_start(run, resume)
     return run
@@ -259,12 +267,15 @@ def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings, w
 
 
 def _validation(
-    config: RunConfig, plan: Plan | None, engine: Engine, model: Any, world: World, events: Events, first_step: int
+    config: RunConfig, plan: Plan | None, engine: Engine, model: Any, tokenizer: Any, world: World, events: Events, first_step: int
 ) -> Validation | None:
-    if plan is None or config.data.validation is None:
+    wanted = config.data.validation
+    if plan is None or wanted is None:
         return None
-    steps = config.train.steps
-    return Validation(config.data.validation, plan, engine, model, world, config.run.dir, events, first_step=first_step, steps=steps)
+    asked = Answers(wanted, plan, engine, tokenizer, world, config.run.dir, first_step=first_step) if wanted.generate else None
+    return Validation(
+        wanted, plan, engine, model, world, config.run.dir, events, first_step=first_step, steps=config.train.steps, answers=asked
+    )
 
 
 def _trackers(config: RunConfig, world: World, events: Events) -> Trackers | None:

@@ -10,10 +10,13 @@ from typing import IO
 
 from onellm_dist.config import RunConfig
 from onellm_dist.errors import OneLLMError
+from onellm_dist.train.answers import SAMPLES
 from onellm_dist.train.best import BEST
 from onellm_dist.train.checkpoint_folder import PREFIX
 from onellm_dist.train.export import MODEL
 from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD
+from onellm_dist.train.profiler import FOLDER as PROFILES
+from onellm_dist.train.trackers import FOLDER as TRACKERS
 from onellm_dist.train.validate import VALIDATION
 
 CHECKPOINTS, LEDGER, CONFIG, LOCK = "checkpoints", "ledger", "config.yaml", ".lock"
@@ -55,7 +58,7 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     `checkpoint.resume=auto` does not take them.
     """
     run_dir = config.run.dir
-    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, TENSORBOARD, MODEL, BEST)
+    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, SAMPLES, TENSORBOARD, PROFILES, TRACKERS, MODEL, BEST)
     stale = (
         [path for name in names if _holds_something(path := run_dir / name)] if resume is None else _newer(run_dir / CHECKPOINTS, resume)
     )

@@ -17,6 +17,7 @@ import torch
 from onellm_dist.config import ValidationSection
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
+from onellm_dist.train.answers import Answers, Show
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.metrics import Events, drop_from
@@ -33,14 +34,18 @@ class Validation:
         model: the model inside the engine, to be told that it does not train meanwhile.
         first_step: lines of later steps, left by a start that went further than its last checkpoint, are dropped.
         steps: of the whole run; the last one is validated too.
+        answers: what generates answers to some of the samples, if anybody asked.
     """
+
+    show: Show | None = None
+    """Where generated answers are shown beside their file."""
 
     def __init__(
         self, config: ValidationSection, plan: Plan, engine: Engine, model: Any, world: World, run_dir: Path, events: Events,
-        *, first_step: int, steps: int,
+        *, first_step: int, steps: int, answers: Answers | None = None,
     ) -> None:  # fmt: skip
         self._config, self._plan, self._engine, self._model, self._world = config, plan, engine, model, world
-        self._path, self._events, self._steps = run_dir / VALIDATION, events, steps
+        self._path, self._events, self._steps, self._answers = run_dir / VALIDATION, events, steps, answers
         if world.main:
             drop_from(self._path, first_step + 1)
 
@@ -60,6 +65,8 @@ class Validation:
                 on_device = batch.to(self._world.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
                 tombstones += len(batch.tombstones)
+        if self._answers is not None:
+            self._answers.run(done, self.show)
         self._model.train(training)
         totals.reduce(self._world, new_tombstones=tombstones, stop=False)
         values = totals.read()

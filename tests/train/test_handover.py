@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.model.presets import load_model
+from onellm_dist.shards.format import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.ledger_command import ledger_command
 
@@ -74,7 +76,8 @@ def align_image(world: Path) -> str:
     """Stage I on two ranks, three steps, looked at from every side."""
     return start(
         world, "toy/align_image", "image", ("image",), "train.steps=3", "train.log_every=2", "optim.warmup_steps=0", "checkpoint.every=2",
-        "track.with=[own_trackers:Lines]", "track.profile_steps=[1,1]", "track.starve_share=1", "track.starve_steps=1", ranks=2,
+        "track.with=[own_trackers:Lines]", "track.profile_steps=[1,1]", "track.starve_share=1", "track.starve_steps=1",
+        "data.validation={split: test_seen, samples: 3, every: 3, generate: 3, new_tokens: 7}", ranks=2,
     )  # fmt: skip
 
 
@@ -88,7 +91,8 @@ def weights(world: Path, align_image: str) -> dict[str, dict[str, torch.Tensor]]
     )  # fmt: skip
     start(
         world, "toy/tune", "tune", ("image", *NEW), f"model.path={world / 'all' / 'model'}", "train.steps=2", "optim.lr=1e-3",
-        "optim.warmup_steps=0",
+        "optim.warmup_steps=0", "engine.name=fsdp", "engine.config=",
+        "data.validation={split: test_seen, samples: 3, every: 2, generate: 1}", ranks=2,
     )  # fmt: skip
     fresh, _ = load_model(path=None, preset="toy", seed=0)
     return {"fresh": fresh.state_dict()} | {
@@ -142,3 +146,28 @@ def test_what_the_first_stage_told(world: Path, align_image: str, capsys: pytest
         assert ledger_command(run, step, None, as_json=True) == 0
         answer = json.loads(capsys.readouterr().out)
         assert (answer["sample_digest"], answer["state"], answer["saved"]) == (line["sample_digest"], "trained", True)
+
+
+def test_generated_samples_are_what_the_exported_model_says(world: Path, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+    """ZeRO-3 on two ranks with captions; FSDP2 on two ranks, of which one has nothing to ask, with conversations."""
+    for name, count, dataset in (("image", 3, "image"), ("tune", 1, None)):
+        told = lines(world / name / "validation_samples.jsonl")
+        assert [line["step"] for line in told] == [{"image": 3, "tune": 2}[name]] * count
+        model, processor = load_model(path=world / name / "model", preset=None, seed=0)
+        for line in told:
+            owner, _, key = line["id"].partition("@")[0].split("/")
+            assert dataset in (None, owner)
+            (caption,) = (c for c in caption_split(model, processor.tokenizer, open_dataset(world / "toy" / owner), "test_seen",
+                                                   ask=name == "tune") if c.key == key)  # fmt: skip
+            assert line["reference"] == caption.reference
+            assert line["modalities"] == [owner]
+            assert caption.prediction.startswith(line["generated"]), "as far as the run's new_tokens go"
+            assert line["generated"]
+        assert ("Human:" in told[0]["prompt"]) == (name == "tune")
+
+
+def test_gradient_norms_are_told_by_part(world: Path, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+    for name, parts in (("image", {"image", "upm"}), ("all", {"image", *NEW, "upm"}), ("tune", {"llm"})):
+        line = lines(world / name / "metrics.jsonl")[0]
+        assert set(line["grad_norm_by_part"]) == parts
+        assert sum(norm**2 for norm in line["grad_norm_by_part"].values()) == pytest.approx(line["grad_norm"] ** 2, rel=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -64,10 +64,12 @@ class PackedLoss(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A pack -> (loss [] fp32: the sum, nll [N], sample_index [N])."""
+    def forward(self, batch: PackedBatch, *, logits: bool = False) -> Any:
+        """A pack -> (loss [] fp32: the sum, nll [N], sample_index [N]); `logits`: [N, V] of the supervised tokens instead."""
+        if logits:
+            return self.model.packed_logits(batch)[0]
         out = self.model(packed=batch)
         return out.loss, out.nll, out.sample_index
 
@@ -93,6 +95,10 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run one micro-batch; `last`: the optimizer step follows it. Returns what PackedLoss returns."""
+
+    @abstractmethod
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        """[N, V] logits of the supervised tokens of a pack, by the same modules as `forward`; without gradient."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, divisor: int) -> None:

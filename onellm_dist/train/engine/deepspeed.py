@@ -59,6 +59,11 @@ class DeepSpeedEngine(Engine):
         loss, nll, sample_index = self._engine(batch)
         return loss, nll, sample_index
 
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        values: torch.Tensor = self._engine(batch, logits=True)
+        return values
+
     def backward(self, loss: torch.Tensor, divisor: int) -> None:
         # A loss that is not finite may still have finite gradients (an infinite cross-entropy): spoil them, so that
         # every rank sees a norm that is not finite and the step is thrown away everywhere, with no message between ranks.

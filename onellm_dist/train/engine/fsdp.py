@@ -79,6 +79,11 @@ class FsdpEngine(Engine):
         loss, nll, sample_index = self._module(batch)
         return loss, nll, sample_index
 
+    @torch.no_grad()
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        values: torch.Tensor = self._module(batch, logits=True)
+        return values
+
     def backward(self, loss: torch.Tensor, divisor: int) -> None:
         # A loss that is not finite may have finite gradients: spoil them, so that the norm shows it on every rank.
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)

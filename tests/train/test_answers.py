@@ -1,0 +1,99 @@
+"""Generated samples of a run: what the packed forward decodes is what the model's own generation says, whoever is asked what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from onellm_dist.config import DataSection, MixtureEntry, ValidationSection
+from onellm_dist.data.validation import open_validation
+from onellm_dist.evaluation.captioning import caption_split
+from onellm_dist.model.presets import load_model
+from onellm_dist.packed import PackedBatch
+from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+from onellm_dist.train.answers import SAMPLES, Answers
+
+MODALITIES = ("image", "imu")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("answers")
+    build_toyworld(out, seed=0, train_per_modality=4, test_per_modality=3, modalities=MODALITIES)
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    model, processor = load_model(path=None, preset="toy", seed=3)
+    with torch.no_grad():
+        for parameter in model.llm.parameters():  # random weights repeat one token for ever; sharper ones say several
+            parameter.mul_(3)
+    return model.eval(), processor.tokenizer
+
+
+class Local:
+    """An engine of one process that counts its forwards."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.forwards = model, 0
+
+    def logits(self, batch: PackedBatch) -> torch.Tensor:
+        self.forwards += 1
+        values: torch.Tensor = self.model.packed_logits(batch)[0]
+        return values
+
+
+def told(toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection) -> tuple[list[Any], int]:
+    model, tokenizer = loaded
+    entries = tuple(MixtureEntry(path=Path(name)) for name in MODALITIES)
+    data = DataSection(
+        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0  # type: ignore[arg-type]
+    )  # fmt: skip
+    plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
+    world = SimpleNamespace(rank=rank, size=size, main=True, device=torch.device("cpu"), gather=lambda own: [own], sum=lambda tensor: None)
+    engine = Local(model)
+    answers = Answers(wanted, plan, engine, tokenizer, world, out, first_step=0)  # type: ignore[arg-type]
+    shown: list[str] = []
+    answers.run(7, lambda name, text, step: shown.append(f"{step} {name} {text}"))
+    rows = [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()] if (out / SAMPLES).exists() else []
+    assert len(shown) == len(rows)
+    assert all(f"7 validation/{row['id']} **{row['generated']}**" in text for row, text in zip(rows, shown, strict=True))
+    return rows, engine.forwards
+
+
+@pytest.mark.parametrize("text_format", ["caption", "conversation"])
+def test_what_is_decoded_is_what_the_model_says(toy: Path, loaded: Any, tmp_path: Path, text_format: str) -> None:
+    wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=9)
+    model, tokenizer = loaded
+    known = {
+        f"{name}/{caption.key}": caption
+        for name in MODALITIES
+        for caption in caption_split(model, tokenizer, open_dataset(toy / name), "test_seen", ask=text_format == "conversation")
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        rows, _ = told(toy, loaded, tmp_path / f"rank{rank}", text_format, rank, 2, wanted)
+        assert len(rows) == (3, 2)[rank]
+        found |= {row["id"]: row for row in rows}
+    assert len(found) == 5
+    for name, row in found.items():
+        owner, _, key = name.partition("@")[0].split("/")
+        caption = known[f"{owner}/{key}"]
+        assert (row["step"], row["modalities"], row["reference"]) == (7, [owner], caption.reference)
+        assert row["generated"] and caption.prediction.startswith(row["generated"])
+        assert ("### Human:" in row["prompt"]) == (text_format == "conversation")
+    assert len({row["generated"] for row in found.values()}) > 1
+
+
+def test_a_rank_with_nothing_to_ask_runs_along(toy: Path, loaded: Any, tmp_path: Path) -> None:
+    wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=1, new_tokens=4)
+    rows, forwards = told(toy, loaded, tmp_path, "caption", 1, 2, wanted)
+    assert rows == [] and forwards == 1, "one forward, after which every rank is done (here: it is alone)"
