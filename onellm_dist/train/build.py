@@ -22,7 +22,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.model.unloaded import Weights, open_model
-from onellm_dist.train.answers import Answers
+from onellm_dist.train.answers import SAMPLES, Answers
 from onellm_dist.train.best import BEST, Best
 from onellm_dist.train.checkpoint import load_state, read_manifest
 from onellm_dist.train.checkpoint_source import describe_source
@@ -132,7 +132,8 @@ class Run:
         self.guard.restore(guard)
         self.ledger.begin(step)
         if self.world.main:
-            drop_from(self.config.run.dir / VALIDATION, step + 1)
+            for name in (VALIDATION, SAMPLES):
+                drop_from(self.config.run.dir / name, step + 1)
 
     def stop_reason(self) -> str:
         """Who asked to stop, as far as any rank knows. Called by all ranks."""
