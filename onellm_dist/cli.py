@@ -464,7 +464,7 @@ def _generate(
     model: Annotated[Path, typer.Argument(help="A onellm directory.")],
     prompt: Annotated[str, typer.Argument(help="What to ask; empty: caption the input.")] = "",
     order: Annotated[str, typer.Option(help="Order of the inputs in the sequence, by comma: video,audio.")] = "",
-    prompt_format: Annotated[str, typer.Option("--format", help="auto, conversation or raw.")] = "auto",
+    prompt_format: Annotated[str, typer.Option("--format", help="auto, conversation, chat or raw.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus, where temperature > 0.")] = 0.75,

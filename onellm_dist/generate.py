@@ -2,10 +2,11 @@
 
 Prompt formats (`--format`):
     conversation  the reference's instruction format: its header, `### Human: {prompt}`, `### Assistant:` (what tune trains)
+    chat          the LLM's own chat template (what tune trains with data.text_format=chat)
     raw           BOS, the inputs, then the prompt as it is; an empty prompt asks for a caption (what align trains)
     auto          conversation where there is a prompt, else raw
 
-Decoding ends at EOS, at the stop string `###`, or after `max_new_tokens`.
+Decoding ends at EOS, at the stop string `###` (in `chat`: at the template's end of an answer), or after `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from onellm_dist.modalities import RUN_TOKENS, Part, get_modality
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("auto", "conversation", "raw")
+FORMATS = ("auto", "conversation", "chat", "raw")
 OFFSETS = ("correct", "reference")
 
 
@@ -82,7 +83,7 @@ def generate_command(
     network, processor = load_model(path=model, preset=None, seed=seed, **placement(model))
     answer = generate(
         network, processor.tokenizer, text, values, modality_order=arrangement, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seed, decode_offset=decode_offset,
+        temperature=temperature, top_p=top_p, seed=seed, decode_offset=decode_offset, chat=prompt_format == "chat",
     )  # fmt: skip
     print(answer.text)
     if sys.stderr.isatty():
@@ -101,7 +102,9 @@ def prompt_text(prompt: str, prompt_format: str) -> str:
     if prompt_format == "raw" or (prompt_format == "auto" and not prompt):
         return prompt
     if not prompt:
-        raise UsageError("--format conversation without a prompt", "a conversation starts with a question.", "give the prompt.")
+        raise UsageError(f"--format {prompt_format} without a prompt", "a conversation starts with a question.", "give the prompt.")
+    if prompt_format == "chat":  # the tokenizer's template is applied once it is there
+        return prompt
     return HEADER + TURN.format(speaker="Human", value=prompt) + f"{STOP} Assistant:"
 
 
@@ -189,6 +192,7 @@ def generate(
     top_p: float = 0.75,
     seed: int = 1,
     decode_offset: str = "correct",
+    chat: bool = False,
 ) -> Answer:
     """Continue `text` after BOS and the runs of `values`, on the model's device.
 
@@ -197,6 +201,7 @@ def generate(
         tokenizer: its fast tokenizer.
         text: as `prompt_text` gives it.
         values: modality -> [1, *value_shape].
+        chat: `text` is the question, to be put into the LLM's chat template.
         temperature: 0 is greedy; otherwise nucleus sampling with `top_p`.
 
     Raises:
@@ -205,7 +210,8 @@ def generate(
     import torch
     from transformers import StoppingCriteriaList
 
-    ids = prompt_ids(tokenizer, text).to(model.device)
+    encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
+    ids = (torch.tensor([encoder.prompt([("Human", text)])]) if encoder else prompt_ids(tokenizer, text)).to(model.device)
     if missing := [name for name in values if name not in model.config.modalities]:
         raise UsageError(
             f"the model has no modality {', '.join(missing)}", "it cannot read the file.", "use a model that was trained on it."
@@ -216,23 +222,23 @@ def generate(
         raise UsageError(
             f"prompt, inputs and new tokens make {length} positions", f"the LLM has {context}.", "shorten the prompt or --max-new-tokens."
         )
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    ends = encoder.ends if encoder else [tokenizer.eos_token_id]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    stop = _StopString(tokenizer)
+    stop = None if chat else _StopString(tokenizer)
     torch.manual_seed(seed)
     model.eval()
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
             ids, torch.ones_like(ids), modality_order=modality_order, decode_offset=decode_offset, max_new_tokens=max_new_tokens,
-            eos_token_id=eos, pad_token_id=pad, stopping_criteria=StoppingCriteriaList([stop]), **sampling,
+            eos_token_id=ends if chat else ends[0], pad_token_id=pad, stopping_criteria=StoppingCriteriaList([stop] if stop else []), **sampling,
             **{f"{name}_values": value.to(model.device) for name, value in values.items()},
         )  # fmt: skip
     new = out[0, ids.shape[1] :].tolist()
     said = tokenizer.decode(new, skip_special_tokens=True)
-    ended: Literal["eos", "stop string", "length"] = "eos" if eos in new else "stop string" if stop.text in said else "length"
-    return Answer(said.split(stop.text)[0].strip(), len(new), ended, time.perf_counter() - started)
+    ended: Literal["eos", "stop string", "length"] = "eos" if set(ends) & set(new) else "stop string" if stop and STOP in said else "length"
+    return Answer((said.split(STOP)[0] if stop else said).strip(), len(new), ended, time.perf_counter() - started)
 
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:

@@ -81,7 +81,11 @@ class ChatTemplate:
         return self._marks(messages) if self._marked else self._increments(messages)
 
     def prompt(self, turns: Sequence[tuple[str, str]]) -> str:
-        """The text after which the next answer is generated."""
+        """The text after which the next answer is generated.
+
+        Raises:
+            SampleError: the template refuses the turns.
+        """
         return self._text(_messages(turns), prompt=True)
 
     def _marks(self, messages: list[Message]) -> tuple[str, Spans]:

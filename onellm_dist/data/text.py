@@ -117,6 +117,23 @@ class TextEncoder:
             return [self._caption(caption) for caption in captions_of(parts)]
         return [self.encode(parts)]
 
+    def prompt(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+        """Of the format `chat`: the ids after which the next answer to (speaker, value) turns is generated, exactly as in training.
+
+        Raises:
+            SampleError: the chat template refuses the turns.
+        """
+        if self._chat is None:
+            raise ValueError(f"a prompt of the format {self.text_format}")
+        ids: list[int] = self._backend.encode(self._chat.prompt(turns), add_special_tokens=False).ids
+        return ids if self._chat.has_bos else [self.bos, *ids]
+
+    @property
+    def ends(self) -> list[int]:
+        """Of the format `chat`: ids that end an answer: EOS, and the token with which the template ends one."""
+        _, labels = self._conversation([("Human", "a"), ("Assistant", "b")])
+        return sorted({self.eos, next(label for label in reversed(labels) if label != IGNORE)})
+
     def _caption(self, caption: str) -> tuple[list[int], list[int]]:
         ids = [*self._backend.encode(caption, add_special_tokens=False).ids, self.eos]
         return [self.bos, *ids][: self.max_tokens], [IGNORE, *ids][: self.max_tokens]

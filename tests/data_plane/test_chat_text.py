@@ -157,3 +157,14 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
     turns = [("Human", "what is it"), ("Assistant", "a cube")]
     text, ((start, _),) = template.render(turns)
     assert template.prompt(turns[:1]) == text[:start]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA2], ids=["chatml", "chatml_marked", "llama2"])
+def test_generation_goes_on_where_training_supervises(template: str) -> None:
+    tok = chatty(template)
+    encoder = TextEncoder(tok, "chat", 2018)
+    ids, labels = encoder.encode(talk("what is it", "a cube"))
+    first = next(i for i, label in enumerate(labels) if label != IGNORE)
+    assert encoder.prompt([("Human", "what is it")]) == ids[:first]
+    assert [label for label in labels if label != IGNORE][-1] in encoder.ends
+    assert tok.eos_token_id in encoder.ends

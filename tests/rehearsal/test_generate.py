@@ -193,7 +193,7 @@ def test_what_is_refused_before_the_model_is_loaded(
         ([tmp_path / "nowhere", "x", *image], EXIT_USAGE, "nowhere"),
         ([model_dir, "x", *image, *image], EXIT_USAGE, "several files of modality image"),
         ([model_dir, "x", *image, "--order", "image,audio"], EXIT_USAGE, "--order"),
-        ([model_dir, "x", *image, "--format", "chat"], EXIT_USAGE, "--format chat"),
+        ([model_dir, "x", *image, "--format", "essay"], EXIT_USAGE, "--format essay"),
         ([model_dir, "x", *image, "--decode-offset", "wrong"], EXIT_USAGE, "--decode-offset wrong"),
         ([model_dir], EXIT_USAGE, "neither a prompt nor a file"),
         ([model_dir, "x", "--smell", media["image"]], EXIT_USAGE, "smell"),
