@@ -232,7 +232,8 @@ def generate(
     with torch.inference_mode():
         out = model.generate(
             ids, torch.ones_like(ids), modality_order=modality_order, decode_offset=decode_offset, max_new_tokens=max_new_tokens,
-            eos_token_id=ends if chat else ends[0], pad_token_id=pad, stopping_criteria=StoppingCriteriaList([stop] if stop else []), **sampling,
+            eos_token_id=ends if chat else ends[0], pad_token_id=pad, stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            **sampling,
             **{f"{name}_values": value.to(model.device) for name, value in values.items()},
         )  # fmt: skip
     new = out[0, ids.shape[1] :].tolist()
