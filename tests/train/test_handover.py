@@ -161,8 +161,10 @@ def test_generated_samples_are_what_the_exported_model_says(world: Path, weights
                                                    ask=name == "tune") if c.key == key)  # fmt: skip
             assert line["reference"] == caption.reference
             assert line["modalities"] == [owner]
-            assert caption.prediction.startswith(line["generated"]), "as far as the run's new_tokens go"
-            assert line["generated"]
+            said = (
+                line["generated"].split("###")[0].rstrip("\ufffd").strip()
+            )  # a hardly trained model stops anywhere, even within a character
+            assert caption.prediction.startswith(said), "as far as the run's new_tokens go"
         assert ("Human:" in told[0]["prompt"]) == (name == "tune")
 
 
