@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -107,8 +106,3 @@ def cloud(points: int = 8192, seed: int = 0) -> np.ndarray:
     """[points, 6] fp32: positions, then colours in [0, 1]."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.normal(size=(points, 3)), rng.random((points, 3))], 1).astype(np.float32)
-
-
-def parts_of(sample: Mapping[str, Any]) -> set[str]:
-    """The extensions of a sample."""
-    return set(sample)

@@ -271,7 +271,7 @@ def test_sharegpt(tmp_path: Path) -> None:
     }  # fmt: skip
     assert list(reasons(report).values()) == [
         'unreadable row: turn 0 is not {"from": "human" or "gpt", "value": text}',
-        "unreadable row: no 'messages'",
+        "unreadable row: no 'conversations'",
         "unreadable row: not JSON",
     ]
     _, one = built("sharegpt", inputs / "b.jsonl", tmp_path / "one", max_failures=0.5)

@@ -40,7 +40,7 @@ def candidates(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Candidate]:
 
 def _conversation(item: Item) -> Sequence[Sample]:
     row = item.value
-    raw = row["conversations"] if "conversations" in row else row["messages"]
+    raw = row["messages"] if "messages" in row else row["conversations"]
     turns = [{"from": t.get("from", t.get("role")), "value": t.get("value", t.get("content"))} for t in raw]
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
     stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
