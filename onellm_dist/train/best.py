@@ -1,4 +1,5 @@
-"""The best weights of a run by validation loss: `<run.dir>/best`, a `save_pretrained` directory with `best.json` (step, loss) in it."""
+"""The best weights of a run by validation loss: `<run.dir>/best`, a `save_pretrained` directory with `best.json` in it:
+step, loss, sample_digest of the validation set."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ class Best:
     """Keeps the weights with the least validation loss. Every method is called by all ranks together.
 
     Args:
-        folder: `<run.dir>/best`; what an earlier start left there goes on to count.
+        folder: `<run.dir>/best`; what an earlier start left there goes on to count, if it was measured on the same samples.
         model: the transformers model whose weights the engine holds.
+        sample_digest: of the validation set (rank 0 alone needs it).
     """
 
-    def __init__(self, folder: Path, engine: Engine, model: Any, processor: Any, world: World) -> None:
+    def __init__(self, folder: Path, engine: Engine, model: Any, processor: Any, world: World, sample_digest: str) -> None:
         self._folder, self._engine, self._model, self._processor, self._world = folder, engine, model, processor, world
-        self.loss: float | None = world.broadcast(_recorded(folder) if world.main else None)
+        self._digest = sample_digest
+        self.loss: float | None = world.broadcast(_recorded(folder, sample_digest) if world.main else None)
 
     def note(self, step: int, loss: float) -> bool:
         """Write the weights after `step` steps if `loss`, the same on all ranks, is the least so far. Returns whether it is."""
@@ -35,14 +38,15 @@ class Best:
         export_model(self._folder, self._engine, self._model, self._processor, self._world)
         if self._world.main:
             aside = self._folder / f".{RECORD}.partial"
-            aside.write_text(json.dumps({"step": step, "loss": loss}) + "\n", encoding="utf-8")
+            aside.write_text(json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n", encoding="utf-8")
             sync(aside)
             aside.replace(self._folder / RECORD)
         return True
 
 
-def _recorded(folder: Path) -> float | None:
+def _recorded(folder: Path, sample_digest: str) -> float | None:
     try:
-        return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["loss"])
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return float(found["loss"]) if found["sample_digest"] == sample_digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -217,7 +217,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         _validation(config, validation, engine, model, processor.tokenizer, world, events, first_step),
         Telemetry(config, world, events, router),
         Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers, phases, open_loader, open_metrics,
-        Best(config.run.dir / BEST, engine, model, processor, world),
+        Best(config.run.dir / BEST, engine, model, processor, world, validation.digest(0) if validation and world.main else ""),
     )  # fmt: skip
     if run.validation is not None:
         run.validation.show = run.show

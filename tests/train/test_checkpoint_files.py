@@ -212,9 +212,10 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, 
         written.append(folder)
 
     monkeypatch.setattr("onellm_dist.train.best.export_model", export)
-    best = Best(tmp_path / "best", *[ALONE] * 4)
+    best = Best(tmp_path / "best", *[ALONE] * 4, "set")
     assert [best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))] == [True, False, False, True]
-    again = Best(tmp_path / "best", *[ALONE] * 4)
+    assert Best(tmp_path / "best", *[ALONE] * 4, "another set").loss is None, "losses of other samples are not compared"
+    again = Best(tmp_path / "best", *[ALONE] * 4, "set")
     assert again.loss == 2.5 and not again.note(10, 2.5) and again.note(12, 2.0)
-    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 12, "loss": 2.0}
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 12, "loss": 2.0, "sample_digest": "set"}
     assert len(written) == 3
