@@ -208,6 +208,8 @@ class _BuildCommand(TyperCommand):
     """`onellm shards build`: its flags are those of the source too, and `SOURCE --help` lists them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if all(a.startswith("-") for a in args):  # no source is named: nothing to import
+            return super().parse_args(ctx, args)
         from onellm_dist.shards.arguments import expanded, source_help, source_in
 
         source = source_in(args)

@@ -27,7 +27,7 @@ def source_in(arguments: Sequence[str]) -> Source | None:
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             return None
         named = str(content.get("source", "")) if isinstance(content, dict) else ""
-    return all_sources().get(named)
+    return all_sources().get(named) if named else None
 
 
 def expanded(arguments: Sequence[str], own: Sequence[str]) -> list[str]:

@@ -93,3 +93,10 @@ def test_the_page_on_data_explains_every_option() -> None:
     missing = [(s.name, o) for s in all_sources().values() for o in options_of(s) if f"`{o}`" not in page and f"`{o}=" not in page]
     assert not missing
     assert not [s for s in all_sources() if f"`{s}`" not in page]
+
+
+def test_the_commands_own_help_imports_no_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there at once; sources import torch."""
+    monkeypatch.setattr("onellm_dist.shards.arguments.all_sources", lambda: pytest.fail("sources were imported"))
+    assert code(["shards", "build", "--help"]) == EXIT_DONE
+    assert "--dry-run" in capsys.readouterr().out
