@@ -213,7 +213,7 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert found["status"] == "failed" and found["kind"] == "hang" and found["suspected_rank"] == 1 and found["failed_step"] == 4
     assert "rank 1 waits for nobody" in found["reason"]
     reports = [(runs.out / "hang" / "hangs" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
-    assert "sleepy" in reports[1] and "sleepy" not in reports[0] and "distributed" in reports[0]
+    assert "sleepy" in reports[1] and "sleepy" not in reports[0] and "in_collective: True" in reports[0]
     assert "'modalities': ['imu']" in reports[1] and "imu/" in reports[1]
     assert found["suspects"] and all(sample in reports[1] for sample in found["suspects"])
     assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
