@@ -140,8 +140,15 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
     own, dataset = built("ego4d-imu", inputs, tmp_path / "own", others=False, passes="1", max_failures=0.9)
     assert set(samples(dataset)) == {"aaaa-1-00000", "aaaa-1-00002"}
     assert len(own.quarantined) == 1
-    built("ego4d-imu", inputs, tmp_path / "two", workers=2, max_samples=2, max_failures=0.5, name="n")
-    built("ego4d-imu", inputs, tmp_path / "one", max_samples=2, max_failures=0.5, name="n")
+
+
+@pytest.mark.slow
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
+    inputs = recordings(tmp_path / "in")
+    told = [narration(0.5 * i, f"#C C step {i}") for i in range(1, 17)]
+    (inputs / "narration.json").write_text(as_json({uid: {"narration_pass_1": {"narrations": told}} for uid in ("aaaa", "bbbb", "cccc")}))
+    for name, workers in (("one", 1), ("two", 2)):
+        built("ego4d-imu", inputs, tmp_path / name, workers=workers, max_samples=8, max_failures=0.5, name="n")
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two")
 
 
