@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from onellm_dist.convert.registry import ABOUT, DEFAULT_TARGET, EXAMPLES
-from onellm_dist.errors import EXIT_DONE, OneLLMError
+from onellm_dist.errors import EXIT_DONE, OneLLMError, UsageError
 
 app = typer.Typer(
     name="onellm",
@@ -74,6 +74,12 @@ def doctor(
             min_disk=min_disk, exclude_file=exclude_file, as_json=as_json,
         )  # fmt: skip
         raise typer.Exit(run_preflight(options, local_ranks=ranks))
+    if overrides or recipe:
+        raise UsageError(
+            f"{' '.join(overrides or [str(recipe)])}: a recipe is looked at with --distributed only",
+            "nothing was checked.",
+            "add --distributed.",
+        )
     from onellm_dist.doctor import run_doctor
 
     raise typer.Exit(run_doctor())

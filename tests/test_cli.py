@@ -30,7 +30,7 @@ def test_generate_has_an_option_for_every_modality() -> None:
     assert all(f"--{name}" in shown for name in all_modalities())
 
 
-@pytest.mark.parametrize("arguments", [["trai"], ["train"], ["shards", "build"], ["generate"], ["--nope"]])
+@pytest.mark.parametrize("arguments", [["trai"], ["train"], ["shards", "build"], ["generate"], ["doctor", "a=b"], ["--nope"]])
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert onellm(*arguments).returncode == 2
 
