@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(
         tmp_path_factory.mktemp("sick"),
         [
-            {"node": "n1"}, {"node": "n2", "link_delay": 0.4}, {"node": "n3", "clock": 40.0},
+            {"node": "n1"}, {"node": "n2", "link_delay": 0.25}, {"node": "n3", "clock": 40.0},
             {"node": "n4", "torch": "2.11.0", "free_bytes": 1000}, {"node": "n5"},
         ],
         absent=(4,), wait=12,
@@ -72,7 +73,8 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Start:
 @pytest.mark.slow
 def test_every_sick_node_is_named_with_its_own_fault(sick: Start) -> None:
     assert "all-reduce at" in sick.faults("n2") and "median" in sick.faults("n2")
-    assert "its clock is 40.0" in sick.faults("n3") and "ahead" in sick.faults("n3")
+    told = re.search(r"its clock is ([0-9.]+) s ahead", sick.faults("n3"))
+    assert told is not None and abs(float(told[1]) - 40) < 5
     assert "torch is 2.11.0" in sick.faults("n4") and "run.dir cannot be written" in sick.faults("n4")
     assert "rank 4 never came" in sick.faults("n5")
     assert sick.faults("n1") == "", sick.said[0]
@@ -109,8 +111,8 @@ def test_well_nodes_pass_and_nothing_is_left_behind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_stuck_and_one_that_dies_are_named_in_time(tmp_path: Path) -> None:
-    start = Start(tmp_path, [{"node": "a"}, {"node": "b", "stuck_in": "host"}, {"node": "c", "gone_in": "disk"}], limit=4)
-    assert "rank 1: host: not done within 4 s" in start.faults("b")
+    start = Start(tmp_path, [{"node": "a"}, {"node": "b", "stuck_in": "host"}, {"node": "c", "gone_in": "disk"}], limit=3)
+    assert "rank 1: host: not done within 3 s" in start.faults("b")
     assert "rank 2 answered no more in phase own checks" in start.faults("c")
     assert start.faults("a") == "" and start.exclude_file.read_text() == "b,c\n"
     assert (start.codes[0], start.codes[1]) == (1, 1) and start.seconds < 60

@@ -141,12 +141,12 @@ def test_files_that_a_kill_or_a_sick_disk_broke_are_read_as_far_as_they_go(tmp_p
 VALUES = (None, "x", -1, 1e300, [], {}, [1, {"a": 2}], True, "2026-11-20T09:14:15+0000", 0, float("nan"), "123", 1.5)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_line_whatever_it_holds_keeps_the_page_from_being_written(seed: int, tmp_path: Path) -> None:
     run = eventful(tmp_path / "run")
     draw = random.Random(seed)
     texts = {path: path.read_text() for path in run.directory.rglob("*.json*") if path.is_file()}
-    for _ in range(12):
+    for _ in range(8):
         for path, text in texts.items():
             lines = text.splitlines()
             for i in draw.sample(range(len(lines)), min(4, len(lines))):
