@@ -189,3 +189,4 @@ class Start:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     serve()
+    os._exit(0)  # nothing to clean up, and torch takes seconds for it
