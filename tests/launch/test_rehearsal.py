@@ -97,7 +97,9 @@ def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(rehearsed: tuple
 def test_an_interrupted_rehearsal_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "onellm_dist.cli", "rehearse", "--ranks-per-node", "1", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+    heeding = ["env", "--default-signal=INT", *command]
+    process = subprocess.Popen(heeding, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + TIMEOUT_S
     while not (ranks := training(out)):
         assert time.monotonic() < deadline and process.poll() is None
