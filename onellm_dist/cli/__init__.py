@@ -1,0 +1,40 @@
+"""The `onellm` command. It only wires: each command imports its room when it is called, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from onellm_dist.cli import cluster, convert, runs, shards
+from onellm_dist.cli.generate import generate, with_modality_options
+from onellm_dist.errors import EXIT_DONE, OneLLMError
+
+app = typer.Typer(
+    name="onellm",
+    help="A distributed trainer for multimodal LLMs: eight modalities, tar shards, exact resumes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+for _commands in (runs, cluster):
+    app.add_typer(_commands.app)
+app.add_typer(shards.app, name="shards")
+app.add_typer(convert.app, name="convert")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Entry point of `onellm`: every error that a user can mend is three lines and the right exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")
+    if wanted and all(command.name != "generate" for command in app.registered_commands):
+        app.command("generate")(with_modality_options(generate))
+    try:
+        app(arguments, prog_name="onellm")
+    except OneLLMError as error:
+        print(f"onellm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(EXIT_DONE)

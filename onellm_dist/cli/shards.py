@@ -1,0 +1,135 @@
+"""`onellm shards ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+app = typer.Typer(no_args_is_help=True, help="Build, index and check tar shards.")
+
+
+class _BuildCommand(TyperCommand):
+    """`onellm shards build`: its flags are those of the source too, and `SOURCE --help` lists them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if all(a.startswith("-") for a in args):  # no source is named: nothing to import
+            return super().parse_args(ctx, args)
+        from onellm_dist.shards.arguments import expanded, source_help, source_in
+
+        source = source_in(args)
+        if source is not None and "--help" in args:
+            print(source_help(source))
+            ctx.exit()
+        own = [flag for parameter in self.get_params(ctx) for flag in parameter.opts]
+        return super().parse_args(ctx, expanded(args, own))
+
+
+@app.command("build", cls=_BuildCommand)
+def shards_build(
+    source: Annotated[str, typer.Argument(help="A source (toyworld, folder, webvid, ...; docs/data.md), or a dataset recipe (YAML).")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="IN OUT, or OUT alone where the source makes its data.", metavar="[IN] OUT")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="key=value of the source; also --key value. SOURCE --help lists them.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the bytes written.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at OUT, finished or not.")] = False,
+    task: Annotated[str, typer.Option(help="INDEX/COUNT: build only this process's share (Slurm arrays).")] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
+) -> None:
+    """Build shards and their index. A build that was stopped goes on; processes called alike share the work.
+
+    Examples: onellm shards build toyworld toy
+              onellm shards build folder photos/ photo_shards --option modality=image
+              onellm shards build cc3m-depth cc3m/ cc3m_depth_shards --depth-model models/dpt-large
+              srun -n 64 onellm shards build laion400m laion/ laion_shards --workers 8
+    """
+    from onellm_dist.shards.build import build_command
+
+    raise typer.Exit(
+        build_command(source, paths or [], option or [], workers=workers, seed=seed, overwrite=overwrite, task=task, dry_run=dry_run)
+    )
+
+
+@app.command("index")
+def shards_index(
+    paths: Annotated[list[Path], typer.Argument(help="Tars, or folders of tars.")],
+    modality: Annotated[list[str] | None, typer.Option(help="What each sample has; repeat for joint samples.")] = None,
+) -> None:
+    """Index WebDataset tars of others without rewriting them.
+
+    Example: onellm shards index laion/00000.tar --modality image
+    """
+    from onellm_dist.shards.build import index_command
+
+    raise typer.Exit(index_command(paths, modality or []))
+
+
+@app.command("verify")
+def shards_verify(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
+    """Read every byte of a dataset and name each fault: shard, key, offset.
+
+    Example: onellm shards verify toy/image
+    """
+    from onellm_dist.shards.verify import verify_command
+
+    raise typer.Exit(verify_command(dataset))
+
+
+@app.command("repair")
+def shards_repair(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
+    """Mend what verify finds: indexes are made again, bad samples left out, good ones never; old tars stay beside.
+
+    Example: onellm shards repair toy/image
+    """
+    from onellm_dist.shards.repair import repair_command
+
+    raise typer.Exit(repair_command(dataset))
+
+
+@app.command("stats")
+def shards_stats(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("stats.html"),
+    seed: Annotated[int, typer.Option(help="Which examples are shown.")] = 0,
+) -> None:
+    """Write one HTML page: counts, lengths, durations, captions, what was left out and why.
+
+    Example: onellm shards stats toy/audio --out audio.html
+    """
+    from onellm_dist.shards.page import page_command
+
+    raise typer.Exit(page_command(dataset, out, previews=0, seed=seed))
+
+
+@app.command("preview")
+def shards_preview(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("preview.html"),
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples to draw.")] = 24,
+    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+) -> None:
+    """The page of stats, with samples drawn as people look at them.
+
+    Example: onellm shards preview toy/depth -n 40
+    """
+    from onellm_dist.shards.page import page_command
+
+    raise typer.Exit(page_command(dataset, out, previews=samples, seed=seed))
+
+
+@app.command("energon")
+def shards_energon(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
+    """Write Megatron-Energon's metadata into a dataset (planned builds do it by themselves).
+
+    Example: onellm shards energon toy/image
+    """
+    from onellm_dist.shards.energon import write_energon
+
+    write_energon(dataset)
+    print(f"{dataset}: .nv-meta/ and .tar.idx are written")
