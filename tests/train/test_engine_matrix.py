@@ -50,12 +50,11 @@ def job(engine: str, accumulate: int | None, steps: int = 20, stage: str = "alig
 
 
 JOBS: dict[int, list[dict[str, Any]]] = {
-    1: [job("zero3", 1), job("zero2", None), job("fsdp", 4), job("zero1", 2)],
+    1: [job("zero3", 1), job("zero2", None), job("fsdp", 4), job("zero1", 2), *(job(e, 2, stage="encoder") for e in ("zero3", "fsdp"))],
     2: [
         job("zero1", 2), job("zero2", 4), job("offload", 2), job("fsdp", None), job("fsdp_once", 4),
         *(job(engine, 2, 32, stage) for engine in ("zero3", "fsdp") for stage in ("align", "tune")),
         job("zero3", 2, recompute="selective"), job("fsdp", 2, recompute="selective"), job("fsdp", 2, stage="tune", recompute="full"),
-        job("zero3", 2, stage="encoder"), job("fsdp", 2, stage="encoder"),
         *(job(engine, 2, bf16=True) for engine in ("zero1", "zero3", "fsdp")),
     ],
     3: [*(job(engine, 2) for engine in ("zero1", "zero3", "fsdp")), job("fsdp", 1, bf16=True)],
@@ -65,7 +64,7 @@ JOBS: dict[int, list[dict[str, Any]]] = {
 SOAK_JOBS = {
     ranks: [
         *(job(engine, n) for engine in (*BASIC, *(WIDE if ranks == 4 else ())) for n in (1, 2, 4, None)),
-        *(job(engine, 2, 32, stage) for engine in BASIC for stage in ("align", "tune", "encoder")),
+        *(job(engine, 2, 32, stage) for engine in BASIC for stage in ("align", "tune")),
         *(job(engine, 2, bf16=True) for engine in BASIC),
         *(job(e, 2, stage=s, recompute=r) for e in ("zero3", "fsdp") for s in ("align", "tune") for r in ("selective", "full")),
     ]
