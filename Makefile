@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SLURM := $(VENV)/.slurm
 PYTEST := $(BIN)/python -m pytest
 DEMO_OUT ?= demo_run
 REAL_OUT ?= real_run
 SLOW_REPORT := --durations=15
 
-.PHONY: help setup demo demo-full test test-fast soak lint format types rehearse-real bench clean
+.PHONY: help setup slurm demo demo-full test test-fast soak lint format types rehearse-real bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -21,19 +22,25 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt launch/setup_machine
 	@bash launch/setup_machine.sh $(PYTHON) $(VENV)
 	@touch $@
 
+$(SLURM): launch/setup_slurm.sh $(STAMP)
+	@bash launch/setup_slurm.sh
+	@touch $@
+
+slurm: $(SLURM)  ## Debian's Slurm, for `onellm rehearse` and its tests (root only; no daemon is started)
+
 demo: $(STAMP)  ## the whole path on the toy world: shards, stand-in towers, align, tune, captions, HTML report
 	$(BIN)/onellm demo --out $(DEMO_OUT)
 
 demo-full: $(STAMP)  ## the same to convergence (hours on a CPU, minutes on a GPU)
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
-test: $(STAMP) lint types  ## every check but the long random ones
+test: $(STAMP) $(SLURM) lint types  ## every check but the long random ones
 	$(PYTEST) -m "not soak" -n 2 --dist loadfile $(SLOW_REPORT)
 
-test-fast: $(STAMP)  ## under three minutes: for every edit
+test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
 	$(PYTEST) -m "not slow and not soak" -n 2 --dist loadfile
 
-soak: $(STAMP)  ## long random runs
+soak: $(STAMP) $(SLURM)  ## long random runs
 	$(PYTEST) -m soak --timeout 7200
 
 lint: $(STAMP)

@@ -52,7 +52,7 @@ def check_needs(*, ssh: bool = False) -> None:
     if not missing:
         return
     remedy = (
-        "run `make setup` as root on Debian (it installs them), or: apt-get install slurm-wlm munge pdsh openssh-server iproute2."
+        "run `make slurm` as root on Debian (it installs them), or: apt-get install slurm-wlm munge pdsh openssh-server iproute2."
         if "packages" in missing
         else "run as root, in a virtual machine or a container with --privileged."
     )

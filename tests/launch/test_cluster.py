@@ -238,7 +238,7 @@ def test_without_root_or_packages_it_says_what_it_needs(monkeypatch: pytest.Monk
     monkeypatch.setattr(needs, "_PATH", str(tmp_path))
     with pytest.raises(OneLLMError, match="slurm-wlm") as error:
         needs.check_needs()
-    assert "make setup" in error.value.do
+    assert "make slurm" in error.value.do
     for tool in needs.PACKAGES:
         (tmp_path / tool).write_text("")
         (tmp_path / tool).chmod(0o755)
