@@ -50,11 +50,12 @@ def job(engine: str, accumulate: int | None, steps: int = 20, stage: str = "alig
 
 
 JOBS: dict[int, list[dict[str, Any]]] = {
-    1: [job("zero3", 1), job("zero2", None), job("fsdp", 4), job("zero1", 2), *(job(e, 2, stage="encoder") for e in ("zero3", "fsdp"))],
+    1: [job("zero3", 1), job("zero2", None), job("fsdp", 4), job("zero1", 2)],
     2: [
         job("zero1", 2), job("zero2", 4), job("offload", 2), job("fsdp", None), job("fsdp_once", 4),
         *(job(engine, 2, 32, stage) for engine in ("zero3", "fsdp") for stage in ("align", "tune")),
         job("zero3", 2, recompute="selective"), job("fsdp", 2, recompute="selective"), job("fsdp", 2, stage="tune", recompute="full"),
+        job("zero3", 2, stage="encoder"), job("fsdp", 2, stage="encoder"),
         *(job(engine, 2, bf16=True) for engine in ("zero1", "zero3", "fsdp")),
     ],
     3: [*(job(engine, 2) for engine in ("zero1", "zero3", "fsdp")), job("fsdp", 1, bf16=True)],
