@@ -100,7 +100,7 @@ def _as_rank(options: Options, config: RunConfig | None, ranks: Ranks) -> int:
             own.try_links()
         meeting.put(f"report/{ranks.rank}", own.report)
         if ranks.rank != 0:
-            code = int(meeting.get("verdict", options.limit * 2))
+            code = int(meeting.get("verdict", options.limit * 2 + options.wait))  # rank 0 imports the model's classes
             meeting.put(f"bye/{ranks.rank}", True)
             return code
         reports = meeting.collect("report", team.present, options.limit)
