@@ -70,15 +70,15 @@ def build_planned(request: Request, *, workers: int, overwrite: bool, task: Task
     """
     if isinstance(request.out, Path):
         out = Path(os.path.abspath(request.out))
-        if task.count > 1 and not overwrite and (out / MANIFEST).exists() and not staging_of(out).exists():
+        if not overwrite and not staging_of(out).exists() and _finished_by_others(out / MANIFEST, task):
             return BuildReport(0, notes=(_LATE,))
         refuse_output(out, overwrite=overwrite)
         with locked(staging_of(out), out, shared=True) as descriptor, _tidied(staging_of(out), descriptor, out):
             return _build(request, staging_of(out), staging_of(out) / _SCRATCH, descriptor, workers, overwrite, task)
     base = request.out / ".building"
+    if not overwrite and _finished_by_others(request.out / MANIFEST, task):
+        return BuildReport(0, notes=(_LATE,))
     if (request.out / MANIFEST).exists():
-        if task.count > 1 and not overwrite:
-            return BuildReport(0, notes=(_LATE,))
         if not overwrite:
             raise UsageError(f"{request.out} already holds a dataset.", "it is not overwritten unless asked for.", "give --overwrite.")
         (request.out / MANIFEST).unlink()
@@ -124,6 +124,12 @@ def _build(
         )
         remove_tree(base / DONE)
         raise
+
+
+def _finished_by_others(manifest: Place, task: Task) -> bool:
+    """Whether a dataset is there that others of one array or one srun built, so that a late one of them has nothing to do."""
+    together = task.count > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return together and manifest.exists()
 
 
 @contextmanager

@@ -185,23 +185,15 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     if new_segment:
         _tell_segment(events, plan)
     flops = FlopCounter(model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable")
-    freeze_for_stage(model, config.train.stage, {name for runs in plan.runs for name in runs}, encoder=config.train.encoder == "trainable")
-    if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
-        weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
-    activation_checkpointing(model, config.train.activation_checkpointing)
-    model.train()
-    router = RouterWatch(model, {name for runs in plan.runs for name in runs})
+    present = _prepare_model(config, model, weights, plan)
+    router = RouterWatch(model, present)
 
     with phases.of("engine"):
         engine = _wrap(model, config, settings, weights)
     del weights
     with phases.of("checkpoint"):
         first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
-    ledger = Ledger(config.run.dir / LEDGER, world.rank)
-    marks = Marks(config.run.dir / LEDGER)
-    unreadable = len(ledger.known.keys() - marks.known.keys())
-    ledger.known.update(marks.known)
-    ledger.begin(first_step)
+    ledger, marks, unreadable = _open_ledger(config, world, first_step)
     steps = config.train.steps
     trackers = _trackers(config, world, events)
     open_loader = partial(Loader, plan, world.size, world.rank, last_step=steps, tombstones=ledger.known)
@@ -250,6 +242,26 @@ def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroStep) -
             break
         later += [m for m in plan.step(step, world.size).ranks[micro.rank] if (m.step, m.index) > (micro.step, micro.index)]
     return later[:count]
+
+
+def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledger, Marks, int]:
+    """The ledger, which knows the guard's marks too; the marks; and how many samples were not readable."""
+    ledger, marks = Ledger(config.run.dir / LEDGER, world.rank), Marks(config.run.dir / LEDGER)
+    unreadable = len(ledger.known.keys() - marks.known.keys())
+    ledger.known.update(marks.known)
+    ledger.begin(first_step)
+    return ledger, marks, unreadable
+
+
+def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) -> set[str]:
+    """Freeze what does not train, take image's parts over, set recomputation. Returns the mixture's modalities."""
+    present = {name for runs in plan.runs for name in runs}
+    freeze_for_stage(model, config.train.stage, present, encoder=config.train.encoder == "trainable")
+    if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
+        weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
+    activation_checkpointing(model, config.train.activation_checkpointing)
+    model.train()
+    return present
 
 
 def _engine_settings(config: RunConfig, world: World) -> EngineSettings:

@@ -98,7 +98,9 @@ def test_line_chart_scales_to_its_points() -> None:
     chart = line_chart({"a": [(0, 0.0), (10, 2.0)]}, x_label="step", y_label="loss")
     (points,) = re.findall(r'points="([^"]+)"', chart)
     (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points.split())
-    assert x0 == 52 and x1 == 640 - 14 and y0 == 260 - 34 and 14 < y1 < 40
+    width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
+    assert 0 < x0 < 0.15 * width and 0.95 * width < x1 < width  # the first point at the axis, the last one at the right edge
+    assert 0.8 * height < y0 < height and 0 < y1 < 0.2 * height  # zero at the bottom, the largest value near the top
     assert "nothing was recorded" in line_chart({}, x_label="step", y_label="loss")
 
 

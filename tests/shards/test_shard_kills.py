@@ -98,13 +98,24 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         assert all_bytes(out) == expected
 
 
-def test_processes_called_alike_share_the_work_and_some_may_die(tmp_path: Path) -> None:
+def test_processes_called_alike_share_the_work_and_some_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")  # as srun sets it: one that starts when the others have finished is no failure
     _one_of_several_killed(tmp_path, range(5))
 
 
 @pytest.mark.soak
-def test_processes_called_alike_share_the_work_and_some_may_die_for_long(tmp_path: Path) -> None:
+def test_processes_called_alike_share_the_work_and_some_may_die_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     _one_of_several_killed(tmp_path, range(5, 25))
+
+
+def test_a_late_rank_of_srun_finds_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = rows_input(tmp_path / "in")
+    build(inputs, tmp_path / "out")
+    with pytest.raises(UsageError, match="already holds a dataset"):
+        build(inputs, tmp_path / "out")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    assert build(inputs, tmp_path / "out").notes == ("the other processes had finished already",)
 
 
 def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
