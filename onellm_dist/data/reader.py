@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from onellm_dist.data.microstep import MicroStep, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.readahead import ReadAhead, Span
-from onellm_dist.data.retry import index_with_retries, read_with_retries
+from onellm_dist.data.retry import index_with_retries, span_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Modality
@@ -44,7 +44,6 @@ class _Place(NamedTuple):
 
     slots: dict[str, dict[str, str]]
     """Modality -> slot -> extension."""
-    wanted: Collection[str]
     parts: SampleSpan
     span: Span
 
@@ -106,7 +105,7 @@ class Reader:
         slots = {name: plan.modalities[name].match(there) for name in plan.runs[ref.dataset]}
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
         parts = span_of_parts(there, wanted)
-        return _Place(slots, wanted, parts, Span(dataset, shard, parts.start, parts.end))
+        return _Place(slots, parts, Span(dataset, shard, parts.start, parts.end))
 
     def _parts(self, ref: SampleRef, place: _Place) -> dict[str, Part]:
         """A sample's parts: from what was fetched ahead if that is sound, else from the tar."""
@@ -117,7 +116,7 @@ class Reader:
                 return parts_in(span.dataset, span.shard, ref.row, place.parts, data)
             except SampleError:
                 self._read_ahead.distrust(span)
-        return read_with_retries(span.dataset, span.shard, ref.row, place.wanted)
+        return span_with_retries(span.dataset, span.shard, ref.row, place.parts)
 
     def _sample(self, ref: SampleRef, sample_id: str) -> _Sample:
         reason = self._known.get(sample_id)

@@ -9,7 +9,7 @@ from typing import TypeVar
 from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format import Dataset, ShardInfo
-from onellm_dist.shards.index import ShardIndex, read_parts
+from onellm_dist.shards.index import SampleSpan, ShardIndex, read_parts, read_span
 
 T = TypeVar("T")
 PAUSES = (0.1, 0.5, 2.0)
@@ -24,6 +24,11 @@ def read_with_retries(dataset: Dataset, shard: ShardInfo, row: int, extensions: 
         OneLLMError: the shard's index cannot be used.
     """
     return _retried(lambda: read_parts(dataset, shard, row, extensions))
+
+
+def span_with_retries(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan) -> dict[str, Part]:
+    """`read_with_retries` of a sample whose place is known already; raises the same."""
+    return _retried(lambda: read_span(dataset, shard, row, span))
 
 
 def index_with_retries(dataset: Dataset, shard: ShardInfo) -> ShardIndex:

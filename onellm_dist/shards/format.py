@@ -160,7 +160,7 @@ class Dataset:
         """
         if self.remote is not None:
             return self.remote.read(shard.path, start, min(end, shard.bytes))
-        return read_range(self.tar_path(shard), start, end)
+        return read_range(f"{self.root}/{shard.path}", start, end)  # a Path costs as much as the reading
 
     def index(self, shard: ShardInfo) -> ShardIndex:
         """The shard's index; the most recently used ones stay mapped.

@@ -267,7 +267,11 @@ def read_parts(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collect
         SampleError: the tar cannot be read there or has other bytes than the index says; dataset, shard, key, part and
             offset are named. Where the operating system failed, its OSError is the `__cause__` (a retry may help).
     """
-    span = span_of(dataset, shard, row, extensions)
+    return read_span(dataset, shard, row, span_of(dataset, shard, row, extensions))
+
+
+def read_span(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan) -> dict[str, Part]:
+    """`read_parts` of a sample whose place is known already; raises the same."""
     if not span.parts:
         return {}
     try:
@@ -325,7 +329,7 @@ def parts_in(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, dat
     return found
 
 
-def read_range(path: Path, start: int, end: int) -> bytes:
+def read_range(path: Path | str, start: int, end: int) -> bytes:
     """Bytes start .. end - 1 of a file; fewer only where it ends before."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
