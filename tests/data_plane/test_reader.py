@@ -149,7 +149,7 @@ class FailingReads:
             self.calls += 1
             if self.calls <= self.times:
                 raise SampleError("a fault") from self.error
-        return index_module.read_parts(dataset, shard, row, *rest)  # type: ignore[arg-type]
+        return index_module.read_span(dataset, shard, row, *rest)  # type: ignore[arg-type]
 
 
 def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,12 +157,12 @@ def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.
     plan = open_plan(root, {"talk": 1}, global_batch=11)
     expected = batch_of(plan)
     reads = FailingReads(2, 2, OSError(5, "Input/output error"))
-    monkeypatch.setattr(retry, "read_parts", reads)
+    monkeypatch.setattr(retry, "read_span", reads)
     batch = batch_of(plan)
     assert not batch.tombstones
     assert reads.calls == 2 + 2  # row 2 of both shards
     assert torch.equal(batch.input_ids, expected.input_ids)
-    monkeypatch.setattr(retry, "read_parts", FailingReads(2, 99, OSError(5, "Input/output error")))
+    monkeypatch.setattr(retry, "read_span", FailingReads(2, 99, OSError(5, "Input/output error")))
     failed = batch_of(plan)
     assert {failed.sample_ids[i].split("/")[2] for i in failed.tombstones} == {"talk-0002@0", "talk-0009@0"}
 
