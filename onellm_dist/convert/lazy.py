@@ -17,7 +17,7 @@ import torch
 
 from onellm_dist.errors import OneLLMError
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Bytes read, scanned, hashed and written at once: they stay in the processor's cache between these."""
 
 _BITS = {
@@ -34,8 +34,8 @@ class LazyTensor:
     Attributes:
         shape, dtype: of what `read` gives.
         load: reads it whole.
-        stream: yields its bytes in row-major order as 1-D uint8 tensors, each a whole number of elements; None where only
-            `load` can tell.
+        stream: yields its bytes in row-major order as 1-D uint8 tensors, each a whole number of elements, and each only until
+            the next is asked for (they may share memory); None where only `load` can tell.
         window: elements [start, end) of the flattened tensor, read without the others; None where only `load` can tell.
     """
 
@@ -60,7 +60,7 @@ class LazyTensor:
         return self.load().reshape(self.shape).contiguous()
 
     def blocks(self) -> Iterator[torch.Tensor]:
-        """Its bytes in row-major order: 1-D uint8 tensors of at most BLOCK bytes."""
+        """Its bytes in row-major order: 1-D uint8 tensors of at most BLOCK bytes, each only until the next is asked for."""
         if self.stream is not None:
             yield from self.stream()
         elif self.numel:
@@ -146,21 +146,27 @@ class DataFile:
             OneLLMError: the file ends before.
         """
         buffer = torch.empty(length, dtype=torch.uint8)
+        self._read_into(buffer, offset)
+        return buffer
+
+    def _read_into(self, buffer: torch.Tensor, offset: int) -> None:
         view, done = memoryview(cast(Any, buffer.numpy())), 0
-        while done < length:
+        while done < len(view):
             got = os.preadv(self._descriptor, [view[done : done + (64 << 20)]], offset + done)
             if got == 0:
                 raise OneLLMError(f"{self.path} ends at byte {offset + done}", "a tensor is cut short.", "download or copy it again.")
             done += got
-        return buffer
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> LazyTensor:
         """The tensor whose row-major bytes start at `offset`."""
         length = math.prod(shape) * dtype.itemsize
 
         def stream() -> Iterator[torch.Tensor]:
+            buffer = torch.empty(min(BLOCK, length), dtype=torch.uint8)  # one for all blocks: new memory costs as much as the reading
             for start in range(0, length, BLOCK):
-                yield self.bytes_at(offset + start, min(BLOCK, length - start))
+                block = buffer[: min(BLOCK, length - start)]
+                self._read_into(block, offset + start)
+                yield block
 
         def load() -> torch.Tensor:
             return self.bytes_at(offset, length).view(dtype).reshape(tuple(shape))
@@ -194,7 +200,7 @@ def equal_blocks(tensor: LazyTensor) -> Iterator[torch.Tensor]:
     held: list[torch.Tensor] = []
     length = 0
     for block in tensor.blocks():
-        held.append(block)
+        held.append(block.clone())
         length += len(block)
         while length >= BLOCK:
             whole = torch.cat(held)
