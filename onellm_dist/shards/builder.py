@@ -70,9 +70,12 @@ def build_planned(request: Request, *, workers: int, overwrite: bool, task: Task
     """
     if isinstance(request.out, Path):
         out = Path(os.path.abspath(request.out))
-        if not overwrite and not staging_of(out).exists() and _finished_by_others(out / MANIFEST, task):
-            return BuildReport(0, notes=(_LATE,))
-        refuse_output(out, overwrite=overwrite)
+        try:
+            refuse_output(out, overwrite=overwrite)
+        except UsageError:
+            if not overwrite and _finished_by_others(out / MANIFEST, task):
+                return BuildReport(0, notes=(_LATE,))
+            raise
         with locked(staging_of(out), out, shared=True) as descriptor, _tidied(staging_of(out), descriptor, out):
             return _build(request, staging_of(out), staging_of(out) / _SCRATCH, descriptor, workers, overwrite, task)
     base = request.out / ".building"
