@@ -68,17 +68,17 @@ QUICK = Scale(
 )
 
 FULL = Scale(
-    train={**dict.fromkeys(MODALITIES, 8000), "image": 12000},
+    train={**dict.fromkeys(MODALITIES, 5000), "image": 8000, "audio": 8000, "imu": 8000},
     test=400,
-    clip=("images=80000", "bank=16000"),
-    llm=("steps=300",),
+    clip=("images=60000", "bank=12000"),
+    llm=("steps=240",),
     stages=(
-        Training("toy/align_image", 1000, 0.36, (_BF16, "checkpoint.every=100")),
-        Training("toy/align_all", 6000, 1.5, (_BF16, "checkpoint.every=250")),
-        Training("toy/tune", 200, 1.2, (_BF16, "checkpoint.every=50")),
+        Training("toy/align_image", 500, 0.36, (_BF16, "checkpoint.every=50")),
+        Training("toy/align_all", 2000, 1.5, (_BF16, "checkpoint.every=100")),
+        Training("toy/tune", 120, 0.7, (_BF16, "checkpoint.every=40")),
     ),
-    shards_seconds=350,
-    clip_seconds=240,
-    llm_seconds=100,
+    shards_seconds=250,
+    clip_seconds=180,
+    llm_seconds=80,
     caption_seconds=200,
 )
