@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -11,17 +12,21 @@ from onellm_dist.train.exits import ExitFile
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 STOP_FILE = "stop"
+COPY_SECONDS = 1.0
+"""Signals this close behind the first are copies of it: Slurm tells every process of a step, and launchers tell their ranks once more."""
 
 
 class StopRequest:
     """Listens on this rank. The first signal asks for a checkpoint at the end of the step; a second one ends the process at once.
 
-    The `deepspeed` launcher passes no signals on; the file is for it (`touch RUN_DIR/stop`).
+    The `deepspeed` launcher passes no signals on; the file is for it (`touch RUN_DIR/stop`). The file is no signal: a TERM behind it (Slurm's,
+    when the notice is over) is the first, and leaves a checkpoint that is being written the time until the KILL.
     """
 
     def __init__(self, run_dir: Path, exit_file: ExitFile, *, watch_file: bool) -> None:
         self._file = run_dir / STOP_FILE
         self._exit_file, self._watch_file, self._pid = exit_file, watch_file, os.getpid()
+        self._signalled: float | None = None
         self.reason = ""
         if watch_file:
             self._file.unlink(missing_ok=True)  # left from before this start; it meant another one
@@ -42,8 +47,10 @@ class StopRequest:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked loader worker: the training process decides
             return
-        name = signal.Signals(number).name
-        if self.reason:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+            self.reason = self.reason or name
+        elif now - self._signalled > COPY_SECONDS:
             self._exit_file.write("failed", reason=f"{name} after {self.reason}: ended at once")
             os._exit(128 + number)
-        self.reason = name
