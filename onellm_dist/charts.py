@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#009988")
 """Paul Tol's colour-blind safe colours; a modality keeps its colour through the whole page."""
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 34
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:

@@ -12,7 +12,7 @@ from onellm_dist.report.attempts import Attempt, median, number
 from onellm_dist.report.findings import Facts, Finding, counted
 
 RECENT = 20
-"""Steps that the current loss and rate are taken from."""
+"""Steps at most that the current loss and rate are taken from; for the loss, a tenth of a short run's steps."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def summary_of(facts: Facts) -> Summary:
     files, attempts = facts.files, facts.attempts
     last = attempts[-1] if attempts else None
     steps = files.steps
-    recent = [float(s["loss"]) for s in steps[-RECENT:] if isinstance(s.get("loss"), (int, float))]
+    lately = max(1, min(RECENT, len(steps) // 10))
+    recent = [float(s["loss"]) for s in steps[-lately:] if isinstance(s.get("loss"), (int, float))]
     rates = [float(s["tokens_per_second"]) for s in (last.steps if last else steps)[-RECENT:] if s.get("tokens_per_second") is not None]
     mfu = [float(s["mfu"]) for s in steps if s.get("mfu") is not None]
     seconds = sum(number(s.get("seconds")) for s in steps)
