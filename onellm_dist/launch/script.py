@@ -77,10 +77,10 @@ def _header(job: Job) -> str:
     least, most = job.nodes
     nodes = str(least) if least == most else f"{least}-{most}"
     options = [
-        # With one task a node, Slurm (22.05) would give a job that asks for 1-4 nodes a single one.
-        f"--job-name={job.name}", f"--nodes={nodes}", f"--ntasks-per-node={job.ranks_per_node}" if job.ranks_per_node > 1 else "",
-        f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
-        f"--cpus-per-task={job.cpus_per_rank}" if job.cpus_per_rank else "--exclusive",
+        # No --ntasks-per-node: the steps name their tasks. With 1 a node, Slurm (22.05) would give a job that asks for 1-4 nodes a single
+        # one; with more, a requeued job wants as many tasks as its last start had, so it never comes back on fewer nodes.
+        f"--job-name={job.name}", f"--nodes={nodes}", f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
+        f"--cpus-per-task={job.cpus_per_rank * job.ranks_per_node}" if job.cpus_per_rank else "--exclusive",
         "" if job.cpus_per_rank else "--mem=0",
         f"--time={job.time}",
         f"--partition={job.partition}" if job.partition else "", f"--account={job.account}" if job.account else "",
@@ -152,7 +152,9 @@ def _srun(job: Job, tasks_per_node: int, more: str) -> str:
     """The first lines of a step over all nodes; Slurm must be told the tasks again, for the step may start other numbers than the job."""
     tasks = '"$SLURM_JOB_NUM_NODES"' if tasks_per_node == 1 else f"$((SLURM_JOB_NUM_NODES * {tasks_per_node}))"
     first = f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks={tasks} --ntasks-per-node={tasks_per_node}'
-    return f"{first} --cpu-bind=none{more}{_pyxis(job)} \\\n"
+    # The job is one task a node to Slurm, of all its ranks' cores; whether a step inherits that depends on Slurm's version.
+    cpus = f" \\\n    --cpus-per-task={job.cpus_per_rank * job.ranks_per_node // tasks_per_node}" if job.cpus_per_rank else ""
+    return f"{first} --cpu-bind=none{more}{cpus}{_pyxis(job)} \\\n"
 
 
 def _first_node() -> str:

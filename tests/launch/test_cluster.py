@@ -72,8 +72,8 @@ def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10", env: di
     run_dir.mkdir()
     (run_dir / "plan").write_text("\n".join(plan) + "\n")
     job = Job(
-        recipe="x", run_dir=run_dir, overrides=(f"run.dir={run_dir}",), nodes=(2, 2), gpus_per_node=1, ranks_per_node=1, name="job",
-        python=str(stand_in), signal_notice_s=1 if time == "10" else 50, time=time, **fields,
+        recipe="x", run_dir=run_dir, overrides=(f"run.dir={run_dir}",), gpus_per_node=1, name="job", python=str(stand_in), time=time,
+        signal_notice_s=1 if time == "10" else 50, **{"nodes": (2, 2), "ranks_per_node": 1, **fields},
     )  # fmt: skip
     script = folder / "job.sbatch"
     script.write_text(render(job))
@@ -125,6 +125,24 @@ def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: st
     job = submit(cluster, tmp_path, done, env=path, container="an image.sif", container_runtime="apptainer", starter=starter)
     assert job.wait_for_end() == "COMPLETED"
     assert [a.status for a in job.attempts()] == ["done"]
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    last = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
+    job = submit(cluster, tmp_path, "wait", last, nodes=(1, 2), ranks_per_node=2)
+    wait_for(tmp_path / "run" / "waits")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    try:
+        cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
+        job.wait_for_requeue(1)
+        (tmp_path / "run" / "stop").unlink()
+        job.hurry()
+        assert job.wait_for_end() == "COMPLETED"
+    finally:
+        cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert [(a.status, a.nodes) for a in job.attempts()] == [("preempted", ("n1", "n2")), ("done", ("n1",))]
 
 
 @needs_slurm

@@ -62,11 +62,15 @@ def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() 
 
 def test_the_header_says_what_was_asked() -> None:
     text = render(variant(nodes=(1, 4), partition="gpu", account="a", qos="q", exclude="gpu[07,12]", time="2-0", signal_notice_s=600))
-    asked = "--nodes=1-4 --ntasks-per-node=4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"
+    asked = "--nodes=1-4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"
     for option in f"{asked} --requeue --open-mode=append --signal=B:USR1@600 --exclusive".split():
         assert f"\n#SBATCH {option}" in text, option
+    # Slurm would keep the task count of the last start: a requeued job could not come back on fewer nodes.
+    assert "#SBATCH --ntasks" not in text
     shared = render(variant(cpus_per_rank=6, gpus_per_node=0))
-    assert "#SBATCH --cpus-per-task=6\n" in shared and "--exclusive" not in shared and "gpus" not in shared
+    assert "#SBATCH --cpus-per-task=24\n" in shared and "--exclusive" not in shared and "gpus" not in shared
+    assert "\n    --cpus-per-task=6 \\\n    python" in shared
+    assert "\n    --cpus-per-task=24 \\\n    python" in render(variant(cpus_per_rank=6, starter="torchrun"))
 
 
 @pytest.mark.parametrize(
