@@ -27,10 +27,10 @@ from onellm_dist.train.checkpoint_folder import (
     checkpoint_name,
     prune,
     put_in_place,
-    tensor_name,
 )
 from onellm_dist.train.distributed import World
-from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
+from onellm_dist.train.engine.base import Engine, LocalRange
+from onellm_dist.train.host_copy import HostCopy
 
 POLL_S = 0.02
 LINGER_S = 10.0
@@ -38,33 +38,6 @@ LINGER_S = 10.0
 
 Commit = Callable[["Writing", int], None]
 """Called by rank 0's thread when a checkpoint is whole, with its bytes."""
-
-
-class HostCopy:
-    """The trainable state of this rank in host memory, in buffers that are made once (page-locked beside a GPU).
-
-    It takes 12 bytes a trainable element, over the ranks, for as long as the run lives.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, ranges: Sequence[LocalRange]) -> dict[str, torch.Tensor]:
-        """Name in the file -> [length] fp32, valid until the next call."""
-        taken: dict[str, torch.Tensor] = {}
-        on_gpu = False
-        for own in ranges:
-            for key in STATE_KEYS:
-                name, values = tensor_name(own.name, own.start, key), own.read(key).detach()
-                buffer = self._buffers.get(name)
-                if buffer is None or buffer.shape != values.shape:
-                    buffer = torch.empty(values.shape, dtype=torch.float32, pin_memory=values.is_cuda)
-                on_gpu = on_gpu or values.is_cuda
-                taken[name] = buffer.copy_(values, non_blocking=values.is_cuda)
-        if on_gpu:
-            torch.cuda.synchronize()
-        self._buffers = taken
-        return taken
 
 
 class Writing:

@@ -19,8 +19,8 @@ COPY_SECONDS = 1.0
 class StopRequest:
     """Listens on this rank. The first signal asks for a checkpoint at the end of the step; a second one ends the process at once.
 
-    The `deepspeed` launcher passes no signals on; the file is for it (`touch RUN_DIR/stop`). The file is no signal: a TERM behind it (Slurm's,
-    when the notice is over) is the first, and leaves a checkpoint that is being written the time until the KILL.
+    The `deepspeed` launcher passes no signals on; the file is for it (`touch RUN_DIR/stop`). The file is no signal: a TERM behind it
+    (Slurm's, when the notice is over) is the first, and leaves a checkpoint that is being written the time until the KILL.
     """
 
     def __init__(self, run_dir: Path, exit_file: ExitFile, *, watch_file: bool) -> None:

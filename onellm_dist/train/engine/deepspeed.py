@@ -45,7 +45,7 @@ class DeepSpeedEngine(Engine):
             names = named_groups(model, groups)
             dtype = torch.bfloat16 if settings.bf16 else torch.float32
             if zero_stage(config) == 3:
-                fill_partitioned(model, weights, config, dtype, deepspeed)
+                fill_partitioned(model, weights, config, dtype, settings.device, deepspeed)
             else:
                 fill_whole(model, weights, dtype, settings.device)
             groups = grouped(names, dict(model.named_parameters()))

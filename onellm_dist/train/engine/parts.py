@@ -10,6 +10,9 @@ from torch import nn
 
 from onellm_dist.train.engine.base import LocalRange
 
+AT_ONCE = 2**26
+"""Gradient elements looked at together (256 MiB): ZeRO-3 with an offloaded optimizer brings each from the host to the GPU (0.19.8)."""
+
 
 class PartNorms:
     """Squared norms of the gradient by part; the last place is for parameters that belong to no part.
@@ -22,20 +25,36 @@ class PartNorms:
     def __init__(self, model: nn.Module, ranges: Sequence[LocalRange], parts: Mapping[str, str], device: torch.device) -> None:
         self.names = sorted({parts[name] for name, p in model.named_parameters() if p.requires_grad and name in parts})
         place = {name: i for i, name in enumerate(self.names)}
-        self._ranges = [r for r in ranges if r.length]
-        self._place = torch.tensor([place[parts[r.name]] if r.name in parts else len(place) for r in self._ranges], dtype=torch.int64)
+        held = [r for r in ranges if r.length]
+        self._batches = _batches(held)
+        self._place = torch.tensor([place[parts[r.name]] if r.name in parts else len(place) for r in held], dtype=torch.int64)
         self._place, self._device = self._place.to(device), device
 
     @torch.no_grad()
     def squares(self) -> torch.Tensor:
         """[parts + 1] fp64 on the device: sums over all ranks; nothing waits for the device. Called by all ranks."""
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
-        if self._ranges:
-            norms = torch.stack(torch._foreach_norm([r.gradient().float() for r in self._ranges])).double().to(self._device)
-            sums.index_add_(0, self._place, norms.square())
+        first = 0
+        for few in self._batches:
+            norms = torch.stack(torch._foreach_norm([r.gradient().float() for r in few])).double().to(self._device)
+            sums.index_add_(0, self._place[first : first + len(few)], norms.square())
+            first += len(few)
         dist.all_reduce(sums)
         return sums
 
     def named(self, squares: Sequence[float]) -> dict[str, float]:
         """Part -> norm, from what `squares` gave."""
         return {name: float(square) ** 0.5 for name, square in zip(self.names, squares, strict=False)}
+
+
+def _batches(ranges: Sequence[LocalRange]) -> list[list[LocalRange]]:
+    """In their order, each batch of at most `AT_ONCE` elements or of a single range."""
+    found: list[list[LocalRange]] = []
+    size = AT_ONCE
+    for one in ranges:
+        size += one.length
+        if size > AT_ONCE:
+            found.append([])
+            size = one.length
+        found[-1].append(one)
+    return found
