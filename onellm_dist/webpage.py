@@ -54,5 +54,5 @@ def write_page(path: Path, page: str) -> None:
     """Write the page: under its name it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    aside.write_text(page, encoding="utf-8")
+    aside.write_text(page, encoding="utf-8", errors="replace")  # captions may hold half a surrogate pair
     aside.replace(path)

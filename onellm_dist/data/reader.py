@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -140,8 +140,10 @@ class Reader:
         meta = meta_of(parts)
         values = {}
         for kind in kinds:
-            raw = kind.decode({slot: parts[extension] for slot, extension in place.slots[kind.name].items()}, meta)
-            values[kind.name] = kind.transform(raw, train=plan.config.augment, rng=self._rng(kind, sample_id))
+            slots = {slot: parts[extension] for slot, extension in place.slots[kind.name].items()}
+            with _decoding(kind, sample_id):
+                raw = kind.decode(slots, meta)
+                values[kind.name] = kind.transform(raw, train=plan.config.augment, rng=self._rng(kind, sample_id))
             _check_value(kind, values[kind.name], sample_id)
         return _Sample(ids, labels, values)
 
@@ -187,6 +189,30 @@ class Reader:
             tombstones={i: sample.tombstone for i, sample in enumerate(samples) if sample.tombstone is not None},
             supervised=(labels != IGNORE).nonzero().squeeze(1),
         )
+
+
+@contextlib.contextmanager
+def _decoding(kind: Modality, sample_id: str) -> Iterator[None]:
+    """A decoder's surprise at a strange file is that file's fault: a SampleError. No memory and no disk are the machine's.
+
+    (A StopIteration least of all may pass: whoever iterates over batches would take it for their end.)
+    """
+    try:
+        yield
+    except OneLLMError:
+        raise
+    except (MemoryError, OSError) as error:
+        raise OneLLMError(
+            f"sample {sample_id}, {kind.name}: {type(error).__name__}: {error}",
+            "the machine failed, not the sample: it is not left out.",
+            "look at the node's memory, its limit of open files and its disks, and start again.",
+        ) from error
+    except Exception as error:
+        if "allocate memory" in str(error):  # torch's, a RuntimeError
+            raise OneLLMError(
+                f"sample {sample_id}, {kind.name}: {error}", "it is not left out.", "use fewer loader workers (data.workers)."
+            ) from error
+        raise SampleError(f"unreadable {kind.name}: {type(error).__name__}: {error}", "it cannot be decoded.") from error
 
 
 def _check_value(kind: Modality, value: torch.Tensor, sample_id: str) -> None:

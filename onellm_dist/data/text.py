@@ -197,7 +197,7 @@ def captions_of(parts: Mapping[str, Part]) -> list[str]:
     """The captions, at least one: the `.txt` part, else `caption` or `captions` of the `.json` part, a string or a list of strings.
 
     Raises:
-        SampleError: there is none, or it is not UTF-8 text.
+        SampleError: there is none, or one is no text (not UTF-8, half a surrogate pair).
     """
     if "txt" in parts:
         return [_utf8(parts["txt"])]
@@ -210,6 +210,8 @@ def captions_of(parts: Mapping[str, Part]) -> list[str]:
             "the caption format has nothing to train on.",
             "give it one, or use data.text_format=conversation.",
         )
+    for one in captions:
+        _require_text(one, "its caption")
     return captions
 
 
@@ -223,7 +225,7 @@ def meta_of(parts: Mapping[str, Part]) -> Mapping[str, Any]:
         return {}
     try:
         meta = json.loads(_utf8(parts["json"]))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
         raise SampleError(f"its .json part is not JSON: {error}", "the sample cannot be read.", "build the dataset again.") from None
     if not isinstance(meta, dict):
         raise SampleError("its .json part is no JSON object", "captions and conversations are looked up in it.", "build the dataset again.")
@@ -236,7 +238,7 @@ def turns_of(parts: Mapping[str, Part]) -> list[tuple[str, str]]:
     Turns are `from` and `value`, or `role` and `content`; a speaker is `Human`, `Assistant`, or, in the first turn alone, `System`.
 
     Raises:
-        SampleError: there are none, a turn is malformed, or nobody answers.
+        SampleError: there are none, a turn is malformed or no text, or nobody answers.
     """
     raw = meta_of(parts).get("conversations")
     if not isinstance(raw, list) or not raw:
@@ -254,6 +256,7 @@ def turns_of(parts: Mapping[str, Part]) -> list[tuple[str, str]]:
                 "speaker and text cannot be told.",
                 "mend the dataset's source and build it again.",
             )
+        _require_text(value, f"turn {number} of its conversation")
         if speaker == SYSTEM and turns:
             raise SampleError(f"turn {number} of its conversation is a system turn", "only the first may be.", "mend the dataset's source.")
         turns.append((speaker, value.replace(_MEDIA_TAG, "").strip() if _MEDIA_TAG in value else value))
@@ -283,6 +286,18 @@ def opening(turns: Sequence[tuple[str, str]]) -> tuple[str, Sequence[tuple[str, 
     if turns and turns[0][0] == SYSTEM:
         return f"{turns[0][1]}\n\n", turns[1:]
     return HEADER, turns
+
+
+def _require_text(text: str, what: str) -> None:
+    """JSON can say "\\ud83d" alone, half a surrogate pair, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            f"{what} is no text: half a surrogate pair, {text[error.start]!a}, at character {error.start}",
+            "no tokenizer takes it.",
+            "mend the dataset's source and build it again.",
+        ) from None
 
 
 def _utf8(part: Part) -> str:

@@ -104,7 +104,9 @@ def _rows(text: bytes, columns: int, count: int) -> np.ndarray:
 def _read_ply(data: bytes) -> Fields:
     """The vertex element, which must be the first one (as every writer has it)."""
     lines, start = _header(data, b"end_header")
-    layout = next(words[1] for words in lines if words[0] == "format")
+    layout = next((words[1] for words in lines if words[0] == "format"), None)
+    if layout is None:  # never a StopIteration: whoever goes through samples would take it for their end
+        raise ValueError("its header has no line 'format'")
     elements = [words for words in lines if words[0] == "element"]
     if not elements or elements[0][1] != "vertex":
         raise ValueError("its first element is not 'vertex'")

@@ -1,6 +1,7 @@
 """Which samples of a finished build repeat an earlier one: the same key, the same media, or nearly the same picture.
 
-The first in plan order stays. Memory is bounded: hashes are dealt into buckets on disk, and a bucket is looked at as a whole.
+The first in plan order stays; nothing goes because it equals a sample that went for another reason. Memory is bounded: hashes
+are dealt into buckets on disk, and a bucket is looked at as a whole.
 """
 
 from __future__ import annotations
@@ -47,17 +48,25 @@ def duplicates(rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Pa
             found[place >> 32].setdefault(place & 0xFFFFFFFF, why)
 
     total = sum(len(r) for _, r in rows())
+    gone: dict[int, NDArray[np.uint64]] = {}
+    """Unit -> rows that an earlier pass dropped: nothing may go because it equals one of them."""
     if keys:
-        for bucket in _buckets(rows, lambda r: r["key"], total, scratch, capacity):
+        for bucket in _buckets(rows, lambda r: r["key"], total, scratch, capacity, gone):
             note(_repeats(bucket), "key")
     if dedup != "none":
-        for bucket in _buckets(rows, lambda r: r["content"], total, scratch, capacity):
+        gone = _rows_of(found)
+        for bucket in _buckets(rows, lambda r: r["content"], total, scratch, capacity, gone):
             note(_repeats(bucket), "exact")
     if dedup == "perceptual":
+        gone = _rows_of(found)
         for mask in _masks(distance):
-            for bucket in _buckets(rows, partial(_looks, mask=mask), total, scratch, capacity):
+            for bucket in _buckets(rows, partial(_looks, mask=mask), total, scratch, capacity, gone):
                 note(_near(bucket, distance), "perceptual")
     return dict(found)
+
+
+def _rows_of(found: dict[int, dict[int, str]]) -> dict[int, NDArray[np.uint64]]:
+    return {unit: np.array(sorted(rows), np.uint64) for unit, rows in found.items()}
 
 
 def _looks(rows: NDArray[np.void], mask: int) -> NDArray[np.uint64]:
@@ -73,28 +82,31 @@ def _masks(distance: int) -> Iterator[int]:
         yield sum(((1 << _BLOCKS[i]) - 1) << starts[i] for i in kept)
 
 
-def _entries(rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]]) -> Iterator[NDArray[np.void]]:
+def _entries(
+    rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]], gone: dict[int, NDArray[np.uint64]]
+) -> Iterator[NDArray[np.void]]:  # fmt: skip
     for unit, samples in rows():
         hashes = of(samples)
         entries = np.empty(len(samples), ENTRY)
         entries["a"], entries["b"] = hashes[:, 0], hashes[:, 1]
         entries["place"] = np.uint64(unit << 32) + np.arange(len(samples), dtype=np.uint64)
-        yield entries
+        yield np.delete(entries, gone[unit].astype(np.int64)) if unit in gone else entries
 
 
 def _buckets(
-    rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]], total: int, scratch: Path, capacity: int
+    rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]], total: int, scratch: Path, capacity: int,
+    gone: dict[int, NDArray[np.uint64]],
 ) -> Iterator[NDArray[np.void]]:  # fmt: skip
-    """All entries, those of equal `a` in the same bucket, sorted by (a, b, place)."""
+    """All entries but those of `gone`, those of equal `a` in the same bucket, sorted by (a, b, place)."""
     count = min(_MOST_FILES, -(-total // capacity))
     if count <= 1:
-        yield sorted_entries(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of)]))
+        yield sorted_entries(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of, gone)]))
         return
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         names = [Path(folder, str(i)) for i in range(count)]
         with ExitStack() as stack:
             files = [stack.enter_context(name.open("wb")) for name in names]
-            for entries in _entries(rows, of):
+            for entries in _entries(rows, of, gone):
                 # Masked hashes have few distinct low bits, so they are mixed first (the multiplier is splitmix64's).
                 number = ((entries["a"] * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)) % np.uint64(count)
                 for i in np.unique(number).tolist():

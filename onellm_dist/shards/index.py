@@ -67,15 +67,18 @@ class IndexRows:
 def text_length(text: bytes | None, meta: bytes | None) -> int:
     """UTF-8 bytes of a sample's text: its `.txt`, else the (longest) caption or the conversation in its `.json`, else 0.
 
-    An estimate for planning before a tokenizer has measured the text; a `.json` that cannot be read counts 0 here and is
-    an error for whoever reads the sample.
+    An estimate for planning before a tokenizer has measured the text; a `.json` that cannot be read, or whose text is none (half a
+    surrogate pair), counts 0 here and is an error for whoever reads the sample.
     """
     if text is not None:
         return len(text)
     try:
-        value = json.loads(meta) if meta is not None else None
-    except ValueError:
+        return _json_text_length(json.loads(meta)) if meta is not None else 0
+    except (ValueError, RecursionError):
         return 0
+
+
+def _json_text_length(value: Any) -> int:
     if not isinstance(value, dict):
         return 0
     caption = value.get("caption", value.get("captions"))

@@ -52,20 +52,26 @@ def encode_again(parts: Mapping[str, bytes], pictures: frozenset[str], resize: i
             result[extension] = data
             continue
         picture = _opened(data)
-        shorter = min(picture.size)
-        smaller = resize is not None and shorter > resize
+        smaller = resize is not None and min(picture.size) > resize
         if not smaller and quality is None:
             result[extension] = data
             continue
-        picture = ImageOps.exif_transpose(picture).convert("RGB")
-        if smaller:
-            assert resize is not None
-            size = tuple(max(1, round(side * resize / shorter)) for side in picture.size)
-            picture = picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=quality or DEFAULT_QUALITY)
-        result[STORED] = buffer.getvalue()
+        try:
+            result[STORED] = _as_jpeg(picture, resize if smaller else None, quality or DEFAULT_QUALITY)
+        except Exception as error:  # a broken EXIF, a mode or a size that JPEG has not
+            raise BadSample(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result
+
+
+def _as_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
+    upright = ImageOps.exif_transpose(picture).convert("RGB")
+    if resize is not None:
+        shorter = min(upright.size)
+        width, height = (max(1, round(side * resize / shorter)) for side in upright.size)
+        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    upright.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def dhash(data: bytes) -> int:

@@ -8,6 +8,7 @@ import io
 import posixpath
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -84,7 +85,8 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         try:
-            return cast("bytes", self._fs.cat_file(self._key))
+            with reached(self):
+                return cast("bytes", self._fs.cat_file(self._key))
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, "No such file", self.url) from error
 
@@ -133,6 +135,18 @@ class RemotePath:
 
 
 Place = Path | RemotePath
+
+
+@contextmanager
+def reached(place: Place) -> Iterator[None]:
+    """Errors of a store's own kinds (aiohttp's, botocore's) and those without a number become OSErrors: the network failed."""
+    try:
+        yield
+    except Exception as error:
+        told = isinstance(error, (FileNotFoundError, PermissionError)) or (isinstance(error, OSError) and error.errno is not None)
+        if told or isinstance(place, Path):
+            raise
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
 
 
 def place(text: str | Path | RemotePath) -> Place:

@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.progress import progress
+from onellm_dist.shards.pictures import picture_extensions
 from onellm_dist.shards.places import Place, write
 from onellm_dist.shards.settings import Settings
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Source
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
-VERSION = 2
-"""2: the settings have max_pwatermark."""
+VERSION = 3
+"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names, and the denylist's SHA-256 is kept."""
 
 
 class GroupRow(NamedTuple):
@@ -153,10 +154,16 @@ def make_plan(
     """(the plan, the bytes of groups.jsonl).
 
     Raises:
-        UsageError: the input is not what the source reads, or has nothing in it.
+        UsageError: the input is not what the source reads, or has nothing in it; `dedup` compares what its samples do not have.
     """
     assert source.plan is not None
     layout: Layout = source.plan(inputs, seed=seed, **options)
+    if settings.dedup == "perceptual" and not picture_extensions(layout.modalities):
+        raise UsageError(
+            f"dedup=perceptual, and samples of {', '.join(layout.modalities) or 'text'} have no picture of their own.",
+            "near copies are found by the picture that a whole sample is; without one all samples would look alike.",
+            "use dedup=exact.",
+        )
     groups = _counted(source, inputs, list(_until(layout.groups, settings.limit)), options, workers)
     groups = [g for g in _limited(groups, settings.limit) if g.count]
     if not groups:
@@ -250,14 +257,17 @@ def unit_candidates(
             file.seek(group.offset)
             spec = json.loads(file.read(group.length))
             seen = 0
-            for seen, candidate in enumerate(candidates(inputs, spec, **options), 1):
+            rows = candidates(inputs, spec, **options)
+            for seen, candidate in enumerate(rows, 1):
                 if seen > piece.start:
                     yield candidate
                 if seen == piece.stop:
                     break
-            if seen < piece.stop:
+            whole = piece.stop == group.samples and (plan.settings.limit is None or piece.group < len(plan.groups) - 1)
+            if seen < piece.stop or (whole and next(rows, None) is not None):
                 raise OneLLMError(
-                    f"{group.name}: it has {seen} samples where there were {group.samples} when the build was planned.",
+                    f"{group.name}: it has {seen if seen < piece.stop else 'more'} samples where there were {group.samples} when the "
+                    "build was planned.",
                     "the input changed under the builder, so shards built before and after would not fit together.",
                     "put the input back, or start again with --overwrite.",
                 )

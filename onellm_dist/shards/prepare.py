@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from onellm_dist.errors import SampleError
+from onellm_dist.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.filters import dropped_by_hash, dropped_by_meta
 from onellm_dist.shards.format import TEXT_EXTENSIONS
@@ -20,6 +22,13 @@ from onellm_dist.shards.settings import Settings
 from onellm_dist.shards.sources.base import BadSample, Candidate, Media
 from onellm_dist.shards.writer import check_names, check_parts
 
+PAUSES = (0.1, 0.5, 2.0)
+"""Seconds before each further try to read a file."""
+_LASTING = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ,
+     errno.ENXIO, errno.ENODEV}
+)  # fmt: skip
+"""What the system says of a file itself."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 """Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>"), which differ from run to run."""
 
@@ -45,7 +54,11 @@ class _Skipped(Exception):
 
 
 def prepare(candidate: Candidate, modalities: Sequence[str], settings: Settings) -> Outcome:
-    """Reads a candidate, filters it, encodes it again where asked, and decodes its media once as training would."""
+    """Reads a candidate, filters it, encodes it again where asked, and decodes its media once as training would.
+
+    Raises:
+        OneLLMError: the disk failed and not the sample, or what makes its media (a model) is missing.
+    """
     try:
         if candidate.problem is not None:
             raise BadSample(candidate.problem)
@@ -98,7 +111,7 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
         where: file name for the reason, where it is not the candidate's own.
 
     Raises:
-        BadSample: not UTF-8, or empty.
+        BadSample: not UTF-8, half a surrogate pair, or empty.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -106,8 +119,10 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
     except UnicodeDecodeError as error:
         raise BadSample(f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} at position {error.start}") from error
     except UnicodeEncodeError as error:  # tables are read with surrogateescape, so that one bad line spoils no other
-        byte = ord(error.object[error.start]) & 0xFF
-        raise BadSample(f"caption is not UTF-8: {where}byte 0x{byte:02x} at character {error.start}") from error
+        code = ord(error.object[error.start])
+        if not 0xDC80 <= code <= 0xDCFF:
+            raise BadSample(f"caption is no text: {where}half a surrogate pair, \\u{code:04x}, at character {error.start}") from error
+        raise BadSample(f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}") from error
     if not stored:
         raise BadSample(f"empty caption{': ' + where.rstrip(': ') if where else ''}")
     return stored
@@ -117,7 +132,7 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     """A sample's `.json`.
 
     Raises:
-        BadSample: not a JSON object, or a conversation that is no list of {"from", "value"}.
+        BadSample: not a JSON object, or a conversation that is no list of {"from", "value"} of texts.
     """
     try:
         meta = json.loads(data)
@@ -128,6 +143,12 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     turns = meta.get("conversations")
     if turns is not None and not (isinstance(turns, list) and all(_is_turn(t, first=not i) for i, t in enumerate(turns))):
         raise BadSample('malformed conversations: not a list of {"from": "human" or "gpt" (or at first "system"), "value": text}')
+    for number, turn in enumerate(turns or ()):
+        try:
+            turn["value"].encode()
+        except UnicodeEncodeError as error:
+            half = f"half a surrogate pair, {turn['value'][error.start]!a}, at character {error.start}"
+            raise BadSample(f"malformed conversations: turn {number} is no text: {half}") from error
     return meta
 
 
@@ -170,12 +191,49 @@ def _name(media: Media) -> str:
 
 
 def _read(media: Media) -> bytes:
-    try:
-        return media.read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample(f"missing file: {media if isinstance(media, Path) else error.filename}") from error
-    except OSError as error:
-        raise BadSample(f"unreadable file: {media if isinstance(media, Path) else error.filename}: {error.strerror}") from error
+    """The bytes of a part.
+
+    Raises:
+        BadSample: the file is not there, may not be read, or is not what it should be: that stays so.
+        OneLLMError: the disk or the network failed, several times (what is stored must not depend on that), or a model is missing.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return media.read_bytes()
+        except (OneLLMError, MemoryError):
+            raise
+        except OSError as error:
+            if not _passing(error):
+                raise _bad_file(media, error) from error
+            if pause is None:
+                raise _failing_disk(media, error) from error
+            time.sleep(pause)
+        except Exception as error:  # a name with a NUL, an archive or a tensor file that is broken in a new way
+            raise BadSample(f"unreadable file: {_name(media)}: {type(error).__name__}: {error}") from error
+    raise AssertionError("the last try returns or raises")
+
+
+def _passing(error: OSError) -> bool:
+    """A fault of the disk or the network, not of this file. (Libraries raise OSErrors without a number for files that they cannot read.)"""
+    if error.errno is None:
+        return isinstance(error, (TimeoutError, ConnectionError))
+    return error.errno not in _LASTING
+
+
+def _bad_file(media: Media, error: OSError) -> BadSample:
+    name = media if isinstance(media, Path) else error.filename or _name(media)
+    if isinstance(error, FileNotFoundError):
+        return BadSample(f"missing file: {name}")
+    return BadSample(f"unreadable file: {name}: {error.strerror or error}")
+
+
+def _failing_disk(media: Media, error: OSError) -> OneLLMError:
+    name = media if isinstance(media, Path) else error.filename or _name(media)
+    return OneLLMError(
+        f"{name}: {error.strerror or error}, {len(PAUSES) + 1} times.",
+        "a sample is not left out for a fault of the disk or the network: what is built must not depend on it.",
+        "build again when it works: shards that were finished are kept. A file that is lost for good is left out when it is removed.",
+    )
 
 
 def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:

@@ -173,6 +173,9 @@ def test_a_conversation_is_cut_with_its_labels() -> None:
         ({"json": Part("json", b'{"conversations": [{"from": "gpt"}]}')}, "conversation", "turn 0"),
         ({"json": Part("json", b'{"conversations": [{"from": "dog", "value": "wau"}]}')}, "conversation", "turn 0"),
         ({"json": Part("json", b'{"conversations": [{"from": "human", "value": "hm"}]}')}, "conversation", "no answer"),
+        ({"json": Part("json", b'{"caption": ["ok", "a\\ud83d"]}')}, "caption", "its caption is no text: half a surrogate pair"),
+        ({"json": Part("json", b'{"conversations": [{"from": "gpt", "value": "\\udc00"}]}')}, "conversation", "turn 0 .* is no text"),
+        ({"json": Part("json", b'{"caption": "a", "n": ' + b"9" * 5000 + b"}")}, "caption", "not JSON"),
     ],
 )
 def test_bad_text_says_what_is_wrong(parts: dict[str, Part], text_format: Any, says: str) -> None:

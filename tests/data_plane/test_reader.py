@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import encode
 from onellm_dist.errors import OneLLMError, SampleError
+from onellm_dist.modalities import Modality
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards import index as index_module
 from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
@@ -120,6 +123,49 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
             assert texts(batch)[i] == texts(expected)[i]
     labels = batch.labels.split(list(batch.text_lengths))[at]
     assert (labels == IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    "error", [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")], ids=lambda e: type(e).__name__
+)
+def test_a_decoders_surprise_becomes_a_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    plan = open_plan(root, {"pic": 1}, global_batch=4)
+    expected = batch_of(plan)
+    decode, calls = plan.modalities["image"].decode, iter([error])
+
+    def surprised(*given: object) -> object:
+        for once in calls:
+            raise once
+        return decode(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(vars(plan), "modalities", {**plan.modalities, "image": _Decoding(plan.modalities["image"], surprised)})
+    batch = batch_of(plan)
+    assert batch.sample_ids == expected.sample_ids
+    assert list(batch.tombstones) == [0]
+    assert f"{batch.sample_ids[0]}: unreadable image: {type(error).__name__}" in batch.tombstones[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(24, "Too many open files"), RuntimeError("can't allocate memory")])
+def test_a_fault_of_the_machine_is_no_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    plan = open_plan(root, {"pic": 1}, global_batch=4)
+
+    def failing(*_: object) -> object:
+        raise error
+
+    monkeypatch.setitem(vars(plan), "modalities", {**plan.modalities, "image": _Decoding(plan.modalities["image"], failing)})
+    with pytest.raises(OneLLMError, match=r"sample pic/.*, image: ") as caught:
+        batch_of(plan)
+    assert not isinstance(caught.value, SampleError)
+
+
+class _Decoding:
+    """A modality with another decoder."""
+
+    def __init__(self, kind: Modality, decode: Callable[..., object]) -> None:
+        self._kind, self.decode = kind, decode
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._kind, name)
 
 
 def test_a_flipped_byte_becomes_a_tombstone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,11 @@ def test_ply(layout: str, names: tuple[str, ...], end: str) -> None:
     check(decode(ply(xyz, colours, layout, names, end)), xyz, colours)
 
 
+def test_a_ply_without_a_format_is_unreadable() -> None:
+    with pytest.raises(SampleError, match="its header has no line 'format'"):
+        decode(b"ply\nelement vertex 1\nproperty float x\nend_header\n1\n")
+
+
 def test_ply_as_trimesh_writes_it() -> None:
     trimesh = pytest.importorskip("trimesh")
     xyz, colours = cloud()

@@ -71,6 +71,13 @@ def test_lines(tmp_path: Path) -> None:
     assert [(i.number, i.value) for i in read_rows(tmp_path, group.spec)] == [(0, {"a": 1}), (1, {"a": "é"}), (2, None), (3, {"a": 3})]
 
 
+def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\r\n{"a":\r2}\n\r\n{"a": 3}\r\n')
+    groups = list(row_groups(tmp_path, "x.jsonl", 2))
+    assert [g.count for g in groups] == [2, 1]
+    assert [(i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.spec)] == [(0, 1), (1, 2), (2, 3)]
+
+
 @pytest.mark.parametrize("text", ['[1, 2, {"a": ', "[1, 2", "[1 2]", '{"rows": [1, nope]}', '{"rows" [1]}', "17", '["a'])
 def test_what_is_broken_is_named_by_its_place(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 from shard_rows import build, known_rows, rows_input
-from shard_worlds import all_bytes, array, contents, picture, write_tree
+from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
 from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.shards import unit
@@ -158,6 +158,24 @@ def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_pat
         for capacity in (1000, 150):
             found = duplicates(lambda: iter(units), keys=False, dedup="perceptual", distance=distance, scratch=tmp_path, capacity=capacity)
             assert {(u, r) for u, rs in found.items() for r in rs} == expected
+
+
+def test_what_goes_for_its_key_takes_no_media_with_it(tmp_path: Path) -> None:
+    rows = np.zeros(4, ROW)
+    rows["key"], rows["content"], rows["look"] = [[1, 0], [1, 0], [2, 0], [3, 0]], [[5, 5], [6, 6], [6, 6], [6, 6]], [1, 2, 2, 2]
+    for dedup in ("exact", "perceptual"):
+        found = duplicates(lambda: iter([(0, rows)]), keys=True, dedup=dedup, distance=0, scratch=tmp_path)
+        assert found == {0: {1: "key", 3: "exact"}}
+
+
+@pytest.mark.parametrize("kind", ["audio", "depth"])
+def test_near_copies_are_not_looked_for_without_pictures(tmp_path: Path, kind: str) -> None:
+    files: dict[str, bytes | str] = {f"{i}.txt": str(i) for i in range(4)}
+    for i in range(4):
+        files.update({f"{i}.wav": sound(i)} if kind == "audio" else {f"{i}.jpg": picture(i), f"{i}.depth.npy": array((24, 32))})
+    with pytest.raises(UsageError, match=f"dedup=perceptual, and samples of {kind} have no picture"):
+        build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", dedup="perceptual")
+    assert os.listdir(tmp_path) == ["in"]
 
 
 def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,11 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
     (inputs / "rows.txt").write_text("a:b\n")
     with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
         build(inputs, tmp_path / "out")
+    rows_input(tmp_path / "in", 65)  # the last group has 10 in place of 5, of which the plan knows no more than 5
+    build(inputs, tmp_path / "more", task=Task(1, 2))
+    rows_input(tmp_path / "in", 70)
+    with pytest.raises(OneLLMError, match=r"rows:60: it has more samples where there were 5"):
+        build(inputs, tmp_path / "more")
 
 
 @pytest.mark.slow

@@ -81,7 +81,8 @@ def test_text_bytes_prefers_the_caption_file(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", samples)
     index = dataset.index(dataset.shards()[0])
     assert [index.text_bytes(r) for r in range(5)] == index.all_text_bytes().tolist() == [5, 6, 7, 0, 0]
-    assert text_length(None, b'{"conversations": 3}') == 0
+    for unreadable in (b'{"conversations": 3}', b'{"caption": "a\\ud83d"}', b'{"conversations": [{"value": "\\ud83d"}]}', b"[" * 100_000):
+        assert text_length(None, unreadable) == 0
 
 
 def test_spans_cover_the_tar_without_gaps(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import pickle
 import tarfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from onellm_dist.shards.build import index_command
 from onellm_dist.shards.format import open_dataset
 from onellm_dist.shards.index import ShardIndex, index_tar
 from onellm_dist.shards.tars import TarError, scan_tar
+from onellm_dist.webpage import write_page
 
 IMG2DATASET = [
     (f"{key}{e}", data) for key in ("000000000", "000000001") for e, data in ((".jpg", picture(1)), (".json", b"{}"), (".txt", b"x"))
@@ -36,6 +38,13 @@ def test_img2dataset_tars_become_a_dataset_in_place(tmp_path: Path) -> None:
     }
     assert contents(dataset) == read
     assert [t.read_bytes() for t in tars] == before
+
+
+def test_half_a_surrogate_pair_costs_no_tar(tmp_path: Path) -> None:
+    tar = foreign_tar(tmp_path / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"caption": "a\\ud83d"}'), *IMG2DATASET])
+    assert index_path(tmp_path).samples == 3
+    write_page(tmp_path / "x.html", json.loads(contents(open_dataset(tar.parent))["a"]["json"])["caption"])
+    assert (tmp_path / "x.html").read_text() == "a?"
 
 
 def test_the_key_runs_to_the_first_dot_and_extensions_are_lower_case(tmp_path: Path) -> None:

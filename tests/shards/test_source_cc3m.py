@@ -14,6 +14,8 @@ from shard_worlds import all_bytes, foreign_tar, write_tree
 from source_checks import built, decoded, photo, reasons, samples
 
 from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.crew import Task
 from onellm_dist.shards.sources.depth_models import normals
 
 
@@ -85,6 +87,16 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     with pytest.raises(OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"):
         built("cc3m-depth", inputs, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) -> None:
+    inputs = parallel(tmp_path / "in", "depth")
+    built("cc3m-depth", inputs, tmp_path / "whole", name="same", max_samples=2)
+    build_dataset("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2, task=Task(0, 2))  # the first and the last shard
+    for new in ("cc3m/00000/0.jpg", "cc3m/00000/000000002b.jpg"):
+        (inputs / new).write_bytes(photo())
+    built("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2)
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
 
 
 def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) -> None:

@@ -73,6 +73,17 @@ def test_one_caption_and_the_inner_folder(tmp_path: Path) -> None:
     assert dataset.samples() == 5
 
 
+def test_captions_that_were_curated_away_cost_no_sample(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    foreign_tar(root / "webdataset_avg_split/train/train_subj01_0.tar", [m for i in range(2) for m in sample(f"s{i}", i, i)])
+    captions = np.array([["", "a dog", " ", "a cat", ""], [""] * 5])
+    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(captions))
+    report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.5)
+    [one] = samples(dataset).values()
+    assert one["json"]["caption"] == ["a dog", "a cat"]
+    assert reasons(report) == {"train_subj01_0-s1": "empty caption: picture 1 has none in COCO_73k_annots_curated.npy"}
+
+
 def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
     folder = root / "webdataset_avg_split/train"

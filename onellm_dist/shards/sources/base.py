@@ -40,18 +40,18 @@ raises.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from onellm_dist.errors import SampleError, UsageError
+from onellm_dist.shards.places import reached
 
 
 @runtime_checkable
 class Media(Protocol):
-    """Where the bytes of one part come from: a Path, FileRange, ZipMember, or a source's own frozen dataclass with `read_bytes`."""
+    """Where the bytes of one part come from: a Path, FileRange, or a source's own frozen dataclass with `read_bytes`."""
 
     def read_bytes(self) -> bytes:
         """The whole part. Raises FileNotFoundError, another OSError, or BadSample (the reason to leave the sample out)."""
@@ -71,29 +71,12 @@ class FileRange:
     size: int
 
     def read_bytes(self) -> bytes:
-        with self.path.open("rb") as file:
+        with reached(self.path), self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
             raise BadSample(f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}")
         return data
-
-
-@dataclass(frozen=True)
-class ZipMember:
-    """One member of a zip archive (of one volume)."""
-
-    path: Path
-    member: str
-
-    def read_bytes(self) -> bytes:
-        try:
-            with self.path.open("rb") as file, zipfile.ZipFile(file) as archive:
-                return archive.read(self.member)
-        except KeyError:
-            raise BadSample(f"missing file: {self.member} in {self.path.name}") from None
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise BadSample(f"unreadable archive: {self.path.name}: {error}") from error
 
 
 @dataclass(frozen=True)

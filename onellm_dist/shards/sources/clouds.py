@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
 
 from onellm_dist.shards.sources.base import BadSample, Media
-
-_UNREADABLE = (
-    RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,9 +25,12 @@ class TensorCloud:
         """
         import torch
 
+        data = self.source.read_bytes()
         try:
-            value = torch.load(io.BytesIO(self.source.read_bytes()), map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception as error:  # broken pickles and zips raise nearly anything (struct.error, AssertionError, ...)
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadSample(f"unreadable .pt: {self.where}: {first[:200]}") from error
         if not isinstance(value, torch.Tensor):

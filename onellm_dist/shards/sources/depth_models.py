@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onellm_dist.errors import UsageError
+from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.visual import decode_picture
 from onellm_dist.shards.sources.base import BadSample, Media
@@ -112,13 +112,28 @@ def _estimate(folder: Path, device: str, picture: Image.Image) -> np.ndarray:
     """[height, width] fp64, at the picture's size (bicubic, as transformers' depth pipeline does it)."""
     with _one_thread():
         processor, model = _load(folder, device, max(stamp(p) for p in (folder, *folder.iterdir())))
-        with torch.inference_mode():
+        with torch.inference_mode(), _on(device):
             found = model(**processor(images=picture, return_tensors="pt").to(device)).predicted_depth.float()
             found = found.reshape(1, 1, *found.shape[-2:])
             size = (picture.height, picture.width)
             return np.asarray(
                 torch.nn.functional.interpolate(found, size=size, mode="bicubic", align_corners=False)[0, 0].cpu().double().numpy()
             )
+
+
+@contextmanager
+def _on(device: str) -> Iterator[None]:
+    """A device that fails or is full is no fault of a picture."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error) or "allocate memory" in str(error):
+            raise OneLLMError(
+                f"the depth model failed on {device}: {(str(error).splitlines() or [''])[0]}",
+                "no picture is left out for that.",
+                "build again with fewer workers; shards that were finished are kept.",
+            ) from error
+        raise
 
 
 @contextmanager

@@ -314,7 +314,7 @@ def _space(text: str, at: int) -> int:
 
 
 def _parsed_lines(data: bytes) -> Iterator[tuple[str, Any]]:
-    for line in data.splitlines():
+    for line in data.split(b"\n"):  # as the scan does; splitlines() would end a line at a lone \r too
         if line.strip():
             try:
                 yield "", _DECODER.decode(line.decode("utf-8", "surrogateescape").strip())

@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Opt
 from onellm_dist.shards.sources.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.depth_models import EstimatedMap, check_model
 from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
-from onellm_dist.shards.sources.media_files import below, picture_extension, stamp
+from onellm_dist.shards.sources.media_files import below, picture_extension
 
 _ROWS = 2000
 _QUALITY = 95
@@ -128,13 +127,10 @@ def _plan(
     return Layout((kind,), groups, tuple(notes), attributes)
 
 
-@lru_cache(maxsize=2)
-def _names(folder: Path, stamp: int) -> tuple[str, ...]:
+def _names(folder: Path) -> list[str]:
     """The pictures of one folder, sorted; maps that lie among them are none."""
     maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
-    return tuple(
-        sorted(p.name for p in folder.iterdir() if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != ".")
-    )
+    return sorted(p.name for p in folder.iterdir() if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != ".")
 
 
 def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -148,14 +144,15 @@ def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _tree_groups(folders: _Folders) -> Iterator[Group]:
-    """The pictures of every folder; maps in folders of their own below the pictures' are none."""
+    """The pictures of every folder, by name: others may come while shards are built. Maps in folders of their own below the
+    pictures' are none."""
     for name, folder in _subfolders(folders.pictures):
         if name and (folder.name in ("cc3m_depth", "cc3m_normal") or folder == folders.maps):
             continue
-        count = len(_names(folder, stamp(folder)))
-        for first in range(0, count, _ROWS):
-            rows = min(_ROWS, count - first)
-            yield Group(f"{name or '.'}:{first}", {"folder": name, "first": first, "count": rows}, count=rows)
+        names = _names(folder)
+        for first in range(0, len(names), _ROWS):
+            rows = names[first : first + _ROWS]
+            yield Group(f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows))
 
 
 def _table_groups(table: Path) -> Iterator[Group]:
@@ -202,7 +199,7 @@ def _candidates(
             yield _candidate(kind, folders, model, name, where, row.values["caption"], None)
         return
     folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
-    for file in _names(folder, stamp(folder))[spec["first"] : spec["first"] + spec["count"]]:
+    for file in spec["names"]:
         name = spec["folder"] + file
         yield _candidate(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
 

@@ -130,6 +130,10 @@ def candidates(
             yield Candidate(name, where, problem=found)
             continue
         picture, told = found
+        told = [t for t in told if t]  # curated away, as MindEye takes one that is not empty
+        if not told:
+            yield Candidate(name, where, problem=f"empty caption: picture {picture} has none in {table.path.name}")
+            continue
         meta: dict[str, Any] = {"coco73k": picture, "conversations": captioned("fmri", told[0])}
         if texts == "all":
             meta["caption"] = told  # training takes another one each epoch
