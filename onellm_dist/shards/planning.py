@@ -25,7 +25,7 @@ from onellm_dist.shards.sources.base import Candidate, Group, Layout, Source
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
 VERSION = 3
-"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names, and the denylist's SHA-256 is kept."""
+"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names."""
 
 
 class GroupRow(NamedTuple):

@@ -125,9 +125,10 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
     assert (labels == IGNORE).all()
 
 
-@pytest.mark.parametrize(
-    "error", [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")], ids=lambda e: type(e).__name__
-)
+SURPRISES = [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")]
+
+
+@pytest.mark.parametrize("error", SURPRISES, ids=["StopIteration", "struct", "RecursionError", "AssertionError"])
 def test_a_decoders_surprise_becomes_a_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
     expected = batch_of(plan)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from shard_kills import killable
-from shard_rows import build, known_rows, rows_input
+from shard_rows import ROWS, build, known_rows, rows_input
 from shard_worlds import all_bytes, picture, write_tree
 
 from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.shards import catalogue
 from onellm_dist.shards.build import build_dataset
 from onellm_dist.shards.crew import Task
 from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.sources.base import Candidate
 
 
 @pytest.fixture(autouse=True)
@@ -149,11 +153,27 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
     (inputs / "rows.txt").write_text("a:b\n")
     with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
         build(inputs, tmp_path / "out")
-    rows_input(tmp_path / "in", 65)  # the last group has 10 in place of 5, of which the plan knows no more than 5
-    build(inputs, tmp_path / "more", task=Task(1, 2))
-    rows_input(tmp_path / "in", 70)
-    with pytest.raises(OneLLMError, match=r"rows:60: it has more samples where there were 5"):
-        build(inputs, tmp_path / "more")
+
+
+@pytest.mark.parametrize("grown", [0, 20])
+@pytest.mark.parametrize("limit", [None, 25])
+def test_an_input_that_grew_is_noticed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int) -> None:
+    inputs = rows_input(tmp_path / "in")
+    listed = ROWS.candidates
+    assert listed is not None
+
+    def longer(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+        yield from listed(inputs, spec, **options)
+        if spec["first"] == grown:
+            yield Candidate(f"one more in {grown}", "rows.txt", caption="more")
+
+    build(inputs, tmp_path / "out", limit=limit, task=Task(2, 9))
+    monkeypatch.setattr(catalogue, "all_sources", lambda: {"rows": replace(ROWS, candidates=longer)})
+    if limit is not None and grown == 20:  # of this group no more than 5 were wanted
+        assert build(inputs, tmp_path / "out", limit=limit).samples == 23
+        return
+    with pytest.raises(OneLLMError, match=rf"rows:{grown}: it has more samples where there were 10"):
+        build(inputs, tmp_path / "out", limit=limit)
 
 
 @pytest.mark.slow
