@@ -1,6 +1,6 @@
 """What a job script asks around a start of the run: `begin` before the ranks start, `end` after they ended: go on, requeue, or stop?
 
-    python -m onellm_dist.launch.after begin RUN_DIR --signal-notice SECONDS
+    python -m onellm_dist.launch.after begin RUN_DIR --ranks-per-node N --signal-notice SECONDS
     python -m onellm_dist.launch.after end RUN_DIR --launcher-status N --stop-asked TIME --max-requeues N
 
 `end` explains itself on stderr and prints one line on stdout: VERDICT DELAY_SECONDS EXIT_CODE, the verdict being done, requeue or halt.
@@ -15,11 +15,12 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
-from onellm_dist.launch.attempts import LOST, RUNNING, Attempt, append_attempt, now, read_attempts, this_attempt
+from onellm_dist.launch.attempts import LOST, RUNNING, TIME_FORMAT, Attempt, append_attempt, now, read_attempts, this_attempt
 
 CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
 FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
@@ -28,7 +29,8 @@ PREEMPTED_DELAY_S = 15
 SHOWN_SUSPECTS = 8
 TAIL_BYTES = 1 << 18
 PREFLIGHT, BAD_NODES = "preflight", "bad_nodes"
-"""How a preflight's reason begins; the file in the run directory, one a start, that names the nodes to keep away from."""
+"""How a preflight's reason begins; the file in the run directory, one a start, that names the nodes to keep away from: the verdict."""
+NO_NODE = f"{PREFLIGHT}: see above; no node is to blame by itself"
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,15 @@ class Verdict:
     """For people."""
 
 
-def begin(run_dir: Path, env: Mapping[str, str]) -> None:
+def begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int = 0) -> None:
     """Record this start, and take away how the last one ended: what `end` reads must be this start's."""
     before = read_attempts(run_dir)
     if before and before[-1].status == RUNNING:  # nobody wrote its end: node or job script were killed
-        step = steps_done(run_dir)
+        step = steps_reached(run_dir, before[-1])
         append_attempt(run_dir, replace(before[-1], status=LOST, step=step, failed_step=step, checkpoint=newest_checkpoint(run_dir)))
     (run_dir / "exit.json").unlink(missing_ok=True)
-    append_attempt(run_dir, this_attempt(env))
+    started = this_attempt(env)
+    append_attempt(run_dir, replace(started, ranks=len(started.nodes) * ranks_per_node or None))
 
 
 def notice_warning(run_dir: Path, notice_s: int) -> str:
@@ -73,7 +76,7 @@ def end(
     started = next((a for a in attempts if (a.job_id, a.restart_count) == (key.job_id, key.restart_count)), key)
     earlier = [a for a in attempts if (a.job_id, a.restart_count) != (key.job_id, key.restart_count)]
     if preflight_status:
-        ended = refused_by_preflight(run_dir, started, preflight_status)
+        ended = refused_by_preflight(run_dir, started, preflight_status, stop_asked=stop_asked)
     else:
         ended = how_it_ended(run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked)
     verdict = decide(ended, earlier, max_requeues=max_requeues)
@@ -98,7 +101,7 @@ def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_
             over, status=found["status"], step=found.get("step"), failed_step=found.get("failed_step"), reason=str(found.get("reason", "")),
             suspects=tuple(str(s) for s in found.get("suspects") or ()),
         )  # fmt: skip
-    step = steps_done(run_dir)
+    step = steps_reached(run_dir, started)
     if stop_asked:
         return replace(over, status="preempted", step=step, reason="stopped before the ranks could write a checkpoint")
     if launcher_status == EXIT_USAGE:
@@ -107,24 +110,30 @@ def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_
     return replace(over, status="failed", step=step, failed_step=step, reason=reason)
 
 
-def refused_by_preflight(run_dir: Path, started: Attempt, status: int) -> Attempt:
-    """The attempt that no rank was started for."""
-    over = replace(started, end=now(), step=steps_done(run_dir), checkpoint=newest_checkpoint(run_dir))
+def refused_by_preflight(run_dir: Path, started: Attempt, status: int, *, stop_asked: float) -> Attempt:
+    """The attempt that no rank was started for. A preflight that left no verdict (its ranks never started, or were killed) says nothing
+    about the nodes: it is a failed start like others."""
+    over = replace(started, end=now(), checkpoint=newest_checkpoint(run_dir))
+    if stop_asked:
+        return replace(over, status="preempted", reason=f"{PREFLIGHT}: stopped in it")
     if status == EXIT_USAGE:
         return replace(over, status="usage", reason=f"{PREFLIGHT}: the recipe or the command line is wrong (see above)")
     path = run_dir / f"{BAD_NODES}.{started.job_id}.{started.restart_count}"
-    bad = path.read_text(encoding="utf-8").split() if path.exists() else []
-    reason = f"{PREFLIGHT}: bad nodes {', '.join(bad)}" if bad else f"{PREFLIGHT}: see above; no node is to blame by itself"
-    return replace(over, status="failed", reason=reason)
+    if not path.exists():
+        return replace(over, status="failed", reason=f"{PREFLIGHT}: ended without a verdict; its exit code is {status}")
+    bad = path.read_text(encoding="utf-8").split()
+    return replace(over, status="failed", reason=f"{PREFLIGHT}: bad nodes {', '.join(bad)}" if bad else NO_NODE)
 
 
 def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> Verdict:
     """Done, requeue with a back-off, or halt.
 
-    Halts where the command line is wrong, where two starts failed at the same step with nothing got past it in between (a crash loop), and
-    after `max_requeues` failures in a row of which none wrote a new checkpoint. Preemptions are never counted.
+    Halts where the command line is wrong, where the preflight blames no node, where two starts failed at the same step with nothing got
+    past it in between (a crash loop), and after `max_requeues` failures in a row of which none wrote a new checkpoint. Preemptions are
+    never counted; starts that failed before a step have the limit alone, for they may have failed of different things.
     """
-    at = f"at step {_place(ended)}" if _place(ended) is not None else "before the first step"
+    place = _place(ended) if ended.status == "failed" else ended.step
+    at = f"at step {place}" if place is not None else "before the first step"
     if ended.status == "done":
         return Verdict("done", 0, EXIT_DONE, f"done: {ended.reason}")
     if ended.status == "usage":
@@ -141,7 +150,7 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
             EXIT_PREEMPTED,
             f"preempted ({ended.reason}) {at}: requeued, goes on from its newest checkpoint",
         )
-    if ended.reason.startswith(PREFLIGHT) and "bad nodes" not in ended.reason:
+    if ended.reason == NO_NODE:
         return Verdict(
             "halt",
             0,
@@ -169,9 +178,25 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
     )
 
 
-def steps_done(run_dir: Path) -> int | None:
-    """Steps that `metrics.jsonl` has, for a start that could not say it itself."""
-    return next((int(line["step"]) + 1 for line in _newest_first(run_dir / "metrics.jsonl") if "step" in line), None)
+def steps_reached(run_dir: Path, attempt: Attempt) -> int | None:
+    """Steps done, for a start that could not say it itself; None where it never came to training.
+
+    `metrics.jsonl` alone does not tell: it holds the lines of earlier starts until the event `start`.
+    """
+    event = next((e for e in _newest_first(run_dir / "events.jsonl", most=None) if e.get("event") == "start"), None)
+    if event is None or not _is_of(event, attempt):
+        return None
+    return next((int(line["step"]) + 1 for line in _newest_first(run_dir / "metrics.jsonl") if "step" in line), event.get("first_step"))
+
+
+def _is_of(event: Mapping[str, Any], attempt: Attempt) -> bool:
+    """Whether an event `start` is this start's. Ranks under ssh do not know the job's number; rank 0's node has the script's clock."""
+    if event.get("slurm_job_id") is not None:
+        return (str(event["slurm_job_id"]), event.get("slurm_restart_count") or 0) == (attempt.job_id, attempt.restart_count)
+    try:
+        return datetime.strptime(str(event.get("time")), TIME_FORMAT) >= datetime.strptime(attempt.start, TIME_FORMAT)
+    except ValueError:
+        return False
 
 
 def last_save_s(run_dir: Path) -> float | None:
@@ -180,11 +205,12 @@ def last_save_s(run_dir: Path) -> float | None:
     return next((float(line["seconds"]) for line in events if line.get("event") == "checkpoint" and "seconds" in line), None)
 
 
-def _newest_first(path: Path) -> Iterator[dict[str, Any]]:
-    """The last lines of a JSONL file, without those cut short."""
+def _newest_first(path: Path, most: int | None = TAIL_BYTES) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file's last bytes (None: all), without those cut short."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0 if most is None else max(0, size - most))
             lines = file.read().splitlines()
     except OSError:
         return
@@ -204,18 +230,22 @@ def newest_checkpoint(run_dir: Path) -> int | None:
 
 
 def _place(attempt: Attempt) -> int | None:
-    return attempt.failed_step if attempt.failed_step is not None else attempt.step
+    """The step that a failed start was at; None where it came to none. Between steps (in a validation, a checkpoint) it is known by the
+    steps done, which a start has at once that goes on from a checkpoint."""
+    if attempt.failed_step is not None:
+        return attempt.failed_step
+    return attempt.step if (attempt.step or 0) > (attempt.checkpoint or 0) else None
 
 
 def _same_step(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | None:
-    """An earlier failure at the same step, nothing having got past that step since."""
+    """An earlier failure at the same step, nothing having got past that step since; None for a start that came to no step."""
     place = _place(ended)
-    if ended.reason.startswith(PREFLIGHT):
+    if place is None:
         return None
     for attempt in reversed(earlier):
-        if attempt.status == "failed" and not attempt.reason.startswith(PREFLIGHT) and _place(attempt) == place:
+        if attempt.status == "failed" and _place(attempt) == place:
             return attempt
-        if (attempt.step or 0) > (place or 0):
+        if (attempt.step or 0) > place:
             return None
     return None
 
@@ -260,6 +290,7 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("begin", "end"):
         commands.add_parser(name).add_argument("run_dir", type=Path)
+    commands.choices["begin"].add_argument("--ranks-per-node", type=int, default=0)
     commands.choices["begin"].add_argument("--signal-notice", type=int, default=0)
     ending = commands.choices["end"]
     ending.add_argument("--launcher-status", type=int, required=True)
@@ -268,7 +299,7 @@ def main(arguments: Sequence[str]) -> int:
     ending.add_argument("--preflight-status", type=int, default=0)
     given = parser.parse_args(arguments)
     if given.command == "begin":
-        begin(given.run_dir, os.environ)
+        begin(given.run_dir, os.environ, ranks_per_node=given.ranks_per_node)
         if given.signal_notice:
             print(notice_warning(given.run_dir, given.signal_notice), end="", file=sys.stderr)
         return EXIT_DONE

@@ -13,6 +13,7 @@ from typing import Any
 from onellm_dist.launch.slurm import expand_hosts
 
 ATTEMPTS = "attempts.jsonl"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 RUNNING, LOST = "running", "lost"
 """Not over yet; over without a word (its node died, or the job was killed)."""
 
@@ -44,11 +45,13 @@ class Attempt:
     """What was decided at its end: done, requeue, halt."""
     delay_s: int = 0
     """Seconds that the requeued job was told to wait."""
+    ranks: int | None = None
+    """Ranks that the job script starts, on all nodes together."""
 
 
 def now() -> str:
     """Local time with its offset, as in `exit.json` and `events.jsonl`."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(TIME_FORMAT)
 
 
 def this_attempt(env: Mapping[str, str]) -> Attempt:

@@ -9,12 +9,16 @@ from onellm_dist import __version__
 from onellm_dist.launch.job import Job
 
 FIRST_PORT, PORTS = 20000, 20000
+PREFLIGHT_S, AFTER_VERDICT_S, CONTAINER_S = 3600, 30, 600
+"""Longest time of a preflight (each of its phases has a limit of its own), of its end after the verdict, and of a short command of ours in
+a container (whose image may have to be fetched)."""
 
 _ASK = """\
 # Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption): the file `stop` is what every way of starting understands,
 # for the deepspeed runner and torchrun do not pass signals on. All ranks see it at the end of a step, write a checkpoint and leave.
+# It is touched here, for a TERM that reaches launcher and script alike leaves no time for the loop below.
 stop_asked=0
-trap '[ "$stop_asked" != 0 ] || stop_asked=$(date +%s); echo "$(date +%FT%T) asked to stop: $run_dir/stop"' USR1 TERM
+trap '[ "$stop_asked" != 0 ] || stop_asked=$(date +%s); touch "$run_dir/stop"; echo "$(date +%FT%T) asked to stop: $run_dir/stop"' USR1 TERM
 """
 
 _WAIT = """\
@@ -26,6 +30,39 @@ while kill -0 "$ranks" 2>/dev/null; do
 done
 wait "$ranks"
 status=$?
+"""
+
+_PREFLIGHT_WAIT = f"""\
+preflight_pid=$! patience={AFTER_VERDICT_S}
+# The verdict is in once the file is there: a stuck node must not hold up the others. A stop ends the preflight at once.
+while kill -0 "$preflight_pid" 2>/dev/null; do
+    [ ! -e "$bad_nodes" ] || patience=$((patience - 1))
+    {{ [ "$stop_asked" = 0 ] && [ "$patience" -gt 0 ]; }} || kill "$preflight_pid" 2>/dev/null
+    sleep 1 & wait $!
+done
+wait "$preflight_pid"
+preflight=$?
+"""
+
+_LEFT = """
+# The runner may end before its ranks: they are under ssh, where Slurm neither tells nor ends them, and they would hold the run. Asked to
+# stop, they have the notice for their checkpoint; then, or where the runner failed, their launchers are told to end them (within 30 s).
+on_nodes() {{ # on_nodes pgrep|pkill: this start's launchers
+    timeout 30 pdsh -R ssh -w "$hosts" "$1 -u $(id -u) -f '[d]eepspeed.launcher.launch .*--master_port=$port '" 2>/dev/null
+}}
+for ((i = 0; i < {notice}; i++)); do
+    {{ [ "$stop_asked" != 0 ] && on_nodes pgrep | grep -q .; }} || break
+    touch "$run_dir/stop"
+    sleep 1 & wait $!
+done
+if on_nodes pgrep | grep -q .; then
+    echo "ranks were left on the nodes: they are ended"
+    on_nodes pkill
+    for ((i = 0; i < 40; i++)); do
+        on_nodes pgrep | grep -q . || break
+        sleep 1 & wait $!
+    done
+fi
 """
 
 _AFTER = """\
@@ -62,7 +99,7 @@ def render(job: Job) -> str:
         _in_container(job),
         "# This start goes into the history of the run, and the exit.json of an earlier one goes away; a notice that is too short for the\n"
         "# last checkpoint is told.\n"
-        f'{tool} begin "$run_dir" --signal-notice {job.signal_notice_s} || exit 1\n'
+        f'{tool} begin "$run_dir" --ranks-per-node {job.ranks_per_node} --signal-notice {job.signal_notice_s} || exit 1\n'
         f"export ONELLM_NOTICE_S={job.signal_notice_s} # each checkpoint that takes longer is warned of\n",
     ]
     if job.preflight:
@@ -142,7 +179,8 @@ def _with_deepspeed(job: Job) -> str:
         "# The deepspeed runner starts the ranks through pdsh and ssh, so it needs ssh between nodes without a password. The hostfile is\n"
         "# made from the allocation; what ssh does not hand on (PATH, NCCL settings) stands in .deepspeed_env in the working directory.\n"
         + _first_node()
-        + f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed \'s/$/ slots={job.ranks_per_node}/\' >"$run_dir/hostfile"\n'
+        + 'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)\n'
+        f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed \'s/$/ slots={job.ranks_per_node}/\' >"$run_dir/hostfile"\n'
         f'{deepspeed} --hostfile "$run_dir/hostfile" --launcher pdsh --master_addr "$first" --master_port "$port" --no_ssh_check \\\n'
         f"    --module {_training(job)} &\nranks=$!\n"
     )
@@ -169,16 +207,20 @@ def _preflight(job: Job) -> str:
     return (
         "# Before GPUs are paid for: every node is looked at (GPUs, links, clocks, versions, memory, disks). Bad ones are named, and kept\n"
         "# away from at the next start.\n"
-        'bad_nodes="$run_dir/bad_nodes.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"\n' + _srun(job, job.ranks_per_node, "")
-        + f'    {_inside(job)}{job.python} -u -m onellm_dist.cli doctor --distributed --exclude-file "$bad_nodes" \\\n    {recipe}\n'
-        "preflight=$?\n"
-    )  # fmt: skip
+        'bad_nodes="$run_dir/bad_nodes.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"\n'
+        f"timeout --foreground --kill-after=30 {PREFLIGHT_S} \\\n    "
+        + _srun(job, job.ranks_per_node, " --kill-on-bad-exit=0")
+        + f'    {_inside(job)}{job.python} -u -m onellm_dist.cli doctor --distributed --exclude-file "$bad_nodes" \\\n    {recipe} &\n'
+        + _PREFLIGHT_WAIT
+    )
 
 
 def _guarded(job: Job) -> str:
     """Start the ranks and wait for them, where the preflight lets them."""
-    body = f"{_start(job)}\n{_WAIT}"
-    return f'if [ "$preflight" = 0 ]; then\n\n{body}\nelse\n    status=1\nfi\n' if job.preflight else body
+    body = f"{_start(job)}\n{_WAIT}{_LEFT.format(notice=job.signal_notice_s) if job.starter == 'deepspeed' else ''}"
+    if not job.preflight:
+        return body
+    return f'if [ "$preflight" = 0 ] && [ "$stop_asked" = 0 ]; then\n\n{body}\nelse\n    status=1\nfi\n'
 
 
 def _training(job: Job) -> str:
@@ -214,5 +256,9 @@ def _in_container(job: Job) -> str:
     """A shell function for commands of ours in the job script itself; nothing without a container."""
     if not job.container:
         return ""
-    enter = _inside(job) if job.container_runtime == "apptainer" else f"srun --nodes=1 --ntasks=1 --overlap{_pyxis(job)} \\\n    "
+    enter = (
+        _inside(job)
+        if job.container_runtime == "apptainer"
+        else f"timeout {CONTAINER_S} srun --nodes=1 --ntasks=1 --overlap{_pyxis(job)} \\\n    "
+    )
     return f'# The package lives in the container.\nin_container() {{\n    {enter}"$@"\n}}\n'

@@ -86,6 +86,7 @@ def attempts_of(files: RunFiles) -> list[Attempt]:
     found.sort(key=lambda a: a.begin)
     if not found and files.steps:  # the events are gone, the steps are there
         found = [_attempt(files, _Group({"first_step": files.steps[0]["step"], "at": files.last_sign}), None)]
+    _worlds(found)
     _give_steps(files, found)
     for attempt in found:
         if not attempt.begin_known:
@@ -96,6 +97,13 @@ def attempts_of(files: RunFiles) -> list[Attempt]:
         attempt.number = index + 1
         _outer_phases(attempt, found[index - 1] if index else None)
     return found
+
+
+def _worlds(found: list[Attempt]) -> None:
+    """A start that never came to train says no ranks, nor did job scripts of an older version: it had as many a node as another start."""
+    a_node = next((a.world / a.nodes for a in found if a.world and a.nodes), 1.0)
+    for attempt in found:
+        attempt.world = attempt.world or max(1, round((attempt.nodes or 1) * a_node))
 
 
 @dataclass
@@ -180,7 +188,7 @@ def _attempt(files: RunFiles, group: _Group, row: Entry | None) -> Attempt:
     return Attempt(
         number=0, begin=begin if begin is not None else float(told or 0.0), end=end if end is not None else float("nan"),
         begin_known=begin is not None, end_known=end is not None,
-        world=int(number(start.get("world"))) or int(number(row.get("ranks"))) or 1,
+        world=int(number(start.get("world"))) or int(number(row.get("ranks"))),
         status=str(end_event.get("status") or _over(row)), reason=str(end_event.get("reason") or row.get("reason") or ""),
         nodes=count or pick(start, "nodes", "slurm_nodes") or pick(row, "node_count", "num_nodes"),
         node_list=names or str(start.get("slurm_node_list") or start.get("node_list") or ""),

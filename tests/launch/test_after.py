@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.after import begin, end, notice_warning
-from onellm_dist.launch.attempts import ATTEMPTS, read_attempts
+from onellm_dist.launch.after import Verdict, begin, end, main, notice_warning
+from onellm_dist.launch.attempts import ATTEMPTS, now, read_attempts
 
 
 class History:
@@ -101,17 +101,45 @@ def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
     assert failed(history, 10)[0] == "requeue"
 
 
-def test_failing_before_the_first_step_twice_halts(history: History) -> None:
-    assert history.start(status=1)[0] == "requeue"
+def test_failing_before_the_first_step_has_the_limit_alone(history: History) -> None:
+    assert history.start(status=1) == ("requeue", 60, 1)
+    assert history.start({"status": "failed", "step": None, "reason": "no route to n2"}) == ("requeue", 120, 1)
+    assert history.start(status=1) == ("requeue", 240, 1)
     assert history.start(status=1) == ("halt", 0, 1)
-    assert "before the first step" in history.why and "without exit.json" in history.why
+    assert "4 failures in a row" in history.why and "before the first step" in history.why and "without exit.json" in history.why
 
 
-def test_ranks_that_vanish_are_placed_by_their_metrics(history: History) -> None:
+def trained(history: History, first_step: int, last: int, **event: Any) -> None:
+    """The ranks of this start came to training and did steps up to `last`."""
+    told = {"event": "start", "first_step": first_step, "time": now(), **event}
+    with (history.run_dir / "events.jsonl").open("a") as out:
+        out.write(json.dumps(told) + "\n")
+    lines = "".join(f'{{"step": {step}}}\n' for step in range(first_step, last + 1))
+    (history.run_dir / "metrics.jsonl").write_text(lines + '{"step": 99, "lo')
+
+
+@pytest.mark.parametrize("event", [{"slurm_job_id": "7", "slurm_restart_count": 0}, {}], ids=["srun", "ssh"])
+def test_ranks_that_vanish_are_placed_by_their_metrics(history: History, event: dict[str, Any]) -> None:
     history.begin()
-    (history.run_dir / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5, "lo')
+    trained(history, 3, 4, **event)
     assert history.end(status=137)[0] == "requeue"
     assert read_attempts(history.run_dir)[-1].failed_step == 5
+
+
+def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_starts_metrics(history: History) -> None:
+    history.begin()
+    trained(history, 100, 104, slurm_job_id="7", slurm_restart_count=0)
+    assert history.end(status=137, checkpoint=100)[0] == "requeue"
+    assert history.start(status=1) == ("requeue", 120, 1) and history.start(status=1) == ("requeue", 240, 1)
+    assert [(a.step, a.failed_step) for a in read_attempts(history.run_dir)] == [(105, 105), (None, None), (None, None)]
+
+
+def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_resumed(history: History) -> None:
+    resumed = {"status": "failed", "step": 40, "failed_step": None, "reason": "connection reset"}
+    for _ in range(2):
+        assert history.start(resumed, checkpoint=None if history.restart else 40)[0] == "requeue"
+    validating = {**resumed, "step": 45}
+    assert history.start(validating)[0] == "requeue" and history.start(validating, most=9)[0] == "halt"
 
 
 def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
@@ -133,16 +161,32 @@ def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: Histo
     assert first.nodes == ("n1", "n2") and (second.job_id, second.restart_count, second.verdict) == ("7", 1, "requeue")
 
 
-def test_a_preflight_that_names_bad_nodes_is_requeued_and_any_other_halts(history: History) -> None:
-    for _ in range(2):  # never a crash loop: the next start has other nodes
-        history.begin()
-        (history.run_dir / f"bad_nodes.7.{history.restart}").write_text("n2\n")
-        verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=0.0, max_requeues=3, preflight_status=1)
-        assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
-        history.restart += 1
+def refused(history: History, bad: str | None, status: int = 1, stop: float = 0.0) -> Verdict:
+    """A start whose preflight ended with `status` and left `bad` as its verdict (None: none)."""
     history.begin()
-    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=0.0, max_requeues=3, preflight_status=1)
+    if bad is not None:
+        (history.run_dir / f"bad_nodes.7.{history.restart}").write_text(bad)
+    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=stop, max_requeues=3, preflight_status=status)
+    history.restart += 1
+    return verdict
+
+
+def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_blames_none_halts(history: History) -> None:
+    for _ in range(2):  # never a crash loop: the next start has other nodes
+        verdict = refused(history, "n2\n", 137)
+        assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
+    verdict = refused(history, "")
     assert (verdict.word, verdict.exit_code) == ("halt", 1)
+
+
+def test_a_preflight_without_a_verdict_is_a_failed_start_and_a_stopped_one_a_preemption(history: History) -> None:
+    for _ in range(5):
+        verdict = refused(history, None, 143, stop=1.0)
+        assert (verdict.word, verdict.delay_s, verdict.exit_code) == ("requeue", 15, 75)
+    for delay in (60, 120, 240):  # srun could not launch; the scheduler ended it
+        verdict = refused(history, None)
+        assert (verdict.word, verdict.delay_s) == ("requeue", delay) and "without a verdict" in verdict.why
+    assert refused(history, None, 124).word == "halt"
 
 
 def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) -> None:
@@ -152,6 +196,13 @@ def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) ->
     (history.run_dir / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert notice_warning(history.run_dir, 80) == ""
     assert "took 40 s" in notice_warning(history.run_dir, 79) and "--signal-notice 160" in notice_warning(history.run_dir, 79)
+
+
+def test_the_ranks_of_a_start_are_recorded(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in history.env().items():
+        monkeypatch.setenv(key, value)
+    assert main(["begin", str(history.run_dir), "--ranks-per-node", "8"]) == 0
+    assert read_attempts(history.run_dir)[-1].ranks == 16
 
 
 def test_a_line_cut_short_is_passed_over(history: History) -> None:

@@ -176,9 +176,11 @@ def test_one_file_alone_is_enough_for_a_page(files: list[str], tmp_path: Path) -
     assert summary_text(facts, summary, findings_of(facts))
 
 
-def test_a_run_of_one_step_and_a_start_that_never_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("told", "ranks"), [({"ranks": 4}, 4), ({}, 16)], ids=["ranks-told", "older-script"])
+def test_a_run_of_one_step_and_a_start_that_never_trained(tmp_path: Path, told: dict[str, int], ranks: int) -> None:
     run = MadeRun(tmp_path / "run", steps=1)
     run.begin()
+    run.attempt |= told
     run.end("usage", "no dataset at /nowhere")
     (run.directory / "events.jsonl").unlink()  # it failed before there was a record of events
     run.begin(queue=10)
@@ -186,7 +188,7 @@ def test_a_run_of_one_step_and_a_start_that_never_trained(tmp_path: Path) -> Non
     run.train(1)
     run.end("done", "1 steps")
     facts = facts_of(run.directory, now=run.settle())
-    assert [(a.status, a.first_step) for a in facts.attempts] == [("usage", None), ("done", 0)]
+    assert [(a.status, a.first_step, a.world) for a in facts.attempts] == [("usage", None, ranks), ("done", 0, 16)]
     assert facts.account.parts["start_up"] > 0 and 0 < (facts.account.goodput or 0) < 1
     page_of(facts, summary_of(facts), findings_of(facts))
 
