@@ -23,8 +23,7 @@ $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt launch/setup_machine
 	@touch $@
 
 $(SLURM): launch/setup_slurm.sh $(STAMP)
-	@bash launch/setup_slurm.sh
-	@touch $@
+	@bash launch/setup_slurm.sh $@
 
 slurm: $(SLURM)  ## Debian's Slurm, for `onellm rehearse` and its tests (root only; no daemon is started)
 

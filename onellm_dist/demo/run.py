@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,11 @@ from onellm_dist.demo.timetable import Stage, Timetable, measure_speed
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
 from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.table import ModalityResult, as_json, as_text, summarise
-from onellm_dist.launch.local import free_port
+from onellm_dist.launch.local import exit_by_signal, free_port, when_ended
 from onellm_dist.progress import seconds_text
 from onellm_dist.shards.sources.toyworld import world
 
 RANKS = 2
-EXIT_TERMINATED = 128 + signal.SIGTERM
 KILL_AT = 0.45
 """Share of the first run at which its processes are killed; its checkpoints come every tenth."""
 NUMBERS, STEPS = r"(\d+)/(\d+)", r"step (\d+)/(\d+)"
@@ -81,7 +79,7 @@ def run_demo(out: Path, full: bool = False) -> int:
     """
     demo = Demo(out.resolve(), FULL if full else QUICK, ranks=_ranks())
     journal = claim(demo.out, full=full)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # an exit on which the commands under way are ended, too
+    when_ended(exit_by_signal)  # the commands under way are ended, too
     slow = measure_speed()
     table = Timetable(_stages(demo, slow), journal)
     print(f"onellm demo in {demo.out}: {demo.ranks} ranks on {_device()}, this machine runs at {1 / slow:.2f} of the reference's speed")

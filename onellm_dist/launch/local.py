@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
 from onellm_dist.errors import EXIT_DONE, EXIT_FAILED
 
@@ -120,6 +120,23 @@ class _Group:
                 process.kill()
         for process in self.processes:
             process.wait()
+
+
+def when_ended(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Call `handler` at TERM and at HUP (a closed terminal): processes in sessions of their own would go on without us.
+
+    One that is ignored (HUP under nohup) stays so.
+
+    Returns:
+        The handlers before, to be set again.
+    """
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+def exit_by_signal(number: int, _frame: FrameType | None) -> None:
+    """A handler: an exit on which `finally` blocks run."""
+    sys.exit(128 + number)
 
 
 def free_port() -> int:

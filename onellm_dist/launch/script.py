@@ -7,8 +7,8 @@ from pathlib import Path
 
 from onellm_dist import __version__
 from onellm_dist.launch.job import Job
+from onellm_dist.launch.slurm import FIRST_PORT, PORT_STRIDE, PORTS
 
-FIRST_PORT, PORTS = 20000, 20000
 PREFLIGHT_S, AFTER_VERDICT_S, CONTAINER_S = 3600, 30, 600
 """Longest time of a preflight (each of its phases has a limit of its own), of its end after the verdict, and of a short command of ours in
 a container (whose image may have to be fetched)."""
@@ -198,20 +198,20 @@ def _srun(job: Job, tasks_per_node: int, more: str) -> str:
 def _first_node() -> str:
     return (
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)\n'
-        f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS})) # jobs that share a node must not share a port\n"
+        "# Jobs that share a node must not share a port, nor two starts of a job.\n"
+        f"port=$(({FIRST_PORT} + (SLURM_JOB_ID + {PORT_STRIDE} * ${{SLURM_RESTART_COUNT:-0}}) % {PORTS}))\n"
     )
 
 
 def _preflight(job: Job) -> str:
-    recipe = '--recipe "$2" "${@:3}" run.dir="$run_dir"' if not job.recipe else f"--recipe {_arguments(job)}"
     return (
         "# Before GPUs are paid for: every node is looked at (GPUs, links, clocks, versions, memory, disks). Bad ones are named, and kept\n"
         "# away from at the next start.\n"
         'bad_nodes="$run_dir/bad_nodes.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"\n'
         f"timeout --foreground --kill-after=30 {PREFLIGHT_S} \\\n    "
         + _srun(job, job.ranks_per_node, " --kill-on-bad-exit=0")
-        + f'    {_inside(job)}{job.python} -u -m onellm_dist.cli doctor --distributed --exclude-file "$bad_nodes" \\\n    {recipe} &\n'
-        + _PREFLIGHT_WAIT
+        + f'    {_inside(job)}{job.python} -u -m onellm_dist.cli doctor --distributed --exclude-file "$bad_nodes" \\\n'
+        f"    --recipe {_arguments(job)} &\n" + _PREFLIGHT_WAIT
     )
 
 

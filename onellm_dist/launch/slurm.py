@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 from onellm_dist.errors import UsageError
 
-FIRST_PORT, PORTS = 20000, 20000
+FIRST_PORT, PORTS = 12000, 20000
+"""Below Linux's ephemeral ports (32768 on), which any connection of the node may hold."""
+PORT_STRIDE = 7919
+"""A requeued start has another port than the one before, whose ranks may still hold theirs."""
 
 
 def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] | None:
@@ -30,8 +33,13 @@ def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] |
     node = int(env.get("SLURM_NODEID", 0))
     local_world = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world))[node]
     address = env.get("MASTER_ADDR") or expand_hosts(nodes)[0]
-    port = int(env.get("MASTER_PORT") or FIRST_PORT + int(env.get("SLURM_JOB_ID", 0)) % PORTS)
+    port = int(env.get("MASTER_PORT") or rendezvous_port(int(env.get("SLURM_JOB_ID") or 0), int(env.get("SLURM_RESTART_COUNT") or 0)))
     return int(env["SLURM_PROCID"]), world, local_rank, local_world, address, port
+
+
+def rendezvous_port(job: int, restart: int) -> int:
+    """Where the ranks of a start meet: jobs that share a node must not share a port."""
+    return FIRST_PORT + (job + PORT_STRIDE * restart) % PORTS
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,17 @@ def data_probe(folders: list[Path]) -> dict[str, Any]:
     return {"read": min(speeds, default=None), "missing": missing}
 
 
-def sees(path: Path, patience: float = SEEN_PATIENCE_S) -> bool:
-    """Whether a file that another node wrote appears here in time."""
+def seen(files: Mapping[str, Path], patience: float = SEEN_PATIENCE_S) -> list[str]:
+    """Nodes whose file appears here in time; `files` are all in one directory.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
     deadline = time.monotonic() + patience
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        try:
-            os.scandir(path.parent).close()  # a look at the directory makes NFS ask its server again
-        except OSError:
-            return False
+    while True:
+        # A look at the directory makes NFS ask its server again.
+        names = {entry.name for entry in os.scandir(next(iter(files.values())).parent)}
+        found = [node for node, path in files.items() if path.name in names]
+        if len(found) == len(files) or time.monotonic() > deadline:
+            return found
         time.sleep(0.2)
-    return True

@@ -98,9 +98,9 @@ class Meeting:
         """
         self.put(f"at/{phase}/{self.rank}", fit)
         if self.rank == 0:
-            came = self.collect(f"at/{phase}", present, wait + GRACE_S)
+            came = self.collect(f"at/{phase}", present, wait + 2 * GRACE_S)  # work may take `wait` and one grace
             self.put(f"go/{phase}", [sorted(came), sorted(rank for rank, able in came.items() if able)])
-        came_in_time, able = self.get(f"go/{phase}", 2 * wait + 3 * GRACE_S)  # rank 0 may be late itself, and then waits
+        came_in_time, able = self.get(f"go/{phase}", 2 * wait + 5 * GRACE_S)  # rank 0 may be late itself, and then waits
         return came_in_time, able
 
 

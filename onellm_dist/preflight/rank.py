@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed import PrefixStore
 from onellm_dist.config import RunConfig
 from onellm_dist.errors import EXIT_FAILED
 from onellm_dist.launch.ranks import Ranks
-from onellm_dist.preflight.disks import data_probe, sees, write_probe
+from onellm_dist.preflight.disks import data_probe, seen, write_probe
 from onellm_dist.preflight.host import ecc_facts, gpu_facts, host_facts
 from onellm_dist.preflight.links import all_reduce_speed, rounds_of
 from onellm_dist.preflight.meeting import GRACE_S, Meeting, Overdue, within
@@ -60,6 +61,8 @@ class Rank:
         self.report["environment"] = environment()
         self._guarded("host", "host", lambda: host_facts(self.pretence))
         self._guarded("gpu", "gpu", lambda: gpu_facts(self.ranks.local_rank))
+        if (self.report.get("gpu") or {}).get("missing"):
+            self.fit = False  # its partners would wait for a rank that cannot join
         if not self.leader:
             return
         self._guarded("ecc", "ecc", ecc_facts)
@@ -70,16 +73,19 @@ class Rank:
         self._guarded("data", "data", lambda: data_probe(folders))
 
     def share_directory(self, config: RunConfig) -> None:
-        """Whether every node sees in run.dir what rank 0 wrote there."""
-        token = config.run.dir / f"{TOKEN}-{os.environ.get('SLURM_JOB_ID', '')}{self.ranks.port}"
-        if self.ranks.rank == 0:
-            self._guarded("shared", "token", lambda: self._write(token))
+        """Which nodes' files each node sees in run.dir: so the one that has another directory can be told, be it rank 0's."""
+        name = f"{TOKEN}-{os.environ.get('SLURM_JOB_ID', '')}{self.ranks.port}"
+        own = config.run.dir / f"{name}-{self.ranks.rank}"
+        if self.leader:
+            self._guarded("shared", "", lambda: self._write(own))
         if not self.enter("shared"):
             return
-        if self.leader and self.ranks.rank != 0:
-            self._guarded("shared", "shared", lambda: sees(token))
-        if self.enter("shared-done") and self.ranks.rank == 0:
-            token.unlink(missing_ok=True)
+        if self.leader:
+            first = {node: ranks[0] for node, ranks in self.team.nodes.items() if ranks[0] in self.team.present}
+            self._guarded("shared", "sees", lambda: seen({node: config.run.dir / f"{name}-{rank}" for node, rank in first.items()}))
+        if self.enter("shared-done") and self.leader:
+            with suppress(OSError):
+                own.unlink()
 
     def compare_clocks(self) -> dict[str, float]:
         """On rank 0: node -> seconds that its clock is ahead of the nodes' median."""
@@ -156,10 +162,9 @@ class Rank:
             local_rank=self.ranks.local_rank,
         )  # fmt: skip
 
-    def _write(self, token: Path) -> bool:
+    def _write(self, token: Path) -> None:
         token.parent.mkdir(parents=True, exist_ok=True)
         token.write_text("seen\n", encoding="ascii")
-        return True
 
     def _answer_clock(self) -> None:
         for i in range(CLOCK_TRIES):

@@ -59,8 +59,8 @@ class Findings:
 def judge(found: Findings, options: Options) -> list[Fault]:
     """All faults, the worst first."""
     faults = [
-        *_absent(found), *_errors(found), *_gpus(found), *_links(found, options), *_disks(found, options), *_clocks(found, options),
-        *_versions(found), *_hosts(found), *_needs(found),
+        *_absent(found), *_errors(found), *_gpus(found), *_links(found, options), *_disks(found, options), *_shared(found),
+        *_clocks(found, options), *_versions(found), *_hosts(found), *_needs(found),
     ]  # fmt: skip
     return sorted(faults, key=lambda fault: (fault.state != "fail", not fault.exclude))
 
@@ -213,16 +213,25 @@ def _disks(found: Findings, options: Options) -> Iterator[Fault]:
             text = f"run.dir is written at {speed / 1e6:.0f} MB/s, the nodes' median is {median(speeds) / 1e6:.0f}"
             yield Fault("warn", node, text, "every checkpoint waits for the slowest node: see its mount.")
     for node in found.nodes:
-        if found.first(node, "shared") is False:
-            yield Fault(
-                "fail",
-                node,
-                "run.dir is not the directory that rank 0 sees",
-                "run.dir must lie on a file system that all nodes share.",
-                True,
-            )
         for folder in (found.first(node, "data") or {}).get("missing", ()):
             yield Fault("fail", node, f"cannot read {folder}", "mount the data there, or mend data.root.", True)
+
+
+def _shared(found: Findings) -> Iterator[Fault]:
+    """run.dir is one directory for nodes that see each other's files in it. More than half of the nodes have the right one."""
+    sees = {
+        node: set(seen) for node in found.nodes
+        if (seen := found.first(node, "sees")) is not None and not any("shared" in report.get("errors", {}) for report in found.of(node))
+    }  # fmt: skip
+    groups = {node: [n for n in sees if n == node or (n in sees[node] and node in sees[n])] for node in sees}
+    largest = max(groups.values(), key=len, default=[])
+    others = [node for node in sees if node not in largest]
+    do = "run.dir must lie on a file system that all nodes share."
+    if 2 * len(largest) > len(sees):
+        for node in others:
+            yield Fault("fail", node, f"run.dir is not the directory that {', '.join(largest[:4])} see", do, True)
+    elif others:
+        yield Fault("fail", "", f"run.dir is one directory on {', '.join(largest[:4])}, and another on {', '.join(others[:4])}", do)
 
 
 def _clocks(found: Findings, options: Options) -> Iterator[Fault]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from onellm_dist.errors import OneLLMError
+from onellm_dist.launch.local import exit_by_signal, when_ended
 from onellm_dist.rehearsal.run import run_rehearsal
 
 
@@ -22,7 +22,7 @@ def main() -> int:
         "--preset", choices=["smollm2-135m", "toy"], default="smollm2-135m", help="toy: only tries the phases, in a minute or two"
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exception: what was started is ended too
+    when_ended(exit_by_signal)  # what was started is ended too
     try:
         return run_rehearsal(given.out, steps=given.steps, ranks=given.ranks, new_tokens=given.new_tokens, preset=given.preset)
     except OneLLMError as error:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from onellm_dist.errors import OneLLMError
+from onellm_dist.launch.local import when_ended
 from onellm_dist.slurm.config import CONTROLLER, FAKE_GPUS, PREFIX_LENGTH, address, hosts_file, node_names, slurm_conf
 from onellm_dist.slurm.namespaces import Host, pids_of
 from onellm_dist.slurm.needs import check_needs, find_tool
@@ -61,7 +62,7 @@ class Cluster:
         self.root = claim_folder()
         try:
             if threading.current_thread() is threading.main_thread():
-                self._before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+                self._before = when_ended(_interrupt)
             self._write_files()
             self._start_head()
             for name in self.nodes:

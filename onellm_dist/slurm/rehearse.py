@@ -17,6 +17,7 @@ from onellm_dist.launch.script import render
 from onellm_dist.launch.submit import make_job
 from onellm_dist.slurm.cluster import Cluster
 from onellm_dist.slurm.history import Comparison, compare
+from onellm_dist.slurm.needs import check_needs
 from onellm_dist.slurm.scenarios import SCENARIOS, Interrupted, Stage
 
 TOY_RECIPE = Path("toy/align_image")
@@ -68,6 +69,7 @@ def rehearse_command(
     """  # fmt: skip
     chosen = _chosen(only)
     keys = toy_size(recipe, overrides, ranks=nodes * ranks_per_node, data=out / "toy")
+    check_needs(ssh=starter == "deepspeed")
     _clear(out)
     toy_data(recipe, keys, out / "toy")
     rows: list[Row] = []
@@ -119,13 +121,16 @@ def toy_data(recipe: Path, keys: Sequence[str], folder: Path) -> None:
     if config.data.root != folder.resolve() or folder.is_dir():
         return
     names = ",".join(str(entry.path) for entry in config.data.mixture)
-    command = [sys.executable, "-m", "onellm_dist.cli", "shards", "build", "toyworld", str(folder)]
+    aside = folder.with_name(f"{folder.name}.partial")  # a build that was stopped must not be taken for whole
+    shutil.rmtree(aside, ignore_errors=True)
+    command = [sys.executable, "-m", "onellm_dist.cli", "shards", "build", "toyworld", str(aside)]
     command += ["-o", f"train={SAMPLES}", "-o", "test=1", "-o", f"modalities={names}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise OneLLMError(
             f"the toy data could not be made: {done.stderr.strip()}", "the rehearsal has nothing to read.", "mend what it names."
         )
+    aside.rename(folder)
 
 
 def deepspeed_env(cluster: Cluster) -> str:

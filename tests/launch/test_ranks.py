@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.errors import UsageError
-from onellm_dist.launch.local import launch_local
+from onellm_dist.launch.job import Job
+from onellm_dist.launch.local import exit_by_signal, launch_local, when_ended
 from onellm_dist.launch.ranks import Ranks, discover_ranks
-from onellm_dist.launch.slurm import expand_hosts, tasks_per_node
+from onellm_dist.launch.script import render
+from onellm_dist.launch.slurm import expand_hosts, rendezvous_port, tasks_per_node
 
 STEP = {
     "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "31234",
@@ -39,7 +41,36 @@ def test_contradicting_ranks_are_refused(env: dict[str, str]) -> None:
 
 
 def test_ranks_of_a_slurm_step() -> None:
-    assert discover_ranks(STEP) == Ranks(5, 6, 1, 2, "gpu08", 20000 + 31234 % 20000)
+    assert discover_ranks(STEP) == Ranks(5, 6, 1, 2, "gpu08", 12000 + 31234 % 20000)
+
+
+def test_two_starts_of_a_job_meet_at_different_ports_below_the_ephemeral_ones() -> None:
+    ports = [rendezvous_port(31234, restart) for restart in range(50)]
+    assert len(set(ports)) == 50 and all(12000 <= port < 32768 for port in ports)
+    assert discover_ranks({**STEP, "SLURM_RESTART_COUNT": "3"}).port == ports[3]  # type: ignore[union-attr]
+    # The job script says the same in bash.
+    line = next(x for x in render(Job("x", Path("r"), (2, 2), 8, 8, starter="torchrun")).splitlines() if x.startswith("port="))
+    env = {"SLURM_JOB_ID": "31234", "SLURM_RESTART_COUNT": "3"}
+    assert (
+        int(subprocess.run(["bash", "-c", f"{line}; echo $port"], env=env, capture_output=True, text=True, check=True).stdout) == ports[3]
+    )
+
+
+def test_term_and_a_closed_terminal_are_heard_but_for_what_nohup_ignores() -> None:
+    first = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        before = when_ended(exit_by_signal)
+        assert set(before) == set(first)
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(1)
+        assert ended.value.code == 128 + signal.SIGHUP
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert set(when_ended(exit_by_signal)) == {signal.SIGTERM}
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        for number, handler in first.items():
+            signal.signal(number, handler)
 
 
 def test_a_batch_script_is_no_rank() -> None:

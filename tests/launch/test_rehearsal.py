@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onellm_dist.errors import UsageError
+from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.launch.attempts import read_attempts
+from onellm_dist.slurm import needs
 from onellm_dist.slurm.cluster import Cluster
 from onellm_dist.slurm.history import compare
 from onellm_dist.slurm.needs import what_is_missing
-from onellm_dist.slurm.rehearse import EVERY, STEPS, TOY_RECIPE, deepspeed_env, rehearse_command, toy_size
+from onellm_dist.slurm.rehearse import EVERY, STEPS, TOY_RECIPE, deepspeed_env, rehearse_command, toy_data, toy_size
 from onellm_dist.slurm.scenarios import SCENARIOS
 
 MISSING = what_is_missing(ssh=True)
@@ -130,6 +131,34 @@ def test_what_is_asked_wrongly_is_refused_before_anything_starts(tmp_path: Path)
         with pytest.raises(UsageError):
             rehearse_command(recipe, keys, only=only, **how)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_without_slurm_is_told_so_before_anything_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "_PATH", str(tmp_path))
+    earlier = tmp_path / "out" / "clean_run"
+    earlier.mkdir(parents=True)
+    with pytest.raises(OneLLMError, match="no throw-away Slurm"):
+        rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=1, starter="srun", out=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clean_run"] and earlier.is_dir()
+
+
+def test_toy_data_that_were_not_finished_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "toy"
+    keys = toy_size(TOY_RECIPE, [], ranks=2, data=folder)
+    codes = iter([1, 0])
+
+    def build(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        target = Path(command[command.index("toyworld") + 1])
+        assert not target.exists()
+        (target / "image").mkdir(parents=True)
+        return subprocess.CompletedProcess(command, next(codes), "", "cut short")
+
+    monkeypatch.setattr("onellm_dist.slurm.rehearse.subprocess.run", build)
+    with pytest.raises(OneLLMError, match="cut short"):
+        toy_data(TOY_RECIPE, keys, folder)
+    assert not folder.exists()
+    toy_data(TOY_RECIPE, keys, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
 @pytest.mark.parametrize("recipe", ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune", "toy/align_all"])

@@ -29,7 +29,7 @@ def report(rank: int, **changes: Any) -> dict[str, Any]:
         "rank": rank, "node": node, "errors": {}, "versions": {"torch": "2.15", "python": "3.11"}, "environment": {"NCCL_DEBUG": "WARN"},
         "host": {"memory_free": 500 * GIB, "memory_total": 512 * GIB, "shm_free": 64 * GIB, "open_files": 65536, "cores": 64},
         "gpu": gpu, "ecc": [{"index": "0", "ecc.errors.uncorrected.volatile.total": "0", "retired_pages.pending": "No"}],
-        "disk": {"free": 1000 * GIB, "write": 1e9, "read": 2e9}, "data": {"read": 1e9, "missing": []}, "shared": True,
+        "disk": {"free": 1000 * GIB, "write": 1e9, "read": 2e9}, "data": {"read": 1e9, "missing": []}, "sees": list(NODES),
         "pairs": [{"with": other, "speed": 20e9} for other in NODES if other != node], **changes,
     }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_well_nodes_have_no_faults() -> None:
         (links(1e9), "the nodes' median is 20"),
         ({"pairs": [{"with": "a", "error": "timed out"}, {"with": "b", "error": "timed out"}]}, "no all-reduce with any of its partners"),
         ({"disk": {"free": 0, "error": "No space left on device"}}, "No space left"),
-        ({"shared": False}, "not the directory that rank 0 sees"),
+        ({"sees": ["c"]}, "not the directory that a, b, d see"),
         ({"data": {"read": None, "missing": ["/data/laion"]}}, "cannot read /data/laion"),
         ({"versions": {"torch": "2.11", "python": "3.11"}}, "torch is 2.11, on a, b, d it is 2.15"),
         ({"errors": {"host": "not done within 60 s"}}, "host: not done within 60 s"),
@@ -90,6 +90,25 @@ def test_a_fault_of_one_node_is_its_own_and_excludes_it_alone(changes: dict[str,
     assert [fault.node for fault in faults if words in fault.what] == ["c"], faults
     assert excluded(found, faults) == ["c"]
     assert words in text_of(found, faults, ["c"], 3.0) and "--exclude=c" in text_of(found, faults, ["c"], 3.0)
+
+
+def directories(*groups: str, **errors: dict[str, str]) -> list[str]:
+    """Excluded nodes where run.dir is one directory for the nodes of each group; letters are nodes."""
+    changes: dict[int, dict[str, Any]] = {}
+    for node in "".join(groups):
+        changes[NODES.index(node)] = {"sees": list(next(group for group in groups if node in group)), "errors": errors.get(node, {})}
+    found = Findings({node: [NODES.index(node)] for node in sorted("".join(groups))}, {i: report(i, **c) for i, c in changes.items()}, {})
+    faults = [fault for fault in judge(found, Options()) if "all-reduce" not in fault.what]
+    assert len(groups) == 1 or any("run.dir" in fault.what or "shared" in fault.what for fault in faults)
+    return excluded(found, faults)
+
+
+def test_the_node_without_the_mount_is_told_also_where_it_is_rank_0s() -> None:
+    assert directories("abcd") == []
+    assert directories("bcd", "a") == ["a"] and directories("abd", "c") == ["c"], "the largest group has the right one"
+    assert directories("bcd", "a", a={"shared": "Read-only file system"}) == ["a"]
+    assert directories("ab", "cd") == [] and directories("a", "b", "c", "d") == [], "nobody shares: no node's fault"
+    assert directories("a", "b") == [], "two suspects"
 
 
 def test_what_all_nodes_have_excludes_none() -> None:
