@@ -38,7 +38,8 @@ def shards_build(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the bytes written.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at OUT, finished or not.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset at OUT, or an unfinished build of another.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw OUT's unfinished build away first (one process alone).")] = False,
     task: Annotated[str, typer.Option(help="INDEX/COUNT: build only this process's share (Slurm arrays).")] = "0/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
 ) -> None:
@@ -52,33 +53,40 @@ def shards_build(
     from onellm_dist.shards.build import build_command
 
     raise typer.Exit(
-        build_command(source, paths or [], option or [], workers=workers, seed=seed, overwrite=overwrite, task=task, dry_run=dry_run)
-    )
+        build_command(
+            source, paths or [], option or [], workers=workers, seed=seed, overwrite=overwrite, restart=restart, task=task, dry_run=dry_run,
+        )
+    )  # fmt: skip
 
 
 @app.command("index")
 def shards_index(
     paths: Annotated[list[Path], typer.Argument(help="Tars, or folders of tars.")],
     modality: Annotated[list[str] | None, typer.Option(help="What each sample has; repeat for joint samples.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, a tar each.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Also tars of a folder whose index fits (name, size, not older).")] = False,
 ) -> None:
     """Index WebDataset tars of others without rewriting them.
 
-    Example: onellm shards index laion/00000.tar --modality image
+    Example: onellm shards index laion/ --modality image --workers 8
     """
     from onellm_dist.shards.build import index_command
 
-    raise typer.Exit(index_command(paths, modality or []))
+    raise typer.Exit(index_command(paths, modality or [], workers=workers, again=again))
 
 
 @app.command("verify")
-def shards_verify(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
+def shards_verify(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes, a shard each.")] = 1,
+) -> None:
     """Read every byte of a dataset and name each fault: shard, key, offset.
 
-    Example: onellm shards verify toy/image
+    Example: onellm shards verify toy/image --workers 8
     """
     from onellm_dist.shards.verify import verify_command
 
-    raise typer.Exit(verify_command(dataset))
+    raise typer.Exit(verify_command(dataset, workers=workers))
 
 
 @app.command("repair")

@@ -33,6 +33,8 @@ class Adopted:
     samples: int
     manifest: Path | None
     """The manifest that makes the folder a dataset; None where single tars were indexed."""
+    kept: int = 0
+    """Tars whose index fitted already."""
 
 
 def index_path(
@@ -43,6 +45,7 @@ def index_path(
     split: str | None = None,
     licence: str = "unknown",
     workers: int = 1,
+    again: bool = True,
 ) -> Adopted:
     """Indexes one tar, or all tars below a folder; a folder gets a manifest too and is a dataset then. Tars are only read.
 
@@ -56,6 +59,7 @@ def index_path(
             or `test` where a folder or the tar is named so (`val/0.tar`, `test_subj01_0.tar`), else `train`.
         licence: goes to the manifest.
         workers: processes, a tar each at a time.
+        again: False: of a folder, tars are not read that have a whole index, as new as they are and for their size.
 
     Raises:
         UsageError: no tar there, or the modality cannot be told.
@@ -71,13 +75,26 @@ def index_path(
     if not tars:
         raise UsageError(f"{path}: there is no .tar below it.", "there is nothing to index.", "check the path.")
     old = _old_manifest(path)
-    _index_all(tars, workers)
+    todo = tars if again else [t for t in tars if not _fits(t)]
+    kept = len(tars) - len(todo)
+    _index_all(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
         _compare(path, old)
-        return Adopted(len(tars), sum(s.samples for s in old.shards), path / MANIFEST)
+        return Adopted(len(tars), sum(s.samples for s in old.shards), path / MANIFEST, kept)
     manifest = _manifest(path, tars, modalities, name, split, licence)
     write_whole(path / MANIFEST, manifest.to_bytes())
-    return Adopted(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST)
+    return Adopted(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST, kept)
+
+
+def _fits(tar: Path) -> bool:
+    """The tar has an index that is whole, and was made of a file of this name and size after it was last written."""
+    path = index_path_of(tar)
+    try:
+        index, written = ShardIndex(path), tar.stat()
+        made = path.stat().st_mtime_ns
+    except (OneLLMError, OSError):
+        return False
+    return (index.tar_name, index.tar_bytes) == (tar.name, written.st_size) and made >= written.st_mtime_ns and index.body_is_whole()
 
 
 def _old_manifest(path: Path) -> Manifest | None:
@@ -90,7 +107,7 @@ def _old_manifest(path: Path) -> Manifest | None:
 def _index_all(tars: Sequence[Path], workers: int) -> None:
     errors: list[OneLLMError] = []
     with progress(len(tars), "Indexing", unit="tars") as bar:
-        if workers == 1:
+        if workers == 1 or len(tars) < 2:
             for tar in tars:
                 errors += filter(None, [try_index_tar(tar)])
                 bar.advance()

@@ -29,6 +29,7 @@ def build_dataset(
     workers: int = 1,
     seed: int = 0,
     overwrite: bool = False,
+    restart: bool = False,
     task: Task | None = None,
     **options: Any,
 ) -> BuildReport:
@@ -43,6 +44,8 @@ def build_dataset(
         out: the new folder, a path or an fsspec URL. Must be absent or empty, or hold datasets and `overwrite` be given.
         workers: processes; the output's bytes do not depend on it.
         seed: for sources that draw or shuffle.
+        overwrite: replace datasets that stand at `out`, and an unfinished build of something else.
+        restart: begin an unfinished build of the same anew too; of several processes none may be asked for it.
         task: this process builds a fixed part of the shards (see `Task`); needed for remote outputs of several processes.
         options: the source's own and the builder's (`options_of`); texts are converted to their types.
 
@@ -62,7 +65,7 @@ def build_dataset(
         if settings is not None:
             assert what is not None
             request = Request(kind, what, where, seed, own, settings)
-            return build_planned(request, workers=workers, overwrite=overwrite, task=task or Task())
+            return build_planned(request, workers=workers, overwrite=overwrite, restart=restart, task=task or Task())
         if not isinstance(where, Path):
             raise UsageError(f"source {source!r} writes to local folders only.", f"{out} is remote.", "build locally and copy the folder.")
         assert kind.build is not None
@@ -110,10 +113,13 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
     return Path(values["out"]), _build(values, options, overwrite=overwrite, task=Task())
 
 
-def _build(values: Mapping[str, Any], options: Mapping[str, Any], *, overwrite: bool, task: Task) -> BuildReport:
+def _build(
+    values: Mapping[str, Any], options: Mapping[str, Any], *, overwrite: bool, restart: bool = False, task: Task
+) -> BuildReport:  # fmt: skip
     return build_dataset(
         values["source"], values.get("inputs"), values["out"],
-        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, task=task, **options,
+        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, restart=restart, task=task,
+        **options,
     )  # fmt: skip
 
 
@@ -151,6 +157,7 @@ def build_command(
     workers: int,
     seed: int,
     overwrite: bool,
+    restart: bool = False,
     task: str = "0/1",
     dry_run: bool = False,
 ) -> int:
@@ -186,7 +193,7 @@ def build_command(
     if dry_run:
         print(_dry_run(values, kind_options))
         return EXIT_DONE
-    print(summary(_build(values, kind_options, overwrite=overwrite, task=number), values["out"]))
+    print(summary(_build(values, kind_options, overwrite=overwrite, restart=restart, task=number), values["out"]))
     return EXIT_DONE
 
 
@@ -209,13 +216,19 @@ def _pairs(options: list[str]) -> dict[str, str]:
     return dict(option.split("=", 1) for option in options)
 
 
-def index_command(paths: list[Path], modalities: list[str]) -> int:
-    """`onellm shards index`: indexes tars and folders of tars. Returns the exit code."""
+def index_command(paths: list[Path], modalities: list[str], *, workers: int = 1, again: bool = False) -> int:
+    """`onellm shards index`: indexes tars and folders of tars. Returns the exit code.
+
+    Args:
+        workers: processes.
+        again: also tars that have an index which fits.
+    """
     wanted = parse_modalities(",".join(modalities)) if modalities else None
     for path in paths:
-        done = index_path(path, modalities=wanted)
+        done = index_path(path, modalities=wanted, workers=workers, again=again)
         where = f"; it is a dataset now ({done.manifest})" if done.manifest else "; to train from it, index its folder"
-        print(f"{path}: {done.tars} tar{'s' if done.tars != 1 else ''}, {done.samples} samples indexed{where}")
+        kept = f" ({done.kept} had an index already)" if done.kept else ""
+        print(f"{path}: {done.tars} tar{'s' if done.tars != 1 else ''}, {done.samples} samples indexed{kept}{where}")
     return EXIT_DONE
 
 

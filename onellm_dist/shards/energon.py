@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sqlite3
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import yaml
 from braceexpand import braceexpand
 
-from onellm_dist.errors import UsageError
+from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.shards.files import private_name
 from onellm_dist.shards.format import MANIFEST, Manifest, ShardInfo
 from onellm_dist.shards.index import ShardIndex
@@ -30,6 +31,7 @@ from onellm_dist.shards.places import Place, put, write
 
 ENERGON_VERSION = "7.4.1"
 META = ".nv-meta"
+_MAKING = ".making-"
 _SPLITS = ("train", "val", "test")
 """Energon's own; they are named even where they are empty."""
 _TABLES = """
@@ -45,23 +47,39 @@ CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, pa
 """
 
 
-def write_energon(root: Place) -> None:
+def write_energon(root: Place, manifest: Manifest | None = None, scratch: Path | None = None) -> None:
     """Writes Energon's files into a dataset folder; older ones are replaced. Tars are not read, only their indexes.
+
+    Args:
+        manifest: the dataset's; read from the folder where not given.
+        scratch: a local folder where the database is made (290 bytes a sample of three parts, 370 while it is indexed); where not
+            given one in the dataset's own `.nv-meta/`, or for a remote dataset the system's for temporary files.
 
     Raises:
         UsageError: there is no dataset.
-        OneLLMError: an index cannot be read.
+        OneLLMError: an index cannot be read, or the database not be written (the disk is full, two samples have one key).
     """
-    try:
-        data = (root / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{root} holds no dataset.", "Energon's files describe one.", "check the path.") from None
-    manifest = Manifest.from_bytes(data, Path(str(root / MANIFEST)))
+    if manifest is None:
+        try:
+            data = (root / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            raise UsageError(f"{root} holds no dataset.", "Energon's files describe one.", "check the path.") from None
+        manifest = Manifest.from_bytes(data, Path(str(root / MANIFEST)))
     meta = root / META
     if isinstance(meta, Path):
         meta.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="onellm-") as folder:
-        _write_database(root, manifest.shards, Path(folder))
+        for left in meta.glob(f"{_MAKING}*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    where = scratch if scratch is not None else meta if isinstance(meta, Path) else None
+    with tempfile.TemporaryDirectory(prefix=_MAKING, dir=where) as folder:
+        try:
+            _write_database(root, manifest.shards, Path(folder))
+        except sqlite3.Error as error:
+            raise OneLLMError(
+                f"{meta / 'index.sqlite'} cannot be made in {folder}: {error}.",
+                "Megatron-Energon finds samples in it (training here does not use it).",
+                "make room (about 400 bytes a sample) and run the same again, or do without (-o energon=false): what was built is kept.",
+            ) from error
     splits: dict[str, list[str]] = {name: [] for name in _SPLITS}
     for shard in manifest.shards:
         splits.setdefault(shard.split, []).append(shard.path)
@@ -69,7 +87,7 @@ def write_energon(root: Place) -> None:
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
     write(meta / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False).encode())
     write(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())
-    write(meta / "index.uuid", str(uuid.UUID(bytes=hashlib.sha256(data).digest()[:16], version=4)).encode())
+    write(meta / "index.uuid", str(uuid.UUID(bytes=hashlib.sha256(manifest.to_bytes()).digest()[:16], version=4)).encode())
     write(meta / ".info.json", json.dumps(info, indent=2).encode())
 
 
@@ -87,9 +105,22 @@ def _write_database(root: Place, shards: Sequence[ShardInfo], scratch: Path) -> 
             write(tar.with_name(f"{tar.name}.idx"), index.sample_starts().astype("<u8").tobytes())
             database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", _samples(number, index))
             database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", _parts(number, index))
-        database.executescript(_INDEXES)
         database.commit()
+        with _sorting_in(scratch, database):
+            database.executescript(_INDEXES)
+            database.commit()
     put(local, root / META / "index.sqlite")
+
+
+@contextmanager
+def _sorting_in(folder: Path, database: sqlite3.Connection) -> Iterator[None]:
+    """SQLite sorts large indexes in files; they lie in $TMPDIR unless told otherwise (for the whole process, so it is taken back)."""
+    text = str(folder).replace("'", "''")
+    database.execute(f"PRAGMA temp_store_directory = '{text}'")
+    try:
+        yield
+    finally:
+        database.execute("PRAGMA temp_store_directory = ''")
 
 
 def _index(tar: Place, scratch: Path) -> ShardIndex:

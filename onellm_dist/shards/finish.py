@@ -23,7 +23,7 @@ from onellm_dist.files import sync
 from onellm_dist.progress import progress
 from onellm_dist.shards.duplicates import duplicates
 from onellm_dist.shards.files import private_name
-from onellm_dist.shards.format import MANIFEST, SHARD_FOLDER, Manifest, ShardInfo
+from onellm_dist.shards.format import SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.index import ShardIndex, index_path_of
 from onellm_dist.shards.places import Place, move, put, write
 from onellm_dist.shards.sources.base import Quarantined
@@ -62,11 +62,12 @@ class Finished(NamedTuple):
     """The first LISTED."""
     failures: int
     notes: tuple[str, ...]
-    shards: tuple[ShardInfo, ...]
+    manifest: Manifest
+    """Not written yet: it says that the dataset is whole."""
 
 
 def finish(job: Job, built: Built, final: Place, *, workers: int) -> Finished:
-    """Puts the dataset together in `final`.
+    """Puts the dataset together in `final`, all but its manifest.
 
     Raises:
         TooManyFailures: too many samples are bad.
@@ -94,10 +95,9 @@ def finish(job: Job, built: Built, final: Place, *, workers: int) -> Finished:
     if isinstance(final, Path):
         sync(final / SHARD_FOLDER)
     write(final / STATISTICS, json.dumps(_statistics(records, manifest, kinds, repeated), indent=1, sort_keys=True).encode())
-    write(final / MANIFEST, manifest.to_bytes())
     skipped = _skipped(records, repeated)
     notes = (*plan.notes, *(f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()))
-    return Finished(sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest.shards)
+    return Finished(sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest)
 
 
 def all_records(job: Job) -> Built | None:

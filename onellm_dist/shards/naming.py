@@ -104,6 +104,6 @@ def infer_modalities(kinds: Mapping[frozenset[str], int], where: Path) -> tuple[
 
 
 def dataset_name(path: Path | RemotePath) -> str:
-    """A folder's name with other characters than letters, digits and `._-` as `_`."""
+    """A folder's name with other characters than letters, digits and `._-` as `_`, and none of `.-` in front."""
     name = Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
-    return re.sub(r"[^\w.-]", "_", name) or "dataset"
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".-") or "dataset"

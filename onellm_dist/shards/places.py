@@ -194,14 +194,19 @@ def move(source: Place, target: Place) -> None:
     else:
         assert isinstance(source, RemotePath)
         assert isinstance(target, RemotePath)
-        source._fs.mv(source._key, target._key)
+        try:
+            source._fs.mv(source._key, target._key)
+        except FileNotFoundError:  # another process that finishes the same build moved it meanwhile
+            if not target.exists():
+                raise
 
 
 def put(source: Path, target: Place) -> None:
     """Moves a local file to where it belongs."""
     if isinstance(target, Path):
+        device = source.stat().st_dev  # first: where both folders are gone, none is made again
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.stat().st_dev == target.parent.stat().st_dev:
+        if device == target.parent.stat().st_dev:
             source.replace(target)
         else:
             shutil.copyfile(source, aside(target))

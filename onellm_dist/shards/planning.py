@@ -25,7 +25,7 @@ from onellm_dist.shards.sources.base import Candidate, Group, Layout, Source
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
 VERSION = 3
-"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names."""
+"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names, and the denylist's SHA-256 is kept."""
 
 
 class GroupRow(NamedTuple):
@@ -78,6 +78,8 @@ class Plan:
     notes: tuple[str, ...]
     attributes: Mapping[str, Any]
     groups: tuple[GroupRow, ...]
+    denylist_sha256: str | None = None
+    """Of the denylist's bytes: a changed list is another build."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -106,14 +108,14 @@ class Plan:
 
     def request(self) -> dict[str, Any]:
         """What the user asked for; a build is resumed only by an equal request."""
-        return {"source": self.source, "inputs": self.inputs, "seed": self.seed, "options": dict(self.options), **self.settings.to_json()}
+        return as_request(self.source, self.inputs, self.seed, self.options, self.settings, self.denylist_sha256)
 
     def to_bytes(self) -> bytes:
         """plan.json."""
         head = {
             "version": VERSION, "source": self.source, "inputs": self.inputs, "seed": self.seed, "options": dict(self.options),
             "settings": self.settings.to_json(), "modalities": list(self.modalities), "notes": list(self.notes),
-            "attributes": dict(self.attributes),
+            "attributes": dict(self.attributes), "denylist_sha256": self.denylist_sha256,
         }  # fmt: skip
         lines = ",\n".join("  " + json.dumps(g) for g in self.groups)
         return (json.dumps(head, sort_keys=True)[:-1] + ', "groups": [\n' + lines + "\n]}\n").encode("ascii")
@@ -123,24 +125,36 @@ class Plan:
         """Parses plan.json.
 
         Raises:
-            UsageError: of another version.
+            OtherVersion: of another version.
         """
         raw = json.loads(data)
         if raw["version"] != VERSION:
-            raise UsageError(
+            raise OtherVersion(
                 f"the unfinished build has a plan of version {raw['version']}; this program makes {VERSION}.",
                 "it cannot be continued.",
                 "finish it with the program that began it, or start again with --overwrite.",
             )
         return cls(
             raw["source"], raw["inputs"], raw["seed"], raw["options"], Settings.from_json(raw["settings"]), tuple(raw["modalities"]),
-            tuple(raw["notes"]), raw["attributes"], tuple(GroupRow(*g) for g in raw["groups"]),
+            tuple(raw["notes"]), raw["attributes"], tuple(GroupRow(*g) for g in raw["groups"]), raw["denylist_sha256"],
         )  # fmt: skip
 
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of plan.json: done records carry it, so that none of another plan is taken for this one's."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+class OtherVersion(UsageError):
+    """A plan of another version of this program."""
+
+
+def as_request(
+    source: str, inputs: str, seed: int, options: Mapping[str, Any], settings: Settings, denylist_sha256: str | None
+) -> dict[str, Any]:  # fmt: skip
+    """What decides the samples of a build (`energon` only adds files, and may change while it is unfinished)."""
+    kept = {k: v for k, v in settings.to_json().items() if k != "energon"}
+    return {"source": source, "inputs": inputs, "seed": seed, "options": dict(options), **kept, "denylist_sha256": denylist_sha256}
 
 
 def json_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +190,7 @@ def make_plan(
         offset += len(line)
     plan = Plan(
         source.name, str(inputs), seed, json_options(options), settings, layout.modalities, layout.notes, dict(layout.attributes),
-        tuple(rows),
+        tuple(rows), settings.denylist_sha256(),
     )  # fmt: skip
     return plan, b"".join(lines)
 
@@ -236,7 +250,11 @@ def save_plan(folder: Place, plan: Plan, groups: bytes) -> None:
 
 
 def load_plan(folder: Place) -> Plan | None:
-    """The plan of an unfinished build; None: there is none."""
+    """The plan of an unfinished build; None: there is none.
+
+    Raises:
+        OtherVersion: it is one of another version.
+    """
     try:
         return Plan.from_bytes((folder / PLAN).read_bytes())
     except FileNotFoundError:
@@ -269,5 +287,5 @@ def unit_candidates(
                     f"{group.name}: it has {seen if seen < piece.stop else 'more'} samples where there were {group.samples} when the "
                     "build was planned.",
                     "the input changed under the builder, so shards built before and after would not fit together.",
-                    "put the input back, or start again with --overwrite.",
+                    "put the input back, or begin anew with --restart.",
                 )

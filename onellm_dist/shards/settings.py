@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from onellm_dist.errors import UsageError
 from onellm_dist.shards.sources.base import Option
-from onellm_dist.shards.writer import MAX_BYTES, MAX_SAMPLES
+from onellm_dist.shards.writer import MAX_BYTES, MAX_SAMPLES, check_name
 
 DEDUP = ("none", "exact", "perceptual")
 
@@ -59,6 +60,7 @@ class Settings:
     energon: bool
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if not 0 <= self.max_failures <= 1:
             raise UsageError(
                 f"max_failures={self.max_failures} is not within 0 and 1.", "it is a share of the samples.", "0.1 allows one in ten."
@@ -89,6 +91,10 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """For the plan file; `from_json` is its inverse."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
+
+    def denylist_sha256(self) -> str | None:
+        """Hex SHA-256 of the denylist's bytes; None: there is none."""
+        return None if self.denylist is None else hashlib.sha256(self.denylist.read_bytes()).hexdigest()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Settings:

@@ -23,9 +23,20 @@ from onellm_dist.shards.tarwriter import ShardWriter
 
 MAX_SAMPLES = 10_000
 MAX_BYTES = 1 << 30
+_NAME = re.compile(r"\w[\w.-]*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _OURS = re.compile(rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?")
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError where a dataset cannot have this name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"dataset name {name!r} has other characters than letters, digits and ._-, or begins with one of . and -",
+            "it is part of every sample's id.",
+            "choose another.",
+        )
 
 
 class DatasetWriter:
@@ -60,12 +71,7 @@ class DatasetWriter:
         max_samples: int = MAX_SAMPLES,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        if not re.fullmatch(r"[\w][\w.-]*", name):
-            raise UsageError(
-                f"dataset name {name!r} has other characters than letters, digits and ._-",
-                "it is part of every sample's id.",
-                "choose another.",
-            )
+        check_name(name)
         if max_samples < 1 or max_bytes < 1:
             raise UsageError(
                 f"max_samples={max_samples}, max_bytes={max_bytes}: both must be at least 1.", "a shard holds samples.", "raise them."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.shards.adopt import index_path
 from onellm_dist.shards.build import index_command
 from onellm_dist.shards.format import open_dataset
-from onellm_dist.shards.index import ShardIndex, index_tar
+from onellm_dist.shards.index import ShardIndex, index_path_of, index_tar
 from onellm_dist.shards.tars import TarError, scan_tar
 from onellm_dist.webpage import write_page
 
@@ -226,6 +227,22 @@ def test_a_builders_manifest_is_kept_and_its_indexes_are_made_again(tmp_path: Pa
     tar.write_bytes(other.tar_path(other.shards()[0]).read_bytes())
     with pytest.raises(OneLLMError, match="not of one piece"):
         index_path(dataset.root)
+
+
+def test_tars_whose_index_fits_are_not_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tars = [foreign_tar(tmp_path / f"{i}.tar", IMG2DATASET) for i in range(6)]
+    assert index_path(tmp_path, again=False).kept == 0
+    before = all_bytes(tmp_path)
+    data = bytearray(index_path_of(tars[0]).read_bytes())
+    data[-100] ^= 1
+    index_path_of(tars[0]).write_bytes(data)  # damaged
+    os.utime(tars[1], ns=(0, index_path_of(tars[1]).stat().st_mtime_ns + 1))  # written later
+    index_path_of(tars[2]).unlink()
+    index_path_of(tars[3]).write_bytes(index_path_of(tars[4]).read_bytes())  # of another tar
+    assert index_command([tmp_path], [], workers=1) == 0
+    assert "6 tars, 12 samples indexed (2 had an index already); it is a dataset now" in capsys.readouterr().out
+    assert all_bytes(tmp_path) == before
+    assert index_path(tmp_path).kept == 0
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def _changed(path: Path, start: int, end: int, error: ValueError) -> OneLLMError
     return OneLLMError(
         f"{path}: bytes {start} to {end} are no rows any more ({error}).",
         "the input changed under the builder.",
-        "put the input back, or start again with --overwrite.",
+        "put the input back, or begin anew with --restart.",
     )
 
 
