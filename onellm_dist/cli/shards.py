@@ -90,14 +90,17 @@ def shards_verify(
 
 
 @app.command("repair")
-def shards_repair(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
+def shards_repair(
+    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes that look for faults, a shard each.")] = 1,
+) -> None:
     """Mend what verify finds: indexes are made again, bad samples left out, good ones never; old tars stay beside.
 
     Example: onellm shards repair toy/image
     """
     from onellm_dist.shards.repair import repair_command
 
-    raise typer.Exit(repair_command(dataset))
+    raise typer.Exit(repair_command(dataset, workers=workers))
 
 
 @app.command("stats")

@@ -81,6 +81,11 @@ class _Texts(NamedTuple):
     starts: Ints | None
     """[n + 1] the first text of each row; None where every row has one."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return self.pairs.nbytes + (0 if self.starts is None else self.starts.nbytes)
+
 
 class Lengths:
     """The sidecars of some datasets; the most recently used ones are kept in memory, up to CACHE_BYTES.
@@ -116,9 +121,9 @@ class Lengths:
         info = self._shards[dataset][shard]
         texts = _load(_here(self._datasets[dataset], info, self._fingerprint), info)
         self._kept[dataset, shard] = texts
-        self._bytes += texts.pairs.nbytes
+        self._bytes += texts.nbytes
         while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].pairs.nbytes
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return texts
 
 
@@ -147,7 +152,8 @@ def _load(path: Path, shard: ShardInfo) -> _Texts:
         raise OneLLMError(
             f"{path}: it has the shape {pairs.shape}, not {(shard.samples, 2)}", "it is not of this shard.", "remove it and start again."
         )
-    return _Texts(pairs[:, 1:], np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64))
+    # A copy: a view would keep the column of rows too.
+    return _Texts(pairs[:, 1:].copy(), np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64))
 
 
 def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
@@ -194,13 +200,29 @@ def _inline(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder) -> 
 
 def _parallel(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder, workers: int) -> Iterator[int]:
     # spawn: this process may hold CUDA, threads and locks that a fork must not inherit
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures: list[Future[int]] = [pool.submit(measure_shard, dataset, shard, encoder) for dataset, shard in jobs]
+    # Manifests and tokenizer travel once a process: of LAION-400M they are 5 MB, and there are 41,400 shards.
+    datasets = list({id(dataset): dataset for dataset, _ in jobs}.values())
+    number = {id(dataset): i for i, dataset in enumerate(datasets)}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(datasets, encoder)) as pool:
+        futures: list[Future[int]] = [pool.submit(_measure_in_worker, number[id(dataset)], shard) for dataset, shard in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+_works_for: list[tuple[list[Dataset], TextEncoder]] = []
+"""In a worker process: what it measures, and how."""
+
+
+def _start_worker(datasets: list[Dataset], encoder: TextEncoder) -> None:
+    _works_for.append((datasets, encoder))
+
+
+def _measure_in_worker(dataset: int, shard: ShardInfo) -> int:
+    datasets, encoder = _works_for[0]
+    return measure_shard(datasets[dataset], shard, encoder)
 
 
 def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> int:

@@ -16,8 +16,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from onellm_dist.errors import EXIT_DONE, OneLLMError, SampleError
 from onellm_dist.modalities import get_modality
@@ -37,8 +42,12 @@ REPAIRED = "repaired.jsonl"
 """Samples that a repair left out, with reasons (added to by every repair)."""
 
 
-def repair_dataset(root: Path) -> list[str]:
+def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
     """Repairs a dataset in place.
+
+    Args:
+        root: the dataset's folder.
+        workers: processes that look for faults, a shard each at a time; one process mends.
 
     Returns:
         What was done, a line each; empty: there was nothing to do.
@@ -52,7 +61,7 @@ def repair_dataset(root: Path) -> list[str]:
     except OSError as error:
         raise no_dataset(root) from error
     done, lost, shards = list[str](), list[Quarantined](), list[ShardInfo]()
-    whole, repeated = _surveyed(root, manifest)
+    whole, repeated = _surveyed(root, manifest, workers)
     for number, shard in enumerate(manifest.shards):
         mended = _mended(root, manifest, shard, whole[number], repeated.get(number, {}), done, lost)
         shards += [mended] if mended is not None else []
@@ -71,7 +80,7 @@ def repair_dataset(root: Path) -> list[str]:
     return done
 
 
-def _surveyed(root: Path, manifest: Manifest) -> tuple[list[bool], dict[int, dict[int, str]]]:
+def _surveyed(root: Path, manifest: Manifest, workers: int) -> tuple[list[bool], dict[int, dict[int, str]]]:
     """(which tars are whole, by the manifest's SHA-256; shard -> row -> the earlier shard with a good sample of the same key).
 
     Every byte is read once here. Memory does not grow with the number of samples (`KeyBook`).
@@ -79,17 +88,36 @@ def _surveyed(root: Path, manifest: Manifest) -> tuple[list[bool], dict[int, dic
     whole, repeated = list[bool](), dict[int, dict[int, str]]()
     with KeyBook(sum(s.samples for s in manifest.shards)) as book:
         with progress(len(manifest.shards), f"Looking through {manifest.name}", unit="shards") as bar:
-            for number, shard in enumerate(manifest.shards):
-                tar = root / shard.path
-                there = tar.is_file()
-                whole.append(there and sha256_of(tar) == shard.sha256)
-                found = enumerate(_samples(tar, _trusted_index(tar, shard), whole[-1])) if there else ()
-                good = [(row, key) for row, (key, parts, fault) in found if fault is None and _lacking(manifest, parts) is None]
-                book.add(number, hashes_of([key for _, key in good]), [row for row, _ in good])
+            for number, (is_whole, hashes, rows) in enumerate(_each_survey(root, manifest, workers)):
+                whole.append(is_whole)
+                book.add(number, hashes, rows)
                 bar.advance()
         for first, later in book.repeats():
             repeated.setdefault(later.shard, {})[later.row] = manifest.shards[first.shard].path
     return whole, repeated
+
+
+_Survey = tuple[bool, NDArray[np.uint64], list[int]]
+"""Whether the tar is whole; [n, 2] hashes of the keys of its good samples; their rows."""
+
+
+def _each_survey(root: Path, manifest: Manifest, workers: int) -> Iterator[_Survey]:
+    slim = replace(manifest, shards=(), attributes={})  # it travels with every shard
+    if workers == 1:
+        yield from (_survey(root, slim, shard) for shard in manifest.shards)
+        return
+    count = len(manifest.shards)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_survey, [root] * count, [slim] * count, manifest.shards)
+
+
+def _survey(root: Path, manifest: Manifest, shard: ShardInfo) -> _Survey:
+    tar = root / shard.path
+    there = tar.is_file()
+    whole = there and sha256_of(tar) == shard.sha256
+    found = enumerate(_samples(tar, _trusted_index(tar, shard), whole)) if there else ()
+    good = [(row, key) for row, (key, parts, fault) in found if fault is None and _lacking(manifest, parts) is None]
+    return whole, hashes_of([key for _, key in good]), [row for row, _ in good]
 
 
 def _mended(
@@ -206,9 +234,9 @@ def _rewritten(root: Path, shard: ShardInfo, samples: Mapping[str, Mapping[str, 
     return info
 
 
-def repair_command(root: Path) -> int:
+def repair_command(root: Path, *, workers: int = 1) -> int:
     """`onellm shards repair`: prints what was done. Returns the exit code."""
-    done = repair_dataset(root)
+    done = repair_dataset(root, workers=workers)
     for line in done:
         print(line)
     print(f"{root}: {len(done)} repairs; see what is left: onellm shards verify {root}" if done else f"{root}: nothing to repair")

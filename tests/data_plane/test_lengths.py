@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,17 @@ def test_they_are_measured_once(talk: Dataset) -> None:
 
 
 @pytest.mark.slow
-def test_processes_measure_the_same(talk: Dataset) -> None:
+def test_processes_measure_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
     ensure_lengths([talk], text, show=False)
     paths = [sidecar_path(talk, shard, text.fingerprint) for shard in talk.shards()]
     alone = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
+    packed, pickled = Dataset.__reduce__, list[Dataset]()
+    monkeypatch.setattr(Dataset, "__reduce__", lambda self: pickled.append(self) or packed(self))
     assert ensure_lengths([talk], text, workers=2, show=False) == 17
+    assert len(pickled) <= 2  # once a process, not once a shard
     assert [path.read_bytes() for path in paths] == alone
     assert not list(talk.root.rglob("*.tmp"))
 
@@ -144,3 +148,16 @@ def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) ->
     lengths = Lengths([talk], text.fingerprint, "train", seed=0)
     assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [7, 7, 3, 7]
     assert len(lengths._kept) == 1
+
+
+def test_all_memory_of_the_cache_is_counted(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "many", name="many", modalities=(), max_samples=4) as writer:
+        for i in range(12):
+            writer.add("train", f"k{i}", {"json": json.dumps({"caption": ["a red cube"] * (1 + i % 3)}).encode()})
+    dataset, text = open_dataset(tmp_path / "many"), encoder()
+    ensure_lengths([dataset], text, show=False)
+    lengths = Lengths([dataset], text.fingerprint, "train", seed=0)
+    for number in range(3):
+        whole(lengths, number, 4)
+    held = [array for texts in lengths._kept.values() for array in (texts.pairs, texts.starts) if array is not None]
+    assert lengths._bytes == sum((array if array.base is None else array.base).nbytes for array in held)

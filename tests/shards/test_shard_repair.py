@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,11 @@ def test_nothing_good_left_changes_nothing(tmp_path: Path) -> None:
     assert (dataset.root / "manifest.json").read_bytes() == before
     with pytest.raises(UsageError):
         repair_dataset(tmp_path)
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_faults(dataset: Dataset, tmp_path: Path) -> None:
+    flip(dataset.root / FIRST, 1700)
+    shutil.copytree(dataset.root, tmp_path / "copy")
+    assert repair_dataset(tmp_path / "copy", workers=2) == repair_dataset(dataset.root)
+    assert all_bytes(tmp_path / "copy") == all_bytes(dataset.root)
