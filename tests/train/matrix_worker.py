@@ -135,9 +135,8 @@ def main() -> None:
     for job in jobs:
         started = time.perf_counter()
         result = sharded(world, job)
-        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = (
-            None  # DeepSpeed makes hpZ's groups once a process; here the next job may want them too
-        )
+        # DeepSpeed makes hpZ's groups once a process; here the next job may want them too.
+        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if world.main:
             right = torch.load(file, weights_only=False)[job.get("stage", "align")]
             found[job["name"]] = compare(job, *result, right) | {"seconds": time.perf_counter() - started}
