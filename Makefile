@@ -30,7 +30,7 @@ slurm: $(SLURM)  ## Debian's Slurm, for `onellm rehearse` and its tests (root on
 demo: $(STAMP)  ## the whole path on the toy world: shards, stand-in towers, align, tune, captions, HTML report
 	$(BIN)/onellm demo --out $(DEMO_OUT)
 
-demo-full: $(STAMP)  ## the same, four times as long (about 70 minutes on 2 CPU cores)
+demo-full: $(STAMP)  ## the same, three times as long (about an hour on 2 CPU cores)
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
 test: $(STAMP) $(SLURM) lint types  ## every check but the long random ones

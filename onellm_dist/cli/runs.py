@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for shards, runs, table and report.")] = Path("demo_run"),
-    full: Annotated[bool, typer.Option("--full", help="Four times the quick demo's steps: about 70 minutes on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Three times the quick demo's steps: about an hour on two cores.")] = False,
 ) -> None:
     """Run the whole path on the toy world: shards, towers, align, tune, captions, report.
 

@@ -74,7 +74,7 @@ FULL = Scale(
     llm=("steps=240",),
     stages=(
         Training("toy/align_image", 500, 0.36, (_BF16, "checkpoint.every=50")),
-        Training("toy/align_all", 2000, 1.5, (_BF16, "checkpoint.every=100")),
+        Training("toy/align_all", 1400, 1.5, (_BF16, "checkpoint.every=100")),
         Training("toy/tune", 120, 0.7, (_BF16, "checkpoint.every=40")),
     ),
     shards_seconds=250,
