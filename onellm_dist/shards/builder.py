@@ -146,6 +146,8 @@ def _finished_before(request: Request, base: Place) -> BuildReport:
             _removed(base)
             manifest = Manifest.from_bytes((request.out / MANIFEST).read_bytes(), Path(str(request.out / MANIFEST)))
             return BuildReport(sum(s.samples for s in manifest.shards), notes=("it was finished already, but for tidying up",))
+        if plan is None:
+            remove_tree(base)  # killed while it was removed
     raise UsageError(f"{request.out} already holds a dataset.", "it is not overwritten unless asked for.", "give --overwrite.")
 
 
