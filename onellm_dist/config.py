@@ -200,7 +200,8 @@ class CheckpointSection(Section):
     asynchronous: bool = True
     """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits."""
     resume: Literal["auto", "never"] | Path = "auto"
-    """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory."""
+    """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory. The last two hold for the
+    first start of a job: its requeues go on as with `auto`."""
 
 
 class TrackSection(Section):

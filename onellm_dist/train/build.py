@@ -19,6 +19,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.data.segments import Segment
 from onellm_dist.data.validation import open_validation
 from onellm_dist.errors import OneLLMError
+from onellm_dist.files import mend_tail
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.model.unloaded import Weights, open_model
@@ -36,8 +37,9 @@ from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.guard import Guard
 from onellm_dist.train.inflight import InFlight
+from onellm_dist.train.inherited import take_over
 from onellm_dist.train.ledger import Ledger, write_stream
-from onellm_dist.train.metrics import Events, Metrics, drop_from
+from onellm_dist.train.metrics import EVENTS, Events, Metrics, drop_from
 from onellm_dist.train.notice import NoticeWatch, notice_seconds
 from onellm_dist.train.phases import Phases
 from onellm_dist.train.profiler import Profiler
@@ -222,6 +224,8 @@ def _open_records(config: RunConfig, world: World, plan: Plan, exit_file: ExitFi
     """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
     if world.main:
         prepare_directory(config, found.folder)
+        take_over(config, found)
+        mend_tail(config.run.dir / EVENTS)
         write_stream(config.run.dir / LEDGER, plan.segments, {d.name: _absolute(d.place) for d in plan.datasets})
     world.barrier()
     events = Events(config.run.dir, main=world.main)
@@ -246,7 +250,7 @@ def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroStep) -
 
 def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledger, Marks, int]:
     """The ledger, which knows the guard's marks too; the marks; and how many samples were not readable."""
-    ledger, marks = Ledger(config.run.dir / LEDGER, world.rank), Marks(config.run.dir / LEDGER)
+    ledger, marks = Ledger(config.run.dir / LEDGER, world.rank), Marks(config.run.dir / LEDGER, main=world.main)
     unreadable = len(ledger.known.keys() - marks.known.keys())
     ledger.known.update(marks.known)
     ledger.begin(first_step)

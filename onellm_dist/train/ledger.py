@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onellm_dist.data.segments import Segment
-from onellm_dist.files import sync
+from onellm_dist.files import mend_tail, sync
 from onellm_dist.packed import PackedBatch
 
 SEGMENTS, DATASETS, PROGRESS, STARTS = "segments.json", "datasets.json", "progress", "starts.jsonl"
@@ -32,6 +32,9 @@ class Ledger:
         self._folder = folder
         self._progress = os.open(folder / PROGRESS, os.O_RDWR | os.O_CREAT, 0o644) if rank == 0 else None
         self._path = folder / f"tombstones-rank{rank:05d}.jsonl"
+        mend_tail(self._path)
+        if rank == 0:
+            mend_tail(folder / STARTS)
         self.known: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
         for path in sorted(folder.glob("tombstones-rank*.jsonl")):

@@ -47,7 +47,7 @@ class _Pass:
 def train(run: Run) -> Outcome:
     """Run every step that is left, going back where the guard says so, then export the model."""
     if needs_a_start(run):
-        run.checkpoints.save(0)
+        run.checkpoints.save(run.first_step)
     while True:
         try:
             outcome = _train(run)

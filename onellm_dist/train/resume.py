@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from onellm_dist.train.checkpoint_files import damaged
 from onellm_dist.train.checkpoint_folder import folders, read_manifest, recorded_files, restore_displaced
 from onellm_dist.train.checkpoint_source import check_source
 from onellm_dist.train.distributed import World
+from onellm_dist.train.obeyed import was_obeyed
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,14 @@ class Found:
     """None: the run starts from nothing."""
     passed_over: tuple[tuple[str, str], ...] = ()
     """(checkpoint, what is wrong with it), of newer ones."""
+    again: bool = False
+    """An earlier start of this job obeyed `checkpoint.resume` already: this one goes on as with `auto`."""
 
 
 def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found:
     """The checkpoint to go on from. Called by all ranks; the files of each candidate are dealt over them and read once.
+
+    `never` and a path hold for the first start of a job: a requeue runs the same command line, and goes on (obeyed.py).
 
     Args:
         checkpoints: `<run.dir>/checkpoints`; rank 0 holds the run's lock, so nobody writes there.
@@ -38,18 +44,30 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found
     if world.main and checkpoints.is_dir():
         restore_displaced(checkpoints)
     world.barrier()
-    if wanted == "never":
+    again = world.broadcast(wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ) if world.main else False)
+    if wanted == "never" and not again:
         return Found(None)
-    if isinstance(wanted, Path):
-        problem = _problem(wanted, world)
-        if problem:
-            raise UsageError(
-                f"checkpoint.resume={wanted}: no whole checkpoint there ({problem})",
-                "a checkpoint has a manifest.json and every file that it names, with its checksum.",
-                "give a step-... folder of a run's checkpoints/, or auto.",
-            )
-        check_source(wanted, _manifest(wanted, world) or {}, config, world)
-        return Found(wanted)
+    if isinstance(wanted, Path) and not again:
+        return Found(_asked_for(wanted, config, world))
+    found = _newest(config, checkpoints, world)
+    if found.folder is None and isinstance(wanted, Path):  # the first start of the job came to no checkpoint of its own
+        found = Found(_asked_for(wanted, config, world))
+    return replace(found, again=again)
+
+
+def _asked_for(wanted: Path, config: RunConfig, world: World) -> Path:
+    problem = _problem(wanted, world)
+    if problem:
+        raise UsageError(
+            f"checkpoint.resume={wanted}: no whole checkpoint there ({problem})",
+            "a checkpoint has a manifest.json and every file that it names, with its checksum.",
+            "give a step-... folder of a run's checkpoints/, or auto.",
+        )
+    check_source(wanted, _manifest(wanted, world) or {}, config, world)
+    return wanted
+
+
+def _newest(config: RunConfig, checkpoints: Path, world: World) -> Found:
     passed_over: list[tuple[str, str]] = []
     for folder in world.broadcast(list(reversed(folders(checkpoints))) if world.main else []):
         problem = _problem(folder, world)

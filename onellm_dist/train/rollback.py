@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onellm_dist.errors import OneLLMError
+from onellm_dist.files import mend_tail
 from onellm_dist.train.checkpoint import load_state
 from onellm_dist.train.checkpoint_files import damaged
-from onellm_dist.train.checkpoint_folder import folders, read_manifest, recorded_files, step_of
+from onellm_dist.train.checkpoint_folder import checkpoint_name, folders, read_manifest, recorded_files
 from onellm_dist.train.culprits import Suspect, describe, say
 from onellm_dist.train.distributed import World
 from onellm_dist.train.guard import Verdict
@@ -37,10 +38,16 @@ class RollBackError(Exception):
 
 
 class Marks:
-    """Samples that the guard took out of the run, from every earlier start."""
+    """Samples that the guard took out of the run, from every earlier start.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        main: this is rank 0, which writes.
+    """
+
+    def __init__(self, folder: Path, *, main: bool) -> None:
         self._path = folder / MARKS
+        if main:
+            mend_tail(self._path)
         self.known: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
         self.rollbacks = 0
@@ -126,9 +133,11 @@ def _last_good(run: Run) -> Path:
 
 
 def needs_a_start(run: Run) -> bool:
-    """Whether a checkpoint must be written before the first step, to have something to go back to."""
-    return (
-        run.guard.policy == "rollback"
-        and run.first_step == 0
-        and not any(step_of(f) == 0 for f in folders(run.config.run.dir / CHECKPOINTS))
-    )
+    """Whether a checkpoint must be written before the first step, to have something to go back to. Called by all ranks together.
+
+    A start from nothing has none yet; one from another run's checkpoint has it there, not here.
+    """
+    if run.guard.policy != "rollback":
+        return False
+    own = run.config.run.dir / CHECKPOINTS / checkpoint_name(run.first_step)
+    return run.world.broadcast(read_manifest(own) is None if run.world.main else True)

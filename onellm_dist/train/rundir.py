@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -55,26 +56,41 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     """Move aside what this start does not go on from, and write the resolved recipe. Rank 0 calls it.
 
     A start from nothing moves everything of an earlier run; a start from an older checkpoint moves the newer ones, so that the next
-    `checkpoint.resume=auto` does not take them.
+    `checkpoint.resume=auto` does not take them; a start from another run's checkpoint moves every checkpoint.
     """
     run_dir = config.run.dir
     names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, SAMPLES, TENSORBOARD, PROFILES, TRACKERS, MODEL, BEST)
-    stale = (
-        [path for name in names if _holds_something(path := run_dir / name)] if resume is None else _newer(run_dir / CHECKPOINTS, resume)
-    )
+    everything = [path for name in names if _holds_something(path := run_dir / name)]
+    stale = everything if resume is None else _not_before(run_dir / CHECKPOINTS, resume)
     if stale:
-        aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir(exist_ok=True)
-        for path in stale:
-            path.rename(aside / path.name)
+        aside = move_aside(run_dir, stale)
         print(f"{run_dir}: moved {', '.join(p.name for p in stale)} of an earlier start to {aside.name}/", flush=True)
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def move_aside(run_dir: Path, paths: Sequence[Path]) -> Path:
+    """Move files and folders of the run to `before-.../`, which is returned. What was moved there in the same second stays."""
+    aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.mkdir(exist_ok=True)
+    for path in paths:
+        place, number = aside / path.name, 2
+        while place.exists():
+            place, number = aside / f"{path.name}.{number}", number + 1
+        path.rename(place)
+    return aside
+
+
+def is_own(checkpoints: Path, resume: Path) -> bool:
+    """Whether a checkpoint is one of this run's `checkpoints`."""
+    return resume.resolve().parent == checkpoints.resolve()
 
 
 def _holds_something(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
-def _newer(checkpoints: Path, resume: Path) -> list[Path]:
-    return sorted(path for path in checkpoints.glob(f"{PREFIX}*") if path.name > resume.name)
+def _not_before(checkpoints: Path, resume: Path) -> list[Path]:
+    """The checkpoints that are not a history of `resume`."""
+    own = is_own(checkpoints, resume)
+    return sorted(path for path in checkpoints.glob(f"{PREFIX}*") if not own or path.name > resume.name)

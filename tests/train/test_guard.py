@@ -138,12 +138,12 @@ def test_a_sample_that_stands_out_is_to_blame_for_a_leap_else_the_whole_step_is(
 def test_marks_are_read_back_counted_and_never_twice(tmp_path: Path) -> None:
     verdict = Verdict("loss_spike", "loss 5")
     culprits = find_culprits([part({1: 2.0, 2: 2.1, 3: 9.0, 4: 2.2})], verdict, ALONE)
-    marks = Marks(tmp_path)
+    marks = Marks(tmp_path, main=True)
     assert marks.add(7, verdict, culprits, ALONE) == 1
     assert marks.add(7, verdict, culprits, ALONE) == 0
     with (tmp_path / MARKS).open("a") as out:
         out.write('{"step": 9, "sample_i')
-    again = Marks(tmp_path)
+    again = Marks(tmp_path, main=True)
     assert again.known == {"s3": "guard: loss 5, in step 7"} and again.rollbacks == 1
 
 
@@ -219,7 +219,7 @@ def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Pat
     from onellm_dist.train.rollback import RollBackError, roll_back
 
     culprits = find_culprits([part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE)
-    marks = Marks(tmp_path)
+    marks = Marks(tmp_path, main=True)
     run: Any = SimpleNamespace(
         checkpoints=SimpleNamespace(settle=lambda: None), config=SimpleNamespace(guard=GuardSection(max_rollbacks=0)), marks=marks
     )
