@@ -76,6 +76,7 @@ def test_a_resumed_run_ends_bit_identical(two: tuple[Path, dict[str, Any]], name
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(two: tuple[Path, dict[str, Any]], name: str) -> None:
+    """Nor does one on all ranks whose gradient reaches nothing that trains: a last micro-step of dummies."""
     assert not two[1][name]["spoilt_applied"]
     assert two[1][name]["spoilt_kept"]
 

@@ -33,6 +33,8 @@ class DeepSpeedEngine(Engine):
         self._flats = flat_partitions(engine, optimizer)
         create_optimizer_state(optimizer, self._flats)
         self._ranges = local_ranges(engine, module.model, optimizer, self._flats, rank=engine.global_rank, world=settings.world)
+        self._witness = min((p for p in module.parameters() if p.requires_grad), key=lambda p: getattr(p, "ds_numel", p.numel()))
+        """A small parameter that trains, whose gradient shows a loss that is not finite."""
         self._norms = PartNorms(module.model, self._ranges, settings.parts, settings.device)
 
     @classmethod
@@ -65,11 +67,14 @@ class DeepSpeedEngine(Engine):
         return values
 
     def backward(self, loss: torch.Tensor, divisor: int) -> None:
-        # A loss that is not finite may still have finite gradients (an infinite cross-entropy): spoil them, so that
-        # every rank sees a norm that is not finite and the step is thrown away everywhere, with no message between ranks.
+        # A loss that is not finite may still have finite gradients (an infinite cross-entropy, a pack of dummies or tombstones that
+        # reaches nothing that trains): spoil them, so that every rank sees a norm that is not finite and the step is thrown away
+        # everywhere, with no message between ranks.
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        handle = self._witness.register_hook(lambda gradient: gradient * sound)
         # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would divide once more.
         self._engine.backward(loss * sound * (self._settings.world / divisor), scale_wrt_gas=False)
+        handle.remove()
 
     def step(self, lr: float) -> StepResult:
         for group in self._engine.optimizer.param_groups:

@@ -47,6 +47,8 @@ class FsdpEngine(Engine):
             self._replica = Replica(mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE))
         made = [ShardRange(shard, self._optimizer, self._replica) for shard in self._shards]
         self._ranges: list[LocalRange] = [r for r in made if r.length]
+        self._sound = torch.ones((), device=self.device)
+        """NaN where a loss of this step was not finite on this rank."""
         self._norms = PartNorms(module.model, self._ranges, settings.parts, self.device)
 
     @classmethod
@@ -87,10 +89,14 @@ class FsdpEngine(Engine):
     def backward(self, loss: torch.Tensor, divisor: int) -> None:
         # A loss that is not finite may have finite gradients: spoil them, so that the norm shows it on every rank.
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self._sound = self._sound * sound
         (loss * sound / divisor).backward()
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
+        if self._ranges:  # dummies and tombstones may reach nothing that trains: what the loss says must be in the norm all the same
+            self._ranges[0].gradient().mul_(self._sound)
+        self._sound = torch.ones_like(self._sound)
         for shard in self._shards:
             shard.attach()
         squares = self._norms.squares().tolist()  # the step's one wait for the device
