@@ -9,11 +9,15 @@ from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
+from onellm_dist.config import GuardSection
+from onellm_dist.errors import UsageError
 from onellm_dist.launch.ranks import Ranks
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
+SLACK_MINUTES = 5.0
+"""A collective gives up so much later than the watchdog does: who hangs is said by the watchdog, with stacks, not by a timeout."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,54 @@ class World:
         return box[0]
 
 
-def join(ranks: Ranks) -> World:
-    """Take this process's device, meet the other ranks, and share the cores among the ranks of the node."""
+def join(ranks: Ranks, guard: GuardSection | None = None) -> World:
+    """Take this process's device, meet the other ranks, and share the cores among the ranks of the node.
+
+    Args:
+        guard: collectives wait longer than any of its limits, also those of groups that the engines make.
+
+    Raises:
+        UsageError: this process sees several GPUs, but fewer than the node has ranks.
+    """
     ranks.export()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", gpu_of(ranks.local_rank, ranks.local_world, torch.cuda.device_count()))
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19 takes the GPU of this number, and uses it for nothing else here
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1 and deepspeed leaves it unset (every rank then takes all cores).
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(ranks.local_world))
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT, device_id=device if cuda else None)
+    timeout = timeout_of(guard or GuardSection())
+    # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than guard.hang_minutes.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout, device_id=device if cuda else None)
     return World(ranks.rank, ranks.world, ranks.local_world, device)
+
+
+def timeout_of(guard: GuardSection) -> timedelta:
+    """How long a collective waits: longer than the watchdog in any phase."""
+    limits = (guard.hang_minutes, guard.first_step_minutes, guard.checkpoint_minutes, guard.validation_minutes)
+    return timedelta(minutes=max(limits) + SLACK_MINUTES)
+
+
+def gpu_of(local_rank: int, local_world: int, visible: int) -> int:
+    """Index of this rank's GPU among those that its process sees: its own, or the only one where each task is shown one.
+
+    Raises:
+        UsageError: the process sees several, but fewer than the node has ranks.
+    """
+    if visible == 1:
+        return 0
+    if visible < local_world:
+        raise UsageError(
+            f"{local_world} ranks on this node, and this process sees {visible} GPUs",
+            "two ranks cannot share a GPU, NCCL refuses it.",
+            f"start {visible} ranks a node, or show each rank every GPU (--gpus-per-node) or its own alone (--gpus-per-task=1).",
+        )
+    return local_rank
 
 
 def threads_per_rank(local_world: int) -> int:

@@ -137,6 +137,7 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
         done.totals.add(batch, loss, nll, sample_index)
         done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
         if micro.last:
+            run.in_flight.beat("agree")
             _decide(run, step, done)
             if done.verdict is not None:
                 loss = loss * math.nan  # so that every engine throws the whole step away, as it does for any loss that is not finite

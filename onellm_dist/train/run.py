@@ -76,7 +76,7 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     phases = Phases(exit_file.in_flight)
     phases.imported()
     with phases.of("process_group"):
-        world = join(ranks)
+        world = join(ranks, config.guard)
     with Watchdog(config.run.dir, world.rank, world.size, config.guard, exit_file):
         run = build_run(config, world, exit_file, phases)
         exit_file.last_act = run.checkpoints.linger

@@ -32,8 +32,14 @@ GRACE_S = 20.0
 """Seconds that the ranks have, after the alarm, to say what they are at; those that cannot are suspected."""
 LAST_RESORT_S = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
-IN_COLLECTIVE = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/", "deepspeed/runtime/zero/")
-"""A thread whose innermost Python frame is in such a file waits for other ranks (ZeRO-3 waits for its gathers in its own files: 0.19.8)."""
+IN_COLLECTIVE = (
+    "torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/", "deepspeed/runtime/zero/",
+    "torch/cuda/", "onellm_dist/train/totals.py", "onellm_dist/train/engine/",
+)  # fmt: skip
+"""A thread whose innermost Python frame is in such a file waits for other ranks (ZeRO-3 waits for its gathers in its own files: 0.19.8).
+
+On a GPU collectives are queued, and a rank waits for them where the host next waits for the device: for a stream or an event (torch/cuda/),
+for the sums of the step, for the gradient norm (the engines read it)."""
 
 
 class Watchdog:

@@ -20,6 +20,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.train.culprits import Part, describe, find_culprits, say
 from onellm_dist.train.exits import ExitFile
 from onellm_dist.train.guard import Guard, Verdict, robust_z
+from onellm_dist.train.inflight import InFlight
 from onellm_dist.train.rollback import MARKS, Marks
 from onellm_dist.train.watchdog import HANGS, Watchdog, in_collective, put_hangs_aside, suspected_ranks
 
@@ -177,8 +178,33 @@ def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
     assert in_collective({1: frame("/lib/torch/nn/linear.py"), 2: gather}, 3)
     assert in_collective({1: frame("/lib/torch/distributed/distributed_c10d.py")}, 3)
     assert in_collective({1: frame("/lib/deepspeed/utils/nvtx.py", back=gather)}, 3)
+    for waits in ("torch/cuda/streams.py", "torch/cuda/__init__.py", "onellm_dist/train/totals.py", "onellm_dist/train/engine/fsdp.py"):
+        assert in_collective({1: frame(f"/lib/{waits}", back=frame("/lib/onellm_dist/train/loop.py"))}, 3), "on a GPU"
+    assert not in_collective({1: frame("/lib/onellm_dist/train/loop.py")}, 3)
     assert not in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), "a module that runs under ZeRO waits for nobody"
     assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), "the watching thread does not count"
+
+
+def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the sums are where ranks wait for one that is late; it must be the one with the fewest beats."""
+    from onellm_dist.train import loop
+
+    in_flight, phases = InFlight(), []
+    micro = SimpleNamespace(step=4, index=0, last=True, divisor=1)
+
+    def seen(*_: Any, **__: Any) -> Any:
+        phases.append((in_flight.phase, in_flight.beats))
+        return torch.zeros(()), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+
+    run: Any = SimpleNamespace(
+        in_flight=in_flight, new_totals=lambda: SimpleNamespace(add=lambda *_: None), engine=SimpleNamespace(forward=seen, backward=seen),
+        plan=SimpleNamespace(step=lambda *_: SimpleNamespace(ranks=[[micro]])),
+        world=SimpleNamespace(rank=0, size=1, device=torch.device("cpu")),
+    )  # fmt: skip
+    monkeypatch.setattr(loop, "_decide", seen)
+    loop._forward_backward(run, 4, iter([(micro, pack([sample(1, ("a",))]))]))  # type: ignore[arg-type, list-item]
+    assert [phase for phase, _ in phases] == ["forward", "agree", "backward"]
+    assert [beats for _, beats in phases] == [2, 3, 4] and in_flight.phase == "step" and in_flight.beats == 5
 
 
 def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Watchdog:

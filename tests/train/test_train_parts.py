@@ -96,6 +96,16 @@ def test_gradients_accumulate_in_fp32() -> None:
     assert full["bf16"]["enabled"] and full["gradient_clipping"] == 2.0
 
 
+def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
+    from deepspeed.utils.config import get_timers_config
+
+    own = load_ds_config(Path("zero3"))
+    assert not get_timers_config(complete(own, bf16=True, grad_clip=2.0)).enabled
+    asked = {**own, "timers": {"throughput": {"enabled": True, "synchronized": False}}}
+    timers = get_timers_config(complete(asked, bf16=True, grad_clip=2.0))
+    assert timers.enabled and not timers.synchronized
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "not JSON"), ("[]", "JSON object"), ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16")],

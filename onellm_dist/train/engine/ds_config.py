@@ -75,6 +75,9 @@ def complete(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> dict[st
         "zero_force_ds_cpu_optimizer": False,
     }
     full.setdefault("communication_data_type", "fp32")
+    # On by default, and then it synchronises the device before and after every forward and step; metrics.jsonl has the rate.
+    timers = config.get("timers", {})
+    full["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
     return full
 
 
