@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from onellm_dist.config import ValidationSection
-from onellm_dist.data.microstep import MicroStep
+from onellm_dist.data.microstep import MicroStep, SampleRef
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import STOP
+from onellm_dist.modalities.base import RUN_TOKENS
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
@@ -59,14 +60,23 @@ class Answers:
     ) -> None:
         self._config, self._plan, self._engine, self._tokenizer, self._world = config, plan, engine, tokenizer, world
         self._path = run_dir / SAMPLES
-        self._read: tuple[PackedBatch, list[_Question]] | None = None
+        self._read: list[tuple[PackedBatch, list[_Question]]] | None = None
         if world.main:
             drop_from(self._path, first_step + 1)
 
     @torch.no_grad()
     def run(self, done: int, show: Show | None = None) -> None:
         """Answer after `done` steps; `show` gets name, text and step of each on rank 0. The model is in eval mode."""
-        batch, questions = self._asked()
+        packs = self._asked()
+        for batch, questions in packs:
+            self._answer(batch.to(self._world.device), questions)
+        asked = [question for _, questions in packs for question in questions if question.readable]
+        rows = [row for own in self._world.gather([self._row(done, q) for q in asked]) for row in own]
+        if self._world.main:
+            self._write(done, sorted(rows, key=lambda row: row[0]), show)
+
+    def _answer(self, batch: PackedBatch, questions: Sequence[_Question]) -> None:
+        """Decode a pack; every rank has one, of questions or a dummy."""
         for question in questions:
             question.said, question.ended = [], not question.readable
         for _ in range(self._config.new_tokens):
@@ -77,9 +87,6 @@ class Answers:
             self._world.sum(left)
             if not int(left):
                 break
-        rows = [row for own in self._world.gather([self._row(done, q) for q in questions if q.readable]) for row in own]
-        if self._world.main:
-            self._write(done, sorted(rows, key=lambda row: row[0]), show)
 
     def _take(self, question: _Question, token: int) -> None:
         if question.ended:
@@ -105,15 +112,41 @@ class Answers:
             assert show is not None
             show(f"validation/{line['id']}", f"**{line['generated']}**\n\n(reference: {line['reference']})", done)
 
-    def _asked(self) -> tuple[PackedBatch, list[_Question]]:
-        """This rank's share of the samples, read once: the pack as training would have it, and what is asked."""
+    def _asked(self) -> list[tuple[PackedBatch, list[_Question]]]:
+        """This rank's share of the samples, read once, on the host: packs as training would have them, and what is asked in each.
+
+        Every rank has as many packs, dummies at the end, for they decode together.
+        """
         if self._read is None:
-            refs = self._plan.samples(0)[: self._config.generate]
-            numbers = range(self._world.rank, len(refs), self._world.size)
-            micro = MicroStep(0, self._world.rank, 0, 1, tuple(refs[n] for n in numbers), divisor=1)
-            batch = Reader(self._plan).read(micro)
-            self._read = batch.to(self._world.device), _questions(batch, numbers)
+            refs, rank, size = self._plan.samples(0)[: self._config.generate], self._world.rank, self._world.size
+            dealt = [_packs(self._plan, refs, range(r, len(refs), size), self._config.new_tokens) for r in range(size)]
+            count = max(map(len, dealt))
+            reader = Reader(self._plan)
+            self._read = []
+            for index, numbers in enumerate(dealt[rank] + [[]] * (count - len(dealt[rank]))):
+                batch = reader.read(MicroStep(0, rank, index, count, tuple(refs[n] for n in numbers), divisor=1))
+                self._read.append((batch, _questions(batch, numbers)))
         return self._read
+
+
+def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_tokens: int) -> list[list[int]]:
+    """The samples `numbers` in their order, in packs under the caps of training with the answers at full length; at least one pack.
+
+    A sample whose answer alone goes over a cap has a pack of its own.
+    """
+    packs: list[list[int]] = [[]]
+    llm = encoder = 0
+    for number in numbers:
+        ref = refs[number]
+        runs = plan.runs[ref.dataset]
+        own_llm = ref.text_tokens + new_tokens + RUN_TOKENS * len(runs)
+        own_encoder = sum(plan.modalities[name].encoder_tokens for name in runs)
+        if packs[-1] and (llm + own_llm > plan.config.pack_llm_tokens or encoder + own_encoder > plan.config.pack_encoder_tokens):
+            packs.append([])
+            llm = encoder = 0
+        packs[-1].append(number)
+        llm, encoder = llm + own_llm, encoder + own_encoder
+    return packs
 
 
 def _questions(batch: PackedBatch, numbers: Sequence[int]) -> list[_Question]:

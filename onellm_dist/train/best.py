@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.files import sync
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.export import export_model
@@ -35,12 +34,9 @@ class Best:
         if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
             return False
         self.loss = loss
-        export_model(self._folder, self._engine, self._model, self._processor, self._world)
-        if self._world.main:
-            aside = self._folder / f".{RECORD}.partial"
-            aside.write_text(json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n", encoding="utf-8")
-            sync(aside)
-            aside.replace(self._folder / RECORD)
+        # With the weights, under one rename: without it the next validation, however bad, would overwrite them.
+        record = json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n"
+        export_model(self._folder, self._engine, self._model, self._processor, self._world, {RECORD: record})
         return True
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,20 @@ def newest_whole(checkpoints: Path) -> Path | None:
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints, and what unfinished writes left.
+    """Remove all but the newest `keep` whole checkpoints, and what unfinished writes left.
+
+    One that is cut short, as far as manifest and sizes tell, is not counted: it goes if it is older than those that stay. One whose
+    checksums alone are wrong is moved aside by whoever finds that out (a start, a roll-back).
 
     Args:
         keep_every: those whose step is a multiple of it stay for ever.
     """
-    for folder in folders(checkpoints)[:-keep]:
+    every = folders(checkpoints)
+    newest = list(islice((folder for folder in reversed(every) if read_manifest(folder) is not None), keep))
+    oldest = step_of(newest[-1]) if newest else 0
+    for folder in every:
         step = step_of(folder)
-        if not (keep_every and step and step % keep_every == 0):
+        if step < oldest and not (keep_every and step and step % keep_every == 0):
             shutil.rmtree(folder, ignore_errors=True)
     for partial in checkpoints.glob(f".{PREFIX}*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -26,11 +27,14 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def export_model(folder: Path, engine: Engine, model: Any, processor: Any, world: World) -> None:
+def export_model(
+    folder: Path, engine: Engine, model: Any, processor: Any, world: World, beside: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write the trained model and its processor to `folder`, whole or not at all. Called by all ranks; rank 0 writes.
 
     Args:
         model: the transformers model whose weights the engine holds; only its class and config are used.
+        beside: name -> text of small files that belong to it (rank 0's count).
 
     Raises:
         OneLLMError: rank 0 could not write; every rank raises.
@@ -44,6 +48,8 @@ def export_model(folder: Path, engine: Engine, model: Any, processor: Any, world
             partial.mkdir(parents=True)
             _write_around(partial, model, processor, engine.compute_dtype)
             write_weights(partial, weights, _shapes(engine))
+            for name, text in beside.items():
+                (partial / name).write_text(text, encoding="utf-8")
             for path in partial.iterdir():
                 sync(path)
             _replace(partial, folder)
@@ -124,9 +130,20 @@ def _write_around(folder: Path, model: Any, processor: Any, dtype: torch.dtype) 
     processor.save_pretrained(folder)
 
 
+def restore_export(folder: Path) -> None:
+    """Give back its name to an export that was being replaced when a start was killed. Rank 0 calls it."""
+    before = _displaced(folder)
+    if before.is_dir() and not folder.exists():
+        before.rename(folder)
+
+
+def _displaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
+
+
 def _replace(partial: Path, folder: Path) -> None:
     """Give `partial` the name `folder`, which another export may have."""
-    before = folder.with_name(f".{folder.name}.before")
+    before = _displaced(folder)
     shutil.rmtree(before, ignore_errors=True)
     if folder.exists():
         folder.rename(before)

@@ -21,7 +21,7 @@ from onellm_dist.train.checkpoint_folder import checkpoint_name, folders, read_m
 from onellm_dist.train.culprits import Suspect, describe, say
 from onellm_dist.train.distributed import World
 from onellm_dist.train.guard import Verdict
-from onellm_dist.train.rundir import CHECKPOINTS
+from onellm_dist.train.rundir import CHECKPOINTS, move_aside
 
 if TYPE_CHECKING:
     from onellm_dist.train.build import Run
@@ -96,7 +96,7 @@ def roll_back(run: Run, back: RollBackError) -> None:
             f"the samples to blame now: {say(back.culprits)}.",
             "look at events.jsonl; lower optim.lr, repair the data, or raise guard.max_rollbacks.",
         )
-    folder = _last_good(run)
+    folder = last_good(run)
     marked = run.marks.add(back.step, back.verdict, back.culprits, run.world)
     if not marked:
         raise OneLLMError(
@@ -115,8 +115,8 @@ def roll_back(run: Run, back: RollBackError) -> None:
     )  # fmt: skip
 
 
-def _last_good(run: Run) -> Path:
-    """The newest checkpoint whose files have their checksums."""
+def last_good(run: Run) -> Path:
+    """The newest checkpoint whose files have their checksums; damaged ones are moved to `before-.../`, as a start does."""
     root = run.config.run.dir / CHECKPOINTS
     candidates = run.world.broadcast([f for f in reversed(folders(root)) if read_manifest(f) is not None] if run.world.main else [])
     for folder in candidates:
@@ -124,7 +124,11 @@ def _last_good(run: Run) -> Path:
         problems = damaged(recorded_files(folder, manifest), run.world)
         if not problems:
             return folder
-        run.events.write("checkpoint_damaged", folder=folder.name, problems=problems, say=f"WARNING: {folder} is damaged: {problems[0]}")
+        if run.world.main:  # it must not count among those that stay, nor be taken again
+            move_aside(run.config.run.dir, [folder])
+        run.events.write(
+            "checkpoint_damaged", folder=folder.name, problems=problems, say=f"WARNING: {folder} is damaged, and moved aside: {problems[0]}"
+        )
     raise OneLLMError(
         f"{root} has no whole checkpoint to go back to",
         "the step that went wrong cannot be undone.",

@@ -14,7 +14,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.train.answers import SAMPLES
 from onellm_dist.train.best import BEST
 from onellm_dist.train.checkpoint_folder import PREFIX
-from onellm_dist.train.export import MODEL
+from onellm_dist.train.export import MODEL, restore_export
 from onellm_dist.train.metrics import EVENTS, METRICS, TENSORBOARD
 from onellm_dist.train.profiler import FOLDER as PROFILES
 from onellm_dist.train.trackers import FOLDER as TRACKERS
@@ -59,6 +59,8 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     `checkpoint.resume=auto` does not take them; a start from another run's checkpoint moves every checkpoint.
     """
     run_dir = config.run.dir
+    for name in (MODEL, BEST):
+        restore_export(run_dir / name)
     names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, SAMPLES, TENSORBOARD, PROFILES, TRACKERS, MODEL, BEST)
     everything = [path for name in names if _holds_something(path := run_dir / name)]
     stale = everything if resume is None else _not_before(run_dir / CHECKPOINTS, resume)

@@ -13,6 +13,7 @@ import torch
 from onellm_dist.config import DataSection, MixtureEntry, ValidationSection
 from onellm_dist.data.validation import open_validation
 from onellm_dist.evaluation.captioning import caption_split
+from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import PackedBatch
 from onellm_dist.shards.format import open_dataset
@@ -50,11 +51,13 @@ class Local:
         return values
 
 
-def told(toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection) -> tuple[list[Any], int]:
+def told(
+    toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection, **caps: int
+) -> tuple[list[Any], int]:
     model, tokenizer = loaded
     entries = tuple(MixtureEntry(path=Path(name)) for name in MODALITIES)
     data = DataSection(
-        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0  # type: ignore[arg-type]
+        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0, **caps  # type: ignore[arg-type]
     )  # fmt: skip
     plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
     world = SimpleNamespace(rank=rank, size=size, main=True, device=torch.device("cpu"), gather=lambda own: [own], sum=lambda tensor: None)
@@ -97,3 +100,18 @@ def test_a_rank_with_nothing_to_ask_runs_along(toy: Path, loaded: Any, tmp_path:
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=1, new_tokens=4)
     rows, forwards = told(toy, loaded, tmp_path, "caption", 1, 2, wanted)
     assert rows == [] and forwards == 1, "one forward, after which every rank is done (here: it is alone)"
+
+
+def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(toy: Path, loaded: Any, tmp_path: Path) -> None:
+    """Three image or IMU questions of rank 0 under a cap that holds one: three packs; rank 1 has two, and a dummy."""
+    wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=4)
+    cap = max(get_modality(name).encoder_tokens for name in MODALITIES)
+    rows: dict[str, list[Any]] = {}
+    for rank in range(2):
+        for name, caps in (("one", {}), ("several", {"pack_encoder_tokens": cap})):
+            out = tmp_path / f"{name}{rank}"
+            out.mkdir()
+            found, forwards = told(toy, loaded, out, "caption", rank, 2, wanted, **caps)
+            rows.setdefault(name, []).extend(found)
+            assert forwards >= 3 if caps else forwards <= 4
+    assert rows["one"] == rows["several"] and len(rows["one"]) == 5

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,9 @@ from onellm_dist.train.checkpoint_folder import (
     restore_displaced,
 )
 from onellm_dist.train.checkpoint_source import check_source, describe_source
+from onellm_dist.train.export import restore_export
 from onellm_dist.train.resume import find_checkpoint
+from onellm_dist.train.rollback import last_good
 
 
 class Alone:
@@ -139,6 +143,34 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
     assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(20), checkpoint_name(35), "step-100000000"]
 
 
+def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) -> None:
+    for step in (300, 350, 400):
+        checkpoint(tmp_path / checkpoint_name(step), said=b"abcd" if step == 400 else None)
+    prune(tmp_path, 1)
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(350), checkpoint_name(400)]
+    checkpoint(tmp_path / checkpoint_name(450))
+    prune(tmp_path, 1)
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
+    (tmp_path / checkpoint_name(450) / MANIFEST).unlink()
+    prune(tmp_path, 1)
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
+
+
+def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    good = checkpoint(root / checkpoint_name(9))
+    checkpoint(root / checkpoint_name(10), said=b"abd")
+    told: list[dict[str, Any]] = []
+    events = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
+    run: Any = SimpleNamespace(config=config(tmp_path), world=ALONE, events=events)
+    assert last_good(run) == good
+    assert [(line["event"], line["folder"]) for line in told] == [("checkpoint_damaged", checkpoint_name(10))]
+    assert folders(root) == [good] and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
+    (good / "rank-00000.safetensors").write_bytes(b"abd")
+    with pytest.raises(OneLLMError, match="no whole checkpoint"):
+        last_good(run)
+
+
 @pytest.mark.parametrize("cut", ["before", "between", "after"])
 def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before, between or after the two renames: the old one or the new one is there."""
@@ -207,8 +239,10 @@ def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
 
-    def export(folder: Path, *_: Any) -> None:
+    def export(folder: Path, *given: Any) -> None:
         folder.mkdir(exist_ok=True)
+        for name, text in given[-1].items():
+            (folder / name).write_text(text)
         written.append(folder)
 
     monkeypatch.setattr("onellm_dist.train.best.export_model", export)
@@ -219,3 +253,30 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, 
     assert again.loss == 2.5 and not again.note(10, 2.5) and again.note(12, 2.0)
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 12, "loss": 2.0, "sample_digest": "set"}
     assert len(written) == 3
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_the_best_weights_are_never_without_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    """Killed while the weights of step 8 take the place of those of step 4: before, between or after the renames."""
+    engine: Any = SimpleNamespace(whole_weights=lambda: iter(()), whole_shapes=lambda: (), compute_dtype=torch.float32)
+    monkeypatch.setattr("onellm_dist.train.export._write_around", lambda *_: None)
+    folder = tmp_path / "best"
+
+    def best() -> Best:
+        return Best(folder, engine, None, None, ALONE, "set")
+
+    assert best().note(4, 3.0)
+    rename, done = Path.rename, []
+
+    def counted(self: Path, target: Path) -> Path:
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        done.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", counted)
+    with pytest.raises(KeyboardInterrupt) if renames < 2 else nullcontext():
+        best().note(8, 2.0)
+    monkeypatch.undo()
+    restore_export(folder)
+    assert best().loss == (3.0 if renames < 2 else 2.0) and (folder / "model.safetensors").is_file()
