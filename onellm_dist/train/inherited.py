@@ -27,9 +27,10 @@ TAKEN_OVER = "tombstones-ranks-source.jsonl"
 def take_over(config: RunConfig, found: Found) -> None:
     """Where this start goes on from another run's checkpoint, its ledger; and the record that `checkpoint.resume` was obeyed. By rank 0."""
     run_dir, wanted = config.run.dir, config.checkpoint.resume
-    if found.folder is not None and not is_own(run_dir / CHECKPOINTS, found.folder):
+    source = None if found.folder is None else found.folder.resolve().parent
+    if found.folder is not None and source is not None and source.name == CHECKPOINTS and not is_own(run_dir / CHECKPOINTS, found.folder):
         step = int((read_manifest(found.folder) or {}).get("step", 0))
-        count = inherit_ledger(found.folder.resolve().parent.parent / LEDGER, run_dir / LEDGER, step)
+        count = inherit_ledger(source.parent / LEDGER, run_dir / LEDGER, step)
         if count:
             print(f"{run_dir}: {count} samples that were out of the run of {found.folder} stay out", flush=True)
     if found.again:

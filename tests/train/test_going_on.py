@@ -119,6 +119,18 @@ def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
     assert inherit_ledger(tmp_path / "none", tmp_path / "fresh", 9) == 0 and not list((tmp_path / "fresh").iterdir())
 
 
+def test_the_ledger_beside_a_checkpoint_of_another_run_is_the_one_that_is_taken_over(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "source", 5)
+    (tmp_path / "source" / LEDGER).mkdir()
+    (tmp_path / "source" / LEDGER / "tombstones-rank00000.jsonl").write_text(tombstone(3, "a@0") + tombstone(5, "later@0"))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    assert start(config(run_dir, str(source))) == source
+    assert Ledger(run_dir / LEDGER, 0).known.keys() == {"a@0"}
+    checkpoint(run_dir, 7)
+    assert start(config(run_dir, str(run_dir / CHECKPOINTS / checkpoint_name(7)))) is not None, "its own: nothing to take over"
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [(b"", b""), (b'{"a": 1}\n', b'{"a": 1}\n'), (b'{"a": 1}\n{"b', b'{"a": 1}\n'), (b'{"a', b""), (b'{"a": 1}', b'{"a": 1}\n'),
