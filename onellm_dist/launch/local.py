@@ -149,11 +149,17 @@ def free_port() -> int:
 def end_with_parent() -> None:
     """In a rank that `launch_local` started: be killed when the launcher is gone (Linux)."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
-    if parent is None or not sys.platform.startswith("linux"):
+    if parent is not None:
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent, the process of this id, is gone (Linux). A parent is the thread that started it."""
+    if not sys.platform.startswith("linux"):
         return
     import ctypes
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it went before we asked
+    if os.getppid() != parent:  # it went before we asked
         os.kill(os.getpid(), signal.SIGKILL)

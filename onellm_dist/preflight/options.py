@@ -13,6 +13,8 @@ from onellm_dist.errors import UsageError
 
 PRETEND = "ONELLM_PREFLIGHT_PRETEND"
 """A JSON object that makes this process look faulty, for tests and rehearsals: see Pretence."""
+ALL = "all-reduce of all ranks"
+"""The phase in which every rank takes part: its errors are of no single node."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Pretence:
     """Seconds that its clock is ahead."""
     link_delay: float = 0.0
     """Seconds that each of its all-reduces is late."""
+    link_stuck: bool = False
+    """Its all-reduces never begin."""
     free_bytes: int | None = None
     """Free space of every disk."""
     torch: str = ""

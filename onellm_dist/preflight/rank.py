@@ -21,13 +21,15 @@ from onellm_dist.preflight.disks import data_probe, seen, write_probe
 from onellm_dist.preflight.host import ecc_facts, gpu_facts, host_facts
 from onellm_dist.preflight.links import all_reduce_speed, rounds_of
 from onellm_dist.preflight.meeting import GRACE_S, Meeting, Overdue, within
-from onellm_dist.preflight.options import Options, Pretence
+from onellm_dist.preflight.options import ALL, Options, Pretence
+from onellm_dist.preflight.tries import Tries, first_line
 from onellm_dist.preflight.versions import environment, versions
 
 CLOCK_TRIES, CLOCK_PATIENCE_S = 5, 5.0
 AFTER_OVERDUE_S = 5.0
 """What is left for a rank's other checks when one of them was stuck: the others wait for it."""
 TOKEN = ".preflight-seen-by-all"
+GPU = "gpu"
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Rank:
         self.meeting, self.ranks, self.team, self.node, self.options, self.pretence = meeting, ranks, team, node, options, pretence
         self.leader = team.nodes[node][0] == ranks.rank
         self.fit, self.overdue = True, False
+        self.tries = Tries(self._in_a_process)
         self.report: dict[str, Any] = {"rank": ranks.rank, "node": node, "errors": {}, "pairs": []}
 
     def look_around(self, config: RunConfig | None) -> None:
@@ -60,7 +63,7 @@ class Rank:
         self._guarded("versions", "versions", lambda: versions(self.pretence))
         self.report["environment"] = environment()
         self._guarded("host", "host", lambda: host_facts(self.pretence))
-        self._guarded("gpu", "gpu", lambda: gpu_facts(self.ranks.local_rank))
+        self._guarded("gpu", "gpu", lambda: self.tries.do(GPU, [], 0.9 * self._limit()))  # ends before it is left
         if (self.report.get("gpu") or {}).get("missing"):
             self.fit = False  # its partners would wait for a rank that cannot join
         if not self.leader:
@@ -117,17 +120,15 @@ class Rank:
             if not any(r in self.team.fit for r in self.team.nodes[other]):
                 continue
             members = sorted(r for node in pair for r in self.team.nodes[node] if r in self.team.fit)
-            result: dict[str, Any] = {"with": other}
-            try:
-                result["speed"] = within(self.options.limit + GRACE_S, partial(self._speed, str(number), members))
-            except Overdue as error:
-                self.fit = False  # its thread holds the process group until the end
-                result["error"] = str(error)
-            except Exception as error:  # whatever NCCL or gloo say is the finding
-                result["error"] = _first_line(error)
-            self.report["pairs"].append(result)
+            self.report["pairs"].append({"with": other, **self._try(str(number), members)})
+        pairs = self.report["pairs"]
+        self.fit = self.fit and (not pairs or any("speed" in pair for pair in pairs))  # one that got on with nobody would stop all
         if self.enter("all") and self.fit and len(self.team.fit) > 1:
-            self._guarded("all-reduce of all ranks", "all", lambda: self._speed("all", self.team.fit), collective=True)
+            together = self._try("all", self.team.fit)
+            if "speed" in together:
+                self.report["all"] = together["speed"]
+            else:
+                self.report["errors"][ALL] = together["error"]
 
     def enter(self, phase: str) -> bool:
         """Meets the others; false where this rank was left behind. Everyone that does not come is left behind."""
@@ -137,25 +138,40 @@ class Rank:
         self.team.present, self.team.fit = present, fit
         return self.ranks.rank in present
 
-    def _guarded(self, phase: str, key: str, work: Callable[[], Any], *, collective: bool = False) -> None:
+    def _limit(self) -> float:
+        return AFTER_OVERDUE_S if self.overdue else self.options.limit
+
+    def _guarded(self, phase: str, key: str, work: Callable[[], Any]) -> None:
         """Do `work` in time and keep its result under `key`; a failure is kept as the phase's error."""
         if self.pretence.gone_in == phase:
             os._exit(EXIT_FAILED)
         if self.pretence.stuck_in == phase:
             work = partial(time.sleep, 1e6)
         try:
-            found = within(AFTER_OVERDUE_S if self.overdue else self.options.limit, work)
+            found = within(self._limit(), work)
         except Overdue as error:
             self.overdue = True
-            self.fit = self.fit and not collective
             self.report["errors"][phase] = str(error)
         except Exception as error:  # a broken node may raise anything: it is the finding
-            self.report["errors"][phase] = _first_line(error)
+            self.report["errors"][phase] = first_line(error)
         else:
             if key:
                 self.report[key] = found
 
+    def _try(self, name: str, members: Sequence[int]) -> dict[str, Any]:
+        """speed (bytes/s) of an all-reduce among these ranks, or error."""
+        try:
+            return {"speed": self.tries.do(name, members, self.options.limit + GRACE_S)}
+        except (Overdue, RuntimeError) as error:
+            return {"error": str(error)}
+
+    def _in_a_process(self, name: str, members: Sequence[int]) -> Any:
+        """What touches the GPU: it may hang, and where GPUs are given to one process at a time, this one must not hold it."""
+        return gpu_facts(self.ranks.local_rank) if name == GPU else self._speed(name, members)
+
     def _speed(self, name: str, members: Sequence[int]) -> float:
+        if self.pretence.link_stuck:
+            time.sleep(1e6)
         store = PrefixStore(f"links/{name}/{members[0]}", self.meeting.another(self.options.limit))
         return all_reduce_speed(
             store, self.ranks.rank, members, megabytes=self.options.megabytes, delay=self.pretence.link_delay, limit=self.options.limit,
@@ -214,7 +230,3 @@ def roll_call(
     present = [rank for rank, _ in came_in_order]
     team = Team(nodes, present, list(present)) if ranks.rank in present else None
     return team, {int(rank): name for rank, name in missing_items}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200] or type(error).__name__

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from onellm_dist.preflight.options import Options
+from onellm_dist.preflight.options import ALL, Options
 from onellm_dist.preflight.versions import odd_ones
 
 GIB = 1 << 30
@@ -94,10 +94,18 @@ def _by_node(ranks: Mapping[int, str]) -> dict[str, list[int]]:
 
 def _errors(found: Findings) -> Iterator[Fault]:
     """A phase that raised or was not done in time. Links are judged by themselves: two nodes share one."""
+    together: dict[str, list[int]] = {}
     for node in found.nodes:
         for report in found.of(node):
             for phase, text in report.get("errors", {}).items():
+                if phase == ALL:
+                    together.setdefault(text, []).append(report["rank"])
+                    continue
                 yield Fault("fail", node, f"rank {report['rank']}: {phase}: {text}", "see the message; other nodes passed this.", True)
+
+    for text, ranks in together.items():
+        who = f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
+        yield Fault("fail", "", f"{who}: {ALL}: {text}", "pairs of nodes got on: look at the routes between all, and NCCL/GLOO settings.")
 
 
 def _gpus(found: Findings) -> Iterator[Fault]:

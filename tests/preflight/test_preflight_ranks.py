@@ -97,7 +97,7 @@ def test_the_bad_nodes_go_to_the_exclude_file_and_every_rank_has_the_exit_code(s
 @pytest.mark.slow
 def test_well_nodes_pass_and_nothing_is_left_behind(tmp_path: Path) -> None:
     well = Start(tmp_path, [{"node": "a"}, {"node": "b"}, {"node": "c"}])
-    assert set(well.codes.values()) == {0}, well.said
+    assert set(well.codes.values()) == {0}, well.result["faults"]
     found = well.result
     assert found["ok"] and not [f for f in found["faults"] if f["state"] == "fail"] and found["exclude"] == []
     assert well.exclude_file.read_text() == ""
@@ -116,6 +116,16 @@ def test_a_rank_that_is_stuck_and_one_that_dies_are_named_in_time(tmp_path: Path
     assert "rank 2 answered no more in phase own checks" in start.faults("c")
     assert start.faults("a") == "" and start.exclude_file.read_text() == "b,c\n"
     assert (start.codes[0], start.codes[1]) == (1, 1) and start.seconds < 60
+
+
+@pytest.mark.slow
+def test_a_link_that_hangs_blames_its_node_and_not_the_partners(tmp_path: Path) -> None:
+    """Every partner hangs with it, and is well with the next one."""
+    start = Start(tmp_path, [{"node": "a"}, {"node": "b"}, {"node": "c", "link_stuck": True}, {"node": "d"}], limit=5)
+    assert start.exclude_file.read_text() == "c\n", start.said
+    assert "no all-reduce with any of its partners" in start.faults("c") and start.faults("a") + start.faults("b") + start.faults("d") == ""
+    assert set(start.codes.values()) == {1} and "answered no more" not in start.faults("c")
+    assert all(node["link_bytes_per_s"] for name, node in start.result["nodes"].items() if name != "c")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from onellm_dist.preflight.disks import write_probe
 from onellm_dist.preflight.host import parse_ecc
 from onellm_dist.preflight.links import rounds_of
 from onellm_dist.preflight.needs import needs_of
-from onellm_dist.preflight.options import PRETEND, Options, Pretence, node_name, pretence_of
+from onellm_dist.preflight.options import ALL, PRETEND, Options, Pretence, node_name, pretence_of
 from onellm_dist.preflight.run import expected_nodes
 from onellm_dist.preflight.table import text_of
 from onellm_dist.preflight.verdict import GIB, Findings, excluded, judge
@@ -132,6 +132,12 @@ def test_absolute_limits_are_kept_too() -> None:
     assert [f.node for f in judge(found, Options(max_skew=2))] == ["c"] and judge(found, Options(max_skew=4)) == []
     assert {f.node for f in judge(findings({}), Options(min_bandwidth=50))} == set(NODES)
     assert {f.node for f in judge(findings({}), Options(min_disk=2000))} == set(NODES)
+
+
+def test_an_all_reduce_of_all_ranks_that_hangs_is_told_once_and_excludes_none() -> None:
+    found = findings({rank: {"errors": {ALL: "not done within 65 s"}} for rank in (0, 1, 2)})
+    faults = judge(found, Options())
+    assert [f.node for f in faults] == [""] and "rank 0 and 2 more" in faults[0].what and excluded(found, faults) == []
 
 
 def test_a_pair_that_fails_alone_is_no_nodes_fault() -> None:
