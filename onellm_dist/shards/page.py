@@ -128,7 +128,8 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
         return size_of(found["bytes"] / found["count"]) if found.get("count") else ""
 
     rows = [(f".{p}", roles.get(p, "stored, not read in training"), n, mean(p)) for p, n in sorted(counts.items())]
-    return html_table(("part", "what it is", "samples that have it", "mean size"), rows, right=(2, 3))
+    columns = 4 if any(row[3] for row in rows) else 3
+    return html_table(("part", "what it is", "samples that have it", "mean size")[:columns], [r[:columns] for r in rows], right=(2, 3))
 
 
 def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
