@@ -42,16 +42,23 @@ def gpu_facts(local_rank: int) -> dict[str, Any] | None:
 
     if not torch.cuda.is_available():
         return None
-    count = torch.cuda.device_count()
-    if local_rank >= count:
+    count, index = torch.cuda.device_count(), gpu_index(local_rank)
+    if index >= count:
         return {"missing": True, "count": count}
-    torch.cuda.set_device(local_rank)
+    torch.cuda.set_device(index)
     free, total = torch.cuda.mem_get_info()
-    flops, same = product(torch.device("cuda", local_rank), MATMUL_GPU, torch.bfloat16)
+    flops, same = product(torch.device("cuda", index), MATMUL_GPU, torch.bfloat16)
     return {
         "missing": False, "count": count, "name": torch.cuda.get_device_name(), "free": free, "total": total, "flops": flops,
-        "repeatable": same, "uuid": str(getattr(torch.cuda.get_device_properties(local_rank), "uuid", "")),
+        "repeatable": same, "uuid": str(getattr(torch.cuda.get_device_properties(index), "uuid", "")),
     }  # fmt: skip
+
+
+def gpu_index(local_rank: int) -> int:
+    """This rank's GPU among those that its process sees: its own, or the only one where each task is shown one (--gpus-per-task)."""
+    import torch
+
+    return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
 def product(device: Any, size: int, dtype: Any, rounds: int = 8) -> tuple[float, bool]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from onellm_dist.preflight.host import gpu_index
+
 ROUNDS = 3
 """Partners that each node is tried with: a node that is slow with all of them is slow itself."""
 FIRST_BYTES = 1 << 20
@@ -45,7 +47,7 @@ def all_reduce_speed(store: Any, rank: int, ranks: Sequence[int], *, megabytes: 
     from torch import distributed as dist
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", gpu_index(local_rank)) if cuda else torch.device("cpu")
     size = len(ranks)
     # NCCL's watchdog would abort the process over a collective that does not come through; here that is a finding (torch 2.15).
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"

@@ -139,8 +139,21 @@ def _gpus(found: Findings) -> Iterator[Fault]:
             if gpu["total"] - gpu["free"] > BUSY_GPU:
                 text = f"{who}: {(gpu['total'] - gpu['free']) / GIB:.1f} GiB of its GPU are taken by somebody else"
                 yield Fault("fail", node, text, "end the left-over process there (nvidia-smi names it).", True)
+        yield from _same_gpu(found, node)
         for gpu in found.first(node, "ecc") or ():
             yield from _ecc(node, gpu)
+
+
+def _same_gpu(found: Findings, node: str) -> Iterator[Fault]:
+    """Ranks that are each shown one GPU may be shown the same one."""
+    owners: dict[str, list[int]] = {}
+    for report in found.of(node):
+        if uuid := (report.get("gpu") or {}).get("uuid"):
+            owners.setdefault(uuid, []).append(report["rank"])
+    for ranks in owners.values():
+        if len(ranks) > 1:
+            text = f"ranks {', '.join(map(str, ranks))} have the same GPU"
+            yield Fault("fail", node, text, "ask for one each (--gpus-per-node), or start fewer ranks.", True)
 
 
 def _ecc(node: str, gpu: Mapping[str, str]) -> Iterator[Fault]:

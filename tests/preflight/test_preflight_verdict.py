@@ -92,6 +92,14 @@ def test_a_fault_of_one_node_is_its_own_and_excludes_it_alone(changes: dict[str,
     assert words in text_of(found, faults, ["c"], 3.0) and "--exclude=c" in text_of(found, faults, ["c"], 3.0)
 
 
+def test_ranks_that_are_shown_the_same_gpu_are_told() -> None:
+    """A node of two ranks; each process sees one GPU."""
+    for uuids, faulty in ((("x", "y"), []), (("x", "x"), ["a"])):
+        reports = {r: {**report(0), "rank": r, "gpu": {**report(0)["gpu"], "count": 1, "uuid": uuids[r]}, "pairs": []} for r in range(2)}
+        faults = judge(Findings({"a": [0, 1]}, reports, {}), Options())
+        assert [fault.node for fault in faults if "ranks 0, 1 have the same GPU" in fault.what] == faulty, faults
+
+
 def directories(*groups: str, **errors: dict[str, str]) -> list[str]:
     """Excluded nodes where run.dir is one directory for the nodes of each group; letters are nodes."""
     changes: dict[int, dict[str, Any]] = {}
