@@ -76,6 +76,7 @@ def _train(run: Run) -> Outcome:
             run.exit_file.step = step + 1
             run.in_flight.first_step_done = True
             run.guard.count(step, applied=applied, new_tombstones=values.new_tombstones)
+            run.in_flight.rest("end")  # a failure from here on is none of this step's samples
             if _end_of_step(run, step + 1, values):
                 return Outcome("preempted", run.stop_reason())
     return Outcome("done", f"{steps} steps")
@@ -88,11 +89,11 @@ def _end_of_step(run: Run, done: int, values: StepValues) -> bool:
         run.checkpoints.settle()  # raises on every rank
     preempted = values.stop and done < steps
     if run.validation is not None and run.validation.due(done) and not preempted:
-        run.in_flight.beat("validation")
+        run.in_flight.rest("validation")
         run.note_validation(done, run.validation.run(done))
     last = preempted or done == steps
     if last or done % run.config.checkpoint.every == 0 or values.save:
-        run.in_flight.beat("checkpoint")
+        run.in_flight.rest("checkpoint")
         run.checkpoints.save(done, wait=last)
         run.telemetry.stalled += run.checkpoints.stall_seconds
     return preempted

@@ -106,6 +106,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(runs: Ru
         assert runs.checkpoints("full") == ["step-00000003", "step-00000006"] and not list(folder.glob(".step-*"))
         found = runs.exit("full")
         assert found["status"] == "failed" and "step-00000009" in found["reason"]
+        assert (found["failed_step"], found["suspects"]) == (None, []), "no step, and no sample, is to blame"
         subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
         runs.done("full")
         assert runs.events("full", "start")[-1]["first_step"] == 6
