@@ -44,6 +44,18 @@ wait "$preflight_pid"
 preflight=$?
 """
 
+_SSH = """\
+# A node that has only just come (back) may not let ssh in yet. Its ranks would never start, and those of the others would wait for them.
+nodes_answer() {
+    for ((i = 0; i < 20; i++)); do
+        timeout 30 pdsh -S -R ssh -w "$hosts" true >/dev/null 2>&1 && return
+        sleep 2
+    done
+    echo "no ssh to every node of $hosts: look with pdsh -S -R ssh -w $hosts true"
+    return 1
+}
+"""
+
 _LEFT = """
 # The runner may end before its ranks: they are under ssh, where Slurm neither tells nor ends them, and they would hold the run. Asked to
 # stop, they have the notice for their checkpoint; then, or where the runner failed, their launchers are told to end them (within 30 s).
@@ -181,8 +193,9 @@ def _with_deepspeed(job: Job) -> str:
         + _first_node()
         + 'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)\n'
         f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed \'s/$/ slots={job.ranks_per_node}/\' >"$run_dir/hostfile"\n'
-        f'{deepspeed} --hostfile "$run_dir/hostfile" --launcher pdsh --master_addr "$first" --master_port "$port" --no_ssh_check \\\n'
-        f"    --module {_training(job)} &\nranks=$!\n"
+        + _SSH
+        + f'{{ nodes_answer && exec {deepspeed} --hostfile "$run_dir/hostfile" --launcher pdsh \\\n'
+        f'    --master_addr "$first" --master_port "$port" --no_ssh_check \\\n    --module {_training(job)}; }} &\nranks=$!\n'
     )
 
 

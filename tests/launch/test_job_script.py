@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import stat
 import subprocess
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
     check_job(job)
     text = render(job)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    assert text.count("onellm_dist.train tune 'run.dir=/a b' 'x=$y' &") == 1
+    assert len(re.findall(r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!", text)) == 1
     assert ("in_container" in text) == bool(container)
     assert all(len(line) <= 140 for line in text.splitlines())
 

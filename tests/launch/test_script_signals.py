@@ -27,7 +27,8 @@ TOOLS = {
     "ranks": 'trap "touch $1/killed; exit 1" TERM\n'
     'for ((i = 0; i < 300; i++)); do if [ -e "$1/stop" ]; then sleep 0.5\n'
     'echo \'{"status": "preempted", "step": 3}\' >"$1/exit.json"; exit; fi; sleep 0.1; done',
-    "pdsh": 'case "$*" in *pkill*) kill $(cat "$RUN/ranks.pid") ;; *pgrep*) kill -0 $(cat "$RUN/ranks.pid") && echo "n1: 1" ;; esac',
+    "pdsh": 'case "$*" in *pkill*) kill $(cat "$RUN/ranks.pid") ;; *pgrep*) kill -0 $(cat "$RUN/ranks.pid") && echo "n1: 1" ;; '
+    '*true*) echo x >>"$RUN/asked"; [ "$(wc -l <"$RUN/asked")" -gt "$DEAF" ] || { touch "$RUN/started"; exit 255; } ;; esac',
     "srun": 'case "$*" in *doctor*) touch "$RUN/started"; [ -z "$BAD" ] || echo "$BAD" >"$RUN/bad_nodes.7.0"; exec sleep 50 ;; '
     '*) touch "$RUN/trained" ;; esac',
 }
@@ -36,7 +37,7 @@ TOOLS = {
 class Script:
     """A job script that runs here, in a process group of its own."""
 
-    def __init__(self, folder: Path, *, runner_s: float = 50, bad: str = "", **fields: Any) -> None:
+    def __init__(self, folder: Path, *, runner_s: float = 50, bad: str = "", deaf: int = 0, **fields: Any) -> None:
         tools, self.run_dir = folder / "tools", folder / "run"
         tools.mkdir()
         self.run_dir.mkdir()
@@ -44,10 +45,10 @@ class Script:
             (tools / name).write_text(f"#!/bin/bash\n{body}\n")
             (tools / name).chmod(0o755)
         job = Job(recipe="x", run_dir=self.run_dir, nodes=(1, 1), gpus_per_node=0, ranks_per_node=2, **fields)
-        text = render(job).replace("patience=30", "patience=1")
+        text = render(job).replace("patience=30", "patience=1").replace("i < 20", "i < 3").replace("sleep 2\n", "sleep 0.1\n")
         env = {
             **os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RUN": str(self.run_dir), "RUNNER_S": str(runner_s),
-            "BAD": bad, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1",
+            "DEAF": str(deaf), "BAD": bad, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1",
         }  # fmt: skip
         self.process = subprocess.Popen(
             ["bash", "-c", text], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -85,6 +86,19 @@ def test_ranks_that_a_runner_leaves_are_ended(tmp_path: Path) -> None:
     script = Script(tmp_path, starter="deepspeed", runner_s=0)
     said = script.end()
     assert "ranks were left" in said and (script.run_dir / "killed").exists()
+    assert script.ended() == ("failed", "requeue")
+
+
+def test_a_node_that_does_not_let_ssh_in_yet_is_waited_for(tmp_path: Path) -> None:
+    script = Script(tmp_path, starter="deepspeed", runner_s=0, deaf=2)
+    script.end()
+    assert (script.run_dir / "ranks.pid").exists() and len((script.run_dir / "asked").read_text().split()) == 3
+
+
+def test_no_ranks_are_started_where_a_node_lets_no_ssh_in(tmp_path: Path) -> None:
+    script = Script(tmp_path, starter="deepspeed", deaf=99)
+    said = script.end()
+    assert "no ssh to every node of n1" in said and not (script.run_dir / "ranks.pid").exists()
     assert script.ended() == ("failed", "requeue")
 
 
