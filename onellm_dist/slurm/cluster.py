@@ -7,6 +7,7 @@ left when the process that made it ends, even by SIGKILL: then the folder alone 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -31,6 +32,7 @@ from onellm_dist.slurm.ssh import boot_lines, write_ssh
 
 START_S = 90.0
 COMMAND_S = 60.0
+MESSAGES_S = 90.0
 JOB_FIELDS = ("JobState", "Reason", "Restarts", "NodeList", "BatchHost", "ExitCode", "StartTime", "NumNodes")
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -145,6 +147,20 @@ class Cluster:
             OneLLMError: they do not become so.
         """
         self._wait_until(lambda: all(self.node_states().get(name) == "idle" for name in names), START_S, "the nodes are not idle")
+
+    def wait_for_messages(self) -> None:
+        """Until the controller has no message under way, for `MESSAGES_S` at most.
+
+        What it could not tell a lost node it tells it again a minute later (Slurm 22.05): a step that has the old one's number by then, for
+        its job was requeued, is ended by it.
+        """
+        deadline = time.monotonic() + MESSAGES_S
+        while self._messages() and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    def _messages(self) -> int:
+        text = self.run("sdiag", check=False).stdout
+        return sum(int(count) for count in re.findall(r"^Agent (?:queue size|count): *(\d+)", text, re.MULTILINE))
 
     def is_up(self, name: str) -> bool:
         """Whether a node runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,9 @@ def lost_node(stage: Stage) -> Interrupted:
         requeued = job.wait_for_requeue(1)
     finally:
         stage.cluster.start_node(node)
+    back = time.monotonic()
+    stage.cluster.wait_for_messages()
+    requeued += time.monotonic() - back  # the job is held up by the rehearsal here, not by Slurm
     return _back(job, stage.cluster.nodes, requeued)
 
 
