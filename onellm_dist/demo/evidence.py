@@ -120,5 +120,12 @@ def resumed_at(run: Path) -> list[int]:
 
 
 def _resumed(runs: Mapping[str, Path]) -> str:
-    found = [f"{name.replace('_', ' ')} from step {step}, after SIGKILL" for name, run in runs.items() for step in resumed_at(run)]
+    found = list[str]()
+    for name, run in runs.items():
+        before = ""
+        for event in read_events(run):
+            if event["event"] == "start" and event["first_step"] > 0:
+                found.append(f"{name.replace('_', ' ')} from step {event['first_step']}, {before or 'after SIGKILL'}")
+            if event["event"] in ("start", "end"):
+                before = f"{event['status']} before" if event["event"] == "end" else ""
     return ", ".join(found) or "nothing"
