@@ -136,6 +136,10 @@ class RunningJob:
         return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
 
 
+LAUNCHERS = frozenset(("torch.distributed.run", "torchrun", "deepspeed.launcher.launch", "deepspeed", "srun", "pdsh", "ssh"))
+"""Programs and modules whose command line names the training module too."""
+
+
 def _trainings(pids: list[int]) -> list[tuple[int, int]]:
     """(process, parent) of those that train: ranks and their loader workers, without launchers."""
     found = []
@@ -146,7 +150,8 @@ def _trainings(pids: list[int]) -> list[tuple[int, int]]:
             parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
         except OSError:  # it ended meanwhile
             continue
-        launcher = any("torch.distributed.run" in word or "deepspeed" in word or word == "srun" for word in words)
+        before = words[: words.index(TRAINING)] if TRAINING in words else words  # behind it, folders may have any name
+        launcher = any(Path(word).name in LAUNCHERS for word in before)
         has_rank = any(item.startswith(("RANK=", "SLURM_PROCID=")) for item in environment)
         if TRAINING in words and not launcher and has_rank:
             found.append((pid, int(parent)))
