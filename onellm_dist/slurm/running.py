@@ -103,7 +103,7 @@ class RunningJob:
 
     def rank_process(self, node: str) -> int:
         """A rank on a node (the process id as seen from here)."""
-        found = {pid: int(parent) for pid, parent in _trainings(self.cluster.pids(node))}
+        found = {pid: int(parent) for pid, parent in trainings(self.cluster.pids(node))}
         ranks = [pid for pid, parent in found.items() if parent not in found]
         if not ranks:
             raise OneLLMError(f"no rank runs on {node}", "it cannot be killed.", f"see {self.log}.")
@@ -140,7 +140,7 @@ LAUNCHERS = frozenset(("torch.distributed.run", "torchrun", "deepspeed.launcher.
 """Programs and modules whose command line names the training module too."""
 
 
-def _trainings(pids: list[int]) -> list[tuple[int, int]]:
+def trainings(pids: list[int]) -> list[tuple[int, int]]:
     """(process, parent) of those that train: ranks and their loader workers, without launchers."""
     found = []
     for pid in pids:

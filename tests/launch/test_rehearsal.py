@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from onellm_dist.slurm.cluster import Cluster
 from onellm_dist.slurm.history import compare
 from onellm_dist.slurm.needs import what_is_missing
 from onellm_dist.slurm.rehearse import EVERY, STEPS, TOY_RECIPE, deepspeed_env, rehearse_command, toy_data, toy_size
+from onellm_dist.slurm.running import trainings
 from onellm_dist.slurm.scenarios import SCENARIOS
 
 MISSING = what_is_missing(ssh=True)
@@ -175,3 +177,19 @@ def test_every_recipe_comes_down_to_toy_size(recipe: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("starter", ["srun", "torchrun", "deepspeed"])
 def test_every_scenario_with_two_ranks_a_node(starter: str, tmp_path: Path) -> None:
     assert rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=2, starter=starter, out=tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "is_rank"), [(["onellm_dist.train", "run.dir=/x/deepspeed"], True), (["srun", "onellm_dist.train"], False)]
+)
+def test_a_rank_is_told_from_its_launcher_whatever_its_folder_is_called(words: list[str], is_rank: bool) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
+    process = subprocess.Popen(command, env={**os.environ, "RANK": "0"})
+    try:
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[1:2] != [b"-c"]:  # the fork is not yet that program
+            assert time.monotonic() < deadline
+        assert trainings([process.pid]) == ([(process.pid, os.getpid())] if is_rank else [])
+    finally:
+        process.kill()
+        process.wait()
