@@ -171,14 +171,8 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
         last_good(run)
 
 
-@pytest.mark.parametrize("cut", ["before", "between", "after"])
-def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before, between or after the two renames: the old one or the new one is there."""
-    folder, partial = (
-        checkpoint(tmp_path / checkpoint_name(4), data=b"old"),
-        checkpoint(tmp_path / f".{checkpoint_name(4)}.partial", data=b"new"),
-    )
-    renames = {"before": 0, "between": 1, "after": 2}[cut]
+def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed when it comes to its next rename after this many."""
     rename, done = Path.rename, []
 
     def counted(self: Path, target: Path) -> Path:
@@ -188,6 +182,17 @@ def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: st
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", counted)
+
+
+@pytest.mark.parametrize("cut", ["before", "between", "after"])
+def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before, between or after the two renames: the old one or the new one is there."""
+    folder, partial = (
+        checkpoint(tmp_path / checkpoint_name(4), data=b"old"),
+        checkpoint(tmp_path / f".{checkpoint_name(4)}.partial", data=b"new"),
+    )
+    renames = {"before": 0, "between": 1, "after": 2}[cut]
+    killed_after(renames, monkeypatch)
     try:
         put_in_place(partial, folder)
     except KeyboardInterrupt:
@@ -266,15 +271,7 @@ def test_the_best_weights_are_never_without_their_record(tmp_path: Path, monkeyp
         return Best(folder, engine, None, None, ALONE, "set")
 
     assert best().note(4, 3.0)
-    rename, done = Path.rename, []
-
-    def counted(self: Path, target: Path) -> Path:
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(target)
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", counted)
+    killed_after(renames, monkeypatch)
     with pytest.raises(KeyboardInterrupt) if renames < 2 else nullcontext():
         best().note(8, 2.0)
     monkeypatch.undo()
