@@ -17,6 +17,10 @@ from onellm_dist.report.troubles import SLOW_FACTOR, Troubles
 Weight = Literal["bad", "warn", "note"]
 FEW = 5
 """Steps from which on rates and medians say something."""
+WHY_SKIPPED = {
+    "loss_not_finite": "a loss that is not finite", "gradient_not_finite": "a gradient that is not finite",
+    "loss_spike": "a leap of the loss", "gradient_spike": "a leap of the gradient norm", "not_finite": "not finite",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,10 @@ def _loss(facts: Facts) -> Iterator[Finding]:
         yield Finding("warn", f"Validation loss was lowest after step {step} ({low:.3f}) and is {checked[-1][1]:.3f} now.")
     skipped = facts.troubles.skipped
     if skipped:
-        last = skipped[-1].get("step")
-        yield Finding("warn", f"{counted(len(skipped), 'step was', 'steps were')} skipped because a gradient was not finite "
-                      f"(the last: step {last}); events.jsonl names their samples.")  # fmt: skip
+        kinds = Counter(str(event.get("kind", "not_finite")) for event in skipped)
+        why = ", ".join(f"{WHY_SKIPPED.get(kind, kind)}" + (f" ({n})" if len(kinds) > 1 else "") for kind, n in kinds.most_common())
+        yield Finding("warn", f"{counted(len(skipped), 'step was', 'steps were')} skipped: {why}{_most_blamed(skipped)} "
+                      f"(the last: step {skipped[-1].get('step')}); events.jsonl names the samples.")  # fmt: skip
     if facts.troubles.spikes:
         step, norm, before = max(facts.troubles.spikes, key=lambda s: s[1] / s[2])
         count = counted(len(facts.troubles.spikes), "gradient norm is", "gradient norms are")
@@ -213,6 +218,13 @@ def _loss(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "note", f"{share:.0%} of the gradients are clipped (optim.grad_clip={clip:g}): the rate in effect is lower than optim.lr."
             )
+
+
+def _most_blamed(skipped: Sequence[Entry]) -> str:
+    """The modality that every skipped step has among its suspects, where there is one: it may never be trained on."""
+    suspects = [{str(s.get("modality")) for s in event.get("samples") or () if isinstance(s, dict)} for event in skipped]
+    common = set.intersection(*suspects)
+    return f", each time with suspects of {' and of '.join(sorted(common))}" if common and len(skipped) > 1 else ""
 
 
 def _speed(facts: Facts) -> Iterator[Finding]:

@@ -1,8 +1,7 @@
 """What is done about a run that goes wrong: losses and gradients that are not finite or leap, and too many unreadable samples.
 
-Every rank sees the same sums, so all decide alike with no message between them. A loss is looked at before the optimizer applies its
-step; a gradient norm is known only afterwards (the engines clip and apply in one call), except where it is not finite: then every engine
-throws the step away.
+Every rank sees the same sums, so all decide alike with no message between them. Loss and gradient norm are looked at before the optimizer
+applies the step, so what is found wrong is never in the weights.
 """
 
 from __future__ import annotations
@@ -34,11 +33,6 @@ class Verdict:
     """`loss_not_finite`, `gradient_not_finite`, `loss_spike`, `gradient_spike`."""
     reason: str
     """For people, figures included."""
-
-    @property
-    def applied(self) -> bool:
-        """It was seen only after the optimizer had applied the step."""
-        return self.kind == "gradient_spike"
 
 
 def robust_z(value: float, window: Sequence[float], floor: float) -> float:
@@ -80,29 +74,25 @@ class Guard:
         self._norms = deque(state.get("log_norms", ()), maxlen=self._config.window)
         self._skipped = int(state.get("skipped", 0))
 
-    def before_step(self, loss: float) -> Verdict | None:
-        """Look at the loss of a step that is not applied yet."""
+    def judge(self, loss: float, grad_norm: float) -> Verdict | None:
+        """Look at a step that is not applied yet; both figures are of all ranks."""
         if not math.isfinite(loss):
             return Verdict("loss_not_finite", "the loss is not finite")
-        z = self._z(loss, self._losses, LOSS_FLOOR * abs(_median(self._losses)) if self._losses else 0.0)
-        if z is None:
-            return None
-        return Verdict("loss_spike", f"loss {loss:.4g} is {z:.1f} robust deviations above the median {_median(self._losses):.4g}")
-
-    def after_step(self, loss: float, grad_norm: float, *, applied: bool) -> Verdict | None:
-        """Look at what the engine did with a step that `before_step` found nothing about; remember it if it is one to keep."""
-        if not applied or not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):
             return Verdict("gradient_not_finite", "the gradient is not finite, every loss is")
-        log_norm = math.log(max(grad_norm, 1e-30))
-        z = self._z(log_norm, self._norms, LOG_NORM_FLOOR)
+        z = self._z(loss, self._losses, LOSS_FLOOR * abs(_median(self._losses)) if self._losses else 0.0)
+        if z is not None:
+            return Verdict("loss_spike", f"loss {loss:.4g} is {z:.1f} robust deviations above the median {_median(self._losses):.4g}")
+        z = self._z(_log(grad_norm), self._norms, LOG_NORM_FLOOR)
         if z is not None:
             middle = math.exp(_median(self._norms))
-            if self.policy == "skip":  # it is applied and stays: a norm that has risen for good must not be told for ever
-                self._norms.append(log_norm)
             return Verdict("gradient_spike", f"gradient norm {grad_norm:.4g} is {z:.1f} robust deviations above the median {middle:.4g}")
-        self._losses.append(loss)
-        self._norms.append(log_norm)
         return None
+
+    def keep(self, loss: float, grad_norm: float) -> None:
+        """Remember a step that was applied: later ones are compared with it."""
+        self._losses.append(loss)
+        self._norms.append(_log(grad_norm))
 
     def count(self, step: int, *, applied: bool, new_tombstones: int) -> None:
         """Take note of a step.
@@ -131,6 +121,10 @@ class Guard:
             return None
         z = robust_z(value, window, floor)
         return z if z > self._config.threshold else None
+
+
+def _log(norm: float) -> float:
+    return math.log(max(norm, 1e-30))
 
 
 def _median(values: Sequence[float]) -> float:

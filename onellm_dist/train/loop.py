@@ -12,7 +12,7 @@ from onellm_dist.errors import OneLLMError
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.build import Run
 from onellm_dist.train.culprits import Part, Suspect, describe, find_culprits, say
-from onellm_dist.train.engine.base import StepResult
+from onellm_dist.train.engine.base import GradNorms
 from onellm_dist.train.guard import Verdict
 from onellm_dist.train.metrics import StepReport
 from onellm_dist.train.rollback import RollBackError, needs_a_start, roll_back
@@ -32,16 +32,12 @@ class Outcome:
 
 @dataclass
 class _Pass:
-    """What one rank did in a step before the optimizer."""
+    """What one rank did in a step before the ranks agree on it."""
 
     totals: StepTotals
     parts: list[Part] = field(default_factory=list)
     waited: float = 0.0
     """Seconds spent waiting for the loader."""
-    values: StepValues | None = None
-    """The sums over all ranks; known before the last backward."""
-    verdict: Verdict | None = None
-    """Why the step must not be applied."""
 
 
 def train(run: Run) -> Outcome:
@@ -107,20 +103,23 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     """
     started = time.perf_counter()
     done = _forward_backward(run, step, micro_batches)
-    values = done.values
-    if values is None:
-        raise RuntimeError(f"the plan has no micro-step in step {step}")
+    run.in_flight.beat("agree")
+    values, norms = _agree(run, step, done), run.engine.grad_norms()
+    loss = values.loss / run.plan.step(step, run.world.size).divisor
+    verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.whole)
+    run.in_flight.beat("step")
     lr = learning_rate(step, run.config.optim, run.config.train.steps)
-    result = run.engine.step(lr)
-    verdict = done.verdict or run.guard.after_step(_loss(run, step, values), result.grad_norm, applied=result.applied)
-    if verdict is not None:
-        _judge(run, step, done, verdict)
+    applied = run.engine.step(lr, discard=verdict is not None)
+    if applied:
+        run.guard.keep(loss, norms.whole)
+    else:
+        _throw_away(run, step, done, verdict or Verdict("gradient_not_finite", "the engine found a gradient that is not finite"))
     if values.new_tombstones:
         run.events.write("tombstones", step=step, count=values.new_tombstones, total=run.guard.tombstones + values.new_tombstones)
     seconds = time.perf_counter() - started
-    run.metrics.write(_report(run, step, lr, values, result, seconds, done.waited))
+    run.metrics.write(_report(run, step, lr, values, norms, applied, seconds, done.waited))
     run.phases.first_step(seconds, done.waited, run.events)
-    return values, result.applied
+    return values, applied
 
 
 def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass:
@@ -137,19 +136,15 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
         loss, nll, sample_index = run.engine.forward(batch, last=micro.last)
         done.totals.add(batch, loss, nll, sample_index)
         done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
-        if micro.last:
-            run.in_flight.beat("agree")
-            _decide(run, step, done)
-            if done.verdict is not None:
-                loss = loss * math.nan  # so that every engine throws the whole step away, as it does for any loss that is not finite
         run.in_flight.beat("backward")
         run.engine.backward(loss, micro.divisor)
-    run.in_flight.beat("step")
+    if not done.parts:
+        raise RuntimeError(f"the plan has no micro-step in step {step}")
     return done
 
 
-def _decide(run: Run, step: int, done: _Pass) -> None:
-    """Sum over the ranks, and look at the loss while nothing is applied yet.
+def _agree(run: Run, step: int, done: _Pass) -> StepValues:
+    """The sums over all ranks, while nothing is applied yet.
 
     The record of tombstones is on the disk of every rank before any rank can apply the step: the sum waits for all.
     """
@@ -157,16 +152,11 @@ def _decide(run: Run, step: int, done: _Pass) -> None:
     done.totals.reduce(
         run.world, new_tombstones=new_tombstones, stop=run.stop.asked(), write_failed=run.checkpoints.failed, save=run.checkpoints.overdue
     )
-    done.values = done.totals.read()
-    done.verdict = run.guard.before_step(math.nan if done.values.not_finite else _loss(run, step, done.values))
+    return done.totals.read()
 
 
-def _loss(run: Run, step: int, values: StepValues) -> float:
-    return values.loss / run.plan.step(step, run.world.size).divisor
-
-
-def _judge(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
-    """Name the samples, and do what the policy says about a step that went wrong."""
+def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
+    """Name the samples, and do what the policy says about a step that went wrong and was not applied."""
     culprits = find_culprits(done.parts, verdict, run.world)
     policy = run.guard.policy
     if policy == "rollback":
@@ -175,15 +165,9 @@ def _judge(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
         run.events.write("guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits))
         raise OneLLMError(
             f"step {step}: {verdict.reason}; the samples: {say(culprits)}",
-            "guard.policy is stop" + ("." if verdict.applied else ": the step was not applied."),
+            "guard.policy is stop: the step was not applied.",
             "see events.jsonl for the samples; take guard.policy=skip or rollback to go on without them.",
         )
-    if verdict.applied:
-        told = "was applied (clipped): its norm is known only then; guard.policy=rollback would undo it"
-        run.events.write(
-            verdict.kind, step=step, reason=verdict.reason, **describe(culprits), say=f"WARNING: step {step} {told}: {verdict.reason}"
-        )
-        return
     _tell_skipped(run, step, verdict, culprits)
 
 
@@ -198,12 +182,14 @@ def _tell_skipped(run: Run, step: int, verdict: Verdict, culprits: list[Suspect]
     )  # fmt: skip
 
 
-def _report(run: Run, step: int, lr: float, values: StepValues, result: StepResult, seconds: float, waited: float) -> StepReport:
+def _report(
+    run: Run, step: int, lr: float, values: StepValues, norms: GradNorms, applied: bool, seconds: float, waited: float
+) -> StepReport:
     size = run.size_of(step)
     readings = run.telemetry.read(step)
     return StepReport(
-        step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=result.grad_norm,
-        grad_norm_by_part=result.grad_norm_by_part, applied=result.applied,
+        step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=norms.whole,
+        grad_norm_by_part=norms.by_part, applied=applied,
         samples=size.samples, supervised_tokens=size.supervised_tokens, tokens=size.tokens, padding_fraction=size.padding_fraction,
         tokens_per_second=size.tokens / seconds, data_wait_fraction=min(1.0, waited / seconds),
         mfu=None if run.peak is None else size.flops / seconds / (run.world.size * run.peak),

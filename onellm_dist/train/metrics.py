@@ -130,7 +130,7 @@ class Metrics:
         left = (self._steps - report.step - 1) * seconds / len(self._recent)
         rate = sum(r.tokens for r in self._recent) / seconds
         kinds = " ".join(f"{name} {value:.3f}" for name, value in report.loss_by_modality.items())
-        skipped = "" if report.applied else "  SKIPPED (not finite)"
+        skipped = "" if report.applied else "  SKIPPED"
         mfu = "" if report.mfu is None else f"  MFU {100 * report.mfu:.1f}%"
         return (
             f"step {report.step + 1}/{self._steps}  loss {report.loss:.4f} ({kinds})  lr {report.lr:.2e}  |g| {report.grad_norm:.2f}  "

@@ -185,7 +185,13 @@ def eventful(directory: Path) -> MadeRun:
     run.train(60, every=100)
     run.one(grad_norm=None, applied=False, loss=None)
     run.event(
-        "step_skipped", step=560, reason="loss not finite in 1 micro-steps", micro_steps=[{"rank": 3, "samples": ["laion/00017.tar/1@0"]}]
+        "step_skipped",
+        step=560,
+        reason="the loss is not finite",
+        kind="loss_not_finite",
+        samples_total=1,
+        micro_steps=[{"rank": 3, "micro_step": 0, "samples": ["laion/00017.tar/1@0"]}],
+        samples=[{"rank": 3, "micro_step": 0, "sample": "laion/00017.tar/1@0", "modality": "image", "nll": None}],
     )
     run.train(60, every=100)
     run.one(grad_norm=48.0)

@@ -73,7 +73,7 @@ def test_troubles_are_found_and_told_in_words(four_starts: Facts) -> None:
     for words in (
         "Goodput is",
         "75 steps were done in vain",
-        "1 step was skipped",
+        "1 step was skipped: a loss that is not finite (the last: step 560)",
         "could not be read",
         "One checkpoint took 22 s",
         "8, 16",
@@ -238,6 +238,22 @@ def test_steps_done_again_inside_a_start_are_in_vain(tmp_path: Path) -> None:
     assert facts.attempts[0].lost_steps == 10 and len(facts.files.steps) == 200
     assert [e["event"] for e in facts.troubles.others] == ["rollback"]
     assert "rollback" in page_of(facts, summary_of(facts), findings_of(facts))
+
+
+def test_skipped_steps_are_told_by_kind_with_the_modality_that_each_of_them_had(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path / "run")
+    run.begin()
+    run.start(0)
+    for kind, modalities in (("gradient_spike", ("imu", "image")), ("loss_spike", ("imu",)), ("gradient_spike", ("imu", "fmri"))):
+        run.train(20)
+        run.one(grad_norm=900.0, applied=False, loss=2.0)
+        run.event("step_skipped", step=run.step - 1, kind=kind, samples=[{"sample": f"{m}/0@0", "modality": m} for m in modalities])
+    run.end("done", "63 steps")
+    text = said(facts_of(run.directory, now=run.settle()))
+    assert (
+        "3 steps were skipped: a leap of the gradient norm (2), a leap of the loss (1), each time with suspects of imu (the last: step 62)"
+        in text
+    )
 
 
 def test_the_time_that_a_hang_holds_its_nodes_is_told_apart(tmp_path: Path) -> None:

@@ -65,35 +65,39 @@ def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = F
     return engine_class("fsdp" if "fsdp" in job else "deepspeed").wrap(model, parameter_groups(model, DECAY), settings)
 
 
-def train(engine: Engine, world: World, steps: range, spoil: int | None = None, discard: int | None = None) -> list[dict[str, Any]]:
-    """`discard`: a step that gets one more micro-step, a dummy on every rank, and must not be applied, as the loop says it (loss x NaN)."""
+def train(engine: Engine, world: World, steps: range, spoil: int = -1, dead: int = -1, discard: int = -1) -> list[dict[str, Any]]:
+    """
+    Args:
+        spoil: a step in which the loss of one rank's first micro-step is not finite.
+        dead: a step that gets one more micro-step, a dummy on every rank, whose loss is not finite.
+        discard: a sound step that is thrown away.
+    """
     done = []
     for step in steps:
-        dealt = deal(step, world.size)[world.rank] + [[]] * (step == discard)
+        dealt = deal(step, world.size)[world.rank] + [[]] * (step == dead)
         divisor = sum(supervised(s) for s in step_samples(step))
         total = torch.zeros(1)
         for index, samples in enumerate(dealt):
-            dropped = step == discard and index == len(dealt) - 1
+            lost = step == dead and index == len(dealt) - 1
             batch = pack(samples)
             if spoil == step and world.rank == world.size - 1 and index == 0:
                 batch.weights.fill_(float("inf"))
             loss, _, _ = engine.forward(batch, last=index == len(dealt) - 1)
-            engine.backward(loss * float("nan") if dropped else loss, divisor)
+            engine.backward(loss * float("nan") if lost else loss, divisor)
             total += loss.detach().float()
         world.sum(total)
-        result = engine.step(LR)
-        done.append(
-            {"loss": total.item() / divisor, "applied": result.applied, "norm": result.grad_norm, "parts": result.grad_norm_by_part}
-        )
+        norms = engine.grad_norms()
+        applied = engine.step(LR, discard=step == discard)
+        done.append({"loss": total.item() / divisor, "applied": applied, "norm": norms.whole, "parts": norms.by_part})
     return done
 
 
-def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """One process, plain torch, the whole global batch in one pack a sample."""
+def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """One process, plain torch, the whole global batch in one pack a sample. Weights, losses, norms of the gradient."""
     model = new_model(stage)
     groups = parameter_groups(model, DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
-    losses = []
+    losses, norms = [], []
     for step in steps:
         every = step_samples(step)
         optimizer.zero_grad()
@@ -102,10 +106,10 @@ def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[f
         for p in model.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+        norms.append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)))
         optimizer.step()
         losses.append(float(loss.detach()))
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, losses
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, losses, norms
 
 
 def update_error(
@@ -129,16 +133,22 @@ def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     save_state(folder, engine, world, {"step": 5})
     rest = train(engine, world, range(5, 8))
     ended = engine.gather_full_state()
-    spoilt = train(engine, world, range(8, 9), spoil=8) + train(engine, world, range(8, 9), discard=8)
+    spoilt = train(engine, world, range(8, 9), spoil=8) + train(engine, world, range(8, 9), dead=8)
     kept = engine.gather_full_state()
+    discarded = train(engine, world, range(8, 9), discard=8)
+    still, count = engine.gather_full_state(), engine.optimizer_steps
+    train(engine, world, range(8, 10))
+    after = engine.gather_full_state()
 
     resumed = new_engine(world, new_model(stage), job, bf16)
     load_state(folder, resumed, world)
     again = train(resumed, world, range(5, 8))
-    second = resumed.gather_full_state()
+    second, steps = resumed.gather_full_state(), resumed.optimizer_steps
+    train(resumed, world, range(8, 10))
+    straight = resumed.gather_full_state()
     if not world.main:
         return {}
-    expected, losses = reference(stage, range(8))
+    expected, losses, norms = reference(stage, range(8))
     errors = update_error(before, ended, expected, trained)
     return {
         "losses": max(abs(a["loss"] - b) for a, b in zip(first + rest, losses, strict=True)),
@@ -149,9 +159,13 @@ def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
         "moved": all(not torch.equal(ended[n].float(), before[n]) for n in trained),
         "resume_identical": all(torch.equal(ended[n], second[n]) for n in before),
         "resume_losses": max(abs(a["loss"] - b["loss"]) for a, b in zip(again, rest, strict=True)),
-        "steps": resumed.optimizer_steps,
+        "steps": steps,
         "spoilt_applied": any(step["applied"] for step in spoilt),
         "spoilt_kept": all(torch.equal(ended[n], kept[n]) for n in before),
+        "discarded_applied": any(step["applied"] for step in discarded), "discarded_steps": count,
+        "discarded_kept": all(torch.equal(ended[n], still[n]) for n in before),
+        "goes_on_identical": all(torch.equal(after[n], straight[n]) for n in before),
+        "norm_error": max(abs(s["norm"] / right - 1) for s, right in zip(first + rest, norms, strict=True)),
         "norms": [s["norm"] for s in first], "parts": [s["parts"] for s in first],
     }  # fmt: skip
 
@@ -168,7 +182,7 @@ def carry_on(world: World, job: dict[str, Any]) -> dict[str, Any]:
     ended = engine.gather_full_state()
     if not world.main:
         return {}
-    expected, right = reference(stage, range(8))
+    expected, right, _ = reference(stage, range(8))
     errors = update_error(before, ended, expected, {n for n, p in model.named_parameters() if p.requires_grad})
     return {"steps": steps, "losses": max(abs(a - b) for a, b in zip(losses, right[5:], strict=True)), "update_error": max(errors.values())}
 

@@ -94,7 +94,7 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
             engine.backward(loss, divisor(step))
             total += loss.detach().double()
         world.sum(total)
-        assert engine.step(LR).applied
+        assert engine.step(LR)
         losses.append(total.item() / divisor(step))
     masters = {}
     for rank, ranges in enumerate(world.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])):

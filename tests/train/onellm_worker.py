@@ -82,7 +82,7 @@ def sharded(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tenso
             engine.backward(loss, divisor(step))
             total += loss.detach()
         world.sum(total)
-        assert engine.step(LR).applied
+        assert engine.step(LR)
         losses.append(total.item() / divisor(step))
     return engine.gather_full_state(), losses
 

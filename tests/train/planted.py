@@ -14,7 +14,7 @@ import torch
 def plant(what: dict[str, Any], rank: int) -> None:
     """Plant everything that `what` names in this rank."""
     for name, value in what.items():
-        {"deadly": _deadly, "nan": _nan, "leap": _leap, "sleep": _sleep, "slow_writes": _slow_writes}[name](value, rank)
+        PLANTS[name](value, rank)
 
 
 def _spoil(sample_id: str, change: Any) -> None:
@@ -41,19 +41,39 @@ def _nan(sample_id: str, rank: int) -> None:
 
 def _leap(sample_id: str, rank: int) -> None:
     """The cross-entropy of a sample's tokens comes out 50 higher."""
+
+    def leaping(loss: Any, nll: Any, own: Any) -> Any:
+        return loss + 50 * own.sum(), nll + 50 * own
+
+    _bend(sample_id, leaping)
+
+
+def _steep(sample_id: str, rank: int) -> None:
+    """The gradient of a sample's micro-batch comes out 10,000 times as long; the losses are what they were."""
+
+    def steep(loss: Any, nll: Any, own: Any) -> Any:
+        return loss + 1e4 * (loss - loss.detach()), nll
+
+    _bend(sample_id, steep)
+
+
+def _bend(sample_id: str, change: Any) -> None:
+    """What either engine's forward gives for a pack with the sample goes through `change(loss, nll, own)`; own: [N], 1 at its tokens."""
     from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+    from onellm_dist.train.engine.fsdp import FsdpEngine
 
-    forward = DeepSpeedEngine.forward
+    def bent(forward: Any) -> Any:
+        def bending(self: Any, batch: Any, *, last: bool) -> Any:
+            loss, nll, index = forward(self, batch, last=last)
+            for place, name in enumerate(batch.sample_ids):
+                if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.tombstones:
+                    loss, nll = change(loss, nll, (index == place).float())
+            return loss, nll, index
 
-    def leaping(self: DeepSpeedEngine, batch: Any, *, last: bool) -> Any:
-        loss, nll, index = forward(self, batch, last=last)
-        for place, name in enumerate(batch.sample_ids):
-            if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.tombstones:
-                own = (index == place).float()
-                loss, nll = loss + 50 * own.sum(), nll + 50 * own
-        return loss, nll, index
+        return bending
 
-    DeepSpeedEngine.forward = leaping  # type: ignore[method-assign]
+    for engine in (DeepSpeedEngine, FsdpEngine):
+        engine.forward = bent(engine.forward)  # type: ignore[method-assign]
 
 
 def _sleep(where: dict[str, int], rank: int) -> None:
@@ -87,3 +107,6 @@ def _slow_writes(seconds: float, rank: int) -> None:
         return written
 
     checkpoint_writer.write_tensors = slow
+
+
+PLANTS = {"deadly": _deadly, "nan": _nan, "leap": _leap, "steep": _steep, "sleep": _sleep, "slow_writes": _slow_writes}

@@ -82,6 +82,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(two: tup
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+def test_a_sound_step_that_is_thrown_away_leaves_no_trace(two: tuple[Path, dict[str, Any]], name: str) -> None:
+    """Neither in the weights nor in what follows: moments, the count of steps and gradients of the next step are as if it had not been."""
+    found = two[1][name]
+    assert not found["discarded_applied"]
+    assert found["discarded_steps"] == 8
+    assert found["discarded_kept"]
+    assert found["goes_on_identical"]
+
+
+@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
+def test_the_norm_is_that_of_one_process_with_all_samples(two: tuple[Path, dict[str, Any]], name: str) -> None:
+    assert two[1][name]["norm_error"] < (1e-5 if name in FP32 else 0.03)
+
+
+@pytest.mark.parametrize("name", [job["name"] for job in JOBS])
 def test_norms_of_the_parts_add_up_to_the_whole(two: tuple[Path, dict[str, Any]], name: str) -> None:
     found = two[1][name]
     trained = {"llm"} if "tune" in name else {"branches", "upm"}

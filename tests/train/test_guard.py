@@ -46,8 +46,17 @@ def guard(**keys: Any) -> Guard:
 
 def feed(one: Guard, losses: list[float]) -> None:
     for loss in losses:
-        assert one.before_step(loss) is None
-        assert one.after_step(loss, 1.0 + 0.1 * (loss - 2.0), applied=True) is None
+        assert judge(one, loss) is None
+        one.keep(loss, norm_of(loss))
+
+
+def norm_of(loss: float) -> float:
+    return 1.0 + 0.1 * (loss - 2.0)
+
+
+def judge(one: Guard, loss: float) -> Verdict | None:
+    """With a norm that is nothing special."""
+    return one.judge(loss, norm_of(loss) if abs(loss) < 5 else 1.0)
 
 
 def noisy(count: int, seed: int = 0) -> list[float]:
@@ -62,39 +71,42 @@ def test_z_is_in_robust_standard_deviations() -> None:
     assert robust_z(4.0, [3.0] * 5, 0.5) == 2.0, "the floor"
 
 
-def test_a_leap_of_the_loss_is_seen_before_the_step_and_noise_and_falls_are_not() -> None:
+def test_a_leap_of_the_loss_is_seen_and_noise_and_falls_are_not() -> None:
     one = guard()
     feed(one, noisy(200))
-    assert one.before_step(0.5) is None
-    verdict = one.before_step(4.0)
-    assert verdict is not None and verdict.kind == "loss_spike" and not verdict.applied
+    assert judge(one, 0.5) is None
+    verdict = judge(one, 4.0)
+    assert verdict is not None and verdict.kind == "loss_spike"
     assert "4" in verdict.reason and "median" in verdict.reason
 
 
 def test_nothing_is_a_leap_before_there_is_something_to_compare_with_or_with_threshold_zero() -> None:
     one = guard()
     feed(one, noisy(7))
-    assert one.before_step(1e6) is None
+    assert one.judge(1e6, 1e6) is None
     off = guard(threshold=0)
     feed(off, noisy(50))
-    assert off.before_step(1e6) is None
-    assert off.before_step(float("nan")) is not None, "not finite is never let through"
+    assert off.judge(1e6, 1e6) is None
+    for loss, norm in ((float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, float("inf"))):
+        assert off.judge(loss, norm) is not None, "not finite is never let through"
 
 
-def test_a_leap_of_the_gradient_norm_is_seen_after_the_step() -> None:
-    one = guard(policy="rollback")
+def test_a_leap_of_the_gradient_norm_is_seen_and_noise_and_falls_are_not() -> None:
+    one = guard()
     feed(one, noisy(50))
-    verdict = one.after_step(2.0, 1e4, applied=True)
-    assert verdict is not None and verdict.kind == "gradient_spike" and verdict.applied
-    verdict = one.after_step(2.0, float("inf"), applied=False)
-    assert verdict is not None and verdict.kind == "gradient_not_finite" and not verdict.applied
+    for norm in (1e-6, 0.5, 2.0, 5.0):
+        assert one.judge(2.0, norm) is None
+    verdict = one.judge(2.0, 1e4)
+    assert verdict is not None and verdict.kind == "gradient_spike" and "1e+04" in verdict.reason
+    verdict = one.judge(2.0, float("inf"))
+    assert verdict is not None and verdict.kind == "gradient_not_finite"
 
 
 def test_what_is_thrown_away_does_not_move_the_window() -> None:
     one = guard()
     feed(one, noisy(50))
     for _ in range(40):
-        assert one.before_step(4.0) is not None
+        assert judge(one, 4.0) is not None and one.judge(2.0, 1e4) is not None
         one.count(0, applied=True, new_tombstones=0)
 
 
@@ -103,7 +115,7 @@ def test_a_resumed_guard_decides_as_the_first_one_would() -> None:
     feed(one, noisy(50))
     again = Guard(GuardSection(window=16, threshold=8.0), 5, 0, json.loads(json.dumps(one.state())))
     for loss in (2.2, 2.5, 2.7, 2.9, 3.2):
-        assert (one.before_step(loss) is None) == (again.before_step(loss) is None)
+        assert judge(one, loss) == judge(again, loss)
     assert again.state() == one.state()
 
 
@@ -185,11 +197,15 @@ def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
     assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), "the watching thread does not count"
 
 
-def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the sums are where ranks wait for one that is late; it must be the one with the fewest beats."""
     from onellm_dist.train import loop
 
     in_flight, phases = InFlight(), []
+
+    class ComeToTheSumsError(Exception):
+        pass
+
     micro = SimpleNamespace(step=4, index=0, last=True, divisor=1)
 
     def seen(*_: Any, **__: Any) -> Any:
@@ -201,10 +217,15 @@ def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_forward
         plan=SimpleNamespace(step=lambda *_: SimpleNamespace(ranks=[[micro]])),
         world=SimpleNamespace(rank=0, size=1, device=torch.device("cpu")),
     )  # fmt: skip
-    monkeypatch.setattr(loop, "_decide", seen)
-    loop._forward_backward(run, 4, iter([(micro, pack([sample(1, ("a",))]))]))  # type: ignore[arg-type, list-item]
-    assert [phase for phase, _ in phases] == ["forward", "agree", "backward"]
-    assert [beats for _, beats in phases] == [2, 3, 4] and in_flight.phase == "step" and in_flight.beats == 5
+
+    def agree(*_: Any) -> None:
+        seen()
+        raise ComeToTheSumsError
+
+    monkeypatch.setattr(loop, "_agree", agree)
+    with pytest.raises(ComeToTheSumsError):
+        loop._step(run, 4, iter([(micro, pack([sample(1, ("a",))]))]))  # type: ignore[arg-type, list-item]
+    assert phases == [("forward", 2), ("backward", 3), ("agree", 4)]
 
 
 def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Watchdog:

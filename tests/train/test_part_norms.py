@@ -47,8 +47,8 @@ def test_parts_are_right_whatever_is_looked_at_together(alone: None, monkeypatch
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     part_of = {name: name[0] for name in gradients if not name.startswith("c")}
     norms = parts.PartNorms(model, [Whole(n, g) for n, g in gradients.items()], part_of, torch.device("cpu"))
-    squares = norms.squares()
+    found = norms.read()
     for part in "ab":
         want = torch.cat([g.flatten() for n, g in gradients.items() if n[0] == part]).norm()
-        assert norms.named(squares.tolist())[part] == pytest.approx(float(want), rel=1e-6)
-    assert float(squares.sum()) == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()), rel=1e-6)
+        assert found.by_part[part] == pytest.approx(float(want), rel=1e-6)
+    assert found.whole == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()) ** 0.5, rel=1e-6)

@@ -189,6 +189,40 @@ def test_a_leap_of_the_loss_is_skipped_before_it_is_applied(runs: Runs, two: str
     assert [line["applied"] for line in runs.lines("leap_skipped", "metrics.jsonl")] == [step != 10 for step in range(STEPS)]
 
 
+@pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
+def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(runs: Runs, two: str, world: int, engine: str) -> None:
+    bad, name = spoilt_step(runs, two, 10), f"steep_skipped_{world}_{engine}"
+    more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
+    runs.done(name, world, {"steep": bad}, guard__window=8, guard__threshold=12, **more)
+    same_stream(runs, name, two)
+    (event,) = runs.events(name, "step_skipped")
+    assert (event["step"], event["kind"]) == (10, "gradient_spike")
+    assert any(suspect["sample"].startswith(f"{bad}@") for suspect in event["samples"])
+    lines = runs.lines(name, "metrics.jsonl")
+    assert [line["applied"] for line in lines] == [step != 10 for step in range(STEPS)]
+    assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, "the figures of what was thrown away"
+    if world == 1:  # as if the step had been thrown away for its loss
+        other = runs.lines("leap_skipped", "metrics.jsonl")
+        assert [line["loss"] for line in lines[11:]] == [line["loss"] for line in other[11:]]
+    else:
+        alone = runs.lines("steep_skipped_1_deepspeed", "metrics.jsonl")
+        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+
+
+def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: str) -> None:
+    """On 4 ranks under FSDP2."""
+    bad, name = spoilt_step(runs, two, 10), "steep_back"
+    runs.done(
+        name, 4, {"steep": bad}, guard__policy="rollback", guard__window=8, guard__threshold=12, engine__name="fsdp", engine__config=""
+    )
+    same_stream(runs, name, two)
+    (event,) = runs.events(name, "rollback")
+    assert (event["step"], event["to"], event["kind"]) == (10, 9, "gradient_spike")
+    marks = [mark["sample_id"] for mark in runs.lines(name, "ledger/tombstones-ranks-guard.jsonl")]
+    assert any(mark.startswith(f"{bad}@") for mark in marks)
+    assert all(line["applied"] for line in runs.lines(name, "metrics.jsonl"))
+
+
 def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, two: str) -> None:
     bad = spoilt_step(runs, two, 10)
     start = runs.start("leap_stopped", 1, {"leap": bad}, guard__policy="stop", guard__window=8, guard__threshold=12)

@@ -108,7 +108,13 @@ def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ("[]", "JSON object"), ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16")],
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}', "offload_param to nvme"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}', "ratio 0.3"),
+    ],
 )
 def test_wrong_deepspeed_configurations_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "mine.json"

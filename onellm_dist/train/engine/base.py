@@ -18,15 +18,13 @@ STATE_KEYS = (MASTER, "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did; the same on every rank."""
+class GradNorms:
+    """Norms of a step's gradient, summed over the ranks, before clipping; the same on every rank."""
 
-    applied: bool
-    """False: the gradient was not finite, and nothing was changed."""
-    grad_norm: float
-    """Global norm before clipping; inf or nan where not applied."""
-    grad_norm_by_part: dict[str, float] = field(default_factory=dict)
-    """The same of each part that `EngineSettings.parts` names (its gradient alone, before clipping); their squares add up to its square."""
+    whole: float
+    """inf or nan where an element is not finite."""
+    by_part: dict[str, float] = field(default_factory=dict)
+    """Of each part that `EngineSettings.parts` names, alone; their squares add up to that of `whole`, but for what is in no part."""
 
 
 class WeightSource(Protocol):
@@ -105,8 +103,17 @@ class Engine(ABC):
         """Add the gradients of `sum over ranks and micro-steps of loss / divisor`, exactly (no averaging over ranks)."""
 
     @abstractmethod
-    def step(self, lr: float) -> StepResult:
-        """Clip, and apply AdamW with this rate; or, where the gradient is not finite, throw it away. Gradients are gone then."""
+    def grad_norms(self) -> GradNorms:
+        """Of the gradient that `step` is about to apply: after the last backward. Waits for the device."""
+
+    @abstractmethod
+    def step(self, lr: float, *, discard: bool = False) -> bool:
+        """Clip, and apply AdamW with this rate. With `discard`, or where the gradient is not finite, throw it away instead: weights,
+        moments and the count of steps stay as they are, bit for bit. Either way the gradient is gone.
+
+        Returns:
+            Whether it was applied; the same on every rank.
+        """
 
     @abstractmethod
     def ranges(self) -> list[LocalRange]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import Engine, EngineSettings, LocalRange, PackedLoss, StepResult, WeightSource
+from onellm_dist.train.engine.base import Engine, EngineSettings, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.ds_config import complete, zero_stage
 from onellm_dist.train.engine.ds_filling import fill_partitioned, fill_whole
 from onellm_dist.train.engine.ds_ranges import create_optimizer_state, flat_partitions, local_ranges, refresh_weights
@@ -76,28 +77,26 @@ class DeepSpeedEngine(Engine):
         self._engine.backward(loss * sound * (self._settings.world / divisor), scale_wrt_gas=False)
         handle.remove()
 
-    def step(self, lr: float) -> StepResult:
+    def grad_norms(self) -> GradNorms:
+        return self._norms.read()
+
+    def step(self, lr: float, *, discard: bool = False) -> bool:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        squares = self._norms.squares() if self._norms.names else None  # queued before the step, read after its own wait
-        applied, norm = self._step_without_zero() if self._stage == 0 else self._step_with_zero()
-        return StepResult(applied, norm, {} if squares is None else self._norms.named(squares.tolist()))
-
-    def _step_with_zero(self) -> tuple[bool, float]:
-        self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return bool(self._engine.was_step_applied()), float("nan") if norm is None else float(norm)
-
-    def _step_without_zero(self) -> tuple[bool, float]:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        clip = self._settings.grad_clip or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-        applied = math.isfinite(norm)
-        if applied:
+        if self._stage == 0:
+            return self._step_without_zero(discard)
+        with idle(self._optimizer) if discard else nullcontext():
             self._engine.step()
-        else:
+        return bool(self._engine.was_step_applied()) and not discard
+
+    def _step_without_zero(self, discard: bool) -> bool:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self._settings.grad_clip or float("inf")))
+        if discard or not math.isfinite(norm):
             self._engine.zero_grad()
-        return applied, norm
+            return False
+        self._engine.step()
+        return True
 
     def ranges(self) -> list[LocalRange]:
         return self._ranges
@@ -131,6 +130,17 @@ class DeepSpeedEngine(Engine):
             yield name, whole
         for name, buffer in persistent_buffers(self._module.model):
             yield name, buffer.detach().to("cpu", copy=True) if main else torch.empty_like(buffer, device="meta")
+
+
+@contextmanager
+def idle(optimizer: Any) -> Iterator[None]:
+    """`optimizer.step` does nothing. DeepSpeed has no call that throws a finite gradient away; every ZeRO stage clears it, and copies
+    fp32 weights, here unchanged, into those the model computes with, around the steps of the optimizer that it was handed."""
+    optimizer.step = lambda: None  # hides the method of the class
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 def import_deepspeed() -> Any:

@@ -27,7 +27,7 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
     """The JSON at `name`: a file, or a name in `ds_configs/` (`zero3` where not given).
 
     Raises:
-        UsageError: no such file, no JSON object, or it sets what the recipe owns.
+        UsageError: no such file, no JSON object, it sets what the recipe owns, or offloads where checkpoints cannot read.
     """
     path = _find(Path(DEFAULT) if name is None else name)
     try:
@@ -43,7 +43,22 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
         raise UsageError(
             f"{path}: the recipe decides {', '.join(taken)}", "two places would say different things.", "remove these keys from the JSON."
         )
+    _check_offload(path, config.get("zero_optimization", {}))
     return config
+
+
+def _check_offload(path: Path, zero: dict[str, Any]) -> None:
+    """Checkpoints read weights and moments in memory, and those of the one optimizer that the engine hands to DeepSpeed."""
+    for key in ("offload_param", "offload_optimizer"):
+        asked = zero.get(key) or {}
+        if asked.get("device") == "nvme":
+            raise UsageError(f"{path}: {key} to nvme", "checkpoints read the state in memory.", 'take "device": "cpu".')
+        if asked.get("ratio", 1.0) != 1.0:
+            raise UsageError(
+                f"{path}: {key} with ratio {asked['ratio']}",
+                "DeepSpeed then steps the rest with a second optimizer of its own, whose moments no checkpoint would hold.",
+                'remove "ratio": all of the optimizer is offloaded.',
+            )
 
 
 def zero_stage(config: dict[str, Any]) -> int:

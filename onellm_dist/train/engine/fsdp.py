@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import Engine, EngineSettings, LocalRange, PackedLoss, StepResult, WeightSource
+from onellm_dist.train.engine.base import Engine, EngineSettings, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.fsdp_ranges import MOMENTS, Replica, Shard, ShardRange, exchange
 from onellm_dist.train.engine.naming import Places, grouped, named_groups, persistent_buffers
 from onellm_dist.train.engine.parts import PartNorms
@@ -50,6 +50,8 @@ class FsdpEngine(Engine):
         self._sound = torch.ones((), device=self.device)
         """NaN where a loss of this step was not finite on this rank."""
         self._norms = PartNorms(module.model, self._ranges, settings.parts, self.device)
+        self._known: GradNorms | None = None
+        """Of the gradient that `step` is about to apply, where it was asked for."""
 
     @classmethod
     def wrap(
@@ -93,20 +95,25 @@ class FsdpEngine(Engine):
         (loss * sound / divisor).backward()
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
+    def grad_norms(self) -> GradNorms:
         if self._ranges:  # dummies and tombstones may reach nothing that trains: what the loss says must be in the norm all the same
             self._ranges[0].gradient().mul_(self._sound)
         self._sound = torch.ones_like(self._sound)
         for shard in self._shards:
             shard.attach()
-        squares = self._norms.squares().tolist()  # the step's one wait for the device
-        norm = math.sqrt(sum(squares))
-        applied = math.isfinite(norm)
+        self._known = self._norms.read()
+        return self._known
+
+    @torch.no_grad()
+    def step(self, lr: float, *, discard: bool = False) -> bool:
+        norm = (self._known or self.grad_norms()).whole
+        self._known = None
+        applied = math.isfinite(norm) and not discard
         if applied:
             self._apply(lr, norm)
         for shard in self._shards:
             shard.release()
-        return StepResult(applied, norm, self._norms.named(squares))
+        return applied
 
     def _apply(self, lr: float, norm: float) -> None:
         gradients = [values.grad for values in self._values.values() if values.grad is not None]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from onellm_dist.train.engine.base import LocalRange
+from onellm_dist.train.engine.base import GradNorms, LocalRange
 
 AT_ONCE = 2**26
 """Gradient elements looked at together (256 MiB): ZeRO-3 with an offloaded optimizer brings each from the host to the GPU (0.19.8)."""
 
 
 class PartNorms:
-    """Squared norms of the gradient by part; the last place is for parameters that belong to no part.
+    """Norms of the gradient, whole and by part.
 
     Args:
         model: its trainable parameters are those of `ranges`, over all ranks.
@@ -31,8 +32,14 @@ class PartNorms:
         self._place, self._device = self._place.to(device), device
 
     @torch.no_grad()
-    def squares(self) -> torch.Tensor:
-        """[parts + 1] fp64 on the device: sums over all ranks; nothing waits for the device. Called by all ranks."""
+    def read(self) -> GradNorms:
+        """Of the gradient that the ranges hold now. Waits for the device. Called by all ranks."""
+        squares = self._squares().tolist()
+        by_part = {name: math.sqrt(square) for name, square in zip(self.names, squares, strict=False)}
+        return GradNorms(math.sqrt(sum(squares)), by_part)
+
+    def _squares(self) -> torch.Tensor:
+        """[parts + 1] fp64 on the device: sums over all ranks; the last is of what belongs to no part."""
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
         first = 0
         for few in self._batches:
@@ -41,10 +48,6 @@ class PartNorms:
             first += len(few)
         dist.all_reduce(sums)
         return sums
-
-    def named(self, squares: Sequence[float]) -> dict[str, float]:
-        """Part -> norm, from what `squares` gave."""
-        return {name: float(square) ** 0.5 for name, square in zip(self.names, squares, strict=False)}
 
 
 def _batches(ranges: Sequence[LocalRange]) -> list[list[LocalRange]]:
