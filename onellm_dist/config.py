@@ -197,6 +197,8 @@ class CheckpointSection(Section):
     """The newest ones that stay."""
     keep_every: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this stay for ever."""
+    keep_every_hours: float | None = Field(None, gt=0)
+    """The first checkpoint stays for ever, and then one whenever so many hours lie between it and the last that stayed."""
     asynchronous: bool = True
     """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits."""
     resume: Literal["auto", "never"] | Path = "auto"

@@ -4,8 +4,8 @@ A checkpoint is a folder `step-00000100` (100 steps are done; step index 100 com
 
     rank-00000.safetensors   what rank 0 held: `<parameter>:<start>:<key>` -> [length] fp32, key one of master, exp_avg, exp_avg_sq
     rank-00001.safetensors   ...
-    manifest.json            version, step, optimizer_steps, what the run adds, every file's size and SHA-256 (since version 2),
-                             every parameter's shape and pieces
+    manifest.json            version, step, optimizer_steps, when it was written (seconds since 1970), what the run adds, every file's
+                             size and SHA-256 (since version 2), every parameter's shape and pieces
 
 It is written as `.step-00000100.partial`, synced file by file, and renamed when whole (checkpoint_writer.py). Frozen weights are not in
 it: they come from `model.path` or `model.preset` again (checkpoint_source.py).
@@ -14,7 +14,10 @@ it: they come from `model.path` or `model.preset` again (checkpoint_source.py).
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,7 +63,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
     return next((folder for folder in reversed(folders(checkpoints)) if read_manifest(folder) is not None), None)
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
+def prune(checkpoints: Path, keep: int, keep_every: int | None = None, keep_every_hours: float | None = None) -> None:
     """Remove all but the newest `keep` whole checkpoints, and what unfinished writes left.
 
     One that is cut short, as far as manifest and sizes tell, is not counted: it goes if it is older than those that stay. One whose
@@ -68,16 +71,39 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None) -> None:
 
     Args:
         keep_every: those whose step is a multiple of it stay for ever.
+        keep_every_hours: so do the first whole one, and then one whenever so many hours lie between it and the last that stayed so.
     """
     every = folders(checkpoints)
     newest = list(islice((folder for folder in reversed(every) if read_manifest(folder) is not None), keep))
     oldest = step_of(newest[-1]) if newest else 0
+    lasting = {folder for folder in every if keep_every and step_of(folder) and step_of(folder) % keep_every == 0}
+    if keep_every_hours is not None:
+        lasting |= _hours_apart(every, keep_every_hours)
     for folder in every:
-        step = step_of(folder)
-        if step < oldest and not (keep_every and step and step % keep_every == 0):
+        if step_of(folder) < oldest and folder not in lasting:
             shutil.rmtree(folder, ignore_errors=True)
     for partial in checkpoints.glob(f".{PREFIX}*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _hours_apart(every: Sequence[Path], hours: float) -> set[Path]:
+    """What stays of these, the oldest first, by when they were written; a state before the first step does not."""
+    found = set[Path]()
+    last = -math.inf
+    for folder in every:
+        manifest = folder / MANIFEST
+        written = _written(folder, manifest.stat().st_mtime) if manifest.exists() else None
+        if written is not None and step_of(folder) and written - last >= 3600 * hours:
+            found.add(folder)
+            last = written
+    return found
+
+
+@cache
+def _written(folder: Path, changed: float) -> float | None:
+    """When a whole checkpoint was written; the manifest's own time where it does not say. Each is read once a process: they are long."""
+    manifest = read_manifest(folder)
+    return None if manifest is None else float(manifest.get("written", changed))
 
 
 def folders(checkpoints: Path) -> list[Path]:

@@ -92,7 +92,7 @@ class Writing:
             for name, shape, start, length in part["ranges"]:
                 parameters.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([start, length, part["file"]])
         manifest = {
-            "version": VERSION, **about, "world": self._world.size, "files": {p["file"]: p["size"] for p in parts},
+            "version": VERSION, **about, "written": time.time(), "world": self._world.size, "files": {p["file"]: p["size"] for p in parts},
             "sha256": {p["file"]: p["sha256"] for p in parts}, "parameters": parameters,
         }  # fmt: skip
         path = self.partial / MANIFEST
@@ -222,7 +222,7 @@ class Checkpoints:
         folder = self._folder / checkpoint_name(step)
 
         def committed(writing: Writing, size: int) -> None:
-            prune(self._folder, self._config.keep, self._config.keep_every)
+            prune(self._folder, self._config.keep, self._config.keep_every, self._config.keep_every_hours)
             seconds = time.perf_counter() - started
             stall = seconds if wait else writing.copied_at - started
             self._tell("checkpoint", step=step, folder=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall, 4), bytes=size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from onellm_dist.train.checkpoint_folder import (
     read_manifest,
     recorded_files,
     restore_displaced,
+    step_of,
 )
 from onellm_dist.train.checkpoint_source import check_source, describe_source
 from onellm_dist.train.export import restore_export
@@ -141,6 +143,25 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
         checkpoint(tmp_path / checkpoint_name(step))
     prune(tmp_path, 2, keep_every=20)
     assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(20), checkpoint_name(35), "step-100000000"]
+
+
+def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
+    """Pruned after each, as a run does: written 40 minutes apart, one of every two hours stays, and none of those goes later."""
+    for number in range(12):
+        checkpoint(tmp_path / checkpoint_name(10 * number), written=1e9 + 2400 * number)
+        prune(tmp_path, 2, keep_every_hours=2)
+    kept = [10, 40, 70, 100]
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(step) for step in (*kept, 110)]
+    prune(tmp_path, 1, keep_every=20)
+    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(step) for step in (40, 100, 110)], "no hours asked for"
+
+
+def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(tmp_path: Path) -> None:
+    for number in range(6):
+        folder = checkpoint(tmp_path / checkpoint_name(1 + number))
+        os.utime(folder / MANIFEST, times=(1e9 + 1800 * number,) * 2)
+    prune(tmp_path, 1, keep_every_hours=1)
+    assert [step_of(folder) for folder in folders(tmp_path)] == [1, 3, 5, 6]
 
 
 def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) -> None:
