@@ -1,4 +1,4 @@
-"""Memory and time of each engine, as ratios: what a rank holds between steps, its peaks, and seconds a step.
+"""Memory of each engine, as ratios: what a rank holds between steps, and its peaks. (Time: engine_speed.py.)
 
     python benchmarks/engines.py                                   # every engine at 1 and 4 ranks, CPU, gloo; some minutes
     python benchmarks/engines.py --engines zero3 fsdp --ranks 1 4 --json found.json
@@ -23,7 +23,6 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -69,17 +68,16 @@ def main() -> int:
 
 def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
     """The table; 1 where a limit is missed."""
-    print(f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  step/own at 1  export/model")
+    print(f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  export/model")
     missed = 0
     for name, by_ranks in found.items():
         one = by_ranks.get(1)
         for ranks, m in by_ranks.items():
             model, trained = m["model_bytes"], m["trained_weights"]
             own = m["state"] / one["state"] if one else float("nan")
-            speed = m["seconds"] / one["seconds"] if one else float("nan")
             print(
                 f"{name:>14} {ranks:>5}  {m['load'] / model:>10.3f}  {own:>14.3f}  {m['state'] / (12 * trained):>11.3f}"
-                f"  {m['peak'] / (16 * trained):>10.3f}  {speed:>13.2f}  {m['export'] / model:>12.3f}"
+                f"  {m['peak'] / (16 * trained):>10.3f}  {m['export'] / model:>12.3f}"
             )
             missed += name in SHARDS_WEIGHTS and ranks == 4 and own > LIMIT
     return int(missed > 0)
@@ -145,21 +143,18 @@ def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
 
 
 def measure_steps(world: Any, name: str) -> dict[str, float]:
-    """What is held after a step, the peak within one, and seconds of one (the fastest)."""
+    """What is held after a step, and the peak within one."""
     before = anonymous()
     engine, _ = build(world, name, "tune", tiny=False)
     train_step(engine, 0)
     gc.collect()
     state = anonymous() - before
-    seconds = []
     with Peak(before) as peak:
         for step in range(1, STEPS):
             world.barrier()
-            started = time.perf_counter()
             train_step(engine, step)
-            seconds.append(time.perf_counter() - started)
     trained = sum(world.gather(sum(r.length for r in engine.ranges())))
-    return {"state": state, "peak": peak.growth, "seconds": min(seconds), "trained_weights": trained}
+    return {"state": state, "peak": peak.growth, "trained_weights": trained}
 
 
 def build(world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None) -> tuple[Any, int]:
@@ -191,7 +186,7 @@ def config(tiny: bool) -> Any:
 
     text = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48 if tiny else WIDTH, intermediate_size=96 if tiny else 8 * WIDTH // 3,
-        num_hidden_layers=1 if tiny else LAYERS, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        num_hidden_layers=1 if tiny else LAYERS, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
         tie_word_embeddings=False,
     )  # fmt: skip
     return OneLLMConfig(
@@ -202,19 +197,23 @@ def config(tiny: bool) -> Any:
 
 def train_step(engine: Any, step: int) -> None:
     """Two texts and an image in one pack."""
+    loss, _, _ = engine.forward(make_pack(step, 64), last=True)
+    engine.backward(loss, 62)
+    assert engine.step(1e-4)
+
+
+def make_pack(number: int, tokens: int) -> Any:
+    """Two texts of `tokens` in all, an image before the first."""
     import torch
 
     from onellm_dist.packed import IGNORE, PackedBatch
 
-    generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(3, VOCABULARY, (64,), generator=generator)
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(3, VOCABULARY, (tokens,), generator=generator)
     labels = ids.clone()
-    labels[::32] = IGNORE
+    labels[:: tokens // 2] = IGNORE
     values = {"image": torch.randn((1, 3, 224, 224), generator=generator)}
-    batch = PackedBatch(ids, labels, (32, 32), (("image",), ()), values, torch.ones(2))
-    loss, _, _ = engine.forward(batch, last=True)
-    engine.backward(loss, 62)
-    assert engine.step(1e-4)
+    return PackedBatch(ids, labels, (tokens // 2,) * 2, (("image",), ()), values, torch.ones(2))
 
 
 class Peak(AbstractContextManager["Peak"]):

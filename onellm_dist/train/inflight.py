@@ -18,7 +18,7 @@ class InFlight:
     """Step, phase and micro-step of this rank. Saying so costs an assignment; names are looked up only when someone asks.
 
     Attributes:
-        phase: `start`, `data`, `forward`, `agree` (the sums over the ranks), `backward`, `step` (the optimizer's), `end` (of a step
+        phase: `start`, `data`, `forward`, `backward`, `agree` (the sums over the ranks), `step` (the optimizer's), `end` (of a step
             that is done), `checkpoint`, `validation`, `export`, ...
         step: index of the step under way; None outside the steps.
         micro: the micro-step under way.
