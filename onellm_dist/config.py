@@ -200,7 +200,8 @@ class CheckpointSection(Section):
     keep_every_hours: float | None = Field(None, gt=0)
     """The first checkpoint stays for ever, and then one whenever so many hours lie between it and the last that stayed."""
     asynchronous: bool = True
-    """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits."""
+    """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits, and
+    there is no copy."""
     resume: Literal["auto", "never"] | Path = "auto"
     """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory. The last two hold for the
     first start of a job: its requeues go on as with `auto`."""

@@ -1,4 +1,5 @@
 """Checkpoints written in the background: a copy in host memory at the end of a step, a thread a rank that writes it while training goes on.
+Where training waits for it, there is no copy.
 
 No collective is called from a thread. Each rank writes its file and, when that is whole, a small JSON beside it; rank 0's thread waits for
 all of these, writes the manifest and renames the folder. So a checkpoint is finished also where training has failed meanwhile. What a
@@ -30,7 +31,7 @@ from onellm_dist.train.checkpoint_folder import (
 )
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine, LocalRange
-from onellm_dist.train.host_copy import HostCopy
+from onellm_dist.train.host_copy import HostCopy, live_state
 
 POLL_S = 0.02
 LINGER_S = 10.0
@@ -114,11 +115,12 @@ class Writing:
         return found
 
 
-def begin(folder: Path, copy: HostCopy, engine: Engine, world: World, about: dict[str, Any], more: Callable[[], dict[str, Any]],
+def begin(folder: Path, copy: HostCopy | None, engine: Engine, world: World, about: dict[str, Any], more: Callable[[], dict[str, Any]],
           on_commit: Commit | None = None) -> Writing:  # fmt: skip
-    """Copy the state and start to write it. Called by all ranks together; the engine may step as soon as this returns.
+    """Start to write the state. Called by all ranks together.
 
     Args:
+        copy: where the state is copied to first, so that the engine may step as soon as this returns; None: not before `settle`.
         about: goes into the manifest as it is; the same on every rank.
         more: rank 0's thread asks it for what else goes in.
 
@@ -137,7 +139,8 @@ def begin(folder: Path, copy: HostCopy, engine: Engine, world: World, about: dic
         raise not_written(folder, problem)
     ranges = engine.ranges()
     fixed = {**about, "optimizer_steps": engine.optimizer_steps}
-    return Writing(folder, copy.take(ranges), ranges, world, lambda: {**fixed, **more()}, on_commit)
+    tensors = live_state(ranges) if copy is None else copy.take(ranges)
+    return Writing(folder, tensors, ranges, world, lambda: {**fixed, **more()}, on_commit)
 
 
 def settle(writing: Writing, world: World) -> None:
@@ -170,7 +173,7 @@ def save_state(folder: Path, engine: Engine, world: World, about: dict[str, Any]
     Raises:
         OneLLMError: a rank could not write (a full disk); nothing is left of it, and every rank raises.
     """
-    settle(begin(folder, HostCopy(), engine, world, about, dict), world)
+    settle(begin(folder, None, engine, world, about, dict), world)
 
 
 class Checkpoints:
@@ -227,7 +230,8 @@ class Checkpoints:
             stall = seconds if wait else writing.copied_at - started
             self._tell("checkpoint", step=step, folder=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall, 4), bytes=size)
 
-        self._writing = begin(folder, self._copy, self._engine, self._world, self._about(step), self._more, committed)
+        copy = None if wait else self._copy
+        self._writing = begin(folder, copy, self._engine, self._world, self._about(step), self._more, committed)
         if wait:
             self.settle()
         self.stall_seconds = time.perf_counter() - started

@@ -62,5 +62,10 @@ class HostCopy:
             self._release.atexit = False
 
 
+def live_state(ranges: Sequence[LocalRange]) -> dict[str, torch.Tensor]:
+    """Name in the file -> [length] fp32: the state itself, where the engine keeps it. Nothing may step while it is read."""
+    return {tensor_name(own.name, own.start, key): own.read(key).detach() for own in ranges for key in STATE_KEYS}
+
+
 def _unlock(address: int) -> None:
     torch.cuda.cudart().cudaHostUnregister(address)

@@ -35,6 +35,12 @@ def test_no_rank_ever_holds_the_whole_model(found: dict[str, Any], engine: str) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_that_training_waits_for_is_no_copy(found: dict[str, Any], engine: str) -> None:
+    for one in found[engine].values():
+        assert one["save"] < 0.1 * one["state"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_four_ranks_hold_a_quarter_of_the_state_each(found: dict[str, Any], engine: str) -> None:
     assert found[engine]["4"]["state"] < 0.35 * found[engine]["1"]["state"]
     assert found[engine]["1"]["state"] > 12 * found[engine]["1"]["trained_weights"]
