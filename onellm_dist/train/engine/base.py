@@ -46,7 +46,7 @@ class LocalRange(ABC):
 
     @abstractmethod
     def read(self, key: str) -> torch.Tensor:
-        """[length] fp32: the current values of `key` (one of STATE_KEYS). Not a copy where that can be avoided."""
+        """[length] fp32: the current values of `key` (one of STATE_KEYS), where they lie (a view), or a copy beside them on the host."""
 
     @abstractmethod
     def write(self, key: str, values: torch.Tensor) -> None:

@@ -1,8 +1,8 @@
 """Which elements of which parameter this rank's optimizer holds, under each of DeepSpeed's optimizers (0.19.8).
 
-ZeRO-3 holds one equal range of every parameter, reached through DeepSpeed's public `safe_*_local_*` functions. ZeRO-1 and 2 flatten a
-group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`). Without ZeRO every rank holds everything,
-and each claims an equal range.
+ZeRO-3 holds one equal range of every parameter, reached through what DeepSpeed's public `safe_*_local_*` functions call. ZeRO-1 and 2
+flatten a group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`). Without ZeRO every rank holds
+everything, and each claims an equal range.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ class _Zero3Range(LocalRange):
         self.length = min(self._padded, parameter.ds_numel - self.start)
 
     def read(self, key: str) -> torch.Tensor:
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        whole = safe_get_local_fp32_param(self._parameter) if key == MASTER else safe_get_local_optimizer_state(self._parameter, key)
-        return whole.detach()[: self.length]
+        # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to the GPU, which it need not fit into.
+        whole, _ = self._parameter._z3_optimizer._get_fp32_opt_state_partition(
+            self._parameter, release_swap_buffers=True, optim_state_key=None if key == MASTER else key
+        )
+        found: torch.Tensor = whole.detach()[: self.length]
+        return found
 
     def write(self, key: str, values: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
