@@ -1,4 +1,4 @@
-"""Sixteen ranks on one machine (about 14 GB): the paper's stage I at toy width, 5120 samples a step."""
+"""Sixteen ranks on one machine (about 19 GiB): the paper's stage I at toy width, 5120 samples a step."""
 
 from __future__ import annotations
 
