@@ -54,7 +54,7 @@ format: $(STAMP)  ## apply the formatter
 	$(BIN)/ruff check --fix .
 
 rehearse-real: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
-	$(BIN)/python -m onellm_dist.rehearsal --out $(REAL_OUT)
+	$(BIN)/python -m onellm_dist.testing.integration --out $(REAL_OUT)
 
 clean:  ## remove what demo and tests left (not .venv, and not runs/, where the recipes write)
 	rm -rf $(DEMO_OUT) $(DEMO_OUT)_full $(REAL_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

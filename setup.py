@@ -12,7 +12,7 @@ SHIPPED = ("launch", "ds_configs", "shards")
 
 
 class BuildWithShippedFolders(build_py):
-    """Copies the top-level folders to `onellm_dist/_shipped/`, where `onellm_dist.resources` finds them."""
+    """Copies the top-level folders to `onellm_dist/_shipped/`, where `onellm_dist.common.resources` finds them."""
 
     def run(self) -> None:
         super().run()

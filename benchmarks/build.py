@@ -25,8 +25,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.tarwriter import ShardWriter
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.tar_writer import ShardWriter
 
 
 def make_files(folder: Path, samples: int) -> int:

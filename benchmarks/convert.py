@@ -23,18 +23,18 @@ from pathlib import Path
 
 import torch
 
-from onellm_dist.convert.lazy import BLOCK, LazyTensor
-from onellm_dist.convert.reference import PREFIX, name_to_reference
-from onellm_dist.convert.writers import TensorFile, write_tensor_file
+from onellm_dist.convert.formats.reference import PREFIX, name_to_reference
+from onellm_dist.convert.tensors.lazy import BLOCK, LazyTensor
+from onellm_dist.convert.tensors.writers import TensorFile, write_tensor_file
 from onellm_dist.model import build_config
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 
 CONVERT = """
 import resource, sys, time
 from pathlib import Path
-from onellm_dist.convert.run import convert
-import torch, transformers, onellm_dist.convert.reference, onellm_dist.convert.onellm
-from onellm_dist.convert.opened import Options
+from onellm_dist.convert.conversion import convert
+import torch, transformers, onellm_dist.convert.formats.reference, onellm_dist.convert.formats.onellm
+from onellm_dist.convert.checkpoint import Options
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, worked = time.perf_counter(), time.process_time()
 convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=Options(shard_bytes=int(sys.argv[3])), quiet=True)

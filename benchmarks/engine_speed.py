@@ -112,7 +112,7 @@ def plain_step() -> Callable[[Any], None]:
 
     from onellm_dist.model.initialisation import initialise
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-    from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+    from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
     model = OneLLMForConditionalGeneration(config(tiny=False))
     initialise(model, 0)

@@ -145,7 +145,7 @@ def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
 
 def measure_steps(world: Any, name: str, out: Path) -> dict[str, float]:
     """What is held after a step, the peak within one, and while a checkpoint is written."""
-    from onellm_dist.train.checkpoint_writer import save_state
+    from onellm_dist.train.checkpoint.writer import save_state
 
     before = anonymous()
     engine, _ = build(world, name, "tune", tiny=False)
@@ -167,10 +167,10 @@ def build(world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None 
     """(engine, bytes of the whole model in fp32)."""
     import torch
 
-    from onellm_dist.model.unloaded import Drawn, Files, Weights, empty_model, files_of
+    from onellm_dist.model.lazy_weights import Drawn, Files, Weights, empty_model, files_of
     from onellm_dist.train.engine.base import EngineSettings
     from onellm_dist.train.engine.select import engine_class
-    from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+    from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
     torch.set_num_threads(1)
     model = empty_model(config(tiny))

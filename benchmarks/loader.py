@@ -84,7 +84,7 @@ def report(rates: dict[str, list[float]]) -> int:
 
 def make_shards(root: Path, samples: int) -> None:
     """Our dataset; its tars are plain WebDataset tars, which the peers read."""
-    from onellm_dist.shards.writer import DatasetWriter
+    from onellm_dist.shards.format.writer import DatasetWriter
 
     draw = np.random.default_rng(0)
     with DatasetWriter(root / NAME, name=NAME, modalities=(NAME,), max_samples=PER_SHARD) as writer:
@@ -117,7 +117,7 @@ def tokenizer() -> Any:
 def our_pixels(data: bytes) -> torch.Tensor:
     """The project's fastest decoder and resize, with a random crop."""
     from onellm_dist.modalities.base import Part
-    from onellm_dist.modalities.visual import crop_train, decode_picture, normalise, random_box
+    from onellm_dist.modalities.io.pictures import crop_train, decode_picture, normalise, random_box
 
     picture = decode_picture(Part("jpg", data))
     return normalise(crop_train(picture, random_box(*picture.size, DRAW)))
@@ -131,7 +131,7 @@ def theirs(data: bytes) -> torch.Tensor:
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 
-    from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
+    from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 
     global _THEIRS  # noqa: PLW0603
     if _THEIRS is None:
@@ -147,8 +147,8 @@ def bare(root: Path) -> Iterator[int]:
     """The limit: bytes in memory's order of the files, decoded, resized, tokenised, stacked."""
     from onellm_dist.data.text import TextEncoder
     from onellm_dist.modalities.base import Part
-    from onellm_dist.shards.format import open_dataset
-    from onellm_dist.shards.index import read_parts
+    from onellm_dist.shards.format.dataset import open_dataset
+    from onellm_dist.shards.format.index import read_parts
 
     encoder, dataset, files = TextEncoder(tokenizer(), "caption", 96), open_dataset(root / NAME), []
     folder = root / "files"
@@ -170,7 +170,7 @@ def bare(root: Path) -> Iterator[int]:
 
 def ours(root: Path) -> Iterator[int]:
     """Plan, index, byte ranges, checksums, seeded augmentation and packing, in this process (no workers)."""
-    from onellm_dist.config import DataSection, MixtureEntry
+    from onellm_dist.config.schema import DataSection, MixtureEntry
     from onellm_dist.data.loader import Loader
     from onellm_dist.data.plan import Plan
 
@@ -205,7 +205,7 @@ def energon(root: Path) -> dict[str, Iterator[int]]:
     except ImportError:
         print("Energon's loader: skipped (pip install megatron-energon)", file=sys.stderr)
         return {}
-    from onellm_dist.shards.energon import write_energon
+    from onellm_dist.shards.format.energon import write_energon
 
     write_energon(root / NAME)
     return {"Energon, Pillow": _energon(peer, root / NAME, theirs), "Energon, our decoder": _energon(peer, root / NAME, our_pixels)}

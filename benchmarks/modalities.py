@@ -22,9 +22,9 @@ from PIL import Image
 from torchvision import transforms
 
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
+from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.modalities.point import PointTokenizer
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
 
 RNG = np.random.default_rng(0)
 

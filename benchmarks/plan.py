@@ -80,9 +80,9 @@ def modalities() -> list[str]:
 
 def make_datasets(root: Path, samples: int) -> int:
     """Writes the simulated datasets; returns how many shards they have."""
-    from onellm_dist.data.lengths import sidecar_path
-    from onellm_dist.shards.format import Dataset, Manifest, ShardInfo
-    from onellm_dist.shards.index import index_path_of
+    from onellm_dist.data.token_counts import sidecar_path
+    from onellm_dist.shards.format.dataset import Dataset, Manifest, ShardInfo
+    from onellm_dist.shards.format.index import index_path_of
 
     fingerprint = encoder().fingerprint
     total = 0
@@ -123,7 +123,7 @@ def measure(root: Path) -> dict[str, float]:
     """Opens and plans; times in ms unless named, memory in MB over what the imports took."""
     import psutil
 
-    from onellm_dist.config import DataSection, MixtureEntry
+    from onellm_dist.config.schema import DataSection, MixtureEntry
     from onellm_dist.data.plan import Plan, open_datasets
 
     encode, names = encoder(), modalities()

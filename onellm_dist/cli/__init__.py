@@ -9,7 +9,7 @@ import typer
 
 from onellm_dist.cli import cluster, convert, runs, shards
 from onellm_dist.cli.generate import generate, with_modality_options
-from onellm_dist.errors import EXIT_DONE, OneLLMError
+from onellm_dist.common.errors import EXIT_DONE, OneLLMError
 
 app = typer.Typer(
     name="onellm",

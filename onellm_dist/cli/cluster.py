@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -36,8 +36,8 @@ def doctor(
               srun onellm doctor --distributed --recipe stage1_image run.dir=/scratch/stage1 --exclude-file bad_nodes
     """
     if distributed:
-        from onellm_dist.preflight.options import Options
-        from onellm_dist.preflight.run import run_preflight
+        from onellm_dist.diagnostics.preflight.options import Options
+        from onellm_dist.diagnostics.preflight.run import run_preflight
 
         options = Options(
             recipe=recipe, overrides=tuple(overrides or ()), wait=wait, limit=limit, max_skew=max_skew, min_bandwidth=min_bandwidth,
@@ -50,7 +50,7 @@ def doctor(
             "nothing was checked.",
             "add --distributed.",
         )
-    from onellm_dist.doctor import run_doctor
+    from onellm_dist.diagnostics.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
 
@@ -89,7 +89,7 @@ def launch(
     Examples: onellm launch stage1_image --nodes 2 --gpus-per-node 8 --set run.dir=/scratch/stage1 --submit
               onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu --out tune.sbatch
     """
-    from onellm_dist.launch.submit import launch_command
+    from onellm_dist.launch.slurm.submit import launch_command
 
     options = {
         "gpus_per_node": gpus_per_node, "ranks_per_node": ranks_per_node, "starter": starter, "time": time, "partition": partition,
@@ -117,7 +117,7 @@ def rehearse(
 
     Example: onellm rehearse stage1_image --nodes 2 --ranks-per-node 2
     """
-    from onellm_dist.slurm.rehearse import rehearse_command
+    from onellm_dist.testing.slurm_cluster.rehearse import rehearse_command
 
     raise typer.Exit(
         rehearse_command(

@@ -25,7 +25,7 @@ def generate(
 
     Example: onellm generate runs/tune/model --image cat.jpg "What is this?"
     """
-    from onellm_dist.generate import generate_command
+    from onellm_dist.serving.generate import generate_command
 
     given = [(name, path) for name, paths in files.items() for path in paths or ()]
     raise typer.Exit(

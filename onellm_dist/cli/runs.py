@@ -20,7 +20,7 @@ def demo(
 
     Example: onellm demo --out demo_run
     """
-    from onellm_dist.demo.run import run_demo
+    from onellm_dist.testing.demo.run import run_demo
 
     raise typer.Exit(run_demo(out, full=full))
 
@@ -67,6 +67,6 @@ def ledger(
 
     Example: onellm ledger runs/stage1_image --step 120
     """
-    from onellm_dist.train.ledger_command import ledger_command
+    from onellm_dist.train.sample_log.command import ledger_command
 
     raise typer.Exit(ledger_command(run, step, sample, as_json=as_json))

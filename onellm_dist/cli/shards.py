@@ -17,7 +17,7 @@ class _BuildCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if all(a.startswith("-") for a in args):  # no source is named: nothing to import
             return super().parse_args(ctx, args)
-        from onellm_dist.shards.arguments import expanded, source_help, source_in
+        from onellm_dist.shards.build.arguments import expanded, source_help, source_in
 
         source = source_in(args)
         if source is not None and "--help" in args:
@@ -50,7 +50,7 @@ def shards_build(
               onellm shards build cc3m-depth cc3m/ cc3m_depth_shards --depth-model models/dpt-large
               srun -n 64 onellm shards build laion400m laion/ laion_shards --workers 8
     """
-    from onellm_dist.shards.build import build_command
+    from onellm_dist.shards.command import build_command
 
     raise typer.Exit(
         build_command(
@@ -70,7 +70,7 @@ def shards_index(
 
     Example: onellm shards index laion/ --modality image --workers 8
     """
-    from onellm_dist.shards.build import index_command
+    from onellm_dist.shards.command import index_command
 
     raise typer.Exit(index_command(paths, modality or [], workers=workers, again=again))
 
@@ -84,7 +84,7 @@ def shards_verify(
 
     Example: onellm shards verify toy/image --workers 8
     """
-    from onellm_dist.shards.verify import verify_command
+    from onellm_dist.shards.tools.verify import verify_command
 
     raise typer.Exit(verify_command(dataset, workers=workers))
 
@@ -98,7 +98,7 @@ def shards_repair(
 
     Example: onellm shards repair toy/image
     """
-    from onellm_dist.shards.repair import repair_command
+    from onellm_dist.shards.tools.repair import repair_command
 
     raise typer.Exit(repair_command(dataset, workers=workers))
 
@@ -113,7 +113,7 @@ def shards_stats(
 
     Example: onellm shards stats toy/audio --out audio.html
     """
-    from onellm_dist.shards.page import page_command
+    from onellm_dist.shards.tools.preview import page_command
 
     raise typer.Exit(page_command(dataset, out, previews=0, seed=seed))
 
@@ -129,7 +129,7 @@ def shards_preview(
 
     Example: onellm shards preview toy/depth -n 40
     """
-    from onellm_dist.shards.page import page_command
+    from onellm_dist.shards.tools.preview import page_command
 
     raise typer.Exit(page_command(dataset, out, previews=samples, seed=seed))
 
@@ -140,7 +140,7 @@ def shards_energon(dataset: Annotated[Path, typer.Argument(help="A dataset folde
 
     Example: onellm shards energon toy/image
     """
-    from onellm_dist.shards.energon import write_energon
+    from onellm_dist.shards.format.energon import write_energon
 
     write_energon(dataset)
     print(f"{dataset}: .nv-meta/ and .tar.idx are written")

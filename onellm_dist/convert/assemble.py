@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from onellm_dist.convert import onellm
-from onellm_dist.convert.fresh import copied_projector, fresh_tensors
-from onellm_dist.convert.lazy import LazyTensor
-from onellm_dist.convert.opened import KINDS, Opened, Options, Tensors, with_prefix
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.checkpoint import KINDS, Opened, Options, Tensors, with_prefix
+from onellm_dist.convert.conversion import emit
+from onellm_dist.convert.formats import onellm
+from onellm_dist.convert.new_parameters import copied_projector, fresh_tensors
 from onellm_dist.convert.registry import format_of, recognised
-from onellm_dist.convert.run import emit
+from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.towers import is_tower, open_tower
-from onellm_dist.errors import UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from onellm_dist import __version__
-from onellm_dist.convert.opened import Opened
+from onellm_dist.convert.checkpoint import Opened
 from onellm_dist.model.configuration import OneLLMConfig
 
 CARD = "README.md"

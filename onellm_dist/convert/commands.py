@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from onellm_dist.convert.opened import Opened, Options
+from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.convert.checkpoint import Opened, Options
 from onellm_dist.convert.tokenizers import has_tokenizer
-from onellm_dist.errors import EXIT_DONE, UsageError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +39,7 @@ def convert_command(
     name: str, source: Path, out: Path, to: str | None, given: Mapping[str, Any], *, workers: int | None, overwrite: bool
 ) -> int:
     """`onellm convert <name> SRC DST`. Returns the exit code."""
-    from onellm_dist.convert.run import convert
+    from onellm_dist.convert.conversion import convert
 
     opened, record = convert(name, source, out, to=to, options=options_of(given), overwrite=overwrite, workers=workers)
     _tell(out, opened, record)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
 from onellm_dist.convert.card import parameters_by_part
-from onellm_dist.convert.opened import KINDS, Opened, Options
+from onellm_dist.convert.checkpoint import KINDS, Opened, Options
 from onellm_dist.convert.registry import format_of, recognised
-from onellm_dist.errors import EXIT_DONE, EXIT_FAILED
 
 
 def opened_any(path: Path, options: Options, format_name: str | None = None) -> Opened:

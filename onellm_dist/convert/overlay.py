@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.convert.opened import Opened, Options, Problem, Tensors
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.checkpoint import Opened, Options, Problem, Tensors
 from onellm_dist.convert.registry import format_of, recognised
-from onellm_dist.errors import UsageError
 
 PREFIXES = ("module.", "model.", "state_dict.", "app.")
 """What wrappers put before every name."""

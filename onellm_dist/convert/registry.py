@@ -6,11 +6,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 
 MODULES = {
     "onellm": "onellm", "reference": "reference", "meta-llama": "meta_llama", "hf": "hf", "gguf": "gguf", "open-clip": "open_clip",
-    "hf-clip": "hf_clip", "run": "elastic", "deepspeed": "zero", "fsdp": "dcp",
+    "hf-clip": "hf_clip", "run": "training_run", "deepspeed": "zero", "fsdp": "dcp",
 }  # fmt: skip
 DEFAULT_TARGET = {
     "onellm": "reference", "reference": "onellm", "meta-llama": "hf", "hf": "meta-llama", "gguf": "hf", "open-clip": "hf-clip",
@@ -45,7 +45,7 @@ def format_of(name: str) -> Any:
     """
     if name not in MODULES:
         raise UsageError(f"unknown format {name!r}", "nothing can read it.", f"known: {', '.join(MODULES)}.")
-    return importlib.import_module(f"onellm_dist.convert.{MODULES[name]}")
+    return importlib.import_module(f"onellm_dist.convert.formats.{MODULES[name]}")
 
 
 def recognised(path: Path) -> str:

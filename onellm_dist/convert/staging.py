@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.convert.writers import Written
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.files import sync
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import sync
+from onellm_dist.convert.tensors.writers import Written
 
 RECORD = "conversion.json"
 """Stands in every folder that was written here; only such a folder is ever replaced."""

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.convert.lazy import of_tensor
-from onellm_dist.convert.opened import Opened
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.convert.checkpoint import Opened
+from onellm_dist.convert.tensors.lazy import of_tensor
 
 _SPEC = re.compile(r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?")
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.common.progress import progress
+from onellm_dist.convert.checkpoint import KINDS, Opened, Options
 from onellm_dist.convert.inspect import opened_any
-from onellm_dist.convert.lazy import LazyTensor, equal_blocks, same_bytes
-from onellm_dist.convert.opened import KINDS, Opened, Options
-from onellm_dist.convert.safetensor_files import read_safetensors
-from onellm_dist.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.convert.tensors.lazy import LazyTensor, equal_blocks, same_bytes
+from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.progress import progress
 
 TOKENS = 16
 """Length of the random text that a forward is run on."""

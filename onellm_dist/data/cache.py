@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 
 CHUNK = 4 << 20
 """Bytes of a chunk; the last one of a tar is shorter."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from onellm_dist.errors import SampleError, UsageError
+from onellm_dist.common.errors import SampleError, UsageError
 
 Message = dict[str, str]
 Spans = list[tuple[int, int]]

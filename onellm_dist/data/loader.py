@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from onellm_dist.data.microstep import MicroStep
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.data.micro_batch import MicroStep
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.errors import OneLLMError
 from onellm_dist.packed import PackedBatch
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

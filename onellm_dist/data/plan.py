@@ -15,20 +15,20 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.config import DataSection
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import chosen_captions
 from onellm_dist.data.costs import CostModel, llm_tokens
-from onellm_dist.data.lengths import Lengths, ensure_lengths, missing_lengths, sidecar_path
-from onellm_dist.data.microstep import MicroStep, SampleRef, StepPlan
+from onellm_dist.data.micro_batch import MicroStep, SampleRef, StepPlan
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import Caps, Loads, pack, too_large
+from onellm_dist.data.phases import Segment, consumed, go_on, shards_fingerprint
 from onellm_dist.data.retry import index_with_retries
-from onellm_dist.data.segments import Segment, consumed, go_on, shards_fingerprint
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.errors import UsageError
+from onellm_dist.data.token_counts import Lengths, ensure_lengths, missing_lengths, sidecar_path
 from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.format import Dataset, ShardInfo, open_dataset
+from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 Ints = NDArray[np.int64]
 KEPT_STEPS = 16

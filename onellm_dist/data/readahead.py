@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from onellm_dist.data.cache import CHUNK, ChunkCache
-from onellm_dist.shards.format import Dataset, ShardInfo
+from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 
 GAP = 256 << 10
 """Ranges of a tar with at most this many bytes between them are fetched as one (a request costs more than that)."""

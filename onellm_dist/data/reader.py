@@ -16,19 +16,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.data.cache import ChunkCache
-from onellm_dist.data.lengths import UNREADABLE, sidecar_path
-from onellm_dist.data.microstep import MicroStep, SampleRef
+from onellm_dist.data.micro_batch import MicroStep, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, span_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
-from onellm_dist.errors import OneLLMError, SampleError
+from onellm_dist.data.token_counts import UNREADABLE, sidecar_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.shards.index import SampleSpan, parts_in, span_of_parts
+from onellm_dist.shards.format.index import SampleSpan, parts_in, span_of_parts
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
+from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.data.chat import ChatTemplate
-from onellm_dist.errors import SampleError, UsageError
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE
 

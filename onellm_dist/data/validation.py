@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onellm_dist.config import DataSection, ValidationSection
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import DataSection, ValidationSection
 from onellm_dist.data.plan import Plan
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 
 
 def open_validation(

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from onellm_dist.common.progress import progress
 from onellm_dist.data.text import STOP, TURN, TextEncoder, caption_of, meta_of, opening, turns_of
-from onellm_dist.evaluation.table import Caption
+from onellm_dist.evaluation.report import Caption
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.progress import progress
-from onellm_dist.shards.format import Dataset, open_dataset
-from onellm_dist.shards.index import read_parts
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.index import read_parts
 
 BATCH = 20
 NEW_TOKENS = 24

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from onellm_dist.errors import EXIT_DONE, EXIT_FAILED
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
 """Tells a rank that it must end with the process of this id."""

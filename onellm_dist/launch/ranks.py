@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onellm_dist.errors import UsageError
-from onellm_dist.launch.slurm import slurm_ranks
+from onellm_dist.common.errors import UsageError
+from onellm_dist.launch.slurm.environment import slurm_ranks
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from onellm_dist.errors import SampleError
-from onellm_dist.modalities.arrays import require_finite
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import heat
 from onellm_dist.modalities.fbank import MELS, RATE, SHIFT, WINDOW, fbank
-from onellm_dist.modalities.media import first_channel
-from onellm_dist.modalities.resample import resample
+from onellm_dist.modalities.io.arrays import require_finite
+from onellm_dist.modalities.io.containers import first_channel
+from onellm_dist.modalities.io.resample import resample
 
 FRAMES = 1024
 SECONDS = 10.3

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from onellm_dist.errors import SampleError
-from onellm_dist.modalities.arrays import read_npy
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.io.arrays import read_npy
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, open_picture
 from onellm_dist.modalities.pairs import PairModality
-from onellm_dist.modalities.visual import IMAGE_EXTENSIONS, open_picture
 
 
 class DepthModality(PairModality):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from onellm_dist.errors import SampleError
-from onellm_dist.modalities.arrays import read_npy, require_finite
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import heat
+from onellm_dist.modalities.io.arrays import read_npy, require_finite
 
 VOXELS = 15724
 FMRI_TOKENS = 8

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.visual import (
+from onellm_dist.modalities.io.pictures import (
     IMAGE_EXTENSIONS,
     PATCHES,
     SIDE,

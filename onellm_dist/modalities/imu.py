@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import traces
-from onellm_dist.modalities.imu_files import CHANNELS, Recording, read_recording
-from onellm_dist.modalities.resample import resample
+from onellm_dist.modalities.io.imu import CHANNELS, Recording, read_recording
+from onellm_dist.modalities.io.resample import resample
 
 RATE = 200
 SECONDS = 2

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.visual import (
+from onellm_dist.modalities.io.pictures import (
     PATCHES,
     SIDE,
     beside,

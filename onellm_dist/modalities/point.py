@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.cloud_files import read_cloud
-from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
+from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
 from onellm_dist.modalities.drawing import cloud as draw_cloud
+from onellm_dist.modalities.io.clouds import read_cloud
 
 POINTS, CENTRES, NEIGHBOURS = 8192, 1024, 32
 _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.media import read_frames
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD, PATCHES, SIDE, beside, thumbnail
+from onellm_dist.modalities.io.containers import read_frames
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD, PATCHES, SIDE, beside, thumbnail
 
 CLIPS, CROPS = 5, 3
 CLIP_SECONDS = 1.0

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 
 ROUTERS = ("soft", "constant", "sparse")

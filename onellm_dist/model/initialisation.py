@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 
 _Fill = Callable[[torch.Tensor, torch.Generator], object]
 

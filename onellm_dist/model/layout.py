@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, RUN_TOKENS
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
 from onellm_dist.model.attention import ATTENTION_NAME, Segments, device_tensor, packed_mask
 from onellm_dist.model.configuration import OneLLMConfig

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 

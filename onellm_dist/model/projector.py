@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import LAYER_NORM_EPS, Positions

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.configuration import OneLLMVisionConfig
 
 _OPEN_CLIP_NAMES = (

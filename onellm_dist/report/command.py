@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from onellm_dist.errors import EXIT_DONE, UsageError
+from onellm_dist.common.errors import EXIT_DONE, UsageError
+from onellm_dist.common.html.page import write_page
 from onellm_dist.report.account import account_of
 from onellm_dist.report.attempts import attempts_of
 from onellm_dist.report.findings import Facts, findings_of
@@ -13,7 +14,6 @@ from onellm_dist.report.page import page_of
 from onellm_dist.report.read import read_run
 from onellm_dist.report.summary import summary_json, summary_of, summary_text
 from onellm_dist.report.troubles import troubles_of
-from onellm_dist.webpage import write_page
 
 PAGE = "report.html"
 

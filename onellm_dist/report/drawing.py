@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from html import escape
 
-from onellm_dist.charts import legend, ticks
+from onellm_dist.common.html.charts import legend, ticks
 from onellm_dist.report.account import split
 from onellm_dist.report.attempts import Attempt
 

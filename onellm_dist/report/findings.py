@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from onellm_dist.progress import seconds_text
+from onellm_dist.common.progress import seconds_text
 from onellm_dist.report.account import WORDS, Account, resume_seconds
 from onellm_dist.report.attempts import Attempt, median, number
 from onellm_dist.report.read import Entry, RunFiles
@@ -121,8 +121,8 @@ def _hangs(facts: Facts) -> Iterator[Finding]:
 
 
 def _nodes(attempt: Attempt) -> set[str]:
-    from onellm_dist.errors import UsageError
-    from onellm_dist.launch.slurm import expand_hosts
+    from onellm_dist.common.errors import UsageError
+    from onellm_dist.launch.slurm.environment import expand_hosts
 
     try:
         return set(expand_hosts(attempt.node_list))

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from onellm_dist.charts import line_chart, stacked_bars
-from onellm_dist.progress import seconds_text
+from onellm_dist.common.html.charts import line_chart, stacked_bars
+from onellm_dist.common.html.page import html_page, html_table
+from onellm_dist.common.progress import seconds_text
 from onellm_dist.report.account import DEFINITION, PARTS, WORDS, resume_seconds
 from onellm_dist.report.attempts import PHASES, Attempt, median, number, stall
 from onellm_dist.report.drawing import PART_COLOURS, PHASE_COLOURS, PHASE_WORDS, clock, timeline
@@ -17,7 +18,6 @@ from onellm_dist.report.findings import Facts, Finding, counted, span
 from onellm_dist.report.read import Entry
 from onellm_dist.report.summary import Summary
 from onellm_dist.report.troubles import SLOW_FACTOR, words_of
-from onellm_dist.webpage import html_page, html_table
 
 SHOWN = 12
 """Lines of a table of troubles; the files have all of them."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from onellm_dist.errors import UsageError
-from onellm_dist.train.exits import EXIT_FILE
-from onellm_dist.train.metrics import EVENTS, METRICS
+from onellm_dist.common.errors import UsageError
+from onellm_dist.train.records.exit_file import EXIT_FILE
+from onellm_dist.train.records.metrics import EVENTS, METRICS
 
 CONFIG, LOCK, VALIDATION, ATTEMPTS = "config.yaml", ".lock", "validation.jsonl", "attempts.jsonl"
 PREFLIGHT = "preflight.json"
@@ -204,7 +204,7 @@ def _object(path: Path) -> Entry | None:
 
 
 def _held(path: Path) -> bool | None:
-    """Whether rank 0 of a start holds the lock. A start that asks at the same moment tries again (train/rundir.py)."""
+    """Whether rank 0 of a start holds the lock. A start that asks at the same moment tries again (train/records/run_directory.py)."""
     try:
         with path.open("r", encoding="utf-8") as file:
             try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onellm_dist.progress import seconds_text
+from onellm_dist.common.progress import seconds_text
 from onellm_dist.report.account import WORDS, resume_seconds, split
 from onellm_dist.report.attempts import Attempt, median, number
 from onellm_dist.report.findings import Facts, Finding, counted

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 import torch
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.files import sync
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.files import sync
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
 

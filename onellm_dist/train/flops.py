@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onellm_dist.data.microstep import StepPlan
+from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
 from onellm_dist.modalities import QUERY_TOKENS, RUN_TOKENS
 

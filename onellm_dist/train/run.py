@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from onellm_dist.config import RunConfig, load_config
-from onellm_dist.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
+from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.local import end_with_parent, free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
-from onellm_dist.train.exits import ExitFile, end_process
-from onellm_dist.train.watchdog import Watchdog, put_hangs_aside
+from onellm_dist.train.callbacks.watchdog import Watchdog, put_hangs_aside
+from onellm_dist.train.records.exit_file import ExitFile, end_process
 
 if TYPE_CHECKING:
-    from onellm_dist.train.build import Run
-    from onellm_dist.train.loop import Outcome
+    from onellm_dist.train.setup import Run
+    from onellm_dist.train.trainer import Outcome
 
 LOGS = "logs"
 
@@ -68,10 +69,10 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
 
 
 def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
-    from onellm_dist.train.build import build_run
+    from onellm_dist.train.callbacks.startup_timing import Phases
     from onellm_dist.train.distributed import join
-    from onellm_dist.train.loop import train
-    from onellm_dist.train.phases import Phases
+    from onellm_dist.train.setup import build_run
+    from onellm_dist.train.trainer import train
 
     phases = Phases(exit_file.in_flight)
     phases.imported()
@@ -102,10 +103,10 @@ def _finish(run: Run, outcome: Outcome) -> int:
 
 def _check_before_ranks(config: RunConfig) -> None:
     """What can be refused in a second, before ranks spend ten on their imports."""
-    from onellm_dist.train.engine.ds_config import complete, load_ds_config
+    from onellm_dist.train.engine.deepspeed.config import complete, load_ds_config
 
     if config.track.trackers:
-        from onellm_dist.train.trackers import check_trackers
+        from onellm_dist.train.callbacks.trackers import check_trackers
 
         check_trackers(config.track)
 
@@ -117,7 +118,8 @@ def run_dir_of(recipe: Path, overrides: Sequence[str]) -> Path:
     """`run.dir`, also where the recipe is wrong elsewhere: `exit.json` must have a place."""
     import yaml
 
-    from onellm_dist.config import RunSection, find_recipe
+    from onellm_dist.config.load import find_recipe
+    from onellm_dist.config.schema import RunSection
 
     for item in reversed(overrides):
         key, _, value = item.partition("=")

@@ -15,7 +15,7 @@ from onellm_dist.model.configuration import OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import toy_tokenizer
 
-DATA = Path(__file__).parent.parent / "data" / "parity"
+DATA = Path(__file__).parent.parent / "fixtures" / "parity"
 Tensors = dict[str, torch.Tensor]
 
 

@@ -9,11 +9,11 @@ import torch
 from making import clip, llama, onellm, save_meta, save_onellm, save_open_clip
 from safetensors.torch import save_file
 
+from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
+from onellm_dist.convert.checkpoint import Options
 from onellm_dist.convert.inspect import described, opened_any
-from onellm_dist.convert.opened import Options
 from onellm_dist.convert.verify import compare, verify_command
-from onellm_dist.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model
 from onellm_dist.model.presets import toy_tokenizer

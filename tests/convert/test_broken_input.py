@@ -15,11 +15,11 @@ import torch
 from making import llama, parity_weights, save_meta, save_onellm
 from safetensors.torch import save_file
 
-from onellm_dist.convert import run as run_module
-from onellm_dist.convert.opened import Options
-from onellm_dist.convert.run import convert
-from onellm_dist.convert.writers import TensorFile, Written
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.convert import conversion as run_module
+from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.tensors.writers import TensorFile, Written
 
 HEADS = Options(encoder_heads=4, upm_heads=4, llm_heads=4)
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 CONVERT = """
 import resource, sys
 from pathlib import Path
-from onellm_dist.convert import hf, meta_llama
-from onellm_dist.convert.run import convert
+from onellm_dist.convert.formats import hf, meta_llama
+from onellm_dist.convert.conversion import convert
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

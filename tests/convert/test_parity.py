@@ -1,4 +1,4 @@
-"""The reference's own numbers (tests/data/parity), met by a model that came in through `convert_reference`.
+"""The reference's own numbers (tests/fixtures/parity), met by a model that came in through `convert_reference`.
 
 Image, audio and point were recorded from the reference; all eight are checked against the plain forward of
 `plain_forward.py`, which the recorded numbers check in turn.
@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onellm_dist.convert.reference import MODALITIES, convert_reference
+from onellm_dist.convert.formats.reference import MODALITIES, convert_reference
 from onellm_dist.modalities import all_modalities
-from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
+from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
 from onellm_dist.model import OneLLMForConditionalGeneration
 from onellm_dist.packed import PackedBatch
 
 TESTS = Path(__file__).parent.parent
-DATA = TESTS / "data" / "parity"
+DATA = TESTS / "fixtures" / "parity"
 RECORDED = ("image", "audio", "point")
 HEADS = 4
 TOLERANCE = 1e-4

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from onellm_dist.convert.reference import config_from_shapes, convert_reference, name_from_reference
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.formats.reference import config_from_shapes, convert_reference, name_from_reference
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model, meta_model
 from onellm_dist.model.presets import toy_tokenizer
 
-DATA = Path(__file__).parent.parent / "data" / "parity"
+DATA = Path(__file__).parent.parent / "fixtures" / "parity"
 HEADS = {"encoder_heads": 4, "upm_heads": 4, "llm_heads": 4}
 
 Tensors = dict[str, torch.Tensor]

@@ -11,11 +11,11 @@ from making import clip, llama, meta_state, onellm, parity_weights, save_meta, s
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
 
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.inspect import opened_any
-from onellm_dist.convert.opened import Options
-from onellm_dist.convert.run import convert
 from onellm_dist.convert.verify import build, compare
-from onellm_dist.errors import UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model
 from onellm_dist.model.encoder import Encoder
 

@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as torch_checkpoint
 from making import onellm, save_onellm
 from safetensors.torch import load_file, save_file
 
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.inspect import described, opened_any
-from onellm_dist.convert.opened import Options
-from onellm_dist.convert.run import convert
-from onellm_dist.errors import UsageError
 from onellm_dist.launch.local import launch_local
 
 Tensors = dict[str, torch.Tensor]
@@ -30,7 +30,7 @@ def trained_weights() -> Tensors:
 
 
 def save_run(run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad: bool = True) -> Path:
-    """A checkpoint as train/checkpoint.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
+    """A checkpoint as train/checkpoint/state.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
     folder = run / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
     parameters: dict[str, Any] = {}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.after import Verdict, begin, end, main, notice_warning
-from onellm_dist.launch.attempts import ATTEMPTS, now, read_attempts
+from onellm_dist.launch.slurm.after import Verdict, begin, end, main, notice_warning
+from onellm_dist.launch.slurm.attempts import ATTEMPTS, now, read_attempts
 
 
 class History:
@@ -216,7 +216,7 @@ def test_the_command_line_needs_no_torch(history: History) -> None:
     history.begin()
     (history.run_dir / "exit.json").write_text(json.dumps({"status": "preempted", "step": 3, "reason": "USR1"}))
     code = (
-        "import sys; from onellm_dist.launch.after import main; main(sys.argv[1:]);"
+        "import sys; from onellm_dist.launch.slurm.after import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     )
     line = ["end", str(history.run_dir), "--launcher-status", "1"]

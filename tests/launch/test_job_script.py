@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from onellm_dist.cli import app
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.launch.examples import example_scripts
-from onellm_dist.launch.job import Job, check_job, parse_nodes, time_limit_s
-from onellm_dist.launch.script import render
-from onellm_dist.launch.submit import check_script, make_job
-from onellm_dist.resources import recipes_dir
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.resources import recipes_dir
+from onellm_dist.launch.slurm.examples import example_scripts
+from onellm_dist.launch.slurm.job import Job, check_job, parse_nodes, time_limit_s
+from onellm_dist.launch.slurm.script import render
+from onellm_dist.launch.slurm.submit import check_script, make_job
 
 JOB = Job(recipe="tune", run_dir=Path("runs/x"), nodes=(2, 2), gpus_per_node=4, ranks_per_node=4, name="tune")
 
@@ -30,7 +30,7 @@ def variant(**fields: object) -> Job:
 def test_the_shipped_scripts_are_what_is_rendered() -> None:
     folder = recipes_dir().parent / "slurm"
     shipped = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.sbatch")}
-    assert shipped == example_scripts(), "run: python -m onellm_dist.launch.examples"
+    assert shipped == example_scripts(), "run: python -m onellm_dist.launch.slurm.examples"
     assert {"stage1_image.sbatch", "stage2_video_audio_point.sbatch", "stage3_all.sbatch", "tune.sbatch", "generic.sbatch"} == set(shipped)
 
 
@@ -55,7 +55,7 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
 
 def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() -> None:
     text = render(variant(preflight=True))
-    doctor, ranks, after = (text.index(word) for word in ("doctor --distributed", "onellm_dist.train tune", "launch.after end"))
+    doctor, ranks, after = (text.index(word) for word in ("doctor --distributed", "onellm_dist.train tune", "launch.slurm.after end"))
     assert doctor < ranks < after and "ExcNodeList" in text[after:] and "--preflight-status" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert "preflight" not in render(JOB)

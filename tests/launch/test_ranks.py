@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from onellm_dist.errors import UsageError
-from onellm_dist.launch.job import Job
+from onellm_dist.common.errors import UsageError
 from onellm_dist.launch.local import exit_by_signal, launch_local, when_ended
 from onellm_dist.launch.ranks import Ranks, discover_ranks
-from onellm_dist.launch.script import render
-from onellm_dist.launch.slurm import expand_hosts, rendezvous_port, tasks_per_node
+from onellm_dist.launch.slurm.environment import expand_hosts, rendezvous_port, tasks_per_node
+from onellm_dist.launch.slurm.job import Job
+from onellm_dist.launch.slurm.script import render
 
 STEP = {
     "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "31234",

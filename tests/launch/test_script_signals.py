@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.attempts import read_attempts
-from onellm_dist.launch.job import Job
-from onellm_dist.launch.script import render
+from onellm_dist.launch.slurm.attempts import read_attempts
+from onellm_dist.launch.slurm.job import Job
+from onellm_dist.launch.slurm.script import render
 
 PATIENCE_S = 60.0
 TOOLS = {

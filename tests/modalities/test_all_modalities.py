@@ -10,7 +10,7 @@ import torch
 from making_media import broken, npy, photo, picture, sound, sound_by_ffmpeg, tone, video
 from PIL import Image
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, all_modalities, get_modality
 
 NAMES = ("image", "video", "audio", "point", "depth", "normal", "imu", "fmri")

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from making_media import sound, sound_by_ffmpeg, tone, video
 from safetensors.torch import load_file
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.audio import DEVIATION, MEAN, Sound
 from onellm_dist.modalities.fbank import fbank
-from onellm_dist.modalities.resample import resample
+from onellm_dist.modalities.io.resample import resample
 
-PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 AUDIO = get_modality("audio")
 SILENCE = (0 - MEAN) / (2 * DEVIATION)
 """What a masked or missing frame becomes."""

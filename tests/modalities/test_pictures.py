@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import RandomResizedCrop
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD, crop_train, random_box
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD, crop_train, random_box
 
-PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 IMAGE, DEPTH, NORMAL = get_modality("image"), get_modality("depth"), get_modality("normal")
 
 

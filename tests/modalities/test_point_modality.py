@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from making_media import npy
 from safetensors.torch import load_file
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.cloud_files import _lzf
+from onellm_dist.modalities.io.clouds import _lzf
 
-PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 POINT = get_modality("point")
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from making_media import npy
 from safetensors.torch import load_file
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 
-PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 IMU, FMRI = get_modality("imu"), get_modality("fmri")
 RNG = np.random.default_rng(0)
 WINDOW = {"window_start": 1.0, "window_end": 3.0}

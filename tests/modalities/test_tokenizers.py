@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.modalities.clouds import farthest_points, nearest_neighbours
+from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
 from onellm_dist.modalities.point import CENTRES, NEIGHBOURS, PointTokenizer
 
-PARITY = load_file(Path(__file__).parents[1] / "data/parity_preprocess/preprocess.safetensors")
+PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 WIDTH = 16
 TRAINABLE = ("audio", "point", "imu", "fmri")
 
@@ -143,7 +143,7 @@ def test_a_cloud_of_few_colours_repeats_point_zero() -> None:
 
 def test_planar_torch_path_agrees_with_numpy() -> None:
     """The path that CUDA takes, run here on the CPU."""
-    from onellm_dist.modalities.clouds import _farthest_numpy, _farthest_torch
+    from onellm_dist.modalities.cloud_sampling import _farthest_numpy, _farthest_torch
 
     planar = torch.from_numpy(np.random.default_rng(3).integers(0, 40, (2, 3, 2048)).astype(np.float32))
     both = _farthest_torch(planar, 300)
@@ -152,7 +152,7 @@ def test_planar_torch_path_agrees_with_numpy() -> None:
 
 
 def test_neighbours_by_tree_and_by_distances_agree_with_the_definition() -> None:
-    from onellm_dist.modalities.clouds import _nearest_torch, _nearest_tree
+    from onellm_dist.modalities.cloud_sampling import _nearest_torch, _nearest_tree
 
     generator = torch.Generator().manual_seed(0)
     points, at = torch.rand(9, 500, 3, generator=generator), torch.rand(9, 20, 3, generator=generator)

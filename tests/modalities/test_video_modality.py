@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making_media import every_frame, sound, tone, video
 
-from onellm_dist.errors import SampleError
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.modalities.video import Clip, clip_starts
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
 
 VIDEO = get_modality("video")
 RNG = np.random.default_rng(0)

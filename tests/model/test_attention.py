@@ -9,7 +9,7 @@ import pytest
 import torch
 from packs import relative
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import attention
 from onellm_dist.model.attention import Segments, backend, llm_attention, packed_attention, varlen_attention
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from packs import relative
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.attention import Segments
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder

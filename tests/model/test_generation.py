@@ -6,7 +6,7 @@ import pytest
 import torch
 from packs import WORDS, small_model
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration
 
 NEW = 7

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.layout import Layout
 
 KNOWN = ("image", "video", "audio")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from packs import dummy_pack, make_pack, one_by_one, relative, small_model
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model import OneLLMForConditionalGeneration
 from onellm_dist.packed import IGNORE, PackedBatch

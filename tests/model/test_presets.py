@@ -10,7 +10,7 @@ import pytest
 import torch
 from packs import small_model
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import build_config, load_model, meta_model, parameter_counts
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import smollm2_gguf

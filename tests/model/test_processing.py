@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onellm_dist.errors import SampleError, UsageError
+from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.model import OneLLMProcessor
 from onellm_dist.model.presets import toy_tokenizer
 

@@ -10,7 +10,7 @@ from packs import make_pack, small_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, Qwen2Config
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, OneLLMProcessor, load_model
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import toy_tokenizer

@@ -11,11 +11,11 @@ import torch
 from packs import relative
 from timm.models.vision_transformer import ParallelScalingBlock
 
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
 from onellm_dist.data.costs import CostModel
-from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.modalities.visual import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, build_config, load_model
 from onellm_dist.model.attention import Segments
 from onellm_dist.model.configuration import OneLLMUPMConfig
@@ -23,7 +23,7 @@ from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.towers import encoder_of
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.train.stages import freeze_for_stage
+from onellm_dist.train.optim.stages import freeze_for_stage
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 0}
 TIMM: dict[str, dict[str, Any]] = {

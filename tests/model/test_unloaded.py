@@ -12,10 +12,10 @@ import torch
 from packs import small_model
 from safetensors.torch import load_file, save_file
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMProcessor, build_config, load_model
+from onellm_dist.model.lazy_weights import empty_model, open_model
 from onellm_dist.model.presets import toy_tokenizer
-from onellm_dist.model.unloaded import empty_model, open_model
 
 
 def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, object]) -> bool:
@@ -45,8 +45,8 @@ def test_copied_experts_are_drawn_as_the_first() -> None:
     config = build_config("toy")
     config.upm.init = "copied"
     from onellm_dist.model.initialisation import initialise
+    from onellm_dist.model.lazy_weights import Drawn, Weights
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-    from onellm_dist.model.unloaded import Drawn, Weights
 
     model = OneLLMForConditionalGeneration(config)
     initialise(model, 4)

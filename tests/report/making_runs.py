@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from onellm_dist.train.metrics import StepReport, drop_from
+from onellm_dist.train.records.metrics import StepReport, drop_from
 
 PHASES = {"imports": 20.0, "process_group": 3.0, "model": 40.0, "engine": 15.0, "checkpoint": 8.0, "data": 4.0}
 PARAMETERS = {"lr": 5e-5, "warmup_steps": 20, "grad_clip": 2.0}

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from making_runs import PHASES, MadeRun, eventful
 
-from onellm_dist.errors import EXIT_DONE, UsageError
+from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.report.account import PARTS
 from onellm_dist.report.command import facts_of, report_command
 from onellm_dist.report.findings import Facts, findings_of
 from onellm_dist.report.page import page_of
 from onellm_dist.report.summary import summary_json, summary_of, summary_text
-from onellm_dist.train.metrics import drop_from
+from onellm_dist.train.records.metrics import drop_from
 
 
 def said(facts: Facts) -> str:

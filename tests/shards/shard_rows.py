@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from shard_worlds import write_tree
 
-from onellm_dist.shards import catalogue
-from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.command import build_dataset
 from onellm_dist.shards.sources.base import BuildReport, Candidate, Group, Layout, Option, Source
 
 

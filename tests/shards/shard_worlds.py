@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from onellm_dist.shards.format import Dataset, open_dataset
-from onellm_dist.shards.index import read_parts
-from onellm_dist.shards.writer import DatasetWriter
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.writer import DatasetWriter
 
 
 def picture(seed: int, kind: str = "JPEG") -> bytes:

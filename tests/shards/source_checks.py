@@ -16,10 +16,10 @@ from PIL import Image
 from shard_worlds import contents
 
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.format import Dataset, open_dataset
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
-from onellm_dist.shards.verify import verify_dataset
+from onellm_dist.shards.tools.verify import verify_dataset
 
 
 def built(source: str, inputs: Path, out: Path, **options: Any) -> tuple[BuildReport, Dataset]:

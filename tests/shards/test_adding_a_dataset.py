@@ -12,9 +12,9 @@ from shard_worlds import all_bytes, write_tree
 from source_checks import decoded, reasons, samples, tone
 
 from onellm_dist.cli import main
-from onellm_dist.shards import catalogue
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 
 PAGE = Path(__file__).parents[2] / "docs/data.md"
 
@@ -29,7 +29,7 @@ def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
     exec(code[1], module.__dict__)
     known = {**catalogue.all_sources(), "birdsong": module.SOURCE}
     monkeypatch.setattr(catalogue, "all_sources", lambda: known)
-    monkeypatch.setattr("onellm_dist.shards.arguments.all_sources", lambda: known)
+    monkeypatch.setattr("onellm_dist.shards.build.arguments.all_sources", lambda: known)
 
 
 def birds(root: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.sources import json_stream
-from onellm_dist.shards.sources.json_stream import has_key, read_places, read_rows, row_groups, scan
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.sources.readers import json_stream
+from onellm_dist.shards.sources.readers.json_stream import has_key, read_places, read_rows, row_groups, scan
 
 
 def odd_values(seed: int, count: int) -> list[Any]:

@@ -8,10 +8,10 @@ import pytest
 from shard_worlds import contents, picture, write_tree
 
 from onellm_dist.cli import main
-from onellm_dist.errors import EXIT_DONE, EXIT_USAGE
-from onellm_dist.shards.arguments import expanded
-from onellm_dist.shards.catalogue import all_sources, options_of
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE
+from onellm_dist.shards.build.arguments import expanded
+from onellm_dist.shards.build.registry import all_sources, options_of
+from onellm_dist.shards.format.dataset import open_dataset
 
 OWN = ("--option", "-o", "--workers", "--seed", "--overwrite", "--task", "--dry-run", "--help")
 
@@ -97,6 +97,6 @@ def test_the_page_on_data_explains_every_option() -> None:
 
 def test_the_commands_own_help_imports_no_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there at once; sources import torch."""
-    monkeypatch.setattr("onellm_dist.shards.arguments.all_sources", lambda: pytest.fail("sources were imported"))
+    monkeypatch.setattr("onellm_dist.shards.build.arguments.all_sources", lambda: pytest.fail("sources were imported"))
     assert code(["shards", "build", "--help"]) == EXIT_DONE
     assert "--dry-run" in capsys.readouterr().out

@@ -19,16 +19,16 @@ from PIL import Image
 from shard_rows import build, known_rows, rows_input
 from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards import unit
-from onellm_dist.shards.adopt import index_path
-from onellm_dist.shards.build import build_command, build_dataset, summary
-from onellm_dist.shards.crew import Task
-from onellm_dist.shards.duplicates import duplicates
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import task as unit
+from onellm_dist.shards.build.duplicates import duplicates
+from onellm_dist.shards.build.task import ROW, TooManyFailures
+from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.command import build_command, build_dataset, summary
+from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.base import FileRange
-from onellm_dist.shards.unit import ROW, TooManyFailures
-from onellm_dist.shards.verify import verify_dataset
+from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.verify import verify_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -15,17 +15,17 @@ import pytest
 from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, picture, write_tree
 
-from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.command import build_dataset
 
 UNITS, SAMPLES = 48, 4
 CODE = """
 import sys
-from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.command import build_dataset
 build_dataset("folder", sys.argv[1], sys.argv[2], workers=3, name="same", max_samples=4, dedup="exact", max_failures=0.5)
 """
 REMOTE = """
 import sys
-from onellm_dist.shards.build import build_dataset
+from onellm_dist.shards.command import build_dataset
 build_dataset("reference-lists", sys.argv[1], sys.argv[2], modality="text", name="same", max_samples=4)
 """
 

@@ -18,10 +18,10 @@ import yaml
 from braceexpand import braceexpand
 from shard_worlds import all_bytes, contents, picture, write_tree
 
-from onellm_dist.shards.adopt import index_path
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.energon import ENERGON_VERSION
-from onellm_dist.shards.format import Dataset, open_dataset
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.energon import ENERGON_VERSION
+from onellm_dist.shards.tools.index_existing import index_path
 
 energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
 pytestmark = pytest.mark.slow

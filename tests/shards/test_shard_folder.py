@@ -13,13 +13,13 @@ import pytest
 import webdataset
 from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
-from onellm_dist.shards.build import build_command, build_dataset, build_recipe, summary
-from onellm_dist.shards.format import Dataset, open_dataset
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_command, build_dataset, build_recipe, summary
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render
-from onellm_dist.shards.unit import TooManyFailures
 
 
 def build(tmp_path: Path, files: dict[str, bytes | str], **options: Any) -> tuple[BuildReport, Dataset]:
@@ -273,7 +273,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onellm_dist.shards.unit.prepare", interrupt)
+    monkeypatch.setattr("onellm_dist.shards.build.task.prepare", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, FINE)
     assert os.listdir(tmp_path) == ["in"]
@@ -283,7 +283,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monk
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("onellm_dist.shards.tarwriter.os.fsync", full)
+    monkeypatch.setattr("onellm_dist.shards.format.tar_writer.os.fsync", full)
     with pytest.raises(OneLLMError, match=r"No space left on device(.|\n)*nothing stands under") as caught:
         build(tmp_path, FINE)
     assert caught.value.exit_code == 1
@@ -387,7 +387,7 @@ def _abort(_: object) -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_dies_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onellm_dist.shards.crew._start_worker", _abort)
+    monkeypatch.setattr("onellm_dist.shards.build.workers._start_worker", _abort)
     with pytest.raises(OneLLMError, match="worker process died"):
         build(tmp_path, FINE, workers=2)
     assert os.listdir(tmp_path) == ["in"]

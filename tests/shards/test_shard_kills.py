@@ -16,11 +16,11 @@ from shard_kills import killable
 from shard_rows import ROWS, build, known_rows, rows_input
 from shard_worlds import all_bytes, picture, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards import catalogue
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.crew import Task
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.base import Candidate
 
 

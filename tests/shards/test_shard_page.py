@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from shard_worlds import picture, sound, write_tree
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.page import histogram, page, page_command
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.tools.preview import histogram, page, page_command
 
 
 class _Balanced(HTMLParser):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from shard_worlds import contents, text_dataset
 
-from onellm_dist.errors import OneLLMError, SampleError, UsageError
-from onellm_dist.shards.format import Manifest, ShardInfo, open_dataset
-from onellm_dist.shards.index import ShardIndex, index_path_of, read_parts, text_length
+from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.shards.format.dataset import Manifest, ShardInfo, open_dataset
+from onellm_dist.shards.format.index import ShardIndex, index_path_of, read_parts, text_length
 
 SAMPLES = {f"k{i}": {"bin": bytes([i]) * (700 * i), "json": b"{}", "txt": b"text %d" % i} for i in range(5)}
 
@@ -194,7 +194,7 @@ def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(fast_folder: Path) ->
     script = """
 import sys, time
 from pathlib import Path
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 start = time.process_time()  # of this process: the machine may be busy
 samples = open_dataset(Path(sys.argv[1])).samples("train")
 seconds = time.process_time() - start

@@ -10,15 +10,15 @@ import pytest
 import torch
 from shard_worlds import contents, picture, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards import prepare as prepare_module
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.format import open_dataset
-from onellm_dist.shards.pictures import encode_again
-from onellm_dist.shards.places import RemotePath, reached
-from onellm_dist.shards.prepare import _read
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import prepare as prepare_module
+from onellm_dist.shards.build.images import encode_again
+from onellm_dist.shards.build.prepare import _read
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.base import BadSample
-from onellm_dist.shards.sources.clouds import TensorCloud
+from onellm_dist.shards.sources.readers.clouds import TensorCloud
+from onellm_dist.shards.storage.paths import RemotePath, reached
 
 
 class Failing:
@@ -88,7 +88,7 @@ def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(monkeypatch: pyt
     def broken(image: object) -> object:
         raise TypeError("EXIF")
 
-    monkeypatch.setattr("onellm_dist.shards.pictures.ImageOps.exif_transpose", broken)
+    monkeypatch.setattr("onellm_dist.shards.build.images.ImageOps.exif_transpose", broken)
     with pytest.raises(BadSample, match="unreadable picture: TypeError: EXIF"):
         encode_again({"jpg": picture(1)}, frozenset({"jpg"}), None, 80)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from shard_worlds import all_bytes, contents, foreign_tar, text_dataset
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.adopt import index_path
-from onellm_dist.shards.format import Dataset, open_dataset
-from onellm_dist.shards.index import index_path_of
-from onellm_dist.shards.repair import repair_command, repair_dataset
-from onellm_dist.shards.verify import verify_dataset
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.index import index_path_of
+from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.repair import repair_command, repair_dataset
+from onellm_dist.shards.tools.verify import verify_dataset
 
 SAMPLES = {f"k{i}": {"bin": bytes(range(256)) * (i + 1), "txt": b"text %d" % i} for i in range(4)}
 FIRST = "shards/train-000000.tar"

@@ -13,11 +13,15 @@ import pytest
 from shard_rows import ROWS, build, known_rows, rows_input
 from shard_worlds import all_bytes, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards import builder, crew, energon, planning, unit
-from onellm_dist.shards.crew import Task
-from onellm_dist.shards.places import RemotePath
-from onellm_dist.shards.staging import lock, locked
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build import builder
+from onellm_dist.shards.build import plan as planning
+from onellm_dist.shards.build import task as unit
+from onellm_dist.shards.build import workers as crew
+from onellm_dist.shards.build.staging import lock, locked
+from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.format import energon
+from onellm_dist.shards.storage.paths import RemotePath
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from shard_worlds import all_bytes, write_tree
 from source_checks import cloud, film, npy, photo, tone
 from source_trees import downloaded
 
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.crew import Task
+from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.command import build_dataset
 
 
 def laion_tree(root: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from shard_worlds import array, contents, picture, sound, write_tree
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.format import Dataset, open_dataset
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 
 MEDIA = {f"media/{i}.jpg": picture(i) for i in range(4)}

@@ -13,13 +13,13 @@ import pytest
 import webdataset
 from shard_worlds import all_bytes, array, contents, foreign_tar, picture, text_dataset
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.adopt import index_path
-from onellm_dist.shards.build import index_command
-from onellm_dist.shards.format import open_dataset
-from onellm_dist.shards.index import ShardIndex, index_path_of, index_tar
-from onellm_dist.shards.tars import TarError, scan_tar
-from onellm_dist.webpage import write_page
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.html.page import write_page
+from onellm_dist.shards.command import index_command
+from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards.format.index import ShardIndex, index_path_of, index_tar
+from onellm_dist.shards.format.tars import TarError, scan_tar
+from onellm_dist.shards.tools.index_existing import index_path
 
 IMG2DATASET = [
     (f"{key}{e}", data) for key in ("000000000", "000000001") for e, data in ((".jpg", picture(1)), (".json", b"{}"), (".txt", b"x"))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from shard_worlds import all_bytes, foreign_tar, picture, text_dataset, write_tree
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.adopt import index_path
-from onellm_dist.shards.format import Dataset
-from onellm_dist.shards.index import index_path_of, index_tar
-from onellm_dist.shards.repeats import KeyBook, Place, hashes_of
-from onellm_dist.shards.verify import Problem, verify_command, verify_dataset
-from onellm_dist.shards.writer import DatasetWriter
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.dataset import Dataset
+from onellm_dist.shards.format.index import index_path_of, index_tar
+from onellm_dist.shards.format.writer import DatasetWriter
+from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.repeated_keys import KeyBook, Place, hashes_of
+from onellm_dist.shards.tools.verify import Problem, verify_command, verify_dataset
 
 SAMPLES = {f"k{i}": {"bin": bytes(range(256)) * (i + 1), "txt": b"text %d" % i} for i in range(4)}
 FIRST = "shards/train-000000.tar"

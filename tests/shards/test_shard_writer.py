@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from shard_worlds import all_bytes, contents, picture, text_dataset
 from webdataset.tariterators import base_plus_ext
 
-from onellm_dist.errors import SampleError, UsageError
-from onellm_dist.shards.format import open_dataset
-from onellm_dist.shards.index import index_path_of, index_tar
-from onellm_dist.shards.writer import DatasetWriter
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards.format.index import index_path_of, index_tar
+from onellm_dist.shards.format.writer import DatasetWriter
 
 SAMPLES = {
     "plain": {"jpg": picture(0), "txt": b"a caption"},

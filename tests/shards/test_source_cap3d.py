@@ -15,9 +15,9 @@ import torch
 from shard_worlds import write_tree
 from source_checks import built, cloud, decoded, npy, reasons, samples
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.build import build_dataset, build_recipe
-from onellm_dist.shards.unit import TooManyFailures
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_dataset, build_recipe
 
 RECIPES = Path(__file__).parents[2] / "shards"
 TABLE = "Cap3D_automated_Objaverse_full.csv"

@@ -13,10 +13,10 @@ from PIL import Image
 from shard_worlds import all_bytes, foreign_tar, write_tree
 from source_checks import built, decoded, photo, reasons, samples
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.crew import Task
-from onellm_dist.shards.sources.depth_models import normals
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.sources.readers.depth_models import normals
 
 
 def grey_map(size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:

@@ -9,7 +9,7 @@ import pytest
 from shard_worlds import write_tree
 from source_checks import as_json, built, decoded, photo, reasons, samples, turns
 
-from onellm_dist.errors import OneLLMError
+from onellm_dist.common.errors import OneLLMError
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 

@@ -13,10 +13,10 @@ import torch
 from shard_worlds import contents, write_tree
 from source_checks import as_json, built, cloud, decoded, film, npy, photo, reasons, samples, tone, turns
 
+from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data.text import turns_of
-from onellm_dist.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Part
-from onellm_dist.shards.sources.conversations import clean
+from onellm_dist.shards.sources.readers.conversations import clean
 
 SHORT = "Answer the question using a single word or phrase."
 

@@ -13,13 +13,13 @@ import webdataset
 from source_checks import built, decoded, photo, reasons, samples
 from source_trees import downloaded
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.shards.build import build_dataset, build_recipe
-from onellm_dist.shards.catalogue import complete_options, get_source
-from onellm_dist.shards.prepare import prepare
-from onellm_dist.shards.sources.img2dataset import tar_candidates
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.build.prepare import prepare
+from onellm_dist.shards.build.registry import complete_options, get_source
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_dataset, build_recipe
 from onellm_dist.shards.sources.laion400m import alt_caption
-from onellm_dist.shards.unit import TooManyFailures
+from onellm_dist.shards.sources.readers.img2dataset import tar_candidates
 
 RECIPES = Path(__file__).parents[2] / "shards"
 

@@ -9,7 +9,7 @@ import pytest
 from shard_worlds import foreign_tar
 from source_checks import built, decoded, npy, photo, reasons, samples, turns
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 
 VOXELS = 15724
 

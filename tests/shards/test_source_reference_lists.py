@@ -14,9 +14,9 @@ import torch
 from shard_worlds import write_tree
 from source_checks import as_json, built, cloud, decoded, film, npy, photo, reasons, samples, tone, turns
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.build import build_dataset, build_recipe
-from onellm_dist.shards.unit import TooManyFailures
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_dataset, build_recipe
 
 RECIPE = Path(__file__).parents[2] / "shards/reference_lists.yaml"
 

@@ -11,7 +11,7 @@ import pytest
 from shard_worlds import write_tree
 from source_checks import as_json, built, decoded, photo, reasons, samples, turns
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 
 REGION = "Provide a short description for this region."
 

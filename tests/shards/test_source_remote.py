@@ -16,8 +16,8 @@ from test_source_conversations import instruction_tuning
 from test_source_ego4d import recordings, window
 from test_source_nsd import tree
 
-from onellm_dist.shards.build import build_dataset
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 
 
 def _coco(root: Path) -> Path:

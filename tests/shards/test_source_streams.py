@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from shard_worlds import write_tree
 
-from onellm_dist.shards.sources import archives
-from onellm_dist.shards.sources.archives import ArchiveIndex, entries
-from onellm_dist.shards.sources.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers import archives
+from onellm_dist.shards.sources.readers.archives import ArchiveIndex, entries
+from onellm_dist.shards.sources.readers.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
 
 
 def all_rows(table: Path, dialect: Dialect, names: list[str], size: int) -> list[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 from shard_worlds import write_tree
 from source_checks import as_json, built, decoded, photo, reasons, samples, turns
 
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
 
 SHORT = "Answer the question using a single word or phrase."
 

@@ -16,9 +16,9 @@ import soundfile
 from shard_worlds import write_tree
 from source_checks import built, decoded, reasons, samples, tone
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.build import build_dataset, build_recipe
-from onellm_dist.shards.unit import TooManyFailures
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_dataset, build_recipe
 
 RECIPE = Path(__file__).parents[2] / "shards/wavcaps.yaml"
 INSIDE = "mnt/fast/nobackup/WavCaps/data/waveforms"

@@ -11,10 +11,10 @@ from shard_worlds import write_tree
 from source_checks import built, decoded, film, reasons, samples
 from source_trees import downloaded
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.build import build_dataset, build_recipe
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.build.task import TooManyFailures
+from onellm_dist.shards.command import build_dataset, build_recipe
 from onellm_dist.shards.sources.webvid import SOURCE, seconds
-from onellm_dist.shards.unit import TooManyFailures
 
 RECIPE = Path(__file__).parents[2] / "shards/webvid.yaml"
 HEADER = "videoid,contentUrl,duration,page_dir,name\n"

@@ -14,12 +14,12 @@ from stand_in import StandIn, pack, sample, supervised
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.checkpoint import load_state, save_state
+from onellm_dist.train.checkpoint.state import load_state, save_state
 from onellm_dist.train.distributed import World, join, leave
 from onellm_dist.train.engine.base import Engine, EngineSettings
-from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import engine_class
-from onellm_dist.train.stages import parameter_groups
+from onellm_dist.train.optim.stages import parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
 STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10, 11), ("a",)))

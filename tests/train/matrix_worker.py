@@ -17,14 +17,14 @@ from torch import nn
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.lazy_weights import Drawn, Weights, empty_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import activation_checkpointing
-from onellm_dist.model.unloaded import Drawn, Weights, empty_model
 from onellm_dist.train.distributed import World, join, leave
 from onellm_dist.train.engine.base import EngineSettings
-from onellm_dist.train.engine.ds_config import load_ds_config
+from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import engine_class
-from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
 LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
 State = dict[str, torch.Tensor]

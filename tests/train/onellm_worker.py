@@ -17,9 +17,9 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import World, join, leave
 from onellm_dist.train.engine.base import EngineSettings
-from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
-from onellm_dist.train.engine.ds_config import load_ds_config
-from onellm_dist.train.stages import freeze_for_stage, parameter_groups
+from onellm_dist.train.engine.deepspeed.config import load_ds_config
+from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
+from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
 LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
 MIXTURE = ("image", "audio", "imu")

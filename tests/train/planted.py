@@ -59,8 +59,8 @@ def _steep(sample_id: str, rank: int) -> None:
 
 def _bend(sample_id: str, change: Any) -> None:
     """What either engine's forward gives for a pack with the sample goes through `change(loss, nll, own)`; own: [N], 1 at its tokens."""
-    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
-    from onellm_dist.train.engine.fsdp import FsdpEngine
+    from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
+    from onellm_dist.train.engine.fsdp.engine import FsdpEngine
 
     def bent(forward: Any) -> Any:
         def bending(self: Any, batch: Any, *, last: bool) -> Any:
@@ -80,7 +80,7 @@ def _sleep(where: dict[str, int], rank: int) -> None:
     """One rank falls asleep in the forward of a step."""
     if rank != where["rank"]:
         return
-    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+    from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
 
     forward = DeepSpeedEngine.forward
     steps = [0]
@@ -96,7 +96,7 @@ def _sleep(where: dict[str, int], rank: int) -> None:
 
 def _slow_writes(seconds: float, rank: int) -> None:
     """Every file of a checkpoint takes so long at least."""
-    from onellm_dist.train import checkpoint_writer
+    from onellm_dist.train.checkpoint import writer as checkpoint_writer
 
     write = checkpoint_writer.write_tensors
 

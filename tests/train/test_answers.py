@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from onellm_dist.config import DataSection, MixtureEntry, ValidationSection
+from onellm_dist.config.schema import DataSection, MixtureEntry, ValidationSection
 from onellm_dist.data.validation import open_validation
 from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import PackedBatch
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.answers import SAMPLES, Answers
+from onellm_dist.train.callbacks.sample_generation import SAMPLES, Answers
 
 MODALITIES = ("image", "imu")
 

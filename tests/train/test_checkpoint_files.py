@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onellm_dist.config import RunConfig
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.train.best import Best
-from onellm_dist.train.checkpoint_files import CHUNK, AbandonedError, Written, damaged, sha256_of, write_tensors
-from onellm_dist.train.checkpoint_folder import (
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.train.callbacks.best_model import Best
+from onellm_dist.train.checkpoint.files import CHUNK, AbandonedError, Written, damaged, sha256_of, write_tensors
+from onellm_dist.train.checkpoint.folder import (
     MANIFEST,
     checkpoint_name,
     folders,
@@ -30,10 +30,10 @@ from onellm_dist.train.checkpoint_folder import (
     restore_displaced,
     step_of,
 )
-from onellm_dist.train.checkpoint_source import check_source, describe_source
+from onellm_dist.train.checkpoint.resume import find_checkpoint
+from onellm_dist.train.checkpoint.source import check_source, describe_source
 from onellm_dist.train.export import restore_export
-from onellm_dist.train.resume import find_checkpoint
-from onellm_dist.train.rollback import last_good
+from onellm_dist.train.stability.rollback import last_good
 
 
 class Alone:
@@ -258,7 +258,7 @@ def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     own = config(tmp_path, model={"path": str(tmp_path)})
     known = describe_source(own)
-    monkeypatch.setattr("onellm_dist.train.checkpoint_source.sha256_of", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr("onellm_dist.train.checkpoint.source.sha256_of", lambda path: pytest.fail("hashed"))
     assert describe_source(own, known) == known
 
 
@@ -271,7 +271,7 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, 
             (folder / name).write_text(text)
         written.append(folder)
 
-    monkeypatch.setattr("onellm_dist.train.best.export_model", export)
+    monkeypatch.setattr("onellm_dist.train.callbacks.best_model.export_model", export)
     best = Best(tmp_path / "best", *[ALONE] * 4, "set")
     assert [best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))] == [True, False, False, True]
     assert Best(tmp_path / "best", *[ALONE] * 4, "another set").loss is None, "losses of other samples are not compared"

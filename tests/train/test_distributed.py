@@ -10,8 +10,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
-from onellm_dist.config import GuardSection
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import GuardSection
 from onellm_dist.launch.local import free_port
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.distributed import gpu_of, join, timeout_of

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from toy_runs import Runs
 
-from onellm_dist.convert.run import convert
+from onellm_dist.convert.conversion import convert
 from onellm_dist.launch.local import free_port
 
 pytestmark = pytest.mark.slow

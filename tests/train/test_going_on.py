@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from stand_in import pack, sample
 
-from onellm_dist.config import RunConfig
-from onellm_dist.files import mend_tail
-from onellm_dist.launch.attempts import append_attempt, this_attempt
-from onellm_dist.train.checkpoint_folder import MANIFEST, checkpoint_name
-from onellm_dist.train.inherited import inherit_ledger, take_over
-from onellm_dist.train.ledger import STARTS, Ledger
-from onellm_dist.train.obeyed import note_obeyed, was_obeyed
-from onellm_dist.train.resume import find_checkpoint
-from onellm_dist.train.rollback import MARKS, Marks, needs_a_start
-from onellm_dist.train.rundir import CHECKPOINTS, LEDGER, prepare_directory
+from onellm_dist.common.files import mend_tail
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.launch.slurm.attempts import append_attempt, this_attempt
+from onellm_dist.train.checkpoint.folder import MANIFEST, checkpoint_name
+from onellm_dist.train.checkpoint.inherit import inherit_ledger, take_over
+from onellm_dist.train.checkpoint.resume import find_checkpoint
+from onellm_dist.train.records.applied_resumes import note_obeyed, was_obeyed
+from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, prepare_directory
+from onellm_dist.train.records.skipped_samples import STARTS, Ledger
+from onellm_dist.train.stability.rollback import MARKS, Marks, needs_a_start
 
 ALONE: Any = SimpleNamespace(
     rank=0, size=1, main=True, gather=lambda value: [value], broadcast=lambda value: value, barrier=lambda: None

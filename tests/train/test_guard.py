@@ -15,14 +15,14 @@ import pytest
 import torch
 from stand_in import pack, sample
 
-from onellm_dist.config import GuardSection
-from onellm_dist.errors import OneLLMError
-from onellm_dist.train.culprits import Part, describe, find_culprits, say
-from onellm_dist.train.exits import ExitFile
-from onellm_dist.train.guard import Guard, Verdict, robust_z
-from onellm_dist.train.inflight import InFlight
-from onellm_dist.train.rollback import MARKS, Marks
-from onellm_dist.train.watchdog import HANGS, Watchdog, in_collective, put_hangs_aside, suspected_ranks
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.config.schema import GuardSection
+from onellm_dist.train.callbacks.watchdog import HANGS, Watchdog, in_collective, put_hangs_aside, suspected_ranks
+from onellm_dist.train.heartbeat import InFlight
+from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.stability.checks import Guard, Verdict, robust_z
+from onellm_dist.train.stability.offending_samples import Part, describe, find_culprits, say
+from onellm_dist.train.stability.rollback import MARKS, Marks
 
 
 class Alone:
@@ -190,7 +190,12 @@ def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
     assert in_collective({1: frame("/lib/torch/nn/linear.py"), 2: gather}, 3)
     assert in_collective({1: frame("/lib/torch/distributed/distributed_c10d.py")}, 3)
     assert in_collective({1: frame("/lib/deepspeed/utils/nvtx.py", back=gather)}, 3)
-    for waits in ("torch/cuda/streams.py", "torch/cuda/__init__.py", "onellm_dist/train/totals.py", "onellm_dist/train/engine/fsdp.py"):
+    for waits in (
+        "torch/cuda/streams.py",
+        "torch/cuda/__init__.py",
+        "onellm_dist/train/totals.py",
+        "onellm_dist/train/engine/fsdp/engine.py",
+    ):
         assert in_collective({1: frame(f"/lib/{waits}", back=frame("/lib/onellm_dist/train/loop.py"))}, 3), "on a GPU"
     assert not in_collective({1: frame("/lib/onellm_dist/train/loop.py")}, 3)
     assert not in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), "a module that runs under ZeRO waits for nobody"
@@ -199,7 +204,7 @@ def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
 
 def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the sums are where ranks wait for one that is late; it must be the one with the fewest beats."""
-    from onellm_dist.train import loop
+    from onellm_dist.train import trainer as loop
 
     in_flight, phases = InFlight(), []
 
@@ -263,7 +268,7 @@ def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
 
 
 def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Path) -> None:
-    from onellm_dist.train.rollback import RollBackError, roll_back
+    from onellm_dist.train.stability.rollback import RollBackError, roll_back
 
     culprits = find_culprits([part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE)
     marks = Marks(tmp_path, main=True)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.model.presets import load_model
-from onellm_dist.shards.format import open_dataset
+from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.ledger_command import ledger_command
+from onellm_dist.train.sample_log.command import ledger_command
 
 pytestmark = pytest.mark.slow
 NEW = ("depth", "imu")

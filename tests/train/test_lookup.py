@@ -12,15 +12,15 @@ import pytest
 import yaml
 from stand_in import pack, sample
 
-from onellm_dist.config import DataSection, MixtureEntry
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import DataSection, MixtureEntry
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.plan import Plan
-from onellm_dist.errors import UsageError
 from onellm_dist.model.presets import toy_tokenizer
-from onellm_dist.shards.writer import DatasetWriter
-from onellm_dist.train.ledger import Ledger, write_stream
-from onellm_dist.train.ledger_command import ledger_command
-from onellm_dist.train.lookup import RunRecord, RunStream
+from onellm_dist.shards.format.writer import DatasetWriter
+from onellm_dist.train.records.skipped_samples import Ledger, write_stream
+from onellm_dist.train.sample_log.command import ledger_command
+from onellm_dist.train.sample_log.lookup import RunRecord, RunStream
 
 STEPS, CHANGE, BATCH = 23, 9, 10
 SIZES = {"a": 17, "b": 8, "c": 31}
@@ -186,5 +186,5 @@ def test_the_ledger_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import onellm_dist.train.ledger_command, sys; sys.exit('torch' in sys.modules)"
+    code = "import onellm_dist.train.sample_log.command, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

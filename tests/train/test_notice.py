@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.train.metrics import EVENTS, Events
-from onellm_dist.train.notice import NOTICE, NoticeWatch, notice_seconds
+from onellm_dist.train.callbacks.grace_period import NOTICE, NoticeWatch, notice_seconds
+from onellm_dist.train.records.metrics import EVENTS, Events
 
 
 def events(run_dir: Path) -> list[dict[str, Any]]:

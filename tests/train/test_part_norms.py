@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from onellm_dist.train.engine import parts
+from onellm_dist.train.engine import grad_norms as parts
 from onellm_dist.train.engine.base import LocalRange
 
 

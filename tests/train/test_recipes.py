@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.config import RunConfig, load_config
+from onellm_dist.common.resources import recipes_dir
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
-from onellm_dist.resources import recipes_dir
-from onellm_dist.train.engine.ds_config import load_ds_config
-from onellm_dist.train.schedule import learning_rate
+from onellm_dist.train.engine.deepspeed.config import load_ds_config
+from onellm_dist.train.optim.schedules import learning_rate
 
 NAMES = sorted(str(path.relative_to(recipes_dir()).with_suffix("")) for path in recipes_dir().rglob("*.yaml"))
 STAGES = ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune"]

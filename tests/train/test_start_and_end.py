@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.data.microstep import MicroStep, SampleRef
-from onellm_dist.train.build import _slurm, _tell_failed
-from onellm_dist.train.exits import ExitFile
-from onellm_dist.train.metrics import Events
-from onellm_dist.train.phases import NAMES, Phases
+from onellm_dist.data.micro_batch import MicroStep, SampleRef
+from onellm_dist.train.callbacks.startup_timing import NAMES, Phases
+from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.metrics import Events
+from onellm_dist.train.setup import _slurm, _tell_failed
 
 
 def micro(step: int, *rows: int) -> MicroStep:

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from onellm_dist.train.stop import COPY_SECONDS, STOP_FILE
+from onellm_dist.train.callbacks.preemption import COPY_SECONDS, STOP_FILE
 
 LISTENER = """
 import sys, time
 from pathlib import Path
-from onellm_dist.train.exits import ExitFile
-from onellm_dist.train.stop import StopRequest
+from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.callbacks.preemption import StopRequest
 folder = Path(sys.argv[1])
 stop = StopRequest(folder, ExitFile(folder, rank=0), watch_file=True)
 print("listens", flush=True)

@@ -14,7 +14,7 @@ from survival_runs import EVERY, STEPS, Runs, identical, same_stream, update_gap
 from zygote import Start, Zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.lookup import RunStream
+from onellm_dist.train.sample_log.lookup import RunStream
 
 pytestmark = pytest.mark.slow
 

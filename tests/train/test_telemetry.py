@@ -14,18 +14,19 @@ import torch
 from accelerate.tracking import GeneralTracker
 from torch.utils.flop_counter import FlopCounterMode
 
-from onellm_dist.config import RunConfig, TrackSection, load_config
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig, TrackSection
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
+from onellm_dist.train.callbacks.experts import RouterWatch, Starvation
+from onellm_dist.train.callbacks.profiler import Profiler
+from onellm_dist.train.callbacks.telemetry import Telemetry, peak_memory
+from onellm_dist.train.callbacks.trackers import Trackers, check_trackers, tracker_class
 from onellm_dist.train.flops import FlopCounter
-from onellm_dist.train.metrics import Events, Metrics, StepReport, scalars
-from onellm_dist.train.profiler import Profiler
-from onellm_dist.train.router import RouterWatch, Starvation
-from onellm_dist.train.stages import freeze_for_stage
-from onellm_dist.train.telemetry import Telemetry, peak_memory
-from onellm_dist.train.trackers import Trackers, check_trackers, tracker_class
+from onellm_dist.train.optim.stages import freeze_for_stage
+from onellm_dist.train.records.metrics import Events, Metrics, StepReport, scalars
 
 TEXT = 60
 

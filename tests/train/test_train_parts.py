@@ -10,22 +10,22 @@ import torch
 from stand_in import pack, sample
 from torch import nn
 
-from onellm_dist.config import GuardSection, OptimSection, RunConfig
-from onellm_dist.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.resources import ds_configs_dir
+from onellm_dist.config.schema import GuardSection, OptimSection, RunConfig
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.unloaded import open_model
-from onellm_dist.resources import ds_configs_dir
-from onellm_dist.train.checkpoint import MANIFEST, checkpoint_name, newest_whole, prune
-from onellm_dist.train.engine.ds_config import complete, load_ds_config, zero_stage
-from onellm_dist.train.exits import ExitFile
+from onellm_dist.model.lazy_weights import open_model
+from onellm_dist.train.checkpoint.state import MANIFEST, checkpoint_name, newest_whole, prune
+from onellm_dist.train.engine.deepspeed.config import complete, load_ds_config, zero_stage
 from onellm_dist.train.export import write_weights
-from onellm_dist.train.guard import Guard
-from onellm_dist.train.ledger import Ledger
-from onellm_dist.train.metrics import drop_from
+from onellm_dist.train.optim.schedules import learning_rate
+from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups
+from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.metrics import drop_from
+from onellm_dist.train.records.run_directory import lock_directory, prepare_directory
+from onellm_dist.train.records.skipped_samples import Ledger
 from onellm_dist.train.run import run_dir_of, without_launcher_arguments
-from onellm_dist.train.rundir import lock_directory, prepare_directory
-from onellm_dist.train.schedule import learning_rate
-from onellm_dist.train.stages import copies_of, freeze_for_stage, parameter_groups
+from onellm_dist.train.stability.checks import Guard
 
 
 def test_warm_up_then_cosine_to_min_lr() -> None:
@@ -236,7 +236,7 @@ def run_config(run_dir: Path) -> RunConfig:
 
 
 def test_one_start_of_a_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onellm_dist.train.rundir.LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr("onellm_dist.train.records.run_directory.LOCK_PATIENCE_S", 0.1)
     first = lock_directory(tmp_path)
     with pytest.raises(OneLLMError, match="in use"):
         lock_directory(tmp_path)

@@ -22,9 +22,9 @@ def serve() -> None:
     """The program."""
     from torch.utils import tensorboard  # noqa: F401
 
-    import onellm_dist.train.build
-    import onellm_dist.train.loop  # noqa: F401
-    from onellm_dist.train.engine.deepspeed import import_deepspeed
+    import onellm_dist.train.setup
+    import onellm_dist.train.trainer  # noqa: F401
+    from onellm_dist.train.engine.deepspeed.engine import import_deepspeed
 
     with contextlib.redirect_stdout(sys.stderr):
         import_deepspeed()

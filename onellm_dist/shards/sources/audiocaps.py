@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.conversations import captioned
-from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.media_files import below, need_file
-from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
+from onellm_dist.shards.sources.readers.conversations import captioned
+from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.media_files import below, need_file
+from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")

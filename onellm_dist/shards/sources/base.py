@@ -1,6 +1,6 @@
 """The contract of a source: one module (or package) of this folder is one source, found by its `SOURCE`.
 
-A source says what there is, and where its bytes lie; the builder (shards/build.py) does everything else: it reads, checks,
+A source says what there is, and where its bytes lie; the builder (shards/command.py) does everything else: it reads, checks,
 filters, de-duplicates, cuts shards, shares the work among processes, resumes, and keeps account of what was left out.
 
     SOURCE = Source(name="laion400m", summary="...", plan=plan, candidates=candidates, options={...}, licence="...")
@@ -21,7 +21,7 @@ and counts toward `max_failures`; with `skip` where it is left out knowingly (`s
 a split that is not wanted), which is only counted by reason. Keep reasons short with the kind before the first colon:
 `missing file: videos/a/1.mp4`. Keys are unique in the dataset (a repeated key is a failure of the later one).
 
-*Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath` (shards/places.py) with the same
+*Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath` (shards/storage/paths.py) with the same
 methods. Use only these of it: `/`, name, stem, suffix, parent, open("rb" or text), read_bytes, read_text, exists, is_file,
 is_dir, iterdir, glob, rglob, stat().st_size. Make neither a `Path(...)` nor a `str` of it to open a file. What several groups
 share (a caption table) is cached a process with functools.lru_cache on `inputs` (hashable). `options` arrive complete and of
@@ -45,8 +45,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from onellm_dist.errors import SampleError, UsageError
-from onellm_dist.shards.places import reached
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.shards.storage.paths import reached
 
 
 @runtime_checkable
@@ -191,7 +191,7 @@ class Source:
     """(inputs: Path, spec: Mapping[str, Any], **options) -> the group's candidates. An error other than OSError and
     OneLLMError is a fault of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
-    """Its own. Every planned source also has the builder's (shards/settings.py): name, licence, check, max_failures,
+    """Its own. Every planned source also has the builder's (shards/build/settings.py): name, licence, check, max_failures,
     max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw, max_punsafe, max_pwatermark, ..."""
     licence: str = "unknown"
     """Of the manifest, where the user gives none."""

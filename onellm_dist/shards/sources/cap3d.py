@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.naming import safe_key
-from onellm_dist.shards.sources import json_stream
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
-from onellm_dist.shards.sources.clouds import TensorCloud
-from onellm_dist.shards.sources.delimited import CSV, RowRange, read_rows, row_ranges
-from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
+from onellm_dist.shards.sources.readers import json_stream
+from onellm_dist.shards.sources.readers.clouds import TensorCloud
+from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 SUFFIXES = (".npy", ".pt", ".ply")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.conversations import captioned
-from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.readers.conversations import captioned
+from onellm_dist.shards.sources.readers.json_stream import Item
 from onellm_dist.shards.sources.vqa import COCO_FOLDERS, coco_picture
 
 _LICENCE = "CC-BY 4.0 (captions); COCO's pictures under Flickr's terms"

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.conversations import captioned
-from onellm_dist.shards.sources.imu_windows import ImuWindow, Recorded, recording_of
-from onellm_dist.shards.sources.json_stream import has_key, read_places, read_rows, row_groups, scan
-from onellm_dist.shards.sources.media_files import below
+from onellm_dist.shards.sources.readers.conversations import captioned
+from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, Recorded, recording_of
+from onellm_dist.shards.sources.readers.json_stream import has_key, read_places, read_rows, row_groups, scan
+from onellm_dist.shards.sources.readers.media_files import below
 
 _SECONDS = 2.0
 _GROUP = 1000

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.naming import parse_modalities
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.names import parse_modalities
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.folder_files import side_file_candidates
-from onellm_dist.shards.sources.folder_tables import find_table, table_candidates
+from onellm_dist.shards.sources.readers.folder_files import side_file_candidates
+from onellm_dist.shards.sources.readers.folder_tables import find_table, table_candidates
 
 _GROUP = 1000
 """Candidates a group."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import Candidate, Layout, Source
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
 
 ALT_COLUMNS = ("caption", "text")
 """In any case: img2dataset's own name, LAION's (`TEXT`)."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Option, Source
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_candidates, tar_groups
 from onellm_dist.shards.sources.laion400m import alt_caption, column
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_candidates, tar_groups
 
 CHOICES = ("top", "alt", "all")
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import Candidate, Layout, Option, Source
-from onellm_dist.shards.sources.conversations import clean
-from onellm_dist.shards.sources.json_stream import Item, Row, read_rows, row_groups
-from onellm_dist.shards.sources.media_files import need_file
+from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.json_stream import Item, Row, read_rows, row_groups
+from onellm_dist.shards.sources.readers.media_files import need_file
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _ROWS = 1000

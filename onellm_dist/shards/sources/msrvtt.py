@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.conversations import asked, captioned, question
-from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.readers.conversations import asked, captioned, question
+from onellm_dist.shards.sources.readers.json_stream import Item
 
 _FOLDERS = ("TrainValVideo", "TestVideo", "videos/all", "videos", "MSRVTT/videos/all", "all", "train-video", "test-video")
 _LICENCE = "MSR-VTT: research only"

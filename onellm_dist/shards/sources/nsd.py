@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from onellm_dist.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
-from onellm_dist.modalities.arrays import read_npy
+from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.shards.sources.base import BadSample, Candidate, FileRange, Group, Layout, Media, Option, Source
-from onellm_dist.shards.sources.conversations import captioned
-from onellm_dist.shards.sources.img2dataset import tar_members
-from onellm_dist.shards.sources.media_files import below, need_file
+from onellm_dist.shards.sources.readers.conversations import captioned
+from onellm_dist.shards.sources.readers.img2dataset import tar_members
+from onellm_dist.shards.sources.readers.media_files import below, need_file
 
 _CAPTIONS = ("COCO_73k_annots_curated.npy", "webdataset_avg_split/COCO_73k_annots_curated.npy", "../COCO_73k_annots_curated.npy")
 _SPLITS = ("train", "val", "test")

@@ -20,17 +20,17 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.naming import TEXT_ONLY
-from onellm_dist.shards.sources.annotations import Context, NotFetched, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.format.names import TEXT_ONLY
 from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Media, Option, Source
-from onellm_dist.shards.sources.clouds import TensorCloud
-from onellm_dist.shards.sources.conversations import clean
-from onellm_dist.shards.sources.imu_windows import ImuWindow, recording_of
-from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
-from onellm_dist.shards.sources.media_files import first_file
 from onellm_dist.shards.sources.nsd import MeanOfRepetitions
+from onellm_dist.shards.sources.readers.annotations import Context, NotFetched, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.readers.clouds import TensorCloud
+from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, recording_of
+from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
+from onellm_dist.shards.sources.readers.media_files import first_file
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _ROWS = 1000

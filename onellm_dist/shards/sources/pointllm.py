@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.conversations import clean
-from onellm_dist.shards.sources.json_stream import Item
+from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.json_stream import Item
 
 _FILES = ("PointLLM_complex_instruction_70K.json", "PointLLM_brief_description_660K_filtered.json")
 

@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.sources.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.conversations import asked, region
-from onellm_dist.shards.sources.json_stream import Item, scan
-from onellm_dist.shards.sources.media_files import below, need_file, stamp
-from onellm_dist.shards.sources.safe_pickle import load_plain
+from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.readers.conversations import asked, region
+from onellm_dist.shards.sources.readers.json_stream import Item, scan
+from onellm_dist.shards.sources.readers.media_files import below, need_file, stamp
+from onellm_dist.shards.sources.readers.safe_pickle import load_plain
 from onellm_dist.shards.sources.vqa import coco_picture
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 

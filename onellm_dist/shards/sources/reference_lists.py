@@ -17,16 +17,16 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.naming import TEXT_ONLY, safe_key
-from onellm_dist.shards.places import Place, place
+from onellm_dist.shards.format.names import TEXT_ONLY, safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
-from onellm_dist.shards.sources.clouds import TensorCloud
-from onellm_dist.shards.sources.conversations import clean
-from onellm_dist.shards.sources.delimited import TSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.json_stream import read_rows as read_objects
-from onellm_dist.shards.sources.json_stream import row_groups
+from onellm_dist.shards.sources.readers.clouds import TensorCloud
+from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.delimited import TSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
+from onellm_dist.shards.sources.readers.json_stream import row_groups
+from onellm_dist.shards.storage.paths import Place, place
 
 _ROWS = 5000
 _TABLES = (".csv", ".tsv", ".json")

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.sources.annotations import Sample, row_candidates
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import Candidate, Layout, Source
-from onellm_dist.shards.sources.conversations import clean
-from onellm_dist.shards.sources.json_stream import Item, read_rows, row_groups
+from onellm_dist.shards.sources.readers.annotations import Sample, row_candidates
+from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
 
 _ROWS = 1000
 

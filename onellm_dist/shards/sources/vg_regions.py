@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.shards.sources.base import Option
-from onellm_dist.shards.sources.conversations import asked, region
-from onellm_dist.shards.sources.json_stream import Item
-from onellm_dist.shards.sources.media_files import stamp
+from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample
+from onellm_dist.shards.sources.readers.conversations import asked, region
+from onellm_dist.shards.sources.readers.json_stream import Item
+from onellm_dist.shards.sources.readers.media_files import stamp
 
 
 @lru_cache(maxsize=1)

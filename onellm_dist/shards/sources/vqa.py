@@ -19,12 +19,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onellm_dist.errors import OneLLMError
-from onellm_dist.shards.sources.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.common.errors import OneLLMError
 from onellm_dist.shards.sources.base import Media
-from onellm_dist.shards.sources.conversations import asked, choice, letter, most_common, question
-from onellm_dist.shards.sources.json_stream import Item
-from onellm_dist.shards.sources.media_files import stamp
+from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
+from onellm_dist.shards.sources.readers.conversations import asked, choice, letter, most_common, question
+from onellm_dist.shards.sources.readers.json_stream import Item
+from onellm_dist.shards.sources.readers.media_files import stamp
 
 COCO_FOLDERS = ("coco", "images", "coco/images")
 _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}

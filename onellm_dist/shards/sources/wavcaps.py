@@ -17,11 +17,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
-from onellm_dist.shards.naming import safe_key
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.json_stream import read_rows, row_groups
-from onellm_dist.shards.sources.pool import Pool, find_media, find_pool
+from onellm_dist.shards.sources.readers.json_stream import read_rows, row_groups
+from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 SOURCES = ("AudioSet_SL", "BBC_Sound_Effects", "FreeSound", "SoundBible")

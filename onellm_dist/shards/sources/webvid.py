@@ -17,13 +17,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.naming import safe_key
+from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.delimited import CSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
 from onellm_dist.shards.sources.laion400m import column
+from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
 
 _COLUMNS = ("videoid", "page_dir", "name")
 _DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")

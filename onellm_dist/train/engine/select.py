@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.train.engine.base import Engine, EngineSettings
 
 
 def engine_class(name: str) -> type[Engine]:
     """`deepspeed` or `fsdp`."""
     if name == "fsdp":
-        from onellm_dist.train.engine.fsdp import FsdpEngine
+        from onellm_dist.train.engine.fsdp.engine import FsdpEngine
 
         return FsdpEngine
-    from onellm_dist.train.engine.deepspeed import DeepSpeedEngine
+    from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine
 

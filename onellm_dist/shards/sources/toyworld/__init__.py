@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import BuildReport, Option, Source
 from onellm_dist.shards.sources.toyworld.render import Sample, render
 from onellm_dist.shards.sources.toyworld.world import MODALITIES

@@ -14,12 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from onellm_dist.errors import OneLLMError, UsageError
-from onellm_dist.progress import Progress, progress
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.progress import Progress, progress
+from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld import draws, world
 from onellm_dist.shards.sources.toyworld.render import Sample, render
-from onellm_dist.shards.writer import DatasetWriter
 
 TRAIN, TEST = 2000, 120
 """Samples of train, and of each test split, where nothing else is asked for."""

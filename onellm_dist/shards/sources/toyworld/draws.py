@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.toyworld import world
 
 DATASET_SPLITS = ("train", "test_seen", "test_held_out")

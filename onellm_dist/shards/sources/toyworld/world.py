@@ -19,7 +19,7 @@ from functools import cache
 
 import numpy as np
 
-from onellm_dist.errors import UsageError
+from onellm_dist.common.errors import UsageError
 
 Attributes = Mapping[str, str]
 """Attribute name to value, in the order of the modality's attributes."""

@@ -1,0 +1,268 @@
+"""torch.save's files (.pth, .pt, .bin) without torch.load: nothing that the file names is ever imported or called.
+
+Such a file is a zip archive of stored entries: `<root>/data.pkl` describes the tensors, `<root>/data/<key>` holds the bytes of each storage
+(torch 1.6 and later). The pickle is read by an unpickler that knows how to rebuild a tensor and plain containers, and
+refuses every other name; storages stay in the file until a tensor is read.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor
+
+LARGEST_PICKLE = 256 << 20
+"""Bytes of a description that is read; OneLLM-7B's has 0.1 MB."""
+
+_STORAGES = {
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Storage:
+    file: DataFile
+    offset: int
+    dtype: torch.dtype
+    numel: int
+
+
+class Inert:
+    """Stands for an object of a class that is not loaded: it keeps the state it was given and can do nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Items of a mapping are dropped."""
+
+    def append(self, value: Any) -> None:
+        """Items of a list are dropped."""
+
+
+def unreadable(path: Path, reason: object) -> UsageError:
+    """The refusal of a file that is no checkpoint."""
+    first = (str(reason).splitlines() or [type(reason).__name__])[0]
+    return UsageError(
+        f"{path} cannot be read: {first}", "nothing was converted.", "download it again; only tensors are accepted, never pickled code."
+    )
+
+
+def read_pickled(path: Path, *, inert: Sequence[str] = (), offset: int = 0, length: int | None = None) -> Any:
+    """What torch.save wrote, with LazyTensor in place of tensors.
+
+    Args:
+        inert: prefixes of names (`deepspeed.`) whose objects are replaced by `Inert`; any other unknown name is refused.
+        offset, length: where the archive lies in the file, where it is not the whole of it.
+
+    Raises:
+        UsageError: not such a file, cut short, or it names code.
+    """
+
+    def read() -> Any:
+        data = DataFile(path)
+        archive = _Archive(data, offset, data.size - offset if length is None else length)
+        return _Unpickler(archive.bytes_of("data.pkl"), path, tuple(inert), archive).load()
+
+    return _guarded(path, read)
+
+
+def read_bare_pickle(path: Path, *, inert: Sequence[str] = ()) -> Any:
+    """A pickle that is no archive and holds no tensors (the metadata of torch.distributed.checkpoint).
+
+    Raises:
+        UsageError: not such a file, or it names code.
+    """
+
+    def read() -> Any:
+        data = DataFile(path)
+        if data.size > LARGEST_PICKLE:
+            raise unreadable(path, f"it has {data.size} bytes")
+        return _Unpickler(bytes(data.bytes_at(0, data.size).numpy()), path, tuple(inert), None).load()
+
+    return _guarded(path, read)
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except UsageError:
+        raise
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
+        raise unreadable(path, error) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
+        raise unreadable(path, f"its description is no list of tensors ({error})") from None
+
+
+def state_of(tree: Any, path: Path) -> dict[str, LazyTensor]:
+    """The mapping of names to tensors in what a file holds, also inside `model`, `state_dict` or `module` (training checkpoints).
+
+    Raises:
+        UsageError: there is none.
+    """
+    for key in ("model", "state_dict", "module"):
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            tree = tree[key]
+    if not isinstance(tree, Mapping) or not tree or not all(isinstance(v, LazyTensor) for v in tree.values()):
+        raise unreadable(path, "it holds no mapping of names to tensors")
+    return {str(key): value for key, value in tree.items()}
+
+
+def torchscript_state(tree: Any) -> dict[str, LazyTensor]:
+    """Names and tensors of a TorchScript archive (OpenAI's CLIP files are such), read with `inert=("__torch__.",)`."""
+    found: dict[str, LazyTensor] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, LazyTensor):
+            found[prefix] = node
+        elif isinstance(node, Inert) and isinstance(getattr(node, "state", None), Mapping):
+            for key, value in node.state.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+
+    walk(tree, "")
+    return found
+
+
+class _Archive:
+    """The entries of the zip: where their bytes lie in the file."""
+
+    def __init__(self, data: DataFile, start: int, length: int) -> None:
+        self.data, self.start = data, start
+        window = _Window(data, start, length)
+        with zipfile.ZipFile(window) as archive:
+            infos = archive.infolist()
+        described = [i.filename for i in infos if i.filename.rsplit("/", 1)[-1] == "data.pkl"]
+        if len(described) != 1:
+            raise unreadable(data.path, "it has no data.pkl (torch.save before 1.6 wrote another format: save it again)")
+        self.root = described[0].removesuffix("data.pkl")
+        self.entries = {i.filename.removeprefix(self.root): i for i in infos if i.filename.startswith(self.root)}
+        if len(self.entries) != len([i for i in infos if i.filename.startswith(self.root)]):
+            raise unreadable(data.path, "two entries of the archive have one name")
+        if "byteorder" in self.entries and self.bytes_of("byteorder") != b"little":
+            raise unreadable(data.path, "its numbers are big-endian")
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(offset in the file, length) of an entry's bytes."""
+        info = self.entries[name]
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise unreadable(self.data.path, f"entry {name} is compressed or encrypted")
+        header = bytes(self.data.bytes_at(self.start + info.header_offset, 30).numpy())
+        magic, name_length, extra_length = *struct.unpack("<4s22x", header[:26]), *struct.unpack("<HH", header[26:])
+        if magic != b"PK\x03\x04":
+            raise unreadable(self.data.path, f"entry {name} has no header")
+        offset = self.start + info.header_offset + 30 + name_length + extra_length
+        if offset + info.file_size > self.data.size:
+            raise unreadable(self.data.path, f"entry {name} goes beyond the end of the file")
+        return offset, info.file_size
+
+    def bytes_of(self, name: str) -> bytes:
+        offset, length = self.place(name)
+        if length > LARGEST_PICKLE:
+            raise unreadable(self.data.path, f"{name} has {length} bytes")
+        return bytes(self.data.bytes_at(offset, length).numpy())
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, data: DataFile, start: int, length: int) -> None:
+        self._data, self._start, self._length, self._at = data, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise OSError("not a zip archive")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        size = left if size < 0 else min(size, left)
+        found = bytes(self._data.bytes_at(self._start + self._at, size).numpy())
+        self._at += size
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, content: bytes, path: Path, inert: tuple[str, ...], archive: _Archive | None) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self._path, self._inert, self._archive = path, inert, archive
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _BUILDERS:
+            return _BUILDERS[full]
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if full.startswith(self._inert):
+            return Inert
+        raise unreadable(self._path, f"it asks for {full}, which is no tensor: it may run code")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, numel = pid
+        if self._archive is None or kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int):
+            raise unreadable(self._path, f"an unknown kind of storage: {kind!r}")
+        offset, length = self._archive.place(f"data/{key}")
+        if length < numel * dtype.itemsize:
+            raise unreadable(self._path, f"storage {key} has {length} bytes for {numel} elements of {dtype}")
+        return _Storage(self._archive.data, offset, dtype, numel)
+
+
+def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in (start, *shape, *strides)):
+        raise ValueError("a tensor without a storage")
+    shape, strides = tuple(shape), tuple(strides)
+    span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if start + span > storage.numel:
+        raise ValueError("a tensor goes beyond its storage")
+    offset = storage.offset + start * storage.dtype.itemsize
+    if _is_contiguous(shape, strides):
+        return storage.file.tensor(offset, shape, storage.dtype)
+    held = storage.file.tensor(offset, (span,), storage.dtype)
+    return LazyTensor(shape, storage.dtype, lambda: held.read().as_strided(shape, strides))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    return all(n <= 1 or s == math.prod(shape[i + 1 :]) for i, (n, s) in enumerate(zip(shape, strides, strict=True)))
+
+
+def _parameter(data: LazyTensor, *_: Any) -> LazyTensor:
+    return data
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+    return tuple(values)
+
+
+_BUILDERS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor, "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _parameter, "torch._utils._rebuild_parameter_with_state": _parameter,
+    "collections.OrderedDict": OrderedDict, "torch.Size": _size,
+}  # fmt: skip

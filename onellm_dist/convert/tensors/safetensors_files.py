@@ -1,0 +1,117 @@
+"""Safetensors files and the folders that hold a state dict in several files, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor
+from onellm_dist.convert.tensors.pickled import read_pickled, state_of, unreadable
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+LARGEST_HEADER = 100 << 20
+"""Bytes; the limit of the safetensors library."""
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a safetensors file, in the order in which they lie in it.
+
+    Raises:
+        UsageError: not such a file, or cut short.
+    """
+    try:
+        data = DataFile(path)
+        header, start = _header(data)
+        entries = sorted(((k, v) for k, v in header.items() if k != "__metadata__"), key=lambda item: item[1]["data_offsets"])
+        return {name: _tensor(data, start, name, entry) for name, entry in entries}
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
+        raise unreadable(path, f"its header is no safetensors header ({error})") from None
+
+
+def _header(data: DataFile) -> tuple[dict[str, Any], int]:
+    if data.size < 8:
+        raise unreadable(data.path, f"it has {data.size} bytes")
+    (length,) = struct.unpack("<Q", bytes(data.bytes_at(0, 8).numpy()))
+    if length > LARGEST_HEADER or 8 + length > data.size:
+        raise unreadable(data.path, f"its header should have {length} bytes, the file has {data.size}")
+    return json.loads(bytes(data.bytes_at(8, length).numpy())), 8 + length
+
+
+def _tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -> LazyTensor:
+    first, end = entry["data_offsets"]
+    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name}: {end - first} bytes for {list(shape)} of {entry['dtype']}")
+    if start + end > data.size:
+        raise unreadable(data.path, f"{name} ends at byte {start + end}, the file has {data.size}: it is cut short")
+    return data.tensor(start + first, shape, dtype)
+
+
+def read_state_file(path: Path) -> dict[str, LazyTensor]:
+    """The state dict in one file, .safetensors or torch.save's."""
+    if not path.is_file():
+        raise UsageError(f"no checkpoint {path}", "there is nothing to convert.", "check the path.")
+    return read_safetensors(path) if path.suffix == ".safetensors" else state_of(read_pickled(path), path)
+
+
+def read_folder(folder: Path, stems: Sequence[str] = ("model", "pytorch_model")) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+    """The state dict of a transformers directory, in one file or in several with an index.
+
+    Args:
+        stems: names that its files may begin with; the first that is there is taken.
+
+    Returns:
+        (tensors, the files they come from).
+
+    Raises:
+        UsageError: there is none, or a file that the index names is missing or lacks a tensor.
+    """
+    for stem in stems:
+        for suffix in ("safetensors", "bin", "pt"):
+            whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+            if index.is_file():
+                return _indexed(folder, index)
+            if whole.is_file():
+                return read_state_file(whole), (whole,)
+    raise UsageError(
+        f"no weights in {folder}", "there is nothing to convert.", f"it should have {stems[0]}.safetensors, its index, or a .bin file."
+    )
+
+
+def _indexed(folder: Path, index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(index, error) from None
+    absent = [name for name in names if not (folder / name).is_file() or Path(name).name != name]
+    if absent:
+        raise UsageError(
+            f"{folder}: {len(absent)} of {len(names)} files are missing: {', '.join(absent)}",
+            f"{index.name} names them, and their tensors would be lost.",
+            "download or copy them again.",
+        )
+    tensors: dict[str, LazyTensor] = {}
+    for name in names:
+        tensors |= read_state_file(folder / name)
+    lacking = sorted(set(places) - set(tensors))
+    if lacking:
+        raise UsageError(
+            f"{folder}: {len(lacking)} tensors of {index.name} are in no file: {', '.join(lacking[:10])}",
+            "the model would be partly random.",
+            "download the directory again.",
+        )
+    return tensors, tuple(folder / name for name in names)

@@ -1,0 +1,52 @@
+"""Reading `.npy` bytes without trusting them: no pickles, no allocation from a header alone, no non-finite values."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities.base import Part
+
+
+def read_npy(part: Part) -> np.ndarray:
+    """The array of a `.npy` part, numeric and read-only (it views the part's bytes).
+
+    Raises:
+        SampleError: no `.npy`, cut short, of objects or text, or not finite.
+    """
+    stream = io.BytesIO(part.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = header(stream)
+        count = int(np.prod(shape, dtype=object)) if shape else 1
+        if dtype.kind not in "fiu":
+            raise ValueError(f"its values are of type {dtype}, not numbers")
+        if count * dtype.itemsize != len(part.data) - stream.tell():
+            raise ValueError(f"its header says {shape} {dtype}, which is not the {len(part.data) - stream.tell()} bytes that follow")
+        array = np.frombuffer(part.data, dtype, count, stream.tell()).reshape(shape, order="F" if fortran else "C")
+    except Exception as error:  # numpy parses the header as Python text: broken bytes raise nearly anything
+        raise SampleError(
+            f".{part.extension} ({len(part.data)} bytes) is no readable NumPy array: {error or type(error).__name__}",
+            "the sample has no usable signal.",
+            "write it again with numpy.save, as plain numbers (allow_pickle=False).",
+        ) from error
+    require_finite(array, f".{part.extension}")
+    return array
+
+
+def require_finite(array: np.ndarray, name: str) -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        SampleError: `array` has a value that is not finite.
+    """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))
+        raise SampleError(
+            f"{name} has {len(bad)} values that are not finite, the first at index {tuple(int(i) for i in bad[0])} of {array.shape}",
+            "one NaN in an input makes the gradients of the whole step NaN.",
+            "repair or drop the sample where it is made.",
+        )

@@ -1,0 +1,222 @@
+"""Coloured point clouds from NumPy, PLY and PCD files."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.io.arrays import read_npy, require_finite
+
+Fields = dict[str, np.ndarray]
+"""Name to one value a point."""
+
+_PLY_TYPES = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8",
+}  # fmt: skip
+_COLOUR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+
+
+def read_cloud(part: Part) -> np.ndarray:
+    """[N, 6] fp32: x, y, z in the file's units, then red, green, blue, in [0, 1] as a rule.
+
+    The format is told by the bytes: `.npy` [N, 6] (or [6, N]); PLY ascii and binary; PCD ascii, binary and
+    binary_compressed. Byte colours are divided by 255, others too where any is above 1 (up to 255); floats with negative
+    values are left as they are.
+    Points of a PCD without a position (NaN: no return) are left out, as PCL does for organised clouds.
+
+    Raises:
+        SampleError: another format, cut short, no colours, colours out of range, not finite.
+    """
+    name = f".{part.extension}"
+    if part.data[:6] == b"\x93NUMPY":
+        array = read_npy(part)
+        if array.ndim == 2 and array.shape[0] == 6 and array.shape[1] != 6:
+            array = array.T
+        if array.ndim != 2 or array.shape[1] != 6:
+            raise _no_cloud(name, f"is an array of shape {array.shape}, not [points, 6]")
+        return np.concatenate([array[:, :3].astype(np.float32), _unit_colours(array[:, 3:], name)], axis=1)
+    try:
+        if part.data[:4] in (b"ply\n", b"ply\r"):
+            fields = _read_ply(part.data)
+        elif b"FIELDS" in part.data[:2048] and b"VERSION" in part.data[:2048]:
+            fields = _drop_empty(_read_pcd(part.data))
+        else:
+            raise ValueError("it is neither NumPy (.npy), PLY nor PCD")
+    except (ValueError, KeyError, IndexError, UnicodeDecodeError, TypeError, OverflowError) as error:
+        raise _no_cloud(name, f"({len(part.data)} bytes) is no readable point cloud: {error}") from error
+    return _join(fields, name)
+
+
+def _join(fields: Fields, name: str) -> np.ndarray:
+    if any(axis not in fields for axis in "xyz"):
+        raise _no_cloud(name, f"has no x, y, z, only {', '.join(fields) or 'nothing'}")
+    colour_names = next((names for names in _COLOUR_NAMES if all(n in fields for n in names)), None)
+    if colour_names is None:
+        raise _no_cloud(name, f"has no colours, only {', '.join(fields)} (the tokenizer groups points by their colours)")
+    xyz = np.stack([fields[axis].astype(np.float32) for axis in "xyz"], 1)
+    require_finite(xyz, name)
+    return np.concatenate([xyz, _unit_colours(np.stack([fields[n] for n in colour_names], 1), name)], axis=1)
+
+
+def _unit_colours(colours: np.ndarray, name: str) -> np.ndarray:
+    """[N, 3] of any numeric type to fp32 in [0, 1]; floats with negative values are in a scale of their own and stay."""
+    require_finite(colours, f"{name} (colours)")
+    low, high = (float(colours.min()), float(colours.max())) if colours.size else (0.0, 0.0)
+    if low < 0 and colours.dtype.kind == "f":
+        return colours.astype(np.float32)
+    if low < 0 or high > 255:
+        raise _no_cloud(name, f"has colours from {low:g} to {high:g}, neither in 0..1 nor in 0..255")
+    divide = colours.dtype == np.uint8 or high > 1.01  # a little above 1 is rounding
+    return colours.astype(np.float32) / np.float32(255) if divide else colours.astype(np.float32)
+
+
+def _no_cloud(name: str, what: str) -> SampleError:
+    return SampleError(
+        f"{name} {what}",
+        "the sample has no usable point cloud.",
+        "store points as x y z red green blue: .npy [N, 6], PLY or PCD.",
+    )
+
+
+def _header(data: bytes, last: bytes) -> tuple[list[list[str]], int]:
+    """The words of each header line up to the one that starts with `last`, and where the data begins."""
+    lines, start = [], 0
+    while True:
+        end = data.index(b"\n", start)
+        line = data[start:end].decode("ascii", "replace").strip()
+        start = end + 1
+        if line:
+            lines.append(line.split())
+        if line.startswith(last.decode()):
+            return lines, start
+
+
+def _rows(text: bytes, columns: int, count: int) -> np.ndarray:
+    """The first `count` lines of `columns` numbers each, fp64."""
+    words = text.split(None, count * columns)[: count * columns]
+    if len(words) != count * columns:
+        raise ValueError(f"{len(words)} numbers where the header says {count} x {columns}")
+    return np.array(words, dtype=np.float64).reshape(count, columns)
+
+
+def _read_ply(data: bytes) -> Fields:
+    """The vertex element, which must be the first one (as every writer has it)."""
+    lines, start = _header(data, b"end_header")
+    layout = next((words[1] for words in lines if words[0] == "format"), None)
+    if layout is None:  # never a StopIteration: whoever goes through samples would take it for their end
+        raise ValueError("its header has no line 'format'")
+    elements = [words for words in lines if words[0] == "element"]
+    if not elements or elements[0][1] != "vertex":
+        raise ValueError("its first element is not 'vertex'")
+    first = lines.index(elements[0])
+    after = lines.index(elements[1]) if len(elements) > 1 else len(lines)
+    properties = [words for words in lines[first:after] if words[0] == "property"]
+    if any(words[1] == "list" for words in properties):
+        raise ValueError("its vertices have list properties")
+    names, types = [words[2] for words in properties], [_PLY_TYPES[words[1]] for words in properties]
+    count = int(elements[0][2])
+    if layout == "ascii":
+        table = _rows(data[start:], len(names), count)
+        return {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(zip(names, types, strict=True))}
+    order = {"binary_little_endian": "<", "binary_big_endian": ">"}[layout]
+    return _records(data[start:], [(n, order + t) for n, t in zip(names, types, strict=True)], count)
+
+
+def _records(body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, int]], count: int) -> Fields:
+    record = np.dtype(layout)
+    if len(body) < count * record.itemsize:
+        raise ValueError(f"{len(body)} bytes where the header says {count} x {record.itemsize}")
+    table = np.frombuffer(body, record, count)
+    # Of a field with several values a point (PCD padding, histograms) the first stands for it: no such field is used.
+    return {name: table[name] if table[name].ndim == 1 else table[name][:, 0] for name in record.names or ()}
+
+
+def _read_pcd(data: bytes) -> Fields:
+    """PCD 0.7 (pointclouds.org, "The PCD file format"); a packed `rgb` or `rgba` becomes red, green, blue bytes."""
+    lines, start = _header(data, b"DATA")
+    header = {words[0]: words[1:] for words in lines if not words[0].startswith("#")}
+    names = header["FIELDS"]
+    kinds = [k.lower() + size for k, size in zip(header["TYPE"], header["SIZE"], strict=True)]
+    counts = [int(c) for c in header.get("COUNT", ["1"] * len(names))]
+    total = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+    # Padding fields are all called "_": each gets a name of its own.
+    layout = [(f"{n}{i}" if n == "_" else n, "<" + k, c) for i, (n, k, c) in enumerate(zip(names, kinds, counts, strict=True))]
+    encoding = header["DATA"][0]
+    if encoding == "ascii":
+        fields = _ascii_pcd(data[start:], layout, total)
+    elif encoding == "binary":
+        fields = _records(data[start:], layout, total)
+    elif encoding == "binary_compressed":
+        fields = _compressed_pcd(data[start:], layout, total)
+    else:
+        raise ValueError(f"DATA {encoding} is not known")
+    return _unpack_colours(fields)
+
+
+def _ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
+    table = _rows(text, sum(count for _, _, count in layout), total)
+    fields, column = {}, 0
+    for name, kind, count in layout:
+        fields[name] = table[:, column].astype(kind)
+        column += count
+    return fields
+
+
+def _compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
+    """Field after field, LZF-compressed behind two uint32: compressed and plain size."""
+    packed, plain = (int(v) for v in np.frombuffer(body[:8], "<u4"))
+    if plain != total * sum(np.dtype(kind).itemsize * count for _, kind, count in layout) or len(body) < 8 + packed:
+        raise ValueError(f"{len(body) - 8} compressed bytes for {plain}, which do not fit its {total} points")
+    raw = _lzf(body[8 : 8 + packed], plain)
+    fields, at = {}, 0
+    for name, kind, count in layout:
+        column = np.frombuffer(raw, kind, total * count, at)
+        fields[name] = column.reshape(total, count)[:, 0] if count != 1 else column
+        at += column.nbytes
+    return fields
+
+
+def _lzf(packed: bytes, size: int) -> bytes:
+    """LZF decompression (LibLZF: a control byte below 32 is a run of literals, else a copy of 3 to 264 bytes seen before)."""
+    out, at = bytearray(), 0
+    while at < len(packed):
+        control = packed[at]
+        at += 1
+        if control < 32:
+            out += packed[at : at + control + 1]
+            at += control + 1
+            continue
+        length = (control >> 5) + 2
+        if length == 9:
+            length += packed[at]
+            at += 1
+        start = len(out) - ((control & 31) << 8) - packed[at] - 1
+        at += 1
+        if start < 0:
+            raise ValueError("its compressed data points before its start")
+        seen = out[start : start + length]
+        out += (seen * (length // len(seen) + 1))[:length]  # a copy may overlap what it writes
+        if len(out) > size:
+            break
+    if len(out) != size:
+        raise ValueError(f"its compressed data has {len(out)} bytes, not {size}")
+    return bytes(out)
+
+
+def _unpack_colours(fields: Fields) -> Fields:
+    packed = fields.get("rgb", fields.get("rgba"))
+    if packed is None:
+        return fields
+    # A float `rgb` holds the bits of 0x00RRGGBB (PCL's old form).
+    bits = np.ascontiguousarray(packed, "<f4").view("<u4") if packed.dtype.kind == "f" else packed.astype(np.int64)
+    colours = {name: (bits >> shift & 255).astype(np.uint8) for name, shift in (("red", 16), ("green", 8), ("blue", 0))}
+    return {**fields, **colours}
+
+
+def _drop_empty(fields: Fields) -> Fields:
+    if any(axis not in fields for axis in "xyz"):
+        return fields
+    there = np.isfinite(np.stack([fields[axis] for axis in "xyz"])).all(0)
+    return {name: values[there] for name, values in fields.items()}

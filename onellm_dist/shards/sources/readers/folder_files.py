@@ -1,0 +1,107 @@
+"""Folder layout A: media with captions in side files. Also the naming rules that both layouts share.
+
+A sample is all files of one folder with the same stem: `cats/01.jpg` + `cats/01.txt`, or `a.jpg` + `a.depth.png` + `a.json`.
+The extension of a file is the longest one that any modality knows and that its lower-cased name ends with (`depth.png`
+before `png`); the rest is the stem, and may hold dots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
+from onellm_dist.shards.format.names import infer_modalities, safe_key, slots_of, split_file_name
+from onellm_dist.shards.sources.base import Candidate
+
+
+def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[dict[str, Path], str | None]:
+    """The files that the modalities take, and what is wrong with them (None: nothing)."""
+    chosen: dict[str, Path] = {}
+    for name in modalities:
+        modality = get_modality(name)
+        for slot, accepted in slots_of(modality).items():
+            fitting = [e for e in accepted if e in found]
+            if len(fitting) > 1:
+                return chosen, f"ambiguous: {' and '.join(found[e].name for e in fitting)} are both a {slot} file for {name}"
+            chosen.update({e: found[e] for e in fitting})
+        try:
+            modality.match(set(found))
+        except SampleError as error:
+            return chosen, f"missing part: {error.what}"
+    return chosen, None
+
+
+@dataclass
+class Groups:
+    """The files of a folder by stem (relative to it, with `/`)."""
+
+    files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    clashes: dict[str, str] = field(default_factory=dict)
+    """Stem -> two files that would be the same part."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Suffix -> files that no modality reads."""
+
+
+def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
+    """Goes through a folder, hidden files and folders left out, symbolic links followed."""
+    groups, seen = Groups(), set[str]()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if name.startswith(".") or path in skip:
+                continue
+            split = split_file_name(name)
+            if split is None:
+                groups.ignored[path.suffix.lower() or name] += 1
+                continue
+            stem = Path(folder).relative_to(root).joinpath(split[0]).as_posix()
+            group = groups.files.setdefault(stem, {})
+            if split[1] in group:
+                groups.clashes[stem] = f"ambiguous: {group[split[1]].name} and {name} are the same part"
+            group[split[1]] = path
+    return groups
+
+
+def side_file_candidates(root: Path, wanted: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Candidate], list[str]]:
+    """Layout A.
+
+    Args:
+        wanted: the modalities, or None to infer them.
+
+    Returns:
+        (modalities, candidates sorted by key, notes on what was ignored).
+    """
+    groups = group_files(root)
+    media = {stem: {e: p for e, p in files.items() if e not in TEXT_EXTENSIONS} for stem, files in groups.files.items()}
+    if wanted is None:
+        wanted = infer_modalities(Counter(frozenset(m) for m in media.values() if m), root)
+    useful = {e for name in wanted for accepted in slots_of(get_modality(name)).values() for e in accepted}
+    candidates = []
+    for stem, files in groups.files.items():
+        if wanted and media[stem] and not media[stem].keys() & useful:
+            groups.ignored.update(f".{e}" for e in files)
+            continue
+        candidates.append(_candidate(stem, files, wanted, groups.clashes.get(stem)))
+    notes = [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"] if groups.ignored else []
+    return wanted, sorted(candidates, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))), notes
+
+
+def _candidate(stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None) -> Candidate:
+    texts = {e: files[e] for e in TEXT_EXTENSIONS if e in files}
+    media, problem = select_parts(files, modalities)
+    where = str(next(iter((media or texts or files).values())))
+    if clash is not None:
+        problem = clash
+    elif modalities and files.keys() <= set(TEXT_EXTENSIONS):
+        problem = "caption without media: no media file has this name"
+    elif not texts:
+        problem = f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
+    return Candidate(safe_key(stem), where, {**media, **texts}, problem=problem)

@@ -1,0 +1,238 @@
+"""Tars of img2dataset 1.47 and video2dataset: `00000.tar` beside `00000.parquet` (a row for each attempt) and `00000_stats.json`.
+
+Both tools write the stats file last: a tar without one is unfinished. img2dataset leaves failed downloads out of the tar;
+video2dataset writes their `.txt` and `.json` without media. Both say so in the column `status`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards.format.names import safe_key
+from onellm_dist.shards.format.tars import BLOCK, split_name
+from onellm_dist.shards.sources.base import Candidate, FileRange, Group, Option
+
+UNFINISHED = ("refuse", "skip", "take")
+UNFINISHED_OPTION = Option("refuse", "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is whole in them")
+_STATS = "_stats.json"
+_SHOWN = 5
+
+Text = Callable[[], str | None]
+"""Reads the sample's `.txt` from the tar; None: it has none."""
+Captions = Callable[[Mapping[str, Any], Text], Sequence[str | None]]
+"""(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none; several go to `.json` as a list."""
+
+
+def find_tars(inputs: Path) -> list[str]:
+    """The tars below a folder, relative to it, sorted.
+
+    Raises:
+        UsageError: there is none.
+    """
+    tars = sorted(p.relative_to(inputs).as_posix() for p in inputs.rglob("*.tar") if not p.name.startswith("."))
+    if not tars:
+        raise UsageError(
+            f"{inputs}: no tar there.", "there is nothing to build from.", "give img2dataset's or video2dataset's output folder."
+        )
+    return tars
+
+
+def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iterator[Group], tuple[str, ...]]:
+    """(a group for each tar, lines for the user). A row of the parquet is one candidate, so that its footer tells how many there are.
+
+    Raises:
+        UsageError: unfinished tars, where they are refused; an unknown choice; none left.
+    """
+    if unfinished not in UNFINISHED:
+        raise UsageError(f"unfinished={unfinished} is none of {', '.join(UNFINISHED)}.", UNFINISHED_OPTION.help + ".", "choose one.")
+    whole = {p.relative_to(inputs).as_posix().removesuffix(_STATS) for p in inputs.rglob(f"*{_STATS}")}
+    parquets = {p.relative_to(inputs).as_posix().removesuffix(".parquet") for p in inputs.rglob("*.parquet")}
+    stems = [t.removesuffix(".tar") for t in tars]
+    bad = [s for s in stems if s not in whole]
+    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
+    if bad and unfinished == "refuse":
+        raise UsageError(
+            f"{inputs}: {len(bad)} of {len(stems)} tars are unfinished (no {_STATS}): {named}.",
+            "the download was stopped, or is still running: samples would be missing.",
+            "download them to the end (incremental_mode does), or give -o unfinished=skip or -o unfinished=take.",
+        )
+    wanted = stems if unfinished == "take" else [s for s in stems if s in whole]
+    if not wanted:
+        raise UsageError(f"{inputs}: every tar is unfinished (no {_STATS}).", "nothing is left to build from.", "download them to the end.")
+    notes = (f"unfinished tars ({'left out' if unfinished == 'skip' else 'taken as far as they go'}): {named}",) if bad else ()
+    return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted]), notes
+
+
+def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[Group]:
+    def rows(stem: tuple[str, bool]) -> int | None:
+        return parquet_length(inputs / f"{stem[0]}.parquet") if stem[1] else None
+
+    with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
+        for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
+            spec = {"tar": f"{stem}.tar", "parquet": f"{stem}.parquet" if listed else None}
+            yield Group(f"{stem}.tar", spec, count=count)
+
+
+def tar_candidates(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions) -> Iterator[Candidate]:
+    """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
+
+    Args:
+        extensions: of the media, the preferred first.
+        captions: chooses the captions of a sample.
+
+    Raises:
+        OneLLMError: tar and parquet are not of one run, or the parquet cannot be read.
+    """
+    members, fault = tar_members(inputs / spec["tar"])
+    if spec["parquet"] is None:
+        rows: Iterator[tuple[dict[str, Any], str | None]] = (_row_of(key, parts) for key, parts in members.items())
+    else:
+        _check_pair(inputs / spec["tar"], inputs / spec["parquet"], members)
+        rows = ((row, None) for row in parquet_rows(inputs / spec["parquet"]))
+    if spec["parquet"] is None and fault is not None:
+        yield Candidate(safe_key(spec["tar"]), spec["tar"], problem=fault)  # nothing else tells how many samples are lost
+    for row, problem in rows:
+        key = str(row.get("key", ""))
+        parts = members.get(key)
+        yield _candidate(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
+
+
+def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
+    """Raises OneLLMError where the tar holds samples that the parquet does not list."""
+    lost = members.keys() - {str(row.get("key")) for row in parquet_rows(table, ["key"])}
+    if lost:
+        raise OneLLMError(
+            f"{tar} holds {len(lost)} samples that {table.name} does not list, {min(lost)} the first.",
+            "the two are of different runs of the download, and the samples' metadata would be wrong or lost.",
+            "fetch both again, or remove the parquet to use the .json in the tar.",
+        )
+
+
+def _candidate(
+    tar: str,
+    key: str,
+    row: Mapping[str, Any],
+    parts: Mapping[str, FileRange] | None,
+    problem: str | None,
+    extensions: Sequence[str],
+    captions: Captions,
+) -> Candidate:
+    name, where = safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
+    status = row.get("status")
+    meta = {k: v for k, v in ((k, plain(v)) for k, v in row.items()) if v is not None}
+    if status not in (None, "success"):
+        return Candidate(name, where, skip=str(status))
+    extension = next((e for e in extensions if parts and e in parts), None)
+    if problem is None and parts is None:
+        problem = "missing sample: the parquet lists it, the tar has not"
+    elif problem is None and extension is None:
+        problem = f"missing part: none of {', '.join('.' + e for e in extensions)}"
+    if problem is not None or parts is None or extension is None:
+        return Candidate(name, where, problem=problem)
+    try:
+        chosen = captions(row, lambda: parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None)
+    except OneLLMError as error:  # a tar that ends inside the text
+        return Candidate(name, where, problem=error.what)
+    if len(chosen) > 1:  # which one is read is chosen anew in each epoch
+        meta = {**meta, "caption": list(chosen), **({"alt_text": meta["caption"]} if "caption" in meta else {})}
+        return Candidate(name, where, {extension: parts[extension]}, meta=meta)
+    lost = "no caption: neither the metadata nor a .txt has one" if chosen[0] is None else None
+    return Candidate(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
+
+
+def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], str | None]:
+    """(metadata, what is wrong) of a sample, from its `.json` in the tar."""
+    if "json" not in parts:
+        return {"key": key}, None
+    try:
+        row = json.loads(parts["json"].read_bytes())
+    except ValueError as error:
+        return {"key": key}, f"unreadable .json: {error}"
+    except OneLLMError as error:
+        return {"key": key}, error.what
+    if not isinstance(row, dict):
+        return {"key": key}, f"unreadable .json: a {type(row).__name__}, not an object"
+    return {**row, "key": key}, None
+
+
+def tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]:
+    """(key to extension to its bytes, why the tar cannot be read to its end).
+
+    Only headers are read. A tar of 10,000 samples takes about 10 MB of memory.
+    """
+    found: dict[str, dict[str, FileRange]] = {}
+    try:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # or every header stays in memory
+                names = split_name(member.name) if member.isreg() else None
+                if names is not None:
+                    found.setdefault(names[0], {})[names[1]] = FileRange(tar, member.offset_data, member.size)
+            file.seek(archive.offset)
+            end = file.read(BLOCK)
+            if len(end) < BLOCK or any(end):  # Python's tarfile (3.11) takes both for the end of the archive
+                return found, f"truncated tar: {tar.name} has neither a header nor an end marker at offset {archive.offset}"
+    except (tarfile.TarError, EOFError) as error:
+        return found, f"truncated tar: {tar.name} cannot be read to its end ({error})"
+    return found, None
+
+
+def parquet_length(path: Path) -> int:
+    """Rows of a parquet file, from its footer.
+
+    Raises:
+        OneLLMError: it cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    with path.open("rb") as file:
+        try:
+            return int(parquet.ParquetFile(file).metadata.num_rows)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
+def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, 1000 in memory at a time.
+
+    Args:
+        columns: only these; all if not given.
+
+    Raises:
+        OneLLMError: it cannot be read.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    with path.open("rb") as file:
+        try:
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000, columns=columns):
+                yield from batch.to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> OneLLMError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return OneLLMError(
+        f"{path}: {first}", "the rows of its tar are not known.", "fetch it again, or remove it to use the .json in the tar."
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value of a parquet file as JSON has it; what JSON cannot say (NaN, empty) is None, dates and the like are texts."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

@@ -1,0 +1,262 @@
+"""What cc3m-depth and cc3m-normal share: pictures, their captions and the maps of them, found in the layouts that tools leave.
+
+Pictures and captions: img2dataset's tars, or a folder tree with `x.jpg` and `x.txt` (its `files` output), or a table with the columns
+`caption` and `url`, where `url` is a local path (the reference's cc3m.csv). Maps, for the picture `00012/000120001.jpg` (of a tar:
+`00012.tar/000120001.jpg`):
+
+    parallel tree   cc3m_depth/00012/000120001.jpg (.png, ...)      the reference's: `/cc3m/` -> `/cc3m_depth/`
+    Omnidata        000120001_depth.png, in the same subfolder of the maps' folder or at its top; square, from the picture's middle
+    made here       by a depth model, where one is given
+
+Omnidata's maps are of the centre square of a picture, so the picture is cut to it too (its own `x_rgb.png` is used where it lies
+beside the map).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.modalities import Part
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.shards.format.names import safe_key
+from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.readers.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.depth_models import EstimatedMap, check_model
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.readers.media_files import below, picture_extension
+
+_ROWS = 2000
+_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class CentreSquare:
+    """The middle square of a picture as JPEG: what Omnidata's demo shows its model (Resize, then CenterCrop)."""
+
+    picture: Media
+
+    def read_bytes(self) -> bytes:
+        """JPEG, quality 95; the square is not resized.
+
+        Raises:
+            SampleError: the picture cannot be read.
+        """
+        picture = decode_picture(Part("jpg", self.picture.read_bytes()))
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        buffer = io.BytesIO()
+        picture.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=_QUALITY)
+        return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class _Folders:
+    """Where things lie."""
+
+    pictures: Path
+    maps: Path
+
+
+def map_source(kind: str) -> Source:
+    """The source of one kind of map: `depth` or `normal`."""
+
+    def plan(inputs: Path, *, seed: int, **options: Any) -> Layout:
+        return _plan(kind, inputs, **options)
+
+    def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+        return _candidates(kind, inputs, spec, **options)
+
+    options = {
+        "images": Option(None, "the folder of the pictures; IN/cc3m where there is one, else IN", Path),
+        "maps": Option(None, f"the folder of the maps; IN/cc3m_{kind} where there is one, else that of the pictures", Path),
+        "captions": Option(None, "a table with the columns caption and url (a local path); without it x.txt is the caption of x.jpg", Path),
+        "depth_model": Option(None, "make the maps here: the folder of a depth-estimation model of transformers (DPT, ...)", Path),
+        "depth_is_distance": Option(False, "depth_model tells distances (metric models), not inverse depth as DPT", bool),
+        "unfinished": UNFINISHED_OPTION,
+        "device": Option("cpu", "where depth_model runs: cpu, or cuda (its bytes differ from those of a CPU in a few pixels)"),
+    }
+    if kind == "normal":
+        options["strength"] = Option(0.5, "of normals from depth: the relief's height in shares of the picture's shorter side", float)
+    return Source(
+        f"cc3m-{kind}",
+        f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here (-o depth_model=DIR)",
+        plan=plan,
+        candidates=candidates,
+        options=options,
+        licence="CC3M: free for any purpose, pictures of their owners",
+    )
+
+
+def _folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _Folders:
+    pictures = below(inputs, images) if images is not None else inputs / "cc3m" if (inputs / "cc3m").is_dir() else inputs
+    if maps is not None:
+        return _Folders(pictures, below(inputs, maps))
+    tree = next((f for f in (inputs / f"cc3m_{kind}", inputs.parent / f"cc3m_{kind}") if f.is_dir()), None)
+    return _Folders(pictures, tree if tree is not None else pictures)
+
+
+def _plan(
+    kind: str, inputs: Path, *, images: Path | None, maps: Path | None, captions: Path | None, depth_model: Path | None, unfinished: str,
+    **_: Any,
+) -> Layout:  # fmt: skip
+    folders = _folders(kind, inputs, images, maps)
+    for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
+        if not folder.is_dir():
+            raise UsageError(
+                f"{folder}: there is no such folder.", "pictures or maps are looked for there.", "see -o images= and -o maps=."
+            )
+    if depth_model is not None:
+        attributes = check_model(depth_model)
+        notes = [f"{kind} maps are made by {attributes['depth_model']} (weights {attributes['depth_model_sha256'][:12]})"]
+    else:
+        attributes, notes = {}, [f"{kind} maps are looked for in {folders.maps}"]
+    if captions is not None:
+        if not below(inputs, captions).is_file():
+            raise UsageError(f"{below(inputs, captions)}: there is no such file.", "captions are read from it.", "check -o captions=.")
+        groups = _table_groups(below(inputs, captions))
+    elif next(iter(folders.pictures.glob("*.tar")), None) is not None:
+        groups, more = tar_groups(folders.pictures, find_tars(folders.pictures), unfinished)
+        notes += more
+    else:
+        groups = _tree_groups(folders)
+    return Layout((kind,), groups, tuple(notes), attributes)
+
+
+def _names(folder: Path) -> list[str]:
+    """The pictures of one folder, sorted; maps that lie among them are none."""
+    maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
+    return sorted(p.name for p in folder.iterdir() if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != ".")
+
+
+def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(relative name, folder) of a folder and all below it, sorted."""
+    waiting = [("", folder)]
+    while waiting:
+        name, here = waiting.pop()
+        yield name, here
+        inside = sorted(p.name for p in here.iterdir() if p.name[0] != "." and p.is_dir())
+        waiting += [(f"{name}{below_}/", here / below_) for below_ in reversed(inside)]
+
+
+def _tree_groups(folders: _Folders) -> Iterator[Group]:
+    """The pictures of every folder, by name: others may come while shards are built. Maps in folders of their own below the
+    pictures' are none."""
+    for name, folder in _subfolders(folders.pictures):
+        if name and (folder.name in ("cc3m_depth", "cc3m_normal") or folder == folders.maps):
+            continue
+        names = _names(folder)
+        for first in range(0, len(names), _ROWS):
+            rows = names[first : first + _ROWS]
+            yield Group(f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows))
+
+
+def _table_groups(table: Path) -> Iterator[Group]:
+    """Rows of a table with the columns `caption` and `url`.
+
+    Raises:
+        UsageError: it has other columns.
+    """
+    dialect = _dialect(table)
+    names, start = read_header(table, dialect)
+    if not {"caption", "url"} <= set(names):
+        raise UsageError(
+            f"{table} has the columns {', '.join(names)}.",
+            "captions and local paths are read from the columns caption and url.",
+            "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
+        )
+    for found in row_ranges(table, dialect, _ROWS, start):
+        yield Group(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
+
+
+def _dialect(table: Path) -> Dialect:
+    """The reference's .csv are tab-separated."""
+    with table.open("rb") as file:
+        return TSV if b"\t" in file.readline() else CSV
+
+
+def _candidates(
+    kind: str, inputs: Path, spec: Mapping[str, Any], *, images: Path | None, maps: Path | None, captions: Path | None, unfinished: str,
+    **model: Any,
+) -> Iterator[Candidate]:  # fmt: skip
+    folders = _folders(kind, inputs, images, maps)
+    if "tar" in spec:
+        for sample in tar_candidates(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text() or row.get("caption")]):
+            yield _with_map(kind, folders, model, spec["tar"], sample)
+        return
+    if captions is not None:
+        table = below(inputs, captions)
+        for row in read_rows(table, _dialect(table), RowRange(*spec["range"]), spec["names"]):
+            where = f"{table.name}:{row.line}"
+            if row.problem is not None:
+                yield Candidate(f"row-{row.line:09d}", where, problem=row.problem)
+                continue
+            name = _below_pictures(row.values["url"], folders.pictures)
+            yield _candidate(kind, folders, model, name, where, row.values["caption"], None)
+        return
+    folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
+    for file in spec["names"]:
+        name = spec["folder"] + file
+        yield _candidate(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
+
+
+def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: Candidate) -> Candidate:
+    """A tar's sample with its map."""
+    if sample.problem is not None or sample.skip is not None:
+        return sample
+    [(extension, picture)] = sample.parts.items()
+    name = f"{tar.removesuffix('.tar')}/{sample.key.rpartition('/')[2]}.{extension}"
+    found = _map_of(kind, folders, name, picture, **model)
+    if found is None:
+        return replace(sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
+    return replace(sample, parts=found)
+
+
+def _below_pictures(url: str, pictures: Path) -> str:
+    """A table's path (`/mnt/data/cc3m/00000/1.jpg`, `datasets/cc3m/00000/1.jpg`, `00000/1.jpg`) relative to the pictures' folder."""
+    path = url.strip()
+    root = f"{pictures}/"
+    if path.startswith(root):
+        return path.removeprefix(root)
+    return path.rpartition("/cc3m/")[2].removeprefix("cc3m/").lstrip("/")
+
+
+def _candidate(
+    kind: str, folders: _Folders, model: Mapping[str, Any], name: str, where: str, caption: str | None, side: Path | None
+) -> Candidate:  # fmt: skip
+    stem, extension = name.rpartition(".")[0], picture_extension(name)
+    key = safe_key(stem or name)
+    if extension is None:
+        return Candidate(key, where, problem=f"unknown kind of file: {name} is no picture")
+    picture: Media = folders.pictures / name
+    found = _map_of(kind, folders, name, picture, **model)
+    if found is None:
+        return Candidate(key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
+    parts: dict[str, Media] = dict(found)
+    if side is not None:
+        parts["txt"] = side
+    return Candidate(key, where, parts, caption)
+
+
+def _map_of(
+    kind: str, folders: _Folders, name: str, picture: Media, *, depth_model: Path | None, depth_is_distance: bool, device: str,
+    strength: float = 0.0,
+) -> dict[str, Media] | None:  # fmt: skip
+    """The parts `KIND.EXTENSION` and the picture's; None: there is no map."""
+    stem, extension = name.rpartition(".")[0], picture_extension(name) or ""
+    if depth_model is not None:
+        return {extension: picture, f"{kind}.png": EstimatedMap(picture, depth_model, kind, depth_is_distance, strength, device)}
+    if folders.maps != folders.pictures:
+        for map_extension in (extension, *(e for e in IMAGE_EXTENSIONS if e != extension)):
+            if (tree := folders.maps / f"{stem}.{map_extension}").is_file():
+                return {extension: picture, f"{kind}.{map_extension}": tree}
+    for base in dict.fromkeys((stem, stem.rpartition("/")[2])):
+        if (square := folders.maps / f"{base}_{kind}.png").is_file():
+            shown = folders.maps / f"{base}_rgb.png"
+            own: dict[str, Media] = {"png": shown} if shown.is_file() else {"jpg": CentreSquare(picture)}
+            return {**own, f"{kind}.png": square}
+    return None

@@ -1,0 +1,77 @@
+"""Media that are named by an id alone: where `ID.flac` lies, in whatever folders and zip archives (split ones too) a user has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.shards.sources.base import Media
+from onellm_dist.shards.sources.readers.archives import archive_index, volumes_of
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Folders and archives, relative to the input, in sorted order."""
+
+    folders: tuple[str, ...] = ()
+    archives: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, list[str]]:
+        """For a group's spec."""
+        return {"folders": list(self.folders), "archives": list(self.archives)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Pool:
+        """Inverse of `to_json`."""
+        return cls(tuple(value["folders"]), tuple(value["archives"]))
+
+    def of(self, name: str) -> Pool:
+        """What has `name` in its path, in any case."""
+        word = name.lower()
+        return Pool(tuple(f for f in self.folders if word in f.lower()), tuple(a for a in self.archives if word in a.lower()))
+
+    def __bool__(self) -> bool:
+        return bool(self.folders or self.archives)
+
+
+def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) -> Pool:
+    """Every folder below `inputs` that holds a file with one of the suffixes, and every zip archive.
+
+    Args:
+        folder: look there alone, relative to `inputs`.
+
+    Raises:
+        UsageError: an archive cannot be read, or a volume of it is missing.
+    """
+    folders, archives = set[str](), set[str]()
+    for path in (inputs if folder is None else inputs / folder).rglob("*.*"):
+        suffix = path.suffix.lower()
+        if path.name.startswith("."):
+            continue
+        if suffix in suffixes:
+            folders.add(path.parent.relative_to(inputs).as_posix())
+        elif suffix == ".zip":
+            archives.add(path.relative_to(inputs).as_posix())
+    for archive in archives:
+        volumes_of(inputs / archive)
+    return Pool(tuple(sorted(folders)), tuple(sorted(archives)))
+
+
+def find_media(inputs: Path, pool: Pool, stems: Sequence[str], suffixes: Sequence[str]) -> tuple[str, Media] | None:
+    """(suffix, media) of the first stem that is there: files before archives, suffixes in their order; None: none is.
+
+    Memory: about 40 bytes a member of the pool's archives, once a process.
+    """
+    for stem in stems:
+        for suffix in suffixes:
+            for folder in pool.folders:
+                path = inputs / folder / f"{stem}{suffix}"
+                if path.is_file():
+                    return suffix, path
+        for archive in pool.archives:
+            found = archive_index(inputs / archive, suffixes).find(stem)
+            if found is not None:
+                return found
+    return None

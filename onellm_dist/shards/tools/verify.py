@@ -1,0 +1,266 @@
+"""`onellm shards verify`: reads every byte of a dataset and names each fault by shard, key and offset."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
+from onellm_dist.common.progress import progress
+from onellm_dist.modalities import get_modality
+from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, no_dataset
+from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, index_path_of
+from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_of
+from onellm_dist.shards.storage.files import ASIDE
+from onellm_dist.shards.tools.repeated_keys import KeyBook, Place, hashes_of
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault."""
+
+    shard: str
+    """The tar's path in the dataset, or the file at fault."""
+    what: str
+    key: str | None = None
+    offset: int | None = None
+    """In the tar: of the part's content, or of the header where a header is at fault."""
+
+    def __str__(self) -> str:
+        key = f", key {self.key}" if self.key is not None else ""
+        offset = f", offset {self.offset}" if self.offset is not None else ""
+        return f"{self.shard}{key}{offset}: {self.what}"
+
+
+def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
+    """Checks a dataset: flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray files.
+
+    Memory does not grow with the number of samples (`KeyBook` says how much); a shard's rows are held for each worker.
+
+    Args:
+        path: the dataset's folder.
+        workers: processes, a shard each at a time.
+
+    Returns:
+        The faults, in the manifest's order of shards; empty: every byte is as it was written.
+
+    Raises:
+        UsageError: there is no dataset, or its manifest cannot be read.
+    """
+    path = Path(path)
+    try:
+        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
+    except OSError as error:
+        raise no_dataset(path) from error
+    problems, count = dict[int, list[Problem]](), 0
+    with KeyBook(sum(s.samples for s in manifest.shards)) as book:
+        with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
+            for number, (found, keys) in enumerate(_each_shard(path, manifest, workers)):
+                if found:
+                    problems[number] = found
+                    count += len(found)
+                book.add(number, keys)
+                bar.advance()
+                bar.note(f"{count} problems" if count else "")
+        for number, found in _repeated_keys(path, manifest, book.repeats()):
+            problems.setdefault(number, []).extend(found)
+    return [p for number in sorted(problems) for p in problems[number]] + _stray_files(path, manifest)
+
+
+def _repeated_keys(
+    root: Path, manifest: Manifest, repeats: Sequence[tuple[Place, Place]]
+) -> Iterator[tuple[int, list[Problem]]]:  # fmt: skip
+    """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
+    for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
+        shard = manifest.shards[number]
+        rows = shard_rows(root / shard.path)
+        keys = rows.keys if rows is not None else []
+        yield (
+            number,
+            [
+                Problem(shard.path, f"duplicate key: it stands in {manifest.shards[first.shard].path} too", keys[later.row])
+                for first, later in pairs
+                if later.row < len(keys)
+            ],
+        )
+
+
+def shard_rows(tar: Path) -> IndexRows | None:
+    """What a tar holds by its own structure, or where that is broken, by its index; None: neither can be read."""
+    try:
+        return scan_tar(tar).rows
+    except TarError:
+        index = _usable_index(tar, None, [])
+        return _rows_of(index) if index is not None else None
+
+
+def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[list[Problem], NDArray[np.uint64]]]:
+    arguments = (
+        [root] * len(manifest.shards),
+        manifest.shards,
+        [manifest.modalities] * len(manifest.shards),
+        [manifest.text] * len(manifest.shards),
+    )
+    if workers == 1:
+        yield from map(verify_shard, *arguments)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from pool.map(verify_shard, *arguments)
+
+
+def verify_shard(
+    root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
+) -> tuple[list[Problem], NDArray[np.uint64]]:  # fmt: skip
+    """(faults, [samples, 2] hashes of the keys) of one shard."""
+    if not (root / shard.path).is_file():
+        return [Problem(shard.path, "missing: the manifest lists it")], hashes_of([])
+    try:
+        problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
+    except OSError as error:
+        return [Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")], hashes_of([])
+    return problems, hashes_of(keys)
+
+
+def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
+    problems: list[Problem] = []
+    index = _usable_index(tar, shard, problems)
+    try:
+        scan = scan_tar(tar)
+        rows, digest = scan.rows, scan.sha256
+    except TarError as error:
+        problems.append(Problem(shard.path, error.how, error.key, error.offset))
+        rows, digest = None, sha256_of(tar)
+    if index is not None:
+        in_index = _rows_of(index)
+        problems += _differences(shard.path, in_index, rows) if rows is not None else _checksums(tar, shard.path, in_index)
+        rows = rows or in_index
+    if rows is not None:
+        problems += _missing_parts(shard.path, rows, modalities, text)
+    if digest != shard.sha256 and not problems:
+        problems.append(
+            Problem(
+                shard.path,
+                f"SHA-256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}... (every part is whole: headers or padding changed)",
+            )
+        )
+    return list(dict.fromkeys(problems)), rows.keys if rows is not None else []
+
+
+def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[Problem]) -> ShardIndex | None:
+    name = f"{shard.path if shard is not None else tar.name}.index"
+    try:
+        index = ShardIndex(index_path_of(tar))
+    except FileNotFoundError:
+        problems.append(Problem(name, "missing index"))
+        return None
+    except OneLLMError as error:
+        problems.append(Problem(name, error.what))
+        return None
+    if not index.body_is_whole():
+        problems.append(Problem(name, "damaged index: its columns fail their CRC-32"))
+        return None
+    if shard is None:
+        return index
+    if index.tar_sha256 != shard.sha256:
+        problems.append(
+            Problem(name, f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...")
+        )
+    elif index.samples != shard.samples:
+        problems.append(Problem(name, f"stale index: it has {index.samples} samples, the manifest says {shard.samples}"))
+    return index
+
+
+def _rows_of(index: ShardIndex) -> IndexRows:
+    rows = IndexRows()
+    for row in range(index.samples):
+        rows.add(index.key(row), index.span(row)[0], index.parts(row), index.text_bytes(row))
+    return rows
+
+
+def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Problem]:
+    """Where a tar that can be read through differs from its index."""
+    in_tar = dict(zip(tar.keys, tar.parts, strict=True))
+    for key, expected in zip(index.keys, index.parts, strict=True):
+        found = in_tar.pop(key, None)
+        if found is None:
+            yield Problem(shard, "missing sample: the index has it, the tar has not", key, next(iter(expected.values())).offset)
+            continue
+        for extension, place in expected.items():
+            if extension not in found:
+                yield Problem(shard, f"missing part .{extension}: the index has it, the tar has not", key, place.offset)
+            elif found[extension][:2] != place[:2]:
+                now = found[extension]
+                yield Problem(shard, f"stale index: part .{extension} lies at {now.offset} ({now.size} bytes)", key, place.offset)
+            elif found[extension].crc32 != place.crc32:
+                yield _flipped(shard, key, extension, place)
+        for extension in found.keys() - expected.keys():
+            yield Problem(shard, f"stale index: part .{extension} is not in it", key, found[extension].offset)
+    for key, found in in_tar.items():
+        yield Problem(shard, "stale index: the sample is not in it", key, next(iter(found.values())).offset)
+
+
+def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
+    """Each part by its place in the index, where the tar's own structure is broken."""
+    with tar.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        for key, parts in zip(index.keys, index.parts, strict=True):
+            for extension, place in parts.items():
+                file.seek(place.offset)
+                if place.offset + place.size > size:
+                    there = max(0, size - place.offset)
+                    yield Problem(shard, f"truncated: part .{extension} has {there} of its {place.size} bytes", key, place.offset)
+                elif zlib.crc32(file.read(place.size)) != place.crc32:
+                    yield _flipped(shard, key, extension, place)
+
+
+def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> Problem:
+    return Problem(shard, f"part .{extension} ({place.size} bytes) fails its CRC-32: bytes were changed", key, place.offset)
+
+
+def _missing_parts(shard: str, rows: IndexRows, modalities: Sequence[str], text: Sequence[str]) -> Iterator[Problem]:
+    checks = [get_modality(name) for name in modalities]
+    for key, start, parts in zip(rows.keys, rows.starts, rows.parts, strict=True):
+        for modality in checks:
+            try:
+                modality.match(set(parts))
+            except SampleError as error:
+                yield Problem(shard, f"missing part: {error.what}", key, start)
+        for extension in text:
+            if extension not in parts:
+                yield Problem(shard, f"missing part .{extension}: the manifest says that every sample has one", key, start)
+
+
+def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
+    listed = {p for s in manifest.shards for p in (s.path, str(index_path_of(Path(s.path))))}
+    problems = []
+    for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
+        for entry in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
+            relative = (PurePosixPath(folder) / entry.name).as_posix()
+            if entry.name.endswith(ASIDE):
+                problems.append(Problem(relative, "left over from a writer that was stopped; it may be removed"))
+            elif entry.name.endswith((".tar", ".tar.index")) and relative not in listed:
+                problems.append(Problem(relative, "not in the manifest: nothing reads it"))
+    return problems
+
+
+def verify_command(path: Path, *, workers: int = 1) -> int:
+    """`onellm shards verify`: prints the faults of a dataset, or of all datasets in a folder; exit code 1 where there are some."""
+    datasets = [path] if (path / MANIFEST).exists() else sorted(p.parent for p in path.glob(f"*/{MANIFEST}")) or [path]
+    total = 0
+    for dataset in datasets:
+        problems = verify_dataset(dataset, workers=workers)
+        total += len(problems)
+        for problem in problems:
+            print(problem)
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        print(f"{dataset}: {count if problems else 'every byte is as it was written'}")
+    return EXIT_FAILED if total else EXIT_DONE

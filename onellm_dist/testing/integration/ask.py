@@ -1,0 +1,32 @@
+"""Many questions to one model, loaded once: `python -m onellm_dist.testing.integration.ask MODEL < questions.json`.
+
+Reads a JSON list of `{"inputs": [[modality, file], ...], "prompt": ...}`, prints one JSON object a line for each answer.
+The same functions as `onellm generate`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from onellm_dist.serving.generate import generate, placement, prompt_text, read_files
+
+
+def answers(model_dir: Path, questions: Sequence[dict[str, Any]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
+    """Each question's answer as `generate.Answer`'s fields, in order."""
+    from onellm_dist.model.presets import load_model
+
+    model, processor = load_model(path=model_dir, preset=None, seed=0, **placement(model_dir))
+    for question in questions:
+        values = read_files([(name, Path(file)) for name, file in question["inputs"]])
+        text = prompt_text(question["prompt"], "auto")
+        yield asdict(generate(model, processor.tokenizer, text, values, max_new_tokens=max_new_tokens))
+
+
+if __name__ == "__main__":
+    for answer in answers(Path(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2])):
+        print(json.dumps(answer), flush=True)

@@ -1,0 +1,87 @@
+"""Validation in the course of a run: the packed loss over a fixed set, a line of `validation.jsonl` each time.
+
+Every rank runs the forward of every micro-step, dummies included, exactly as in training and without a backward: so the
+collectives of a sharded model meet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onellm_dist.config.schema import ValidationSection
+from onellm_dist.data.loader import Loader
+from onellm_dist.data.plan import Plan
+from onellm_dist.train.callbacks.sample_generation import Answers, Show
+from onellm_dist.train.distributed import World
+from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.records.metrics import Events, drop_from
+from onellm_dist.train.totals import StepTotals
+
+VALIDATION = "validation.jsonl"
+
+
+class Validation:
+    """Validates when it is due; every method is called by all ranks together.
+
+    Args:
+        plan: its step 0 is the validation set (`data.validation.open_validation`).
+        model: the model inside the engine, to be told that it does not train meanwhile.
+        first_step: lines of later steps, left by a start that went further than its last checkpoint, are dropped.
+        steps: of the whole run; the last one is validated too.
+        answers: what generates answers to some of the samples, if anybody asked.
+    """
+
+    show: Show | None = None
+    """Where generated answers are shown beside their file."""
+
+    def __init__(
+        self, config: ValidationSection, plan: Plan, engine: Engine, model: Any, world: World, run_dir: Path, events: Events,
+        *, first_step: int, steps: int, answers: Answers | None = None,
+    ) -> None:  # fmt: skip
+        self._config, self._plan, self._engine, self._model, self._world = config, plan, engine, model, world
+        self._path, self._events, self._steps, self._answers = run_dir / VALIDATION, events, steps, answers
+        if world.main:
+            drop_from(self._path, first_step + 1)
+
+    def due(self, done: int) -> bool:
+        """Whether the set is run after `done` steps."""
+        return done % self._config.every == 0 or done == self._steps
+
+    def run(self, done: int) -> float:
+        """Runs the set after `done` steps and records it; returns the loss (mean cross-entropy of a supervised token)."""
+        started = time.perf_counter()
+        training = self._model.training
+        self._model.eval()
+        totals = StepTotals(sorted(set(self._plan.runs)), self._world.device)
+        tombstones = 0
+        with torch.no_grad(), Loader(self._plan, self._world.size, self._world.rank, 0, 1) as loader:
+            for micro, batch in loader:
+                on_device = batch.to(self._world.device)
+                totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
+                tombstones += len(batch.tombstones)
+        if self._answers is not None:
+            self._answers.run(done, self.show)
+        self._model.train(training)
+        totals.reduce(self._world, new_tombstones=tombstones, stop=False)
+        values = totals.read()
+        divisor = self._plan.step(0, self._world.size).divisor
+        line = {
+            "step": done, "loss": values.loss / divisor, "loss_by_modality": values.nll, "samples": self._config.samples,
+            "supervised_tokens": divisor, "tombstones": values.new_tombstones, "sample_digest": self._plan.digest(0),
+            "seconds": time.perf_counter() - started,
+        }  # fmt: skip
+        if self._world.main:
+            with self._path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+        kinds = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
+        self._events.write("validation", step=done, loss=values.loss / divisor,
+                           say=f"validation after step {done}: loss {values.loss / divisor:.4f} ({kinds})")  # fmt: skip
+        return values.loss / divisor

@@ -1,0 +1,86 @@
+"""Checkpoints of the trainable state: `save_state` and `load_state`. checkpoint_folder.py has the format, checkpoint_writer.py writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.train.checkpoint.folder import MANIFEST, checkpoint_name, newest_whole, prune, read_manifest, tensor_name
+from onellm_dist.train.checkpoint.writer import save_state
+from onellm_dist.train.distributed import World
+from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
+
+__all__ = ["MANIFEST", "checkpoint_name", "load_state", "newest_whole", "prune", "read_manifest", "save_state"]
+
+
+def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
+    """Read this rank's ranges from a checkpoint of any world size. Called by all ranks.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UsageError: the checkpoint's parameters are not the ones that train here.
+        OneLLMError: it is not whole.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise OneLLMError(
+            f"checkpoint {folder} is not whole", "it cannot be resumed.", "give another checkpoint directory, or checkpoint.resume=auto."
+        )
+    _check_parameters(folder, manifest["parameters"], engine.ranges(), world)
+    with ExitStack() as stack:
+        files = _Files(folder, stack)
+        for own in engine.ranges():
+            pieces = manifest["parameters"][own.name]["pieces"]
+            for key in STATE_KEYS:
+                own.write(key, files.read(own, pieces, key))
+    engine.restored(int(manifest["optimizer_steps"]))
+    return manifest
+
+
+def _check_parameters(folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], world: World) -> None:
+    here = {name: shape for part in world.gather({r.name: r.shape for r in ranges}) for name, shape in part.items()}
+    there = {name: tuple(entry["shape"]) for name, entry in saved.items()}
+    if here == there:
+        return
+    wrong = sorted({n for n in here.keys() ^ there.keys()} | {n for n in here.keys() & there.keys() if tuple(here[n]) != there[n]})
+    raise UsageError(
+        f"checkpoint {folder} holds other trainable parameters than this run: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}",
+        "it is from another stage, mixture or model.",
+        "give another run.dir, or restore the recipe it was written with (config.yaml beside the checkpoints).",
+    )
+
+
+class _Files:
+    """The checkpoint's files, opened when first needed (memory-mapped: only the ranges asked for are read)."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack, self._open = folder, stack, dict[str, Any]()
+
+    def read(self, own: LocalRange, pieces: Sequence[tuple[int, int, str]], key: str) -> torch.Tensor:
+        values = torch.empty(own.length, dtype=torch.float32)
+        missing = own.length
+        for start, length, file in pieces:
+            first, end = max(start, own.start), min(start + length, own.start + own.length)
+            if first >= end:
+                continue
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
+            values[first - own.start : end - own.start] = self._open[file].get_slice(tensor_name(own.name, start, key))[
+                first - start : end - start
+            ]
+            missing -= end - first
+        if missing:
+            raise OneLLMError(
+                f"checkpoint {self._folder} lacks {missing} elements of {own.name} ({key})",
+                "it cannot be resumed.",
+                "give another checkpoint directory.",
+            )
+        return values

@@ -1,0 +1,91 @@
+"""A recipe is read whole, overridden by key, and refused with every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.load import load_config
+
+GOOD = {
+    "model": {"preset": "toy"},
+    "data": {"mixture": [{"path": "image"}], "global_batch": 8},
+    "train": {"stage": "align", "steps": 3},
+    "optim": {"lr": 1e-3},
+}
+
+
+def write(tmp_path: Path, recipe: object) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, GOOD),
+        ["train.steps=7", "optim.betas=[0.9, 0.99]", "data.mixture=[{path: a, weight: 2}, {path: b}]", "run.dir=here"],
+    )
+    assert config.train.steps == 7
+    assert config.optim.betas == (0.9, 0.99)
+    assert [(str(m.path), m.weight) for m in config.data.mixture] == [("a", 2.0), ("b", 1.0)]
+    assert config.run.dir == Path("here")
+    assert config.checkpoint.resume == "auto"
+
+
+def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD), ["checkpoint.resume=some/where"])
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+
+
+def test_path_and_preset_replace_each_other(tmp_path: Path) -> None:
+    recipe = write(tmp_path, GOOD)
+    by_path = load_config(recipe, ["model.path=m"])
+    assert by_path.model.path == Path("m")
+    assert by_path.model.preset is None
+    back = load_config(recipe, ["model.path=m", "model.preset=toy"])
+    assert back.model.preset == "toy"
+    assert back.model.path is None
+
+
+def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+    bad = {**GOOD, "train": {"stage": "algn", "steps": 0, "precison": "bf16"}, "optimm": {}}
+    with pytest.raises(UsageError) as caught:
+        load_config(write(tmp_path, bad), ["engine.nme=deepspeed", "data.mixture=[{pth: a}]"])
+    text = str(caught.value)
+    assert "did you mean train.precision?" in text
+    assert "did you mean optim?" in text
+    assert "did you mean engine.name?" in text
+    assert "data.mixture.0.path" in text
+    assert "train.stage" in text and "'algn'" in text
+    assert "train.steps" in text
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "train.steps.deep=1", "train.steps=[", "model.path=null"])
+def test_bad_overrides(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UsageError):
+        load_config(write(tmp_path, {**GOOD, "model": {"path": "m"}}), [override])
+
+
+def test_both_model_sources_in_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="exactly one"):
+        load_config(write(tmp_path, {**GOOD, "model": {"path": "a", "preset": "toy"}}))
+
+
+@pytest.mark.parametrize("content", ["- a list", "{unclosed", ""])
+def test_no_mapping(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError):
+        load_config(path)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(UsageError, match="neither a file nor a recipe"):
+        load_config(Path("no/such/recipe"))

@@ -1,0 +1,228 @@
+"""The loader: in order, the same stream for any world and any number of workers, deaf to signals, errors as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from data_worlds import open_plan, write
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.data.loader import IGNORED_SIGNALS, Loader
+from onellm_dist.data.micro_batch import MicroStep
+from onellm_dist.data.plan import Plan
+from onellm_dist.data.token_counts import sidecar_path
+from onellm_dist.packed import PackedBatch
+
+MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("loader")
+    write(root, "pic", ["image"], 40, broken=[3, 17])
+    write(root, "imu", ["imu"], 25)
+    write(root, "talk", [], 11)
+    write(root, "both", ["image", "imu"], 16)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = [p for p in psutil.Process().children(recursive=True) if p not in before and "resource_tracker" not in " ".join(p.cmdline())]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive
+
+
+def run(plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS) -> list[tuple[MicroStep, PackedBatch]]:
+    with Loader(plan, world, rank, first, last, workers) as loader:
+        return list(loader)
+
+
+def fingerprint(batch: PackedBatch) -> tuple[object, ...]:
+    """Everything of a batch, to compare."""
+    values = {
+        name: (tuple(value.shape), value.double().sum().item(), value.double().square().sum().item())
+        for name, value in batch.values.items()
+    }
+    return (
+        batch.input_ids.tolist(), batch.labels.tolist(), batch.text_lengths, batch.modalities, batch.weights.tolist(), batch.sample_ids,
+        batch.dummy, sorted(batch.tombstones), sorted(values.items()),
+    )  # fmt: skip
+
+
+def by_sample(batches: list[tuple[MicroStep, PackedBatch]]) -> dict[int, dict[str, tuple[object, ...]]]:
+    """step -> sample id -> (text, weight, sums of its values): what was read of each sample, however it was packed."""
+    found: dict[int, dict[str, tuple[object, ...]]] = {}
+    for micro, batch in batches:
+        taken = dict.fromkeys(batch.values, 0)
+        pieces = batch.input_ids.split(list(batch.text_lengths))
+        for i, name in enumerate(batch.sample_ids):
+            sums = []
+            for modality in batch.modalities[i]:
+                sums.append(batch.values[modality][taken[modality]].double().sum().item())
+                taken[modality] += 1
+            of_step = found.setdefault(micro.step, {})
+            assert name not in of_step
+            of_step[name] = (tuple(pieces[i].tolist()), batch.weights[i].item(), tuple(sums), i in batch.tombstones)
+    return found
+
+
+@pytest.mark.slow
+def test_one_stream_for_every_world_and_number_of_workers(root: Path) -> None:
+    """Worlds 1, 2, 3, 4, 5, 8 and workers 0, 1, 3, with corrupt samples: the same samples, bytes and tombstones in every step."""
+    plan = open_plan(root, MIXTURE)
+    expected = by_sample(run(plan, 1, 0, 0))
+    assert sum(read[3] for step in expected.values() for read in step.values()) >= 1  # a tombstone is among them
+    digests = [plan.digest(step) for step in range(STEPS)]
+    for world in (1, 2, 3, 4, 5, 8):
+        for workers in (0, 1, 3):
+            if workers == 3 and world not in (2, 5):
+                continue  # three workers a rank for 8 ranks would only cost time
+            again = open_plan(root, MIXTURE, workers=workers)
+            assert [again.digest(step) for step in range(STEPS)] == digests
+            batches = [pair for rank in range(world) for pair in run(again, world, rank, workers)]
+            assert by_sample(batches) == expected, (world, workers)
+
+
+def test_workers_give_the_same_batches_in_the_same_order(root: Path) -> None:
+    plan = open_plan(root, MIXTURE, pack_llm_tokens=200)
+    alone, two = run(plan, 2, 1, 0), run(plan, 2, 1, 2)
+    assert [(m.step, m.index) for m, _ in alone] == [(s, i) for s in range(STEPS) for i in range(plan.step(s, 2).ranks[1][0].count)]
+    assert [m for m, _ in two] == [m for m, _ in alone]
+    assert [fingerprint(b) for _, b in two] == [fingerprint(b) for _, b in alone]
+
+
+def test_a_loader_may_begin_anywhere(root: Path) -> None:
+    plan = open_plan(root, MIXTURE)
+    whole = [fingerprint(batch) for micro, batch in run(plan, 2, 0, 0) if micro.step >= 1]
+    assert [fingerprint(batch) for _, batch in run(open_plan(root, MIXTURE), 2, 0, 0, first=1)] == whole
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Not Python's resource tracker, and not what another test left to be reaped."""
+    with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+        return "resource_tracker" not in " ".join(process.cmdline())
+    return False
+
+
+@pytest.mark.slow
+def test_workers_go_on_when_the_job_is_signalled(root: Path) -> None:
+    plan = open_plan(root, MIXTURE, pack_llm_tokens=160)
+    expected = [fingerprint(batch) for _, batch in run(plan, 1, 0, 0)]
+    found = []
+    with Loader(plan, 1, 0, 0, STEPS, 2) as loader:
+        for number, (_, batch) in enumerate(loader):
+            found.append(fingerprint(batch))
+            if number == 0:
+                workers = [p for p in psutil.Process().children() if is_worker(p)]
+                assert len(workers) == 2
+                for worker in workers:
+                    for sent in IGNORED_SIGNALS:
+                        os.kill(worker.pid, sent)
+    assert found == expected
+    assert signal.SIGTERM in IGNORED_SIGNALS
+
+
+ORPHANS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import psutil
+from data_worlds import open_plan
+from onellm_dist.data.loader import Loader
+for _ in Loader(open_plan(Path(sys.argv[2]), {"talk": 1}), 1, 0, 0, 10**6, 2):
+    print(*(p.pid for p in psutil.Process().children()), flush=True)
+    if sys.argv[3] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(0)  # the iterator is still alive here
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("kill", -signal.SIGKILL), ("exit", 0)])
+def test_workers_end_with_the_training_process(root: Path, how: str, code: int) -> None:
+    """They ignore SIGTERM, so neither a killed nor a normally ending process may depend on it."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANS, str(Path(__file__).parent), str(root), how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(map(lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not list(filter(lives, pids))
+
+
+def lives(pid: int) -> bool:
+    """A zombie has ended: in a container without an init nobody takes note of it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_runs_random_numbers_are_left_alone(root: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(open_plan(root, MIXTURE), 1, 0, 1, last=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_leaving_early_ends_the_workers(root: Path) -> None:
+    with Loader(open_plan(root, MIXTURE), 1, 0, 0, 1000, 2) as loader:
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reader_error_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
+    dataset = write(tmp_path, "talk", [], 7)
+    plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
+    path = sidecar_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
+    np.save(path, np.load(path) + 1)
+    with pytest.raises(OneLLMError) as info:
+        run(open_plan(tmp_path, {"talk": 1}, global_batch=7), 1, 0, workers)
+    assert info.value.what.startswith("stale sidecar")
+    assert "Traceback" not in str(info.value)
+
+
+def test_a_plan_error_arrives_as_it_is(root: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.pack_llm_tokens is 40"):
+        run(open_plan(root, MIXTURE, pack_llm_tokens=40), 1, 0, 1)
+
+
+def test_known_tombstones_reach_the_workers(root: Path) -> None:
+    plan = open_plan(root, {"talk": 1}, global_batch=4)
+    name = plan.sample_id(plan.samples(0)[1])
+    with Loader(plan, 1, 0, 0, 1, 1, tombstones={name: "lost before"}) as loader:
+        batches = [batch for _, batch in loader]
+    assert [(b.sample_ids[i], reason) for b in batches for i, reason in b.tombstones.items()] == [(name, "lost before")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: pinning needs one")
+def test_batches_are_pinned(root: Path) -> None:
+    with Loader(open_plan(root, MIXTURE), 1, 0, 0, 1, 1) as loader:
+        for micro, batch in loader:
+            assert isinstance(micro, MicroStep)
+            assert batch.input_ids.is_pinned()
+            assert all(value.is_pinned() for value in batch.values.values())

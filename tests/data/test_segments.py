@@ -1,0 +1,132 @@
+"""A mixture changed mid-run: datasets go on where they stopped, at any world, and nothing changes unasked."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_worlds import open_plan, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.data.mixture import Mixture
+from onellm_dist.data.phases import Segment
+from onellm_dist.data.plan import Plan
+
+FIRST = {"pic": 2.0, "imu": 1.0, "talk": 1.0}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("segments")
+    write(root, "pic", ["image"], 40)
+    write(root, "imu", ["imu"], 25)
+    write(root, "talk", [], 11)
+    write(root, "other", [], 30)
+    return root
+
+
+def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **keys: object) -> Plan:
+    """As a start that reads the checkpoint `before` wrote after `step` steps."""
+    history = [Segment.from_json(raw) for raw in json.loads(json.dumps([s.to_json() for s in before.segments]))]
+    plan = open_plan(root, mixture, new_segment=True, **keys)
+    plan.follow(history, step)
+    return plan
+
+
+def orders(root: Path, count: int) -> dict[str, list[tuple[int, int, int]]]:
+    """The first places of every dataset's own order."""
+    found = {}
+    for name in ("pic", "imu", "talk", "other"):
+        plan = open_plan(root, {name: 1.0}, global_batch=count)
+        found[name] = [(ref.shard, ref.row, ref.epoch) for ref in plan.samples(0)]
+    return found
+
+
+def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
+    """Three changes: shares, a dataset that joins, one that leaves and comes back, and another batch size."""
+    pieces = [(0, 5, FIRST, 12), (5, 9, {"pic": 1.0, "talk": 3.0}, 12), (9, 10, {"other": 1.0, "pic": 1.0}, 7), (10, 14, FIRST, 16)]
+    read: dict[str, list[tuple[int, int, int]]] = {"pic": [], "imu": [], "talk": [], "other": []}
+    plan = open_plan(root, FIRST, global_batch=12)
+    for start, end, mixture, batch in pieces:
+        if start:
+            plan = resumed(root, plan, start, mixture, global_batch=batch)
+        for step in range(start, end):
+            assert len(plan.samples(step)) == batch
+            for ref in plan.samples(step):
+                read[plan.datasets[ref.dataset].name].append((ref.shard, ref.row, ref.epoch))
+    assert [segment.start for segment in plan.segments] == [0, 5, 9, 10]
+    expected = orders(root, 200)
+    assert all(len(places) > 3 for places in read.values())
+    for name, places in read.items():
+        assert places == expected[name][: len(places)], name
+
+
+def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
+    """Random kills, worlds and older checkpoints; the change comes at step 8, wherever a start resumes after it."""
+    second, draw = {"pic": 1.0, "other": 2.0}, random.Random(4)
+    first = open_plan(root, FIRST)
+    whole = resumed(root, first, 8, second)
+    expected = [first.digest(step) for step in range(8)] + [whole.digest(step) for step in range(8, 20)]
+    saved: dict[int, Plan] = {0: first}
+    step, met = 0, Counter[int]()
+    while met[19] < 3:
+        plan = resumed(root, saved[step], step, FIRST if step < 8 else second) if step else open_plan(root, FIRST)
+        end = min(8 if step < 8 else 20, step + draw.randint(1, 6))
+        world = draw.choice((1, 2, 3, 5))
+        for at in range(step, end):
+            names = [plan.sample_id(ref) for rank in plan.step(at, world).ranks for micro in rank for ref in micro.samples]
+            assert sorted(names) == sorted(plan.sample_ids(plan.samples(at)))
+            assert plan.digest(at) == expected[at]
+            met[at] += 1
+            saved[at + 1] = plan
+        step = draw.choice([at for at in saved if end - 3 <= at <= end])
+        if end == 20:
+            step = draw.choice([at for at in saved if 4 <= at < 20])
+            saved = {at: plan for at, plan in saved.items() if at <= step}
+    assert set(met) == set(range(20))
+
+
+def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
+    before = open_plan(root, FIRST)
+    with pytest.raises(UsageError) as info:
+        open_plan(root, {**FIRST, "pic": 1.0}).follow(before.segments, 6)
+    assert "data.mixture was 1/2 pic + 1/4 imu + 1/4 talk and is 1/3 pic + 1/3 imu + 1/3 talk" in info.value.what
+    assert "data.new_segment=true" in info.value.do
+    for keys, words in (({"global_batch": 10}, r"data\.global_batch was 12 and is 10"), ({"max_text_tokens": 20}, "max_text_tokens")):
+        with pytest.raises(UsageError, match=words):
+            open_plan(root, FIRST, **keys).follow(before.segments, 6)
+    same = open_plan(root, {"pic": 4.0, "imu": 2.0, "talk": 2.0}, workers=3, pack_llm_tokens=900, new_segment=True)
+    assert same.follow(before.segments, 6) is False
+    assert same.segments == before.segments
+    assert [same.digest(step) for step in (6, 7)] == [before.digest(step) for step in (6, 7)]
+
+
+def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> None:
+    before = open_plan(root, FIRST)
+    with pytest.raises(UsageError, match=r"run\.seed is 1, and the checkpoint's 0"):
+        open_plan(root, FIRST, seed=1, new_segment=True).follow(before.segments, 6)
+    for name, count, kinds in (("pic", 41, ["image"]), ("imu", 25, ["imu"]), ("talk", 11, [])):
+        write(tmp_path, name, kinds, count)
+    with pytest.raises(UsageError, match="dataset pic: its shards are not those"):
+        open_plan(tmp_path, FIRST, new_segment=True).follow(before.segments, 6)
+
+
+def test_a_step_before_the_segment_is_not_in_its_plan(root: Path) -> None:
+    plan = resumed(root, open_plan(root, FIRST), 8, {"pic": 1.0})
+    with pytest.raises(ValueError, match="step 7 < 8"):
+        plan.samples(7)
+    assert plan.fingerprint() != open_plan(root, {"pic": 1.0}).fingerprint()
+
+
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=8), length=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_what_a_prefix_took_is_counted_without_replay(counts: list[int], length: int) -> None:
+    mixture = Mixture.of_counts(counts)
+    dataset, _ = mixture.locate(np.arange(length))
+    assert mixture.taken(length) == [int((dataset == j).sum()) for j in range(len(counts))]

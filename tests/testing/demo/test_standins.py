@@ -1,0 +1,117 @@
+"""The stand-in CLIP: patches are the encoder's own, the loss knows duplicates, a short pretraining learns; towers assemble."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from onellm_dist.modalities import get_modality
+from onellm_dist.model.presets import load_model
+from onellm_dist.shards.sources.toyworld import world
+from onellm_dist.shards.sources.toyworld.render import render
+from onellm_dist.testing.demo.toy_clip import (
+    ClipRecipe,
+    ContrastiveHead,
+    ImageBank,
+    contrastive_loss,
+    encode_patches,
+    prepare_encoder,
+    pretrain_clip,
+    sincos_positions,
+    top1,
+)
+from onellm_dist.testing.demo.toy_towers import assemble
+
+
+@pytest.fixture(scope="module")
+def bank() -> ImageBank:
+    return ImageBank("pretrain", 250, seed=5)
+
+
+def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
+    """Pretraining sees exactly what align will see: the encoder's forward over the modality's evaluation transform."""
+    model, _ = load_model(path=None, preset="toy", seed=1)
+    modality = get_modality("image")
+    values = []
+    for i in range(3):
+        picture = Image.open(io.BytesIO(render("image", "pretrain", i, 5).parts["jpg"]))
+        values.append(modality.transform(picture.convert("RGB"), train=False, rng=np.random.default_rng(0)))
+    with torch.no_grad():
+        ours = encode_patches(model.encoder, bank, np.arange(3), None, np.random.default_rng(0))
+        theirs = model.encoder.images(torch.stack(values))
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_kept_patches_hold_everything_that_shows_something(bank: ImageBank) -> None:
+    assert int(bank.busy.sum(axis=1).min()) >= 3
+    model, _ = load_model(path=None, preset="toy", seed=1)
+    busy = int(bank.busy[7].sum())
+    with torch.no_grad():
+        kept = encode_patches(model.encoder, bank, np.array([7]), busy, np.random.default_rng(0))
+        again = encode_patches(model.encoder, bank, np.array([7]), busy, np.random.default_rng(9))
+    assert kept.shape == (1, busy + 1, 96)
+    # Whatever is drawn, the busy patches come first: the class token's output is the same.
+    torch.testing.assert_close(kept[:, 0], again[:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_half_of_a_hard_batch_shares_colour_and_size(bank: ImageBank) -> None:
+    rows = next(bank.hard_batches(8, np.random.default_rng(0)))
+    assert len(rows) == 8
+    said = [world.parse("image", bank.captions[i]) for i in rows[:4]]
+    assert len({(s["color"], s["size"]) for s in said}) == 1
+
+
+def test_bank_holds_no_held_out_combination(bank: ImageBank) -> None:
+    held = {world.caption("image", world.named("image", c)) for c in world.held_out("image")}
+    assert not held & set(bank.captions)
+
+
+def test_contrastive_loss_counts_every_pair_of_one_caption_as_right() -> None:
+    flat = torch.zeros(4, 4)
+    assert contrastive_loss(flat, torch.tensor([0, 1, 2, 3])).item() == pytest.approx(math.log(4))
+    kinds = torch.tensor([0, 0, 1, 2])
+    right = (kinds[:, None] == kinds[None]).float()
+    # Twins share the probability: the best that can be reached for them is log 2.
+    best = contrastive_loss(50 * right, kinds).item()
+    assert best == pytest.approx(math.log(2) / 2, abs=1e-6)
+
+
+def test_positions_of_patches_differ_and_neighbours_are_alike() -> None:
+    positions = sincos_positions(96)
+    assert positions.shape == (257, 96) and float(positions[0].abs().sum()) == 0
+    likeness = positions[1:] @ positions[1:].T
+    here = 8 * 16 + 8
+    assert int(likeness[here].argmax()) == here
+    assert likeness[here, here + 1] > likeness[here, here + 5] and likeness[here, here + 16] > likeness[here, here + 80]
+
+
+def test_towers_come_back_out_of_the_assembled_model(tmp_path: Path) -> None:
+    model, _ = load_model(path=None, preset="toy", seed=11)
+    prepare_encoder(model.encoder, torch.Generator().manual_seed(0))
+    torch.save(model.encoder.state_dict(), tmp_path / "clip.pt")
+    torch.save(model.llm.state_dict(), tmp_path / "llm.pt")
+    assemble(tmp_path / "clip.pt", tmp_path / "llm.pt", tmp_path / "towers")
+    made, processor = load_model(path=tmp_path / "towers", preset=None, seed=0)
+    for name, tensor in model.encoder.state_dict().items():
+        torch.testing.assert_close(made.encoder.state_dict()[name], tensor, atol=0, rtol=0)
+    for name, tensor in model.llm.state_dict().items():
+        torch.testing.assert_close(made.llm.state_dict()[name], tensor, atol=0, rtol=0)
+    assert len(processor.tokenizer) == made.config.text_config.vocab_size
+
+
+@pytest.mark.slow
+def test_a_short_pretraining_tells_images_apart(bank: ImageBank) -> None:
+    model, processor = load_model(path=None, preset="toy", seed=0)
+    untrained = ContrastiveHead(96, len(processor.tokenizer))
+    before = top1(model.encoder, untrained, processor.tokenizer, bank, batches=2)
+    head, losses = pretrain_clip(model.encoder, processor.tokenizer, ClipRecipe(images=2560, bank=250, whole=0.6, warmup=10), bank)
+    after = top1(model.encoder, head, processor.tokenizer, bank, batches=2)
+    assert losses[-1] < 0.8 * losses[0]
+    assert before < 0.1 and after > before + 0.1, f"{before} {after} {losses}"
+    assert not any(p.requires_grad for p in model.encoder.parameters())
