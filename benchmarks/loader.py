@@ -175,8 +175,8 @@ def ours(root: Path) -> Iterator[int]:
     from onellm_dist.data.plan import Plan
 
     mixture = (MixtureEntry(path=Path(NAME)),)
-    caps = {"pack_llm_tokens": BATCH * 96, "pack_encoder_tokens": BATCH * 257}
-    config = DataSection(root=root, mixture=mixture, global_batch=20 * BATCH, **caps)
+    budget = {"pack_llm_tokens": BATCH * 96, "pack_encoder_tokens": BATCH * 257}
+    config = DataSection(root=root, mixture=mixture, global_batch=20 * BATCH, **budget)
     plan = Plan.open(config, tokenizer(), 0, (NAME,), show=False)
     with Loader(plan, 1, 0, 0, 10**9, 0, pin=False) as loader:
         for _, batch in loader:

@@ -66,7 +66,7 @@ def main() -> int:
         slowest = f"{r['p99_ms']:.1f} ({r['p99_ms'] / LIMIT_MS:.2f})"
         print(
             f"{samples:>11,} {shards:>7,} {opened:>14} {memory:>12} {r['median_ms']:>9.1f} {slowest:>13} {r['cpu_p99_ms']:>8.1f}"
-            f" {r['balance']:>13.3f} {r['micro_steps']:>11.1f}",
+            f" {r['balance']:>13.3f} {r['micro_batches']:>11.1f}",
             flush=True,
         )
     return 0 if met else 1
@@ -80,7 +80,7 @@ def modalities() -> list[str]:
 
 def make_datasets(root: Path, samples: int) -> int:
     """Writes the simulated datasets; returns how many shards they have."""
-    from onellm_dist.data.token_counts import sidecar_path
+    from onellm_dist.data.token_counts import token_count_path
     from onellm_dist.shards.format.dataset import Dataset, Manifest, ShardInfo
     from onellm_dist.shards.format.index import index_path_of
 
@@ -94,16 +94,16 @@ def make_datasets(root: Path, samples: int) -> int:
         (dataset.root / "manifest.json").write_bytes(dataset.manifest.to_bytes())
         (dataset.root / "lengths" / fingerprint).mkdir(parents=True)
         original = dataset.root / "lengths.npy"
-        np.save(original, text_lengths(number))
+        np.save(original, text_token_counts(number))
         for info in infos:
             dataset.tar_path(info).touch()
             index_path_of(dataset.tar_path(info)).touch()
-            os.link(original, sidecar_path(dataset, info, fingerprint))
+            os.link(original, token_count_path(dataset, info, fingerprint))
         total += count
     return total
 
 
-def text_lengths(seed: int) -> np.ndarray:
+def text_token_counts(seed: int) -> np.ndarray:
     """[PER_SHARD, 2] lengths of web captions: log-normal about 16 tokens, cut at 96."""
     tokens = np.clip(np.random.default_rng(seed).lognormal(2.8, 0.6, PER_SHARD).astype(np.uint16) + 2, 3, 96)
     return np.stack([tokens, tokens - 1], axis=1).astype(np.uint16)
@@ -140,7 +140,7 @@ def measure(root: Path) -> dict[str, float]:
         "p99_ms": float(np.percentile(times, 99)),
         "cpu_p99_ms": float(np.percentile(cpu, 99)),
         "balance": max(ratios),
-        "micro_steps": float(np.mean(counts)),
+        "micro_batches": float(np.mean(counts)),
     }
 
 
@@ -149,14 +149,14 @@ def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, flo
     from onellm_dist.data.costs import CostModel, llm_tokens
 
     model = CostModel()
-    media = [model.media([plan.modalities[name] for name in runs]) for runs in plan.runs]
+    media = [model.media([plan.modalities[name] for name in spans]) for spans in plan.spans]
     for step in [*range(1, STEPS // 2), *range(1000, 1000 + STEPS // 2)]:
         wall, cpu = time.perf_counter(), time.process_time()
-        dealt = plan.step(step, WORLD)
-        own = dealt.ranks[0]
+        assigned = plan.step(step, WORLD)
+        own = assigned.ranks[0]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         costs = []
-        for micro in (m for rank in dealt.ranks for m in rank):
+        for micro in (m for rank in assigned.ranks for m in rank):
             text = np.asarray([s.text_tokens for s in micro.samples])
             work = np.asarray([media[s.dataset] for s in micro.samples])
             costs.append(model.samples(work, llm_tokens(text, np.ones(len(text), dtype=np.int64))).sum())

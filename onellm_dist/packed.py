@@ -15,32 +15,32 @@ class PackedBatch:
     """A micro-batch without padding: n whole samples, one behind the other.
 
     The LLM sequence of sample i is `BOS, runs of its modalities (32 positions each), the rest of its text`; the model
-    works the layout out from `text_lengths` and `modalities` (`model/layout.py`), nothing else describes it.
+    works the layout out from `text_token_counts` and `modalities` (`model/layout.py`), nothing else describes it.
 
     Attributes:
         input_ids: [T_text] int64, the samples' text tokens, BOS first each.
         labels: [T_text] int64, `input_ids` where supervised, else IGNORE (aligned: position t is the target of the
             LLM position before it; a sample's BOS is never supervised).
-        text_lengths: tokens of text of each sample, n integers >= 1.
+        text_token_counts: tokens of text of each sample, n integers >= 1.
         modalities: the modality names of each sample, in the order of its runs (empty: text only).
         values: every modality of the model -> [n_m, *value_shape] in the order of samples; n_m = 0 is normal.
-        weights: [n] fp32 loss weight of each sample: 1, or 0 for a tombstone and for a dummy.
+        weights: [n] fp32 loss weight of each sample: 1, or 0 for a skipped_sample and for a dummy.
         sample_ids: `dataset/shard-name/key@epoch` of each sample.
-        dummy: this rank was dealt nothing in this micro-step; the pack is one text token of zero weight.
-        tombstones: indices of samples that could not be read, with the reason.
+        is_empty: this rank was dealt nothing in this micro-step; the pack is one text token of zero weight.
+        skipped_samples: indices of samples that could not be read, with the reason.
         supervised: [N] int64 places of `labels` that are no IGNORE, or None where nobody counted them. `to` counts before it
             moves to a GPU, where counting would drain the queue.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    text_lengths: tuple[int, ...]
+    text_token_counts: tuple[int, ...]
     modalities: tuple[tuple[str, ...], ...]
     values: dict[str, torch.Tensor]
     weights: torch.Tensor
     sample_ids: tuple[str, ...] = ()
-    dummy: bool = False
-    tombstones: dict[int, str] = field(default_factory=dict)
+    is_empty: bool = False
+    skipped_samples: dict[int, str] = field(default_factory=dict)
     supervised: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
@@ -53,8 +53,8 @@ class PackedBatch:
         if supervised is None and self.labels.device.type == "cpu":
             supervised = (self.labels != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
-            move(self.input_ids), move(self.labels), self.text_lengths, self.modalities,
-            {k: move(v) for k, v in self.values.items()}, move(self.weights), self.sample_ids, self.dummy, self.tombstones,
+            move(self.input_ids), move(self.labels), self.text_token_counts, self.modalities,
+            {k: move(v) for k, v in self.values.items()}, move(self.weights), self.sample_ids, self.is_empty, self.skipped_samples,
             None if supervised is None else move(supervised),
         )  # fmt: skip
 
@@ -62,9 +62,9 @@ class PackedBatch:
         """The same batch in page-locked memory (the torch DataLoader calls this by name)."""
 
         return PackedBatch(
-            self.input_ids.pin_memory(), self.labels.pin_memory(), self.text_lengths, self.modalities,
-            {k: v.pin_memory() for k, v in self.values.items()}, self.weights.pin_memory(), self.sample_ids, self.dummy,
-            self.tombstones, None if self.supervised is None else self.supervised.pin_memory(),
+            self.input_ids.pin_memory(), self.labels.pin_memory(), self.text_token_counts, self.modalities,
+            {k: v.pin_memory() for k, v in self.values.items()}, self.weights.pin_memory(), self.sample_ids, self.is_empty,
+            self.skipped_samples, None if self.supervised is None else self.supervised.pin_memory(),
         )  # fmt: skip
 
 

@@ -103,12 +103,12 @@ class DataSection(Section):
     """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
     augment: bool = True
     """Training transforms (random crops, fbank masking); false: the evaluation transforms."""
-    max_tombstones: int = Field(100, ge=0)
+    max_skipped_samples: int = Field(100, ge=0)
     """More unreadable samples than this stop the run."""
 
     validation: ValidationSection | None = None
     """Losses of a fixed set of another split go to `validation.jsonl`; none where not given."""
-    new_segment: bool = False
+    new_phase: bool = False
     """At a resume with another mixture, batch or text format: begin a new plan segment there. Otherwise that is refused."""
 
     def place(self, entry: MixtureEntry) -> Path | str:
@@ -168,13 +168,13 @@ class EngineSection(Section):
     shard_ranks: PositiveInt | None = None
     """`fsdp` only: hybrid sharding over groups of so many neighbouring ranks (a node's), each group holding a whole copy; all ranks
     share one copy where not given."""
-    reduce_every: Literal["micro_step", "step"] = "micro_step"
+    reduce_every: Literal["micro_batch", "step"] = "micro_batch"
     """`fsdp` only: reduce gradients after every micro-step, so that a rank keeps its shard of them, or once a step: less traffic, but
     every rank keeps whole fp32 gradients of what trains."""
 
     @model_validator(mode="after")
     def _keys_of_this_engine(self) -> EngineSection:
-        if self.name == "deepspeed" and (self.shard_ranks is not None or self.reduce_every != "micro_step"):
+        if self.name == "deepspeed" and (self.shard_ranks is not None or self.reduce_every != "micro_batch"):
             raise ValueError("engine.shard_ranks and engine.reduce_every are for engine.name=fsdp (DeepSpeed: zero_hpz_partition_size)")
         return self
 
@@ -213,17 +213,17 @@ class TrackSection(Section):
     """Tracker -> what it is started with: `{wandb: {name: stage1, mode: offline}}`."""
     profile_steps: tuple[int, int] | None = None
     """First and last step of which a trace is written to `profiles/`; a file `profile` in the run directory asks for the next two."""
-    starve_share: float = Field(0.05, ge=0, le=1)
+    underused_expert_share: float = Field(0.05, ge=0, le=1)
     """An expert to which no modality gives this share of its weight ..."""
-    starve_steps: PositiveInt = 200
+    underused_expert_steps: PositiveInt = 200
     """... for so many steps is warned about."""
 
 
-class GuardSection(Section):
-    """`guard.*`: what is done about losses and gradients that are not finite or leap, and about steps that do not end."""
+class StabilitySection(Section):
+    """`stability.*`: what is done about losses and gradients that are not finite or leap, and about steps that do not end."""
 
     policy: Literal["skip", "rollback", "stop"] = "skip"
-    """`skip` throws the step away on all ranks; `rollback` goes back to the last checkpoint and marks the samples as tombstones;
+    """`skip` throws the step away on all ranks; `rollback` goes back to the last checkpoint and marks the samples as skipped_samples;
     `stop` ends the run."""
     window: PositiveInt = 128
     """Steps that a loss and a gradient norm are compared with (a leap can be seen once a quarter of them, at least 8, are there)."""
@@ -261,7 +261,7 @@ class RunConfig(Section):
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
     track: TrackSection = TrackSection()
-    guard: GuardSection = GuardSection()
+    stability: StabilitySection = StabilitySection()
     launch: LaunchSection = LaunchSection()
 
     def to_yaml(self) -> str:

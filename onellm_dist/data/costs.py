@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.modalities.base import RUN_TOKENS, Modality
+from onellm_dist.modalities.base import SPAN_TOKENS, Modality
 
 Ints = NDArray[np.int64]
 
@@ -59,6 +59,6 @@ class CostModel:
         return np.rint((media + self.llm_passes * self.llm.forward(llm_tokens)) / 1e6).astype(np.int64)
 
 
-def llm_tokens(text_tokens: Ints, runs: Ints) -> Ints:
-    """[n] LLM positions: the text's tokens and RUN_TOKENS for each modality."""
-    return text_tokens + RUN_TOKENS * runs
+def llm_tokens(text_tokens: Ints, spans: Ints) -> Ints:
+    """[n] LLM positions: the text's tokens and SPAN_TOKENS for each modality."""
+    return text_tokens + SPAN_TOKENS * spans

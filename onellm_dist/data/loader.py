@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.data.micro_batch import MicroStep
+from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.packed import PackedBatch
@@ -23,7 +23,7 @@ IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
 
 
 class Loader:
-    """Iterates (MicroStep, PackedBatch) over steps first_step .. last_step - 1 of one rank. Use it as a context manager.
+    """Iterates (MicroBatch, PackedBatch) over steps first_step .. last_step - 1 of one rank. Use it as a context manager.
 
     Args:
         plan: the run's plan.
@@ -32,7 +32,7 @@ class Loader:
         first_step: the first step, 0 for a new run.
         last_step: the step behind the last one.
         workers: reading processes, 0: this one; the recipe's `data.workers` where not given.
-        tombstones: see Reader.
+        skipped_samples: see Reader.
         pin: page-locked batches; where there is a GPU, if not given.
 
     Raises (while iterating):
@@ -48,12 +48,12 @@ class Loader:
         last_step: int,
         workers: int | None = None,
         *,
-        tombstones: Mapping[str, str] | None = None,
+        skipped_samples: Mapping[str, str] | None = None,
         pin: bool | None = None,
     ) -> None:
         self._workers = plan.config.workers if workers is None else workers
         self._loader: DataLoader[Any] = DataLoader(
-            _Micros(Reader(plan, tombstones)),
+            _Micros(Reader(plan, skipped_samples)),
             sampler=_Schedule(plan, world, rank, range(first_step, last_step), max(1, self._workers)),
             batch_size=None,
             num_workers=self._workers,
@@ -65,7 +65,7 @@ class Loader:
         )
         self._running: Iterator[Any] | None = None
 
-    def __iter__(self) -> Iterator[tuple[MicroStep, PackedBatch]]:
+    def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
         self._running = iter(self._loader)
         atexit.register(self.close)  # before multiprocessing's own, which would wait for workers that nobody told to end
@@ -103,7 +103,7 @@ class _Schedule:
         self._plan, self._world, self._rank, self._steps, self._workers = plan, world, rank, steps, workers
 
     def __iter__(self) -> Iterator[_Task]:
-        waiting: deque[MicroStep] = deque()
+        waiting: deque[MicroBatch] = deque()
         for step in self._steps:
             for micro in self._plan.step(step, self._world).ranks[self._rank]:
                 waiting.append(micro)
@@ -114,8 +114,8 @@ class _Schedule:
 
 
 class _Task(NamedTuple):
-    micro: MicroStep
-    ahead: MicroStep | None
+    micro: MicroBatch
+    ahead: MicroBatch | None
 
 
 class _Micros(Dataset[Any]):
@@ -124,7 +124,7 @@ class _Micros(Dataset[Any]):
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def __getitem__(self, task: _Task) -> tuple[MicroStep, PackedBatch | OneLLMError]:
+    def __getitem__(self, task: _Task) -> tuple[MicroBatch, PackedBatch | OneLLMError]:
         micro, ahead = task
         try:
             return micro, self._reader.read(micro, ahead)

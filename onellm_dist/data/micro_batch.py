@@ -26,7 +26,7 @@ class SampleRef(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MicroStep:
+class MicroBatch:
     """One forward and backward of one rank. Equal on every rank that computes the plan."""
 
     step: int
@@ -36,13 +36,13 @@ class MicroStep:
     count: int
     """Micro-steps of this step: the same for every rank."""
     samples: tuple[SampleRef, ...]
-    """In pack order; empty: the rank was dealt nothing and runs a dummy token of zero weight."""
-    divisor: int
-    """Supervised tokens of the whole global batch, by the plan (tombstones count)."""
+    """In pack order; empty: the rank was assigned nothing and runs a dummy token of zero weight."""
+    global_valid_tokens: int
+    """Supervised tokens of the whole global batch, by the plan (skipped_samples count)."""
 
     @property
-    def dummy(self) -> bool:
-        """No sample was dealt to this rank."""
+    def is_empty(self) -> bool:
+        """No sample was assigned to this rank."""
         return not self.samples
 
     @property
@@ -53,11 +53,11 @@ class MicroStep:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The global batch of one step, dealt to ranks."""
+    """The global batch of one step, assigned to ranks."""
 
     step: int
-    divisor: int
-    ranks: Sequence[tuple[MicroStep, ...]]
+    global_valid_tokens: int
+    ranks: Sequence[tuple[MicroBatch, ...]]
     """[world][count]. A plan makes a rank's when it is asked for: a rank needs its own, and thousands of objects a step less."""
     balance: float = 1.0
     """Predicted cost of the costliest micro-step over the mean of all."""
@@ -68,6 +68,8 @@ class StepPlan:
         for rank in self.ranks:
             for micro in rank:
                 h.update(
-                    repr((micro.step, micro.rank, micro.index, micro.count, micro.divisor, [tuple(s) for s in micro.samples])).encode()
+                    repr(
+                        (micro.step, micro.rank, micro.index, micro.count, micro.global_valid_tokens, [tuple(s) for s in micro.samples])
+                    ).encode()
                 )
         return h.hexdigest()

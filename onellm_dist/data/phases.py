@@ -1,8 +1,8 @@
-"""Segments: a run whose mixture was changed is a list of them, each from a start step on, recorded in every checkpoint.
+"""SequenceLengths: a run whose mixture was changed is a list of them, each from a start step on, recorded in every checkpoint.
 
-Within a segment the stream is the pure function of the plan. A new segment begins its mixture anew and every dataset goes on
-where the segments before it stopped: no sample of a dataset's order is left out or comes twice, also where a dataset left the
-mixture and came back. How far a dataset was read follows from the segments alone, in O(period of the mixture).
+Within a data_phase the stream is the pure function of the plan. A new data_phase begins its mixture anew and every dataset goes on
+where the data_phases before it stopped: no sample of a dataset's order is left out or comes twice, also where a dataset left the
+mixture and came back. How far a dataset was read follows from the data_phases alone, in O(period of the mixture).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onellm_dist.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
-class Segment:
+class DataPhase:
     """What the stream depends on from `start` on."""
 
     start: int
@@ -38,40 +38,40 @@ class Segment:
         return {**asdict(self), "counts": dict(self.counts), "shards": dict(self.shards)}
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Segment:
+    def from_json(cls, raw: Mapping[str, Any]) -> DataPhase:
         """See `to_json`."""
         return cls(**raw)
 
-    def same_stream(self, other: Segment) -> bool:
+    def same_stream(self, other: DataPhase) -> bool:
         """Whether both, begun at one step, give the same samples."""
         return {**self.to_json(), "start": 0, "counts": [*self.counts.items()]} == {
             **other.to_json(), "start": 0, "counts": [*other.counts.items()],
         }  # fmt: skip
 
 
-def consumed(segments: Sequence[Segment], step: int) -> dict[str, int]:
+def consumed(data_phases: Sequence[DataPhase], step: int) -> dict[str, int]:
     """Dataset -> samples of its order that the steps before `step` took."""
     taken: dict[str, int] = {}
-    for number, segment in enumerate(segments):
-        end = min(step, segments[number + 1].start if number + 1 < len(segments) else step)
-        counts = Mixture.of_counts(list(segment.counts.values())).taken((end - segment.start) * segment.global_batch)
-        for name, count in zip(segment.counts, counts, strict=True):
+    for number, data_phase in enumerate(data_phases):
+        end = min(step, data_phases[number + 1].start if number + 1 < len(data_phases) else step)
+        counts = Mixture.of_counts(list(data_phase.counts.values())).taken((end - data_phase.start) * data_phase.global_batch)
+        for name, count in zip(data_phase.counts, counts, strict=True):
             taken[name] = taken.get(name, 0) + count
     return taken
 
 
-def go_on(history: Sequence[Segment], now: Segment, step: int, *, allow_new: bool) -> tuple[Segment, ...]:
-    """The segments of a run that is resumed at `step` with the stream of `now`.
+def go_on(history: Sequence[DataPhase], now: DataPhase, step: int, *, allow_new: bool) -> tuple[DataPhase, ...]:
+    """The data_phases of a run that is resumed at `step` with the stream of `now`.
 
     Args:
-        history: the segments of the checkpoint; those that begin after `step` never came to pass.
+        history: the data_phases of the checkpoint; those that begin after `step` never came to pass.
         now: what the recipe asks for; its start does not matter.
-        allow_new: `data.new_segment`.
+        allow_new: `data.new_phase`.
 
     Raises:
-        UsageError: it is another stream, and nobody allowed a new segment; or a change that no segment can carry.
+        UsageError: it is another stream, and nobody allowed a new data_phase; or a change that no data_phase can carry.
     """
-    kept = tuple(segment for segment in history if segment.start <= step)
+    kept = tuple(data_phase for data_phase in history if data_phase.start <= step)
     last = kept[-1]
     if last.same_stream(now):
         return kept
@@ -82,7 +82,7 @@ def go_on(history: Sequence[Segment], now: Segment, step: int, *, allow_new: boo
             "every dataset would be in another order, so samples would be repeated and left out.",
             f"set run.seed={last.seed}, or start a new run (run.dir).",
         )
-    known = {name: shards for segment in kept for name, shards in segment.shards.items()}
+    known = {name: shards for data_phase in kept for name, shards in data_phase.shards.items()}
     rebuilt = [name for name, shards in now.shards.items() if known.get(name, shards) != shards]
     if rebuilt:
         raise UsageError(
@@ -94,10 +94,10 @@ def go_on(history: Sequence[Segment], now: Segment, step: int, *, allow_new: boo
         raise UsageError(
             f"the recipe's stream is not that of the checkpoint at step {step}: {'; '.join(changes)}",
             "a resumed run gives the same samples as an undisturbed one, unless it is told not to.",
-            f"restore these keys, or add data.new_segment=true to begin a new plan segment at step {step}.",
+            f"restore these keys, or add data.new_phase=true to begin a new plan data_phase at step {step}.",
         )
-    fresh = Segment(**{**now.to_json(), "start": step})
-    return (*(segment for segment in kept if segment.start < step), fresh)
+    fresh = DataPhase(**{**now.to_json(), "start": step})
+    return (*(data_phase for data_phase in kept if data_phase.start < step), fresh)
 
 
 def shards_fingerprint(shards: Sequence[Any]) -> str:
@@ -106,7 +106,7 @@ def shards_fingerprint(shards: Sequence[Any]) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
-def _changes(old: Segment, new: Segment) -> list[str]:
+def _changes(old: DataPhase, new: DataPhase) -> list[str]:
     """In the recipe's words, what differs."""
     found = []
     if list(old.counts.items()) != list(new.counts.items()):
@@ -119,6 +119,6 @@ def _changes(old: Segment, new: Segment) -> list[str]:
     return found or ["shards of a dataset changed"]
 
 
-def _shares(segment: Segment) -> str:
-    total = sum(segment.counts.values())
-    return " + ".join(f"{Fraction(count, total)} {name}" for name, count in segment.counts.items())
+def _shares(data_phase: DataPhase) -> str:
+    total = sum(data_phase.counts.values())
+    return " + ".join(f"{Fraction(count, total)} {name}" for name, count in data_phase.counts.items())

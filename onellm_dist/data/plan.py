@@ -19,14 +19,14 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import chosen_captions
 from onellm_dist.data.costs import CostModel, llm_tokens
-from onellm_dist.data.micro_batch import MicroStep, SampleRef, StepPlan
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef, StepPlan
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
-from onellm_dist.data.packing import Caps, Loads, pack, too_large
-from onellm_dist.data.phases import Segment, consumed, go_on, shards_fingerprint
+from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
+from onellm_dist.data.phases import DataPhase, consumed, go_on, shards_fingerprint
 from onellm_dist.data.retry import index_with_retries
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_counts import Lengths, ensure_lengths, missing_lengths, sidecar_path
+from onellm_dist.data.token_counts import TokenCounts, build_token_counts, missing_token_counts, token_count_path
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
@@ -51,28 +51,28 @@ class _Batch(NamedTuple):
         return tuple(map(SampleRef._make, zip(*(column.tolist() for column in chosen), strict=True)))
 
 
-class _Ranks(Sequence[tuple[MicroStep, ...]]):
+class _Ranks(Sequence[tuple[MicroBatch, ...]]):
     """[world][count] micro-steps, each rank's made when first asked for."""
 
-    def __init__(self, step: int, divisor: int, batch: _Batch, dealt: Sequence[Sequence[Ints]]) -> None:
-        self._step, self._divisor, self._batch, self._dealt = step, divisor, batch, dealt
-        self._made: dict[int, tuple[MicroStep, ...]] = {}
+    def __init__(self, step: int, global_valid_tokens: int, batch: _Batch, assigned: Sequence[Sequence[Ints]]) -> None:
+        self._step, self._global_valid_tokens, self._batch, self._assigned = step, global_valid_tokens, batch, assigned
+        self._made: dict[int, tuple[MicroBatch, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._dealt)
+        return len(self._assigned)
 
     @overload
-    def __getitem__(self, rank: int) -> tuple[MicroStep, ...]: ...
+    def __getitem__(self, rank: int) -> tuple[MicroBatch, ...]: ...
     @overload
-    def __getitem__(self, rank: slice) -> tuple[tuple[MicroStep, ...], ...]: ...
-    def __getitem__(self, rank: int | slice) -> tuple[MicroStep, ...] | tuple[tuple[MicroStep, ...], ...]:
+    def __getitem__(self, rank: slice) -> tuple[tuple[MicroBatch, ...], ...]: ...
+    def __getitem__(self, rank: int | slice) -> tuple[MicroBatch, ...] | tuple[tuple[MicroBatch, ...], ...]:
         if isinstance(rank, slice):
             return tuple(self[r] for r in range(len(self))[rank])
         rank = range(len(self))[rank]
         if rank not in self._made:
-            packs = self._dealt[rank]
+            packs = self._assigned[rank]
             self._made[rank] = tuple(
-                MicroStep(self._step, rank, index, len(packs), self._batch.refs(members), self._divisor)
+                MicroBatch(self._step, rank, index, len(packs), self._batch.refs(members), self._global_valid_tokens)
                 for index, members in enumerate(packs)
             )
         return self._made[rank]
@@ -113,22 +113,22 @@ class Plan:
         self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
         known = sorted(map(get_modality, modalities), key=lambda m: m.order)
         self.modalities: dict[str, Modality] = {m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m for m in known}
-        """The model's modalities by name, in the order of their runs."""
+        """The model's modalities by name, in the order of their spans."""
         self.shards: list[tuple[ShardInfo, ...]] = [dataset.shards(split) for dataset in datasets]
         """The shards of each dataset; SampleRef.shard counts in them."""
-        self.runs: list[tuple[str, ...]] = [tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets]
-        """The modalities of each dataset's samples, in the order of their runs."""
+        self.spans: list[tuple[str, ...]] = [tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets]
+        """The modalities of each dataset's samples, in the order of their spans."""
         self.mixture = Mixture([entry.weight for entry in config.mixture])
         self._orders = [
             Order([shard.samples for shard in shards], derive_key("order", seed, dataset.name))
             for dataset, shards in zip(datasets, self.shards, strict=True)
         ]
-        self.segments: tuple[Segment, ...] = (self._segment(),)
-        """The run's segments so far; the plan is that of the last one. See `follow`."""
+        self.data_phases: tuple[DataPhase, ...] = (self._data_phase(),)
+        """The run's data_phases so far; the plan is that of the last one. See `follow`."""
         self._offsets = np.zeros(len(datasets), dtype=np.int64)
-        self._lengths = Lengths(datasets, encoder.fingerprint, split, seed)
+        self._token_counts = TokenCounts(datasets, encoder.fingerprint, split, seed)
         self._costs = costs or CostModel()
-        kinds = [[self.modalities[name] for name in runs] for runs in self.runs]
+        kinds = [[self.modalities[name] for name in spans] for spans in self.spans]
         self._run_count = np.asarray([len(kind) for kind in kinds], dtype=np.int64)
         self._encoder_tokens = np.asarray([sum(m.encoder_tokens for m in kind) for kind in kinds], dtype=np.int64)
         self._media_cost = np.asarray([self._costs.media(kind) for kind in kinds])
@@ -144,7 +144,7 @@ class Plan:
         modalities: Sequence[str],
         *,
         split: str = "train",
-        build_lengths: bool = True,
+        build_counts: bool = True,
         show: bool = True,
         sizes: tuple[int, int] | None = None,
     ) -> Plan:
@@ -153,39 +153,39 @@ class Plan:
         Args:
             tokenizer: the processor's (fast) tokenizer.
             modalities: names of the model's modalities.
-            build_lengths: false on ranks that wait for another one to measure: a missing sidecar is then an error.
+            build_counts: false on ranks that wait for another one to measure: a missing sidecar is then an error.
             show: progress on stderr while lengths are measured.
             sizes: patches a picture and prefix tokens of the encoder; CLIP ViT-L/14's where not given.
 
         Raises:
-            UsageError: anything wrong with the mixture, all of it at once; see also `ensure_lengths` and `TextEncoder`.
+            UsageError: anything wrong with the mixture, all of it at once; see also `build_token_counts` and `TextEncoder`.
         """
         datasets = open_datasets(config, modalities, split)
         encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
-        if build_lengths:
-            ensure_lengths(datasets, encoder, split=split, show=show)
+        if build_counts:
+            build_token_counts(datasets, encoder, split=split, show=show)
         else:
             _refuse_missing(datasets, encoder, split)
         return cls(datasets, config, encoder, seed, modalities, split=split, sizes=sizes)
 
-    def follow(self, history: Sequence[Segment], step: int) -> bool:
-        """Goes on from the segments of a checkpoint after `step` steps; returns whether a new segment begins.
+    def follow(self, history: Sequence[DataPhase], step: int) -> bool:
+        """Goes on from the data_phases of a checkpoint after `step` steps; returns whether a new data_phase begins.
 
         Raises:
-            UsageError: see `segments.go_on`.
+            UsageError: see `data_phases.go_on`.
         """
         if not history:
             return False
-        self.segments = go_on(history, self._segment(), step, allow_new=self.config.new_segment)
-        before = consumed(self.segments[:-1], self.segments[-1].start)
+        self.data_phases = go_on(history, self._data_phase(), step, allow_new=self.config.new_phase)
+        before = consumed(self.data_phases[:-1], self.data_phases[-1].start)
         self._offsets = np.asarray([before.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64)
         self._batches.clear()
         self._steps.clear()
-        return self.segments != tuple(history[: len(self.segments)])
+        return self.data_phases != tuple(history[: len(self.data_phases)])
 
-    def _segment(self) -> Segment:
+    def _data_phase(self) -> DataPhase:
         names = [dataset.name for dataset in self.datasets]
-        return Segment(
+        return DataPhase(
             0, self.seed, self.split, self.config.global_batch, self.encoder.fingerprint,
             dict(zip(names, self.mixture.counts, strict=True)), dict(zip(names, map(shards_fingerprint, self.shards), strict=True)),
         )  # fmt: skip
@@ -195,14 +195,14 @@ class Plan:
         return self._batch(step).refs()
 
     def step(self, step: int, world: int) -> StepPlan:
-        """The global batch, packed and dealt to `world` ranks.
+        """The global batch, packed and assigned to `world` ranks.
 
         Raises:
             UsageError: a sample is larger than a micro-batch may be.
         """
         known = self._steps.get((step, world))
         if known is None:
-            known = self._steps[step, world] = self._deal(step, world)
+            known = self._steps[step, world] = self._assign(step, world)
             _forget(self._steps)
         return known
 
@@ -236,8 +236,8 @@ class Plan:
         for dataset, shards in zip(self.datasets, self.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
-        if len(self.segments) > 1:
-            text.append(f"{self.segments[-1].start} {self._offsets.tolist()}")
+        if len(self.data_phases) > 1:
+            text.append(f"{self.data_phases[-1].start} {self._offsets.tolist()}")
         return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
 
     def _batch(self, step: int) -> _Batch:
@@ -248,9 +248,9 @@ class Plan:
         return known
 
     def _locate(self, step: int) -> _Batch:
-        first = self.segments[-1].start
+        first = self.data_phases[-1].start
         if step < first:
-            raise ValueError(f"step {step} < {first}, where the segment of this plan begins")
+            raise ValueError(f"step {step} < {first}, where the data_phase of this plan begins")
         n = self.config.global_batch
         dataset, index = self.mixture.locate(np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64))
         index += self._offsets[dataset]
@@ -262,21 +262,21 @@ class Plan:
         by_place = np.lexsort((shard, dataset))
         starts = np.flatnonzero(np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1))
         for here in np.split(by_place, starts[1:]):
-            pairs[here] = self._lengths.at(int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here])
+            pairs[here] = self._token_counts.at(int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here])
         return _Batch(dataset, shard, row, epoch, pairs[:, 0], pairs[:, 1])
 
-    def _deal(self, step: int, world: int) -> StepPlan:
+    def _assign(self, step: int, world: int) -> StepPlan:
         batch = self._batch(step)
         llm = llm_tokens(batch.text_tokens, self._run_count[batch.dataset])
-        loads = Loads(llm, self._encoder_tokens[batch.dataset], self._costs.samples(self._media_cost[batch.dataset], llm))
-        caps = Caps(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
-        over = too_large(loads, caps)
+        loads = ItemSizes(llm, self._encoder_tokens[batch.dataset], self._costs.samples(self._media_cost[batch.dataset], llm))
+        budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
+        over = too_large(loads, budget)
         if over is not None:
             raise self._too_large(batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over]))
-        divisor = max(1, int(batch.supervised_tokens.sum()))
-        dealt = pack(loads, caps, world)
-        costs = [int(loads.cost[members].sum()) for rank in dealt for members in rank]
-        return StepPlan(step, divisor, _Ranks(step, divisor, batch, dealt), max(costs) * len(costs) / sum(costs))
+        global_valid_tokens = max(1, int(batch.supervised_tokens.sum()))
+        assigned = pack(loads, budget, world)
+        costs = [int(loads.cost[members].sum()) for rank in assigned for members in rank]
+        return StepPlan(step, global_valid_tokens, _Ranks(step, global_valid_tokens, batch, assigned), max(costs) * len(costs) / sum(costs))
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
         key, size, cap = (
@@ -285,7 +285,7 @@ class Plan:
             else ("data.pack_encoder_tokens", encoder, self.config.pack_encoder_tokens)
         )
         return UsageError(
-            f"sample {self.sample_id(ref)} ({', '.join(self.runs[ref.dataset]) or 'text'}, {ref.text_tokens} text tokens) needs {size} "
+            f"sample {self.sample_id(ref)} ({', '.join(self.spans[ref.dataset]) or 'text'}, {ref.text_tokens} text tokens) needs {size} "
             f"tokens; {key} is {cap}",
             "a micro-batch holds whole samples, so this one fits in none.",
             f"raise {key} to {size} or more" + (", or lower data.max_text_tokens." if llm > self.config.pack_llm_tokens else "."),
@@ -343,11 +343,11 @@ def _check(dataset: Dataset, weight: float, modalities: Sequence[str], split: st
 
 
 def _refuse_missing(datasets: Sequence[Dataset], encoder: TextEncoder, split: str) -> None:
-    missing = missing_lengths(datasets, encoder.fingerprint, split)
+    missing = missing_token_counts(datasets, encoder.fingerprint, split)
     if missing:
         dataset, shard = missing[0]
         raise UsageError(
-            f"{sidecar_path(dataset, shard, encoder.fingerprint)}: no such file ({len(missing)} shards have no text lengths)",
+            f"{token_count_path(dataset, shard, encoder.fingerprint)}: no such file ({len(missing)} shards have no text lengths)",
             "plans are made from them.",
             "let rank 0 measure them first, to a disk that all ranks share (ONELLM_CACHE, where the dataset is read-only).",
         )

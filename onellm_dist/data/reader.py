@@ -1,6 +1,6 @@
-"""MicroStep -> PackedBatch: reads, decodes and transforms the samples of one micro-step.
+"""MicroBatch -> PackedBatch: reads, decodes and transforms the samples of one micro-step.
 
-A sample that cannot be read or decoded keeps its slot as a tombstone: zero values, as many text tokens as planned, weight
+A sample that cannot be read or decoded keeps its slot as a skipped_sample: zero values, as many text tokens as planned, weight
 0. No other sample is ever taken in its place.
 """
 
@@ -18,13 +18,13 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.data.cache import ChunkCache
-from onellm_dist.data.micro_batch import MicroStep, SampleRef
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, span_with_retries
 from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
-from onellm_dist.data.token_counts import UNREADABLE, sidecar_path
+from onellm_dist.data.token_counts import UNREADABLE, token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
@@ -36,7 +36,7 @@ class _Sample:
     ids: Sequence[int]
     labels: Sequence[int]
     values: Mapping[str, torch.Tensor]
-    tombstone: str | None = None
+    skipped_sample: str | None = None
 
 
 class _Place(NamedTuple):
@@ -49,24 +49,24 @@ class _Place(NamedTuple):
 
 
 class Reader:
-    """Reads micro-steps of a plan. What it returns depends on the MicroStep alone (and on the disk working).
+    """Reads micro-steps of a plan. What it returns depends on the MicroBatch alone (and on the disk working).
 
     Args:
         plan: the run's plan.
-        tombstones: sample id to reason, of samples that an earlier start of the run could not read (its ledger): they
+        skipped_samples: sample id to reason, of samples that an earlier start of the run could not read (its ledger): they
             are not tried again, so that a resumed run sees what the first one saw.
     """
 
-    def __init__(self, plan: Plan, tombstones: Mapping[str, str] | None = None) -> None:
+    def __init__(self, plan: Plan, skipped_samples: Mapping[str, str] | None = None) -> None:
         self._plan = plan
-        self._known = dict(tombstones or {})
+        self._known = dict(skipped_samples or {})
         config = plan.config
         self._cache = ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
         self._ahead: tuple[int, ReadAhead] | None = None
         self._places: dict[SampleRef, _Place] = {}
 
-    def read(self, micro: MicroStep, ahead: MicroStep | None = None) -> PackedBatch:
-        """The micro-batch; see PackedBatch for its shapes. One BOS of zero weight where nothing was dealt.
+    def read(self, micro: MicroBatch, ahead: MicroBatch | None = None) -> PackedBatch:
+        """The micro-batch; see PackedBatch for its shapes. One BOS of zero weight where nothing was assigned.
 
         Args:
             ahead: the one that this process will be asked for next; its bytes are fetched meanwhile.
@@ -74,14 +74,14 @@ class Reader:
         Raises:
             OneLLMError: a text has another length than its sidecar says; an index is damaged.
         """
-        if micro.dummy:
-            return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], dummy=True)
+        if micro.is_empty:
+            return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], is_empty=True)
         ids = self._plan.sample_ids(micro.samples)
         known, self._places = self._places, {}
         now, later = self._spans(micro.samples, known), self._spans(ahead.samples if ahead else (), known)
         self._read_ahead.ask(now, later)
         samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
-        return self._pack(samples, [self._plan.runs[ref.dataset] for ref in micro.samples], ids, dummy=False)
+        return self._pack(samples, [self._plan.spans[ref.dataset] for ref in micro.samples], ids, is_empty=False)
 
     @property
     def _read_ahead(self) -> ReadAhead:
@@ -102,7 +102,7 @@ class Reader:
         plan = self._plan
         dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
         there = dataset.index(shard).parts(ref.row)
-        slots = {name: plan.modalities[name].match(there) for name in plan.runs[ref.dataset]}
+        slots = {name: plan.modalities[name].match(there) for name in plan.spans[ref.dataset]}
         wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
         parts = span_of_parts(there, wanted)
         return _Place(slots, parts, Span(dataset, shard, parts.start, parts.end))
@@ -121,15 +121,15 @@ class Reader:
     def _sample(self, ref: SampleRef, sample_id: str) -> _Sample:
         reason = self._known.get(sample_id)
         if reason is not None:
-            return self._tombstone(ref, reason)
+            return self._skipped_sample(ref, reason)
         try:
             return self._read(ref, sample_id)
         except SampleError as error:
-            return self._tombstone(ref, f"{sample_id}: {error.what}")
+            return self._skipped_sample(ref, f"{sample_id}: {error.what}")
 
     def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
         plan = self._plan
-        kinds = [plan.modalities[name] for name in plan.runs[ref.dataset]]
+        kinds = [plan.modalities[name] for name in plan.spans[ref.dataset]]
         place = self._places.get(ref)
         if place is None:
             index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
@@ -154,11 +154,11 @@ class Reader:
     def _check_length(self, ref: SampleRef, sample_id: str, ids: Sequence[int], labels: Sequence[int]) -> None:
         planned = (ref.text_tokens, ref.supervised_tokens)
         if planned == UNREADABLE:
-            raise SampleError("its text could not be read when text lengths were measured", "it was planned as a tombstone.")
+            raise SampleError("its text could not be read when text lengths were measured", "it was planned as a skipped_sample.")
         now = (len(ids), sum(label >= 0 for label in labels))
         if now != planned:
             plan = self._plan
-            sidecar = sidecar_path(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], plan.encoder.fingerprint)
+            sidecar = token_count_path(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], plan.encoder.fingerprint)
             raise OneLLMError(
                 f"stale sidecar {sidecar}: sample {sample_id} has {now[0]} text tokens ({now[1]} supervised), "
                 f"the sidecar says {planned[0]} ({planned[1]})",
@@ -166,12 +166,14 @@ class Reader:
                 "remove the file and start again; it is measured anew.",
             )
 
-    def _tombstone(self, ref: SampleRef, reason: str) -> _Sample:
-        runs = self._plan.runs[ref.dataset]
-        zeros = {name: torch.zeros(self._plan.modalities[name].value_shape) for name in runs}
+    def _skipped_sample(self, ref: SampleRef, reason: str) -> _Sample:
+        spans = self._plan.spans[ref.dataset]
+        zeros = {name: torch.zeros(self._plan.modalities[name].value_shape) for name in spans}
         return _Sample([self._plan.encoder.bos] * ref.text_tokens, [IGNORE] * ref.text_tokens, zeros, reason)
 
-    def _pack(self, samples: Sequence[_Sample], runs: Sequence[tuple[str, ...]], sample_ids: Sequence[str], *, dummy: bool) -> PackedBatch:
+    def _pack(
+        self, samples: Sequence[_Sample], spans: Sequence[tuple[str, ...]], sample_ids: Sequence[str], *, is_empty: bool
+    ) -> PackedBatch:
         values = {}
         for name, kind in self._plan.modalities.items():
             found = [sample.values[name] for sample in samples if name in sample.values]
@@ -180,13 +182,13 @@ class Reader:
         return PackedBatch(
             input_ids=torch.tensor([token for sample in samples for token in sample.ids], dtype=torch.int64),
             labels=labels,
-            text_lengths=tuple(len(sample.ids) for sample in samples),
-            modalities=tuple(runs),
+            text_token_counts=tuple(len(sample.ids) for sample in samples),
+            modalities=tuple(spans),
             values=values,
-            weights=torch.tensor([0.0 if dummy or sample.tombstone is not None else 1.0 for sample in samples]),
-            sample_ids=() if dummy else tuple(sample_ids),
-            dummy=dummy,
-            tombstones={i: sample.tombstone for i, sample in enumerate(samples) if sample.tombstone is not None},
+            weights=torch.tensor([0.0 if is_empty or sample.skipped_sample is not None else 1.0 for sample in samples]),
+            sample_ids=() if is_empty else tuple(sample_ids),
+            is_empty=is_empty,
+            skipped_samples={i: sample.skipped_sample for i, sample in enumerate(samples) if sample.skipped_sample is not None},
             supervised=(labels != IGNORE).nonzero().squeeze(1),
         )
 

@@ -36,7 +36,7 @@ from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.index import SampleSpan, parts_in, span_of
 
 UNREADABLE = (1, 0)
-"""Lengths of a sample whose text could not be read or is in no such format: it will be a tombstone of one BOS token.
+"""TokenCounts of a sample whose text could not be read or is in no such format: it will be a skipped_sample of one BOS token.
 
 (Every readable text has at least two tokens.)"""
 INLINE_SAMPLES = 100_000
@@ -55,15 +55,15 @@ class _Row(NamedTuple):
     span: Span
 
 
-def sidecar_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
+def token_count_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
     """Where lengths may lie for a `TextEncoder.fingerprint`: with the dataset, and in the user's cache."""
     return dataset.root / "lengths" / fingerprint, user_cache() / "lengths" / dataset.name / fingerprint
 
 
-def sidecar_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
+def token_count_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
     """The sidecar of a shard, where it lies, or where it will be written."""
     name = _sidecar_name(shard)
-    beside, cached = (folder / name for folder in sidecar_folders(dataset, fingerprint))
+    beside, cached = (folder / name for folder in token_count_folders(dataset, fingerprint))
     if beside.exists() or (os.access(dataset.root, os.W_OK) and not cached.exists()):
         return beside
     return cached
@@ -87,7 +87,7 @@ class _Texts(NamedTuple):
         return self.pairs.nbytes + (0 if self.starts is None else self.starts.nbytes)
 
 
-class Lengths:
+class TokenCounts:
     """The sidecars of some datasets; the most recently used ones are kept in memory, up to CACHE_BYTES.
 
     Args:
@@ -129,7 +129,7 @@ class Lengths:
 
 def _here(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
     """The sidecar's path; one that lies with a remote dataset is copied first."""
-    path = sidecar_path(dataset, shard, fingerprint)
+    path = token_count_path(dataset, shard, fingerprint)
     if dataset.remote is not None and not path.exists():
         with contextlib.suppress(FileNotFoundError):  # the message is that of a sidecar that is not there
             dataset.remote.fetch(f"lengths/{fingerprint}/{path.name}", path)
@@ -156,18 +156,18 @@ def _load(path: Path, shard: ShardInfo) -> _Texts:
     return _Texts(pairs[:, 1:].copy(), np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64))
 
 
-def missing_lengths(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
+def missing_token_counts(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
     """Shards without a sidecar (two or three directory reads a dataset)."""
     missing = []
     for dataset in datasets:
-        there = {name for folder in sidecar_folders(dataset, fingerprint) if folder.is_dir() for name in os.listdir(folder)}
+        there = {name for folder in token_count_folders(dataset, fingerprint) if folder.is_dir() for name in os.listdir(folder)}
         if dataset.remote is not None:
             there |= dataset.remote.names(f"lengths/{fingerprint}")
         missing += [(dataset, shard) for shard in dataset.shards(split) if _sidecar_name(shard) not in there]
     return missing
 
 
-def ensure_lengths(
+def build_token_counts(
     datasets: Sequence[Dataset], encoder: TextEncoder, *, split: str = "train", workers: int | None = None, show: bool = True
 ) -> int:
     """Measures the shards that have no sidecar yet; returns how many samples were measured.
@@ -182,7 +182,7 @@ def ensure_lengths(
         UsageError: no sample of a shard has text in this format; the dataset's folder cannot be written.
         OneLLMError: text could not be read for a reason that is not the sample's (a disk fault that stays).
     """
-    jobs = missing_lengths(datasets, encoder.fingerprint, split)
+    jobs = missing_token_counts(datasets, encoder.fingerprint, split)
     if not jobs:
         return 0
     total = sum(shard.samples for _, shard in jobs)
@@ -226,7 +226,7 @@ def _measure_in_worker(dataset: int, shard: ShardInfo) -> int:
 
 
 def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> int:
-    """Writes one sidecar; returns the shard's samples. See `ensure_lengths` for the errors."""
+    """Writes one sidecar; returns the shard's samples. See `build_token_counts` for the errors."""
     found: list[tuple[int, int, int]] = []
     failures: list[SampleError] = []
     for row, read in enumerate(_texts(dataset, shard)):
@@ -251,7 +251,7 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
         table = table[:, 1:]
         if encoder.max_tokens <= np.iinfo(np.uint16).max:
             table = table.astype(np.uint16)
-    _write_aside(sidecar_path(dataset, shard, encoder.fingerprint), table)
+    _write_aside(token_count_path(dataset, shard, encoder.fingerprint), table)
     return shard.samples
 
 

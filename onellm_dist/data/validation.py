@@ -17,7 +17,7 @@ def open_validation(
     seed: int,
     modalities: Sequence[str],
     *,
-    build_lengths: bool = True,
+    build_counts: bool = True,
     sizes: tuple[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """A plan whose step 0 is the whole validation set of `data.validation`, in packed micro-batches, without augmentation.
@@ -38,7 +38,7 @@ def open_validation(
             "build the datasets with a validation split, name another one, or take data.validation out.",
         )
     section = config.model_copy(update={"mixture": entries, "global_batch": wanted.samples, "augment": False})
-    plan = Plan.open(section, tokenizer, seed, modalities, split=wanted.split, build_lengths=build_lengths, sizes=sizes)
+    plan = Plan.open(section, tokenizer, seed, modalities, split=wanted.split, build_counts=build_counts, sizes=sizes)
     _check_sizes(plan, wanted)
     return plan
 

@@ -7,9 +7,9 @@ import pkgutil
 from functools import cache
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.modalities.base import QUERY_TOKENS, RUN_TOKENS, Modality, Part
+from onellm_dist.modalities.base import QUERY_TOKENS, SPAN_TOKENS, Modality, Part
 
-__all__ = ["QUERY_TOKENS", "RUN_TOKENS", "Modality", "Part", "all_modalities", "get_modality"]
+__all__ = ["QUERY_TOKENS", "SPAN_TOKENS", "Modality", "Part", "all_modalities", "get_modality"]
 
 
 @cache

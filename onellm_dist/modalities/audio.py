@@ -59,7 +59,7 @@ class AudioModality(Modality):
 
     name = "audio"
     order = 2
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")}
     value_shape = (1, MELS, FRAMES)
     tokens = 12 * 101
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 QUERY_TOKENS = 30
 """Modality tokens the UPM hands to the LLM for each run (paper, appendix C.1)."""
-RUN_TOKENS = QUERY_TOKENS + 2
+SPAN_TOKENS = QUERY_TOKENS + 2
 """LLM positions of one run: start tag, 30 tokens, end tag."""
 
 
@@ -46,11 +46,11 @@ class Modality(ABC):
     name: ClassVar[str]
     order: ClassVar[int]
     """Place of this modality's run in the LLM sequence (image 0 ... fmri 7)."""
-    slots: ClassVar[Mapping[str, tuple[str, ...]]]
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]]
     """The parts a sample needs, by role: the accepted extensions of each, most specific first.
 
     The first slot is the one `onellm generate --NAME FILE` fills."""
-    optional_slots: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     value_shape: ClassVar[tuple[int, ...]]
     """Shape of one sample's model input, without the batch dimension."""
     frames: ClassVar[int] = 1
@@ -118,11 +118,11 @@ class Modality(ABC):
             SampleError: a required slot has no part.
         """
         found: dict[str, str] = {}
-        for slot, accepted in {**self.slots, **self.optional_slots}.items():
+        for slot, accepted in {**self.required_parts, **self.optional_parts}.items():
             hit = next((e for e in accepted if e in extensions), None)
             if hit is not None:
                 found[slot] = hit
-            elif slot in self.slots:
+            elif slot in self.required_parts:
                 raise SampleError(
                     f"no {slot} part for modality {self.name}: the sample has {', '.join(sorted(extensions)) or 'nothing'}",
                     "the sample cannot be read as this modality.",
@@ -136,16 +136,16 @@ class Modality(ABC):
         The default fills the first slot and, for slots that are missing, looks beside the file for
         `<stem>.<extension>`. Raises SampleError where a required slot stays empty.
         """
-        first = next(iter(self.slots))
+        first = next(iter(self.required_parts))
         parts = {first: Part(path.name.split(".", 1)[-1].lower(), path.read_bytes())}
         stem = path.name.split(".", 1)[0]
-        for slot, accepted in {**self.slots, **self.optional_slots}.items():
+        for slot, accepted in {**self.required_parts, **self.optional_parts}.items():
             if slot in parts:
                 continue
             beside = next((p for e in accepted if (p := path.with_name(f"{stem}.{e}")).exists()), None)
             if beside is not None:
                 parts[slot] = Part(beside.name.split(".", 1)[-1].lower(), beside.read_bytes())
-            elif slot in self.slots:
+            elif slot in self.required_parts:
                 raise SampleError(
                     f"{path}: modality {self.name} needs a {slot} file too",
                     f"no {stem}.{{{','.join(accepted)}}} stands beside it.",

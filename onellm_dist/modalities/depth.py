@@ -24,7 +24,7 @@ class DepthModality(PairModality):
 
     name = "depth"
     order = 4
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "depth": ("depth.png", "depth.jpg", "depth.jpeg", "depth.webp", "depth.npy"),
         "image": IMAGE_EXTENSIONS,
     }

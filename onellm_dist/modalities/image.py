@@ -28,7 +28,7 @@ class ImageModality(Modality):
 
     name = "image"
     order = 0
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": IMAGE_EXTENSIONS}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": IMAGE_EXTENSIONS}
     value_shape = (3, SIDE, SIDE)
     tokens = PATCHES
     visual = True

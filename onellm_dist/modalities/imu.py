@@ -60,8 +60,8 @@ class ImuModality(Modality):
 
     name = "imu"
     order = 6
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"imu": ("imu.npy", "imu.csv", "npy", "csv")}
-    optional_slots: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"imu": ("imu.npy", "imu.csv", "npy", "csv")}
+    optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "timestamps": ("timestamps.npy", "imu_timestamps.npy"),
         "window": ("window.json",),
     }

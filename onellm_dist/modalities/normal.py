@@ -24,7 +24,7 @@ class NormalModality(PairModality):
 
     name = "normal"
     order = 5
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "normal": ("normal.png", "normal.jpg", "normal.jpeg", "normal.webp", "normal.npy"),
         "image": IMAGE_EXTENSIONS,
     }

@@ -79,7 +79,7 @@ class PairModality(Modality):
         suffix = f"_{self.name}"
         stem = path.name.split(".", 1)[0]
         if stem.endswith(suffix):
-            for extension in self.slots["image"]:
+            for extension in self.required_parts["image"]:
                 picture = path.with_name(f"{stem.removesuffix(suffix)}.{extension}")
                 if picture.exists():
                     return {
@@ -91,6 +91,6 @@ class PairModality(Modality):
             raise SampleError(
                 f"{path}: the picture found beside it is the {self.name} map itself",
                 "the model compares a picture with its map.",
-                f"name the map {stem}.{self.slots[self.name][0]} and the picture {stem}.jpg or {stem}.png.",
+                f"name the map {stem}.{self.required_parts[self.name][0]} and the picture {stem}.jpg or {stem}.png.",
             )
         return parts

@@ -92,7 +92,7 @@ class PointModality(Modality):
 
     name = "point"
     order = 3
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"point": ("point.npy", "ply", "pcd", "npy")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"point": ("point.npy", "ply", "pcd", "npy")}
     value_shape = (POINTS, 6)
     tokens = CENTRES
 

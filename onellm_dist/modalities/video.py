@@ -43,7 +43,7 @@ class VideoModality(Modality):
 
     name = "video"
     order = 1
-    slots: ClassVar[Mapping[str, tuple[str, ...]]] = {"video": ("mp4", "webm", "mkv", "avi", "mov", "m4v")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"video": ("mp4", "webm", "mkv", "avi", "mov", "m4v")}
     value_shape = (CLIPS * CROPS, 3, SIDE, SIDE)
     frames = CLIPS * CROPS
     tokens = PATCHES

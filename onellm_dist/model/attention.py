@@ -1,7 +1,7 @@
 """Attention over packed tokens: one function for the encoder, the UPM and the LLM, on whatever kernel the machine has.
 
 FlashAttention 3 or 2 where installed, else torch's `varlen_attn` (torch >= 2.11), both on CUDA in bf16 or fp16; anywhere else
-scaled-dot-product attention segment by segment, with segments of equal length in one batched call.
+scaled-dot-product attention segment by segment, with seq_lengths of equal length in one batched call.
 """
 
 from __future__ import annotations
@@ -38,49 +38,49 @@ def device_tensor(values: Any, device: torch.device, dtype: torch.dtype = torch.
 
 
 @dataclass(frozen=True)
-class Segments:
+class SequenceLengths:
     """Where the sequences of a pack begin and end; query and key lengths may differ (the UPM's last block).
 
     Attributes:
         q_lengths, k_lengths: tokens of each sequence, on the host.
-        cu_q, cu_k: [n + 1] int32 cumulative lengths on the device.
+        cu_seqlens_q, cu_seqlens_k: [n + 1] int32 cumulative lengths on the device.
     """
 
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
 
     @classmethod
-    def of(cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, *, device: torch.device) -> Segments:
-        """Segments from host lengths (no synchronisation); `k_lengths` is `q_lengths` where not given."""
+    def of(cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, *, device: torch.device) -> SequenceLengths:
+        """SequenceLengths from host lengths (no synchronisation); `k_lengths` is `q_lengths` where not given."""
         q = tuple(q_lengths)
-        cu_q = _cumulative(q, device)
+        cu_seqlens_q = _cumulative(q, device)
         if k_lengths is None or tuple(k_lengths) == q:
-            return cls(q, q, cu_q, cu_q)
+            return cls(q, q, cu_seqlens_q, cu_seqlens_q)
         k = tuple(k_lengths)
         if len(k) != len(q):
-            raise ValueError(f"{len(q)} query segments but {len(k)} key segments")
-        return cls(q, k, cu_q, _cumulative(k, device))
+            raise ValueError(f"{len(q)} query seq_lengths but {len(k)} key seq_lengths")
+        return cls(q, k, cu_seqlens_q, _cumulative(k, device))
 
     @property
-    def max_q(self) -> int:
+    def max_seqlen_q(self) -> int:
         """The longest query segment, 0 for an empty pack."""
         return max(self.q_lengths, default=0)
 
     @property
-    def max_k(self) -> int:
+    def max_seqlen_k(self) -> int:
         """The longest key segment, 0 for an empty pack."""
         return max(self.k_lengths, default=0)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbours of equal lengths: (segments, query length, key length) each."""
+        """Neighbours of equal lengths: (seq_lengths, query length, key length) each."""
         return [(len(list(g)), q, k) for (q, k), g in groupby(zip(self.q_lengths, self.k_lengths, strict=True))]
 
     @cached_property
     def buckets(self) -> list[tuple[int, int, torch.Tensor]]:
-        """For causal attention: (segments, padded length, [segments * padded] token rows) by powers of two of the length.
+        """For causal attention: (seq_lengths, padded length, [seq_lengths * padded] token rows) by powers of two of the length.
 
         Padding repeats row 0 of the pack behind a segment's end, where causality hides it from every real token.
         """
@@ -103,7 +103,7 @@ class Segments:
         back = torch.empty(sum(self.q_lengths), dtype=torch.int64)
         real = rows >= 0
         back[rows[real]] = torch.arange(len(rows))[real]
-        device = self.cu_q.device
+        device = self.cu_seqlens_q.device
         return device_tensor(rows.clamp(min=0), device), device_tensor(back, device)
 
 
@@ -116,14 +116,14 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, *, causal: bool = False, scale: float | None = None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, *, causal: bool = False, scale: float | None = None
 ) -> torch.Tensor:
     """Attention within each segment of a pack: [T, H, D], [S, Hkv, D], [S, Hkv, D] -> [T, H, D].
 
     Hkv may divide H (grouped-query attention). An empty pack gives an empty output that stays in the autograd graph.
 
     Args:
-        segments: the pack's boundaries.
+        seq_lengths: the pack's boundaries.
         causal: query i of a segment sees keys 0..i of it (lengths must be equal).
         scale: of the scores; 1 / sqrt(D) where not given.
     """
@@ -132,9 +132,11 @@ def packed_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     name = _kernel_for(q.device.type, q.dtype, q.shape[-1])
     if name == "sdpa" or not q.shape[0]:
-        return _sdpa(q, k, v, segments, causal=causal, scale=scale)
+        return _sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
     kernel = _KERNELS[name]()
-    return kernel(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, causal, scale)
+    return kernel(
+        q, k, v, seq_lengths.cu_seqlens_q, seq_lengths.cu_seqlens_k, seq_lengths.max_seqlen_q, seq_lengths.max_seqlen_k, causal, scale
+    )
 
 
 def varlen_attention(
@@ -142,29 +144,31 @@ def varlen_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     causal: bool,
     scale: float | None = None,
 ) -> torch.Tensor:
     """`packed_attention` for callers that have cumulative lengths only: reading them synchronises with a GPU.
 
-    Shapes as there; cu_q and cu_k are [n + 1] integers, max_q and max_k the longest lengths.
+    Shapes as there; cu_seqlens_q and cu_seqlens_k are [n + 1] integers, max_seqlen_q and max_seqlen_k the longest lengths.
     """
-    q_lengths, k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
-    if max(q_lengths, default=0) > max_q or max(k_lengths, default=0) > max_k:
-        raise ValueError(f"a segment is longer than max_q={max_q} or max_k={max_k}")
-    return packed_attention(q, k, v, Segments.of(q_lengths, k_lengths, device=q.device), causal=causal, scale=scale)
+    q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    if max(q_lengths, default=0) > max_seqlen_q or max(k_lengths, default=0) > max_seqlen_k:
+        raise ValueError(f"a segment is longer than max_seqlen_q={max_seqlen_q} or max_seqlen_k={max_seqlen_k}")
+    return packed_attention(q, k, v, SequenceLengths.of(q_lengths, k_lengths, device=q.device), causal=causal, scale=scale)
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, *, causal: bool, scale: float | None) -> torch.Tensor:
-    if causal and segments.q_lengths != segments.k_lengths:
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, *, causal: bool, scale: float | None
+) -> torch.Tensor:
+    if causal and seq_lengths.q_lengths != seq_lengths.k_lengths:
         raise ValueError("causal packed attention needs equal query and key lengths")
-    if causal and len(segments.runs) > 1:
-        return _sdpa_buckets(q, k, v, segments, scale)
-    runs = segments.runs or [(0, 1, 1)]
+    if causal and len(seq_lengths.runs) > 1:
+        return _sdpa_buckets(q, k, v, seq_lengths, scale)
+    runs = seq_lengths.runs or [(0, 1, 1)]
     q_parts, k_parts, v_parts = (x.split([n * (lq if x is q else lk) for n, lq, lk in runs]) for x in (q, k, v))
     out = [
         _sdpa_batch(a, b, c, n, lq, lk, causal=causal, scale=scale)
@@ -173,10 +177,10 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments,
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _sdpa_buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float | None) -> torch.Tensor:
-    rows, back = segments.bucket_rows
-    sizes = [n * length for n, length, _ in segments.buckets]
-    parts = zip(*(x.index_select(0, rows).split(sizes) for x in (q, k, v)), segments.buckets, strict=True)
+def _sdpa_buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, scale: float | None) -> torch.Tensor:
+    rows, back = seq_lengths.bucket_rows
+    sizes = [n * length for n, length, _ in seq_lengths.buckets]
+    parts = zip(*(x.index_select(0, rows).split(sizes) for x in (q, k, v)), seq_lengths.buckets, strict=True)
     out = [_sdpa_batch(a, b, c, n, length, length, causal=True, scale=scale) for a, b, c, (n, length, _) in parts]
     return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, back)
 
@@ -184,7 +188,7 @@ def _sdpa_buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: S
 def _sdpa_batch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int, lq: int, lk: int, *, causal: bool, scale: float | None
 ) -> torch.Tensor:
-    """n segments of one length: [n * lq, H, D] -> [n * lq, H, D]."""
+    """n seq_lengths of one length: [n * lq, H, D] -> [n * lq, H, D]."""
     q, k, v = (x.reshape(n, length, x.shape[1], x.shape[2]).transpose(1, 2) for x, length in ((q, lq), (k, lk), (v, lk)))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).reshape(n * lq, out.shape[1], out.shape[3])
@@ -197,8 +201,18 @@ def _sdpa_batch(
 def _flash3() -> _Kernel:
     function = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
 
-    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, causal: bool, scale: float | None) -> torch.Tensor:
-        out = function(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+    def kernel(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        scale: float | None,
+    ) -> torch.Tensor:
+        out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=scale, causal=causal)
         return out[0] if isinstance(out, tuple) else out  # betas before 2025-09 return (out, lse)
 
     return kernel
@@ -208,8 +222,18 @@ def _flash3() -> _Kernel:
 def _flash2() -> _Kernel:
     function = importlib.import_module("flash_attn").flash_attn_varlen_func
 
-    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, causal: bool, scale: float | None) -> torch.Tensor:
-        return function(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+    def kernel(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        scale: float | None,
+    ) -> torch.Tensor:
+        return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=scale, causal=causal)
 
     return kernel
 
@@ -219,7 +243,17 @@ def _varlen() -> _Kernel:
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     parameters = inspect.signature(function).parameters
 
-    def kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, causal: bool, scale: float | None) -> torch.Tensor:
+    def kernel(
+        q: Any,
+        k: Any,
+        v: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        scale: float | None,
+    ) -> torch.Tensor:
         options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters and causal else {}
         if "window_size" not in parameters:  # torch 2.10's first form
             options["is_causal"] = causal
@@ -228,7 +262,9 @@ def _varlen() -> _Kernel:
                 options["enable_gqa"] = True
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return function(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, scale=scale, **options)
+        return function(
+            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, **options
+        )
 
     return kernel
 
@@ -298,18 +334,18 @@ def llm_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segments: Segments | None = None,
+    seq_lengths: SequenceLengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' attention modules call: packed where `segments` came with the forward, else plain SDPA with its mask.
+    """What transformers' attention modules call: packed where `seq_lengths` came with the forward, else plain SDPA with its mask.
 
     query [B, H, S, D], key and value [B, Hkv, S, D]; B = 1 where packed. Returns ([B, S, H, D], None).
     """
-    if segments is None:
+    if seq_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     window = kwargs.get("sliding_window")
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if window is not None and segments.max_k > window:
+    if window is not None and seq_lengths.max_seqlen_k > window:
         unsupported.append(f"sliding_window={window}")
     if dropout:
         unsupported.append(f"attention dropout {dropout}")
@@ -320,7 +356,7 @@ def llm_attention(
             "use an LLM without it, or shorter sequences where it is a sliding window.",
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = packed_attention(q, k, v, segments, causal=True, scale=scaling)
+    out = packed_attention(q, k, v, seq_lengths, causal=True, scale=scaling)
     return out[None], None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
-from onellm_dist.model.attention import Segments, device_tensor, packed_attention
+from onellm_dist.model.attention import SequenceLengths, device_tensor, packed_attention
 from onellm_dist.model.configuration import OneLLMVisionConfig
 
 LAYER_NORM_EPS = 1e-5
@@ -86,11 +86,11 @@ class EncoderAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)  # [T, H, D / H] each
-        return self.out(packed_attention(q, k, v, segments).reshape(tokens, width))
+        return self.out(packed_attention(q, k, v, seq_lengths).reshape(tokens, width))
 
 
 class EncoderMLP(nn.Module):
@@ -130,9 +130,9 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.mlp = EncoderMLP(config.width, config.mlp_width, config.act, config.mlp)
         self.ls_2 = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        x = x + self.ls_1(self.attn(self.ln_1(x), segments))
+        x = x + self.ls_1(self.attn(self.ln_1(x), seq_lengths))
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
@@ -158,11 +158,11 @@ class Encoder(nn.Module):
         if config.output_dim is not None:
             self.proj = VisualProjection(config.width, config.output_dim)
 
-    def forward(self, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """Tokens with positions [T, D] -> [T, D]: ln_pre, the blocks, ln_post on every token (class tokens stay)."""
         x = self.ln_pre(x)
         for block in self.blocks:
-            x = block(x, segments)
+            x = block(x, seq_lengths)
         return self.ln_post(x)
 
     def prefix(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         x = self.patches(images)
         x = self.prefix(self.positions(x)) if self.config.positions == "patches" else self.positions(self.prefix(x))
         n, length, width = x.shape
-        return self(x.reshape(n * length, width), Segments.of((length,) * n, device=x.device)).reshape(n, length, width)
+        return self(x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)).reshape(n, length, width)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames as the modalities give them (CLIP's normalisation, 224 pixels) as this encoder was trained on them."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import QUERY_TOKENS, get_modality
-from onellm_dist.model.attention import ATTENTION_NAME, Segments, device_tensor, packed_mask
+from onellm_dist.model.attention import ATTENTION_NAME, SequenceLengths, device_tensor, packed_mask
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.generation import generate_text
@@ -185,7 +185,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tokens = [self.tokenizers[name](values[name], self.encoder.prefix) for name in names]
         lengths = [t.shape[1] for t in tokens for _ in range(len(t))]
         flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]) for t in tokens])
-        x = self.encoder(flat, Segments.of(lengths, device=flat.device))
+        x = self.encoder(flat, SequenceLengths.of(lengths, device=flat.device))
         parts = x.split([t.shape[0] * t.shape[1] for t in tokens])
         return {name: part.reshape(t.shape) for name, part, t in zip(names, parts, tokens, strict=True)}
 
@@ -281,7 +281,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ([N, V] logits, [N] their places in `batch.labels`, modality -> [Q, E] gates).
         """
         device = batch.input_ids.device
-        layout = Layout.of(batch.text_lengths, batch.modalities, self.config.modalities)
+        layout = Layout.of(batch.text_token_counts, batch.modalities, self.config.modalities)
         self._check_pack(batch, layout)
         tokens, gates = self.encode(batch.values)
         text = self.llm.get_input_embeddings()(batch.input_ids)
@@ -293,7 +293,7 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids=device_tensor(layout.position_ids, device)[None],
             attention_mask=packed_mask(device),
             use_cache=False,
-            segments=Segments.of(layout.lengths, device=device),
+            seq_lengths=SequenceLengths.of(layout.lengths, device=device),
             logits_to_keep=device_tensor(layout.predictor, device).index_select(0, supervised),
         )
         return out.logits[0], supervised, gates
@@ -301,7 +301,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
         logits, supervised, gates = self.packed_logits(batch)
         nll = F.cross_entropy(logits.float(), batch.labels.index_select(0, supervised), reduction="none")
-        sample = device_tensor(np.repeat(np.arange(len(batch.text_lengths)), batch.text_lengths), logits.device).index_select(0, supervised)
+        sample = device_tensor(np.repeat(np.arange(len(batch.text_token_counts)), batch.text_token_counts), logits.device).index_select(
+            0, supervised
+        )
         loss = (nll * batch.weights.to(nll.dtype).index_select(0, sample)).sum()
         return PackedOutput(
             loss=loss, nll=nll.detach(), sample_index=sample, router={name: g.detach().float() for name, g in gates.items()}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onellm_dist.model.attention import Segments, packed_attention
+from onellm_dist.model.attention import SequenceLengths, packed_attention
 from onellm_dist.model.configuration import OneLLMUPMConfig
 
 RMS_NORM_EPS = 1e-5
@@ -37,11 +37,11 @@ class UPMAttention(nn.Module):
         self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, queries: torch.Tensor, x: torch.Tensor, segments: Segments) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """queries [Tq, D] over x [T, D] -> [Tq, D]."""
         width = x.shape[1]
         q, k, v = (y.reshape(len(y), self.heads, width // self.heads) for y in (self.q(queries), self.k(x), self.v(x)))
-        return self.out(packed_attention(q, k, v, segments).reshape(len(queries), width))
+        return self.out(packed_attention(q, k, v, seq_lengths).reshape(len(queries), width))
 
 
 class UPMFeedForward(nn.Module):
@@ -68,13 +68,13 @@ class UPMBlock(GradientCheckpointingLayer):
         self.ffn_norm = UPMNorm(width)
         self.feed_forward = UPMFeedForward(width, ffn)
 
-    def forward(self, x: torch.Tensor, segments: Segments, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, D] -> [T, D], or [len(rows), D]; `segments` then has the rows' lengths as its query lengths."""
+    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, D] -> [T, D], or [len(rows), D]; `seq_lengths` then has the rows' lengths as its query lengths."""
         normed = self.attention_norm(x)
         if rows is None:
-            x = x + self.attention(normed, normed, segments)
+            x = x + self.attention(normed, normed, seq_lengths)
         else:
-            x = x.index_select(0, rows) + self.attention(normed.index_select(0, rows), normed, segments)
+            x = x.index_select(0, rows) + self.attention(normed.index_select(0, rows), normed, seq_lengths)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -85,10 +85,10 @@ class Expert(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(UPMBlock(width, config.heads, config.ffn) for _ in range(config.blocks))
 
-    def forward(self, x: torch.Tensor, segments: Segments, last: Segments, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths, last: SequenceLengths, rows: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [len(rows), D]."""
         for block in self.blocks[:-1]:
-            x = block(x, segments)
+            x = block(x, seq_lengths)
         return self.blocks[-1](x, last, rows)
 
 
@@ -103,17 +103,17 @@ class UPM(nn.Module):
         """The query rows of every segment, summed over experts.
 
         Args:
-            x: [T, D] packed segments, each with its `queries` query rows first.
+            x: [T, D] packed seq_lengths, each with its `queries` query rows first.
             gates: [n * queries, E] weight of each expert for each query row.
-            lengths: tokens of each of the n segments, queries included.
+            lengths: tokens of each of the n seq_lengths, queries included.
 
         Returns:
             [n * queries, D].
         """
-        segments = Segments.of(lengths, device=x.device)
-        last = Segments.of((queries,) * len(lengths), lengths, device=x.device)
-        rows = (last.cu_k[:-1].long()[:, None] + torch.arange(queries, device=x.device)).flatten()
-        mixed = [gates[:, k : k + 1].to(x.dtype) * expert(x, segments, last, rows) for k, expert in enumerate(self.experts)]
+        seq_lengths = SequenceLengths.of(lengths, device=x.device)
+        last = SequenceLengths.of((queries,) * len(lengths), lengths, device=x.device)
+        rows = (last.cu_seqlens_k[:-1].long()[:, None] + torch.arange(queries, device=x.device)).flatten()
+        mixed = [gates[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last, rows) for k, expert in enumerate(self.experts)]
         return torch.stack(mixed).sum(0)
 
 

@@ -168,15 +168,15 @@ def _data(facts: Facts) -> Iterator[Finding]:
     if len(waits) >= FEW and median(waits) > 0.1:
         yield Finding("warn", f"Half of the steps spend {median(waits):.0%} or more waiting for data: raise data.workers or data.prefetch, "
                       "or give the loader more cores.")  # fmt: skip
-    if facts.files.tombstones:
-        most = facts.files.setting("data", "max_tombstones")
-        reasons = Counter(str(t.get("reason", "?")).split(":")[0] for t in facts.files.tombstones)
+    if facts.files.skipped_samples:
+        most = facts.files.setting("data", "max_skipped_samples")
+        reasons = Counter(str(t.get("reason", "?")).split(":")[0] for t in facts.files.skipped_samples)
         text = (
-            f"{counted(len(facts.files.tombstones), 'sample', 'samples')} could not be read ({reasons.most_common(1)[0][0]}"
+            f"{counted(len(facts.files.skipped_samples), 'sample', 'samples')} could not be read ({reasons.most_common(1)[0][0]}"
             + (" and others" if len(reasons) > 1 else "")
             + ")"
         )
-        near = isinstance(most, int) and len(facts.files.tombstones) > most / 2
+        near = isinstance(most, int) and len(facts.files.skipped_samples) > most / 2
         yield Finding("warn" if near else "note", text + (f"; more than {most} stop the run." if isinstance(most, int) else "."))
     padding = [number(s.get("padding_fraction")) for s in facts.files.steps]
     if len(padding) >= FEW and median(padding) > 0.1:

@@ -283,8 +283,8 @@ def _troubles(facts: Facts) -> Iterator[str]:
          "newest first"),
         ("spikes of the gradient", "Spikes of the gradient norm", ("step", "norm", "median before"),
          [(step, f"{norm:.4g}", f"{before:.4g}") for step, norm, before in sorted(t.spikes, key=lambda s: -s[1])], "by norm"),
-        ("unreadable samples", "Samples that could not be read (tombstones)", ("step", "sample", "why"),
-         [(e.get("step", "?"), e.get("sample_id", "?"), e.get("reason", "")) for e in reversed(t.tombstones)], "newest first"),
+        ("unreadable samples", "Samples that could not be read (skipped_samples)", ("step", "sample", "why"),
+         [(e.get("step", "?"), e.get("sample_id", "?"), e.get("reason", "")) for e in reversed(t.skipped_samples)], "newest first"),
         ("hangs, roll-backs or warnings", "Other events", ("time", "event", "what"),
          [(e.get("time", ""), e.get("event", "?"), words_of(e)) for e in reversed(t.others)], "newest first"),
     ]  # fmt: skip

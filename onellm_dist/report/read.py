@@ -54,7 +54,7 @@ class RunFiles:
     exit: Entry | None
     preflight: Entry | None
     """What `onellm doctor --distributed` found last."""
-    tombstones: list[Entry]
+    skipped_samples: list[Entry]
     running: bool | None
     """Whether a process holds the run directory; None where the file system does not say."""
     last_sign: float | None
@@ -101,7 +101,7 @@ def read_run(directory: Path, *, now: float | None = None) -> RunFiles:
         directory, _config(directory / CONFIG), steps, overwritten, 
         [e for e in lines(directory / VALIDATION) if isinstance(e.get("step"), int)], lines(directory / EVENTS),
         lines(directory / ATTEMPTS), _object(directory / EXIT_FILE), _object(directory / PREFLIGHT),
-        [e for path in sorted(directory.glob("ledger/tombstones-rank*.jsonl")) for e in lines(path)], _held(directory / LOCK),
+        [e for path in sorted(directory.glob("ledger/skipped_samples-rank*.jsonl")) for e in lines(path)], _held(directory / LOCK),
         max(written, default=None), time.time() if now is None else now,
         sorted(path.name for path in directory.glob("before-*") if path.is_dir()), broken,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def summary_json(facts: Facts, summary: Summary, findings: Sequence[Finding]) ->
         "attempts": [_attempt_json(a) for a in facts.attempts],
         "troubles": {
             "slow_steps": [vars(s) for s in troubles.slow], "skipped_steps": [e.get("step") for e in troubles.skipped],
-            "tombstones": len(troubles.tombstones), "gradient_spikes": [step for step, _, _ in troubles.spikes],
+            "skipped_samples": len(troubles.skipped_samples), "gradient_spikes": [step for step, _, _ in troubles.spikes],
             "checkpoint_median_seconds": troubles.checkpoint_median,
             "checkpoint_longest_seconds": number(troubles.checkpoints[0].get("seconds")) if troubles.checkpoints else None,
             "notice_seconds": troubles.notice, "checkpoints_longer_than_notice": len(troubles.late),

@@ -15,9 +15,9 @@ SLOW_FACTOR = 3.0
 SPIKE_FACTOR = 10.0
 """A gradient norm is a spike from this many medians of the steps before it on."""
 SPIKE_WINDOW = 50
-ROUTINE = ("start", "end", "phase", "checkpoint", "validation", "export", "segment", "best", "notice_short")
+ROUTINE = ("start", "end", "phase", "checkpoint", "validation", "export", "data_phase", "best", "notice_short")
 """Events that tell of nothing wrong."""
-_HANDLED = ("step_skipped", "tombstones", *ROUTINE)
+_HANDLED = ("step_skipped", "skipped_samples", *ROUTINE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Troubles:
     """By time taken, the longest first."""
     checkpoint_median: float
     skipped: list[Entry]
-    tombstones: list[Entry]
+    skipped_samples: list[Entry]
     spikes: list[tuple[int, float, float]]
     """(step, gradient norm, the median of the steps before)."""
     others: list[Entry] = field(default_factory=list)
@@ -75,7 +75,7 @@ def troubles_of(files: RunFiles, attempts: Sequence[Attempt]) -> Troubles:
     told = [n for e in files.events if (n := pick(e, "notice_seconds", "notice")) is not None]
     return Troubles(
         typical, slow, sum(s.seconds - typical for s in slow), checkpoints, median([number(c.get("seconds")) for c in checkpoints]),
-        files.of("step_skipped"), files.tombstones, _spikes(files.steps),
+        files.of("step_skipped"), files.skipped_samples, _spikes(files.steps),
         [e for e in files.events if e.get("event") not in _HANDLED], number(told[-1]) if told else None,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
 from onellm_dist.data.text import HEADER, STOP, TURN, TextEncoder
-from onellm_dist.modalities import RUN_TOKENS, Part, get_modality
+from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
 
 if TYPE_CHECKING:
     import torch
@@ -217,7 +217,7 @@ def generate(
             f"the model has no modality {', '.join(missing)}", "it cannot read the file.", "use a model that was trained on it."
         )
     context = getattr(model.config.text_config, "max_position_embeddings", None)
-    length = ids.shape[1] + RUN_TOKENS * len(values) + max_new_tokens
+    length = ids.shape[1] + SPAN_TOKENS * len(values) + max_new_tokens
     if context is not None and length > context:
         raise UsageError(
             f"prompt, inputs and new tokens make {length} positions", f"the LLM has {context}.", "shorten the prompt or --max-new-tokens."

@@ -17,7 +17,7 @@ from onellm_dist.shards.build.staging import QUARANTINE, staged
 from onellm_dist.shards.build.workers import Task
 from onellm_dist.shards.format.names import dataset_name, parse_modalities
 from onellm_dist.shards.sources.base import BuildReport, Source
-from onellm_dist.shards.storage.paths import Place, place
+from onellm_dist.shards.storage.paths import StoragePath, place
 from onellm_dist.shards.tools.index_existing import index_path
 
 
@@ -80,7 +80,7 @@ def build_dataset(
     return report if report is not None else BuildReport(0)
 
 
-def _inputs(kind: Source, inputs: Path | str | None) -> Place | None:
+def _inputs(kind: Source, inputs: Path | str | None) -> StoragePath | None:
     """The input as a place.
 
     Raises:

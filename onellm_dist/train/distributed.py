@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import GuardSection
+from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.ranks import Ranks
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class World:
         return box[0]
 
 
-def join(ranks: Ranks, guard: GuardSection | None = None) -> World:
+def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     """Take this process's device, meet the other ranks, and share the cores among the ranks of the node.
 
     Args:
@@ -75,16 +75,16 @@ def join(ranks: Ranks, guard: GuardSection | None = None) -> World:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(ranks.local_world))
     backend = "nccl" if cuda else "gloo"
-    timeout = timeout_of(guard or GuardSection())
-    # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than guard.hang_minutes.
+    timeout = timeout_of(guard or StabilitySection())
+    # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than stability.hang_minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout, device_id=device if cuda else None)
     return World(ranks.rank, ranks.world, ranks.local_world, device)
 
 
-def timeout_of(guard: GuardSection) -> timedelta:
+def timeout_of(stability: StabilitySection) -> timedelta:
     """How long a collective waits: longer than the watchdog in any phase."""
-    limits = (guard.hang_minutes, guard.first_step_minutes, guard.checkpoint_minutes, guard.validation_minutes)
+    limits = (stability.hang_minutes, stability.first_step_minutes, stability.checkpoint_minutes, stability.validation_minutes)
     return timedelta(minutes=max(limits) + SLACK_MINUTES)
 
 

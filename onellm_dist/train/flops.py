@@ -19,7 +19,7 @@ from torch import nn
 
 from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
-from onellm_dist.modalities import QUERY_TOKENS, RUN_TOKENS
+from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS
 
 PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
 """Dense bf16 FLOP/s by a part of the device's name (vendors' data sheets; SXM forms)."""
@@ -30,11 +30,11 @@ class StepSize:
     """What the ranks do together in a step."""
 
     samples: int
-    divisor: int
+    global_valid_tokens: int
     """What the summed loss is divided by: the plan's supervised tokens, at least 1."""
     supervised_tokens: int
     tokens: int
-    """LLM positions, runs of modality tokens included."""
+    """LLM positions, spans of modality tokens included."""
     padding_fraction: float
     """Positions that are no sample's (dummies of ranks without a pack), of all positions."""
     flops: float
@@ -73,23 +73,23 @@ class FlopCounter:
             name: kind.encoder_tokens * parts["encoder"] * encoder[kind.visual] + upm_flops[name] * (6 if align else 2)
             for name, kind in plan.modalities.items()
         }
-        self._media = [sum(per_sample[name] for name in runs) for runs in plan.runs]
-        self._runs = [len(runs) for runs in plan.runs]
-        self._by_kind = {"+".join(runs) or "text": flops for runs, flops in zip(plan.runs, self._media, strict=True)}
+        self._media = [sum(per_sample[name] for name in spans) for spans in plan.spans]
+        self._spans = [len(spans) for spans in plan.spans]
+        self._by_kind = {"+".join(spans) or "text": flops for spans, flops in zip(plan.spans, self._media, strict=True)}
 
     def step(self, plan: StepPlan) -> StepSize:
         """Sizes of a step of all ranks."""
         tokens = supervised = samples = dummies = 0
         flops = 0.0
         for micro in (micro for rank in plan.ranks for micro in rank):
-            dummies += micro.dummy
+            dummies += micro.is_empty
             samples += len(micro.samples)
             for ref in micro.samples:
-                positions = ref.text_tokens + RUN_TOKENS * self._runs[ref.dataset]
+                positions = ref.text_tokens + SPAN_TOKENS * self._spans[ref.dataset]
                 tokens += positions
                 supervised += ref.supervised_tokens
                 flops += self._media[ref.dataset] + self._llm * positions + self._head_factor * self._head * ref.supervised_tokens
-        return StepSize(samples, plan.divisor, supervised, tokens, dummies / max(1, tokens + dummies), flops, plan.balance)
+        return StepSize(samples, plan.global_valid_tokens, supervised, tokens, dummies / max(1, tokens + dummies), flops, plan.balance)
 
     def describe(self, world: int, peak: float | None) -> str:
         """The formula with this run's figures, for people."""

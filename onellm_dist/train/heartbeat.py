@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from onellm_dist.data.micro_batch import MicroStep
+from onellm_dist.data.micro_batch import MicroBatch
 
-Names = Callable[[MicroStep], Sequence[str]]
+Names = Callable[[MicroBatch], Sequence[str]]
 """Sample ids of a micro-step."""
-Following = Callable[[MicroStep], Sequence[MicroStep]]
+Following = Callable[[MicroBatch], Sequence[MicroBatch]]
 """The micro-steps of this rank that its loader reads ahead while it is at one."""
 
 
@@ -28,17 +28,17 @@ class InFlight:
     def __init__(self) -> None:
         self.phase = "start"
         self.step: int | None = None
-        self.micro: MicroStep | None = None
+        self.micro: MicroBatch | None = None
         self.first_step_done = False
         self.beats = 0
         self.names: Names = lambda micro: [str(tuple(ref)) for ref in micro.samples]
-        self.runs: Sequence[tuple[str, ...]] = ()
+        self.spans: Sequence[tuple[str, ...]] = ()
         """The modalities of each dataset's samples."""
         self.following: Following = lambda micro: ()
         """All three are set by whoever knows the plan."""
         self._lock = threading.Lock()
 
-    def beat(self, phase: str, *, step: int | None = None, micro: MicroStep | None = None) -> None:
+    def beat(self, phase: str, *, step: int | None = None, micro: MicroBatch | None = None) -> None:
         """The rank goes on with `phase`; step and micro-step stay what they were unless given."""
         with self._lock:
             self.phase = phase
@@ -62,7 +62,7 @@ class InFlight:
         if micro is None:
             return []
         try:
-            return [name for m in (micro, *(self.following(micro) if read_ahead else ())) if not m.dummy for name in self.names(m)]
+            return [name for m in (micro, *(self.following(micro) if read_ahead else ())) if not m.is_empty for name in self.names(m)]
         except Exception:  # a broken disk must not hide the failure that is being reported
             return []
 
@@ -72,7 +72,7 @@ class InFlight:
         refs = self.micro.samples if self.micro is not None and names else ()
         return [
             {
-                "sample": name, "modalities": list(self.runs[ref.dataset]) if ref.dataset < len(self.runs) else None,
+                "sample": name, "modalities": list(self.spans[ref.dataset]) if ref.dataset < len(self.spans) else None,
                 "text_tokens": ref.text_tokens, "supervised_tokens": ref.supervised_tokens,
             }
             for name, ref in zip(names, refs, strict=True)
@@ -83,5 +83,5 @@ class InFlight:
         micro = self.micro
         return {
             "phase": self.phase, "step": self.step, "beats": self.beats,
-            "micro_step": None if micro is None else micro.index, "micro_steps": None if micro is None else micro.count,
+            "micro_batch": None if micro is None else micro.index, "micro_batches": None if micro is None else micro.count,
         }  # fmt: skip

@@ -77,8 +77,8 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     phases = Phases(exit_file.in_flight)
     phases.imported()
     with phases.of("process_group"):
-        world = join(ranks, config.guard)
-    with Watchdog(config.run.dir, world.rank, world.size, config.guard, exit_file):
+        world = join(ranks, config.stability)
+    with Watchdog(config.run.dir, world.rank, world.size, config.stability, exit_file):
         run = build_run(config, world, exit_file, phases)
         exit_file.last_act = run.checkpoints.linger
         return _finish(run, train(run))

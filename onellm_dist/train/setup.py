@@ -16,8 +16,8 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import mend_tail
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.loader import Loader
-from onellm_dist.data.micro_batch import MicroStep
-from onellm_dist.data.phases import Segment
+from onellm_dist.data.micro_batch import MicroBatch
+from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation
 from onellm_dist.modalities import all_modalities
@@ -100,7 +100,7 @@ class Run:
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
-        return StepTotals(sorted(set(self.plan.runs)), self.world.device)
+        return StepTotals(sorted(set(self.plan.spans)), self.world.device)
 
     def size_of(self, step: int) -> StepSize:
         """What all ranks do in a step, by the plan."""
@@ -182,9 +182,9 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         sizes = model.config.vision.patches, model.config.vision.prefix
         plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
         validation = _main_first(world, partial(open_validation, *opening, sizes=sizes)) if config.data.validation else None
-    new_segment = False if resume is None else _follow(plan, resume)
+    new_phase = False if resume is None else _follow(plan, resume)
     events = _open_records(config, world, plan, exit_file, found)
-    if new_segment:
+    if new_phase:
         _tell_segment(events, plan)
     flops = FlopCounter(model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable")
     present = _prepare_model(config, model, weights, plan)
@@ -198,9 +198,9 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     ledger, marks, unreadable = _open_ledger(config, world, first_step)
     steps = config.train.steps
     trackers = _trackers(config, world, events)
-    open_loader = partial(Loader, plan, world.size, world.rank, last_step=steps, tombstones=ledger.known)
+    open_loader = partial(Loader, plan, world.size, world.rank, last_step=steps, skipped_samples=ledger.known)
     open_metrics = partial(_open_metrics, config, world, trackers)
-    guard = Guard(config.guard, config.data.max_tombstones, unreadable, {} if new_segment else manifest.get("guard", {}))
+    guard = Guard(config.stability, config.data.max_skipped_samples, unreadable, {} if new_phase else manifest.get("guard", {}))
     run = Run(
         config, world, plan, engine, open_loader(first_step), ledger, marks, guard,
         Checkpoints(
@@ -226,21 +226,21 @@ def _open_records(config: RunConfig, world: World, plan: Plan, exit_file: ExitFi
         prepare_directory(config, found.folder)
         take_over(config, found)
         mend_tail(config.run.dir / EVENTS)
-        write_stream(config.run.dir / LEDGER, plan.segments, {d.name: _absolute(d.place) for d in plan.datasets})
+        write_stream(config.run.dir / LEDGER, plan.data_phases, {d.name: _absolute(d.place) for d in plan.datasets})
     world.barrier()
     events = Events(config.run.dir, main=world.main)
     _tell_passed_over(events, found)
     exit_file.in_flight.names = lambda micro: plan.sample_ids(micro.samples)
-    exit_file.in_flight.runs = plan.runs
+    exit_file.in_flight.spans = plan.spans
     exit_file.in_flight.following = partial(_read_ahead, config, world, plan)
     exit_file.on_failure = partial(_tell_failed, config.run.dir)
     return events
 
 
-def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroStep) -> list[MicroStep]:
+def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroBatch) -> list[MicroBatch]:
     """What this rank's loader reads while the rank is at `micro`."""
     count = config.data.workers * config.data.prefetch
-    later: list[MicroStep] = []
+    later: list[MicroBatch] = []
     for step in range(micro.step, config.train.steps):
         if len(later) >= count:
             break
@@ -259,7 +259,7 @@ def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledg
 
 def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) -> set[str]:
     """Freeze what does not train, take image's parts over, set recomputation. Returns the mixture's modalities."""
-    present = {name for runs in plan.runs for name in runs}
+    present = {name for spans in plan.spans for name in spans}
     freeze_for_stage(model, config.train.stage, present, encoder=config.train.encoder == "trainable")
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
@@ -273,7 +273,7 @@ def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
     settings = EngineSettings(
         world.size, world.device, config.train.precision == "bf16", optim.betas, optim.eps, optim.grad_clip,
         load_ds_config(engine.config) if engine.name == "deepspeed" else {},
-        shard_ranks=engine.shard_ranks, reduce_every_micro_step=engine.reduce_every == "micro_step",
+        shard_ranks=engine.shard_ranks, reduce_every_micro_batch=engine.reduce_every == "micro_batch",
     )  # fmt: skip
     return checked(settings)
 
@@ -313,13 +313,13 @@ def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
     problem = world.broadcast(problem)
     if problem is not None:
         raise problem
-    return plan or open_plan(build_lengths=False)
+    return plan or open_plan(build_counts=False)
 
 
 def _follow(plan: Plan, resume: Path) -> bool:
-    """Go on with the stream of a checkpoint; whether a new segment of it begins. Every rank reads the same manifest."""
+    """Go on with the stream of a checkpoint; whether a new data_phase of it begins. Every rank reads the same manifest."""
     manifest = read_manifest(resume) or {}
-    return plan.follow([Segment.from_json(raw) for raw in manifest.get("segments", ())], int(manifest.get("step", 0)))
+    return plan.follow([DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())], int(manifest.get("step", 0)))
 
 
 def _open_metrics(config: RunConfig, world: World, trackers: Trackers | None, first_step: int) -> Metrics:
@@ -334,7 +334,7 @@ def _about(config: RunConfig, plan: Plan, guard: Guard, step: int) -> dict[str, 
     return {
         "step": step, "stage": config.train.stage, "plan": plan.fingerprint(), "onellm_dist": __version__,
         "model": config.model.model_dump(mode="json"), "seed": config.run.seed,
-        "segments": [segment.to_json() for segment in plan.segments], "guard": guard.state(),
+        "data_phases": [data_phase.to_json() for data_phase in plan.data_phases], "guard": guard.state(),
     }  # fmt: skip
 
 
@@ -351,17 +351,17 @@ def _absolute(place: str) -> str:
 
 
 def _tell_segment(events: Events, plan: Plan) -> None:
-    segment = plan.segments[-1]
-    shares = ", ".join(f"{name} {count / sum(segment.counts.values()):.4f}" for name, count in segment.counts.items())
+    data_phase = plan.data_phases[-1]
+    shares = ", ".join(f"{name} {count / sum(data_phase.counts.values()):.4f}" for name, count in data_phase.counts.items())
     events.write(
-        "segment", step=segment.start, counts=dict(segment.counts), global_batch=segment.global_batch,
-        say=f"segment {len(plan.segments)} of the plan begins at step {segment.start}: {shares}",
+        "data_phase", step=data_phase.start, counts=dict(data_phase.counts), global_batch=data_phase.global_batch,
+        say=f"data_phase {len(plan.data_phases)} of the plan begins at step {data_phase.start}: {shares}",
     )  # fmt: skip
 
 
 def _resume(folder: Path, engine: Engine, world: World, plan: Plan, events: Events) -> int:
     manifest = load_state(folder, engine, world)
-    if "segments" not in manifest and manifest["plan"] != plan.fingerprint():  # written before 0.2, when nothing was refused
+    if "data_phases" not in manifest and manifest["plan"] != plan.fingerprint():  # written before 0.2, when nothing was refused
         events.write(
             "plan_changed", step=manifest["step"], checkpoint=folder.name,
             say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {manifest['step']} on",

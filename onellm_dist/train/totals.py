@@ -11,7 +11,7 @@ from onellm_dist.model.attention import device_tensor
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.distributed import World
 
-LOSS, NOT_FINITE, TOMBSTONES, STOP, WRITE_FAILED, SAVE = range(6)
+LOSS, NOT_FINITE, SKIPPED_SAMPLES, STOP, WRITE_FAILED, SAVE = range(6)
 FIXED = 6
 
 
@@ -20,12 +20,12 @@ class StepValues:
     """The sums of a step over all ranks and micro-steps."""
 
     loss: float
-    """Sum of weight x cross-entropy; over the plan's divisor it is the step's loss."""
+    """Sum of weight x cross-entropy; over the plan's global_valid_tokens it is the step's loss."""
     nll: dict[str, float]
-    """Mean cross-entropy by kind of sample, tombstones left out; kinds that the step did not have are missing."""
+    """Mean cross-entropy by kind of sample, skipped_samples left out; kinds that the step did not have are missing."""
     not_finite: int
     """Micro-steps whose loss was not finite."""
-    new_tombstones: int
+    new_skipped_samples: int
     stop: bool
     """Some rank was asked to stop."""
     write_failed: bool = False
@@ -50,7 +50,7 @@ class StepTotals:
         loss = loss.detach().double()
         self._sums[LOSS] += loss
         self._sums[NOT_FINITE] += (~torch.isfinite(loss)).double()
-        if batch.dummy:
+        if batch.is_empty:
             return
         kind = device_tensor([self._kinds[modalities] for modalities in batch.modalities], self._sums.device)
         weight = batch.weights.double()[sample_index]
@@ -58,11 +58,11 @@ class StepTotals:
         self._sums.index_add_(0, place, nll.double() * weight)
         self._sums.index_add_(0, place + len(self._kinds), weight)
 
-    def reduce(self, world: World, *, new_tombstones: int, stop: bool, write_failed: bool = False, save: bool = False) -> None:
+    def reduce(self, world: World, *, new_skipped_samples: int, stop: bool, write_failed: bool = False, save: bool = False) -> None:
         """Sum over the ranks. On a GPU this is queued, not waited for."""
         self._sums[WRITE_FAILED] = float(write_failed)
         self._sums[SAVE] = float(save)
-        self._sums[TOMBSTONES] = new_tombstones
+        self._sums[SKIPPED_SAMPLES] = new_skipped_samples
         self._sums[STOP] = float(stop)
         world.sum(self._sums)
 
@@ -75,7 +75,7 @@ class StepTotals:
             values[LOSS],
             means,
             int(values[NOT_FINITE]),
-            int(values[TOMBSTONES]),
+            int(values[SKIPPED_SAMPLES]),
             values[STOP] > 0,
             values[WRITE_FAILED] > 0,
             values[SAVE] > 0,

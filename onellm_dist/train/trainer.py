@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.data.micro_batch import MicroStep
+from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import GradNorms
 from onellm_dist.train.optim.schedules import learning_rate
@@ -19,7 +19,7 @@ from onellm_dist.train.stability.offending_samples import Part, Suspect, describ
 from onellm_dist.train.stability.rollback import RollBackError, needs_a_start, roll_back
 from onellm_dist.train.totals import StepTotals, StepValues
 
-MicroBatches = Iterator[tuple[MicroStep, PackedBatch]]
+MicroBatches = Iterator[tuple[MicroBatch, PackedBatch]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _train(run: Run) -> Outcome:
             run.profiler.end(step)
             run.exit_file.step = step + 1
             run.in_flight.first_step_done = True
-            run.guard.count(step, applied=applied, new_tombstones=values.new_tombstones)
+            run.guard.count(step, applied=applied, new_skipped_samples=values.new_skipped_samples)
             run.in_flight.rest("end")  # a failure from here on is none of this step's samples
             if _end_of_step(run, step + 1, values):
                 return Outcome("preempted", run.stop_reason())
@@ -105,7 +105,7 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     done = _forward_backward(run, step, micro_batches)
     run.in_flight.beat("agree")
     values, norms = _agree(run, step, done), run.engine.grad_norms()
-    loss = values.loss / run.plan.step(step, run.world.size).divisor
+    loss = values.loss / run.plan.step(step, run.world.size).global_valid_tokens
     verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.whole)
     run.in_flight.beat("step")
     lr = learning_rate(step, run.config.optim, run.config.train.steps)
@@ -114,8 +114,10 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
         run.guard.keep(loss, norms.whole)
     else:
         _throw_away(run, step, done, verdict or Verdict("gradient_not_finite", "the engine found a gradient that is not finite"))
-    if values.new_tombstones:
-        run.events.write("tombstones", step=step, count=values.new_tombstones, total=run.guard.tombstones + values.new_tombstones)
+    if values.new_skipped_samples:
+        run.events.write(
+            "skipped_samples", step=step, count=values.new_skipped_samples, total=run.guard.skipped_samples + values.new_skipped_samples
+        )
     seconds = time.perf_counter() - started
     run.metrics.write(_report(run, step, lr, values, norms, applied, seconds, done.waited))
     run.phases.first_step(seconds, done.waited, run.events)
@@ -137,7 +139,7 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
         done.totals.add(batch, loss, nll, sample_index)
         done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
         run.in_flight.beat("backward")
-        run.engine.backward(loss, micro.divisor)
+        run.engine.backward(loss, micro.global_valid_tokens)
     if not done.parts:
         raise RuntimeError(f"the plan has no micro-step in step {step}")
     return done
@@ -146,11 +148,15 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
 def _agree(run: Run, step: int, done: _Pass) -> StepValues:
     """The sums over all ranks, while nothing is applied yet.
 
-    The record of tombstones is on the disk of every rank before any rank can apply the step: the sum waits for all.
+    The record of skipped_samples is on the disk of every rank before any rank can apply the step: the sum waits for all.
     """
-    new_tombstones = run.ledger.record(step, [part.batch for part in done.parts])
+    new_skipped_samples = run.ledger.record(step, [part.batch for part in done.parts])
     done.totals.reduce(
-        run.world, new_tombstones=new_tombstones, stop=run.stop.asked(), write_failed=run.checkpoints.failed, save=run.checkpoints.overdue
+        run.world,
+        new_skipped_samples=new_skipped_samples,
+        stop=run.stop.asked(),
+        write_failed=run.checkpoints.failed,
+        save=run.checkpoints.overdue,
     )
     return done.totals.read()
 
@@ -165,8 +171,8 @@ def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
         run.events.write("guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits))
         raise OneLLMError(
             f"step {step}: {verdict.reason}; the samples: {say(culprits)}",
-            "guard.policy is stop: the step was not applied.",
-            "see events.jsonl for the samples; take guard.policy=skip or rollback to go on without them.",
+            "stability.policy is stop: the step was not applied.",
+            "see events.jsonl for the samples; take stability.policy=skip or rollback to go on without them.",
         )
     _tell_skipped(run, step, verdict, culprits)
 
@@ -174,10 +180,10 @@ def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
 def _tell_skipped(run: Run, step: int, verdict: Verdict, culprits: list[Suspect]) -> None:
     packs: dict[tuple[int, int], list[str]] = {}
     for suspect in culprits:
-        packs.setdefault((suspect.rank, suspect.micro_step), []).append(suspect.sample)
+        packs.setdefault((suspect.rank, suspect.micro_batch), []).append(suspect.sample)
     run.events.write(
         "step_skipped", step=step, reason=verdict.reason, kind=verdict.kind,
-        micro_steps=[{"rank": rank, "micro_step": index, "samples": names} for (rank, index), names in packs.items()], **describe(culprits),
+        micro_batches=[{"rank": rank, "micro_batch": index, "samples": names} for (rank, index), names in packs.items()], **describe(culprits),
         say=f"step {step} skipped on all ranks: {verdict.reason}: {say(culprits)}",
     )  # fmt: skip
 
@@ -188,7 +194,7 @@ def _report(
     size = run.size_of(step)
     readings = run.telemetry.read(step)
     return StepReport(
-        step=step, loss=values.loss / size.divisor, loss_by_modality=values.nll, lr=lr, grad_norm=norms.whole,
+        step=step, loss=values.loss / size.global_valid_tokens, loss_by_modality=values.nll, lr=lr, grad_norm=norms.whole,
         grad_norm_by_part=norms.by_part, applied=applied,
         samples=size.samples, supervised_tokens=size.supervised_tokens, tokens=size.tokens, padding_fraction=size.padding_fraction,
         tokens_per_second=size.tokens / seconds, data_wait_fraction=min(1.0, waited / seconds),

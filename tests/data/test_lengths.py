@@ -11,9 +11,9 @@ import pytest
 from data_worlds import caption, tokenizer, write
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.data import token_counts as lengths_module
+from onellm_dist.data import token_counts as token_counts_module
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_counts import UNREADABLE, Lengths, ensure_lengths, sidecar_path
+from onellm_dist.data.token_counts import UNREADABLE, TokenCounts, build_token_counts, token_count_path
 from onellm_dist.modalities import Part
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.index import read_parts
@@ -29,7 +29,7 @@ def encoder(text_format: str = "caption", tokens: int = 96) -> TextEncoder:
     return TextEncoder(tokenizer(), text_format, tokens)  # type: ignore[arg-type]
 
 
-def whole(lengths: Lengths, shard: int, samples: int) -> Any:
+def whole(lengths: TokenCounts, shard: int, samples: int) -> Any:
     """[n, 2] lengths of every row of a shard of the first dataset, in epoch 0."""
     return lengths.at(0, shard, np.arange(samples), np.zeros(samples, dtype=np.int64))
 
@@ -37,8 +37,8 @@ def whole(lengths: Lengths, shard: int, samples: int) -> Any:
 @pytest.mark.parametrize("text_format", ["caption", "conversation"])
 def test_lengths_are_those_of_the_texts(talk: Dataset, text_format: str) -> None:
     text = encoder(text_format)
-    assert ensure_lengths([talk], text, show=False) == 17
-    lengths = Lengths([talk], text.fingerprint, "train", seed=0)
+    assert build_token_counts([talk], text, show=False) == 17
+    lengths = TokenCounts([talk], text.fingerprint, "train", seed=0)
     for number, shard in enumerate(talk.shards()):
         for row in range(shard.samples):
             ids, labels = text.encode(read_parts(talk, shard, row))
@@ -47,24 +47,24 @@ def test_lengths_are_those_of_the_texts(talk: Dataset, text_format: str) -> None
 
 def test_they_are_measured_once(talk: Dataset) -> None:
     text = encoder()
-    ensure_lengths([talk], text, show=False)
-    assert ensure_lengths([talk], text, show=False) == 0
-    assert ensure_lengths([talk], encoder(tokens=5), show=False) == 17
-    sidecar_path(talk, talk.shards()[1], text.fingerprint).unlink()
-    assert ensure_lengths([talk], text, show=False) == 7
+    build_token_counts([talk], text, show=False)
+    assert build_token_counts([talk], text, show=False) == 0
+    assert build_token_counts([talk], encoder(tokens=5), show=False) == 17
+    token_count_path(talk, talk.shards()[1], text.fingerprint).unlink()
+    assert build_token_counts([talk], text, show=False) == 7
 
 
 @pytest.mark.slow
 def test_processes_measure_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
-    ensure_lengths([talk], text, show=False)
-    paths = [sidecar_path(talk, shard, text.fingerprint) for shard in talk.shards()]
+    build_token_counts([talk], text, show=False)
+    paths = [token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()]
     alone = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
     packed, pickled = Dataset.__reduce__, list[Dataset]()
     monkeypatch.setattr(Dataset, "__reduce__", lambda self: pickled.append(self) or packed(self))
-    assert ensure_lengths([talk], text, workers=2, show=False) == 17
+    assert build_token_counts([talk], text, workers=2, show=False) == 17
     assert len(pickled) <= 2  # once a process, not once a shard
     assert [path.read_bytes() for path in paths] == alone
     assert not list(talk.root.rglob("*.tmp"))
@@ -72,14 +72,14 @@ def test_processes_measure_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPat
 
 def test_a_rebuilt_shard_is_measured_again(tmp_path: Path, talk: Dataset) -> None:
     text = encoder()
-    ensure_lengths([talk], text, show=False)
+    build_token_counts([talk], text, show=False)
     other = write(tmp_path / "again", "talk", [], 16)
     other_root = other.root
     (talk.root / "lengths").rename(other_root / "lengths")
     again = open_dataset(other_root)
     same = sum(a.sha256 == b.sha256 for a, b in zip(talk.shards(), again.shards(), strict=True))
     assert same == 2
-    assert ensure_lengths([again], text, show=False) == 16 - 14
+    assert build_token_counts([again], text, show=False) == 16 - 14
 
 
 def with_captions(root: Path, captions: list[bytes]) -> Dataset:
@@ -91,16 +91,16 @@ def with_captions(root: Path, captions: list[bytes]) -> Dataset:
 
 def test_text_that_cannot_be_read_is_marked_and_the_rest_is_measured(tmp_path: Path) -> None:
     dataset, text = with_captions(tmp_path, [b"a red cube", b"caf\xe9", b"a"]), encoder()
-    ensure_lengths([dataset], text, show=False)
-    pairs = whole(Lengths([dataset], text.fingerprint, "train", seed=0), 0, 3)
+    build_token_counts([dataset], text, show=False)
+    pairs = whole(TokenCounts([dataset], text.fingerprint, "train", seed=0), 0, 3)
     assert pairs.tolist() == [[5, 4], list(UNREADABLE), [3, 2]]
 
 
 def test_a_shard_without_any_such_text_is_refused(talk: Dataset, tmp_path: Path) -> None:
     dataset = with_captions(tmp_path, [caption(0).encode()] * 3)
     with pytest.raises(UsageError, match=r"none of its 3 samples has text for data.text_format=conversation"):
-        ensure_lengths([talk, dataset], encoder("conversation"), show=False)
-    assert not sidecar_path(dataset, dataset.shards()[0], encoder("conversation").fingerprint).exists()
+        build_token_counts([talk, dataset], encoder("conversation"), show=False)
+    assert not token_count_path(dataset, dataset.shards()[0], encoder("conversation").fingerprint).exists()
 
 
 def test_a_disk_fault_is_not_recorded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,21 +109,21 @@ def test_a_disk_fault_is_not_recorded(talk: Dataset, monkeypatch: pytest.MonkeyP
     def failing(dataset: Dataset, *rest: object) -> dict[str, Part]:
         raise SampleError("dataset talk: Input/output error.") from OSError(5, "Input/output error")
 
-    monkeypatch.setattr(lengths_module, "read_with_retries", failing)
+    monkeypatch.setattr(token_counts_module, "read_with_retries", failing)
     with pytest.raises(OneLLMError, match="Input/output error"):
-        ensure_lengths([talk], encoder(), show=False)
+        build_token_counts([talk], encoder(), show=False)
     assert not list(talk.root.rglob("*.npy"))
 
 
 def test_a_damaged_sidecar_is_named(talk: Dataset) -> None:
     text = encoder()
-    ensure_lengths([talk], text, show=False)
-    first, second = (sidecar_path(talk, shard, text.fingerprint) for shard in talk.shards()[:2])
+    build_token_counts([talk], text, show=False)
+    first, second = (token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()[:2])
     first.write_bytes(b"no array")
     np.save(second, np.zeros((3, 2), dtype=np.uint16))
     for number, path in enumerate((first, second)):
         with pytest.raises(OneLLMError, match=path.name):
-            whole(Lengths([talk], text.fingerprint, "train", seed=0), number, 1)
+            whole(TokenCounts([talk], text.fingerprint, "train", seed=0), number, 1)
 
 
 @pytest.mark.parametrize("variable", ["ONELLM_CACHE", "XDG_CACHE_HOME"])
@@ -132,20 +132,20 @@ def test_lengths_of_a_read_only_dataset_lie_in_the_cache(
 ) -> None:
     monkeypatch.delenv("ONELLM_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "cache"))
-    monkeypatch.setattr(lengths_module.os, "access", lambda path, mode: path != talk.root)
+    monkeypatch.setattr(token_counts_module.os, "access", lambda path, mode: path != talk.root)
     text = encoder()
-    assert ensure_lengths([talk], text, show=False) == 17
+    assert build_token_counts([talk], text, show=False) == 17
     assert not (talk.root / "lengths").exists()
     assert len(list((tmp_path / "cache").rglob("lengths/talk/*/*.npy"))) == 3
-    assert ensure_lengths([talk], text, show=False) == 0
-    assert len(whole(Lengths([talk], text.fingerprint, "train", seed=0), 0, 7)) == 7
+    assert build_token_counts([talk], text, show=False) == 0
+    assert len(whole(TokenCounts([talk], text.fingerprint, "train", seed=0), 0, 7)) == 7
 
 
 def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
-    ensure_lengths([talk], text, show=False)
-    monkeypatch.setattr(lengths_module, "CACHE_BYTES", 1)
-    lengths = Lengths([talk], text.fingerprint, "train", seed=0)
+    build_token_counts([talk], text, show=False)
+    monkeypatch.setattr(token_counts_module, "CACHE_BYTES", 1)
+    lengths = TokenCounts([talk], text.fingerprint, "train", seed=0)
     assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [7, 7, 3, 7]
     assert len(lengths._kept) == 1
 
@@ -155,8 +155,8 @@ def test_all_memory_of_the_cache_is_counted(tmp_path: Path) -> None:
         for i in range(12):
             writer.add("train", f"k{i}", {"json": json.dumps({"caption": ["a red cube"] * (1 + i % 3)}).encode()})
     dataset, text = open_dataset(tmp_path / "many"), encoder()
-    ensure_lengths([dataset], text, show=False)
-    lengths = Lengths([dataset], text.fingerprint, "train", seed=0)
+    build_token_counts([dataset], text, show=False)
+    lengths = TokenCounts([dataset], text.fingerprint, "train", seed=0)
     for number in range(3):
         whole(lengths, number, 4)
     held = [array for texts in lengths._kept.values() for array in (texts.pairs, texts.starts) if array is not None]

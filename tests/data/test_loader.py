@@ -19,9 +19,9 @@ from data_worlds import open_plan, write
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data.loader import IGNORED_SIGNALS, Loader
-from onellm_dist.data.micro_batch import MicroStep
+from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
-from onellm_dist.data.token_counts import sidecar_path
+from onellm_dist.data.token_counts import token_count_path
 from onellm_dist.packed import PackedBatch
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
@@ -47,7 +47,7 @@ def no_worker_is_left() -> Iterator[None]:
     assert not alive
 
 
-def run(plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS) -> list[tuple[MicroStep, PackedBatch]]:
+def run(plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS) -> list[tuple[MicroBatch, PackedBatch]]:
     with Loader(plan, world, rank, first, last, workers) as loader:
         return list(loader)
 
@@ -59,17 +59,17 @@ def fingerprint(batch: PackedBatch) -> tuple[object, ...]:
         for name, value in batch.values.items()
     }
     return (
-        batch.input_ids.tolist(), batch.labels.tolist(), batch.text_lengths, batch.modalities, batch.weights.tolist(), batch.sample_ids,
-        batch.dummy, sorted(batch.tombstones), sorted(values.items()),
+        batch.input_ids.tolist(), batch.labels.tolist(), batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.sample_ids,
+        batch.is_empty, sorted(batch.skipped_samples), sorted(values.items()),
     )  # fmt: skip
 
 
-def by_sample(batches: list[tuple[MicroStep, PackedBatch]]) -> dict[int, dict[str, tuple[object, ...]]]:
+def by_sample(batches: list[tuple[MicroBatch, PackedBatch]]) -> dict[int, dict[str, tuple[object, ...]]]:
     """step -> sample id -> (text, weight, sums of its values): what was read of each sample, however it was packed."""
     found: dict[int, dict[str, tuple[object, ...]]] = {}
     for micro, batch in batches:
         taken = dict.fromkeys(batch.values, 0)
-        pieces = batch.input_ids.split(list(batch.text_lengths))
+        pieces = batch.input_ids.split(list(batch.text_token_counts))
         for i, name in enumerate(batch.sample_ids):
             sums = []
             for modality in batch.modalities[i]:
@@ -77,16 +77,16 @@ def by_sample(batches: list[tuple[MicroStep, PackedBatch]]) -> dict[int, dict[st
                 taken[modality] += 1
             of_step = found.setdefault(micro.step, {})
             assert name not in of_step
-            of_step[name] = (tuple(pieces[i].tolist()), batch.weights[i].item(), tuple(sums), i in batch.tombstones)
+            of_step[name] = (tuple(pieces[i].tolist()), batch.weights[i].item(), tuple(sums), i in batch.skipped_samples)
     return found
 
 
 @pytest.mark.slow
 def test_one_stream_for_every_world_and_number_of_workers(root: Path) -> None:
-    """Worlds 1, 2, 3, 4, 5, 8 and workers 0, 1, 3, with corrupt samples: the same samples, bytes and tombstones in every step."""
+    """Worlds 1, 2, 3, 4, 5, 8 and workers 0, 1, 3, with corrupt samples: the same samples, bytes and skipped_samples in every step."""
     plan = open_plan(root, MIXTURE)
     expected = by_sample(run(plan, 1, 0, 0))
-    assert sum(read[3] for step in expected.values() for read in step.values()) >= 1  # a tombstone is among them
+    assert sum(read[3] for step in expected.values() for read in step.values()) >= 1  # a skipped_sample is among them
     digests = [plan.digest(step) for step in range(STEPS)]
     for world in (1, 2, 3, 4, 5, 8):
         for workers in (0, 1, 3):
@@ -197,7 +197,7 @@ def test_leaving_early_ends_the_workers(root: Path) -> None:
 def test_a_reader_error_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = sidecar_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
+    path = token_count_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
     np.save(path, np.load(path) + 1)
     with pytest.raises(OneLLMError) as info:
         run(open_plan(tmp_path, {"talk": 1}, global_batch=7), 1, 0, workers)
@@ -213,9 +213,9 @@ def test_a_plan_error_arrives_as_it_is(root: Path) -> None:
 def test_known_tombstones_reach_the_workers(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=4)
     name = plan.sample_id(plan.samples(0)[1])
-    with Loader(plan, 1, 0, 0, 1, 1, tombstones={name: "lost before"}) as loader:
+    with Loader(plan, 1, 0, 0, 1, 1, skipped_samples={name: "lost before"}) as loader:
         batches = [batch for _, batch in loader]
-    assert [(b.sample_ids[i], reason) for b in batches for i, reason in b.tombstones.items()] == [(name, "lost before")]
+    assert [(b.sample_ids[i], reason) for b in batches for i, reason in b.skipped_samples.items()] == [(name, "lost before")]
 
 
 @pytest.mark.gpu
@@ -223,6 +223,6 @@ def test_known_tombstones_reach_the_workers(root: Path) -> None:
 def test_batches_are_pinned(root: Path) -> None:
     with Loader(open_plan(root, MIXTURE), 1, 0, 0, 1, 1) as loader:
         for micro, batch in loader:
-            assert isinstance(micro, MicroStep)
+            assert isinstance(micro, MicroBatch)
             assert batch.input_ids.is_pinned()
             assert all(value.is_pinned() for value in batch.values.values())

@@ -1,4 +1,4 @@
-"""Packing: every sample once, caps held, ranks in step, balanced, deterministic."""
+"""Packing: every sample once, budget held, ranks in step, balanced, deterministic."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onellm_dist.data.costs import CostModel, llm_tokens
-from onellm_dist.data.packing import Caps, Loads, pack, too_large
+from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
 from onellm_dist.modalities import all_modalities
 
 SAMPLE = st.tuples(st.integers(1, 50), st.integers(0, 90), st.integers(1, 10_000))
 
 
-def loads_of(samples: list[tuple[int, int, int]]) -> Loads:
-    return Loads(*(np.asarray(column, dtype=np.int64) for column in zip(*samples, strict=True)))
+def loads_of(samples: list[tuple[int, int, int]]) -> ItemSizes:
+    return ItemSizes(*(np.asarray(column, dtype=np.int64) for column in zip(*samples, strict=True)))
 
 
 @given(samples=st.lists(SAMPLE, min_size=1, max_size=120), world=st.integers(1, 9), llm=st.integers(50, 200), encoder=st.integers(90, 400))
@@ -23,39 +23,39 @@ def loads_of(samples: list[tuple[int, int, int]]) -> Loads:
 def test_every_sample_once_within_the_caps_and_ranks_in_step(
     samples: list[tuple[int, int, int]], world: int, llm: int, encoder: int
 ) -> None:
-    loads, caps = loads_of(samples), Caps(llm, encoder)
-    dealt = pack(loads, caps, world)
-    assert len(dealt) == world
-    assert len({len(packs) for packs in dealt}) == 1
-    assert sorted(i for packs in dealt for members in packs for i in members.tolist()) == list(range(len(samples)))
-    for members in (members for packs in dealt for members in packs):
+    loads, budget = loads_of(samples), TokenBudget(llm, encoder)
+    assigned = pack(loads, budget, world)
+    assert len(assigned) == world
+    assert len({len(packs) for packs in assigned}) == 1
+    assert sorted(i for packs in assigned for members in packs for i in members.tolist()) == list(range(len(samples)))
+    for members in (members for packs in assigned for members in packs):
         assert loads.llm[members].sum() <= llm
         assert loads.encoder[members].sum() <= encoder
         assert (np.diff(members) > 0).all()
-    again = pack(loads, caps, world)
-    assert [[m.tolist() for m in packs] for packs in again] == [[m.tolist() for m in packs] for packs in dealt]
+    again = pack(loads, budget, world)
+    assert [[m.tolist() for m in packs] for packs in again] == [[m.tolist() for m in packs] for packs in assigned]
 
 
 def test_fewer_samples_than_ranks_leaves_ranks_without() -> None:
-    dealt = pack(loads_of([(5, 5, 5), (5, 5, 5)]), Caps(10, 10), 5)
-    assert sorted(len(packs[0]) for packs in dealt) == [0, 0, 0, 1, 1]
+    assigned = pack(loads_of([(5, 5, 5), (5, 5, 5)]), TokenBudget(10, 10), 5)
+    assert sorted(len(packs[0]) for packs in assigned) == [0, 0, 0, 1, 1]
 
 
 def test_a_sample_larger_than_a_cap_is_found() -> None:
     loads = loads_of([(5, 5, 1), (5, 50, 1), (50, 5, 1)])
-    assert too_large(loads, Caps(60, 60)) is None
-    assert too_large(loads, Caps(60, 20)) == 1
-    assert too_large(loads, Caps(20, 60)) == 2
+    assert too_large(loads, TokenBudget(60, 60)) is None
+    assert too_large(loads, TokenBudget(60, 20)) == 1
+    assert too_large(loads, TokenBudget(20, 60)) == 2
 
 
-def eight_modalities(rng: np.random.Generator, n: int, cap_encoder: int) -> tuple[Loads, Caps]:
+def eight_modalities(rng: np.random.Generator, n: int, cap_encoder: int) -> tuple[ItemSizes, TokenBudget]:
     kinds, model = list(all_modalities().values()), CostModel()
     which = np.arange(n) % len(kinds)
     text = np.clip(rng.lognormal(2.8, 0.6, n).astype(np.int64) + 2, 3, 96)
     llm = llm_tokens(text, np.ones(n, dtype=np.int64))
     media = np.asarray([model.media([kind]) for kind in kinds])[which]
     encoder = np.asarray([kind.encoder_tokens for kind in kinds])[which]
-    return Loads(llm, encoder, model.samples(media, llm)), Caps(4096, cap_encoder)
+    return ItemSizes(llm, encoder, model.samples(media, llm)), TokenBudget(4096, cap_encoder)
 
 
 @pytest.mark.parametrize("world", [16, 8])
@@ -63,17 +63,17 @@ def eight_modalities(rng: np.random.Generator, n: int, cap_encoder: int) -> tupl
 def test_stage_one_is_balanced(world: int, encoder: int) -> None:
     """Global batch 5120, eight modalities: the fullest micro-batch costs at most 1.10 times the mean, with few micro-steps."""
     for seed in range(3):
-        loads, caps = eight_modalities(np.random.default_rng(seed), 5120, encoder)
-        dealt = pack(loads, caps, world)
-        costs = [loads.cost[members].sum() for packs in dealt for members in packs]
+        loads, budget = eight_modalities(np.random.default_rng(seed), 5120, encoder)
+        assigned = pack(loads, budget, world)
+        costs = [loads.cost[members].sum() for packs in assigned for members in packs]
         assert max(costs) / np.mean(costs) <= 1.10
-        fewest = max(loads.llm.sum() / caps.llm, loads.encoder.sum() / caps.encoder) / world
-        assert len(dealt[0]) <= 1.12 * fewest + 1
+        fewest = max(loads.llm.sum() / budget.llm, loads.encoder.sum() / budget.encoder) / world
+        assert len(assigned[0]) <= 1.12 * fewest + 1
 
 
 def test_ranks_of_a_micro_step_and_totals_of_ranks_are_alike() -> None:
-    loads, caps = eight_modalities(np.random.default_rng(5), 2048, 16_384)
-    dealt = pack(loads, caps, 8)
-    costs = np.asarray([[loads.cost[members].sum() for members in packs] for packs in dealt])
+    loads, budget = eight_modalities(np.random.default_rng(5), 2048, 16_384)
+    assigned = pack(loads, budget, 8)
+    costs = np.asarray([[loads.cost[members].sum() for members in packs] for packs in assigned])
     assert (costs.max(axis=0) / costs.mean(axis=0)).max() <= 1.05
     assert costs.sum(axis=1).max() / costs.sum(axis=1).mean() <= 1.02

@@ -14,8 +14,8 @@ from data_worlds import open_plan, section, tokenizer, write
 from onellm_dist.common.errors import UsageError
 from onellm_dist.data.micro_batch import SampleRef
 from onellm_dist.data.plan import Plan, open_datasets
-from onellm_dist.data.token_counts import sidecar_path
-from onellm_dist.modalities import RUN_TOKENS
+from onellm_dist.data.token_counts import token_count_path
+from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.shards.format.writer import DatasetWriter
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
@@ -37,10 +37,10 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(root: Path) -> None:
         expected = Counter(plan.samples(step))
         assert sum(expected.values()) == 12
         for world in (1, 2, 3, 4, 5, 8):
-            dealt = open_plan(root, MIXTURE).step(step, world)
-            assert len(dealt.ranks) == world
-            assert Counter(s for rank in dealt.ranks for micro in rank for s in micro.samples) == expected
-            assert dealt.divisor == sum(s.supervised_tokens for s in expected.elements())
+            assigned = open_plan(root, MIXTURE).step(step, world)
+            assert len(assigned.ranks) == world
+            assert Counter(s for rank in assigned.ranks for micro in rank for s in micro.samples) == expected
+            assert assigned.global_valid_tokens == sum(s.supervised_tokens for s in expected.elements())
 
 
 def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
@@ -90,14 +90,14 @@ def test_micro_steps_are_numbered_and_within_the_caps(root: Path) -> None:
         for index, micro in enumerate(rank):
             assert (micro.step, micro.rank, micro.index, micro.count) == (3, number, index, len(rank))
             assert micro.last == (index == len(rank) - 1)
-            assert sum(s.text_tokens + RUN_TOKENS * len(plan.runs[s.dataset]) for s in micro.samples) <= 160
-            assert sum(plan.modalities[m].encoder_tokens for s in micro.samples for m in plan.runs[s.dataset]) <= 900
+            assert sum(s.text_tokens + SPAN_TOKENS * len(plan.spans[s.dataset]) for s in micro.samples) <= 160
+            assert sum(plan.modalities[m].encoder_tokens for s in micro.samples for m in plan.spans[s.dataset]) <= 900
 
 
 def test_ranks_without_samples_run_dummies(root: Path) -> None:
     ranks = open_plan(root, MIXTURE, global_batch=3).step(0, 8).ranks
     assert [len(rank) for rank in ranks] == [1] * 8
-    assert sum(rank[0].dummy for rank in ranks) == 5
+    assert sum(rank[0].is_empty for rank in ranks) == 5
 
 
 def test_the_digest_is_that_of_the_design_page(root: Path) -> None:
@@ -197,13 +197,13 @@ def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> N
     dataset = write(tmp_path, "talk", [], 9)
     config = section(tmp_path, {"talk": 1})
     with pytest.raises(UsageError, match="2 shards have no text lengths"):
-        Plan.open(config, tokenizer(), 0, ["image"], build_lengths=False)
+        Plan.open(config, tokenizer(), 0, ["image"], build_counts=False)
     first = Plan.open(config, tokenizer(), 0, ["image"], show=False)
-    assert Plan.open(config, tokenizer(), 0, ["image"], build_lengths=False).digest(0) == first.digest(0)
-    assert sidecar_path(dataset, dataset.shards()[0], first.encoder.fingerprint).exists()
+    assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(0) == first.digest(0)
+    assert token_count_path(dataset, dataset.shards()[0], first.encoder.fingerprint).exists()
 
 
 def test_a_step_whose_texts_cannot_be_read_has_a_divisor(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "bad", name="bad", modalities=()) as writer:
         writer.add("train", "only", {"txt": b"\xff"})
-    assert open_plan(tmp_path, {"bad": 1}, global_batch=2).step(0, 1).divisor == 1
+    assert open_plan(tmp_path, {"bad": 1}, global_batch=2).step(0, 1).global_valid_tokens == 1

@@ -1,4 +1,4 @@
-"""MicroStep to PackedBatch: what is read, seeded augmentation, retries, tombstones, stale sidecars."""
+"""MicroBatch to PackedBatch: what is read, seeded augmentation, retries, skipped_samples, stale sidecars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onellm_dist.data import retry
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import encode
-from onellm_dist.data.token_counts import sidecar_path
+from onellm_dist.data.token_counts import token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards.format import index as index_module
@@ -43,7 +43,7 @@ def batch_of(plan: Plan, step: int = 0, **keys: object) -> PackedBatch:
 
 
 def texts(batch: PackedBatch) -> list[list[int]]:
-    return [piece.tolist() for piece in batch.input_ids.split(list(batch.text_lengths))]
+    return [piece.tolist() for piece in batch.input_ids.split(list(batch.text_token_counts))]
 
 
 def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
@@ -51,18 +51,18 @@ def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
     micro = plan.step(0, 1).ranks[0][0]
     batch = Reader(plan).read(micro)
     assert batch.sample_ids == tuple(plan.sample_ids(micro.samples))
-    assert batch.modalities == tuple(plan.runs[ref.dataset] for ref in micro.samples)
+    assert batch.modalities == tuple(plan.spans[ref.dataset] for ref in micro.samples)
     assert batch.weights.tolist() == [1.0] * 12
     assert batch.supervised is not None
     assert torch.equal(batch.labels[batch.supervised], batch.labels[batch.labels != IGNORE])
-    assert len(batch.supervised) == plan.step(0, 1).divisor
-    assert not batch.tombstones
-    assert not batch.dummy
+    assert len(batch.supervised) == plan.step(0, 1).global_valid_tokens
+    assert not batch.skipped_samples
+    assert not batch.is_empty
     seen = {"image": 0, "imu": 0}
-    for ref, ids, runs in zip(micro.samples, texts(batch), batch.modalities, strict=True):
+    for ref, ids, spans in zip(micro.samples, texts(batch), batch.modalities, strict=True):
         parts = read_parts(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], ref.row)
         assert ids == plan.encoder.encode(parts)[0]
-        for name in runs:
+        for name in spans:
             kind = plan.modalities[name]
             found = {slot: parts[extension] for slot, extension in kind.match(parts).items()}
             expected = kind.transform(kind.decode(found, {}), train=False, rng=np.random.default_rng(0))
@@ -94,11 +94,11 @@ def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None
 
 def test_a_dummy_is_one_bos_of_no_weight(root: Path) -> None:
     plan = open_plan(root, MIXTURE, global_batch=1)
-    micro = next(rank[0] for rank in plan.step(0, 2).ranks if rank[0].dummy)
+    micro = next(rank[0] for rank in plan.step(0, 2).ranks if rank[0].is_empty)
     batch = Reader(plan).read(micro)
     assert batch.input_ids.tolist() == [plan.encoder.bos]
     assert batch.labels.tolist() == [IGNORE]
-    assert (batch.text_lengths, batch.modalities, batch.weights.tolist(), batch.dummy) == ((1,), ((),), [0.0], True)
+    assert (batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.is_empty) == ((1,), ((),), [0.0], True)
     assert batch.sample_ids == ()
     assert {name: len(value) for name, value in batch.values.items()} == {"image": 0, "imu": 0, "fmri": 0}
 
@@ -111,9 +111,9 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
     batch, expected = batch_of(plan), batch_of(whole)
     assert batch.sample_ids == expected.sample_ids
     at = batch.sample_ids.index("pic/train-000001/pic-0009@0")
-    assert list(batch.tombstones) == [at]
-    assert "pic/train-000001/pic-0009@0" in batch.tombstones[at]
-    assert batch.text_lengths == expected.text_lengths
+    assert list(batch.skipped_samples) == [at]
+    assert "pic/train-000001/pic-0009@0" in batch.skipped_samples[at]
+    assert batch.text_token_counts == expected.text_token_counts
     assert batch.weights.tolist() == [float(i != at) for i in range(len(batch.sample_ids))]
     assert not batch.values["image"][at].any()
     assert batch.values["image"].shape == expected.values["image"].shape
@@ -121,7 +121,7 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
         if i != at:
             assert torch.equal(batch.values["image"][i], expected.values["image"][i])
             assert texts(batch)[i] == texts(expected)[i]
-    labels = batch.labels.split(list(batch.text_lengths))[at]
+    labels = batch.labels.split(list(batch.text_token_counts))[at]
     assert (labels == IGNORE).all()
 
 
@@ -142,8 +142,8 @@ def test_a_decoders_surprise_becomes_a_tombstone(root: Path, monkeypatch: pytest
     monkeypatch.setitem(vars(plan), "modalities", {**plan.modalities, "image": _Decoding(plan.modalities["image"], surprised)})
     batch = batch_of(plan)
     assert batch.sample_ids == expected.sample_ids
-    assert list(batch.tombstones) == [0]
-    assert f"{batch.sample_ids[0]}: unreadable image: {type(error).__name__}" in batch.tombstones[0]
+    assert list(batch.skipped_samples) == [0]
+    assert f"{batch.sample_ids[0]}: unreadable image: {type(error).__name__}" in batch.skipped_samples[0]
 
 
 @pytest.mark.parametrize("error", [MemoryError("no room"), OSError(24, "Too many open files"), RuntimeError("can't allocate memory")])
@@ -181,8 +181,8 @@ def test_a_flipped_byte_becomes_a_tombstone(tmp_path: Path, monkeypatch: pytest.
         file.seek(place.offset + 500)
         file.write(bytes([byte[0] ^ 1]))
     batch = batch_of(plan)
-    assert [batch.sample_ids[i] for i in batch.tombstones] == ["imu/train-000000/imu-0003@0"]
-    assert "CRC" in next(iter(batch.tombstones.values()))
+    assert [batch.sample_ids[i] for i in batch.skipped_samples] == ["imu/train-000000/imu-0003@0"]
+    assert "CRC" in next(iter(batch.skipped_samples.values()))
 
 
 class FailingReads:
@@ -206,12 +206,12 @@ def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.
     reads = FailingReads(2, 2, OSError(5, "Input/output error"))
     monkeypatch.setattr(retry, "read_span", reads)
     batch = batch_of(plan)
-    assert not batch.tombstones
+    assert not batch.skipped_samples
     assert reads.calls == 2 + 2  # row 2 of both shards
     assert torch.equal(batch.input_ids, expected.input_ids)
     monkeypatch.setattr(retry, "read_span", FailingReads(2, 99, OSError(5, "Input/output error")))
     failed = batch_of(plan)
-    assert {failed.sample_ids[i].split("/")[2] for i in failed.tombstones} == {"talk-0002@0", "talk-0009@0"}
+    assert {failed.sample_ids[i].split("/")[2] for i in failed.skipped_samples} == {"talk-0002@0", "talk-0009@0"}
 
 
 def test_an_index_that_fails_once_stops_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,8 +246,8 @@ def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
 def test_tombstones_of_an_earlier_start_are_not_tried_again(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     name = plan.sample_ids(plan.step(0, 1).ranks[0][0].samples)[2]
-    batch = batch_of(plan, tombstones={name: "the disk was lost"})
-    assert batch.tombstones == {2: "the disk was lost"}
+    batch = batch_of(plan, skipped_samples={name: "the disk was lost"})
+    assert batch.skipped_samples == {2: "the disk was lost"}
     assert batch.weights[2] == 0
 
 
@@ -257,15 +257,15 @@ def test_a_text_that_cannot_be_read_is_a_planned_tombstone(tmp_path: Path) -> No
             writer.add("train", f"k{number}", {"txt": text})
     plan = open_plan(tmp_path, {"some": 1}, global_batch=3)
     batch = batch_of(plan)
-    assert [(batch.sample_ids[i], batch.text_lengths[i]) for i in batch.tombstones] == [("some/train-000000/k1@0", 1)]
-    assert "UTF-8" in next(iter(batch.tombstones.values()))
-    assert plan.step(0, 1).divisor == 4 + 2
+    assert [(batch.sample_ids[i], batch.text_token_counts[i]) for i in batch.skipped_samples] == [("some/train-000000/k1@0", 1)]
+    assert "UTF-8" in next(iter(batch.skipped_samples.values()))
+    assert plan.step(0, 1).global_valid_tokens == 4 + 2
 
 
 def test_a_text_of_another_length_than_planned_stops(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = sidecar_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
+    path = token_count_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
     pairs = np.load(path)
     pairs[4] += 1
     np.save(path, pairs)
@@ -287,7 +287,7 @@ def test_conversations_are_read_with_their_labels(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, text_format="conversation", max_text_tokens=60, global_batch=4, pack_llm_tokens=2048)
     micro = plan.step(0, 1).ranks[0][0]
     batch = Reader(plan).read(micro)
-    for ref, ids, labels in zip(micro.samples, texts(batch), batch.labels.split(list(batch.text_lengths)), strict=True):
+    for ref, ids, labels in zip(micro.samples, texts(batch), batch.labels.split(list(batch.text_token_counts)), strict=True):
         parts = read_parts(plan.datasets[0], plan.shards[0][ref.shard], ref.row)
         assert (ids, labels.tolist()) == encode(parts, tokenizer(), "conversation", 60)
-    assert (batch.labels >= 0).sum() == plan.step(0, 1).divisor
+    assert (batch.labels >= 0).sum() == plan.step(0, 1).global_valid_tokens

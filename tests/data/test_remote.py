@@ -65,7 +65,11 @@ def batches_of(plan: Plan, *, workers: int = 0, steps: int = 3) -> list[PackedBa
 def assert_same(found: list[PackedBatch], expected: list[PackedBatch]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert (one.sample_ids, one.text_lengths, list(one.tombstones)) == (other.sample_ids, other.text_lengths, list(other.tombstones))
+        assert (one.sample_ids, one.text_token_counts, list(one.skipped_samples)) == (
+            other.sample_ids,
+            other.text_token_counts,
+            list(other.skipped_samples),
+        )
         assert torch.equal(one.input_ids, other.input_ids)
         assert all(torch.equal(one.values[name], other.values[name]) for name in other.values)
 
@@ -165,7 +169,7 @@ def test_a_read_that_always_fails_is_a_tombstone_with_its_reason(memory: str, mo
     plan = plan_of(memory)
     requests = Requests(monkeypatch)
     requests.failing["shards/train-000000.tar"] = 10**9
-    reasons = [reason for batch in batches_of(plan) for reason in batch.tombstones.values()]
+    reasons = [reason for batch in batches_of(plan) for reason in batch.skipped_samples.values()]
     assert reasons
     assert all("train-000000" in reason for reason in reasons)
     assert any("the network is down" in reason for reason in reasons)
@@ -197,7 +201,7 @@ def test_lengths_beside_the_remote_shards_are_used(local: Path, memory: str, own
     for path in local.rglob("lengths/*/*.npy"):
         fs.pipe_file(f"{memory.removeprefix('memory:/')}/{path.relative_to(local)}", path.read_bytes())
     requests = Requests(monkeypatch)
-    plan = Plan.open(section(memory, MIXTURE), tokenizer(), 0, ("image", "imu"), show=False, build_lengths=False)  # type: ignore[arg-type]
+    plan = Plan.open(section(memory, MIXTURE), tokenizer(), 0, ("image", "imu"), show=False, build_counts=False)  # type: ignore[arg-type]
     assert plan.samples(0) == plan_of(local).samples(0)
     assert requests.ranges == []
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.data.mixture import Mixture
-from onellm_dist.data.phases import Segment
+from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
 
 FIRST = {"pic": 2.0, "imu": 1.0, "talk": 1.0}
@@ -23,7 +23,7 @@ FIRST = {"pic": 2.0, "imu": 1.0, "talk": 1.0}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("segments")
+    root = tmp_path_factory.mktemp("data_phases")
     write(root, "pic", ["image"], 40)
     write(root, "imu", ["imu"], 25)
     write(root, "talk", [], 11)
@@ -33,8 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **keys: object) -> Plan:
     """As a start that reads the checkpoint `before` wrote after `step` steps."""
-    history = [Segment.from_json(raw) for raw in json.loads(json.dumps([s.to_json() for s in before.segments]))]
-    plan = open_plan(root, mixture, new_segment=True, **keys)
+    history = [DataPhase.from_json(raw) for raw in json.loads(json.dumps([s.to_json() for s in before.data_phases]))]
+    plan = open_plan(root, mixture, new_phase=True, **keys)
     plan.follow(history, step)
     return plan
 
@@ -60,7 +60,7 @@ def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
             assert len(plan.samples(step)) == batch
             for ref in plan.samples(step):
                 read[plan.datasets[ref.dataset].name].append((ref.shard, ref.row, ref.epoch))
-    assert [segment.start for segment in plan.segments] == [0, 5, 9, 10]
+    assert [data_phase.start for data_phase in plan.data_phases] == [0, 5, 9, 10]
     expected = orders(root, 200)
     assert all(len(places) > 3 for places in read.values())
     for name, places in read.items():
@@ -95,26 +95,26 @@ def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
 def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
     before = open_plan(root, FIRST)
     with pytest.raises(UsageError) as info:
-        open_plan(root, {**FIRST, "pic": 1.0}).follow(before.segments, 6)
+        open_plan(root, {**FIRST, "pic": 1.0}).follow(before.data_phases, 6)
     assert "data.mixture was 1/2 pic + 1/4 imu + 1/4 talk and is 1/3 pic + 1/3 imu + 1/3 talk" in info.value.what
-    assert "data.new_segment=true" in info.value.do
+    assert "data.new_phase=true" in info.value.do
     for keys, words in (({"global_batch": 10}, r"data\.global_batch was 12 and is 10"), ({"max_text_tokens": 20}, "max_text_tokens")):
         with pytest.raises(UsageError, match=words):
-            open_plan(root, FIRST, **keys).follow(before.segments, 6)
-    same = open_plan(root, {"pic": 4.0, "imu": 2.0, "talk": 2.0}, workers=3, pack_llm_tokens=900, new_segment=True)
-    assert same.follow(before.segments, 6) is False
-    assert same.segments == before.segments
+            open_plan(root, FIRST, **keys).follow(before.data_phases, 6)
+    same = open_plan(root, {"pic": 4.0, "imu": 2.0, "talk": 2.0}, workers=3, pack_llm_tokens=900, new_phase=True)
+    assert same.follow(before.data_phases, 6) is False
+    assert same.data_phases == before.data_phases
     assert [same.digest(step) for step in (6, 7)] == [before.digest(step) for step in (6, 7)]
 
 
 def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> None:
     before = open_plan(root, FIRST)
     with pytest.raises(UsageError, match=r"run\.seed is 1, and the checkpoint's 0"):
-        open_plan(root, FIRST, seed=1, new_segment=True).follow(before.segments, 6)
+        open_plan(root, FIRST, seed=1, new_phase=True).follow(before.data_phases, 6)
     for name, count, kinds in (("pic", 41, ["image"]), ("imu", 25, ["imu"]), ("talk", 11, [])):
         write(tmp_path, name, kinds, count)
     with pytest.raises(UsageError, match="dataset pic: its shards are not those"):
-        open_plan(tmp_path, FIRST, new_segment=True).follow(before.segments, 6)
+        open_plan(tmp_path, FIRST, new_phase=True).follow(before.data_phases, 6)
 
 
 def test_a_step_before_the_segment_is_not_in_its_plan(root: Path) -> None:

@@ -72,7 +72,7 @@ def build(root: Path, *, broken: bool) -> Path:
         with DatasetWriter(root / name, name=name, modalities=(name,), max_samples=17) as writer:
             for sample in range(60 + 7 * number):
                 content = b"no media" if broken and (number, sample) == (1, 5) else f"{name} {sample}".encode()
-                parts = {accepted[0]: content for accepted in kind.slots.values()}
+                parts = {accepted[0]: content for accepted in kind.required_parts.values()}
                 text = " ".join(["a red cube"] * (1 + (sample * 7 + number) % 9))
                 writer.add("train", f"{name}-{sample:04d}", {**parts, "txt": text.encode()})
     if broken:
@@ -97,8 +97,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(root: Path) -> Plan:
     mixture = dict(zip(all_modalities(), WEIGHTS, strict=True))
-    caps = {"pack_llm_tokens": 512, "pack_encoder_tokens": 6000}
-    return open_plan(root, mixture, modalities=tuple(all_modalities()), global_batch=BATCH, **caps)
+    budget = {"pack_llm_tokens": 512, "pack_encoder_tokens": 6000}
+    return open_plan(root, mixture, modalities=tuple(all_modalities()), global_batch=BATCH, **budget)
 
 
 class Stream:
@@ -106,18 +106,18 @@ class Stream:
 
     def __init__(self) -> None:
         self.steps: dict[int, dict[str, tuple[float, tuple[float, ...], tuple[int, ...]]]] = {}
-        self.tombstones: set[str] = set()
+        self.skipped_samples: set[str] = set()
 
     def add(self, step: int, batch: Any) -> None:
         of_step = self.steps.setdefault(step, {})
         taken: Counter[str] = Counter()
-        texts = batch.input_ids.split(list(batch.text_lengths))
+        texts = batch.input_ids.split(list(batch.text_token_counts))
         for i, name in enumerate(batch.sample_ids):
             (kind,) = batch.modalities[i]
             assert name not in of_step, f"{name} twice in step {step}"
             of_step[name] = (batch.weights[i].item(), tuple(batch.values[kind][taken[kind]].tolist()), tuple(texts[i].tolist()))
             taken[kind] += 1
-        self.tombstones |= {batch.sample_ids[i] for i in batch.tombstones}
+        self.skipped_samples |= {batch.sample_ids[i] for i in batch.skipped_samples}
 
     def digest(self) -> str:
         lines = [f"{step} {name}\n" for step in sorted(self.steps) for name in sorted(self.steps[step])]
@@ -156,14 +156,14 @@ def reads_fail_once(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, 
 
 
 def test_one_digest_for_every_world_and_number_of_workers(sound: Path, broken: Path, reads_fail_once: Counter[Any]) -> None:
-    """With corrupt samples and reads that fail once: the ids of the undisturbed stream, and one set of tombstones."""
+    """With corrupt samples and reads that fail once: the ids of the undisturbed stream, and one set of skipped_samples."""
     plan = plan_of(broken)
     expected = planned_digest(plan_of(sound))
     whole = read_all(plan, 1, 0)
     assert len(whole.steps) == STEPS
     assert sum(map(len, whole.steps.values())) == STEPS * BATCH
     assert whole.digest() == expected
-    assert {name.split("@")[0] for name in whole.tombstones} == {"image/train-000001/image-0025", "video/train-000000/video-0005"}
+    assert {name.split("@")[0] for name in whole.skipped_samples} == {"image/train-000001/image-0025", "video/train-000000/video-0005"}
     assert sum(count > 1 for count in reads_fail_once.values()) > 20, "many reads failed, and none of them for good"
     for world in WORLDS:
         for workers in WORKERS:
@@ -172,16 +172,16 @@ def test_one_digest_for_every_world_and_number_of_workers(sound: Path, broken: P
             stream = read_all(plan, world, workers)
             assert stream.digest() == expected, (world, workers)
             assert stream.steps == whole.steps, (world, workers)
-            assert stream.tombstones == whole.tombstones
+            assert stream.skipped_samples == whole.skipped_samples
 
 
 def test_the_undisturbed_stream_has_no_tombstone(sound: Path, broken: Path) -> None:
     plan = plan_of(sound)
     stream, spoiled = read_all(plan, 3, 1), read_all(plan_of(broken), 3, 0)
     assert stream.digest() == planned_digest(plan) == spoiled.digest()
-    assert stream.tombstones == set()
+    assert stream.skipped_samples == set()
     differing = {n for step in stream.steps for n in stream.steps[step] if stream.steps[step][n] != spoiled.steps[step][n]}
-    assert differing == spoiled.tombstones, "no other sample was touched"
+    assert differing == spoiled.skipped_samples, "no other sample was touched"
 
 
 def one_start(root: Path, log: Path, first: int, world: int, workers: int) -> None:

@@ -78,7 +78,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def texts(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
-    lengths = list(batch.text_lengths)
+    lengths = list(batch.text_token_counts)
     return [(i.tolist(), t.tolist()) for i, t in zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)]
 
 
@@ -88,8 +88,8 @@ def read(plan: Plan, steps: Sequence[int], world: int = 1, workers: int = 0) -> 
     for rank in range(world):
         with Loader(plan, world, rank, steps[0], steps[-1] + 1, workers) as loader:
             for _, batch in loader:
-                assert not batch.tombstones
-                found.update(zip(batch.sample_ids, texts(batch), strict=True) if not batch.dummy else [])
+                assert not batch.skipped_samples
+                found.update(zip(batch.sample_ids, texts(batch), strict=True) if not batch.is_empty else [])
     return found
 
 
@@ -119,8 +119,8 @@ def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length
     assert sum(len(by_sample[number]) for number in range(16) if number % 4) > 24, "most samples showed two or three of their captions"
     for ids, labels in once.values():
         assert labels == [IGNORE, *ids[1:]]
-    divisor = sum(label != IGNORE for name, (_, labels) in once.items() if name.endswith("@3") for label in labels)
-    assert plan.step(3, 1).divisor == divisor
+    global_valid_tokens = sum(label != IGNORE for name, (_, labels) in once.items() if name.endswith("@3") for label in labels)
+    assert plan.step(3, 1).global_valid_tokens == global_valid_tokens
 
     again = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16, augment=False)
     assert read(again, range(2), world=3, workers=1) == {name: found for name, found in once.items() if name.endswith(("@0", "@1"))}
@@ -167,4 +167,4 @@ def test_joint_media_and_text_alone_share_packs_and_every_answer_is_supervised(r
         assert kept == "".join(f"{space}{answer}{end}" for answer in answers)
         assert ids[0] == tok.bos_token_id
         assert ("Be brief." in tok.decode(ids)) == name.startswith("heard/")
-    assert plan.step(0, 1).divisor == int((batch.labels != IGNORE).sum())
+    assert plan.step(0, 1).global_valid_tokens == int((batch.labels != IGNORE).sum())

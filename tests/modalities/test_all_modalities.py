@@ -89,9 +89,11 @@ def test_broken_bytes_give_values_or_a_sample_error_and_nothing_else(name: str, 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_are_matched_most_specific_first(name: str) -> None:
     modality = get_modality(name)
-    everything = {extension for accepted in modality.slots.values() for extension in accepted}
+    everything = {extension for accepted in modality.required_parts.values() for extension in accepted}
     found = modality.match(everything)
-    assert {slot: found[slot] for slot in modality.slots} == {slot: accepted[0] for slot, accepted in modality.slots.items()}
+    assert {slot: found[slot] for slot in modality.required_parts} == {
+        slot: accepted[0] for slot, accepted in modality.required_parts.items()
+    }
     with pytest.raises(SampleError):
         modality.match({"txt", "json"})
 

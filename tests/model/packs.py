@@ -35,10 +35,10 @@ def small_model(
     return model.train()
 
 
-def make_pack(modalities: Sequence[Sequence[str]], text_lengths: Sequence[int], seed: int = 0) -> PackedBatch:
+def make_pack(modalities: Sequence[Sequence[str]], text_token_counts: Sequence[int], seed: int = 0) -> PackedBatch:
     """Random texts and values; a sample's content depends on its place and `seed` alone, all but BOS is supervised."""
     ids, labels, rows = [], [], {name: [] for name in all_modalities()}
-    for i, (runs, length) in enumerate(zip(modalities, text_lengths, strict=True)):
+    for i, (runs, length) in enumerate(zip(modalities, text_token_counts, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + i)
         text = torch.cat([torch.tensor([1]), torch.randint(3, WORDS, (length - 1,), generator=generator)])
         ids.append(text)
@@ -47,20 +47,20 @@ def make_pack(modalities: Sequence[Sequence[str]], text_lengths: Sequence[int], 
             rows[name].append(torch.randn(all_modalities()[name].value_shape, generator=generator))
     values = {name: torch.stack(r) if r else torch.empty(0, *all_modalities()[name].value_shape) for name, r in rows.items()}
     return PackedBatch(
-        torch.cat([torch.empty(0, dtype=torch.int64), *ids]), torch.cat([torch.empty(0, dtype=torch.int64), *labels]), tuple(text_lengths),
+        torch.cat([torch.empty(0, dtype=torch.int64), *ids]), torch.cat([torch.empty(0, dtype=torch.int64), *labels]), tuple(text_token_counts),
         tuple(map(tuple, modalities)), values, torch.ones(len(ids)),
     )  # fmt: skip
 
 
-def dummy_pack() -> PackedBatch:
+def empty_pack() -> PackedBatch:
     """What a rank without samples runs."""
-    return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), {}, torch.zeros(1), dummy=True)
+    return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), {}, torch.zeros(1), is_empty=True)
 
 
 def one_by_one(model: OneLLMForConditionalGeneration, pack: PackedBatch) -> list[torch.Tensor]:
     """Logits of each sample's supervised tokens [S - 1, V], through the padded entry, one sample at a time."""
     out, start, used = [], 0, dict.fromkeys(pack.values, 0)
-    for length, runs in zip(pack.text_lengths, pack.modalities, strict=True):
+    for length, runs in zip(pack.text_token_counts, pack.modalities, strict=True):
         values = {}
         for name in runs:
             values[f"{name}_values"] = pack.values[name][used[name]][None]

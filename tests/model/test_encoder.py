@@ -7,7 +7,7 @@ import torch
 from packs import relative
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.model.attention import Segments
+from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.towers import from_open_clip
@@ -62,8 +62,8 @@ def test_sequences_of_any_lengths_share_a_pack() -> None:
     lengths = [9, 257, 9, 31]
     x = torch.randn(sum(lengths), 64)
     with torch.no_grad():
-        packed = encoder(x, Segments.of(lengths, device=x.device))
-        alone = torch.cat([encoder(part, Segments.of([len(part)], device=x.device)) for part in x.split(lengths)])
+        packed = encoder(x, SequenceLengths.of(lengths, device=x.device))
+        alone = torch.cat([encoder(part, SequenceLengths.of([len(part)], device=x.device)) for part in x.split(lengths)])
     assert relative(packed, alone) < 1e-6
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from packs import dummy_pack, make_pack, relative, small_model
+from packs import empty_pack, make_pack, relative, small_model
 
 from onellm_dist.model import OneLLMForConditionalGeneration
-from onellm_dist.model.attention import Segments, backend, packed_attention
+from onellm_dist.model.attention import SequenceLengths, backend, packed_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels cannot be profiled here")]
 
@@ -50,16 +50,19 @@ def test_encoder_upm_and_llm_run_variable_length_kernels(model: OneLLMForConditi
     x = torch.randn(sum(lengths), 32, device="cuda", dtype=torch.bfloat16)
     gates = torch.rand(90, 3, device="cuda")
     embeds = torch.randn(1, sum(lengths), 48, device="cuda", dtype=torch.bfloat16)
-    segments = Segments.of(lengths, device=x.device)
+    seq_lengths = SequenceLengths.of(lengths, device=x.device)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
     with torch.no_grad():
-        assert len(kernels_of(lambda: model.encoder(x, segments))) >= 2
+        assert len(kernels_of(lambda: model.encoder(x, seq_lengths))) >= 2
         assert len(kernels_of(lambda: model.upm(x, gates, lengths, 30))) >= 3 * 2
-        assert len(kernels_of(lambda: model.llm.model(inputs_embeds=embeds, attention_mask=mask, segments=segments, use_cache=False))) >= 2
+        assert (
+            len(kernels_of(lambda: model.llm.model(inputs_embeds=embeds, attention_mask=mask, seq_lengths=seq_lengths, use_cache=False)))
+            >= 2
+        )
 
 
 def test_a_training_step_never_waits_for_the_host(model: OneLLMForConditionalGeneration) -> None:
-    packs = [make_pack(RUNS, LENGTHS).to("cuda"), dummy_pack().to("cuda")]
+    packs = [make_pack(RUNS, LENGTHS).to("cuda"), empty_pack().to("cuda")]
     for pack in packs:
         model(packed=pack).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -78,11 +81,11 @@ def test_kernels_agree_with_fp32(causal: bool, kv_heads: int) -> None:
     lengths = [5, 130, 1, 257, 64]
     q = torch.randn(sum(lengths), 8, 64, device="cuda")
     k, v = (torch.randn(sum(lengths), kv_heads, 64, device="cuda") for _ in range(2))
-    segments = Segments.of(lengths, device=q.device)
+    seq_lengths = SequenceLengths.of(lengths, device=q.device)
     wide = [x.clone().requires_grad_() for x in (q, k, v)]
     narrow = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    reference = packed_attention(*wide, segments, causal=causal)
-    ours = packed_attention(*narrow, segments, causal=causal)
+    reference = packed_attention(*wide, seq_lengths, causal=causal)
+    ours = packed_attention(*narrow, seq_lengths, causal=causal)
     assert relative(ours.float(), reference) < ATTENTION_BOUND
     weight = torch.randn_like(reference)
     theirs = torch.autograd.grad((reference * weight).sum(), wide)
@@ -109,6 +112,6 @@ def test_gpu_and_cpu_agree_in_fp32() -> None:
 
 def test_dummy_packs_give_zero_gradients_on_a_gpu() -> None:
     model = small_model().to("cuda", torch.bfloat16)
-    model(packed=dummy_pack().to("cuda")).loss.backward()
+    model(packed=empty_pack().to("cuda")).loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, g in grads.items() if g is None or g.abs().max() > 0] == []

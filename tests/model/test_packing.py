@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from packs import dummy_pack, make_pack, one_by_one, relative, small_model
+from packs import empty_pack, make_pack, one_by_one, relative, small_model
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import all_modalities
@@ -38,7 +38,7 @@ def test_packed_equals_unpacked(mixture: str) -> None:
     alone = torch.cat(one_by_one(model, pack))
     logits, places, _ = model.packed_logits(pack)
     targets = pack.labels[places]
-    assert len(targets) == sum(pack.text_lengths) - len(pack.text_lengths)
+    assert len(targets) == sum(pack.text_token_counts) - len(pack.text_token_counts)
     if len(targets):
         assert relative(logits, alone) <= 1e-5
     packed, unpacked = (gradients(model, F.cross_entropy(x, targets, reduction="sum")) for x in (logits, alone))
@@ -51,10 +51,10 @@ def test_the_loss_is_the_weighted_sum_over_supervised_tokens() -> None:
     model, pack = small_model(), make_pack([("image",), (), ("fmri",)], [5, 7, 3])
     labels = pack.labels.clone()
     labels[6:9] = IGNORE
-    pack = PackedBatch(pack.input_ids, labels, pack.text_lengths, pack.modalities, pack.values, torch.tensor([1.0, 0.0, 1.0]))
+    pack = PackedBatch(pack.input_ids, labels, pack.text_token_counts, pack.modalities, pack.values, torch.tensor([1.0, 0.0, 1.0]))
     alone = one_by_one(model, pack)
     out = model(packed=pack)
-    supervised = [s[s != IGNORE] for s in labels.split(list(pack.text_lengths))]
+    supervised = [s[s != IGNORE] for s in labels.split(list(pack.text_token_counts))]
     nll = [
         F.cross_entropy(x[s[1:] != IGNORE], t, reduction="none") for x, s, t in zip(alone, labels.split([5, 7, 3]), supervised, strict=True)
     ]
@@ -80,7 +80,7 @@ def test_nothing_leaks_between_samples(changed: int) -> None:
         values[name][row] = other.values[name][row]
     with torch.no_grad():
         before = model.packed_logits(pack)[0].split([n - 1 for n in lengths])
-        after = model.packed_logits(PackedBatch(ids, labels, pack.text_lengths, pack.modalities, values, pack.weights))[0].split(
+        after = model.packed_logits(PackedBatch(ids, labels, pack.text_token_counts, pack.modalities, values, pack.weights))[0].split(
             [n - 1 for n in lengths]
         )
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
@@ -96,7 +96,7 @@ def test_a_dummy_pack_gives_zero_gradients_and_no_missing_ones(router: str, stag
     if stage == "tune":
         model.requires_grad_(False)
         model.llm.requires_grad_(True)
-    out = model(packed=dummy_pack())
+    out = model(packed=empty_pack())
     out.loss.backward()
     trainable = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert out.loss.item() == 0
@@ -131,7 +131,7 @@ def test_every_module_runs_once_whatever_was_dealt() -> None:
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     seen = []
-    for pack in (make_pack([("image",)], [4]), make_pack([("audio",), ("fmri", "imu")], [3, 5]), dummy_pack()):
+    for pack in (make_pack([("image",)], [4]), make_pack([("audio",), ("fmri", "imu")], [3, 5]), empty_pack()):
         calls.clear()
         model(packed=pack)
         seen.append(list(calls))
@@ -164,7 +164,7 @@ def test_parameters_are_read_only_inside_their_own_module() -> None:
 @pytest.mark.parametrize("what", ["rows", "tokens", "missing"])
 def test_a_pack_that_contradicts_itself_is_refused(what: str) -> None:
     model, pack = small_model(), make_pack([("imu",)], [6])
-    values, lengths = dict(pack.values), pack.text_lengths
+    values, lengths = dict(pack.values), pack.text_token_counts
     if what == "rows":
         values["imu"] = values["imu"][:0]
     elif what == "missing":
@@ -181,7 +181,7 @@ def test_models_of_fewer_modalities(names: list[str]) -> None:
     assert model.config.modalities == sorted(names, key=NAMES.index)
     pack = make_pack([(name,) for name in names], [5] * len(names))
     kept = {name: pack.values[name] for name in names}
-    pack = PackedBatch(pack.input_ids, pack.labels, pack.text_lengths, pack.modalities, kept, pack.weights)
+    pack = PackedBatch(pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, kept, pack.weights)
     logits, _, _ = model.packed_logits(pack)
     assert relative(logits, torch.cat(one_by_one(model, pack))) <= 1e-5
     with pytest.raises(OneLLMError, match="video"):
@@ -197,7 +197,7 @@ def test_moving_a_pack_counts_its_targets_on_the_host() -> None:
     assert torch.equal(model(packed=moved).loss, model(packed=pack).loss)
 
 
-@pytest.mark.parametrize("pack", [make_pack([("image",), ("imu",), ()], [5, 6, 3]), dummy_pack()], ids=["samples", "dummy"])
+@pytest.mark.parametrize("pack", [make_pack([("image",), ("imu",), ()], [5, 6, 3]), empty_pack()], ids=["samples", "dummy"])
 def test_activation_checkpointing_recomputes_every_block_and_changes_nothing(pack: PackedBatch) -> None:
     model = small_model()
     plain = gradients(model, model(packed=pack).loss)

@@ -30,7 +30,7 @@ def test_a_saved_model_comes_back_the_same(auto: type, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).upm.router == "sparse"
     pack = make_pack([("imu",), ("image",), ()], [4, 5, 6])
     pack = type(pack)(
-        pack.input_ids, pack.labels, pack.text_lengths, pack.modalities, {m: pack.values[m] for m in ("imu", "image")}, pack.weights
+        pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, {m: pack.values[m] for m in ("imu", "image")}, pack.weights
     )
     assert torch.equal(again.train()(packed=pack).nll, model(packed=pack).nll)
     assert not any(p.requires_grad for p in again.encoder.parameters())
@@ -53,7 +53,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     again = OneLLMForConditionalGeneration.from_pretrained(tmp_path)
     assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
     pack = make_pack([("imu",)], [4])
-    pack = type(pack)(pack.input_ids, pack.labels, pack.text_lengths, pack.modalities, {"imu": pack.values["imu"]}, pack.weights)
+    pack = type(pack)(pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, {"imu": pack.values["imu"]}, pack.weights)
     assert torch.equal(again(packed=pack).nll, model(packed=pack).nll)
 
 

@@ -17,7 +17,7 @@ from onellm_dist.data.costs import CostModel
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, build_config, load_model
-from onellm_dist.model.attention import Segments
+from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMUPMConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.initialisation import initialise
@@ -231,6 +231,6 @@ def test_segments_of_any_lengths_share_a_pack() -> None:
     lengths = [3, 17, 3]
     x = torch.randn(sum(lengths), 48)
     with torch.no_grad():
-        packed = encoder(x, Segments.of(lengths, device=x.device))
-        alone = torch.cat([encoder(part, Segments.of([len(part)], device=x.device)) for part in x.split(lengths)])
+        packed = encoder(x, SequenceLengths.of(lengths, device=x.device))
+        alone = torch.cat([encoder(part, SequenceLengths.of([len(part)], device=x.device)) for part in x.split(lengths)])
     assert relative(packed, alone) < 1e-5

@@ -7,7 +7,7 @@ import torch
 from packs import relative, small_model
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.attention import Segments
+from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMUPMConfig
 
 
@@ -22,7 +22,7 @@ def test_the_last_block_loses_nothing() -> None:
         for expert in upm.experts:
             y = x
             for block in expert.blocks:
-                y = block(y, Segments.of(lengths, device=x.device))
+                y = block(y, SequenceLengths.of(lengths, device=x.device))
             whole.append(torch.cat([part[:30] for part in y.split(lengths)]))
         reference = sum(gates[:, k : k + 1] * y for k, y in enumerate(whole))
     assert relative(ours, reference) < 1e-6

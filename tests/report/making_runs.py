@@ -30,7 +30,7 @@ class MadeRun:
         directory.mkdir(parents=True)
         (directory / ".lock").touch()
         (directory / "config.yaml").write_text(yaml.safe_dump({
-            "run": {"dir": str(directory), "seed": 0}, "model": {"preset": "toy"}, "data": {"global_batch": 32, "max_tombstones": 10},
+            "run": {"dir": str(directory), "seed": 0}, "model": {"preset": "toy"}, "data": {"global_batch": 32, "max_skipped_samples": 10},
             "train": {"stage": "align", "steps": steps, "precision": "bf16"}, "optim": PARAMETERS,
             "engine": {"name": "deepspeed", "config": "zero3"}, "checkpoint": {"every": every, "keep": 2},
         }))  # fmt: skip
@@ -134,10 +134,10 @@ class MadeRun:
         """A line of `events.jsonl`."""
         self._append("events.jsonl", {"time": self.text(), "event": name, **fields})
 
-    def tombstone(self, sample: str, reason: str) -> None:
+    def skipped_sample(self, sample: str, reason: str) -> None:
         """A sample that could not be read."""
         (self.directory / "ledger").mkdir(exist_ok=True)
-        self._append("ledger/tombstones-rank00003.jsonl", {"step": self.step, "sample_id": sample, "reason": reason})
+        self._append("ledger/skipped_samples-rank00003.jsonl", {"step": self.step, "sample_id": sample, "reason": reason})
 
     def text(self) -> str:
         """The clock as files write it."""
@@ -166,8 +166,8 @@ def eventful(directory: Path) -> MadeRun:
     run.start(0, checkpoint=0.0)
     run.train(150, every=100)
     run.validate(3.0)
-    run.tombstone("laion/00017.tar/000170042@0", "JPEG: cut short")
-    run.event("tombstones", step=150, count=1, total=1)
+    run.skipped_sample("laion/00017.tar/000170042@0", "JPEG: cut short")
+    run.event("skipped_samples", step=150, count=1, total=1)
     run.train(180, every=100)
     run.checkpoint(4.0)
     run.end("preempted", "the file stop")
@@ -190,8 +190,8 @@ def eventful(directory: Path) -> MadeRun:
         reason="the loss is not finite",
         kind="loss_not_finite",
         samples_total=1,
-        micro_steps=[{"rank": 3, "micro_step": 0, "samples": ["laion/00017.tar/1@0"]}],
-        samples=[{"rank": 3, "micro_step": 0, "sample": "laion/00017.tar/1@0", "modality": "image", "nll": None}],
+        micro_batches=[{"rank": 3, "micro_batch": 0, "samples": ["laion/00017.tar/1@0"]}],
+        samples=[{"rank": 3, "micro_batch": 0, "sample": "laion/00017.tar/1@0", "modality": "image", "nll": None}],
     )
     run.train(60, every=100)
     run.one(grad_norm=48.0)

@@ -68,7 +68,7 @@ def test_troubles_are_found_and_told_in_words(four_starts: Facts) -> None:
     troubles = four_starts.troubles
     assert [s.step for s in troubles.slow] == [370, 371, 372] and troubles.slow[0].waited == 0.9
     assert [e["step"] for e in troubles.skipped] == [560]
-    assert len(troubles.tombstones) == 1 and troubles.checkpoints[0]["seconds"] == 22.0
+    assert len(troubles.skipped_samples) == 1 and troubles.checkpoints[0]["seconds"] == 22.0
     text = said(four_starts)
     for words in (
         "Goodput is",

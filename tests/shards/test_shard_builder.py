@@ -49,7 +49,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert found["k003"]["txt"] == b"caption number 3"
     assert json.loads(found["k003"]["json"]) == {"url": "http://caption number 3"}
     told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["candidates"], told["samples"], told["left_out"]) == (60, 56, {"duplicate: exact": 1, "not wanted": 1})
+    assert (told["raw_samples"], told["samples"], told["left_out"]) == (60, 56, {"duplicate: exact": 1, "not wanted": 1})
     assert verify_dataset(tmp_path / "out") == []
 
 
@@ -220,7 +220,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     (inputs / "p1.jpg").write_bytes(b"broken")
     assert build_command("folder", [inputs, tmp_path / "out"], ["max_samples=4"], workers=1, seed=0, overwrite=False, dry_run=True) == 0
     text = capsys.readouterr().out
-    told = ("1 groups, 6 candidates of image", "2 shards or more (train: 2)", "tried 6: 5 good, about", "p1.jpg: unreadable image")
+    told = ("1 groups, 6 raw_samples of image", "2 shards or more (train: 2)", "tried 6: 5 good, about", "p1.jpg: unreadable image")
     for line in (*told, "nothing was written"):
         assert line in text
     assert os.listdir(tmp_path) == ["in"]

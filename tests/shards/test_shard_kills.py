@@ -21,7 +21,7 @@ from onellm_dist.shards.build import registry as catalogue
 from onellm_dist.shards.build.workers import Task
 from onellm_dist.shards.command import build_dataset
 from onellm_dist.shards.format.dataset import open_dataset
-from onellm_dist.shards.sources.base import Candidate
+from onellm_dist.shards.sources.base import RawSample
 
 
 @pytest.fixture(autouse=True)
@@ -159,16 +159,16 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
 @pytest.mark.parametrize("limit", [None, 25])
 def test_an_input_that_grew_is_noticed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int) -> None:
     inputs = rows_input(tmp_path / "in")
-    listed = ROWS.candidates
+    listed = ROWS.raw_samples
     assert listed is not None
 
-    def longer(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+    def longer(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
         yield from listed(inputs, spec, **options)
         if spec["first"] == grown:
-            yield Candidate(f"one more in {grown}", "rows.txt", caption="more")
+            yield RawSample(f"one more in {grown}", "rows.txt", caption="more")
 
     build(inputs, tmp_path / "out", limit=limit, task=Task(2, 9))
-    monkeypatch.setattr(catalogue, "all_sources", lambda: {"rows": replace(ROWS, candidates=longer)})
+    monkeypatch.setattr(catalogue, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)})
     if limit is not None and grown == 20:  # of this group no more than 5 were wanted
         assert build(inputs, tmp_path / "out", limit=limit).samples == 23
         return

@@ -176,14 +176,14 @@ def test_a_remote_build_that_dies_at_its_end_is_whole_when_called_again(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("where", ["claim", "put"])
+@pytest.mark.parametrize("where", ["lease", "put"])
 def test_who_still_works_when_others_finish_is_late_and_not_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, overwrite: bool
 ) -> None:
     inputs = rows_input(tmp_path / "in")
     if overwrite:
         build(inputs, tmp_path / "out")
-    module, name = (crew, "claim") if where == "claim" else (unit, "put")
+    module, name = (crew, "lease") if where == "lease" else (unit, "put")
     whole = getattr(module, name)
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from onellm_dist.shards.format.dataset import Dataset
 from onellm_dist.shards.format.index import index_path_of, index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.tools.index_existing import index_path
-from onellm_dist.shards.tools.repeated_keys import KeyBook, Place, hashes_of
+from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
 from onellm_dist.shards.tools.verify import Problem, verify_command, verify_dataset
 
 SAMPLES = {f"k{i}": {"bin": bytes(range(256)) * (i + 1), "txt": b"text %d" % i} for i in range(4)}
@@ -141,14 +141,14 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
 def test_repeated_keys_are_those_that_a_dictionary_finds(tmp_path: Path, capacity: int) -> None:
     draw = random.Random(capacity)
     shards = [[f"k{draw.randrange(500)}" for _ in range(draw.choice([0, 1, 100, 150]))] for _ in range(12)]
-    first: dict[str, Place] = {}
+    first: dict[str, StoragePath] = {}
     expected = []
     with KeyBook(sum(map(len, shards)), tmp_path, capacity) as book:
         for number, keys in enumerate(shards):
             book.add(number, hashes_of(keys))
             for row, key in enumerate(keys):
-                if first.setdefault(key, Place(number, row)) != (number, row):
-                    expected.append((first[key], Place(number, row)))
+                if first.setdefault(key, StoragePath(number, row)) != (number, row):
+                    expected.append((first[key], StoragePath(number, row)))
         assert len(expected) > 100
         assert book.repeats() == expected
         assert len(os.listdir(tmp_path)) == (capacity < 10_000)

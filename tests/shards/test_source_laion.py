@@ -19,7 +19,7 @@ from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.build.task import TooManyFailures
 from onellm_dist.shards.command import build_dataset, build_recipe
 from onellm_dist.shards.sources.laion400m import alt_caption
-from onellm_dist.shards.sources.readers.img2dataset import tar_candidates
+from onellm_dist.shards.sources.readers.img2dataset import tar_raw_samples
 
 RECIPES = Path(__file__).parents[2] / "shards"
 
@@ -70,7 +70,7 @@ def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
     assert dataset.modalities == ("image",)
     assert "CC-BY" in dataset.manifest.licence
     told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["candidates"], told["left_out"]) == (7, {"failed_to_download": 1, "failed_to_resize": 1})
+    assert (told["raw_samples"], told["left_out"]) == (7, {"failed_to_download": 1, "failed_to_resize": 1})
     assert not report.quarantined
     assert decoded(dataset, "0000101")["image"].std() > 0.1
 
@@ -150,7 +150,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
     cuts = {p + d for p in (*places.values(), *(p - 512 for p in places.values()), *ends.values()) for d in (-1, 0, 1)}
     for cut in sorted({c for c in cuts if 0 <= c <= max(ends.values())} | {draw.randrange(len(data)) for _ in range(20)}):
         tar.write_bytes(data[:cut])
-        found = list(tar_candidates(tmp_path / "in", spec, ("jpg",), alt_caption))
+        found = list(tar_raw_samples(tmp_path / "in", spec, ("jpg",), alt_caption))
         outcomes = [prepare(c, ("image",), settings) for c in found]
         needed = "jpg" if listed else "json"  # the parquet has the caption and the metadata; without it the tar's .json
         whole = [key for key in (f"000000{i}" for i in range(4)) if ends[f"{key}.{needed}"] <= cut]

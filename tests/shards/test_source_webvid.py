@@ -60,18 +60,18 @@ def test_the_csv_and_its_videos_come_through_field_by_field(tmp_path: Path) -> N
 
 
 def test_groups_are_reached_without_the_rows_before_them(tmp_path: Path) -> None:
-    """A range's candidates are the same when nothing before its offset is readable."""
+    """A range's raw_samples are the same when nothing before its offset is readable."""
     webvid(tmp_path / "in")
     assert SOURCE.plan is not None
-    assert SOURCE.candidates is not None
+    assert SOURCE.raw_samples is not None
     options: dict[str, Any] = {"rows": 1, "videos": "videos", "missing": "fail", "unfinished": "refuse"}
     groups = list(SOURCE.plan(tmp_path / "in", seed=0, **options).groups)
     assert [(g.name, g.count) for g in groups[:4]] == [(f"results_2M_train.csv:{n}", 1) for n in (2, 3, 4, 6)]
-    before = [list(SOURCE.candidates(tmp_path / "in", g.spec, **options)) for g in groups]
+    before = [list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups]
     table = tmp_path / "in/results_2M_train.csv"
     offset = groups[2].spec["range"][0]
     table.write_bytes(b"\x00" * offset + table.read_bytes()[offset:])
-    assert [list(SOURCE.candidates(tmp_path / "in", g.spec, **options)) for g in groups[2:]] == before[2:]
+    assert [list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups[2:]] == before[2:]
 
 
 def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:

@@ -74,21 +74,21 @@ def train(engine: Engine, world: World, steps: range, spoil: int = -1, dead: int
     """
     done = []
     for step in steps:
-        dealt = deal(step, world.size)[world.rank] + [[]] * (step == dead)
-        divisor = sum(supervised(s) for s in step_samples(step))
+        assigned = deal(step, world.size)[world.rank] + [[]] * (step == dead)
+        global_valid_tokens = sum(supervised(s) for s in step_samples(step))
         total = torch.zeros(1)
-        for index, samples in enumerate(dealt):
-            lost = step == dead and index == len(dealt) - 1
+        for index, samples in enumerate(assigned):
+            lost = step == dead and index == len(assigned) - 1
             batch = pack(samples)
             if spoil == step and world.rank == world.size - 1 and index == 0:
                 batch.weights.fill_(float("inf"))
-            loss, _, _ = engine.forward(batch, last=index == len(dealt) - 1)
-            engine.backward(loss * float("nan") if lost else loss, divisor)
+            loss, _, _ = engine.forward(batch, last=index == len(assigned) - 1)
+            engine.backward(loss * float("nan") if lost else loss, global_valid_tokens)
             total += loss.detach().float()
         world.sum(total)
         norms = engine.grad_norms()
         applied = engine.step(LR, discard=step == discard)
-        done.append({"loss": total.item() / divisor, "applied": applied, "norm": norms.whole, "parts": norms.by_part})
+        done.append({"loss": total.item() / global_valid_tokens, "applied": applied, "norm": norms.whole, "parts": norms.by_part})
     return done
 
 

@@ -1,4 +1,4 @@
-"""A tiny OneLLM, steps of samples for it with modalities absent here and there, and how they are dealt to ranks and micro-steps."""
+"""A tiny OneLLM, steps of samples for it with modalities absent here and there, and how they are assigned to ranks and micro-steps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def step_kinds(step: int) -> tuple[str, ...]:
     return STEP_KINDS[step % len(STEP_KINDS)]
 
 
-def divisor(step: int) -> int:
+def global_valid_tokens(step: int) -> int:
     """Supervised tokens of a step."""
     return (TOKENS - 1) * len(step_kinds(step))
 
@@ -54,7 +54,7 @@ def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
         own = [torch.randn(shape, generator=drawn[n]) for n, name in zip(numbers, names, strict=True) if name == modality]
         values[modality] = torch.stack(own) if own else torch.zeros((0, *shape))
     if not numbers:
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), dummy=True)
+        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), is_empty=True)
     # Few different words, so that there is something to learn in 20 steps.
     ids = torch.stack([torch.randint(3, 7, (TOKENS,), generator=drawn[n]) for n in numbers])
     ids[:, 0] = 1
@@ -66,7 +66,7 @@ def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
     )  # fmt: skip
 
 
-def dealt(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
+def assigned(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
     """[rank][micro-step] -> sample numbers. `accumulate` packs a rank, in order; None: no packing, a micro-step a sample."""
     count = len(step_kinds(step))
     own = [list(range(rank, count, ranks)) for rank in range(ranks)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import groups as deepspeed_groups
-from matrix_model import MODALITIES, SEED, dealt, divisor, make_pack, step_kinds, tiny_config
+from matrix_model import MODALITIES, SEED, assigned, global_valid_tokens, make_pack, step_kinds, tiny_config
 from torch import nn
 
 from onellm_dist.launch.local import end_with_parent
@@ -43,7 +43,7 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
         optimizer.zero_grad()
         total = 0.0
         for number in range(len(step_kinds(step))):
-            loss = model(packed=make_pack(step, [number])).loss / divisor(step)
+            loss = model(packed=make_pack(step, [number])).loss / global_valid_tokens(step)
             loss.backward()
             total += float(loss.detach())
         for parameter in trained.values():  # a modality that is absent has gradient zero (DESIGN, section 4)
@@ -87,15 +87,15 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
     engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
     losses = []
     for step in range(job["steps"]):
-        mine = dealt(step, world.size, job["accumulate"])[world.rank]
+        mine = assigned(step, world.size, job["accumulate"])[world.rank]
         total = torch.zeros(1, dtype=torch.float64)
         for i, numbers in enumerate(mine):
             loss, _, _ = engine.forward(make_pack(step, numbers), last=i == len(mine) - 1)
-            engine.backward(loss, divisor(step))
+            engine.backward(loss, global_valid_tokens(step))
             total += loss.detach().double()
         world.sum(total)
         assert engine.step(LR)
-        losses.append(total.item() / divisor(step))
+        losses.append(total.item() / global_valid_tokens(step))
     masters = {}
     for rank, ranges in enumerate(world.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])):
         for name, shape, start, values in ranges:

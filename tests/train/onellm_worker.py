@@ -1,4 +1,4 @@
-"""Run by test_unbalanced.py, once a rank: the toy OneLLM where rank 0 is dealt only images and rank 1 only audio."""
+"""Run by test_unbalanced.py, once a rank: the toy OneLLM where rank 0 is assigned only images and rank 1 only audio."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DEALT: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
     ([["image"], ["image"]], []),
     ([["image"]], [["audio"]]),
 )
-"""Step -> what rank 0 and what rank 1 are dealt, in packs. IMU is in the mixture and comes in no step; audio is absent for two."""
+"""Step -> what rank 0 and what rank 1 are assigned, in packs. IMU is in the mixture and comes in no step; audio is absent for two."""
 
 
 def make_pack(names: list[str], number: int) -> PackedBatch:
@@ -38,7 +38,7 @@ def make_pack(names: list[str], number: int) -> PackedBatch:
     kinds = all_modalities()
     values = {m: torch.randn((names.count(m), *kind.value_shape), generator=generator) for m, kind in kinds.items()}
     if not names:
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), dummy=True)
+        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), is_empty=True)
     ids = torch.randint(3, 300, (len(names), TOKENS), generator=generator)
     ids[:, 0] = 1
     labels = ids.clone()
@@ -58,7 +58,7 @@ def step_packs(step: int) -> list[list[PackedBatch]]:
     ]
 
 
-def divisor(step: int) -> int:
+def global_valid_tokens(step: int) -> int:
     return sum(int((pack.labels != IGNORE).sum()) for rank in step_packs(step) for pack in rank)
 
 
@@ -79,11 +79,11 @@ def sharded(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tenso
         total = torch.zeros(1)
         for i, pack in enumerate(packs):
             loss, _, _ = engine.forward(pack, last=i == len(packs) - 1)
-            engine.backward(loss, divisor(step))
+            engine.backward(loss, global_valid_tokens(step))
             total += loss.detach()
         world.sum(total)
         assert engine.step(LR)
-        losses.append(total.item() / divisor(step))
+        losses.append(total.item() / global_valid_tokens(step))
     return engine.gather_full_state(), losses
 
 
@@ -97,8 +97,8 @@ def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
     for step in range(len(DEALT)):
         optimizer.zero_grad()
         total = 0.0
-        for pack in (pack for rank in step_packs(step) for pack in rank if not pack.dummy):
-            loss = model(packed=pack).loss / divisor(step)
+        for pack in (pack for rank in step_packs(step) for pack in rank if not pack.is_empty):
+            loss = model(packed=pack).loss / global_valid_tokens(step)
             loss.backward()
             total += float(loss.detach())
         for parameter in trained:

@@ -66,7 +66,7 @@ def _bend(sample_id: str, change: Any) -> None:
         def bending(self: Any, batch: Any, *, last: bool) -> Any:
             loss, nll, index = forward(self, batch, last=last)
             for place, name in enumerate(batch.sample_ids):
-                if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.tombstones:
+                if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.skipped_samples:
                     loss, nll = change(loss, nll, (index == place).float())
             return loss, nll, index
 

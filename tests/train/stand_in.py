@@ -52,7 +52,7 @@ class StandIn(nn.Module):
         order = {"a": 0, "b": packed.values["a"].shape[0]}
         text = self.embedding(packed.input_ids)
         start, states = 0, []
-        for length, names in zip(packed.text_lengths, packed.modalities, strict=True):
+        for length, names in zip(packed.text_token_counts, packed.modalities, strict=True):
             own = text[start : start + length]
             for name in names:
                 own = own + tokens[order[name]]
@@ -60,7 +60,7 @@ class StandIn(nn.Module):
             states.append(own)
             start += length
         hidden = self.llm(torch.cat(states) + 0 * tokens.sum())
-        sample = torch.repeat_interleave(torch.arange(len(packed.text_lengths)), torch.tensor(packed.text_lengths))
+        sample = torch.repeat_interleave(torch.arange(len(packed.text_token_counts)), torch.tensor(packed.text_token_counts))
         target = packed.labels[1:]
         keep = (target != IGNORE).nonzero().flatten()
         logits = self.head(hidden[:-1][keep])
@@ -86,10 +86,10 @@ def pack(samples: list[PackedBatch]) -> PackedBatch:
     """Several samples as one pack; none: the dummy token."""
     if not samples:
         empty = {"a": torch.zeros(0, 10), "b": torch.zeros(0, 7)}
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), empty, torch.zeros(1), dummy=True)
+        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), empty, torch.zeros(1), is_empty=True)
     return PackedBatch(
         torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples]),
-        tuple(n for s in samples for n in s.text_lengths),
+        tuple(n for s in samples for n in s.text_token_counts),
         tuple(m for s in samples for m in s.modalities), {k: torch.cat([s.values[k] for s in samples]) for k in ("a", "b")},
         torch.cat([s.weights for s in samples]), tuple(i for s in samples for i in s.sample_ids),
     )  # fmt: skip

@@ -52,12 +52,12 @@ class Local:
 
 
 def told(
-    toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection, **caps: int
+    toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection, **budget: int
 ) -> tuple[list[Any], int]:
     model, tokenizer = loaded
     entries = tuple(MixtureEntry(path=Path(name)) for name in MODALITIES)
     data = DataSection(
-        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0, **caps  # type: ignore[arg-type]
+        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0, **budget  # type: ignore[arg-type]
     )  # fmt: skip
     plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
     world = SimpleNamespace(rank=rank, size=size, main=True, device=torch.device("cpu"), gather=lambda own: [own], sum=lambda tensor: None)
@@ -108,10 +108,10 @@ def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on
     cap = max(get_modality(name).encoder_tokens for name in MODALITIES)
     rows: dict[str, list[Any]] = {}
     for rank in range(2):
-        for name, caps in (("one", {}), ("several", {"pack_encoder_tokens": cap})):
+        for name, budget in (("one", {}), ("several", {"pack_encoder_tokens": cap})):
             out = tmp_path / f"{name}{rank}"
             out.mkdir()
-            found, forwards = told(toy, loaded, out, "caption", rank, 2, wanted, **caps)
+            found, forwards = told(toy, loaded, out, "caption", rank, 2, wanted, **budget)
             rows.setdefault(name, []).extend(found)
-            assert forwards >= 3 if caps else forwards <= 4
+            assert forwards >= 3 if budget else forwards <= 4
     assert rows["one"] == rows["several"] and len(rows["one"]) == 5

@@ -1,4 +1,4 @@
-"""Runs whose data changes or is watched: a new plan segment at a resume, validation on a split. One run, started four times."""
+"""Runs whose data changes or is watched: a new plan data_phase at a resume, validation on a split. One run, started four times."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     code, output = start(toy, run_dir, 4, (3, 1))
     assert code == 2
     assert "data.mixture was 1/2 image + 1/2 imu and is 3/4 image + 1/4 imu" in output
-    assert "data.new_segment=true" in output
+    assert "data.new_phase=true" in output
     assert len(lines(run_dir / "metrics.jsonl")) == 2, "a refused start leaves the run as it was"
 
-    for steps, ranks in ((4, 1), (6, 2)):  # the second start resumes within the new segment, at another world
-        code, output = start(toy, run_dir, steps, (3, 1), "data.new_segment=true", ranks=ranks)
+    for steps, ranks in ((4, 1), (6, 2)):  # the second start resumes within the new data_phase, at another world
+        code, output = start(toy, run_dir, steps, (3, 1), "data.new_phase=true", ranks=ranks)
         assert code == 0, output
-    segments = json.loads((run_dir / "ledger" / "segments.json").read_text())
-    assert [(s["start"], list(s["counts"].values())) for s in segments] == [(0, [1, 1]), (2, [3, 1])]
+    data_phases = json.loads((run_dir / "ledger" / "data_phases.json").read_text())
+    assert [(s["start"], list(s["counts"].values())) for s in data_phases] == [(0, [1, 1]), (2, [3, 1])]
     metrics = lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(6))
     assert len({line["sample_digest"] for line in metrics}) == 6
-    assert [event["step"] for event in lines(run_dir / "events.jsonl") if event["event"] == "segment"] == [2]
+    assert [event["step"] for event in lines(run_dir / "events.jsonl") if event["event"] == "data_phase"] == [2]
 
     validated = lines(run_dir / "validation.jsonl")
     assert [line["step"] for line in validated] == [2, 4, 6]

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import GuardSection
+from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.local import free_port
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.distributed import gpu_of, join, timeout_of
@@ -33,8 +33,8 @@ def test_fewer_gpus_than_ranks_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["hang_minutes", "first_step_minutes", "checkpoint_minutes", "validation_minutes"])
 def test_a_collective_waits_longer_than_the_watchdog_in_any_phase(name: str) -> None:
-    assert timeout_of(GuardSection()) > timedelta(minutes=30)
-    assert timeout_of(GuardSection.model_validate({name: 90.0})) > timedelta(minutes=90)
+    assert timeout_of(StabilitySection()) > timedelta(minutes=30)
+    assert timeout_of(StabilitySection.model_validate({name: 90.0})) > timedelta(minutes=90)
 
 
 def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})
     wanted = timedelta(minutes=95)
-    join(Ranks(0, 1, 0, 1, "127.0.0.1", free_port()), GuardSection(checkpoint_minutes=90))
+    join(Ranks(0, 1, 0, 1, "127.0.0.1", free_port()), StabilitySection(checkpoint_minutes=90))
     try:
         for backend in ("nccl", "gloo"):
             assert distributed_c10d._get_default_timeout(backend) == wanted

@@ -1,4 +1,4 @@
-"""Both engines behind their interface, on several ranks: exact gradients whatever a rank is dealt, skipped steps, elastic resumes."""
+"""Both engines behind their interface, on several ranks: exact gradients whatever a rank is assigned, skipped steps, elastic resumes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ JOBS = (
     {"name": "zero2_bf16", "config": "zero2", "bf16": True},
     {"name": "zero3_bf16", "config": ZERO3, "bf16": True},
     {"name": "fsdp", "fsdp": {}},
-    {"name": "fsdp_reduced_once", "fsdp": {"reduce_every_micro_step": False}},
+    {"name": "fsdp_reduced_once", "fsdp": {"reduce_every_micro_batch": False}},
     {"name": "fsdp_tune", "fsdp": {}, "stage": "tune"},
     {"name": "fsdp_bf16", "fsdp": {}, "bf16": True},
-    {"name": "fsdp_reduced_once_bf16", "fsdp": {"reduce_every_micro_step": False}, "bf16": True},
+    {"name": "fsdp_reduced_once_bf16", "fsdp": {"reduce_every_micro_batch": False}, "bf16": True},
 )
 FP32 = tuple(job["name"] for job in JOBS if not job.get("bf16"))
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 @pytest.mark.parametrize("name", FP32)
 def test_updates_equal_one_process_with_all_samples(two: tuple[Path, dict[str, Any]], name: str) -> None:
-    """Rank 0 is dealt only branch a, rank 1 only b; then b is absent for two steps, then a."""
+    """Rank 0 is assigned only branch a, rank 1 only b; then b is absent for two steps, then a."""
     found = two[1][name]
     assert found["losses"] < 1e-5
     assert found["update_error"] < 1e-4, found["worst"]

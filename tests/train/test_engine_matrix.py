@@ -26,10 +26,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"config": {"zero_optimization": ZERO3}},
     "offload": {"config": {"zero_optimization": {**ZERO3, **OFFLOAD}}},
     "fsdp": {"fsdp": {}},
-    "fsdp_once": {"fsdp": {"reduce_every_micro_step": False}},
+    "fsdp_once": {"fsdp": {"reduce_every_micro_batch": False}},
     "zero3_hpz": {"config": {"zero_optimization": {**ZERO3, "zero_hpz_partition_size": 2}}},
     "fsdp_hybrid": {"fsdp": {"shard_ranks": 2}},
-    "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_step": False}},
+    "fsdp_hybrid_once": {"fsdp": {"shard_ranks": 2, "reduce_every_micro_batch": False}},
 }
 BASIC = ("zero1", "zero2", "zero3", "offload", "fsdp", "fsdp_once")
 WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")

@@ -101,15 +101,15 @@ def test_who_counts_as_the_same_job(tmp_path: Path) -> None:
     assert was_obeyed(tmp_path, "never", {}), "ranks that ssh started do not have Slurm's variables: the job script's record has them"
 
 
-def tombstone(step: int, name: str, **more: Any) -> str:
+def skipped_sample(step: int, name: str, **more: Any) -> str:
     return json.dumps({"step": step, "sample_id": name, "reason": "gone", **more}) + "\n"
 
 
 def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
     source, own = tmp_path / "source" / LEDGER, tmp_path / "run" / LEDGER
     source.mkdir(parents=True)
-    (source / "tombstones-rank00001.jsonl").write_text(tombstone(3, "a@0") + tombstone(9, "late@0") + '{"step": 1, "samp')
-    (source / MARKS).write_text(tombstone(4, "b@0", rollback=1) + tombstone(9, "c@0", rollback=2))
+    (source / "skipped_samples-rank00001.jsonl").write_text(skipped_sample(3, "a@0") + skipped_sample(9, "late@0") + '{"step": 1, "samp')
+    (source / MARKS).write_text(skipped_sample(4, "b@0", rollback=1) + skipped_sample(9, "c@0", rollback=2))
     for _ in range(2):
         assert inherit_ledger(source, own, 9) == 2
         marks = Marks(own, main=True)
@@ -122,7 +122,7 @@ def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
 def test_the_ledger_beside_a_checkpoint_of_another_run_is_the_one_that_is_taken_over(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", 5)
     (tmp_path / "source" / LEDGER).mkdir()
-    (tmp_path / "source" / LEDGER / "tombstones-rank00000.jsonl").write_text(tombstone(3, "a@0") + tombstone(5, "later@0"))
+    (tmp_path / "source" / LEDGER / "skipped_samples-rank00000.jsonl").write_text(skipped_sample(3, "a@0") + skipped_sample(5, "later@0"))
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     assert start(config(run_dir, str(source))) == source
@@ -148,10 +148,10 @@ def test_a_torn_last_line_goes_and_nothing_else(tmp_path: Path, before: bytes, a
 
 def test_records_after_a_torn_line_are_not_lost_with_it(tmp_path: Path) -> None:
     torn = '{"step": 4, "sample_'
-    for name in ("tombstones-rank00000.jsonl", STARTS, MARKS):
+    for name in ("skipped_samples-rank00000.jsonl", STARTS, MARKS):
         (tmp_path / name).write_text(torn)
     batch = pack([sample(1, ("a",)), sample(2, ("b",))])
-    batch.tombstones[1] = "cut short"
+    batch.skipped_samples[1] = "cut short"
     ledger, marks = Ledger(tmp_path, 0), Marks(tmp_path, main=True)
     ledger.begin(0)
     assert ledger.record(5, [batch]) == 1

@@ -16,7 +16,7 @@ import torch
 from stand_in import pack, sample
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.config.schema import GuardSection
+from onellm_dist.config.schema import StabilitySection
 from onellm_dist.train.callbacks.watchdog import HANGS, Watchdog, in_collective, put_hangs_aside, suspected_ranks
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
@@ -41,7 +41,7 @@ ALONE: Any = Alone()
 
 
 def guard(**keys: Any) -> Guard:
-    return Guard(GuardSection(**{"window": 16, "threshold": 8.0, **keys}), max_tombstones=5)
+    return Guard(StabilitySection(**{"window": 16, "threshold": 8.0, **keys}), max_skipped_samples=5)
 
 
 def feed(one: Guard, losses: list[float]) -> None:
@@ -107,13 +107,13 @@ def test_what_is_thrown_away_does_not_move_the_window() -> None:
     feed(one, noisy(50))
     for _ in range(40):
         assert judge(one, 4.0) is not None and one.judge(2.0, 1e4) is not None
-        one.count(0, applied=True, new_tombstones=0)
+        one.count(0, applied=True, new_skipped_samples=0)
 
 
 def test_a_resumed_guard_decides_as_the_first_one_would() -> None:
     one = guard()
     feed(one, noisy(50))
-    again = Guard(GuardSection(window=16, threshold=8.0), 5, 0, json.loads(json.dumps(one.state())))
+    again = Guard(StabilitySection(window=16, threshold=8.0), 5, 0, json.loads(json.dumps(one.state())))
     for loss in (2.2, 2.5, 2.7, 2.9, 3.2):
         assert judge(one, loss) == judge(again, loss)
     assert again.state() == one.state()
@@ -133,7 +133,7 @@ def test_the_sample_that_is_not_finite_is_named_with_rank_and_modality() -> None
     verdict = Verdict("loss_not_finite", "the loss is not finite")
     parts = [part({1: 2.0, 2: 2.1}), part({3: float("nan"), 4: 2.0})]
     found = find_culprits(parts, verdict, ALONE)
-    assert [(s.sample, s.rank, s.micro_step, s.modality, s.nll) for s in found] == [("s3", 0, 1, "a", None)]
+    assert [(s.sample, s.rank, s.micro_batch, s.modality, s.nll) for s in found] == [("s3", 0, 1, "a", None)]
     assert "s3 (a, rank 0, not finite)" in say(found)
     assert describe(found)["samples"][0]["sample"] == "s3" and describe(found)["samples_total"] == 1
 
@@ -211,7 +211,7 @@ def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backwar
     class ComeToTheSumsError(Exception):
         pass
 
-    micro = SimpleNamespace(step=4, index=0, last=True, divisor=1)
+    micro = SimpleNamespace(step=4, index=0, last=True, global_valid_tokens=1)
 
     def seen(*_: Any, **__: Any) -> Any:
         phases.append((in_flight.phase, in_flight.beats))
@@ -234,7 +234,7 @@ def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backwar
 
 
 def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Watchdog:
-    config = GuardSection(hang_minutes=0.005, first_step_minutes=0.01, **keys)
+    config = StabilitySection(hang_minutes=0.005, first_step_minutes=0.01, **keys)
     return Watchdog(run_dir, 0, 1, config, ExitFile(run_dir, 0), end=lambda code: ended.set())
 
 
@@ -263,7 +263,7 @@ def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_
 
 
 def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
-    with Watchdog(tmp_path, 0, 1, GuardSection(hang_minutes=0), ExitFile(tmp_path, 0)) as dog:
+    with Watchdog(tmp_path, 0, 1, StabilitySection(hang_minutes=0), ExitFile(tmp_path, 0)) as dog:
         assert not dog._thread.is_alive()
 
 
@@ -273,7 +273,7 @@ def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Pat
     culprits = find_culprits([part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE)
     marks = Marks(tmp_path, main=True)
     run: Any = SimpleNamespace(
-        checkpoints=SimpleNamespace(settle=lambda: None), config=SimpleNamespace(guard=GuardSection(max_rollbacks=0)), marks=marks
+        checkpoints=SimpleNamespace(settle=lambda: None), config=SimpleNamespace(stability=StabilitySection(max_rollbacks=0)), marks=marks
     )
     with pytest.raises(OneLLMError, match="max_rollbacks is 0") as raised:
         roll_back(run, RollBackError(4, Verdict("loss_not_finite", "bad"), culprits))

@@ -76,7 +76,7 @@ def align_image(world: Path) -> str:
     """Stage I on two ranks, three steps, looked at from every side."""
     return start(
         world, "toy/align_image", "image", ("image",), "train.steps=3", "train.log_every=2", "optim.warmup_steps=0", "checkpoint.every=2",
-        "track.with=[own_trackers:Lines]", "track.profile_steps=[1,1]", "track.starve_share=1", "track.starve_steps=1",
+        "track.with=[own_trackers:Lines]", "track.profile_steps=[1,1]", "track.underused_expert_share=1", "track.underused_expert_steps=1",
         "data.validation={split: test_seen, samples: 3, every: 3, generate: 3, new_tokens: 7}", ranks=2,
     )  # fmt: skip
 

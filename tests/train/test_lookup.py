@@ -34,22 +34,22 @@ def make(root: Path, name: str, samples: int) -> None:
 
 def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
     entries = tuple(MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items())
-    section = DataSection(root=root, mixture=entries, global_batch=BATCH, new_segment=True)
+    section = DataSection(root=root, mixture=entries, global_batch=BATCH, new_phase=True)
     return Plan.open(section, toy_tokenizer(), 3, (), show=False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
-    """A run of two segments (b leaves, c comes), as its directory would be; and the ids of every step, by the plans."""
+    """A run of two data_phases (b leaves, c comes), as its directory would be; and the ids of every step, by the plans."""
     root = tmp_path_factory.mktemp("ledger")
     for name, samples in SIZES.items():
         make(root, name, samples)
     first, second = plan_of(root, {"a": 3, "b": 1}), plan_of(root, {"c": 2, "a": 1})
-    assert second.follow(first.segments, CHANGE)
+    assert second.follow(first.data_phases, CHANGE)
     ids = [plan.sample_ids(plan.samples(step)) for step in range(STEPS) for plan in [first if step < CHANGE else second]]
     run_dir = root / "run"
     for plan in (first, second):
-        write_stream(run_dir / "ledger", plan.segments, {d.name: d.place for d in plan.datasets})
+        write_stream(run_dir / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets})
     recipe = {"train": {"steps": STEPS}, "data": {"root": str(root), "mixture": [{"path": "c", "weight": 2}, {"path": "a", "weight": 1}]}}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe))
     return run_dir, ids
@@ -105,7 +105,7 @@ def test_a_sample_is_found_by_any_part_of_its_id_that_names_it(run: tuple[Path, 
 def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
     make(tmp_path, "a", 6)
     plan = plan_of(tmp_path, {"a": 1})
-    write_stream(tmp_path / "run" / "ledger", plan.segments, {"a": str(tmp_path / "a")})
+    write_stream(tmp_path / "run" / "ledger", plan.data_phases, {"a": str(tmp_path / "a")})
     (tmp_path / "run" / "config.yaml").write_text(
         yaml.safe_dump({"train": {"steps": 2}, "data": {"root": str(tmp_path), "mixture": [{"path": "a"}]}})
     )
@@ -114,15 +114,15 @@ def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
     make(tmp_path, "a", 7)
     with pytest.raises(Exception, match="its shards are not those"):
         RunStream(tmp_path / "run").samples(0)
-    with pytest.raises(UsageError, match=r"segments\.json"):
+    with pytest.raises(UsageError, match=r"data_phases\.json"):
         RunStream(tmp_path)
 
 
 def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a tombstone."""
+    """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a skipped_sample."""
     run_dir, ids = run
     live = tmp_path / "run"
-    for name in ("config.yaml", "ledger/segments.json", "ledger/datasets.json"):
+    for name in ("config.yaml", "ledger/data_phases.json", "ledger/datasets.json"):
         (live / name).parent.mkdir(parents=True, exist_ok=True)
         (live / name).write_text((run_dir / name).read_text())
     first = Ledger(live / "ledger", 0)
@@ -134,7 +134,7 @@ def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path,
     (live / "checkpoints" / "step-00000004").mkdir(parents=True)
     (live / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
     batch = pack([sample(1, ("a",))])
-    bad = type(batch)(**{**batch.__dict__, "sample_ids": (ids[5][2],), "tombstones": {0: "torn"}})
+    bad = type(batch)(**{**batch.__dict__, "sample_ids": (ids[5][2],), "skipped_samples": {0: "torn"}})
     second.record(4, [])
     second.record(5, [bad])
     (live / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "applied": s != 4}) + "\n" for s in range(6)) + '{"step": 6, "app')
@@ -154,10 +154,10 @@ def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path,
 
     answer = ask(step=5)
     assert [row["id"] for row in answer["samples"]] == ids[5]
-    assert [row["tombstone"] for row in answer["samples"]] == [None, None, "torn", *[None] * (BATCH - 3)]
+    assert [row["skipped_sample"] for row in answer["samples"]] == [None, None, "torn", *[None] * (BATCH - 3)]
     assert answer["state"] == "trained" and answer["lost"] == 1
     back = ask(key=ids[5][2])  # with its epoch
-    assert [(row["step"], row["tombstone"]) for row in back["seen"]] == [(5, "torn")]
+    assert [(row["step"], row["skipped_sample"]) for row in back["seen"]] == [(5, "torn")]
     assert ask()["lost_steps"] == 3
     assert ledger_command(live, None, ids[5][2].partition("@")[0], as_json=False) == 0
     assert "TOMBSTONE: torn" in capsys.readouterr().out
@@ -168,7 +168,7 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     make(tmp_path, "a", 100)
     make(tmp_path, "b", 40)
     plan = plan_of(tmp_path, {"a": 0.25, "b": 0.75})
-    write_stream(tmp_path / "run" / "ledger", plan.segments, {d.name: d.place for d in plan.datasets})
+    write_stream(tmp_path / "run" / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets})
     mixture = [{"path": "a"}, {"path": "b"}]
     (tmp_path / "run" / "config.yaml").write_text(
         yaml.safe_dump({"train": {"steps": 100_000}, "data": {"root": str(tmp_path), "mixture": mixture}})

@@ -248,27 +248,29 @@ def unreadable_sample(toy: Path) -> Callable[[], None]:
 def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repaired(runner: Runner, two: str) -> None:
     repair = unreadable_sample(runner.toy)
     try:
-        code, output = runner.run("tombstone", 2, train__steps=STEPS)
+        code, output = runner.run("skipped_sample", 2, train__steps=STEPS)
         assert code == 0, output
         strict_code, strict_output = runner.run("strict", 2, data__max_tombstones=0)
     finally:
         repair()
     lines = [
-        json.loads(line) for path in (runner.out / "tombstone" / "ledger").glob("tombstones-*") for line in path.read_text().splitlines()
+        json.loads(line)
+        for path in (runner.out / "skipped_sample" / "ledger").glob("skipped_samples-*")
+        for line in path.read_text().splitlines()
     ]
     assert lines and all(line["sample_id"].startswith("image/") and line["reason"] for line in lines)
-    assert [line["sample_digest"] for line in runner.metrics("tombstone")] == [line["sample_digest"] for line in runner.metrics(two)]
-    assert strict_code == 1 and "data.max_tombstones is 0" in strict_output
+    assert [line["sample_digest"] for line in runner.metrics("skipped_sample")] == [line["sample_digest"] for line in runner.metrics(two)]
+    assert strict_code == 1 and "data.max_skipped_samples is 0" in strict_output
     assert runner.exit("strict")["status"] == "failed"
 
     # Go back to a checkpoint from before the bad sample, with the shard mended: the record is replayed.
     first = min(line["step"] for line in lines)
-    back = runner.out / "tombstone" / "checkpoints" / f"step-{(first // EVERY) * EVERY:08d}"
+    back = runner.out / "skipped_sample" / "checkpoints" / f"step-{(first // EVERY) * EVERY:08d}"
     again = {"checkpoint__resume": back} if first >= EVERY else {"checkpoint__resume": "auto"}
-    before = trainable_state(runner.out / "tombstone", STEPS)
-    code, output = runner.run("tombstone", 2, **again)
+    before = trainable_state(runner.out / "skipped_sample", STEPS)
+    code, output = runner.run("skipped_sample", 2, **again)
     assert code == 0, output
-    assert same(trainable_state(runner.out / "tombstone", STEPS), before)
+    assert same(trainable_state(runner.out / "skipped_sample", STEPS), before)
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.data.micro_batch import MicroStep, SampleRef
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.train.callbacks.startup_timing import NAMES, Phases
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import Events
 from onellm_dist.train.setup import _slurm, _tell_failed
 
 
-def micro(step: int, *rows: int) -> MicroStep:
-    return MicroStep(step, 0, 0, 1, tuple(SampleRef(0, 0, row, 0, 5, 4) for row in rows), 8)
+def micro(step: int, *rows: int) -> MicroBatch:
+    return MicroBatch(step, 0, 0, 1, tuple(SampleRef(0, 0, row, 0, 5, 4) for row in rows), 8)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

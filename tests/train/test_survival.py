@@ -168,7 +168,7 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(runs: Runs, two: str, world: i
     assert event["kind"] == {"nan": "loss_not_finite", "leap": "loss_spike"}[what]
     assert event["samples"][0]["sample"].startswith(f"{bad}@") and bad in start.output()
     assert all(line["applied"] and line["loss"] < 10 for line in runs.lines(name, "metrics.jsonl"))
-    (mark,) = runs.lines(name, "ledger/tombstones-ranks-guard.jsonl")
+    (mark,) = runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")
     assert mark["sample_id"].startswith(f"{bad}@") and mark["step"] == 10
     if what == "leap":
         return
@@ -218,7 +218,7 @@ def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: st
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
     assert (event["step"], event["to"], event["kind"]) == (10, 9, "gradient_spike")
-    marks = [mark["sample_id"] for mark in runs.lines(name, "ledger/tombstones-ranks-guard.jsonl")]
+    marks = [mark["sample_id"] for mark in runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")]
     assert any(mark.startswith(f"{bad}@") for mark in marks)
     assert all(line["applied"] for line in runs.lines(name, "metrics.jsonl"))
 
@@ -227,7 +227,7 @@ def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, t
     bad = spoilt_step(runs, two, 10)
     start = runs.start("leap_stopped", 1, {"leap": bad}, guard__policy="stop", guard__window=8, guard__threshold=12)
     assert start.wait() == [1]
-    assert bad in start.output() and "guard.policy is stop" in start.output()
+    assert bad in start.output() and "stability.policy is stop" in start.output()
     found = runs.exit("leap_stopped")
     assert found["failed_step"] == 10 and any(sample.startswith(f"{bad}@") for sample in found["suspects"])
     (end,) = runs.events("leap_stopped", "end")

@@ -218,7 +218,7 @@ def test_router_load_is_the_mean_gate_and_starvation_is_an_event(tmp_path: Path,
     assert sum(load["imu"]) == pytest.approx(1, abs=1e-5)
 
     world = SimpleNamespace(gather=lambda value: [value, 3 * value], device=torch.device("cpu"))
-    config = recipe(tmp_path, "train.log_every=2", "track.starve_share=0.9", "track.starve_steps=4")
+    config = recipe(tmp_path, "train.log_every=2", "track.underused_expert_share=0.9", "track.underused_expert_steps=4")
     telemetry = Telemetry(config, world, Events(tmp_path, main=True), watch)  # type: ignore[arg-type]
     telemetry.stalled = 1.5
     first, second = telemetry.read(0), telemetry.read(1)
@@ -246,11 +246,11 @@ def test_the_flops_formula_counts_what_is_computed(toy: Any, stage: str, kind: s
     batch = pack_of(toy, [kind] * samples, TEXT)
     freeze_for_stage(toy, stage, {kind})
     modality = all_modalities()[kind]
-    plan = SimpleNamespace(runs=[(kind,)], modalities={kind: modality})
+    plan = SimpleNamespace(spans=[(kind,)], modalities={kind: modality})
     counter = FlopCounter(toy, plan, stage)  # type: ignore[arg-type]
     ref = SimpleNamespace(dataset=0, text_tokens=TEXT, supervised_tokens=TEXT - 1)
-    micro = SimpleNamespace(dummy=False, samples=[ref] * samples)
-    said = counter.step(SimpleNamespace(ranks=[[micro]], divisor=1, balance=1.0)).flops  # type: ignore[arg-type]
+    micro = SimpleNamespace(is_empty=False, samples=[ref] * samples)
+    said = counter.step(SimpleNamespace(ranks=[[micro]], global_valid_tokens=1, balance=1.0)).flops  # type: ignore[arg-type]
     with FlopCounterMode(display=False, depth=3) as counted:
         toy(packed=batch).loss.backward()
     toy.zero_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import ds_configs_dir
-from onellm_dist.config.schema import GuardSection, OptimSection, RunConfig
+from onellm_dist.config.schema import OptimSection, RunConfig, StabilitySection
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import open_model
 from onellm_dist.train.checkpoint.state import MANIFEST, checkpoint_name, newest_whole, prune
@@ -44,26 +44,26 @@ def test_constant_schedule_and_decay_steps() -> None:
 
 
 def test_guard_stops_after_skips_in_a_row_only() -> None:
-    guard = Guard(GuardSection(max_skipped=4), max_tombstones=5)
+    guard = Guard(StabilitySection(max_skipped=4), max_skipped_samples=5)
     for step in range(12):
-        guard.count(step, applied=step % 4 == 0, new_tombstones=0)
+        guard.count(step, applied=step % 4 == 0, new_skipped_samples=0)
     with pytest.raises(OneLLMError, match="in a row"):
         for step in range(4):
-            guard.count(step, applied=False, new_tombstones=0)
+            guard.count(step, applied=False, new_skipped_samples=0)
 
 
 def test_guard_counts_tombstones_of_earlier_starts() -> None:
-    guard = Guard(GuardSection(), max_tombstones=5, tombstones=4)
-    guard.count(0, applied=True, new_tombstones=1)
-    with pytest.raises(OneLLMError, match="max_tombstones is 5"):
-        guard.count(1, applied=True, new_tombstones=1)
+    guard = Guard(StabilitySection(), max_skipped_samples=5, skipped_samples=4)
+    guard.count(0, applied=True, new_skipped_samples=1)
+    with pytest.raises(OneLLMError, match="max_skipped_samples is 5"):
+        guard.count(1, applied=True, new_skipped_samples=1)
 
 
 def test_ledger_is_read_back_by_any_rank_and_counts_once(tmp_path: Path) -> None:
     batch = pack([sample(1, ("a",)), sample(2, ("b",))])
-    batch.tombstones[1] = "cut short"
+    batch.skipped_samples[1] = "cut short"
     assert Ledger(tmp_path, 1).record(3, [batch]) == 1
-    with (tmp_path / "tombstones-rank00001.jsonl").open("a") as out:
+    with (tmp_path / "skipped_samples-rank00001.jsonl").open("a") as out:
         out.write('{"step": 4, "sample_')  # a kill in the middle of a line
     again = Ledger(tmp_path, 0)
     assert again.known == {"s2": "cut short"}

@@ -1,4 +1,4 @@
-"""The toy OneLLM under ZeRO-2 and ZeRO-3, rank 0 dealt only images, rank 1 only audio, then no audio for two steps, IMU never."""
+"""The toy OneLLM under ZeRO-2 and ZeRO-3, rank 0 assigned only images, rank 1 only audio, then no audio for two steps, IMU never."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def test_updates_equal_one_process(found: dict[str, Any], engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_trainable_weight_moves_and_every_frozen_one_is_bit_identical(found: dict[str, Any], engine: str) -> None:
-    # IMU was never dealt: what of it does not decay, or is zero, stays.
+    # IMU was never assigned: what of it does not decay, or is zero, stays.
     assert [name for name in found[engine]["unmoved"] if name.split(".")[1] != "imu"] == []
     assert found[engine]["frozen"]

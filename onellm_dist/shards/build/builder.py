@@ -2,7 +2,7 @@
 
 Where `out` is to be, the unfinished build lies in `.out.building/` (in a remote store: `out/.building/`):
 
-    plan.json, groups.jsonl     which candidates go to which shard (planning.py)
+    plan.json, groups.jsonl     which raw_samples go to which shard (planning.py)
     claims/                     locks of the units that are being built (crew.py)
     built/, done/               finished shards, and a record of each unit (unit.py)
     dataset/                    the dataset, put together at the end (finish.py); it is renamed to `out` then
@@ -30,12 +30,12 @@ from onellm_dist.shards.build.prepare import prepare
 from onellm_dist.shards.build.settings import Settings
 from onellm_dist.shards.build.staging import clear, failed_quarantine, lock, locked, put_in_place, refuse_output, staging_of
 from onellm_dist.shards.build.task import BUILT, DONE, Account, Job, NothingLeft, TooManyFailures
-from onellm_dist.shards.build.workers import CLAIMS, Claim, Task, build_units, claim
+from onellm_dist.shards.build.workers import LEASES, Lease, Task, build_units, lease
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest
 from onellm_dist.shards.format.energon import META, write_energon
-from onellm_dist.shards.sources.base import BuildReport, Candidate, Source
+from onellm_dist.shards.sources.base import BuildReport, RawSample, Source
 from onellm_dist.shards.storage.files import ASIDE
-from onellm_dist.shards.storage.paths import Place, remove_tree, write
+from onellm_dist.shards.storage.paths import StoragePath, remove_tree, write
 
 _DATASET, _SCRATCH, _PLANNING, _PLACING = "dataset", "scratch", "plan", "placing"
 _LATE = "the other processes had finished already"
@@ -48,8 +48,8 @@ class Request:
     """What the user asked for."""
 
     source: Source
-    inputs: Place
-    out: Place
+    inputs: StoragePath
+    out: StoragePath
     seed: int
     options: Mapping[str, Any]
     settings: Settings
@@ -134,7 +134,7 @@ def _build_remote(request: Request, work: _Work) -> BuildReport:
         return _build(request, base, Path(scratch), None, work)
 
 
-def _finished_before(request: Request, base: Place) -> BuildReport:
+def _finished_before(request: Request, base: StoragePath) -> BuildReport:
     """The manifest is the last that is written, so all that a process which was killed behind it left is the build's folder.
 
     Raises:
@@ -151,13 +151,13 @@ def _finished_before(request: Request, base: Place) -> BuildReport:
     raise UsageError(f"{request.out} already holds a dataset.", "it is not overwritten unless asked for.", "give --overwrite.")
 
 
-def _removed(base: Place) -> None:
+def _removed(base: StoragePath) -> None:
     """Removes the build's folder, its plan first: without that nothing there is taken for a build."""
     (base / PLAN).unlink(missing_ok=True)
     remove_tree(base)
 
 
-def _build(request: Request, base: Place, scratch: Path, descriptor: int | None, work: _Work) -> BuildReport:
+def _build(request: Request, base: StoragePath, scratch: Path, descriptor: int | None, work: _Work) -> BuildReport:
     plan = _planned(request, base, descriptor, work)
     job = Job(plan, base, scratch, request.inputs, request.options)
     account = Account(plan.total, plan.settings.max_failures)
@@ -195,7 +195,7 @@ def _build(request: Request, base: Place, scratch: Path, descriptor: int | None,
         raise
 
 
-def _energon(request: Request, final: Place, manifest: Manifest, scratch: Path) -> None:
+def _energon(request: Request, final: StoragePath, manifest: Manifest, scratch: Path) -> None:
     """Megatron-Energon's files, or none of them (an earlier process may have been asked for them)."""
     if request.settings.energon:
         write_energon(final, manifest, scratch)
@@ -210,7 +210,7 @@ def _one_of_several(task: Task) -> bool:
     return task.count > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def _identity(manifest: Place) -> object:
+def _identity(manifest: StoragePath) -> object:
     """Changes when another manifest is put there; None: there is none."""
     if not isinstance(manifest, Path):
         return manifest.exists() or None
@@ -222,11 +222,11 @@ def _identity(manifest: Place) -> object:
 
 
 @contextmanager
-def _alone(base: Place) -> Iterator[None]:
+def _alone(base: StoragePath) -> Iterator[None]:
     """One process at a time."""
-    held: Claim | None = None
+    held: Lease | None = None
     with suppress(FileNotFoundError):  # somebody finished the build and removed its folder
-        held = claim(base, "finish", wait_for_it=True)
+        held = lease(base, "finish", wait_for_it=True)
     try:
         yield
     finally:
@@ -254,7 +254,7 @@ def _still_ours(base: Path, descriptor: int) -> bool:
         return False
 
 
-def _planned(request: Request, base: Place, descriptor: int | None, work: _Work) -> Plan:
+def _planned(request: Request, base: StoragePath, descriptor: int | None, work: _Work) -> Plan:
     """The plan in `base`, made by the first process that comes.
 
     Raises:
@@ -262,8 +262,8 @@ def _planned(request: Request, base: Place, descriptor: int | None, work: _Work)
         _Late: nothing lies there, because others finished the build.
     """
     if isinstance(base, Path):
-        (base / CLAIMS).mkdir(exist_ok=True)
-    held = claim(base, _PLANNING, wait_for_it=True)
+        (base / LEASES).mkdir(exist_ok=True)
+    held = lease(base, _PLANNING, wait_for_it=True)
     try:
         plan = _plan_there(request, base, descriptor, work)
         if plan is None:
@@ -284,7 +284,7 @@ def _planned(request: Request, base: Place, descriptor: int | None, work: _Work)
             held.release()
 
 
-def _plan_there(request: Request, base: Place, descriptor: int | None, work: _Work) -> Plan | None:
+def _plan_there(request: Request, base: StoragePath, descriptor: int | None, work: _Work) -> Plan | None:
     """The plan of the unfinished build, if it can be gone on with; None: there is none, or it was removed.
 
     Raises:
@@ -317,18 +317,18 @@ def _unshared(descriptor: int | None) -> bool:
     return False
 
 
-def _in_place_already(base: Place) -> bool:
+def _in_place_already(base: StoragePath) -> bool:
     """The dataset was put in place, and the process killed before it removed this folder; or it is just about to."""
     return isinstance(base, Path) and (base / _PLACING).exists() and not (base / _DATASET).exists()
 
 
-def _emptied(base: Place) -> None:
+def _emptied(base: StoragePath) -> None:
     """Removes what a build of another plan, or one that was killed while it planned, left."""
     if not isinstance(base, Path):
         remove_tree(base)
         return
     for entry in base.iterdir():
-        if entry.is_dir() and entry.name != CLAIMS:
+        if entry.is_dir() and entry.name != LEASES:
             clear(entry)
             entry.rmdir()
         elif not entry.is_dir():
@@ -347,7 +347,7 @@ def _other_build(plan: Plan, request: Request) -> UsageError:
 
 
 def dry_run(request: Request, *, workers: int) -> str:
-    """What a build would do, from the plan and the first candidates of some units; nothing is written."""
+    """What a build would do, from the plan and the first raw_samples of some units; nothing is written."""
     plan, groups = make_plan(
         request.source, request.inputs, seed=request.seed, options=request.options, settings=request.settings, workers=workers
     )
@@ -355,7 +355,7 @@ def dry_run(request: Request, *, workers: int) -> str:
         save_plan(Path(folder), plan, groups)
         job = Job(plan, Path(folder), Path(folder), request.inputs, request.options)
         chosen = plan.units[:: max(1, len(plan.units) // 8)][:8]
-        tried: list[Candidate] = [c for u in chosen for c in islice(job.candidates(u), _TRIED // len(chosen))]
+        tried: list[RawSample] = [c for u in chosen for c in islice(job.raw_samples(u), _TRIED // len(chosen))]
         outcomes = [prepare(c, plan.modalities, plan.settings) for c in tried]
     kept = [o for o in outcomes if o.parts is not None]
     size = sum(len(d) for o in kept for d in (o.parts or {}).values())
@@ -363,7 +363,7 @@ def dry_run(request: Request, *, workers: int) -> str:
     for unit in plan.units:
         splits[unit.split] += 1
     lines = [
-        f"{request.inputs}: {len(plan.groups)} groups, {plan.total} candidates of {', '.join(plan.modalities) or 'text'}",
+        f"{request.inputs}: {len(plan.groups)} groups, {plan.total} raw_samples of {', '.join(plan.modalities) or 'text'}",
         f"{request.out}: {len(plan.units)} shards or more ({', '.join(f'{s}: {n}' for s, n in splits.items())})",
         f"tried {len(tried)}: {len(kept)} good, about {size / max(1, len(tried)) * plan.total / 1e9:.3g} GB in all",
         *(f"  {o.where}: {o.reason}" for o in outcomes if o.parts is None),

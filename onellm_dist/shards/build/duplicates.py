@@ -32,7 +32,7 @@ Rows = Callable[[], Iterator[tuple[int, NDArray[np.void]]]]
 
 
 def duplicates(rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Path, capacity: int = BUCKET) -> dict[int, dict[int, str]]:
-    """Unit -> row -> why it repeats an earlier sample: `key`, `exact` or `perceptual`.
+    """ShardTask -> row -> why it repeats an earlier sample: `key`, `exact` or `perceptual`.
 
     Args:
         rows: the samples.
@@ -49,7 +49,7 @@ def duplicates(rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Pa
 
     total = sum(len(r) for _, r in rows())
     gone: dict[int, NDArray[np.uint64]] = {}
-    """Unit -> rows that an earlier pass dropped: nothing may go because it equals one of them."""
+    """ShardTask -> rows that an earlier pass dropped: nothing may go because it equals one of them."""
     if keys:
         for bucket in _buckets(rows, lambda r: r["key"], total, scratch, capacity, gone):
             note(_repeats(bucket), "key")

@@ -29,7 +29,7 @@ from onellm_dist.shards.format.index import ShardIndex, index_path_of
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.sources.base import Quarantined
 from onellm_dist.shards.storage.files import private_name
-from onellm_dist.shards.storage.paths import Place, move, put, write
+from onellm_dist.shards.storage.paths import StoragePath, move, put, write
 
 STATISTICS = "statistics.json"
 
@@ -66,7 +66,7 @@ class Finished(NamedTuple):
     """Not written yet: it says that the dataset is whole."""
 
 
-def finish(job: Job, built: Built, final: Place, *, workers: int) -> Finished:
+def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finished:
     """Puts the dataset together in `final`, all but its manifest.
 
     Raises:
@@ -147,13 +147,13 @@ def _named(job: Job, record: Record, row: int) -> Quarantined:
     raise AssertionError("a row beyond the unit's shards")
 
 
-def index_path_of_place(tar: Place) -> Place:
+def index_path_of_place(tar: StoragePath) -> StoragePath:
     """`x.tar` -> `x.tar.index`, local or remote."""
     return tar.with_name(f"{tar.name}.index")
 
 
 @contextmanager
-def _local(job: Job, place: Place) -> Iterator[Path]:
+def _local(job: Job, place: StoragePath) -> Iterator[Path]:
     """A file as a local one: itself, or a copy for the time being."""
     if isinstance(place, Path):
         yield place
@@ -175,7 +175,7 @@ def _moves(record: Record, repeated: Mapping[int, str]) -> Iterator[_Move]:
         first += info.samples
 
 
-def _settled(job: Job, moves: list[_Move], final: Place, workers: int) -> Iterator[ShardInfo | None]:
+def _settled(job: Job, moves: list[_Move], final: StoragePath, workers: int) -> Iterator[ShardInfo | None]:
     """Each shard as it stands in `final`; None: nothing of it is left."""
     with progress(len(moves), f"Finishing {job.plan.settings.name}", unit="shards", enabled=len(moves) > 1000) as bar:
         rewritten = [m for m in moves if m.drop]
@@ -188,7 +188,7 @@ def _settled(job: Job, moves: list[_Move], final: Place, workers: int) -> Iterat
             bar.advance()
 
 
-def _settle(job: Job, shard: _Move, final: Place) -> ShardInfo | None:
+def _settle(job: Job, shard: _Move, final: StoragePath) -> ShardInfo | None:
     info, name = shard.info, Path(shard.info.path).name
     built, target = job.base / BUILT / name, final / info.path
     note = job.base / BUILT / f"{name}.settled"
@@ -209,7 +209,7 @@ def _noted(data: bytes) -> ShardInfo | None:
     return None if raw is None else ShardInfo(**raw)
 
 
-def _without(job: Job, tar: Path, index: ShardIndex, shard: _Move, target: Place) -> ShardInfo | None:
+def _without(job: Job, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath) -> ShardInfo | None:
     """Writes the shard without the rows that go; the built one stays until the build's folder is removed."""
     drop = set(shard.drop)
     if len(drop) == index.samples:
@@ -254,7 +254,7 @@ def _statistics(
     for shard in manifest.shards:
         splits[shard.split] += shard.samples
     return {
-        "candidates": sum(r.candidates for r in records),
+        "raw_samples": sum(r.raw_samples for r in records),
         "samples": sum(splits.values()),
         "splits": dict(splits),
         "shards": len(manifest.shards),

@@ -24,8 +24,8 @@ def picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
     found: set[str] = set()
     for name in modalities:
         modality = get_modality(name)
-        accepted = next(iter(modality.slots.values()))
-        if len(modality.slots) == 1 and not modality.optional_slots and STORED in accepted:
+        accepted = next(iter(modality.required_parts.values()))
+        if len(modality.required_parts) == 1 and not modality.optional_parts and STORED in accepted:
             found.update(accepted)
     return frozenset(found)
 

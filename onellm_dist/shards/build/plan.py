@@ -1,8 +1,8 @@
-"""The plan of a build: which candidates go to which output shard, written once and read by every process.
+"""The plan of a build: which raw_samples go to which output shard, written once and read by every process.
 
 `plan.json` holds the settings and the table of groups, `groups.jsonl` a group's spec a line (reached by byte offset, so that
-a folder's million file names are not parsed by every process). A Unit is one output shard: a range of `max_samples`
-consecutive candidates of one split. Which candidates they are follows from the plan alone, so any process can build any unit.
+a folder's million file names are not parsed by every process). A ShardTask is one output shard: a range of `max_samples`
+consecutive raw_samples of one split. Which raw_samples they are follows from the plan alone, so any process can build any unit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.images import picture_extensions
 from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Source
-from onellm_dist.shards.storage.paths import Place, write
+from onellm_dist.shards.sources.base import InputSplit, Layout, RawSample, Source
+from onellm_dist.shards.storage.paths import StoragePath, write
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
 VERSION = 3
@@ -48,18 +48,18 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit:
+class ShardTask:
     """One output shard."""
 
     number: int
-    """Place in the plan."""
+    """StoragePath in the plan."""
     split: str
     shard: int
     """Number in its split."""
     pieces: tuple[Piece, ...]
 
     @property
-    def candidates(self) -> int:
+    def raw_samples(self) -> int:
         """How many it has, bad ones included."""
         return sum(p.stop - p.start for p in self.pieces)
 
@@ -82,9 +82,9 @@ class Plan:
     """Of the denylist's bytes: a changed list is another build."""
 
     @cached_property
-    def units(self) -> tuple[Unit, ...]:
-        """All output shards, in plan order: splits in order of first appearance, candidates in the groups' order."""
-        units: list[Unit] = []
+    def units(self) -> tuple[ShardTask, ...]:
+        """All output shards, in plan order: splits in order of first appearance, raw_samples in the groups' order."""
+        units: list[ShardTask] = []
         for split in dict.fromkeys(g.split for g in self.groups):
             open_pieces, held, shard = list[Piece](), 0, 0
             for number, group in enumerate(self.groups):
@@ -95,10 +95,10 @@ class Plan:
                     held += stop - start
                     start = stop
                     if held == self.settings.max_samples:
-                        units.append(Unit(len(units), split, shard, tuple(open_pieces)))
+                        units.append(ShardTask(len(units), split, shard, tuple(open_pieces)))
                         open_pieces, held, shard = [], 0, shard + 1
             if open_pieces:
-                units.append(Unit(len(units), split, shard, tuple(open_pieces)))
+                units.append(ShardTask(len(units), split, shard, tuple(open_pieces)))
         return tuple(units)
 
     @cached_property
@@ -163,7 +163,7 @@ def json_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_plan(
-    source: Source, inputs: Place, *, seed: int, options: Mapping[str, Any], settings: Settings, workers: int
+    source: Source, inputs: StoragePath, *, seed: int, options: Mapping[str, Any], settings: Settings, workers: int
 ) -> tuple[Plan, bytes]:
     """(the plan, the bytes of groups.jsonl).
 
@@ -195,8 +195,8 @@ def make_plan(
     return plan, b"".join(lines)
 
 
-def _until(groups: Iterable[Group], limit: int | None) -> Iterator[Group]:
-    """No more groups than hold `limit` candidates for certain."""
+def _until(groups: Iterable[InputSplit], limit: int | None) -> Iterator[InputSplit]:
+    """No more groups than hold `limit` raw_samples for certain."""
     known = 0
     for group in groups:
         yield group
@@ -205,7 +205,7 @@ def _until(groups: Iterable[Group], limit: int | None) -> Iterator[Group]:
             return
 
 
-def _limited(groups: Sequence[Group], limit: int | None) -> Iterator[Group]:
+def _limited(groups: Sequence[InputSplit], limit: int | None) -> Iterator[InputSplit]:
     left = limit
     for group in groups:
         if left is None:
@@ -215,7 +215,7 @@ def _limited(groups: Sequence[Group], limit: int | None) -> Iterator[Group]:
             left -= min(left, group.count or 0)
 
 
-def _counted(source: Source, inputs: Place, groups: list[Group], options: Mapping[str, Any], workers: int) -> list[Group]:
+def _counted(source: Source, inputs: StoragePath, groups: list[InputSplit], options: Mapping[str, Any], workers: int) -> list[InputSplit]:
     """Every group with its count; those that do not know it are gone through."""
     unknown = [i for i, g in enumerate(groups) if g.count is None]
     if not unknown:
@@ -234,22 +234,22 @@ def _counted(source: Source, inputs: Place, groups: list[Group], options: Mappin
     return groups
 
 
-def count_group(source: str, inputs: Place, spec: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+def count_group(source: str, inputs: StoragePath, spec: Mapping[str, Any], options: Mapping[str, Any]) -> int:
     """Candidates of one group, by going through it."""
     from onellm_dist.shards.build.registry import get_source
 
-    candidates = get_source(source).candidates
-    assert candidates is not None
-    return sum(1 for _ in candidates(inputs, spec, **options))
+    raw_samples = get_source(source).raw_samples
+    assert raw_samples is not None
+    return sum(1 for _ in raw_samples(inputs, spec, **options))
 
 
-def save_plan(folder: Place, plan: Plan, groups: bytes) -> None:
+def save_plan(folder: StoragePath, plan: Plan, groups: bytes) -> None:
     """Writes groups.jsonl, and plan.json last: where it stands, both are whole."""
     write(folder / GROUPS, groups)
     write(folder / PLAN, plan.to_bytes())
 
 
-def load_plan(folder: Place) -> Plan | None:
+def load_plan(folder: StoragePath) -> Plan | None:
     """The plan of an unfinished build; None: there is none.
 
     Raises:
@@ -261,13 +261,18 @@ def load_plan(folder: Place) -> Plan | None:
         return None
 
 
-def unit_candidates(
-    unit: Unit, plan: Plan, folder: Place, inputs: Place, options: Mapping[str, Any], candidates: Callable[..., Iterator[Candidate]]
-) -> Iterator[Candidate]:
-    """The unit's candidates, in order.
+def unit_raw_samples(
+    unit: ShardTask,
+    plan: Plan,
+    folder: StoragePath,
+    inputs: StoragePath,
+    options: Mapping[str, Any],
+    raw_samples: Callable[..., Iterator[RawSample]],
+) -> Iterator[RawSample]:
+    """The unit's raw_samples, in order.
 
     Raises:
-        OneLLMError: a group has fewer or more candidates than when the plan was made.
+        OneLLMError: a group has fewer or more raw_samples than when the plan was made.
     """
     with (folder / GROUPS).open("rb") as file:
         for piece in unit.pieces:
@@ -275,10 +280,10 @@ def unit_candidates(
             file.seek(group.offset)
             spec = json.loads(file.read(group.length))
             seen = 0
-            rows = candidates(inputs, spec, **options)
-            for seen, candidate in enumerate(rows, 1):
+            rows = raw_samples(inputs, spec, **options)
+            for seen, raw_sample in enumerate(rows, 1):
                 if seen > piece.start:
-                    yield candidate
+                    yield raw_sample
                 if seen == piece.stop:
                     break
             whole = piece.stop == group.samples and (plan.settings.limit is None or piece.group < len(plan.groups) - 1)

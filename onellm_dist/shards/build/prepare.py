@@ -1,4 +1,4 @@
-"""From a candidate to the parts that are stored, or to the reason why it is left out."""
+"""From a raw_sample to the parts that are stored, or to the reason why it is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onellm_dist.shards.build.images import dhash, encode_again, picture_extensi
 from onellm_dist.shards.build.settings import Settings
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
 from onellm_dist.shards.format.writer import check_names, check_parts
-from onellm_dist.shards.sources.base import BadSample, Candidate, Media
+from onellm_dist.shards.sources.base import BadSample, Media, RawSample
 
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try to read a file."""
@@ -34,7 +34,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 
 
 class Outcome(NamedTuple):
-    """What became of a candidate."""
+    """What became of a raw_sample."""
 
     key: str
     where: str
@@ -53,29 +53,29 @@ class _Skipped(Exception):
     """Left out knowingly."""
 
 
-def prepare(candidate: Candidate, modalities: Sequence[str], settings: Settings) -> Outcome:
-    """Reads a candidate, filters it, encodes it again where asked, and decodes its media once as training would.
+def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: Settings) -> Outcome:
+    """Reads a raw_sample, filters it, encodes it again where asked, and decodes its media once as training would.
 
     Raises:
         OneLLMError: the disk failed and not the sample, or what makes its media (a model) is missing.
     """
     try:
-        if candidate.problem is not None:
-            raise BadSample(candidate.problem)
-        if candidate.skip is not None:
-            raise _Skipped(candidate.skip)
-        return _read_sample(candidate, modalities, settings)
+        if raw_sample.problem is not None:
+            raise BadSample(raw_sample.problem)
+        if raw_sample.skip is not None:
+            raise _Skipped(raw_sample.skip)
+        return _read_sample(raw_sample, modalities, settings)
     except _Skipped as reason:
-        return Outcome(candidate.key, candidate.where, reason=str(reason), skipped=True)
+        return Outcome(raw_sample.key, raw_sample.where, reason=str(reason), skipped=True)
     except SampleError as error:
-        return Outcome(candidate.key, candidate.where, reason=_ADDRESS.sub("", error.what))
+        return Outcome(raw_sample.key, raw_sample.where, reason=_ADDRESS.sub("", error.what))
 
 
-def _read_sample(candidate: Candidate, modalities: Sequence[str], settings: Settings) -> Outcome:
-    parts, meta = _texts(candidate)
+def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: Settings) -> Outcome:
+    parts, meta = _texts(raw_sample)
     if (reason := dropped_by_meta(meta, settings)) is not None:
         raise _Skipped(reason)
-    for extension, media in candidate.parts.items():
+    for extension, media in raw_sample.parts.items():
         if extension not in parts:
             parts[extension] = _read(media)
     media_parts = {e: d for e, d in parts.items() if e not in TEXT_EXTENSIONS}
@@ -90,13 +90,13 @@ def _read_sample(candidate: Candidate, modalities: Sequence[str], settings: Sett
         look = next((dhash(media_parts[e]) for e in sorted(media_parts) if e in pictures), 0)
     if settings.resize is not None or settings.quality is not None:
         parts = encode_again(parts, pictures, settings.resize, settings.quality)
-    where = f"dataset {settings.name}, key {candidate.key!r}"
-    check_names(where, candidate.key, parts)
+    where = f"dataset {settings.name}, key {raw_sample.key!r}"
+    check_names(where, raw_sample.key, parts)
     check_parts(where, (get_modality(m) for m in modalities), parts)
     if settings.check:
         for name in modalities:
             _check_media(name, parts, meta)
-    return Outcome(candidate.key, candidate.where, parts, content=content, look=look)
+    return Outcome(raw_sample.key, raw_sample.where, parts, content=content, look=look)
 
 
 def content_hash(digests: Mapping[str, str]) -> bytes:
@@ -108,7 +108,7 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
     """A caption as it is stored: UTF-8 without byte order mark and surrounding white space.
 
     Args:
-        where: file name for the reason, where it is not the candidate's own.
+        where: file name for the reason, where it is not the raw_sample's own.
 
     Raises:
         BadSample: not UTF-8, half a surrogate pair, or empty.
@@ -157,19 +157,19 @@ def _is_turn(turn: Any, *, first: bool) -> bool:
     return isinstance(turn, dict) and turn.get("from") in speakers and isinstance(turn.get("value"), str)
 
 
-def _texts(candidate: Candidate) -> tuple[dict[str, bytes], dict[str, Any]]:
+def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The sample's text parts as they are stored, and its `.json` as a value."""
     parts: dict[str, bytes] = {}
-    if candidate.caption is not None:
-        parts["txt"] = caption_bytes(candidate.caption)
-    elif "txt" in candidate.parts:
-        parts["txt"] = caption_bytes(_read(candidate.parts["txt"]), f"{_name(candidate.parts['txt'])}: ")
+    if raw_sample.caption is not None:
+        parts["txt"] = caption_bytes(raw_sample.caption)
+    elif "txt" in raw_sample.parts:
+        parts["txt"] = caption_bytes(_read(raw_sample.parts["txt"]), f"{_name(raw_sample.parts['txt'])}: ")
     meta: dict[str, Any] = {}
-    if "json" in candidate.parts:
-        parts["json"] = _read(candidate.parts["json"])
+    if "json" in raw_sample.parts:
+        parts["json"] = _read(raw_sample.parts["json"])
         meta = parse_meta(parts["json"])
-    if candidate.meta:
-        meta = {**meta, **candidate.meta}
+    if raw_sample.meta:
+        meta = {**meta, **raw_sample.meta}
         try:
             parts["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
         except UnicodeEncodeError as error:

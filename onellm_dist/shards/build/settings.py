@@ -19,9 +19,9 @@ OPTIONS: Mapping[str, Option] = {
     "licence": Option(None, "goes to the manifest; the source's usual one if not given"),
     "check": Option(True, "decode every media once; bad ones are left out and listed in quarantine.jsonl", bool),
     "max_failures": Option(0.1, "largest share of bad samples, 0 to 1; beyond it nothing is built", float),
-    "max_samples": Option(MAX_SAMPLES, "candidates a shard: most samples it can have", int),
+    "max_samples": Option(MAX_SAMPLES, "raw_samples a shard: most samples it can have", int),
     "max_bytes": Option(MAX_BYTES, "most bytes of content a shard", int),
-    "limit": Option(None, "only the first so many candidates", int),
+    "limit": Option(None, "only the first so many raw_samples", int),
     "resize": Option(
         None, "pictures whose shorter side is longer than this many pixels are made this small (Lanczos) and stored as JPEG", int
     ),

@@ -1,4 +1,4 @@
-"""Builds one unit of the plan: its candidates become one output shard (more where `max_bytes` cuts it) and a done record.
+"""Builds one unit of the plan: its raw_samples become one output shard (more where `max_bytes` cuts it) and a done record.
 
 The bytes depend on the plan, the unit and the input alone: not on who builds it, when, or beside whom.
 """
@@ -18,16 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.shards.build.plan import Plan, Unit, unit_candidates
+from onellm_dist.shards.build.plan import Plan, ShardTask, unit_raw_samples
 from onellm_dist.shards.build.prepare import Outcome, prepare
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS, ShardInfo
 from onellm_dist.shards.format.index import index_path_of
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.writer import shard_path
-from onellm_dist.shards.sources.base import Candidate, Quarantined
+from onellm_dist.shards.sources.base import Quarantined, RawSample
 from onellm_dist.shards.storage.files import private_name
-from onellm_dist.shards.storage.paths import Place, put, write
+from onellm_dist.shards.storage.paths import StoragePath, put, write
 
 BUILT, DONE = "built", "done"
 ROW = np.dtype([("key", "<u8", 2), ("content", "<u8", 2), ("look", "<u8")])
@@ -42,22 +42,22 @@ class Job:
     """What every process of a build needs to know."""
 
     plan: Plan
-    base: Place
+    base: StoragePath
     """The unfinished build: plan, claims, done records, built shards."""
     scratch: Path
     """A local folder where shards are written; below `base` where that is local."""
-    inputs: Place
+    inputs: StoragePath
     options: Mapping[str, Any]
 
-    def candidates(self, unit: Unit) -> Iterator[Candidate]:
-        """The unit's candidates, in order."""
-        list_group = get_source(self.plan.source).candidates
+    def raw_samples(self, unit: ShardTask) -> Iterator[RawSample]:
+        """The unit's raw_samples, in order."""
+        list_group = get_source(self.plan.source).raw_samples
         assert list_group is not None
-        return unit_candidates(unit, self.plan, self.base, self.inputs, self.options, list_group)
+        return unit_raw_samples(unit, self.plan, self.base, self.inputs, self.options, list_group)
 
-    def prepared(self, unit: Unit) -> Iterator[Outcome]:
-        """The unit's candidates prepared in this process."""
-        return (prepare(c, self.plan.modalities, self.plan.settings) for c in self.candidates(unit))
+    def prepared(self, unit: ShardTask) -> Iterator[Outcome]:
+        """The unit's raw_samples prepared in this process."""
+        return (prepare(c, self.plan.modalities, self.plan.settings) for c in self.raw_samples(unit))
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Account:
 
     def take(self, record: Record) -> None:
         """A finished unit of somebody else's."""
-        self.seen += record.candidates
+        self.seen += record.raw_samples
         self.written += sum(s.samples for s in record.shards)
         self.skipped += sum(record.skipped.values())
         self.note(record.quarantined)
@@ -113,7 +113,7 @@ class Record:
 
     unit: int
     plan: str
-    candidates: int
+    raw_samples: int
     shards: tuple[ShardInfo, ...]
     """Paths as in the manifest; the files lie below `built/` until the build is finished."""
     text: tuple[str, ...]
@@ -131,7 +131,7 @@ class Record:
         """Parses a done record."""
         raw = json.loads(data)
         return cls(
-            raw["unit"], raw["plan"], raw["candidates"], tuple(ShardInfo(**s) for s in raw["shards"]), tuple(raw["text"]),
+            raw["unit"], raw["plan"], raw["raw_samples"], tuple(ShardInfo(**s) for s in raw["shards"]), tuple(raw["text"]),
             tuple(Quarantined(**q) for q in raw["quarantined"]), raw["skipped"], {e: (n, b) for e, (n, b) in raw["parts"].items()},
         )  # fmt: skip
 
@@ -144,7 +144,7 @@ def key_hash(key: str) -> bytes:
 class _Shards:
     """The unit's tars; a new one begins where the next sample would take the content beyond `max_bytes`."""
 
-    def __init__(self, job: Job, unit: Unit) -> None:
+    def __init__(self, job: Job, unit: ShardTask) -> None:
         self.job, self.unit = job, unit
         self.done: list[ShardInfo] = []
         self.current: ShardWriter | None = None
@@ -176,7 +176,7 @@ class _Shards:
             self.current = None
 
 
-def build_unit(unit: Unit, job: Job, outcomes: Iterator[Outcome], account: Account) -> Record:
+def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: Account) -> Record:
     """Writes the unit's shards and its done record.
 
     Raises:
@@ -208,7 +208,7 @@ def build_unit(unit: Unit, job: Job, outcomes: Iterator[Outcome], account: Accou
         shards.abandon()
         raise
     record = Record(
-        unit.number, job.plan.digest, unit.candidates, tuple(shards.done), tuple(e for e in TEXT_EXTENSIONS if e in text),
+        unit.number, job.plan.digest, unit.raw_samples, tuple(shards.done), tuple(e for e in TEXT_EXTENSIONS if e in text),
         tuple(bad), dict(sorted(skipped.items())), dict(sorted(parts.items())),
     )  # fmt: skip
     buffer = io.BytesIO()
@@ -218,7 +218,7 @@ def build_unit(unit: Unit, job: Job, outcomes: Iterator[Outcome], account: Accou
     return record
 
 
-def read_record(base: Place, unit: Unit, plan: Plan) -> Record | None:
+def read_record(base: StoragePath, unit: ShardTask, plan: Plan) -> Record | None:
     """A unit's done record; None: it is not built, or its files are not there in full."""
     try:
         record = Record.from_bytes((base / DONE / f"{unit.number:06d}.json").read_bytes())
@@ -227,7 +227,7 @@ def read_record(base: Place, unit: Unit, plan: Plan) -> Record | None:
     return record if record.plan == plan.digest else None
 
 
-def read_rows(base: Place, unit: int) -> NDArray[np.void]:
+def read_rows(base: StoragePath, unit: int) -> NDArray[np.void]:
     """[samples] of dtype ROW: the unit's samples in the order of its shards."""
     return np.load(io.BytesIO((base / DONE / f"{unit:06d}.npy").read_bytes()))  # type: ignore[no-any-return]
 

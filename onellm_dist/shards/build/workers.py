@@ -22,14 +22,14 @@ from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import Progress
-from onellm_dist.shards.build.plan import Unit
+from onellm_dist.shards.build.plan import ShardTask
 from onellm_dist.shards.build.prepare import Outcome, prepare
 from onellm_dist.shards.build.settings import Settings
 from onellm_dist.shards.build.task import Account, Job, Record, build_unit, read_record
-from onellm_dist.shards.sources.base import Candidate
-from onellm_dist.shards.storage.paths import Place
+from onellm_dist.shards.sources.base import RawSample
+from onellm_dist.shards.storage.paths import StoragePath
 
-CLAIMS = "claims"
+LEASES = "claims"
 _CHUNK = 8
 """Candidates a worker gets at once, where workers share a unit."""
 _WINDOW = 4
@@ -60,8 +60,8 @@ class Task:
         return cls(int(index), int(count))
 
 
-class Claim:
-    """A held claim; `release` gives it back."""
+class Lease:
+    """A held lease; `release` gives it back."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
@@ -73,11 +73,11 @@ class Claim:
             self._descriptor = None
 
 
-def claim(base: Place, name: str, *, wait_for_it: bool = False) -> Claim | None:
-    """Locks `base/claims/name`; None: somebody else holds it. In a remote store every claim is granted."""
+def lease(base: StoragePath, name: str, *, wait_for_it: bool = False) -> Lease | None:
+    """Locks `base/claims/name`; None: somebody else holds it. In a remote store every lease is granted."""
     if not isinstance(base, Path):
-        return Claim(None)
-    descriptor = os.open(base / CLAIMS / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        return Lease(None)
+    descriptor = os.open(base / LEASES / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait_for_it else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -85,7 +85,7 @@ def claim(base: Place, name: str, *, wait_for_it: bool = False) -> Claim | None:
         return None
     except OSError:  # no locks here: the worst is that a unit is built twice, to the same bytes
         pass
-    return Claim(descriptor)
+    return Lease(descriptor)
 
 
 def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], account: Account) -> None:
@@ -95,12 +95,12 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
         TooManyFailures: too many samples are bad.
         OneLLMError: a worker process died, or the input changed.
     """
-    pending = list[Unit]()
+    pending = list[ShardTask]()
     for unit in job.plan.units:
         record = read_record(job.base, unit, job.plan)
         if record is not None:
             account.take(record)
-            bar.advance(unit.candidates)
+            bar.advance(unit.raw_samples)
         elif unit.number % task.count == task.index:
             pending.append(unit)
     account.check()
@@ -116,7 +116,7 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
             else:
                 settings, modalities = job.plan.settings, job.plan.modalities
                 _one_by_one(
-                    job, pending, bar, account, lambda u: _shared(job.candidates(u), modalities, settings, pool, workers)
+                    job, pending, bar, account, lambda u: _shared(job.raw_samples(u), modalities, settings, pool, workers)
                 )  # fmt: skip
         except BrokenProcessPool as error:
             raise OneLLMError(
@@ -127,10 +127,10 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
 
 
 def _one_by_one(
-    job: Job, units: Iterable[Unit], bar: Progress[object], account: Account, outcomes: Callable[[Unit], Iterator[Outcome]]
+    job: Job, units: Iterable[ShardTask], bar: Progress[object], account: Account, outcomes: Callable[[ShardTask], Iterator[Outcome]]
 ) -> None:
     for unit in units:
-        held = claim(job.base, f"{unit.number:06d}")
+        held = lease(job.base, f"{unit.number:06d}")
         if held is None:
             continue
         try:
@@ -149,12 +149,12 @@ def _counted(outcomes: Iterator[Outcome], bar: Progress[object], account: Accoun
 
 
 def _shared(
-    candidates: Iterator[Candidate], modalities: tuple[str, ...], settings: Settings, pool: ProcessPoolExecutor, workers: int
+    raw_samples: Iterator[RawSample], modalities: tuple[str, ...], settings: Settings, pool: ProcessPoolExecutor, workers: int
 ) -> Iterator[Outcome]:
     """The unit's outcomes in order, prepared by all workers together."""
     waiting: deque[Future[list[Outcome]]] = deque()
     try:
-        for chunk in iter(lambda: list(islice(candidates, _CHUNK)), []):
+        for chunk in iter(lambda: list(islice(raw_samples, _CHUNK)), []):
             waiting.append(pool.submit(_prepare_chunk, chunk, modalities, settings))
             if len(waiting) >= workers * _WINDOW:
                 yield from waiting.popleft().result()
@@ -165,20 +165,20 @@ def _shared(
             future.cancel()
 
 
-def _prepare_chunk(chunk: list[Candidate], modalities: tuple[str, ...], settings: Settings) -> list[Outcome]:
+def _prepare_chunk(chunk: list[RawSample], modalities: tuple[str, ...], settings: Settings) -> list[Outcome]:
     return [prepare(c, modalities, settings) for c in chunk]
 
 
 def _unit_each(
-    job: Job, units: list[Unit], bar: Progress[object], account: Account, pool: ProcessPoolExecutor, workers: int
+    job: Job, units: list[ShardTask], bar: Progress[object], account: Account, pool: ProcessPoolExecutor, workers: int
 ) -> None:  # fmt: skip
     """Each worker builds whole units; this process holds their claims."""
-    running: dict[Future[Record], Claim] = {}
+    running: dict[Future[Record], Lease] = {}
     left = iter(units)
     try:
         while True:
             for unit in left:
-                held = claim(job.base, f"{unit.number:06d}")
+                held = lease(job.base, f"{unit.number:06d}")
                 if held is not None:
                     running[pool.submit(_build_in_worker, unit)] = held
                 if len(running) == workers:
@@ -189,7 +189,7 @@ def _unit_each(
                 running.pop(future).release()
                 record = future.result()
                 account.take(record)
-                bar.advance(record.candidates)
+                bar.advance(record.raw_samples)
                 bar.note(f"{account.failures} bad" if account.failures else "")
                 account.check()
     finally:
@@ -218,7 +218,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _build_in_worker(unit: Unit) -> Record:
+def _build_in_worker(unit: ShardTask) -> Record:
     job = _jobs[0]
     done = read_record(job.base, unit, job.plan)
     if done is not None:

@@ -27,7 +27,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex
 from onellm_dist.shards.storage.files import private_name
-from onellm_dist.shards.storage.paths import Place, put, write
+from onellm_dist.shards.storage.paths import StoragePath, put, write
 
 ENERGON_VERSION = "7.4.1"
 META = ".nv-meta"
@@ -47,7 +47,7 @@ CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, pa
 """
 
 
-def write_energon(root: Place, manifest: Manifest | None = None, scratch: Path | None = None) -> None:
+def write_energon(root: StoragePath, manifest: Manifest | None = None, scratch: Path | None = None) -> None:
     """Writes Energon's files into a dataset folder; older ones are replaced. Tars are not read, only their indexes.
 
     Args:
@@ -91,7 +91,7 @@ def write_energon(root: Place, manifest: Manifest | None = None, scratch: Path |
     write(meta / ".info.json", json.dumps(info, indent=2).encode())
 
 
-def _write_database(root: Place, shards: Sequence[ShardInfo], scratch: Path) -> None:
+def _write_database(root: StoragePath, shards: Sequence[ShardInfo], scratch: Path) -> None:
     """index.sqlite, made locally (SQLite cannot write to stores), and each tar's `.idx` on the way."""
     local = scratch / f"{private_name()}.sqlite"
     with closing(sqlite3.connect(local)) as database:
@@ -123,7 +123,7 @@ def _sorting_in(folder: Path, database: sqlite3.Connection) -> Iterator[None]:
         database.execute("PRAGMA temp_store_directory = ''")
 
 
-def _index(tar: Place, scratch: Path) -> ShardIndex:
+def _index(tar: StoragePath, scratch: Path) -> ShardIndex:
     path = tar.with_name(f"{tar.name}.index")
     if isinstance(path, Path):
         return ShardIndex(path)

@@ -21,7 +21,9 @@ TEXT_ONLY = "text"
 @cache
 def known_extensions() -> frozenset[str]:
     """Every extension that some modality reads, and the text parts'."""
-    media = {e for m in all_modalities().values() for accepted in (*m.slots.values(), *m.optional_slots.values()) for e in accepted}
+    media = {
+        e for m in all_modalities().values() for accepted in (*m.required_parts.values(), *m.optional_parts.values()) for e in accepted
+    }
     return frozenset(media | set(TEXT_EXTENSIONS))
 
 
@@ -42,9 +44,9 @@ def safe_key(path: str) -> str:
     return folder + slash + stem.replace(".", "_")
 
 
-def slots_of(modality: Modality) -> dict[str, tuple[str, ...]]:
+def parts_of_modality(modality: Modality) -> dict[str, tuple[str, ...]]:
     """All slots, optional ones too."""
-    return {**modality.slots, **modality.optional_slots}
+    return {**modality.required_parts, **modality.optional_parts}
 
 
 def readable_as(extensions: Iterable[str]) -> tuple[str, ...]:
@@ -52,8 +54,8 @@ def readable_as(extensions: Iterable[str]) -> tuple[str, ...]:
     available = set(extensions)
     used: dict[str, set[str]] = {}
     for name, modality in all_modalities().items():
-        if all(available & set(accepted) for accepted in modality.slots.values()):
-            used[name] = {e for accepted in slots_of(modality).values() for e in accepted if e in available}
+        if all(available & set(accepted) for accepted in modality.required_parts.values()):
+            used[name] = {e for accepted in parts_of_modality(modality).values() for e in accepted if e in available}
     return tuple(n for n, mine in used.items() if not any(mine < other for other in used.values()))
 
 

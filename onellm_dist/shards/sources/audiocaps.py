@@ -13,7 +13,7 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.readers.media_files import below, need_file
@@ -27,7 +27,7 @@ _CLIP_SECONDS = 10
 
 
 def _suffixes() -> tuple[str, ...]:
-    return tuple(f".{e}" for e in next(iter(get_modality("audio").slots.values())))
+    return tuple(f".{e}" for e in next(iter(get_modality("audio").required_parts.values())))
 
 
 def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, missing: str) -> Layout:
@@ -61,30 +61,30 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, miss
     return Layout(("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool)))
 
 
-def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[Group]:
+def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[InputSplit]:
     names, start = read_header(below(inputs, table), CSV)
     for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
         spec = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
-        yield Group(f"{table}:{found.line}", spec, split, found.size)
+        yield InputSplit(f"{table}:{found.line}", spec, split, found.size)
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[RawSample]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
     for line, row, problem in read_rows(below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]):
         where = f"{spec['table']}:{line}"
         if problem is not None:
-            yield Candidate(f"row-{line:07d}", where, problem=problem)
+            yield RawSample(f"row-{line:07d}", where, problem=problem)
             continue
         key = safe_key(row["audiocap_id"].strip() or f"row-{line:07d}")
         found = find_media(inputs, pool, _stems(row), _suffixes())
         if found is None:
             lost = f"missing file: no clip of {row['youtube_id']} at {row['start_time']} s"
-            yield Candidate(key, where, problem=lost) if missing == "fail" else Candidate(key, where, skip="media was not fetched")
+            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
             continue
         suffix, media = found
         meta = {"youtube_id": row["youtube_id"], "start_time": row["start_time"], "conversations": captioned("audio", row["caption"])}
-        yield Candidate(key, where, {suffix[1:]: media}, row["caption"], meta)
+        yield RawSample(key, where, {suffix[1:]: media}, row["caption"], meta)
 
 
 def _stems(row: Mapping[str, str]) -> list[str]:
@@ -101,7 +101,7 @@ SOURCE = Source(
     "audiocaps",
     "AudioCaps: {train,val,test}.csv and the clips, by any of their usual names; a sample each caption",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "annotations": Option(None, "the table, if it is not train.csv", Path),
         "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),

@@ -3,15 +3,15 @@
 A source says what there is, and where its bytes lie; the builder (shards/command.py) does everything else: it reads, checks,
 filters, de-duplicates, cuts shards, shares the work among processes, resumes, and keeps account of what was left out.
 
-    SOURCE = Source(name="laion400m", summary="...", plan=plan, candidates=candidates, options={...}, licence="...")
+    SOURCE = Source(name="laion400m", summary="...", plan=plan, raw_samples=raw_samples, options={...}, licence="...")
 
     def plan(inputs: Path, *, seed: int, **options) -> Layout       # once a build: what there is, in an order that never changes
-    def candidates(inputs: Path, spec: Mapping[str, Any], **options) -> Iterator[Candidate]    # of one group, in its order
+    def raw_samples(inputs: Path, spec: Mapping[str, Any], **options) -> Iterator[RawSample]    # of one group, in its order
 
-*Groups.* A Group is a stretch of the input that can be read by itself, of about 1,000 to 10,000 samples: one img2dataset
+*Groups.* A InputSplit is a stretch of the input that can be read by itself, of about 1,000 to 10,000 samples: one img2dataset
 tar, rows 20,000 to 30,000 of a CSV (with the byte offset of its first row, so that no process reads the rows before it). Its
-`spec` is JSON and holds all that `candidates` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
-sorted order, never in that of the file system. `count` is the exact number of candidates, bad ones included, where that is
+`spec` is JSON and holds all that `raw_samples` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
+sorted order, never in that of the file system. `count` is the exact number of raw_samples, bad ones included, where that is
 known without reading the group; None: the builder goes through the group once and counts.
 
 *Candidates* of equal spec and options must be equal, in every process and on every machine: no clock, no `hash()`, no order of
@@ -32,7 +32,7 @@ has several texts; anything else that is worth keeping (url, similarity, window)
 whatever the case of the key: `url`, `nsfw`, `punsafe`, `pwatermark`, `similarity`, `width`, `height`, `sha256`. Parts named
 `txt` and `json` in `parts` are stored as they are instead (`caption` and `meta` go before them).
 
-A source that makes its data itself (toyworld) has `build` instead of `plan` and `candidates`:
+A source that makes its data itself (toyworld) has `build` instead of `plan` and `raw_samples`:
 `build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in subfolders of it, and returns a
 BuildReport. `out` is a new, empty staging folder: `build_dataset` renames it when the function returns, and removes it when it
 raises.
@@ -59,7 +59,7 @@ class Media(Protocol):
 
 
 class BadSample(SampleError):
-    """Why a candidate is left out: `what` is the reason, one line, its kind before the first colon."""
+    """Why a raw_sample is left out: `what` is the reason, one line, its kind before the first colon."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FileRange:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RawSample:
     """One sample before it is read."""
 
     key: str
@@ -100,16 +100,16 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Group:
+class InputSplit:
     """A stretch of the input that is read by itself."""
 
     name: str
     """For messages and the plan: `00017.tar`, `results_2M_train.csv:20001`."""
     spec: Mapping[str, Any]
-    """JSON; all that `candidates` needs."""
+    """JSON; all that `raw_samples` needs."""
     split: str = "train"
     count: int | None = None
-    """Its candidates, bad and skipped ones included; None: not known before it was read."""
+    """Its raw_samples, bad and skipped ones included; None: not known before it was read."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Layout:
 
     modalities: tuple[str, ...]
     """Every sample has exactly these; () is text only."""
-    groups: Iterable[Group]
+    groups: Iterable[InputSplit]
     """In an order that depends on the input and the options alone."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
@@ -179,7 +179,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of input that shards are built from: `plan` and `candidates`, or `build`."""
+    """A kind of input that shards are built from: `plan` and `raw_samples`, or `build`."""
 
     name: str
     summary: str
@@ -187,8 +187,8 @@ class Source:
     """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options); None returned: nothing to report."""
     plan: Callable[..., Layout] | None = None
     """(inputs: Path, *, seed: int, **options) -> Layout. Raises UsageError where the input is not what the source reads."""
-    candidates: Callable[..., Iterator[Candidate]] | None = None
-    """(inputs: Path, spec: Mapping[str, Any], **options) -> the group's candidates. An error other than OSError and
+    raw_samples: Callable[..., Iterator[RawSample]] | None = None
+    """(inputs: Path, spec: Mapping[str, Any], **options) -> the group's raw_samples. An error other than OSError and
     OneLLMError is a fault of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """Its own. Every planned source also has the builder's (shards/build/settings.py): name, licence, check, max_failures,

@@ -16,7 +16,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers import json_stream
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_rows, row_ranges
@@ -58,29 +58,29 @@ def _table(inputs: Path, given: str | None) -> str:
     return found[0]
 
 
-def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[Group]:
+def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[InputSplit]:
     if table.lower().endswith(".json"):
         yield from json_stream.row_groups(inputs, table, _ROWS, pool=pool.to_json())
         return
     for rows in row_ranges(inputs / table, CSV, _ROWS):
-        yield Group(f"{table}:{rows.line}", {"table": table, "range": list(rows), "pool": pool.to_json()}, count=rows.size)
+        yield InputSplit(f"{table}:{rows.line}", {"table": table, "range": list(rows), "pool": pool.to_json()}, count=rows.size)
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str) -> Iterator[RawSample]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
     rows = _captions(inputs, spec) if "table" in spec else _conversations(inputs, spec)
     for where, uid, caption, meta, problem in rows:
         key = safe_key(uid) if uid else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
         if problem is not None:
-            yield Candidate(key, where, problem=problem)
+            yield RawSample(key, where, problem=problem)
             continue
         found = find_media(inputs, pool, (uid, f"{uid}_8192"), SUFFIXES)
         if found is None:
             lost = f"missing file: {uid}{{{','.join(SUFFIXES)}}} is in no folder and no archive"
-            yield Candidate(key, where, problem=lost) if missing == "fail" else Candidate(key, where, skip="media was not fetched")
+            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
             continue
-        yield Candidate(key, where, cloud_parts(*found, uid), caption, meta)
+        yield RawSample(key, where, cloud_parts(*found, uid), caption, meta)
 
 
 def cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
@@ -122,7 +122,7 @@ SOURCE = Source(
     name="cap3d",
     summary="Cap3D: headerless CSV with .ply, .pt or .npy clouds or their zips; PointLLM's copy: JSON with 8192_npy",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "captions": Option(None, "the table, relative to IN, where there are several"),
         "clouds": Option(None, "the folder of the clouds and their zips, relative to IN; all of IN (pictures' zips too) if not given"),

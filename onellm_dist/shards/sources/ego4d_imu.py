@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, Recorded, recording_of
 from onellm_dist.shards.sources.readers.json_stream import has_key, read_places, read_rows, row_groups, scan
@@ -74,7 +74,7 @@ def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | N
     return found
 
 
-def _window_groups(inputs: Path, name: str) -> Iterator[Group]:
+def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
     """Windows sorted by video (0.5M of them: some 200 MB); a video's recording is then read by one process."""
     found: dict[str, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(scan(below(inputs, name))):
@@ -83,27 +83,27 @@ def _window_groups(inputs: Path, name: str) -> Iterator[Group]:
     for uid, rows in sorted(found.items()):
         for first in range(0, len(rows), _GROUP):
             some = rows[first : first + _GROUP]
-            yield Group(f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some))
+            yield InputSplit(f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some))
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
     """The group's windows."""
     if "windows" in spec:
         return _from_windows(inputs, spec, **options)
     return _from_narrations(inputs, spec, **options)
 
 
-def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[Candidate]:
+def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[RawSample]:
     last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
     for item in read_places(below(inputs, spec["windows"]), spec["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
         if uid is None or times is None:
-            yield Candidate(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")
+            yield RawSample(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")
             continue
         if last is None or last[0] != uid:
             last = uid, recording_of(inputs if imu is None else below(inputs, imu), uid)
-        yield _candidate(last[1], key, where, uid, times, row["text"], min_samples)
+        yield _raw_sample(last[1], key, where, uid, times, row["text"], min_samples)
 
 
 def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
@@ -115,21 +115,21 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
         return None, None
 
 
-def _candidate(
+def _raw_sample(
     found: Recorded | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
-) -> Candidate:  # fmt: skip
+) -> RawSample:  # fmt: skip
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
-        return Candidate(key, where, problem=f"caption is no text: a {type(text).__name__}")
+        return RawSample(key, where, problem=f"caption is no text: a {type(text).__name__}")
     if found is None:
-        return Candidate(key, where, problem=f"missing file: no recording of video {uid}")
+        return RawSample(key, where, problem=f"missing file: no recording of video {uid}")
     captions = [clean_narration(t) for t in texts]
     meta: dict[str, Any] = {
         "video_uid": uid, "window_start": times[0], "window_end": times[1], "conversations": captioned("imu", captions[0]),
     }  # fmt: skip
     if len(captions) > 1:
         meta["caption"] = captions
-    return Candidate(key, where, {"imu.npy": ImuWindow(*found, *times, min_samples)}, captions[0] if len(captions) == 1 else None, meta)
+    return RawSample(key, where, {"imu.npy": ImuWindow(*found, *times, min_samples)}, captions[0] if len(captions) == 1 else None, meta)
 
 
 def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
@@ -143,35 +143,35 @@ def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, 
 
 def _from_narrations(
     inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, others: bool, passes: str, min_samples: int, **_: Any
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     for item in read_rows(inputs, spec):
         uid, video = item.key, item.value
         told = _narrated(video, passes)
         first = next(told, None)
         found = recording_of(inputs if imu is None else below(inputs, imu), uid)
         if first is None:
-            yield Candidate(uid, f"{spec['file']}[{uid}]", skip="a video without narrations")
+            yield RawSample(uid, f"{spec['file']}[{uid}]", skip="a video without narrations")
             continue
         for name, number, narration in (first, *told):
             where = f"{spec['file']}[{uid}][{name}][{number}]"
             key = f"{uid}-{name[-1]}-{number:05d}"
             text, second = narration.get("narration_text"), narration.get("timestamp_sec")
             if not isinstance(text, str) or not isinstance(second, (int, float)):
-                yield Candidate(key, where, problem="unreadable row: no narration_text and timestamp_sec")
+                yield RawSample(key, where, problem="unreadable row: no narration_text and timestamp_sec")
             elif found is None:
-                yield Candidate(key, where, skip="a video without inertial recording")
+                yield RawSample(key, where, skip="a video without inertial recording")
             elif not others and re.search(r"#O\b", text):
-                yield Candidate(key, where, skip="about another person (#O)")
+                yield RawSample(key, where, skip="about another person (#O)")
             else:
                 start = max(0.0, float(second) - _SECONDS / 2)
-                yield _candidate(found, key, where, uid, (start, start + _SECONDS), text, min_samples)
+                yield _raw_sample(found, key, where, uid, (start, start + _SECONDS), text, min_samples)
 
 
 SOURCE = Source(
     "ego4d-imu",
     "Ego4D's inertial recordings (csv, or imu2clip's npy), cut by a list of windows or around narrations",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "windows": Option(None, "the list of windows; IN/window_idx_train.json where it is there", Path),
         "narrations": Option(None, "narration.json, to make windows of two seconds from; else IN/narration.json", Path),

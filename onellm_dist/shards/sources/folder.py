@@ -13,18 +13,18 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import parse_modalities
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.readers.folder_files import side_file_candidates
-from onellm_dist.shards.sources.readers.folder_tables import find_table, table_candidates
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.readers.folder_files import side_file_raw_samples
+from onellm_dist.shards.sources.readers.folder_tables import find_table, table_raw_samples
 
 _GROUP = 1000
 """Candidates a group."""
 
 
-def find_candidates(
+def find_raw_samples(
     inputs: Path, captions: Path | None, modality: str | None, caption_column: str | None, file_column: str | None
-) -> tuple[tuple[str, ...], list[Candidate], list[str]]:
-    """(modalities, candidates in their order on disk, notes) of an input folder or table.
+) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
+    """(modalities, raw_samples in their order on disk, notes) of an input folder or table.
 
     Raises:
         UsageError: nothing usable there, or a choice that the user must make.
@@ -37,9 +37,9 @@ def find_candidates(
     root = inputs if inputs.is_dir() else inputs.parent
     table = captions or (find_table(inputs) if inputs.is_dir() else inputs)
     if table is not None:
-        found = table_candidates(table, root, wanted, caption_column, file_column)
+        found = table_raw_samples(table, root, wanted, caption_column, file_column)
     else:
-        found = side_file_candidates(inputs, wanted)
+        found = side_file_raw_samples(inputs, wanted)
     if not found[1]:
         ignored = f" ({'; '.join(found[2])})" if found[2] else ""
         raise UsageError(
@@ -61,20 +61,20 @@ def plan(
     split: str,
     shuffle: bool,
 ) -> Layout:
-    """Lists the folder; the candidates themselves go to the plan, so that what is found later has the same order.
+    """Lists the folder; the raw_samples themselves go to the plan, so that what is found later has the same order.
 
     Raises:
         UsageError: the input or an option cannot be used.
     """
     if not isinstance(inputs, Path):
         raise UsageError(f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it.")
-    modalities, found, notes = find_candidates(inputs, captions, modality, caption_column, file_column)
+    modalities, found, notes = find_raw_samples(inputs, captions, modality, caption_column, file_column)
     if shuffle:
         random.Random(seed).shuffle(found)
     groups = (
-        Group(
+        InputSplit(
             f"{inputs.name}:{first + 1}",
-            {"candidates": [_packed(c) for c in found[first : first + _GROUP]]},
+            {"raw_samples": [_packed(c) for c in found[first : first + _GROUP]]},
             split,
             len(found[first : first + _GROUP]),
         )
@@ -83,22 +83,22 @@ def plan(
     return Layout(modalities, groups, tuple(notes))
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], **_: Any) -> Iterator[Candidate]:
-    """The candidates that stand in the plan."""
-    for packed in spec["candidates"]:
-        yield Candidate(**{**packed, "parts": {e: Path(p) for e, p in packed["parts"].items()}})
+def raw_samples(inputs: Path, spec: Mapping[str, Any], **_: Any) -> Iterator[RawSample]:
+    """The raw_samples that stand in the plan."""
+    for packed in spec["raw_samples"]:
+        yield RawSample(**{**packed, "parts": {e: Path(p) for e, p in packed["parts"].items()}})
 
 
-def _packed(candidate: Candidate) -> dict[str, Any]:
+def _packed(raw_sample: RawSample) -> dict[str, Any]:
     """As JSON values."""
-    return {**{k: v for k, v in vars(candidate).items() if v is not None}, "parts": {e: str(p) for e, p in candidate.parts.items()}}
+    return {**{k: v for k, v in vars(raw_sample).items() if v is not None}, "parts": {e: str(p) for e, p in raw_sample.parts.items()}}
 
 
 SOURCE = Source(
     name="folder",
     summary="a folder of media with captions in side .txt/.json files or in a CSV, TSV or JSONL",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "modality": Option(
             None, "what the media are (image; image,audio for samples with both; text for text alone); inferred if not given"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.base import Candidate, Layout, Source
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.base import Layout, RawSample, Source
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_groups, tar_raw_samples
 
 ALT_COLUMNS = ("caption", "text")
 """In any case: img2dataset's own name, LAION's (`TEXT`)."""
@@ -40,16 +40,16 @@ def plan(inputs: Path, *, seed: int, unfinished: str) -> Layout:
     return Layout(("image",), groups, notes)
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], *, unfinished: str) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any], *, unfinished: str) -> Iterator[RawSample]:
     """One tar's."""
-    return tar_candidates(inputs, spec, get_modality("image").slots["image"], alt_caption)
+    return tar_raw_samples(inputs, spec, get_modality("image").required_parts["image"], alt_caption)
 
 
 SOURCE = Source(
     name="laion400m",
     summary="LAION-400M or Re-LAION: tars, parquet and stats of img2dataset",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={"unfinished": UNFINISHED_OPTION},
     licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",
 )

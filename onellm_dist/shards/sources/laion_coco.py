@@ -12,9 +12,9 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Option, Source
+from onellm_dist.shards.sources.base import BadSample, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.laion400m import alt_caption, column
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_groups, tar_raw_samples
 
 CHOICES = ("top", "alt", "all")
 
@@ -50,16 +50,16 @@ def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
     return Layout(("image",), groups, notes, {"caption": caption})
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str) -> Iterator[RawSample]:
     """One tar's."""
-    return tar_candidates(inputs, spec, get_modality("image").slots["image"], _CAPTIONS[caption])
+    return tar_raw_samples(inputs, spec, get_modality("image").required_parts["image"], _CAPTIONS[caption])
 
 
 SOURCE = Source(
     name="laion-coco",
     summary="LAION-COCO: tars, parquet and stats of img2dataset, with synthetic captions",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "caption": Option("top", "top: top_caption; alt: the alt text; all: all_captions as a list, one of which is read in an epoch"),
         "unfinished": UNFINISHED_OPTION,

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Candidate, Layout, Option, Source
-from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.base import Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_raw_samples, text_of
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.json_stream import Item, Row, read_rows, row_groups
 from onellm_dist.shards.sources.readers.media_files import need_file
@@ -47,14 +47,14 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, media: Path | Non
     return Layout(("image",) if rows == "image" else (), row_groups(inputs, name, _ROWS, count=count), (other,))
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, media: Path | None, rows: str, missing: str, **options: Any
-) -> Iterator[Candidate]:
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, ()), spec, options)
     for item in read_rows(inputs, spec):
         if _kind(item.value) == rows:
-            yield from row_candidates(lambda i: conversation(context, i, rows), item, 1, missing)
+            yield from row_raw_samples(lambda i: conversation(context, i, rows), item, 1, missing)
 
 
 def conversation(context: Context, item: Item, rows: str) -> Sequence[Sample]:
@@ -73,7 +73,7 @@ SOURCE = Source(
     "llava665k",
     "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, or (rows=text) those without",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "annotations": Option(None, "the file of rows, if it is not llava_v1_5_mix665k.json", Path),
         "media": Option(None, "the folder that holds coco/, gqa/, ocr_vqa/, textvqa/ and vg/, if it is not IN", Path),

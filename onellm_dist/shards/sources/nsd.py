@@ -18,7 +18,7 @@ import numpy as np
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
-from onellm_dist.shards.sources.base import BadSample, Candidate, FileRange, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import BadSample, FileRange, InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.img2dataset import tar_members
 from onellm_dist.shards.sources.readers.media_files import below, need_file
@@ -71,7 +71,7 @@ def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts:
             "give the folder that holds webdataset_avg_split/, and see -o subject=.",
         )
     name = "webdataset_avg_split/" if root != inputs else ""
-    groups = (Group(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars)
+    groups = (InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars)
     return Layout(("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject})
 
 
@@ -117,9 +117,9 @@ class _Captions:
         return [(t.decode() if isinstance(t, bytes) else str(t)).strip() for t in np.frombuffer(data, self.dtype)]
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
     table = _Captions(below(inputs, spec["captions"]))
     members, fault = tar_members(inputs / spec["tar"])
@@ -127,20 +127,20 @@ def candidates(
         where, name = f"{spec['tar']}: {key}", f"{Path(spec['tar']).stem}-{Path(key).name}"
         found = _looked_up(table, parts)
         if isinstance(found, str):
-            yield Candidate(name, where, problem=found)
+            yield RawSample(name, where, problem=found)
             continue
         picture, told = found
         told = [t for t in told if t]  # curated away, as MindEye takes one that is not empty
         if not told:
-            yield Candidate(name, where, problem=f"empty caption: picture {picture} has none in {table.path.name}")
+            yield RawSample(name, where, problem=f"empty caption: picture {picture} has none in {table.path.name}")
             continue
         meta: dict[str, Any] = {"coco73k": picture, "conversations": captioned("fmri", told[0])}
         if texts == "all":
             meta["caption"] = told  # training takes another one each epoch
         media = {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}
-        yield Candidate(name, where, media, told[0] if texts == "first" else None, meta)
+        yield RawSample(name, where, media, told[0] if texts == "first" else None, meta)
     if fault is not None:
-        yield Candidate(f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault)  # nothing tells how many samples are lost
+        yield RawSample(f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault)  # nothing tells how many samples are lost
 
 
 def _looked_up(table: _Captions, parts: Mapping[str, FileRange]) -> tuple[int, list[str]] | str:
@@ -161,7 +161,7 @@ SOURCE = Source(
     "nsd",
     "NSD's fMRI from MindEye's tars, with COCO captions",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "captions": Option(None, "COCO_73k_annots_curated.npy, if it does not lie in IN", Path),
         "subject": Option(1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int),

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY
-from onellm_dist.shards.sources.base import BadSample, Candidate, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import BadSample, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.nsd import MeanOfRepetitions
-from onellm_dist.shards.sources.readers.annotations import Context, NotFetched, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.readers.annotations import Context, NotFetched, Sample, media_folders, row_raw_samples, text_of
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, recording_of
@@ -115,13 +115,13 @@ def _notes(listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_Fil
             yield f"WARNING: {names} left out: the reference trains on MSR-VTT's TEST split; -o include_test=true does so too"
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, modality: str, media: Path | None, missing: str, **options: Any
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, (_ROOT,)), spec, options)
     for item in read_rows(inputs, spec):
-        yield from row_candidates(lambda i: _sample(context, i, modality), item, 1, missing)
+        yield from row_raw_samples(lambda i: _sample(context, i, modality), item, 1, missing)
 
 
 def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
@@ -154,7 +154,7 @@ def _medium(context: Context, modality: str, path: str, meta: dict[str, Any]) ->
         [(_, file)] = context.media("fmri", *_names(path)).items()
         return {"fmri.npy": MeanOfRepetitions(file)}
     stems = [str(PurePosixPath(n).with_suffix("")) for n in _names(path)]
-    others = [f"{s}.{e}" for s in stems for e in next(iter(get_modality(modality).slots.values()))]
+    others = [f"{s}.{e}" for s in stems for e in next(iter(get_modality(modality).required_parts.values()))]
     return context.media(modality, *_names(path), *others)
 
 
@@ -193,7 +193,7 @@ SOURCE = Source(
     "onellm-instruct",
     "OneLLM's InstructionTuning/ files, one modality at a time (-o modality=image|text|video|audio|point|depth|normal|imu|fmri)",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "modality": Option(None, f"which rows are built, of {', '.join(_KINDS)}"),
         "files": Option(None, "only these files of the modality, by comma (cococap_train)"),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
-from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_candidates, text_of
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_raw_samples, text_of
 from onellm_dist.shards.sources.readers.conversations import asked, region
 from onellm_dist.shards.sources.readers.json_stream import Item, scan
 from onellm_dist.shards.sources.readers.media_files import below, need_file, stamp
@@ -76,7 +76,7 @@ def _source(name: str) -> Source:
         name,
         f"{name}: refs(...).p, instances.json and COCO's pictures of 2014; a sample each expression",
         plan=plan,
-        candidates=_candidates,
+        raw_samples=_raw_samples,
         options={
             "refs": Option(None, f"the pickle of expressions, if it is not refs({_REFS[name][0]}).p", Path),
             "instances": Option(None, "instances.json, if it does not lie beside", Path),
@@ -88,14 +88,14 @@ def _source(name: str) -> Source:
     )
 
 
-def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> Iterator[Group]:
+def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> Iterator[InputSplit]:
     for split in splits:
         for first in range(0, len(refs), _ROWS):
             count = sum(_count(r, split) for r in refs[first : first + _ROWS])
-            yield Group(f"{rows}:{first}", {"refs": rows, "instances": boxes, "first": first, "split": split}, split, count)
+            yield InputSplit(f"{rows}:{first}", {"refs": rows, "instances": boxes, "first": first, "split": split}, split, count)
 
 
-def _candidates(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[Candidate]:
+def _raw_samples(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[RawSample]:
     context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
     path = below(inputs, spec["refs"])
     refs = _refs(path, stamp(path))
@@ -103,7 +103,7 @@ def _candidates(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, mi
         planned = _count(ref, spec["split"])
         if planned:
             item = Item(f"{spec['refs']}[{number}]", number, "", ref)
-            yield from row_candidates(lambda i: _expressions(context, i), item, planned, missing)
+            yield from row_raw_samples(lambda i: _expressions(context, i), item, planned, missing)
 
 
 def _expressions(context: Context, item: Item) -> Sequence[Sample]:

@@ -20,13 +20,13 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY, safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.delimited import TSV, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
 from onellm_dist.shards.sources.readers.json_stream import row_groups
-from onellm_dist.shards.storage.paths import Place, place
+from onellm_dist.shards.storage.paths import StoragePath, place
 
 _ROWS = 5000
 _TABLES = (".csv", ".tsv", ".json")
@@ -66,7 +66,7 @@ def _tables(inputs: Path) -> tuple[Path, list[str]]:
     return inputs, found
 
 
-def _groups(folder: Path, table: str) -> Iterator[Group]:
+def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
     stem = PurePosixPath(table).stem.lower()
     split = next((name for name, pattern in _SPLITS if pattern.search(stem)), "train")
     if table.lower().endswith(".json"):
@@ -80,12 +80,12 @@ def _groups(folder: Path, table: str) -> Iterator[Group]:
             "remove other tables from IN, or use source folder for them.",
         )
     for rows in row_ranges(folder / table, TSV, _ROWS, start):
-        yield Group(f"{table}:{rows.line}", {"table": table, "range": list(rows), "columns": names}, split, rows.size)
+        yield InputSplit(f"{table}:{rows.line}", {"table": table, "range": list(rows), "columns": names}, split, rows.size)
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, modality: str, root: str | None, replace: str | None, maps: str
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     """Of one range of rows."""
     folder = inputs.parent if inputs.is_file() else inputs
     start = place(root) if root is not None else folder
@@ -93,7 +93,7 @@ def candidates(
     for number, where, row, problem in _rows(folder, spec):
         key = safe_key(f"{PurePosixPath(spec.get('table', spec.get('file'))).with_suffix('')}/{number:09d}")
         parts, wrong = ({}, problem) if problem or kind is None else _parts(row, kind, start, _replacements(replace), _replacements(maps))
-        yield _candidate(key, where, row, parts, wrong)
+        yield _raw_sample(key, where, row, parts, wrong)
 
 
 def _rows(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
@@ -109,13 +109,13 @@ def _rows(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, str, Map
 
 
 def _parts(
-    row: Mapping[str, Any], kind: Modality, root: Place, replace: Sequence[tuple[str, str]], maps: Sequence[tuple[str, str]]
+    row: Mapping[str, Any], kind: Modality, root: StoragePath, replace: Sequence[tuple[str, str]], maps: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, Media], str | None]:  # fmt: skip
     """Extension to media, and what is wrong."""
     name = next((row[k] for k in _MEDIA_KEYS if row.get(k)), None)
     if not isinstance(name, str):
         return {}, "unreadable row: it names no file"
-    wanted = {next(iter(kind.slots)): name}
+    wanted = {next(iter(kind.required_parts)): name}
     if kind.name in _MAPS:
         beside = row.get(f"{kind.name}_image") or _replaced(name, [(a, b) for a, b in maps if kind.name in b])
         if not isinstance(beside, str) or beside == name:
@@ -128,14 +128,16 @@ def _parts(
         if kind.name == "point" and suffix == "pt":
             found["npy"] = TensorCloud(file, file.name)
             continue
-        extension = next((e for e in kind.slots[slot] if e.endswith(f".{suffix}")), suffix if suffix in kind.slots[slot] else None)
+        extension = next(
+            (e for e in kind.required_parts[slot] if e.endswith(f".{suffix}")), suffix if suffix in kind.required_parts[slot] else None
+        )
         if not suffix or extension is None:
             return {}, f"unknown kind of file: {path}"
         found[extension] = file
     return found, None
 
 
-def _candidate(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None) -> Candidate:
+def _raw_sample(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None) -> RawSample:
     meta = {k: v for k, v in row.items() if k not in ("caption", "conversations") and v not in (None, "")}
     turns, caption = row.get("conversations"), row.get("caption")
     if problem is None and turns is not None:
@@ -145,10 +147,10 @@ def _candidate(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str,
             problem = f"malformed conversations: {error}"
     elif problem is None and not isinstance(caption, str):
         problem = "no caption: neither a caption nor a conversation"
-    return Candidate(key, where, parts, caption if isinstance(caption, str) else None, meta, problem)
+    return RawSample(key, where, parts, caption if isinstance(caption, str) else None, meta, problem)
 
 
-def _placed(root: Place, path: str) -> Place:
+def _placed(root: StoragePath, path: str) -> StoragePath:
     return place(path) if "://" in path or path.startswith("/") else root / path
 
 
@@ -178,7 +180,7 @@ SOURCE = Source(
     name="reference-lists",
     summary="the lists of OneLLM's own code: tab-separated caption and url, or JSON with conversations",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "modality": Option(None, "what the files are (image, video, audio, point, depth, normal, fmri), or text; needed"),
         "root": Option(None, "where relative paths start, a folder or a URL; the lists' folder if not given"),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Candidate, Layout, Source
-from onellm_dist.shards.sources.readers.annotations import Sample, row_candidates
+from onellm_dist.shards.sources.base import Layout, RawSample, Source
+from onellm_dist.shards.sources.readers.annotations import Sample, row_raw_samples
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
 
@@ -31,11 +31,11 @@ def plan(inputs: Path, *, seed: int) -> Layout:
     return Layout((), (g for name in names for g in row_groups(root, name, _ROWS)))
 
 
-def candidates(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Candidate]:
+def raw_samples(inputs: Path, spec: Mapping[str, Any]) -> Iterator[RawSample]:
     """Of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
     for item in read_rows(root, spec):
-        yield from row_candidates(_conversation, item, 1, "fail")
+        yield from row_raw_samples(_conversation, item, 1, "fail")
 
 
 def _conversation(item: Item) -> Sequence[Sample]:
@@ -51,6 +51,6 @@ SOURCE = Source(
     "sharegpt",
     "conversations without media: .json or .jsonl of {conversations: [{from, value}]}",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     licence="unknown",
 )

@@ -19,7 +19,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.json_stream import read_rows, row_groups
 from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
@@ -73,36 +73,36 @@ def _tables(inputs: Path, name: str) -> list[str]:
     return [f for f in found if f.replace("_2s.json", ".json") not in found or not f.endswith("_2s.json")]
 
 
-def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[Group]:
+def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[InputSplit]:
     with (inputs / table).open("rb") as file:
         key = None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"  # the set's first version: the list alone
     yield from row_groups(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, blacklist: str | None, sources: str | None, missing: str
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     """Of one range of rows."""
     pool, name = Pool.from_json(spec["pool"]), spec["source"]
     listed = _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset()) if blacklist else frozenset()
     for where, number, _, row in read_rows(inputs, spec):
         identity = row.get("id") if isinstance(row, dict) else None
         if not isinstance(identity, (str, int)) or not str(identity).strip():
-            yield Candidate(f"{name}/row-{number:09d}", where, problem="unreadable row: no id")
+            yield RawSample(f"{name}/row-{number:09d}", where, problem="unreadable row: no id")
             continue
         stems = _stems(name, str(identity))
         key = safe_key(f"{name}/{stems[0]}")
         if not listed.isdisjoint(stems):
-            yield Candidate(key, where, skip="blacklist")
+            yield RawSample(key, where, skip="blacklist")
             continue
         found = find_media(inputs, pool, stems, SUFFIXES)
         if found is None:
             lost = f"missing file: {stems[0]}.flac is in no folder and no archive of {name}"
-            yield Candidate(key, where, problem=lost) if missing == "fail" else Candidate(key, where, skip="media was not fetched")
+            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
             continue
         caption = row.get("caption", row.get("caption_1"))
         problem = None if isinstance(caption, str) else "no caption: the row has none"
-        yield Candidate(key, where, {found[0][1:]: found[1]}, caption, {**row, "source": name}, problem)
+        yield RawSample(key, where, {found[0][1:]: found[1]}, caption, {**row, "source": name}, problem)
 
 
 def _stems(source: str, identity: str) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ SOURCE = Source(
     name="wavcaps",
     summary="WavCaps: json_files/ with split zips (read in place) or unpacked FLAC",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "blacklist": Option(None, "a file of WavCaps' json_files/blacklist/, relative to IN: its clips are left out"),
         "sources": Option(None, f"only these, by comma: {', '.join(SOURCES)}"),

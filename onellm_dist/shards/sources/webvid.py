@@ -20,10 +20,10 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.laion400m import column
 from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_groups, tar_raw_samples
 
 _COLUMNS = ("videoid", "page_dir", "name")
 _DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")
@@ -72,30 +72,30 @@ def plan(inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfin
     return Layout(("video",), chain.from_iterable(_row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()))
 
 
-def _row_groups(table: Path, names: Sequence[str], start: RowRange, rows: int) -> Iterator[Group]:
+def _row_groups(table: Path, names: Sequence[str], start: RowRange, rows: int) -> Iterator[InputSplit]:
     split = "val" if _VALIDATION.search(table.stem) else "train"
     for part in row_ranges(table, CSV, rows, start):
         spec = {"table": table.name, "columns": list(names), "range": list(part)}
-        yield Group(f"{table.name}:{part.line}", spec, split, part.size)
+        yield InputSplit(f"{table.name}:{part.line}", spec, split, part.size)
 
 
-def candidates(
+def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, rows: int, videos: str, missing: str, unfinished: str
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     """Of one range of rows, or of one tar."""
     if "tar" in spec:
-        yield from tar_candidates(inputs, spec, get_modality("video").slots["video"], _caption)
+        yield from tar_raw_samples(inputs, spec, get_modality("video").required_parts["video"], _caption)
         return
     for line, row, problem in read_rows(inputs / spec["table"], CSV, RowRange(*spec["range"]), spec["columns"]):
         where = f"{spec['table']}:{line}"
         name = row.get("videoid", "")
         wrong = problem or (f"unreadable row: the videoid is {name!r}" if not name or "/" in name else None)
         if wrong is not None:
-            yield Candidate(f"{safe_key(spec['table'])}-{line:09d}", where, problem=wrong)
+            yield RawSample(f"{safe_key(spec['table'])}-{line:09d}", where, problem=wrong)
             continue
         file = inputs / videos / row["page_dir"] / f"{name}.mp4"
         skip = "media was not fetched" if missing == "skip" and not file.is_file() else None
-        yield Candidate(safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip)
+        yield RawSample(safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip)
 
 
 def _meta(row: Mapping[str, str]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ SOURCE = Source(
     name="webvid",
     summary="WebVid: CSV with a tree of mp4 files, or tars, parquet and stats of video2dataset",
     plan=plan,
-    candidates=candidates,
+    raw_samples=raw_samples,
     options={
         "rows": Option(5000, "rows of a CSV that are planned together", int),
         "videos": Option("videos", "the folder of the page_dir folders, relative to IN (. : IN itself)"),

@@ -134,11 +134,11 @@ class RemotePath:
         self._fs.makedirs(self._key, exist_ok=True)
 
 
-Place = Path | RemotePath
+StoragePath = Path | RemotePath
 
 
 @contextmanager
-def reached(place: Place) -> Iterator[None]:
+def reached(place: StoragePath) -> Iterator[None]:
     """Errors of a store's own kinds (aiohttp's, botocore's) and those without a number become OSErrors: the network failed."""
     try:
         yield
@@ -149,7 +149,7 @@ def reached(place: Place) -> Iterator[None]:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
 
 
-def place(text: str | Path | RemotePath) -> Place:
+def place(text: str | Path | RemotePath) -> StoragePath:
     """A path, or for `scheme://...` a RemotePath.
 
     Raises:
@@ -176,7 +176,7 @@ def place(text: str | Path | RemotePath) -> Place:
     return found
 
 
-def write(target: Place, data: bytes) -> None:
+def write(target: StoragePath, data: bytes) -> None:
     """Writes a whole file: locally aside, synced and renamed; remotely in one put."""
     if isinstance(target, Path):
         write_whole(target, data)
@@ -184,7 +184,7 @@ def write(target: Place, data: bytes) -> None:
         target.write_bytes(data)
 
 
-def move(source: Place, target: Place) -> None:
+def move(source: StoragePath, target: StoragePath) -> None:
     """Renames a file within one store; repeating it after it was done is no error."""
     if not source.exists() and target.exists():
         return
@@ -201,7 +201,7 @@ def move(source: Place, target: Place) -> None:
                 raise
 
 
-def put(source: Path, target: Place) -> None:
+def put(source: Path, target: StoragePath) -> None:
     """Moves a local file to where it belongs."""
     if isinstance(target, Path):
         device = source.stat().st_dev  # first: where both folders are gone, none is made again
@@ -217,7 +217,7 @@ def put(source: Path, target: Place) -> None:
         source.unlink()
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: StoragePath) -> None:
     """Removes a folder with everything in it, where it is there."""
     if isinstance(folder, RemotePath):
         folder.remove_tree()

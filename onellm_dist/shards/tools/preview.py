@@ -20,7 +20,7 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.names import slots_of
+from onellm_dist.shards.format.names import parts_of_modality
 from onellm_dist.shards.tools.preview_samples import TIMED, Look, figure, text_of
 
 _PROBED = 200
@@ -119,7 +119,7 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
     """What each part is, how many samples have it, and its mean size where the builder noted it."""
     roles = dict(_TEXT_PARTS)
     for name in dataset.modalities:
-        for slot, accepted in slots_of(get_modality(name)).items():
+        for slot, accepted in parts_of_modality(get_modality(name)).items():
             roles.update({e: f"{name}: {slot}" if slot != name else name for e in accepted if e in counts})
     noted = statistics.get("parts_before_duplicates_went", {})
 
@@ -143,7 +143,7 @@ def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
                 kind = bad["reason"].split(":")[0]
                 kinds[kind] += 1
                 examples.setdefault(kind, f"{bad['file']}: {bad['reason']}")
-    total = statistics.get("candidates")
+    total = statistics.get("raw_samples")
     of = f" of {total:,} that the source listed" if total else ""
     bad_rows = [(kind, count, examples[kind]) for kind, count in kinds.most_common()]
     html = [f"<p>{sum(kinds.values()):,} bad{of}" + (f"; each is named in {QUARANTINE}.</p>" if kinds else ".</p>")]

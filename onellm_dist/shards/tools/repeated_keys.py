@@ -20,7 +20,7 @@ CAPACITY = 1 << 22
 _MOST_FILES = 512
 
 
-class Place(NamedTuple):
+class StoragePath(NamedTuple):
     """A sample."""
 
     shard: int
@@ -71,7 +71,7 @@ class KeyBook:
         for number in np.unique(bucket).tolist():
             self._files[number].write(entries[bucket == number].tobytes())
 
-    def repeats(self) -> list[tuple[Place, Place]]:
+    def repeats(self) -> list[tuple[StoragePath, StoragePath]]:
         """(the first sample with a key, a later one with the same), by the later one's place."""
         found = [pair for bucket in self._buckets() for pair in _repeats(sorted_entries(bucket))]
         return sorted(found, key=lambda pair: pair[1])
@@ -84,7 +84,7 @@ class KeyBook:
             yield np.fromfile(file, ENTRY)
 
 
-def _repeats(entries: NDArray[np.void]) -> Iterator[tuple[Place, Place]]:
+def _repeats(entries: NDArray[np.void]) -> Iterator[tuple[StoragePath, StoragePath]]:
     same = np.zeros(len(entries), bool)
     same[1:] = (entries["a"][1:] == entries["a"][:-1]) & (entries["b"][1:] == entries["b"][:-1])
     first = np.maximum.accumulate(np.where(same, 0, np.arange(len(entries))))
@@ -92,5 +92,5 @@ def _repeats(entries: NDArray[np.void]) -> Iterator[tuple[Place, Place]]:
         yield _place(earlier), _place(later)
 
 
-def _place(value: np.uint64) -> Place:
-    return Place(int(value) >> 32, int(value) & 0xFFFFFFFF)
+def _place(value: np.uint64) -> StoragePath:
+    return StoragePath(int(value) >> 32, int(value) & 0xFFFFFFFF)

@@ -21,7 +21,7 @@ from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, no_
 from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, index_path_of
 from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_of
 from onellm_dist.shards.storage.files import ASIDE
-from onellm_dist.shards.tools.repeated_keys import KeyBook, Place, hashes_of
+from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
 
 
 def _repeated_keys(
-    root: Path, manifest: Manifest, repeats: Sequence[tuple[Place, Place]]
+    root: Path, manifest: Manifest, repeats: Sequence[tuple[StoragePath, StoragePath]]
 ) -> Iterator[tuple[int, list[Problem]]]:  # fmt: skip
     """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
     for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):

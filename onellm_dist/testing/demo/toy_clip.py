@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
-from onellm_dist.model.attention import Segments
+from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.render import render
@@ -160,7 +160,7 @@ def encode_patches(encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: in
     first = (encoder.class_token.weight + positions[0]).expand(len(rows), 1, -1)
     x = torch.cat([first, embedded], dim=1)
     n, length, width = x.shape
-    return encoder(x.reshape(n * length, width), Segments.of((length,) * n, device=x.device)).reshape(n, length, width)
+    return encoder(x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)).reshape(n, length, width)
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> torch.Tensor:

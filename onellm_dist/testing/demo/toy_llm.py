@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.modalities import RUN_TOKENS, Part
+from onellm_dist.modalities import SPAN_TOKENS, Part
 from onellm_dist.packed import IGNORE
 from onellm_dist.shards.sources.toyworld import world
 
@@ -67,8 +67,8 @@ class Documents:
 
 
 def shuffled_words(words: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """RUN_TOKENS of the words, each at least once, in a random order."""
-    extra = rng.integers(len(words), size=RUN_TOKENS - len(words))
+    """SPAN_TOKENS of the words, each at least once, in a random order."""
+    extra = rng.integers(len(words), size=SPAN_TOKENS - len(words))
     chosen = [*words, *(words[i] for i in extra)]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from onellm_dist.modalities import QUERY_TOKENS, RUN_TOKENS, get_modality
+from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS, get_modality
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def step_flops(config: Any, samples: Mapping[str, int], *, tune: bool) -> float:
         sequence = modality.tokens + 1
         encoder = modality.encoder_tokens * vision.layers * (2 * encoder_block + 4 * sequence * vision.width)
         mixer = modality.upm_tokens * upm.experts * upm.blocks * (2 * upm_block + 4 * modality.upm_tokens * vision.width)
-        llm = (RUN_TOKENS + TEXT_TOKENS) * (2 * text.num_hidden_layers * llm_block + 2 * text.vocab_size * text.hidden_size)
+        llm = (SPAN_TOKENS + TEXT_TOKENS) * (2 * text.num_hidden_layers * llm_block + 2 * text.vocab_size * text.hidden_size)
         if tune:
             total += count * (encoder + mixer + 3 * llm)
         else:

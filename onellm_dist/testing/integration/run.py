@@ -298,7 +298,9 @@ def _files(run: Rehearsal, inputs: Sequence[tuple[str, str]]) -> list[tuple[str,
     """(modality, sample key) pairs to (modality, the file that fills its first slot)."""
     found = []
     for name, key in inputs:
-        candidates = [run.out / "media" / name / f"{key}.{extension}" for extension in next(iter(get_modality(name).slots.values()))]
+        candidates = [
+            run.out / "media" / name / f"{key}.{extension}" for extension in next(iter(get_modality(name).required_parts.values()))
+        ]
         found.append((name, str(next(file for file in candidates if file.is_file()))))
     return found
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from onellm_dist.config.schema import ValidationSection
-from onellm_dist.data.micro_batch import MicroStep, SampleRef
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import STOP
-from onellm_dist.modalities.base import RUN_TOKENS
+from onellm_dist.modalities.base import SPAN_TOKENS
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import Engine
@@ -124,13 +124,13 @@ class Answers:
             reader = Reader(self._plan)
             self._read = []
             for index, numbers in enumerate(dealt[rank] + [[]] * (count - len(dealt[rank]))):
-                batch = reader.read(MicroStep(0, rank, index, count, tuple(refs[n] for n in numbers), divisor=1))
+                batch = reader.read(MicroBatch(0, rank, index, count, tuple(refs[n] for n in numbers), global_valid_tokens=1))
                 self._read.append((batch, _questions(batch, numbers)))
         return self._read
 
 
 def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_tokens: int) -> list[list[int]]:
-    """The samples `numbers` in their order, in packs under the caps of training with the answers at full length; at least one pack.
+    """The samples `numbers` in their order, in packs under the budget of training with the answers at full length; at least one pack.
 
     A sample whose answer alone goes over a cap has a pack of its own.
     """
@@ -138,9 +138,9 @@ def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_to
     llm = encoder = 0
     for number in numbers:
         ref = refs[number]
-        runs = plan.runs[ref.dataset]
-        own_llm = ref.text_tokens + new_tokens + RUN_TOKENS * len(runs)
-        own_encoder = sum(plan.modalities[name].encoder_tokens for name in runs)
+        spans = plan.spans[ref.dataset]
+        own_llm = ref.text_tokens + new_tokens + SPAN_TOKENS * len(spans)
+        own_encoder = sum(plan.modalities[name].encoder_tokens for name in spans)
         if packs[-1] and (llm + own_llm > plan.config.pack_llm_tokens or encoder + own_encoder > plan.config.pack_encoder_tokens):
             packs.append([])
             llm = encoder = 0
@@ -150,15 +150,15 @@ def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_to
 
 
 def _questions(batch: PackedBatch, numbers: Sequence[int]) -> list[_Question]:
-    if batch.dummy:
+    if batch.is_empty:
         return []
     found = []
-    lengths = list(batch.text_lengths)
+    lengths = list(batch.text_token_counts)
     for i, (ids, labels) in enumerate(zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)):
         targets = (labels != IGNORE).nonzero().flatten().tolist()
         start = targets[0] if targets else len(ids)
         end = next((a + 1 for a, b in zip(targets, [*targets[1:], -1], strict=True) if b != a + 1), start)
-        readable = i not in batch.tombstones and end > start
+        readable = i not in batch.skipped_samples and end > start
         prompt, reference = ids[:start].tolist(), ids[start:end].tolist()
         found.append(_Question(numbers[i], batch.sample_ids[i], batch.modalities[i], prompt, reference, readable))
     return found
@@ -173,4 +173,4 @@ def _next(batch: PackedBatch, questions: Sequence[_Question], bos: int) -> Packe
     labels = torch.full_like(ids, IGNORE)
     labels[last] = bos
     device = batch.input_ids.device
-    return replace(batch, input_ids=ids.to(device), labels=labels.to(device), text_lengths=lengths, supervised=last.to(device))
+    return replace(batch, input_ids=ids.to(device), labels=labels.to(device), text_token_counts=lengths, supervised=last.to(device))

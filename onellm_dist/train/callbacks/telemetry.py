@@ -25,7 +25,7 @@ class Telemetry:
     """Seconds that training stood still for checkpoints since the last step was reported; whoever writes them adds to it."""
 
     def __post_init__(self) -> None:
-        self._starvation = Starvation(self.config.track.starve_share, self.config.track.starve_steps)
+        self._starvation = Starvation(self.config.track.underused_expert_share, self.config.track.underused_expert_steps)
 
     def read(self, step: int) -> Readings:
         """What goes into the line of a step."""
@@ -44,7 +44,7 @@ class Telemetry:
         told = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
         self.events.write(
             "expert_starves", step=step, expert=expert, load=shares,
-            say=f"WARNING: expert {expert} starves: for {track.starve_steps} steps no modality gave it {track.starve_share:g} ({told})",
+            say=f"WARNING: expert {expert} starves: for {track.underused_expert_steps} steps no modality gave it {track.underused_expert_share:g} ({told})",
         )  # fmt: skip
 
 

@@ -58,22 +58,22 @@ class Validation:
         started = time.perf_counter()
         training = self._model.training
         self._model.eval()
-        totals = StepTotals(sorted(set(self._plan.runs)), self._world.device)
-        tombstones = 0
+        totals = StepTotals(sorted(set(self._plan.spans)), self._world.device)
+        skipped_samples = 0
         with torch.no_grad(), Loader(self._plan, self._world.size, self._world.rank, 0, 1) as loader:
             for micro, batch in loader:
                 on_device = batch.to(self._world.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
-                tombstones += len(batch.tombstones)
+                skipped_samples += len(batch.skipped_samples)
         if self._answers is not None:
             self._answers.run(done, self.show)
         self._model.train(training)
-        totals.reduce(self._world, new_tombstones=tombstones, stop=False)
+        totals.reduce(self._world, new_skipped_samples=skipped_samples, stop=False)
         values = totals.read()
-        divisor = self._plan.step(0, self._world.size).divisor
+        global_valid_tokens = self._plan.step(0, self._world.size).global_valid_tokens
         line = {
-            "step": done, "loss": values.loss / divisor, "loss_by_modality": values.nll, "samples": self._config.samples,
-            "supervised_tokens": divisor, "tombstones": values.new_tombstones, "sample_digest": self._plan.digest(0),
+            "step": done, "loss": values.loss / global_valid_tokens, "loss_by_modality": values.nll, "samples": self._config.samples,
+            "supervised_tokens": global_valid_tokens, "skipped_samples": values.new_skipped_samples, "sample_digest": self._plan.digest(0),
             "seconds": time.perf_counter() - started,
         }  # fmt: skip
         if self._world.main:
@@ -82,6 +82,6 @@ class Validation:
                 out.flush()
                 os.fsync(out.fileno())
         kinds = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
-        self._events.write("validation", step=done, loss=values.loss / divisor,
-                           say=f"validation after step {done}: loss {values.loss / divisor:.4f} ({kinds})")  # fmt: skip
-        return values.loss / divisor
+        self._events.write("validation", step=done, loss=values.loss / global_valid_tokens,
+                           say=f"validation after step {done}: loss {values.loss / global_valid_tokens:.4f} ({kinds})")  # fmt: skip
+        return values.loss / global_valid_tokens

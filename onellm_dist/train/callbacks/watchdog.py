@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from onellm_dist.config.schema import GuardSection
+from onellm_dist.config.schema import StabilitySection
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
 
@@ -51,7 +51,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, world: int, config: GuardSection, exit_file: ExitFile, *, end: Callable[[int], Any] = os._exit
+        self, run_dir: Path, rank: int, world: int, config: StabilitySection, exit_file: ExitFile, *, end: Callable[[int], Any] = os._exit
     ) -> None:
         self._folder, self._rank, self._world = run_dir / HANGS, rank, world
         self._config, self._exit_file, self._end = config, exit_file, end

@@ -1,6 +1,6 @@
 """What a run takes over beside the weights when it goes on from another run's checkpoint: the samples that were out by then.
 
-`ledger/tombstones-ranks-source.jsonl`: that run's unreadable samples up to the checkpoint's step; its guard's marks go to this run's own.
+`ledger/skipped_samples-ranks-source.jsonl`: that run's unreadable samples up to the checkpoint's step; its guard's marks go to this run's own.
 What was found later is not taken: the weights have not met it, and it is found again where it still holds.
 """
 
@@ -20,7 +20,7 @@ from onellm_dist.train.records.applied_resumes import note_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, is_own
 from onellm_dist.train.stability.rollback import MARKS
 
-TAKEN_OVER = "tombstones-ranks-source.jsonl"
+TAKEN_OVER = "skipped_samples-ranks-source.jsonl"
 """Read back with every rank's own file."""
 
 
@@ -45,18 +45,18 @@ def inherit_ledger(source: Path, own: Path, step: int) -> int:
     Returns:
         How many samples were taken over.
     """
-    tombstones: dict[str, dict[str, Any]] = {}
-    for path in sorted(source.glob("tombstones-rank*.jsonl")):
+    skipped_samples: dict[str, dict[str, Any]] = {}
+    for path in sorted(source.glob("skipped_samples-rank*.jsonl")):
         if path.name != MARKS:
-            tombstones |= {entry["sample_id"]: entry for entry in _entries(path) if entry["step"] < step}
+            skipped_samples |= {entry["sample_id"]: entry for entry in _entries(path) if entry["step"] < step}
     marks = [entry for entry in _entries(source / MARKS) if entry["step"] < step]
     own.mkdir(parents=True, exist_ok=True)
     kept = _entries(own / MARKS)
     known = {entry["sample_id"] for entry in kept}
-    _replace(own / TAKEN_OVER, list(tombstones.values()))
+    _replace(own / TAKEN_OVER, list(skipped_samples.values()))
     _replace(own / MARKS, kept + [entry for entry in marks if entry["sample_id"] not in known])
     sync(own)
-    return len(tombstones) + len(marks)
+    return len(skipped_samples) + len(marks)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

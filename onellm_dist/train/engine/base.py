@@ -99,8 +99,8 @@ class Engine(ABC):
         """[N, V] logits of the supervised tokens of a pack, by the same modules as `forward`; without gradient."""
 
     @abstractmethod
-    def backward(self, loss: torch.Tensor, divisor: int) -> None:
-        """Add the gradients of `sum over ranks and micro-steps of loss / divisor`, exactly (no averaging over ranks)."""
+    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
+        """Add the gradients of `sum over ranks and micro-steps of loss / global_valid_tokens`, exactly (no averaging over ranks)."""
 
     @abstractmethod
     def grad_norms(self) -> GradNorms:
@@ -161,7 +161,7 @@ class EngineSettings:
     """The engine's own configuration (the DeepSpeed JSON; nothing for FSDP2)."""
     shard_ranks: int | None = None
     """FSDP2: ranks that a parameter is sharded over; groups of so many hold the same shards. None: all ranks."""
-    reduce_every_micro_step: bool = True
+    reduce_every_micro_batch: bool = True
     """FSDP2: reduce gradients after every micro-step (a shard of them is kept), or once a step (all of them are kept, less traffic)."""
     parts: Mapping[str, str] = field(default_factory=dict)
     """Parameter name -> the part of the model whose gradient norm it counts in; parameters that are not named count in none."""

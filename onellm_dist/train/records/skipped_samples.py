@@ -1,8 +1,8 @@
 """The ledger of a run: which samples could not be read, in which step. Written before the step is applied, replayed on resume.
 
-`ledger/tombstones-rank00000.jsonl`: one object a line, `step`, `sample_id`, `reason`; one file a rank, so that no two write one file.
-`ledger/segments.json`: the segments of the plan (data/phases.py), for people; a resume goes by the copy in its checkpoint.
-`ledger/datasets.json`: dataset -> where it lies, of all segments.
+`ledger/skipped_samples-rank00000.jsonl`: one object a line, `step`, `sample_id`, `reason`; one file a rank, so that no two write one file.
+`ledger/data_phases.json`: the data_phases of the plan (data/phases.py), for people; a resume goes by the copy in its checkpoint.
+`ledger/datasets.json`: dataset -> where it lies, of all data_phases.
 `ledger/progress`: how many steps were done, overwritten in place each step by rank 0; a kill of the process does not lose it.
 `ledger/starts.jsonl`: one object a start, `time`, `first_step`, `lost_to`: steps first_step .. lost_to - 1 had been done before.
 `onellm ledger` (lookup.py) reads them.
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onellm_dist.common.files import mend_tail, sync
-from onellm_dist.data.phases import Segment
+from onellm_dist.data.phases import DataPhase
 from onellm_dist.packed import PackedBatch
 
-SEGMENTS, DATASETS, PROGRESS, STARTS = "segments.json", "datasets.json", "progress", "starts.jsonl"
+DATA_PHASES, DATASETS, PROGRESS, STARTS = "data_phases.json", "datasets.json", "progress", "starts.jsonl"
 PROGRESS_BYTES = 16
 
 
@@ -31,13 +31,13 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._progress = os.open(folder / PROGRESS, os.O_RDWR | os.O_CREAT, 0o644) if rank == 0 else None
-        self._path = folder / f"tombstones-rank{rank:05d}.jsonl"
+        self._path = folder / f"skipped_samples-rank{rank:05d}.jsonl"
         mend_tail(self._path)
         if rank == 0:
             mend_tail(folder / STARTS)
         self.known: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
-        for path in sorted(folder.glob("tombstones-rank*.jsonl")):
+        for path in sorted(folder.glob("skipped_samples-rank*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 entry = _parse(line)
                 if entry is not None:
@@ -66,7 +66,7 @@ class Ledger:
             os.pwrite(self._progress, f"{steps:<{PROGRESS_BYTES - 1}}\n".encode(), 0)
 
     def record(self, step: int, batches: list[PackedBatch]) -> int:
-        """Write the tombstones of this rank's micro-batches that are not known yet, and force them to the disk.
+        """Write the skipped_samples of this rank's micro-batches that are not known yet, and force them to the disk.
 
         Returns:
             How many were new.
@@ -75,7 +75,7 @@ class Ledger:
         new = {
             batch.sample_ids[i]: reason
             for batch in batches
-            for i, reason in batch.tombstones.items()
+            for i, reason in batch.skipped_samples.items()
             if batch.sample_ids[i] not in self.known
         }
         if not new:
@@ -88,12 +88,12 @@ class Ledger:
         return len(new)
 
 
-def write_stream(folder: Path, segments: Sequence[Segment], places: Mapping[str, str]) -> None:
-    """Replace `segments.json`, and add to `datasets.json` where the datasets lie, durably. Rank 0 calls it."""
+def write_stream(folder: Path, data_phases: Sequence[DataPhase], places: Mapping[str, str]) -> None:
+    """Replace `data_phases.json`, and add to `datasets.json` where the datasets lie, durably. Rank 0 calls it."""
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / DATASETS
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    _replace(folder / SEGMENTS, [segment.to_json() for segment in segments])
+    _replace(folder / DATA_PHASES, [data_phase.to_json() for data_phase in data_phases])
     _replace(known, {**before, **places})
 
 

@@ -38,7 +38,7 @@ def _of_step(stream: RunStream, record: RunRecord, step: int) -> tuple[dict[str,
     rows: list[dict[str, Any]] = [
         {
             "id": use.sample_id, "dataset": use.sample.dataset, "shard": use.sample.shard_name, "key": use.sample.key, "epoch": use.epoch,
-            "modalities": list(stream.modalities(use.sample.dataset)), "tombstone": record.tombstones.get(use.sample_id),
+            "modalities": list(stream.modalities(use.sample.dataset)), "skipped_sample": record.skipped_samples.get(use.sample_id),
         }
         for use in uses
     ]  # fmt: skip
@@ -48,7 +48,7 @@ def _of_step(stream: RunStream, record: RunRecord, step: int) -> tuple[dict[str,
         f"step {step}: {_state(became)}; {len(uses)} samples ({', '.join(f'{n} {name}' for name, n in by_dataset.items())})",
         f"sample_digest {answer['sample_digest']}",
     ]
-    text += [f"  {row['id']}  {_kind(row['modalities'])}{_tombstone(row['tombstone'])}" for row in rows]
+    text += [f"  {row['id']}  {_kind(row['modalities'])}{_skipped_sample(row['skipped_sample'])}" for row in rows]
     return answer, text
 
 
@@ -57,7 +57,7 @@ def _of_sample(stream: RunStream, record: RunRecord, key: str) -> tuple[dict[str
     sample = stream.find(key[: epoch.start()] if epoch else key)
     uses = [use for use in stream.steps_of(sample) if epoch is None or use.epoch == int(epoch.group(1))]
     rows: list[dict[str, Any]] = [
-        {"step": use.step, "epoch": use.epoch, **record.of(use.step)._asdict(), "tombstone": record.tombstones.get(use.sample_id)}
+        {"step": use.step, "epoch": use.epoch, **record.of(use.step)._asdict(), "skipped_sample": record.skipped_samples.get(use.sample_id)}
         for use in uses
     ]
     kinds = stream.modalities(sample.dataset)
@@ -67,7 +67,7 @@ def _of_sample(stream: RunStream, record: RunRecord, key: str) -> tuple[dict[str
     }  # fmt: skip
     done = sum(use.step < record.progress for use in uses)
     text = [f"{sample.name} ({_kind(kinds)}): seen {done} times, {len(uses) - done} still to come (of {stream.steps} steps)"]
-    text += [f"  step {use.step}  epoch {use.epoch}  {_state(record.of(use.step))}{_tombstone(row['tombstone'])}"
+    text += [f"  step {use.step}  epoch {use.epoch}  {_state(record.of(use.step))}{_skipped_sample(row['skipped_sample'])}"
              for use, row in zip(uses, rows, strict=True)]  # fmt: skip
     return answer, text
 
@@ -76,11 +76,11 @@ def _summary(stream: RunStream, record: RunRecord) -> tuple[dict[str, Any], list
     lost = sum(end - first for first, end in record.lost)
     answer = {
         "steps": stream.steps, "progress": record.progress, "saved": record.saved, "skipped": sorted(record.skipped), "lost_steps": lost,
-        "tombstones": len(record.tombstones), "datasets": stream.names,
+        "skipped_samples": len(record.skipped_samples), "datasets": stream.names,
     }  # fmt: skip
     text = [
         f"{record.progress} of {stream.steps} steps done, {record.saved} of them in a checkpoint",
-        f"{len(record.skipped)} skipped, {lost} lost to restarts and done again, {len(record.tombstones)} tombstones",
+        f"{len(record.skipped)} skipped, {lost} lost to restarts and done again, {len(record.skipped_samples)} skipped_samples",
         f"datasets: {', '.join(stream.names)}",
     ]
     return answer, text
@@ -105,5 +105,5 @@ def _kind(modalities: tuple[str, ...] | list[str]) -> str:
     return "+".join(modalities) or "text"
 
 
-def _tombstone(reason: str | None) -> str:
+def _skipped_sample(reason: str | None) -> str:
     return "" if reason is None else f"  TOMBSTONE: {reason}"

@@ -1,7 +1,7 @@
 """What `onellm ledger` answers from: the stream of a run, in both directions, and what became of its steps.
 
-Step -> samples and sample -> steps are computed from the segments of the plan and the indexes of the shards; order and mixture are
-pure functions with inverses, so no step is replayed. What cannot be computed is read from the run directory: tombstones, skipped
+Step -> samples and sample -> steps are computed from the data_phases of the plan and the indexes of the shards; order and mixture are
+pure functions with inverses, so no step is replayed. What cannot be computed is read from the run directory: skipped_samples, skipped
 steps, starts that went further than their last checkpoint. No tokenizer, no model and no torch is needed, nothing is written.
 """
 
@@ -22,7 +22,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
-from onellm_dist.data.phases import Segment, consumed, shards_fingerprint
+from onellm_dist.data.phases import DataPhase, consumed, shards_fingerprint
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 MANY_SHARDS = 200
@@ -62,13 +62,13 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The steps start .. end - 1 of one segment."""
+    """The steps start .. end - 1 of one data_phase."""
 
-    segment: Segment
+    data_phase: DataPhase
     end: int
     mixture: Mixture
     before: dict[str, int]
-    """Dataset -> samples of its order that earlier segments took."""
+    """Dataset -> samples of its order that earlier data_phases took."""
 
 
 class RunStream:
@@ -84,28 +84,28 @@ class RunStream:
     def __init__(self, run_dir: Path) -> None:
         ledger = run_dir / "ledger"
         try:
-            segments = [Segment.from_json(raw) for raw in json.loads((ledger / "segments.json").read_text(encoding="utf-8"))]
+            data_phases = [DataPhase.from_json(raw) for raw in json.loads((ledger / "data_phases.json").read_text(encoding="utf-8"))]
             config: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UsageError(
                 f"{error.filename}: no such file",
-                "the ledger of a run is computed from its config.yaml and its ledger/segments.json.",
+                "the ledger of a run is computed from its config.yaml and its ledger/data_phases.json.",
                 "give a run's directory (run.dir) in which training has started.",
             ) from None
         self.steps = int(config["train"]["steps"])
         """Of the whole run, by its recipe."""
         self._places = _places(ledger / "datasets.json", config)
         self._open: dict[str, tuple[Dataset, tuple[ShardInfo, ...], Order]] = {}
-        starts = [segment.start for segment in segments]
+        starts = [data_phase.start for data_phase in data_phases]
         self._stretches = [
-            _Stretch(segment, end, Mixture.of_counts(list(segment.counts.values())), consumed(segments[:number], segment.start))
-            for number, (segment, end) in enumerate(zip(segments, [*starts[1:], self.steps], strict=True))
+            _Stretch(data_phase, end, Mixture.of_counts(list(data_phase.counts.values())), consumed(data_phases[:number], data_phase.start))
+            for number, (data_phase, end) in enumerate(zip(data_phases, [*starts[1:], self.steps], strict=True))
         ]
 
     @cached_property
     def names(self) -> list[str]:
-        """Every dataset of any segment."""
-        return list(dict.fromkeys(name for stretch in self._stretches for name in stretch.segment.counts))
+        """Every dataset of any data_phase."""
+        return list(dict.fromkeys(name for stretch in self._stretches for name in stretch.data_phase.counts))
 
     def modalities(self, dataset: str) -> tuple[str, ...]:
         """Of a dataset's samples; () is text only."""
@@ -119,12 +119,12 @@ class RunStream:
         """
         if not 0 <= step < self.steps:
             raise UsageError(f"step {step} is not in this run", f"it has steps 0 .. {self.steps - 1} (train.steps).", "name one of them.")
-        stretch = next(stretch for stretch in reversed(self._stretches) if stretch.segment.start <= step)
-        n = stretch.segment.global_batch
-        first = (step - stretch.segment.start) * n
+        stretch = next(stretch for stretch in reversed(self._stretches) if stretch.data_phase.start <= step)
+        n = stretch.data_phase.global_batch
+        first = (step - stretch.data_phase.start) * n
         number, index = stretch.mixture.locate(np.arange(first, first + n, dtype=np.int64))
         found: list[Use | None] = [None] * n
-        for j, name in enumerate(stretch.segment.counts):
+        for j, name in enumerate(stretch.data_phase.counts):
             here = np.flatnonzero(number == j)
             if not here.size:
                 continue
@@ -139,15 +139,15 @@ class RunStream:
         _, _, order = self._dataset(sample.dataset)
         found: list[Use] = []
         for stretch in self._stretches:
-            names = list(stretch.segment.counts)
-            if sample.dataset not in names or stretch.end <= stretch.segment.start:
+            names = list(stretch.data_phase.counts)
+            if sample.dataset not in names or stretch.end <= stretch.data_phase.start:
                 continue
-            j, n, first = names.index(sample.dataset), stretch.segment.global_batch, stretch.before.get(sample.dataset, 0)
-            taken = stretch.mixture.taken((stretch.end - stretch.segment.start) * n)[j]
+            j, n, first = names.index(sample.dataset), stretch.data_phase.global_batch, stretch.before.get(sample.dataset, 0)
+            taken = stretch.mixture.taken((stretch.end - stretch.data_phase.start) * n)[j]
             epochs = np.arange(first // order.size, (first + taken - 1) // order.size + 1, dtype=np.int64)
             positions = order.positions(sample.shard, sample.row, epochs)
             inside = (positions >= first) & (positions < first + taken)
-            steps = stretch.segment.start + stretch.mixture.positions(j, positions[inside] - first) // n
+            steps = stretch.data_phase.start + stretch.mixture.positions(j, positions[inside] - first) // n
             found += [Use(step, epoch, sample) for step, epoch in zip(steps.tolist(), epochs[inside].tolist(), strict=True)]
         return sorted(found, key=lambda use: (use.step, use.epoch))
 
@@ -195,7 +195,7 @@ class RunStream:
 
     def _dataset(self, name: str) -> tuple[Dataset, tuple[ShardInfo, ...], Order]:
         if name not in self._open:
-            segment = next(s.segment for s in self._stretches if name in s.segment.counts)
+            data_phase = next(s.data_phase for s in self._stretches if name in s.data_phase.counts)
             if name not in self._places:
                 raise OneLLMError(
                     f"where dataset {name} lies is not recorded in this run",
@@ -203,14 +203,14 @@ class RunStream:
                     f'add it to ledger/datasets.json: {{"{name}": "/path/to/{name}"}}.',
                 )
             dataset = open_dataset(self._places[name])
-            shards = dataset.shards(segment.split)
-            if shards_fingerprint(shards) != segment.shards[name]:
+            shards = dataset.shards(data_phase.split)
+            if shards_fingerprint(shards) != data_phase.shards[name]:
                 raise OneLLMError(
                     f"dataset {self._places[name]}: its shards are not those that the run reads",
                     "the same places hold other samples now, so the answer would be wrong.",
                     "restore the shards, or give their place in ledger/datasets.json.",
                 )
-            key = derive_key("order", segment.seed, name)
+            key = derive_key("order", data_phase.seed, name)
             self._open[name] = dataset, shards, Order([shard.samples for shard in shards], key)
         return self._open[name]
 
@@ -231,10 +231,12 @@ class RunRecord:
 
     def __init__(self, run_dir: Path) -> None:
         ledger = run_dir / "ledger"
-        self.tombstones: dict[str, str] = {}
+        self.skipped_samples: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
-        for path in sorted(ledger.glob("tombstones-rank*.jsonl")):
-            self.tombstones |= {entry["sample_id"]: entry["reason"] for entry in _lines(path) if {"sample_id", "reason"} <= entry.keys()}
+        for path in sorted(ledger.glob("skipped_samples-rank*.jsonl")):
+            self.skipped_samples |= {
+                entry["sample_id"]: entry["reason"] for entry in _lines(path) if {"sample_id", "reason"} <= entry.keys()
+            }
         self.lost = [(entry["first_step"], entry["lost_to"]) for entry in _lines(ledger / "starts.jsonl") if entry.get("lost_to")]
         """Ranges of steps [first, end) that a start did again."""
         self.progress = _number(ledger / "progress")

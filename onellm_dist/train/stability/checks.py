@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.config.schema import GuardSection
+from onellm_dist.config.schema import StabilitySection
 
 FEWEST = 8
 """Steps that must be there before a leap can be told from noise."""
@@ -49,16 +49,18 @@ class Guard:
     """Looks at every step, and counts what was thrown away.
 
     Args:
-        max_tombstones: more unreadable samples stop the run.
-        tombstones: those of earlier starts.
+        max_skipped_samples: more unreadable samples stop the run.
+        skipped_samples: those of earlier starts.
         state: what `state` gave when the checkpoint was written that this start goes on from.
     """
 
-    def __init__(self, config: GuardSection, max_tombstones: int, tombstones: int = 0, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: StabilitySection, max_skipped_samples: int, skipped_samples: int = 0, state: Mapping[str, Any] | None = None
+    ) -> None:
         self.policy = config.policy
-        self.tombstones = tombstones
+        self.skipped_samples = skipped_samples
         """Of the whole run, earlier starts included."""
-        self._config, self._max_tombstones = config, max_tombstones
+        self._config, self._max_tombstones = config, max_skipped_samples
         self._losses: deque[float] = deque(maxlen=config.window)
         self._norms: deque[float] = deque(maxlen=config.window)
         self._skipped = 0
@@ -94,25 +96,25 @@ class Guard:
         self._losses.append(loss)
         self._norms.append(_log(grad_norm))
 
-    def count(self, step: int, *, applied: bool, new_tombstones: int) -> None:
+    def count(self, step: int, *, applied: bool, new_skipped_samples: int) -> None:
         """Take note of a step.
 
         Raises:
             OneLLMError: the run should not go on.
         """
         self._skipped = 0 if applied else self._skipped + 1
-        self.tombstones += new_tombstones
+        self.skipped_samples += new_skipped_samples
         if self._skipped >= self._config.max_skipped:
             raise OneLLMError(
                 f"{self._skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite, or a spike",
                 "each was skipped, so the model no longer learns.",
                 "look at events.jsonl for the samples; lower optim.lr, or resume from an older checkpoint.",
             )
-        if self.tombstones > self._max_tombstones:
+        if self.skipped_samples > self._max_tombstones:
             raise OneLLMError(
-                f"{self.tombstones} samples could not be read, and data.max_tombstones is {self._max_tombstones}",
+                f"{self.skipped_samples} samples could not be read, and data.max_skipped_samples is {self._max_tombstones}",
                 "something is wrong with the shards or the storage.",
-                "see ledger/ for the samples and reasons; repair the shards, or raise data.max_tombstones.",
+                "see ledger/ for the samples and reasons; repair the shards, or raise data.max_skipped_samples.",
             )
 
     def _z(self, value: float, window: Sequence[float], floor: float) -> float | None:

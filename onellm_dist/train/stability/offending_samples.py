@@ -24,7 +24,7 @@ class Suspect:
     """A sample of the step in question."""
 
     rank: int
-    micro_step: int
+    micro_batch: int
     sample: str
     modality: str
     """`image`, `video+audio`, `text`, as in `loss_by_modality`."""
@@ -73,13 +73,13 @@ def _suspects(parts: Sequence[Part], rank: int) -> list[Suspect]:
     """This rank's samples of the step that count in the loss. A micro-step whose loss alone is not finite suspects all of its samples."""
     found = []
     for number, part in enumerate(parts):
-        if part.batch.dummy:
+        if part.batch.is_empty:
             continue
-        samples = len(part.batch.text_lengths)
+        samples = len(part.batch.text_token_counts)
         sums = torch.zeros(samples, dtype=torch.float64, device=part.nll.device).index_add_(0, part.sample_index, part.nll.double())
         counts = torch.bincount(part.sample_index, minlength=samples)
         means, weights = (sums / counts.clamp_min(1)).tolist(), part.batch.weights.tolist()
-        own = [i for i in range(samples) if weights[i] != 0 and i not in part.batch.tombstones]
+        own = [i for i in range(samples) if weights[i] != 0 and i not in part.batch.skipped_samples]
         blind = not math.isfinite(part.loss.item()) and all(math.isfinite(means[i]) for i in own)
         for i in own:
             nll = None if blind or not math.isfinite(means[i]) else means[i]

@@ -1,6 +1,6 @@
-"""Going back: the samples that a step went wrong over become tombstones, and the loop goes on from the last good checkpoint, in-process.
+"""Going back: the samples that a step went wrong over become skipped_samples, and the loop goes on from the last good checkpoint, in-process.
 
-`ledger/tombstones-ranks-guard.jsonl`: one object a sample, `step` (which went wrong), `sample_id`, `reason`, `rollback` (its number in
+`ledger/skipped_samples-ranks-guard.jsonl`: one object a sample, `step` (which went wrong), `sample_id`, `reason`, `rollback` (its number in
 the run). Rank 0 writes it before anything is undone; every start reads it back, so that the samples keep their places with zero weight
 whatever happens later.
 """
@@ -26,7 +26,7 @@ from onellm_dist.train.stability.offending_samples import Suspect, describe, say
 if TYPE_CHECKING:
     from onellm_dist.train.setup import Run
 
-MARKS = "tombstones-ranks-guard.jsonl"
+MARKS = "skipped_samples-ranks-guard.jsonl"
 
 
 class RollBackError(Exception):
@@ -89,12 +89,12 @@ def roll_back(run: Run, back: RollBackError) -> None:
         OneLLMError: too many roll-backs, nothing left to mark, or no checkpoint.
     """
     run.checkpoints.settle()
-    allowed = run.config.guard.max_rollbacks
+    allowed = run.config.stability.max_rollbacks
     if run.marks.rollbacks >= allowed:
         raise OneLLMError(
-            f"step {back.step}: {back.verdict.reason}; rolled back {run.marks.rollbacks} times, guard.max_rollbacks is {allowed}",
+            f"step {back.step}: {back.verdict.reason}; rolled back {run.marks.rollbacks} times, stability.max_rollbacks is {allowed}",
             f"the samples to blame now: {say(back.culprits)}.",
-            "look at events.jsonl; lower optim.lr, repair the data, or raise guard.max_rollbacks.",
+            "look at events.jsonl; lower optim.lr, repair the data, or raise stability.max_rollbacks.",
         )
     folder = last_good(run)
     marked = run.marks.add(back.step, back.verdict, back.culprits, run.world)
@@ -132,7 +132,7 @@ def last_good(run: Run) -> Path:
     raise OneLLMError(
         f"{root} has no whole checkpoint to go back to",
         "the step that went wrong cannot be undone.",
-        "take guard.policy=skip, or start anew.",
+        "take stability.policy=skip, or start anew.",
     )
 
 

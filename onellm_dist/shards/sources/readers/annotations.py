@@ -13,7 +13,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import BadSample, Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import BadSample, InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import Turn
 from onellm_dist.shards.sources.readers.json_stream import Item, read_places, read_rows, row_groups, scan
 from onellm_dist.shards.sources.readers.media_files import below, extension_for, first_file, need_file
@@ -106,7 +106,7 @@ class AnnotationSet:
             **({"join": JOIN_OPTION} if self.medium is not None else {}),
             **self.options,
         }
-        return Source(self.name, self.summary, plan=self._plan, candidates=self._candidates, options=options, licence=self.licence)
+        return Source(self.name, self.summary, plan=self._plan, raw_samples=self._raw_samples, options=options, licence=self.licence)
 
     def _plan(
         self, inputs: Path, *, seed: int, annotations: Path | None, media: Path | None, splits: str, missing: str, **own: Any
@@ -121,7 +121,7 @@ class AnnotationSet:
         layout = [self._split(inputs, s, annotations, own) for s in wanted]
         return Layout((self.modality,), (g for groups in layout for g in groups))
 
-    def _split(self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[Group]:
+    def _split(self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[InputSplit]:
         rows = need_file(inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations")
         partners = {n: need_file(inputs, own.get(n), usual[split], what, n) for n, (what, usual) in self.partners.items()}
         if own.get("join"):
@@ -130,9 +130,9 @@ class AnnotationSet:
         samples = None if count is None else lambda row: {split: count(row.value, split)}
         return row_groups(inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners)
 
-    def _candidates(
+    def _raw_samples(
         self, inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
-    ) -> Iterator[Candidate]:
+    ) -> Iterator[RawSample]:
         context = Context(inputs, media_folders(inputs, media, self.folders), spec, options)
         if "media" in spec:
             yield from self._joined(context, missing)
@@ -140,9 +140,9 @@ class AnnotationSet:
         for item in read_rows(inputs, spec):
             planned = 1 if self.count is None else self.count(item.value, spec["split"])
             if planned:
-                yield from row_candidates(lambda i: self.read(context, i), item, planned, missing)
+                yield from row_raw_samples(lambda i: self.read(context, i), item, planned, missing)
 
-    def _joined_groups(self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]) -> Iterator[Group]:
+    def _joined_groups(self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]) -> Iterator[InputSplit]:
         """Media in the order of their first rows, with the places of their rows (a million rows: some 200 MB while it is planned)."""
         assert self.medium is not None
         found, entries = dict[object, list[tuple[int, int, int]]](), False
@@ -157,34 +157,34 @@ class AnnotationSet:
         for first in range(0, len(listed), _ROWS):
             some = listed[first : first + _ROWS]
             spec = {"file": rows, "split": split, "partners": partners, "entries": entries, "media": some}
-            yield Group(f"{rows}:{some[0][0][0]}", spec, split, sum(map(len, some)))
+            yield InputSplit(f"{rows}:{some[0][0][0]}", spec, split, sum(map(len, some)))
 
-    def _joined(self, context: Context, missing: str) -> Iterator[Candidate]:
-        """A candidate for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
+    def _joined(self, context: Context, missing: str) -> Iterator[RawSample]:
+        """A raw_sample for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
         path = below(context.inputs, context.spec["file"])
         for places in context.spec["media"]:
             rows = list(read_places(path, places, entries=context.spec["entries"]))
-            found = [c for item in rows for c in row_candidates(lambda i: self.read(context, i), item, 1, missing)]
+            found = [c for item in rows for c in row_raw_samples(lambda i: self.read(context, i), item, 1, missing)]
             good = [c for c in found if c.problem is None and c.skip is None]
-            for candidate in found:
-                if candidate.problem is not None or candidate.skip is not None:
-                    yield candidate
-                elif candidate is good[0]:
+            for raw_sample in found:
+                if raw_sample.problem is not None or raw_sample.skip is not None:
+                    yield raw_sample
+                elif raw_sample is good[0]:
                     yield _merged(good)
                 else:
-                    yield replace(candidate, parts={}, skip=_JOINED)
+                    yield replace(raw_sample, parts={}, skip=_JOINED)
 
 
-def _merged(candidates: Sequence[Candidate]) -> Candidate:
+def _merged(raw_samples: Sequence[RawSample]) -> RawSample:
     """One sample of several about one medium; `rows` in its `.json` are their keys."""
-    first = candidates[0]
-    captions = [c.caption for c in candidates if c.caption is not None]
-    meta: dict[str, Any] = {**first.meta, "rows": [c.key for c in candidates]}
+    first = raw_samples[0]
+    captions = [c.caption for c in raw_samples if c.caption is not None]
+    meta: dict[str, Any] = {**first.meta, "rows": [c.key for c in raw_samples]}
     if captions:  # each conversation is the same question about the medium
         return replace(first, caption=None, meta={**meta, "caption": captions})
-    differing = [k for k in first.meta if any(c.meta.get(k) != first.meta[k] for c in candidates)]
-    meta.update({k: [c.meta.get(k) for c in candidates] for k in differing})
-    meta["conversations"] = [turn for c in candidates for turn in c.meta["conversations"]]
+    differing = [k for k in first.meta if any(c.meta.get(k) != first.meta[k] for c in raw_samples)]
+    meta.update({k: [c.meta.get(k) for c in raw_samples] for k in differing})
+    meta["conversations"] = [turn for c in raw_samples for turn in c.meta["conversations"]]
     return replace(first, meta=meta)
 
 
@@ -202,8 +202,8 @@ def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tup
     return (folder,)
 
 
-def row_candidates(read: Callable[[Item], Sequence[Sample]], item: Item, planned: int, missing: str) -> Iterator[Candidate]:
-    """The candidates of a row: its samples, or, where it cannot be used, as many bad ones as were planned for it.
+def row_raw_samples(read: Callable[[Item], Sequence[Sample]], item: Item, planned: int, missing: str) -> Iterator[RawSample]:
+    """The raw_samples of a row: its samples, or, where it cannot be used, as many bad ones as were planned for it.
 
     Args:
         missing: "fail": a medium that is not there makes a bad sample; "skip": one that is left out knowingly.
@@ -218,7 +218,7 @@ def row_candidates(read: Callable[[Item], Sequence[Sample]], item: Item, planned
             raise ValueError(f"{len(samples)} samples where {planned} were planned")
         for sample in samples:
             meta = {**sample.meta, "conversations": list(sample.conversations)}
-            yield Candidate(sample.key, item.where, sample.parts, sample.caption, meta)
+            yield RawSample(sample.key, item.where, sample.parts, sample.caption, meta)
         return
     except NotFetched as error:
         problem, skip = (error.what, None) if missing == "fail" else (None, "media was not fetched")
@@ -228,7 +228,7 @@ def row_candidates(read: Callable[[Item], Sequence[Sample]], item: Item, planned
         problem = f"unreadable row: {f'no {error}' if isinstance(error, KeyError) else error}"
     name = safe_key(item.where.replace("[", "-").rstrip("]"))
     for number in range(planned):
-        yield Candidate(f"{name}-{number}" if number else name, item.where, problem=problem, skip=skip)
+        yield RawSample(f"{name}-{number}" if number else name, item.where, problem=problem, skip=skip)
 
 
 def text_of(value: Any, what: str) -> str:

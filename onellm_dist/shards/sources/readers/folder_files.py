@@ -16,8 +16,8 @@ from pathlib import Path
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
-from onellm_dist.shards.format.names import infer_modalities, safe_key, slots_of, split_file_name
-from onellm_dist.shards.sources.base import Candidate
+from onellm_dist.shards.format.names import infer_modalities, parts_of_modality, safe_key, split_file_name
+from onellm_dist.shards.sources.base import RawSample
 
 
 def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[dict[str, Path], str | None]:
@@ -25,7 +25,7 @@ def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[
     chosen: dict[str, Path] = {}
     for name in modalities:
         modality = get_modality(name)
-        for slot, accepted in slots_of(modality).items():
+        for slot, accepted in parts_of_modality(modality).items():
             fitting = [e for e in accepted if e in found]
             if len(fitting) > 1:
                 return chosen, f"ambiguous: {' and '.join(found[e].name for e in fitting)} are both a {slot} file for {name}"
@@ -70,31 +70,31 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
     return groups
 
 
-def side_file_candidates(root: Path, wanted: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[Candidate], list[str]]:
+def side_file_raw_samples(root: Path, wanted: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Layout A.
 
     Args:
         wanted: the modalities, or None to infer them.
 
     Returns:
-        (modalities, candidates sorted by key, notes on what was ignored).
+        (modalities, raw_samples sorted by key, notes on what was ignored).
     """
     groups = group_files(root)
     media = {stem: {e: p for e, p in files.items() if e not in TEXT_EXTENSIONS} for stem, files in groups.files.items()}
     if wanted is None:
         wanted = infer_modalities(Counter(frozenset(m) for m in media.values() if m), root)
-    useful = {e for name in wanted for accepted in slots_of(get_modality(name)).values() for e in accepted}
-    candidates = []
+    useful = {e for name in wanted for accepted in parts_of_modality(get_modality(name)).values() for e in accepted}
+    raw_samples = []
     for stem, files in groups.files.items():
         if wanted and media[stem] and not media[stem].keys() & useful:
             groups.ignored.update(f".{e}" for e in files)
             continue
-        candidates.append(_candidate(stem, files, wanted, groups.clashes.get(stem)))
+        raw_samples.append(_raw_sample(stem, files, wanted, groups.clashes.get(stem)))
     notes = [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"] if groups.ignored else []
-    return wanted, sorted(candidates, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))), notes
+    return wanted, sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))), notes
 
 
-def _candidate(stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None) -> Candidate:
+def _raw_sample(stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None) -> RawSample:
     texts = {e: files[e] for e in TEXT_EXTENSIONS if e in files}
     media, problem = select_parts(files, modalities)
     where = str(next(iter((media or texts or files).values())))
@@ -104,4 +104,4 @@ def _candidate(stem: str, files: Mapping[str, Path], modalities: Sequence[str], 
         problem = "caption without media: no media file has this name"
     elif not texts:
         problem = f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
-    return Candidate(safe_key(stem), where, {**media, **texts}, problem=problem)
+    return RawSample(safe_key(stem), where, {**media, **texts}, problem=problem)

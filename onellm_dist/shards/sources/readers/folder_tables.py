@@ -14,8 +14,8 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
-from onellm_dist.shards.format.names import infer_modalities, safe_key, slots_of, split_file_name
-from onellm_dist.shards.sources.base import Candidate
+from onellm_dist.shards.format.names import infer_modalities, parts_of_modality, safe_key, split_file_name
+from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.sources.readers.folder_files import select_parts
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -134,8 +134,8 @@ def find_columns(names: set[str], caption: str | None, file: str | None) -> Colu
     """What the columns of these (normalised) names are; `caption` and `file` are the user's own choice."""
     slots: dict[str, tuple[tuple[str, ...], ...]] = {}
     for modality in all_modalities().values():
-        for slot, accepted in slots_of(modality).items():
-            endings = SLOT_ENDINGS if slot in modality.slots else SLOT_ENDINGS[1:]  # `timestamps` alone may hold values
+        for slot, accepted in parts_of_modality(modality).items():
+            endings = SLOT_ENDINGS if slot in modality.required_parts else SLOT_ENDINGS[1:]  # `timestamps` alone may hold values
             for column in (slot + ending for ending in endings):
                 if column in names and column != file and accepted not in slots.get(column, ()):
                     slots[column] = (*slots.get(column, ()), accepted)
@@ -222,7 +222,7 @@ def _siblings(found: dict[str, Path], modalities: tuple[str, ...]) -> None:
     anchor = next(iter(found.values()))
     split = split_file_name(anchor.name)
     for name in modalities:
-        for accepted in slots_of(get_modality(name)).values():
+        for accepted in parts_of_modality(get_modality(name)).values():
             if split is None or any(e in found for e in accepted):
                 continue
             beside = next((e for e in accepted if (anchor.with_name(f"{split[0]}.{e}")).is_file()), None)
@@ -230,10 +230,10 @@ def _siblings(found: dict[str, Path], modalities: tuple[str, ...]) -> None:
                 found[beside] = anchor.with_name(f"{split[0]}.{beside}")
 
 
-def table_candidates(
+def table_raw_samples(
     table: Path, root: Path, wanted: tuple[str, ...] | None, caption_column: str | None, file_column: str | None
-) -> tuple[tuple[str, ...], list[Candidate], list[str]]:
-    """Layout B, in the order of the table. Arguments and result as `side_file_candidates`."""
+) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
+    """Layout B, in the order of the table. Arguments and result as `side_file_raw_samples`."""
     rows = list(read_rows(table))
     names = {name for row in rows for name in row.values}
     columns = find_columns(names, normal(caption_column) if caption_column else None, normal(file_column) if file_column else None)
@@ -243,8 +243,10 @@ def table_candidates(
     if wanted is None:
         wanted = infer_modalities(Counter(frozenset(found) for found, _ in parts if found), table)
     seen: Counter[str] = Counter()
-    candidates = [_row_candidate(row, *part, columns, wanted, root, seen, i) for i, (row, part) in enumerate(zip(rows, parts, strict=True))]
-    return wanted, candidates, []
+    raw_samples = [
+        _row_raw_sample(row, *part, columns, wanted, root, seen, i) for i, (row, part) in enumerate(zip(rows, parts, strict=True))
+    ]
+    return wanted, raw_samples, []
 
 
 def _require_columns(table: Path, names: set[str], columns: Columns, wanted: tuple[str, ...] | None) -> None:
@@ -263,7 +265,7 @@ def _require_columns(table: Path, names: set[str], columns: Columns, wanted: tup
         )
 
 
-def _row_candidate(
+def _row_raw_sample(
     row: Row,
     found: dict[str, Path],
     problem: str | None,
@@ -272,7 +274,7 @@ def _row_candidate(
     root: Path,
     seen: Counter[str],
     number: int,
-) -> Candidate:
+) -> RawSample:
     media: dict[str, Path] = {}
     if problem is None and modalities:
         _siblings(found, modalities)
@@ -287,7 +289,7 @@ def _row_candidate(
     seen[key] += 1
     if seen[key] > 1:
         key = f"{key}-{seen[key]}"
-    return Candidate(key, row.where, {e: p for e, p in media.items() if e not in TEXT_EXTENSIONS}, caption, meta, problem)
+    return RawSample(key, row.where, {e: p for e, p in media.items() if e not in TEXT_EXTENSIONS}, caption, meta, problem)
 
 
 def _key(row: Row, columns: Columns, found: Mapping[str, Path], root: Path, number: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.format.tars import BLOCK, split_name
-from onellm_dist.shards.sources.base import Candidate, FileRange, Group, Option
+from onellm_dist.shards.sources.base import FileRange, InputSplit, Option, RawSample
 
 UNFINISHED = ("refuse", "skip", "take")
 UNFINISHED_OPTION = Option("refuse", "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is whole in them")
@@ -44,8 +44,8 @@ def find_tars(inputs: Path) -> list[str]:
     return tars
 
 
-def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iterator[Group], tuple[str, ...]]:
-    """(a group for each tar, lines for the user). A row of the parquet is one candidate, so that its footer tells how many there are.
+def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iterator[InputSplit], tuple[str, ...]]:
+    """(a group for each tar, lines for the user). A row of the parquet is one raw_sample, so that its footer tells how many there are.
 
     Raises:
         UsageError: unfinished tars, where they are refused; an unknown choice; none left.
@@ -70,17 +70,17 @@ def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iter
     return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted]), notes
 
 
-def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[Group]:
+def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSplit]:
     def rows(stem: tuple[str, bool]) -> int | None:
         return parquet_length(inputs / f"{stem[0]}.parquet") if stem[1] else None
 
     with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
         for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
             spec = {"tar": f"{stem}.tar", "parquet": f"{stem}.parquet" if listed else None}
-            yield Group(f"{stem}.tar", spec, count=count)
+            yield InputSplit(f"{stem}.tar", spec, count=count)
 
 
-def tar_candidates(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions) -> Iterator[Candidate]:
+def tar_raw_samples(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions) -> Iterator[RawSample]:
     """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
 
     Args:
@@ -97,11 +97,11 @@ def tar_candidates(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[s
         _check_pair(inputs / spec["tar"], inputs / spec["parquet"], members)
         rows = ((row, None) for row in parquet_rows(inputs / spec["parquet"]))
     if spec["parquet"] is None and fault is not None:
-        yield Candidate(safe_key(spec["tar"]), spec["tar"], problem=fault)  # nothing else tells how many samples are lost
+        yield RawSample(safe_key(spec["tar"]), spec["tar"], problem=fault)  # nothing else tells how many samples are lost
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
-        yield _candidate(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
+        yield _raw_sample(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
 
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
         )
 
 
-def _candidate(
+def _raw_sample(
     tar: str,
     key: str,
     row: Mapping[str, Any],
@@ -123,28 +123,28 @@ def _candidate(
     problem: str | None,
     extensions: Sequence[str],
     captions: Captions,
-) -> Candidate:
+) -> RawSample:
     name, where = safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
     status = row.get("status")
     meta = {k: v for k, v in ((k, plain(v)) for k, v in row.items()) if v is not None}
     if status not in (None, "success"):
-        return Candidate(name, where, skip=str(status))
+        return RawSample(name, where, skip=str(status))
     extension = next((e for e in extensions if parts and e in parts), None)
     if problem is None and parts is None:
         problem = "missing sample: the parquet lists it, the tar has not"
     elif problem is None and extension is None:
         problem = f"missing part: none of {', '.join('.' + e for e in extensions)}"
     if problem is not None or parts is None or extension is None:
-        return Candidate(name, where, problem=problem)
+        return RawSample(name, where, problem=problem)
     try:
         chosen = captions(row, lambda: parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None)
     except OneLLMError as error:  # a tar that ends inside the text
-        return Candidate(name, where, problem=error.what)
+        return RawSample(name, where, problem=error.what)
     if len(chosen) > 1:  # which one is read is chosen anew in each epoch
         meta = {**meta, "caption": list(chosen), **({"alt_text": meta["caption"]} if "caption" in meta else {})}
-        return Candidate(name, where, {extension: parts[extension]}, meta=meta)
+        return RawSample(name, where, {extension: parts[extension]}, meta=meta)
     lost = "no caption: neither the metadata nor a .txt has one" if chosen[0] is None else None
-    return Candidate(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
+    return RawSample(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
 
 
 def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], str | None]:

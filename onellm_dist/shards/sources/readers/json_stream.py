@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.shards.sources.base import Group
+from onellm_dist.shards.sources.base import InputSplit
 from onellm_dist.shards.sources.readers.media_files import below
 
 _CHUNK = 1 << 20
 _LARGEST = 1 << 28
 """Bytes of one row beyond which the file is taken for broken."""
 _MOST = 8
-"""Rows of a group for each candidate that it is to have: where most rows are of another split."""
+"""Rows of a group for each raw_sample that it is to have: where most rows are of another split."""
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -206,12 +206,12 @@ def row_groups(
     count: Callable[[Row], Mapping[str, int]] | None = None,
     split: str = "train",
     **spec: Any,
-) -> Iterator[Group]:
-    """Groups of about `rows` candidates of the file `name` in `inputs`; `read_rows` reads one.
+) -> Iterator[InputSplit]:
+    """Groups of about `rows` raw_samples of the file `name` in `inputs`; `read_rows` reads one.
 
     Args:
         key: as `scan`'s.
-        count: a row's candidates by split; None: one, of `split`. Every split has groups of its own over the same rows.
+        count: a row's raw_samples by split; None: one, of `split`. Every split has groups of its own over the same rows.
         spec: goes to every group's spec.
 
     Raises:
@@ -220,16 +220,16 @@ def row_groups(
     path, start, end, first, number, held = below(inputs, name), -1, 0, 0, 0, dict[str, int]()
     entries = False
 
-    def groups() -> Iterator[Group]:
-        for part, candidates in sorted(held.items()):
+    def groups() -> Iterator[InputSplit]:
+        for part, raw_samples in sorted(held.items()):
             place = {"file": name, "start": start, "end": end, "first": first, "entries": entries, "split": part}
-            yield Group(f"{name}:{first}", {**spec, **place}, part, candidates)
+            yield InputSplit(f"{name}:{first}", {**spec, **place}, part, raw_samples)
 
     for number, row in enumerate(scan(path, key)):
         if start < 0:
             start, first, entries = row.start, number, bool(row.key)
-        for part, candidates in (count(row) if count is not None else {split: 1}).items():
-            held[part] = held.get(part, 0) + candidates
+        for part, raw_samples in (count(row) if count is not None else {split: 1}).items():
+            held[part] = held.get(part, 0) + raw_samples
         end = row.end
         if sum(held.values()) >= rows or number - first >= _MOST * rows:
             yield from groups()

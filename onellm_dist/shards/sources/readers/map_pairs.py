@@ -24,10 +24,10 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import Candidate, Group, Layout, Media, Option, Source
+from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
 from onellm_dist.shards.sources.readers.depth_models import EstimatedMap, check_model
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, find_tars, tar_candidates, tar_groups
+from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, find_tars, tar_groups, tar_raw_samples
 from onellm_dist.shards.sources.readers.media_files import below, picture_extension
 
 _ROWS = 2000
@@ -68,8 +68,8 @@ def map_source(kind: str) -> Source:
     def plan(inputs: Path, *, seed: int, **options: Any) -> Layout:
         return _plan(kind, inputs, **options)
 
-    def candidates(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[Candidate]:
-        return _candidates(kind, inputs, spec, **options)
+    def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
+        return _raw_samples(kind, inputs, spec, **options)
 
     options = {
         "images": Option(None, "the folder of the pictures; IN/cc3m where there is one, else IN", Path),
@@ -86,7 +86,7 @@ def map_source(kind: str) -> Source:
         f"cc3m-{kind}",
         f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here (-o depth_model=DIR)",
         plan=plan,
-        candidates=candidates,
+        raw_samples=raw_samples,
         options=options,
         licence="CC3M: free for any purpose, pictures of their owners",
     )
@@ -143,7 +143,7 @@ def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
         waiting += [(f"{name}{below_}/", here / below_) for below_ in reversed(inside)]
 
 
-def _tree_groups(folders: _Folders) -> Iterator[Group]:
+def _tree_groups(folders: _Folders) -> Iterator[InputSplit]:
     """The pictures of every folder, by name: others may come while shards are built. Maps in folders of their own below the
     pictures' are none."""
     for name, folder in _subfolders(folders.pictures):
@@ -152,10 +152,10 @@ def _tree_groups(folders: _Folders) -> Iterator[Group]:
         names = _names(folder)
         for first in range(0, len(names), _ROWS):
             rows = names[first : first + _ROWS]
-            yield Group(f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows))
+            yield InputSplit(f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows))
 
 
-def _table_groups(table: Path) -> Iterator[Group]:
+def _table_groups(table: Path) -> Iterator[InputSplit]:
     """Rows of a table with the columns `caption` and `url`.
 
     Raises:
@@ -170,7 +170,7 @@ def _table_groups(table: Path) -> Iterator[Group]:
             "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
         )
     for found in row_ranges(table, dialect, _ROWS, start):
-        yield Group(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
+        yield InputSplit(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
 
 
 def _dialect(table: Path) -> Dialect:
@@ -179,13 +179,13 @@ def _dialect(table: Path) -> Dialect:
         return TSV if b"\t" in file.readline() else CSV
 
 
-def _candidates(
+def _raw_samples(
     kind: str, inputs: Path, spec: Mapping[str, Any], *, images: Path | None, maps: Path | None, captions: Path | None, unfinished: str,
     **model: Any,
-) -> Iterator[Candidate]:  # fmt: skip
+) -> Iterator[RawSample]:  # fmt: skip
     folders = _folders(kind, inputs, images, maps)
     if "tar" in spec:
-        for sample in tar_candidates(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text() or row.get("caption")]):
+        for sample in tar_raw_samples(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text() or row.get("caption")]):
             yield _with_map(kind, folders, model, spec["tar"], sample)
         return
     if captions is not None:
@@ -193,18 +193,18 @@ def _candidates(
         for row in read_rows(table, _dialect(table), RowRange(*spec["range"]), spec["names"]):
             where = f"{table.name}:{row.line}"
             if row.problem is not None:
-                yield Candidate(f"row-{row.line:09d}", where, problem=row.problem)
+                yield RawSample(f"row-{row.line:09d}", where, problem=row.problem)
                 continue
             name = _below_pictures(row.values["url"], folders.pictures)
-            yield _candidate(kind, folders, model, name, where, row.values["caption"], None)
+            yield _raw_sample(kind, folders, model, name, where, row.values["caption"], None)
         return
     folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
     for file in spec["names"]:
         name = spec["folder"] + file
-        yield _candidate(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
+        yield _raw_sample(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
 
 
-def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: Candidate) -> Candidate:
+def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: RawSample) -> RawSample:
     """A tar's sample with its map."""
     if sample.problem is not None or sample.skip is not None:
         return sample
@@ -225,21 +225,21 @@ def _below_pictures(url: str, pictures: Path) -> str:
     return path.rpartition("/cc3m/")[2].removeprefix("cc3m/").lstrip("/")
 
 
-def _candidate(
+def _raw_sample(
     kind: str, folders: _Folders, model: Mapping[str, Any], name: str, where: str, caption: str | None, side: Path | None
-) -> Candidate:  # fmt: skip
+) -> RawSample:  # fmt: skip
     stem, extension = name.rpartition(".")[0], picture_extension(name)
     key = safe_key(stem or name)
     if extension is None:
-        return Candidate(key, where, problem=f"unknown kind of file: {name} is no picture")
+        return RawSample(key, where, problem=f"unknown kind of file: {name} is no picture")
     picture: Media = folders.pictures / name
     found = _map_of(kind, folders, name, picture, **model)
     if found is None:
-        return Candidate(key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
+        return RawSample(key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
     parts: dict[str, Media] = dict(found)
     if side is not None:
         parts["txt"] = side
-    return Candidate(key, where, parts, caption)
+    return RawSample(key, where, parts, caption)
 
 
 def _map_of(

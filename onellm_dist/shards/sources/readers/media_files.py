@@ -53,7 +53,7 @@ def need_folder(inputs: Path, path: Path | str | None, usual: Iterable[str], wha
 def extension_for(modality: str, name: str) -> str | None:
     """The part extension of a file of a modality's first slot; None: not one that the modality reads."""
     suffix = PurePosixPath(name).suffix.lower().lstrip(".")
-    accepted = next(iter(get_modality(modality).slots.values()))
+    accepted = next(iter(get_modality(modality).required_parts.values()))
     return suffix if suffix in accepted else None
 
 

@@ -139,12 +139,14 @@ def held_out(modality: str) -> frozenset[Combination]:
     every = combinations(modality)
     sizes = [len(values) for values in scenes(modality).attributes.values()]
     order = np.random.default_rng(zlib.crc32(modality.encode())).permutation(len(every))
-    candidates = [every[i] for i in order]
+    raw_samples = [every[i] for i in order]
     taken: set[Combination] = set()
     lines: Counter[tuple[int, Combination]] = Counter()
     pairs: Counter[tuple[int, int, str, str]] = Counter()
     for _ in range(math.ceil(HELD_OUT_FRACTION * len(every))):
-        free = [c for c in candidates if c not in taken and all(sizes[i] - lines[line] > LEAST_TRAINED for i, line in enumerate(_lines(c)))]
+        free = [
+            c for c in raw_samples if c not in taken and all(sizes[i] - lines[line] > LEAST_TRAINED for i, line in enumerate(_lines(c)))
+        ]
         if not free:
             raise AssertionError(f"{modality}: attributes too small to hold out {HELD_OUT_FRACTION:.0%} of their combinations")
         chosen = min(free, key=lambda c: sum(pairs[pair] for pair in _pairs(c)))

@@ -67,14 +67,14 @@ class DeepSpeedEngine(Engine):
         values: torch.Tensor = self._engine(batch, logits=True)
         return values
 
-    def backward(self, loss: torch.Tensor, divisor: int) -> None:
-        # A loss that is not finite may still have finite gradients (an infinite cross-entropy, a pack of dummies or tombstones that
+    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
+        # A loss that is not finite may still have finite gradients (an infinite cross-entropy, a pack of dummies or skipped_samples that
         # reaches nothing that trains): spoil them, so that every rank sees a norm that is not finite and the step is thrown away
         # everywhere, with no message between ranks.
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         handle = self._witness.register_hook(lambda gradient: gradient * sound)
         # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would divide once more.
-        self._engine.backward(loss * sound * (self._settings.world / divisor), scale_wrt_gas=False)
+        self._engine.backward(loss * sound * (self._settings.world / global_valid_tokens), scale_wrt_gas=False)
         handle.remove()
 
     def grad_norms(self) -> GradNorms:

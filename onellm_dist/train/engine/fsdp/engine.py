@@ -75,7 +75,7 @@ class FsdpEngine(Engine):
         return cls(module, names, settings, mesh)
 
     def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not self._settings.reduce_every_micro_step:
+        if not self._settings.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
         elif self._replica.count > 1:  # with hybrid sharding the groups meet once a step
@@ -88,15 +88,15 @@ class FsdpEngine(Engine):
         values: torch.Tensor = self._module(batch, logits=True)
         return values
 
-    def backward(self, loss: torch.Tensor, divisor: int) -> None:
+    def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
         # A loss that is not finite may have finite gradients: spoil them, so that the norm shows it on every rank.
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self._sound = self._sound * sound
-        (loss * sound / divisor).backward()
+        (loss * sound / global_valid_tokens).backward()
 
     @torch.no_grad()
     def grad_norms(self) -> GradNorms:
-        if self._ranges:  # dummies and tombstones may reach nothing that trains: what the loss says must be in the norm all the same
+        if self._ranges:  # dummies and skipped_samples may reach nothing that trains: what the loss says must be in the norm all the same
             self._ranges[0].gradient().mul_(self._sound)
         self._sound = torch.ones_like(self._sound)
         for shard in self._shards:
