@@ -36,7 +36,9 @@ def make_files(folder: Path, samples: int) -> int:
     for seed in range(64):
         grid = np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(grid).resize((256, 256), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+        Image.fromarray(grid).resize((256, 256), Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=95
+        )
         pictures.append(buffer.getvalue())
     for i in range(samples):
         caption = " ".join(draw.choices(["a", "cat", "on", "the", "red", "table"], k=9)).encode()
@@ -60,8 +62,10 @@ def ours(folder: Path, out: Path, samples: int) -> None:
 
 
 def peer(folder: Path, out: Path, samples: int) -> None:
-    """webdataset's ShardWriter: a tar."""
-    with webdataset.ShardWriter(str(out / "%06d.tar"), maxcount=10**9, maxsize=10**12, verbose=0) as writer:
+    """Webdataset's ShardWriter: a tar."""
+    with webdataset.ShardWriter(
+        str(out / "%06d.tar"), maxcount=10**9, maxsize=10**12, verbose=0
+    ) as writer:
         for i in range(samples):
             writer.write({"__key__": f"{i:06d}", **read(folder, i)})
 
@@ -82,21 +86,37 @@ def builder(check: bool) -> Callable[[Path, Path, int], None]:
 
 def cpu_seconds() -> float:
     """Of this process and the ended children."""
-    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        u.ru_utime + u.ru_stime
+        for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:
     """Runs the writers in turn and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where files are written; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where files are written; default: the system's temporary folder",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
         files = Path(work, "files")
         files.mkdir()
         total = make_files(files, arguments.samples)
-        kinds = {"tar": tar, "ShardWriter": peer, "ours": ours, "builder": builder(False), "builder, decode check": builder(True)}
+        kinds = {
+            "tar": tar,
+            "ShardWriter": peer,
+            "ours": ours,
+            "builder": builder(False),
+            "builder, decode check": builder(True),
+        }
         best: dict[str, tuple[float, float]] = {}
         for _ in range(arguments.rounds):
             for name, write in kinds.items():
@@ -110,10 +130,14 @@ def main() -> None:
                 best[name] = (min(before[0], wall), min(before[1], cpu))
                 shutil.rmtree(out)
     print(f"{arguments.samples} samples, {total / 1e6:.0f} MB, best of {arguments.rounds}")
-    print("| writer | MB/s | of tar | MB/CPU-s | of ShardWriter's MB/CPU-s |\n|---|---|---|---|---|")
+    print(
+        "| writer | MB/s | of tar | MB/CPU-s | of ShardWriter's MB/CPU-s |\n|---|---|---|---|---|"
+    )
     for name, (wall, cpu) in best.items():
         ratios = best["tar"][0] / wall, best["ShardWriter"][1] / cpu
-        print(f"| {name} | {total / wall / 1e6:.0f} | {ratios[0]:.2f} | {total / cpu / 1e6:.0f} | {ratios[1]:.2f} |")
+        print(
+            f"| {name} | {total / wall / 1e6:.0f} | {ratios[0]:.2f} | {total / cpu / 1e6:.0f} | {ratios[1]:.2f} |"
+        )
 
 
 if __name__ == "__main__":

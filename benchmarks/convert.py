@@ -59,13 +59,22 @@ def make_source(path: Path, layers: int) -> int:
     config.text_config.num_hidden_layers = layers
     with torch.device("meta"):
         model = OneLLMForConditionalGeneration(config)
-    pattern = (torch.randn(BLOCK // 2, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16().view(torch.uint8)
+    pattern = (
+        (torch.randn(BLOCK // 2, generator=torch.Generator().manual_seed(0)) * 0.02)
+        .bfloat16()
+        .view(torch.uint8)
+    )
     named = []
     for name, parameter in model.named_parameters():
         key, shape = name_to_reference(name), tuple(parameter.shape)
         shape = (*shape, 1, 1) if key == "conv1.point.conv1.weight" and len(shape) == 2 else shape
         named.append((PREFIX + key, repeated(shape, pattern)))
-    return write_tensor_file(path, TensorFile(path.name, tuple(named)), told=lambda n: None, allow_nonfinite=lambda n: False).bytes
+    return write_tensor_file(
+        path,
+        TensorFile(path.name, tuple(named)),
+        told=lambda n: None,
+        allow_nonfinite=lambda n: False,
+    ).bytes
 
 
 def forget(path: Path) -> None:
@@ -80,7 +89,9 @@ def copy_seconds(source: Path, target: Path) -> float:
     """`cp` and fsync."""
     forget(source)
     start = time.perf_counter()
-    subprocess.run(["cp", "--sparse=never", "--reflink=never", str(source), str(target)], check=True)
+    subprocess.run(
+        ["cp", "--sparse=never", "--reflink=never", str(source), str(target)], check=True
+    )
     subprocess.run(["sync", str(target)], check=True)
     seconds = time.perf_counter() - start
     target.unlink()
@@ -92,14 +103,20 @@ def convert_once(source: Path, out: Path, shard_bytes: int) -> tuple[float, floa
     forget(source)
     command = [sys.executable, "-c", CONVERT, str(source), str(out), str(shard_bytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    before, peak, seconds, worked = (float(x) for x in re.findall(r"[\d.]+", done.stdout.splitlines()[-1]))
+    before, peak, seconds, worked = (
+        float(x) for x in re.findall(r"[\d.]+", done.stdout.splitlines()[-1])
+    )
     return before * 1024 / 1e9, peak * 1024 / 1e9, seconds, worked
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32, help="LLM layers; 32 is the 7B")
-    parser.add_argument("--folder", type=Path, default=None, help="where the files go for the time of the run")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the files go for the time of the run"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="copies and conversions in turn")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -110,15 +127,24 @@ def main() -> None:
         copies, conversions = [], []
         for _ in range(arguments.rounds):
             copies.append(copy_seconds(folder / "consolidated.00-of-01.pth", folder / "copy"))
-            conversions.append(convert_once(folder / "consolidated.00-of-01.pth", folder / "out", max(size // 4, 1)))
+            conversions.append(
+                convert_once(
+                    folder / "consolidated.00-of-01.pth", folder / "out", max(size // 4, 1)
+                )
+            )
             shutil.rmtree(folder / "out")
     best, fastest = min(copies), min(c[2] for c in conversions)
     found = {
-        "GB": round(size / 1e9, 2), "cp_seconds": round(best, 1), "convert_seconds": round(fastest, 1),
-        "speed_over_cp": round(best / fastest, 3), "resident_before_GB": round(conversions[0][0], 3),
-        "peak_GB": round(max(c[1] for c in conversions), 3), "cpu_seconds": round(min(c[3] for c in conversions), 1),
-        "load": os.getloadavg()[0], "cores": os.cpu_count(),
-    }  # fmt: skip
+        "GB": round(size / 1e9, 2),
+        "cp_seconds": round(best, 1),
+        "convert_seconds": round(fastest, 1),
+        "speed_over_cp": round(best / fastest, 3),
+        "resident_before_GB": round(conversions[0][0], 3),
+        "peak_GB": round(max(c[1] for c in conversions), 3),
+        "cpu_seconds": round(min(c[3] for c in conversions), 1),
+        "load": os.getloadavg()[0],
+        "cores": os.cpu_count(),
+    }
     print(json.dumps(found))
 
 

@@ -32,10 +32,14 @@ TOKENS = 512
 
 def main() -> int:
     """Runs every engine at every number of ranks and prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"in a rank's pack (default {TOKENS})")
+    parser.add_argument(
+        "--tokens", type=int, default=TOKENS, help=f"in a rank's pack (default {TOKENS})"
+    )
     parser.add_argument("--json", type=Path, help="write the ratios there too")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -46,10 +50,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for ranks in arguments.ranks:
             for name in arguments.engines:  # a launch each: DeepSpeed never lets go of an engine
-                ratios, plain = launch(Path(folder) / f"{name}-{ranks}", ranks, name, arguments.tokens)
+                ratios, plain = launch(
+                    Path(folder) / f"{name}-{ranks}", ranks, name, arguments.tokens
+                )
                 found[name][ranks] = ratios
                 low, middle, high = statistics.quantiles(ratios, n=4)
-                print(f"{name:>14} {ranks:>5}  {middle:>10.2f}  {low:.2f} to {high:.2f}  {plain:>7.2f}", flush=True)
+                print(
+                    f"{name:>14} {ranks:>5}  {middle:>10.2f}  {low:.2f} to {high:.2f}  {plain:>7.2f}",
+                    flush=True,
+                )
     if arguments.json:
         arguments.json.write_text(json.dumps(found))
     return 0
@@ -60,7 +69,16 @@ def launch(out: Path, ranks: int, name: str, tokens: int) -> tuple[list[float], 
     from onellm_dist.launch.local import launch_local
 
     out.mkdir(parents=True)
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", name, "--tokens", str(tokens)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--worker",
+        str(out),
+        "--engines",
+        name,
+        "--tokens",
+        str(tokens),
+    ]
     code = launch_local(command, ranks, out / "logs")
     if code:
         raise SystemExit(f"{name}: {ranks} ranks failed ({code}); see {out}/logs")
@@ -118,7 +136,9 @@ def plain_step() -> Callable[[Any], None]:
     initialise(model, 0)
     freeze_for_stage(model, "tune", ["image"])
     model.train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step(batch: Any) -> None:

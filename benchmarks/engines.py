@@ -32,16 +32,22 @@ LIMIT = 0.35
 WIDTH, LAYERS, VOCABULARY, STEPS = 768, 5, 512, 3
 _SMALL: dict[str, Any] = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
 _ZERO3: dict[str, Any] = {
-    **_SMALL, "stage": 3, "stage3_prefetch_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000,
-    "stage3_max_live_parameters": 8_000_000, "stage3_max_reuse_distance": 1_000_000,
-}  # fmt: skip
+    **_SMALL,
+    "stage": 3,
+    "stage3_prefetch_bucket_size": 1_000_000,
+    "stage3_param_persistence_threshold": 1000,
+    "stage3_max_live_parameters": 8_000_000,
+    "stage3_max_reuse_distance": 1_000_000,
+}
 """Buckets sized for the model, as the defaults are for a 7B."""
 _CPU = {"device": "cpu"}
 ENGINES: dict[str, dict[str, Any] | None] = {
     "zero1": {"zero_optimization": {**_SMALL, "stage": 1}},
     "zero2": {"zero_optimization": {**_SMALL, "stage": 2}},
     "zero3": {"zero_optimization": _ZERO3},
-    "zero3_offload": {"zero_optimization": {**_ZERO3, "offload_optimizer": _CPU, "offload_param": _CPU}},
+    "zero3_offload": {
+        "zero_optimization": {**_ZERO3, "offload_optimizer": _CPU, "offload_param": _CPU}
+    },
     "fsdp": None,
 }
 SHARDS_WEIGHTS = ("zero3", "zero3_offload", "fsdp")
@@ -49,7 +55,9 @@ SHARDS_WEIGHTS = ("zero3", "zero3_offload", "fsdp")
 
 def main() -> int:
     """Runs every engine at every number of ranks and prints a table; 1 where the limit is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--ranks", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--json", type=Path, help="write what was measured there too")
@@ -69,7 +77,9 @@ def main() -> int:
 
 def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
     """The table; 1 where a limit is missed."""
-    print(f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  save/state  export/model")
+    print(
+        f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  save/state  export/model"
+    )
     missed = 0
     for name, by_ranks in found.items():
         one = by_ranks.get(1)
@@ -85,8 +95,12 @@ def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
 
 
 def malloc_environment() -> dict[str, str]:
-    """glibc gives back what is freed from 64 kB on: without it a peak of the past looks like memory that is held."""
-    return {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    """Glibc gives back what is freed from 64 kB on: without it a peak of the past looks like memory that is held."""
+    return {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
@@ -95,7 +109,11 @@ def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
 
     out.mkdir(parents=True)
     os.environ.update(malloc_environment())
-    code = launch_local([sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", name], ranks, out / "logs")
+    code = launch_local(
+        [sys.executable, str(Path(__file__).resolve()), "--worker", str(out), "--engines", name],
+        ranks,
+        out / "logs",
+    )
     if code:
         raise SystemExit(f"{name}: {ranks} ranks failed ({code}); see {out}/logs")
     found: dict[str, float] = json.loads((out / "found.json").read_text())
@@ -140,7 +158,11 @@ def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
     with Peak() as read:
         build(world, name, "align", tiny=False, folder=out)
     gc.collect()
-    return {"load": max(drawn.growth, read.growth), "export": export.growth, "model_bytes": model_bytes}
+    return {
+        "load": max(drawn.growth, read.growth),
+        "export": export.growth,
+        "model_bytes": model_bytes,
+    }
 
 
 def measure_steps(world: Any, name: str, out: Path) -> dict[str, float]:
@@ -163,7 +185,9 @@ def measure_steps(world: Any, name: str, out: Path) -> dict[str, float]:
     return {"state": state, "peak": peak.growth, "save": save.growth, "trained_weights": trained}
 
 
-def build(world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None) -> tuple[Any, int]:
+def build(
+    world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None
+) -> tuple[Any, int]:
     """(engine, bytes of the whole model in fp32)."""
     import torch
 
@@ -179,7 +203,9 @@ def build(world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None 
     weights = Weights(Drawn(model, 0) if folder is None else Files(files_of(folder)))
     size = sum(4 * p.numel() for p in model.parameters())
     given = ENGINES[name]
-    settings = EngineSettings(world.size, world.device, False, (0.9, 0.95), 1e-8, 1.0, json.loads(json.dumps(given or {})))
+    settings = EngineSettings(
+        world.size, world.device, False, (0.9, 0.95), 1e-8, 1.0, json.loads(json.dumps(given or {}))
+    )
     kind = engine_class("fsdp" if given is None else "deepspeed")
     return kind.wrap(model, parameter_groups(model, 0.1), settings, weights), size
 
@@ -191,14 +217,21 @@ def config(tiny: bool) -> Any:
     from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 
     text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=48 if tiny else WIDTH, intermediate_size=96 if tiny else 8 * WIDTH // 3,
-        num_hidden_layers=1 if tiny else LAYERS, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
+        vocab_size=VOCABULARY,
+        hidden_size=48 if tiny else WIDTH,
+        intermediate_size=96 if tiny else 8 * WIDTH // 3,
+        num_hidden_layers=1 if tiny else LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     return OneLLMConfig(
         vision=OneLLMVisionConfig(width=32, layers=1, heads=2, patch_size=56, output_dim=16),
-        upm=OneLLMUPMConfig(experts=1, blocks=1, heads=2, ffn=64, router_hidden=32), text_config=text, modalities=("image",),
-    )  # fmt: skip
+        upm=OneLLMUPMConfig(experts=1, blocks=1, heads=2, ffn=64, router_hidden=32),
+        text_config=text,
+        modalities=("image",),
+    )
 
 
 def train_step(engine: Any, step: int) -> None:

@@ -36,25 +36,33 @@ NAME = "image"
 
 def main() -> int:
     """Prints a table; 1 where a limit is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=6, help=f"batches of {BATCH} samples a round")
+    parser.add_argument(
+        "--batches", type=int, default=6, help=f"batches of {BATCH} samples a round"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_shards(root, arguments.samples)
         contenders = {
-            "bare loop": bare(root), "onellm_dist": ours(root), "webdataset, Pillow": webdataset(root, theirs),
+            "bare loop": bare(root),
+            "onellm_dist": ours(root),
+            "webdataset, Pillow": webdataset(root, theirs),
             "webdataset, our decoder": webdataset(root, our_pixels),
-        }  # fmt: skip
+        }
         contenders |= energon(root)
         rates = measure(contenders, arguments.rounds, arguments.batches)
     return report(rates)
 
 
-def measure(contenders: dict[str, Iterator[int]], rounds: int, batches: int) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Iterator[int]], rounds: int, batches: int
+) -> dict[str, list[float]]:
     """Samples a CPU second of each contender, round by round; the first round only warms up."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -70,7 +78,10 @@ def measure(contenders: dict[str, Iterator[int]], rounds: int, batches: int) -> 
 def report(rates: dict[str, list[float]]) -> int:
     """The table, and whether the limits hold."""
     bare_rates = rates["bare loop"]
-    ratios = {name: statistics.median(a / b for a, b in zip(own, bare_rates, strict=True)) for name, own in rates.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(own, bare_rates, strict=True))
+        for name, own in rates.items()
+    }
     print(f"{'':26} {'samples/s/core':>15} {'of the bare loop':>17}")
     for name, own in rates.items():
         print(f"{name:26} {statistics.median(own):15.0f} {ratios[name]:17.2f}")
@@ -78,7 +89,9 @@ def report(rates: dict[str, list[float]]) -> int:
     ratios.pop("bare loop")
     peers = [ratio for name, ratio in ratios.items() if name.endswith("Pillow")]
     met = ours_ratio >= LIMIT and all(ours_ratio > ratio for ratio in peers)
-    print(f"limits: ours >= {LIMIT} of the bare loop and above every peer as it is used: {'met' if met else 'MISSED'}")
+    print(
+        f"limits: ours >= {LIMIT} of the bare loop and above every peer as it is used: {'met' if met else 'MISSED'}"
+    )
     return 0 if met else 1
 
 
@@ -94,15 +107,34 @@ def make_shards(root: Path, samples: int) -> None:
 
 def jpeg(draw: np.random.Generator) -> bytes:
     """A photo-like picture: smooth shapes with fine grain, quality 90, 4:2:0 (about 60 kB)."""
-    rough = Image.fromarray(draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    grain = np.asarray(rough).astype(np.int16) + draw.integers(-12, 13, (HEIGHT, WIDTH, 1), dtype=np.int16)
+    rough = Image.fromarray(draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BICUBIC
+    )
+    grain = np.asarray(rough).astype(np.int16) + draw.integers(
+        -12, 13, (HEIGHT, WIDTH, 1), dtype=np.int16
+    )
     out = io.BytesIO()
     Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
     return out.getvalue()
 
 
 def caption(draw: np.random.Generator) -> str:
-    words = ["a", "red", "blue", "green", "small", "large", "cube", "sphere", "cone", "left", "of", "above", "below", "the"]
+    words = [
+        "a",
+        "red",
+        "blue",
+        "green",
+        "small",
+        "large",
+        "cube",
+        "sphere",
+        "cone",
+        "left",
+        "of",
+        "above",
+        "below",
+        "the",
+    ]
     return " ".join(words[i] for i in draw.integers(0, len(words), int(draw.integers(6, 24))))
 
 
@@ -111,7 +143,9 @@ def tokenizer() -> Any:
 
     import onellm_dist
 
-    return AutoTokenizer.from_pretrained(Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer")
+    return AutoTokenizer.from_pretrained(
+        Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer"
+    )
 
 
 def our_pixels(data: bytes) -> torch.Tensor:
@@ -135,8 +169,12 @@ def theirs(data: bytes) -> torch.Tensor:
 
     global _THEIRS  # noqa: PLW0603
     if _THEIRS is None:
-        crop = transforms.RandomResizedCrop(224, scale=(0.9, 1.0), ratio=(0.75, 1.3333), interpolation=InterpolationMode.BICUBIC)
-        _THEIRS = transforms.Compose([crop, transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
+        crop = transforms.RandomResizedCrop(
+            224, scale=(0.9, 1.0), ratio=(0.75, 1.3333), interpolation=InterpolationMode.BICUBIC
+        )
+        _THEIRS = transforms.Compose(
+            [crop, transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)]
+        )
     return _THEIRS(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
@@ -184,15 +222,19 @@ def ours(root: Path) -> Iterator[int]:
 
 
 def webdataset(root: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
-    """webdataset's own pipeline: shuffled shards, a shuffle buffer, decode, batch; captions padded by the tokenizer, as is usual."""
+    """Webdataset's own pipeline: shuffled shards, a shuffle buffer, decode, batch; captions padded by the tokenizer, as is usual."""
     import webdataset as wds
 
     words = tokenizer()
     words.pad_token = words.pad_token or words.eos_token
     urls = sorted(str(path) for path in (root / NAME / "shards").glob("*.tar"))
-    source = wds.WebDataset(urls, shardshuffle=len(urls), resampled=True, handler=wds.reraise_exception).shuffle(1000, initial=100)
+    source = wds.WebDataset(
+        urls, shardshuffle=len(urls), resampled=True, handler=wds.reraise_exception
+    ).shuffle(1000, initial=100)
     loader = source.to_tuple("jpg", "txt").map_tuple(pixels, lambda text: text.decode())
-    for images, texts in loader.batched(BATCH, collation_fn=lambda rows: tuple(zip(*rows, strict=True))):
+    for images, texts in loader.batched(
+        BATCH, collation_fn=lambda rows: tuple(zip(*rows, strict=True))
+    ):
         torch.stack(list(images))
         words(list(texts), padding=True, truncation=True, max_length=96, return_tensors="pt")
         yield len(images)
@@ -208,7 +250,10 @@ def energon(root: Path) -> dict[str, Iterator[int]]:
     from onellm_dist.shards.format.energon import write_energon
 
     write_energon(root / NAME)
-    return {"Energon, Pillow": _energon(peer, root / NAME, theirs), "Energon, our decoder": _energon(peer, root / NAME, our_pixels)}
+    return {
+        "Energon, Pillow": _energon(peer, root / NAME, theirs),
+        "Energon, our decoder": _energon(peer, root / NAME, our_pixels),
+    }
 
 
 def _energon(peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
@@ -220,7 +265,12 @@ def _energon(peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]) -
     words.pad_token = words.pad_token or words.eos_token
     config = peer.WorkerConfig(rank=0, world_size=1, num_workers=0)
     dataset = peer.get_train_dataset(
-        str(folder), worker_config=config, batch_size=None, shuffle_buffer_size=1000, max_samples_per_sequence=100, task_encoder=Task()
+        str(folder),
+        worker_config=config,
+        batch_size=None,
+        shuffle_buffer_size=1000,
+        max_samples_per_sequence=100,
+        task_encoder=Task(),
     )
     samples = iter(peer.get_loader(dataset))
     while True:

@@ -42,7 +42,9 @@ def median_ms(work: Callable[[], Any], runs: int = 9) -> float:
 
 def photo(width: int, height: int) -> Image.Image:
     rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([columns * 255 / width, rows * 255 / height, (rows + columns) % 256], -1) + RNG.normal(0, 8, (height, width, 3))
+    pixels = np.stack(
+        [columns * 255 / width, rows * 255 / height, (rows + columns) % 256], -1
+    ) + RNG.normal(0, 8, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -71,7 +73,11 @@ def video(width: int, height: int, frames: int, fps: int) -> Part:
         stream = out.add_stream("libx264", rate=fps, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(frames):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(picture, i * 3, axis=1), format="rgb24")))
+            out.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.roll(picture, i * 3, axis=1), format="rgb24")
+                )
+            )
         out.mux(stream.encode())
     return Part("mp4", buffer.getvalue())
 
@@ -87,10 +93,19 @@ def samples() -> dict[str, tuple[str, dict[str, Part]]]:
         "audio 10 s FLAC 32 kHz": ("audio", {"audio": flac(10)}),
         "audio 60 s FLAC 32 kHz": ("audio", {"audio": flac(60)}),
         "point 8192 npy": ("point", {"point": npy(RNG.random((8192, 6)).astype(np.float32))}),
-        "depth 512x384 JPEG + PNG": ("depth", {"image": picture, "depth": encoded(photo(512, 384).convert("L"), "PNG")}),
-        "normal 512x384 JPEG + PNG": ("normal", {"image": picture, "normal": encoded(photo(512, 384), "PNG")}),
+        "depth 512x384 JPEG + PNG": (
+            "depth",
+            {"image": picture, "depth": encoded(photo(512, 384).convert("L"), "PNG")},
+        ),
+        "normal 512x384 JPEG + PNG": (
+            "normal",
+            {"image": picture, "normal": encoded(photo(512, 384), "PNG")},
+        ),
         "imu [6, 400] npy": ("imu", {"imu": npy(RNG.normal(size=(6, 400)))}),
-        "fmri [3, 15724] npy": ("fmri", {"fmri": npy(RNG.normal(size=(3, 15724)).astype(np.float32))}),
+        "fmri [3, 15724] npy": (
+            "fmri",
+            {"fmri": npy(RNG.normal(size=(3, 15724)).astype(np.float32))},
+        ),
     }
 
 
@@ -101,7 +116,9 @@ def decode_everything(part: Part) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def plain_groups(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def plain_groups(
+    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
     """The peer of the point tokenizer's embedding: everything wide, then the maximum."""
     groups = torch.stack([cloud[rows] for cloud, rows in zip(values, index, strict=True)])
     return (groups @ weight.t() + bias).amax(2)
@@ -110,17 +127,25 @@ def plain_groups(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
 def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
     """Print ours against a peer's way, for the same numbers."""
     image, picture = get_modality("image"), media["image 1024x768 JPEG"][1]
-    theirs = transforms.Compose([
-        transforms.Resize(224, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224), transforms.ToTensor(),
-        transforms.Normalize(CLIP_MEAN, CLIP_STD),
-    ])  # fmt: skip
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(224, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
     report(
         "image, eval, torchvision",
         lambda: image.transform(image.decode(picture, {}), train=False, rng=RNG),
         lambda: theirs(Image.open(io.BytesIO(picture["image"].data)).convert("RGB")),
     )
     clip = media["video 596x336 10 s H.264"][1]
-    report("video, decode all frames", lambda: get_modality("video").decode(clip, {}), lambda: decode_everything(clip["video"]))
+    report(
+        "video, decode all frames",
+        lambda: get_modality("video").decode(clip, {}),
+        lambda: decode_everything(clip["video"]),
+    )
     values = torch.rand(1, 8192, 6)
     colours = values[..., 3:].contiguous()
     centres = farthest_points(colours, 1024)
@@ -135,7 +160,11 @@ def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
     report(
         "point, embedding forward + backward, width 1024",
         lambda: module.conv(groups).sum().backward(),
-        lambda: plain_groups(values, module.conv.weight.flatten(1), module.conv.bias, index).sum().backward(),
+        lambda: (
+            plain_groups(values, module.conv.weight.flatten(1), module.conv.bias, index)
+            .sum()
+            .backward()
+        ),
     )
 
 
@@ -147,14 +176,19 @@ def report(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> Non
 def main() -> None:
     torch.set_num_threads(1)
     media = samples()
-    print("| sample | decode ms | transform ms | preview ms | samples/s on one core |\n|---|---|---|---|---|")
+    print(
+        "| sample | decode ms | transform ms | preview ms | samples/s on one core |\n|---|---|---|---|---|"
+    )
     for name, (kind, parts) in media.items():
         modality = get_modality(kind)
         raw = modality.decode(parts, {})
         decode = median_ms(lambda m=modality, p=parts: m.decode(p, {}))
         transform = median_ms(lambda m=modality, r=raw: m.transform(r, train=True, rng=RNG))
         preview = median_ms(lambda m=modality, r=raw: m.preview(r))
-        print(f"| {name} | {decode:.1f} | {transform:.1f} | {preview:.1f} | {1000 / (decode + transform):.0f} |", flush=True)
+        print(
+            f"| {name} | {decode:.1f} | {transform:.1f} | {preview:.1f} | {1000 / (decode + transform):.0f} |",
+            flush=True,
+        )
     print("\n| the peer's way | ours ms | peer ms | faster by |\n|---|---|---|---|")
     ratios(media)
 

@@ -36,14 +36,18 @@ SIZES = (1_000_000, 10_000_000, 100_000_000, 400_000_000)
 
 def main() -> int:
     """Runs every size and prints a table; 1 where a limit is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, nargs="*", default=SIZES)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return 0
-    print(f"global batch {GLOBAL_BATCH}, {WORLD} ranks, {STEPS} steps; in brackets: the part of the limit that was used")
+    print(
+        f"global batch {GLOBAL_BATCH}, {WORLD} ranks, {STEPS} steps; in brackets: the part of the limit that was used"
+    )
     columns = (
         ("samples", 11),
         ("shards", 7),
@@ -60,9 +64,19 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             shards = make_datasets(Path(folder), samples)
             command = [sys.executable, __file__, "--one", folder]
-            r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        met &= r["open_s"] < LIMIT_OPEN_S and r["mb"] < LIMIT_MB and r["p99_ms"] < LIMIT_MS and r["balance"] <= LIMIT_BALANCE
-        opened, memory = f"{r['open_s']:.2f} ({r['open_s'] / LIMIT_OPEN_S:.2f})", f"{r['mb']:.0f} ({r['mb'] / LIMIT_MB:.2f})"
+            r = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            )
+        met &= (
+            r["open_s"] < LIMIT_OPEN_S
+            and r["mb"] < LIMIT_MB
+            and r["p99_ms"] < LIMIT_MS
+            and r["balance"] <= LIMIT_BALANCE
+        )
+        opened, memory = (
+            f"{r['open_s']:.2f} ({r['open_s'] / LIMIT_OPEN_S:.2f})",
+            f"{r['mb']:.0f} ({r['mb'] / LIMIT_MB:.2f})",
+        )
         slowest = f"{r['p99_ms']:.1f} ({r['p99_ms'] / LIMIT_MS:.2f})"
         print(
             f"{samples:>11,} {shards:>7,} {opened:>14} {memory:>12} {r['median_ms']:>9.1f} {slowest:>13} {r['cpu_p99_ms']:>8.1f}"
@@ -88,8 +102,13 @@ def make_datasets(root: Path, samples: int) -> int:
     total = 0
     for number, name in enumerate(modalities()):
         count = -(-(samples if number == 0 else OTHERS) // PER_SHARD)
-        infos = tuple(ShardInfo(f"shards/train-{i:06d}.tar", "train", PER_SHARD, 0, f"{i:064x}"[::-1]) for i in range(count))
-        dataset = Dataset(root / name, Manifest(name, (name,), ("txt",), "none", "benchmark", infos))
+        infos = tuple(
+            ShardInfo(f"shards/train-{i:06d}.tar", "train", PER_SHARD, 0, f"{i:064x}"[::-1])
+            for i in range(count)
+        )
+        dataset = Dataset(
+            root / name, Manifest(name, (name,), ("txt",), "none", "benchmark", infos)
+        )
         (dataset.root / "shards").mkdir(parents=True)
         (dataset.root / "manifest.json").write_bytes(dataset.manifest.to_bytes())
         (dataset.root / "lengths" / fingerprint).mkdir(parents=True)
@@ -105,7 +124,9 @@ def make_datasets(root: Path, samples: int) -> int:
 
 def text_token_counts(seed: int) -> np.ndarray:
     """[PER_SHARD, 2] lengths of web captions: log-normal about 16 tokens, cut at 96."""
-    tokens = np.clip(np.random.default_rng(seed).lognormal(2.8, 0.6, PER_SHARD).astype(np.uint16) + 2, 3, 96)
+    tokens = np.clip(
+        np.random.default_rng(seed).lognormal(2.8, 0.6, PER_SHARD).astype(np.uint16) + 2, 3, 96
+    )
     return np.stack([tokens, tokens - 1], axis=1).astype(np.uint16)
 
 
@@ -127,7 +148,11 @@ def measure(root: Path) -> dict[str, float]:
     from onellm_dist.data.plan import Plan, open_datasets
 
     encode, names = encoder(), modalities()
-    config = DataSection(root=root, mixture=tuple(MixtureEntry(path=Path(name)) for name in names), global_batch=GLOBAL_BATCH)
+    config = DataSection(
+        root=root,
+        mixture=tuple(MixtureEntry(path=Path(name)) for name in names),
+        global_batch=GLOBAL_BATCH,
+    )
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
     plan = Plan(open_datasets(config, names), config, encode, 0, names)
     plan.step(0, WORLD)
@@ -159,7 +184,9 @@ def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, flo
         for micro in (m for rank in assigned.ranks for m in rank):
             text = np.asarray([s.text_tokens for s in micro.samples])
             work = np.asarray([media[s.dataset] for s in micro.samples])
-            costs.append(model.samples(work, llm_tokens(text, np.ones(len(text), dtype=np.int64))).sum())
+            costs.append(
+                model.samples(work, llm_tokens(text, np.ones(len(text), dtype=np.int64))).sum()
+            )
         yield wall * 1e3, cpu * 1e3, max(costs) / float(np.mean(costs)), len(own)
 
 

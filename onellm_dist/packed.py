@@ -53,19 +53,32 @@ class PackedBatch:
         if supervised is None and self.labels.device.type == "cpu":
             supervised = (self.labels != IGNORE).nonzero().squeeze(1)
         return PackedBatch(
-            move(self.input_ids), move(self.labels), self.text_token_counts, self.modalities,
-            {k: move(v) for k, v in self.values.items()}, move(self.weights), self.sample_ids, self.is_empty, self.skipped_samples,
+            move(self.input_ids),
+            move(self.labels),
+            self.text_token_counts,
+            self.modalities,
+            {k: move(v) for k, v in self.values.items()},
+            move(self.weights),
+            self.sample_ids,
+            self.is_empty,
+            self.skipped_samples,
             None if supervised is None else move(supervised),
-        )  # fmt: skip
+        )
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory (the torch DataLoader calls this by name)."""
-
         return PackedBatch(
-            self.input_ids.pin_memory(), self.labels.pin_memory(), self.text_token_counts, self.modalities,
-            {k: v.pin_memory() for k, v in self.values.items()}, self.weights.pin_memory(), self.sample_ids, self.is_empty,
-            self.skipped_samples, None if self.supervised is None else self.supervised.pin_memory(),
-        )  # fmt: skip
+            self.input_ids.pin_memory(),
+            self.labels.pin_memory(),
+            self.text_token_counts,
+            self.modalities,
+            {k: v.pin_memory() for k, v in self.values.items()},
+            self.weights.pin_memory(),
+            self.sample_ids,
+            self.is_empty,
+            self.skipped_samples,
+            None if self.supervised is None else self.supervised.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,20 @@ def test_arrows_run_one_way(path: Path) -> None:
     room = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if room in TOP or room == "__init__":
         return
-    ours = {name.removeprefix("onellm_dist.") for name in imports_of(path) if name.startswith("onellm_dist.")}
+    ours = {
+        name.removeprefix("onellm_dist.")
+        for name in imports_of(path)
+        if name.startswith("onellm_dist.")
+    }
     if room in LEAVES:
-        assert {name.split(".")[0] for name in ours} <= LEAVES | {"modalities"} - {room}, f"{path} is a leaf"
+        assert {name.split(".")[0] for name in ours} <= LEAVES | {"modalities"} - {room}, (
+            f"{path} is a leaf"
+        )
         return
     allowed = MAY_IMPORT[room] | LEAVES | {room, "__version__"}
-    wrong = {name for name in ours if not any(name == a or name.startswith(f"{a}.") for a in allowed)}
+    wrong = {
+        name for name in ours if not any(name == a or name.startswith(f"{a}.") for a in allowed)
+    }
     assert not wrong, f"{path.relative_to(PACKAGE)} may not import {sorted(wrong)}"
 
 
@@ -65,7 +73,11 @@ def test_arrows_run_one_way(path: Path) -> None:
     ],
 )
 def test_libraries_stay_in_their_room(library: str, homes: tuple[str, ...]) -> None:
-    users = [str(p.relative_to(PACKAGE)) for p in modules() if any(f"{n}.".startswith(f"{library}.") for n in imports_of(p))]
+    users = [
+        str(p.relative_to(PACKAGE))
+        for p in modules()
+        if any(f"{n}.".startswith(f"{library}.") for n in imports_of(p))
+    ]
     assert not [u for u in users if not u.startswith(homes)]
 
 

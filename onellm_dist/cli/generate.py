@@ -12,13 +12,21 @@ import typer
 def generate(
     model: Annotated[Path, typer.Argument(help="A onellm directory.")],
     prompt: Annotated[str, typer.Argument(help="What to ask; empty: caption the input.")] = "",
-    order: Annotated[str, typer.Option(help="Order of the inputs in the sequence, by comma: video,audio.")] = "",
-    prompt_format: Annotated[str, typer.Option("--format", help="auto, conversation, chat or raw.")] = "auto",
+    order: Annotated[
+        str, typer.Option(help="Order of the inputs in the sequence, by comma: video,audio.")
+    ] = "",
+    prompt_format: Annotated[
+        str, typer.Option("--format", help="auto, conversation, chat or raw.")
+    ] = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus, where temperature > 0.")] = 0.75,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Nucleus, where temperature > 0.")
+    ] = 0.75,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 1,
-    decode_offset: Annotated[str, typer.Option(help="correct, or reference (its cache is two positions short).")] = "correct",
+    decode_offset: Annotated[
+        str, typer.Option(help="correct, or reference (its cache is two positions short).")
+    ] = "correct",
     **files: Any,
 ) -> None:
     """Ask a model about files of any modality, several at once.
@@ -30,10 +38,18 @@ def generate(
     given = [(name, path) for name, paths in files.items() for path in paths or ()]
     raise typer.Exit(
         generate_command(
-            model, prompt, given, order=order, prompt_format=prompt_format, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, seed=seed, decode_offset=decode_offset,
+            model,
+            prompt,
+            given,
+            order=order,
+            prompt_format=prompt_format,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            decode_offset=decode_offset,
         )
-    )  # fmt: skip
+    )
 
 
 def with_modality_options(function: Any) -> Any:
@@ -41,13 +57,18 @@ def with_modality_options(function: Any) -> Any:
     from onellm_dist.modalities import all_modalities
 
     signature = inspect.signature(function, eval_str=True)
-    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    fixed = [
+        p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     options = [
         inspect.Parameter(
             name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
-            annotation=Annotated[list[Path] | None, typer.Option(f"--{name}", help=f"A file of modality {name} (repeatable).")],
+            annotation=Annotated[
+                list[Path] | None,
+                typer.Option(f"--{name}", help=f"A file of modality {name} (repeatable)."),
+            ],
         )
         for name in all_modalities()
     ]

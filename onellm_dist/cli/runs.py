@@ -13,8 +13,15 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for shards, runs, table and report.")] = Path("demo_run"),
-    full: Annotated[bool, typer.Option("--full", help="Three times the quick demo's steps: about an hour on two cores.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for shards, runs, table and report.")] = Path(
+        "demo_run"
+    ),
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Three times the quick demo's steps: about an hour on two cores."
+        ),
+    ] = False,
 ) -> None:
     """Run the whole path on the toy world: shards, towers, align, tune, captions, report.
 
@@ -27,9 +34,12 @@ def demo(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or the name of one that ships (toy/align_image).")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe file, or the name of one that ships (toy/align_image).")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, values in YAML: train.steps=10.", metavar="[KEY=VALUE]...")
+        list[str] | None,
+        typer.Argument(help="key=value, values in YAML: train.steps=10.", metavar="[KEY=VALUE]..."),
     ] = None,
 ) -> None:
     """Train a recipe: under deepspeed, torchrun or srun, or alone (then `launch.ranks` local ranks are started).
@@ -43,9 +53,16 @@ def train(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="The run.dir of a run, going or ended.", metavar="RUN")],
-    out: Annotated[Path | None, typer.Option(help="The HTML page to write.  [default: RUN/report.html]")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON; write a page only with --out.")] = False,
+    run: Annotated[
+        Path, typer.Argument(help="The run.dir of a run, going or ended.", metavar="RUN")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML page to write.  [default: RUN/report.html]")
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the figures as JSON; write a page only with --out."),
+    ] = False,
 ) -> None:
     """Write one HTML page about a run over all its restarts: loss, goodput, restarts, resume time, stalls, what to look at first.
 
@@ -59,8 +76,15 @@ def report(
 @app.command()
 def ledger(
     run: Annotated[Path, typer.Argument(help="A run's directory; the run may be going on.")],
-    step: Annotated[int | None, typer.Option(help="Which samples this step had; the first is 0.")] = None,
-    sample: Annotated[str | None, typer.Option(help="At which steps this sample comes: dataset/shard/key, a key, or a beginning.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Which samples this step had; the first is 0.")
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(
+            help="At which steps this sample comes: dataset/shard/key, a key, or a beginning."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say which samples were trained on at a step, or at which steps a sample was or will be seen.

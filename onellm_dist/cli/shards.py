@@ -29,19 +29,48 @@ class _BuildCommand(TyperCommand):
 
 @app.command("build", cls=_BuildCommand)
 def shards_build(
-    source: Annotated[str, typer.Argument(help="A source (toyworld, folder, webvid, ...; docs/data.md), or a dataset recipe (YAML).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A source (toyworld, folder, webvid, ...; docs/data.md), or a dataset recipe (YAML)."
+        ),
+    ],
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="IN OUT, or OUT alone where the source makes its data.", metavar="[IN] OUT")
+        list[Path] | None,
+        typer.Argument(
+            help="IN OUT, or OUT alone where the source makes its data.", metavar="[IN] OUT"
+        ),
     ] = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="key=value of the source; also --key value. SOURCE --help lists them.")
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-o",
+            help="key=value of the source; also --key value. SOURCE --help lists them.",
+        ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the bytes written.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; never changes the bytes written.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset at OUT, or an unfinished build of another.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw OUT's unfinished build away first (one process alone).")] = False,
-    task: Annotated[str, typer.Option(help="INDEX/COUNT: build only this process's share (Slurm arrays).")] = "0/1",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a dataset at OUT, or an unfinished build of another."
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Throw OUT's unfinished build away first (one process alone)."
+        ),
+    ] = False,
+    task: Annotated[
+        str, typer.Option(help="INDEX/COUNT: build only this process's share (Slurm arrays).")
+    ] = "0/1",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")
+    ] = False,
 ) -> None:
     """Build shards and their index. A build that was stopped goes on; processes called alike share the work.
 
@@ -54,17 +83,32 @@ def shards_build(
 
     raise typer.Exit(
         build_command(
-            source, paths or [], option or [], workers=workers, seed=seed, overwrite=overwrite, restart=restart, task=task, dry_run=dry_run,
+            source,
+            paths or [],
+            option or [],
+            workers=workers,
+            seed=seed,
+            overwrite=overwrite,
+            restart=restart,
+            task=task,
+            dry_run=dry_run,
         )
-    )  # fmt: skip
+    )
 
 
 @app.command("index")
 def shards_index(
     paths: Annotated[list[Path], typer.Argument(help="Tars, or folders of tars.")],
-    modality: Annotated[list[str] | None, typer.Option(help="What each sample has; repeat for joint samples.")] = None,
+    modality: Annotated[
+        list[str] | None, typer.Option(help="What each sample has; repeat for joint samples.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, a tar each.")] = 1,
-    again: Annotated[bool, typer.Option("--again", help="Also tars of a folder whose index fits (name, size, not older).")] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again", help="Also tars of a folder whose index fits (name, size, not older)."
+        ),
+    ] = False,
 ) -> None:
     """Index WebDataset tars of others without rewriting them.
 
@@ -92,7 +136,9 @@ def shards_verify(
 @app.command("repair")
 def shards_repair(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes that look for faults, a shard each.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that look for faults, a shard each.")
+    ] = 1,
 ) -> None:
     """Mend what verify finds: indexes are made again, bad samples left out, good ones never; old tars stay beside.
 

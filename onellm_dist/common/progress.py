@@ -21,7 +21,14 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, overload
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 
 T = TypeVar("T")
@@ -50,10 +57,16 @@ class _Terminal:
         with cls._lock:
             if cls._display is None:
                 cls._display = RichProgress(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-                    TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("{task.fields[unit]}"),
+                    TimeElapsedColumn(),
+                    TextColumn("ETA"),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[note]}"),
                     console=Console(stderr=True),
-                )  # fmt: skip
+                )
                 cls._display.start()
             cls._users += 1
             return cls._display
@@ -70,7 +83,15 @@ class _Terminal:
 class Progress(Generic[T]):
     """One running task; made by `progress()`. A context manager, and iterable where it was given an iterable."""
 
-    def __init__(self, items: Iterable[T], total: int | None, description: str, unit: str, enabled: bool, every: float) -> None:
+    def __init__(
+        self,
+        items: Iterable[T],
+        total: int | None,
+        description: str,
+        unit: str,
+        enabled: bool,
+        every: float,
+    ) -> None:
         self.description, self.total, self.done = description, total, 0
         self._items, self._unit, self._enabled, self._every = items, unit, enabled, every
         self._note = ""
@@ -82,10 +103,17 @@ class Progress(Generic[T]):
         self._started = self._last_line = time.monotonic()
         if self._enabled and sys.stderr.isatty():
             self._display = _Terminal.acquire()
-            self._task = self._display.add_task(self.description, total=self.total, unit=self._unit, note="")
+            self._task = self._display.add_task(
+                self.description, total=self.total, unit=self._unit, note=""
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._display is not None:
             # The finished line stays on the screen: rich prints the last state when the display stops.
             self._display.stop_task(self._task)
@@ -130,11 +158,23 @@ class Progress(Generic[T]):
 
 @overload
 def progress(
-    work: int | None, description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS
+    work: int | None,
+    description: str,
+    *,
+    total: int | None = None,
+    unit: str = "",
+    enabled: bool = True,
+    every: float = PLAIN_SECONDS,
 ) -> Progress[Any]: ...
 @overload
 def progress(
-    work: Iterable[T], description: str, *, total: int | None = None, unit: str = "", enabled: bool = True, every: float = PLAIN_SECONDS
+    work: Iterable[T],
+    description: str,
+    *,
+    total: int | None = None,
+    unit: str = "",
+    enabled: bool = True,
+    every: float = PLAIN_SECONDS,
 ) -> Progress[T]: ...
 def progress(
     work: Iterable[Any] | int | None,

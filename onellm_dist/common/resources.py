@@ -31,4 +31,8 @@ def shard_recipes_dir() -> Path:
 def user_cache() -> Path:
     """What may be made again: `$ONELLM_CACHE`, or `$XDG_CACHE_HOME/onellm_dist`, or `~/.cache/onellm_dist`."""
     own = os.environ.get("ONELLM_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"
+    return (
+        Path(own)
+        if own
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"
+    )

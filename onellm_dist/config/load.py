@@ -30,10 +30,16 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {error}", "the recipe cannot be used.", "mend the line it names.") from None
+        raise UsageError(
+            f"{path}: not readable as YAML: {error}",
+            "the recipe cannot be used.",
+            "mend the line it names.",
+        ) from None
     if not isinstance(raw, dict):
         raise UsageError(
-            f"{path}: a recipe is a YAML mapping of sections", "this file holds something else.", "start from one in launch/recipes/."
+            f"{path}: a recipe is a YAML mapping of sections",
+            "this file holds something else.",
+            "start from one in launch/recipes/.",
         )
     for item in overrides:
         _apply_override(raw, item)
@@ -42,7 +48,8 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValidationError as error:
         problems = [_problem(e) for e in error.errors()]
         raise UsageError(
-            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n" + "\n".join(f"  - {p}" for p in problems),
+            f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n"
+            + "\n".join(f"  - {p}" for p in problems),
             "nothing was started.",
             "mend the recipe or the key=value given on the command line.",
         ) from None
@@ -73,17 +80,29 @@ def find_recipe(recipe: Path) -> Path:
 def _apply_override(raw: dict[str, Any], item: str) -> None:
     key, sep, text = item.partition("=")
     if not sep or not key:
-        raise UsageError(f"{item!r} is not key=value", "an override names one key of the recipe.", "write it like train.steps=10.")
+        raise UsageError(
+            f"{item!r} is not key=value",
+            "an override names one key of the recipe.",
+            "write it like train.steps=10.",
+        )
     try:
         value = yaml.safe_load(text) if text else None
     except yaml.YAMLError as error:
-        raise UsageError(f"{item!r}: the value is not YAML: {error}", "it cannot be read.", "quote it for your shell.") from None
+        raise UsageError(
+            f"{item!r}: the value is not YAML: {error}",
+            "it cannot be read.",
+            "quote it for your shell.",
+        ) from None
     *sections, leaf = key.split(".")
     node = raw
     for name in sections:
         node = node.setdefault(name, {})
         if not isinstance(node, dict):
-            raise UsageError(f"{item!r}: {name} is not a section", "it has no keys below it.", "see launch/recipes/ for the keys.")
+            raise UsageError(
+                f"{item!r}: {name} is not a section",
+                "it has no keys below it.",
+                "see launch/recipes/ for the keys.",
+            )
     node[leaf] = value
     if key in ("model.path", "model.preset") and value is not None:
         node["preset" if leaf == "path" else "path"] = None
@@ -94,7 +113,9 @@ def _problem(error: Any) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _fields_at(location[:-1]), n=1, cutoff=0.5)
-        return f"unknown key {key}" + (f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "")
+        return f"unknown key {key}" + (
+            f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        )
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")

@@ -115,7 +115,11 @@ class DataSection(Section):
         """Where a dataset of the mixture lies: a path, or a URL."""
         if isinstance(entry.path, str) or isinstance(self.root, Path):
             return entry.path if isinstance(entry.path, str) else Path(self.root) / entry.path
-        return str(entry.path) if entry.path.is_absolute() else f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
+        return (
+            str(entry.path)
+            if entry.path.is_absolute()
+            else f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
+        )
 
 
 class TrainSection(Section):
@@ -137,7 +141,9 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _encoder_trains_in_align(self) -> TrainSection:
         if self.stage != "align" and self.encoder == "trainable":
-            raise ValueError("train.encoder=trainable is for train.stage=align: in tune the LLM alone trains")
+            raise ValueError(
+                "train.encoder=trainable is for train.stage=align: in tune the LLM alone trains"
+            )
         return self
 
 
@@ -174,8 +180,12 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _keys_of_this_engine(self) -> EngineSection:
-        if self.name == "deepspeed" and (self.shard_ranks is not None or self.reduce_every != "micro_batch"):
-            raise ValueError("engine.shard_ranks and engine.reduce_every are for engine.name=fsdp (DeepSpeed: zero_hpz_partition_size)")
+        if self.name == "deepspeed" and (
+            self.shard_ranks is not None or self.reduce_every != "micro_batch"
+        ):
+            raise ValueError(
+                "engine.shard_ranks and engine.reduce_every are for engine.name=fsdp (DeepSpeed: zero_hpz_partition_size)"
+            )
         return self
 
 

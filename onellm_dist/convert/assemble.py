@@ -84,21 +84,47 @@ def assemble(
     """
     options = options or Options()
     if base is not None and (llm or encoder):
-        raise UsageError("--base and --llm/--encoder exclude each other", "a model is new or extended.", "give one or the other.")
+        raise UsageError(
+            "--base and --llm/--encoder exclude each other",
+            "a model is new or extended.",
+            "give one or the other.",
+        )
     if base is None:
         if llm is None or encoder is None:
-            raise UsageError("--llm and --encoder are both needed", "a model has both.", "or give --base to extend a model.")
+            raise UsageError(
+                "--llm and --encoder are both needed",
+                "a model has both.",
+                "or give --base to extend a model.",
+            )
         if add_experts or add_modalities:
             raise UsageError(
-                "--add-experts and --add-modality extend a model", "none is given.", "give --base, or --experts and --modality."
+                "--add-experts and --add-modality extend a model",
+                "none is given.",
+                "give --base, or --experts and --modality.",
             )
-        opened = new_model(_part(llm, "llm", options), _part(encoder, "encoder", options), upm or UPMSizes(), modalities, seed)
+        opened = new_model(
+            _part(llm, "llm", options),
+            _part(encoder, "encoder", options),
+            upm or UPMSizes(),
+            modalities,
+            seed,
+        )
     else:
         opened = _part(base, "onellm", options)
-        opened = with_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise) if add_experts else opened
-        opened = with_modalities(opened, add_modalities, seed, added_experts=add_experts) if add_modalities else opened
+        opened = (
+            with_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise)
+            if add_experts
+            else opened
+        )
+        opened = (
+            with_modalities(opened, add_modalities, seed, added_experts=add_experts)
+            if add_modalities
+            else opened
+        )
     plan = onellm.plan(opened, options)
-    return opened, emit(opened, plan, out, target="onellm", options=options, overwrite=overwrite, quiet=quiet)
+    return opened, emit(
+        opened, plan, out, target="onellm", options=options, overwrite=overwrite, quiet=quiet
+    )
 
 
 def _part(path: Path | str, kind: str, options: Options) -> Opened:
@@ -107,20 +133,32 @@ def _part(path: Path | str, kind: str, options: Options) -> Opened:
     path = Path(path)
     opened = format_of(recognised(path)).open_checkpoint(path, options).checked(options)
     if kind == "encoder" and opened.kind == "llm":
-        raise UsageError(f"{path} is {KINDS['llm']}, not {KINDS['encoder']}", "the encoder reads pictures.", "give a CLIP.")
+        raise UsageError(
+            f"{path} is {KINDS['llm']}, not {KINDS['encoder']}",
+            "the encoder reads pictures.",
+            "give a CLIP.",
+        )
     return opened.as_kind(kind)
 
 
-def new_model(llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequence[str] | None, seed: int) -> Opened:
+def new_model(
+    llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequence[str] | None, seed: int
+) -> Opened:
     """An LLM and an encoder with everything between them random."""
     _check_modalities(modalities or ())
     width = encoder.config.width
     upm = OneLLMUPMConfig(
-        experts=sizes.experts, blocks=sizes.blocks, router=sizes.router, init=sizes.init,
-        heads=sizes.heads or max(1, width // UPM_HEAD_WIDTH), ffn=sizes.ffn or width * 11 // 4,  # 2816 at 1024
+        experts=sizes.experts,
+        blocks=sizes.blocks,
+        router=sizes.router,
+        init=sizes.init,
+        heads=sizes.heads or max(1, width // UPM_HEAD_WIDTH),
+        ffn=sizes.ffn or width * 11 // 4,  # 2816 at 1024
         router_hidden=sizes.router_hidden or 4 * width,
-    )  # fmt: skip
-    config = OneLLMConfig(vision=encoder.config, upm=upm, text_config=llm.config, modalities=modalities)
+    )
+    config = OneLLMConfig(
+        vision=encoder.config, upm=upm, text_config=llm.config, modalities=modalities
+    )
     given = {**with_prefix(encoder.tensors, "encoder."), **with_prefix(llm.tensors, "llm.")}
     made = {name: t for name, t in fresh_tensors(config, seed).items() if name not in given}
     notes = {
@@ -130,12 +168,22 @@ def new_model(llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequenc
         "stage": "ready for align",
     }
     return Opened(
-        "assemble", "onellm", config, {**made, **given}, (*llm.files, *encoder.files), llm.root, (*llm.ignored, *encoder.ignored),
-        (*llm.problems, *encoder.problems), notes | {"encoder": encoder.notes.get("tower", encoder.format)}, tuple(made),
-    )  # fmt: skip
+        "assemble",
+        "onellm",
+        config,
+        {**made, **given},
+        (*llm.files, *encoder.files),
+        llm.root,
+        (*llm.ignored, *encoder.ignored),
+        (*llm.problems, *encoder.problems),
+        notes | {"encoder": encoder.notes.get("tower", encoder.format)},
+        tuple(made),
+    )
 
 
-def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: int, noise: float | None = None) -> Opened:
+def with_experts(
+    opened: Opened, count: int, init: str, gate_bias: float, seed: int, noise: float | None = None
+) -> Opened:
     """`opened` with `count` experts more, whose gates are closed for its modalities.
 
     The router's new rows are zero with the bias `gate_bias`, so that the outputs of a soft router stay the same to fp32's rounding, and a
@@ -147,7 +195,9 @@ def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: 
     config = copy.deepcopy(opened.config)
     before = config.upm.experts
     if init not in ("copied", "separate"):
-        raise UsageError(f"--expert-init {init}", "experts are copied or separate.", "use one of the two.")
+        raise UsageError(
+            f"--expert-init {init}", "experts are copied or separate.", "use one of the two."
+        )
     if config.upm.router == "constant" and (init != "copied" or before != 1):
         raise UsageError(
             f"the router is constant: each of {before + count} experts would weigh 1/{before + count}",
@@ -159,7 +209,11 @@ def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: 
     tensors = dict(opened.tensors)
     if noise is None:
         noise = 0.0 if config.upm.router == "constant" else EXPERT_NOISE
-    drawn = fresh_tensors(config, seed, [n for k in range(before, before + count) for n in _expert_names(opened.tensors, k)])
+    drawn = fresh_tensors(
+        config,
+        seed,
+        [n for k in range(before, before + count) for n in _expert_names(opened.tensors, k)],
+    )
     for name, random in drawn.items():
         first = re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
         copied = _shaken(opened.tensors[first], name, noise, seed)
@@ -168,29 +222,51 @@ def with_experts(opened: Opened, count: int, init: str, gate_bias: float, seed: 
         if re.fullmatch(r"projectors\.\w+\.router\.fc2\.(weight|bias)", name):
             tensors[name] = _more_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
     shaken = f", noise {noise}" if init == "copied" else ""
-    about = f"{count}, {init} (seed {seed}{shaken}), gates of old modalities at sigmoid({gate_bias})"
+    about = (
+        f"{count}, {init} (seed {seed}{shaken}), gates of old modalities at sigmoid({gate_bias})"
+    )
     notes = {**opened.notes, "added experts": about}
     made = (*opened.made, *drawn) if init == "separate" else opened.made
     return replace(opened, config=config, tensors=tensors, notes=notes, made=made)
 
 
-def with_modalities(opened: Opened, names: Sequence[str], seed: int, *, added_experts: int = 0) -> Opened:
+def with_modalities(
+    opened: Opened, names: Sequence[str], seed: int, *, added_experts: int = 0
+) -> Opened:
     """`opened` with more modalities; nothing of the old ones changes."""
     config = copy.deepcopy(opened.config)
     _check_modalities(names)
     if there := [name for name in names if name in config.modalities]:
-        raise UsageError(f"the model has {', '.join(there)} already", "its weights would be lost.", "leave it out.")
+        raise UsageError(
+            f"the model has {', '.join(there)} already",
+            "its weights would be lost.",
+            "leave it out.",
+        )
     source = config.modalities[0]
-    new = OneLLMConfig(vision=config.vision, upm=config.upm, text_config=config.text_config, modalities=[*config.modalities, *names])
+    new = OneLLMConfig(
+        vision=config.vision,
+        upm=config.upm,
+        text_config=config.text_config,
+        modalities=[*config.modalities, *names],
+    )
     like = opened.tensors[f"projectors.{source}.queries.weight"].dtype
-    random = {n: t.cast(like) for n, t in fresh_tensors(new, seed).items() if n.startswith(tuple(f"tokenizers.{name}." for name in names))}
+    random = {
+        n: t.cast(like)
+        for n, t in fresh_tensors(new, seed).items()
+        if n.startswith(tuple(f"tokenizers.{name}." for name in names))
+    }
     tensors: Tensors = {**opened.tensors, **random}
     for name in names:
         tensors |= copied_projector(opened.tensors, source, name)
         bias = f"projectors.{name}.router.fc2.bias"
-        if added_experts and bias in tensors:  # a new modality may use the new experts from its first step on
+        if (
+            added_experts and bias in tensors
+        ):  # a new modality may use the new experts from its first step on
             tensors[bias] = _opened_gates(tensors[bias], added_experts)
-    notes = {**opened.notes, "added modalities": f"{', '.join(names)} from {source}, tokenizers random (seed {seed})"}
+    notes = {
+        **opened.notes,
+        "added modalities": f"{', '.join(names)} from {source}, tokenizers random (seed {seed})",
+    }
     return replace(opened, config=new, tensors=tensors, notes=notes, made=(*opened.made, *random))
 
 
@@ -198,13 +274,19 @@ def _check_modalities(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in all_modalities()]
     if unknown:
         raise UsageError(
-            f"unknown modality {', '.join(unknown)}", "the model has no place for it.", f"known: {', '.join(all_modalities())}."
+            f"unknown modality {', '.join(unknown)}",
+            "the model has no place for it.",
+            f"known: {', '.join(all_modalities())}.",
         )
 
 
 def _expert_names(tensors: Tensors, expert: int) -> list[str]:
     first = "upm.experts.0."
-    return [f"upm.experts.{expert}.{name.removeprefix(first)}" for name in tensors if name.startswith(first)]
+    return [
+        f"upm.experts.{expert}.{name.removeprefix(first)}"
+        for name in tensors
+        if name.startswith(first)
+    ]
 
 
 def _shaken(tensor: LazyTensor, name: str, noise: float, seed: int) -> LazyTensor:

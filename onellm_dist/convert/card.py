@@ -50,7 +50,9 @@ def write_card(folder: Path, opened: Opened) -> None:
         "```python",
         "from onellm_dist.model import load_model",
         'model, processor = load_model(path="THIS_DIRECTORY", preset=None, seed=0)',
-        'inputs = processor(text="Describe the input.", ' + f'{config.modalities[0]}="FILE")' if config.modalities else "",
+        'inputs = processor(text="Describe the input.", ' + f'{config.modalities[0]}="FILE")'
+        if config.modalities
+        else "",
         "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64)))",
         "```",
         "",
@@ -66,12 +68,19 @@ def _training(opened: Opened) -> list[str]:
     notes = dict(opened.notes)
     if opened.made:
         notes["random parts"] = f"{len(opened.made)} tensors are initialised and not trained yet"
-    return ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""] if notes else []
+    return (
+        ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
+        if notes
+        else []
+    )
 
 
 def _is_llama_2(config: OneLLMConfig) -> bool:
     text = config.text_config
-    return text.model_type == "llama" and (text.hidden_size, text.intermediate_size, text.vocab_size) == _LLAMA_2
+    return (
+        text.model_type == "llama"
+        and (text.hidden_size, text.intermediate_size, text.vocab_size) == _LLAMA_2
+    )
 
 
 def _licences(config: OneLLMConfig) -> list[str]:

@@ -62,7 +62,11 @@ class Problem:
     detail: str
 
     def __str__(self) -> str:
-        words = {"missing": "nothing gives", "unexpected": "unknown key", "mismatched": "does not fit:"}
+        words = {
+            "missing": "nothing gives",
+            "unexpected": "unknown key",
+            "mismatched": "does not fit:",
+        }
         return f"{words[self.kind]} {self.name} {self.detail}".rstrip()
 
 
@@ -99,7 +103,9 @@ class Opened:
         """That of most elements of the LLM (of the encoder, where there is none)."""
         counts: Counter[torch.dtype] = Counter()
         for name, tensor in self.tensors.items():
-            if tensor.dtype.is_floating_point and (self.kind != "onellm" or name.startswith("llm.")):
+            if tensor.dtype.is_floating_point and (
+                self.kind != "onellm" or name.startswith("llm.")
+            ):
                 counts[tensor.dtype] += tensor.numel
         return counts.most_common(1)[0][0] if counts else torch.float32
 
@@ -117,7 +123,11 @@ class Opened:
                 "the model would be partly random, or lose something.",
                 "give a whole checkpoint of this format and the right numbers of heads; or allow keys by name (--allow, with * too).",
             )
-        return self if options.dtype is None else replace(self, tensors=cast_all(self.tensors, options.dtype))
+        return (
+            self
+            if options.dtype is None
+            else replace(self, tensors=cast_all(self.tensors, options.dtype))
+        )
 
     def as_kind(self, kind: str) -> Opened:
         """The part of this model that is of `kind`.
@@ -133,7 +143,10 @@ class Opened:
                 "one cannot be made of the other.",
                 "put an LLM and an encoder together with `onellm convert assemble`.",
             )
-        prefix, config = {"llm": ("llm.", self.config.text_config), "encoder": ("encoder.", self.config.vision)}[kind]
+        prefix, config = {
+            "llm": ("llm.", self.config.text_config),
+            "encoder": ("encoder.", self.config.vision),
+        }[kind]
         return replace(self, kind=kind, config=config, tensors=without_prefix(self.tensors, prefix))
 
 
@@ -147,7 +160,10 @@ class Plan:
 
 def cast_all(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """Every floating-point tensor in `dtype`."""
-    return {name: tensor.cast(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.cast(dtype) if tensor.dtype.is_floating_point else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
@@ -157,11 +173,18 @@ def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
 
 def without_prefix(tensors: Tensors, prefix: str) -> Tensors:
     """Those whose name begins with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def fitted(
-    given: Mapping[str, tuple[str | None, LazyTensor]], wanted: Shapes, *, ignore: Callable[[str], bool] = lambda key: False
+    given: Mapping[str, tuple[str | None, LazyTensor]],
+    wanted: Shapes,
+    *,
+    ignore: Callable[[str], bool] = lambda key: False,
 ) -> tuple[Tensors, tuple[str, ...], tuple[Problem, ...]]:
     """Tensors under their canonical names and shapes.
 
@@ -182,12 +205,24 @@ def fitted(
                 ignored.append(key)
             else:
                 problems.append(Problem("unexpected", key, str(list(tensor.shape))))
-        elif torch.Size(wanted[name]).numel() != tensor.numel or _squeezed(wanted[name]) != _squeezed(tensor.shape):
-            problems.append(Problem("mismatched", key, f"has shape {list(tensor.shape)}, the model needs {list(wanted[name])}"))
+        elif torch.Size(wanted[name]).numel() != tensor.numel or _squeezed(
+            wanted[name]
+        ) != _squeezed(tensor.shape):
+            problems.append(
+                Problem(
+                    "mismatched",
+                    key,
+                    f"has shape {list(tensor.shape)}, the model needs {list(wanted[name])}",
+                )
+            )
         else:
             tensors[name] = tensor.reshaped(wanted[name])
     spoilt = {given[p.name][0] for p in problems if p.kind == "mismatched"}
-    problems += [Problem("missing", name, str(list(shape))) for name, shape in wanted.items() if name not in tensors and name not in spoilt]
+    problems += [
+        Problem("missing", name, str(list(shape)))
+        for name, shape in wanted.items()
+        if name not in tensors and name not in spoilt
+    ]
     return tensors, tuple(sorted(ignored)), tuple(problems)
 
 

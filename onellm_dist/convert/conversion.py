@@ -54,25 +54,46 @@ def convert(
     options = options or Options()
     target = to or DEFAULT_TARGET.get(source_format, "onellm")
     if target not in WRITABLE:
-        raise UsageError(f"nothing writes {target!r}", "it is a format to read only, or unknown.", f"use one of: {', '.join(WRITABLE)}.")
+        raise UsageError(
+            f"nothing writes {target!r}",
+            "it is a format to read only, or unknown.",
+            f"use one of: {', '.join(WRITABLE)}.",
+        )
     writer = format_of(target)
     opened = format_of(source_format).open_checkpoint(source, options).checked(options)
     opened = filled(opened.as_kind(writer.KIND), options)
     plan = writer.plan(opened, options)
-    record = emit(opened, plan, out, target=target, options=options, overwrite=overwrite, workers=workers, quiet=quiet)
+    record = emit(
+        opened,
+        plan,
+        out,
+        target=target,
+        options=options,
+        overwrite=overwrite,
+        workers=workers,
+        quiet=quiet,
+    )
     return opened, record
 
 
 def filled(opened: Opened, options: Options) -> Opened:
     """A OneLLM whose missing parameters, all of them allowed by name, are initialised (seed 0)."""
-    lacking = [p.name for p in opened.problems if p.kind in ("missing", "mismatched") and options.allows(p.name)]
+    lacking = [
+        p.name
+        for p in opened.problems
+        if p.kind in ("missing", "mismatched") and options.allows(p.name)
+    ]
     if opened.kind != "onellm" or not lacking:
         return opened
     from onellm_dist.convert.formats.onellm import onellm_shapes
     from onellm_dist.convert.new_parameters import fresh_tensors
 
     absent = [name for name in onellm_shapes(opened.config) if name not in opened.tensors]
-    return replace(opened, tensors={**opened.tensors, **fresh_tensors(opened.config, 0, absent)}, made=tuple(absent))
+    return replace(
+        opened,
+        tensors={**opened.tensors, **fresh_tensors(opened.config, 0, absent)},
+        made=tuple(absent),
+    )
 
 
 def emit(
@@ -87,27 +108,52 @@ def emit(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write a plan to `out`, whole or not at all, with its `conversion.json`, which is returned."""
-    needs = sum(file.nbytes + len(safetensors_header(file.tensors)) for file in plan.files) + SMALL_FILES
-    total = sum(file.nbytes for file in plan.files) + sum(path.stat().st_size for path in opened.files)
+    needs = (
+        sum(file.nbytes + len(safetensors_header(file.tensors)) for file in plan.files)
+        + SMALL_FILES
+    )
+    total = sum(file.nbytes for file in plan.files) + sum(
+        path.stat().st_size for path in opened.files
+    )
     mark = _fingerprint(opened, plan, target, options)
     with staged(out, overwrite=overwrite, fingerprint=mark, needs=needs) as stage:
-        with progress(max(1, total >> 20), f"Converting to {target}", unit="MB", enabled=not quiet) as bar:
+        with progress(
+            max(1, total >> 20), f"Converting to {target}", unit="MB", enabled=not quiet
+        ) as bar:
             told = _Megabytes(bar.advance)
-            hashes = _write_all(stage, plan, opened, options, told, workers or min(2, os.cpu_count() or 1))
+            hashes = _write_all(
+                stage, plan, opened, options, told, workers or min(2, os.cpu_count() or 1)
+            )
         plan.finish(stage.folder)
         record = {
-            "onellm_dist": __version__, "from": opened.format, "to": target,
-            "source": [{"file": p.name, "bytes": p.stat().st_size, "sha256": h} for p, h in zip(opened.files, hashes, strict=True)],
+            "onellm_dist": __version__,
+            "from": opened.format,
+            "to": target,
+            "source": [
+                {"file": p.name, "bytes": p.stat().st_size, "sha256": h}
+                for p, h in zip(opened.files, hashes, strict=True)
+            ],
             "result": [{"file": f.name, **asdict(stage.done[f.name])} for f in plan.files],
-            "ignored": list(opened.ignored), "allowed": [str(p) for p in opened.problems], "initialised": list(opened.made),
+            "ignored": list(opened.ignored),
+            "allowed": [str(p) for p in opened.problems],
+            "initialised": list(opened.made),
             "notes": {key: value for key, value in opened.notes.items() if value is not None},
             "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
-        }  # fmt: skip
-        (stage.folder / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        }
+        (stage.folder / RECORD).write_text(
+            json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8"
+        )
     return record
 
 
-def _write_all(stage: Stage, plan: Plan, opened: Opened, options: Options, told: Callable[[int], None], workers: int) -> list[str]:
+def _write_all(
+    stage: Stage,
+    plan: Plan,
+    opened: Opened,
+    options: Options,
+    told: Callable[[int], None],
+    workers: int,
+) -> list[str]:
     """Write the files that are not there yet, several at once, and hash the sources beside them. Returns the sources' hashes."""
     lock, stop = threading.Lock(), threading.Event()
 
@@ -121,7 +167,9 @@ def _write_all(stage: Stage, plan: Plan, opened: Opened, options: Options, told:
         if file.name in stage.done:
             told(file.nbytes)
             return
-        written = write_tensor_file(stage.folder / file.name, file, told=tell, allow_nonfinite=options.allows)
+        written = write_tensor_file(
+            stage.folder / file.name, file, told=tell, allow_nonfinite=options.allows
+        )
         with lock:
             stage.keep(file.name, written)
 
@@ -143,7 +191,11 @@ def _wait(futures: list[Future[Any]], stop: threading.Event) -> None:
     except BaseException:
         stop.set()
         raise
-    failed = [error for future in done if (error := future.exception()) is not None and not isinstance(error, _Stopped)]
+    failed = [
+        error
+        for future in done
+        if (error := future.exception()) is not None and not isinstance(error, _Stopped)
+    ]
     if failed:
         stop.set()
         for future in futures:
@@ -164,7 +216,16 @@ def _fingerprint(opened: Opened, plan: Plan, target: str, options: Options) -> s
     """Of everything that decides the bytes written: another one cannot take up what an earlier start left."""
     sources = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.files]
     files = [(f.name, [(n, t.shape, str(t.dtype)) for n, t in f.tensors]) for f in plan.files]
-    words = [__version__, opened.format, target, sources, files, str(asdict(options)), opened.config.to_dict(), dict(opened.notes)]
+    words = [
+        __version__,
+        opened.format,
+        target,
+        sources,
+        files,
+        str(asdict(options)),
+        opened.config.to_dict(),
+        dict(opened.notes),
+    ]
     return hashlib.sha256(json.dumps(words, default=str, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,25 +20,35 @@ def opened_any(path: Path, options: Options, format_name: str | None = None) -> 
 def described(opened: Opened) -> list[str]:
     """Lines that say what it is."""
     size = sum(path.stat().st_size for path in opened.files)
-    lines = [f"format {opened.format}: {KINDS[opened.kind]}, {len(opened.files)} files of {size / 1e9:.3f} GB"]
+    lines = [
+        f"format {opened.format}: {KINDS[opened.kind]}, {len(opened.files)} files of {size / 1e9:.3f} GB"
+    ]
     lines += [f"{key}: {value}" for key, value in opened.notes.items() if value is not None]
     if opened.kind == "onellm":
         config = opened.config
         lines.append(f"modalities: {', '.join(config.modalities)}")
-        lines.append(f"UPM: {config.upm.experts} experts of {config.upm.blocks} blocks, router {config.upm.router}")
+        lines.append(
+            f"UPM: {config.upm.experts} experts of {config.upm.blocks} blocks, router {config.upm.router}"
+        )
     dtypes: dict[str, set[str]] = defaultdict(set)
     for name, tensor in opened.tensors.items():
         part = name.split(".", 1)[0] if opened.kind == "onellm" else opened.kind
         dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
     counts = parameters_by_part(opened)
-    lines += [f"{part:<11} {count:>16,} parameters  {', '.join(sorted(dtypes[part]))}" for part, count in counts.items()]
+    lines += [
+        f"{part:<11} {count:>16,} parameters  {', '.join(sorted(dtypes[part]))}"
+        for part, count in counts.items()
+    ]
     lines.append(f"{'total':<11} {sum(counts.values()):>16,} parameters")
     if opened.ignored:
         lines.append(
             f"{len(opened.ignored)} keys that nothing uses: {', '.join(opened.ignored[:8])}{' ...' if len(opened.ignored) > 8 else ''}"
         )
     if opened.problems:
-        lines += [f"{len(opened.problems)} keys do not fit:", *(f"  - {problem}" for problem in opened.problems)]
+        lines += [
+            f"{len(opened.problems)} keys do not fit:",
+            *(f"  - {problem}" for problem in opened.problems),
+        ]
     else:
         lines.append("no part is missing")
     return lines

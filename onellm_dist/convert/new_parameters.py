@@ -28,10 +28,15 @@ def fresh_tensors(config: OneLLMConfig, seed: int, names: Iterable[str] | None =
     """
     model = meta_onellm(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return {name: _drawn(name, wanted[name], model, seed) for name in (wanted if names is None else names)}
+    return {
+        name: _drawn(name, wanted[name], model, seed)
+        for name in (wanted if names is None else names)
+    }
 
 
-def _drawn(name: str, shape: tuple[int, ...], model: OneLLMForConditionalGeneration, seed: int) -> LazyTensor:
+def _drawn(
+    name: str, shape: tuple[int, ...], model: OneLLMForConditionalGeneration, seed: int
+) -> LazyTensor:
     source = name
     if model.config.upm.init == "copied":  # every expert starts as the first
         source = re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
@@ -48,4 +53,8 @@ def _drawn(name: str, shape: tuple[int, ...], model: OneLLMForConditionalGenerat
 def copied_projector(tensors: Mapping[str, LazyTensor], source: str, target: str) -> Tensors:
     """`source`'s projections, queries, router and tags as those of `target` (paper, section 3.3)."""
     prefix = f"projectors.{source}."
-    return {f"projectors.{target}." + n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return {
+        f"projectors.{target}." + n.removeprefix(prefix): t
+        for n, t in tensors.items()
+        if n.startswith(prefix)
+    }

@@ -14,7 +14,14 @@ PREFIXES = ("module.", "model.", "state_dict.", "app.")
 """What wrappers put before every name."""
 
 
-def overlaid(format_name: str, root: Path, given: Tensors, files: tuple[Path, ...], options: Options, notes: Mapping[str, Any]) -> Opened:
+def overlaid(
+    format_name: str,
+    root: Path,
+    given: Tensors,
+    files: tuple[Path, ...],
+    options: Options,
+    notes: Mapping[str, Any],
+) -> Opened:
     """The base with `given` in place of its own tensors, in the dtypes that `given` has.
 
     Raises:
@@ -28,9 +35,15 @@ def overlaid(format_name: str, root: Path, given: Tensors, files: tuple[Path, ..
         )
     base: Opened = format_of(recognised(options.base)).open_checkpoint(options.base, options)
     given = _bare(given, base.tensors)
-    wrong = [Problem("unexpected", n, str(list(t.shape))) for n, t in given.items() if n not in base.tensors]
+    wrong = [
+        Problem("unexpected", n, str(list(t.shape)))
+        for n, t in given.items()
+        if n not in base.tensors
+    ]
     wrong += [
-        Problem("mismatched", n, f"has shape {list(t.shape)}, the base {list(base.tensors[n].shape)}")
+        Problem(
+            "mismatched", n, f"has shape {list(t.shape)}, the base {list(base.tensors[n].shape)}"
+        )
         for n, t in given.items()
         if n in base.tensors and base.tensors[n].shape != t.shape
     ]
@@ -38,7 +51,15 @@ def overlaid(format_name: str, root: Path, given: Tensors, files: tuple[Path, ..
     tensors = {**base.tensors, **{n: t for n, t in given.items() if n not in spoilt}}
     trained = {**notes, "tensors over the base": f"{len(given)} of {len(tensors)}"}
     return Opened(
-        format_name, base.kind, base.config, tensors, (*files, *base.files), base.root, base.ignored, (*base.problems, *wrong), trained
+        format_name,
+        base.kind,
+        base.config,
+        tensors,
+        (*files, *base.files),
+        base.root,
+        base.ignored,
+        (*base.problems, *wrong),
+        trained,
     )
 
 

@@ -9,13 +9,29 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 
 MODULES = {
-    "onellm": "onellm", "reference": "reference", "meta-llama": "meta_llama", "hf": "hf", "gguf": "gguf", "open-clip": "open_clip",
-    "hf-clip": "hf_clip", "run": "training_run", "deepspeed": "zero", "fsdp": "dcp",
-}  # fmt: skip
+    "onellm": "onellm",
+    "reference": "reference",
+    "meta-llama": "meta_llama",
+    "hf": "hf",
+    "gguf": "gguf",
+    "open-clip": "open_clip",
+    "hf-clip": "hf_clip",
+    "run": "training_run",
+    "deepspeed": "zero",
+    "fsdp": "dcp",
+}
 DEFAULT_TARGET = {
-    "onellm": "reference", "reference": "onellm", "meta-llama": "hf", "hf": "meta-llama", "gguf": "hf", "open-clip": "hf-clip",
-    "hf-clip": "open-clip", "run": "onellm", "deepspeed": "onellm", "fsdp": "onellm",
-}  # fmt: skip
+    "onellm": "reference",
+    "reference": "onellm",
+    "meta-llama": "hf",
+    "hf": "meta-llama",
+    "gguf": "hf",
+    "open-clip": "hf-clip",
+    "hf-clip": "open-clip",
+    "run": "onellm",
+    "deepspeed": "onellm",
+    "fsdp": "onellm",
+}
 WRITABLE = ("onellm", "reference", "meta-llama", "hf", "open-clip", "hf-clip")
 ABOUT = {
     "onellm": "A onellm directory.",
@@ -30,10 +46,17 @@ ABOUT = {
     "fsdp": "A torch.distributed.checkpoint directory (or one of our runs').",
 }
 EXAMPLES = {
-    "onellm": "runs/tune/model", "reference": "consolidated.00-of-01.pth", "meta-llama": "llama-2-7b", "hf": "Llama-2-7b-hf",
-    "gguf": "SmolLM2-135M.gguf", "open-clip": "ViT-L-14.pt", "hf-clip": "clip-vit-large-patch14", "run": "runs/stage1_image",
-    "deepspeed": "run/global_step1000", "fsdp": "run/checkpoint",
-}  # fmt: skip
+    "onellm": "runs/tune/model",
+    "reference": "consolidated.00-of-01.pth",
+    "meta-llama": "llama-2-7b",
+    "hf": "Llama-2-7b-hf",
+    "gguf": "SmolLM2-135M.gguf",
+    "open-clip": "ViT-L-14.pt",
+    "hf-clip": "clip-vit-large-patch14",
+    "run": "runs/stage1_image",
+    "deepspeed": "run/global_step1000",
+    "fsdp": "run/checkpoint",
+}
 """A source for `--help`."""
 
 
@@ -44,7 +67,9 @@ def format_of(name: str) -> Any:
         UsageError: there is none of that name.
     """
     if name not in MODULES:
-        raise UsageError(f"unknown format {name!r}", "nothing can read it.", f"known: {', '.join(MODULES)}.")
+        raise UsageError(
+            f"unknown format {name!r}", "nothing can read it.", f"known: {', '.join(MODULES)}."
+        )
     return importlib.import_module(f"onellm_dist.convert.formats.{MODULES[name]}")
 
 
@@ -59,4 +84,8 @@ def recognised(path: Path) -> str:
     for name in MODULES:
         if format_of(name).recognise(path):
             return name
-    raise UsageError(f"{path} has none of the known formats", "nothing can read it.", f"known: {', '.join(MODULES)}.")
+    raise UsageError(
+        f"{path} has none of the known formats",
+        "nothing can read it.",
+        f"known: {', '.join(MODULES)}.",
+    )

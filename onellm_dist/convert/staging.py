@@ -46,7 +46,10 @@ class Stage:
     def keep(self, name: str, written: Written) -> None:
         """`name` is whole: a later start need not write it again."""
         self.done[name] = written
-        journal: dict[str, Any] = {"fingerprint": self._fingerprint, "files": {n: (w.bytes, w.sha256) for n, w in self.done.items()}}
+        journal: dict[str, Any] = {
+            "fingerprint": self._fingerprint,
+            "files": {n: (w.bytes, w.sha256) for n, w in self.done.items()},
+        }
         partial = self.folder / f"{_JOURNAL}.new"
         partial.write_text(json.dumps(journal), encoding="utf-8")
         partial.replace(self.folder / _JOURNAL)
@@ -123,8 +126,16 @@ def _refuse_occupied(out: Path, overwrite: bool) -> None:
     if out.is_dir() and overwrite and (out / RECORD).is_file():
         return
     if os.path.lexists(out):
-        why = "its files would be overwritten." if not overwrite else f"only a folder that a conversion wrote ({RECORD}) is replaced."
-        raise UsageError(f"{out} is not empty" if out.is_dir() else f"{out} is there already", why, "name a new directory, or --overwrite.")
+        why = (
+            "its files would be overwritten."
+            if not overwrite
+            else f"only a folder that a conversion wrote ({RECORD}) is replaced."
+        )
+        raise UsageError(
+            f"{out} is not empty" if out.is_dir() else f"{out} is there already",
+            why,
+            "name a new directory, or --overwrite.",
+        )
 
 
 def _lock(descriptor: int, out: Path) -> None:
@@ -132,7 +143,9 @@ def _lock(descriptor: int, out: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UsageError(
-            f"{out} is being written by another process", "two conversions would spoil each other.", "wait for it, or name another output."
+            f"{out} is being written by another process",
+            "two conversions would spoil each other.",
+            "wait for it, or name another output.",
         ) from error
     except OSError:
         return  # a file system without locks: two conversions at once are the user's care there

@@ -10,9 +10,16 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from onellm_dist.common.errors import UsageError
 
 FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -27,13 +34,19 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         try:
             if path.suffix == ".gguf":
                 return AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
-            if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer_config.json").is_file():
-                return LlamaTokenizer.from_pretrained(folder)  # Meta's: nothing but the SentencePiece model
+            if (folder / "tokenizer.model").is_file() and not (
+                folder / "tokenizer_config.json"
+            ).is_file():
+                return LlamaTokenizer.from_pretrained(
+                    folder
+                )  # Meta's: nothing but the SentencePiece model
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UsageError(
-        f"{path}: no tokenizer ({reason})", "the converted model could not read text.", "give LLaMA-2's tokenizer.model, or leave it out."
+        f"{path}: no tokenizer ({reason})",
+        "the converted model could not read text.",
+        "give LLaMA-2's tokenizer.model, or leave it out.",
     )
 
 
@@ -43,7 +56,9 @@ def has_tokenizer(root: Path) -> bool:
         from gguf import GGUFReader
 
         return "tokenizer.ggml.model" in GGUFReader(root).fields
-    return any((root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return any(
+        (root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    )
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:

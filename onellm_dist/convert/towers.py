@@ -13,7 +13,9 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.checkpoint import Opened
 from onellm_dist.convert.tensors.lazy import of_tensor
 
-_SPEC = re.compile(r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?")
+_SPEC = re.compile(
+    r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?"
+)
 
 
 def is_tower(spec: str) -> bool:
@@ -32,11 +34,17 @@ def open_tower(spec: str) -> Opened:
     match = _SPEC.fullmatch(spec)
     if match is None:
         raise UsageError(
-            f"--encoder {spec}", "it names no tower.", "write timm:NAME, timm:NAME?img_size=224, timm:NAME@FILE or open-clip:NAME@TAG."
+            f"--encoder {spec}",
+            "it names no tower.",
+            "write timm:NAME, timm:NAME?img_size=224, timm:NAME@FILE or open-clip:NAME@TAG.",
         )
     weights = match["weights"]
     if match["library"] == "timm" and weights is not None and not Path(weights).is_file():
-        raise UsageError(f"--encoder {spec}: no file {weights}", "there are no weights to read.", "check the path.")
+        raise UsageError(
+            f"--encoder {spec}: no file {weights}",
+            "there are no weights to read.",
+            "check the path.",
+        )
     make = _timm if match["library"] == "timm" else _open_clip
     try:
         tower = make(match["name"], int(match["size"]) if match["size"] else None, weights)
@@ -51,7 +59,9 @@ def open_tower(spec: str) -> Opened:
         ) from error
     files = (Path(weights),) if weights is not None and Path(weights).is_file() else ()
     tensors = {name: of_tensor(value.detach()) for name, value in state.items()}
-    return Opened(match["library"], "encoder", config, tensors, files, Path(), notes={"tower": spec})
+    return Opened(
+        match["library"], "encoder", config, tensors, files, Path(), notes={"tower": spec}
+    )
 
 
 def _timm(name: str, size: int | None, weights: str | None) -> Any:
@@ -61,7 +71,13 @@ def _timm(name: str, size: int | None, weights: str | None) -> Any:
     if weights is None:
         return timm.create_model(name, pretrained=True, num_classes=0, **options)
     # Through timm's own filter, which renames the keys of DINOv2's files and resizes positions.
-    return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": weights, "hf_hub_id": None}, **options)
+    return timm.create_model(
+        name,
+        pretrained=True,
+        num_classes=0,
+        pretrained_cfg_overlay={"file": weights, "hf_hub_id": None},
+        **options,
+    )
 
 
 def _open_clip(name: str, size: int | None, weights: str | None) -> Any:
@@ -70,5 +86,9 @@ def _open_clip(name: str, size: int | None, weights: str | None) -> Any:
     options: dict[str, Any] = {} if size is None else {"force_image_size": size}
     tag = weights or next(iter(open_clip.list_pretrained_tags_by_model(name)), None)
     if tag is None:
-        raise UsageError(f"open_clip has no weights of {name}", "an encoder without training reads nothing.", "give open-clip:NAME@FILE.")
+        raise UsageError(
+            f"open_clip has no weights of {name}",
+            "an encoder without training reads nothing.",
+            "give open-clip:NAME@FILE.",
+        )
     return open_clip.create_model(name, pretrained=tag, **options)

@@ -49,12 +49,22 @@ class Comparison:
     def equal(self, tolerance: float) -> bool:
         """Whether both are the same within `tolerance` (0: bit for bit, dtypes included)."""
         unlike = bool(self.shapes or self.only_a or self.only_b)
-        values = not self.differing if tolerance == 0 else all(d <= tolerance for d in self.differing.values())
+        values = (
+            not self.differing
+            if tolerance == 0
+            else all(d <= tolerance for d in self.differing.values())
+        )
         return not unlike and values and (self.logits is None or self.logits <= max(tolerance, 0.0))
 
 
 def compare(
-    a: Opened, b: Opened, *, inputs: Mapping[str, torch.Tensor] | None = None, logits: bool = False, seed: int = 0, quiet: bool = True
+    a: Opened,
+    b: Opened,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    logits: bool = False,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> Comparison:
     """Compare the part that both have, one tensor at a time; with `logits` both are built whole, in fp32.
 
@@ -63,7 +73,11 @@ def compare(
     """
     kind = a.kind if a.kind == b.kind else a.kind if b.kind == "onellm" else b.kind
     a, b = a.as_kind(kind), b.as_kind(kind)
-    found = Comparison(kind, only_a=sorted(set(a.tensors) - set(b.tensors)), only_b=sorted(set(b.tensors) - set(a.tensors)))
+    found = Comparison(
+        kind,
+        only_a=sorted(set(a.tensors) - set(b.tensors)),
+        only_b=sorted(set(b.tensors) - set(a.tensors)),
+    )
     shared = [name for name in a.tensors if name in b.tensors]
     for name in progress(shared, "Comparing", unit="tensors", enabled=not quiet):
         left, right = a.tensors[name], b.tensors[name]
@@ -83,8 +97,14 @@ def compare(
 
 def _distance(a: LazyTensor, b: LazyTensor) -> float:
     """Largest absolute difference; NaN where one of them has it."""
-    pairs = zip(equal_blocks(a.cast(torch.float64)), equal_blocks(b.cast(torch.float64)), strict=True)
-    return float(torch.stack([(x.view(torch.float64) - y.view(torch.float64)).abs().max() for x, y in pairs]).max())
+    pairs = zip(
+        equal_blocks(a.cast(torch.float64)), equal_blocks(b.cast(torch.float64)), strict=True
+    )
+    return float(
+        torch.stack(
+            [(x.view(torch.float64) - y.view(torch.float64)).abs().max() for x, y in pairs]
+        ).max()
+    )
 
 
 def build(opened: Opened) -> torch.nn.Module:
@@ -94,10 +114,16 @@ def build(opened: Opened) -> torch.nn.Module:
         UsageError: an encoder, which has no logits.
     """
     if opened.kind == "encoder":
-        raise UsageError("an encoder has no logits", "nothing can be run.", "compare its tensors alone, or whole models.")
+        raise UsageError(
+            "an encoder has no logits",
+            "nothing can be run.",
+            "compare its tensors alone, or whole models.",
+        )
     with torch.device("meta"):
         model: Any = (
-            OneLLMForConditionalGeneration(opened.config) if opened.kind == "onellm" else AutoModelForCausalLM.from_config(opened.config)
+            OneLLMForConditionalGeneration(opened.config)
+            if opened.kind == "onellm"
+            else AutoModelForCausalLM.from_config(opened.config)
         )
     names = {name for name, _ in model.named_parameters()}
     state = {n: t.read().float() for n, t in opened.tensors.items() if n in names}
@@ -129,7 +155,9 @@ def random_inputs(opened: Opened, seed: int) -> dict[str, torch.Tensor]:
     inputs = {"input_ids": torch.randint(3, text.vocab_size, (1, TOKENS), generator=generator)}
     if isinstance(opened.config, OneLLMConfig):
         for name in opened.config.modalities:
-            inputs[f"{name}_values"] = torch.randn((1, *get_modality(name).value_shape), generator=generator)
+            inputs[f"{name}_values"] = torch.randn(
+                (1, *get_modality(name).value_shape), generator=generator
+            )
     return inputs
 
 
@@ -147,11 +175,23 @@ def verify_command(
 ) -> int:
     """`onellm convert verify`: prints what differs. Returns the exit code: 0 the same, 1 not."""
     left, right = opened_any(a, options, from_a), opened_any(b, options, from_b)
-    given = None if inputs is None else {name: t.read() for name, t in read_safetensors(inputs).items()}
-    found = compare(left, right, inputs=given, logits=logits or inputs is not None, seed=seed, quiet=False)
-    print(f"A {a}: {left.format}\nB {b}: {right.format}\ncompared as {KINDS[found.kind]}: {found.same} tensors equal bit for bit")
+    given = (
+        None if inputs is None else {name: t.read() for name, t in read_safetensors(inputs).items()}
+    )
+    found = compare(
+        left, right, inputs=given, logits=logits or inputs is not None, seed=seed, quiet=False
+    )
+    print(
+        f"A {a}: {left.format}\nB {b}: {right.format}\ncompared as {KINDS[found.kind]}: {found.same} tensors equal bit for bit"
+    )
     for title, lines in (
-        ("other values", [f"{n}: up to {d:.3g} apart {found.dtypes.get(n, '')}".rstrip() for n, d in found.differing.items()]),
+        (
+            "other values",
+            [
+                f"{n}: up to {d:.3g} apart {found.dtypes.get(n, '')}".rstrip()
+                for n, d in found.differing.items()
+            ],
+        ),
         ("other shapes", [f"{n}: {list(x)} and {list(y)}" for n, (x, y) in found.shapes.items()]),
         ("only in A", found.only_a),
         ("only in B", found.only_b),
@@ -161,5 +201,11 @@ def verify_command(
     if found.logits is not None:
         print(f"logits: up to {found.logits:.3g} apart")
     same = found.equal(tolerance)
-    print("the same" if same and tolerance == 0 else f"the same within {tolerance:g}" if same else "NOT the same")
+    print(
+        "the same"
+        if same and tolerance == 0
+        else f"the same within {tolerance:g}"
+        if same
+        else "NOT the same"
+    )
     return EXIT_DONE if same else EXIT_FAILED

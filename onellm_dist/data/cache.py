@@ -36,7 +36,11 @@ class ChunkCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         if limit < 4 * CHUNK:
-            raise UsageError(f"data.cache_gb={limit / 1e9:g} is less than {4 * CHUNK} bytes", "it would hold nothing.", "give it more.")
+            raise UsageError(
+                f"data.cache_gb={limit / 1e9:g} is less than {4 * CHUNK} bytes",
+                "it would hold nothing.",
+                "give it more.",
+            )
         self._chunks, self._lock, self._used = folder / "chunks", folder / "lock", folder / "used"
         self._limit = limit
         try:
@@ -79,7 +83,9 @@ class ChunkCache:
         used = self._count()
         if used is None or used + len(data) > self._limit:
             used = self._evict(len(data))
-        self._used.write_text("")  # not known until it is written again: after a kill here the next one counts anew
+        self._used.write_text(
+            ""
+        )  # not known until it is written again: after a kill here the next one counts anew
         path.parent.mkdir(exist_ok=True)
         aside = path.with_name(path.name + _ASIDE)
         aside.write_bytes(data)

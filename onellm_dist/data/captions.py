@@ -10,7 +10,9 @@ from onellm_dist.data.order import derive_key, hash_words
 Ints = NDArray[np.int64]
 
 
-def chosen_captions(seed: int, dataset: str, shard: str, rows: Ints, epochs: Ints, counts: Ints) -> Ints:
+def chosen_captions(
+    seed: int, dataset: str, shard: str, rows: Ints, epochs: Ints, counts: Ints
+) -> Ints:
     """The caption that each sample is read with, [k] in 0 .. counts - 1, about evenly over the epochs (the reference draws at random).
 
     Args:

@@ -50,7 +50,9 @@ class ChatTemplate:
         self.source: str = tokenizer.get_chat_template()
         """The template's text."""
         self._marked = _MARK.search(self.source) is not None
-        self._control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = [
+            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+        ]
         try:
             text, _ = self.render(_PROBE)
             first = self._text(_messages(_PROBE[:2]))
@@ -91,17 +93,31 @@ class ChatTemplate:
     def _marks(self, messages: list[Message]) -> tuple[str, Spans]:
         from transformers.utils.chat_template_utils import render_jinja_template  # imports torch
 
-        options = {"chat_template": self.source, "return_assistant_tokens_mask": True, **self._tokenizer.special_tokens_map}
+        options = {
+            "chat_template": self.source,
+            "return_assistant_tokens_mask": True,
+            **self._tokenizer.special_tokens_map,
+        }
         try:
-            rendered: Any = render_jinja_template([messages], **options)  # annotated as a string; with the mask it is a pair of lists
+            rendered: Any = render_jinja_template(
+                [messages], **options
+            )  # annotated as a string; with the mask it is a pair of lists
         except TemplateError as error:
             raise _refused(error) from None
         (text,), (spans,) = rendered
         if text != self._text(messages):
-            raise SampleError("its chat template gives another text with its marks", "labels would be misplaced.", "mend the template.")
+            raise SampleError(
+                "its chat template gives another text with its marks",
+                "labels would be misplaced.",
+                "mend the template.",
+            )
         found = [(start, end) for start, end in spans if end > start]
         if not found:
-            raise SampleError("the chat template marks no answer", "nothing would be supervised.", "mend the template.")
+            raise SampleError(
+                "the chat template marks no answer",
+                "nothing would be supervised.",
+                "mend the template.",
+            )
         return text, found
 
     def _increments(self, messages: list[Message]) -> tuple[str, Spans]:
@@ -111,14 +127,22 @@ class ChatTemplate:
                 continue
             asked, answered = self._text(messages[:k], prompt=True), self._text(messages[: k + 1])
             if not (text.startswith(answered) and answered.startswith(asked)):
-                raise _uncertain(f"its chat template writes the turns before turn {k} in another way once that is there")
+                raise _uncertain(
+                    f"its chat template writes the turns before turn {k} in another way once that is there"
+                )
             said, answer = answered[len(asked) :], message["content"].strip()
             if not said.lstrip().startswith(answer):
-                raise _uncertain(f"between the prompt and the answer in turn {k} its chat template writes {_begin(said, answer)!r}")
+                raise _uncertain(
+                    f"between the prompt and the answer in turn {k} its chat template writes {_begin(said, answer)!r}"
+                )
             if not said.lstrip()[len(answer) :].strip():
-                raise _uncertain(f"its chat template writes nothing behind the answer in turn {k}, so that no end could be learnt")
+                raise _uncertain(
+                    f"its chat template writes nothing behind the answer in turn {k}, so that no end could be learnt"
+                )
             bare = said.rstrip()
-            ends = any(bare.endswith(token) for token in self._control)  # what follows the end of a turn is never generated
+            ends = any(
+                bare.endswith(token) for token in self._control
+            )  # what follows the end of a turn is never generated
             spans.append((len(asked), len(asked) + len(bare if ends else said)))
         return text, spans
 
@@ -143,9 +167,15 @@ def _begin(said: str, answer: str) -> str:
 
 def _refused(error: Exception) -> SampleError:
     return SampleError(
-        f"its chat template refuses the conversation: {error}", "it has no text.", "mend the turns, or leave the sample out."
+        f"its chat template refuses the conversation: {error}",
+        "it has no text.",
+        "mend the turns, or leave the sample out.",
     )
 
 
 def _uncertain(what: str) -> SampleError:
-    return SampleError(what, "answers cannot be told from the rest.", "mark them with {% generation %} in the template.")
+    return SampleError(
+        what,
+        "answers cannot be told from the rest.",
+        "mark them with {% generation %} in the template.",
+    )

@@ -28,7 +28,9 @@ class Stack:
     def forward(self, tokens: int | Ints) -> NDArray[np.float64]:
         """[n] operations of sequences of so many tokens, forward."""
         length = np.asarray(tokens, dtype=np.float64)
-        return np.asarray(2.0 * self.parameters * length + 4.0 * self.attention_width * length * length)
+        return np.asarray(
+            2.0 * self.parameters * length + 4.0 * self.attention_width * length * length
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class CostModel:
 
     encoder: Stack = Stack(303e6, 24 * 1024)
     upm: Stack = Stack(308e6, 3 * 8 * 1024)
-    llm: Stack = Stack(6.607e9, 32 * 4096 / 2)  # without the embedding; causal attention reads half the keys
+    llm: Stack = Stack(
+        6.607e9, 32 * 4096 / 2
+    )  # without the embedding; causal attention reads half the keys
     visual_encoder_passes: float = 1.0
     other_encoder_passes: float = 2.0
     """The gradient passes through the frozen encoder to the tokenizer."""
@@ -50,13 +54,19 @@ class CostModel:
         total = 0.0
         for modality in modalities:
             passes = self.visual_encoder_passes if modality.visual else self.other_encoder_passes
-            total += passes * modality.frames * float(self.encoder.forward(modality.prefix_tokens + modality.tokens))
+            total += (
+                passes
+                * modality.frames
+                * float(self.encoder.forward(modality.prefix_tokens + modality.tokens))
+            )
             total += self.upm_passes * float(self.upm.forward(modality.upm_tokens))
         return total
 
     def samples(self, media: NDArray[np.float64], llm_tokens: Ints) -> Ints:
         """[n] cost of samples in units of 1e6 operations, whole numbers so that sums are the same on every machine."""
-        return np.rint((media + self.llm_passes * self.llm.forward(llm_tokens)) / 1e6).astype(np.int64)
+        return np.rint((media + self.llm_passes * self.llm.forward(llm_tokens)) / 1e6).astype(
+            np.int64
+        )
 
 
 def llm_tokens(text_tokens: Ints, spans: Ints) -> Ints:

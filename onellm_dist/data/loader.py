@@ -54,7 +54,9 @@ class Loader:
         self._workers = plan.config.workers if workers is None else workers
         self._loader: DataLoader[Any] = DataLoader(
             _Micros(Reader(plan, skipped_samples)),
-            sampler=_Schedule(plan, world, rank, range(first_step, last_step), max(1, self._workers)),
+            sampler=_Schedule(
+                plan, world, rank, range(first_step, last_step), max(1, self._workers)
+            ),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=plan.config.prefetch if self._workers else None,
@@ -68,7 +70,9 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
         self._running = iter(self._loader)
-        atexit.register(self.close)  # before multiprocessing's own, which would wait for workers that nobody told to end
+        atexit.register(
+            self.close
+        )  # before multiprocessing's own, which would wait for workers that nobody told to end
         try:
             while self._running is not None:
                 try:
@@ -89,7 +93,12 @@ class Loader:
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -100,7 +109,13 @@ class _Schedule:
     """
 
     def __init__(self, plan: Plan, world: int, rank: int, steps: range, workers: int) -> None:
-        self._plan, self._world, self._rank, self._steps, self._workers = plan, world, rank, steps, workers
+        self._plan, self._world, self._rank, self._steps, self._workers = (
+            plan,
+            world,
+            rank,
+            steps,
+            workers,
+        )
 
     def __iter__(self) -> Iterator[_Task]:
         waiting: deque[MicroBatch] = deque()

@@ -69,7 +69,14 @@ class StepPlan:
             for micro in rank:
                 h.update(
                     repr(
-                        (micro.step, micro.rank, micro.index, micro.count, micro.global_valid_tokens, [tuple(s) for s in micro.samples])
+                        (
+                            micro.step,
+                            micro.rank,
+                            micro.index,
+                            micro.count,
+                            micro.global_valid_tokens,
+                            [tuple(s) for s in micro.samples],
+                        )
                     ).encode()
                 )
         return h.hexdigest()

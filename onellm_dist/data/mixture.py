@@ -47,7 +47,9 @@ class Mixture:
         self.period = sum(self.counts)
         """D, the common denominator: dataset j has exactly counts[j] / D of the stream."""
         self._sequence = np.asarray(tijdeman(self.counts), dtype=np.int64)
-        self._seen = np.empty(self.period, dtype=np.int64)  # earlier occurrences of the same dataset in the period
+        self._seen = np.empty(
+            self.period, dtype=np.int64
+        )  # earlier occurrences of the same dataset in the period
         for dataset in range(len(self.counts)):
             here = self._sequence == dataset
             self._seen[here] = np.arange(self.counts[dataset])

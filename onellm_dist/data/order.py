@@ -47,12 +47,16 @@ def mix(words: Words) -> Words:
 def hash_words(words: Ints | Words, key: int | Words) -> Words:
     """Pseudo-random 64-bit words of (key, word)."""
     with np.errstate(over="ignore"):
-        return mix((words.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.asarray(key, dtype=np.uint64))
+        return mix(
+            (words.astype(np.uint64) + np.uint64(1)) * _GOLDEN + np.asarray(key, dtype=np.uint64)
+        )
 
 
 def permute(index: Ints, size: Ints, key: Words) -> Ints:
     """Element i of the permutation of range(size[i]) named by key[i], at index[i]; all are [n], 0 <= index < size."""
-    rows = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.int64)  # rows * columns >= size, and hardly more
+    rows = np.ceil(np.sqrt(size.astype(np.float64))).astype(
+        np.int64
+    )  # rows * columns >= size, and hardly more
     columns = -(-size // rows)
     out = index.copy()
     walking = np.arange(len(index))

@@ -63,7 +63,9 @@ def pack(loads: ItemSizes, budget: TokenBudget, world: int) -> list[list[Ints]]:
     bins, owner = _best_bins(loads, budget, world)
     cost = np.bincount(owner, weights=loads.cost, minlength=bins).astype(np.int64)
     order = np.argsort(-cost, kind="stable")
-    by_bin = np.argsort(owner, kind="stable")  # the samples of bin 0, of bin 1, ...; ascending in each
+    by_bin = np.argsort(
+        owner, kind="stable"
+    )  # the samples of bin 0, of bin 1, ...; ascending in each
     ends = np.cumsum(np.bincount(owner, minlength=bins))
     members = np.split(by_bin, ends[:-1])
     assigned: list[list[Ints]] = [[] for _ in range(world)]
@@ -82,7 +84,11 @@ def imbalance(loads: ItemSizes, owner: Ints, bins: int) -> float:
 
 def _best_bins(loads: ItemSizes, budget: TokenBudget, world: int) -> tuple[int, Ints]:
     """The number of bins (a multiple of `world`) and the bin of each sample."""
-    count = max(1, _ceil_div(int(loads.llm.sum()), budget.llm * world), _ceil_div(int(loads.encoder.sum()), budget.encoder * world))
+    count = max(
+        1,
+        _ceil_div(int(loads.llm.sum()), budget.llm * world),
+        _ceil_div(int(loads.encoder.sum()), budget.encoder * world),
+    )
     found: tuple[float, int, Ints] | None = None
     tried = 0
     while found is None or tried <= EXTRA_ROUNDS:
@@ -119,14 +125,18 @@ def _fill(loads: ItemSizes, budget: TokenBudget, bins: int) -> Ints | None:
     for start in range(0, len(in_rounds), bins):
         items = in_rounds[start : start + bins]
         targets = np.argsort(used.cost, kind="stable")[: len(items)]
-        fits = (used.llm[targets] + loads.llm[items] <= budget.llm) & (used.encoder[targets] + loads.encoder[items] <= budget.encoder)
+        fits = (used.llm[targets] + loads.llm[items] <= budget.llm) & (
+            used.encoder[targets] + loads.encoder[items] <= budget.encoder
+        )
         items, targets = items[fits], targets[fits]
         owner[items] = targets
         used.llm[targets] += loads.llm[items]
         used.encoder[targets] += loads.encoder[items]
         used.cost[targets] += loads.cost[items]
     for item in order[owner[order] < 0].tolist():
-        no_room = (used.llm > budget.llm - loads.llm[item]) | (used.encoder > budget.encoder - loads.encoder[item])
+        no_room = (used.llm > budget.llm - loads.llm[item]) | (
+            used.encoder > budget.encoder - loads.encoder[item]
+        )
         target = int(np.where(no_room, _FULL, used.cost).argmin())
         if no_room[target]:
             return None

@@ -45,8 +45,10 @@ class DataPhase:
     def same_stream(self, other: DataPhase) -> bool:
         """Whether both, begun at one step, give the same samples."""
         return {**self.to_json(), "start": 0, "counts": [*self.counts.items()]} == {
-            **other.to_json(), "start": 0, "counts": [*other.counts.items()],
-        }  # fmt: skip
+            **other.to_json(),
+            "start": 0,
+            "counts": [*other.counts.items()],
+        }
 
 
 def consumed(data_phases: Sequence[DataPhase], step: int) -> dict[str, int]:
@@ -54,13 +56,17 @@ def consumed(data_phases: Sequence[DataPhase], step: int) -> dict[str, int]:
     taken: dict[str, int] = {}
     for number, data_phase in enumerate(data_phases):
         end = min(step, data_phases[number + 1].start if number + 1 < len(data_phases) else step)
-        counts = Mixture.of_counts(list(data_phase.counts.values())).taken((end - data_phase.start) * data_phase.global_batch)
+        counts = Mixture.of_counts(list(data_phase.counts.values())).taken(
+            (end - data_phase.start) * data_phase.global_batch
+        )
         for name, count in zip(data_phase.counts, counts, strict=True):
             taken[name] = taken.get(name, 0) + count
     return taken
 
 
-def go_on(history: Sequence[DataPhase], now: DataPhase, step: int, *, allow_new: bool) -> tuple[DataPhase, ...]:
+def go_on(
+    history: Sequence[DataPhase], now: DataPhase, step: int, *, allow_new: bool
+) -> tuple[DataPhase, ...]:
     """The data_phases of a run that is resumed at `step` with the stream of `now`.
 
     Args:
@@ -111,7 +117,10 @@ def _changes(old: DataPhase, new: DataPhase) -> list[str]:
     found = []
     if list(old.counts.items()) != list(new.counts.items()):
         found.append(f"data.mixture was {_shares(old)} and is {_shares(new)}")
-    for key, before, after in (("data.global_batch", old.global_batch, new.global_batch), ("the split", old.split, new.split)):
+    for key, before, after in (
+        ("data.global_batch", old.global_batch, new.global_batch),
+        ("the split", old.split, new.split),
+    ):
         if before != after:
             found.append(f"{key} was {before} and is {after}")
     if old.text != new.text:
@@ -121,4 +130,6 @@ def _changes(old: DataPhase, new: DataPhase) -> list[str]:
 
 def _shares(data_phase: DataPhase) -> str:
     total = sum(data_phase.counts.values())
-    return " + ".join(f"{Fraction(count, total)} {name}" for name, count in data_phase.counts.items())
+    return " + ".join(
+        f"{Fraction(count, total)} {name}" for name, count in data_phase.counts.items()
+    )

@@ -26,7 +26,12 @@ from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
 from onellm_dist.data.phases import DataPhase, consumed, go_on, shards_fingerprint
 from onellm_dist.data.retry import index_with_retries
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_counts import TokenCounts, build_token_counts, missing_token_counts, token_count_path
+from onellm_dist.data.token_counts import (
+    TokenCounts,
+    build_token_counts,
+    missing_token_counts,
+    token_count_path,
+)
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
@@ -48,14 +53,23 @@ class _Batch(NamedTuple):
     def refs(self, members: Ints | None = None) -> tuple[SampleRef, ...]:
         """The samples, or those at the indices `members`."""
         chosen = self if members is None else [column[members] for column in self]
-        return tuple(map(SampleRef._make, zip(*(column.tolist() for column in chosen), strict=True)))
+        return tuple(
+            map(SampleRef._make, zip(*(column.tolist() for column in chosen), strict=True))
+        )
 
 
 class _Ranks(Sequence[tuple[MicroBatch, ...]]):
     """[world][count] micro-steps, each rank's made when first asked for."""
 
-    def __init__(self, step: int, global_valid_tokens: int, batch: _Batch, assigned: Sequence[Sequence[Ints]]) -> None:
-        self._step, self._global_valid_tokens, self._batch, self._assigned = step, global_valid_tokens, batch, assigned
+    def __init__(
+        self, step: int, global_valid_tokens: int, batch: _Batch, assigned: Sequence[Sequence[Ints]]
+    ) -> None:
+        self._step, self._global_valid_tokens, self._batch, self._assigned = (
+            step,
+            global_valid_tokens,
+            batch,
+            assigned,
+        )
         self._made: dict[int, tuple[MicroBatch, ...]] = {}
 
     def __len__(self) -> int:
@@ -65,14 +79,23 @@ class _Ranks(Sequence[tuple[MicroBatch, ...]]):
     def __getitem__(self, rank: int) -> tuple[MicroBatch, ...]: ...
     @overload
     def __getitem__(self, rank: slice) -> tuple[tuple[MicroBatch, ...], ...]: ...
-    def __getitem__(self, rank: int | slice) -> tuple[MicroBatch, ...] | tuple[tuple[MicroBatch, ...], ...]:
+    def __getitem__(
+        self, rank: int | slice
+    ) -> tuple[MicroBatch, ...] | tuple[tuple[MicroBatch, ...], ...]:
         if isinstance(rank, slice):
             return tuple(self[r] for r in range(len(self))[rank])
         rank = range(len(self))[rank]
         if rank not in self._made:
             packs = self._assigned[rank]
             self._made[rank] = tuple(
-                MicroBatch(self._step, rank, index, len(packs), self._batch.refs(members), self._global_valid_tokens)
+                MicroBatch(
+                    self._step,
+                    rank,
+                    index,
+                    len(packs),
+                    self._batch.refs(members),
+                    self._global_valid_tokens,
+                )
                 for index, members in enumerate(packs)
             )
         return self._made[rank]
@@ -112,11 +135,15 @@ class Plan:
         self.datasets = tuple(datasets)
         self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
         known = sorted(map(get_modality, modalities), key=lambda m: m.order)
-        self.modalities: dict[str, Modality] = {m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m for m in known}
+        self.modalities: dict[str, Modality] = {
+            m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m for m in known
+        }
         """The model's modalities by name, in the order of their spans."""
         self.shards: list[tuple[ShardInfo, ...]] = [dataset.shards(split) for dataset in datasets]
         """The shards of each dataset; SampleRef.shard counts in them."""
-        self.spans: list[tuple[str, ...]] = [tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets]
+        self.spans: list[tuple[str, ...]] = [
+            tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets
+        ]
         """The modalities of each dataset's samples, in the order of their spans."""
         self.mixture = Mixture([entry.weight for entry in config.mixture])
         self._orders = [
@@ -130,7 +157,9 @@ class Plan:
         self._costs = costs or CostModel()
         kinds = [[self.modalities[name] for name in spans] for spans in self.spans]
         self._run_count = np.asarray([len(kind) for kind in kinds], dtype=np.int64)
-        self._encoder_tokens = np.asarray([sum(m.encoder_tokens for m in kind) for kind in kinds], dtype=np.int64)
+        self._encoder_tokens = np.asarray(
+            [sum(m.encoder_tokens for m in kind) for kind in kinds], dtype=np.int64
+        )
         self._media_cost = np.asarray([self._costs.media(kind) for kind in kinds])
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
         self._steps: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
@@ -178,7 +207,9 @@ class Plan:
             return False
         self.data_phases = go_on(history, self._data_phase(), step, allow_new=self.config.new_phase)
         before = consumed(self.data_phases[:-1], self.data_phases[-1].start)
-        self._offsets = np.asarray([before.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64)
+        self._offsets = np.asarray(
+            [before.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64
+        )
         self._batches.clear()
         self._steps.clear()
         return self.data_phases != tuple(history[: len(self.data_phases)])
@@ -186,9 +217,14 @@ class Plan:
     def _data_phase(self) -> DataPhase:
         names = [dataset.name for dataset in self.datasets]
         return DataPhase(
-            0, self.seed, self.split, self.config.global_batch, self.encoder.fingerprint,
-            dict(zip(names, self.mixture.counts, strict=True)), dict(zip(names, map(shards_fingerprint, self.shards), strict=True)),
-        )  # fmt: skip
+            0,
+            self.seed,
+            self.split,
+            self.config.global_batch,
+            self.encoder.fingerprint,
+            dict(zip(names, self.mixture.counts, strict=True)),
+            dict(zip(names, map(shards_fingerprint, self.shards), strict=True)),
+        )
 
     def samples(self, step: int) -> tuple[SampleRef, ...]:
         """The global batch of a step (the first is 0) in stream order; the same for every world."""
@@ -227,12 +263,18 @@ class Plan:
         """Which of its `count` captions a sample is read with."""
         one = np.ones(1, dtype=np.int64)
         dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
-        return int(chosen_captions(self.seed, dataset.name, shard.name, one * ref.row, one * ref.epoch, one * count)[0])
+        return int(
+            chosen_captions(
+                self.seed, dataset.name, shard.name, one * ref.row, one * ref.epoch, one * count
+            )[0]
+        )
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything the stream depends on: two plans of one fingerprint give the same samples at every step."""
         config = self.config
-        text = [f"{self.seed} {config.global_batch} {self.split} {config.text_format} {config.max_text_tokens} {self.mixture.counts}"]
+        text = [
+            f"{self.seed} {config.global_batch} {self.split} {config.text_format} {config.max_text_tokens} {self.mixture.counts}"
+        ]
         for dataset, shards in zip(self.datasets, self.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
@@ -252,7 +294,9 @@ class Plan:
         if step < first:
             raise ValueError(f"step {step} < {first}, where the data_phase of this plan begins")
         n = self.config.global_batch
-        dataset, index = self.mixture.locate(np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64))
+        dataset, index = self.mixture.locate(
+            np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64)
+        )
         index += self._offsets[dataset]
         epoch, shard, row = (np.empty(n, dtype=np.int64) for _ in range(3))
         for number in np.unique(dataset).tolist():
@@ -260,23 +304,38 @@ class Plan:
             epoch[here], shard[here], row[here] = self._orders[number].locate(index[here])
         pairs = np.empty((n, 2), dtype=np.int64)
         by_place = np.lexsort((shard, dataset))
-        starts = np.flatnonzero(np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1))
+        starts = np.flatnonzero(
+            np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1)
+        )
         for here in np.split(by_place, starts[1:]):
-            pairs[here] = self._token_counts.at(int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here])
+            pairs[here] = self._token_counts.at(
+                int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here]
+            )
         return _Batch(dataset, shard, row, epoch, pairs[:, 0], pairs[:, 1])
 
     def _assign(self, step: int, world: int) -> StepPlan:
         batch = self._batch(step)
         llm = llm_tokens(batch.text_tokens, self._run_count[batch.dataset])
-        loads = ItemSizes(llm, self._encoder_tokens[batch.dataset], self._costs.samples(self._media_cost[batch.dataset], llm))
+        loads = ItemSizes(
+            llm,
+            self._encoder_tokens[batch.dataset],
+            self._costs.samples(self._media_cost[batch.dataset], llm),
+        )
         budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
         over = too_large(loads, budget)
         if over is not None:
-            raise self._too_large(batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over]))
+            raise self._too_large(
+                batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over])
+            )
         global_valid_tokens = max(1, int(batch.supervised_tokens.sum()))
         assigned = pack(loads, budget, world)
         costs = [int(loads.cost[members].sum()) for rank in assigned for members in rank]
-        return StepPlan(step, global_valid_tokens, _Ranks(step, global_valid_tokens, batch, assigned), max(costs) * len(costs) / sum(costs))
+        return StepPlan(
+            step,
+            global_valid_tokens,
+            _Ranks(step, global_valid_tokens, batch, assigned),
+            max(costs) * len(costs) / sum(costs),
+        )
 
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
         key, size, cap = (
@@ -288,11 +347,14 @@ class Plan:
             f"sample {self.sample_id(ref)} ({', '.join(self.spans[ref.dataset]) or 'text'}, {ref.text_tokens} text tokens) needs {size} "
             f"tokens; {key} is {cap}",
             "a micro-batch holds whole samples, so this one fits in none.",
-            f"raise {key} to {size} or more" + (", or lower data.max_text_tokens." if llm > self.config.pack_llm_tokens else "."),
+            f"raise {key} to {size} or more"
+            + (", or lower data.max_text_tokens." if llm > self.config.pack_llm_tokens else "."),
         )
 
 
-def open_datasets(config: DataSection, modalities: Sequence[str], split: str = "train") -> list[Dataset]:
+def open_datasets(
+    config: DataSection, modalities: Sequence[str], split: str = "train"
+) -> list[Dataset]:
     """The datasets of a mixture, checked.
 
     Raises:
@@ -312,16 +374,27 @@ def open_datasets(config: DataSection, modalities: Sequence[str], split: str = "
         raise problems[0]
     if problems:
         raise UsageError(
-            f"{len(problems)} problems in data.mixture\n" + "\n".join(f"  - {p.what} {p.do}" for p in problems),
+            f"{len(problems)} problems in data.mixture\n"
+            + "\n".join(f"  - {p.what} {p.do}" for p in problems),
             "nothing was started.",
             "mend the recipe's data.root and data.mixture, or the datasets.",
         )
     return datasets
 
 
-def _check(dataset: Dataset, weight: float, modalities: Sequence[str], split: str, before: Sequence[Dataset]) -> None:
+def _check(
+    dataset: Dataset,
+    weight: float,
+    modalities: Sequence[str],
+    split: str,
+    before: Sequence[Dataset],
+) -> None:
     if not math.isfinite(weight):
-        raise UsageError(f"dataset {dataset.place}: weight {weight} is no number", "shares cannot be computed.", "give a number above 0.")
+        raise UsageError(
+            f"dataset {dataset.place}: weight {weight} is no number",
+            "shares cannot be computed.",
+            "give a number above 0.",
+        )
     unknown = [name for name in dataset.modalities if name not in modalities]
     if unknown:
         raise UsageError(
@@ -331,7 +404,9 @@ def _check(dataset: Dataset, weight: float, modalities: Sequence[str], split: st
         )
     if not sum(shard.samples for shard in dataset.shards(split)):
         raise UsageError(
-            f"dataset {dataset.place}: its split {split!r} is empty", "nothing can be read from it.", "build it again, or take it out."
+            f"dataset {dataset.place}: its split {split!r} is empty",
+            "nothing can be read from it.",
+            "build it again, or take it out.",
         )
     twin = next((other for other in before if other.name == dataset.name), None)
     if twin is not None:

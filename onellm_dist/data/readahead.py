@@ -65,7 +65,9 @@ class ReadAhead:
         self._cache, self._limit = cache, limit
         self._held: dict[tuple[str, str, int, int], _Fetch] = {}
         self._bytes = 0
-        self._jobs: queue.SimpleQueue[tuple[Future[bytes], Callable[[], bytes]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[bytes], Callable[[], bytes]]] = (
+            queue.SimpleQueue()
+        )
         self._threads = 0
         self._chunk_locks = [threading.Lock() for _ in range(64)]
 
@@ -75,7 +77,13 @@ class ReadAhead:
         for key in [key for key in self._held if key not in wanted]:
             self._release(key)
         for spans in (now, ahead):
-            self._start([span for span in spans if span.dataset.remote is not None and span.key not in self._held])
+            self._start(
+                [
+                    span
+                    for span in spans
+                    if span.dataset.remote is not None and span.key not in self._held
+                ]
+            )
         announce([span for span in ahead if span.dataset.remote is None])
 
     def take(self, span: Span) -> bytes | None:
@@ -85,7 +93,11 @@ class ReadAhead:
             if held is not None:
                 data = held.data.result()
                 return data[span.start - held.start : span.end - held.start]
-            return self._cached(span) if span.dataset.remote is not None and self._cache is not None else None
+            return (
+                self._cached(span)
+                if span.dataset.remote is not None and self._cache is not None
+                else None
+            )
         except OSError:
             return None
         finally:
@@ -103,7 +115,12 @@ class ReadAhead:
             if self._held and self._bytes + end - start > self._limit:
                 return
             whole = Span(group[0].dataset, group[0].shard, start, end)
-            fetch = _Fetch(self._submit(partial(self._fetch, whole)), start, end - start, len({s.key for s in group}))
+            fetch = _Fetch(
+                self._submit(partial(self._fetch, whole)),
+                start,
+                end - start,
+                len({s.key for s in group}),
+            )
             self._bytes += fetch.bytes
             self._held |= dict.fromkeys((span.key for span in group), fetch)
 
@@ -116,7 +133,11 @@ class ReadAhead:
                 fetch.data.cancel()
 
     def _fetch(self, span: Span) -> bytes:
-        return self._cached(span) if self._cache is not None else span.dataset.read_tar(span.shard, span.start, span.end)
+        return (
+            self._cached(span)
+            if self._cache is not None
+            else span.dataset.read_tar(span.shard, span.start, span.end)
+        )
 
     def _cached(self, span: Span) -> bytes:
         assert self._cache is not None
@@ -124,10 +145,14 @@ class ReadAhead:
         for key, first, place in _chunks(span):
             piece = self._cache.get(key, place.start, place.stop)
             if piece is None:
-                with self._chunk_locks[int(key[:8], 16) % len(self._chunk_locks)]:  # neighbours want the same chunk: fetch it once
+                with self._chunk_locks[
+                    int(key[:8], 16) % len(self._chunk_locks)
+                ]:  # neighbours want the same chunk: fetch it once
                     piece = self._cache.get(key, place.start, place.stop)
                     if piece is None:
-                        whole = span.dataset.read_tar(span.shard, first, min(first + CHUNK, span.shard.bytes))
+                        whole = span.dataset.read_tar(
+                            span.shard, first, min(first + CHUNK, span.shard.bytes)
+                        )
                         self._cache.put(key, whole)
                         piece = whole[place.start : place.stop]
             pieces.append(piece)
@@ -178,7 +203,9 @@ def announce(spans: Sequence[Span]) -> None:
             descriptor = os.open(group[0].dataset.tar_path(group[0].shard), os.O_RDONLY)
             try:
                 for span in group:
-                    os.posix_fadvise(descriptor, span.start, span.end - span.start, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(
+                        descriptor, span.start, span.end - span.start, os.POSIX_FADV_WILLNEED
+                    )
             finally:
                 os.close(descriptor)
 
@@ -187,5 +214,7 @@ def _chunks(span: Span) -> Iterator[tuple[str, int, range]]:
     """(key, offset in the tar, range within the chunk) of the chunks that a span touches."""
     for number in range(span.start // CHUNK, -(-span.end // CHUNK)):
         first = number * CHUNK
-        name = hashlib.sha256(f"{span.shard.sha256} {span.shard.bytes} {number}".encode()).hexdigest()[:40]
+        name = hashlib.sha256(
+            f"{span.shard.sha256} {span.shard.bytes} {number}".encode()
+        ).hexdigest()[:40]
         yield name, first, range(max(span.start - first, 0), min(span.end - first, CHUNK))

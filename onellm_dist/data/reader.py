@@ -61,7 +61,9 @@ class Reader:
         self._plan = plan
         self._known = dict(skipped_samples or {})
         config = plan.config
-        self._cache = ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+        self._cache = (
+            ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
+        )
         self._ahead: tuple[int, ReadAhead] | None = None
         self._places: dict[SampleRef, _Place] = {}
 
@@ -75,13 +77,20 @@ class Reader:
             OneLLMError: a text has another length than its sidecar says; an index is damaged.
         """
         if micro.is_empty:
-            return self._pack([_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], is_empty=True)
+            return self._pack(
+                [_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], is_empty=True
+            )
         ids = self._plan.sample_ids(micro.samples)
         known, self._places = self._places, {}
-        now, later = self._spans(micro.samples, known), self._spans(ahead.samples if ahead else (), known)
+        now, later = (
+            self._spans(micro.samples, known),
+            self._spans(ahead.samples if ahead else (), known),
+        )
         self._read_ahead.ask(now, later)
         samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
-        return self._pack(samples, [self._plan.spans[ref.dataset] for ref in micro.samples], ids, is_empty=False)
+        return self._pack(
+            samples, [self._plan.spans[ref.dataset] for ref in micro.samples], ids, is_empty=False
+        )
 
     @property
     def _read_ahead(self) -> ReadAhead:
@@ -103,7 +112,10 @@ class Reader:
         dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
         there = dataset.index(shard).parts(ref.row)
         slots = {name: plan.modalities[name].match(there) for name in plan.spans[ref.dataset]}
-        wanted = {*TEXT_EXTENSIONS, *(extension for found in slots.values() for extension in found.values())}
+        wanted = {
+            *TEXT_EXTENSIONS,
+            *(extension for found in slots.values() for extension in found.values()),
+        }
         parts = span_of_parts(there, wanted)
         return _Place(slots, parts, Span(dataset, shard, parts.start, parts.end))
 
@@ -143,22 +155,35 @@ class Reader:
             slots = {slot: parts[extension] for slot, extension in place.slots[kind.name].items()}
             with _decoding(kind, sample_id):
                 raw = kind.decode(slots, meta)
-                values[kind.name] = kind.transform(raw, train=plan.config.augment, rng=self._rng(kind, sample_id))
+                values[kind.name] = kind.transform(
+                    raw, train=plan.config.augment, rng=self._rng(kind, sample_id)
+                )
             _check_value(kind, values[kind.name], sample_id)
         return _Sample(ids, labels, values)
 
     def _rng(self, kind: Modality, sample_id: str) -> np.random.Generator:
         """Seeded by run, sample, epoch and modality: never by a worker, a rank or what was read before."""
-        return np.random.Generator(np.random.PCG64(derive_key("augment", self._plan.seed, sample_id, kind.name)))
+        return np.random.Generator(
+            np.random.PCG64(derive_key("augment", self._plan.seed, sample_id, kind.name))
+        )
 
-    def _check_length(self, ref: SampleRef, sample_id: str, ids: Sequence[int], labels: Sequence[int]) -> None:
+    def _check_length(
+        self, ref: SampleRef, sample_id: str, ids: Sequence[int], labels: Sequence[int]
+    ) -> None:
         planned = (ref.text_tokens, ref.supervised_tokens)
         if planned == UNREADABLE:
-            raise SampleError("its text could not be read when text lengths were measured", "it was planned as a skipped_sample.")
+            raise SampleError(
+                "its text could not be read when text lengths were measured",
+                "it was planned as a skipped_sample.",
+            )
         now = (len(ids), sum(label >= 0 for label in labels))
         if now != planned:
             plan = self._plan
-            sidecar = token_count_path(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], plan.encoder.fingerprint)
+            sidecar = token_count_path(
+                plan.datasets[ref.dataset],
+                plan.shards[ref.dataset][ref.shard],
+                plan.encoder.fingerprint,
+            )
             raise OneLLMError(
                 f"stale sidecar {sidecar}: sample {sample_id} has {now[0]} text tokens ({now[1]} supervised), "
                 f"the sidecar says {planned[0]} ({planned[1]})",
@@ -169,26 +194,46 @@ class Reader:
     def _skipped_sample(self, ref: SampleRef, reason: str) -> _Sample:
         spans = self._plan.spans[ref.dataset]
         zeros = {name: torch.zeros(self._plan.modalities[name].value_shape) for name in spans}
-        return _Sample([self._plan.encoder.bos] * ref.text_tokens, [IGNORE] * ref.text_tokens, zeros, reason)
+        return _Sample(
+            [self._plan.encoder.bos] * ref.text_tokens, [IGNORE] * ref.text_tokens, zeros, reason
+        )
 
     def _pack(
-        self, samples: Sequence[_Sample], spans: Sequence[tuple[str, ...]], sample_ids: Sequence[str], *, is_empty: bool
+        self,
+        samples: Sequence[_Sample],
+        spans: Sequence[tuple[str, ...]],
+        sample_ids: Sequence[str],
+        *,
+        is_empty: bool,
     ) -> PackedBatch:
         values = {}
         for name, kind in self._plan.modalities.items():
             found = [sample.values[name] for sample in samples if name in sample.values]
             values[name] = torch.stack(found) if found else torch.zeros((0, *kind.value_shape))
-        labels = torch.tensor([label for sample in samples for label in sample.labels], dtype=torch.int64)
+        labels = torch.tensor(
+            [label for sample in samples for label in sample.labels], dtype=torch.int64
+        )
         return PackedBatch(
-            input_ids=torch.tensor([token for sample in samples for token in sample.ids], dtype=torch.int64),
+            input_ids=torch.tensor(
+                [token for sample in samples for token in sample.ids], dtype=torch.int64
+            ),
             labels=labels,
             text_token_counts=tuple(len(sample.ids) for sample in samples),
             modalities=tuple(spans),
             values=values,
-            weights=torch.tensor([0.0 if is_empty or sample.skipped_sample is not None else 1.0 for sample in samples]),
+            weights=torch.tensor(
+                [
+                    0.0 if is_empty or sample.skipped_sample is not None else 1.0
+                    for sample in samples
+                ]
+            ),
             sample_ids=() if is_empty else tuple(sample_ids),
             is_empty=is_empty,
-            skipped_samples={i: sample.skipped_sample for i, sample in enumerate(samples) if sample.skipped_sample is not None},
+            skipped_samples={
+                i: sample.skipped_sample
+                for i, sample in enumerate(samples)
+                if sample.skipped_sample is not None
+            },
             supervised=(labels != IGNORE).nonzero().squeeze(1),
         )
 
@@ -212,9 +257,13 @@ def _decoding(kind: Modality, sample_id: str) -> Iterator[None]:
     except Exception as error:
         if "allocate memory" in str(error):  # torch's, a RuntimeError
             raise OneLLMError(
-                f"sample {sample_id}, {kind.name}: {error}", "it is not left out.", "use fewer loader workers (data.workers)."
+                f"sample {sample_id}, {kind.name}: {error}",
+                "it is not left out.",
+                "use fewer loader workers (data.workers).",
             ) from error
-        raise SampleError(f"unreadable {kind.name}: {type(error).__name__}: {error}", "it cannot be decoded.") from error
+        raise SampleError(
+            f"unreadable {kind.name}: {type(error).__name__}: {error}", "it cannot be decoded."
+        ) from error
 
 
 def _check_value(kind: Modality, value: torch.Tensor, sample_id: str) -> None:

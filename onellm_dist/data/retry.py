@@ -16,7 +16,9 @@ PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try."""
 
 
-def read_with_retries(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> dict[str, Part]:
+def read_with_retries(
+    dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None
+) -> dict[str, Part]:
     """`read_parts`, tried again after a failure of the operating system or of a checksum.
 
     Raises:
@@ -26,7 +28,9 @@ def read_with_retries(dataset: Dataset, shard: ShardInfo, row: int, extensions: 
     return _retried(lambda: read_parts(dataset, shard, row, extensions))
 
 
-def span_with_retries(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan) -> dict[str, Part]:
+def span_with_retries(
+    dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan
+) -> dict[str, Part]:
     """`read_with_retries` of a sample whose place is known already; raises the same."""
     return _retried(lambda: read_span(dataset, shard, row, span))
 

@@ -40,7 +40,13 @@ TURN = "### {speaker}: {value}\n"
 STOP = "###"
 """Ends an answer; generation stops at it."""
 SYSTEM = "System"
-SPEAKERS = {"human": "Human", "user": "Human", "gpt": "Assistant", "assistant": "Assistant", "system": SYSTEM}
+SPEAKERS = {
+    "human": "Human",
+    "user": "Human",
+    "gpt": "Assistant",
+    "assistant": "Assistant",
+    "system": SYSTEM,
+}
 FORMAT_VERSION = 2
 """Raise it when the tokens of either format change: the length sidecars made before are then no longer used."""
 _MEDIA_TAG = "<image>"
@@ -67,7 +73,11 @@ class TextEncoder:
                 "save it as a tokenizer.json (PreTrainedTokenizerFast) beside the model.",
             )
         if text_format not in FORMATS:
-            raise UsageError(f"unknown text format {text_format!r}", "no such layout of text is known.", f"use {' or '.join(FORMATS)}.")
+            raise UsageError(
+                f"unknown text format {text_format!r}",
+                "no such layout of text is known.",
+                f"use {' or '.join(FORMATS)}.",
+            )
         if max_tokens < 2:
             raise UsageError(
                 f"data.max_text_tokens={max_tokens} leaves no token to supervise",
@@ -89,11 +99,21 @@ class TextEncoder:
         self._chat = ChatTemplate(tokenizer) if text_format == "chat" else None
         self._backend = _plain_copy(backend, specials=self._chat is not None)
         template = (self._chat.source, tokenizer.special_tokens_map) if self._chat else None
-        identity = (self._backend.to_str(), self.bos, self.eos, text_format, max_tokens, FORMAT_VERSION, template)
+        identity = (
+            self._backend.to_str(),
+            self.bos,
+            self.eos,
+            text_format,
+            max_tokens,
+            FORMAT_VERSION,
+            template,
+        )
         self.fingerprint = hashlib.sha256(repr(identity).encode("utf-8")).hexdigest()[:16]
         """Names everything that text lengths depend on, besides the text."""
 
-    def encode(self, parts: Mapping[str, Part], choose: Callable[[int], int] | None = None) -> tuple[list[int], list[int]]:
+    def encode(
+        self, parts: Mapping[str, Part], choose: Callable[[int], int] | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels (IGNORE where not supervised) of a sample's text parts, by extension; equal lengths, BOS first.
 
         Args:
@@ -104,7 +124,9 @@ class TextEncoder:
         """
         if self.text_format == "caption":
             captions = captions_of(parts)
-            return self._caption(captions[choose(len(captions)) if choose and len(captions) > 1 else 0])
+            return self._caption(
+                captions[choose(len(captions)) if choose and len(captions) > 1 else 0]
+            )
         return self._conversation(turns_of(parts))
 
     def variants(self, parts: Mapping[str, Part]) -> list[tuple[list[int], list[int]]]:
@@ -125,7 +147,9 @@ class TextEncoder:
         """
         if self._chat is None:
             raise ValueError(f"a prompt of the format {self.text_format}")
-        ids: list[int] = self._backend.encode(self._chat.prompt(turns), add_special_tokens=False).ids
+        ids: list[int] = self._backend.encode(
+            self._chat.prompt(turns), add_special_tokens=False
+        ).ids
         return ids if self._chat.has_bos else [self.bos, *ids]
 
     @property
@@ -152,7 +176,12 @@ class TextEncoder:
             while token < len(labels) and encoding.offsets[token][0] < end:
                 labels[token] = ids[token]
                 token += 1
-            if self._chat and token and labels[token - 1] != IGNORE and encoding.offsets[token - 1][1] > end:
+            if (
+                self._chat
+                and token
+                and labels[token - 1] != IGNORE
+                and encoding.offsets[token - 1][1] > end
+            ):
                 raise _joined(text, encoding.offsets[token - 1])
         if self._chat is None:
             ids, labels = [self.bos, *ids, self.eos], [IGNORE, *labels, IGNORE]
@@ -161,7 +190,9 @@ class TextEncoder:
         return ids[: self.max_tokens], labels[: self.max_tokens]
 
 
-def encode(parts: Mapping[str, Part], tokenizer: Any, text_format: TextFormat, max_tokens: int) -> tuple[list[int], list[int]]:
+def encode(
+    parts: Mapping[str, Part], tokenizer: Any, text_format: TextFormat, max_tokens: int
+) -> tuple[list[int], list[int]]:
     """`TextEncoder.encode` for one sample; keep a TextEncoder for many."""
     return _encoder(tokenizer, text_format, max_tokens).encode(parts)
 
@@ -225,10 +256,21 @@ def meta_of(parts: Mapping[str, Part]) -> Mapping[str, Any]:
         return {}
     try:
         meta = json.loads(_utf8(parts["json"]))
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of more than 4300 digits
-        raise SampleError(f"its .json part is not JSON: {error}", "the sample cannot be read.", "build the dataset again.") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also an integer of more than 4300 digits
+        raise SampleError(
+            f"its .json part is not JSON: {error}",
+            "the sample cannot be read.",
+            "build the dataset again.",
+        ) from None
     if not isinstance(meta, dict):
-        raise SampleError("its .json part is no JSON object", "captions and conversations are looked up in it.", "build the dataset again.")
+        raise SampleError(
+            "its .json part is no JSON object",
+            "captions and conversations are looked up in it.",
+            "build the dataset again.",
+        )
     return meta
 
 
@@ -243,7 +285,9 @@ def turns_of(parts: Mapping[str, Part]) -> list[tuple[str, str]]:
     raw = meta_of(parts).get("conversations")
     if not isinstance(raw, list) or not raw:
         raise SampleError(
-            "no `conversations` in the sample's .json", "the conversation format trains on answers.", "use data.text_format=caption."
+            "no `conversations` in the sample's .json",
+            "the conversation format trains on answers.",
+            "use data.text_format=caption.",
         )
     turns: list[tuple[str, str]] = []
     for number, given in enumerate(raw):
@@ -258,10 +302,20 @@ def turns_of(parts: Mapping[str, Part]) -> list[tuple[str, str]]:
             )
         _require_text(value, f"turn {number} of its conversation")
         if speaker == SYSTEM and turns:
-            raise SampleError(f"turn {number} of its conversation is a system turn", "only the first may be.", "mend the dataset's source.")
-        turns.append((speaker, value.replace(_MEDIA_TAG, "").strip() if _MEDIA_TAG in value else value))
+            raise SampleError(
+                f"turn {number} of its conversation is a system turn",
+                "only the first may be.",
+                "mend the dataset's source.",
+            )
+        turns.append(
+            (speaker, value.replace(_MEDIA_TAG, "").strip() if _MEDIA_TAG in value else value)
+        )
     if all(speaker != "Assistant" for speaker, _ in turns):
-        raise SampleError("its conversation has no answer", "nothing in it would be supervised.", "leave the sample out of the dataset.")
+        raise SampleError(
+            "its conversation has no answer",
+            "nothing in it would be supervised.",
+            "leave the sample out of the dataset.",
+        )
     return turns
 
 
@@ -276,7 +330,9 @@ def render_conversation(turns: Sequence[tuple[str, str]]) -> tuple[str, list[tup
     for speaker, value in turns:
         turn = TURN.format(speaker=speaker, value=value)
         if speaker == "Assistant":
-            answers.append((len(text) + len(f"{STOP} {speaker}:"), len(text) + len(turn) + len(STOP)))
+            answers.append(
+                (len(text) + len(f"{STOP} {speaker}:"), len(text) + len(turn) + len(STOP))
+            )
         text += turn
     return text + f"{STOP} ", answers
 

@@ -57,7 +57,10 @@ class _Row(NamedTuple):
 
 def token_count_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, Path]:
     """Where lengths may lie for a `TextEncoder.fingerprint`: with the dataset, and in the user's cache."""
-    return dataset.root / "lengths" / fingerprint, user_cache() / "lengths" / dataset.name / fingerprint
+    return (
+        dataset.root / "lengths" / fingerprint,
+        user_cache() / "lengths" / dataset.name / fingerprint,
+    )
 
 
 def token_count_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
@@ -94,7 +97,9 @@ class TokenCounts:
         seed: the run's; with sample and epoch it chooses among captions.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], fingerprint: str, split: str, seed: int) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], fingerprint: str, split: str, seed: int
+    ) -> None:
         self._datasets, self._fingerprint, self._seed = datasets, fingerprint, seed
         self._shards = [dataset.shards(split) for dataset in datasets]
         self._kept: OrderedDict[tuple[int, int], _Texts] = OrderedDict()
@@ -111,7 +116,10 @@ class TokenCounts:
             return texts.pairs[rows]
         first = texts.starts[rows]
         names = self._datasets[dataset].name, self._shards[dataset][shard].name
-        return texts.pairs[first + chosen_captions(self._seed, *names, rows, epochs, texts.starts[rows + 1] - first)]
+        return texts.pairs[
+            first
+            + chosen_captions(self._seed, *names, rows, epochs, texts.starts[rows + 1] - first)
+        ]
 
     def _of(self, dataset: int, shard: int) -> _Texts:
         kept = self._kept.get((dataset, shard))
@@ -131,7 +139,9 @@ def _here(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
     """The sidecar's path; one that lies with a remote dataset is copied first."""
     path = token_count_path(dataset, shard, fingerprint)
     if dataset.remote is not None and not path.exists():
-        with contextlib.suppress(FileNotFoundError):  # the message is that of a sidecar that is not there
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # the message is that of a sidecar that is not there
             dataset.remote.fetch(f"lengths/{fingerprint}/{path.name}", path)
     return path
 
@@ -147,28 +157,52 @@ def _load(path: Path, shard: ShardInfo) -> _Texts:
         ) from None
     if pairs.shape == (shard.samples, 2):
         return _Texts(pairs, None)
-    rows = pairs[:, 0].astype(np.int64) if pairs.ndim == 2 and pairs.shape[1] == 3 else np.zeros(0, dtype=np.int64)
-    if not (np.diff(rows) >= 0).all() or not np.array_equal(np.unique(rows), np.arange(shard.samples)):
+    rows = (
+        pairs[:, 0].astype(np.int64)
+        if pairs.ndim == 2 and pairs.shape[1] == 3
+        else np.zeros(0, dtype=np.int64)
+    )
+    if not (np.diff(rows) >= 0).all() or not np.array_equal(
+        np.unique(rows), np.arange(shard.samples)
+    ):
         raise OneLLMError(
-            f"{path}: it has the shape {pairs.shape}, not {(shard.samples, 2)}", "it is not of this shard.", "remove it and start again."
+            f"{path}: it has the shape {pairs.shape}, not {(shard.samples, 2)}",
+            "it is not of this shard.",
+            "remove it and start again.",
         )
     # A copy: a view would keep the column of rows too.
-    return _Texts(pairs[:, 1:].copy(), np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64))
+    return _Texts(
+        pairs[:, 1:].copy(), np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64)
+    )
 
 
-def missing_token_counts(datasets: Sequence[Dataset], fingerprint: str, split: str) -> list[tuple[Dataset, ShardInfo]]:
+def missing_token_counts(
+    datasets: Sequence[Dataset], fingerprint: str, split: str
+) -> list[tuple[Dataset, ShardInfo]]:
     """Shards without a sidecar (two or three directory reads a dataset)."""
     missing = []
     for dataset in datasets:
-        there = {name for folder in token_count_folders(dataset, fingerprint) if folder.is_dir() for name in os.listdir(folder)}
+        there = {
+            name
+            for folder in token_count_folders(dataset, fingerprint)
+            if folder.is_dir()
+            for name in os.listdir(folder)
+        }
         if dataset.remote is not None:
             there |= dataset.remote.names(f"lengths/{fingerprint}")
-        missing += [(dataset, shard) for shard in dataset.shards(split) if _sidecar_name(shard) not in there]
+        missing += [
+            (dataset, shard) for shard in dataset.shards(split) if _sidecar_name(shard) not in there
+        ]
     return missing
 
 
 def build_token_counts(
-    datasets: Sequence[Dataset], encoder: TextEncoder, *, split: str = "train", workers: int | None = None, show: bool = True
+    datasets: Sequence[Dataset],
+    encoder: TextEncoder,
+    *,
+    split: str = "train",
+    workers: int | None = None,
+    show: bool = True,
 ) -> int:
     """Measures the shards that have no sidecar yet; returns how many samples were measured.
 
@@ -186,9 +220,15 @@ def build_token_counts(
     if not jobs:
         return 0
     total = sum(shard.samples for _, shard in jobs)
-    workers = workers if workers is not None else (1 if total < INLINE_SAMPLES else min(len(jobs), os.cpu_count() or 1))
+    workers = (
+        workers
+        if workers is not None
+        else (1 if total < INLINE_SAMPLES else min(len(jobs), os.cpu_count() or 1))
+    )
     with progress(total, "Measuring text lengths", unit="sample", enabled=show) as bar:
-        for samples in _inline(jobs, encoder) if workers <= 1 else _parallel(jobs, encoder, workers):
+        for samples in (
+            _inline(jobs, encoder) if workers <= 1 else _parallel(jobs, encoder, workers)
+        ):
             bar.advance(samples)
     return total
 
@@ -198,13 +238,22 @@ def _inline(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder) -> 
         yield measure_shard(dataset, shard, encoder)
 
 
-def _parallel(jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder, workers: int) -> Iterator[int]:
+def _parallel(
+    jobs: Sequence[tuple[Dataset, ShardInfo]], encoder: TextEncoder, workers: int
+) -> Iterator[int]:
     # spawn: this process may hold CUDA, threads and locks that a fork must not inherit
     # Manifests and tokenizer travel once a process: of LAION-400M they are 5 MB, and there are 41,400 shards.
     datasets = list({id(dataset): dataset for dataset, _ in jobs}.values())
     number = {id(dataset): i for i, dataset in enumerate(datasets)}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(datasets, encoder)) as pool:
-        futures: list[Future[int]] = [pool.submit(_measure_in_worker, number[id(dataset)], shard) for dataset, shard in jobs]
+    with ProcessPoolExecutor(
+        workers,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(datasets, encoder),
+    ) as pool:
+        futures: list[Future[int]] = [
+            pool.submit(_measure_in_worker, number[id(dataset)], shard) for dataset, shard in jobs
+        ]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -234,7 +283,11 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
             texts = encoder.variants(read())
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
-                raise OneLLMError(error.what, "text lengths must not depend on a disk fault, so nothing was recorded.", error.do) from error
+                raise OneLLMError(
+                    error.what,
+                    "text lengths must not depend on a disk fault, so nothing was recorded.",
+                    error.do,
+                ) from error
             failures.append(error)
             found.append((row, *UNREADABLE))
             continue
@@ -258,7 +311,10 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
 def _texts(dataset: Dataset, shard: ShardInfo) -> Iterator[Callable[[], dict[str, Part]]]:
     """What reads the text parts of each row; of a remote shard, windows of rows are fetched together, one window ahead."""
     if dataset.remote is None:
-        yield from (partial(read_with_retries, dataset, shard, row, TEXT_EXTENSIONS) for row in range(shard.samples))
+        yield from (
+            partial(read_with_retries, dataset, shard, row, TEXT_EXTENSIONS)
+            for row in range(shard.samples)
+        )
         return
     ahead = ReadAhead(None, 2 * WINDOW_BYTES)
     windows = list(_windows(dataset, shard))

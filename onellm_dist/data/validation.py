@@ -19,7 +19,7 @@ def open_validation(
     *,
     build_counts: bool = True,
     sizes: tuple[int, int] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """A plan whose step 0 is the whole validation set of `data.validation`, in packed micro-batches, without augmentation.
 
     Datasets of the mixture that do not have the split are left out.
@@ -30,15 +30,29 @@ def open_validation(
     wanted = config.validation
     if wanted is None:
         raise ValueError("the recipe has no data.validation")
-    entries = tuple(entry for entry in config.mixture if wanted.split in open_dataset(config.place(entry)).splits)
+    entries = tuple(
+        entry
+        for entry in config.mixture
+        if wanted.split in open_dataset(config.place(entry)).splits
+    )
     if not entries:
         raise UsageError(
             f"data.validation.split={wanted.split}: no dataset of the mixture has this split",
             "there is nothing to validate on.",
             "build the datasets with a validation split, name another one, or take data.validation out.",
         )
-    section = config.model_copy(update={"mixture": entries, "global_batch": wanted.samples, "augment": False})
-    plan = Plan.open(section, tokenizer, seed, modalities, split=wanted.split, build_counts=build_counts, sizes=sizes)
+    section = config.model_copy(
+        update={"mixture": entries, "global_batch": wanted.samples, "augment": False}
+    )
+    plan = Plan.open(
+        section,
+        tokenizer,
+        seed,
+        modalities,
+        split=wanted.split,
+        build_counts=build_counts,
+        sizes=sizes,
+    )
     _check_sizes(plan, wanted)
     return plan
 

@@ -54,7 +54,9 @@ def run_doctor() -> int:
     failures = sum(f.state == "fail" for f in findings)
     warnings = sum(f.state == "warn" for f in findings)
     print(
-        f"{failures} would break training, {warnings} to know about." if failures or warnings else "Nothing stands in the way of training."
+        f"{failures} would break training, {warnings} to know about."
+        if failures or warnings
+        else "Nothing stands in the way of training."
     )
     return EXIT_FAILED if failures else EXIT_DONE
 
@@ -91,20 +93,31 @@ def check_packages(requirements: Iterable[str] | None = None) -> Iterator[Findin
         if requirement.specifier.contains(version, prereleases=True):
             yield Finding("packages", name, "ok", version)
         else:
-            yield Finding("packages", name, "fail", f"{version}, but {wanted} is needed", f"pip install '{requirement}'")
+            yield Finding(
+                "packages",
+                name,
+                "fail",
+                f"{version}, but {wanted} is needed",
+                f"pip install '{requirement}'",
+            )
 
 
-def check_torchaudio(version: Callable[[str], str] = importlib.metadata.version) -> Iterator[Finding]:
-    """torchaudio ended with 2.11: beside a newer torch its libraries do not load, and transformers' LLaMA imports it where installed."""
+def check_torchaudio(
+    version: Callable[[str], str] = importlib.metadata.version,
+) -> Iterator[Finding]:
+    """Torchaudio ended with 2.11: beside a newer torch its libraries do not load, and transformers' LLaMA imports it where installed."""
     try:
         audio, torch = version("torchaudio"), version("torch")
     except importlib.metadata.PackageNotFoundError:
         return
     if audio.split(".")[:2] != torch.split(".")[:2]:
         yield Finding(
-            "packages", "torchaudio", "fail", f"{audio} beside torch {torch}: transformers' LLaMA imports it and breaks",
+            "packages",
+            "torchaudio",
+            "fail",
+            f"{audio} beside torch {torch}: transformers' LLaMA imports it and breaks",
             "pip uninstall torchaudio: onellm_dist computes its spectrograms without it.",
-        )  # fmt: skip
+        )
 
 
 def check_imports(load: Callable[[str], object] = importlib.import_module) -> Iterator[Finding]:
@@ -124,7 +137,9 @@ def check_imports(load: Callable[[str], object] = importlib.import_module) -> It
             if module != "torchaudio" or error.name != module:
                 yield Finding("imports", module, "fail", _first_line(error), do)
         except Exception as error:  # a broken binary package raises anything (RuntimeError, OSError, AttributeError)
-            yield Finding("imports", module, "fail", f"{type(error).__name__}: {_first_line(error)}", do)
+            yield Finding(
+                "imports", module, "fail", f"{type(error).__name__}: {_first_line(error)}", do
+            )
         else:
             yield Finding("imports", module, "ok", "imports")
 
@@ -136,24 +151,43 @@ def check_devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") and _output(["nvidia-smi", "-L"]).startswith("GPU"):
             do = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}: update the driver, or install a matching torch."
-            yield Finding("devices", "GPU", "fail", "nvidia-smi lists GPUs, but torch cannot use them", do)
+            yield Finding(
+                "devices", "GPU", "fail", "nvidia-smi lists GPUs, but torch cannot use them", do
+            )
         else:
-            yield Finding("devices", "GPU", "note", "none: DeepSpeed runs on the CPU with gloo (DS_ACCELERATOR=cpu)")
+            yield Finding(
+                "devices",
+                "GPU",
+                "note",
+                "none: DeepSpeed runs on the CPU with gloo (DS_ACCELERATOR=cpu)",
+            )
     else:
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
             detail = f"{facts.name}, {facts.total_memory / GIB:.0f} GiB, compute {facts.major}.{facts.minor}"
             yield Finding("devices", f"GPU {index}", "ok", f"{detail}, CUDA {torch.version.cuda}")
-        version = ".".join(str(v) for v in torch.cuda.nccl.version()) if torch.distributed.is_nccl_available() else ""
+        version = (
+            ".".join(str(v) for v in torch.cuda.nccl.version())
+            if torch.distributed.is_nccl_available()
+            else ""
+        )
         if version:
             yield Finding("devices", "NCCL", "ok", version)
         else:
             yield Finding(
-                "devices", "NCCL", "fail", "torch has none", "install torch's CUDA build: ranks on GPUs cannot talk without NCCL."
+                "devices",
+                "NCCL",
+                "fail",
+                "torch has none",
+                "install torch's CUDA build: ranks on GPUs cannot talk without NCCL.",
             )
     cores = len(os.sched_getaffinity(0))
     flags = {flag for flag in ("avx512_bf16", "amx_bf16") if flag in _cpu_flags()}
-    bf16 = f"bf16 in hardware ({', '.join(sorted(flags))})" if flags else "no bf16 in hardware: use train.precision=fp32 on the CPU"
+    bf16 = (
+        f"bf16 in hardware ({', '.join(sorted(flags))})"
+        if flags
+        else "no bf16 in hardware: use train.precision=fp32 on the CPU"
+    )
     yield Finding("devices", "CPU", "ok", f"{cores} of {os.cpu_count()} cores usable, {bf16}")
 
 
@@ -169,29 +203,48 @@ def check_attention() -> Finding:
         return Finding("attention", "backend", "fail", error.what, error.do)
     if name == "sdpa" and torch.cuda.is_available():
         return Finding(
-            "attention", "backend", "warn", f"{name}: {reason}", "install flash-attn, or torch >= 2.11: packed attention is slow here."
+            "attention",
+            "backend",
+            "warn",
+            f"{name}: {reason}",
+            "install flash-attn, or torch >= 2.11: packed attention is slow here.",
         )
     return Finding("attention", "backend", "ok", f"{name}: {reason}")
 
 
 def check_launchers(path: str | None = None) -> Iterator[Finding]:
     """What can start ranks here: deepspeed, torchrun, pdsh, Slurm."""
-    beside = os.pathsep.join(p for p in (str(Path(sys.executable).parent), path or os.environ.get("PATH", "")) if p)
+    beside = os.pathsep.join(
+        p for p in (str(Path(sys.executable).parent), path or os.environ.get("PATH", "")) if p
+    )
     for name in ("deepspeed", "torchrun"):
         found = shutil.which(name, path=beside)
         if found:
             yield Finding("launchers", name, "ok", found)
         else:
-            yield Finding("launchers", name, "fail", "not found", f"pip install {'torch' if name == 'torchrun' else name}")
+            yield Finding(
+                "launchers",
+                name,
+                "fail",
+                "not found",
+                f"pip install {'torch' if name == 'torchrun' else name}",
+            )
     pdsh = shutil.which("pdsh", path=beside)
-    yield Finding("launchers", "pdsh", "ok" if pdsh else "note", pdsh or "not found: only for the deepspeed launcher over several nodes")
+    yield Finding(
+        "launchers",
+        "pdsh",
+        "ok" if pdsh else "note",
+        pdsh or "not found: only for the deepspeed launcher over several nodes",
+    )
     srun = shutil.which("srun", path=beside)
     if not srun:
         yield Finding("launchers", "Slurm", "note", "not found: no srun here")
         return
     job = os.environ.get("SLURM_JOB_ID")
     version = _output([srun, "--version"]) or "version unknown"
-    yield Finding("launchers", "Slurm", "ok", f"{version}, {'job ' + job if job else 'not inside a job'}")
+    yield Finding(
+        "launchers", "Slurm", "ok", f"{version}, {'job ' + job if job else 'not inside a job'}"
+    )
 
 
 def check_compiler() -> Finding:
@@ -199,40 +252,74 @@ def check_compiler() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding("launchers", "C++ compiler", "ok", "not needed: DeepSpeed compiles nothing for ZeRO on GPUs")
+        return Finding(
+            "launchers",
+            "C++ compiler",
+            "ok",
+            "not needed: DeepSpeed compiles nothing for ZeRO on GPUs",
+        )
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return Finding(
-            "launchers", "C++ compiler", "fail", "no g++", "install g++: DeepSpeed compiles its CPU communication op once (70 s)."
+            "launchers",
+            "C++ compiler",
+            "fail",
+            "no g++",
+            "install g++: DeepSpeed compiles its CPU communication op once (70 s).",
         )
-    return Finding("launchers", "C++ compiler", "ok", f"{compiler} (DeepSpeed compiles its CPU communication op once, 70 s)")
+    return Finding(
+        "launchers",
+        "C++ compiler",
+        "ok",
+        f"{compiler} (DeepSpeed compiles its CPU communication op once, 70 s)",
+    )
 
 
 def check_host() -> Iterator[Finding]:
     """Memory, open files, threads, and whether the host can find itself."""
     memory = psutil.virtual_memory()
-    yield Finding("host", "memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free")
+    yield Finding(
+        "host", "memory", "ok", f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free"
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096:
         yield Finding(
-            "host", "open files", "warn", f"at most {soft}", f"ulimit -n {min(hard, 65536)}: loader workers hold many shards open."
+            "host",
+            "open files",
+            "warn",
+            f"at most {soft}",
+            f"ulimit -n {min(hard, 65536)}: loader workers hold many shards open.",
         )
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
         do = f"add {name} to /etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
-        yield Finding("host", "name", "fail", f"{name} has no address ({error}): ranks cannot find each other", do)
+        yield Finding(
+            "host",
+            "name",
+            "fail",
+            f"{name} has no address ({error}): ranks cannot find each other",
+            do,
+        )
     else:
         yield Finding("host", "name", "ok", f"{name} is {address}")
     threads = os.environ.get("OMP_NUM_THREADS")
-    yield Finding("host", "OMP_NUM_THREADS", "note", threads or "not set: launchers set it for their ranks")
+    yield Finding(
+        "host", "OMP_NUM_THREADS", "note", threads or "not set: launchers set it for their ranks"
+    )
 
 
 def check_shared_memory(folder: Path) -> Finding:
     """Free space, and what ended DeepSpeed ranks have left behind."""
     if not folder.is_dir():
-        return Finding("host", str(folder), "warn", "not there", "mount a tmpfs: loader workers and CPU ranks share memory through it.")
+        return Finding(
+            "host",
+            str(folder),
+            "warn",
+            "not there",
+            "mount a tmpfs: loader workers and CPU ranks share memory through it.",
+        )
     left = [p for p in folder.glob(SHM_PATTERN) if p.is_file()]
     mapped = _mapped_files(folder) if left else set()
     left = [p for p in left if str(p) not in mapped]
@@ -241,9 +328,21 @@ def check_shared_memory(folder: Path) -> Finding:
     if left:
         size = sum(p.stat().st_blocks * 512 for p in left)
         do = f"rm {folder}/{SHM_PATTERN} while no CPU rank runs."
-        return Finding("host", str(folder), "warn", f"{detail}; {len(left)} buffers ({size / GIB:.2f} GiB) of ended DeepSpeed ranks", do)
+        return Finding(
+            "host",
+            str(folder),
+            "warn",
+            f"{detail}; {len(left)} buffers ({size / GIB:.2f} GiB) of ended DeepSpeed ranks",
+            do,
+        )
     if free < GIB:
-        return Finding("host", str(folder), "warn", detail, "docker run --shm-size=8g or larger: loader workers pass batches through it.")
+        return Finding(
+            "host",
+            str(folder),
+            "warn",
+            detail,
+            "docker run --shm-size=8g or larger: loader workers pass batches through it.",
+        )
     return Finding("host", str(folder), "ok", detail)
 
 
@@ -272,7 +371,12 @@ def print_findings(findings: Iterable[Finding]) -> None:
     for heading in ("", "part", "what", "found"):
         table.add_column(heading)
     for f in findings:
-        table.add_row(f"[{colours[f.state]}]{f.state}[/]", f.part, f.name, f.detail + (f"\n-> {f.do}" if f.do else ""))
+        table.add_row(
+            f"[{colours[f.state]}]{f.state}[/]",
+            f.part,
+            f.name,
+            f.detail + (f"\n-> {f.do}" if f.do else ""),
+        )
     Console().print(table)
 
 
@@ -284,7 +388,11 @@ def _mapped_files(folder: Path) -> set[str]:
             lines = (process / "maps").read_text(errors="replace").splitlines()
         except OSError:  # it ended meanwhile, or belongs to somebody else
             continue
-        found |= {fields[5] for line in lines if len(fields := line.split(None, 5)) == 6 and fields[5].startswith(f"{folder}/")}
+        found |= {
+            fields[5]
+            for line in lines
+            if len(fields := line.split(None, 5)) == 6 and fields[5].startswith(f"{folder}/")
+        }
     return found
 
 
@@ -293,12 +401,18 @@ def _cpu_flags() -> set[str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return set()
-    return set(next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "").split())
+    return set(
+        next(
+            (line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), ""
+        ).split()
+    )
 
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=False
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

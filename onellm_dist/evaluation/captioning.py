@@ -46,7 +46,9 @@ class Question:
     reference: str
 
 
-def questions(dataset: Dataset, split: str, limit: int | None = None, *, ask: bool = True) -> Iterator[Question]:
+def questions(
+    dataset: Dataset, split: str, limit: int | None = None, *, ask: bool = True
+) -> Iterator[Question]:
     """The samples of a split, with evaluation transforms.
 
     Args:
@@ -65,7 +67,9 @@ def questions(dataset: Dataset, split: str, limit: int | None = None, *, ask: bo
         meta = meta_of(parts)
         values = {}
         for kind in kinds:
-            raw = kind.decode({slot: parts[extension] for slot, extension in kind.match(parts).items()}, meta)
+            raw = kind.decode(
+                {slot: parts[extension] for slot, extension in kind.match(parts).items()}, meta
+            )
             values[kind.name] = kind.transform(raw, train=False, rng=np.random.default_rng(0))
         prompt, reference = _first_exchange(parts) if ask else ("", caption_of(parts))
         yield Question(dataset.index(shard).key(row), prompt, values, reference)
@@ -86,12 +90,23 @@ def answer(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
     """Greedy answers to questions that have the same prompt and the same modalities, as one batch."""
     encoder = TextEncoder(tokenizer, "caption", LONGEST_PROMPT)
     ids, _ = encoder.encode({"txt": Part("txt", asked[0].prompt.encode())})
-    prompt = torch.tensor([ids[:-1]] * len(asked), device=model.device)  # without the EOS of a caption
-    values = {f"{name}_values": torch.stack([q.values[name] for q in asked]).to(model.device) for name in asked[0].values}
+    prompt = torch.tensor(
+        [ids[:-1]] * len(asked), device=model.device
+    )  # without the EOS of a caption
+    values = {
+        f"{name}_values": torch.stack([q.values[name] for q in asked]).to(model.device)
+        for name in asked[0].values
+    }
     eos = tokenizer.eos_token_id
     stop = _stop_ids(tokenizer)
     out = model.generate(
-        prompt, torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=[eos, *stop], pad_token_id=eos, **values
+        prompt,
+        torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=[eos, *stop],
+        pad_token_id=eos,
+        **values,
     )
     said = tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
     return [text.split(STOP)[0].strip() for text in said]
@@ -105,7 +120,14 @@ def _stop_ids(tokenizer: Any) -> list[int]:
 
 
 def caption_split(
-    model: Any, tokenizer: Any, dataset: Dataset, split: str, *, limit: int | None = None, ask: bool = True, batch: int = BATCH
+    model: Any,
+    tokenizer: Any,
+    dataset: Dataset,
+    split: str,
+    *,
+    limit: int | None = None,
+    ask: bool = True,
+    batch: int = BATCH,
 ) -> Iterator[Caption]:
     """Answers for a split, in its order."""
     name = "+".join(dataset.modalities)
@@ -126,7 +148,13 @@ def caption_split(
 
 
 def caption_datasets(
-    model_path: Path, datasets: Sequence[Path], out: Path, *, splits: Sequence[str], limit: int | None = None, ask: bool = True
+    model_path: Path,
+    datasets: Sequence[Path],
+    out: Path,
+    *,
+    splits: Sequence[str],
+    limit: int | None = None,
+    ask: bool = True,
 ) -> None:
     """Caption splits of datasets with a saved model, a JSON line a sample.
 
@@ -140,11 +168,16 @@ def caption_datasets(
     loaded, processor = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    with progress(total, "Captioning", unit="samples") as bar, out.open("w", encoding="utf-8") as file:
+    with (
+        progress(total, "Captioning", unit="samples") as bar,
+        out.open("w", encoding="utf-8") as file,
+    ):
         for dataset in opened:
             bar.note("+".join(dataset.modalities))
             for split in splits:
-                for caption in caption_split(model, processor.tokenizer, dataset, split, limit=limit, ask=ask):
+                for caption in caption_split(
+                    model, processor.tokenizer, dataset, split, limit=limit, ask=ask
+                ):
                     file.write(json.dumps(asdict(caption)) + "\n")
                     file.flush()
                     bar.advance()
@@ -158,16 +191,28 @@ def read_captions(path: Path) -> list[Caption]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(
-        prog="python -m onellm_dist.evaluation.captioning", description=__doc__.splitlines()[0] if __doc__ else ""
+        prog="python -m onellm_dist.evaluation.captioning",
+        description=__doc__.splitlines()[0] if __doc__ else "",
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--splits", default="test_seen,test_held_out")
     parser.add_argument("--limit", type=int, default=None, help="samples of a split")
-    parser.add_argument("--no-question", action="store_true", help="empty prompt: ask for the caption, as align trains it")
+    parser.add_argument(
+        "--no-question",
+        action="store_true",
+        help="empty prompt: ask for the caption, as align trains it",
+    )
     given = parser.parse_args(arguments)
-    caption_datasets(given.model, given.datasets, given.out, splits=given.splits.split(","), limit=given.limit, ask=not given.no_question)
+    caption_datasets(
+        given.model,
+        given.datasets,
+        given.out,
+        splits=given.splits.split(","),
+        limit=given.limit,
+        ask=not given.no_question,
+    )
     return 0
 
 

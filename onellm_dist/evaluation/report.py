@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onellm_dist.evaluation.scorers.captions import Interval, Scores, chance, exact_match, score, shuffled_control
+from onellm_dist.evaluation.scorers.captions import (
+    Interval,
+    Scores,
+    chance,
+    exact_match,
+    score,
+    shuffled_control,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ class ModalityResult:
     splits: Mapping[str, SplitResult]
 
 
-def summarise(captions: Sequence[Caption], candidates: Mapping[str, Sequence[str]]) -> list[ModalityResult]:
+def summarise(
+    captions: Sequence[Caption], candidates: Mapping[str, Sequence[str]]
+) -> list[ModalityResult]:
     """Score captions by modality and split, in the order in which these first come.
 
     Args:
@@ -69,23 +78,61 @@ def _split(captions: Sequence[Caption], candidates: Sequence[str]) -> SplitResul
     # The example is the first right caption where most are right, else the first wrong one: it shows what is usual.
     matches = [bool(exact_match(p, r)) for p, r in zip(predictions, references, strict=True)]
     usual = sum(matches) * 2 >= len(matches)
-    example = next((c for c, right in zip(captions, matches, strict=True) if right == usual), captions[0])
-    return SplitResult(score(predictions, references), shuffled_control(predictions, references), chance(references, candidates), example)
+    example = next(
+        (c for c, right in zip(captions, matches, strict=True) if right == usual), captions[0]
+    )
+    return SplitResult(
+        score(predictions, references),
+        shuffled_control(predictions, references),
+        chance(references, candidates),
+        example,
+    )
 
 
 def as_text(results: Sequence[ModalityResult]) -> str:
     """The table for a terminal."""
-    head = ["modality", "split", "n", "exact match", "token F1", "shuffled EM", "shuffled F1", "chance EM/F1", "beats", "example"]
+    head = [
+        "modality",
+        "split",
+        "n",
+        "exact match",
+        "token F1",
+        "shuffled EM",
+        "shuffled F1",
+        "chance EM/F1",
+        "beats",
+        "example",
+    ]
     rows = [head]
     for result in results:
         for name, r in result.splits.items():
             right = exact_match(r.example.prediction, r.example.reference)
-            example = repr(r.example.prediction) + ("" if right else f" for {r.example.reference!r}")
+            example = repr(r.example.prediction) + (
+                "" if right else f" for {r.example.reference!r}"
+            )
             own = [str(r.own.n), str(r.own.exact_match), str(r.own.token_f1)]
-            control = [str(r.shuffled.exact_match), str(r.shuffled.token_f1), f"{r.chance[0]:.3f}/{r.chance[1]:.2f}"]
-            rows.append([result.modality, name.removeprefix("test_"), *own, *control, "yes" if r.beats_control else "NO", example])
+            control = [
+                str(r.shuffled.exact_match),
+                str(r.shuffled.token_f1),
+                f"{r.chance[0]:.3f}/{r.chance[1]:.2f}",
+            ]
+            rows.append(
+                [
+                    result.modality,
+                    name.removeprefix("test_"),
+                    *own,
+                    *control,
+                    "yes" if r.beats_control else "NO",
+                    example,
+                ]
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(
+            [*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]
+        ).rstrip()
+        for row in rows
+    )
 
 
 def as_json(results: Sequence[ModalityResult]) -> list[dict[str, Any]]:

@@ -53,19 +53,40 @@ class _Group:
         self.processes: list[subprocess.Popen[str]] = []
         for rank, log in enumerate(self.logs):
             env = {
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), PARENT_VARIABLE: str(os.getpid()),
-            }  # fmt: skip
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                PARENT_VARIABLE: str(os.getpid()),
+            }
             # A session of its own: Ctrl-C must reach a rank once, through us, and not a second time from the terminal.
             if rank == 0:
                 process = subprocess.Popen(
-                    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
+                    command,
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
                 )
-                self.reader = threading.Thread(target=self._pass_on, args=(process.stdout,), daemon=True)
+                self.reader = threading.Thread(
+                    target=self._pass_on, args=(process.stdout,), daemon=True
+                )
                 self.reader.start()
             else:
                 with log.open("w", encoding="utf-8") as out:
-                    process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+                    process = subprocess.Popen(
+                        command,
+                        env=env,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        text=True,
+                        start_new_session=True,
+                    )
             self.processes.append(process)
 
     def _pass_on(self, stream: IO[str]) -> None:
@@ -83,7 +104,11 @@ class _Group:
         first: int | None = None
         deadline = float("inf")
         while any(process.poll() is None for process in self.processes):
-            ended = [rank for rank, process in enumerate(self.processes) if process.poll() not in (None, EXIT_DONE)]
+            ended = [
+                rank
+                for rank, process in enumerate(self.processes)
+                if process.poll() not in (None, EXIT_DONE)
+            ]
             if ended and first is None:
                 # Where several ended within one look, a real exit code says more than the signal that followed it.
                 first = min(ended, key=lambda rank: self.processes[rank].returncode < 0)
@@ -104,15 +129,24 @@ class _Group:
 
     def _report(self, rank: int, code: int) -> None:
         how = (
-            f"was ended by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+            f"was ended by {signal.Signals(-code).name}"
+            + (" (out of memory?)" if code == -signal.SIGKILL else "")
             if code < 0
             else f"exit code {code}"
         )
         if rank == 0:
             lines = list(self.tail)
         else:
-            lines = self.logs[rank].read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-TAIL_LINES:]
-        print(f"\nrank {rank} failed first ({how}); its last words:\n" + "".join(lines), file=sys.stderr, flush=True)
+            lines = (
+                self.logs[rank]
+                .read_text(encoding="utf-8", errors="replace")
+                .splitlines(keepends=True)[-TAIL_LINES:]
+            )
+        print(
+            f"\nrank {rank} failed first ({how}); its last words:\n" + "".join(lines),
+            file=sys.stderr,
+            flush=True,
+        )
 
     def kill(self) -> None:
         for process in self.processes:
@@ -130,7 +164,11 @@ def when_ended(handler: Callable[[int, FrameType | None], None]) -> dict[int, An
     Returns:
         The handlers before, to be set again.
     """
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
     return {number: signal.signal(number, handler) for number in heard}
 
 

@@ -32,9 +32,13 @@ class Ranks:
         """
         os.environ.pop("LOCAL_SIZE", None)
         os.environ.update(
-            RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank), LOCAL_WORLD_SIZE=str(self.local_world),
-            MASTER_ADDR=self.address, MASTER_PORT=str(self.port),
-        )  # fmt: skip
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK=str(self.local_rank),
+            LOCAL_WORLD_SIZE=str(self.local_world),
+            MASTER_ADDR=self.address,
+            MASTER_PORT=str(self.port),
+        )
 
 
 def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
@@ -61,5 +65,9 @@ def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
             "start through deepspeed, torchrun or srun.",
         ) from None
     if not 0 <= rank < world:
-        raise UsageError(f"RANK={rank} with WORLD_SIZE={world}", "ranks count from 0.", "unset both to start alone, or use a launcher.")
+        raise UsageError(
+            f"RANK={rank} with WORLD_SIZE={world}",
+            "ranks count from 0.",
+            "unset both to start alone, or use a launcher.",
+        )
     return Ranks(rank, world, local_rank, local_world, env.get("MASTER_ADDR", "127.0.0.1"), port)

@@ -33,5 +33,7 @@ def get_modality(name: str) -> Modality:
         return all_modalities()[name]
     except KeyError:
         raise UsageError(
-            f"unknown modality {name!r}", "no file in onellm_dist/modalities/ defines it.", f"use one of: {', '.join(all_modalities())}."
+            f"unknown modality {name!r}",
+            "no file in onellm_dist/modalities/ defines it.",
+            f"use one of: {', '.join(all_modalities())}.",
         ) from None

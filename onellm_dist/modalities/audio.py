@@ -59,14 +59,20 @@ class AudioModality(Modality):
 
     name = "audio"
     order = 2
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")
+    }
     value_shape = (1, MELS, FRAMES)
     tokens = 12 * 101
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Sound:
         """The start of the recording, at its own rate."""
         part = parts["audio"]
-        wave, rate = _read_soundfile(part) if part.data[:4] in _SOUNDFILE_MAGIC else first_channel(part, SECONDS)
+        wave, rate = (
+            _read_soundfile(part)
+            if part.data[:4] in _SOUNDFILE_MAGIC
+            else first_channel(part, SECONDS)
+        )
         require_finite(wave, f".{part.extension}")
         return Sound(wave, rate)
 
@@ -95,7 +101,9 @@ def _read_soundfile(part: Part) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(part.data)) as file:
             rate = int(file.samplerate)
             wave = file.read(int(SECONDS * rate), dtype="float32", always_2d=True)[:, 0]
-    except Exception as error:  # LibsndfileError, and ValueError or RuntimeError of its wrapper on broken headers
+    except (
+        Exception
+    ) as error:  # LibsndfileError, and ValueError or RuntimeError of its wrapper on broken headers
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is no readable audio: {error}",
             "the sample has no usable sound.",

@@ -142,7 +142,9 @@ class Modality(ABC):
         for slot, accepted in {**self.required_parts, **self.optional_parts}.items():
             if slot in parts:
                 continue
-            beside = next((p for e in accepted if (p := path.with_name(f"{stem}.{e}")).exists()), None)
+            beside = next(
+                (p for e in accepted if (p := path.with_name(f"{stem}.{e}")).exists()), None
+            )
             if beside is not None:
                 parts[slot] = Part(beside.name.split(".", 1)[-1].lower(), beside.read_bytes())
             elif slot in self.required_parts:

@@ -50,7 +50,9 @@ def _farthest_numpy(planar: np.ndarray, count: int) -> np.ndarray:
         np.minimum(nearest, distance, out=nearest)
         last = int(nearest.argmax())
         chosen[i] = last
-        if nearest[last] == 0:  # every point is chosen or equals one that is: the rest stays at point 0
+        if (
+            nearest[last] == 0
+        ):  # every point is chosen or equals one that is: the rest stays at point 0
             chosen[i] = 0
             break
     return chosen
@@ -71,7 +73,9 @@ def _farthest_torch(planar: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def nearest_neighbours(coordinates: torch.Tensor, centres: torch.Tensor, count: int) -> torch.Tensor:
+def nearest_neighbours(
+    coordinates: torch.Tensor, centres: torch.Tensor, count: int
+) -> torch.Tensor:
     """Indices [n, C, count] int64 of the `count` points nearest to each centre, nearest first (the centre itself is one).
 
     Which of several points at exactly the same distance come last in is fixed for one device kind, but not across kinds
@@ -89,7 +93,9 @@ def nearest_neighbours(coordinates: torch.Tensor, centres: torch.Tensor, count: 
 
 def _nearest_tree(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
     """[n, N, 3] and [n, C, 3] -> [n, C, count]; a k-d tree takes 6 ms a cloud where distances and topk take 50."""
-    from scipy.spatial import cKDTree  # half a second of import, which commands without a model need not wait for
+    from scipy.spatial import (
+        cKDTree,
+    )  # half a second of import, which commands without a model need not wait for
 
     found = torch.empty((*at.shape[:2], count), dtype=torch.int64)
     for i in range(len(coordinates)):

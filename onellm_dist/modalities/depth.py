@@ -31,7 +31,8 @@ class DepthModality(PairModality):
 
     def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
         """The map as RGB. `meta["depth_is_distance"]` true: 16-bit and float values are distances (near must be bright,
-        as in DPT's maps that the paper trains on), so their inverse is rendered."""
+        as in DPT's maps that the paper trains on), so their inverse is rendered.
+        """
         if part.data[:6] == b"\x93NUMPY":
             values = read_npy(part)
         else:
@@ -39,7 +40,9 @@ class DepthModality(PairModality):
             if not picture.mode.startswith(("I", "F")):
                 return picture.convert("RGB")
             values = np.asarray(picture)
-        return render_depth(values, inverse=bool(meta.get("depth_is_distance", False)), name=f".{part.extension}")
+        return render_depth(
+            values, inverse=bool(meta.get("depth_is_distance", False)), name=f".{part.extension}"
+        )
 
 
 def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image:
@@ -63,7 +66,9 @@ def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image
     valid = grid > 0
     if not valid.any():
         raise SampleError(
-            f"{name} has no value above 0", "nothing in it was measured.", "drop the sample, or store depth as positive numbers."
+            f"{name} has no value above 0",
+            "nothing in it was measured.",
+            "drop the sample, or store depth as positive numbers.",
         )
     depth = grid[valid].astype(np.float64)
     if inverse:

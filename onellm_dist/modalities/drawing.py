@@ -15,7 +15,11 @@ TRACE_COLOURS = ((214, 62, 62), (52, 152, 84), (52, 103, 201))
 def _table(anchors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """[256, 3] uint8, linear between the anchors."""
     at = np.linspace(0, len(anchors) - 1, 256)
-    return np.stack([np.interp(at, range(len(anchors)), [a[c] for a in anchors]) for c in range(3)], 1).round().astype(np.uint8)
+    return (
+        np.stack([np.interp(at, range(len(anchors)), [a[c] for a in anchors]) for c in range(3)], 1)
+        .round()
+        .astype(np.uint8)
+    )
 
 
 def heat(values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> Image.Image:
@@ -29,10 +33,14 @@ def heat(values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> 
     else:
         low, high = (float(v) for v in np.percentile(values, (1, 99.5)))
     level = ((values - low) / ((high - low) or 1.0) * 255).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(_table(_SIGNED if signed else _HEAT)[level]).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray(_table(_SIGNED if signed else _HEAT)[level]).resize(
+        size, Image.Resampling.BILINEAR
+    )
 
 
-def traces(groups: Sequence[tuple[str, np.ndarray]], size: tuple[int, int] = (448, 224)) -> Image.Image:
+def traces(
+    groups: Sequence[tuple[str, np.ndarray]], size: tuple[int, int] = (448, 224)
+) -> Image.Image:
     """Panels one below the other, each (title, [lines, N]) drawn over a common scale, with the scale's ends written in."""
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
@@ -42,10 +50,15 @@ def traces(groups: Sequence[tuple[str, np.ndarray]], size: tuple[int, int] = (44
         low, high = float(lines.min()), float(lines.max())
         scale = (bottom - top) / ((high - low) or 1.0)
         if low < 0 < high:
-            draw.line([(0, bottom + low * scale), (size[0], bottom + low * scale)], fill=(205, 205, 205))
+            draw.line(
+                [(0, bottom + low * scale), (size[0], bottom + low * scale)], fill=(205, 205, 205)
+            )
         across = np.linspace(0, size[0] - 1, lines.shape[1])
         for line, colour in zip(lines, TRACE_COLOURS, strict=False):
-            draw.line(list(zip(across.tolist(), (bottom - (line - low) * scale).tolist(), strict=True)), fill=colour)
+            draw.line(
+                list(zip(across.tolist(), (bottom - (line - low) * scale).tolist(), strict=True)),
+                fill=colour,
+            )
         draw.text((4, i * each), f"{title}  {low:.3g} to {high:.3g}", fill=(60, 60, 60))
     return picture
 

@@ -38,7 +38,9 @@ class FmriModality(Modality):
 
     name = "fmri"
     order = 7
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"fmri": ("fmri.npy", "nsdgeneral.npy", "npy")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "fmri": ("fmri.npy", "nsdgeneral.npy", "npy")
+    }
     value_shape = (1, VOXELS)
     tokens = FMRI_TOKENS
 

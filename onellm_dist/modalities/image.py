@@ -43,7 +43,7 @@ class ImageModality(Modality):
 
     def tokenizer(self, width: int) -> None:
         """None: the encoder reads pixels itself."""
-        return None
+        return
 
     def preview(self, raw: Image.Image) -> Image.Image:
         """The picture, at most 448 pixels a side."""

@@ -60,7 +60,9 @@ class ImuModality(Modality):
 
     name = "imu"
     order = 6
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"imu": ("imu.npy", "imu.csv", "npy", "csv")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "imu": ("imu.npy", "imu.csv", "npy", "csv")
+    }
     optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "timestamps": ("timestamps.npy", "imu_timestamps.npy"),
         "window": ("window.json",),
@@ -93,7 +95,9 @@ class ImuModality(Modality):
             out[:, : signal.shape[1]] = torch.from_numpy(signal.astype(np.float32))
         if not torch.isfinite(out).all():
             raise SampleError(
-                "the signal is too large for fp32", "it would make the gradients of the whole step NaN.", "give it in m/s^2 and rad/s."
+                "the signal is too large for fp32",
+                "it would make the gradients of the whole step NaN.",
+                "give it in m/s^2 and rad/s.",
             )
         return out
 
@@ -147,11 +151,15 @@ def cut_window(recording: Recording, times: np.ndarray, meta: Mapping[str, Any])
     if round(end - start) != SECONDS:
         raise _bad_window(f"the window {start:g} to {end:g} s is not {SECONDS} s long")
     if max(start, end) * 1000 > times[-1]:
-        raise _bad_window(f"the window {start:g} to {end:g} s reaches beyond the recording's end at {times[-1] / 1000:g} s")
+        raise _bad_window(
+            f"the window {start:g} to {end:g} s reaches beyond the recording's end at {times[-1] / 1000:g} s"
+        )
     first, last = bisect_left(times, start * 1000), bisect_left(times, end * 1000)
     gap = max(abs(start - times[first] / 1000), abs(end - times[last] / 1000))
     if gap > _MARGIN_SECONDS:
-        raise _bad_window(f"the sample nearest to an edge of the window {start:g} to {end:g} s is {gap:.1f} s away")
+        raise _bad_window(
+            f"the sample nearest to an edge of the window {start:g} to {end:g} s is {gap:.1f} s away"
+        )
     if last - first < _FEWEST:
         raise _bad_window(f"the window {start:g} to {end:g} s has {last - first} samples")
     rate = _mean_rate(times[first:last])
@@ -168,7 +176,11 @@ def _seconds(meta: Mapping[str, Any], key: str) -> float:
 
 
 def _bad_window(what: str) -> SampleError:
-    return SampleError(what, "there is no signal to train on.", "drop the sample, or correct the window in its json.")
+    return SampleError(
+        what,
+        "there is no signal to train on.",
+        "drop the sample, or correct the window in its json.",
+    )
 
 
 MODALITY = ImuModality()

@@ -46,7 +46,9 @@ def render_normals(vectors: np.ndarray, *, name: str) -> Image.Image:
         vectors = vectors.transpose(1, 2, 0)
     if vectors.ndim != 3 or vectors.shape[2] != 3 or min(vectors.shape) < 2:
         raise SampleError(
-            f"{name} has shape {vectors.shape}, not [height, width, 3]", "it is no normal map.", "store one unit vector a pixel."
+            f"{name} has shape {vectors.shape}, not [height, width, 3]",
+            "it is no normal map.",
+            "store one unit vector a pixel.",
         )
     largest = float(np.abs(vectors).max())
     if vectors.dtype.kind != "f" or largest > 1.01:
@@ -55,7 +57,9 @@ def render_normals(vectors: np.ndarray, *, name: str) -> Image.Image:
             "they are no unit vectors, so their colours would mean nothing.",
             "normalise them, or store the rendered map as a picture.",
         )
-    return Image.fromarray(np.round((vectors.clip(-1, 1).astype(np.float64) + 1) * 127.5).astype(np.uint8))
+    return Image.fromarray(
+        np.round((vectors.clip(-1, 1).astype(np.float64) + 1) * 127.5).astype(np.uint8)
+    )
 
 
 MODALITY = NormalModality()

@@ -68,7 +68,7 @@ class PairModality(Modality):
 
     def tokenizer(self, width: int) -> None:
         """None: the encoder reads pixels itself."""
-        return None
+        return
 
     def preview(self, raw: Pair) -> Image.Image:
         """Picture and map side by side, at most 224 pixels a side each."""

@@ -29,7 +29,9 @@ class _WidestOfGroup(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, groups: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, groups: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         out = torch.empty((len(groups), len(weight)), dtype=weight.dtype, device=groups.device)
         winners = torch.empty(out.shape, dtype=torch.uint8, device=groups.device)
         for rows in _chunks(groups, len(weight)):
@@ -41,7 +43,9 @@ class _WidestOfGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         groups, winners = ctx.saved_tensors
-        gradient = gradients[0].float()  # sums over thousands of groups: in fp32 whatever the weights are
+        gradient = gradients[
+            0
+        ].float()  # sums over thousands of groups: in fp32 whatever the weights are
         total = torch.zeros((gradient.shape[1], groups.shape[2]), device=gradient.device)
         for rows in _chunks(groups, gradient.shape[1]):
             index = winners[rows].long()[..., None].expand(-1, -1, groups.shape[2])
@@ -92,7 +96,9 @@ class PointModality(Modality):
 
     name = "point"
     order = 3
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"point": ("point.npy", "ply", "pcd", "npy")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "point": ("point.npy", "ply", "pcd", "npy")
+    }
     value_shape = (POINTS, 6)
     tokens = CENTRES
 
@@ -122,7 +128,11 @@ class PointModality(Modality):
                 "it cannot be scaled to radius 1.",
                 "drop the sample; its points are all one, or too far apart for fp32.",
             )
-        return torch.from_numpy(np.concatenate([centred / np.float32(radius), cloud[:, 3:]], 1).astype(np.float32, copy=False))
+        return torch.from_numpy(
+            np.concatenate([centred / np.float32(radius), cloud[:, 3:]], 1).astype(
+                np.float32, copy=False
+            )
+        )
 
     def tokenizer(self, width: int) -> nn.Module:
         """Grouping by colour, then a small PointNet."""

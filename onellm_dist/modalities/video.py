@@ -43,7 +43,9 @@ class VideoModality(Modality):
 
     name = "video"
     order = 1
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"video": ("mp4", "webm", "mkv", "avi", "mov", "m4v")}
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "video": ("mp4", "webm", "mkv", "avi", "mov", "m4v")
+    }
     value_shape = (CLIPS * CROPS, 3, SIDE, SIDE)
     frames = CLIPS * CROPS
     tokens = PATCHES
@@ -54,7 +56,9 @@ class VideoModality(Modality):
         part = parts["video"]
         frames, seconds = read_frames(part, clip_starts)
         height, width = frames[0].shape[:2]
-        if any(f.shape != frames[0].shape for f in frames) or max(height, width) > _WIDEST * min(height, width):
+        if any(f.shape != frames[0].shape for f in frames) or max(height, width) > _WIDEST * min(
+            height, width
+        ):
             raise SampleError(
                 f".{part.extension}: frames of {sorted({f.shape[1::-1] for f in frames})} pixels",
                 f"frames must have one size, and a shape of at most {_WIDEST} : 1.",
@@ -64,19 +68,24 @@ class VideoModality(Modality):
 
     def transform(self, raw: Clip, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[15, 3, 224, 224]: the frames in order, each as three crops along its long side."""
-        mean, deviation = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+        mean, deviation = (
+            torch.tensor(CLIP_MEAN)[:, None, None],
+            torch.tensor(CLIP_STD)[:, None, None],
+        )
         out = torch.empty(self.value_shape)
         done: dict[int, torch.Tensor] = {}
         for i, frame in enumerate(raw.frames):
             crops = done.get(id(frame))
             if crops is None:
-                crops = done[id(frame)] = torch.stack(three_crops(scale_short_side(frame).sub_(mean).div_(deviation)))
+                crops = done[id(frame)] = torch.stack(
+                    three_crops(scale_short_side(frame).sub_(mean).div_(deviation))
+                )
             out[i * CROPS : (i + 1) * CROPS] = crops
         return out
 
     def tokenizer(self, width: int) -> None:
         """None: the encoder reads pixels itself."""
-        return None
+        return
 
     def preview(self, raw: Clip) -> Image.Image:
         """The five frames as a strip, 446 pixels wide where frames are wide."""
@@ -96,9 +105,15 @@ def clip_starts(total: int, rate: float) -> list[int]:
 def scale_short_side(frame: np.ndarray) -> torch.Tensor:
     """[H, W, 3] uint8 -> [3, h, w] fp32 in [0, 1], the short side 224: bilinear without antialiasing, long side floored."""
     height, width = frame.shape[:2]
-    size = (math.floor(height / width * SIDE), SIDE) if width < height else (SIDE, math.floor(width / height * SIDE))
+    size = (
+        (math.floor(height / width * SIDE), SIDE)
+        if width < height
+        else (SIDE, math.floor(width / height * SIDE))
+    )
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].float().div_(255)
-    return torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
+    return torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[
+        0
+    ]
 
 
 def three_crops(picture: torch.Tensor) -> list[torch.Tensor]:

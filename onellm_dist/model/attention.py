@@ -31,10 +31,16 @@ BACKEND_VARIABLE = "ONELLM_ATTENTION"
 _Kernel = Callable[..., torch.Tensor]
 
 
-def device_tensor(values: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+def device_tensor(
+    values: Any, device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     """Host integers as a tensor on `device`, through page-locked memory so that a GPU's queue is not drained."""
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+    return (
+        host.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else host.to(device)
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,13 @@ class SequenceLengths:
     cu_seqlens_k: torch.Tensor
 
     @classmethod
-    def of(cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, *, device: torch.device) -> SequenceLengths:
+    def of(
+        cls,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int] | None = None,
+        *,
+        device: torch.device,
+    ) -> SequenceLengths:
         """SequenceLengths from host lengths (no synchronisation); `k_lengths` is `q_lengths` where not given."""
         q = tuple(q_lengths)
         cu_seqlens_q = _cumulative(q, device)
@@ -76,7 +88,10 @@ class SequenceLengths:
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
         """Neighbours of equal lengths: (seq_lengths, query length, key length) each."""
-        return [(len(list(g)), q, k) for (q, k), g in groupby(zip(self.q_lengths, self.k_lengths, strict=True))]
+        return [
+            (len(list(g)), q, k)
+            for (q, k), g in groupby(zip(self.q_lengths, self.k_lengths, strict=True))
+        ]
 
     @cached_property
     def buckets(self) -> list[tuple[int, int, torch.Tensor]]:
@@ -87,7 +102,8 @@ class SequenceLengths:
         starts = torch.tensor((0, *self.q_lengths)).cumsum(0)
         out = []
         for _, group in groupby(
-            sorted(range(len(self.q_lengths)), key=lambda i: self.q_lengths[i]), key=lambda i: _bucket(self.q_lengths[i])
+            sorted(range(len(self.q_lengths)), key=lambda i: self.q_lengths[i]),
+            key=lambda i: _bucket(self.q_lengths[i]),
         ):
             members = list(group)
             lengths = torch.tensor([self.q_lengths[i] for i in members])
@@ -99,7 +115,11 @@ class SequenceLengths:
     @cached_property
     def bucket_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows to gather into the padded buckets, where each token of the pack then stands in them)."""
-        rows = torch.cat([r for _, _, r in self.buckets]) if self.buckets else torch.empty(0, dtype=torch.int64)
+        rows = (
+            torch.cat([r for _, _, r in self.buckets])
+            if self.buckets
+            else torch.empty(0, dtype=torch.int64)
+        )
         back = torch.empty(sum(self.q_lengths), dtype=torch.int64)
         real = rows >= 0
         back[rows[real]] = torch.arange(len(rows))[real]
@@ -116,7 +136,13 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, *, causal: bool = False, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lengths: SequenceLengths,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attention within each segment of a pack: [T, H, D], [S, Hkv, D], [S, Hkv, D] -> [T, H, D].
 
@@ -135,7 +161,15 @@ def packed_attention(
         return _sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
     kernel = _KERNELS[name]()
     return kernel(
-        q, k, v, seq_lengths.cu_seqlens_q, seq_lengths.cu_seqlens_k, seq_lengths.max_seqlen_q, seq_lengths.max_seqlen_k, causal, scale
+        q,
+        k,
+        v,
+        seq_lengths.cu_seqlens_q,
+        seq_lengths.cu_seqlens_k,
+        seq_lengths.max_seqlen_q,
+        seq_lengths.max_seqlen_k,
+        causal,
+        scale,
     )
 
 
@@ -157,19 +191,36 @@ def varlen_attention(
     """
     q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     if max(q_lengths, default=0) > max_seqlen_q or max(k_lengths, default=0) > max_seqlen_k:
-        raise ValueError(f"a segment is longer than max_seqlen_q={max_seqlen_q} or max_seqlen_k={max_seqlen_k}")
-    return packed_attention(q, k, v, SequenceLengths.of(q_lengths, k_lengths, device=q.device), causal=causal, scale=scale)
+        raise ValueError(
+            f"a segment is longer than max_seqlen_q={max_seqlen_q} or max_seqlen_k={max_seqlen_k}"
+        )
+    return packed_attention(
+        q,
+        k,
+        v,
+        SequenceLengths.of(q_lengths, k_lengths, device=q.device),
+        causal=causal,
+        scale=scale,
+    )
 
 
 def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, *, causal: bool, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lengths: SequenceLengths,
+    *,
+    causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
     if causal and seq_lengths.q_lengths != seq_lengths.k_lengths:
         raise ValueError("causal packed attention needs equal query and key lengths")
     if causal and len(seq_lengths.runs) > 1:
         return _sdpa_buckets(q, k, v, seq_lengths, scale)
     runs = seq_lengths.runs or [(0, 1, 1)]
-    q_parts, k_parts, v_parts = (x.split([n * (lq if x is q else lk) for n, lq, lk in runs]) for x in (q, k, v))
+    q_parts, k_parts, v_parts = (
+        x.split([n * (lq if x is q else lk) for n, lq, lk in runs]) for x in (q, k, v)
+    )
     out = [
         _sdpa_batch(a, b, c, n, lq, lk, causal=causal, scale=scale)
         for a, b, c, (n, lq, lk) in zip(q_parts, k_parts, v_parts, runs, strict=True)
@@ -177,20 +228,44 @@ def _sdpa(
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _sdpa_buckets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seq_lengths: SequenceLengths, scale: float | None) -> torch.Tensor:
+def _sdpa_buckets(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seq_lengths: SequenceLengths,
+    scale: float | None,
+) -> torch.Tensor:
     rows, back = seq_lengths.bucket_rows
     sizes = [n * length for n, length, _ in seq_lengths.buckets]
-    parts = zip(*(x.index_select(0, rows).split(sizes) for x in (q, k, v)), seq_lengths.buckets, strict=True)
-    out = [_sdpa_batch(a, b, c, n, length, length, causal=True, scale=scale) for a, b, c, (n, length, _) in parts]
+    parts = zip(
+        *(x.index_select(0, rows).split(sizes) for x in (q, k, v)), seq_lengths.buckets, strict=True
+    )
+    out = [
+        _sdpa_batch(a, b, c, n, length, length, causal=True, scale=scale)
+        for a, b, c, (n, length, _) in parts
+    ]
     return (out[0] if len(out) == 1 else torch.cat(out)).index_select(0, back)
 
 
 def _sdpa_batch(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: int, lq: int, lk: int, *, causal: bool, scale: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    n: int,
+    lq: int,
+    lk: int,
+    *,
+    causal: bool,
+    scale: float | None,
 ) -> torch.Tensor:
-    """n seq_lengths of one length: [n * lq, H, D] -> [n * lq, H, D]."""
-    q, k, v = (x.reshape(n, length, x.shape[1], x.shape[2]).transpose(1, 2) for x, length in ((q, lq), (k, lk), (v, lk)))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    """N seq_lengths of one length: [n * lq, H, D] -> [n * lq, H, D]."""
+    q, k, v = (
+        x.reshape(n, length, x.shape[1], x.shape[2]).transpose(1, 2)
+        for x, length in ((q, lq), (k, lk), (v, lk))
+    )
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2).reshape(n * lq, out.shape[1], out.shape[3])
 
 
@@ -212,7 +287,17 @@ def _flash3() -> _Kernel:
         causal: bool,
         scale: float | None,
     ) -> torch.Tensor:
-        out = function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=scale, causal=causal)
+        out = function(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=scale,
+            causal=causal,
+        )
         return out[0] if isinstance(out, tuple) else out  # betas before 2025-09 return (out, lse)
 
     return kernel
@@ -233,7 +318,17 @@ def _flash2() -> _Kernel:
         causal: bool,
         scale: float | None,
     ) -> torch.Tensor:
-        return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=scale, causal=causal)
+        return function(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=scale,
+            causal=causal,
+        )
 
     return kernel
 
@@ -254,7 +349,9 @@ def _varlen() -> _Kernel:
         causal: bool,
         scale: float | None,
     ) -> torch.Tensor:
-        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters and causal else {}
+        options: dict[str, Any] = (
+            {"window_size": (-1, 0)} if "window_size" in parameters and causal else {}
+        )
         if "window_size" not in parameters:  # torch 2.10's first form
             options["is_causal"] = causal
         if q.shape[1] != k.shape[1]:
@@ -263,19 +360,36 @@ def _varlen() -> _Kernel:
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return function(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, **options
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            scale=scale,
+            **options,
         )
 
     return kernel
 
 
-_KERNELS: dict[str, Callable[[], _Kernel]] = {"flash3": _flash3, "flash2": _flash2, "varlen": _varlen}
+_KERNELS: dict[str, Callable[[], _Kernel]] = {
+    "flash3": _flash3,
+    "flash2": _flash2,
+    "varlen": _varlen,
+}
 
 
 @cache
 def _kernel_for(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend for these inputs: variable-length kernels take 16-bit CUDA tensors with heads of a multiple of 8 up to 256."""
-    if device_type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 256:
+    if (
+        device_type != "cuda"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or head_dim % 8
+        or head_dim > 256
+    ):
         return "sdpa"
     return backend()[0]
 
@@ -290,22 +404,30 @@ def backend() -> tuple[str, str]:
     wanted = os.environ.get(BACKEND_VARIABLE, "auto")
     if wanted not in ("auto", "sdpa", *_KERNELS):
         raise UsageError(
-            f"{BACKEND_VARIABLE}={wanted!r}", "no attention backend has this name.", "use auto, flash3, flash2, varlen or sdpa."
+            f"{BACKEND_VARIABLE}={wanted!r}",
+            "no attention backend has this name.",
+            "use auto, flash3, flash2, varlen or sdpa.",
         )
     if wanted == "sdpa":
         return "sdpa", f"{BACKEND_VARIABLE}=sdpa asks for it"
     if not torch.cuda.is_available():
         if wanted != "auto":
-            raise UsageError(f"{BACKEND_VARIABLE}={wanted}", "no CUDA device is here.", "unset it, or use sdpa.")
+            raise UsageError(
+                f"{BACKEND_VARIABLE}={wanted}", "no CUDA device is here.", "unset it, or use sdpa."
+            )
         return "sdpa", "no CUDA device: scaled-dot-product attention, segment by segment"
     reasons: list[str] = []
     for name in _KERNELS if wanted == "auto" else (wanted,):
         reason = _unusable(name)
         if reason is None:
-            return name, f"{BACKEND_VARIABLE}={wanted}" if wanted != "auto" else "; ".join([*reasons, f"{name} can be used"])
+            return name, f"{BACKEND_VARIABLE}={wanted}" if wanted != "auto" else "; ".join(
+                [*reasons, f"{name} can be used"]
+            )
         reasons.append(f"{name}: {reason}")
     if wanted != "auto":
-        raise UsageError(f"{BACKEND_VARIABLE}={wanted}", reasons[0] + ".", "install it, or unset the variable.")
+        raise UsageError(
+            f"{BACKEND_VARIABLE}={wanted}", reasons[0] + ".", "install it, or unset the variable."
+        )
     return "sdpa", "; ".join(reasons)
 
 
@@ -342,9 +464,13 @@ def llm_attention(
     query [B, H, S, D], key and value [B, Hkv, S, D]; B = 1 where packed. Returns ([B, S, H, D], None).
     """
     if seq_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     window = kwargs.get("sliding_window")
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    unsupported = [
+        name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None
+    ]
     if window is not None and seq_lengths.max_seqlen_k > window:
         unsupported.append(f"sliding_window={window}")
     if dropout:

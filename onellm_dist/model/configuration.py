@@ -61,9 +61,19 @@ class OneLLMVisionConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
-        self.patch_size, self.image_size, self.act, self.output_dim = patch_size, image_size, act, output_dim
+        self.patch_size, self.image_size, self.act, self.output_dim = (
+            patch_size,
+            image_size,
+            act,
+            output_dim,
+        )
         self.class_token, self.registers, self.positions = class_token, registers, positions
-        self.patch_bias, self.qkv_bias, self.pre_norm, self.post_norm = patch_bias, qkv_bias, pre_norm, post_norm
+        self.patch_bias, self.qkv_bias, self.pre_norm, self.post_norm = (
+            patch_bias,
+            qkv_bias,
+            pre_norm,
+            post_norm,
+        )
         self.layer_scale, self.mlp, self.norm_eps = layer_scale, mlp, norm_eps
         self.image_mean = None if image_mean is None else list(image_mean)
         self.image_std = None if image_std is None else list(image_std)
@@ -92,8 +102,21 @@ class OneLLMVisionConfig(PretrainedConfig):
     def clip(self) -> bool:
         """Whether it is CLIP's own form, which checkpoint formats of CLIP can hold."""
         plain = OneLLMVisionConfig()
-        own = ("class_token", "registers", "positions", "patch_bias", "qkv_bias", "pre_norm", "post_norm", "layer_scale", "mlp", "norm_eps")
-        return self.output_dim is not None and all(getattr(self, name) == getattr(plain, name) for name in own)
+        own = (
+            "class_token",
+            "registers",
+            "positions",
+            "patch_bias",
+            "qkv_bias",
+            "pre_norm",
+            "post_norm",
+            "layer_scale",
+            "mlp",
+            "norm_eps",
+        )
+        return self.output_dim is not None and all(
+            getattr(self, name) == getattr(plain, name) for name in own
+        )
 
 
 class OneLLMUPMConfig(PretrainedConfig):
@@ -148,7 +171,11 @@ class OneLLMConfig(PretrainedConfig):
         modalities: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.vision = vision if isinstance(vision, OneLLMVisionConfig) else OneLLMVisionConfig(**_arguments(vision))
+        self.vision = (
+            vision
+            if isinstance(vision, OneLLMVisionConfig)
+            else OneLLMVisionConfig(**_arguments(vision))
+        )
         self.upm = upm if isinstance(upm, OneLLMUPMConfig) else OneLLMUPMConfig(**_arguments(upm))
         self.text_config = _text_config(text_config)
         names = list(all_modalities()) if modalities is None else list(modalities)
@@ -194,12 +221,18 @@ def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedC
 
 def _choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UsageError(f"{key}={value!r}", "the model has no such form.", f"use one of: {', '.join(choices)}.")
+        raise UsageError(
+            f"{key}={value!r}", "the model has no such form.", f"use one of: {', '.join(choices)}."
+        )
 
 
 def _divides(key: str, value: int, whole_key: str, whole: int) -> None:
     if whole % value:
-        raise UsageError(f"{key}={value} does not divide {whole_key}={whole}", "heads have whole channels.", "choose a divisor.")
+        raise UsageError(
+            f"{key}={value} does not divide {whole_key}={whole}",
+            "heads have whole channels.",
+            "choose a divisor.",
+        )
 
 
 AutoConfig.register(OneLLMConfig.model_type, OneLLMConfig, exist_ok=True)

@@ -24,7 +24,13 @@ class PatchEmbedding(nn.Conv2d):
     """Pictures to tokens: [n, 3, image, image] -> [n, patches, width], row by row."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
-        super().__init__(3, config.width, kernel_size=config.patch_size, stride=config.patch_size, bias=config.patch_bias)
+        super().__init__(
+            3,
+            config.width,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[n, 3, image, image] -> [n, patches, width]; pixels are cast to the weights' dtype."""
@@ -89,7 +95,9 @@ class EncoderAttention(nn.Module):
     def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)  # [T, H, D / H] each
+        q, k, v = (
+            self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)
+        )  # [T, H, D / H] each
         return self.out(packed_attention(q, k, v, seq_lengths).reshape(tokens, width))
 
 
@@ -149,12 +157,20 @@ class Encoder(nn.Module):
         self.config = config
         self.patches = PatchEmbedding(config)
         self.class_token = PrefixTokens(config.width) if config.class_token else nn.Identity()
-        self.registers = PrefixTokens(config.registers, config.width) if config.registers else nn.Identity()
-        length = {"all": config.prefix + config.patches, "patches": config.patches}.get(config.positions)
+        self.registers = (
+            PrefixTokens(config.registers, config.width) if config.registers else nn.Identity()
+        )
+        length = {"all": config.prefix + config.patches, "patches": config.patches}.get(
+            config.positions
+        )
         self.positions = Positions(length, config.width) if length is not None else nn.Identity()
-        self.ln_pre = nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.ln_pre = (
+            nn.LayerNorm(config.width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        )
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.layers))
-        self.ln_post = nn.LayerNorm(config.width, eps=config.norm_eps) if config.post_norm else nn.Identity()
+        self.ln_post = (
+            nn.LayerNorm(config.width, eps=config.norm_eps) if config.post_norm else nn.Identity()
+        )
         if config.output_dim is not None:
             self.proj = VisualProjection(config.width, config.output_dim)
 
@@ -172,15 +188,25 @@ class Encoder(nn.Module):
     def images(self, images: torch.Tensor) -> torch.Tensor:
         """A batch of images, as the encoder was trained on them, through everything: [n, 3, image, image] -> [n, P + patches, D]."""
         x = self.patches(images)
-        x = self.prefix(self.positions(x)) if self.config.positions == "patches" else self.positions(self.prefix(x))
+        x = (
+            self.prefix(self.positions(x))
+            if self.config.positions == "patches"
+            else self.positions(self.prefix(x))
+        )
         n, length, width = x.shape
-        return self(x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)).reshape(n, length, width)
+        return self(
+            x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)
+        ).reshape(n, length, width)
 
     def pixels(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames as the modalities give them (CLIP's normalisation, 224 pixels) as this encoder was trained on them."""
         config = self.config
         if config.image_mean is not None and config.image_std is not None:
-            statistics = device_tensor([CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std], frames.device, frames.dtype)
+            statistics = device_tensor(
+                [CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std],
+                frames.device,
+                frames.dtype,
+            )
             mean, std, own_mean, own_std = statistics[:, :, None, None]
             frames = frames * (std / own_std) + (mean - own_mean) / own_std
         side = config.image_size

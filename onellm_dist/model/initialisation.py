@@ -41,7 +41,7 @@ def _xavier(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _torch_default(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """torch's Linear and Conv weights: kaiming uniform with a = sqrt(5)."""
+    """Torch's Linear and Conv weights: kaiming uniform with a = sqrt(5)."""
     return nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
@@ -98,7 +98,9 @@ def drawn(name: str, shape: torch.Size, model: nn.Module, seed: int) -> torch.Te
     Args:
         model: may be on the meta device.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()) + (seed << 32) % (1 << 62))
+    generator = torch.Generator().manual_seed(
+        zlib.crc32(f"{seed}/{name}".encode()) + (seed << 32) % (1 << 62)
+    )
     values = torch.empty(shape, dtype=torch.float32)
     rule = next((fill for pattern, fill in _RULES if re.fullmatch(pattern, name)), None)
     if rule is not None:
@@ -118,4 +120,8 @@ def drawn(name: str, shape: torch.Size, model: nn.Module, seed: int) -> torch.Te
 
 def drawn_as(name: str, model: Any) -> str:
     """The parameter whose values `name` starts with: the first expert's where the config's `upm.init` is `copied`, else its own."""
-    return re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name) if model.config.upm.init == "copied" else name
+    return (
+        re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
+        if model.config.upm.init == "copied"
+        else name
+    )

@@ -34,7 +34,12 @@ class Layout:
     predictor: np.ndarray
 
     @classmethod
-    def of(cls, text_token_counts: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]) -> Layout:
+    def of(
+        cls,
+        text_token_counts: Sequence[int],
+        modalities: Sequence[Sequence[str]],
+        known: Sequence[str],
+    ) -> Layout:
         """The layout of a pack.
 
         Args:
@@ -48,7 +53,9 @@ class Layout:
         _check(text_token_counts, modalities, known)
         counts = {name: sum(list(spans).count(name) for spans in modalities) for name in known}
         text = sum(text_token_counts)
-        starts = text + QUERY_TOKENS * np.cumsum([0, *counts.values()])  # first token row of each modality, then the tags
+        starts = text + QUERY_TOKENS * np.cumsum(
+            [0, *counts.values()]
+        )  # first token row of each modality, then the tags
         next_row = dict(zip(known, starts[:-1].tolist(), strict=True))
         tag_row = {name: int(starts[-1]) + 2 * i for i, name in enumerate(known)}
 
@@ -64,23 +71,42 @@ class Layout:
             total = length + SPAN_TOKENS * len(spans)
             gather += pieces
             position_ids.append(np.arange(total))
-            own = np.concatenate([[llm_start + 1], np.arange(llm_start + total - length + 1, llm_start + total)])
+            own = np.concatenate(
+                [[llm_start + 1], np.arange(llm_start + total - length + 1, llm_start + total)]
+            )
             predictor.append(own - 1)
             lengths.append(total)
             text_start += length
             llm_start += total
-        return cls(tuple(lengths), counts, *(np.concatenate([np.empty(0, np.int64), *x]) for x in (gather, position_ids, predictor)))
+        return cls(
+            tuple(lengths),
+            counts,
+            *(
+                np.concatenate([np.empty(0, np.int64), *x])
+                for x in (gather, position_ids, predictor)
+            ),
+        )
 
 
-def _check(text_token_counts: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]) -> None:
+def _check(
+    text_token_counts: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]
+) -> None:
     do = "mend whoever made this pack (see onellm_dist/packed.py)."
     if len(text_token_counts) != len(modalities):
         raise OneLLMError(
-            f"{len(text_token_counts)} text lengths but modalities of {len(modalities)} samples", "they must be one a sample.", do
+            f"{len(text_token_counts)} text lengths but modalities of {len(modalities)} samples",
+            "they must be one a sample.",
+            do,
         )
     short = [i for i, length in enumerate(text_token_counts) if length < 1]
     if short:
-        raise OneLLMError(f"samples {short} of the pack have no text token", "a sequence starts with BOS.", do)
+        raise OneLLMError(
+            f"samples {short} of the pack have no text token", "a sequence starts with BOS.", do
+        )
     unknown = sorted({name for spans in modalities for name in spans} - set(known))
     if unknown:
-        raise OneLLMError(f"the pack has {', '.join(unknown)}, which this model does not read", f"it reads {', '.join(known)}.", do)
+        raise OneLLMError(
+            f"the pack has {', '.join(unknown)}, which this model does not read",
+            f"it reads {', '.join(known)}.",
+            do,
+        )

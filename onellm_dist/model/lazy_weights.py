@@ -15,7 +15,12 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.initialisation import drawn, drawn_as
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.presets import build_config, check_directory, preset_processor, smollm2_weights
+from onellm_dist.model.presets import (
+    build_config,
+    check_directory,
+    preset_processor,
+    smollm2_weights,
+)
 from onellm_dist.model.processing import OneLLMProcessor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -46,7 +51,9 @@ class Weights:
         return source.rows(name, first, end)
 
 
-def open_model(*, path: Path | None, preset: str | None, seed: int) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor, Weights]:
+def open_model(
+    *, path: Path | None, preset: str | None, seed: int
+) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor, Weights]:
     """What `load_model` would load, with every parameter on the meta device and its weights still to be read.
 
     Raises:
@@ -54,13 +61,21 @@ def open_model(*, path: Path | None, preset: str | None, seed: int) -> tuple[One
         OneLLMError: the directory's weights do not fit its config.
     """
     if (path is None) == (preset is None):
-        raise UsageError("give exactly one of path and preset", "the model has one source.", "set model.path or model.preset.")
+        raise UsageError(
+            "give exactly one of path and preset",
+            "the model has one source.",
+            "set model.path or model.preset.",
+        )
     if path is not None:
         check_directory(path)
         model = empty_model(OneLLMConfig.from_pretrained(path))
         return model, OneLLMProcessor.from_pretrained(path), Weights(_directory(path, model))
     model = empty_model(build_config(str(preset)))
-    llm = _Memory({f"llm.{name}": tensor for name, tensor in smollm2_weights().items()}) if preset == "smollm2-135m" else None
+    llm = (
+        _Memory({f"llm.{name}": tensor for name, tensor in smollm2_weights().items()})
+        if preset == "smollm2-135m"
+        else None
+    )
     return model, preset_processor(str(preset)), Weights(Drawn(model, seed), llm)
 
 
@@ -77,12 +92,19 @@ class Drawn:
 
     def __init__(self, model: OneLLMForConditionalGeneration, seed: int) -> None:
         with torch.device("meta"):
-            self._model = OneLLMForConditionalGeneration(model.config)  # `model`'s parameters will be replaced
+            self._model = OneLLMForConditionalGeneration(
+                model.config
+            )  # `model`'s parameters will be replaced
         self._seed = seed
 
     @torch.no_grad()
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        return drawn(drawn_as(name, self._model), self._model.get_parameter(name).shape, self._model, self._seed)[first:end]
+        return drawn(
+            drawn_as(name, self._model),
+            self._model.get_parameter(name).shape,
+            self._model,
+            self._seed,
+        )[first:end]
 
 
 class _Memory:
@@ -114,7 +136,9 @@ class Files:
 
 
 def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
-    if not (path / INDEX).is_file() and not (path / SINGLE).is_file():  # saved by something older: read whole
+    if (
+        not (path / INDEX).is_file() and not (path / SINGLE).is_file()
+    ):  # saved by something older: read whole
         return _Memory(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
     files = files_of(path)
     source = Files(files)
@@ -125,7 +149,9 @@ def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
         "unexpected_keys": files.keys() - known,
         "mismatched_keys": (n for n in own.keys() & files.keys() if source.shape(n) != own[n]),
     }
-    problems = [f"{kind}: {', '.join(found)}" for kind, names in groups.items() if (found := sorted(names))]
+    problems = [
+        f"{kind}: {', '.join(found)}" for kind, names in groups.items() if (found := sorted(names))
+    ]
     if problems:
         raise OneLLMError(
             f"{path}: the weights do not fit the config\n" + "\n".join(problems),
@@ -142,9 +168,17 @@ def files_of(path: Path) -> dict[str, Path]:
             places = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
             absent = sorted({file for file in places.values() if not (path / file).is_file()})
             if absent:
-                raise OneLLMError(f"{path}: {', '.join(absent)} of {INDEX} are not there", "weights are missing.", "copy all of its files.")
+                raise OneLLMError(
+                    f"{path}: {', '.join(absent)} of {INDEX} are not there",
+                    "weights are missing.",
+                    "copy all of its files.",
+                )
             return {name: path / file for name, file in places.items()}
         with safe_open(path / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), path / SINGLE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise OneLLMError(f"{path}: its weights cannot be read ({error})", "no model can be built.", "copy or convert it again.") from None
+        raise OneLLMError(
+            f"{path}: its weights cannot be read ({error})",
+            "no model can be built.",
+            "copy or convert it again.",
+        ) from None

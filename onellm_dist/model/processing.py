@@ -49,20 +49,36 @@ class OneLLMProcessor(ProcessorMixin):
             if given is None:
                 continue
             if name not in all_modalities():
-                raise UsageError(f"unknown modality {name!r}", "the model would ignore it.", f"give any of: {', '.join(all_modalities())}.")
+                raise UsageError(
+                    f"unknown modality {name!r}",
+                    "the model would ignore it.",
+                    f"give any of: {', '.join(all_modalities())}.",
+                )
             items = list(given) if isinstance(given, list | tuple) else [given]
             if len(items) != len(prompts):
-                raise UsageError(f"{len(items)} {name} inputs for {len(prompts)} prompts", "every prompt needs one.", "give as many.")
+                raise UsageError(
+                    f"{len(items)} {name} inputs for {len(prompts)} prompts",
+                    "every prompt needs one.",
+                    "give as many.",
+                )
             data[f"{name}_values"] = torch.stack([self._value(name, item) for item in items])
         return BatchFeature(data)
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         start = self.tokenizer.bos_token_id
         if start is None:
-            raise UsageError("the tokenizer has no BOS token", "modality runs stand after it.", "set one (`tokenizer.bos_token`).")
+            raise UsageError(
+                "the tokenizer has no BOS token",
+                "modality runs stand after it.",
+                "set one (`tokenizer.bos_token`).",
+            )
         rows = [[start, *self.tokenizer(p, add_special_tokens=False)["input_ids"]] for p in prompts]
         longest = max(map(len, rows))
-        pad = next(i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0) if i is not None)
+        pad = next(
+            i
+            for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+            if i is not None
+        )
         ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
         return {"input_ids": ids, "attention_mask": mask}

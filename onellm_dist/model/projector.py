@@ -22,11 +22,17 @@ class ModalityTokenizer(nn.Module):
         modality = get_modality(name)
         embed = modality.tokenizer(width)
         if embed is None:
-            raise OneLLMError(f"modality {name} is not visual but has no tokenizer", "its values cannot be read.", f"mend {name}.py.")
+            raise OneLLMError(
+                f"modality {name} is not visual but has no tokenizer",
+                "its values cannot be read.",
+                f"mend {name}.py.",
+            )
         self.embed = embed
         self.positions = Positions(prefix + modality.tokens, width)
 
-    def forward(self, values: torch.Tensor, prefix: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, values: torch.Tensor, prefix: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """[n, *value_shape] -> [n, P + L, D]; `prefix` is the encoder's."""
         return self.positions(prefix(self.embed(values)))
 
@@ -73,7 +79,10 @@ class Projector(nn.Module):
         """Encoder features [n, L, D] -> (UPM input [n, Q + L, D], gates [Q, E])."""
         n, _, width = features.shape
         queries = self.queries()
-        x = torch.cat([queries.to(features.dtype).expand(n, QUERY_TOKENS, width), self.in_proj(features)], dim=1)
+        x = torch.cat(
+            [queries.to(features.dtype).expand(n, QUERY_TOKENS, width), self.in_proj(features)],
+            dim=1,
+        )
         return x, self.router(queries)
 
     def tags(self) -> torch.Tensor:

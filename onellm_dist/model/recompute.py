@@ -24,10 +24,16 @@ def activation_checkpointing(model: Any, mode: str) -> None:
     if mode == "full":
         model.gradient_checkpointing_enable()
     elif mode == "selective":
-        model.gradient_checkpointing_enable({"context_fn": partial(create_selective_checkpoint_contexts, _policy)})
+        model.gradient_checkpointing_enable(
+            {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+        )
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    name = operator.name().split("::")[-1].split(".")[0] if isinstance(operator, torch._ops.OpOverload) else str(operator)
+    name = (
+        operator.name().split("::")[-1].split(".")[0]
+        if isinstance(operator, torch._ops.OpOverload)
+        else str(operator)
+    )
     kept = name in _PRODUCTS or "attn" in name or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -91,12 +91,21 @@ def encoder_of(tower: Any) -> tuple[OneLLMVisionConfig, dict[str, torch.Tensor]]
         OneLLMError: it computes something that `Encoder` does not (another architecture, norms of queries and keys, ...).
     """
     tower = getattr(tower, "visual", tower)  # a whole open_clip model
-    mean, std = getattr(tower, "image_mean", None), getattr(tower, "image_std", None)  # open_clip sets them on its towers
+    mean, std = (
+        getattr(tower, "image_mean", None),
+        getattr(tower, "image_std", None),
+    )  # open_clip sets them on its towers
     tower = getattr(tower, "trunk", tower)
     kind = f"{type(tower).__module__}.{type(tower).__qualname__}"
     if kind == "open_clip.transformer.VisionTransformer":
         config, state = _open_clip_config(tower), _without_pooling(tower)
-        weights = from_open_clip({key: value for key, value in state.items() if config.post_norm or not key.startswith("ln_post.")})
+        weights = from_open_clip(
+            {
+                key: value
+                for key, value in state.items()
+                if config.post_norm or not key.startswith("ln_post.")
+            }
+        )
     elif kind == "timm.models.vision_transformer.VisionTransformer":
         told = getattr(tower, "pretrained_cfg", None) or {}
         mean, std = mean or told.get("mean"), std or told.get("std")
@@ -114,37 +123,79 @@ def encoder_of(tower: Any) -> tuple[OneLLMVisionConfig, dict[str, torch.Tensor]]
 
 def _open_clip_config(tower: Any) -> OneLLMVisionConfig:
     block = tower.transformer.resblocks[0]
-    _plain(type(block).__name__ == "ResidualAttentionBlock", "its blocks are not open_clip's plain ones")
+    _plain(
+        type(block).__name__ == "ResidualAttentionBlock",
+        "its blocks are not open_clip's plain ones",
+    )
     _plain(tower.conv1.kernel_size[0] == tower.conv1.kernel_size[1], "its patches are not square")
     return OneLLMVisionConfig(
-        width=tower.conv1.out_channels, layers=len(tower.transformer.resblocks), heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.c_fc.out_features / tower.conv1.out_channels, patch_size=tower.conv1.kernel_size[0],
-        image_size=tower.image_size[0], act=_act(block.mlp.gelu), output_dim=tower.proj.shape[1] if tower.attn_pool is None else None,
-        pre_norm=isinstance(tower.ln_pre, torch.nn.LayerNorm), post_norm=tower.attn_pool is None and not tower.final_ln_after_pool,
-        layer_scale=not isinstance(block.ls_1, torch.nn.Identity), norm_eps=block.ln_1.eps,
-    )  # fmt: skip
+        width=tower.conv1.out_channels,
+        layers=len(tower.transformer.resblocks),
+        heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.c_fc.out_features / tower.conv1.out_channels,
+        patch_size=tower.conv1.kernel_size[0],
+        image_size=tower.image_size[0],
+        act=_act(block.mlp.gelu),
+        output_dim=tower.proj.shape[1] if tower.attn_pool is None else None,
+        pre_norm=isinstance(tower.ln_pre, torch.nn.LayerNorm),
+        post_norm=tower.attn_pool is None and not tower.final_ln_after_pool,
+        layer_scale=not isinstance(block.ls_1, torch.nn.Identity),
+        norm_eps=block.ln_1.eps,
+    )
 
 
 def _timm_config(tower: Any) -> OneLLMVisionConfig:
     block = tower.blocks[0]
-    _plain(type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention", "its blocks are not timm's plain ones")
+    _plain(
+        type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention",
+        "its blocks are not timm's plain ones",
+    )
     glu = type(block.mlp).__name__ == "GluMlp" and not block.mlp.gate_last
     plain = type(block.mlp).__name__ == "Mlp"
     _plain(glu or plain, f"its MLP is timm's {type(block.mlp).__name__}")
-    extra = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(block.attn, n, torch.nn.Identity()), torch.nn.Identity)]
-    extra += [n for n in ("norm",) if not isinstance(getattr(block.mlp, n, torch.nn.Identity()), torch.nn.Identity)]
-    _plain(not extra and getattr(block.attn, "gate", None) is None, f"its blocks have {', '.join(extra) or 'a gate'} besides")
+    extra = [
+        n
+        for n in ("q_norm", "k_norm", "norm")
+        if not isinstance(getattr(block.attn, n, torch.nn.Identity()), torch.nn.Identity)
+    ]
+    extra += [
+        n
+        for n in ("norm",)
+        if not isinstance(getattr(block.mlp, n, torch.nn.Identity()), torch.nn.Identity)
+    ]
+    _plain(
+        not extra and getattr(block.attn, "gate", None) is None,
+        f"its blocks have {', '.join(extra) or 'a gate'} besides",
+    )
     patch, (height, width) = tower.patch_embed.proj, tower.patch_embed.img_size
-    _plain(patch.kernel_size[0] == patch.kernel_size[1] and height == width, "its pictures or patches are not square")
+    _plain(
+        patch.kernel_size[0] == patch.kernel_size[1] and height == width,
+        "its pictures or patches are not square",
+    )
     return OneLLMVisionConfig(
-        width=tower.embed_dim, layers=len(tower.blocks), heads=block.attn.num_heads, mlp_ratio=block.mlp.fc1.out_features / tower.embed_dim,
-        patch_size=patch.kernel_size[0], image_size=height, act=_act(block.mlp.act), output_dim=None,
-        class_token=tower.cls_token is not None, registers=0 if tower.reg_token is None else tower.reg_token.shape[1],
-        positions="none" if tower.pos_embed is None else "patches" if tower.no_embed_class else "all", patch_bias=patch.bias is not None,
-        qkv_bias=block.attn.qkv.bias is not None, pre_norm=not isinstance(tower.norm_pre, torch.nn.Identity),
-        post_norm=not isinstance(tower.norm, torch.nn.Identity), layer_scale=not isinstance(block.ls1, torch.nn.Identity),
-        mlp="glu" if glu else "plain", norm_eps=block.norm1.eps,
-    )  # fmt: skip
+        width=tower.embed_dim,
+        layers=len(tower.blocks),
+        heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / tower.embed_dim,
+        patch_size=patch.kernel_size[0],
+        image_size=height,
+        act=_act(block.mlp.act),
+        output_dim=None,
+        class_token=tower.cls_token is not None,
+        registers=0 if tower.reg_token is None else tower.reg_token.shape[1],
+        positions="none"
+        if tower.pos_embed is None
+        else "patches"
+        if tower.no_embed_class
+        else "all",
+        patch_bias=patch.bias is not None,
+        qkv_bias=block.attn.qkv.bias is not None,
+        pre_norm=not isinstance(tower.norm_pre, torch.nn.Identity),
+        post_norm=not isinstance(tower.norm, torch.nn.Identity),
+        layer_scale=not isinstance(block.ls1, torch.nn.Identity),
+        mlp="glu" if glu else "plain",
+        norm_eps=block.norm1.eps,
+    )
 
 
 def _timm_weights(tower: Any) -> dict[str, torch.Tensor]:
@@ -152,14 +203,27 @@ def _timm_weights(tower: Any) -> dict[str, torch.Tensor]:
     named = {key: name_from_timm(key) for key in state}
     unknown = [key for key, name in named.items() if name is None]
     _plain(not unknown, f"it has weights that the encoder does not know: {', '.join(unknown[:8])}")
-    shapes = {"class_token.weight": (-1,), "positions.weight": (-1, tower.embed_dim), "registers.weight": (-1, tower.embed_dim)}
-    return {str(name): state[key].reshape(shapes.get(str(name), state[key].shape)) for key, name in named.items()}
+    shapes = {
+        "class_token.weight": (-1,),
+        "positions.weight": (-1, tower.embed_dim),
+        "registers.weight": (-1, tower.embed_dim),
+    }
+    return {
+        str(name): state[key].reshape(shapes.get(str(name), state[key].shape))
+        for key, name in named.items()
+    }
 
 
 def _without_pooling(tower: Any) -> dict[str, torch.Tensor]:
-    pooled = getattr(tower, "attn_pool", None) is not None  # open_clip's projection then belongs to the pooled tokens
+    pooled = (
+        getattr(tower, "attn_pool", None) is not None
+    )  # open_clip's projection then belongs to the pooled tokens
     state = tower.state_dict()
-    return {key: value for key, value in state.items() if not key.startswith(_POOLING) and not (pooled and key == "proj")}
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(_POOLING) and not (pooled and key == "proj")
+    }
 
 
 def _act(module: Any) -> str:
@@ -179,6 +243,11 @@ def _plain(condition: bool, what: str) -> None:
         )
 
 
-def _close(mean: Sequence[float], other_mean: Sequence[float], std: Sequence[float], other_std: Sequence[float]) -> bool:
+def _close(
+    mean: Sequence[float],
+    other_mean: Sequence[float],
+    std: Sequence[float],
+    other_std: Sequence[float],
+) -> bool:
     pairs = (*zip(mean, other_mean, strict=True), *zip(std, other_std, strict=True))
     return all(abs(a - b) < 1e-6 for a, b in pairs)

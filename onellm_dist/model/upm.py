@@ -23,7 +23,9 @@ class UPMNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)).to(x.dtype) * self.weight
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)).to(
+            x.dtype
+        ) * self.weight
 
 
 class UPMAttention(nn.Module):
@@ -37,10 +39,15 @@ class UPMAttention(nn.Module):
         self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, queries: torch.Tensor, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
-        """queries [Tq, D] over x [T, D] -> [Tq, D]."""
+    def forward(
+        self, queries: torch.Tensor, x: torch.Tensor, seq_lengths: SequenceLengths
+    ) -> torch.Tensor:
+        """Queries [Tq, D] over x [T, D] -> [Tq, D]."""
         width = x.shape[1]
-        q, k, v = (y.reshape(len(y), self.heads, width // self.heads) for y in (self.q(queries), self.k(x), self.v(x)))
+        q, k, v = (
+            y.reshape(len(y), self.heads, width // self.heads)
+            for y in (self.q(queries), self.k(x), self.v(x))
+        )
         return self.out(packed_attention(q, k, v, seq_lengths).reshape(len(queries), width))
 
 
@@ -68,13 +75,17 @@ class UPMBlock(GradientCheckpointingLayer):
         self.ffn_norm = UPMNorm(width)
         self.feed_forward = UPMFeedForward(width, ffn)
 
-    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, seq_lengths: SequenceLengths, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[T, D] -> [T, D], or [len(rows), D]; `seq_lengths` then has the rows' lengths as its query lengths."""
         normed = self.attention_norm(x)
         if rows is None:
             x = x + self.attention(normed, normed, seq_lengths)
         else:
-            x = x.index_select(0, rows) + self.attention(normed.index_select(0, rows), normed, seq_lengths)
+            x = x.index_select(0, rows) + self.attention(
+                normed.index_select(0, rows), normed, seq_lengths
+            )
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -83,9 +94,17 @@ class Expert(nn.Module):
 
     def __init__(self, width: int, config: OneLLMUPMConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(UPMBlock(width, config.heads, config.ffn) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(
+            UPMBlock(width, config.heads, config.ffn) for _ in range(config.blocks)
+        )
 
-    def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths, last: SequenceLengths, rows: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        seq_lengths: SequenceLengths,
+        last: SequenceLengths,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
         """[T, D] -> [len(rows), D]."""
         for block in self.blocks[:-1]:
             x = block(x, seq_lengths)
@@ -99,7 +118,9 @@ class UPM(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList(Expert(width, config) for _ in range(config.experts))
 
-    def forward(self, x: torch.Tensor, gates: torch.Tensor, lengths: tuple[int, ...], queries: int) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, gates: torch.Tensor, lengths: tuple[int, ...], queries: int
+    ) -> torch.Tensor:
         """The query rows of every segment, summed over experts.
 
         Args:
@@ -112,8 +133,13 @@ class UPM(nn.Module):
         """
         seq_lengths = SequenceLengths.of(lengths, device=x.device)
         last = SequenceLengths.of((queries,) * len(lengths), lengths, device=x.device)
-        rows = (last.cu_seqlens_k[:-1].long()[:, None] + torch.arange(queries, device=x.device)).flatten()
-        mixed = [gates[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last, rows) for k, expert in enumerate(self.experts)]
+        rows = (
+            last.cu_seqlens_k[:-1].long()[:, None] + torch.arange(queries, device=x.device)
+        ).flatten()
+        mixed = [
+            gates[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last, rows)
+            for k, expert in enumerate(self.experts)
+        ]
         return torch.stack(mixed).sum(0)
 
 
@@ -133,7 +159,12 @@ class Router(nn.Module):
         `sparse` keeps the largest of them alone, unscaled; `constant` is 1 / E.
         """
         if self.kind == "constant":
-            return torch.full((len(queries), self.experts), 1 / self.experts, dtype=torch.float32, device=queries.device)
+            return torch.full(
+                (len(queries), self.experts),
+                1 / self.experts,
+                dtype=torch.float32,
+                device=queries.device,
+            )
         gates = torch.sigmoid(self.logits(queries).float())
         gates = gates / gates.sum(-1, keepdim=True)
         if self.kind == "sparse":

@@ -8,13 +8,29 @@ from itertools import pairwise
 
 from onellm_dist.report.attempts import Attempt, median, number, stall
 
-PARTS = ("progress", "data_wait", "lost", "skipped", "start_up", "checkpoints", "validation", "dead", "other")
+PARTS = (
+    "progress",
+    "data_wait",
+    "lost",
+    "skipped",
+    "start_up",
+    "checkpoints",
+    "validation",
+    "dead",
+    "other",
+)
 """`progress` and `data_wait` are the steps that counted: together they are the goodput."""
 WORDS = {
-    "progress": "steps that counted: computing", "data_wait": "steps that counted: waiting for data", "lost": "steps done in vain",
-    "skipped": "skipped steps (not finite)", "start_up": "start-up", "checkpoints": "standing still for checkpoints",
-    "validation": "validation", "dead": "held by a broken start", "other": "anything else",
-}  # fmt: skip
+    "progress": "steps that counted: computing",
+    "data_wait": "steps that counted: waiting for data",
+    "lost": "steps done in vain",
+    "skipped": "skipped steps (not finite)",
+    "start_up": "start-up",
+    "checkpoints": "standing still for checkpoints",
+    "validation": "validation",
+    "dead": "held by a broken start",
+    "other": "anything else",
+}
 DEFINITION = """
 Goodput is the share of the allocated time that made progress: the seconds of the optimizer steps that counted, divided by the time
 that nodes were held, both multiplied by the ranks of the start that they belong to. A step counts if it was applied and is part of
@@ -42,7 +58,11 @@ class Account:
     @property
     def goodput(self) -> float | None:
         """Share of allocated time that made progress; None where no time was allocated."""
-        return (self.parts["progress"] + self.parts["data_wait"]) / self.allocated if self.allocated > 0 else None
+        return (
+            (self.parts["progress"] + self.parts["data_wait"]) / self.allocated
+            if self.allocated > 0
+            else None
+        )
 
 
 def account_of(attempts: Sequence[Attempt]) -> Account:
@@ -51,9 +71,14 @@ def account_of(attempts: Sequence[Attempt]) -> Account:
     for attempt in attempts:
         for name, seconds in split(attempt).items():
             total[name] += seconds * attempt.world
-    wall = max((a.end for a in attempts), default=0.0) - min((a.begin for a in attempts), default=0.0)
+    wall = max((a.end for a in attempts), default=0.0) - min(
+        (a.begin for a in attempts), default=0.0
+    )
     queued = sum(max(0.0, b.begin - a.end) for a, b in pairwise(attempts))
-    estimated = any(not (a.begin_known and (a.end_known or a.status == "running") and a.lost_known) for a in attempts)
+    estimated = any(
+        not (a.begin_known and (a.end_known or a.status == "running") and a.lost_known)
+        for a in attempts
+    )
     return Account(total, sum(total.values()), wall, queued, estimated)
 
 
@@ -72,7 +97,9 @@ def split(attempt: Attempt) -> dict[str, float]:
     found["checkpoints"] = sum(stall(c) for c in attempt.checkpoints)
     found["validation"] = attempt.validation_seconds
     found["start_up"] = start_up(attempt)
-    found["dead" if attempt.status in ("failed", "lost") else "other"] = max(0.0, attempt.seconds - sum(found.values()))
+    found["dead" if attempt.status in ("failed", "lost") else "other"] = max(
+        0.0, attempt.seconds - sum(found.values())
+    )
     return found
 
 
@@ -83,8 +110,14 @@ def start_up(attempt: Attempt) -> float:
     """
     if not attempt.steps and not attempt.lost_steps:
         return attempt.seconds
-    told = sum(seconds for name, seconds in attempt.phases.items() if name not in ("scheduler", "first_step"))
-    if attempt.steps and "first_step" in attempt.phases:  # the wait for the first step's data is in both `data` and the step
+    told = sum(
+        seconds
+        for name, seconds in attempt.phases.items()
+        if name not in ("scheduler", "first_step")
+    )
+    if (
+        attempt.steps and "first_step" in attempt.phases
+    ):  # the wait for the first step's data is in both `data` and the step
         first = attempt.steps[0]
         told -= min(told, number(first.get("seconds")) * number(first.get("data_wait_fraction")))
     return max(told, (attempt.trained_at or attempt.begin) - attempt.begin)

@@ -7,7 +7,17 @@ from typing import Any
 
 from onellm_dist.report.read import Entry, RunFiles, seconds_since_1970
 
-PHASES = ("scheduler", "job", "imports", "process_group", "model", "engine", "checkpoint", "data", "first_step")
+PHASES = (
+    "scheduler",
+    "job",
+    "imports",
+    "process_group",
+    "model",
+    "engine",
+    "checkpoint",
+    "data",
+    "first_step",
+)
 """From the end of the start before to the first new step. `scheduler` is the wait for nodes, `job` what the job script does
 before Python begins (preflight, container, launcher); the rest is told by the run."""
 QUIET_S = 900.0
@@ -78,14 +88,20 @@ def attempts_of(files: RunFiles) -> list[Attempt]:
     taken = set[int]()
     found = list[Attempt]()
     for group in groups:
-        index = next((i for i, row in enumerate(rows) if i not in taken and _same(row, group)), None)
+        index = next(
+            (i for i, row in enumerate(rows) if i not in taken and _same(row, group)), None
+        )
         if index is not None:
             taken.add(index)
         found.append(_attempt(files, group, rows[index] if index is not None else None))
     found += [_attempt(files, _Group({}), row) for i, row in enumerate(rows) if i not in taken]
     found.sort(key=lambda a: a.begin)
     if not found and files.steps:  # the events are gone, the steps are there
-        found = [_attempt(files, _Group({"first_step": files.steps[0]["step"], "at": files.last_sign}), None)]
+        found = [
+            _attempt(
+                files, _Group({"first_step": files.steps[0]["step"], "at": files.last_sign}), None
+            )
+        ]
     _worlds(found)
     _give_steps(files, found)
     for attempt in found:
@@ -147,8 +163,15 @@ def _outer_phases(attempt: Attempt, before: Attempt | None) -> None:
 
 def _inside(attempt: Attempt) -> float:
     """Seconds from the beginning of rank 0's process to the first step: phases without the wait for that step's data."""
-    waited = number(attempt.steps[0].get("seconds")) * number(attempt.steps[0].get("data_wait_fraction")) if attempt.steps else 0.0
-    return max(0.0, sum(seconds for name, seconds in attempt.phases.items() if name != "first_step") - waited)
+    waited = (
+        number(attempt.steps[0].get("seconds")) * number(attempt.steps[0].get("data_wait_fraction"))
+        if attempt.steps
+        else 0.0
+    )
+    return max(
+        0.0,
+        sum(seconds for name, seconds in attempt.phases.items() if name != "first_step") - waited,
+    )
 
 
 def _merged_rows(files: RunFiles) -> list[Entry]:
@@ -156,9 +179,17 @@ def _merged_rows(files: RunFiles) -> list[Entry]:
     merged = dict[Any, Entry]()
     for place, line in enumerate(files.attempts):
         job = pick(line, "job_id", "job", "slurm_job_id")
-        key = (str(job), pick(line, "restart_count", "restart", "slurm_restart_count")) if job is not None else place
+        key = (
+            (str(job), pick(line, "restart_count", "restart", "slurm_restart_count"))
+            if job is not None
+            else place
+        )
         merged.setdefault(key, {}).update({k: v for k, v in line.items() if v is not None})
-    return [row for row in merged.values() if seconds_since_1970(pick(row, "start", "begin", "time")) is not None]
+    return [
+        row
+        for row in merged.values()
+        if seconds_since_1970(pick(row, "start", "begin", "time")) is not None
+    ]
 
 
 def _same(row: Entry, group: _Group) -> bool:
@@ -166,10 +197,17 @@ def _same(row: Entry, group: _Group) -> bool:
     row_job = pick(row, "job_id", "job", "slurm_job_id")
     if job is not None and row_job is not None:
         restart = number(pick(row, "restart_count", "restart", "slurm_restart_count"))
-        return str(job) == str(row_job) and number(group.start.get("slurm_restart_count")) == restart
+        return (
+            str(job) == str(row_job) and number(group.start.get("slurm_restart_count")) == restart
+        )
     at, begin = group.start.get("at"), seconds_since_1970(pick(row, "start", "begin", "time"))
     end = seconds_since_1970(row.get("end"))
-    return at is not None and begin is not None and begin - SLACK_S <= at and (end is None or at <= end + SLACK_S)
+    return (
+        at is not None
+        and begin is not None
+        and begin - SLACK_S <= at
+        and (end is None or at <= end + SLACK_S)
+    )
 
 
 def _attempt(files: RunFiles, group: _Group, row: Entry | None) -> Attempt:
@@ -183,24 +221,41 @@ def _attempt(files: RunFiles, group: _Group, row: Entry | None) -> Attempt:
     if end is None:
         end = end_event.get("at")
     nodes = pick(row, "nodes", "node_list", "slurm_node_list") if row else None
-    names = nodes if isinstance(nodes, str) else ",".join(map(str, nodes)) if isinstance(nodes, list) else ""
+    names = (
+        nodes
+        if isinstance(nodes, str)
+        else ",".join(map(str, nodes))
+        if isinstance(nodes, list)
+        else ""
+    )
     count = len(nodes) if isinstance(nodes, list) else nodes if isinstance(nodes, int) else None
     return Attempt(
-        number=0, begin=begin if begin is not None else float(told or 0.0), end=end if end is not None else float("nan"),
-        begin_known=begin is not None, end_known=end is not None,
+        number=0,
+        begin=begin if begin is not None else float(told or 0.0),
+        end=end if end is not None else float("nan"),
+        begin_known=begin is not None,
+        end_known=end is not None,
         world=int(number(start.get("world"))) or int(number(row.get("ranks"))),
-        status=str(end_event.get("status") or _over(row)), reason=str(end_event.get("reason") or row.get("reason") or ""),
+        status=str(end_event.get("status") or _over(row)),
+        reason=str(end_event.get("reason") or row.get("reason") or ""),
         nodes=count or pick(start, "nodes", "slurm_nodes") or pick(row, "node_count", "num_nodes"),
         node_list=names or str(start.get("slurm_node_list") or start.get("node_list") or ""),
         job=str(pick(row, "job_id", "job", "slurm_job_id") or start.get("slurm_job_id") or ""),
-        restart=_restart(row, start), device=str(start.get("device") or ""), first_step=start.get("first_step"),
-        last_step=pick(end_event, "step") if end_event else row.get("step"), failed_step=end_event.get("failed_step"),
+        restart=_restart(row, start),
+        device=str(start.get("device") or ""),
+        first_step=start.get("first_step"),
+        last_step=pick(end_event, "step") if end_event else row.get("step"),
+        failed_step=end_event.get("failed_step"),
         suspects=[str(s) for s in end_event.get("suspects") or row.get("suspects") or ()],
-        suspected_host=str(end_event.get("suspected_host") or ""), phases=dict(group.phases), trained_at=start.get("at"),
+        suspected_host=str(end_event.get("suspected_host") or ""),
+        phases=dict(group.phases),
+        trained_at=start.get("at"),
         checkpoints=[e for e in group.events if e.get("event") == "checkpoint"],
         rollbacks=[e for e in group.events if e.get("event") == "rollback"],
-        redoes=(int(number(start["lost_steps"])), number(start.get("lost_seconds"))) if "lost_steps" in start else None,
-    )  # fmt: skip
+        redoes=(int(number(start["lost_steps"])), number(start.get("lost_seconds")))
+        if "lost_steps" in start
+        else None,
+    )
 
 
 def _over(row: Entry) -> str:
@@ -219,11 +274,16 @@ def _give_steps(files: RunFiles, found: list[Attempt]) -> None:
     """A line that stands is of the last start that began at its step or before: later ones would have done it again."""
     trained = [a for a in found if a.first_step is not None]
     for line in files.steps:
-        owner = next((a for a in reversed(trained) if (a.first_step or 0) <= line["step"]), trained[0] if trained else None)
+        owner = next(
+            (a for a in reversed(trained) if (a.first_step or 0) <= line["step"]),
+            trained[0] if trained else None,
+        )
         if owner is not None:
             owner.steps.append(line)
     for line in files.validation:
-        owner = next((a for a in reversed(trained) if (a.first_step or 0) < number(line.get("step"))), None)
+        owner = next(
+            (a for a in reversed(trained) if (a.first_step or 0) < number(line.get("step"))), None
+        )
         if owner is not None:
             owner.validation_seconds += number(line.get("seconds"))
 
@@ -246,10 +306,14 @@ def _lost(files: RunFiles, found: list[Attempt]) -> None:
             owner.lost_steps += 1
             owner.lost_seconds += number(line.get("seconds"))
     for attempt in trained:
-        for event in attempt.rollbacks if not files.overwritten else ():  # their lines are gone from the file: the event counts them
+        for event in (
+            attempt.rollbacks if not files.overwritten else ()
+        ):  # their lines are gone from the file: the event counts them
             steps = int(number(event.get("lost_steps")))
             attempt.lost_steps += steps
-            attempt.lost_seconds += number(event["lost_seconds"]) if "lost_seconds" in event else steps * seconds
+            attempt.lost_seconds += (
+                number(event["lost_seconds"]) if "lost_seconds" in event else steps * seconds
+            )
             attempt.lost_known = attempt.lost_known and "lost_seconds" in event
 
 
@@ -270,7 +334,11 @@ def _ends(files: RunFiles, found: list[Attempt]) -> None:
     """Where nobody recorded an end: when the start was last seen alive, and what became of it."""
     for i, attempt in enumerate(found):
         last = i == len(found) - 1
-        written = (attempt.trained_at or attempt.begin) + attempt.lost_seconds + attempt.validation_seconds
+        written = (
+            (attempt.trained_at or attempt.begin)
+            + attempt.lost_seconds
+            + attempt.validation_seconds
+        )
         written += sum(number(s.get("seconds")) for s in attempt.steps)
         written += sum(stall(c) for c in attempt.checkpoints)
         seen = max([written, *[c["at"] for c in attempt.checkpoints if c["at"] is not None]])
@@ -284,7 +352,9 @@ def _ends(files: RunFiles, found: list[Attempt]) -> None:
             attempt.reason = attempt.reason or "no end was recorded: killed, or its node died"
         attempt.end = max(attempt.begin, attempt.end)
         if attempt.last_step is None and attempt.first_step is not None:
-            attempt.last_step = (attempt.steps[-1]["step"] + 1 if attempt.steps else attempt.first_step) + attempt.lost_steps
+            attempt.last_step = (
+                attempt.steps[-1]["step"] + 1 if attempt.steps else attempt.first_step
+            ) + attempt.lost_steps
 
 
 def _last_end(files: RunFiles, attempt: Attempt, seen: float) -> None:
@@ -293,8 +363,12 @@ def _last_end(files: RunFiles, attempt: Attempt, seen: float) -> None:
         attempt.status = attempt.status or str(files.exit.get("status") or "")
         attempt.reason = attempt.reason or str(files.exit.get("reason") or "")
         attempt.end = files.exit.get("at") or seen
-        attempt.last_step = files.exit.get("step") if attempt.last_step is None else attempt.last_step
-        attempt.failed_step = files.exit.get("failed_step") if attempt.failed_step is None else attempt.failed_step
+        attempt.last_step = (
+            files.exit.get("step") if attempt.last_step is None else attempt.last_step
+        )
+        attempt.failed_step = (
+            files.exit.get("failed_step") if attempt.failed_step is None else attempt.failed_step
+        )
         attempt.suspects = attempt.suspects or [str(s) for s in files.exit.get("suspects") or ()]
     elif attempt.status != "lost" and (files.running or _seems_alive(files, attempt)):
         attempt.status, attempt.reason, attempt.end = "running", "", files.now
@@ -305,7 +379,9 @@ def _last_end(files: RunFiles, attempt: Attempt, seen: float) -> None:
 def _seems_alive(files: RunFiles, attempt: Attempt) -> bool:
     """Without a lock to ask: something was written lately, or the job script began lately and no rank has the directory yet."""
     lately = files.now - max(files.last_sign or 0.0, attempt.begin) < QUIET_S
-    return lately and (files.running is None or (attempt.begin_known and attempt.first_step is None))
+    return lately and (
+        files.running is None or (attempt.begin_known and attempt.first_step is None)
+    )
 
 
 def stall(checkpoint: Entry) -> float:

@@ -45,7 +45,9 @@ def report_command(run: Path, out: Path | None, *, as_json: bool) -> int:
     try:
         write_page(path, page_of(facts, summary, findings))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.", "the page cannot be written.", "choose another --out.") from error
+        raise UsageError(
+            f"{path}: {error.strerror}.", "the page cannot be written.", "choose another --out."
+        ) from error
     if not as_json:
         print(summary_text(facts, summary, findings))
         print(f"the page: {path}")

@@ -23,15 +23,46 @@ FILES = (CONFIG, METRICS, EVENTS, VALIDATION, EXIT_FILE, ATTEMPTS)
 """One of them makes a folder a run directory; `attempts.jsonl` is the Slurm job script's."""
 
 INTEGERS = frozenset(
-    ("step", "first_step", "failed_step", "lost_steps", "world", "restart_count", "slurm_restart_count", "slurm_nodes", "checkpoint")
+    (
+        "step",
+        "first_step",
+        "failed_step",
+        "lost_steps",
+        "world",
+        "restart_count",
+        "slurm_restart_count",
+        "slurm_nodes",
+        "checkpoint",
+    )
 )
-NUMBERS = frozenset((
-    "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "mfu", "lost_seconds",
-    "stall_seconds", "notice_seconds",
-))  # fmt: skip
-TEXTS = frozenset((
-    "event", "name", "status", "reason", "time", "device", "slurm_node_list", "sample_id", "suspected_host",
-))  # fmt: skip
+NUMBERS = frozenset(
+    (
+        "seconds",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "data_wait_fraction",
+        "padding_fraction",
+        "mfu",
+        "lost_seconds",
+        "stall_seconds",
+        "notice_seconds",
+    )
+)
+TEXTS = frozenset(
+    (
+        "event",
+        "name",
+        "status",
+        "reason",
+        "time",
+        "device",
+        "slurm_node_list",
+        "sample_id",
+        "suspected_host",
+    )
+)
 MOST, LATEST = 1e15, 4e9
 """No figure of a run is larger, and no clock shows more seconds since 1970 (the year 2096)."""
 
@@ -95,16 +126,33 @@ def read_run(directory: Path, *, now: float | None = None) -> RunFiles:
             broken[str(path.relative_to(directory))] += wrong
         return found
 
-    steps, overwritten = _standing([e for e in lines(directory / METRICS) if isinstance(e.get("step"), int)])
-    written = [path.stat().st_mtime for name in (METRICS, EVENTS) if (path := directory / name).is_file()]
+    steps, overwritten = _standing(
+        [e for e in lines(directory / METRICS) if isinstance(e.get("step"), int)]
+    )
+    written = [
+        path.stat().st_mtime for name in (METRICS, EVENTS) if (path := directory / name).is_file()
+    ]
     return RunFiles(
-        directory, _config(directory / CONFIG), steps, overwritten, 
-        [e for e in lines(directory / VALIDATION) if isinstance(e.get("step"), int)], lines(directory / EVENTS),
-        lines(directory / ATTEMPTS), _object(directory / EXIT_FILE), _object(directory / PREFLIGHT),
-        [e for path in sorted(directory.glob("ledger/skipped_samples-rank*.jsonl")) for e in lines(path)], _held(directory / LOCK),
-        max(written, default=None), time.time() if now is None else now,
-        sorted(path.name for path in directory.glob("before-*") if path.is_dir()), broken,
-    )  # fmt: skip
+        directory,
+        _config(directory / CONFIG),
+        steps,
+        overwritten,
+        [e for e in lines(directory / VALIDATION) if isinstance(e.get("step"), int)],
+        lines(directory / EVENTS),
+        lines(directory / ATTEMPTS),
+        _object(directory / EXIT_FILE),
+        _object(directory / PREFLIGHT),
+        [
+            e
+            for path in sorted(directory.glob("ledger/skipped_samples-rank*.jsonl"))
+            for e in lines(path)
+        ],
+        _held(directory / LOCK),
+        max(written, default=None),
+        time.time() if now is None else now,
+        sorted(path.name for path in directory.glob("before-*") if path.is_dir()),
+        broken,
+    )
 
 
 def cleaned(entry: Entry) -> Entry:
@@ -116,27 +164,37 @@ def cleaned(entry: Entry) -> Entry:
 
 def _fits(key: str, value: Any) -> bool:
     if key in INTEGERS:
-        return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST)
+        return value is None or (
+            isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
+        )
     if key in NUMBERS:
         return value is None or (_is_number(value) and (value >= 0 or key == "loss"))
     if key in TEXTS:
         return value is None or isinstance(value, str)
     if key in ("loss_by_modality", "grad_norm_by_part"):
-        return value is None or (isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values()))
+        return value is None or (
+            isinstance(value, dict) and all(v is None or _is_number(v) for v in value.values())
+        )
     if key == "router_load":
         rows = value.values() if isinstance(value, dict) else [value]
-        return value is None or all(isinstance(row, list) and all(_is_number(v) for v in row) for row in rows)
+        return value is None or all(
+            isinstance(row, list) and all(_is_number(v) for v in row) for row in rows
+        )
     if key in ("suspects", "faults"):
         return isinstance(value, list)
     if key == "nodes":
         return (
-            isinstance(value, (str, int)) or (isinstance(value, list) and all(isinstance(v, str) for v in value)) or isinstance(value, dict)
+            isinstance(value, (str, int))
+            or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+            or isinstance(value, dict)
         )
     return True
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST  # not NaN either
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST
+    )  # not NaN either
 
 
 def seconds_since_1970(value: Any) -> float | None:

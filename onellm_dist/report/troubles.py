@@ -15,7 +15,17 @@ SLOW_FACTOR = 3.0
 SPIKE_FACTOR = 10.0
 """A gradient norm is a spike from this many medians of the steps before it on."""
 SPIKE_WINDOW = 50
-ROUTINE = ("start", "end", "phase", "checkpoint", "validation", "export", "data_phase", "best", "notice_short")
+ROUTINE = (
+    "start",
+    "end",
+    "phase",
+    "checkpoint",
+    "validation",
+    "export",
+    "data_phase",
+    "best",
+    "notice_short",
+)
 """Events that tell of nothing wrong."""
 _HANDLED = ("step_skipped", "skipped_samples", *ROUTINE)
 
@@ -58,14 +68,24 @@ class Troubles:
     @property
     def late(self) -> list[Entry]:
         """Checkpoints that took longer than the notice."""
-        return [c for c in self.checkpoints if self.notice is not None and number(c.get("seconds")) > self.notice]
+        return [
+            c
+            for c in self.checkpoints
+            if self.notice is not None and number(c.get("seconds")) > self.notice
+        ]
 
 
 def troubles_of(files: RunFiles, attempts: Sequence[Attempt]) -> Troubles:
     """Looks for everything that a person should know of."""
     typical = typical_step(attempts)
     slow = [
-        SlowStep(s["step"], number(s.get("seconds")), number(s.get("seconds")) / typical, number(s.get("data_wait_fraction")), a.number)
+        SlowStep(
+            s["step"],
+            number(s.get("seconds")),
+            number(s.get("seconds")) / typical,
+            number(s.get("data_wait_fraction")),
+            a.number,
+        )
         for a in attempts
         for s in a.steps[1:]
         if typical > 0 and number(s.get("seconds")) > SLOW_FACTOR * typical
@@ -74,10 +94,17 @@ def troubles_of(files: RunFiles, attempts: Sequence[Attempt]) -> Troubles:
     checkpoints = sorted(files.of("checkpoint"), key=lambda e: -number(e.get("seconds")))
     told = [n for e in files.events if (n := pick(e, "notice_seconds", "notice")) is not None]
     return Troubles(
-        typical, slow, sum(s.seconds - typical for s in slow), checkpoints, median([number(c.get("seconds")) for c in checkpoints]),
-        files.of("step_skipped"), files.skipped_samples, _spikes(files.steps),
-        [e for e in files.events if e.get("event") not in _HANDLED], number(told[-1]) if told else None,
-    )  # fmt: skip
+        typical,
+        slow,
+        sum(s.seconds - typical for s in slow),
+        checkpoints,
+        median([number(c.get("seconds")) for c in checkpoints]),
+        files.of("step_skipped"),
+        files.skipped_samples,
+        _spikes(files.steps),
+        [e for e in files.events if e.get("event") not in _HANDLED],
+        number(told[-1]) if told else None,
+    )
 
 
 def _spikes(steps: Sequence[Entry]) -> list[tuple[int, float, float]]:
@@ -109,7 +136,9 @@ def _short(value: Any, most: int = 160) -> str:
     if isinstance(value, dict):
         text = " ".join(f"{k}={_short(v, 60)}" for k, v in value.items())
     elif isinstance(value, list):
-        text = ", ".join(_short(v, 60) for v in value[:4]) + (f" and {len(value) - 4} more" if len(value) > 4 else "")
+        text = ", ".join(_short(v, 60) for v in value[:4]) + (
+            f" and {len(value) - 4} more" if len(value) > 4 else ""
+        )
     else:
         text = str(value)
     return text if len(text) <= most else text[: most - 1] + "…"

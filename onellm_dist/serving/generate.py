@@ -69,12 +69,24 @@ def generate_command(
         SampleError: a file is no readable media of its modality.
     """
     if decode_offset not in OFFSETS:
-        raise UsageError(f"--decode-offset {decode_offset}", "there is no such mode.", f"use {' or '.join(OFFSETS)}.")
+        raise UsageError(
+            f"--decode-offset {decode_offset}",
+            "there is no such mode.",
+            f"use {' or '.join(OFFSETS)}.",
+        )
     text = prompt_text(prompt, prompt_format)
     if not prompt and not given:
-        raise UsageError("neither a prompt nor a file was given", "there is nothing to answer.", "see onellm generate --help.")
+        raise UsageError(
+            "neither a prompt nor a file was given",
+            "there is nothing to answer.",
+            "see onellm generate --help.",
+        )
     if not (model / "config.json").is_file():
-        raise UsageError(f"{model}: no onellm directory", "it has no config.json.", "give what training exported: RUN_DIR/model.")
+        raise UsageError(
+            f"{model}: no onellm directory",
+            "it has no config.json.",
+            "give what training exported: RUN_DIR/model.",
+        )
     arrangement = run_order(order, [name for name, _ in given])
     values = read_files(given)
 
@@ -82,12 +94,24 @@ def generate_command(
 
     network, processor = load_model(path=model, preset=None, seed=seed, **placement(model))
     answer = generate(
-        network, processor.tokenizer, text, values, modality_order=arrangement, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, seed=seed, decode_offset=decode_offset, chat=prompt_format == "chat",
-    )  # fmt: skip
+        network,
+        processor.tokenizer,
+        text,
+        values,
+        modality_order=arrangement,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        decode_offset=decode_offset,
+        chat=prompt_format == "chat",
+    )
     print(answer.text)
     if sys.stderr.isatty():
-        print(f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})", file=sys.stderr)
+        print(
+            f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})",
+            file=sys.stderr,
+        )
     return EXIT_DONE
 
 
@@ -98,11 +122,19 @@ def prompt_text(prompt: str, prompt_format: str) -> str:
         UsageError: an unknown format, or a conversation without a prompt.
     """
     if prompt_format not in FORMATS:
-        raise UsageError(f"--format {prompt_format}", "there is no such prompt format.", f"use one of: {', '.join(FORMATS)}.")
+        raise UsageError(
+            f"--format {prompt_format}",
+            "there is no such prompt format.",
+            f"use one of: {', '.join(FORMATS)}.",
+        )
     if prompt_format == "raw" or (prompt_format == "auto" and not prompt):
         return prompt
     if not prompt:
-        raise UsageError(f"--format {prompt_format} without a prompt", "a conversation starts with a question.", "give the prompt.")
+        raise UsageError(
+            f"--format {prompt_format} without a prompt",
+            "a conversation starts with a question.",
+            "give the prompt.",
+        )
     if prompt_format == "chat":  # the tokenizer's template is applied once it is there
         return prompt
     return HEADER + TURN.format(speaker="Human", value=prompt) + f"{STOP} Assistant:"
@@ -116,14 +148,18 @@ def run_order(order: str, names: Sequence[str]) -> list[str] | None:
     """
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
-            f"several files of modality {', '.join(twice)}", "the model reads one input a modality.", "give one file for each."
+            f"several files of modality {', '.join(twice)}",
+            "the model reads one input a modality.",
+            "give one file for each.",
         )
     if not order:
         return None
     wanted = [name.strip() for name in order.split(",")]
     if sorted(wanted) != sorted(names):
         raise UsageError(
-            f"--order {order}: the inputs given are {', '.join(names) or 'none'}", "each must be named once.", "name them by comma."
+            f"--order {order}: the inputs given are {', '.join(names) or 'none'}",
+            "each must be named once.",
+            "name them by comma.",
         )
     return wanted
 
@@ -141,7 +177,9 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
     for name, path in files:
         modality = get_modality(name)
         if not path.is_file():
-            raise UsageError(f"--{name} {path}: no such file", "there is nothing to read.", "check the path.")
+            raise UsageError(
+                f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
+            )
         try:
             raw = modality.decode(modality.parts_from_file(path), _side_json(path))
             values[name] = modality.transform(raw, train=False, rng=np.random.default_rng(0))[None]
@@ -150,7 +188,9 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
             raise SampleError(message, error.why, error.do) from error
         except OSError as error:
             raise OneLLMError(
-                f"{path}: {error.strerror or error}", "the file cannot be read.", "check its permissions and disk."
+                f"{path}: {error.strerror or error}",
+                "the file cannot be read.",
+                "check its permissions and disk.",
             ) from error
     return values
 
@@ -163,7 +203,9 @@ def _side_json(path: Path) -> Mapping[str, Any]:
     try:
         meta = json.loads(side.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SampleError(f"{side}: no JSON: {error}", f"it describes {path.name}.", "mend it, or move it away.") from None
+        raise SampleError(
+            f"{side}: no JSON: {error}", f"it describes {path.name}.", "mend it, or move it away."
+        ) from None
     return meta if isinstance(meta, dict) else {}
 
 
@@ -175,7 +217,9 @@ def placement(model: Path) -> dict[str, Any]:
         return {"dtype": torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     saved = config.get("dtype", config.get("torch_dtype"))
-    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that is supported
+    able: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # not in every torch that is supported
     hardware = able.get("avx512_bf16") or able.get("amx_bf16")
     return {"dtype": torch.bfloat16 if saved == "bfloat16" and hardware else torch.float32}
 
@@ -211,35 +255,60 @@ def generate(
     from transformers import StoppingCriteriaList
 
     encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
-    ids = (torch.tensor([encoder.prompt([("Human", text)])]) if encoder else prompt_ids(tokenizer, text)).to(model.device)
+    ids = (
+        torch.tensor([encoder.prompt([("Human", text)])])
+        if encoder
+        else prompt_ids(tokenizer, text)
+    ).to(model.device)
     if missing := [name for name in values if name not in model.config.modalities]:
         raise UsageError(
-            f"the model has no modality {', '.join(missing)}", "it cannot read the file.", "use a model that was trained on it."
+            f"the model has no modality {', '.join(missing)}",
+            "it cannot read the file.",
+            "use a model that was trained on it.",
         )
     context = getattr(model.config.text_config, "max_position_embeddings", None)
     length = ids.shape[1] + SPAN_TOKENS * len(values) + max_new_tokens
     if context is not None and length > context:
         raise UsageError(
-            f"prompt, inputs and new tokens make {length} positions", f"the LLM has {context}.", "shorten the prompt or --max-new-tokens."
+            f"prompt, inputs and new tokens make {length} positions",
+            f"the LLM has {context}.",
+            "shorten the prompt or --max-new-tokens.",
         )
     ends = encoder.ends if encoder else [tokenizer.eos_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     stop = None if chat else _StopString(tokenizer)
     torch.manual_seed(seed)
     model.eval()
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            ids, torch.ones_like(ids), modality_order=modality_order, decode_offset=decode_offset, max_new_tokens=max_new_tokens,
-            eos_token_id=ends if chat else ends[0], pad_token_id=pad, stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+            ids,
+            torch.ones_like(ids),
+            modality_order=modality_order,
+            decode_offset=decode_offset,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends if chat else ends[0],
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
             **sampling,
             **{f"{name}_values": value.to(model.device) for name, value in values.items()},
-        )  # fmt: skip
+        )
     new = out[0, ids.shape[1] :].tolist()
     said = tokenizer.decode(new, skip_special_tokens=True)
-    ended: Literal["eos", "stop string", "length"] = "eos" if set(ends) & set(new) else "stop string" if stop and STOP in said else "length"
-    return Answer((said.split(STOP)[0] if stop else said).strip(), len(new), ended, time.perf_counter() - started)
+    ended: Literal["eos", "stop string", "length"] = (
+        "eos" if set(ends) & set(new) else "stop string" if stop and STOP in said else "length"
+    )
+    return Answer(
+        (said.split(STOP)[0] if stop else said).strip(),
+        len(new),
+        ended,
+        time.perf_counter() - started,
+    )
 
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
@@ -262,5 +331,7 @@ class _StopString:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         import torch
 
-        tails = self.tokenizer.batch_decode(input_ids[:, -self.TAIL_TOKENS :].tolist(), skip_special_tokens=True)
+        tails = self.tokenizer.batch_decode(
+            input_ids[:, -self.TAIL_TOKENS :].tolist(), skip_special_tokens=True
+        )
         return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)

@@ -59,15 +59,23 @@ def build_dataset(
     kind = get_source(source)
     where, what = place(out), _inputs(kind, inputs)
     if workers < 1:
-        raise UsageError(f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more.")
+        raise UsageError(
+            f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more."
+        )
     own, settings = complete_options(kind, options, name=dataset_name(where))
     try:
         if settings is not None:
             assert what is not None
             request = Request(kind, what, where, seed, own, settings)
-            return build_planned(request, workers=workers, overwrite=overwrite, restart=restart, task=task or Task())
+            return build_planned(
+                request, workers=workers, overwrite=overwrite, restart=restart, task=task or Task()
+            )
         if not isinstance(where, Path):
-            raise UsageError(f"source {source!r} writes to local folders only.", f"{out} is remote.", "build locally and copy the folder.")
+            raise UsageError(
+                f"source {source!r} writes to local folders only.",
+                f"{out} is remote.",
+                "build locally and copy the folder.",
+            )
         assert kind.build is not None
         with staged(where, overwrite=overwrite) as folder:
             report = kind.build(what, folder, workers=workers, seed=seed, **own)
@@ -89,16 +97,24 @@ def _inputs(kind: Source, inputs: Path | str | None) -> StoragePath | None:
     if inputs is None:
         if kind.needs_input:
             raise UsageError(
-                f"source {kind.name!r} needs an input.", "there is nothing to read.", f"onellm shards build {kind.name} IN OUT"
+                f"source {kind.name!r} needs an input.",
+                "there is nothing to read.",
+                f"onellm shards build {kind.name} IN OUT",
             )
         return None
     found = place(inputs)
     if not found.exists():
-        raise UsageError(f"{inputs}: there is no such file or folder.", "there is nothing to read.", "check the path.")
+        raise UsageError(
+            f"{inputs}: there is no such file or folder.",
+            "there is nothing to read.",
+            "check the path.",
+        )
     return found
 
 
-def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> tuple[Path, BuildReport]:
+def build_recipe(
+    recipe: Path, *, overwrite: bool = False, **overrides: Any
+) -> tuple[Path, BuildReport]:
     """Builds from a dataset recipe (YAML): `source`, `inputs`, `out`, `workers`, `seed`, and the source's `options`.
 
     `inputs` and `out` are relative to the current folder. `overrides` replace top-level keys, or options by name.
@@ -114,13 +130,24 @@ def build_recipe(recipe: Path, *, overwrite: bool = False, **overrides: Any) -> 
 
 
 def _build(
-    values: Mapping[str, Any], options: Mapping[str, Any], *, overwrite: bool, restart: bool = False, task: Task
-) -> BuildReport:  # fmt: skip
+    values: Mapping[str, Any],
+    options: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    restart: bool = False,
+    task: Task,
+) -> BuildReport:
     return build_dataset(
-        values["source"], values.get("inputs"), values["out"],
-        workers=int(values.get("workers", 1)), seed=int(values.get("seed", 0)), overwrite=overwrite, restart=restart, task=task,
+        values["source"],
+        values.get("inputs"),
+        values["out"],
+        workers=int(values.get("workers", 1)),
+        seed=int(values.get("seed", 0)),
+        overwrite=overwrite,
+        restart=restart,
+        task=task,
         **options,
-    )  # fmt: skip
+    )
 
 
 def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -132,10 +159,18 @@ def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[st
     try:
         content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{recipe}: {error}", "the recipe cannot be read.", "see shards/folder.yaml for an example.") from error
+        raise UsageError(
+            f"{recipe}: {error}",
+            "the recipe cannot be read.",
+            "see shards/folder.yaml for an example.",
+        ) from error
     top = {"source", "inputs", "out", "workers", "seed", "options"}
     if not isinstance(content, dict) or not isinstance(content.get("options") or {}, dict):
-        raise UsageError(f"{recipe} is no mapping of keys to values.", "it is no dataset recipe.", "see shards/folder.yaml for an example.")
+        raise UsageError(
+            f"{recipe} is no mapping of keys to values.",
+            "it is no dataset recipe.",
+            "see shards/folder.yaml for an example.",
+        )
     values = {k: v for k, v in content.items() if k != "options"}
     options = dict(content.get("options") or {})
     for key, value in overrides.items():
@@ -144,7 +179,9 @@ def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[st
     if unknown or missing:
         faults = [*(f"unknown key {k!r}" for k in unknown), *(f"no key {k!r}" for k in missing)]
         raise UsageError(
-            f"{recipe}: {', '.join(faults)}.", "the recipe is not built as written.", f"its keys are: {', '.join(sorted(top))}."
+            f"{recipe}: {', '.join(faults)}.",
+            "the recipe is not built as written.",
+            f"its keys are: {', '.join(sorted(top))}.",
         )
     return values, options
 
@@ -174,7 +211,9 @@ def build_command(
     number = Task.parse(task)
     if source.endswith((".yaml", ".yml")):
         given: dict[str, Any] = dict(zip(("out", "inputs"), reversed(paths), strict=False))
-        given.update({k: v for k, v, default in (("workers", workers, 1), ("seed", seed, 0)) if v != default})
+        given.update(
+            {k: v for k, v, default in (("workers", workers, 1), ("seed", seed, 0)) if v != default}
+        )
         values, kind_options = read_recipe(Path(source), **given, **_pairs(options))
     else:
         kind = get_source(source)
@@ -188,12 +227,23 @@ def build_command(
                 "it is not clear what is read and what is written.",
                 f"onellm shards build {source} {'IN OUT' if kind.needs_input else 'OUT'}",
             )
-        values = {"source": source, "inputs": paths[0] if kind.needs_input else None, "out": paths[-1], "workers": workers, "seed": seed}
+        values = {
+            "source": source,
+            "inputs": paths[0] if kind.needs_input else None,
+            "out": paths[-1],
+            "workers": workers,
+            "seed": seed,
+        }
         kind_options = dict(_pairs(options))
     if dry_run:
         print(_dry_run(values, kind_options))
         return EXIT_DONE
-    print(summary(_build(values, kind_options, overwrite=overwrite, restart=restart, task=number), values["out"]))
+    print(
+        summary(
+            _build(values, kind_options, overwrite=overwrite, restart=restart, task=number),
+            values["out"],
+        )
+    )
     return EXIT_DONE
 
 
@@ -202,7 +252,9 @@ def _dry_run(values: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     inputs = _inputs(kind, values.get("inputs"))
     own, settings = complete_options(kind, options, name=dataset_name(place(values["out"])))
     if settings is None or inputs is None:
-        raise UsageError(f"source {kind.name!r} has no dry run.", "it makes its data as it writes.", "build it.")
+        raise UsageError(
+            f"source {kind.name!r} has no dry run.", "it makes its data as it writes.", "build it."
+        )
     request = Request(kind, inputs, place(values["out"]), int(values.get("seed", 0)), own, settings)
     return dry_run(request, workers=int(values.get("workers", 1)))
 
@@ -211,12 +263,16 @@ def _pairs(options: list[str]) -> dict[str, str]:
     for option in options:
         if "=" not in option:
             raise UsageError(
-                f"option {option!r} is no key=value.", "its value is not known.", "write -o key=value; -o help lists the keys."
+                f"option {option!r} is no key=value.",
+                "its value is not known.",
+                "write -o key=value; -o help lists the keys.",
             )
     return dict(option.split("=", 1) for option in options)
 
 
-def index_command(paths: list[Path], modalities: list[str], *, workers: int = 1, again: bool = False) -> int:
+def index_command(
+    paths: list[Path], modalities: list[str], *, workers: int = 1, again: bool = False
+) -> int:
     """`onellm shards index`: indexes tars and folders of tars. Returns the exit code.
 
     Args:
@@ -226,18 +282,31 @@ def index_command(paths: list[Path], modalities: list[str], *, workers: int = 1,
     wanted = parse_modalities(",".join(modalities)) if modalities else None
     for path in paths:
         done = index_path(path, modalities=wanted, workers=workers, again=again)
-        where = f"; it is a dataset now ({done.manifest})" if done.manifest else "; to train from it, index its folder"
+        where = (
+            f"; it is a dataset now ({done.manifest})"
+            if done.manifest
+            else "; to train from it, index its folder"
+        )
         kept = f" ({done.kept} had an index already)" if done.kept else ""
-        print(f"{path}: {done.tars} tar{'s' if done.tars != 1 else ''}, {done.samples} samples indexed{kept}{where}")
+        print(
+            f"{path}: {done.tars} tar{'s' if done.tars != 1 else ''}, {done.samples} samples indexed{kept}{where}"
+        )
     return EXIT_DONE
 
 
 def summary(report: BuildReport, out: Path | str) -> str:
     """The lines a command prints after a build."""
-    lines = [f"{out}: {report.samples} samples", *report.notes] if report.samples else [f"{out}: built", *report.notes]
+    lines = (
+        [f"{out}: {report.samples} samples", *report.notes]
+        if report.samples
+        else [f"{out}: built", *report.notes]
+    )
     if report.quarantined:
         total, named = max(report.failures, len(report.quarantined)), len(report.quarantined)
-        lines.append(f"left out: {total} (all in {place(out) / QUARANTINE})" + (f"; of the first {named}:" if total > named else ""))
+        lines.append(
+            f"left out: {total} (all in {place(out) / QUARANTINE})"
+            + (f"; of the first {named}:" if total > named else "")
+        )
         kinds = Counter(q.reason.split(":")[0] for q in report.quarantined)
         lines += [f"  {count} x {kind}" for kind, count in kinds.most_common()]
         lines += [f"  {q.file}: {q.reason}" for q in report.quarantined[:5]]

@@ -68,8 +68,12 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", gpu_of(ranks.local_rank, ranks.local_world, torch.cuda.device_count()))
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed 0.19 takes the GPU of this number, and uses it for nothing else here
+        device = torch.device(
+            "cuda", gpu_of(ranks.local_rank, ranks.local_world, torch.cuda.device_count())
+        )
+        os.environ["LOCAL_RANK"] = str(
+            device.index
+        )  # DeepSpeed 0.19 takes the GPU of this number, and uses it for nothing else here
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1 and deepspeed leaves it unset (every rank then takes all cores).
     if "OMP_NUM_THREADS" not in os.environ:
@@ -78,13 +82,24 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     timeout = timeout_of(guard or StabilitySection())
     # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than stability.hang_minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout, device_id=device if cuda else None)
+    dist.init_process_group(
+        backend,
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
     return World(ranks.rank, ranks.world, ranks.local_world, device)
 
 
 def timeout_of(stability: StabilitySection) -> timedelta:
     """How long a collective waits: longer than the watchdog in any phase."""
-    limits = (stability.hang_minutes, stability.first_step_minutes, stability.checkpoint_minutes, stability.validation_minutes)
+    limits = (
+        stability.hang_minutes,
+        stability.first_step_minutes,
+        stability.checkpoint_minutes,
+        stability.validation_minutes,
+    )
     return timedelta(minutes=max(limits) + SLACK_MINUTES)
 
 

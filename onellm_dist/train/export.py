@@ -23,12 +23,23 @@ from onellm_dist.train.engine.base import Engine
 MODEL = "model"
 FILE_BYTES = 5_000_000_000
 """Largest weights file, as transformers' own default was; a larger tensor gets a file of its own."""
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def export_model(
-    folder: Path, engine: Engine, model: Any, processor: Any, world: World, beside: Mapping[str, str] = MappingProxyType({})
+    folder: Path,
+    engine: Engine,
+    model: Any,
+    processor: Any,
+    world: World,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the trained model and its processor to `folder`, whole or not at all. Called by all ranks; rank 0 writes.
 
@@ -55,16 +66,25 @@ def export_model(
             _replace(partial, folder)
         except OSError as error:
             failure = str(error)
-    for _ in weights:  # the other ranks, and rank 0 after a failure: the collectives go on to the end
+    for (
+        _
+    ) in weights:  # the other ranks, and rank 0 after a failure: the collectives go on to the end
         pass
     failure = world.broadcast(failure)
     if failure is not None:
         raise OneLLMError(
-            f"the model could not be written to {folder}: {failure}", "the run has no export.", "make room, and start the run again."
+            f"the model could not be written to {folder}: {failure}",
+            "the run has no export.",
+            "make room, and start the run again.",
         )
 
 
-def write_weights(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], shapes: Shapes, file_bytes: int = FILE_BYTES) -> None:
+def write_weights(
+    folder: Path,
+    weights: Iterator[tuple[str, torch.Tensor]],
+    shapes: Shapes,
+    file_bytes: int = FILE_BYTES,
+) -> None:
     """`model.safetensors`, or several files with an index, as transformers names them.
 
     Args:
@@ -73,19 +93,27 @@ def write_weights(folder: Path, weights: Iterator[tuple[str, torch.Tensor]], sha
     files = _files(shapes, file_bytes)
     places: dict[str, str] = {}
     for number, names in enumerate(files, 1):
-        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(files) == 1
+            else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        )
         with (folder / file).open("wb") as out:
             _write_header(out, {name: shapes[name] for name in names})
             for wanted in names:
                 name, tensor = next(weights)
                 if name != wanted or tuple(tensor.shape) != shapes[name][0]:
-                    raise RuntimeError(f"the engine gave {name} {list(tensor.shape)} where {wanted} was due")
+                    raise RuntimeError(
+                        f"the engine gave {name} {list(tensor.shape)} where {wanted} was due"
+                    )
                 out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         places |= dict.fromkeys(names, file)
     if len(files) > 1:
         total = sum(_size(*shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _shapes(engine: Engine) -> Shapes:

@@ -21,7 +21,16 @@ from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
 from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS
 
-PEAK_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "A10": 125e12}
+PEAK_BF16 = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
 """Dense bf16 FLOP/s by a part of the device's name (vendors' data sheets; SXM forms)."""
 
 
@@ -63,19 +72,26 @@ class FlopCounter:
         last_kv = upm.experts * 2 * model.config.vision.width**2
         last = parts["upm"] / upm.blocks
         upm_flops = {
-            name: (parts["upm"] - last + last_kv) * kind.upm_tokens + (last - last_kv) * QUERY_TOKENS
+            name: (parts["upm"] - last + last_kv) * kind.upm_tokens
+            + (last - last_kv) * QUERY_TOKENS
             for name, kind in plan.modalities.items()
         }
-        encoder = dict.fromkeys((True, False), 6 if encoder_trains else 2)  # by whether the modality is visual
+        encoder = dict.fromkeys(
+            (True, False), 6 if encoder_trains else 2
+        )  # by whether the modality is visual
         if align and not encoder_trains:
             encoder[False] = 4
         per_sample = {
-            name: kind.encoder_tokens * parts["encoder"] * encoder[kind.visual] + upm_flops[name] * (6 if align else 2)
+            name: kind.encoder_tokens * parts["encoder"] * encoder[kind.visual]
+            + upm_flops[name] * (6 if align else 2)
             for name, kind in plan.modalities.items()
         }
         self._media = [sum(per_sample[name] for name in spans) for spans in plan.spans]
         self._spans = [len(spans) for spans in plan.spans]
-        self._by_kind = {"+".join(spans) or "text": flops for spans, flops in zip(plan.spans, self._media, strict=True)}
+        self._by_kind = {
+            "+".join(spans) or "text": flops
+            for spans, flops in zip(plan.spans, self._media, strict=True)
+        }
 
     def step(self, plan: StepPlan) -> StepSize:
         """Sizes of a step of all ranks."""
@@ -88,12 +104,28 @@ class FlopCounter:
                 positions = ref.text_tokens + SPAN_TOKENS * self._spans[ref.dataset]
                 tokens += positions
                 supervised += ref.supervised_tokens
-                flops += self._media[ref.dataset] + self._llm * positions + self._head_factor * self._head * ref.supervised_tokens
-        return StepSize(samples, plan.global_valid_tokens, supervised, tokens, dummies / max(1, tokens + dummies), flops, plan.balance)
+                flops += (
+                    self._media[ref.dataset]
+                    + self._llm * positions
+                    + self._head_factor * self._head * ref.supervised_tokens
+                )
+        return StepSize(
+            samples,
+            plan.global_valid_tokens,
+            supervised,
+            tokens,
+            dummies / max(1, tokens + dummies),
+            flops,
+            plan.balance,
+        )
 
     def describe(self, world: int, peak: float | None) -> str:
         """The formula with this run's figures, for people."""
-        over = f"{world} x {peak / 1e12:g} TFLOP/s" if peak else "ranks x peak (not known for this device: MFU is null)"
+        over = (
+            f"{world} x {peak / 1e12:g} TFLOP/s"
+            if peak
+            else "ranks x peak (not known for this device: MFU is null)"
+        )
         return (
             f"MFU = model FLOPs a second / ({over}); model FLOPs = {self._llm:.3g} a position of the LLM ({self._llm_factor} N), "
             f"{self._head_factor * self._head:.3g} a supervised token (head), and per sample "

@@ -62,7 +62,12 @@ class InFlight:
         if micro is None:
             return []
         try:
-            return [name for m in (micro, *(self.following(micro) if read_ahead else ())) if not m.is_empty for name in self.names(m)]
+            return [
+                name
+                for m in (micro, *(self.following(micro) if read_ahead else ()))
+                if not m.is_empty
+                for name in self.names(m)
+            ]
         except Exception:  # a broken disk must not hide the failure that is being reported
             return []
 
@@ -72,16 +77,23 @@ class InFlight:
         refs = self.micro.samples if self.micro is not None and names else ()
         return [
             {
-                "sample": name, "modalities": list(self.spans[ref.dataset]) if ref.dataset < len(self.spans) else None,
-                "text_tokens": ref.text_tokens, "supervised_tokens": ref.supervised_tokens,
+                "sample": name,
+                "modalities": list(self.spans[ref.dataset])
+                if ref.dataset < len(self.spans)
+                else None,
+                "text_tokens": ref.text_tokens,
+                "supervised_tokens": ref.supervised_tokens,
             }
             for name, ref in zip(names, refs, strict=True)
-        ]  # fmt: skip
+        ]
 
     def about(self) -> dict[str, Any]:
         """All of it, for JSON."""
         micro = self.micro
         return {
-            "phase": self.phase, "step": self.step, "beats": self.beats,
-            "micro_batch": None if micro is None else micro.index, "micro_batches": None if micro is None else micro.count,
-        }  # fmt: skip
+            "phase": self.phase,
+            "step": self.step,
+            "beats": self.beats,
+            "micro_batch": None if micro is None else micro.index,
+            "micro_batches": None if micro is None else micro.count,
+        }

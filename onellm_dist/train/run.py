@@ -39,7 +39,9 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
         config = load_config(recipe, overrides)
         _check_before_ranks(config)
     except OneLLMError as error:
-        ExitFile(run_dir_of(recipe, overrides), rank=0).replace("usage" if error.exit_code == EXIT_USAGE else "failed", reason=error.what)
+        ExitFile(run_dir_of(recipe, overrides), rank=0).replace(
+            "usage" if error.exit_code == EXIT_USAGE else "failed", reason=error.what
+        )
         raise
     count = config.launch.ranks or _gpus() or 1
     if count == 1:
@@ -59,7 +61,9 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
         code = _train(load_config(recipe, overrides), ranks, exit_file)
     except OneLLMError as error:
         _say(ranks, str(error))
-        code = exit_file.write("usage" if error.exit_code == EXIT_USAGE else "failed", reason=error.what)
+        code = exit_file.write(
+            "usage" if error.exit_code == EXIT_USAGE else "failed", reason=error.what
+        )
     except Exception as error:
         _say(ranks, traceback.format_exc())
         code = exit_file.write("failed", reason=f"{type(error).__name__}: {error}")
@@ -92,7 +96,13 @@ def _finish(run: Run, outcome: Outcome) -> int:
     run.metrics.close()
     if run.trackers is not None:
         run.trackers.finish()
-    run.events.write("end", status=outcome.status, step=exit_file.step, reason=outcome.reason, say=f"{outcome.status}: {outcome.reason}")
+    run.events.write(
+        "end",
+        status=outcome.status,
+        step=exit_file.step,
+        reason=outcome.reason,
+        say=f"{outcome.status}: {outcome.reason}",
+    )
     if world.main:
         run.stop.honoured()
         code = exit_file.write(outcome.status, reason=outcome.reason)
@@ -111,7 +121,11 @@ def _check_before_ranks(config: RunConfig) -> None:
         check_trackers(config.track)
 
     if config.engine.name == "deepspeed":
-        complete(load_ds_config(config.engine.config), bf16=config.train.precision == "bf16", grad_clip=config.optim.grad_clip)
+        complete(
+            load_ds_config(config.engine.config),
+            bf16=config.train.precision == "bf16",
+            grad_clip=config.optim.grad_clip,
+        )
 
 
 def run_dir_of(recipe: Path, overrides: Sequence[str]) -> Path:
@@ -151,8 +165,10 @@ def command_line(arguments: Sequence[str]) -> int:
     """`python -m onellm_dist.train RECIPE [key=value ...]`."""
     given = without_launcher_arguments(arguments)
     if not given or given[0] in ("-h", "--help"):
-        print("usage: python -m onellm_dist.train RECIPE [key=value ...]\n"
-              "example: deepspeed --num_accelerators 2 --module onellm_dist.train toy/align_image run.dir=runs/first")  # fmt: skip
+        print(
+            "usage: python -m onellm_dist.train RECIPE [key=value ...]\n"
+            "example: deepspeed --num_accelerators 2 --module onellm_dist.train toy/align_image run.dir=runs/first"
+        )
         return 0 if given else EXIT_USAGE
     try:
         return main(Path(given[0]), given[1:])

@@ -48,7 +48,12 @@ from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups, parts_of
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import EVENTS, Events, Metrics, drop_from
-from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, lock_directory, prepare_directory
+from onellm_dist.train.records.run_directory import (
+    CHECKPOINTS,
+    LEDGER,
+    lock_directory,
+    prepare_directory,
+)
 from onellm_dist.train.records.skipped_samples import Ledger, write_stream
 from onellm_dist.train.stability.checks import Guard
 from onellm_dist.train.stability.rollback import Marks
@@ -172,21 +177,32 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     lock = lock_directory(config.run.dir) if world.main else None
     with phases.of("checkpoint"):
         found = find_checkpoint(config, config.run.dir / CHECKPOINTS, world)
-    resume, manifest = found.folder, {} if found.folder is None else read_manifest(found.folder) or {}
+    resume, manifest = (
+        found.folder,
+        {} if found.folder is None else read_manifest(found.folder) or {},
+    )
     stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
 
     with phases.of("model"):
-        model, processor, weights = open_model(path=config.model.path, preset=config.model.preset, seed=config.run.seed)
+        model, processor, weights = open_model(
+            path=config.model.path, preset=config.model.preset, seed=config.run.seed
+        )
     with phases.of("data"):
         opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
         sizes = model.config.vision.patches, model.config.vision.prefix
         plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
-        validation = _main_first(world, partial(open_validation, *opening, sizes=sizes)) if config.data.validation else None
+        validation = (
+            _main_first(world, partial(open_validation, *opening, sizes=sizes))
+            if config.data.validation
+            else None
+        )
     new_phase = False if resume is None else _follow(plan, resume)
     events = _open_records(config, world, plan, exit_file, found)
     if new_phase:
         _tell_segment(events, plan)
-    flops = FlopCounter(model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable")
+    flops = FlopCounter(
+        model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable"
+    )
     present = _prepare_model(config, model, weights, plan)
     router = RouterWatch(model, present)
 
@@ -198,21 +214,62 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     ledger, marks, unreadable = _open_ledger(config, world, first_step)
     steps = config.train.steps
     trackers = _trackers(config, world, events)
-    open_loader = partial(Loader, plan, world.size, world.rank, last_step=steps, skipped_samples=ledger.known)
+    open_loader = partial(
+        Loader, plan, world.size, world.rank, last_step=steps, skipped_samples=ledger.known
+    )
     open_metrics = partial(_open_metrics, config, world, trackers)
-    guard = Guard(config.stability, config.data.max_skipped_samples, unreadable, {} if new_phase else manifest.get("guard", {}))
+    guard = Guard(
+        config.stability,
+        config.data.max_skipped_samples,
+        unreadable,
+        {} if new_phase else manifest.get("guard", {}),
+    )
     run = Run(
-        config, world, plan, engine, open_loader(first_step), ledger, marks, guard,
+        config,
+        world,
+        plan,
+        engine,
+        open_loader(first_step),
+        ledger,
+        marks,
+        guard,
         Checkpoints(
-            config.run.dir / CHECKPOINTS, engine, world, config.checkpoint, partial(_about, config, plan, guard),
-            partial(describe_source, config, manifest.get("frozen")), NoticeWatch(events.write, notice_seconds()),
+            config.run.dir / CHECKPOINTS,
+            engine,
+            world,
+            config.checkpoint,
+            partial(_about, config, plan, guard),
+            partial(describe_source, config, manifest.get("frozen")),
+            NoticeWatch(events.write, notice_seconds()),
         ),
-        open_metrics(first_step), events, stop, exit_file, first_step, model, processor, flops, peak_flops(world.device), lock,
-        _validation(config, validation, engine, model, processor.tokenizer, world, events, first_step),
+        open_metrics(first_step),
+        events,
+        stop,
+        exit_file,
+        first_step,
+        model,
+        processor,
+        flops,
+        peak_flops(world.device),
+        lock,
+        _validation(
+            config, validation, engine, model, processor.tokenizer, world, events, first_step
+        ),
         Telemetry(config, world, events, router),
-        Profiler(config.track, config.run.dir, world.device, events, main=world.main), trackers, phases, open_loader, open_metrics,
-        Best(config.run.dir / BEST, engine, model, processor, world, validation.digest(0) if validation and world.main else ""),
-    )  # fmt: skip
+        Profiler(config.track, config.run.dir, world.device, events, main=world.main),
+        trackers,
+        phases,
+        open_loader,
+        open_metrics,
+        Best(
+            config.run.dir / BEST,
+            engine,
+            model,
+            processor,
+            world,
+            validation.digest(0) if validation and world.main else "",
+        ),
+    )
     if run.validation is not None:
         run.validation.show = run.show
     exit_file.step = first_step
@@ -220,13 +277,19 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     return run
 
 
-def _open_records(config: RunConfig, world: World, plan: Plan, exit_file: ExitFile, found: Found) -> Events:
+def _open_records(
+    config: RunConfig, world: World, plan: Plan, exit_file: ExitFile, found: Found
+) -> Events:
     """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
     if world.main:
         prepare_directory(config, found.folder)
         take_over(config, found)
         mend_tail(config.run.dir / EVENTS)
-        write_stream(config.run.dir / LEDGER, plan.data_phases, {d.name: _absolute(d.place) for d in plan.datasets})
+        write_stream(
+            config.run.dir / LEDGER,
+            plan.data_phases,
+            {d.name: _absolute(d.place) for d in plan.datasets},
+        )
     world.barrier()
     events = Events(config.run.dir, main=world.main)
     _tell_passed_over(events, found)
@@ -244,13 +307,20 @@ def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroBatch) 
     for step in range(micro.step, config.train.steps):
         if len(later) >= count:
             break
-        later += [m for m in plan.step(step, world.size).ranks[micro.rank] if (m.step, m.index) > (micro.step, micro.index)]
+        later += [
+            m
+            for m in plan.step(step, world.size).ranks[micro.rank]
+            if (m.step, m.index) > (micro.step, micro.index)
+        ]
     return later[:count]
 
 
 def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledger, Marks, int]:
     """The ledger, which knows the guard's marks too; the marks; and how many samples were not readable."""
-    ledger, marks = Ledger(config.run.dir / LEDGER, world.rank), Marks(config.run.dir / LEDGER, main=world.main)
+    ledger, marks = (
+        Ledger(config.run.dir / LEDGER, world.rank),
+        Marks(config.run.dir / LEDGER, main=world.main),
+    )
     unreadable = len(ledger.known.keys() - marks.known.keys())
     ledger.known.update(marks.known)
     ledger.begin(first_step)
@@ -260,7 +330,9 @@ def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledg
 def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) -> set[str]:
     """Freeze what does not train, take image's parts over, set recomputation. Returns the mixture's modalities."""
     present = {name for spans in plan.spans for name in spans}
-    freeze_for_stage(model, config.train.stage, present, encoder=config.train.encoder == "trainable")
+    freeze_for_stage(
+        model, config.train.stage, present, encoder=config.train.encoder == "trainable"
+    )
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
     activation_checkpointing(model, config.train.activation_checkpointing)
@@ -271,34 +343,66 @@ def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) 
 def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
     engine, optim = config.engine, config.optim
     settings = EngineSettings(
-        world.size, world.device, config.train.precision == "bf16", optim.betas, optim.eps, optim.grad_clip,
+        world.size,
+        world.device,
+        config.train.precision == "bf16",
+        optim.betas,
+        optim.eps,
+        optim.grad_clip,
         load_ds_config(engine.config) if engine.name == "deepspeed" else {},
-        shard_ranks=engine.shard_ranks, reduce_every_micro_batch=engine.reduce_every == "micro_batch",
-    )  # fmt: skip
+        shard_ranks=engine.shard_ranks,
+        reduce_every_micro_batch=engine.reduce_every == "micro_batch",
+    )
     return checked(settings)
 
 
-def _wrap(model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights) -> Engine:
+def _wrap(
+    model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights
+) -> Engine:
     groups = parameter_groups(model, config.optim.weight_decay)
-    return engine_class(config.engine.name).wrap(model, groups, replace(settings, parts=parts_of(model)), weights)
+    return engine_class(config.engine.name).wrap(
+        model, groups, replace(settings, parts=parts_of(model)), weights
+    )
 
 
 def _validation(
-    config: RunConfig, plan: Plan | None, engine: Engine, model: Any, tokenizer: Any, world: World, events: Events, first_step: int
+    config: RunConfig,
+    plan: Plan | None,
+    engine: Engine,
+    model: Any,
+    tokenizer: Any,
+    world: World,
+    events: Events,
+    first_step: int,
 ) -> Validation | None:
     wanted = config.data.validation
     if plan is None or wanted is None:
         return None
-    asked = Answers(wanted, plan, engine, tokenizer, world, config.run.dir, first_step=first_step) if wanted.generate else None
+    asked = (
+        Answers(wanted, plan, engine, tokenizer, world, config.run.dir, first_step=first_step)
+        if wanted.generate
+        else None
+    )
     return Validation(
-        wanted, plan, engine, model, world, config.run.dir, events, first_step=first_step, steps=config.train.steps, answers=asked
+        wanted,
+        plan,
+        engine,
+        model,
+        world,
+        config.run.dir,
+        events,
+        first_step=first_step,
+        steps=config.train.steps,
+        answers=asked,
     )
 
 
 def _trackers(config: RunConfig, world: World, events: Events) -> Trackers | None:
     if not (world.main and config.track.trackers):
         return None
-    return Trackers(config.track, config.run.dir, config.model_dump(mode="json", by_alias=True), events)
+    return Trackers(
+        config.track, config.run.dir, config.model_dump(mode="json", by_alias=True), events
+    )
 
 
 def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
@@ -319,31 +423,49 @@ def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
 def _follow(plan: Plan, resume: Path) -> bool:
     """Go on with the stream of a checkpoint; whether a new data_phase of it begins. Every rank reads the same manifest."""
     manifest = read_manifest(resume) or {}
-    return plan.follow([DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())], int(manifest.get("step", 0)))
+    return plan.follow(
+        [DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())],
+        int(manifest.get("step", 0)),
+    )
 
 
-def _open_metrics(config: RunConfig, world: World, trackers: Trackers | None, first_step: int) -> Metrics:
+def _open_metrics(
+    config: RunConfig, world: World, trackers: Trackers | None, first_step: int
+) -> Metrics:
     track = config.train
     return Metrics(
-        config.run.dir, main=world.main, first_step=first_step, steps=track.steps, log_every=track.log_every, trackers=trackers
-    )  # fmt: skip
+        config.run.dir,
+        main=world.main,
+        first_step=first_step,
+        steps=track.steps,
+        log_every=track.log_every,
+        trackers=trackers,
+    )
 
 
 def _about(config: RunConfig, plan: Plan, guard: Guard, step: int) -> dict[str, Any]:
     """What a checkpoint's manifest says beside the state."""
     return {
-        "step": step, "stage": config.train.stage, "plan": plan.fingerprint(), "onellm_dist": __version__,
-        "model": config.model.model_dump(mode="json"), "seed": config.run.seed,
-        "data_phases": [data_phase.to_json() for data_phase in plan.data_phases], "guard": guard.state(),
-    }  # fmt: skip
+        "step": step,
+        "stage": config.train.stage,
+        "plan": plan.fingerprint(),
+        "onellm_dist": __version__,
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "data_phases": [data_phase.to_json() for data_phase in plan.data_phases],
+        "guard": guard.state(),
+    }
 
 
 def _tell_passed_over(events: Events, found: Found) -> None:
     for name, problem in found.passed_over:
         events.write(
-            "checkpoint_damaged", folder=name, problems=[problem], resumed=found.folder.name if found.folder else None,
+            "checkpoint_damaged",
+            folder=name,
+            problems=[problem],
+            resumed=found.folder.name if found.folder else None,
             say=f"WARNING: checkpoint {name} is damaged and passed over: {problem}",
-        )  # fmt: skip
+        )
 
 
 def _absolute(place: str) -> str:
@@ -352,34 +474,58 @@ def _absolute(place: str) -> str:
 
 def _tell_segment(events: Events, plan: Plan) -> None:
     data_phase = plan.data_phases[-1]
-    shares = ", ".join(f"{name} {count / sum(data_phase.counts.values()):.4f}" for name, count in data_phase.counts.items())
+    shares = ", ".join(
+        f"{name} {count / sum(data_phase.counts.values()):.4f}"
+        for name, count in data_phase.counts.items()
+    )
     events.write(
-        "data_phase", step=data_phase.start, counts=dict(data_phase.counts), global_batch=data_phase.global_batch,
+        "data_phase",
+        step=data_phase.start,
+        counts=dict(data_phase.counts),
+        global_batch=data_phase.global_batch,
         say=f"data_phase {len(plan.data_phases)} of the plan begins at step {data_phase.start}: {shares}",
-    )  # fmt: skip
+    )
 
 
 def _resume(folder: Path, engine: Engine, world: World, plan: Plan, events: Events) -> int:
     manifest = load_state(folder, engine, world)
-    if "data_phases" not in manifest and manifest["plan"] != plan.fingerprint():  # written before 0.2, when nothing was refused
+    if (
+        "data_phases" not in manifest and manifest["plan"] != plan.fingerprint()
+    ):  # written before 0.2, when nothing was refused
         events.write(
-            "plan_changed", step=manifest["step"], checkpoint=folder.name,
+            "plan_changed",
+            step=manifest["step"],
+            checkpoint=folder.name,
             say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {manifest['step']} on",
-        )  # fmt: skip
+        )
     return int(manifest["step"])
 
 
 def _tell_start(run: Run, resume: Path | None) -> None:
-    trained = sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in run.model.parameters() if p.requires_grad)
+    trained = sum(
+        p.ds_numel if hasattr(p, "ds_numel") else p.numel()
+        for p in run.model.parameters()
+        if p.requires_grad
+    )
     origin = f"resumes {resume.name} (step {run.first_step})" if resume else "starts at step 0"
     run.events.write(
-        "start", world=run.world.size, device=str(run.world.device), first_step=run.first_step, resumed=str(resume) if resume else None,
-        lost_steps=run.metrics.lost_steps, lost_seconds=round(run.metrics.lost_seconds, 3),
-        mfu=run.flops.describe(run.world.size, run.peak), trainable=trained, threads=torch.get_num_threads(), onellm_dist=__version__,
-        nodes=run.world.size // run.world.local_world, notice_seconds=notice_seconds(), **_slurm(os.environ),
+        "start",
+        world=run.world.size,
+        device=str(run.world.device),
+        first_step=run.first_step,
+        resumed=str(resume) if resume else None,
+        lost_steps=run.metrics.lost_steps,
+        lost_seconds=round(run.metrics.lost_seconds, 3),
+        mfu=run.flops.describe(run.world.size, run.peak),
+        trainable=trained,
+        threads=torch.get_num_threads(),
+        onellm_dist=__version__,
+        nodes=run.world.size // run.world.local_world,
+        notice_seconds=notice_seconds(),
+        **_slurm(os.environ),
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
         f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",
-    )  # fmt: skip
+    )
 
 
 def _slurm(env: Mapping[str, str]) -> dict[str, Any]:
@@ -388,9 +534,11 @@ def _slurm(env: Mapping[str, str]) -> dict[str, Any]:
         return {}
     nodes = env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES")
     return {
-        "slurm_job_id": env["SLURM_JOB_ID"], "slurm_restart_count": int(env.get("SLURM_RESTART_COUNT") or 0),
-        "slurm_nodes": int(nodes) if nodes else None, "slurm_node_list": env.get("SLURM_JOB_NODELIST"),
-    }  # fmt: skip
+        "slurm_job_id": env["SLURM_JOB_ID"],
+        "slurm_restart_count": int(env.get("SLURM_RESTART_COUNT") or 0),
+        "slurm_nodes": int(nodes) if nodes else None,
+        "slurm_node_list": env.get("SLURM_JOB_NODELIST"),
+    }
 
 
 def _tell_failed(run_dir: Path, found: dict[str, Any]) -> None:

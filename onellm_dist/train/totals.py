@@ -45,20 +45,32 @@ class StepTotals:
         self._kinds = {kind: i for i, kind in enumerate(kinds)}
         self._sums = torch.zeros(FIXED + 2 * len(kinds), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, loss: torch.Tensor, nll: torch.Tensor, sample_index: torch.Tensor) -> None:
+    def add(
+        self, batch: PackedBatch, loss: torch.Tensor, nll: torch.Tensor, sample_index: torch.Tensor
+    ) -> None:
         """One micro-step: `batch` on the device, and what the engine returned for it."""
         loss = loss.detach().double()
         self._sums[LOSS] += loss
         self._sums[NOT_FINITE] += (~torch.isfinite(loss)).double()
         if batch.is_empty:
             return
-        kind = device_tensor([self._kinds[modalities] for modalities in batch.modalities], self._sums.device)
+        kind = device_tensor(
+            [self._kinds[modalities] for modalities in batch.modalities], self._sums.device
+        )
         weight = batch.weights.double()[sample_index]
         place = FIXED + kind[sample_index]
         self._sums.index_add_(0, place, nll.double() * weight)
         self._sums.index_add_(0, place + len(self._kinds), weight)
 
-    def reduce(self, world: World, *, new_skipped_samples: int, stop: bool, write_failed: bool = False, save: bool = False) -> None:
+    def reduce(
+        self,
+        world: World,
+        *,
+        new_skipped_samples: int,
+        stop: bool,
+        write_failed: bool = False,
+        save: bool = False,
+    ) -> None:
         """Sum over the ranks. On a GPU this is queued, not waited for."""
         self._sums[WRITE_FAILED] = float(write_failed)
         self._sums[SAVE] = float(save)
@@ -70,7 +82,11 @@ class StepTotals:
         """The sums, on the host: the step's one wait for the device."""
         values = self._sums.tolist()
         nll, count = values[FIXED : FIXED + len(self._kinds)], values[FIXED + len(self._kinds) :]
-        means = {"+".join(kind) or "text": nll[i] / count[i] for kind, i in self._kinds.items() if count[i] > 0}
+        means = {
+            "+".join(kind) or "text": nll[i] / count[i]
+            for kind, i in self._kinds.items()
+            if count[i] > 0
+        }
         return StepValues(
             values[LOSS],
             means,

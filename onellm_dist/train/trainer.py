@@ -15,7 +15,13 @@ from onellm_dist.train.optim.schedules import learning_rate
 from onellm_dist.train.records.metrics import StepReport
 from onellm_dist.train.setup import Run
 from onellm_dist.train.stability.checks import Verdict
-from onellm_dist.train.stability.offending_samples import Part, Suspect, describe, find_culprits, say
+from onellm_dist.train.stability.offending_samples import (
+    Part,
+    Suspect,
+    describe,
+    find_culprits,
+    say,
+)
 from onellm_dist.train.stability.rollback import RollBackError, needs_a_start, roll_back
 from onellm_dist.train.totals import StepTotals, StepValues
 
@@ -113,10 +119,19 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     if applied:
         run.guard.keep(loss, norms.whole)
     else:
-        _throw_away(run, step, done, verdict or Verdict("gradient_not_finite", "the engine found a gradient that is not finite"))
+        _throw_away(
+            run,
+            step,
+            done,
+            verdict
+            or Verdict("gradient_not_finite", "the engine found a gradient that is not finite"),
+        )
     if values.new_skipped_samples:
         run.events.write(
-            "skipped_samples", step=step, count=values.new_skipped_samples, total=run.guard.skipped_samples + values.new_skipped_samples
+            "skipped_samples",
+            step=step,
+            count=values.new_skipped_samples,
+            total=run.guard.skipped_samples + values.new_skipped_samples,
         )
     seconds = time.perf_counter() - started
     run.metrics.write(_report(run, step, lr, values, norms, applied, seconds, done.waited))
@@ -132,7 +147,9 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
         micro, batch = next(micro_batches)
         done.waited += time.perf_counter() - asked
         if (micro.step, micro.index) != (step, planned.index):
-            raise RuntimeError(f"the loader gave micro-step {micro.index} of step {micro.step} for {planned.index} of step {step}")
+            raise RuntimeError(
+                f"the loader gave micro-step {micro.index} of step {micro.step} for {planned.index} of step {step}"
+            )
         run.in_flight.beat("forward")
         batch = batch.to(run.world.device)
         loss, nll, sample_index = run.engine.forward(batch, last=micro.last)
@@ -168,7 +185,9 @@ def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
     if policy == "rollback":
         raise RollBackError(step, verdict, culprits)
     if policy == "stop":
-        run.events.write("guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits))
+        run.events.write(
+            "guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits)
+        )
         raise OneLLMError(
             f"step {step}: {verdict.reason}; the samples: {say(culprits)}",
             "stability.policy is stop: the step was not applied.",
@@ -182,23 +201,48 @@ def _tell_skipped(run: Run, step: int, verdict: Verdict, culprits: list[Suspect]
     for suspect in culprits:
         packs.setdefault((suspect.rank, suspect.micro_batch), []).append(suspect.sample)
     run.events.write(
-        "step_skipped", step=step, reason=verdict.reason, kind=verdict.kind,
-        micro_batches=[{"rank": rank, "micro_batch": index, "samples": names} for (rank, index), names in packs.items()], **describe(culprits),
+        "step_skipped",
+        step=step,
+        reason=verdict.reason,
+        kind=verdict.kind,
+        micro_batches=[
+            {"rank": rank, "micro_batch": index, "samples": names}
+            for (rank, index), names in packs.items()
+        ],
+        **describe(culprits),
         say=f"step {step} skipped on all ranks: {verdict.reason}: {say(culprits)}",
-    )  # fmt: skip
+    )
 
 
 def _report(
-    run: Run, step: int, lr: float, values: StepValues, norms: GradNorms, applied: bool, seconds: float, waited: float
+    run: Run,
+    step: int,
+    lr: float,
+    values: StepValues,
+    norms: GradNorms,
+    applied: bool,
+    seconds: float,
+    waited: float,
 ) -> StepReport:
     size = run.size_of(step)
     readings = run.telemetry.read(step)
     return StepReport(
-        step=step, loss=values.loss / size.global_valid_tokens, loss_by_modality=values.nll, lr=lr, grad_norm=norms.whole,
-        grad_norm_by_part=norms.by_part, applied=applied,
-        samples=size.samples, supervised_tokens=size.supervised_tokens, tokens=size.tokens, padding_fraction=size.padding_fraction,
-        tokens_per_second=size.tokens / seconds, data_wait_fraction=min(1.0, waited / seconds),
+        step=step,
+        loss=values.loss / size.global_valid_tokens,
+        loss_by_modality=values.nll,
+        lr=lr,
+        grad_norm=norms.whole,
+        grad_norm_by_part=norms.by_part,
+        applied=applied,
+        samples=size.samples,
+        supervised_tokens=size.supervised_tokens,
+        tokens=size.tokens,
+        padding_fraction=size.padding_fraction,
+        tokens_per_second=size.tokens / seconds,
+        data_wait_fraction=min(1.0, waited / seconds),
         mfu=None if run.peak is None else size.flops / seconds / (run.world.size * run.peak),
-        sample_digest=run.plan.digest(step) if run.world.main else "", seconds=seconds, pack_balance=size.balance,
+        sample_digest=run.plan.digest(step) if run.world.main else "",
+        seconds=seconds,
+        pack_balance=size.balance,
         **readings._asdict(),
-    )  # fmt: skip
+    )

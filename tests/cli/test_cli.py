@@ -8,11 +8,27 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "doctor", "train", "report", "ledger", "generate", "shards build", "shards index", "shards verify"]
+COMMANDS = [
+    "demo",
+    "doctor",
+    "train",
+    "report",
+    "ledger",
+    "generate",
+    "shards build",
+    "shards index",
+    "shards verify",
+]
 
 
 def onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "onellm_dist.cli", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "onellm_dist.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -30,7 +46,10 @@ def test_generate_has_an_option_for_every_modality() -> None:
     assert all(f"--{name}" in shown for name in all_modalities())
 
 
-@pytest.mark.parametrize("arguments", [["trai"], ["train"], ["shards", "build"], ["generate"], ["doctor", "a=b"], ["--nope"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["trai"], ["train"], ["shards", "build"], ["generate"], ["doctor", "a=b"], ["--nope"]],
+)
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert onellm(*arguments).returncode == 2
 

@@ -22,7 +22,9 @@ def test_plain_lines_tell_share_rate_and_eta(capsys: pytest.CaptureFixture[str])
     assert re.fullmatch(r"Building: 4/4 \(100%\) samples, \S+/s, done after 0 s, 1 bad", lines[2])
 
 
-def test_iterating_gives_the_items_and_one_line_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_iterating_gives_the_items_and_one_line_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert list(progress(iter("abc"), "Reading")) == ["a", "b", "c"]
     captured = capsys.readouterr()
     assert re.fullmatch(r"Reading: 3, \S+/s, done after 0 s\n", captured.err)
@@ -48,7 +50,7 @@ class Terminal(io.StringIO):
 
 
 def test_bars_nest_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """rich allows one live display; a second one inside it must not fail."""
+    """Rich allows one live display; a second one inside it must not fail."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -63,6 +65,8 @@ def test_bars_nest_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"Inner bar.*3/3.*things.*all well", text)
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(-1, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
 def test_seconds_as_people_write_them(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text

@@ -27,7 +27,12 @@ def write(tmp_path: Path, recipe: object) -> Path:
 def test_defaults_and_overrides(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path, GOOD),
-        ["train.steps=7", "optim.betas=[0.9, 0.99]", "data.mixture=[{path: a, weight: 2}, {path: b}]", "run.dir=here"],
+        [
+            "train.steps=7",
+            "optim.betas=[0.9, 0.99]",
+            "data.mixture=[{path: a, weight: 2}, {path: b}]",
+            "run.dir=here",
+        ],
     )
     assert config.train.steps == 7
     assert config.optim.betas == (0.9, 0.99)
@@ -67,7 +72,9 @@ def test_all_problems_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("override", ["steps", "=3", "train.steps.deep=1", "train.steps=[", "model.path=null"])
+@pytest.mark.parametrize(
+    "override", ["steps", "=3", "train.steps.deep=1", "train.steps=[", "model.path=null"]
+)
 def test_bad_overrides(tmp_path: Path, override: str) -> None:
     with pytest.raises(UsageError):
         load_config(write(tmp_path, {**GOOD, "model": {"path": "m"}}), [override])

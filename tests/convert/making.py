@@ -8,7 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, OneLLMProcessor
 from onellm_dist.model.configuration import OneLLMUPMConfig, OneLLMVisionConfig
@@ -27,33 +32,59 @@ def parity_weights() -> Tensors:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made: Tensors = module.weights(DATA / "manifest.json")
-    return {key: value.half() if key.startswith("llma.clip.") else value for key, value in made.items()}
+    return {
+        key: value.half() if key.startswith("llma.clip.") else value for key, value in made.items()
+    }
 
 
 def llama(*, kv_heads: int = 4, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads,
-        max_position_embeddings=4096, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tied,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=tied,
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def clip(*, act: str = "quick_gelu") -> CLIPVisionModelWithProjection:
     torch.manual_seed(1)
     config = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=224,
-        patch_size=56, hidden_act=act,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=128,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=224,
+        patch_size=56,
+        hidden_act=act,
+    )
     return CLIPVisionModelWithProjection(config).eval()
 
 
-def onellm(*, modalities: tuple[str, ...] = ("image", "imu"), experts: int = 2, router: str = "soft", seed: int = 0):  # type: ignore[no-untyped-def]
+def onellm(
+    *,
+    modalities: tuple[str, ...] = ("image", "imu"),
+    experts: int = 2,
+    router: str = "soft",
+    seed: int = 0,
+):  # type: ignore[no-untyped-def]
     config = OneLLMConfig(
         vision=OneLLMVisionConfig(width=64, layers=1, heads=4, patch_size=56, output_dim=32),
-        upm=OneLLMUPMConfig(experts=experts, blocks=1, heads=4, ffn=96, router_hidden=48, router=router),
-        text_config=llama().config, modalities=modalities,
-    )  # fmt: skip
+        upm=OneLLMUPMConfig(
+            experts=experts, blocks=1, heads=4, ffn=96, router_hidden=48, router=router
+        ),
+        text_config=llama().config,
+        modalities=modalities,
+    )
     model = OneLLMForConditionalGeneration(config)
     initialise(model, seed)
     return model.eval()
@@ -72,15 +103,27 @@ def meta_state(model: LlamaForCausalLM) -> Tensors:
 
     def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
         rows = weight.shape[0] // heads
-        order = [head * rows + half * (rows // 2) + i for head in range(heads) for i in range(rows // 2) for half in (0, 1)]
+        order = [
+            head * rows + half * (rows // 2) + i
+            for head in range(heads)
+            for i in range(rows // 2)
+            for half in (0, 1)
+        ]
         return weight[order]
 
-    found = {"tok_embeddings.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
+    found = {
+        "tok_embeddings.weight": state["model.embed_tokens.weight"],
+        "norm.weight": state["model.norm.weight"],
+    }
     found["output.weight"] = state["lm_head.weight"]
     for i in range(config.num_hidden_layers):
         layer, ours = f"layers.{i}", f"model.layers.{i}"
-        found[f"{layer}.attention.wq.weight"] = pairs(state[f"{ours}.self_attn.q_proj.weight"], config.num_attention_heads)
-        found[f"{layer}.attention.wk.weight"] = pairs(state[f"{ours}.self_attn.k_proj.weight"], config.num_key_value_heads)
+        found[f"{layer}.attention.wq.weight"] = pairs(
+            state[f"{ours}.self_attn.q_proj.weight"], config.num_attention_heads
+        )
+        found[f"{layer}.attention.wk.weight"] = pairs(
+            state[f"{ours}.self_attn.k_proj.weight"], config.num_key_value_heads
+        )
         found[f"{layer}.attention.wv.weight"] = state[f"{ours}.self_attn.v_proj.weight"]
         found[f"{layer}.attention.wo.weight"] = state[f"{ours}.self_attn.o_proj.weight"]
         found[f"{layer}.feed_forward.w1.weight"] = state[f"{ours}.mlp.gate_proj.weight"]
@@ -98,7 +141,9 @@ def split(state: Tensors, ranks: int, *, by_words: bool = False) -> list[Tensors
         bare = key.removeprefix("llma.")
         if bare == "tok_embeddings.weight":
             dim: int | None = 0 if by_words else 1
-        elif bare == "output.weight" or bare.endswith((".wq.weight", ".wk.weight", ".wv.weight", ".w1.weight", ".w3.weight")):
+        elif bare == "output.weight" or bare.endswith(
+            (".wq.weight", ".wk.weight", ".wv.weight", ".w1.weight", ".w3.weight")
+        ):
             dim = 0
         else:
             dim = 1 if bare.endswith((".wo.weight", ".w2.weight")) else None
@@ -108,7 +153,9 @@ def split(state: Tensors, ranks: int, *, by_words: bool = False) -> list[Tensors
     return parts
 
 
-def save_meta(folder: Path, model: LlamaForCausalLM, *, ranks: int = 1, by_words: bool = False) -> Path:
+def save_meta(
+    folder: Path, model: LlamaForCausalLM, *, ranks: int = 1, by_words: bool = False
+) -> Path:
     folder.mkdir(parents=True)
     config = model.config
     width = config.hidden_size // config.num_attention_heads
@@ -116,9 +163,14 @@ def save_meta(folder: Path, model: LlamaForCausalLM, *, ranks: int = 1, by_words
     for rank, part in enumerate(split(meta_state(model), ranks, by_words=by_words)):
         torch.save({**part, "rope.freqs": table}, folder / f"consolidated.{rank:02d}.pth")
     params = {
-        "dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads, "vocab_size": -1, "multiple_of": 176, "norm_eps": 1e-5,
-    }  # fmt: skip
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": -1,
+        "multiple_of": 176,
+        "norm_eps": 1e-5,
+    }
     (folder / "params.json").write_text(json.dumps(params))
     return folder
 
@@ -128,7 +180,11 @@ def open_clip_state() -> tuple[torch.nn.Module, Tensors]:
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     torch.manual_seed(2)
-    tower = _build_vision_tower(32, CLIPVisionCfg(layers=2, width=64, head_width=16, patch_size=56, image_size=224), quick_gelu=True)
+    tower = _build_vision_tower(
+        32,
+        CLIPVisionCfg(layers=2, width=64, head_width=16, patch_size=56, image_size=224),
+        quick_gelu=True,
+    )
     return tower.eval(), {f"visual.{k}": v for k, v in tower.state_dict().items()}
 
 

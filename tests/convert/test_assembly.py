@@ -28,7 +28,9 @@ def load(path: Path) -> OneLLMForConditionalGeneration:
 
 
 def value(name: str) -> torch.Tensor:
-    return torch.randn((1, *get_modality(name).value_shape), generator=torch.Generator().manual_seed(4))
+    return torch.randn(
+        (1, *get_modality(name).value_shape), generator=torch.Generator().manual_seed(4)
+    )
 
 
 @torch.no_grad()
@@ -45,9 +47,15 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
     toy_tokenizer().save_pretrained(tmp_path / "words")
     modalities = ["image", "imu"]
     opened, record = assemble(
-        tmp_path / "start", llm=tmp_path / "llama", encoder=tmp_path / "clip", upm=SIZES, modalities=modalities, seed=3,
-        options=Options(tokenizer=tmp_path / "words"), quiet=True,
-    )  # fmt: skip
+        tmp_path / "start",
+        llm=tmp_path / "llama",
+        encoder=tmp_path / "clip",
+        upm=SIZES,
+        modalities=modalities,
+        seed=3,
+        options=Options(tokenizer=tmp_path / "words"),
+        quiet=True,
+    )
     model, _ = load_model(path=tmp_path / "start", preset=None, seed=0)
     fresh = onellm(modalities=("image", "imu"), seed=3).state_dict()
     for name, tensor in model.named_parameters():
@@ -55,8 +63,13 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
             assert torch.equal(tensor, language.state_dict()[name.removeprefix("llm.")])
         elif not name.startswith("encoder."):
             assert torch.equal(tensor, fresh[name]), name
-    assert torch.equal(model.encoder.blocks[1].mlp.up.weight, tower.state_dict()["vision_model.encoder.layers.1.mlp.fc1.weight"])
-    assert set(record["initialised"]) == {n for n, _ in model.named_parameters() if not n.startswith(("llm.", "encoder."))}
+    assert torch.equal(
+        model.encoder.blocks[1].mlp.up.weight,
+        tower.state_dict()["vision_model.encoder.layers.1.mlp.fc1.weight"],
+    )
+    assert set(record["initialised"]) == {
+        n for n, _ in model.named_parameters() if not n.startswith(("llm.", "encoder."))
+    }
     assert opened.config.modalities == modalities
     assert torch.equal(model.llm(IDS).logits, language(IDS).logits)
 
@@ -67,15 +80,33 @@ def test_metas_sentencepiece_model_becomes_the_processor(tmp_path: Path) -> None
 
     language = llama()
     save_meta(tmp_path / "llama", language)
-    (tmp_path / "words.txt").write_text("a red cube left of a blue ball\na dog runs and a person claps\n" * 40)
+    (tmp_path / "words.txt").write_text(
+        "a red cube left of a blue ball\na dog runs and a person claps\n" * 40
+    )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "llama" / "tokenizer"), vocab_size=48, model_type="bpe",
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-    )  # fmt: skip
+        input=str(tmp_path / "words.txt"),
+        model_prefix=str(tmp_path / "llama" / "tokenizer"),
+        vocab_size=48,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     clip().save_pretrained(tmp_path / "clip")
-    assemble(tmp_path / "start", llm=tmp_path / "llama", encoder=tmp_path / "clip", upm=SIZES, modalities=["image"], quiet=True)
+    assemble(
+        tmp_path / "start",
+        llm=tmp_path / "llama",
+        encoder=tmp_path / "clip",
+        upm=SIZES,
+        modalities=["image"],
+        quiet=True,
+    )
     _, processor = load_model(path=tmp_path / "start", preset=None, seed=0)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "llama" / "tokenizer.model"))
+    pieces = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "llama" / "tokenizer.model")
+    )
     text = "a red dog claps"
     assert processor(text=text)["input_ids"][0].tolist() == [1, *pieces.encode(text)]
     assert processor.tokenizer.eos_token_id == 2
@@ -85,7 +116,14 @@ def test_metas_sentencepiece_model_becomes_the_processor(tmp_path: Path) -> None
 def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_path: Path) -> None:
     save_onellm(tmp_path / "one", router=router)
     before = load(tmp_path / "one")
-    opened, _ = assemble(tmp_path / "more", base=tmp_path / "one", add_experts=2, add_modalities=["depth", "audio"], seed=1, quiet=True)
+    opened, _ = assemble(
+        tmp_path / "more",
+        base=tmp_path / "one",
+        add_experts=2,
+        add_modalities=["depth", "audio"],
+        seed=1,
+        quiet=True,
+    )
     after = load(tmp_path / "more")
     assert opened.config.upm.experts == 4
     assert after.config.modalities == ["image", "audio", "depth", "imu"]
@@ -95,28 +133,50 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     assert all(torch.equal(new[n], old[n]) for n in old if "router.fc2" not in n)
     first, *added = (new[f"upm.experts.{k}.blocks.0.attention.q.weight"] for k in (0, 2, 3))
-    assert all(0.005 < ((expert - first) / first).std() < 0.02 for expert in added), "copies of the first, shaken by a hundredth"
+    assert all(0.005 < ((expert - first) / first).std() < 0.02 for expert in added), (
+        "copies of the first, shaken by a hundredth"
+    )
     assert not torch.equal(*added), "with the same gates, equal ones would stay equal"
-    assert torch.equal(new["upm.experts.3.blocks.0.attention_norm.weight"], old["upm.experts.0.blocks.0.attention_norm.weight"])
-    assert torch.equal(new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"])
+    assert torch.equal(
+        new["upm.experts.3.blocks.0.attention_norm.weight"],
+        old["upm.experts.0.blocks.0.attention_norm.weight"],
+    )
+    assert torch.equal(
+        new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"]
+    )
     gates = after.projector("depth").router(after.projector("depth").queries())
     if router == "soft":
         assert (gates[:, 2:] > 0.05).all(), "a new modality may use the new experts"
-        assert (after.projector("image").router(after.projector("image").queries())[:, 2:] < 1e-8).all()
+        assert (
+            after.projector("image").router(after.projector("image").queries())[:, 2:] < 1e-8
+        ).all()
 
 
 def test_copies_are_exact_where_asked_for(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
     assemble(tmp_path / "more", base=tmp_path / "one", add_experts=1, expert_noise=0.0, quiet=True)
     new = dict(load(tmp_path / "more").named_parameters())
-    assert torch.equal(new["upm.experts.2.blocks.0.attention.q.weight"], new["upm.experts.0.blocks.0.attention.q.weight"])
+    assert torch.equal(
+        new["upm.experts.2.blocks.0.attention.q.weight"],
+        new["upm.experts.0.blocks.0.attention.q.weight"],
+    )
 
 
 def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
-    assemble(tmp_path / "more", base=tmp_path / "one", add_experts=1, expert_init="separate", seed=7, quiet=True)
+    assemble(
+        tmp_path / "more",
+        base=tmp_path / "one",
+        add_experts=1,
+        expert_init="separate",
+        seed=7,
+        quiet=True,
+    )
     name = "upm.experts.2.blocks.0.attention.q.weight"
-    assert torch.equal(dict(load(tmp_path / "more").named_parameters())[name], dict(onellm(experts=3, seed=7).named_parameters())[name])
+    assert torch.equal(
+        dict(load(tmp_path / "more").named_parameters())[name],
+        dict(onellm(experts=3, seed=7).named_parameters())[name],
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +201,14 @@ def test_what_cannot_be_assembled(arguments: dict[str, object], words: str, tmp_
 
 
 def verify(a: Path, b: Path, **arguments: object) -> int:
-    fixed = {"logits": False, "inputs": None, "tolerance": 0.0, "seed": 0, "from_a": None, "from_b": None}
+    fixed = {
+        "logits": False,
+        "inputs": None,
+        "tolerance": 0.0,
+        "seed": 0,
+        "from_a": None,
+        "from_b": None,
+    }
     return verify_command(a, b, Options(), **{**fixed, **arguments})  # type: ignore[arg-type]
 
 
@@ -157,7 +224,15 @@ def test_verify_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "model.layers.1.mlp.up_proj.weight: up to 0.25 apart" in capsys.readouterr().out
     assert verify(tmp_path / "meta", tmp_path / "hf", tolerance=0.3) == 0
     save_file({"input_ids": IDS}, tmp_path / "inputs.safetensors")
-    assert verify(tmp_path / "meta", tmp_path / "hf", inputs=tmp_path / "inputs.safetensors", tolerance=1e-9) == 1
+    assert (
+        verify(
+            tmp_path / "meta",
+            tmp_path / "hf",
+            inputs=tmp_path / "inputs.safetensors",
+            tolerance=1e-9,
+        )
+        == 1
+    )
     assert "logits: up to" in capsys.readouterr().out
 
 

@@ -65,7 +65,9 @@ def with_pickle(path: Path, change) -> None:  # type: ignore[no-untyped-def]
 def test_a_tensor_beyond_its_storage_is_refused(size: int, tmp_path: Path) -> None:
     """Bytes of other tensors, or of nothing, must not be read as this one's."""
     torch.save({"a": torch.zeros(size)}, tmp_path / "c.pth")
-    with_pickle(tmp_path / "c.pth", lambda b: b.replace(f"K\x00K{chr(size)}".encode(), b"K\x00K\x7f"))
+    with_pickle(
+        tmp_path / "c.pth", lambda b: b.replace(f"K\x00K{chr(size)}".encode(), b"K\x00K\x7f")
+    )
     with pytest.raises(UsageError, match="goes beyond its storage"):
         convert("reference", tmp_path / "c.pth", tmp_path / "out", quiet=True)
 
@@ -75,7 +77,11 @@ def test_files_cut_short(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
     whole = file.read_bytes()
-    for length, words in ((len(whole) - 10, "cut short"), (100, "header should have"), (3, "it has 3 bytes")):
+    for length, words in (
+        (len(whole) - 10, "cut short"),
+        (100, "header should have"),
+        (3, "it has 3 bytes"),
+    ):
         file.write_bytes(whole[:length])
         with pytest.raises(UsageError, match=words):
             convert("hf", tmp_path / "hf", tmp_path / "out", quiet=True)
@@ -89,12 +95,21 @@ def test_files_cut_short(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
-    convert("onellm", tmp_path / "one", tmp_path / "many", to="onellm", options=Options(shard_bytes=400_000), quiet=True)
+    convert(
+        "onellm",
+        tmp_path / "one",
+        tmp_path / "many",
+        to="onellm",
+        options=Options(shard_bytes=400_000),
+        quiet=True,
+    )
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 2
     content = shards[1].read_bytes()
     shards[1].unlink()
-    with pytest.raises(UsageError, match=rf"1 of {len(shards)} files are missing: {shards[1].name}"):
+    with pytest.raises(
+        UsageError, match=rf"1 of {len(shards)} files are missing: {shards[1].name}"
+    ):
         convert("onellm", tmp_path / "many", tmp_path / "out", quiet=True)
     save_file({"other": torch.zeros(2)}, shards[1])
     with pytest.raises(UsageError, match=r"tensors of model.safetensors.index.json are in no file"):
@@ -103,17 +118,23 @@ def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
     convert("onellm", tmp_path / "many", tmp_path / "out", quiet=True)
 
 
-@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, "nan"), (torch.float16, "-inf"), (torch.bfloat16, "nan")])
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, "nan"), (torch.float16, "-inf"), (torch.bfloat16, "nan")]
+)
 def test_weights_that_are_not_finite(dtype: torch.dtype, value: str, tmp_path: Path) -> None:
     weights = parity_weights()
     key = "llma.layers.1.attention.wk.weight"
     weights[key] = weights[key].to(dtype)
     weights[key][5, 7] = float(value)
     torch.save(weights, tmp_path / "c.pth")
-    with pytest.raises(OneLLMError, match=r"self_attn.k_proj.weight \[64, 64\] .* holds NaN or infinity"):
+    with pytest.raises(
+        OneLLMError, match=r"self_attn.k_proj.weight \[64, 64\] .* holds NaN or infinity"
+    ):
         convert("reference", tmp_path / "c.pth", tmp_path / "out", options=HEADS, quiet=True)
     assert nothing_at(tmp_path / "out")
-    allowed = Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=("llm.model.layers.1.self_attn.k_*",))
+    allowed = Options(
+        encoder_heads=4, upm_heads=4, llm_heads=4, allow=("llm.model.layers.1.self_attn.k_*",)
+    )
     convert("reference", tmp_path / "c.pth", tmp_path / "out", options=allowed, quiet=True)
 
 
@@ -122,7 +143,14 @@ def test_a_cast_that_overflows(tmp_path: Path) -> None:
     model.model.norm.weight.data[3] = 1e6
     model.save_pretrained(tmp_path / "hf")
     with pytest.raises(OneLLMError, match=r"model.norm.weight .* holds NaN or infinity"):
-        convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", options=Options(dtype=torch.float16), quiet=True)
+        convert(
+            "hf",
+            tmp_path / "hf",
+            tmp_path / "out",
+            to="hf",
+            options=Options(dtype=torch.float16),
+            quiet=True,
+        )
 
 
 @pytest.mark.parametrize("heads", [5, 64, 8])
@@ -130,8 +158,12 @@ def test_wrong_heads(heads: int, tmp_path: Path) -> None:
     """5 do not divide the width, 64 leave one channel, 8 contradict the rotary table."""
     save_meta(tmp_path / "meta", llama())
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
-    (tmp_path / "meta" / "params.json").write_text(json.dumps({**params, "n_heads": heads, "n_kv_heads": heads}))
-    words = "rotary table is for 16" if heads == 8 else "does not split a width of 64 into even heads"
+    (tmp_path / "meta" / "params.json").write_text(
+        json.dumps({**params, "n_heads": heads, "n_kv_heads": heads})
+    )
+    words = (
+        "rotary table is for 16" if heads == 8 else "does not split a width of 64 into even heads"
+    )
     with pytest.raises(UsageError, match=words):
         convert("meta-llama", tmp_path / "meta", tmp_path / "out", quiet=True)
 
@@ -139,8 +171,13 @@ def test_wrong_heads(heads: int, tmp_path: Path) -> None:
 def test_params_that_contradict_the_weights(tmp_path: Path) -> None:
     save_meta(tmp_path / "meta", llama(kv_heads=2))
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
-    (tmp_path / "meta" / "params.json").write_text(json.dumps({**params, "n_kv_heads": 4, "dim": 128}))
-    with pytest.raises(UsageError, match=r"dim is 128, the tensors have 64; n_kv_heads .* is 64, the tensors have 32"):
+    (tmp_path / "meta" / "params.json").write_text(
+        json.dumps({**params, "n_kv_heads": 4, "dim": 128})
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"dim is 128, the tensors have 64; n_kv_heads .* is 64, the tensors have 32",
+    ):
         convert("meta-llama", tmp_path / "meta", tmp_path / "out", quiet=True)
 
 
@@ -152,12 +189,17 @@ def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "c.pth")
     allow = ("projectors.depth.router.fc1.bias", "llma.extra.*")
     options = Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow)
-    _, record = convert("reference", tmp_path / "c.pth", tmp_path / "out", options=options, quiet=True)
+    _, record = convert(
+        "reference", tmp_path / "c.pth", tmp_path / "out", options=options, quiet=True
+    )
     assert record["initialised"] == ["projectors.depth.router.fc1.bias"]
     assert len(record["allowed"]) == 2
     with pytest.raises(UsageError, match=r"1 key does not fit"):
         convert(
-            "reference", tmp_path / "c.pth", tmp_path / "two", options=Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow[:1])
+            "reference",
+            tmp_path / "c.pth",
+            tmp_path / "two",
+            options=Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow[:1]),
         )
 
 
@@ -167,13 +209,17 @@ def test_an_output_is_replaced_only_when_told_and_only_if_it_was_made_here(tmp_p
     with pytest.raises(UsageError, match="is not empty"):
         convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)
     llama(seed=5).save_pretrained(tmp_path / "hf")
-    _, second = convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, quiet=True)
+    _, second = convert(
+        "hf", tmp_path / "hf", tmp_path / "out", to="hf", overwrite=True, quiet=True
+    )
     assert first["result"][0]["sha256"] != second["result"][0]["sha256"]
     with pytest.raises(UsageError, match="only a folder that a conversion wrote"):
         convert("hf", tmp_path / "hf", tmp_path / "hf", to="hf", overwrite=True, quiet=True)
 
 
-def test_a_killed_conversion_goes_on_from_its_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_conversion_goes_on_from_its_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_onellm(tmp_path / "one")
     options, real, seen = Options(shard_bytes=400_000), run_module.write_tensor_file, []
 
@@ -186,16 +232,38 @@ def test_a_killed_conversion_goes_on_from_its_whole_files(tmp_path: Path, monkey
 
     monkeypatch.setattr(run_module, "write_tensor_file", failing)
     with pytest.raises(OneLLMError, match="the disk is full"):
-        convert("onellm", tmp_path / "one", tmp_path / "out", to="onellm", options=options, workers=1, quiet=True)
+        convert(
+            "onellm",
+            tmp_path / "one",
+            tmp_path / "out",
+            to="onellm",
+            options=options,
+            workers=1,
+            quiet=True,
+        )
     assert not (tmp_path / "out").exists()
     kept = sorted(p.name for p in (tmp_path / ".out.partial").glob("*.safetensors"))
     assert kept
-    monkeypatch.setattr(run_module, "write_tensor_file", lambda path, file, **a: (seen.append(file.name), real(path, file, **a))[1])
+    monkeypatch.setattr(
+        run_module,
+        "write_tensor_file",
+        lambda path, file, **a: (seen.append(file.name), real(path, file, **a))[1],
+    )
     seen.clear()
-    _, record = convert("onellm", tmp_path / "one", tmp_path / "out", to="onellm", options=options, workers=1, quiet=True)
+    _, record = convert(
+        "onellm",
+        tmp_path / "one",
+        tmp_path / "out",
+        to="onellm",
+        options=options,
+        workers=1,
+        quiet=True,
+    )
     assert not set(kept) & set(seen)
     monkeypatch.undo()
-    _, afresh = convert("onellm", tmp_path / "one", tmp_path / "again", to="onellm", options=options, quiet=True)
+    _, afresh = convert(
+        "onellm", tmp_path / "one", tmp_path / "again", to="onellm", options=options, quiet=True
+    )
     assert record["result"] == afresh["result"]
     assert not list(tmp_path.glob(".*"))
 
@@ -205,7 +273,11 @@ def test_a_disk_that_fills(tmp_path: Path) -> None:
     """A real full disk: 3 MB of room for 1 MB, minus what somebody else writes meanwhile."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)],
+        check=False,
+        capture_output=True,
+    ).returncode:
         pytest.skip("mount is not allowed here")
     try:
         save_onellm(tmp_path / "one")
@@ -216,7 +288,14 @@ def test_a_disk_that_fills(tmp_path: Path) -> None:
             patch.setattr("onellm_dist.convert.staging._check_room", lambda *_: None)
             (disk / "ballast").write_bytes(b"x" * 1_500_000)
             with pytest.raises(OneLLMError, match="the disk is full"):
-                convert("onellm", tmp_path / "one", disk / "out", to="onellm", options=Options(shard_bytes=300_000), quiet=True)
+                convert(
+                    "onellm",
+                    tmp_path / "one",
+                    disk / "out",
+                    to="onellm",
+                    options=Options(shard_bytes=300_000),
+                    quiet=True,
+                )
             assert not (disk / "out").exists()
             (disk / "ballast").unlink()
     finally:

@@ -29,7 +29,12 @@ print(before, peak())
 def save_llama(folder: Path, vocabulary: int) -> int:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) >> 20
@@ -41,7 +46,12 @@ def test_peak_memory_does_not_follow_the_size(to: str, tmp_path: Path) -> None:
     """400 MB in two tensors of 200 MB: less than a quarter of one is held."""
     save_llama(tmp_path / "small", 100)
     size = save_llama(tmp_path / "large", 200_000)
-    command = [sys.executable, "-c", CONVERT, *map(str, (tmp_path / "small", tmp_path, tmp_path / "large", to))]
+    command = [
+        sys.executable,
+        "-c",
+        CONVERT,
+        *map(str, (tmp_path / "small", tmp_path, tmp_path / "large", to)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     before, after = map(int, done.stdout.split()[-2:])
     assert size > 390

@@ -18,19 +18,51 @@ def onellm(*words: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_a_model_from_parts_to_the_reference_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_from_parts_to_the_reference_and_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_meta(tmp_path / "meta", llama(), ranks=2)
     clip().save_pretrained(tmp_path / "clip")
-    small = ["--blocks", 1, "--experts", 2, "--upm-heads", 4, "--modality", "image", "--modality", "imu"]
-    assert onellm("convert", "assemble", "--llm", tmp_path / "meta", "--encoder", tmp_path / "clip", *small, tmp_path / "start") == 0
+    small = [
+        "--blocks",
+        1,
+        "--experts",
+        2,
+        "--upm-heads",
+        4,
+        "--modality",
+        "image",
+        "--modality",
+        "imu",
+    ]
+    assert (
+        onellm(
+            "convert",
+            "assemble",
+            "--llm",
+            tmp_path / "meta",
+            "--encoder",
+            tmp_path / "clip",
+            *small,
+            tmp_path / "start",
+        )
+        == 0
+    )
     assert "initialised" in capsys.readouterr().out
-    assert onellm("convert", "onellm", tmp_path / "start", tmp_path / "ref", "--shard-gb", 0.01) == 0
+    assert (
+        onellm("convert", "onellm", tmp_path / "start", tmp_path / "ref", "--shard-gb", 0.01) == 0
+    )
     assert "parameters as reference" in capsys.readouterr().out
     heads = ["--encoder-heads", 4, "--upm-heads", 4]
     assert onellm("convert", "verify", tmp_path / "ref", tmp_path / "start", *heads) == 0
     assert "the same" in capsys.readouterr().out
     assert onellm("convert", "verify", tmp_path / "start", tmp_path / "meta") == 0, "the LLM alone"
-    assert onellm("convert", "reference", tmp_path / "ref", tmp_path / "back", *heads, "--dtype", "bf16") == 0
+    assert (
+        onellm(
+            "convert", "reference", tmp_path / "ref", tmp_path / "back", *heads, "--dtype", "bf16"
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "back" / "conversion.json").read_text())["dtype"] == "bfloat16"
     assert onellm("convert", "verify", tmp_path / "back", tmp_path / "start") == 1
     assert "bfloat16 and float32" in capsys.readouterr().out

@@ -49,10 +49,18 @@ def weights() -> Tensors:
 
 
 @pytest.fixture(scope="module")
-def model(weights: Tensors, tmp_path_factory: pytest.TempPathFactory) -> OneLLMForConditionalGeneration:
+def model(
+    weights: Tensors, tmp_path_factory: pytest.TempPathFactory
+) -> OneLLMForConditionalGeneration:
     folder = tmp_path_factory.mktemp("reference")
     torch.save(weights, folder / "consolidated.00-of-01.pth")
-    convert_reference(folder / "consolidated.00-of-01.pth", folder / "out", encoder_heads=HEADS, upm_heads=HEADS, llm_heads=HEADS)
+    convert_reference(
+        folder / "consolidated.00-of-01.pth",
+        folder / "out",
+        encoder_heads=HEADS,
+        upm_heads=HEADS,
+        llm_heads=HEADS,
+    )
     return OneLLMForConditionalGeneration.from_pretrained(folder / "out").eval()
 
 
@@ -61,7 +69,10 @@ def inputs() -> Tensors:
     """The recorded inputs; random ones for the modalities that were not recorded."""
     recorded = load_file(DATA / "inputs.safetensors")
     generator = torch.Generator().manual_seed(0)
-    drawn = {name: torch.randn((1, *m.value_shape), generator=generator) for name, m in all_modalities().items()}
+    drawn = {
+        name: torch.randn((1, *m.value_shape), generator=generator)
+        for name, m in all_modalities().items()
+    }
     return {**drawn, **recorded}
 
 
@@ -84,50 +95,80 @@ def features(model: OneLLMForConditionalGeneration, name: str, value: torch.Tens
 
 @pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
-def test_recorded_numbers(model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors, name: str) -> None:
+def test_recorded_numbers(
+    model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors, name: str
+) -> None:
     tokens, _ = model.encode({name: inputs[name]})
     projector = model.projector(name)
     logits = model(inputs["examples"], **{f"{name}_values": inputs[name]}).logits
-    assert off(features(model, name, inputs[name]).mean(1), outputs[f"{name}.clip_out_mean"]) < TOLERANCE
-    assert off(projector.router.logits(projector.queries())[None], outputs[f"{name}.router_logits30"]) < TOLERANCE
+    assert (
+        off(features(model, name, inputs[name]).mean(1), outputs[f"{name}.clip_out_mean"])
+        < TOLERANCE
+    )
+    assert (
+        off(projector.router.logits(projector.queries())[None], outputs[f"{name}.router_logits30"])
+        < TOLERANCE
+    )
     assert off(tokens[name], outputs[f"{name}.modality_tokens"]) < TOLERANCE
     assert off(logits[:, 32:, :256], outputs[f"{name}.logits_first256"]) < TOLERANCE
 
 
 @torch.no_grad()
-def test_recorded_text(model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors) -> None:
-    assert off(model(inputs["examples"]).logits[..., :256], outputs["text.logits_first256"]) < TOLERANCE
+def test_recorded_text(
+    model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors
+) -> None:
+    assert (
+        off(model(inputs["examples"]).logits[..., :256], outputs["text.logits_first256"])
+        < TOLERANCE
+    )
 
 
 def test_recorded_groups_of_points(inputs: Tensors, outputs: Tensors) -> None:
     colours = inputs["point"][..., 3:6].contiguous()
     centres = farthest_points(colours, 1024)
     assert torch.equal(centres, outputs["point.fps_idx"].long())
-    assert torch.equal(nearest_neighbours(colours, centres[:, :8], 32), outputs["point.knn_idx_first8"].long())
+    assert torch.equal(
+        nearest_neighbours(colours, centres[:, :8], 32), outputs["point.knn_idx_first8"].long()
+    )
 
 
 @torch.no_grad()
-def test_packed_logits_are_the_reference_s_too(model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors) -> None:
+def test_packed_logits_are_the_reference_s_too(
+    model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors
+) -> None:
     """All recorded modalities and the text in one pack; row t of the reference's logits predicts text token t + 1."""
     ids = inputs["examples"][0]
     samples = [(name,) for name in RECORDED] + [()]
     labels = torch.where(torch.arange(len(ids)) == 0, -100, ids)
-    values = {name: inputs[name] if name in RECORDED else inputs[name][:0] for name in all_modalities()}
-    pack = PackedBatch(ids.repeat(4), labels.repeat(4), (len(ids),) * 4, tuple(samples), values, torch.ones(4))
+    values = {
+        name: inputs[name] if name in RECORDED else inputs[name][:0] for name in all_modalities()
+    }
+    pack = PackedBatch(
+        ids.repeat(4), labels.repeat(4), (len(ids),) * 4, tuple(samples), values, torch.ones(4)
+    )
     logits, _, _ = model.packed_logits(pack)
-    reference = torch.cat([outputs[f"{name}.logits_first256"][0, :-1] for name in (*RECORDED, "text")])
+    reference = torch.cat(
+        [outputs[f"{name}.logits_first256"][0, :-1] for name in (*RECORDED, "text")]
+    )
     assert off(logits[:, :256], reference) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", list(all_modalities()))
 @torch.no_grad()
 def test_every_modality_against_the_plain_forward(
-    model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors, outputs: Tensors, name: str
+    model: OneLLMForConditionalGeneration,
+    weights: Tensors,
+    inputs: Tensors,
+    outputs: Tensors,
+    name: str,
 ) -> None:
     theirs, value, ids = THEIRS[name], inputs[name], inputs["examples"]
     reference = plain.modality_tokens(theirs, value[0], weights, HEADS, HEADS)
     logits = plain.llama(plain.llm_input(ids[0], [(theirs, reference)], weights), weights, HEADS)
-    assert off(features(model, name, value)[0], plain.clip_features(theirs, value[0], weights, HEADS)) < TOLERANCE
+    assert (
+        off(features(model, name, value)[0], plain.clip_features(theirs, value[0], weights, HEADS))
+        < TOLERANCE
+    )
     assert off(model.encode({name: value})[0][name][0], reference) < TOLERANCE
     assert off(model(ids, **{f"{name}_values": value}).logits[0], logits) < TOLERANCE
     if name in RECORDED:  # the plain forward is right itself
@@ -136,29 +177,42 @@ def test_every_modality_against_the_plain_forward(
 
 
 @torch.no_grad()
-def test_two_modalities_in_a_chosen_order(model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors) -> None:
+def test_two_modalities_in_a_chosen_order(
+    model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors
+) -> None:
     order = ["imu", "depth"]
-    runs = [(THEIRS[m], plain.modality_tokens(THEIRS[m], inputs[m][0], weights, HEADS, HEADS)) for m in order]
+    runs = [
+        (THEIRS[m], plain.modality_tokens(THEIRS[m], inputs[m][0], weights, HEADS, HEADS))
+        for m in order
+    ]
     reference = plain.llama(plain.llm_input(inputs["examples"][0], runs, weights), weights, HEADS)
     values = {f"{m}_values": inputs[m] for m in order}
     ours = model(inputs["examples"], modality_order=order, **values).logits[0]
     assert off(ours, reference) < TOLERANCE
-    assert off(model(inputs["examples"], **values).logits[0], reference) > TOLERANCE, "the order must matter"
+    assert off(model(inputs["examples"], **values).logits[0], reference) > TOLERANCE, (
+        "the order must matter"
+    )
 
 
-def test_the_loss_is_the_references(model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors) -> None:
+def test_the_loss_is_the_references(
+    model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors
+) -> None:
     """Mean over targets; the reference ignores label 0, which is our IGNORE."""
     ids, labels = inputs["examples"], inputs["labels"]
     tokens = plain.modality_tokens("image", inputs["image"][0], weights, HEADS, HEADS)
     logits = plain.llama(plain.llm_input(ids[0], [("image", tokens)], weights), weights, HEADS)[32:]
     reference = torch.nn.functional.cross_entropy(logits[:-1], labels[0, 1:], ignore_index=0)
     with torch.no_grad():
-        ours = model(ids, labels=torch.where(labels == 0, -100, labels), image_values=inputs["image"]).loss
+        ours = model(
+            ids, labels=torch.where(labels == 0, -100, labels), image_values=inputs["image"]
+        ).loss
     assert abs(ours - reference) < TOLERANCE
 
 
 @torch.no_grad()
-def test_decoding_with_the_references_offset(model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors) -> None:
+def test_decoding_with_the_references_offset(
+    model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors
+) -> None:
     """The reference decodes from cache position 30 + S where 32 + S are filled: the last two are lost, and positions follow."""
     prompt = inputs["examples"][:, :7]
     tokens = plain.modality_tokens("image", inputs["image"][0], weights, HEADS, HEADS)
@@ -172,5 +226,12 @@ def test_decoding_with_the_references_offset(model: OneLLMForConditionalGenerati
         expected[mode] = words
     assert expected["correct"] != expected["reference"], "this prompt would not tell them apart"
     for mode, words in expected.items():
-        out = model.generate(prompt, image_values=inputs["image"], decode_offset=mode, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        out = model.generate(
+            prompt,
+            image_values=inputs["image"],
+            decode_offset=mode,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+        )
         assert out[0].tolist() == [*prompt[0].tolist(), *words]

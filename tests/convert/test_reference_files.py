@@ -12,7 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.formats.reference import config_from_shapes, convert_reference, name_from_reference
+from onellm_dist.convert.formats.reference import (
+    config_from_shapes,
+    convert_reference,
+    name_from_reference,
+)
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model, meta_model
 from onellm_dist.model.presets import toy_tokenizer
 
@@ -36,14 +40,26 @@ def weights() -> Tensors:
     return made
 
 
-def test_safetensors_and_training_checkpoints_give_the_same(weights: Tensors, tmp_path: Path) -> None:
+def test_safetensors_and_training_checkpoints_give_the_same(
+    weights: Tensors, tmp_path: Path
+) -> None:
     save_file(weights, tmp_path / "a.safetensors")
     torch.save({"model": weights, "epoch": 3}, tmp_path / "b.pth")
-    done = [convert_reference(tmp_path / f, tmp_path / f"out{f[0]}", **HEADS) for f in ("a.safetensors", "b.pth")]
+    done = [
+        convert_reference(tmp_path / f, tmp_path / f"out{f[0]}", **HEADS)
+        for f in ("a.safetensors", "b.pth")
+    ]
     assert done[0] == done[1]
-    assert done[0].parameters == sum(v.numel() for k, v in weights.items() if k not in done[0].ignored)
-    assert set(done[0].ignored) == {k for k in weights if k.startswith("llma.clip.") and "visual" not in k}
-    a, b = (OneLLMForConditionalGeneration.from_pretrained(tmp_path / f"out{f}").state_dict() for f in "ab")
+    assert done[0].parameters == sum(
+        v.numel() for k, v in weights.items() if k not in done[0].ignored
+    )
+    assert set(done[0].ignored) == {
+        k for k in weights if k.startswith("llma.clip.") and "visual" not in k
+    }
+    a, b = (
+        OneLLMForConditionalGeneration.from_pretrained(tmp_path / f"out{f}").state_dict()
+        for f in "ab"
+    )
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
@@ -53,7 +69,9 @@ def test_a_tokenizer_makes_the_directory_whole(weights: Tensors, tmp_path: Path)
     assert not convert_reference(tmp_path / "c.pth", tmp_path / "alone", **HEADS).tokenizer
     with pytest.raises(UsageError, match="no tokenizer in"):
         load_model(path=tmp_path / "alone", preset=None, seed=0)
-    assert convert_reference(tmp_path / "c.pth", tmp_path / "whole", **HEADS, tokenizer=tmp_path / "words").tokenizer
+    assert convert_reference(
+        tmp_path / "c.pth", tmp_path / "whole", **HEADS, tokenizer=tmp_path / "words"
+    ).tokenizer
     _, processor = load_model(path=tmp_path / "whole", preset=None, seed=0)
     assert processor.tokenizer.bos_token_id == 1
 
@@ -63,13 +81,18 @@ def test_keys_that_do_not_fit_are_all_named(weights: Tensors, fault: str, tmp_pa
     broken, expected = dict(weights), []
     if fault in ("missing", "all"):
         del broken["llma.routers.rgbd.fc1.bias"], broken["llma.layers.1.attention.wq.weight"]
-        expected += ["nothing gives projectors.depth.router.fc1.bias", "nothing gives llm.model.layers.1.self_attn.q_proj.weight"]
+        expected += [
+            "nothing gives projectors.depth.router.fc1.bias",
+            "nothing gives llm.model.layers.1.self_attn.q_proj.weight",
+        ]
     if fault in ("unknown", "all"):
         broken["llma.routers.smell.fc1.bias"] = torch.zeros(3)
         expected.append("unknown key llma.routers.smell.fc1.bias [3]")
     if fault in ("shape", "all"):
         broken["llma.positional_embedding.imu"] = torch.zeros(2, 64)
-        expected.append("llma.positional_embedding.imu has shape [2, 64], the model needs [392, 64]")
+        expected.append(
+            "llma.positional_embedding.imu has shape [2, 64], the model needs [392, 64]"
+        )
     torch.save(broken, tmp_path / "c.pth")
     with pytest.raises(UsageError) as caught:
         convert_reference(tmp_path / "c.pth", tmp_path / "out", **HEADS)
@@ -103,13 +126,19 @@ def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
     model = meta_model("onellm-7b")
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     keys = _keys_of_the_7b()
-    shapes = {key: parameters[name] for key in keys if (name := name_from_reference(key)) is not None}
+    shapes = {
+        key: parameters[name] for key in keys if (name := name_from_reference(key)) is not None
+    }
     shapes["conv1.point.conv1.weight"] = (1024, 6, 1, 1)
     config = config_from_shapes(shapes, Path("7b"), None, None, None)
     assert len(keys) == 940
     assert {name_from_reference(key) for key in keys} - {None} == set(parameters)
     assert len([key for key in keys if name_from_reference(key) is None]) == 6
-    assert (config.vision.heads, config.upm.heads, config.text_config.num_attention_heads) == (16, 16, 32)
+    assert (config.vision.heads, config.upm.heads, config.text_config.num_attention_heads) == (
+        16,
+        16,
+        32,
+    )
     for part in ("vision", "upm"):
         assert getattr(config, part).to_dict() == getattr(model.config, part).to_dict()
     assert config.text_config.to_dict() == model.config.text_config.to_dict()
@@ -118,7 +147,11 @@ def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
 def _keys_of_the_7b() -> list[str]:
     """Keys of the small checkpoint with blocks and layers counted up to the paper's (32 LLM, 24 CLIP, 8 UPM)."""
     small = [key.removeprefix("llma.") for key in json.loads((DATA / "manifest.json").read_text())]
-    keys = {key for key in small if not key.startswith(("layers.", "clip.visual.transformer.", "resample_layers."))}
+    keys = {
+        key
+        for key in small
+        if not key.startswith(("layers.", "clip.visual.transformer.", "resample_layers."))
+    }
     for key in small:
         parts = key.split(".")
         if key.startswith("layers."):

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import clip, llama, meta_state, onellm, parity_weights, save_meta, save_onellm, save_open_clip, split
+from making import (
+    clip,
+    llama,
+    meta_state,
+    onellm,
+    parity_weights,
+    save_meta,
+    save_onellm,
+    save_open_clip,
+    split,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
 
@@ -33,7 +43,11 @@ def same(a: Tensors, b: Tensors) -> None:
 
 
 def load_folder(folder: Path) -> Tensors:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
@@ -41,7 +55,13 @@ def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     weights = parity_weights()
     torch.save(weights, tmp_path / "consolidated.00-of-01.pth")
     options = Options(encoder_heads=4, upm_heads=4, llm_heads=4, shard_bytes=SMALL)
-    opened, record = convert("reference", tmp_path / "consolidated.00-of-01.pth", tmp_path / "ours", options=options, quiet=True)
+    opened, record = convert(
+        "reference",
+        tmp_path / "consolidated.00-of-01.pth",
+        tmp_path / "ours",
+        options=options,
+        quiet=True,
+    )
     _, back = convert("onellm", tmp_path / "ours", tmp_path / "back", quiet=True)
     again = torch.load(tmp_path / "back" / "consolidated.00-of-01.pth", weights_only=True)
     live = {key: value for key, value in weights.items() if key not in opened.ignored}
@@ -58,7 +78,9 @@ def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for rank, part in enumerate(split(weights, 2)):
         torch.save(part, tmp_path / "parts" / f"consolidated.{rank:02d}-of-02.pth")
-    found = compare(opened_any(tmp_path / "parts", HEADS), opened_any(tmp_path / "whole.pth", HEADS))
+    found = compare(
+        opened_any(tmp_path / "parts", HEADS), opened_any(tmp_path / "whole.pth", HEADS)
+    )
     assert found.equal(0)
     assert found.same > 100
     (tmp_path / "parts" / "consolidated.01-of-02.pth").unlink()
@@ -67,13 +89,22 @@ def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "tied", "ranks", "by_words"), [(4, False, 1, False), (2, False, 2, False), (2, False, 2, True), (4, True, 1, False)]
+    ("kv_heads", "tied", "ranks", "by_words"),
+    [(4, False, 1, False), (2, False, 2, False), (2, False, 2, True), (4, True, 1, False)],
 )
-def test_meta_llama_there_and_back(kv_heads: int, tied: bool, ranks: int, by_words: bool, tmp_path: Path) -> None:
+def test_meta_llama_there_and_back(
+    kv_heads: int, tied: bool, ranks: int, by_words: bool, tmp_path: Path
+) -> None:
     """Logits are those of transformers' own LLaMA; both directions bit for bit; grouped heads, tied embeddings, two ranks."""
     model = llama(kv_heads=kv_heads, tied=tied)
     save_meta(tmp_path / "meta", model, ranks=ranks, by_words=by_words)
-    convert("meta-llama", tmp_path / "meta", tmp_path / "hf", options=Options(shard_bytes=SMALL), quiet=True)
+    convert(
+        "meta-llama",
+        tmp_path / "meta",
+        tmp_path / "hf",
+        options=Options(shard_bytes=SMALL),
+        quiet=True,
+    )
     ids = torch.arange(3, 30)[None]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert loaded.config.tie_word_embeddings is tied
@@ -81,11 +112,15 @@ def test_meta_llama_there_and_back(kv_heads: int, tied: bool, ranks: int, by_wor
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     same(dict(loaded.state_dict()), dict(model.state_dict()))
     convert("hf", tmp_path / "hf", tmp_path / "back", quiet=True)
-    same(torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True), meta_state(model))
+    same(
+        torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True), meta_state(model)
+    )
     params = json.loads((tmp_path / "back" / "params.json").read_text())
     assert (params["n_heads"], params["n_kv_heads"], params["multiple_of"]) == (4, kv_heads, 176)
     with torch.no_grad():
-        assert torch.equal(build(opened_any(tmp_path / "back", Options()))(ids).logits, model(ids).logits)
+        assert torch.equal(
+            build(opened_any(tmp_path / "back", Options()))(ids).logits, model(ids).logits
+        )
 
 
 def test_hf_of_bin_files_with_an_index_and_old_buffers(tmp_path: Path) -> None:
@@ -98,10 +133,15 @@ def test_hf_of_bin_files_with_an_index_and_old_buffers(tmp_path: Path) -> None:
     for i, half in enumerate(halves):
         torch.save(half, tmp_path / "hf" / f"pytorch_model-{i}.bin")
         places |= dict.fromkeys(half, f"pytorch_model-{i}.bin")
-    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places})
+    )
     opened, _ = convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)
     assert set(opened.ignored) == {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
-    same(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()), dict(model.state_dict()))
+    same(
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()),
+        dict(model.state_dict()),
+    )
 
 
 def test_the_llm_of_a_onellm_as_hf(tmp_path: Path) -> None:
@@ -110,7 +150,11 @@ def test_the_llm_of_a_onellm_as_hf(tmp_path: Path) -> None:
     model = OneLLMForConditionalGeneration.from_pretrained(tmp_path / "one")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
-        assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits, model(ids).logits, atol=1e-5)
+        assert torch.allclose(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits,
+            model(ids).logits,
+            atol=1e-5,
+        )
     same(load_folder(tmp_path / "hf"), {k: v for k, v in model.llm.state_dict().items()})
 
 
@@ -134,17 +178,28 @@ def test_open_clip_and_hf_clip_give_the_towers_own_outputs(tmp_path: Path) -> No
     with torch.no_grad():
         assert torch.allclose(theirs(image).image_embeds, tower(image), atol=1e-5)
     convert("hf-clip", tmp_path / "hf", tmp_path / "back", quiet=True)
-    same(load_file(tmp_path / "back" / "open_clip_model.safetensors"), {f"visual.{k}": v for k, v in tower.state_dict().items()})
-    assert compare(opened_any(tmp_path / "hf", Options()), opened_any(tmp_path / "back", Options())).equal(0)
+    same(
+        load_file(tmp_path / "back" / "open_clip_model.safetensors"),
+        {f"visual.{k}": v for k, v in tower.state_dict().items()},
+    )
+    assert compare(
+        opened_any(tmp_path / "hf", Options()), opened_any(tmp_path / "back", Options())
+    ).equal(0)
 
 
 def test_a_clip_file_must_say_its_activation(tmp_path: Path) -> None:
     _, tower = save_open_clip(tmp_path / "clip")
-    state = {**{f"visual.{k}": v for k, v in tower.state_dict().items()}, "logit_scale": torch.tensor(1.0), "transformer.x": torch.ones(2)}
+    state = {
+        **{f"visual.{k}": v for k, v in tower.state_dict().items()},
+        "logit_scale": torch.tensor(1.0),
+        "transformer.x": torch.ones(2),
+    }
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "vit.pt")
     with pytest.raises(UsageError, match="does not say its activation"):
         opened_any(tmp_path / "vit.pt", Options(), "open-clip")
-    opened = opened_any(tmp_path / "vit.pt", Options(act="quick_gelu", encoder_heads=4), "open-clip")
+    opened = opened_any(
+        tmp_path / "vit.pt", Options(act="quick_gelu", encoder_heads=4), "open-clip"
+    )
     assert set(opened.ignored) == {"logit_scale", "transformer.x"}
     assert compare(opened, opened_any(tmp_path / "clip", Options())).equal(0)
 
@@ -192,10 +247,16 @@ def test_a_gguf_file_gives_transformers_own_weights(tmp_path: Path) -> None:
     writer.add_tensor("output.weight", state["lm_head.weight"].numpy())
     for i in range(2):
         for theirs, ours in (
-            ("attn_q", "attention.wq"), ("attn_k", "attention.wk"), ("attn_v", "attention.wv"), ("attn_output", "attention.wo"),
-            ("ffn_gate", "feed_forward.w1"), ("ffn_down", "feed_forward.w2"), ("ffn_up", "feed_forward.w3"),
-            ("attn_norm", "attention_norm"), ("ffn_norm", "ffn_norm"),
-        ):  # fmt: skip
+            ("attn_q", "attention.wq"),
+            ("attn_k", "attention.wk"),
+            ("attn_v", "attention.wv"),
+            ("attn_output", "attention.wo"),
+            ("ffn_gate", "feed_forward.w1"),
+            ("ffn_down", "feed_forward.w2"),
+            ("ffn_up", "feed_forward.w3"),
+            ("attn_norm", "attention_norm"),
+            ("ffn_norm", "ffn_norm"),
+        ):
             writer.add_tensor(f"blk.{i}.{theirs}.weight", meta[f"layers.{i}.{ours}.weight"].numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -213,7 +274,14 @@ def test_a_gguf_file_gives_transformers_own_weights(tmp_path: Path) -> None:
 
 def test_a_dtype_is_cast_and_the_directory_loads(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
-    convert("onellm", tmp_path / "one", tmp_path / "half", to="onellm", options=Options(dtype=torch.bfloat16), quiet=True)
+    convert(
+        "onellm",
+        tmp_path / "one",
+        tmp_path / "half",
+        to="onellm",
+        options=Options(dtype=torch.bfloat16),
+        quiet=True,
+    )
     model, processor = load_model(path=tmp_path / "half", preset=None, seed=0)
     wanted = onellm().bfloat16().state_dict()
     assert all(torch.equal(v.bfloat16(), wanted[n]) for n, v in model.named_parameters())

@@ -29,7 +29,9 @@ def trained_weights() -> Tensors:
     return {n: p.detach() for n, p in onellm(seed=9).named_parameters() if n.startswith(TRAINED)}
 
 
-def save_run(run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad: bool = True) -> Path:
+def save_run(
+    run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad: bool = True
+) -> Path:
     """A checkpoint as train/checkpoint/state.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
     folder = run / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
@@ -44,21 +46,35 @@ def save_run(run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad:
                 continue
             for key, factor in (("master", 1.0), ("exp_avg", 7.0), ("exp_avg_sq", 9.0)):
                 held[f"{name}:{start}:{key}"] = weight.flatten()[start:end] * factor
-            parameters.setdefault(name, {"shape": list(weight.shape), "pieces": []})["pieces"].append([start, end - start, file])
+            parameters.setdefault(name, {"shape": list(weight.shape), "pieces": []})[
+                "pieces"
+            ].append([start, end - start, file])
         save_file(held, folder / file)
         files[file] = (folder / file).stat().st_size
     manifest = {
-        "version": 1, "step": 10, "stage": "align", "seed": 0, "world": ranks, "optimizer_steps": 10, "plan": "0" * 8,
-        "model": {"path": str(base), "preset": None, "init_from_image": []}, "files": files, "parameters": parameters,
-    }  # fmt: skip
+        "version": 1,
+        "step": 10,
+        "stage": "align",
+        "seed": 0,
+        "world": ranks,
+        "optimizer_steps": 10,
+        "plan": "0" * 8,
+        "model": {"path": str(base), "preset": None, "init_from_image": []},
+        "files": files,
+        "parameters": parameters,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text(f"train: {{precision: {precision}}}\n")
-    (run / "metrics.jsonl").write_text('{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n')
+    (run / "metrics.jsonl").write_text(
+        '{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n'
+    )
     return folder
 
 
 @pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (3, "bf16"), (4, "fp32")])
-def test_ranges_of_any_number_of_ranks_become_the_model(ranks: int, precision: str, tmp_path: Path) -> None:
+def test_ranges_of_any_number_of_ranks_become_the_model(
+    ranks: int, precision: str, tmp_path: Path
+) -> None:
     base = save_onellm(tmp_path / "base")
     save_run(tmp_path / "run", base, ranks, precision=precision)
     convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
@@ -68,7 +84,10 @@ def test_ranges_of_any_number_of_ranks_become_the_model(ranks: int, precision: s
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n].to(dtype)) for n in expected)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(words in card for words in ("- step: 10", "- stage: align", "loss of the last step: 2.5", "abc"))
+    assert all(
+        words in card
+        for words in ("- step: 10", "- stage: align", "loss of the last step: 2.5", "abc")
+    )
     lines = "\n".join(described(opened_any(tmp_path / "run", Options())))
     assert f"world size: {ranks}" in lines
     assert "stage: align" in lines
@@ -80,14 +99,22 @@ def test_a_run_that_is_not_whole_or_lost_its_base(tmp_path: Path) -> None:
     base.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="give --base DIR"):
         convert("run", folder, tmp_path / "out", quiet=True)
-    convert("deepspeed", folder, tmp_path / "out", options=Options(base=tmp_path / "moved"), quiet=True)
+    convert(
+        "deepspeed", folder, tmp_path / "out", options=Options(base=tmp_path / "moved"), quiet=True
+    )
     file = folder / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UsageError, match=r"is not whole: rank-00001.safetensors has \d+ of \d+ bytes"):
-        convert("run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True)
+    with pytest.raises(
+        UsageError, match=r"is not whole: rank-00001.safetensors has \d+ of \d+ bytes"
+    ):
+        convert(
+            "run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True
+        )
     file.unlink()
     with pytest.raises(UsageError, match=r"rank-00001\.safetensors is missing"):
-        convert("run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True)
+        convert(
+            "run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True
+        )
 
 
 def save_zero(folder: Path, stage: int, world: int) -> None:
@@ -106,7 +133,9 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
                 parts = []
                 for n in group:
                     each = -(-weights[n].numel() // world)
-                    padded = torch.nn.functional.pad(weights[n].flatten(), (0, each * world - weights[n].numel()))
+                    padded = torch.nn.functional.pad(
+                        weights[n].flatten(), (0, each * world - weights[n].numel())
+                    )
                     parts.append(padded[rank * each : (rank + 1) * each])
                 ranks[rank].append(torch.cat(parts))
         else:
@@ -116,13 +145,31 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
                 ranks[rank].append(part.clone())
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     for rank in range(world):
-        state = {"zero_stage": stage, "partition_count": world, key: ranks[rank], "loss_scaler": LossScaler(scale=1.0)}
-        torch.save({"optimizer_state_dict": state, "ds_config": {"a": 1}}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        state = {
+            "zero_stage": stage,
+            "partition_count": world,
+            key: ranks[rank],
+            "loss_scaler": LossScaler(scale=1.0),
+        }
+        torch.save(
+            {"optimizer_state_dict": state, "ds_config": {"a": 1}},
+            folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        )
+        name = (
+            f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+            if stage == 3
+            else "mp_rank_00_model_states.pt"
+        )
         about = {
-            "module": {}, "buffer_names": [], "param_shapes": shapes, "frozen_param_shapes": None, "frozen_param_fragments": None,
-            "shared_params": {}, "ds_version": "0.19.8", "global_steps": 10,
-        }  # fmt: skip
+            "module": {},
+            "buffer_names": [],
+            "param_shapes": shapes,
+            "frozen_param_shapes": None,
+            "frozen_param_fragments": None,
+            "shared_params": {},
+            "ds_version": "0.19.8",
+            "global_steps": 10,
+        }
         torch.save(about, folder / name)
 
 
@@ -134,14 +181,21 @@ def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> N
     base = save_onellm(tmp_path / "base")
     save_zero(tmp_path / "ds" / "global_step10", stage, world)
     (tmp_path / "ds" / "latest").write_text("global_step10")
-    opened, _ = convert("deepspeed", tmp_path / "ds", tmp_path / "out", options=Options(base=base), quiet=True)
+    opened, _ = convert(
+        "deepspeed", tmp_path / "ds", tmp_path / "out", options=Options(base=base), quiet=True
+    )
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds"))
     found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
     assert len(theirs) == len(weights)
-    assert all(torch.equal(found[n], weights[n]) and torch.equal(theirs[f"model.{n}"], weights[n]) for n in weights)
+    assert all(
+        torch.equal(found[n], weights[n]) and torch.equal(theirs[f"model.{n}"], weights[n])
+        for n in weights
+    )
     assert torch.equal(found["llm.model.norm.weight"], onellm().llm.model.norm.weight)
     assert opened.notes["zero stage"] == stage
-    (tmp_path / "ds" / "global_step10" / f"zero_pp_rank_{world - 1}_mp_rank_00_optim_states.pt").unlink()
+    (
+        tmp_path / "ds" / "global_step10" / f"zero_pp_rank_{world - 1}_mp_rank_00_optim_states.pt"
+    ).unlink()
     with pytest.raises(UsageError, match=f"{world - 1} of {world} ranks' files are there"):
         opened_any(tmp_path / "ds", Options(base=base), "deepspeed")
 
@@ -149,7 +203,11 @@ def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> N
 def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
     base = save_onellm(tmp_path / "base")
     weights = trained_weights()
-    state = {"model": {n: w.clone() for n, w in weights.items()}, "step": 4, "optim": {"x": torch.ones(2)}}
+    state = {
+        "model": {n: w.clone() for n, w in weights.items()},
+        "step": 4,
+        "optim": {"x": torch.ones(2)},
+    }
     torch_checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert math.prod(next(iter(weights.values())).shape) > 1
     convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
@@ -164,11 +222,16 @@ def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
     """Shards of rows (also uneven ones, also none on the last rank), of columns, and whole tensors; Adam's moments beside them."""
     base = save_onellm(tmp_path / "base")
     worker = Path(__file__).parent / "dcp_worker.py"
-    assert launch_local([sys.executable, str(worker), str(tmp_path / "dcp")], 3, tmp_path / "logs") == 0
+    assert (
+        launch_local([sys.executable, str(worker), str(tmp_path / "dcp")], 3, tmp_path / "logs")
+        == 0
+    )
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 3
     convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
     found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
-    assert any(w.shape[0] % 3 for w in weights.values()) and any(w.shape[0] < 3 for w in weights.values())
+    assert any(w.shape[0] % 3 for w in weights.values()) and any(
+        w.shape[0] < 3 for w in weights.values()
+    )
     assert all(torch.equal(found[n], weights[n]) for n in weights)
     (tmp_path / "dcp" / "__1_0.distcp").unlink()
     with pytest.raises(UsageError, match=r"1 files are missing: __1_0\.distcp"):

@@ -24,7 +24,9 @@ SHAPES = {"fmri": (1, 15724), "imu": (6, 400)}
 
 @cache
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer")
+    return AutoTokenizer.from_pretrained(
+        Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer"
+    )
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -51,27 +53,53 @@ def caption(number: int) -> str:
 
 
 def write(
-    root: Path, name: str, modalities: Sequence[str], samples: int, *, per_shard: int = 7, broken: Sequence[int] = (), split: str = "train"
+    root: Path,
+    name: str,
+    modalities: Sequence[str],
+    samples: int,
+    *,
+    per_shard: int = 7,
+    broken: Sequence[int] = (),
+    split: str = "train",
 ) -> Dataset:
     """A dataset `root/name`; the media of samples in `broken` are bytes that no decoder knows."""
-    with DatasetWriter(root / name, name=name, modalities=tuple(modalities), max_samples=per_shard) as writer:
+    with DatasetWriter(
+        root / name, name=name, modalities=tuple(modalities), max_samples=per_shard
+    ) as writer:
         for number in range(samples):
             rng = np.random.default_rng([number, len(name)])
             parts = {k: v for m in modalities for k, v in media(m, rng).items()}
             if number in broken:
                 parts = dict.fromkeys(parts, b"these are no media")
-            talk = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": caption(number)}]
-            parts |= {"txt": caption(number).encode(), "json": json.dumps({"conversations": talk}).encode()}
+            talk = [
+                {"from": "human", "value": "<image>\nwhat is it"},
+                {"from": "gpt", "value": caption(number)},
+            ]
+            parts |= {
+                "txt": caption(number).encode(),
+                "json": json.dumps({"conversations": talk}).encode(),
+            }
             writer.add(split, f"{name}-{number:04d}", parts)
     return open_dataset(root / name)
 
 
 def section(root: Path, mixture: dict[str, float], **keys: Any) -> DataSection:
-    entries = tuple(MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items())
-    return DataSection(root=root, mixture=entries, **{"global_batch": 12, "pack_llm_tokens": 512, "pack_encoder_tokens": 4096} | keys)
+    entries = tuple(
+        MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items()
+    )
+    return DataSection(
+        root=root,
+        mixture=entries,
+        **{"global_batch": 12, "pack_llm_tokens": 512, "pack_encoder_tokens": 4096} | keys,
+    )
 
 
 def open_plan(
-    root: Path, mixture: dict[str, float], *, seed: int = 0, modalities: Sequence[str] = ("image", "imu", "fmri"), **keys: Any
+    root: Path,
+    mixture: dict[str, float],
+    *,
+    seed: int = 0,
+    modalities: Sequence[str] = ("image", "imu", "fmri"),
+    **keys: Any,
 ) -> Plan:
     return Plan.open(section(root, mixture, **keys), tokenizer(), seed, modalities, show=False)

@@ -42,14 +42,18 @@ ENDLESS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor
 
 def chatty(template: str, *, bos: str = "<s>") -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(tokenizer().backend_tokenizer.to_str())
-    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="<unk>")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=bos, eos_token="</s>", unk_token="<unk>"
+    )
     tok.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tok.chat_template = template
     return tok
 
 
 def talk(*values: str, system: str | None = None) -> dict[str, Part]:
-    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": value} for i, value in enumerate(values)]
+    turns = [
+        {"from": "human" if i % 2 == 0 else "gpt", "value": value} for i, value in enumerate(values)
+    ]
     if system is not None:
         turns.insert(0, {"from": "system", "value": system})
     return {"json": Part("json", json.dumps({"conversations": turns}).encode())}
@@ -66,7 +70,10 @@ def supervised(tok: Any, labels: list[int]) -> list[str]:
 
 
 VALUES = ("what is it", "a red cube", "is it a red cube", "a red cube", "sure", "42")
-MESSAGES = [{"role": "user" if i % 2 == 0 else "assistant", "content": value} for i, value in enumerate(VALUES)]
+MESSAGES = [
+    {"role": "user" if i % 2 == 0 else "assistant", "content": value}
+    for i, value in enumerate(VALUES)
+]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +81,9 @@ MESSAGES = [{"role": "user" if i % 2 == 0 else "assistant", "content": value} fo
     [(CHATML, "<|im_end|>", False), (CHATML_MARKED, "<|im_end|>", False), (LLAMA2, " </s>", True)],
     ids=["chatml", "chatml_marked", "llama2"],
 )
-def test_ids_are_the_templates_and_every_answer_with_its_end_is_supervised(template: str, end: str, begins_with_bos: bool) -> None:
+def test_ids_are_the_templates_and_every_answer_with_its_end_is_supervised(
+    template: str, end: str, begins_with_bos: bool
+) -> None:
     tok = chatty(template)
     ids, labels = TextEncoder(tok, "chat", 2018).encode(talk(*VALUES))
     own = tok.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
@@ -87,7 +96,12 @@ def test_ids_are_the_templates_and_every_answer_with_its_end_is_supervised(templ
 
 def test_the_two_ways_to_find_answers_agree() -> None:
     plain, marked = (TextEncoder(chatty(t), "chat", 2018) for t in (CHATML, CHATML_MARKED))
-    for parts in (talk(*VALUES), talk("hm", "a</s b", system="Be brief."), talk("", "x"), talk("a", " padded \n")):
+    for parts in (
+        talk(*VALUES),
+        talk("hm", "a</s b", system="Be brief."),
+        talk("", "x"),
+        talk("a", " padded \n"),
+    ):
         assert plain.encode(parts) == marked.encode(parts)
     assert plain.fingerprint != marked.fingerprint
 
@@ -95,7 +109,9 @@ def test_the_two_ways_to_find_answers_agree() -> None:
 def test_a_system_turn_is_the_templates_and_is_not_supervised() -> None:
     tok = chatty(CHATML)
     ids, labels = TextEncoder(tok, "chat", 2018).encode(talk("what", "a cube", system="Be brief."))
-    assert tok.decode(ids[1:]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
+    assert tok.decode(ids[1:]).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
+    )
     assert supervised(tok, labels) == ["a cube<|im_end|>"]
     with pytest.raises(SampleError, match="no system turns here"):
         TextEncoder(chatty(LLAMA2), "chat", 2018).encode(talk("what", "a cube", system="Be brief."))
@@ -112,13 +128,18 @@ def test_a_token_that_opens_turns_is_not_taken_for_the_beginning_of_the_text() -
     ("template", "says"),
     [
         (FORGETS, "in another way once that is there"),
-        (THINKS, "between the prompt and the answer in turn 1 its chat template writes '<think></think>'"),
+        (
+            THINKS,
+            "between the prompt and the answer in turn 1 its chat template writes '<think></think>'",
+        ),
         (ENDLESS, "nothing behind the answer in turn 1"),
         (None, "has no chat template"),
     ],
     ids=["forgets", "thinks", "endless", "none"],
 )
-def test_templates_that_cannot_be_supervised_exactly_are_refused_before_anything_starts(template: Any, says: str) -> None:
+def test_templates_that_cannot_be_supervised_exactly_are_refused_before_anything_starts(
+    template: Any, says: str
+) -> None:
     with pytest.raises(UsageError, match=says):
         TextEncoder(chatty(template), "chat", 2018)
 
@@ -132,13 +153,19 @@ def test_tokens_across_the_border_of_an_answer_are_refused() -> None:
     """A word tokenizer without a pre-tokenizer would join the end of the prompt with the answer."""
     from tokenizers import models
 
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate("qa:. ")}, ":a": 8}
+    vocabulary = {
+        "<unk>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{c: i + 3 for i, c in enumerate("qa:. ")},
+        ":a": 8,
+    }
     tok = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocabulary, [(":", "a")], unk_token="<unk>")), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [(":", "a")], unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
     )
-    tok.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}:{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
-    )
+    tok.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}:{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
     encoder = TextEncoder(tok, "chat", 2018)
     assert supervised(tok, encoder.encode(talk("q", "q"))[1]) == ["q </s>"]
     with pytest.raises(SampleError, match="one token of ':a'"):
@@ -149,7 +176,11 @@ def test_encoders_are_sent_to_workers() -> None:
     encoder = TextEncoder(chatty(CHATML), "chat", 60)
     again = pickle.loads(pickle.dumps(encoder))
     assert again.encode(talk(*VALUES)) == encoder.encode(talk(*VALUES))
-    assert again.fingerprint == encoder.fingerprint == TextEncoder(chatty(CHATML), "chat", 60).fingerprint
+    assert (
+        again.fingerprint
+        == encoder.fingerprint
+        == TextEncoder(chatty(CHATML), "chat", 60).fingerprint
+    )
 
 
 def test_a_prompt_ends_where_the_answer_begins() -> None:
@@ -159,7 +190,9 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
     assert template.prompt(turns[:1]) == text[:start]
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA2], ids=["chatml", "chatml_marked", "llama2"])
+@pytest.mark.parametrize(
+    "template", [CHATML, CHATML_MARKED, LLAMA2], ids=["chatml", "chatml_marked", "llama2"]
+)
 def test_generation_goes_on_where_training_supervises(template: str) -> None:
     tok = chatty(template)
     encoder = TextEncoder(tok, "chat", 2018)

@@ -69,7 +69,11 @@ def test_the_limit_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
 
 
 def work(folder: Path, seed: int, seconds: float) -> None:
-    cache, draw, end = ChunkCache(folder, 10 * SIZE), random.Random(seed), time.monotonic() + seconds
+    cache, draw, end = (
+        ChunkCache(folder, 10 * SIZE),
+        random.Random(seed),
+        time.monotonic() + seconds,
+    )
     while time.monotonic() < end:
         number = draw.randrange(30)
         found = cache.get(key(number), 0, SIZE)
@@ -81,7 +85,9 @@ def work(folder: Path, seed: int, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_it_and_kills_leave_it_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_it_and_kills_leave_it_sound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four processes at once, one of them killed again and again: never a wrong chunk, never more than the limit."""
     ChunkCache(tmp_path, 10 * SIZE)
     context = multiprocessing.get_context("fork")

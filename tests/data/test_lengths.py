@@ -13,7 +13,12 @@ from data_worlds import caption, tokenizer, write
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data import token_counts as token_counts_module
 from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_counts import UNREADABLE, TokenCounts, build_token_counts, token_count_path
+from onellm_dist.data.token_counts import (
+    UNREADABLE,
+    TokenCounts,
+    build_token_counts,
+    token_count_path,
+)
 from onellm_dist.modalities import Part
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.index import read_parts
@@ -42,7 +47,10 @@ def test_lengths_are_those_of_the_texts(talk: Dataset, text_format: str) -> None
     for number, shard in enumerate(talk.shards()):
         for row in range(shard.samples):
             ids, labels = text.encode(read_parts(talk, shard, row))
-            assert whole(lengths, number, shard.samples)[row].tolist() == [len(ids), sum(label >= 0 for label in labels)]
+            assert whole(lengths, number, shard.samples)[row].tolist() == [
+                len(ids),
+                sum(label >= 0 for label in labels),
+            ]
 
 
 def test_they_are_measured_once(talk: Dataset) -> None:
@@ -98,9 +106,13 @@ def test_text_that_cannot_be_read_is_marked_and_the_rest_is_measured(tmp_path: P
 
 def test_a_shard_without_any_such_text_is_refused(talk: Dataset, tmp_path: Path) -> None:
     dataset = with_captions(tmp_path, [caption(0).encode()] * 3)
-    with pytest.raises(UsageError, match=r"none of its 3 samples has text for data.text_format=conversation"):
+    with pytest.raises(
+        UsageError, match=r"none of its 3 samples has text for data.text_format=conversation"
+    ):
         build_token_counts([talk, dataset], encoder("conversation"), show=False)
-    assert not token_count_path(dataset, dataset.shards()[0], encoder("conversation").fingerprint).exists()
+    assert not token_count_path(
+        dataset, dataset.shards()[0], encoder("conversation").fingerprint
+    ).exists()
 
 
 def test_a_disk_fault_is_not_recorded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,18 +158,34 @@ def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) ->
     build_token_counts([talk], text, show=False)
     monkeypatch.setattr(token_counts_module, "CACHE_BYTES", 1)
     lengths = TokenCounts([talk], text.fingerprint, "train", seed=0)
-    assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [7, 7, 3, 7]
+    assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [
+        7,
+        7,
+        3,
+        7,
+    ]
     assert len(lengths._kept) == 1
 
 
 def test_all_memory_of_the_cache_is_counted(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "many", name="many", modalities=(), max_samples=4) as writer:
         for i in range(12):
-            writer.add("train", f"k{i}", {"json": json.dumps({"caption": ["a red cube"] * (1 + i % 3)}).encode()})
+            writer.add(
+                "train",
+                f"k{i}",
+                {"json": json.dumps({"caption": ["a red cube"] * (1 + i % 3)}).encode()},
+            )
     dataset, text = open_dataset(tmp_path / "many"), encoder()
     build_token_counts([dataset], text, show=False)
     lengths = TokenCounts([dataset], text.fingerprint, "train", seed=0)
     for number in range(3):
         whole(lengths, number, 4)
-    held = [array for texts in lengths._kept.values() for array in (texts.pairs, texts.starts) if array is not None]
-    assert lengths._bytes == sum((array if array.base is None else array.base).nbytes for array in held)
+    held = [
+        array
+        for texts in lengths._kept.values()
+        for array in (texts.pairs, texts.starts)
+        if array is not None
+    ]
+    assert lengths._bytes == sum(
+        (array if array.base is None else array.base).nbytes for array in held
+    )

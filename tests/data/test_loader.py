@@ -42,12 +42,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_worker_is_left() -> Iterator[None]:
     before = set(psutil.Process().children(recursive=True))
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p not in before and "resource_tracker" not in " ".join(p.cmdline())]
+    left = [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if p not in before and "resource_tracker" not in " ".join(p.cmdline())
+    ]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive
 
 
-def run(plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS) -> list[tuple[MicroBatch, PackedBatch]]:
+def run(
+    plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: int = STEPS
+) -> list[tuple[MicroBatch, PackedBatch]]:
     with Loader(plan, world, rank, first, last, workers) as loader:
         return list(loader)
 
@@ -55,17 +61,30 @@ def run(plan: Plan, world: int, rank: int, workers: int, first: int = 0, last: i
 def fingerprint(batch: PackedBatch) -> tuple[object, ...]:
     """Everything of a batch, to compare."""
     values = {
-        name: (tuple(value.shape), value.double().sum().item(), value.double().square().sum().item())
+        name: (
+            tuple(value.shape),
+            value.double().sum().item(),
+            value.double().square().sum().item(),
+        )
         for name, value in batch.values.items()
     }
     return (
-        batch.input_ids.tolist(), batch.labels.tolist(), batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.sample_ids,
-        batch.is_empty, sorted(batch.skipped_samples), sorted(values.items()),
-    )  # fmt: skip
+        batch.input_ids.tolist(),
+        batch.labels.tolist(),
+        batch.text_token_counts,
+        batch.modalities,
+        batch.weights.tolist(),
+        batch.sample_ids,
+        batch.is_empty,
+        sorted(batch.skipped_samples),
+        sorted(values.items()),
+    )
 
 
-def by_sample(batches: list[tuple[MicroBatch, PackedBatch]]) -> dict[int, dict[str, tuple[object, ...]]]:
-    """step -> sample id -> (text, weight, sums of its values): what was read of each sample, however it was packed."""
+def by_sample(
+    batches: list[tuple[MicroBatch, PackedBatch]],
+) -> dict[int, dict[str, tuple[object, ...]]]:
+    """Step -> sample id -> (text, weight, sums of its values): what was read of each sample, however it was packed."""
     found: dict[int, dict[str, tuple[object, ...]]] = {}
     for micro, batch in batches:
         taken = dict.fromkeys(batch.values, 0)
@@ -77,7 +96,12 @@ def by_sample(batches: list[tuple[MicroBatch, PackedBatch]]) -> dict[int, dict[s
                 taken[modality] += 1
             of_step = found.setdefault(micro.step, {})
             assert name not in of_step
-            of_step[name] = (tuple(pieces[i].tolist()), batch.weights[i].item(), tuple(sums), i in batch.skipped_samples)
+            of_step[name] = (
+                tuple(pieces[i].tolist()),
+                batch.weights[i].item(),
+                tuple(sums),
+                i in batch.skipped_samples,
+            )
     return found
 
 
@@ -86,7 +110,9 @@ def test_one_stream_for_every_world_and_number_of_workers(root: Path) -> None:
     """Worlds 1, 2, 3, 4, 5, 8 and workers 0, 1, 3, with corrupt samples: the same samples, bytes and skipped_samples in every step."""
     plan = open_plan(root, MIXTURE)
     expected = by_sample(run(plan, 1, 0, 0))
-    assert sum(read[3] for step in expected.values() for read in step.values()) >= 1  # a skipped_sample is among them
+    assert (
+        sum(read[3] for step in expected.values() for read in step.values()) >= 1
+    )  # a skipped_sample is among them
     digests = [plan.digest(step) for step in range(STEPS)]
     for world in (1, 2, 3, 4, 5, 8):
         for workers in (0, 1, 3):
@@ -101,7 +127,9 @@ def test_one_stream_for_every_world_and_number_of_workers(root: Path) -> None:
 def test_workers_give_the_same_batches_in_the_same_order(root: Path) -> None:
     plan = open_plan(root, MIXTURE, pack_llm_tokens=200)
     alone, two = run(plan, 2, 1, 0), run(plan, 2, 1, 2)
-    assert [(m.step, m.index) for m, _ in alone] == [(s, i) for s in range(STEPS) for i in range(plan.step(s, 2).ranks[1][0].count)]
+    assert [(m.step, m.index) for m, _ in alone] == [
+        (s, i) for s in range(STEPS) for i in range(plan.step(s, 2).ranks[1][0].count)
+    ]
     assert [m for m, _ in two] == [m for m, _ in alone]
     assert [fingerprint(b) for _, b in two] == [fingerprint(b) for _, b in alone]
 
@@ -109,7 +137,9 @@ def test_workers_give_the_same_batches_in_the_same_order(root: Path) -> None:
 def test_a_loader_may_begin_anywhere(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     whole = [fingerprint(batch) for micro, batch in run(plan, 2, 0, 0) if micro.step >= 1]
-    assert [fingerprint(batch) for _, batch in run(open_plan(root, MIXTURE), 2, 0, 0, first=1)] == whole
+    assert [
+        fingerprint(batch) for _, batch in run(open_plan(root, MIXTURE), 2, 0, 0, first=1)
+    ] == whole
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -215,7 +245,9 @@ def test_known_tombstones_reach_the_workers(root: Path) -> None:
     name = plan.sample_id(plan.samples(0)[1])
     with Loader(plan, 1, 0, 0, 1, 1, skipped_samples={name: "lost before"}) as loader:
         batches = [batch for _, batch in loader]
-    assert [(b.sample_ids[i], reason) for b in batches for i, reason in b.skipped_samples.items()] == [(name, "lost before")]
+    assert [
+        (b.sample_ids[i], reason) for b in batches for i, reason in b.skipped_samples.items()
+    ] == [(name, "lost before")]
 
 
 @pytest.mark.gpu

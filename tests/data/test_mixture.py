@@ -16,7 +16,10 @@ def worst_deviation(mixture: Mixture, length: int) -> float:
     """Largest |count - weight x length| over datasets and prefixes of the stream."""
     dataset, _ = mixture.locate(np.arange(length))
     lengths = np.arange(1, length + 1)
-    return max(float(np.abs(np.cumsum(dataset == j) - count * lengths / mixture.period).max()) for j, count in enumerate(mixture.counts))
+    return max(
+        float(np.abs(np.cumsum(dataset == j) - count * lengths / mixture.period).max())
+        for j, count in enumerate(mixture.counts)
+    )
 
 
 @given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=16))
@@ -35,10 +38,15 @@ def test_odd_weights_are_rounded_finely_and_kept_within_one_sample(weights: list
     assert worst_deviation(mixture, mixture.period) < 1
     if mixture.period == COARSE_PERIOD:
         for count, weight in zip(mixture.counts, weights, strict=True):
-            assert abs(count / mixture.period - weight / sum(weights)) <= len(weights) / COARSE_PERIOD
+            assert (
+                abs(count / mixture.period - weight / sum(weights)) <= len(weights) / COARSE_PERIOD
+            )
 
 
-@given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=6), at=st.lists(st.integers(0, 400), min_size=1, max_size=10))
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    at=st.lists(st.integers(0, 400), min_size=1, max_size=10),
+)
 @settings(max_examples=60, deadline=None)
 def test_positions_are_found_without_replay(counts: list[int], at: list[int]) -> None:
     mixture = Mixture(counts)
@@ -53,7 +61,13 @@ def test_positions_are_found_without_replay(counts: list[int], at: list[int]) ->
 
 @pytest.mark.parametrize(
     ("weights", "counts"),
-    [([1, 1, 1], [1, 1, 1]), ([0.5, 0.25, 0.25], [2, 1, 1]), ([0.1, 0.2, 0.7], [1, 2, 7]), ([2.5, 1], [5, 2]), ([1e6, 1], [10**6, 1])],
+    [
+        ([1, 1, 1], [1, 1, 1]),
+        ([0.5, 0.25, 0.25], [2, 1, 1]),
+        ([0.1, 0.2, 0.7], [1, 2, 7]),
+        ([2.5, 1], [5, 2]),
+        ([1e6, 1], [10**6, 1]),
+    ],
 )
 def test_decimal_weights_are_exact(weights: list[float], counts: list[int]) -> None:
     assert quantise(weights) == counts

@@ -29,13 +29,17 @@ def test_an_epoch_has_every_sample_once(counts: list[int], key: int, epochs: int
     order = Order(counts, key)
     places = order.locate(np.arange(order.size * epochs))
     found = sorted(zip(*(column.tolist() for column in places), strict=True))
-    assert found == [(e, s, r) for e in range(epochs) for s, count in enumerate(counts) for r in range(count)]
+    assert found == [
+        (e, s, r) for e in range(epochs) for s, count in enumerate(counts) for r in range(count)
+    ]
     assert (np.diff(places.epoch) >= 0).all()
 
 
 @given(counts=COUNTS, key=KEYS, positions=st.lists(st.integers(0, 500), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
-def test_a_position_does_not_depend_on_what_is_asked_with_it(counts: list[int], key: int, positions: list[int]) -> None:
+def test_a_position_does_not_depend_on_what_is_asked_with_it(
+    counts: list[int], key: int, positions: list[int]
+) -> None:
     whole = Order(counts, key).locate(np.arange(501))
     some = Order(counts, key).locate(np.asarray(positions))
     for of_whole, of_some in zip(whole, some, strict=True):
@@ -68,13 +72,23 @@ def test_rows_spread_evenly_over_a_block() -> None:
 
 def test_neighbouring_pairs_are_not_kept() -> None:
     """Rows that follow each other on disk follow each other in the stream no more often than chance (1 in 1000) would have it."""
-    kept = [(np.diff(permute(np.arange(1000), np.full(1000, 1000), np.full(1000, k, dtype=np.uint64))) == 1).sum() for k in range(200)]
+    kept = [
+        (
+            np.diff(
+                permute(np.arange(1000), np.full(1000, 1000), np.full(1000, k, dtype=np.uint64))
+            )
+            == 1
+        ).sum()
+        for k in range(200)
+    ]
     assert np.mean(kept) < 1.5
 
 
 def test_an_order_never_changes() -> None:
     """Runs are resumed by other versions of this program and of numpy: these numbers may not move."""
-    places = Order([3, 5, 2, 4], derive_key("order", 0, "image")).locate(np.asarray([0, 1, 2, 13, 14, 10**12]))
+    places = Order([3, 5, 2, 4], derive_key("order", 0, "image")).locate(
+        np.asarray([0, 1, 2, 13, 14, 10**12])
+    )
     assert [column.tolist() for column in places] == PINNED
 
 

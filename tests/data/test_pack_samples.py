@@ -18,7 +18,12 @@ def loads_of(samples: list[tuple[int, int, int]]) -> ItemSizes:
     return ItemSizes(*(np.asarray(column, dtype=np.int64) for column in zip(*samples, strict=True)))
 
 
-@given(samples=st.lists(SAMPLE, min_size=1, max_size=120), world=st.integers(1, 9), llm=st.integers(50, 200), encoder=st.integers(90, 400))
+@given(
+    samples=st.lists(SAMPLE, min_size=1, max_size=120),
+    world=st.integers(1, 9),
+    llm=st.integers(50, 200),
+    encoder=st.integers(90, 400),
+)
 @settings(max_examples=150, deadline=None)
 def test_every_sample_once_within_the_caps_and_ranks_in_step(
     samples: list[tuple[int, int, int]], world: int, llm: int, encoder: int
@@ -27,13 +32,17 @@ def test_every_sample_once_within_the_caps_and_ranks_in_step(
     assigned = pack(loads, budget, world)
     assert len(assigned) == world
     assert len({len(packs) for packs in assigned}) == 1
-    assert sorted(i for packs in assigned for members in packs for i in members.tolist()) == list(range(len(samples)))
+    assert sorted(i for packs in assigned for members in packs for i in members.tolist()) == list(
+        range(len(samples))
+    )
     for members in (members for packs in assigned for members in packs):
         assert loads.llm[members].sum() <= llm
         assert loads.encoder[members].sum() <= encoder
         assert (np.diff(members) > 0).all()
     again = pack(loads, budget, world)
-    assert [[m.tolist() for m in packs] for packs in again] == [[m.tolist() for m in packs] for packs in assigned]
+    assert [[m.tolist() for m in packs] for packs in again] == [
+        [m.tolist() for m in packs] for packs in assigned
+    ]
 
 
 def test_fewer_samples_than_ranks_leaves_ranks_without() -> None:
@@ -48,7 +57,9 @@ def test_a_sample_larger_than_a_cap_is_found() -> None:
     assert too_large(loads, TokenBudget(20, 60)) == 2
 
 
-def eight_modalities(rng: np.random.Generator, n: int, cap_encoder: int) -> tuple[ItemSizes, TokenBudget]:
+def eight_modalities(
+    rng: np.random.Generator, n: int, cap_encoder: int
+) -> tuple[ItemSizes, TokenBudget]:
     kinds, model = list(all_modalities().values()), CostModel()
     which = np.arange(n) % len(kinds)
     text = np.clip(rng.lognormal(2.8, 0.6, n).astype(np.int64) + 2, 3, 96)

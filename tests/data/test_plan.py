@@ -39,8 +39,13 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(root: Path) -> None:
         for world in (1, 2, 3, 4, 5, 8):
             assigned = open_plan(root, MIXTURE).step(step, world)
             assert len(assigned.ranks) == world
-            assert Counter(s for rank in assigned.ranks for micro in rank for s in micro.samples) == expected
-            assert assigned.global_valid_tokens == sum(s.supervised_tokens for s in expected.elements())
+            assert (
+                Counter(s for rank in assigned.ranks for micro in rank for s in micro.samples)
+                == expected
+            )
+            assert assigned.global_valid_tokens == sum(
+                s.supervised_tokens for s in expected.elements()
+            )
 
 
 def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
@@ -52,9 +57,16 @@ def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
         world, plan = draw.choice((1, 2, 3, 4, 5, 8)), open_plan(root, MIXTURE, global_batch=16)
         killed = step + draw.randint(1, 15)
         for at in range(step, killed):
-            names = [plan.sample_id(ref) for rank in plan.step(at, world).ranks for micro in rank for ref in micro.samples]
+            names = [
+                plan.sample_id(ref)
+                for rank in plan.step(at, world).ranks
+                for micro in rank
+                for ref in micro.samples
+            ]
             text = "".join(f"{name}\n" for name in sorted(names, key=str.encode))
-            assert applied.setdefault(at, hashlib.sha256(text.encode()).hexdigest()) == whole.digest(at)
+            assert applied.setdefault(
+                at, hashlib.sha256(text.encode()).hexdigest()
+            ) == whole.digest(at)
         step = draw.randint(max(step, killed - 5), killed)
     assert len(applied) > 60
 
@@ -62,7 +74,9 @@ def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
 def test_steps_may_be_asked_in_any_order(root: Path) -> None:
     forward = [open_plan(root, MIXTURE).samples(step) for step in range(6)]
     plan = open_plan(root, MIXTURE)
-    assert [plan.samples(step) for step in (5, 0, 3, 1, 4, 2)] == [forward[step] for step in (5, 0, 3, 1, 4, 2)]
+    assert [plan.samples(step) for step in (5, 0, 3, 1, 4, 2)] == [
+        forward[step] for step in (5, 0, 3, 1, 4, 2)
+    ]
 
 
 def test_every_sample_comes_once_an_epoch(root: Path) -> None:
@@ -70,7 +84,9 @@ def test_every_sample_comes_once_an_epoch(root: Path) -> None:
     names = [plan.sample_id(ref) for step in range(10) for ref in plan.samples(step)]
     assert len(set(names)) == 50
     assert Counter(name.split("@")[1] for name in names) == {"0": 25, "1": 25}
-    assert {name.split("@")[0] for name in names[:25]} == {f"imu/train-{n // 7:06d}/imu-{n:04d}" for n in range(25)}
+    assert {name.split("@")[0] for name in names[:25]} == {
+        f"imu/train-{n // 7:06d}/imu-{n:04d}" for n in range(25)
+    }
 
 
 def test_the_mixture_is_kept_at_every_step(root: Path) -> None:
@@ -88,10 +104,25 @@ def test_micro_steps_are_numbered_and_within_the_caps(root: Path) -> None:
     assert len({len(rank) for rank in ranks}) == 1
     for number, rank in enumerate(ranks):
         for index, micro in enumerate(rank):
-            assert (micro.step, micro.rank, micro.index, micro.count) == (3, number, index, len(rank))
+            assert (micro.step, micro.rank, micro.index, micro.count) == (
+                3,
+                number,
+                index,
+                len(rank),
+            )
             assert micro.last == (index == len(rank) - 1)
-            assert sum(s.text_tokens + SPAN_TOKENS * len(plan.spans[s.dataset]) for s in micro.samples) <= 160
-            assert sum(plan.modalities[m].encoder_tokens for s in micro.samples for m in plan.spans[s.dataset]) <= 900
+            assert (
+                sum(s.text_tokens + SPAN_TOKENS * len(plan.spans[s.dataset]) for s in micro.samples)
+                <= 160
+            )
+            assert (
+                sum(
+                    plan.modalities[m].encoder_tokens
+                    for s in micro.samples
+                    for m in plan.spans[s.dataset]
+                )
+                <= 900
+            )
 
 
 def test_ranks_without_samples_run_dummies(root: Path) -> None:
@@ -133,11 +164,16 @@ def test_another_dataset_does_not_reorder_the_others(root: Path) -> None:
         names = [plan.sample_id(ref) for step in range(30) for ref in plan.samples(step)]
         return [n for n in names if n.startswith(f"{name}/")][:20]
 
-    assert stream(open_plan(root, MIXTURE), "pic") == stream(open_plan(root, {"imu": 3, "pic": 1}), "pic")
+    assert stream(open_plan(root, MIXTURE), "pic") == stream(
+        open_plan(root, {"imu": 3, "pic": 1}), "pic"
+    )
 
 
 def test_packing_keys_do_not_change_the_stream(root: Path) -> None:
-    a, b = open_plan(root, MIXTURE), open_plan(root, MIXTURE, pack_llm_tokens=200, workers=7, augment=False)
+    a, b = (
+        open_plan(root, MIXTURE),
+        open_plan(root, MIXTURE, pack_llm_tokens=200, workers=7, augment=False),
+    )
     assert [a.digest(step) for step in range(3)] == [b.digest(step) for step in range(3)]
     assert a.step(0, 2).digest() != b.step(0, 2).digest()
     assert a.step(0, 2).digest() == open_plan(root, MIXTURE).step(0, 2).digest()
@@ -146,11 +182,16 @@ def test_packing_keys_do_not_change_the_stream(root: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"pack_encoder_tokens": 300}, r"sample (imu|both)/train-.* data.pack_encoder_tokens is 300"),
+        (
+            {"pack_encoder_tokens": 300},
+            r"sample (imu|both)/train-.* data.pack_encoder_tokens is 300",
+        ),
         ({"pack_llm_tokens": 40}, r"data.pack_llm_tokens is 40"),
     ],
 )
-def test_a_sample_larger_than_a_micro_batch_is_named(root: Path, keys: dict[str, Any], says: str) -> None:
+def test_a_sample_larger_than_a_micro_batch_is_named(
+    root: Path, keys: dict[str, Any], says: str
+) -> None:
     with pytest.raises(UsageError, match=says):
         open_plan(root, MIXTURE, **keys).step(0, 2)
 
@@ -158,14 +199,21 @@ def test_a_sample_larger_than_a_micro_batch_is_named(root: Path, keys: dict[str,
 def test_lengths_come_from_the_text(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=11)
     by_name = {plan.sample_id(ref).split("/")[-1]: ref for ref in plan.samples(0)}
-    words = len(tokenizer()("a red cube left of a small blue sphere", add_special_tokens=False)["input_ids"])
+    words = len(
+        tokenizer()("a red cube left of a small blue sphere", add_special_tokens=False)["input_ids"]
+    )
     assert isinstance(by_name["talk-0000@0"], SampleRef)
-    assert (by_name["talk-0000@0"].text_tokens, by_name["talk-0000@0"].supervised_tokens) == (words + 2, words + 1)
+    assert (by_name["talk-0000@0"].text_tokens, by_name["talk-0000@0"].supervised_tokens) == (
+        words + 2,
+        words + 1,
+    )
 
 
 def test_problems_of_the_mixture_are_told_all_at_once(root: Path) -> None:
     with pytest.raises(UsageError) as info:
-        open_datasets(section(root, {"pic": 1, "nowhere": 1, "imu": float("inf")}), ["image", "imu"])
+        open_datasets(
+            section(root, {"pic": 1, "nowhere": 1, "imu": float("inf")}), ["image", "imu"]
+        )
     assert "2 problems" in str(info.value)
     assert "nowhere" in str(info.value)
     assert "weight inf" in str(info.value)
@@ -179,7 +227,9 @@ def test_problems_of_the_mixture_are_told_all_at_once(root: Path) -> None:
         ({"nowhere": 1}, ["image"], "nowhere"),
     ],
 )
-def test_a_mixture_that_cannot_be_read_is_refused(root: Path, mixture: dict[str, float], modalities: list[str], says: str) -> None:
+def test_a_mixture_that_cannot_be_read_is_refused(
+    root: Path, mixture: dict[str, float], modalities: list[str], says: str
+) -> None:
     mixture = {name.replace("%s", root.name): weight for name, weight in mixture.items()}
     with pytest.raises(UsageError, match=says):
         open_plan(root, mixture, modalities=modalities)
@@ -190,7 +240,9 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no split 'train'"):
         open_plan(tmp_path, {"test_only": 1})
     config = section(tmp_path, {"test_only": 1})
-    assert len(Plan.open(config, tokenizer(), 0, ["image"], split="test", show=False).samples(0)) == 12
+    assert (
+        len(Plan.open(config, tokenizer(), 0, ["image"], split="test", show=False).samples(0)) == 12
+    )
 
 
 def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> None:
@@ -199,7 +251,9 @@ def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="2 shards have no text lengths"):
         Plan.open(config, tokenizer(), 0, ["image"], build_counts=False)
     first = Plan.open(config, tokenizer(), 0, ["image"], show=False)
-    assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(0) == first.digest(0)
+    assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(
+        0
+    ) == first.digest(0)
     assert token_count_path(dataset, dataset.shards()[0], first.encoder.fingerprint).exists()
 
 

@@ -65,7 +65,9 @@ def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
         for name in spans:
             kind = plan.modalities[name]
             found = {slot: parts[extension] for slot, extension in kind.match(parts).items()}
-            expected = kind.transform(kind.decode(found, {}), train=False, rng=np.random.default_rng(0))
+            expected = kind.transform(
+                kind.decode(found, {}), train=False, rng=np.random.default_rng(0)
+            )
             assert torch.equal(batch.values[name][seen[name]], expected)
             seen[name] += 1
     assert {name: len(batch.values[name]) for name in seen} == seen
@@ -85,8 +87,14 @@ def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None
     assert len(by_name) == 8
     plan = open_plan(root, mixture, global_batch=40)
     first, second = batch_of(plan, 0), batch_of(plan, 1)
-    before = {name.removesuffix("@0"): value for name, value in zip(first.sample_ids, first.values["image"], strict=True)}
-    after = {name.removesuffix("@1"): value for name, value in zip(second.sample_ids, second.values["image"], strict=True)}
+    before = {
+        name.removesuffix("@0"): value
+        for name, value in zip(first.sample_ids, first.values["image"], strict=True)
+    }
+    after = {
+        name.removesuffix("@1"): value
+        for name, value in zip(second.sample_ids, second.values["image"], strict=True)
+    }
     changed = [not torch.equal(before[name], after[name]) for name in before.keys() & after.keys()]
     assert changed
     assert all(changed)
@@ -98,15 +106,27 @@ def test_a_dummy_is_one_bos_of_no_weight(root: Path) -> None:
     batch = Reader(plan).read(micro)
     assert batch.input_ids.tolist() == [plan.encoder.bos]
     assert batch.labels.tolist() == [IGNORE]
-    assert (batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.is_empty) == ((1,), ((),), [0.0], True)
+    assert (batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.is_empty) == (
+        (1,),
+        ((),),
+        [0.0],
+        True,
+    )
     assert batch.sample_ids == ()
-    assert {name: len(value) for name, value in batch.values.items()} == {"image": 0, "imu": 0, "fmri": 0}
+    assert {name: len(value) for name, value in batch.values.items()} == {
+        "image": 0,
+        "imu": 0,
+        "fmri": 0,
+    }
 
 
 def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_path: Path) -> None:
     write(tmp_path, "pic", ["image"], 20, broken=[9])
     write(tmp_path / "whole", "pic", ["image"], 20)
-    plan, whole = open_plan(tmp_path, {"pic": 1}, global_batch=20), open_plan(tmp_path / "whole", {"pic": 1}, global_batch=20)
+    plan, whole = (
+        open_plan(tmp_path, {"pic": 1}, global_batch=20),
+        open_plan(tmp_path / "whole", {"pic": 1}, global_batch=20),
+    )
     assert plan.digest(0) == whole.digest(0)
     batch, expected = batch_of(plan), batch_of(whole)
     assert batch.sample_ids == expected.sample_ids
@@ -128,8 +148,12 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
 SURPRISES = [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")]
 
 
-@pytest.mark.parametrize("error", SURPRISES, ids=["StopIteration", "struct", "RecursionError", "AssertionError"])
-def test_a_decoders_surprise_becomes_a_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", SURPRISES, ids=["StopIteration", "struct", "RecursionError", "AssertionError"]
+)
+def test_a_decoders_surprise_becomes_a_tombstone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
     expected = batch_of(plan)
     decode, calls = plan.modalities["image"].decode, iter([error])
@@ -139,21 +163,41 @@ def test_a_decoders_surprise_becomes_a_tombstone(root: Path, monkeypatch: pytest
             raise once
         return decode(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(vars(plan), "modalities", {**plan.modalities, "image": _Decoding(plan.modalities["image"], surprised)})
+    monkeypatch.setitem(
+        vars(plan),
+        "modalities",
+        {**plan.modalities, "image": _Decoding(plan.modalities["image"], surprised)},
+    )
     batch = batch_of(plan)
     assert batch.sample_ids == expected.sample_ids
     assert list(batch.skipped_samples) == [0]
-    assert f"{batch.sample_ids[0]}: unreadable image: {type(error).__name__}" in batch.skipped_samples[0]
+    assert (
+        f"{batch.sample_ids[0]}: unreadable image: {type(error).__name__}"
+        in batch.skipped_samples[0]
+    )
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), OSError(24, "Too many open files"), RuntimeError("can't allocate memory")])
-def test_a_fault_of_the_machine_is_no_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        OSError(24, "Too many open files"),
+        RuntimeError("can't allocate memory"),
+    ],
+)
+def test_a_fault_of_the_machine_is_no_tombstone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
 
     def failing(*_: object) -> object:
         raise error
 
-    monkeypatch.setitem(vars(plan), "modalities", {**plan.modalities, "image": _Decoding(plan.modalities["image"], failing)})
+    monkeypatch.setitem(
+        vars(plan),
+        "modalities",
+        {**plan.modalities, "image": _Decoding(plan.modalities["image"], failing)},
+    )
     with pytest.raises(OneLLMError, match=r"sample pic/.*, image: ") as caught:
         batch_of(plan)
     assert not isinstance(caught.value, SampleError)
@@ -169,7 +213,9 @@ class _Decoding:
         return getattr(self._kind, name)
 
 
-def test_a_flipped_byte_becomes_a_tombstone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flipped_byte_becomes_a_tombstone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0,))
     dataset = write(tmp_path, "imu", ["imu"], 7)
     plan = open_plan(tmp_path, {"imu": 1}, global_batch=7)
@@ -199,7 +245,9 @@ class FailingReads:
         return index_module.read_span(dataset, shard, row, *rest)  # type: ignore[arg-type]
 
 
-def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_fails_once_is_no_tombstone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
     plan = open_plan(root, {"talk": 1}, global_batch=11)
     expected = batch_of(plan)
@@ -211,10 +259,15 @@ def test_a_read_that_fails_once_is_no_tombstone(root: Path, monkeypatch: pytest.
     assert torch.equal(batch.input_ids, expected.input_ids)
     monkeypatch.setattr(retry, "read_span", FailingReads(2, 99, OSError(5, "Input/output error")))
     failed = batch_of(plan)
-    assert {failed.sample_ids[i].split("/")[2] for i in failed.skipped_samples} == {"talk-0002@0", "talk-0009@0"}
+    assert {failed.sample_ids[i].split("/")[2] for i in failed.skipped_samples} == {
+        "talk-0002@0",
+        "talk-0009@0",
+    }
 
 
-def test_an_index_that_fails_once_stops_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_fails_once_stops_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0,))
     plan, failures = open_plan(root, {"talk": 1}, global_batch=11), [1, 1]
     expected = plan.sample_ids(plan.samples(0))
@@ -237,7 +290,10 @@ def test_an_index_that_fails_once_stops_nothing(root: Path, monkeypatch: pytest.
 def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     micro = plan.step(1, 2).ranks[1][0]
-    here, there = Reader(plan).read(micro), pickle.loads(pickle.dumps(Reader(plan))).read(pickle.loads(pickle.dumps(micro)))
+    here, there = (
+        Reader(plan).read(micro),
+        pickle.loads(pickle.dumps(Reader(plan))).read(pickle.loads(pickle.dumps(micro))),
+    )
     assert here.sample_ids == there.sample_ids
     assert torch.equal(here.input_ids, there.input_ids)
     assert all(torch.equal(here.values[name], there.values[name]) for name in here.values)
@@ -257,7 +313,9 @@ def test_a_text_that_cannot_be_read_is_a_planned_tombstone(tmp_path: Path) -> No
             writer.add("train", f"k{number}", {"txt": text})
     plan = open_plan(tmp_path, {"some": 1}, global_batch=3)
     batch = batch_of(plan)
-    assert [(batch.sample_ids[i], batch.text_token_counts[i]) for i in batch.skipped_samples] == [("some/train-000000/k1@0", 1)]
+    assert [(batch.sample_ids[i], batch.text_token_counts[i]) for i in batch.skipped_samples] == [
+        ("some/train-000000/k1@0", 1)
+    ]
     assert "UTF-8" in next(iter(batch.skipped_samples.values()))
     assert plan.step(0, 1).global_valid_tokens == 4 + 2
 
@@ -270,7 +328,9 @@ def test_a_text_of_another_length_than_planned_stops(tmp_path: Path) -> None:
     pairs[4] += 1
     np.save(path, pairs)
     stale = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    with pytest.raises(OneLLMError, match=rf"stale sidecar .*{path.name}: sample talk/train-000000/talk-0004@0"):
+    with pytest.raises(
+        OneLLMError, match=rf"stale sidecar .*{path.name}: sample talk/train-000000/talk-0004@0"
+    ):
         batch_of(stale)
 
 
@@ -284,10 +344,19 @@ def test_a_tar_of_another_build_stops(tmp_path: Path) -> None:
 
 
 def test_conversations_are_read_with_their_labels(root: Path) -> None:
-    plan = open_plan(root, {"talk": 1}, text_format="conversation", max_text_tokens=60, global_batch=4, pack_llm_tokens=2048)
+    plan = open_plan(
+        root,
+        {"talk": 1},
+        text_format="conversation",
+        max_text_tokens=60,
+        global_batch=4,
+        pack_llm_tokens=2048,
+    )
     micro = plan.step(0, 1).ranks[0][0]
     batch = Reader(plan).read(micro)
-    for ref, ids, labels in zip(micro.samples, texts(batch), batch.labels.split(list(batch.text_token_counts)), strict=True):
+    for ref, ids, labels in zip(
+        micro.samples, texts(batch), batch.labels.split(list(batch.text_token_counts)), strict=True
+    ):
         parts = read_parts(plan.datasets[0], plan.shards[0][ref.shard], ref.row)
         assert (ids, labels.tolist()) == encode(parts, tokenizer(), "conversation", 60)
     assert (batch.labels >= 0).sum() == plan.step(0, 1).global_valid_tokens

@@ -54,7 +54,9 @@ def memory(local: Path) -> Iterator[str]:
 
 
 def plan_of(root: Path | str, **keys: Any) -> Plan:
-    return Plan.open(section(root, MIXTURE, **keys), tokenizer(), 0, ("image", "imu", "fmri"), show=False)  # type: ignore[arg-type]
+    return Plan.open(
+        section(root, MIXTURE, **keys), tokenizer(), 0, ("image", "imu", "fmri"), show=False
+    )  # type: ignore[arg-type]
 
 
 def batches_of(plan: Plan, *, workers: int = 0, steps: int = 3) -> list[PackedBatch]:
@@ -94,7 +96,9 @@ class Requests:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_stream_of_a_url_is_that_of_the_disk(local: Path, memory: str, tmp_path: Path, workers: int, cached: bool) -> None:
+def test_the_stream_of_a_url_is_that_of_the_disk(
+    local: Path, memory: str, tmp_path: Path, workers: int, cached: bool
+) -> None:
     keys = {"cache_dir": tmp_path / "node"} if cached else {}
     plan, expected = plan_of(memory, workers=workers, **keys), plan_of(local)
     assert [plan.digest(step) for step in range(3)] == [expected.digest(step) for step in range(3)]
@@ -105,13 +109,17 @@ def test_the_stream_of_a_url_is_that_of_the_disk(local: Path, memory: str, tmp_p
 
 def test_a_dataset_may_have_its_own_url(local: Path, memory: str) -> None:
     mixed = section(local, {"pic": 1.0})
-    mixed = mixed.model_validate({**mixed.model_dump(), "mixture": [{"path": "pic"}, {"path": f"{memory}/imu"}]})
+    mixed = mixed.model_validate(
+        {**mixed.model_dump(), "mixture": [{"path": "pic"}, {"path": f"{memory}/imu"}]}
+    )
     plan = Plan.open(mixed, tokenizer(), 0, ("image", "imu"), show=False)
     assert [dataset.remote is not None for dataset in plan.datasets] == [False, True]
     assert len(batches_of(plan, steps=1)[0].sample_ids) > 0
 
 
-def test_manifest_and_indexes_are_copied_once(memory: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_and_indexes_are_copied_once(
+    memory: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches_of(plan_of(memory))
     copies = sorted(path.name for path in (own_cache / "remote").rglob("*") if path.is_file())
     assert sum(name.endswith(".tar.index") for name in copies) == 2 + 4 + 2
@@ -131,7 +139,9 @@ def test_a_damaged_copy_of_an_index_is_fetched_again(memory: str, own_cache: Pat
     assert [plan_of(memory).digest(step) for step in range(3)] == expected
 
 
-def test_near_ranges_are_read_as_one_and_ahead(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_ranges_are_read_as_one_and_ahead(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(memory, global_batch=40, pack_llm_tokens=8192, pack_encoder_tokens=40_000)
     requests = Requests(monkeypatch)
     batches = batches_of(plan, steps=1)
@@ -157,15 +167,23 @@ def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -
     assert ahead._bytes == 0
 
 
-def test_a_read_that_fails_once_is_no_tombstone(local: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_fails_once_is_no_tombstone(
+    local: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, expected = plan_of(memory), batches_of(plan_of(local))
     requests = Requests(monkeypatch)
     requests.failing.update({shard.path: 2 for shards in plan.shards for shard in shards})
     assert_same(batches_of(plan), expected)
-    assert requests.failing["shards/train-000000.tar"] == requests.failing["shards/train-000001.tar"] == 0
+    assert (
+        requests.failing["shards/train-000000.tar"]
+        == requests.failing["shards/train-000001.tar"]
+        == 0
+    )
 
 
-def test_a_read_that_always_fails_is_a_tombstone_with_its_reason(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_that_always_fails_is_a_tombstone_with_its_reason(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(memory)
     requests = Requests(monkeypatch)
     requests.failing["shards/train-000000.tar"] = 10**9
@@ -175,19 +193,25 @@ def test_a_read_that_always_fails_is_a_tombstone_with_its_reason(memory: str, mo
     assert any("the network is down" in reason for reason in reasons)
 
 
-def test_a_bad_chunk_in_the_cache_is_found_and_fetched_again(local: Path, memory: str, tmp_path: Path) -> None:
+def test_a_bad_chunk_in_the_cache_is_found_and_fetched_again(
+    local: Path, memory: str, tmp_path: Path
+) -> None:
     plan, expected = plan_of(memory, cache_dir=tmp_path / "node"), batches_of(plan_of(local))
     assert_same(batches_of(plan), expected)
     chunks = [path for path in (tmp_path / "node" / "chunks").rglob("*") if path.is_file()]
     assert chunks
     for number, path in enumerate(chunks):
         data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2] if number % 2 else bytes(byte ^ 255 for byte in data))
+        path.write_bytes(
+            data[: len(data) // 2] if number % 2 else bytes(byte ^ 255 for byte in data)
+        )
     assert_same(batches_of(plan), expected)
     assert_same(batches_of(plan), expected)
 
 
-def test_a_warm_cache_reads_nothing_remote(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warm_cache_reads_nothing_remote(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = plan_of(memory, cache_dir=tmp_path / "node")
     batches_of(plan)
     requests = Requests(monkeypatch)
@@ -195,13 +219,19 @@ def test_a_warm_cache_reads_nothing_remote(memory: str, tmp_path: Path, monkeypa
     assert requests.ranges == []
 
 
-def test_lengths_beside_the_remote_shards_are_used(local: Path, memory: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_beside_the_remote_shards_are_used(
+    local: Path, memory: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan_of(local)  # writes the sidecars
     fs = fsspec.filesystem("memory")
     for path in local.rglob("lengths/*/*.npy"):
-        fs.pipe_file(f"{memory.removeprefix('memory:/')}/{path.relative_to(local)}", path.read_bytes())
+        fs.pipe_file(
+            f"{memory.removeprefix('memory:/')}/{path.relative_to(local)}", path.read_bytes()
+        )
     requests = Requests(monkeypatch)
-    plan = Plan.open(section(memory, MIXTURE), tokenizer(), 0, ("image", "imu"), show=False, build_counts=False)  # type: ignore[arg-type]
+    plan = Plan.open(
+        section(memory, MIXTURE), tokenizer(), 0, ("image", "imu"), show=False, build_counts=False
+    )  # type: ignore[arg-type]
     assert plan.samples(0) == plan_of(local).samples(0)
     assert requests.ranges == []
 
@@ -215,7 +245,9 @@ def test_errors_of_opening_are_plain(memory: str) -> None:
 
 def test_a_shard_that_is_not_there_is_an_error_and_no_tombstone(memory: str) -> None:
     plan = plan_of(memory)
-    fsspec.filesystem("memory").rm(f"{memory.removeprefix('memory:/')}/talk/shards/train-000001.tar.index")
+    fsspec.filesystem("memory").rm(
+        f"{memory.removeprefix('memory:/')}/talk/shards/train-000001.tar.index"
+    )
     shutil.rmtree(plan.datasets[2].root / "shards")
     plan = plan_of(memory)
     with pytest.raises(OneLLMError, match=r"train-000001\.tar"):
@@ -231,9 +263,11 @@ def s3(local: Path) -> Iterator[str]:
     host, port = running.get_host_and_port()
     environment = pytest.MonkeyPatch()
     for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():  # fmt: skip
+    }.items():
         environment.setenv(name, value)
     client = boto3.client("s3")
     client.create_bucket(Bucket="sets")
@@ -250,6 +284,8 @@ def test_an_s3_bucket_gives_the_stream_of_the_disk(local: Path, s3: str, tmp_pat
     """With and without a cache, in this process and in forked workers (which must not use its connections)."""
     expected = batches_of(plan_of(local))
     assert_same(batches_of(plan_of(s3)), expected)
-    assert_same(batches_of(plan_of(s3, workers=2, cache_dir=tmp_path / "node"), workers=2), expected)
+    assert_same(
+        batches_of(plan_of(s3, workers=2, cache_dir=tmp_path / "node"), workers=2), expected
+    )
     with pytest.raises(UsageError, match="cannot be read"):
         open_dataset(f"{s3}/nothing")

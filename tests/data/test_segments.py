@@ -33,7 +33,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **keys: object) -> Plan:
     """As a start that reads the checkpoint `before` wrote after `step` steps."""
-    history = [DataPhase.from_json(raw) for raw in json.loads(json.dumps([s.to_json() for s in before.data_phases]))]
+    history = [
+        DataPhase.from_json(raw)
+        for raw in json.loads(json.dumps([s.to_json() for s in before.data_phases]))
+    ]
     plan = open_plan(root, mixture, new_phase=True, **keys)
     plan.follow(history, step)
     return plan
@@ -50,7 +53,12 @@ def orders(root: Path, count: int) -> dict[str, list[tuple[int, int, int]]]:
 
 def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
     """Three changes: shares, a dataset that joins, one that leaves and comes back, and another batch size."""
-    pieces = [(0, 5, FIRST, 12), (5, 9, {"pic": 1.0, "talk": 3.0}, 12), (9, 10, {"other": 1.0, "pic": 1.0}, 7), (10, 14, FIRST, 16)]
+    pieces = [
+        (0, 5, FIRST, 12),
+        (5, 9, {"pic": 1.0, "talk": 3.0}, 12),
+        (9, 10, {"other": 1.0, "pic": 1.0}, 7),
+        (10, 14, FIRST, 16),
+    ]
     read: dict[str, list[tuple[int, int, int]]] = {"pic": [], "imu": [], "talk": [], "other": []}
     plan = open_plan(root, FIRST, global_batch=12)
     for start, end, mixture, batch in pieces:
@@ -72,15 +80,26 @@ def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
     second, draw = {"pic": 1.0, "other": 2.0}, random.Random(4)
     first = open_plan(root, FIRST)
     whole = resumed(root, first, 8, second)
-    expected = [first.digest(step) for step in range(8)] + [whole.digest(step) for step in range(8, 20)]
+    expected = [first.digest(step) for step in range(8)] + [
+        whole.digest(step) for step in range(8, 20)
+    ]
     saved: dict[int, Plan] = {0: first}
     step, met = 0, Counter[int]()
     while met[19] < 3:
-        plan = resumed(root, saved[step], step, FIRST if step < 8 else second) if step else open_plan(root, FIRST)
+        plan = (
+            resumed(root, saved[step], step, FIRST if step < 8 else second)
+            if step
+            else open_plan(root, FIRST)
+        )
         end = min(8 if step < 8 else 20, step + draw.randint(1, 6))
         world = draw.choice((1, 2, 3, 5))
         for at in range(step, end):
-            names = [plan.sample_id(ref) for rank in plan.step(at, world).ranks for micro in rank for ref in micro.samples]
+            names = [
+                plan.sample_id(ref)
+                for rank in plan.step(at, world).ranks
+                for micro in rank
+                for ref in micro.samples
+            ]
             assert sorted(names) == sorted(plan.sample_ids(plan.samples(at)))
             assert plan.digest(at) == expected[at]
             met[at] += 1
@@ -96,12 +115,20 @@ def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
     before = open_plan(root, FIRST)
     with pytest.raises(UsageError) as info:
         open_plan(root, {**FIRST, "pic": 1.0}).follow(before.data_phases, 6)
-    assert "data.mixture was 1/2 pic + 1/4 imu + 1/4 talk and is 1/3 pic + 1/3 imu + 1/3 talk" in info.value.what
+    assert (
+        "data.mixture was 1/2 pic + 1/4 imu + 1/4 talk and is 1/3 pic + 1/3 imu + 1/3 talk"
+        in info.value.what
+    )
     assert "data.new_phase=true" in info.value.do
-    for keys, words in (({"global_batch": 10}, r"data\.global_batch was 12 and is 10"), ({"max_text_tokens": 20}, "max_text_tokens")):
+    for keys, words in (
+        ({"global_batch": 10}, r"data\.global_batch was 12 and is 10"),
+        ({"max_text_tokens": 20}, "max_text_tokens"),
+    ):
         with pytest.raises(UsageError, match=words):
             open_plan(root, FIRST, **keys).follow(before.data_phases, 6)
-    same = open_plan(root, {"pic": 4.0, "imu": 2.0, "talk": 2.0}, workers=3, pack_llm_tokens=900, new_phase=True)
+    same = open_plan(
+        root, {"pic": 4.0, "imu": 2.0, "talk": 2.0}, workers=3, pack_llm_tokens=900, new_phase=True
+    )
     assert same.follow(before.data_phases, 6) is False
     assert same.data_phases == before.data_phases
     assert [same.digest(step) for step in (6, 7)] == [before.digest(step) for step in (6, 7)]

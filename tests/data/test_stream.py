@@ -71,7 +71,11 @@ def build(root: Path, *, broken: bool) -> Path:
     for number, (name, kind) in enumerate(all_modalities().items()):
         with DatasetWriter(root / name, name=name, modalities=(name,), max_samples=17) as writer:
             for sample in range(60 + 7 * number):
-                content = b"no media" if broken and (number, sample) == (1, 5) else f"{name} {sample}".encode()
+                content = (
+                    b"no media"
+                    if broken and (number, sample) == (1, 5)
+                    else f"{name} {sample}".encode()
+                )
                 parts = {accepted[0]: content for accepted in kind.required_parts.values()}
                 text = " ".join(["a red cube"] * (1 + (sample * 7 + number) % 9))
                 writer.add("train", f"{name}-{sample:04d}", {**parts, "txt": text.encode()})
@@ -98,7 +102,9 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_of(root: Path) -> Plan:
     mixture = dict(zip(all_modalities(), WEIGHTS, strict=True))
     budget = {"pack_llm_tokens": 512, "pack_encoder_tokens": 6000}
-    return open_plan(root, mixture, modalities=tuple(all_modalities()), global_batch=BATCH, **budget)
+    return open_plan(
+        root, mixture, modalities=tuple(all_modalities()), global_batch=BATCH, **budget
+    )
 
 
 class Stream:
@@ -115,12 +121,18 @@ class Stream:
         for i, name in enumerate(batch.sample_ids):
             (kind,) = batch.modalities[i]
             assert name not in of_step, f"{name} twice in step {step}"
-            of_step[name] = (batch.weights[i].item(), tuple(batch.values[kind][taken[kind]].tolist()), tuple(texts[i].tolist()))
+            of_step[name] = (
+                batch.weights[i].item(),
+                tuple(batch.values[kind][taken[kind]].tolist()),
+                tuple(texts[i].tolist()),
+            )
             taken[kind] += 1
         self.skipped_samples |= {batch.sample_ids[i] for i in batch.skipped_samples}
 
     def digest(self) -> str:
-        lines = [f"{step} {name}\n" for step in sorted(self.steps) for name in sorted(self.steps[step])]
+        lines = [
+            f"{step} {name}\n" for step in sorted(self.steps) for name in sorted(self.steps[step])
+        ]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -134,7 +146,11 @@ def read_all(plan: Plan, world: int, workers: int) -> Stream:
 
 
 def planned_digest(plan: Plan) -> str:
-    lines = [f"{step} {name}\n" for step in range(STEPS) for name in sorted(plan.sample_ids(plan.samples(step)))]
+    lines = [
+        f"{step} {name}\n"
+        for step in range(STEPS)
+        for name in sorted(plan.sample_ids(plan.samples(step)))
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -155,7 +171,9 @@ def reads_fail_once(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, 
     return met
 
 
-def test_one_digest_for_every_world_and_number_of_workers(sound: Path, broken: Path, reads_fail_once: Counter[Any]) -> None:
+def test_one_digest_for_every_world_and_number_of_workers(
+    sound: Path, broken: Path, reads_fail_once: Counter[Any]
+) -> None:
     """With corrupt samples and reads that fail once: the ids of the undisturbed stream, and one set of skipped_samples."""
     plan = plan_of(broken)
     expected = planned_digest(plan_of(sound))
@@ -163,8 +181,13 @@ def test_one_digest_for_every_world_and_number_of_workers(sound: Path, broken: P
     assert len(whole.steps) == STEPS
     assert sum(map(len, whole.steps.values())) == STEPS * BATCH
     assert whole.digest() == expected
-    assert {name.split("@")[0] for name in whole.skipped_samples} == {"image/train-000001/image-0025", "video/train-000000/video-0005"}
-    assert sum(count > 1 for count in reads_fail_once.values()) > 20, "many reads failed, and none of them for good"
+    assert {name.split("@")[0] for name in whole.skipped_samples} == {
+        "image/train-000001/image-0025",
+        "video/train-000000/video-0005",
+    }
+    assert sum(count > 1 for count in reads_fail_once.values()) > 20, (
+        "many reads failed, and none of them for good"
+    )
     for world in WORLDS:
         for workers in WORKERS:
             if (world, workers) == (1, 0):
@@ -180,7 +203,12 @@ def test_the_undisturbed_stream_has_no_tombstone(sound: Path, broken: Path) -> N
     stream, spoiled = read_all(plan, 3, 1), read_all(plan_of(broken), 3, 0)
     assert stream.digest() == planned_digest(plan) == spoiled.digest()
     assert stream.skipped_samples == set()
-    differing = {n for step in stream.steps for n in stream.steps[step] if stream.steps[step][n] != spoiled.steps[step][n]}
+    differing = {
+        n
+        for step in stream.steps
+        for n in stream.steps[step]
+        if stream.steps[step][n] != spoiled.steps[step][n]
+    }
     assert differing == spoiled.skipped_samples, "no other sample was touched"
 
 
@@ -205,7 +233,11 @@ def one_start(root: Path, log: Path, first: int, world: int, workers: int) -> No
 
 def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int, list[str]], int]:
     """A run that is killed with SIGKILL at random moments and resumed at random checkpoints and worlds; (step -> ids, kills)."""
-    draw, context, applied = random.Random(seed), multiprocessing.get_context("fork"), dict[int, list[str]]()
+    draw, context, applied = (
+        random.Random(seed),
+        multiprocessing.get_context("fork"),
+        dict[int, list[str]](),
+    )
     step, killed = 0, 0
     for number in range(10 * kills):
         world = draw.choice(WORLDS)
@@ -215,7 +247,9 @@ def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int
         process.start()
         if killed < kills:
             wanted = step + draw.randint(1, STEPS // kills)
-            while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= wanted - step):
+            while process.is_alive() and not (
+                log.exists() and log.read_bytes().count(b"\n") >= wanted - step
+            ):
                 time.sleep(0.005)
             time.sleep(draw.uniform(0, 0.05))
             os.kill(process.pid or 0, signal.SIGKILL)
@@ -223,7 +257,9 @@ def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int
         process.join()
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         for at, names in (json.loads(line) for line in lines if line.endswith("\n")):
-            assert applied.setdefault(at, names) == names, f"step {at} differs in start {number} (world {world}, {workers} workers)"
+            assert applied.setdefault(at, names) == names, (
+                f"step {at} differs in start {number} (world {world}, {workers} workers)"
+            )
         done = max(applied, default=-1) + 1
         if done == STEPS and killed >= kills:
             return applied, killed
@@ -232,7 +268,9 @@ def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int
 
 
 def digest_of(applied: Mapping[int, list[str]]) -> str:
-    return hashlib.sha256("".join(f"{step} {name}\n" for step in sorted(applied) for name in applied[step]).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{step} {name}\n" for step in sorted(applied) for name in applied[step]).encode()
+    ).hexdigest()
 
 
 def test_five_kills_and_changes_of_world_leave_one_digest(sound: Path, tmp_path: Path) -> None:

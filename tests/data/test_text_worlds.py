@@ -62,34 +62,60 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with DatasetWriter(root / "many", name="many", modalities=("image",), max_samples=6) as writer:
         for number in range(16):
             meta = {"caption": captions(number)}
-            writer.add("train", f"m{number:02d}", {"png": png(np.random.default_rng(number)), "json": json.dumps(meta).encode()})
-    with DatasetWriter(root / "heard", name="heard", modalities=("video", "audio"), max_samples=4) as writer:
+            writer.add(
+                "train",
+                f"m{number:02d}",
+                {"png": png(np.random.default_rng(number)), "json": json.dumps(meta).encode()},
+            )
+    with DatasetWriter(
+        root / "heard", name="heard", modalities=("video", "audio"), max_samples=4
+    ) as writer:
         for number in range(4):
-            turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nwhat is seen and heard"},
-                     {"from": "gpt", "value": f"a bar and tone {number}"}, {"from": "human", "value": "which tone"},
-                     {"from": "gpt", "value": str(number)}]  # fmt: skip
-            parts = {"mp4": clip(number), "wav": tone(number), "json": json.dumps({"conversations": turns}).encode()}
+            turns = [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "<image>\nwhat is seen and heard"},
+                {"from": "gpt", "value": f"a bar and tone {number}"},
+                {"from": "human", "value": "which tone"},
+                {"from": "gpt", "value": str(number)},
+            ]
+            parts = {
+                "mp4": clip(number),
+                "wav": tone(number),
+                "json": json.dumps({"conversations": turns}).encode(),
+            }
             writer.add("train", f"h{number}", parts)
     with DatasetWriter(root / "talk", name="talk", modalities=(), max_samples=8) as writer:
         for number in range(8):
-            turns = [{"from": "human", "value": f"question {number}"}, {"from": "gpt", "value": "yes " * (number + 1)}]
-            writer.add("train", f"t{number}", {"json": json.dumps({"conversations": turns}).encode()})
+            turns = [
+                {"from": "human", "value": f"question {number}"},
+                {"from": "gpt", "value": "yes " * (number + 1)},
+            ]
+            writer.add(
+                "train", f"t{number}", {"json": json.dumps({"conversations": turns}).encode()}
+            )
     return root
 
 
 def texts(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
     lengths = list(batch.text_token_counts)
-    return [(i.tolist(), t.tolist()) for i, t in zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)]
+    return [
+        (i.tolist(), t.tolist())
+        for i, t in zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)
+    ]
 
 
-def read(plan: Plan, steps: Sequence[int], world: int = 1, workers: int = 0) -> dict[str, tuple[list[int], list[int]]]:
+def read(
+    plan: Plan, steps: Sequence[int], world: int = 1, workers: int = 0
+) -> dict[str, tuple[list[int], list[int]]]:
     """Sample id (with its epoch) -> ids and labels, read by a loader."""
     found: dict[str, tuple[list[int], list[int]]] = {}
     for rank in range(world):
         with Loader(plan, world, rank, steps[0], steps[-1] + 1, workers) as loader:
             for _, batch in loader:
                 assert not batch.skipped_samples
-                found.update(zip(batch.sample_ids, texts(batch), strict=True) if not batch.is_empty else [])
+                found.update(
+                    zip(batch.sample_ids, texts(batch), strict=True) if not batch.is_empty else []
+                )
     return found
 
 
@@ -100,11 +126,19 @@ def test_captions_are_chosen_evenly_and_by_sample_and_epoch_alone() -> None:
     one = chosen_captions(0, "d", "s", rows[77:78], epochs[77:78], np.asarray([3]))
     assert one.tolist() == chosen[77:78].tolist()
     for seed, dataset, shard in ((1, "d", "s"), (0, "e", "s"), (0, "d", "t")):
-        assert 0.2 < (chosen_captions(seed, dataset, shard, rows, epochs, np.full(3000, 3)) == chosen).mean() < 0.5
+        assert (
+            0.2
+            < (
+                chosen_captions(seed, dataset, shard, rows, epochs, np.full(3000, 3)) == chosen
+            ).mean()
+            < 0.5
+        )
     assert not chosen_captions(0, "d", "s", rows, epochs, np.ones(3000, dtype=np.int64)).any()
 
 
-def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length(root: Path) -> None:
+def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length(
+    root: Path,
+) -> None:
     """16 samples, 8 epochs: the reader stops at a length that is not the plan's, so each text read is the one planned."""
     plan = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16, augment=False)
     once = read(plan, range(8))
@@ -116,19 +150,30 @@ def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length
         assert text in captions(number)
         by_sample.setdefault(number, Counter())[text] += 1
     assert all(len(by_sample[number]) == 1 for number in range(0, 16, 4))
-    assert sum(len(by_sample[number]) for number in range(16) if number % 4) > 24, "most samples showed two or three of their captions"
+    assert sum(len(by_sample[number]) for number in range(16) if number % 4) > 24, (
+        "most samples showed two or three of their captions"
+    )
     for ids, labels in once.values():
         assert labels == [IGNORE, *ids[1:]]
-    global_valid_tokens = sum(label != IGNORE for name, (_, labels) in once.items() if name.endswith("@3") for label in labels)
+    global_valid_tokens = sum(
+        label != IGNORE
+        for name, (_, labels) in once.items()
+        if name.endswith("@3")
+        for label in labels
+    )
     assert plan.step(3, 1).global_valid_tokens == global_valid_tokens
 
     again = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16, augment=False)
-    assert read(again, range(2), world=3, workers=1) == {name: found for name, found in once.items() if name.endswith(("@0", "@1"))}
+    assert read(again, range(2), world=3, workers=1) == {
+        name: found for name, found in once.items() if name.endswith(("@0", "@1"))
+    }
 
 
 def test_a_sidecar_of_several_captions_that_is_not_of_this_shard_is_named(root: Path) -> None:
     plan = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16)
-    sidecar = next(p for p in (root / "many" / "lengths").glob("*/*.npy") if np.load(p).shape[1] == 3)
+    sidecar = next(
+        p for p in (root / "many" / "lengths").glob("*/*.npy") if np.load(p).shape[1] == 3
+    )
     whole = sidecar.read_bytes()
     try:
         np.save(sidecar, np.load(sidecar)[1:])
@@ -139,7 +184,12 @@ def test_a_sidecar_of_several_captions_that_is_not_of_this_shard_is_named(root: 
 
 
 def chatty() -> Any:
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer().backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
     tok.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -148,22 +198,44 @@ def chatty() -> Any:
 
 
 @pytest.mark.parametrize("text_format", ["conversation", "chat"])
-def test_joint_media_and_text_alone_share_packs_and_every_answer_is_supervised(root: Path, text_format: str) -> None:
+def test_joint_media_and_text_alone_share_packs_and_every_answer_is_supervised(
+    root: Path, text_format: str
+) -> None:
     tok = chatty()
-    data = section(root, {"heard": 1, "talk": 1}, text_format=text_format, max_text_tokens=2018, global_batch=8,
-                   pack_llm_tokens=4096, pack_encoder_tokens=32768)  # fmt: skip
+    data = section(
+        root,
+        {"heard": 1, "talk": 1},
+        text_format=text_format,
+        max_text_tokens=2018,
+        global_batch=8,
+        pack_llm_tokens=4096,
+        pack_encoder_tokens=32768,
+    )
     plan = Plan.open(data, tok, 0, MODALITIES, show=False)
     (micro,) = plan.step(0, 1).ranks[0]
     batch = Reader(plan).read(micro)
     assert Counter(batch.modalities) == {("video", "audio"): 4, (): 4}
-    assert {name: len(value) for name, value in batch.values.items()} == {"image": 0, "video": 4, "audio": 4}
-    assert all(torch.isfinite(value).all() and (value.std() > 0 if len(value) else True) for value in batch.values.values())
+    assert {name: len(value) for name, value in batch.values.items()} == {
+        "image": 0,
+        "video": 4,
+        "audio": 4,
+    }
+    assert all(
+        torch.isfinite(value).all() and (value.std() > 0 if len(value) else True)
+        for value in batch.values.values()
+    )
     end = "</s>" if text_format == "chat" else "\n###"
     space = "" if text_format == "chat" else " "
     for name, (ids, labels) in zip(batch.sample_ids, texts(batch), strict=True):
         number = int(name.partition("@")[0][-1])
-        answers = [f"a bar and tone {number}", str(number)] if name.startswith("heard/") else ["yes " * (number + 1)]
-        kept = tok.decode([label for label in labels if label != IGNORE], clean_up_tokenization_spaces=False)
+        answers = (
+            [f"a bar and tone {number}", str(number)]
+            if name.startswith("heard/")
+            else ["yes " * (number + 1)]
+        )
+        kept = tok.decode(
+            [label for label in labels if label != IGNORE], clean_up_tokenization_spaces=False
+        )
         assert kept == "".join(f"{space}{answer}{end}" for answer in answers)
         assert ids[0] == tok.bos_token_id
         assert ("Be brief." in tok.decode(ids)) == name.startswith("heard/")

@@ -15,7 +15,9 @@ from onellm_dist.diagnostics import doctor
 def test_missing_and_old_packages_fail_and_extras_are_left_out() -> None:
     found = {
         f.name: f
-        for f in doctor.check_packages(["numpy>=1", "numpy>=999", "no-such-package-here>=2", 'absent-extra; extra == "flash"'])
+        for f in doctor.check_packages(
+            ["numpy>=1", "numpy>=999", "no-such-package-here>=2", 'absent-extra; extra == "flash"']
+        )
         if f.state != "ok"
     }
     assert set(found) == {"numpy", "no-such-package-here"}
@@ -32,7 +34,11 @@ def test_a_torchvision_that_does_not_fit_torch_is_a_failure() -> None:
         return object()
 
     found = {f.name: f for f in doctor.check_imports(load)}
-    assert found["torchvision"].state == "fail" and "nms" in found["torchvision"].detail and "torch" in found["torchvision"].do
+    assert (
+        found["torchvision"].state == "fail"
+        and "nms" in found["torchvision"].detail
+        and "torch" in found["torchvision"].do
+    )
     assert "torchaudio" not in found, "a package that is not needed and not there is no finding"
     assert found["open_clip"].state == "ok"
 
@@ -48,8 +54,15 @@ def test_a_broken_torchaudio_is_a_failure() -> None:
 
 
 def test_a_torchaudio_of_another_torch_is_a_failure_that_names_both() -> None:
-    (found,) = doctor.check_torchaudio(lambda name: {"torchaudio": "2.11.0+cu130", "torch": "2.15.0+cu132"}[name])
-    assert found.state == "fail" and "2.11.0" in found.detail and "2.15.0" in found.detail and "uninstall" in found.do
+    (found,) = doctor.check_torchaudio(
+        lambda name: {"torchaudio": "2.11.0+cu130", "torch": "2.15.0+cu132"}[name]
+    )
+    assert (
+        found.state == "fail"
+        and "2.11.0" in found.detail
+        and "2.15.0" in found.detail
+        and "uninstall" in found.do
+    )
     assert list(doctor.check_torchaudio(lambda name: "2.11.0")) == []
 
     def none(name: str) -> str:
@@ -59,9 +72,16 @@ def test_a_torchaudio_of_another_torch_is_a_failure_that_names_both() -> None:
 
 
 def test_left_over_buffers_are_counted_and_those_in_use_are_not(tmp_path: Path) -> None:
-    for name in ("deepspeed_allreduce_buffer_0_root_1", "deepspeed_allreduce_buffer_0_root_2", "other"):
+    for name in (
+        "deepspeed_allreduce_buffer_0_root_1",
+        "deepspeed_allreduce_buffer_0_root_2",
+        "other",
+    ):
         (tmp_path / name).write_bytes(b"x" * 8192)
-    with (tmp_path / "deepspeed_allreduce_buffer_0_root_2").open("r+b") as file, mmap.mmap(file.fileno(), 0):
+    with (
+        (tmp_path / "deepspeed_allreduce_buffer_0_root_2").open("r+b") as file,
+        mmap.mmap(file.fileno(), 0),
+    ):
         in_use = doctor.check_shared_memory(tmp_path)
     assert in_use.state == "warn" and in_use.detail.split("; ")[1].startswith("1 buffers")
     (tmp_path / "deepspeed_allreduce_buffer_0_root_1").unlink()
@@ -69,7 +89,9 @@ def test_left_over_buffers_are_counted_and_those_in_use_are_not(tmp_path: Path) 
     assert "buffers" not in doctor.check_shared_memory(tmp_path).detail
 
 
-def test_launchers_that_are_missing_fail_but_slurm_and_pdsh_are_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_that_are_missing_fail_but_slurm_and_pdsh_are_optional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     states = {f.name: f.state for f in doctor.check_launchers(str(tmp_path))}
@@ -101,6 +123,8 @@ def test_this_machine_can_train(capsys: pytest.CaptureFixture[str]) -> None:
     findings = list(doctor.examine())
     names = {f.name for f in findings}
     assert {"torch", "deepspeed", "backend", "CPU", "/dev/shm", "Slurm", "memory"} <= names
-    assert not [f for f in findings if f.state == "fail"], "the machine that runs the tests is one that doctor passes"
+    assert not [f for f in findings if f.state == "fail"], (
+        "the machine that runs the tests is one that doctor passes"
+    )
     doctor.print_findings(findings)
     assert len(capsys.readouterr().out.splitlines()) >= len(findings)

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.evaluation.captioning import answer, caption_datasets, caption_split, questions, read_captions
+from onellm_dist.evaluation.captioning import (
+    answer,
+    caption_datasets,
+    caption_split,
+    questions,
+    read_captions,
+)
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.toyworld import world
@@ -20,7 +26,9 @@ from onellm_dist.testing.demo.toy_llm import LLMRecipe, composition_score, pretr
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
-    build_toyworld(out, seed=3, train_per_modality=2, test_per_modality=3, modalities=("image", "imu"))
+    build_toyworld(
+        out, seed=3, train_per_modality=2, test_per_modality=3, modalities=("image", "imu")
+    )
     return out
 
 
@@ -48,7 +56,9 @@ def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
 
 def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "captions.jsonl"
-    caption_datasets(model_path, [toy / "image", toy / "imu"], out, splits=["test_seen", "test_held_out"])
+    caption_datasets(
+        model_path, [toy / "image", toy / "imu"], out, splits=["test_seen", "test_held_out"]
+    )
     captions = read_captions(out)
     assert len({(c.modality, c.split, c.key) for c in captions}) == len(captions) == 2 * 2 * 3
     assert {c.modality for c in captions} == {"image", "imu"}
@@ -66,7 +76,10 @@ def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None
     asked = list(questions(dataset, "test_seen"))
     together = answer(model, processor.tokenizer, asked)
     assert together == [answer(model, processor.tokenizer, [q])[0] for q in asked]
-    assert [c.prediction for c in caption_split(model, processor.tokenizer, dataset, "test_seen", batch=2)] == together
+    assert [
+        c.prediction
+        for c in caption_split(model, processor.tokenizer, dataset, "test_seen", batch=2)
+    ] == together
 
 
 def test_an_answer_ends_at_the_stop_string(toy: Path, model_path: Path) -> None:
@@ -79,7 +92,13 @@ def test_an_answer_ends_at_the_stop_string(toy: Path, model_path: Path) -> None:
         device = torch.device("cpu")
 
         def generate(
-            self, ids: torch.Tensor, mask: torch.Tensor, *, max_new_tokens: int, eos_token_id: list[int], **_: object
+            self,
+            ids: torch.Tensor,
+            mask: torch.Tensor,
+            *,
+            max_new_tokens: int,
+            eos_token_id: list[int],
+            **_: object,
         ) -> torch.Tensor:
             stop = next(i for i, token in enumerate(script) if token in eos_token_id) + 1
             assert tokenizer.decode(script[:stop]) == " red\n###" and max_new_tokens >= len(script)
@@ -97,7 +116,10 @@ def test_router_weights_sum_to_one(model_path: Path) -> None:
 
 
 def test_a_curve_marks_the_resume() -> None:
-    metrics = [{"step": i, "loss": 2.0 - i, "loss_by_modality": {"a": 1.0} if i else {"a": 1.0, "b": 3.0}} for i in range(2)]
+    metrics = [
+        {"step": i, "loss": 2.0 - i, "loss_by_modality": {"a": 1.0} if i else {"a": 1.0, "b": 3.0}}
+        for i in range(2)
+    ]
     events = [{"event": "start", "first_step": 0}, {"event": "start", "first_step": 1}]
     curve = run_curve("x", metrics, events)
     assert curve.loss == [(0.0, 2.0), (1.0, 1.0)] and curve.marks == {1.0: "killed, resumed"}
@@ -108,7 +130,9 @@ def test_a_curve_marks_the_resume() -> None:
 def test_a_short_pretraining_teaches_the_llm_to_write_what_it_is_told() -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
     before = composition_score(model.llm, processor.tokenizer, samples=40)
-    losses = pretrain_llm(model.llm, processor.tokenizer, LLMRecipe(steps=60, batch=32, conversations=0.0))
+    losses = pretrain_llm(
+        model.llm, processor.tokenizer, LLMRecipe(steps=60, batch=32, conversations=0.0)
+    )
     assert losses[-1] < 0.3 * losses[0]
     assert before < 0.05 and composition_score(model.llm, processor.tokenizer, samples=40) > 0.3
 
@@ -117,15 +141,27 @@ def test_corpus_documents_hold_no_held_out_combination() -> None:
     from onellm_dist.testing.demo.toy_llm import Documents
 
     _, processor = load_model(path=None, preset="toy", seed=0)
-    ids, labels = next(iter(Documents(processor.tokenizer, LLMRecipe(batch=200, conversations=0.0, words_first=1.0))))
-    held = {world.caption(m, world.named(m, c)) for m in world.MODALITIES for c in world.held_out(m)}
-    texts = [processor.tokenizer.decode([t for t in row if t > 2]).strip() for row in labels.tolist()]
+    ids, labels = next(
+        iter(
+            Documents(processor.tokenizer, LLMRecipe(batch=200, conversations=0.0, words_first=1.0))
+        )
+    )
+    held = {
+        world.caption(m, world.named(m, c)) for m in world.MODALITIES for c in world.held_out(m)
+    }
+    texts = [
+        processor.tokenizer.decode([t for t in row if t > 2]).strip() for row in labels.tolist()
+    ]
     assert len(set(texts)) > 50 and not held & set(texts)
     assert ids[:, 0].tolist() == [1] * 200
 
 
 def test_a_resume_is_read_from_the_events(tmp_path: Path) -> None:
-    lines = ['{"event": "start", "first_step": 0}', '{"event": "checkpoint", "step": 8}', '{"event": "start", "first_step": 8}']
+    lines = [
+        '{"event": "start", "first_step": 0}',
+        '{"event": "checkpoint", "step": 8}',
+        '{"event": "start", "first_step": 8}',
+    ]
     events = tmp_path / "events.jsonl"
     events.write_text("\n".join(lines[:2]) + "\n")
     assert resumed_at(tmp_path) == []

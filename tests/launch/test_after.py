@@ -22,15 +22,23 @@ class History:
         self.run_dir, self.restart = run_dir, 0
 
     def env(self) -> dict[str, str]:
-        return {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
+        return {
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(self.restart),
+            "SLURM_JOB_NODELIST": "n[1-2]",
+        }
 
     def begin(self) -> None:
         begin(self.run_dir, self.env())
 
-    def end(self, *, status: int = 1, stop: float = 0.0, most: int = 3, checkpoint: int | None = None) -> tuple[str, int, int]:
+    def end(
+        self, *, status: int = 1, stop: float = 0.0, most: int = 3, checkpoint: int | None = None
+    ) -> tuple[str, int, int]:
         if checkpoint is not None:
             (self.run_dir / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True)
-        verdict = end(self.run_dir, self.env(), launcher_status=status, stop_asked=stop, max_requeues=most)
+        verdict = end(
+            self.run_dir, self.env(), launcher_status=status, stop_asked=stop, max_requeues=most
+        )
         self.restart += 1
         self.why = verdict.why
         return verdict.word, verdict.delay_s, verdict.exit_code
@@ -49,16 +57,34 @@ def history(tmp_path: Path) -> History:
 
 def test_done_and_usage_end_the_job(history: History) -> None:
     # The launcher's own exit code is not asked.
-    assert history.start({"status": "done", "step": 12, "reason": "12 steps"}, status=1) == ("done", 0, 0)
+    assert history.start({"status": "done", "step": 12, "reason": "12 steps"}, status=1) == (
+        "done",
+        0,
+        0,
+    )
     history.begin()
-    assert not (history.run_dir / "exit.json").exists()  # else an older end would be taken for this one
+    assert not (
+        history.run_dir / "exit.json"
+    ).exists()  # else an older end would be taken for this one
     assert history.end(status=2) == ("halt", 0, 2)
-    assert history.start({"status": "usage", "step": None, "reason": "unknown key"}) == ("halt", 0, 2)
+    assert history.start({"status": "usage", "step": None, "reason": "unknown key"}) == (
+        "halt",
+        0,
+        2,
+    )
     assert "unknown key" in history.why
 
 
-def failed(history: History, step: int, suspects: tuple[str, ...] = (), **how: Any) -> tuple[str, int, int]:
-    found = {"status": "failed", "step": step, "failed_step": step, "reason": f"boom at {step}", "suspects": suspects}
+def failed(
+    history: History, step: int, suspects: tuple[str, ...] = (), **how: Any
+) -> tuple[str, int, int]:
+    found = {
+        "status": "failed",
+        "step": step,
+        "failed_step": step,
+        "reason": f"boom at {step}",
+        "suspects": suspects,
+    }
     return history.start(found, **how)
 
 
@@ -92,7 +118,11 @@ def test_the_same_step_twice_halts_and_names_the_suspects(history: History) -> N
     assert failed(history, 10, suspects=("image/a/1@0", "image/a/2@0"))[0] == "requeue"
     assert preempted(history, 9)[0] == "requeue"
     assert failed(history, 10, suspects=("image/a/2@0", "image/a/3@0")) == ("halt", 0, 1)
-    assert "two starts failed at step 10" in history.why and "image/a/2@0" in history.why and "image/a/1@0" not in history.why
+    assert (
+        "two starts failed at step 10" in history.why
+        and "image/a/2@0" in history.why
+        and "image/a/1@0" not in history.why
+    )
 
 
 def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
@@ -103,10 +133,18 @@ def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
 
 def test_failing_before_the_first_step_has_the_limit_alone(history: History) -> None:
     assert history.start(status=1) == ("requeue", 60, 1)
-    assert history.start({"status": "failed", "step": None, "reason": "no route to n2"}) == ("requeue", 120, 1)
+    assert history.start({"status": "failed", "step": None, "reason": "no route to n2"}) == (
+        "requeue",
+        120,
+        1,
+    )
     assert history.start(status=1) == ("requeue", 240, 1)
     assert history.start(status=1) == ("halt", 0, 1)
-    assert "4 failures in a row" in history.why and "before the first step" in history.why and "without exit.json" in history.why
+    assert (
+        "4 failures in a row" in history.why
+        and "before the first step" in history.why
+        and "without exit.json" in history.why
+    )
 
 
 def trained(history: History, first_step: int, last: int, **event: Any) -> None:
@@ -118,28 +156,46 @@ def trained(history: History, first_step: int, last: int, **event: Any) -> None:
     (history.run_dir / "metrics.jsonl").write_text(lines + '{"step": 99, "lo')
 
 
-@pytest.mark.parametrize("event", [{"slurm_job_id": "7", "slurm_restart_count": 0}, {}], ids=["srun", "ssh"])
-def test_ranks_that_vanish_are_placed_by_their_metrics(history: History, event: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "event", [{"slurm_job_id": "7", "slurm_restart_count": 0}, {}], ids=["srun", "ssh"]
+)
+def test_ranks_that_vanish_are_placed_by_their_metrics(
+    history: History, event: dict[str, Any]
+) -> None:
     history.begin()
     trained(history, 3, 4, **event)
     assert history.end(status=137)[0] == "requeue"
     assert read_attempts(history.run_dir)[-1].failed_step == 5
 
 
-def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_starts_metrics(history: History) -> None:
+def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_starts_metrics(
+    history: History,
+) -> None:
     history.begin()
     trained(history, 100, 104, slurm_job_id="7", slurm_restart_count=0)
     assert history.end(status=137, checkpoint=100)[0] == "requeue"
-    assert history.start(status=1) == ("requeue", 120, 1) and history.start(status=1) == ("requeue", 240, 1)
-    assert [(a.step, a.failed_step) for a in read_attempts(history.run_dir)] == [(105, 105), (None, None), (None, None)]
+    assert history.start(status=1) == ("requeue", 120, 1) and history.start(status=1) == (
+        "requeue",
+        240,
+        1,
+    )
+    assert [(a.step, a.failed_step) for a in read_attempts(history.run_dir)] == [
+        (105, 105),
+        (None, None),
+        (None, None),
+    ]
 
 
-def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_resumed(history: History) -> None:
+def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_resumed(
+    history: History,
+) -> None:
     resumed = {"status": "failed", "step": 40, "failed_step": None, "reason": "connection reset"}
     for _ in range(2):
         assert history.start(resumed, checkpoint=None if history.restart else 40)[0] == "requeue"
     validating = {**resumed, "step": 45}
-    assert history.start(validating)[0] == "requeue" and history.start(validating, most=9)[0] == "halt"
+    assert (
+        history.start(validating)[0] == "requeue" and history.start(validating, most=9)[0] == "halt"
+    )
 
 
 def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
@@ -147,7 +203,9 @@ def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: Histo
     found = {"status": "failed", "step": 4, "reason": "SIGTERM after the file: ended at once"}
     assert history.start(found, status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     assert "before its checkpoint was whole" in history.why
-    found["reason"] = "connection closed by peer"  # and then Slurm ended the job, for a node was lost
+    found["reason"] = (
+        "connection closed by peer"  # and then Slurm ended the job, for a node was lost
+    )
     assert history.start(found, status=143, stop=time.time() + 60) == ("requeue", 60, 1)
 
 
@@ -158,7 +216,11 @@ def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: Histo
     assert failed(history, 4) == ("requeue", 120, 1)
     first, second = read_attempts(history.run_dir)
     assert (first.status, first.end, second.status, second.step) == ("lost", None, "failed", 4)
-    assert first.nodes == ("n1", "n2") and (second.job_id, second.restart_count, second.verdict) == ("7", 1, "requeue")
+    assert first.nodes == ("n1", "n2") and (
+        second.job_id,
+        second.restart_count,
+        second.verdict,
+    ) == ("7", 1, "requeue")
 
 
 def refused(history: History, bad: str | None, status: int = 1, stop: float = 0.0) -> Verdict:
@@ -166,12 +228,21 @@ def refused(history: History, bad: str | None, status: int = 1, stop: float = 0.
     history.begin()
     if bad is not None:
         (history.run_dir / f"bad_nodes.7.{history.restart}").write_text(bad)
-    verdict = end(history.run_dir, history.env(), launcher_status=1, stop_asked=stop, max_requeues=3, preflight_status=status)
+    verdict = end(
+        history.run_dir,
+        history.env(),
+        launcher_status=1,
+        stop_asked=stop,
+        max_requeues=3,
+        preflight_status=status,
+    )
     history.restart += 1
     return verdict
 
 
-def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_blames_none_halts(history: History) -> None:
+def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_blames_none_halts(
+    history: History,
+) -> None:
     for _ in range(2):  # never a crash loop: the next start has other nodes
         verdict = refused(history, "n2\n", 137)
         assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
@@ -179,26 +250,41 @@ def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_blames_none_h
     assert (verdict.word, verdict.exit_code) == ("halt", 1)
 
 
-def test_a_preflight_without_a_verdict_is_a_failed_start_and_a_stopped_one_a_preemption(history: History) -> None:
+def test_a_preflight_without_a_verdict_is_a_failed_start_and_a_stopped_one_a_preemption(
+    history: History,
+) -> None:
     for _ in range(5):
         verdict = refused(history, None, 143, stop=1.0)
         assert (verdict.word, verdict.delay_s, verdict.exit_code) == ("requeue", 15, 75)
     for delay in (60, 120, 240):  # srun could not launch; the scheduler ended it
         verdict = refused(history, None)
-        assert (verdict.word, verdict.delay_s) == ("requeue", delay) and "without a verdict" in verdict.why
+        assert (verdict.word, verdict.delay_s) == (
+            "requeue",
+            delay,
+        ) and "without a verdict" in verdict.why
     assert refused(history, None, 124).word == "halt"
 
 
 def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) -> None:
     history.run_dir.mkdir()
     assert notice_warning(history.run_dir, 1) == ""
-    lines = [{"event": "checkpoint", "seconds": 9.0}, {"event": "checkpoint", "seconds": 40.0}, {"event": "end"}]
-    (history.run_dir / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"event": "checkpoint", "seconds": 9.0},
+        {"event": "checkpoint", "seconds": 40.0},
+        {"event": "end"},
+    ]
+    (history.run_dir / "events.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     assert notice_warning(history.run_dir, 80) == ""
-    assert "took 40 s" in notice_warning(history.run_dir, 79) and "--signal-notice 160" in notice_warning(history.run_dir, 79)
+    assert "took 40 s" in notice_warning(
+        history.run_dir, 79
+    ) and "--signal-notice 160" in notice_warning(history.run_dir, 79)
 
 
-def test_the_ranks_of_a_start_are_recorded(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_start_are_recorded(
+    history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key, value in history.env().items():
         monkeypatch.setenv(key, value)
     assert main(["begin", str(history.run_dir), "--ranks-per-node", "8"]) == 0
@@ -214,12 +300,20 @@ def test_a_line_cut_short_is_passed_over(history: History) -> None:
 
 def test_the_command_line_needs_no_torch(history: History) -> None:
     history.begin()
-    (history.run_dir / "exit.json").write_text(json.dumps({"status": "preempted", "step": 3, "reason": "USR1"}))
+    (history.run_dir / "exit.json").write_text(
+        json.dumps({"status": "preempted", "step": 3, "reason": "USR1"})
+    )
     code = (
         "import sys; from onellm_dist.launch.slurm.after import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
     )
     line = ["end", str(history.run_dir), "--launcher-status", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *line], env=history.env(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *line],
+        env=history.env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "requeue 15 75\n"), done.stderr
     assert "preempted (USR1)" in done.stderr

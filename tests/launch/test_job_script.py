@@ -20,7 +20,14 @@ from onellm_dist.launch.slurm.job import Job, check_job, parse_nodes, time_limit
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.launch.slurm.submit import check_script, make_job
 
-JOB = Job(recipe="tune", run_dir=Path("runs/x"), nodes=(2, 2), gpus_per_node=4, ranks_per_node=4, name="tune")
+JOB = Job(
+    recipe="tune",
+    run_dir=Path("runs/x"),
+    nodes=(2, 2),
+    gpus_per_node=4,
+    ranks_per_node=4,
+    name="tune",
+)
 
 
 def variant(**fields: object) -> Job:
@@ -31,12 +38,25 @@ def test_the_shipped_scripts_are_what_is_rendered() -> None:
     folder = recipes_dir().parent / "slurm"
     shipped = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.sbatch")}
     assert shipped == example_scripts(), "run: python -m onellm_dist.launch.slurm.examples"
-    assert {"stage1_image.sbatch", "stage2_video_audio_point.sbatch", "stage3_all.sbatch", "tune.sbatch", "generic.sbatch"} == set(shipped)
+    assert {
+        "stage1_image.sbatch",
+        "stage2_video_audio_point.sbatch",
+        "stage3_all.sbatch",
+        "tune.sbatch",
+        "generic.sbatch",
+    } == set(shipped)
 
 
 @pytest.mark.parametrize(
     ("starter", "container"),
-    [("deepspeed", ""), *((starter, container) for starter in ("srun", "torchrun") for container in ("", "pyxis", "apptainer"))],
+    [
+        ("deepspeed", ""),
+        *(
+            (starter, container)
+            for starter in ("srun", "torchrun")
+            for container in ("", "pyxis", "apptainer")
+        ),
+    ],
 )
 def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, container: str) -> None:
     job = variant(
@@ -48,30 +68,54 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
     check_job(job)
     text = render(job)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    assert len(re.findall(r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!", text)) == 1
+    assert (
+        len(
+            re.findall(r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!", text)
+        )
+        == 1
+    )
     assert ("in_container" in text) == bool(container)
     assert all(len(line) <= 140 for line in text.splitlines())
 
 
 def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() -> None:
     text = render(variant(preflight=True))
-    doctor, ranks, after = (text.index(word) for word in ("doctor --distributed", "onellm_dist.train tune", "launch.slurm.after end"))
+    doctor, ranks, after = (
+        text.index(word)
+        for word in ("doctor --distributed", "onellm_dist.train tune", "launch.slurm.after end")
+    )
     assert doctor < ranks < after and "ExcNodeList" in text[after:] and "--preflight-status" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert "preflight" not in render(JOB)
 
 
 def test_the_header_says_what_was_asked() -> None:
-    text = render(variant(nodes=(1, 4), partition="gpu", account="a", qos="q", exclude="gpu[07,12]", time="2-0", signal_notice_s=600))
+    text = render(
+        variant(
+            nodes=(1, 4),
+            partition="gpu",
+            account="a",
+            qos="q",
+            exclude="gpu[07,12]",
+            time="2-0",
+            signal_notice_s=600,
+        )
+    )
     asked = "--nodes=1-4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"
     for option in f"{asked} --requeue --open-mode=append --signal=B:USR1@600 --exclusive".split():
         assert f"\n#SBATCH {option}" in text, option
     # Slurm would keep the task count of the last start: a requeued job could not come back on fewer nodes.
     assert "#SBATCH --ntasks" not in text
     shared = render(variant(cpus_per_rank=6, gpus_per_node=0))
-    assert "#SBATCH --cpus-per-task=24\n" in shared and "--exclusive" not in shared and "gpus" not in shared
+    assert (
+        "#SBATCH --cpus-per-task=24\n" in shared
+        and "--exclusive" not in shared
+        and "gpus" not in shared
+    )
     assert "\n    --cpus-per-task=6 \\\n    python" in shared
-    assert "\n    --cpus-per-task=24 \\\n    python" in render(variant(cpus_per_rank=6, starter="torchrun"))
+    assert "\n    --cpus-per-task=24 \\\n    python" in render(
+        variant(cpus_per_rank=6, starter="torchrun")
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +139,15 @@ def test_what_cannot_work_is_refused(fields: dict[str, object], word: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90", 5400), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("1-0:30", 88200), ("0", 0)]
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-12", 216000),
+        ("1-0:30", 88200),
+        ("0", 0),
+    ],
 )
 def test_time_limits(text: str, seconds: int) -> None:
     assert time_limit_s(text) == seconds
@@ -111,7 +163,12 @@ def test_wrong_node_counts_are_refused(text: str) -> None:
 def test_a_job_takes_its_run_directory_and_name_from_the_recipe(tmp_path: Path) -> None:
     assert make_job(Path("stage1_image"), [], nodes="2").run_dir == Path("runs/stage1_image")
     job = make_job(Path("stage1_image"), [f"run.dir={tmp_path}"], nodes="2", container="x")
-    assert (job.run_dir, job.name, job.ranks_per_node, job.python) == (tmp_path, "stage1_image", 8, "python")
+    assert (job.run_dir, job.name, job.ranks_per_node, job.python) == (
+        tmp_path,
+        "stage1_image",
+        8,
+        "python",
+    )
     assert job.mounts == (str(tmp_path),)
     with pytest.raises(UsageError, match=r"train\.stepz"):
         make_job(Path("stage1_image"), ["train.stepz=1"], nodes="2")
@@ -134,7 +191,11 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_slurm_is_asked_and_believed(tools: Path) -> None:
     stand_in(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    stand_in(tools, "sbatch", 'grep -q "^#SBATCH --nodes=2" "${@: -1}" && echo "sbatch: Job 7 to start at noon" >&2')
+    stand_in(
+        tools,
+        "sbatch",
+        'grep -q "^#SBATCH --nodes=2" "${@: -1}" && echo "sbatch: Job 7 to start at noon" >&2',
+    )
     assert "Job 7 to start at noon" in check_script(render(JOB))
     stand_in(tools, "sbatch", "echo 'invalid partition specified: gpu' >&2; exit 1")
     with pytest.raises(OneLLMError, match="invalid partition"):
@@ -145,9 +206,22 @@ def test_slurm_is_asked_and_believed(tools: Path) -> None:
 
 def test_launch_writes_checks_and_submits(tools: Path, tmp_path: Path) -> None:
     stand_in(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    stand_in(tools, "sbatch", f'[ "$1" != --parsable ] || {{ echo "$2" >{tmp_path}/submitted; echo "31;cluster"; }}')
+    stand_in(
+        tools,
+        "sbatch",
+        f'[ "$1" != --parsable ] || {{ echo "$2" >{tmp_path}/submitted; echo "31;cluster"; }}',
+    )
     run_dir = tmp_path / "run"
-    line = ["launch", "toy/align_image", "--nodes", "2", "--gpus-per-node", "2", "--set", f"run.dir={run_dir}"]
+    line = [
+        "launch",
+        "toy/align_image",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "2",
+        "--set",
+        f"run.dir={run_dir}",
+    ]
     printed = CliRunner().invoke(app, line)
     assert printed.exit_code == 0 and "#SBATCH --nodes=2" in printed.output and not run_dir.exists()
     written = CliRunner().invoke(app, [*line, "--submit"])

@@ -19,9 +19,15 @@ from onellm_dist.launch.slurm.job import Job
 from onellm_dist.launch.slurm.script import render
 
 STEP = {
-    "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "31234",
-    "SLURM_STEP_NODELIST": "gpu[08-10]", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
-}  # fmt: skip
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "6",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_JOB_ID": "31234",
+    "SLURM_STEP_NODELIST": "gpu[08-10]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+}
 
 
 def test_no_launcher() -> None:
@@ -29,12 +35,21 @@ def test_no_launcher() -> None:
 
 
 def test_ranks_of_deepspeed_and_torchrun() -> None:
-    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    env = {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "7",
+    }
     assert discover_ranks(env) == Ranks(3, 4, 1, 2, "a", 7)
     assert discover_ranks({**env, "LOCAL_WORLD_SIZE": "4"}) == Ranks(3, 4, 1, 4, "a", 7)
 
 
-@pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+@pytest.mark.parametrize(
+    "env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}]
+)
 def test_contradicting_ranks_are_refused(env: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         discover_ranks(env)
@@ -49,15 +64,30 @@ def test_two_starts_of_a_job_meet_at_different_ports_below_the_ephemeral_ones() 
     assert len(set(ports)) == 50 and all(12000 <= port < 32768 for port in ports)
     assert discover_ranks({**STEP, "SLURM_RESTART_COUNT": "3"}).port == ports[3]  # type: ignore[union-attr]
     # The job script says the same in bash.
-    line = next(x for x in render(Job("x", Path("r"), (2, 2), 8, 8, starter="torchrun")).splitlines() if x.startswith("port="))
+    line = next(
+        x
+        for x in render(Job("x", Path("r"), (2, 2), 8, 8, starter="torchrun")).splitlines()
+        if x.startswith("port=")
+    )
     env = {"SLURM_JOB_ID": "31234", "SLURM_RESTART_COUNT": "3"}
     assert (
-        int(subprocess.run(["bash", "-c", f"{line}; echo $port"], env=env, capture_output=True, text=True, check=True).stdout) == ports[3]
+        int(
+            subprocess.run(
+                ["bash", "-c", f"{line}; echo $port"],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        == ports[3]
     )
 
 
 def test_term_and_a_closed_terminal_are_heard_but_for_what_nohup_ignores() -> None:
-    first = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    first = {
+        number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         before = when_ended(exit_by_signal)
         assert set(before) == set(first)
@@ -111,7 +141,9 @@ def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
 ) -> None:
     monkeypatch.setattr("onellm_dist.launch.local.PATIENCE_S", 0.2)
     started = time.monotonic()
-    body = "if rank == 1:\n    print('disk on fire', file=sys.stderr)\n    sys.exit(1)\ntime.sleep(60)"
+    body = (
+        "if rank == 1:\n    print('disk on fire', file=sys.stderr)\n    sys.exit(1)\ntime.sleep(60)"
+    )
     assert launch_local(script(tmp_path, body), 3, tmp_path / "logs") == 1
     assert time.monotonic() - started < 20
     err = capsys.readouterr().err
@@ -156,8 +188,13 @@ def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
 
 def launcher_process(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
     """`launch_local` of two ranks in a process of its own."""
-    code = "import sys; from pathlib import Path; from onellm_dist.launch.local import launch_local\n"
-    return subprocess.Popen([sys.executable, "-c", f"{code}sys.exit(launch_local({command!r}, 2, Path('logs')))"], cwd=folder)
+    code = (
+        "import sys; from pathlib import Path; from onellm_dist.launch.local import launch_local\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{code}sys.exit(launch_local({command!r}, 2, Path('logs')))"],
+        cwd=folder,
+    )
 
 
 def wait_for_pid(path: Path) -> int:

@@ -37,21 +37,47 @@ TOOLS = {
 class Script:
     """A job script that runs here, in a process group of its own."""
 
-    def __init__(self, folder: Path, *, runner_s: float = 50, bad: str = "", deaf: int = 0, **fields: Any) -> None:
+    def __init__(
+        self, folder: Path, *, runner_s: float = 50, bad: str = "", deaf: int = 0, **fields: Any
+    ) -> None:
         tools, self.run_dir = folder / "tools", folder / "run"
         tools.mkdir()
         self.run_dir.mkdir()
         for name, body in TOOLS.items():
             (tools / name).write_text(f"#!/bin/bash\n{body}\n")
             (tools / name).chmod(0o755)
-        job = Job(recipe="x", run_dir=self.run_dir, nodes=(1, 1), gpus_per_node=0, ranks_per_node=2, **fields)
-        text = render(job).replace("patience=30", "patience=1").replace("i < 20", "i < 3").replace("sleep 2\n", "sleep 0.1\n")
+        job = Job(
+            recipe="x",
+            run_dir=self.run_dir,
+            nodes=(1, 1),
+            gpus_per_node=0,
+            ranks_per_node=2,
+            **fields,
+        )
+        text = (
+            render(job)
+            .replace("patience=30", "patience=1")
+            .replace("i < 20", "i < 3")
+            .replace("sleep 2\n", "sleep 0.1\n")
+        )
         env = {
-            **os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "RUN": str(self.run_dir), "RUNNER_S": str(runner_s),
-            "DEAF": str(deaf), "BAD": bad, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1",
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "RUN": str(self.run_dir),
+            "RUNNER_S": str(runner_s),
+            "DEAF": str(deaf),
+            "BAD": bad,
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NODELIST": "n1",
+        }
         self.process = subprocess.Popen(
-            ["bash", "-c", text], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ["bash", "-c", text],
+            env=env,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         deadline = time.monotonic() + PATIENCE_S
         while not (self.run_dir / "started").exists():
@@ -78,7 +104,9 @@ def test_a_term_to_script_and_runner_alike_reaches_ranks_under_ssh(tmp_path: Pat
     script = Script(tmp_path, starter="deepspeed")
     said = script.end(signal.SIGTERM)
     assert script.ended() == ("preempted", "requeue"), said
-    assert json.loads((script.run_dir / "exit.json").read_text())["step"] == 3, "they had the time to say so"
+    assert json.loads((script.run_dir / "exit.json").read_text())["step"] == 3, (
+        "they had the time to say so"
+    )
     assert not (script.run_dir / "killed").exists() and "asked to stop" in said
 
 
@@ -92,7 +120,9 @@ def test_ranks_that_a_runner_leaves_are_ended(tmp_path: Path) -> None:
 def test_a_node_that_does_not_let_ssh_in_yet_is_waited_for(tmp_path: Path) -> None:
     script = Script(tmp_path, starter="deepspeed", runner_s=0, deaf=2)
     script.end()
-    assert (script.run_dir / "ranks.pid").exists() and len((script.run_dir / "asked").read_text().split()) == 3
+    assert (script.run_dir / "ranks.pid").exists() and len(
+        (script.run_dir / "asked").read_text().split()
+    ) == 3
 
 
 def test_no_ranks_are_started_where_a_node_lets_no_ssh_in(tmp_path: Path) -> None:
@@ -118,10 +148,12 @@ def test_a_stuck_node_does_not_hold_up_the_verdict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("starter", ["srun", "torchrun", "deepspeed"])
 def test_every_wait_of_the_script_is_bounded_or_heard(starter: str) -> None:
-    """bash defers its traps behind a command in the foreground, so long commands run in the background."""
+    """Bash defers its traps behind a command in the foreground, so long commands run in the background."""
     text = render(Job("x", Path("r"), (2, 2), 8, 8, starter=starter, preflight=True))  # type: ignore[arg-type]
     steps = text.replace("\\\n", "").splitlines()
-    launches = [line for line in steps if "onellm_dist.train" in line or "doctor --distributed" in line]
+    launches = [
+        line for line in steps if "onellm_dist.train" in line or "doctor --distributed" in line
+    ]
     assert len(launches) == 2 and all(line.endswith("&") for line in launches)
     inside = render(Job("x", Path("r"), (2, 2), 8, 8, container="x.sqsh"))
     assert "timeout 600 srun --nodes=1 --ntasks=1 --overlap" in inside

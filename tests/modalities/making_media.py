@@ -23,11 +23,15 @@ def photo(width: int = 320, height: int = 240, seed: int = 0) -> Image.Image:
     """A smooth coloured picture with some noise."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
-    pixels = np.stack([columns * 255 / width, rows * 255 / height, (rows + columns) % 256], -1) + rng.normal(0, 8, (height, width, 3))
+    pixels = np.stack(
+        [columns * 255 / width, rows * 255 / height, (rows + columns) % 256], -1
+    ) + rng.normal(0, 8, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def picture(image: Image.Image, form: str = "PNG", extension: str | None = None, **options: object) -> Part:
+def picture(
+    image: Image.Image, form: str = "PNG", extension: str | None = None, **options: object
+) -> Part:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return Part(extension or form.lower(), buffer.getvalue())
@@ -60,7 +64,9 @@ def video(
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for i in range(frames):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(draw(i, frames, *size), format="rgb24")):
+            for packet in stream.encode(
+                av.VideoFrame.from_ndarray(draw(i, frames, *size), format="rgb24")
+            ):
                 out.mux(packet)
         for packet in stream.encode():
             out.mux(packet)
@@ -73,10 +79,18 @@ def every_frame(data: bytes) -> list[np.ndarray]:
 
 
 def tone(rate: int = 16000, seconds: float = 1.0, hertz: float = 440.0) -> np.ndarray:
-    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+    return (0.4 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)).astype(
+        np.float32
+    )
 
 
-def sound(wave: np.ndarray, rate: int, form: str = "WAV", subtype: str | None = None, extension: str | None = None) -> Part:
+def sound(
+    wave: np.ndarray,
+    rate: int,
+    form: str = "WAV",
+    subtype: str | None = None,
+    extension: str | None = None,
+) -> Part:
     """`wave` [N] or [N, channels] by libsndfile."""
     buffer = io.BytesIO()
     soundfile.write(buffer, wave, rate, format=form, subtype=subtype)
@@ -89,7 +103,9 @@ def sound_by_ffmpeg(wave: np.ndarray, rate: int, container: str, codec: str) -> 
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=rate, layout="mono")
         for start in range(0, len(wave), 1000):
-            frame = av.AudioFrame.from_ndarray(wave[None, start : start + 1000], format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                wave[None, start : start + 1000], format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.pts = rate, start
             for packet in stream.encode(frame):
                 out.mux(packet)

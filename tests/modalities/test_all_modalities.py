@@ -19,7 +19,11 @@ NAMES = ("image", "video", "audio", "point", "depth", "normal", "imu", "fmri")
 @cache
 def good(name: str) -> dict[str, Part]:
     rng = np.random.default_rng(4)
-    pair = {"image": picture(photo(), "JPEG", "jpg"), "depth": picture(Image.new("L", (32, 24), 9)), "normal": picture(photo(32, 24))}
+    pair = {
+        "image": picture(photo(), "JPEG", "jpg"),
+        "depth": picture(Image.new("L", (32, 24), 9)),
+        "normal": picture(photo(32, 24)),
+    }
     return {
         "image": {"image": picture(photo(), "WEBP")},
         "video": {"video": Part("mp4", video(frames=30))},
@@ -36,8 +40,14 @@ def good(name: str) -> dict[str, Part]:
 @pytest.mark.parametrize("train", [True, False])
 def test_good_parts_become_finite_values_of_the_right_shape(name: str, train: bool) -> None:
     modality = get_modality(name)
-    got = modality.transform(modality.decode(good(name), {}), train=train, rng=np.random.default_rng(0))
-    assert got.shape == modality.value_shape and got.dtype == torch.float32 and torch.isfinite(got).all()
+    got = modality.transform(
+        modality.decode(good(name), {}), train=train, rng=np.random.default_rng(0)
+    )
+    assert (
+        got.shape == modality.value_shape
+        and got.dtype == torch.float32
+        and torch.isfinite(got).all()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +57,9 @@ def test_transform_does_not_change_the_raw_signal(name: str) -> None:
     first = modality.transform(raw, train=False, rng=np.random.default_rng(0))
     first.add_(1)  # nor may the values share its memory
     modality.transform(raw, train=True, rng=np.random.default_rng(1))
-    assert torch.equal(modality.transform(raw, train=False, rng=np.random.default_rng(2)) + 1, first)
+    assert torch.equal(
+        modality.transform(raw, train=False, rng=np.random.default_rng(2)) + 1, first
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,14 +82,18 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("name", "make"), [(n, lambda n=n: good(n)) for n in NAMES] + OTHERS)
-def test_broken_bytes_give_values_or_a_sample_error_and_nothing_else(name: str, make: object) -> None:
+def test_broken_bytes_give_values_or_a_sample_error_and_nothing_else(
+    name: str, make: object
+) -> None:
     modality, parts = get_modality(name), make()
     slot = next(iter(parts))
     refused = 0
     for seed in range(45):
         spoilt = {**parts, slot: Part(parts[slot].extension, broken(parts[slot].data, seed))}
         try:
-            got = modality.transform(modality.decode(spoilt, {}), train=True, rng=np.random.default_rng(0))
+            got = modality.transform(
+                modality.decode(spoilt, {}), train=True, rng=np.random.default_rng(0)
+            )
         except SampleError as error:
             refused += 1
             assert error.what and error.why and error.do and len(error.what) < 600
@@ -89,7 +105,9 @@ def test_broken_bytes_give_values_or_a_sample_error_and_nothing_else(name: str, 
 @pytest.mark.parametrize("name", NAMES)
 def test_slots_are_matched_most_specific_first(name: str) -> None:
     modality = get_modality(name)
-    everything = {extension for accepted in modality.required_parts.values() for extension in accepted}
+    everything = {
+        extension for accepted in modality.required_parts.values() for extension in accepted
+    }
     found = modality.match(everything)
     assert {slot: found[slot] for slot in modality.required_parts} == {
         slot: accepted[0] for slot, accepted in modality.required_parts.items()
@@ -99,6 +117,23 @@ def test_slots_are_matched_most_specific_first(name: str) -> None:
 
 
 def test_a_sample_of_all_modalities_can_be_told_apart() -> None:
-    extensions = {"jpg", "mp4", "wav", "point.npy", "depth.png", "normal.png", "imu.npy", "timestamps.npy", "fmri.npy", "txt", "json"}
-    taken = [e for m in all_modalities().values() for slot, e in m.match(extensions).items() if slot != "image"]
+    extensions = {
+        "jpg",
+        "mp4",
+        "wav",
+        "point.npy",
+        "depth.png",
+        "normal.png",
+        "imu.npy",
+        "timestamps.npy",
+        "fmri.npy",
+        "txt",
+        "json",
+    }
+    taken = [
+        e
+        for m in all_modalities().values()
+        for slot, e in m.match(extensions).items()
+        if slot != "image"
+    ]
     assert len(taken) == len(set(taken)) == 8

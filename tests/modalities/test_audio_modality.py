@@ -42,7 +42,15 @@ def test_the_filter_bank_is_the_references() -> None:
 
 @pytest.mark.parametrize(
     ("form", "subtype"),
-    [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_U8"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("AIFF", "PCM_16")],
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "PCM_24"),
+        ("WAV", "PCM_U8"),
+        ("WAV", "FLOAT"),
+        ("FLAC", "PCM_16"),
+        ("OGG", "VORBIS"),
+        ("AIFF", "PCM_16"),
+    ],
 )
 @pytest.mark.parametrize("channels", [1, 2])
 def test_formats_of_libsndfile(form: str, subtype: str, channels: int) -> None:
@@ -56,10 +64,18 @@ def test_formats_of_libsndfile(form: str, subtype: str, channels: int) -> None:
 
 @pytest.mark.parametrize(
     ("container", "codec", "rate"),
-    [("mp3", "libmp3lame", 44100), ("mp3", "libmp3lame", 22050), ("ipod", "aac", 44100), ("adts", "aac", 16000), ("ogg", "libopus", 48000)],
+    [
+        ("mp3", "libmp3lame", 44100),
+        ("mp3", "libmp3lame", 22050),
+        ("ipod", "aac", 44100),
+        ("adts", "aac", 16000),
+        ("ogg", "libopus", 48000),
+    ],
 )
 def test_formats_of_ffmpeg_whatever_they_are_called(container: str, codec: str, rate: int) -> None:
-    got = AUDIO.decode({"audio": Part("wav", sound_by_ffmpeg(tone(rate, 1.0), rate, container, codec))}, {})
+    got = AUDIO.decode(
+        {"audio": Part("wav", sound_by_ffmpeg(tone(rate, 1.0), rate, container, codec))}, {}
+    )
     assert got.rate == rate and len(got.wave) == pytest.approx(rate, rel=0.1)
     assert pitch(got.wave, rate) == pytest.approx(440, abs=4)
 
@@ -67,8 +83,13 @@ def test_formats_of_ffmpeg_whatever_they_are_called(container: str, codec: str, 
 def test_mp3_sounds_as_its_wav() -> None:
     wave = tone(16000, 2.0, 700)
     features = [
-        AUDIO.transform(AUDIO.decode({"audio": part}, {}), train=False, rng=rng())[0, :, 20:150].mean(1)
-        for part in (sound(wave, 16000), Part("mp3", sound_by_ffmpeg(wave, 16000, "mp3", "libmp3lame")))
+        AUDIO.transform(AUDIO.decode({"audio": part}, {}), train=False, rng=rng())[
+            0, :, 20:150
+        ].mean(1)
+        for part in (
+            sound(wave, 16000),
+            Part("mp3", sound_by_ffmpeg(wave, 16000, "mp3", "libmp3lame")),
+        )
     ]
     loud = features[0] > features[0].max() - 0.5
     torch.testing.assert_close(features[0][loud], features[1][loud], atol=0.05, rtol=0)
@@ -87,7 +108,9 @@ def test_every_length_has_the_value_shape(seconds: float) -> None:
 def test_what_is_left_unread_of_a_long_file_would_change_nothing() -> None:
     """The reference reads the whole file; the first 10.3 s give the same features, also with an offset further on."""
     wave = np.concatenate([tone(44100, 11, 500), 0.5 + tone(44100, 9, 900)]).astype(np.float32)
-    got = AUDIO.transform(AUDIO.decode({"audio": sound(wave, 44100, subtype="FLOAT")}, {}), train=False, rng=rng())
+    got = AUDIO.transform(
+        AUDIO.decode({"audio": sound(wave, 44100, subtype="FLOAT")}, {}), train=False, rng=rng()
+    )
     everything = resample(wave, 44100, 16000)
     whole = fbank(everything - everything.mean())[:1024]
     expected = ((whole - MEAN) / (2 * DEVIATION)).t()[None]
@@ -104,7 +127,7 @@ def test_resampling_keeps_a_tone_and_its_height(rate: int) -> None:
 
 
 def direct_resample(signal: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """torchaudio's definition, sample by sample: windowed sinc of 6 zero crossings at 0.99 of the lower Nyquist rate."""
+    """Torchaudio's definition, sample by sample: windowed sinc of 6 zero crossings at 0.99 of the lower Nyquist rate."""
     cutoff = min(rate, target) * 0.99
     out = []
     for j in range(math.ceil(target * len(signal) / rate)):
@@ -115,15 +138,21 @@ def direct_resample(signal: np.ndarray, rate: int, target: int) -> np.ndarray:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 300), st.integers(2, 300), st.integers(1, 200), st.integers(0, 2**32 - 1))
-def test_resampling_is_torchaudios_definition(rate: int, target: int, length: int, seed: int) -> None:
+def test_resampling_is_torchaudios_definition(
+    rate: int, target: int, length: int, seed: int
+) -> None:
     signal = rng(seed).normal(size=length)
     np.testing.assert_allclose(
-        resample(signal, rate, target), direct_resample(signal, rate, target) if rate != target else signal, atol=1e-9
+        resample(signal, rate, target),
+        direct_resample(signal, rate, target) if rate != target else signal,
+        atol=1e-9,
     )
 
 
 def test_training_zeroes_one_mel_band_and_one_time_band() -> None:
-    raw = AUDIO.decode({"audio": sound(rng(1).normal(0, 0.1, 16000 * 11).astype(np.float32), 16000)}, {})
+    raw = AUDIO.decode(
+        {"audio": sound(rng(1).normal(0, 0.1, 16000 * 11).astype(np.float32), 16000)}, {}
+    )
     plain = AUDIO.transform(raw, train=False, rng=rng())
     widths = []
     for seed in range(40):
@@ -139,12 +168,16 @@ def test_training_zeroes_one_mel_band_and_one_time_band() -> None:
         assert not changed[outside].any()
     mel_widths, time_widths = zip(*widths, strict=True)
     assert max(mel_widths) < 48 and max(time_widths) < 192
-    assert np.mean(mel_widths) == pytest.approx(24, abs=8) and np.mean(time_widths) == pytest.approx(96, abs=32)
+    assert np.mean(mel_widths) == pytest.approx(24, abs=8) and np.mean(
+        time_widths
+    ) == pytest.approx(96, abs=32)
 
 
 def test_training_is_a_function_of_the_generator_alone() -> None:
     raw = Sound(tone(), 16000)
-    assert torch.equal(AUDIO.transform(raw, train=True, rng=rng(3)), AUDIO.transform(raw, train=True, rng=rng(3)))
+    assert torch.equal(
+        AUDIO.transform(raw, train=True, rng=rng(3)), AUDIO.transform(raw, train=True, rng=rng(3))
+    )
 
 
 def test_what_is_no_sound_is_refused() -> None:

@@ -29,7 +29,17 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def unnormalise(values: torch.Tensor) -> np.ndarray:
     """[3, H, W] back to [H, W, 3] in 0..255."""
-    return ((values * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]) * 255).permute(1, 2, 0).numpy()
+    return (
+        (
+            (
+                values * torch.tensor(CLIP_STD)[:, None, None]
+                + torch.tensor(CLIP_MEAN)[:, None, None]
+            )
+            * 255
+        )
+        .permute(1, 2, 0)
+        .numpy()
+    )
 
 
 def test_eval_is_the_references() -> None:
@@ -68,11 +78,20 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     exif[0x0112] = orientation
     part = picture(photo(96, 64), "JPEG", exif=exif)
     raw = IMAGE.decode({"image": part}, {})
-    assert np.array_equal(np.asarray(raw), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(part.data)))))
+    assert np.array_equal(
+        np.asarray(raw), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(part.data))))
+    )
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\x89PNG\r\n\x1a\n", b"<html>404</html>", picture(photo()).data[:2000], picture(photo(), "JPEG").data[:-3000]]
+    "data",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"<html>404</html>",
+        picture(photo()).data[:2000],
+        picture(photo(), "JPEG").data[:-3000],
+    ],
 )
 def test_what_is_no_picture_is_refused(data: bytes) -> None:
     with pytest.raises(SampleError) as error:
@@ -89,7 +108,11 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (1, 5000), (30000, 2), (224, 224), (225, 224)])
 @pytest.mark.parametrize("train", [True, False])
 def test_extreme_sizes_work(size: tuple[int, int], train: bool) -> None:
-    assert IMAGE.transform(Image.new("RGB", size, "red"), train=train, rng=rng()).shape == (3, 224, 224)
+    assert IMAGE.transform(Image.new("RGB", size, "red"), train=train, rng=rng()).shape == (
+        3,
+        224,
+        224,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,9 +127,14 @@ def test_random_boxes_lie_inside_and_are_large(width: int, height: int, seed: in
 def test_random_boxes_are_distributed_as_torchvisions() -> None:
     image = Image.new("RGB", (300, 280))
     torch.manual_seed(0)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.9, 1.0], [0.75, 1.3333]) for _ in range(3000)], float)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.9, 1.0], [0.75, 1.3333]) for _ in range(3000)],
+        float,
+    )
     boxes = np.array([random_box(300, 280, rng(i)) for i in range(3000)], float)
-    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], 1)
+    ours = np.stack(
+        [boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], 1
+    )
     error = 4 * theirs.std(0) * (2 / 3000) ** 0.5
     assert (np.abs(ours.mean(0) - theirs.mean(0)) < error).all()
     assert (np.abs(ours.std(0) - theirs.std(0)) < error).all()
@@ -127,7 +155,9 @@ def test_training_pixels_agree_with_pillows(width: int, height: int, kind: str) 
     image = Image.fromarray(pixels)
     for seed in range(2):
         box = random_box(width, height, rng(seed))
-        wide = image.crop(box).resize((224, box[3] - box[1]), Image.Resampling.BICUBIC)  # two steps: Pillow 13 may turn the order round
+        wide = image.crop(box).resize(
+            (224, box[3] - box[1]), Image.Resampling.BICUBIC
+        )  # two steps: Pillow 13 may turn the order round
         expected = np.asarray(wide.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
         apart = np.abs(crop_train(image, box).astype(int) - expected)
         assert apart.max() <= 2
@@ -158,7 +188,13 @@ def test_pairs_are_cut_alike(modality: object) -> None:
 
 
 def test_a_map_is_resized_to_its_picture_and_comes_second() -> None:
-    raw = DEPTH.decode({"image": picture(Image.new("RGB", (300, 200), "red")), "depth": picture(Image.new("L", (50, 50), 77))}, {})
+    raw = DEPTH.decode(
+        {
+            "image": picture(Image.new("RGB", (300, 200), "red")),
+            "depth": picture(Image.new("L", (50, 50), 77)),
+        },
+        {},
+    )
     assert raw.map.size == (300, 200)
     got = DEPTH.transform(raw, train=False, rng=rng())
     assert unnormalise(got[0])[100, 100] == pytest.approx([255, 0, 0], abs=1)
@@ -168,7 +204,11 @@ def test_a_map_is_resized_to_its_picture_and_comes_second() -> None:
 @pytest.mark.parametrize("as_png", [True, False])
 def test_deep_depth_maps_span_the_byte_over_their_valid_values(as_png: bool) -> None:
     values = np.array([[0, 1000], [2000, 3000]], np.uint16)
-    part = picture(Image.fromarray(values), extension="depth.png") if as_png else npy(values.astype(np.float32), "depth.npy")
+    part = (
+        picture(Image.fromarray(values), extension="depth.png")
+        if as_png
+        else npy(values.astype(np.float32), "depth.npy")
+    )
     grey = np.asarray(DEPTH.render(part, {}))[..., 0]
     assert grey.tolist() == [[0, 1], [128, 255]]
     near = np.asarray(DEPTH.render(part, {"depth_is_distance": True}))[..., 0]
@@ -176,10 +216,15 @@ def test_deep_depth_maps_span_the_byte_over_their_valid_values(as_png: bool) -> 
 
 
 def test_a_flat_depth_map_is_mid_grey() -> None:
-    assert np.unique(np.asarray(DEPTH.render(npy(np.full((4, 4), 2.5), "depth.npy"), {}))).tolist() == [128]
+    assert np.unique(
+        np.asarray(DEPTH.render(npy(np.full((4, 4), 2.5), "depth.npy"), {}))
+    ).tolist() == [128]
 
 
-@pytest.mark.parametrize("values", [np.zeros((4, 4)), np.full((4, 4), np.nan), np.ones((3, 4, 4)), np.ones(9), np.ones((1, 9))])
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros((4, 4)), np.full((4, 4), np.nan), np.ones((3, 4, 4)), np.ones(9), np.ones((1, 9))],
+)
 def test_bad_depth_maps_are_refused(values: np.ndarray) -> None:
     with pytest.raises(SampleError):
         DEPTH.decode({"depth": npy(values, "depth.npy"), "image": picture(photo())}, {})
@@ -193,7 +238,9 @@ def test_float_normals_become_the_usual_colours(channels_first: bool) -> None:
     assert np.asarray(NORMAL.render(part, {}))[2, 2].tolist() == [128, 128, 255]
 
 
-@pytest.mark.parametrize("values", [np.full((4, 4, 3), 1.5), np.zeros((4, 4)), np.zeros((4, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "values", [np.full((4, 4, 3), 1.5), np.zeros((4, 4)), np.zeros((4, 4, 3), np.uint8)]
+)
 def test_bad_normals_are_refused(values: np.ndarray) -> None:
     with pytest.raises(SampleError):
         NORMAL.render(npy(values, "normal.npy"), {})
@@ -208,5 +255,11 @@ def test_a_map_given_by_hand_finds_its_picture(tmp_path: Path) -> None:
     with pytest.raises(SampleError, match="itself"):
         DEPTH.parts_from_file(tmp_path / "alone.png")
     (tmp_path / "room.jpg").write_bytes(picture(photo(), "JPEG").data)
-    assert DEPTH.decode(DEPTH.parts_from_file(tmp_path / "room.depth.png"), {}).map.size == (320, 240)
-    assert NORMAL.decode(NORMAL.parts_from_file(tmp_path / "room_normal.png"), {}).map.size == (320, 240)
+    assert DEPTH.decode(DEPTH.parts_from_file(tmp_path / "room.depth.png"), {}).map.size == (
+        320,
+        240,
+    )
+    assert NORMAL.decode(NORMAL.parts_from_file(tmp_path / "room_normal.png"), {}).map.size == (
+        320,
+        240,
+    )

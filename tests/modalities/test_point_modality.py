@@ -27,7 +27,9 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def cloud(points: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """[N, 3] fp32 positions and [N, 3] uint8 colours."""
-    return rng(points).normal(size=(points, 3)).astype(np.float32), rng(1).integers(0, 256, (points, 3)).astype(np.uint8)
+    return rng(points).normal(size=(points, 3)).astype(np.float32), rng(1).integers(
+        0, 256, (points, 3)
+    ).astype(np.uint8)
 
 
 def decode(data: bytes | Part, extension: str = "ply") -> np.ndarray:
@@ -56,21 +58,40 @@ def test_npy(transposed: bool, scale: int, kind: str) -> None:
     check(decode(npy(table.T if transposed else table)), xyz, colours)
 
 
-def ply(xyz: np.ndarray, colours: np.ndarray, layout: str, names: tuple[str, ...] = ("red", "green", "blue"), end: str = "\n") -> bytes:
+def ply(
+    xyz: np.ndarray,
+    colours: np.ndarray,
+    layout: str,
+    names: tuple[str, ...] = ("red", "green", "blue"),
+    end: str = "\n",
+) -> bytes:
     """With an extra property before the colours, and faces behind the vertices, as meshes have."""
     head = ["ply", f"format {layout} 1.0", "comment a test", f"element vertex {len(xyz)}"]
-    head += [f"property float {n}" for n in "xyz"] + ["property double quality"] + [f"property uchar {n}" for n in names]
+    head += (
+        [f"property float {n}" for n in "xyz"]
+        + ["property double quality"]
+        + [f"property uchar {n}" for n in names]
+    )
     head += ["element face 1", "property list uchar int vertex_indices", "end_header", ""]
     if layout == "ascii":
-        rows = [f"{x} {y} {z} 0.5 {r} {g} {b}" for (x, y, z), (r, g, b) in zip(xyz, colours, strict=True)]
+        rows = [
+            f"{x} {y} {z} 0.5 {r} {g} {b}"
+            for (x, y, z), (r, g, b) in zip(xyz, colours, strict=True)
+        ]
         return end.join(head).encode() + "\n".join([*rows, "3 0 1 2"]).encode()
     order = "<" if "little" in layout else ">"
-    body = b"".join(struct.pack(order + "fffdBBB", *map(float, p), 0.5, *map(int, c)) for p, c in zip(xyz, colours, strict=True))
+    body = b"".join(
+        struct.pack(order + "fffdBBB", *map(float, p), 0.5, *map(int, c))
+        for p, c in zip(xyz, colours, strict=True)
+    )
     return end.join(head).encode() + body + struct.pack(order + "Biii", 3, 0, 1, 2)
 
 
 @pytest.mark.parametrize("layout", ["ascii", "binary_little_endian", "binary_big_endian"])
-@pytest.mark.parametrize("names", [("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue")])
+@pytest.mark.parametrize(
+    "names",
+    [("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue")],
+)
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_ply(layout: str, names: tuple[str, ...], end: str) -> None:
     xyz, colours = cloud()
@@ -92,7 +113,9 @@ def test_ply_as_trimesh_writes_it() -> None:
 
 def lzf_literals(data: bytes) -> bytes:
     """Valid LZF without a single copy."""
-    return b"".join(bytes([len(data[i : i + 32]) - 1]) + data[i : i + 32] for i in range(0, len(data), 32))
+    return b"".join(
+        bytes([len(data[i : i + 32]) - 1]) + data[i : i + 32] for i in range(0, len(data), 32)
+    )
 
 
 def pcd(xyz: np.ndarray, colours: np.ndarray, encoding: str, kind: str = "F") -> bytes:
@@ -107,12 +130,19 @@ def pcd(xyz: np.ndarray, colours: np.ndarray, encoding: str, kind: str = "F") ->
         return (
             head
             + "\n".join(
-                f"{x!r} {y!r} {z!r} 0 0 0 0 {c!r}" for (x, y, z), c in zip(xyz.tolist(), np.array(shown).tolist(), strict=True)
+                f"{x!r} {y!r} {z!r} 0 0 0 0 {c!r}"
+                for (x, y, z), c in zip(xyz.tolist(), np.array(shown).tolist(), strict=True)
             ).encode()
         )
     columns = [*xyz.T.astype("<f4"), np.zeros((len(xyz), 4), np.uint8), packed]
     if encoding == "binary":
-        rows = zip(*(c.reshape(len(xyz), -1).view(np.uint8).reshape(len(xyz), -1) for c in map(np.ascontiguousarray, columns)), strict=True)
+        rows = zip(
+            *(
+                c.reshape(len(xyz), -1).view(np.uint8).reshape(len(xyz), -1)
+                for c in map(np.ascontiguousarray, columns)
+            ),
+            strict=True,
+        )
         return head + b"".join(part.tobytes() for row in rows for part in row)
     plain = b"".join(np.ascontiguousarray(c).tobytes() for c in columns)
     body = lzf_literals(plain)
@@ -130,7 +160,11 @@ def test_pcd(encoding: str, kind: str) -> None:
 def test_pcd_points_without_a_return_are_left_out() -> None:
     xyz, colours = cloud()
     xyz[::3] = np.nan
-    check(decode(pcd(xyz, colours, "binary"), "pcd"), xyz[np.isfinite(xyz[:, 0])], colours[np.isfinite(xyz[:, 0])])
+    check(
+        decode(pcd(xyz, colours, "binary"), "pcd"),
+        xyz[np.isfinite(xyz[:, 0])],
+        colours[np.isfinite(xyz[:, 0])],
+    )
 
 
 def lzf_reference(packed: bytes) -> bytes:
@@ -152,7 +186,15 @@ def lzf_reference(packed: bytes) -> bytes:
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.one_of(st.binary(min_size=1, max_size=32), st.tuples(st.integers(3, 264), st.integers(1, 60))), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=32), st.tuples(st.integers(3, 264), st.integers(1, 60))
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_lzf_copies_overlap_and_reach_back(tokens: list) -> None:
     packed, size = bytearray(), 0
     for token in tokens:
@@ -162,7 +204,11 @@ def test_lzf_copies_overlap_and_reach_back(tokens: list) -> None:
             size += len(literal)
         else:
             length, back = token[0], min(token[1], size) - 1
-            packed += bytes([(length - 2) << 5 | back >> 8]) if length <= 8 else bytes([7 << 5 | back >> 8, length - 9])
+            packed += (
+                bytes([(length - 2) << 5 | back >> 8])
+                if length <= 8
+                else bytes([7 << 5 | back >> 8, length - 9])
+            )
             packed.append(back & 255)
             size += length
     assert _lzf(bytes(packed), size) == lzf_reference(bytes(packed))
@@ -219,9 +265,15 @@ def test_every_size_becomes_8192_of_its_own_points(points: int, train: bool, see
 
 def test_resampling_in_eval_draws_nothing_and_in_training_follows_the_generator() -> None:
     raw = rng(2).random((9000, 6)).astype(np.float32)
-    assert torch.equal(POINT.transform(raw, train=False, rng=rng(1)), POINT.transform(raw, train=False, rng=rng(2)))
-    assert torch.equal(POINT.transform(raw, train=True, rng=rng(1)), POINT.transform(raw, train=True, rng=rng(1)))
-    assert not torch.equal(POINT.transform(raw, train=True, rng=rng(1)), POINT.transform(raw, train=True, rng=rng(2)))
+    assert torch.equal(
+        POINT.transform(raw, train=False, rng=rng(1)), POINT.transform(raw, train=False, rng=rng(2))
+    )
+    assert torch.equal(
+        POINT.transform(raw, train=True, rng=rng(1)), POINT.transform(raw, train=True, rng=rng(1))
+    )
+    assert not torch.equal(
+        POINT.transform(raw, train=True, rng=rng(1)), POINT.transform(raw, train=True, rng=rng(2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +281,8 @@ def test_resampling_in_eval_draws_nothing_and_in_training_follows_the_generator(
     [
         np.zeros((31, 6), np.float32),
         np.ones((8192, 6), np.float32),
-        np.full((8192, 6), 3e38, np.float32) * np.sign(rng().normal(size=(8192, 6))).astype(np.float32),
+        np.full((8192, 6), 3e38, np.float32)
+        * np.sign(rng().normal(size=(8192, 6))).astype(np.float32),
     ],
 )
 def test_clouds_without_extent_are_refused(raw: np.ndarray) -> None:

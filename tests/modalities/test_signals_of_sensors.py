@@ -36,13 +36,17 @@ def timed(signal: np.ndarray, times: np.ndarray) -> dict[str, Part]:
 
 
 def test_a_window_is_the_references() -> None:
-    got = values(timed(PARITY["imu.signal_6xN"].numpy(), PARITY["imu.timestamps_ms"].numpy()), WINDOW)
+    got = values(
+        timed(PARITY["imu.signal_6xN"].numpy(), PARITY["imu.timestamps_ms"].numpy()), WINDOW
+    )
     torch.testing.assert_close(got, PARITY["imu.win0"].float(), atol=0, rtol=0)
 
 
 def test_a_ready_window_needs_nothing_else() -> None:
     signal = motion(400)
-    got = values({"imu": npy(signal)}, {"window_start": 512.0, "window_end": 514.0, "caption": "..."})
+    got = values(
+        {"imu": npy(signal)}, {"window_start": 512.0, "window_end": 514.0, "caption": "..."}
+    )
     assert got.shape == (6, 400) and got.dtype == torch.float32
     np.testing.assert_array_equal(got, signal.astype(np.float32))
 
@@ -50,7 +54,9 @@ def test_a_ready_window_needs_nothing_else() -> None:
 @pytest.mark.parametrize("samples", [10, 399, 401, 440])
 def test_nearly_two_seconds_are_cut_or_filled(samples: int) -> None:
     got = values({"imu": npy(motion(samples))})
-    np.testing.assert_array_equal(got[:, : min(samples, 400)], motion(samples)[:, :400].astype(np.float32))
+    np.testing.assert_array_equal(
+        got[:, : min(samples, 400)], motion(samples)[:, :400].astype(np.float32)
+    )
     assert (got[:, samples:] == 0).all()
 
 
@@ -119,10 +125,15 @@ def test_bad_recordings_are_refused(parts: dict[str, Part]) -> None:
 
 def ego4d_csv(samples: int, *, skip: int = 0) -> str:
     """Ego4D's columns, gyroscope first; the first `skip` rows lie outside the video."""
-    lines = ["component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"]
+    lines = [
+        "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"
+    ]
     for i in range(samples):
         canonical = "" if i < skip else (i - skip) * 5.0
-        lines.append(f"0,{i * 5.0},{canonical}," + ",".join(str(v) for v in (i + 0.4, i + 0.5, i + 0.6, i + 0.1, i + 0.2, i + 0.3)))
+        lines.append(
+            f"0,{i * 5.0},{canonical},"
+            + ",".join(str(v) for v in (i + 0.4, i + 0.5, i + 0.6, i + 0.1, i + 0.2, i + 0.3))
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -138,9 +149,15 @@ def test_a_csv_without_times_is_a_ready_window() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a,b,c\n1,2,3\n", "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3\n", "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3,4,5,x\n",
-     "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n" + "1,2,3,4,5,nan\n" * 400, "\x00\x01"],
-)  # fmt: skip
+    [
+        "",
+        "a,b,c\n1,2,3\n",
+        "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3\n",
+        "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n1,2,3,4,5,x\n",
+        "accl_x,accl_y,accl_z,gyro_x,gyro_y,gyro_z\n" + "1,2,3,4,5,nan\n" * 400,
+        "\x00\x01",
+    ],
+)
 def test_bad_csvs_are_refused(text: str) -> None:
     with pytest.raises(SampleError):
         values({"imu": Part("csv", text.encode())})

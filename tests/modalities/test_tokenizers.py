@@ -36,8 +36,18 @@ def test_the_eight_in_their_order_with_the_papers_token_counts() -> None:
 
 
 def test_visual_modalities_have_no_tokenizer_and_the_others_have() -> None:
-    assert {name for name, m in all_modalities().items() if m.tokenizer(WIDTH) is None} == {"image", "video", "depth", "normal"}
-    assert {name for name, m in all_modalities().items() if m.visual} == {"image", "video", "depth", "normal"}
+    assert {name for name, m in all_modalities().items() if m.tokenizer(WIDTH) is None} == {
+        "image",
+        "video",
+        "depth",
+        "normal",
+    }
+    assert {name for name, m in all_modalities().items() if m.visual} == {
+        "image",
+        "video",
+        "depth",
+        "normal",
+    }
 
 
 @pytest.mark.parametrize(
@@ -49,7 +59,9 @@ def test_visual_modalities_have_no_tokenizer_and_the_others_have() -> None:
         ("fmri", {"linear.weight": (8192, 15724), "linear.bias": (8192,)}),
     ],
 )
-def test_parameters_have_the_reference_checkpoints_shapes(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_parameters_have_the_reference_checkpoints_shapes(
+    name: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
     with torch.device("meta"):
         module = get_modality(name).tokenizer(1024)
     assert module is not None
@@ -112,7 +124,9 @@ def test_point_indices_are_the_references() -> None:
     colours = PARITY["point.input"][None, :, 3:6].contiguous()
     centres = farthest_points(colours, CENTRES)
     assert torch.equal(centres[0], PARITY["point.fps_idx"])
-    assert torch.equal(nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8], PARITY["point.knn_idx_first8"])
+    assert torch.equal(
+        nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8], PARITY["point.knn_idx_first8"]
+    )
 
 
 def brute_force_farthest(cloud: np.ndarray, count: int) -> list[int]:
@@ -128,7 +142,9 @@ def brute_force_farthest(cloud: np.ndarray, count: int) -> list[int]:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([1024, 2048, 8192]))
-def test_farthest_points_break_ties_as_the_reference_does(seed: int, levels: int, total: int) -> None:
+def test_farthest_points_break_ties_as_the_reference_does(
+    seed: int, levels: int, total: int
+) -> None:
     cloud = np.random.default_rng(seed).integers(0, levels, (total, 3)).astype(np.float32)
     found = farthest_points(torch.from_numpy(cloud)[None], 40)[0].tolist()
     assert found == brute_force_farthest(cloud, 40)
@@ -145,7 +161,9 @@ def test_planar_torch_path_agrees_with_numpy() -> None:
     """The path that CUDA takes, run here on the CPU."""
     from onellm_dist.modalities.cloud_sampling import _farthest_numpy, _farthest_torch
 
-    planar = torch.from_numpy(np.random.default_rng(3).integers(0, 40, (2, 3, 2048)).astype(np.float32))
+    planar = torch.from_numpy(
+        np.random.default_rng(3).integers(0, 40, (2, 3, 2048)).astype(np.float32)
+    )
     both = _farthest_torch(planar, 300)
     for i in range(2):
         assert both[i].tolist() == _farthest_numpy(planar[i].numpy(), 300).tolist()
@@ -155,7 +173,10 @@ def test_neighbours_by_tree_and_by_distances_agree_with_the_definition() -> None
     from onellm_dist.modalities.cloud_sampling import _nearest_torch, _nearest_tree
 
     generator = torch.Generator().manual_seed(0)
-    points, at = torch.rand(9, 500, 3, generator=generator), torch.rand(9, 20, 3, generator=generator)
+    points, at = (
+        torch.rand(9, 500, 3, generator=generator),
+        torch.rand(9, 20, 3, generator=generator),
+    )
     brute = ((at[:, :, None] - points[:, None]).double() ** 2).sum(-1).argsort(2)[..., :7]
     assert torch.equal(_nearest_tree(points, at, 7), brute)
     assert torch.equal(_nearest_torch(points, at, 7), brute)
@@ -199,4 +220,7 @@ def test_point_indices_on_cuda_are_the_references() -> None:
     colours = PARITY["point.input"][None, :, 3:6].contiguous().cuda()
     centres = farthest_points(colours, CENTRES)
     assert torch.equal(centres[0].cpu(), PARITY["point.fps_idx"])
-    assert torch.equal(nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(), PARITY["point.knn_idx_first8"])
+    assert torch.equal(
+        nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(),
+        PARITY["point.knn_idx_first8"],
+    )

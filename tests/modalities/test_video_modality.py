@@ -32,7 +32,11 @@ def decode(data: bytes) -> Clip:
         ("mp4", "libx264", {"bf": "3", "g": "12"}),
         ("mp4", "libx264", {"bf": "2", "g": "250"}),
         ("mp4", "libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
-        ("mp4", "libx265", {"preset": "ultrafast", "x265-params": "bframes=3:keyint=20:log-level=none"}),
+        (
+            "mp4",
+            "libx265",
+            {"preset": "ultrafast", "x265-params": "bframes=3:keyint=20:log-level=none"},
+        ),
         ("mp4", "mpeg4", {"bf": "2", "g": "15"}),
         ("mov", "mjpeg", {}),
         ("matroska", "libx264", {"bf": "2", "g": "20"}),
@@ -42,7 +46,9 @@ def decode(data: bytes) -> Clip:
         ("mpegts", "libx264", {"bf": "2"}),
     ],
 )
-def test_the_frames_are_the_ones_a_full_decode_gives(container: str, codec: str, options: dict[str, str]) -> None:
+def test_the_frames_are_the_ones_a_full_decode_gives(
+    container: str, codec: str, options: dict[str, str]
+) -> None:
     data = video(container, codec, frames=70, fps=20, **options)
     clip, frames = decode(data), every_frame(data)
     # 3.5 s: clips start every 0.625 s, at frame 12.5 -> 13 and so on
@@ -51,7 +57,10 @@ def test_the_frames_are_the_ones_a_full_decode_gives(container: str, codec: str,
         assert clip.seconds[i] == pytest.approx(index / 20)
 
 
-@given(st.integers(1, 5000), st.sampled_from([10.0, 24.0, 25.0, 30000 / 1001, 24000 / 1001, 60.0, 12.5]))
+@given(
+    st.integers(1, 5000),
+    st.sampled_from([10.0, 24.0, 25.0, 30000 / 1001, 24000 / 1001, 60.0, 12.5]),
+)
 def test_clip_starts_follow_pytorchvideos_formula(total: int, rate: float) -> None:
     duration = float(total) / rate
     spread = Fraction(max(duration - 1, 0)) / 4
@@ -80,18 +89,26 @@ def expected_crops(frame: np.ndarray) -> torch.Tensor:
     size = (int(height / width * 224), 224) if width < height else (224, int(width / height * 224))
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
     pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)[0]
-    pixels = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    pixels = (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[
+        :, None, None
+    ]
     spare = max(size) - 224
     starts = [0, math.ceil(spare / 2), spare]
-    return torch.stack([pixels[:, s : s + 224] if height > width else pixels[:, :, s : s + 224] for s in starts])
+    return torch.stack(
+        [pixels[:, s : s + 224] if height > width else pixels[:, :, s : s + 224] for s in starts]
+    )
 
 
 @pytest.mark.parametrize("shape", [(96, 161), (161, 96), (240, 426), (300, 300), (1080, 1920)])
 def test_three_crops_of_each_frame_clip_by_clip(shape: tuple[int, int]) -> None:
-    frames = tuple(np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8) for i in range(5))
+    frames = tuple(
+        np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8) for i in range(5)
+    )
     got = VIDEO.transform(Clip(frames, (0.0,) * 5), train=False, rng=RNG)
     for i in (0, 3):
-        torch.testing.assert_close(got[i * 3 : i * 3 + 3], expected_crops(frames[i]), atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            got[i * 3 : i * 3 + 3], expected_crops(frames[i]), atol=2e-5, rtol=0
+        )
 
 
 def test_crops_of_a_square_video_are_identical_and_of_a_wide_one_not() -> None:
@@ -102,8 +119,16 @@ def test_crops_of_a_square_video_are_identical_and_of_a_wide_one_not() -> None:
 
 def test_what_is_no_video_is_refused() -> None:
     whole = video(frames=40)
-    playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
-    for data in (b"", b"not a video", whole[: len(whole) // 2], playlist, sound(tone(), 16000).data):
+    playlist = (
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n#EXT-X-ENDLIST\n"
+    )
+    for data in (
+        b"",
+        b"not a video",
+        whole[: len(whole) // 2],
+        playlist,
+        sound(tone(), 16000).data,
+    ):
         with pytest.raises(SampleError) as error:
             decode(data)
         assert ".mp4" in error.value.what and error.value.do

@@ -22,39 +22,62 @@ def small_model(
     """Real token counts at tiny widths, in fp32 and ready to align (LLM and encoder frozen)."""
     config = OneLLMConfig(
         vision=OneLLMVisionConfig(width=32, layers=2, heads=2, output_dim=16),
-        upm=OneLLMUPMConfig(**{"experts": 3, "blocks": 2, "heads": 2, "ffn": 64, "router_hidden": 48, **upm}),
+        upm=OneLLMUPMConfig(
+            **{"experts": 3, "blocks": 2, "heads": 2, "ffn": 64, "router_hidden": 48, **upm}
+        ),
         text_config=LlamaConfig(
-            vocab_size=WORDS, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=kv_heads, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+            vocab_size=WORDS,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
         ),
         modalities=modalities,
-    )  # fmt: skip
+    )
     model = OneLLMForConditionalGeneration(config)
     initialise(model, seed)
     model.llm.requires_grad_(False)
     return model.train()
 
 
-def make_pack(modalities: Sequence[Sequence[str]], text_token_counts: Sequence[int], seed: int = 0) -> PackedBatch:
+def make_pack(
+    modalities: Sequence[Sequence[str]], text_token_counts: Sequence[int], seed: int = 0
+) -> PackedBatch:
     """Random texts and values; a sample's content depends on its place and `seed` alone, all but BOS is supervised."""
     ids, labels, rows = [], [], {name: [] for name in all_modalities()}
     for i, (runs, length) in enumerate(zip(modalities, text_token_counts, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + i)
-        text = torch.cat([torch.tensor([1]), torch.randint(3, WORDS, (length - 1,), generator=generator)])
+        text = torch.cat(
+            [torch.tensor([1]), torch.randint(3, WORDS, (length - 1,), generator=generator)]
+        )
         ids.append(text)
         labels.append(torch.where(torch.arange(length) == 0, IGNORE, text))
         for name in runs:
             rows[name].append(torch.randn(all_modalities()[name].value_shape, generator=generator))
-    values = {name: torch.stack(r) if r else torch.empty(0, *all_modalities()[name].value_shape) for name, r in rows.items()}
+    values = {
+        name: torch.stack(r) if r else torch.empty(0, *all_modalities()[name].value_shape)
+        for name, r in rows.items()
+    }
     return PackedBatch(
-        torch.cat([torch.empty(0, dtype=torch.int64), *ids]), torch.cat([torch.empty(0, dtype=torch.int64), *labels]), tuple(text_token_counts),
-        tuple(map(tuple, modalities)), values, torch.ones(len(ids)),
-    )  # fmt: skip
+        torch.cat([torch.empty(0, dtype=torch.int64), *ids]),
+        torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
+        tuple(text_token_counts),
+        tuple(map(tuple, modalities)),
+        values,
+        torch.ones(len(ids)),
+    )
 
 
 def empty_pack() -> PackedBatch:
     """What a rank without samples runs."""
-    return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), {}, torch.zeros(1), is_empty=True)
+    return PackedBatch(
+        torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), {}, torch.zeros(1), is_empty=True
+    )
 
 
 def one_by_one(model: OneLLMForConditionalGeneration, pack: PackedBatch) -> list[torch.Tensor]:
@@ -65,12 +88,14 @@ def one_by_one(model: OneLLMForConditionalGeneration, pack: PackedBatch) -> list
         for name in runs:
             values[f"{name}_values"] = pack.values[name][used[name]][None]
             used[name] += 1
-        logits = model(pack.input_ids[None, start : start + length], modality_order=runs, **values).logits[0]
+        logits = model(
+            pack.input_ids[None, start : start + length], modality_order=runs, **values
+        ).logits[0]
         out.append(logits[-length:-1] if length > 1 else logits[:0])
         start += length
     return out
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """max |difference| / max |reference|."""
+    """Max |difference| / max |reference|."""
     return ((ours - reference).abs().max() / reference.abs().max()).item()

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 Weights = dict[str, torch.Tensor]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, causal: bool = False) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, causal: bool = False
+) -> torch.Tensor:
     """Dense softmax attention over [L, D]."""
     length, width = q.shape
     q, k, v = (x.reshape(-1, heads, width // heads).transpose(0, 1) for x in (q, k, v))
@@ -41,13 +43,23 @@ def clip_blocks(x: torch.Tensor, w: Weights, heads: int) -> torch.Tensor:
     """ln_pre, resblocks, ln_post on every token: [L, D]."""
     v = "llma.clip.visual"
     x = layer_norm(x, w, f"{v}.ln_pre")
-    for i in range(1 + max(int(k.split(".")[5]) for k in w if k.startswith(f"{v}.transformer.resblocks."))):
+    for i in range(
+        1 + max(int(k.split(".")[5]) for k in w if k.startswith(f"{v}.transformer.resblocks."))
+    ):
         b = f"{v}.transformer.resblocks.{i}"
         y = layer_norm(x, w, f"{b}.ln_1")
         q, k, val = (y @ w[f"{b}.attn.in_proj_weight"].T + w[f"{b}.attn.in_proj_bias"]).chunk(3, -1)
-        x = x + attend(q, k, val, heads) @ w[f"{b}.attn.out_proj.weight"].T + w[f"{b}.attn.out_proj.bias"]
+        x = (
+            x
+            + attend(q, k, val, heads) @ w[f"{b}.attn.out_proj.weight"].T
+            + w[f"{b}.attn.out_proj.bias"]
+        )
         y = layer_norm(x, w, f"{b}.ln_2") @ w[f"{b}.mlp.c_fc.weight"].T + w[f"{b}.mlp.c_fc.bias"]
-        x = x + (y * torch.sigmoid(1.702 * y)) @ w[f"{b}.mlp.c_proj.weight"].T + w[f"{b}.mlp.c_proj.bias"]
+        x = (
+            x
+            + (y * torch.sigmoid(1.702 * y)) @ w[f"{b}.mlp.c_proj.weight"].T
+            + w[f"{b}.mlp.c_proj.bias"]
+        )
     return layer_norm(x, w, f"{v}.ln_post")
 
 
@@ -64,16 +76,29 @@ def tokenize(name: str, value: torch.Tensor, w: Weights) -> torch.Tensor:
     """One sample's value to frames of encoder tokens [frames, L, D] (`name` is the reference's)."""
     width = w["llma.clip.visual.class_embedding"].shape[0]
     if name in ("image", "video", "rgbd", "rgbn"):
-        frames = value.reshape(-1, 3, 16, 14, 16, 14).permute(0, 2, 4, 1, 3, 5).reshape(-1, 256, 3 * 14 * 14)  # patches, row by row
+        frames = (
+            value.reshape(-1, 3, 16, 14, 16, 14)
+            .permute(0, 2, 4, 1, 3, 5)
+            .reshape(-1, 256, 3 * 14 * 14)
+        )  # patches, row by row
         return frames @ w["llma.clip.visual.conv1.weight"].reshape(width, -1).T
     if name == "audio":
         patches = value[0].unfold(0, 16, 10).unfold(1, 16, 10).reshape(12 * 101, 256)
-        return (patches @ w["llma.conv1.audio.weight"].reshape(width, -1).T + w["llma.conv1.audio.bias"])[None]
+        return (
+            patches @ w["llma.conv1.audio.weight"].reshape(width, -1).T + w["llma.conv1.audio.bias"]
+        )[None]
     if name == "point":
         colours = value[:, 3:6]
         centres = colours[farthest(colours.numpy(), 1024)]
-        near = torch.cdist(centres, colours, compute_mode="donot_use_mm_for_euclid_dist").topk(32, largest=False).indices
-        features = value[near] @ w["llma.conv1.point.conv1.weight"].reshape(width, 6).T + w["llma.conv1.point.conv1.bias"]
+        near = (
+            torch.cdist(centres, colours, compute_mode="donot_use_mm_for_euclid_dist")
+            .topk(32, largest=False)
+            .indices
+        )
+        features = (
+            value[near] @ w["llma.conv1.point.conv1.weight"].reshape(width, 6).T
+            + w["llma.conv1.point.conv1.bias"]
+        )
         return features.max(1).values[None]
     if name == "imu":
         windows = value.unfold(1, 10, 1).permute(1, 0, 2).reshape(391, 60)
@@ -87,7 +112,12 @@ def clip_features(name: str, value: torch.Tensor, w: Weights, heads: int) -> tor
     own = f"llma.positional_embedding.{name}"
     positions = w[own] if own in w else w["llma.clip.visual.positional_embedding"]
     start = w["llma.clip.visual.class_embedding"][None]
-    return torch.stack([clip_blocks(torch.cat([start, frame]) + positions, w, heads) for frame in tokenize(name, value, w)]).mean(0)
+    return torch.stack(
+        [
+            clip_blocks(torch.cat([start, frame]) + positions, w, heads)
+            for frame in tokenize(name, value, w)
+        ]
+    ).mean(0)
 
 
 def router_logits(name: str, w: Weights) -> torch.Tensor:
@@ -98,7 +128,9 @@ def router_logits(name: str, w: Weights) -> torch.Tensor:
     return hidden @ w[f"{r}.fc2.weight"].T + w[f"{r}.fc2.bias"]
 
 
-def modality_tokens(name: str, value: torch.Tensor, w: Weights, encoder_heads: int, upm_heads: int) -> torch.Tensor:
+def modality_tokens(
+    name: str, value: torch.Tensor, w: Weights, encoder_heads: int, upm_heads: int
+) -> torch.Tensor:
     """[30, d]: everything before the LLM."""
     p = f"llma.clip_proj1.{name}"
     x = clip_features(name, value, w, encoder_heads)
@@ -109,7 +141,12 @@ def modality_tokens(name: str, value: torch.Tensor, w: Weights, encoder_heads: i
     out = torch.zeros(30, x.shape[1])
     for k in range(gates.shape[1]):
         y = x
-        for i in range(1 + max(int(key.split(".")[3]) for key in w if key.startswith(f"llma.resample_layers.{k}."))):
+        for i in range(
+            1
+            + max(
+                int(key.split(".")[3]) for key in w if key.startswith(f"llma.resample_layers.{k}.")
+            )
+        ):
             b = f"llma.resample_layers.{k}.{i}"
             z = rms_norm(y, w[f"{b}.attention_norm.weight"])
             mixed = attend(*(z @ w[f"{b}.attention.w{c}.weight"].T for c in "qkv"), upm_heads)
@@ -125,8 +162,12 @@ def rotate(x: torch.Tensor, heads: int) -> torch.Tensor:
     length, width = x.shape
     head = width // heads
     pairs = torch.view_as_complex(x.reshape(length, heads, head // 2, 2))
-    angles = torch.outer(torch.arange(length).float(), 10000.0 ** -(torch.arange(0, head, 2).float() / head))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).reshape(length, width)
+    angles = torch.outer(
+        torch.arange(length).float(), 10000.0 ** -(torch.arange(0, head, 2).float() / head)
+    )
+    return torch.view_as_real(
+        pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+    ).reshape(length, width)
 
 
 def llama(x: torch.Tensor, w: Weights, heads: int) -> torch.Tensor:
@@ -135,7 +176,11 @@ def llama(x: torch.Tensor, w: Weights, heads: int) -> torch.Tensor:
         b = f"llma.layers.{i}"
         y = rms_norm(x, w[f"{b}.attention_norm.weight"])
         q, k, v = (y @ w[f"{b}.attention.w{c}.weight"].T for c in "qkv")
-        x = x + attend(rotate(q, heads), rotate(k, heads), v, heads, causal=True) @ w[f"{b}.attention.wo.weight"].T
+        x = (
+            x
+            + attend(rotate(q, heads), rotate(k, heads), v, heads, causal=True)
+            @ w[f"{b}.attention.wo.weight"].T
+        )
         x = x + swiglu(rms_norm(x, w[f"{b}.ffn_norm.weight"]), w, f"{b}.feed_forward")
     return rms_norm(x, w["llma.norm.weight"]) @ w["llma.output.weight"].T
 

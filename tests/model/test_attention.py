@@ -11,17 +11,32 @@ from packs import relative
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import attention
-from onellm_dist.model.attention import SequenceLengths, backend, llm_attention, packed_attention, varlen_attention
+from onellm_dist.model.attention import (
+    SequenceLengths,
+    backend,
+    llm_attention,
+    packed_attention,
+    varlen_attention,
+)
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lengths: list[int], k_lengths: list[int], causal: bool) -> torch.Tensor:
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_lengths: list[int],
+    k_lengths: list[int],
+    causal: bool,
+) -> torch.Tensor:
     """[T, H, D] by one softmax a segment and a head."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = []
     for a, b, c in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
         scores = torch.einsum("qhd,khd->hqk", a, b) / math.sqrt(q.shape[2])
         if causal:
-            scores = scores.masked_fill(torch.ones(len(a), len(b), dtype=torch.bool).triu(1), -math.inf)
+            scores = scores.masked_fill(
+                torch.ones(len(a), len(b), dtype=torch.bool).triu(1), -math.inf
+            )
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), c))
     return torch.cat(out)
 
@@ -39,12 +54,16 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lengths: list[int
         ([4, 4, 4], [11, 11, 6], False),
     ],
 )
-def test_equals_dense_attention(kv_heads: int, q_lengths: list[int], k_lengths: list[int], causal: bool) -> None:
+def test_equals_dense_attention(
+    kv_heads: int, q_lengths: list[int], k_lengths: list[int], causal: bool
+) -> None:
     torch.manual_seed(0)
     q = torch.randn(sum(q_lengths), 4, 8, requires_grad=True)
     k, v = (torch.randn(sum(k_lengths), kv_heads, 8, requires_grad=True) for _ in range(2))
     weight = torch.randn(sum(q_lengths), 4, 8)
-    ours = packed_attention(q, k, v, SequenceLengths.of(q_lengths, k_lengths, device=q.device), causal=causal)
+    ours = packed_attention(
+        q, k, v, SequenceLengths.of(q_lengths, k_lengths, device=q.device), causal=causal
+    )
     ours_grad = torch.autograd.grad((ours * weight).sum(), (q, k, v))
     reference = dense(q, k, v, q_lengths, k_lengths, causal)
     reference_grad = torch.autograd.grad((reference * weight).sum(), (q, k, v))
@@ -64,10 +83,27 @@ def test_cumulative_lengths_say_the_same() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     cu = torch.tensor([0, 2, 9], dtype=torch.int32)
-    out = varlen_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=7, max_seqlen_k=7, causal=True, scale=0.5)
-    assert torch.equal(out, packed_attention(q, k, v, SequenceLengths.of([2, 7], device=q.device), causal=True, scale=0.5))
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=7,
+        max_seqlen_k=7,
+        causal=True,
+        scale=0.5,
+    )
+    assert torch.equal(
+        out,
+        packed_attention(
+            q, k, v, SequenceLengths.of([2, 7], device=q.device), causal=True, scale=0.5
+        ),
+    )
     with pytest.raises(ValueError, match="longer than max_seqlen_q=6"):
-        varlen_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=6, max_seqlen_k=7, causal=True)
+        varlen_attention(
+            q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=6, max_seqlen_k=7, causal=True
+        )
 
 
 def test_causal_attention_needs_equal_lengths() -> None:
@@ -76,18 +112,30 @@ def test_causal_attention_needs_equal_lengths() -> None:
         packed_attention(q, k, k, SequenceLengths.of([2], [3], device=q.device), causal=True)
 
 
-@pytest.mark.parametrize("option", [{"sliding_window": 4}, {"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.ones(4)}])
+@pytest.mark.parametrize(
+    "option", [{"sliding_window": 4}, {"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.ones(4)}]
+)
 def test_llms_that_need_more_are_refused_rather_than_wrong(option: dict[str, object]) -> None:
     q = torch.randn(1, 4, 6, 8)
     with pytest.raises(OneLLMError, match="packed attention cannot do"):
-        llm_attention(SimpleNamespace(), q, q, q, None, seq_lengths=SequenceLengths.of([6], device=q.device), **option)  # type: ignore[arg-type]
+        llm_attention(
+            SimpleNamespace(),
+            q,
+            q,
+            q,
+            None,
+            seq_lengths=SequenceLengths.of([6], device=q.device),
+            **option,
+        )  # type: ignore[arg-type]
 
 
 def test_a_window_longer_than_every_sequence_changes_nothing() -> None:
     q = torch.randn(1, 4, 6, 8)
     seq_lengths = SequenceLengths.of([6], device=q.device)
     plain, _ = llm_attention(SimpleNamespace(), q, q, q, None, seq_lengths=seq_lengths)  # type: ignore[arg-type]
-    windowed, _ = llm_attention(SimpleNamespace(), q, q, q, None, seq_lengths=seq_lengths, sliding_window=6)  # type: ignore[arg-type]
+    windowed, _ = llm_attention(
+        SimpleNamespace(), q, q, q, None, seq_lengths=seq_lengths, sliding_window=6
+    )  # type: ignore[arg-type]
     assert torch.equal(plain, windowed)
 
 

@@ -21,9 +21,19 @@ def theirs(act: str) -> torch.nn.Module:
     torch.manual_seed(0)
     layer = QuickGELU if act == "quick_gelu" else torch.nn.GELU
     model = VisionTransformer(
-        image_size=224, patch_size=14, width=64, layers=2, heads=4, mlp_ratio=4.0, output_dim=32, act_layer=layer, output_tokens=True
+        image_size=224,
+        patch_size=14,
+        width=64,
+        layers=2,
+        heads=4,
+        mlp_ratio=4.0,
+        output_dim=32,
+        act_layer=layer,
+        output_tokens=True,
     )
-    for p in model.parameters():  # its fresh norms and biases are 1 and 0: wrong ones would not show
+    for (
+        p
+    ) in model.parameters():  # its fresh norms and biases are 1 and 0: wrong ones would not show
         p.data.add_(0.05 * torch.randn(p.shape))
     return model.eval()
 
@@ -63,7 +73,12 @@ def test_sequences_of_any_lengths_share_a_pack() -> None:
     x = torch.randn(sum(lengths), 64)
     with torch.no_grad():
         packed = encoder(x, SequenceLengths.of(lengths, device=x.device))
-        alone = torch.cat([encoder(part, SequenceLengths.of([len(part)], device=x.device)) for part in x.split(lengths)])
+        alone = torch.cat(
+            [
+                encoder(part, SequenceLengths.of([len(part)], device=x.device))
+                for part in x.split(lengths)
+            ]
+        )
     assert relative(packed, alone) < 1e-6
 
 
@@ -75,7 +90,13 @@ def test_vit_l_14_fits_without_a_key_left() -> None:
     heads = vision["width"] // vision.get("head_width", 64)
     with torch.device("meta"):
         state = VisionTransformer(
-            vision["image_size"], vision["patch_size"], vision["width"], vision["layers"], heads, 4.0, output_dim=config["embed_dim"]
+            vision["image_size"],
+            vision["patch_size"],
+            vision["width"],
+            vision["layers"],
+            heads,
+            4.0,
+            output_dim=config["embed_dim"],
         ).state_dict()
         encoder = Encoder(OneLLMVisionConfig())
     ours = {name: tensor.shape for name, tensor in encoder.state_dict().items()}

@@ -38,7 +38,9 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def uncached(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], **options: object) -> torch.Tensor:
+def uncached(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], **options: object
+) -> torch.Tensor:
     """Greedy decoding by running everything again for each token."""
     batch = dict(batch)
     for _ in range(NEW):
@@ -48,17 +50,29 @@ def uncached(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tenso
     return batch["input_ids"]
 
 
-@pytest.mark.parametrize("given", [(), ("image",), ("image", "imu")], ids=lambda g: "+".join(g) or "text")
+@pytest.mark.parametrize(
+    "given", [(), ("image",), ("image", "imu")], ids=lambda g: "+".join(g) or "text"
+)
 @torch.no_grad()
-def test_the_cache_changes_nothing(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], given: tuple[str, ...]) -> None:
-    kept = {k: v for k, v in batch.items() if not k.endswith("_values") or k.removesuffix("_values") in given}
+def test_the_cache_changes_nothing(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], given: tuple[str, ...]
+) -> None:
+    kept = {
+        k: v
+        for k, v in batch.items()
+        if not k.endswith("_values") or k.removesuffix("_values") in given
+    }
     out = model.generate(**kept, **GREEDY)
     assert torch.equal(out, uncached(model, kept))
-    assert len({tuple(row[-NEW:].tolist()) for row in out}) > 1, "rows that all say the same test nothing"
+    assert len({tuple(row[-NEW:].tolist()) for row in out}) > 1, (
+        "rows that all say the same test nothing"
+    )
 
 
 @torch.no_grad()
-def test_left_padding_changes_nothing(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_left_padding_changes_nothing(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     together = model.generate(**batch, **GREEDY)
     for row in range(3):
         real = batch["attention_mask"][row].bool()
@@ -68,7 +82,9 @@ def test_left_padding_changes_nothing(model: OneLLMForConditionalGeneration, bat
 
 
 @torch.no_grad()
-def test_right_padding_changes_no_logits(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_right_padding_changes_no_logits(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     ids = torch.tensor([[1, 5, 9, 4, 0, 0]])
     image = {"image_values": batch["image_values"][:1]}
     padded = model(ids, (torch.arange(6) < 4).long()[None], **image).logits[:, : 32 + 4]
@@ -76,9 +92,13 @@ def test_right_padding_changes_no_logits(model: OneLLMForConditionalGeneration, 
 
 
 @torch.no_grad()
-def test_runs_are_injected_at_prefill_alone(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_runs_are_injected_at_prefill_alone(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     lengths: list[int] = []
-    handle = model.llm.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    handle = model.llm.model.layers[0].register_forward_pre_hook(
+        lambda _, args: lengths.append(args[0].shape[1])
+    )
     try:
         model.generate(**batch, **GREEDY)
     finally:
@@ -87,31 +107,49 @@ def test_runs_are_injected_at_prefill_alone(model: OneLLMForConditionalGeneratio
 
 
 @torch.no_grad()
-def test_the_order_of_runs_can_be_chosen(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_the_order_of_runs_can_be_chosen(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     swapped = model(**batch, modality_order=["imu", "image"]).logits
-    assert torch.equal(model(**batch, modality_order=["image", "imu"]).logits, model(**batch).logits)
+    assert torch.equal(
+        model(**batch, modality_order=["image", "imu"]).logits, model(**batch).logits
+    )
     assert not torch.allclose(swapped, model(**batch).logits)
     out = model.generate(**batch, modality_order=["imu", "image"], **GREEDY)
     assert torch.equal(out, uncached(model, batch, modality_order=["imu", "image"]))
 
 
 @torch.no_grad()
-def test_reference_offset_ends_rows_where_they_end(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_reference_offset_ends_rows_where_they_end(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     free = model.generate(**batch, decode_offset="reference", **GREEDY)
     first = int(free[0, 6])
-    ended = model.generate(**batch, decode_offset="reference", **{**GREEDY, "eos_token_id": first, "pad_token_id": 0})
+    ended = model.generate(
+        **batch, decode_offset="reference", **{**GREEDY, "eos_token_id": first, "pad_token_id": 0}
+    )
     assert ended[0, 6:].tolist() == [first] + [0] * (ended.shape[1] - 7)
     assert ended[1, 6].item() == free[1, 6].item()
 
 
 @torch.no_grad()
-def test_several_sequences_of_a_prompt(model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+def test_several_sequences_of_a_prompt(
+    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+) -> None:
     torch.manual_seed(0)
-    out = model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, eos_token_id=None)
+    out = model.generate(
+        **batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, eos_token_id=None
+    )
     assert out.shape == (6, 9)
     assert torch.equal(out[:, :6], batch["input_ids"].repeat_interleave(2, 0))
     with pytest.raises(UsageError, match="several sequences"):
-        model.generate(**batch, max_new_tokens=3, do_sample=True, num_return_sequences=2, decode_offset="reference")
+        model.generate(
+            **batch,
+            max_new_tokens=3,
+            do_sample=True,
+            num_return_sequences=2,
+            decode_offset="reference",
+        )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +162,10 @@ def test_several_sequences_of_a_prompt(model: OneLLMForConditionalGeneration, ba
     ],
 )
 def test_wrong_use_is_refused(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], options: dict[str, object], message: str
+    model: OneLLMForConditionalGeneration,
+    batch: dict[str, torch.Tensor],
+    options: dict[str, object],
+    message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):
         model.generate(**batch, **options, **GREEDY)

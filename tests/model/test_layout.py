@@ -10,14 +10,23 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.model.layout import Layout
 
 KNOWN = ("image", "video", "audio")
-SAMPLES = st.lists(st.tuples(st.integers(1, 6), st.lists(st.sampled_from(KNOWN), max_size=3)), max_size=6)
+SAMPLES = st.lists(
+    st.tuples(st.integers(1, 6), st.lists(st.sampled_from(KNOWN), max_size=3)), max_size=6
+)
 
 
 @given(SAMPLES)
 def test_every_position_is_where_a_walk_puts_it(samples: list[tuple[int, list[str]]]) -> None:
     lengths, runs = [n for n, _ in samples], [r for _, r in samples]
     text = [("text", i, t) for i, n in enumerate(lengths) for t in range(n)]
-    tokens = [(m, i, r, q) for m in KNOWN for i, rs in enumerate(runs) for r, name in enumerate(rs) if name == m for q in range(30)]
+    tokens = [
+        (m, i, r, q)
+        for m in KNOWN
+        for i, rs in enumerate(runs)
+        for r, name in enumerate(rs)
+        if name == m
+        for q in range(30)
+    ]
     table = [*text, *tokens, *((m, edge) for m in KNOWN for edge in ("start", "end"))]
     walk: list[tuple[object, ...]] = []
     places: dict[tuple[object, ...], int] = {}
@@ -34,13 +43,21 @@ def test_every_position_is_where_a_walk_puts_it(samples: list[tuple[int, list[st
     assert layout.lengths == tuple(n + 32 * len(rs) for n, rs in samples)
     assert layout.position_ids.tolist() == [p for n in layout.lengths for p in range(n)]
     assert layout.counts == {m: sum(rs.count(m) for rs in runs) for m in KNOWN}
-    assert [p for p, row in zip(layout.predictor, text, strict=True) if row[2]] == [places[row] - 1 for row in text if row[2]]
+    assert [p for p, row in zip(layout.predictor, text, strict=True) if row[2]] == [
+        places[row] - 1 for row in text if row[2]
+    ]
 
 
 @pytest.mark.parametrize(
     ("lengths", "runs", "message"),
-    [([3], [], "1 text lengths but modalities of 0"), ([2, 0], [[], []], r"samples \[1\]"), ([2], [["smell"]], "the pack has smell")],
+    [
+        ([3], [], "1 text lengths but modalities of 0"),
+        ([2, 0], [[], []], r"samples \[1\]"),
+        ([2], [["smell"]], "the pack has smell"),
+    ],
 )
-def test_a_pack_that_cannot_be_is_refused(lengths: list[int], runs: list[list[str]], message: str) -> None:
+def test_a_pack_that_cannot_be_is_refused(
+    lengths: list[int], runs: list[list[str]], message: str
+) -> None:
     with pytest.raises(OneLLMError, match=message):
         Layout.of(lengths, runs, KNOWN)

@@ -12,7 +12,12 @@ from packs import empty_pack, make_pack, relative, small_model
 from onellm_dist.model import OneLLMForConditionalGeneration
 from onellm_dist.model.attention import SequenceLengths, backend, packed_attention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: kernels cannot be profiled here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device: kernels cannot be profiled here"
+    ),
+]
 
 VARLEN = ("flash", "fmha", "sdpa")
 """What the names of FlashAttention's, torch's and cuDNN's variable-length kernels have in common."""
@@ -32,7 +37,9 @@ def kernels_of(run: Callable[[], Any]) -> list[str]:
     """Names of the attention kernels that `run` launches."""
     run()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         run()
         torch.cuda.synchronize()
     names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -44,7 +51,9 @@ def model() -> OneLLMForConditionalGeneration:
     return small_model().to("cuda", torch.bfloat16)
 
 
-def test_encoder_upm_and_llm_run_variable_length_kernels(model: OneLLMForConditionalGeneration) -> None:
+def test_encoder_upm_and_llm_run_variable_length_kernels(
+    model: OneLLMForConditionalGeneration,
+) -> None:
     needs_kernels()
     lengths = (47, 60, 400)
     x = torch.randn(sum(lengths), 32, device="cuda", dtype=torch.bfloat16)
@@ -56,7 +65,16 @@ def test_encoder_upm_and_llm_run_variable_length_kernels(model: OneLLMForConditi
         assert len(kernels_of(lambda: model.encoder(x, seq_lengths))) >= 2
         assert len(kernels_of(lambda: model.upm(x, gates, lengths, 30))) >= 3 * 2
         assert (
-            len(kernels_of(lambda: model.llm.model(inputs_embeds=embeds, attention_mask=mask, seq_lengths=seq_lengths, use_cache=False)))
+            len(
+                kernels_of(
+                    lambda: model.llm.model(
+                        inputs_embeds=embeds,
+                        attention_mask=mask,
+                        seq_lengths=seq_lengths,
+                        use_cache=False,
+                    )
+                )
+            )
             >= 2
         )
 
@@ -90,7 +108,9 @@ def test_kernels_agree_with_fp32(causal: bool, kv_heads: int) -> None:
     weight = torch.randn_like(reference)
     theirs = torch.autograd.grad((reference * weight).sum(), wide)
     grads = torch.autograd.grad((ours.float() * weight).sum(), narrow)
-    assert all(relative(a.float(), b) < 5 * ATTENTION_BOUND for a, b in zip(grads, theirs, strict=True))
+    assert all(
+        relative(a.float(), b) < 5 * ATTENTION_BOUND for a, b in zip(grads, theirs, strict=True)
+    )
 
 
 def test_bf16_logits_agree_with_fp32() -> None:
@@ -98,7 +118,10 @@ def test_bf16_logits_agree_with_fp32() -> None:
     narrow = small_model().to("cuda", torch.bfloat16)
     pack = make_pack(RUNS, LENGTHS).to("cuda")
     with torch.no_grad():
-        assert relative(narrow.packed_logits(pack)[0].float(), wide.packed_logits(pack)[0]) < BF16_BOUND
+        assert (
+            relative(narrow.packed_logits(pack)[0].float(), wide.packed_logits(pack)[0])
+            < BF16_BOUND
+        )
 
 
 def test_gpu_and_cpu_agree_in_fp32() -> None:

@@ -20,14 +20,22 @@ MIXTURES: dict[str, tuple[list[Sequence[str]], list[int]]] = {
     "text": ([(), ()], [4, 11]),
     "texts of one token": ([("image",), (), ("imu",), ()], [1, 1, 1, 6]),
     "several at once": ([("image", "imu"), ("fmri", "image"), ()], [6, 3, 8]),
-    "everything": ([(name,) for name in NAMES] + [(), ("imu", "audio")], [5, 6, 7, 8, 9, 10, 11, 12, 4, 3]),
+    "everything": (
+        [(name,) for name in NAMES] + [(), ("imu", "audio")],
+        [5, 6, 7, 8, 9, 10, 11, 12, 4, 3],
+    ),
 }
 
 
 def gradients(model: OneLLMForConditionalGeneration, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    names, parameters = zip(
+        *((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True
+    )
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for n, p, g in zip(names, parameters, grads, strict=True)
+    }
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -41,9 +49,14 @@ def test_packed_equals_unpacked(mixture: str) -> None:
     assert len(targets) == sum(pack.text_token_counts) - len(pack.text_token_counts)
     if len(targets):
         assert relative(logits, alone) <= 1e-5
-    packed, unpacked = (gradients(model, F.cross_entropy(x, targets, reduction="sum")) for x in (logits, alone))
+    packed, unpacked = (
+        gradients(model, F.cross_entropy(x, targets, reduction="sum")) for x in (logits, alone)
+    )
     largest = max(g.abs().max() for g in unpacked.values())
-    worst = {n: (((packed[n] - g).abs().max() / max(g.abs().max(), 1e-3 * largest)).item(), n) for n, g in unpacked.items()}
+    worst = {
+        n: (((packed[n] - g).abs().max() / max(g.abs().max(), 1e-3 * largest)).item(), n)
+        for n, g in unpacked.items()
+    }
     assert max(worst.values())[0] <= 1e-4, max(worst.values())
 
 
@@ -51,19 +64,29 @@ def test_the_loss_is_the_weighted_sum_over_supervised_tokens() -> None:
     model, pack = small_model(), make_pack([("image",), (), ("fmri",)], [5, 7, 3])
     labels = pack.labels.clone()
     labels[6:9] = IGNORE
-    pack = PackedBatch(pack.input_ids, labels, pack.text_token_counts, pack.modalities, pack.values, torch.tensor([1.0, 0.0, 1.0]))
+    pack = PackedBatch(
+        pack.input_ids,
+        labels,
+        pack.text_token_counts,
+        pack.modalities,
+        pack.values,
+        torch.tensor([1.0, 0.0, 1.0]),
+    )
     alone = one_by_one(model, pack)
     out = model(packed=pack)
     supervised = [s[s != IGNORE] for s in labels.split(list(pack.text_token_counts))]
     nll = [
-        F.cross_entropy(x[s[1:] != IGNORE], t, reduction="none") for x, s, t in zip(alone, labels.split([5, 7, 3]), supervised, strict=True)
+        F.cross_entropy(x[s[1:] != IGNORE], t, reduction="none")
+        for x, s, t in zip(alone, labels.split([5, 7, 3]), supervised, strict=True)
     ]
     assert torch.allclose(out.nll, torch.cat(nll), rtol=1e-5)
     assert out.sample_index.tolist() == [0] * 4 + [1] * 3 + [2] * 2
     assert torch.allclose(out.loss, nll[0].sum() + nll[2].sum(), rtol=1e-5)
     assert out.loss.dtype == torch.float32
     assert set(out.router) == set(NAMES)
-    assert all(g.shape == (30, 3) and torch.allclose(g.sum(1), torch.ones(30)) for g in out.router.values())
+    assert all(
+        g.shape == (30, 3) and torch.allclose(g.sum(1), torch.ones(30)) for g in out.router.values()
+    )
 
 
 @pytest.mark.parametrize("changed", range(5))
@@ -73,19 +96,23 @@ def test_nothing_leaks_between_samples(changed: int) -> None:
     other = make_pack(runs, lengths, seed=1)
     start = sum(lengths[:changed])
     ids, labels, values = pack.input_ids.clone(), pack.labels, dict(pack.values)
-    ids[start + 1 : start + lengths[changed]] = other.input_ids[start + 1 : start + lengths[changed]]
+    ids[start + 1 : start + lengths[changed]] = other.input_ids[
+        start + 1 : start + lengths[changed]
+    ]
     for name in runs[changed]:
         row = sum(list(r).count(name) for r in runs[:changed])
         values[name] = values[name].clone()
         values[name][row] = other.values[name][row]
     with torch.no_grad():
         before = model.packed_logits(pack)[0].split([n - 1 for n in lengths])
-        after = model.packed_logits(PackedBatch(ids, labels, pack.text_token_counts, pack.modalities, values, pack.weights))[0].split(
-            [n - 1 for n in lengths]
-        )
+        after = model.packed_logits(
+            PackedBatch(ids, labels, pack.text_token_counts, pack.modalities, values, pack.weights)
+        )[0].split([n - 1 for n in lengths])
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(a, b) == (i != changed), (
-            f"sample {i} moved with sample {changed}" if i != changed else "the change had no effect"
+            f"sample {i} moved with sample {changed}"
+            if i != changed
+            else "the change had no effect"
         )
 
 
@@ -110,7 +137,11 @@ def test_absent_modalities_get_zero_and_not_missing_gradients(router: str) -> No
     model(packed=make_pack([("imu",)], [6])).loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, g in grads.items() if g is None] == []
-    moved = {n.split(".")[1] for n, g in grads.items() if n.startswith(("tokenizers.", "projectors.")) and g.abs().max() > 0}
+    moved = {
+        n.split(".")[1]
+        for n, g in grads.items()
+        if n.startswith(("tokenizers.", "projectors.")) and g.abs().max() > 0
+    }
     assert moved == {"imu"}
 
 
@@ -118,7 +149,11 @@ def test_no_samples_at_all_still_run_the_encoder_and_the_upm() -> None:
     model = small_model()
     tokens, _ = model.encode({})
     sum(t.sum() for t in tokens.values()).backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and "_tag." not in n and p.grad is None]
+    missing = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and "_tag." not in n and p.grad is None
+    ]
     assert missing == []
     assert all(t.shape == (0, 30, 48) for t in tokens.values())
 
@@ -131,20 +166,32 @@ def test_every_module_runs_once_whatever_was_dealt() -> None:
         if next(module.parameters(recurse=False), None) is not None:
             module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     seen = []
-    for pack in (make_pack([("image",)], [4]), make_pack([("audio",), ("fmri", "imu")], [3, 5]), empty_pack()):
+    for pack in (
+        make_pack([("image",)], [4]),
+        make_pack([("audio",), ("fmri", "imu")], [3, 5]),
+        empty_pack(),
+    ):
         calls.clear()
         model(packed=pack)
         seen.append(list(calls))
     assert seen[0] == seen[1] == seen[2]
-    unused = {n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None} - set(seen[0])
+    unused = {
+        n for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None
+    } - set(seen[0])
     assert unused == {"encoder.proj"}
 
 
 def test_parameters_are_read_only_inside_their_own_module() -> None:
     """ZeRO-3 has a parameter's data only while its owner runs: empty it outside, as ZeRO-3 does."""
-    model, pack = small_model().requires_grad_(False), make_pack([("image",), ("audio",), ("fmri", "imu")], [4, 3, 5])
+    model, pack = (
+        small_model().requires_grad_(False),
+        make_pack([("image",), ("audio",), ("fmri", "imu")], [4, 3, 5]),
+    )
     expected = model(packed=pack).loss
-    full = {module: [(p, p.data) for p in module.parameters(recurse=False)] for module in model.modules()}
+    full = {
+        module: [(p, p.data) for p in module.parameters(recurse=False)]
+        for module in model.modules()
+    }
 
     def gather(module: torch.nn.Module, *_: object) -> None:
         for parameter, data in full[module]:
@@ -172,7 +219,11 @@ def test_a_pack_that_contradicts_itself_is_refused(what: str) -> None:
     else:
         lengths = (5,)
     with pytest.raises(OneLLMError, match="contradicts itself"):
-        model(packed=PackedBatch(pack.input_ids, pack.labels, lengths, pack.modalities, values, pack.weights))
+        model(
+            packed=PackedBatch(
+                pack.input_ids, pack.labels, lengths, pack.modalities, values, pack.weights
+            )
+        )
 
 
 @pytest.mark.parametrize("names", [["imu"], ["image"], ["imu", "image", "fmri"]])
@@ -181,7 +232,9 @@ def test_models_of_fewer_modalities(names: list[str]) -> None:
     assert model.config.modalities == sorted(names, key=NAMES.index)
     pack = make_pack([(name,) for name in names], [5] * len(names))
     kept = {name: pack.values[name] for name in names}
-    pack = PackedBatch(pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, kept, pack.weights)
+    pack = PackedBatch(
+        pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, kept, pack.weights
+    )
     logits, _, _ = model.packed_logits(pack)
     assert relative(logits, torch.cat(one_by_one(model, pack))) <= 1e-5
     with pytest.raises(OneLLMError, match="video"):
@@ -197,15 +250,23 @@ def test_moving_a_pack_counts_its_targets_on_the_host() -> None:
     assert torch.equal(model(packed=moved).loss, model(packed=pack).loss)
 
 
-@pytest.mark.parametrize("pack", [make_pack([("image",), ("imu",), ()], [5, 6, 3]), empty_pack()], ids=["samples", "dummy"])
-def test_activation_checkpointing_recomputes_every_block_and_changes_nothing(pack: PackedBatch) -> None:
+@pytest.mark.parametrize(
+    "pack",
+    [make_pack([("image",), ("imu",), ()], [5, 6, 3]), empty_pack()],
+    ids=["samples", "dummy"],
+)
+def test_activation_checkpointing_recomputes_every_block_and_changes_nothing(
+    pack: PackedBatch,
+) -> None:
     model = small_model()
     plain = gradients(model, model(packed=pack).loss)
     model.gradient_checkpointing_enable()
     runs: dict[str, int] = {}
     for name, module in model.named_modules():
         if name.endswith((".attn", ".attention", ".self_attn")):
-            module.register_forward_pre_hook(lambda *_, name=name: runs.__setitem__(name, runs.get(name, 0) + 1))
+            module.register_forward_pre_hook(
+                lambda *_, name=name: runs.__setitem__(name, runs.get(name, 0) + 1)
+            )
     again = gradients(model, model(packed=pack).loss)
     assert all(torch.equal(plain[n], again[n]) for n in plain)
     # the encoder runs twice (the visual pack has no gradient, hence nothing to recompute), all other blocks once

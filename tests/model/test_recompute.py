@@ -13,7 +13,18 @@ from onellm_dist.model import load_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import MODES, activation_checkpointing
 
-FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+FIELDS = (
+    "arena",
+    "ordblks",
+    "smblks",
+    "hblks",
+    "hblkhd",
+    "usmblks",
+    "fsmblks",
+    "uordblks",
+    "fordblks",
+    "keepcost",
+)
 
 
 class Mallinfo(ctypes.Structure):
@@ -50,13 +61,17 @@ def found() -> dict[str, tuple[dict[str, torch.Tensor], int, int]]:
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_gradients_are_the_same_to_the_bit(found: dict[str, tuple[dict[str, torch.Tensor], int, int]], mode: str) -> None:
+def test_gradients_are_the_same_to_the_bit(
+    found: dict[str, tuple[dict[str, torch.Tensor], int, int]], mode: str
+) -> None:
     plain, other = found["none"][0], found[mode][0]
     assert plain.keys() == other.keys()
     assert all(torch.equal(plain[n], other[n]) for n in plain)
 
 
-def test_selective_keeps_less_and_computes_no_more_products(found: dict[str, tuple[dict[str, torch.Tensor], int, int]]) -> None:
+def test_selective_keeps_less_and_computes_no_more_products(
+    found: dict[str, tuple[dict[str, torch.Tensor], int, int]],
+) -> None:
     kept = {mode: found[mode][1] for mode in MODES}
     flops = {mode: found[mode][2] for mode in MODES}
     assert kept["full"] < 0.5 * kept["selective"] and kept["selective"] < 0.7 * kept["none"], kept

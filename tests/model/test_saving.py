@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, Qwen2Config
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, OneLLMProcessor, load_model
+from onellm_dist.model import (
+    OneLLMConfig,
+    OneLLMForConditionalGeneration,
+    OneLLMProcessor,
+    load_model,
+)
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.presets import toy_tokenizer
 
@@ -30,7 +35,12 @@ def test_a_saved_model_comes_back_the_same(auto: type, tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path).upm.router == "sparse"
     pack = make_pack([("imu",), ("image",), ()], [4, 5, 6])
     pack = type(pack)(
-        pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, {m: pack.values[m] for m in ("imu", "image")}, pack.weights
+        pack.input_ids,
+        pack.labels,
+        pack.text_token_counts,
+        pack.modalities,
+        {m: pack.values[m] for m in ("imu", "image")},
+        pack.weights,
     )
     assert torch.equal(again.train()(packed=pack).nll, model(packed=pack).nll)
     assert not any(p.requires_grad for p in again.encoder.parameters())
@@ -42,18 +52,30 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
         vision=config.vision,
         upm=config.upm,
         text_config=Qwen2Config(
-            vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=97,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             tie_word_embeddings=True,
         ),
         modalities=["imu"],
-    )  # fmt: skip
+    )
     model = OneLLMForConditionalGeneration(config)
     initialise(model, 0)
     model.save_pretrained(tmp_path)
     again = OneLLMForConditionalGeneration.from_pretrained(tmp_path)
     assert again.llm.lm_head.weight is again.llm.model.embed_tokens.weight
     pack = make_pack([("imu",)], [4])
-    pack = type(pack)(pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, {"imu": pack.values["imu"]}, pack.weights)
+    pack = type(pack)(
+        pack.input_ids,
+        pack.labels,
+        pack.text_token_counts,
+        pack.modalities,
+        {"imu": pack.values["imu"]},
+        pack.weights,
+    )
     assert torch.equal(again(packed=pack).nll, model(packed=pack).nll)
 
 
@@ -63,7 +85,10 @@ def test_weights_that_do_not_fit_are_refused_with_their_names(fault: str, tmp_pa
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     if fault == "missing":
-        del state["upm.experts.1.blocks.0.attention.q.weight"], state["tokenizers.imu.positions.weight"]
+        del (
+            state["upm.experts.1.blocks.0.attention.q.weight"],
+            state["tokenizers.imu.positions.weight"],
+        )
         names = ["upm.experts.1.blocks.0.attention.q.weight", "tokenizers.imu.positions.weight"]
     else:
         state["upm.experts.3.blocks.0.attention.q.weight"] = torch.zeros(32, 32)

@@ -42,8 +42,18 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
     "large_patches": {"patch_size": 32, "image_size": 96, "act_layer": torch.nn.GELU},
     "layer_scale": {"ls_init_value": 0.4, "act_layer": torch.nn.GELU},
     "no_pre_norm": {"no_ln_pre": True, "act_layer": torch.nn.GELU},
-    "sin_cos": {"pos_embed_type": "sin_cos_2d", "pool_type": "avg", "final_ln_after_pool": True, "act_layer": torch.nn.GELU},
-    "pooler": {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2, "act_layer": torch.nn.GELU},
+    "sin_cos": {
+        "pos_embed_type": "sin_cos_2d",
+        "pool_type": "avg",
+        "final_ln_after_pool": True,
+        "act_layer": torch.nn.GELU,
+    },
+    "pooler": {
+        "attentional_pool": True,
+        "attn_pooler_queries": 4,
+        "attn_pooler_heads": 2,
+        "act_layer": torch.nn.GELU,
+    },
 }
 
 
@@ -77,7 +87,15 @@ def test_equals_open_clips_own_forward(name: str) -> None:
     from open_clip.transformer import VisionTransformer
 
     torch.manual_seed(0)
-    sizes = {"image_size": 56, "patch_size": 14, "width": 48, "layers": 2, "heads": 4, "mlp_ratio": 4.0, "output_dim": 48}
+    sizes = {
+        "image_size": 56,
+        "patch_size": 14,
+        "width": 48,
+        "layers": 2,
+        "heads": 4,
+        "mlp_ratio": 4.0,
+        "output_dim": 48,
+    }
     tower = shaken(VisionTransformer(**{**sizes, **OPEN_CLIP[name]}))
     config, weights = encoder_of(tower)
     encoder = Encoder(config)
@@ -94,12 +112,28 @@ def test_equals_open_clips_own_forward(name: str) -> None:
 
 def test_the_real_dinov2_has_its_shapes_and_statistics() -> None:
     with torch.device("meta"):
-        config, weights = encoder_of(timm.create_model("vit_large_patch14_dinov2", pretrained=False, num_classes=0))
+        config, weights = encoder_of(
+            timm.create_model("vit_large_patch14_dinov2", pretrained=False, num_classes=0)
+        )
         encoder = Encoder(config)
-    assert {name: tensor.shape for name, tensor in weights.items()} == {n: p.shape for n, p in encoder.state_dict().items()}
-    assert (config.width, config.layers, config.patches, config.prefix, config.layer_scale, config.pre_norm) == (
-        1024, 24, 37 * 37, 1, True, False,
-    )  # fmt: skip
+    assert {name: tensor.shape for name, tensor in weights.items()} == {
+        n: p.shape for n, p in encoder.state_dict().items()
+    }
+    assert (
+        config.width,
+        config.layers,
+        config.patches,
+        config.prefix,
+        config.layer_scale,
+        config.pre_norm,
+    ) == (
+        1024,
+        24,
+        37 * 37,
+        1,
+        True,
+        False,
+    )
     assert config.image_mean == [0.485, 0.456, 0.406] and not config.clip
 
 
@@ -108,9 +142,21 @@ def test_the_real_dinov2_has_its_shapes_and_statistics() -> None:
     [
         (lambda: timm.create_model("resnet18"), "ResNet is no vision transformer"),
         (lambda: timm.create_model("vit_tiny_patch16_224", qk_norm=True), "q_norm, k_norm"),
-        (lambda: timm.create_model("vit_base_patch32_plus_256", img_size=64, embed_dim=48, depth=1, num_heads=4, global_pool="avg"), ""),
         (
-            lambda: timm.create_model("vit_tiny_patch16_224", depth=1, block_fn=ParallelScalingBlock),
+            lambda: timm.create_model(
+                "vit_base_patch32_plus_256",
+                img_size=64,
+                embed_dim=48,
+                depth=1,
+                num_heads=4,
+                global_pool="avg",
+            ),
+            "",
+        ),
+        (
+            lambda: timm.create_model(
+                "vit_tiny_patch16_224", depth=1, block_fn=ParallelScalingBlock
+            ),
             "plain",
         ),
     ],
@@ -129,9 +175,14 @@ def test_pictures_are_given_as_the_encoder_was_trained_on_them() -> None:
     config, _ = encoder_of(timm_tower("vit_large_patch14_dinov2"))
     encoder = Encoder(config)
     pixels = torch.rand(2, 3, 224, 224)
-    mean, std, own_mean, own_std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std))
+    mean, std, own_mean, own_std = (
+        torch.tensor(v)[:, None, None]
+        for v in (CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std)
+    )
     got = encoder.pixels((pixels - mean) / std)
-    wanted = torch.nn.functional.interpolate((pixels - own_mean) / own_std, (70, 70), mode="bicubic", antialias=True)
+    wanted = torch.nn.functional.interpolate(
+        (pixels - own_mean) / own_std, (70, 70), mode="bicubic", antialias=True
+    )
     assert relative(got, wanted) < 1e-5
     assert encoder.pixels(torch.zeros(0, 3, 224, 224)).shape == (0, 3, 70, 70)
     clip = Encoder(build_config("toy").vision)
@@ -141,11 +192,21 @@ def test_pictures_are_given_as_the_encoder_was_trained_on_them() -> None:
 def one_of_each(names: list[str]) -> PackedBatch:
     generator = torch.Generator().manual_seed(3)
     kinds = all_modalities()
-    values = {m: torch.randn((names.count(m), *kind.value_shape), generator=generator) for m, kind in kinds.items()}
+    values = {
+        m: torch.randn((names.count(m), *kind.value_shape), generator=generator)
+        for m, kind in kinds.items()
+    }
     ids = torch.randint(3, 400, (6 * len(names),), generator=generator)
     labels = ids.clone()
     labels[::6] = IGNORE
-    return PackedBatch(ids, labels, (6,) * len(names), tuple((name,) for name in names), values, torch.ones(len(names)))
+    return PackedBatch(
+        ids,
+        labels,
+        (6,) * len(names),
+        tuple((name,) for name in names),
+        values,
+        torch.ones(len(names)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +215,9 @@ def with_registers() -> Any:
     vision, weights = encoder_of(timm_tower("vit_large_patch14_reg4_dinov2"))
     toy = build_config("toy")
     upm = OneLLMUPMConfig(experts=2, blocks=2, heads=4, ffn=64, router_hidden=64)
-    model = OneLLMForConditionalGeneration(OneLLMConfig(vision=vision, upm=upm, text_config=toy.text_config))
+    model = OneLLMForConditionalGeneration(
+        OneLLMConfig(vision=vision, upm=upm, text_config=toy.text_config)
+    )
     initialise(model, 0)
     model.encoder.load_state_dict(weights)
     return model
@@ -169,7 +232,9 @@ def test_every_modality_goes_through_it_and_packing_changes_nothing(with_registe
         for i, name in enumerate(names):
             values = {m: v[:1] if m == name else v[:0] for m, v in batch.values.items()}
             rows = slice(6 * i, 6 * i + 6)
-            alone = PackedBatch(batch.input_ids[rows], batch.labels[rows], (6,), ((name,),), values, torch.ones(1))
+            alone = PackedBatch(
+                batch.input_ids[rows], batch.labels[rows], (6,), ((name,),), values, torch.ones(1)
+            )
             assert relative(model(packed=alone).nll, together[i]) < 1e-5
     tokens = model.tokenizers["imu"](batch.values["imu"], model.encoder.prefix)
     assert tokens.shape == (1, 1 + 4 + 391, 48)
@@ -181,7 +246,11 @@ def test_the_encoder_trains_or_does_not(with_registers: Any, trains: bool) -> No
     for names in (["image"], ["imu"]):
         with_registers.zero_grad()
         with_registers(packed=one_of_each(names)).loss.backward()
-        moved = {name for name, p in with_registers.encoder.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+        moved = {
+            name
+            for name, p in with_registers.encoder.named_parameters()
+            if p.grad is not None and p.grad.abs().max() > 0
+        }
         own = {name for name, _ in with_registers.encoder.named_parameters()}
         of_pictures = {name for name in own if name.startswith(("patches.", "positions."))}
         expected = (own - of_pictures if names == ["imu"] else own) if trains else set()
@@ -210,7 +279,14 @@ def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
     processor.tokenizer.save_pretrained(tmp_path / "llm")
     spec = f"timm:{name}?img_size=64@{tmp_path / 'tiny.pth'}"
     sizes = UPMSizes(experts=1, blocks=1, heads=3)
-    assemble(tmp_path / "model", llm=tmp_path / "llm", encoder=spec, upm=sizes, modalities=["image"], quiet=True)
+    assemble(
+        tmp_path / "model",
+        llm=tmp_path / "llm",
+        encoder=spec,
+        upm=sizes,
+        modalities=["image"],
+        quiet=True,
+    )
     model, _ = load_model(path=tmp_path / "model", preset=None, seed=0)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -219,7 +295,9 @@ def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
     assert features.shape == (1, 30, 128)
     assert model.config.vision.image_mean == [0.5, 0.5, 0.5]
     with pytest.raises(UsageError, match="no file"):
-        assemble(tmp_path / "other", llm=tmp_path / "llm", encoder=f"timm:{name}@nowhere.pth", quiet=True)
+        assemble(
+            tmp_path / "other", llm=tmp_path / "llm", encoder=f"timm:{name}@nowhere.pth", quiet=True
+        )
     with pytest.raises(UsageError, match="it names no tower"):
         assemble(tmp_path / "other", llm=tmp_path / "llm", encoder="timm:", quiet=True)
 
@@ -232,5 +310,10 @@ def test_segments_of_any_lengths_share_a_pack() -> None:
     x = torch.randn(sum(lengths), 48)
     with torch.no_grad():
         packed = encoder(x, SequenceLengths.of(lengths, device=x.device))
-        alone = torch.cat([encoder(part, SequenceLengths.of([len(part)], device=x.device)) for part in x.split(lengths)])
+        alone = torch.cat(
+            [
+                encoder(part, SequenceLengths.of([len(part)], device=x.device))
+                for part in x.split(lengths)
+            ]
+        )
     assert relative(packed, alone) < 1e-5

@@ -25,7 +25,10 @@ def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, object])
     wanted = dict(model.named_parameters())
     assert wanted.keys() == dict(empty.named_parameters()).keys()
     whole = all(torch.equal(weights.rows(n, 0, len(p)), p) for n, p in wanted.items())  # type: ignore[attr-defined]
-    return whole and all(torch.equal(weights.rows(n, len(p) // 3, len(p) // 2), p[len(p) // 3 : len(p) // 2]) for n, p in wanted.items())  # type: ignore[attr-defined]
+    return whole and all(
+        torch.equal(weights.rows(n, len(p) // 3, len(p) // 2), p[len(p) // 3 : len(p) // 2])
+        for n, p in wanted.items()
+    )  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -98,7 +101,9 @@ def with_another_shape(state: dict[str, torch.Tensor]) -> None:
         (with_another_shape, "mismatched_keys: encoder.positions.weight"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_by_name(saved: Path, spoil: Callable[[dict[str, torch.Tensor]], None], message: str) -> None:
+def test_weights_that_do_not_fit_are_refused_by_name(
+    saved: Path, spoil: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
     state = load_file(saved / "model.safetensors")
     spoil(state)
     save_file(state, saved / "model.safetensors", {"format": "pt"})
@@ -111,7 +116,9 @@ def test_files_that_are_not_there_or_cut_short_are_refused(saved: Path, tmp_path
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(OneLLMError, match="cannot be read"):
         open_model(path=saved, preset=None, seed=0)
-    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    (saved / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "gone.safetensors"}})
+    )
     with pytest.raises(OneLLMError, match=r"gone\.safetensors"):
         open_model(path=saved, preset=None, seed=0)
     with pytest.raises(UsageError, match="no model in"):

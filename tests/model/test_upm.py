@@ -41,7 +41,9 @@ def test_soft_gates_sum_to_one_and_differ_between_tokens() -> None:
 
 def test_constant_gates_are_equal_and_have_no_parameters() -> None:
     assert torch.equal(gates_of("constant"), torch.full((30, 3), 1 / 3))
-    assert not [name for name, _ in small_model(router="constant").named_parameters() if ".router." in name]
+    assert not [
+        name for name, _ in small_model(router="constant").named_parameters() if ".router." in name
+    ]
 
 
 def test_sparse_gates_keep_the_largest_soft_gate() -> None:
@@ -54,7 +56,10 @@ def test_sparse_gates_keep_the_largest_soft_gate() -> None:
 def test_copied_experts_start_equal_and_separate_ones_do_not() -> None:
     for init, same in (("copied", True), ("separate", False)):
         first, second, _ = small_model(init=init).upm.experts
-        assert torch.equal(first.blocks[0].attention.q.weight, second.blocks[0].attention.q.weight) is same
+        assert (
+            torch.equal(first.blocks[0].attention.q.weight, second.blocks[0].attention.q.weight)
+            is same
+        )
 
 
 @pytest.mark.parametrize(("key", "value"), [("router", "softmax"), ("init", "clone")])

@@ -55,15 +55,26 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height = 64, 48
         for n in range(20):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), n * 10, np.uint8), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.full((48, 64, 3), n * 10, np.uint8), format="rgb24"
+                    )
+                )
+            )
         container.mux(stream.encode())
     soundfile.write(folder / "tone.wav", np.sin(np.arange(16000) / 8), 16000)
     picture("scene.jpg")
     return {
-        "image": folder / "scene.jpg", "video": folder / "clip.mp4", "audio": folder / "tone.wav", "point": array("cloud.npy", (8192, 6)),
-        "depth": picture("scene.depth.png"), "normal": picture("scene.normal.png"), "imu": array("move.npy", (6, 400)),
+        "image": folder / "scene.jpg",
+        "video": folder / "clip.mp4",
+        "audio": folder / "tone.wav",
+        "point": array("cloud.npy", (8192, 6)),
+        "depth": picture("scene.depth.png"),
+        "normal": picture("scene.normal.png"),
+        "imu": array("move.npy", (6, 400)),
         "fmri": array("brain.npy", (3, 15724)),
-    }  # fmt: skip
+    }
 
 
 def run(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -79,11 +90,17 @@ def test_every_modality_has_a_file_here(media: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", list(all_modalities()))
-def test_a_file_of_each_modality_changes_what_the_model_reads(name: str, loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+def test_a_file_of_each_modality_changes_what_the_model_reads(
+    name: str, loaded: tuple[Any, Any], media: dict[str, Path]
+) -> None:
     model, processor = loaded
     values = g.read_files([(name, media[name])])
-    assert {k: tuple(v.shape) for k, v in values.items()} == {name: (1, *all_modalities()[name].value_shape)}
-    answer = g.generate(model, processor.tokenizer, g.prompt_text("What is it?", "auto"), values, max_new_tokens=5)
+    assert {k: tuple(v.shape) for k, v in values.items()} == {
+        name: (1, *all_modalities()[name].value_shape)
+    }
+    answer = g.generate(
+        model, processor.tokenizer, g.prompt_text("What is it?", "auto"), values, max_new_tokens=5
+    )
     assert 1 <= answer.tokens <= 5 and g.STOP not in answer.text
     ids = g.prompt_ids(processor.tokenizer, "x")
     with torch.inference_mode():
@@ -93,13 +110,20 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(name: str, loaded:
     assert not torch.allclose(given, none) and not torch.allclose(given, other)
 
 
-def test_the_command_takes_several_files_in_any_order(model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_several_files_in_any_order(
+    model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ["--image", media["image"], "--audio", media["audio"], "--imu", media["imu"]]
     code, first, _ = run([model_dir, "Describe it.", *files, "--max-new-tokens", 12], capsys)
     assert code == EXIT_DONE and first.endswith("\n")
-    code, again, _ = run([model_dir, "Describe it.", *reversed_options(files), "--max-new-tokens", 12], capsys)
+    code, again, _ = run(
+        [model_dir, "Describe it.", *reversed_options(files), "--max-new-tokens", 12], capsys
+    )
     assert (code, again) == (EXIT_DONE, first), "the order on the command line does not matter"
-    code, turned, _ = run([model_dir, "Describe it.", *files, "--order", "imu,audio,image", "--max-new-tokens", 12], capsys)
+    code, turned, _ = run(
+        [model_dir, "Describe it.", *files, "--order", "imu,audio,image", "--max-new-tokens", 12],
+        capsys,
+    )
     assert code == EXIT_DONE and turned != first, "--order does"
 
 
@@ -108,7 +132,9 @@ def reversed_options(files: list[Any]) -> list[Any]:
     return [item for pair in reversed(pairs) for item in pair]
 
 
-def test_greedy_is_deterministic_and_sampling_follows_its_seed(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+def test_greedy_is_deterministic_and_sampling_follows_its_seed(
+    loaded: tuple[Any, Any], media: dict[str, Path]
+) -> None:
     model, processor = loaded
     values = g.read_files([("image", media["image"])])
 
@@ -118,17 +144,26 @@ def test_greedy_is_deterministic_and_sampling_follows_its_seed(loaded: tuple[Any
     assert said() == said(seed=5)
     hot = {"temperature": 5.0, "top_p": 1.0}
     assert said(seed=1, **hot) == said(seed=1, **hot) != said(seed=2, **hot)
-    assert said(temperature=5.0, top_p=1e-6, seed=7) == said(), "the smallest nucleus is the greedy token"
+    assert said(temperature=5.0, top_p=1e-6, seed=7) == said(), (
+        "the smallest nucleus is the greedy token"
+    )
 
 
-def test_the_reference_offset_gives_the_same_first_token_and_another_rest(loaded: tuple[Any, Any], media: dict[str, Path]) -> None:
+def test_the_reference_offset_gives_the_same_first_token_and_another_rest(
+    loaded: tuple[Any, Any], media: dict[str, Path]
+) -> None:
     model, processor = loaded
     values = g.read_files([("audio", media["audio"])])
     text = g.prompt_text("What do you hear?", "conversation")
     ids = g.prompt_ids(processor.tokenizer, text)
     new = {
         mode: model.generate(
-            ids, torch.ones_like(ids), audio_values=values["audio"], decode_offset=mode, max_new_tokens=16, do_sample=False
+            ids,
+            torch.ones_like(ids),
+            audio_values=values["audio"],
+            decode_offset=mode,
+            max_new_tokens=16,
+            do_sample=False,
         )[0, ids.shape[1] :].tolist()
         for mode in g.OFFSETS
     }
@@ -141,10 +176,14 @@ def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -
 
     tokenizer = loaded[1].tokenizer
     conversation = b'{"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cone"}]}'
-    trained, labels = TextEncoder(tokenizer, "conversation", 10_000).encode({"json": Part("json", conversation)})
+    trained, labels = TextEncoder(tokenizer, "conversation", 10_000).encode(
+        {"json": Part("json", conversation)}
+    )
     prompt = g.prompt_ids(tokenizer, g.prompt_text("What is it?", "auto"))[0].tolist()
     answer_at = next(i for i, label in enumerate(labels) if label >= 0)
-    assert trained[:answer_at] == prompt, "the prompt is what stood before the first supervised token"
+    assert trained[:answer_at] == prompt, (
+        "the prompt is what stood before the first supervised token"
+    )
     assert g.prompt_ids(tokenizer, g.prompt_text("", "auto")).tolist() == [[tokenizer.bos_token_id]]
     assert g.prompt_ids(tokenizer, g.prompt_text("red", "raw"))[0, 0] == tokenizer.bos_token_id
 
@@ -165,21 +204,39 @@ class Scripted(torch.nn.Module):
         return torch.cat([ids, new], 1)
 
 
-@pytest.mark.parametrize(("tail", "ended"), [("###", "stop string"), ("</s>", "eos"), ("", "length")])
-def test_answers_end_at_eos_and_at_the_stop_string(loaded: tuple[Any, Any], tail: str, ended: str) -> None:
+@pytest.mark.parametrize(
+    ("tail", "ended"), [("###", "stop string"), ("</s>", "eos"), ("", "length")]
+)
+def test_answers_end_at_eos_and_at_the_stop_string(
+    loaded: tuple[Any, Any], tail: str, ended: str
+) -> None:
     model, processor = loaded
     tokenizer = processor.tokenizer
     said = tokenizer(" a red cone\n", add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id] if tail == "</s>" else tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    end = (
+        [tokenizer.eos_token_id]
+        if tail == "</s>"
+        else tokenizer(tail, add_special_tokens=False)["input_ids"]
+        if tail
+        else []
+    )
     rest = tokenizer(" Human: more", add_special_tokens=False)["input_ids"] if tail else []
-    answer = g.generate(Scripted(model.config, [*said, *end, *rest]), tokenizer, "x", {}, max_new_tokens=64)
+    answer = g.generate(
+        Scripted(model.config, [*said, *end, *rest]), tokenizer, "x", {}, max_new_tokens=64
+    )
     assert (answer.text, answer.ended, answer.tokens) == ("a red cone", ended, len(said) + len(end))
 
 
 def test_what_is_refused_before_the_model_is_loaded(
-    model_dir: Path, media: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    media: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("onellm_dist.model.presets.load_model", lambda **_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "onellm_dist.model.presets.load_model", lambda **_: pytest.fail("the model was loaded")
+    )
     corrupt = tmp_path / "broken.jpg"
     corrupt.write_bytes(media["image"].read_bytes()[:200])
     alone = tmp_path / "alone.depth.png"
@@ -227,13 +284,20 @@ def test_a_webp_and_a_stream_of_bytes_read_alike(tmp_path: Path) -> None:
     torch.testing.assert_close(webp, png)
 
 
-def test_a_cpu_computes_in_bf16_only_where_the_model_was_saved_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_in_bf16_only_where_the_model_was_saved_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = {}
     for saved in ("float32", "bfloat16"):
         (tmp_path / "config.json").write_text(f'{{"dtype": "{saved}"}}')
         for able in (True, False):
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able}, raising=False)
+            monkeypatch.setattr(
+                torch.cpu,
+                "get_capabilities",
+                lambda able=able: {"avx512_bf16": able},
+                raising=False,
+            )
             found[saved, able] = g.placement(tmp_path)["dtype"]
     assert found.pop(("bfloat16", True)) == torch.bfloat16
     assert set(found.values()) == {torch.float32}
@@ -243,7 +307,19 @@ def test_many_questions_get_the_answers_that_the_command_gives(
     model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"image": media["image"], "audio": media["audio"]}
-    questions = [{"inputs": [], "prompt": "Hello?"}, {"inputs": [[n, str(f)] for n, f in files.items()], "prompt": "What is it?"}]
+    questions = [
+        {"inputs": [], "prompt": "Hello?"},
+        {"inputs": [[n, str(f)] for n, f in files.items()], "prompt": "What is it?"},
+    ]
     told = list(answers(model_dir, questions, max_new_tokens=6))
-    _, said, _ = run([model_dir, "What is it?", *[x for n, f in files.items() for x in (f"--{n}", f)], "--max-new-tokens", 6], capsys)
+    _, said, _ = run(
+        [
+            model_dir,
+            "What is it?",
+            *[x for n, f in files.items() for x in (f"--{n}", f)],
+            "--max-new-tokens",
+            6,
+        ],
+        capsys,
+    )
     assert len(told) == 2 and told[1]["text"] == said.strip() and told[0]["tokens"] <= 6

@@ -21,7 +21,13 @@ class KilledAt:
         self.folder, self.at, self.counter = str(folder), at, counter
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and self.folder in str(arguments[0]):
+        if event in (
+            "open",
+            "os.rename",
+            "os.mkdir",
+            "os.remove",
+            "os.rmdir",
+        ) and self.folder in str(arguments[0]):
             self.counter.value += 1
             if self.counter.value == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -11,13 +11,23 @@ from shard_worlds import write_tree
 
 from onellm_dist.shards.build import registry as catalogue
 from onellm_dist.shards.command import build_dataset
-from onellm_dist.shards.sources.base import BuildReport, InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    BuildReport,
+    InputSplit,
+    Layout,
+    Option,
+    RawSample,
+    Source,
+)
 
 
 def _plan(inputs: Path, *, seed: int, group: int) -> Layout:
     rows = len((inputs / "rows.txt").read_text().splitlines())
     groups = (
-        InputSplit(f"rows:{i}", {"first": i, "last": min(i + group, rows)}, count=None if i else group) for i in range(0, rows, group)
+        InputSplit(
+            f"rows:{i}", {"first": i, "last": min(i + group, rows)}, count=None if i else group
+        )
+        for i in range(0, rows, group)
     )
     return Layout((), groups)
 
@@ -28,10 +38,22 @@ def _raw_samples(inputs: Path, spec: Mapping[str, Any], *, group: int) -> Iterat
         if number < len(lines):
             key, _, text = lines[number].partition(":")
             skip = "not wanted" if text == "skip" else None
-            yield RawSample(key, f"rows.txt:{number + 1}", caption=text, meta={"url": f"http://{text}"}, skip=skip)
+            yield RawSample(
+                key,
+                f"rows.txt:{number + 1}",
+                caption=text,
+                meta={"url": f"http://{text}"},
+                skip=skip,
+            )
 
 
-ROWS = Source("rows", "a test's text samples", plan=_plan, raw_samples=_raw_samples, options={"group": Option(10, "rows a group", int)})
+ROWS = Source(
+    "rows",
+    "a test's text samples",
+    plan=_plan,
+    raw_samples=_raw_samples,
+    options={"group": Option(10, "rows a group", int)},
+)
 
 
 def known_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ def local_s3(name: str) -> Iterator[str]:
     host, port = running.get_host_and_port()
     with pytest.MonkeyPatch.context() as environment:
         for key, value in {
-            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
+        }.items():
             environment.setenv(key, value)
         fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another server
         boto3.client("s3").create_bucket(Bucket=name)

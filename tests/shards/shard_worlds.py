@@ -72,10 +72,16 @@ def contents(dataset: Dataset, split: str = "train") -> dict[str, dict[str, byte
 
 def all_bytes(root: Path) -> dict[str, bytes]:
     """Every file below `root`."""
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(root).as_posix(): p.read_bytes()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
 
 
-def foreign_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT) -> Path:
+def foreign_tar(
+    path: Path, members: Iterable[tuple[str, bytes]], format: int = tarfile.GNU_FORMAT
+) -> Path:
     """A tar as another tool would write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:

@@ -32,7 +32,10 @@ def built(source: str, inputs: Path, out: Path, **options: Any) -> tuple[BuildRe
 def samples(dataset: Dataset, split: str = "train") -> dict[str, dict[str, Any]]:
     """Key to parts as bytes; `txt` as text, `json` as a value."""
     read = {"txt": lambda d: d.decode(), "json": json.loads}
-    return {k: {e: read.get(e, bytes)(d) for e, d in parts.items()} for k, parts in contents(dataset, split).items()}
+    return {
+        k: {e: read.get(e, bytes)(d) for e, d in parts.items()}
+        for k, parts in contents(dataset, split).items()
+    }
 
 
 def decoded(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch.Tensor]:
@@ -43,7 +46,9 @@ def decoded(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch
     for name in dataset.modalities:
         modality = get_modality(name)
         slots = {slot: Part(e, parts[e]) for slot, e in modality.match(set(parts)).items()}
-        values[name] = modality.transform(modality.decode(slots, meta), train=False, rng=np.random.default_rng(0))
+        values[name] = modality.transform(
+            modality.decode(slots, meta), train=False, rng=np.random.default_rng(0)
+        )
         assert values[name].shape == modality.value_shape
     return values
 
@@ -62,8 +67,12 @@ def turns(*values: str) -> list[dict[str, str]]:
 def photo(size: tuple[int, int] = (64, 48), seed: int = 0, kind: str = "JPEG") -> bytes:
     """A smooth picture whose left is darker than its right, with a bright disc: JPEG keeps it."""
     y, x = np.mgrid[: size[1], : size[0]]
-    disc = ((x - size[0] * (0.3 + 0.05 * (seed % 5))) ** 2 + (y - size[1] / 2) ** 2) < (min(size) / 4) ** 2
-    pixels = np.stack([x * 200 // size[0], np.where(disc, 250, 40), (y + 20 * seed) % 200], -1).astype(np.uint8)
+    disc = ((x - size[0] * (0.3 + 0.05 * (seed % 5))) ** 2 + (y - size[1] / 2) ** 2) < (
+        min(size) / 4
+    ) ** 2
+    pixels = np.stack(
+        [x * 200 // size[0], np.where(disc, 250, 40), (y + 20 * seed) % 200], -1
+    ).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=95)
     return buffer.getvalue()
@@ -86,7 +95,9 @@ def film(frames: int = 12, seed: int = 0) -> bytes:
 def tone(kind: str = "FLAC", rate: int = 32000, hertz: float = 440.0) -> bytes:
     """A second of sound."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * hertz * np.arange(rate) / rate), rate, format=kind)
+    soundfile.write(
+        buffer, 0.3 * np.sin(2 * np.pi * hertz * np.arange(rate) / rate), rate, format=kind
+    )
     return buffer.getvalue()
 
 
@@ -105,4 +116,6 @@ def as_json(value: Any) -> str:
 def cloud(points: int = 8192, seed: int = 0) -> np.ndarray:
     """[points, 6] fp32: positions, then colours in [0, 1]."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.normal(size=(points, 3)), rng.random((points, 3))], 1).astype(np.float32)
+    return np.concatenate([rng.normal(size=(points, 3)), rng.random((points, 3))], 1).astype(
+        np.float32
+    )

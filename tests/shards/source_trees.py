@@ -37,18 +37,32 @@ def downloaded(
         for number, row in enumerate(rows):
             key = f"{10**digits * shard + number:0{digits + 5}d}"
             meta = {
-                **{k: v for k, v in row.items() if k != "media"}, "key": key, "status": row.get("status", "success"),
-                "error_message": row.get("error_message"), "width": row.get("width"), "height": row.get("height"),
-            }  # fmt: skip
+                **{k: v for k, v in row.items() if k != "media"},
+                "key": key,
+                "status": row.get("status", "success"),
+                "error_message": row.get("error_message"),
+                "width": row.get("width"),
+                "height": row.get("height"),
+            }
             metas.append(meta)
             if row.get("media") is not None or failures_in_tar:
-                text = {"txt": str(row["caption"]) if row.get("caption") is not None else ""} if captions else {}
+                text = (
+                    {"txt": str(row["caption"]) if row.get("caption") is not None else ""}
+                    if captions
+                    else {}
+                )
                 media = {extension: row["media"]} if row.get("media") is not None else {}
                 writer.write({"__key__": key, **media, **text, "json": json.dumps(meta, indent=4)})
         writer.close()
     parquet.write_table(pyarrow.Table.from_pylist(metas), root / f"{name}.parquet")
     if finished:
         good = sum(m["status"] == "success" for m in metas)
-        stats = {"count": len(metas), "successes": good, "failed_to_download": len(metas) - good, "failed_to_resize": 0, "duration": 1.0}
+        stats = {
+            "count": len(metas),
+            "successes": good,
+            "failed_to_download": len(metas) - good,
+            "failed_to_resize": 0,
+            "duration": 1.0,
+        }
         (root / f"{name}_stats.json").write_text(json.dumps(stats, indent=4))
     return root / f"{name}.tar"

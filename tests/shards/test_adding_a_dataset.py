@@ -22,7 +22,11 @@ PAGE = Path(__file__).parents[2] / "docs/data.md"
 @pytest.fixture
 def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's source, as if it lay in shards/sources/."""
-    code = re.search(r'```python\n(""".onellm shards build birdsong.*?)```', PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    code = re.search(
+        r'```python\n(""".onellm shards build birdsong.*?)```',
+        PAGE.read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
     assert code is not None
     module = types.ModuleType("onellm_dist.shards.sources.birdsong")
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -33,8 +37,17 @@ def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def birds(root: Path) -> Path:
-    rows = ["id,species,place", "a1,blackbird,garden", "a2,wren,forest", "a3,robin", "a4,owl,forest", "a5,lark,field"]
-    files: dict[str, bytes | str] = {f"recordings/a{i}.wav": tone("WAV", hertz=200.0 * i) for i in (1, 2, 4)}
+    rows = [
+        "id,species,place",
+        "a1,blackbird,garden",
+        "a2,wren,forest",
+        "a3,robin",
+        "a4,owl,forest",
+        "a5,lark,field",
+    ]
+    files: dict[str, bytes | str] = {
+        f"recordings/a{i}.wav": tone("WAV", hertz=200.0 * i) for i in (1, 2, 4)
+    }
     return write_tree(root, {**files, "birds.csv": "\n".join(rows) + "\n"})
 
 
@@ -58,12 +71,17 @@ def test_the_pages_example(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_birdsong")
-def test_the_pages_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     birds(tmp_path / "birds")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "birds/birds.csv").write_text("id,species,place\na1,blackbird,garden\na2,wren,forest\n")
+    (tmp_path / "birds/birds.csv").write_text(
+        "id,species,place\na1,blackbird,garden\na2,wren,forest\n"
+    )
     commands = re.findall(
-        r"`(onellm shards (?:build birdsong|verify shards/birdsong|preview shards/birdsong)[^`]*)`", PAGE.read_text(encoding="utf-8")
+        r"`(onellm shards (?:build birdsong|verify shards/birdsong|preview shards/birdsong)[^`]*)`",
+        PAGE.read_text(encoding="utf-8"),
     )
     lines = [c.split()[1:] for c in commands if "IN OUT" not in c]
     assert [line[1] for line in lines] == ["build", "verify", "preview"]

@@ -21,7 +21,9 @@ def test_a_recipe_can_be_built_as_it_stands(recipe: Path) -> None:
     assert set(own) == set(source.options)
     assert settings is None or settings.name == Path(values["out"]).name
     assert (values.get("inputs") is not None) == source.needs_input
-    assert f"onellm shards build shards/{recipe.name}" in recipe.read_text() or source.name in ("toyworld",)
+    assert f"onellm shards build shards/{recipe.name}" in recipe.read_text() or source.name in (
+        "toyworld",
+    )
 
 
 def test_every_source_has_a_recipe() -> None:

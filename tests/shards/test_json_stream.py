@@ -12,7 +12,13 @@ import pytest
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.sources.readers import json_stream
-from onellm_dist.shards.sources.readers.json_stream import has_key, read_places, read_rows, row_groups, scan
+from onellm_dist.shards.sources.readers.json_stream import (
+    has_key,
+    read_places,
+    read_rows,
+    row_groups,
+    scan,
+)
 
 
 def odd_values(seed: int, count: int) -> list[Any]:
@@ -21,33 +27,56 @@ def odd_values(seed: int, count: int) -> list[Any]:
     texts = ["", 'a "quoted" [text], {x: 1}', "é 東京 🎈", "\\ \n \t \u2028", "]", "},{"]
     pick: list[Any] = [None, True, -1.5e-7, 12345678901234567890, *texts]
     return [
-        draw.choice([draw.choice(pick), {"k": draw.choice(texts), "n": [draw.random(), {}]}, [], {"d": {"e": [1, [2]]}}])
+        draw.choice(
+            [
+                draw.choice(pick),
+                {"k": draw.choice(texts), "n": [draw.random(), {}]},
+                [],
+                {"d": {"e": [1, [2]]}},
+            ]
+        )
         for _ in range(count)
     ]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("style", ["compact", "indented", "escaped"])
-def test_what_is_read_is_what_json_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, style: str) -> None:
+def test_what_is_read_is_what_json_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, style: str
+) -> None:
     monkeypatch.setattr(json_stream, "_CHUNK", chunk)
     values = odd_values(chunk, 60)
-    whole = {"info": {"rows": [1, {"a": 2}]}, "n": 17, "rows": values, "more": {f"key {i}é": v for i, v in enumerate(values)}, "end": []}
+    whole = {
+        "info": {"rows": [1, {"a": 2}]},
+        "n": 17,
+        "rows": values,
+        "more": {f"key {i}é": v for i, v in enumerate(values)},
+        "end": [],
+    }
     layouts: dict[str, dict[str, Any]] = {
         "compact": {"separators": (",", ":"), "ensure_ascii": False},
         "indented": {"indent": 2},
         "escaped": {},
     }
     text = json.dumps(whole, **layouts[style])
-    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + text.encode() if style == "indented" else text.encode())
+    (tmp_path / "x.json").write_bytes(
+        b"\xef\xbb\xbf" + text.encode() if style == "indented" else text.encode()
+    )
     groups = list(row_groups(tmp_path, "x.json", 7, key="rows"))
     assert [g.count for g in groups] == [7] * 8 + [4]
     assert [i.value for g in groups for i in read_rows(tmp_path, g.spec)] == values
     assert [i.number for i in read_rows(tmp_path, groups[2].spec)] == list(range(14, 21))
-    entries = [i for g in row_groups(tmp_path, "x.json", 9, key="more") for i in read_rows(tmp_path, g.spec)]
+    entries = [
+        i
+        for g in row_groups(tmp_path, "x.json", 9, key="more")
+        for i in read_rows(tmp_path, g.spec)
+    ]
     assert {i.key: i.value for i in entries} == whole["more"]
     assert entries[3].where == "x.json[key 3é]"
     places = [(n, row.start, row.end) for n, row in enumerate(scan(tmp_path / "x.json", "rows"))]
-    assert {i.number: i.value for i in read_places(tmp_path / "x.json", reversed(places))} == dict(enumerate(values))
+    assert {i.number: i.value for i in read_places(tmp_path / "x.json", reversed(places))} == dict(
+        enumerate(values)
+    )
     entry = list(scan(tmp_path / "x.json", "more"))[5]
     [found] = read_places(tmp_path / "x.json", [(5, entry.start, entry.end)], entries=True)
     assert (found.key, found.value) == ("key 5é", values[5])
@@ -62,23 +91,36 @@ def test_rows_are_counted_by_split(tmp_path: Path) -> None:
     for split in "abc":
         mine = [g for g in groups if g.split == split]
         assert sum(g.count or 0 for g in mine) == sum(r["n"] for r in rows if r["s"] == split)
-        assert [i.value for g in mine for i in read_rows(tmp_path, g.spec) if i.value["s"] == split] == [r for r in rows if r["s"] == split]
+        assert [
+            i.value for g in mine for i in read_rows(tmp_path, g.spec) if i.value["s"] == split
+        ] == [r for r in rows if r["s"] == split]
 
 
 def test_lines(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": "é"}\nbroken\n{"a": 3}')
     [group] = row_groups(tmp_path, "x.jsonl", 10)
-    assert [(i.number, i.value) for i in read_rows(tmp_path, group.spec)] == [(0, {"a": 1}), (1, {"a": "é"}), (2, None), (3, {"a": 3})]
+    assert [(i.number, i.value) for i in read_rows(tmp_path, group.spec)] == [
+        (0, {"a": 1}),
+        (1, {"a": "é"}),
+        (2, None),
+        (3, {"a": 3}),
+    ]
 
 
 def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\r\n{"a":\r2}\n\r\n{"a": 3}\r\n')
     groups = list(row_groups(tmp_path, "x.jsonl", 2))
     assert [g.count for g in groups] == [2, 1]
-    assert [(i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.spec)] == [(0, 1), (1, 2), (2, 3)]
+    assert [(i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.spec)] == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ]
 
 
-@pytest.mark.parametrize("text", ['[1, 2, {"a": ', "[1, 2", "[1 2]", '{"rows": [1, nope]}', '{"rows" [1]}', "17", '["a'])
+@pytest.mark.parametrize(
+    "text", ['[1, 2, {"a": ', "[1, 2", "[1 2]", '{"rows": [1, nope]}', '{"rows" [1]}', "17", '["a']
+)
 def test_what_is_broken_is_named_by_its_place(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(OneLLMError, match=r"x\.json: at byte \d+: "):

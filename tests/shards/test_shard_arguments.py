@@ -24,12 +24,29 @@ def code(arguments: list[str]) -> int:
 
 
 def test_a_build_with_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = write_tree(tmp_path / "in", {"a.jpg": picture(1), "a.txt": "one", "b.jpg": picture(2), "b.txt": "two"})
+    inputs = write_tree(
+        tmp_path / "in", {"a.jpg": picture(1), "a.txt": "one", "b.jpg": picture(2), "b.txt": "two"}
+    )
     out = tmp_path / "out"
-    flags = ["--modality=image", "--max-samples", "1", "--licence", "CC0-1.0", "--check", "--energon", "no", "--workers", "1"]
+    flags = [
+        "--modality=image",
+        "--max-samples",
+        "1",
+        "--licence",
+        "CC0-1.0",
+        "--check",
+        "--energon",
+        "no",
+        "--workers",
+        "1",
+    ]
     assert code(["shards", "build", "folder", str(inputs), str(out), *flags]) == EXIT_DONE
     dataset = open_dataset(out)
-    assert (list(contents(dataset)), len(dataset.shards()), dataset.manifest.licence) == (["a", "b"], 2, "CC0-1.0")
+    assert (list(contents(dataset)), len(dataset.shards()), dataset.manifest.licence) == (
+        ["a", "b"],
+        2,
+        "CC0-1.0",
+    )
     assert not (out / ".nv-meta").exists()
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"source: folder\ninputs: {inputs}\nout: {tmp_path / 'again'}\n")
@@ -41,15 +58,32 @@ def test_a_build_with_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--modalty", "image"], "source 'folder' has no option --modalty; did you mean --modality?"),
+        (
+            ["--modalty", "image"],
+            "source 'folder' has no option --modalty; did you mean --modality?",
+        ),
         (["--split"], "--split has no value"),
         (["--split", "--shuffle"], "--split has no value"),
         (["--limit", "x"], "limit='x' is not of type int"),
     ],
     ids=["unknown", "last", "before-a-flag", "wrong-type"],
 )
-def test_flags_that_cannot_be_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
-    assert code(["shards", "build", "folder", str(write_tree(tmp_path, {"a.txt": ""})), str(tmp_path / "out"), *flags]) == EXIT_USAGE
+def test_flags_that_cannot_be_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert (
+        code(
+            [
+                "shards",
+                "build",
+                "folder",
+                str(write_tree(tmp_path, {"a.txt": ""})),
+                str(tmp_path / "out"),
+                *flags,
+            ]
+        )
+        == EXIT_USAGE
+    )
     assert message in capsys.readouterr().err
 
 
@@ -69,15 +103,28 @@ def test_what_flags_become() -> None:
         "--seed=3",
     ]
     assert expanded(line, OWN) == [
-        "--overwrite", "cc3m-depth", "IN", "--option", "depth_model=DIR", "--option", "depth_is_distance=true", "OUT", "-o", "name=x",
-        "--option", "check=no", "--seed=3",
-    ]  # fmt: skip
+        "--overwrite",
+        "cc3m-depth",
+        "IN",
+        "--option",
+        "depth_model=DIR",
+        "--option",
+        "depth_is_distance=true",
+        "OUT",
+        "-o",
+        "name=x",
+        "--option",
+        "check=no",
+        "--seed=3",
+    ]
     assert expanded(["nosource", "--depth-model", "x"], OWN) == ["nosource", "--depth-model", "x"]
     assert expanded(["folder", "--", "--split"], OWN) == ["folder", "--", "--split"]
 
 
 @pytest.mark.parametrize("name", sorted(all_sources()))
-def test_the_help_of_every_source_explains_every_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_every_source_explains_every_option(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert code(["shards", "build", name, "--help"]) == EXIT_DONE
     said = capsys.readouterr().out
     flat = " ".join(said.split())
@@ -90,13 +137,23 @@ def test_the_help_of_every_source_explains_every_option(name: str, capsys: pytes
 def test_the_page_on_data_explains_every_option() -> None:
     """docs/data.md names every source, and each of its options."""
     page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
-    missing = [(s.name, o) for s in all_sources().values() for o in options_of(s) if f"`{o}`" not in page and f"`{o}=" not in page]
+    missing = [
+        (s.name, o)
+        for s in all_sources().values()
+        for o in options_of(s)
+        if f"`{o}`" not in page and f"`{o}=" not in page
+    ]
     assert not missing
     assert not [s for s in all_sources() if f"`{s}`" not in page]
 
 
-def test_the_commands_own_help_imports_no_source(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_own_help_imports_no_source(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is there at once; sources import torch."""
-    monkeypatch.setattr("onellm_dist.shards.build.arguments.all_sources", lambda: pytest.fail("sources were imported"))
+    monkeypatch.setattr(
+        "onellm_dist.shards.build.arguments.all_sources",
+        lambda: pytest.fail("sources were imported"),
+    )
     assert code(["shards", "build", "--help"]) == EXIT_DONE
     assert "--dry-run" in capsys.readouterr().out

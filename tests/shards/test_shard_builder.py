@@ -49,7 +49,11 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert found["k003"]["txt"] == b"caption number 3"
     assert json.loads(found["k003"]["json"]) == {"url": "http://caption number 3"}
     told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["raw_samples"], told["samples"], told["left_out"]) == (60, 56, {"duplicate: exact": 1, "not wanted": 1})
+    assert (told["raw_samples"], told["samples"], told["left_out"]) == (
+        60,
+        56,
+        {"duplicate: exact": 1, "not wanted": 1},
+    )
     assert verify_dataset(tmp_path / "out") == []
 
 
@@ -90,7 +94,9 @@ def pictures(folder: Path) -> Path:
         ({"limit": 2}, ["p0", "p1"]),
     ],
 )
-def test_duplicates_and_filters(tmp_path: Path, options: dict[str, Any], kept: list[str] | None) -> None:
+def test_duplicates_and_filters(
+    tmp_path: Path, options: dict[str, Any], kept: list[str] | None
+) -> None:
     inputs = pictures(tmp_path / "in")
     if kept is None:  # the value that the threshold is for is in no sample
         with pytest.raises(OneLLMError, match="all 6 samples were left out by filters"):
@@ -127,7 +133,9 @@ def test_pictures_are_made_smaller_where_asked(tmp_path: Path) -> None:
     }
     build_dataset("folder", inputs, tmp_path / "as_is", resize=60)
     as_is = contents(open_dataset(tmp_path / "as_is"))
-    assert as_is["small"]["jpg"] == (inputs / "small.jpg").read_bytes()  # small enough, no quality asked for
+    assert (
+        as_is["small"]["jpg"] == (inputs / "small.jpg").read_bytes()
+    )  # small enough, no quality asked for
     assert Image.open(io.BytesIO(as_is["p0"]["jpg"])).size == (90, 60)
 
 
@@ -153,18 +161,33 @@ def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_pat
     units = [(u, rows[u * 100 : u * 100 + 100]) for u in range(6)]
     for distance in range(4):
         expected = {
-            (i // 100, i % 100) for i in range(600) if any((looks[i] ^ looks[j]).bit_count() <= distance for j in range(i))
-        }  # fmt: skip
+            (i // 100, i % 100)
+            for i in range(600)
+            if any((looks[i] ^ looks[j]).bit_count() <= distance for j in range(i))
+        }
         for capacity in (1000, 150):
-            found = duplicates(lambda: iter(units), keys=False, dedup="perceptual", distance=distance, scratch=tmp_path, capacity=capacity)
+            found = duplicates(
+                lambda: iter(units),
+                keys=False,
+                dedup="perceptual",
+                distance=distance,
+                scratch=tmp_path,
+                capacity=capacity,
+            )
             assert {(u, r) for u, rs in found.items() for r in rs} == expected
 
 
 def test_what_goes_for_its_key_takes_no_media_with_it(tmp_path: Path) -> None:
     rows = np.zeros(4, ROW)
-    rows["key"], rows["content"], rows["look"] = [[1, 0], [1, 0], [2, 0], [3, 0]], [[5, 5], [6, 6], [6, 6], [6, 6]], [1, 2, 2, 2]
+    rows["key"], rows["content"], rows["look"] = (
+        [[1, 0], [1, 0], [2, 0], [3, 0]],
+        [[5, 5], [6, 6], [6, 6], [6, 6]],
+        [1, 2, 2, 2],
+    )
     for dedup in ("exact", "perceptual"):
-        found = duplicates(lambda: iter([(0, rows)]), keys=True, dedup=dedup, distance=0, scratch=tmp_path)
+        found = duplicates(
+            lambda: iter([(0, rows)]), keys=True, dedup=dedup, distance=0, scratch=tmp_path
+        )
         assert found == {0: {1: "key", 3: "exact"}}
 
 
@@ -172,24 +195,40 @@ def test_what_goes_for_its_key_takes_no_media_with_it(tmp_path: Path) -> None:
 def test_near_copies_are_not_looked_for_without_pictures(tmp_path: Path, kind: str) -> None:
     files: dict[str, bytes | str] = {f"{i}.txt": str(i) for i in range(4)}
     for i in range(4):
-        files.update({f"{i}.wav": sound(i)} if kind == "audio" else {f"{i}.jpg": picture(i), f"{i}.depth.npy": array((24, 32))})
-    with pytest.raises(UsageError, match=f"dedup=perceptual, and samples of {kind} have no picture"):
-        build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", dedup="perceptual")
+        files.update(
+            {f"{i}.wav": sound(i)}
+            if kind == "audio"
+            else {f"{i}.jpg": picture(i), f"{i}.depth.npy": array((24, 32))}
+        )
+    with pytest.raises(
+        UsageError, match=f"dedup=perceptual, and samples of {kind} have no picture"
+    ):
+        build_dataset(
+            "folder", write_tree(tmp_path / "in", files), tmp_path / "out", dedup="perceptual"
+        )
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = [f"k{i}:{'' if i % 3 == 2 else 'text'}" for i in range(60)]
     inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})
     whole = build(inputs, tmp_path / "whole", max_failures=0.5, dedup="none")
     assert (len(whole.quarantined), whole.failures) == (20, 20)
     monkeypatch.setattr(unit, "LISTED", 7)
-    build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(0, 2))  # the others' are taken from their records
+    build(
+        inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(0, 2)
+    )  # the others' are taken from their records
     report = build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(1, 2))
     assert (report.quarantined, report.failures) == (whole.quarantined[:7], 20)
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
-    assert [json.loads(line)["key"] for line in (tmp_path / "out/quarantine.jsonl").open()] == [f"k{i}" for i in range(2, 60, 3)]
-    assert f"left out: 20 (all in {tmp_path}/out/quarantine.jsonl); of the first 7:" in summary(report, tmp_path / "out")
+    assert [json.loads(line)["key"] for line in (tmp_path / "out/quarantine.jsonl").open()] == [
+        f"k{i}" for i in range(2, 60, 3)
+    ]
+    assert f"left out: 20 (all in {tmp_path}/out/quarantine.jsonl); of the first 7:" in summary(
+        report, tmp_path / "out"
+    )
     with pytest.raises(TooManyFailures, match="13 of the first") as caught:
         build(inputs, tmp_path / "given_up", max_failures=0.2, dedup="none")
     assert len(caught.value.bad) == 7
@@ -209,18 +248,39 @@ def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:
 def test_shards_are_cut_by_bytes(tmp_path: Path) -> None:
     build(rows_input(tmp_path / "in"), tmp_path / "out", max_bytes=200, dedup="none")
     dataset = open_dataset(tmp_path / "out")
-    assert [s.path for s in dataset.shards()][:2] == ["shards/train-000000.tar", "shards/train-000000_01.tar"]
+    assert [s.path for s in dataset.shards()][:2] == [
+        "shards/train-000000.tar",
+        "shards/train-000000_01.tar",
+    ]
     assert all(s.samples < 8 for s in dataset.shards())
     assert dataset.samples() == 57
     assert verify_dataset(tmp_path / "out") == []
 
 
-def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_tells_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inputs = pictures(tmp_path / "in")
     (inputs / "p1.jpg").write_bytes(b"broken")
-    assert build_command("folder", [inputs, tmp_path / "out"], ["max_samples=4"], workers=1, seed=0, overwrite=False, dry_run=True) == 0
+    assert (
+        build_command(
+            "folder",
+            [inputs, tmp_path / "out"],
+            ["max_samples=4"],
+            workers=1,
+            seed=0,
+            overwrite=False,
+            dry_run=True,
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    told = ("1 groups, 6 raw_samples of image", "2 shards or more (train: 2)", "tried 6: 5 good, about", "p1.jpg: unreadable image")
+    told = (
+        "1 groups, 6 raw_samples of image",
+        "2 shards or more (train: 2)",
+        "tried 6: 5 good, about",
+        "p1.jpg: unreadable image",
+    )
     for line in (*told, "nothing was written"):
         assert line in text
     assert os.listdir(tmp_path) == ["in"]
@@ -235,7 +295,9 @@ def test_a_remote_store_gets_the_same_bytes(tmp_path: Path) -> None:
     build("memory://lake/in", "memory://lake/out", task=Task(0, 2))  # type: ignore[arg-type]
     assert not store.exists("/lake/out/manifest.json")
     build("memory://lake/in", "memory://lake/out", task=Task(1, 2))  # type: ignore[arg-type]
-    assert {k.removeprefix("/lake/out/"): store.cat(k) for k in store.find("/lake/out")} == all_bytes(tmp_path / "out")
+    assert {
+        k.removeprefix("/lake/out/"): store.cat(k) for k in store.find("/lake/out")
+    } == all_bytes(tmp_path / "out")
     with pytest.raises(UsageError, match="already holds a dataset"):
         build("memory://lake/in", "memory://lake/out")  # type: ignore[arg-type]
     store.rm("/lake", recursive=True)
@@ -256,7 +318,9 @@ def test_energons_files_say_where_everything_lies(tmp_path: Path) -> None:
     dataset = open_dataset(tmp_path / "out")
     info = json.loads((tmp_path / "out/.nv-meta/.info.json").read_text())
     assert info["shard_counts"] == {s.path: s.samples for s in dataset.shards()}
-    assert yaml.safe_load((tmp_path / "out/.nv-meta/split.yaml").read_text())["split_parts"]["train"] == [s.path for s in dataset.shards()]
+    assert yaml.safe_load((tmp_path / "out/.nv-meta/split.yaml").read_text())["split_parts"][
+        "train"
+    ] == [s.path for s in dataset.shards()]
     for shard in dataset.shards():
         starts = np.fromfile(tmp_path / "out" / f"{shard.path}.idx", "<u8")
         assert [int(starts[0]), len(starts)] == [0, shard.samples + 1]
@@ -269,7 +333,9 @@ def test_energons_files_say_where_everything_lies(tmp_path: Path) -> None:
     database.close()
     found: dict[str, dict[str, bytes]] = {}
     for tar, key, part, offset, size in rows:
-        found.setdefault(key, {})[part] = FileRange(tmp_path / "out" / tars[tar], offset, size).read_bytes()
+        found.setdefault(key, {})[part] = FileRange(
+            tmp_path / "out" / tars[tar], offset, size
+        ).read_bytes()
     assert found == contents(dataset)
 
 
@@ -277,11 +343,21 @@ def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) ->
     build(rows_input(tmp_path / "in"), tmp_path / "out", max_samples=20)
     os.unlink(tmp_path / "out/manifest.json")
     names = [f"shards/train-00000{i}.tar" for i in range(3)]
-    split = {"split_parts": {"train": [names[0]], "val": ["shards/train-{000001..000002}.tar"]}, "exclude": [f"{names[2]}/k050"]}
+    split = {
+        "split_parts": {"train": [names[0]], "val": ["shards/train-{000001..000002}.tar"]},
+        "exclude": [f"{names[2]}/k050"],
+    }
     (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump(split))
-    with pytest.raises(UsageError, match=r"excludes 1 single samples, shards/train-000002\.tar/k050"):
+    with pytest.raises(
+        UsageError, match=r"excludes 1 single samples, shards/train-000002\.tar/k050"
+    ):
         index_path(tmp_path / "out", modalities=())
-    (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump({**split, "exclude": ["shards/train-{000002..000007}.tar"]}))
+    (tmp_path / "out/.nv-meta/split.yaml").write_text(
+        yaml.safe_dump({**split, "exclude": ["shards/train-{000002..000007}.tar"]})
+    )
     index_path(tmp_path / "out", modalities=())
     dataset = open_dataset(tmp_path / "out")
-    assert {s: [i.path for i in dataset.shards(s)] for s in dataset.splits} == {"train": names[:1], "val": names[1:2]}
+    assert {s: [i.path for i in dataset.shards(s)] for s in dataset.splits} == {
+        "train": names[:1],
+        "val": names[1:2],
+    }

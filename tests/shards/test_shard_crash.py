@@ -40,7 +40,9 @@ def pictures(folder: Path) -> Path:
 
 
 def start(inputs: Path | str, out: Path | str, code: str = CODE) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", code, str(inputs), str(out)], stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(inputs), str(out)], stderr=subprocess.PIPE
+    )
 
 
 def wait_for_units(done: Callable[[], int], count: int, builder: subprocess.Popen[bytes]) -> None:
@@ -64,7 +66,15 @@ def kill(builder: subprocess.Popen[bytes], worker: bool) -> str:
 
 def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
     inputs, out = pictures(tmp_path / "in"), tmp_path / "out"
-    build_dataset("folder", inputs, tmp_path / "alone", name="same", max_samples=SAMPLES, dedup="exact", max_failures=0.5)
+    build_dataset(
+        "folder",
+        inputs,
+        tmp_path / "alone",
+        name="same",
+        max_samples=SAMPLES,
+        dedup="exact",
+        max_failures=0.5,
+    )
     draw, died, done = random.Random(seed), 0, out.parent / f".{out.name}.building/done"
     for number, target in enumerate(sorted(draw.sample(range(1, UNITS - 12), kills))):
         builder = start(inputs, out)
@@ -88,7 +98,9 @@ def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_builder_with_three_workers_survives_kills(tmp_path: Path) -> None:
-    killed_builds(tmp_path, 3, seed=0)  # each takes a start of four processes; the other kinds of kills are in test_shard_kills.py
+    killed_builds(
+        tmp_path, 3, seed=0
+    )  # each takes a start of four processes; the other kinds of kills are in test_shard_kills.py
 
 
 @pytest.mark.soak
@@ -102,7 +114,9 @@ def test_a_builder_with_three_workers_survives_kills_for_long(tmp_path: Path) ->
 def test_a_builder_that_writes_to_a_store_survives_kills(tmp_path: Path) -> None:
     rows = "".join(f"caption {i}\tnone\n" for i in range(4 * 16))
     inputs = write_tree(tmp_path / "in", {"a.csv": f"caption\turl\n{rows}"})
-    build_dataset("reference-lists", inputs, tmp_path / "alone", modality="text", name="same", max_samples=4)
+    build_dataset(
+        "reference-lists", inputs, tmp_path / "alone", modality="text", name="same", max_samples=4
+    )
     with local_s3("crash") as bucket:
         upload(inputs, f"{bucket}/in")
         store = fsspec.filesystem("s3")

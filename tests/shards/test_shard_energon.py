@@ -35,8 +35,17 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     rows = {"train": 10, "val": 3}
     files: dict[str, bytes | str] = {f"{i}.jpg": picture(i) for i in range(13)}
     for first, (split, count) in zip((0, 10), rows.items(), strict=True):
-        files[f"{split}.csv"] = "caption\turl\n" + "".join(f"gr\u00fcn {i}\t{i}.jpg\n" for i in range(first, first + count))
-    build_dataset("reference-lists", write_tree(root / "in", files), root / "out", modality="image", name="set", max_samples=3)
+        files[f"{split}.csv"] = "caption\turl\n" + "".join(
+            f"gr\u00fcn {i}\t{i}.jpg\n" for i in range(first, first + count)
+        )
+    build_dataset(
+        "reference-lists",
+        write_tree(root / "in", files),
+        root / "out",
+        modality="image",
+        name="set",
+        max_samples=3,
+    )
     return open_dataset(root / "out")
 
 
@@ -53,15 +62,32 @@ def loaded(root: Path, split: str) -> dict[str, dict[str, bytes]]:
         cookers = (energon.Cooker(energon.stateless(lambda sample: sample)),)
 
     config = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
-    dataset = energon.get_val_dataset(str(root), split_part=split, worker_config=config, batch_size=None, task_encoder=Task())
-    return {sample["__key__"].split(".tar/")[-1]: parts_of(sample) for sample in energon.get_loader(dataset)}
+    dataset = energon.get_val_dataset(
+        str(root), split_part=split, worker_config=config, batch_size=None, task_encoder=Task()
+    )
+    return {
+        sample["__key__"].split(".tar/")[-1]: parts_of(sample)
+        for sample in energon.get_loader(dataset)
+    }
 
 
 def prepared(dataset: Dataset, root: Path) -> Path:
     """The bare tars as `energon prepare` leaves them."""
-    shutil.copytree(dataset.root / "shards", root / "shards", ignore=shutil.ignore_patterns("*.idx", "*.index"))
+    shutil.copytree(
+        dataset.root / "shards", root / "shards", ignore=shutil.ignore_patterns("*.idx", "*.index")
+    )
     splits = [f"--split-parts={name}:shards/{name}-.*" for name in ("train", "val")]
-    command = [sys.executable, "-c", PREPARE, "prepare", "--non-interactive", *splits, "--sample-type", "CrudeWebdataset", str(root)]
+    command = [
+        sys.executable,
+        "-c",
+        PREPARE,
+        "prepare",
+        "--non-interactive",
+        *splits,
+        "--sample-type",
+        "CrudeWebdataset",
+        str(root),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return root
 
@@ -70,11 +96,11 @@ def rows_of(database: Path) -> dict[str, list[tuple[Any, ...]]]:
     """Tables with their rows, and indexes with their columns."""
     connection = sqlite3.connect(database)
     found = {
-        name: sorted(connection.execute(f"SELECT * FROM {name}").fetchall()) if kind == "table" else connection.execute(
-            f"PRAGMA index_info({name})"
-        ).fetchall()
+        name: sorted(connection.execute(f"SELECT * FROM {name}").fetchall())
+        if kind == "table"
+        else connection.execute(f"PRAGMA index_info({name})").fetchall()
         for kind, name in connection.execute("SELECT type, name FROM sqlite_master").fetchall()
-    }  # fmt: skip
+    }
     connection.close()
     return found
 
@@ -87,7 +113,11 @@ def test_its_loader_reads_our_dataset(ours: Dataset, split: str) -> None:
 def test_energon_prepare_writes_what_we_write(ours: Dataset, tmp_path: Path) -> None:
     root = prepared(ours, tmp_path / "prepared")
     mine, its = all_bytes(ours.root), all_bytes(root)
-    equal = [".nv-meta/.info.json", ".nv-meta/dataset.yaml", *(f"{s.path}.idx" for s in ours.manifest.shards)]
+    equal = [
+        ".nv-meta/.info.json",
+        ".nv-meta/dataset.yaml",
+        *(f"{s.path}.idx" for s in ours.manifest.shards),
+    ]
     for name in equal:
         assert mine[name] == its[name], name
     assert json.loads(mine[".nv-meta/.info.json"])["energon_version"] == ENERGON_VERSION
@@ -98,7 +128,9 @@ def test_energon_prepare_writes_what_we_write(ours: Dataset, tmp_path: Path) -> 
     }
     assert expanded | {"test": []} == yaml.safe_load(mine[".nv-meta/split.yaml"])["split_parts"]
     assert len(its[".nv-meta/index.uuid"]) == len(mine[".nv-meta/index.uuid"])
-    assert set(its) == {n for n in mine if n.startswith(".nv-meta/") or n.endswith((".tar", ".tar.idx"))}
+    assert set(its) == {
+        n for n in mine if n.startswith(".nv-meta/") or n.endswith((".tar", ".tar.idx"))
+    }
 
 
 def test_we_read_what_it_prepared(ours: Dataset, tmp_path: Path) -> None:

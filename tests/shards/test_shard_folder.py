@@ -22,8 +22,12 @@ from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render
 
 
-def build(tmp_path: Path, files: dict[str, bytes | str], **options: Any) -> tuple[BuildReport, Dataset]:
-    report = build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", **options)
+def build(
+    tmp_path: Path, files: dict[str, bytes | str], **options: Any
+) -> tuple[BuildReport, Dataset]:
+    report = build_dataset(
+        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", **options
+    )
     return report, open_dataset(tmp_path / "out")
 
 
@@ -53,11 +57,22 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
         "cats/2": {"png": files["cats/2.png"], "json": b'{"caption": "two"}'},
     }
     assert list(contents(dataset)) == ["a", "cats/10_v2", "cats/2"]
-    assert (dataset.name, dataset.modalities, dataset.manifest.source) == ("out", ("image",), "folder")
+    assert (dataset.name, dataset.modalities, dataset.manifest.source) == (
+        "out",
+        ("image",),
+        "folder",
+    )
     urls = [str(dataset.tar_path(s)) for s in dataset.shards()]
-    assert [s["__key__"] for s in webdataset.WebDataset(urls, shardshuffle=False)] == ["a", "cats/10_v2", "cats/2"]
+    assert [s["__key__"] for s in webdataset.WebDataset(urls, shardshuffle=False)] == [
+        "a",
+        "cats/10_v2",
+        "cats/2",
+    ]
     assert sorted(all_bytes(tmp_path / "out")) == [
-        *(f".nv-meta/{name}" for name in (".info.json", "dataset.yaml", "index.sqlite", "index.uuid", "split.yaml")),
+        *(
+            f".nv-meta/{name}"
+            for name in (".info.json", "dataset.yaml", "index.sqlite", "index.uuid", "split.yaml")
+        ),
         "manifest.json",
         *(f"shards/train-000000.tar{end}" for end in ("", ".idx", ".index")),
         "statistics.json",
@@ -69,7 +84,11 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
     [
         ({"a.wav": sound(0)}, ("audio",), {"wav"}),
         ({"a.jpg": picture(0), "a.depth.png": picture(1, "PNG")}, ("depth",), {"jpg", "depth.png"}),
-        ({"a.png": picture(0, "PNG"), "a.normal.npy": array((24, 32, 3))}, ("normal",), {"png", "normal.npy"}),
+        (
+            {"a.png": picture(0, "PNG"), "a.normal.npy": array((24, 32, 3))},
+            ("normal",),
+            {"png", "normal.npy"},
+        ),
         ({"a.point.npy": array((9000, 6))}, ("point",), {"point.npy"}),
         ({"a.imu.npy": array((6, 400))}, ("imu",), {"imu.npy"}),
         ({"a.nsdgeneral.npy": array((3, 15724))}, ("fmri",), {"nsdgeneral.npy"}),
@@ -97,12 +116,18 @@ def test_samples_of_two_modalities(tmp_path: Path) -> None:
     }
     report, dataset = build(tmp_path, files, modality="image,audio", max_failures="0.5")
     assert dataset.modalities == ("image", "audio")
-    assert {k: set(v) for k, v in contents(dataset).items()} == {k: {"jpg", "wav", "txt"} for k in "ab"}
+    assert {k: set(v) for k, v in contents(dataset).items()} == {
+        k: {"jpg", "wav", "txt"} for k in "ab"
+    }
     assert reasons(report)["c"].startswith("missing part: no audio part")
 
 
 def test_text_alone(tmp_path: Path) -> None:
-    _, dataset = build(tmp_path, {"a.txt": "one", "b.json": '{"conversations": [{"from": "human", "value": "?"}]}'}, modality="text")
+    _, dataset = build(
+        tmp_path,
+        {"a.txt": "one", "b.json": '{"conversations": [{"from": "human", "value": "?"}]}'},
+        modality="text",
+    )
     assert dataset.modalities == ()
     assert list(contents(dataset)) == ["a", "b"]
 
@@ -111,13 +136,18 @@ def test_text_alone(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"a.npy": array((6, 400)), "a.txt": "x"}, "1 of point or imu or fmri"),
-        ({"a.jpg": picture(0), "a.txt": "x", "b.wav": sound(0), "b.txt": "y"}, "1 of image; 1 of audio"),
+        (
+            {"a.jpg": picture(0), "a.txt": "x", "b.wav": sound(0), "b.txt": "y"},
+            "1 of image; 1 of audio",
+        ),
         ({"a.jpg": picture(0), "a.wav": sound(0), "a.txt": "x"}, "1 of image or audio"),
         ({"a.doc": b"", "b.txt": "x"}, "no file there is media of a known modality"),
         ({"a.depth.png": picture(0, "PNG"), "a.txt": "x"}, r"only \.depth\.png"),
     ],
 )
-def test_a_modality_that_cannot_be_told_is_asked_for(tmp_path: Path, files: dict[str, bytes | str], message: str) -> None:
+def test_a_modality_that_cannot_be_told_is_asked_for(
+    tmp_path: Path, files: dict[str, bytes | str], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         build(tmp_path, files)
     assert os.listdir(tmp_path) == ["in"]
@@ -167,16 +197,24 @@ REASONS = {
 
 def test_every_bad_sample_is_left_out_with_its_reason(tmp_path: Path) -> None:
     """Nothing takes the place of a bad sample: exactly the good ones are there."""
-    good = {f"good{i}{e}": d for i in range(3) for e, d in ((".jpg", picture(20 + i)), (".txt", f"good {i}"))}
+    good = {
+        f"good{i}{e}": d
+        for i in range(3)
+        for e, d in ((".jpg", picture(20 + i)), (".txt", f"good {i}"))
+    }
     report, dataset = build(tmp_path, {**BAD, **good}, max_failures=0.9)
     assert list(contents(dataset)) == ["good0", "good1", "good2"]
     found = reasons(report)
     assert set(found) == set(REASONS)
     for key, start in REASONS.items():
         assert found[key].startswith(start), (key, found[key])
-    lines = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
+    ]
     assert {line["key"]: line["reason"] for line in lines} == found
-    assert next(line["file"] for line in lines if line["key"] == "corrupt").endswith("in/corrupt.jpg")
+    assert next(line["file"] for line in lines if line["key"] == "corrupt").endswith(
+        "in/corrupt.jpg"
+    )
     text = summary(report, tmp_path / "out")
     assert f"left out: {len(REASONS)}" in text
     assert "2 x unreadable image" in text
@@ -187,7 +225,8 @@ def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
     for i in (3, 7, 11):
         files[f"{i:02d}.jpg"] = b"broken"
     with pytest.raises(
-        TooManyFailures, match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20(.|\n)*03\.jpg: unreadable image"
+        TooManyFailures,
+        match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20(.|\n)*03\.jpg: unreadable image",
     ) as caught:
         build(tmp_path, files)
     assert caught.value.exit_code == 1
@@ -262,14 +301,18 @@ def test_a_builder_killed_between_its_last_renames_loses_nothing(tmp_path: Path)
 def test_two_builders_of_one_output(tmp_path: Path) -> None:
     (tmp_path / ".out.building").mkdir()
     other = os.open(tmp_path / ".out.building", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)  # as a source that builds by itself does; planned builds of one request share the work
+    fcntl.flock(
+        other, fcntl.LOCK_EX
+    )  # as a source that builds by itself does; planned builds of one request share the work
     with pytest.raises(UsageError, match="being built by another process"):
         build(tmp_path, FINE)
     os.close(other)
     build(tmp_path, FINE)
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -279,12 +322,16 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("onellm_dist.shards.format.tar_writer.os.fsync", full)
-    with pytest.raises(OneLLMError, match=r"No space left on device(.|\n)*nothing stands under") as caught:
+    with pytest.raises(
+        OneLLMError, match=r"No space left on device(.|\n)*nothing stands under"
+    ) as caught:
         build(tmp_path, FINE)
     assert caught.value.exit_code == 1
     assert os.listdir(tmp_path) == ["in"]
@@ -292,12 +339,25 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(tmp_path: Path, monk
 
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:
     files = {f"{i:02d}.txt": f"text {i}" for i in range(20)}
-    options: dict[str, Any] = {"modality": "text", "max_samples": "8", "split": "val", "name": "mine", "licence": "CC0-1.0"}
+    options: dict[str, Any] = {
+        "modality": "text",
+        "max_samples": "8",
+        "split": "val",
+        "name": "mine",
+        "licence": "CC0-1.0",
+    }
     _, dataset = build(tmp_path, files, **options)
     assert [s.samples for s in dataset.shards("val")] == [8, 8, 4]
     assert (dataset.name, dataset.manifest.licence) == ("mine", "CC0-1.0")
     keys = sorted(contents(dataset, "val"))
-    orders = [list(contents(build(tmp_path, {}, overwrite=True, shuffle="yes", seed=seed, **options)[1], "val")) for seed in (1, 1, 2)]
+    orders = [
+        list(
+            contents(
+                build(tmp_path, {}, overwrite=True, shuffle="yes", seed=seed, **options)[1], "val"
+            )
+        )
+        for seed in (1, 1, 2)
+    ]
     assert sorted(orders[0]) == keys
     assert orders[0] == orders[1] != orders[2]
 
@@ -324,7 +384,10 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, str | None, str], mes
         ({"modlity": "image"}, "did you mean 'modality'"),
         ({"modality": "smell"}, "unknown modality 'smell'"),
         ({"modality": "image,image"}, "twice"),
-        ({"modality": "audio"}, r"no samples of modality audio found \(ignored: 1 x \.jpg, 1 x \.txt\)"),
+        (
+            {"modality": "audio"},
+            r"no samples of modality audio found \(ignored: 1 x \.jpg, 1 x \.txt\)",
+        ),
         ({"max_failures": 2}, "not within 0 and 1"),
         ({"max_samples": "many"}, "not of type int"),
         ({"max_samples": 0}, "at least 1"),
@@ -344,18 +407,49 @@ def test_the_command_and_a_recipe_build_the_same(
 ) -> None:
     write_tree(tmp_path / "in", FINE)
     monkeypatch.chdir(tmp_path)
-    assert build_command("folder", [Path("in"), Path("out")], ["name=x", "licence=CC0-1.0"], workers=1, seed=0, overwrite=False) == 0
+    assert (
+        build_command(
+            "folder",
+            [Path("in"), Path("out")],
+            ["name=x", "licence=CC0-1.0"],
+            workers=1,
+            seed=0,
+            overwrite=False,
+        )
+        == 0
+    )
     assert "out: 1 samples" in capsys.readouterr().out
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text("source: folder\ninputs: in\nout: elsewhere\noptions: {name: x, licence: unknown}\n")
+    recipe.write_text(
+        "source: folder\ninputs: in\nout: elsewhere\noptions: {name: x, licence: unknown}\n"
+    )
     assert build_recipe(recipe, licence="CC0-1.0")[0] == Path("elsewhere")
-    assert build_command(str(recipe), [Path("third")], ["licence=CC0-1.0"], workers=1, seed=0, overwrite=False) == 0
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "elsewhere") == all_bytes(tmp_path / "third")
+    assert (
+        build_command(
+            str(recipe), [Path("third")], ["licence=CC0-1.0"], workers=1, seed=0, overwrite=False
+        )
+        == 0
+    )
+    assert (
+        all_bytes(tmp_path / "out")
+        == all_bytes(tmp_path / "elsewhere")
+        == all_bytes(tmp_path / "third")
+    )
     assert build_command("folder", [Path("x")], ["help"], workers=1, seed=0, overwrite=False) == 0
     assert "--max-failures" in capsys.readouterr().out
     with pytest.raises(UsageError, match="takes IN and OUT"):
         build_command("folder", [Path("out")], [], workers=1, seed=0, overwrite=False)
-    assert build_command(str(recipe), [Path("in"), Path("fourth")], ["licence=CC0-1.0"], workers=1, seed=5, overwrite=False) == 0
+    assert (
+        build_command(
+            str(recipe),
+            [Path("in"), Path("fourth")],
+            ["licence=CC0-1.0"],
+            workers=1,
+            seed=5,
+            overwrite=False,
+        )
+        == 0
+    )
     assert all_bytes(tmp_path / "fourth") == all_bytes(tmp_path / "out")
     recipe.write_text("source: folder\noutput: x\n")
     with pytest.raises(UsageError, match="unknown key 'output', no key 'out'"):
@@ -366,17 +460,32 @@ def test_the_command_and_a_recipe_build_the_same(
 def test_real_media_of_every_modality_come_through_unchanged(tmp_path: Path, name: str) -> None:
     """A toy sample as loose files: decoded and transformed by its modality as a check, stored byte by byte."""
     sample = render(name, "train", 0, 0)
-    report, dataset = build(tmp_path, {f"{name}.{extension}": data for extension, data in sample.parts.items()}, modality=name)
+    report, dataset = build(
+        tmp_path,
+        {f"{name}.{extension}": data for extension, data in sample.parts.items()},
+        modality=name,
+    )
     assert reasons(report) == {}
     assert contents(dataset)[name] == sample.parts
 
 
 @pytest.mark.slow
 def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"{i:03d}{e}": d for i in range(60) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
+    files: dict[str, bytes | str] = {
+        f"{i:03d}{e}": d
+        for i in range(60)
+        for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))
+    }
     write_tree(tmp_path / "in", {**files, "017.jpg": b"broken", "033.txt": b"\xff"})
     for workers in (1, 2):
-        build_dataset("folder", tmp_path / "in", tmp_path / str(workers), workers=workers, name="same", max_samples=20)
+        build_dataset(
+            "folder",
+            tmp_path / "in",
+            tmp_path / str(workers),
+            workers=workers,
+            name="same",
+            max_samples=20,
+        )
     assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
     assert open_dataset(tmp_path / "1").samples() == 58
 
@@ -386,7 +495,9 @@ def _abort(_: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_stops_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("onellm_dist.shards.build.workers._start_worker", _abort)
     with pytest.raises(OneLLMError, match="worker process died"):
         build(tmp_path, FINE, workers=2)

@@ -55,7 +55,9 @@ def _killed_at_random(tmp_path: Path, seeds: range) -> None:
         if not out.exists():
             assert run_killed(inputs, out, 0)[0] == 0
         assert all_bytes(out) == expected
-        if (tmp_path / f".{out.name}.building").exists():  # killed between the last rename and the removal of the build's folder
+        if (
+            tmp_path / f".{out.name}.building"
+        ).exists():  # killed between the last rename and the removal of the build's folder
             assert not list((tmp_path / f".{out.name}.building").glob("dataset"))
     assert kept  # some kills came after shards were done, and those were gone on from
 
@@ -65,7 +67,9 @@ def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path: P
 
 
 @pytest.mark.soak
-def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(tmp_path: Path) -> None:
+def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(
+    tmp_path: Path,
+) -> None:
     _killed_at_random(tmp_path, range(5, 25))
 
 
@@ -96,24 +100,35 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         for process in crew:
             process.join(120)
         codes = [process.exitcode for process in crew]
-        assert all(code == 0 or (code == -signal.SIGKILL and at) for code, at in zip(codes, kills, strict=True))
+        assert all(
+            code == 0 or (code == -signal.SIGKILL and at)
+            for code, at in zip(codes, kills, strict=True)
+        )
         if not out.exists():  # the one that died held the last shard, or the others had left before
             build(inputs, out)
         assert all_bytes(out) == expected
 
 
-def test_processes_called_alike_share_the_work_and_some_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")  # as srun sets it: one that starts when the others have finished is no failure
+def test_processes_called_alike_share_the_work_and_some_may_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(
+        "SLURM_STEP_NUM_TASKS", "3"
+    )  # as srun sets it: one that starts when the others have finished is no failure
     _one_of_several_killed(tmp_path, range(5))
 
 
 @pytest.mark.soak
-def test_processes_called_alike_share_the_work_and_some_may_die_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_called_alike_share_the_work_and_some_may_die_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     _one_of_several_killed(tmp_path, range(5, 25))
 
 
-def test_a_late_rank_of_srun_finds_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_late_rank_of_srun_finds_nothing_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "out")
     with pytest.raises(UsageError, match="already holds a dataset"):
@@ -128,7 +143,11 @@ def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
     first = build(inputs, tmp_path / "out", task=Task(1, 3))
     assert "put together by the process that ends last" in first.notes[0]
     assert not (tmp_path / "out").exists()
-    assert sorted(p.stem for p in (tmp_path / ".out.building/done").glob("*.json")) == ["000001", "000004", "000007"]
+    assert sorted(p.stem for p in (tmp_path / ".out.building/done").glob("*.json")) == [
+        "000001",
+        "000004",
+        "000007",
+    ]
     build(inputs, tmp_path / "out", task=Task(0, 3))
     assert build(inputs, tmp_path / "out", task=Task(2, 3)).samples == 56
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone")
@@ -157,7 +176,9 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("grown", [0, 20])
 @pytest.mark.parametrize("limit", [None, 25])
-def test_an_input_that_grew_is_noticed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int) -> None:
+def test_an_input_that_grew_is_noticed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int
+) -> None:
     inputs = rows_input(tmp_path / "in")
     listed = ROWS.raw_samples
     assert listed is not None
@@ -168,20 +189,30 @@ def test_an_input_that_grew_is_noticed_too(tmp_path: Path, monkeypatch: pytest.M
             yield RawSample(f"one more in {grown}", "rows.txt", caption="more")
 
     build(inputs, tmp_path / "out", limit=limit, task=Task(2, 9))
-    monkeypatch.setattr(catalogue, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)})
+    monkeypatch.setattr(
+        catalogue, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)}
+    )
     if limit is not None and grown == 20:  # of this group no more than 5 were wanted
         assert build(inputs, tmp_path / "out", limit=limit).samples == 23
         return
-    with pytest.raises(OneLLMError, match=rf"rows:{grown}: it has more samples where there were 10"):
+    with pytest.raises(
+        OneLLMError, match=rf"rows:{grown}: it has more samples where there were 10"
+    ):
         build(inputs, tmp_path / "out", limit=limit)
 
 
 @pytest.mark.slow
 def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"{i:03d}{e}": d for i in range(40) for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))}
+    files: dict[str, bytes | str] = {
+        f"{i:03d}{e}": d
+        for i in range(40)
+        for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))
+    }
     write_tree(tmp_path / "in", {**files, "017.jpg": b"broken", "033.jpg": picture(2)})
     options: dict[str, Any] = {"name": "same", "max_samples": 6, "dedup": "exact"}
     for workers in (1, 2):
-        build_dataset("folder", tmp_path / "in", tmp_path / str(workers), workers=workers, **options)
+        build_dataset(
+            "folder", tmp_path / "in", tmp_path / str(workers), workers=workers, **options
+        )
     assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
     assert open_dataset(tmp_path / "1").samples() == 38

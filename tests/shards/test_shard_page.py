@@ -24,7 +24,9 @@ class _Balanced(HTMLParser):
         self.fetched: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.fetched += [v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
+        self.fetched += [
+            v or "" for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")
+        ]
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -41,9 +43,17 @@ def checked(html: str) -> str:
 
 def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files: dict[str, bytes | str] = {
-        f"{i:02d}{e}": d for i in range(12) for e, d in ((".jpg", picture(i)), (".txt", f"<b>caption</b> {i}"))
+        f"{i:02d}{e}": d
+        for i in range(12)
+        for e, d in ((".jpg", picture(i)), (".txt", f"<b>caption</b> {i}"))
     }
-    build_dataset("folder", write_tree(tmp_path / "in", {**files, "05.jpg": b"broken"}), tmp_path / "set", max_samples=5, licence="CC0-1.0")
+    build_dataset(
+        "folder",
+        write_tree(tmp_path / "in", {**files, "05.jpg": b"broken"}),
+        tmp_path / "set",
+        max_samples=5,
+        licence="CC0-1.0",
+    )
     assert page_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
     stats = checked((tmp_path / "stats.html").read_text())
     for words in (
@@ -79,25 +89,59 @@ def test_a_histogram_counts_every_value() -> None:
 def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
     """Conversations a turn a line, all captions of a list; bad samples with an example, and those left out knowingly."""
     rows = [
-        {"id": "talk", "conversations": [{"from": "human", "value": "<what>?"}, {"from": "gpt", "value": "this"}]},
+        {
+            "id": "talk",
+            "conversations": [
+                {"from": "human", "value": "<what>?"},
+                {"from": "gpt", "value": "this"},
+            ],
+        },
         {"id": "bad", "caption": " "},
-        {"id": "again", "conversations": [{"from": "human", "value": "<what>?"}, {"from": "gpt", "value": "this"}]},
+        {
+            "id": "again",
+            "conversations": [
+                {"from": "human", "value": "<what>?"},
+                {"from": "gpt", "value": "this"},
+            ],
+        },
     ]
-    inputs = write_tree(tmp_path / "in", {"t.jsonl": "\n".join(json.dumps(r) for r in rows), "list.json": '{"caption": ["one", "a & b"]}'})
-    build_dataset("folder", inputs / "t.jsonl", tmp_path / "set", modality="text", max_failures=0.5, dedup="exact")
+    inputs = write_tree(
+        tmp_path / "in",
+        {
+            "t.jsonl": "\n".join(json.dumps(r) for r in rows),
+            "list.json": '{"caption": ["one", "a & b"]}',
+        },
+    )
+    build_dataset(
+        "folder",
+        inputs / "t.jsonl",
+        tmp_path / "set",
+        modality="text",
+        max_failures=0.5,
+        dedup="exact",
+    )
     html = checked(page(tmp_path / "set", previews=3))
     assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
     assert "1 sample of text alone" in html
     assert "1 bad of 3 that the source listed" in html
-    assert re.search(r"<td>empty caption</td><td class=\"n\">1</td><td>[^<]*t\.jsonl:2: empty caption</td>", html)
+    assert re.search(
+        r"<td>empty caption</td><td class=\"n\">1</td><td>[^<]*t\.jsonl:2: empty caption</td>", html
+    )
     assert '<td>duplicate: exact</td><td class="n">1</td>' in html
     (inputs / "t.jsonl").unlink()
     build_dataset("folder", inputs, tmp_path / "list", modality="text")
-    assert "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>" in page(tmp_path / "list", previews=0)
+    assert (
+        "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>"
+        in page(tmp_path / "list", previews=0)
+    )
 
 
 def test_every_sample_of_a_small_dataset_is_shown_once(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {f"{i:02d}{e}": d for i in range(9) for e, d in ((".jpg", picture(i)), (".txt", f"number {i}"))}
+    files: dict[str, bytes | str] = {
+        f"{i:02d}{e}": d
+        for i in range(9)
+        for e, d in ((".jpg", picture(i)), (".txt", f"number {i}"))
+    }
     build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set", max_samples=4)
     html = page(tmp_path / "set", previews=20)
     assert [html.count(f"<figcaption>number {i}<") for i in range(9)] == [1] * 9

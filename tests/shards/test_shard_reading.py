@@ -19,13 +19,18 @@ from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.shards.format.dataset import Manifest, ShardInfo, open_dataset
 from onellm_dist.shards.format.index import ShardIndex, index_path_of, read_parts, text_length
 
-SAMPLES = {f"k{i}": {"bin": bytes([i]) * (700 * i), "json": b"{}", "txt": b"text %d" % i} for i in range(5)}
+SAMPLES = {
+    f"k{i}": {"bin": bytes([i]) * (700 * i), "json": b"{}", "txt": b"text %d" % i} for i in range(5)
+}
 
 
 def test_only_the_wanted_parts_are_read(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES)
     shard = dataset.shards()[0]
-    assert {e: p.data for e, p in read_parts(dataset, shard, 3, {"txt", "bin", "mp4"}).items()} == {"bin": b"\x03" * 2100, "txt": b"text 3"}
+    assert {e: p.data for e, p in read_parts(dataset, shard, 3, {"txt", "bin", "mp4"}).items()} == {
+        "bin": b"\x03" * 2100,
+        "txt": b"text 3",
+    }
     assert read_parts(dataset, shard, 3, {"mp4"}) == {}
     assert all(e == p.extension for e, p in read_parts(dataset, shard, 3).items())
     with pytest.raises(IndexError):
@@ -41,7 +46,10 @@ def test_a_flipped_byte_is_an_error_that_names_its_place(tmp_path: Path) -> None
     data[place.offset + 17] ^= 1
     tar.write_bytes(data)
     with pytest.raises(
-        SampleError, match=re.escape(f"dataset texts, shard {shard.path}, key k2, part .bin at offset {place.offset}: its bytes fail")
+        SampleError,
+        match=re.escape(
+            f"dataset texts, shard {shard.path}, key k2, part .bin at offset {place.offset}: its bytes fail"
+        ),
     ):
         read_parts(dataset, shard, 2)
     assert read_parts(dataset, shard, 2, {"txt"})["txt"].data == b"text 2"
@@ -54,7 +62,9 @@ def test_a_tar_that_shrinks_or_vanishes_while_it_is_read(tmp_path: Path) -> None
     dataset.index(shard)
     tar = dataset.tar_path(shard)
     tar.write_bytes(tar.read_bytes()[: dataset.index(shard).parts(4)["bin"].offset + 100])
-    with pytest.raises(SampleError, match=r"key k4, part \.bin at offset \d+: only 100 of its 2800 bytes"):
+    with pytest.raises(
+        SampleError, match=r"key k4, part \.bin at offset \d+: only 100 of its 2800 bytes"
+    ):
         read_parts(dataset, shard, 4)
     tar.unlink()
     with pytest.raises(SampleError, match="key k0, offset") as caught:
@@ -74,14 +84,25 @@ def test_text_bytes_prefers_the_caption_file(tmp_path: Path) -> None:
     samples = {
         "a": {"txt": "grün".encode(), "json": b'{"caption": "something longer"}'},
         "b": {"json": '{"caption": "grün!"}'.encode()},
-        "c": {"json": b'{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho ho"}]}'},
+        "c": {
+            "json": b'{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho ho"}]}'
+        },
         "d": {"json": b"[broken"},
         "e": {"bin": b"x"},
     }
     dataset = text_dataset(tmp_path / "set", samples)
     index = dataset.index(dataset.shards()[0])
-    assert [index.text_bytes(r) for r in range(5)] == index.all_text_bytes().tolist() == [5, 6, 7, 0, 0]
-    for unreadable in (b'{"conversations": 3}', b'{"caption": "a\\ud83d"}', b'{"conversations": [{"value": "\\ud83d"}]}', b"[" * 100_000):
+    assert (
+        [index.text_bytes(r) for r in range(5)]
+        == index.all_text_bytes().tolist()
+        == [5, 6, 7, 0, 0]
+    )
+    for unreadable in (
+        b'{"conversations": 3}',
+        b'{"caption": "a\\ud83d"}',
+        b'{"conversations": [{"value": "\\ud83d"}]}',
+        b"[" * 100_000,
+    ):
         assert text_length(None, unreadable) == 0
 
 
@@ -99,9 +120,16 @@ def test_spans_cover_the_tar_without_gaps(tmp_path: Path) -> None:
 
 
 def test_kinds_of_samples_that_differ(tmp_path: Path) -> None:
-    dataset = text_dataset(tmp_path / "set", {"a": {"txt": b""}, "b": {"json": b""}, "c": {"txt": b""}, "d": {"txt": b"", "json": b""}})
+    dataset = text_dataset(
+        tmp_path / "set",
+        {"a": {"txt": b""}, "b": {"json": b""}, "c": {"txt": b""}, "d": {"txt": b"", "json": b""}},
+    )
     kinds = dataset.index(dataset.shards()[0]).kinds()
-    assert kinds == {frozenset({"txt"}): (2, 0), frozenset({"json"}): (1, 1), frozenset({"txt", "json"}): (1, 3)}
+    assert kinds == {
+        frozenset({"txt"}): (2, 0),
+        frozenset({"json"}): (1, 1),
+        frozenset({"txt", "json"}): (1, 3),
+    }
 
 
 def edit_manifest(root: Path, **changes: object) -> None:
@@ -135,7 +163,9 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
 def test_missing_shards_and_indexes_are_found_at_once(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES, max_samples=1)
     index_path_of(dataset.tar_path(dataset.shards()[1])).unlink()
-    with pytest.raises(UsageError, match=r"shards/train-000001\.tar\.index(.|\n)*onellm shards index"):
+    with pytest.raises(
+        UsageError, match=r"shards/train-000001\.tar\.index(.|\n)*onellm shards index"
+    ):
         open_dataset(dataset.root)
     dataset.tar_path(dataset.shards()[2]).unlink()
     with pytest.raises(UsageError, match=r"train-000002\.tar\."):
@@ -178,19 +208,26 @@ def test_damaged_indexes_are_recognised(tmp_path: Path, damage: object, message:
 @pytest.fixture
 def fast_folder() -> Iterator[Path]:
     """In memory where that is possible: making 82,800 files takes a minute on a busy disk."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    ) as folder:
         yield Path(folder)
 
 
 @pytest.mark.slow
 def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(fast_folder: Path) -> None:
     """41,400 shards, 4e8 samples: under 5 s and 500 MB; the indexes are not touched until a sample is asked for."""
-    shards = tuple(ShardInfo(f"shards/train-{i:06d}.tar", "train", 9662, 10**9, f"{i:064x}") for i in range(41_400))
+    shards = tuple(
+        ShardInfo(f"shards/train-{i:06d}.tar", "train", 9662, 10**9, f"{i:064x}")
+        for i in range(41_400)
+    )
     (fast_folder / "shards").mkdir()
     for shard in shards:
         os.mknod(f"{fast_folder}/{shard.path}")
         os.mknod(f"{fast_folder}/{shard.path}.index")
-    (fast_folder / "manifest.json").write_bytes(Manifest("laion", ("image",), ("txt",), "CC-BY-4.0", "x", shards).to_bytes())
+    (fast_folder / "manifest.json").write_bytes(
+        Manifest("laion", ("image",), ("txt",), "CC-BY-4.0", "x", shards).to_bytes()
+    )
     script = """
 import sys, time
 from pathlib import Path
@@ -201,7 +238,9 @@ seconds = time.process_time() - start
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(samples, seconds, int(peak.split()[1]) / 1024)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(fast_folder)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(fast_folder)], check=True, capture_output=True, text=True
+    )
     samples, seconds, megabytes = map(float, done.stdout.split())
     assert samples == 41_400 * 9662
     assert seconds < 5

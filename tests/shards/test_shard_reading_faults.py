@@ -39,10 +39,21 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "PAUSES", (0.0, 0.0))
 
 
-PASSING = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale"), OSError(errno.EMFILE, "Too many"), TimeoutError(),
-           ConnectionResetError()]  # fmt: skip
-LASTING = [FileNotFoundError(2, "No such", "a"), PermissionError(13, "Denied", "a"), OSError(errno.ENAMETOOLONG, "long", "a"),
-           ValueError("embedded null byte"), OSError("no gzip file"), RecursionError()]  # fmt: skip
+PASSING = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale"),
+    OSError(errno.EMFILE, "Too many"),
+    TimeoutError(),
+    ConnectionResetError(),
+]
+LASTING = [
+    FileNotFoundError(2, "No such", "a"),
+    PermissionError(13, "Denied", "a"),
+    OSError(errno.ENAMETOOLONG, "long", "a"),
+    ValueError("embedded null byte"),
+    OSError("no gzip file"),
+    RecursionError(),
+]
 
 
 @pytest.mark.parametrize("error", PASSING, ids=[f"{type(e).__name__}-{e.errno}" for e in PASSING])
@@ -53,7 +64,9 @@ def test_a_fault_of_the_disk_is_tried_again_and_then_stops_the_build(error: OSEr
     assert not isinstance(caught.value, (BadSample, UsageError))
 
 
-@pytest.mark.parametrize("error", LASTING, ids=[f"{type(e).__name__}-{i}" for i, e in enumerate(LASTING)])
+@pytest.mark.parametrize(
+    "error", LASTING, ids=[f"{type(e).__name__}-{i}" for i, e in enumerate(LASTING)]
+)
 def test_what_is_wrong_with_a_file_is_one_bad_sample(error: Exception) -> None:
     media = Failing(lambda: error)
     with pytest.raises(BadSample, match=r"^(missing|unreadable) file: "):
@@ -68,7 +81,10 @@ def test_what_makes_the_media_must_be_there(error: Exception) -> None:
 
 
 def test_stores_fail_in_errors_of_their_own() -> None:
-    with pytest.raises(OSError, match="RuntimeError: payload") as caught, reached(RemotePath("memory://x/a.jpg")):
+    with (
+        pytest.raises(OSError, match="RuntimeError: payload") as caught,
+        reached(RemotePath("memory://x/a.jpg")),
+    ):
         raise RuntimeError("payload")
     assert caught.value.errno == errno.EIO
     with pytest.raises(RuntimeError), reached(Path("a.jpg")):
@@ -77,14 +93,20 @@ def test_stores_fail_in_errors_of_their_own() -> None:
 
 @pytest.mark.parametrize("damage", ["struct", "cut", "text"])
 def test_a_broken_tensor_file_is_one_bad_sample(tmp_path: Path, damage: str) -> None:
-    torch.save(torch.zeros(6, 16), tmp_path / "x.pt", _use_new_zipfile_serialization=damage != "struct")
+    torch.save(
+        torch.zeros(6, 16), tmp_path / "x.pt", _use_new_zipfile_serialization=damage != "struct"
+    )
     data = (tmp_path / "x.pt").read_bytes()
-    (tmp_path / "x.pt").write_bytes({"struct": data[: len(data) // 2], "cut": data[:-40], "text": b"no tensor"}[damage])
+    (tmp_path / "x.pt").write_bytes(
+        {"struct": data[: len(data) // 2], "cut": data[:-40], "text": b"no tensor"}[damage]
+    )
     with pytest.raises(BadSample, match=r"unreadable \.pt: x"):
         TensorCloud(tmp_path / "x.pt", "x").read_bytes()
 
 
-def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(image: object) -> object:
         raise TypeError("EXIF")
 
@@ -95,9 +117,17 @@ def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(monkeypatch: pyt
 
 def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:
     half = b'{"conversations": [{"from": "human", "value": "a\\ud83d"}, {"from": "gpt", "value": "b"}]}'
-    files = {"a.jpg": picture(0), "a.json": half, "b.jpg": picture(1), "b.json": b'{"caption": "b"}', "c.jpg": picture(2),
-             "c.json": b'{"caption": "c\\udc00"}'}  # fmt: skip
-    report = build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.9)
+    files = {
+        "a.jpg": picture(0),
+        "a.json": half,
+        "b.jpg": picture(1),
+        "b.json": b'{"caption": "b"}',
+        "c.jpg": picture(2),
+        "c.json": b'{"caption": "c\\udc00"}',
+    }
+    report = build_dataset(
+        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.9
+    )
     assert list(contents(open_dataset(tmp_path / "out"))) == ["b"]
     assert [q.reason for q in report.quarantined] == [
         r"malformed conversations: turn 0 is no text: half a surrogate pair, '\ud83d', at character 1",

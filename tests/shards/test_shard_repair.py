@@ -41,7 +41,9 @@ def repaired(root: Path) -> dict[str, dict[str, bytes]]:
     return contents(open_dataset(root))
 
 
-def test_a_whole_dataset_is_left_alone(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_dataset_is_left_alone(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = all_bytes(dataset.root)
     assert repair_command(dataset.root) == 0
     assert "nothing to repair" in capsys.readouterr().out
@@ -101,9 +103,17 @@ def test_a_key_in_two_shards_stays_in_the_first(tmp_path: Path) -> None:
     for i, text in enumerate((b"first", b"second")):
         foreign_tar(tmp_path / f"{i}.tar", [("same.txt", text), (f"own{i}.txt", b"x")])
     index_path(tmp_path, modalities=())
-    assert repaired(tmp_path) == {"same": {"txt": b"first"}, "own0": {"txt": b"x"}, "own1": {"txt": b"x"}}
+    assert repaired(tmp_path) == {
+        "same": {"txt": b"first"},
+        "own0": {"txt": b"x"},
+        "own1": {"txt": b"x"},
+    }
     line = json.loads((tmp_path / "repaired.jsonl").read_text())
-    assert (line["key"], line["file"], line["reason"]) == ("same", "1.tar", "duplicate key: it stands in 0.tar")
+    assert (line["key"], line["file"], line["reason"]) == (
+        "same",
+        "1.tar",
+        "duplicate key: it stands in 0.tar",
+    )
 
 
 def test_a_tar_that_was_replaced_by_another_whole_one_is_taken(tmp_path: Path) -> None:

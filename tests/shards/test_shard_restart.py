@@ -33,7 +33,9 @@ class Killed(BaseException):
     """Stands for a SIGKILL where the code after it is not to run."""
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: bool = False) -> None:
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: bool = False
+) -> None:
     """The process dies at (or behind) the next call of a function."""
     whole = getattr(module, name)
 
@@ -52,12 +54,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, after: b
 def test_restart_begins_the_same_anew_and_overwrite_goes_on(tmp_path: Path) -> None:
     inputs, unfinished = rows_input(tmp_path / "in"), tmp_path / ".out.building"
     build(inputs, tmp_path / "out", task=Task(0, 2))
-    write_tree(tmp_path / "in", {"rows.txt": (inputs / "rows.txt").read_text().replace("caption", "title")})
-    build(inputs, tmp_path / "out", task=Task(1, 4), overwrite=True)  # processes called alike share one build
+    write_tree(
+        tmp_path / "in", {"rows.txt": (inputs / "rows.txt").read_text().replace("caption", "title")}
+    )
+    build(
+        inputs, tmp_path / "out", task=Task(1, 4), overwrite=True
+    )  # processes called alike share one build
     assert len(list(unfinished.glob("done/*.json"))) == 6
     build(inputs, tmp_path / "new")
     build(inputs, tmp_path / "out", restart=True)
-    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "new")  # nothing of the old input is in it
+    assert all_bytes(tmp_path / "out") == all_bytes(
+        tmp_path / "new"
+    )  # nothing of the old input is in it
     assert not unfinished.exists()
 
 
@@ -66,7 +74,10 @@ def test_restart_is_for_one_process_alone(tmp_path: Path, monkeypatch: pytest.Mo
     build(inputs, tmp_path / "out", task=Task(0, 2))
     with pytest.raises(UsageError, match="--restart is given to one of several"):
         build(inputs, tmp_path / "out", restart=True, task=Task(0, 2))
-    with locked(unfinished, tmp_path / "out", shared=True), pytest.raises(UsageError, match="is being built by another process"):
+    with (
+        locked(unfinished, tmp_path / "out", shared=True),
+        pytest.raises(UsageError, match="is being built by another process"),
+    ):
         build(inputs, tmp_path / "out", restart=True)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     with pytest.raises(UsageError, match="--restart is given to one of several"):
@@ -74,7 +85,9 @@ def test_restart_is_for_one_process_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(unfinished.glob("done/*.json"))) == 4
 
 
-def test_a_plan_of_another_version_is_replaced_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_another_version_is_replaced_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = rows_input(tmp_path / "in")
     monkeypatch.setattr(planning, "VERSION", planning.VERSION - 1)
     build(inputs, tmp_path / "out", task=Task(0, 2))
@@ -82,7 +95,10 @@ def test_a_plan_of_another_version_is_replaced_where_asked(tmp_path: Path, monke
     known_rows(monkeypatch)
     with pytest.raises(UsageError, match=r"plan of version 2.*\n.*\n.*--overwrite"):
         build(inputs, tmp_path / "out")
-    with locked(tmp_path / ".out.building", tmp_path / "out", shared=True), pytest.raises(UsageError, match="plan of version 2"):
+    with (
+        locked(tmp_path / ".out.building", tmp_path / "out", shared=True),
+        pytest.raises(UsageError, match="plan of version 2"),
+    ):
         build(inputs, tmp_path / "out", overwrite=True)  # somebody is at work on it
     assert build(inputs, tmp_path / "out", overwrite=True).samples == 56
 
@@ -105,7 +121,9 @@ def test_names_that_no_dataset_can_have_are_refused(tmp_path: Path, name: str) -
 # -- left behind
 
 
-def test_a_build_killed_behind_the_last_rename_leaves_no_dead_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_killed_behind_the_last_rename_leaves_no_dead_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = rows_input(tmp_path / "in")
     stop_at(monkeypatch, builder, "_removed")
     with pytest.raises(Killed):
@@ -117,7 +135,9 @@ def test_a_build_killed_behind_the_last_rename_leaves_no_dead_end(tmp_path: Path
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
-def test_who_comes_between_the_last_rename_and_the_tidying_builds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_comes_between_the_last_rename_and_the_tidying_builds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, unfinished = rows_input(tmp_path / "in"), tmp_path / ".out.building"
     stop_at(monkeypatch, builder, "_removed")
     with pytest.raises(Killed):
@@ -125,9 +145,16 @@ def test_who_comes_between_the_last_rename_and_the_tidying_builds_nothing(tmp_pa
     work = builder._Work(1, True, False, Task(), None)
     plan = planning.load_plan(unfinished)
     assert plan is not None
-    request = builder.Request(ROWS, inputs, tmp_path / "out", plan.seed, plan.options, plan.settings)
-    with locked(unfinished, tmp_path / "out", shared=True), locked(unfinished, tmp_path / "out", shared=True) as descriptor:
-        assert builder._plan_there(request, unfinished, descriptor, work) is not None  # the other is about to remove it
+    request = builder.Request(
+        ROWS, inputs, tmp_path / "out", plan.seed, plan.options, plan.settings
+    )
+    with (
+        locked(unfinished, tmp_path / "out", shared=True),
+        locked(unfinished, tmp_path / "out", shared=True) as descriptor,
+    ):
+        assert (
+            builder._plan_there(request, unfinished, descriptor, work) is not None
+        )  # the other is about to remove it
     with locked(unfinished, tmp_path / "out", shared=True) as descriptor:
         assert builder._plan_there(request, unfinished, descriptor, work) is None
         assert lock(descriptor, shared=True)
@@ -188,16 +215,22 @@ def test_who_still_works_when_others_finish_is_late_and_not_wrong(
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         monkeypatch.setattr(module, name, whole)
-        os.replace(tmp_path / ".out.building", tmp_path / "taken")  # this process's lock goes with it
+        os.replace(
+            tmp_path / ".out.building", tmp_path / "taken"
+        )  # this process's lock goes with it
         build(inputs, tmp_path / "out", overwrite=overwrite)
         return whole(*arguments, **options)
 
     monkeypatch.setattr(module, name, meanwhile)
-    assert build(inputs, tmp_path / "out", overwrite=overwrite).notes == ("the other processes had finished already",)
+    assert build(inputs, tmp_path / "out", overwrite=overwrite).notes == (
+        "the other processes had finished already",
+    )
     assert not (tmp_path / ".out.building").exists()
 
 
-def test_a_missing_file_is_not_taken_for_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_not_taken_for_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "out")
 
@@ -212,7 +245,9 @@ def test_a_missing_file_is_not_taken_for_the_end(tmp_path: Path, monkeypatch: py
 # -- Energon's database
 
 
-def test_a_full_disk_under_energons_database_loses_no_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_energons_database_loses_no_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, seen = rows_input(tmp_path / "in"), list[Path]()
     build(inputs, tmp_path / "alone", energon=False)
 
@@ -236,7 +271,10 @@ def test_a_full_disk_under_energons_database_loses_no_build(tmp_path: Path, monk
 
 def test_indexes_are_sorted_where_the_database_is_made(tmp_path: Path) -> None:
     database = sqlite3.connect(":memory:")
-    with pytest.raises(sqlite3.OperationalError, match="not a writable directory"), energon._sorting_in(tmp_path / "none", database):
+    with (
+        pytest.raises(sqlite3.OperationalError, match="not a writable directory"),
+        energon._sorting_in(tmp_path / "none", database),
+    ):
         pass
     with energon._sorting_in(tmp_path, database):
         assert database.execute("PRAGMA temp_store_directory").fetchone() == (str(tmp_path),)

@@ -23,12 +23,24 @@ from onellm_dist.shards.command import build_dataset
 def laion_tree(root: Path) -> Path:
     """Two tars of img2dataset, one with a failed download and a bad picture."""
     rows: list[dict[str, Any]] = [
-        {"url": f"http://x/{i}", "caption": f"picture {i}", "NSFW": "UNLIKELY", "media": photo(seed=i)} for i in range(5)
+        {
+            "url": f"http://x/{i}",
+            "caption": f"picture {i}",
+            "NSFW": "UNLIKELY",
+            "media": photo(seed=i),
+        }
+        for i in range(5)
     ]
     rows[1]["media"] = b"no picture"
-    rows.append({"url": "http://x/gone", "caption": "gone", "status": "failed_to_download", "media": None})
+    rows.append(
+        {"url": "http://x/gone", "caption": "gone", "status": "failed_to_download", "media": None}
+    )
     downloaded(root, 0, rows)
-    downloaded(root, 1, [{"url": "http://x/a", "caption": "one more", "NSFW": "NSFW", "media": photo(seed=9)}])
+    downloaded(
+        root,
+        1,
+        [{"url": "http://x/a", "caption": "one more", "NSFW": "NSFW", "media": photo(seed=9)}],
+    )
     return root
 
 
@@ -40,9 +52,14 @@ def webvid_tree(root: Path) -> Path:
 
 def wavcaps_tree(root: Path) -> Path:
     """One source, one sound unpacked."""
-    rows = {"num_captions_per_audio": 1, "data": [{"id": "1", "caption": "A tone."}, {"id": "2", "caption": ""}]}
+    rows = {
+        "num_captions_per_audio": 1,
+        "data": [{"id": "1", "caption": "A tone."}, {"id": "2", "caption": ""}],
+    }
     files: dict[str, bytes | str] = {"json_files/FreeSound/fsd_final.json": json.dumps(rows)}
-    return write_tree(root, {**files, "FreeSound_flac/1.flac": tone(), "FreeSound_flac/2.flac": tone()})
+    return write_tree(
+        root, {**files, "FreeSound_flac/1.flac": tone(), "FreeSound_flac/2.flac": tone()}
+    )
 
 
 def cap3d_tree(root: Path) -> Path:
@@ -50,13 +67,18 @@ def cap3d_tree(root: Path) -> Path:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("Cap3D_npys/u3.npy", npy(cloud(64, seed=3)))
-    files: dict[str, bytes | str] = {"c.csv": "u1,a cloud\nu2,gone\nu3,another cloud\n", "8192_npy/u1_8192.npy": npy(cloud(64))}
+    files: dict[str, bytes | str] = {
+        "c.csv": "u1,a cloud\nu2,gone\nu3,another cloud\n",
+        "8192_npy/u1_8192.npy": npy(cloud(64)),
+    }
     return write_tree(root, {**files, "zips/00.zip": packed.getvalue()})
 
 
 def reference_tree(root: Path) -> Path:
     """A list and its pictures."""
-    return write_tree(root, {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": photo()})
+    return write_tree(
+        root, {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": photo()}
+    )
 
 
 TREES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {

@@ -18,9 +18,13 @@ from onellm_dist.shards.sources.base import BuildReport
 MEDIA = {f"media/{i}.jpg": picture(i) for i in range(4)}
 
 
-def build(tmp_path: Path, files: dict[str, bytes | str], inputs: str = "in", **options: Any) -> tuple[BuildReport, Dataset]:
+def build(
+    tmp_path: Path, files: dict[str, bytes | str], inputs: str = "in", **options: Any
+) -> tuple[BuildReport, Dataset]:
     write_tree(tmp_path / "in", files)
-    report = build_dataset("folder", tmp_path / inputs, tmp_path / "out", **{"max_failures": 0.9, **options})
+    report = build_dataset(
+        "folder", tmp_path / inputs, tmp_path / "out", **{"max_failures": 0.9, **options}
+    )
     return report, open_dataset(tmp_path / "out")
 
 
@@ -32,10 +36,16 @@ def captions(dataset: Dataset) -> dict[str, str]:
     ("name", "table"),
     [
         ("captions.csv", 'file,caption\nmedia/0.jpg,plain\nmedia/1.jpg,"a, ""b""\nand c"\n'),
-        ("captions.csv", '\ufefffile_name;text\r\nmedia/0.jpg;plain\r\nmedia/1.jpg;"a, ""b""\r\nand c"\r\n'),
+        (
+            "captions.csv",
+            '\ufefffile_name;text\r\nmedia/0.jpg;plain\r\nmedia/1.jpg;"a, ""b""\r\nand c"\r\n',
+        ),
         ("any.tsv", 'CAPTION\tURL\nplain\tmedia/0.jpg\n"a, ""b"" and c"\tmedia/1.jpg\n'),
         ("laion.csv", 'caption\turl\nplain\tmedia/0.jpg\na, "b" and c\tmedia/1.jpg\n'),
-        ("metadata.jsonl", '{"file_name": "media/0.jpg", "text": "plain"}\n\n{"file_name": "media/1.jpg", "text": "a, \\"b\\" and c"}\n'),
+        (
+            "metadata.jsonl",
+            '{"file_name": "media/0.jpg", "text": "plain"}\n\n{"file_name": "media/1.jpg", "text": "a, \\"b\\" and c"}\n',
+        ),
     ],
 )
 def test_a_table_at_the_top_is_found(tmp_path: Path, name: str, table: str) -> None:
@@ -54,14 +64,27 @@ def test_quotes_of_an_unquoted_tsv_swallow_no_rows(tmp_path: Path) -> None:
 
 
 def test_the_table_itself_or_an_option_names_it(tmp_path: Path) -> None:
-    files = {**MEDIA, "a.csv": "path,title\nmedia/0.jpg,from a\n", "b.csv": "path,title\nmedia/1.jpg,from b\n"}
+    files = {
+        **MEDIA,
+        "a.csv": "path,title\nmedia/0.jpg,from a\n",
+        "b.csv": "path,title\nmedia/1.jpg,from b\n",
+    }
     with pytest.raises(UsageError, match=r"has 2 tables: a\.csv, b\.csv"):
         build(tmp_path, files)
     assert captions(build(tmp_path, {}, captions="a.csv")[1]) == {"media/0": "from a"}
     assert captions(build(tmp_path, {}, "in/b.csv", overwrite=True)[1]) == {"media/1": "from b"}
-    rows = json.dumps([{"image": "media/2.jpg", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}])
+    rows = json.dumps(
+        [
+            {
+                "image": "media/2.jpg",
+                "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}],
+            }
+        ]
+    )
     _, dataset = build(tmp_path, {"llava.json": rows}, captions="llava.json", overwrite=True)
-    assert json.loads(contents(dataset)["media/2"]["json"]) == {"conversations": json.loads(rows)[0]["conversations"]}
+    assert json.loads(contents(dataset)["media/2"]["json"]) == {
+        "conversations": json.loads(rows)[0]["conversations"]
+    }
 
 
 def test_media_that_are_csv_are_no_table(tmp_path: Path) -> None:
@@ -73,7 +96,14 @@ def test_media_that_are_csv_are_no_table(tmp_path: Path) -> None:
 
 
 def test_other_columns_go_to_the_json(tmp_path: Path) -> None:
-    table = {"file": "media/0.jpg", "caption": "x", "id": 17, "width": 32, "tags": ["a"], "none": None}
+    table = {
+        "file": "media/0.jpg",
+        "caption": "x",
+        "id": 17,
+        "width": 32,
+        "tags": ["a"],
+        "none": None,
+    }
     _, dataset = build(tmp_path, {**MEDIA, "t.jsonl": json.dumps(table)})
     sample = contents(dataset)["17"]
     assert json.loads(sample["json"]) == {"width": 32, "tags": ["a"]}
@@ -82,8 +112,15 @@ def test_other_columns_go_to_the_json(tmp_path: Path) -> None:
 
 def test_several_rows_of_one_file_keep_the_tables_order(tmp_path: Path) -> None:
     """COCO has five captions an image; each row is a sample."""
-    _, dataset = build(tmp_path, {**MEDIA, "t.csv": "file,caption\nmedia/3.jpg,one\nmedia/0.jpg,two\nmedia/3.jpg,three\n"})
-    assert list(captions(dataset).items()) == [("media/3", "one"), ("media/0", "two"), ("media/3-2", "three")]
+    _, dataset = build(
+        tmp_path,
+        {**MEDIA, "t.csv": "file,caption\nmedia/3.jpg,one\nmedia/0.jpg,two\nmedia/3.jpg,three\n"},
+    )
+    assert list(captions(dataset).items()) == [
+        ("media/3", "one"),
+        ("media/0", "two"),
+        ("media/3-2", "three"),
+    ]
 
 
 def test_columns_named_after_parts(tmp_path: Path) -> None:
@@ -99,20 +136,32 @@ def test_columns_named_after_parts(tmp_path: Path) -> None:
 
 
 def test_a_generic_column_fills_what_the_others_leave(tmp_path: Path) -> None:
-    files = {"rgb/0.jpg": picture(0), "maps/0.png": picture(1, "PNG"), "t.csv": "path,depth,caption\nrgb/0.jpg,maps/0.png,x\n"}
+    files = {
+        "rgb/0.jpg": picture(0),
+        "maps/0.png": picture(1, "PNG"),
+        "t.csv": "path,depth,caption\nrgb/0.jpg,maps/0.png,x\n",
+    }
     _, dataset = build(tmp_path, files)
     assert dataset.modalities == ("depth",)
     assert set(next(iter(contents(dataset).values()))) == {"jpg", "depth.png", "txt"}
 
 
 def test_parts_without_a_column_are_looked_for_beside_the_file(tmp_path: Path) -> None:
-    files = {"m/0.jpg": picture(0), "m/0.normal.png": picture(1, "PNG"), "t.csv": "file,caption\nm/0.jpg,x\n"}
+    files = {
+        "m/0.jpg": picture(0),
+        "m/0.normal.png": picture(1, "PNG"),
+        "t.csv": "file,caption\nm/0.jpg,x\n",
+    }
     _, dataset = build(tmp_path, files, modality="normal")
     assert set(contents(dataset)["m/0"]) == {"jpg", "normal.png", "txt"}
 
 
 def test_joint_samples_of_equal_file_types_do_not_clash(tmp_path: Path) -> None:
-    files = {"a/0.npy": array((6, 400)), "b/0.npy": array((15724,)), "t.jsonl": '{"imu": "a/0.npy", "fmri": "b/0.npy", "text": "x"}'}
+    files = {
+        "a/0.npy": array((6, 400)),
+        "b/0.npy": array((15724,)),
+        "t.jsonl": '{"imu": "a/0.npy", "fmri": "b/0.npy", "text": "x"}',
+    }
     report, dataset = build(tmp_path, files, modality="imu,fmri")
     assert not report.quarantined
     parts = next(iter(contents(dataset).values()))
@@ -121,12 +170,19 @@ def test_joint_samples_of_equal_file_types_do_not_clash(tmp_path: Path) -> None:
 
 def test_an_image_column_may_hold_other_media(tmp_path: Path) -> None:
     """The paper's instruction files call every file `image`."""
-    _, dataset = build(tmp_path, {"0.wav": sound(0), "t.jsonl": '{"image": "0.wav", "caption": "x"}'})
+    _, dataset = build(
+        tmp_path, {"0.wav": sound(0), "t.jsonl": '{"image": "0.wav", "caption": "x"}'}
+    )
     assert dataset.modalities == ("audio",)
 
 
 def test_text_rows(tmp_path: Path) -> None:
-    _, dataset = build(tmp_path, {"t.jsonl": '{"caption": "one"}\n{"caption": "two", "id": "b"}\n'}, captions="t.jsonl", modality="text")
+    _, dataset = build(
+        tmp_path,
+        {"t.jsonl": '{"caption": "one"}\n{"caption": "two", "id": "b"}\n'},
+        captions="t.jsonl",
+        modality="text",
+    )
     assert captions(dataset) == {"row-000000000": "one", "b": "two"}
 
 
@@ -155,7 +211,9 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
         b"broken.jpg,broken",
         b"media/1.jpg,good again",
     ]
-    report, dataset = build(tmp_path, {**MEDIA, "broken.jpg": b"x", "t.csv": b"\n".join(rows)}, modality="image")
+    report, dataset = build(
+        tmp_path, {**MEDIA, "broken.jpg": b"x", "t.csv": b"\n".join(rows)}, modality="image"
+    )
     assert captions(dataset) == {"media/0": "good", "media/1-2": "good again"}
     found = [(Path(q.file).name, q.reason) for q in report.quarantined]
     expected = [
@@ -188,7 +246,12 @@ def test_bad_json_lines(tmp_path: Path) -> None:
     report, dataset = build(tmp_path, {**MEDIA, "t.jsonl": b"\n".join(rows)})
     assert list(captions(dataset)) == ["media/0"]
     kinds = [q.reason.split(":")[0] for q in report.quarantined]
-    assert kinds == ["unreadable row"] * 3 + ["caption is no text", "caption is not UTF-8", "table row is not UTF-8", "no caption"]
+    assert kinds == ["unreadable row"] * 3 + [
+        "caption is no text",
+        "caption is not UTF-8",
+        "table row is not UTF-8",
+        "no caption",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -199,10 +262,16 @@ def test_bad_json_lines(tmp_path: Path) -> None:
         ({"t.csv": ""}, {"captions": "t.csv"}, "columns: none"),
         ({"t.json": "{}"}, {"captions": "t.json"}, "no JSON list"),
         ({"t.json": "[{"}, {"captions": "t.json"}, "cannot be read"),
-        ({"t.csv": "file,caption\nx.jpg,y\n"}, {"captions": "t.csv", "caption_column": "nope"}, "no column holds captions"),
+        (
+            {"t.csv": "file,caption\nx.jpg,y\n"},
+            {"captions": "t.csv", "caption_column": "nope"},
+            "no column holds captions",
+        ),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path: Path, files: dict[str, bytes | str], options: dict[str, Any], message: str) -> None:
+def test_tables_that_cannot_be_used(
+    tmp_path: Path, files: dict[str, bytes | str], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(OneLLMError, match=message):
         build(tmp_path, files, **options)
     assert os.listdir(tmp_path) == ["in"]

@@ -22,29 +22,44 @@ from onellm_dist.shards.format.tars import TarError, scan_tar
 from onellm_dist.shards.tools.index_existing import index_path
 
 IMG2DATASET = [
-    (f"{key}{e}", data) for key in ("000000000", "000000001") for e, data in ((".jpg", picture(1)), (".json", b"{}"), (".txt", b"x"))
+    (f"{key}{e}", data)
+    for key in ("000000000", "000000001")
+    for e, data in ((".jpg", picture(1)), (".json", b"{}"), (".txt", b"x"))
 ]
 
 
 def test_img2dataset_tars_become_a_dataset_in_place(tmp_path: Path) -> None:
-    tars = [foreign_tar(tmp_path / f"0000{i}.tar", [(f"{i}{n}", d) for n, d in IMG2DATASET]) for i in range(2)]
+    tars = [
+        foreign_tar(tmp_path / f"0000{i}.tar", [(f"{i}{n}", d) for n, d in IMG2DATASET])
+        for i in range(2)
+    ]
     before = [t.read_bytes() for t in tars]
     done = index_path(tmp_path, licence="CC-BY-4.0")
     assert (done.tars, done.samples) == (2, 4)
     dataset = open_dataset(tmp_path)
-    assert (dataset.modalities, dataset.manifest.text, dataset.manifest.licence) == (("image",), ("txt", "json"), "CC-BY-4.0")
+    assert (dataset.modalities, dataset.manifest.text, dataset.manifest.licence) == (
+        ("image",),
+        ("txt", "json"),
+        "CC-BY-4.0",
+    )
     assert [s.name for s in dataset.shards()] == ["00000", "00001"]
     read = {
-        s["__key__"]: {e: s[e] for e in ("jpg", "json", "txt")} for s in webdataset.WebDataset([str(t) for t in tars], shardshuffle=False)
+        s["__key__"]: {e: s[e] for e in ("jpg", "json", "txt")}
+        for s in webdataset.WebDataset([str(t) for t in tars], shardshuffle=False)
     }
     assert contents(dataset) == read
     assert [t.read_bytes() for t in tars] == before
 
 
 def test_half_a_surrogate_pair_costs_no_tar(tmp_path: Path) -> None:
-    tar = foreign_tar(tmp_path / "0.tar", [("a.jpg", picture(1)), ("a.json", b'{"caption": "a\\ud83d"}'), *IMG2DATASET])
+    tar = foreign_tar(
+        tmp_path / "0.tar",
+        [("a.jpg", picture(1)), ("a.json", b'{"caption": "a\\ud83d"}'), *IMG2DATASET],
+    )
     assert index_path(tmp_path).samples == 3
-    write_page(tmp_path / "x.html", json.loads(contents(open_dataset(tar.parent))["a"]["json"])["caption"])
+    write_page(
+        tmp_path / "x.html", json.loads(contents(open_dataset(tar.parent))["a"]["json"])["caption"]
+    )
     assert (tmp_path / "x.html").read_text() == "a?"
 
 
@@ -63,7 +78,11 @@ def test_the_key_runs_to_the_first_dot_and_extensions_are_lower_case(tmp_path: P
 
 def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        for name, kind in (("dir.x", tarfile.DIRTYPE), ("a.txt", tarfile.REGTYPE), ("b.txt", tarfile.SYMTYPE)):
+        for name, kind in (
+            ("dir.x", tarfile.DIRTYPE),
+            ("a.txt", tarfile.REGTYPE),
+            ("b.txt", tarfile.SYMTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "a.txt" if kind == tarfile.SYMTYPE else ""
             tar.addfile(info)
@@ -73,16 +92,27 @@ def test_links_and_folders_are_no_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_offsets_hold_in_every_tar_format(tmp_path: Path, format: int) -> None:
     long = "folder/" * 12 + "k" * 60
-    members = [("a.txt", b"one"), (f"{long}.json", b'{"caption": "two"}'), (f"{long}.jpg", picture(1)), ("z.txt", b"x" * 512)]
+    members = [
+        ("a.txt", b"one"),
+        (f"{long}.json", b'{"caption": "two"}'),
+        (f"{long}.jpg", picture(1)),
+        ("z.txt", b"x" * 512),
+    ]
     tar = foreign_tar(tmp_path / "x.tar", members, format)
     index = ShardIndex(index_tar(tar))
     data = tar.read_bytes()
-    found = {f"{index.key(r)}.{e}": data[p.offset : p.offset + p.size] for r in range(3) for e, p in index.parts(r).items()}
+    found = {
+        f"{index.key(r)}.{e}": data[p.offset : p.offset + p.size]
+        for r in range(3)
+        for e, p in index.parts(r).items()
+    }
     assert found == dict(members)
 
 
 @pytest.mark.parametrize("cut", [100, 512, 600, 1024, 1536, 2000, 2049, 3600, 4095, 4096, 4300])
-def test_a_tar_that_is_cut_anywhere_is_truncated_and_leaves_no_index(tmp_path: Path, cut: int) -> None:
+def test_a_tar_that_is_cut_anywhere_is_truncated_and_leaves_no_index(
+    tmp_path: Path, cut: int
+) -> None:
     """Three samples of one 600-byte part: headers at 0, 1536, 3072; the end marker at 4608."""
     tar = foreign_tar(tmp_path / "x.tar", [(f"k{i}.txt", bytes([65 + i]) * 600) for i in range(3)])
     tar.write_bytes(tar.read_bytes()[:cut])
@@ -94,7 +124,10 @@ def test_a_tar_that_is_cut_anywhere_is_truncated_and_leaves_no_index(tmp_path: P
 def test_a_cut_inside_a_part_names_key_part_and_offset(tmp_path: Path) -> None:
     tar = foreign_tar(tmp_path / "x.tar", [("a.txt", b"1"), ("b.jpg", picture(1)), ("b.txt", b"2")])
     tar.write_bytes(tar.read_bytes()[: 3 * 512 + 100])
-    with pytest.raises(TarError, match=rf"x\.tar, key b, at offset 1536: truncated: part \.jpg has 100 of its {len(picture(1))} bytes"):
+    with pytest.raises(
+        TarError,
+        match=rf"x\.tar, key b, at offset 1536: truncated: part \.jpg has 100 of its {len(picture(1))} bytes",
+    ):
         index_tar(tar)
 
 
@@ -117,10 +150,16 @@ def test_a_missing_end_marker_and_a_damaged_header_are_not_the_end(tmp_path: Pat
 
 def test_duplicate_keys_and_parts_name_both_places(tmp_path: Path) -> None:
     tar = foreign_tar(tmp_path / "x.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.jpg", b"3")])
-    with pytest.raises(TarError, match=r"x\.tar, key a, at offset 2048: duplicate key: it already stands at offset 0"):
+    with pytest.raises(
+        TarError,
+        match=r"x\.tar, key a, at offset 2048: duplicate key: it already stands at offset 0",
+    ):
         index_tar(tar)
     foreign_tar(tar, [("a.txt", b"1"), ("a.TXT", b"2")])
-    with pytest.raises(TarError, match=r"key a, at offset 1024: duplicate part \.txt: the other begins at offset 512"):
+    with pytest.raises(
+        TarError,
+        match=r"key a, at offset 1024: duplicate part \.txt: the other begins at offset 512",
+    ):
         index_tar(tar)
 
 
@@ -141,7 +180,9 @@ def test_what_is_no_tar(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
+    with tarfile.open(
+        tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1"
+    ) as tar:
         tar.addfile(tarfile.TarInfo("caf\xe9.txt"))
     with pytest.raises(TarError, match="is not UTF-8"):
         scan_tar(tmp_path / "x.tar")
@@ -149,7 +190,11 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_an_error_survives_the_way_from_a_worker(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(TarError(tmp_path / "x.tar", "broken", "k", 5)))
-    assert (error.key, error.offset, error.what) == ("k", 5, f"{tmp_path}/x.tar, key k, at offset 5: broken.")
+    assert (error.key, error.offset, error.what) == (
+        "k",
+        5,
+        f"{tmp_path}/x.tar, key k, at offset 5: broken.",
+    )
 
 
 def test_a_failed_new_index_leaves_the_old_one(tmp_path: Path) -> None:
@@ -171,7 +216,9 @@ def test_splits_come_from_names(tmp_path: Path) -> None:
         "latest": "train",
     }
     for i, name in enumerate(names):
-        foreign_tar(tmp_path / f"{name}.tar", [(f"k{i}.nsdgeneral.npy", array((3, 4))), (f"k{i}.txt", b"x")])
+        foreign_tar(
+            tmp_path / f"{name}.tar", [(f"k{i}.nsdgeneral.npy", array((3, 4))), (f"k{i}.txt", b"x")]
+        )
     assert index_path(tmp_path, modalities=("fmri",)).samples == 6
     dataset = open_dataset(tmp_path)
     assert {s.name: s.split for split in dataset.splits for s in dataset.shards(split)} == {
@@ -216,7 +263,9 @@ def test_an_extension_of_several_modalities_must_be_told(tmp_path: Path) -> None
 
 
 def test_a_builders_manifest_is_kept_and_its_indexes_are_made_again(tmp_path: Path) -> None:
-    dataset = text_dataset(tmp_path / "set", {f"k{i}": {"txt": b"x"} for i in range(4)}, max_samples=2)
+    dataset = text_dataset(
+        tmp_path / "set", {f"k{i}": {"txt": b"x"} for i in range(4)}, max_samples=2
+    )
     whole = all_bytes(dataset.root)
     for path in dataset.root.rglob("*.index"):
         path.unlink()
@@ -229,7 +278,9 @@ def test_a_builders_manifest_is_kept_and_its_indexes_are_made_again(tmp_path: Pa
         index_path(dataset.root)
 
 
-def test_tars_whose_index_fits_are_not_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tars_whose_index_fits_are_not_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tars = [foreign_tar(tmp_path / f"{i}.tar", IMG2DATASET) for i in range(6)]
     assert index_path(tmp_path, again=False).kept == 0
     before = all_bytes(tmp_path)
@@ -240,7 +291,10 @@ def test_tars_whose_index_fits_are_not_read_again(tmp_path: Path, capsys: pytest
     index_path_of(tars[2]).unlink()
     index_path_of(tars[3]).write_bytes(index_path_of(tars[4]).read_bytes())  # of another tar
     assert index_command([tmp_path], [], workers=1) == 0
-    assert "6 tars, 12 samples indexed (2 had an index already); it is a dataset now" in capsys.readouterr().out
+    assert (
+        "6 tars, 12 samples indexed (2 had an index already); it is a dataset now"
+        in capsys.readouterr().out
+    )
     assert all_bytes(tmp_path) == before
     assert index_path(tmp_path).kept == 0
 

@@ -41,13 +41,17 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_whole_dataset_has_no_problems(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_dataset_has_no_problems(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verify_dataset(dataset.root) == []
     assert verify_command(dataset.root) == 0
     assert "every byte is as it was written" in capsys.readouterr().out
 
 
-def test_a_flipped_byte_of_a_part_names_key_and_offset(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_byte_of_a_part_names_key_and_offset(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = dataset.index(dataset.shards()[0]).parts(1)["bin"]
     flip(dataset.root / FIRST, place.offset + 300)
     problem = only(verify_dataset(dataset.root))
@@ -62,7 +66,12 @@ def test_every_flipped_byte_of_a_tar_is_found(dataset: Dataset) -> None:
     tar = dataset.root / FIRST
     whole = tar.read_bytes()
     index = dataset.index(dataset.shards()[0])
-    content = {o: (index.key(r), p) for r in range(2) for p in index.parts(r).values() for o in range(p.offset, p.offset + p.size)}
+    content = {
+        o: (index.key(r), p)
+        for r in range(2)
+        for p in index.parts(r).values()
+        for o in range(p.offset, p.offset + p.size)
+    }
     for offset in sorted(random.Random(0).sample(range(len(whole)), 120)):
         flip(tar, offset)
         problems = verify_dataset(dataset.root)
@@ -79,7 +88,9 @@ def test_every_flipped_byte_of_an_index_is_found(dataset: Dataset) -> None:
     for offset in sorted(random.Random(1).sample(range(len(whole)), 120)):
         flip(path, offset)
         problems = verify_dataset(dataset.root)
-        assert [p for p in problems if p.shard == f"{FIRST}.index"], f"byte {offset} of {len(whole)}"
+        assert [p for p in problems if p.shard == f"{FIRST}.index"], (
+            f"byte {offset} of {len(whole)}"
+        )
         path.write_bytes(whole)
 
 
@@ -88,7 +99,10 @@ def test_a_truncated_tar_is_named_with_every_part_that_is_lost(dataset: Dataset)
     places = dataset.index(dataset.shards()[0]).parts(1)
     tar.write_bytes(tar.read_bytes()[: places["bin"].offset + 100])
     problems = verify_dataset(dataset.root)
-    assert sorted((p.key or "", p.offset or 0) for p in problems) == [("k1", places["bin"].offset), ("k1", places["txt"].offset)]
+    assert sorted((p.key or "", p.offset or 0) for p in problems) == [
+        ("k1", places["bin"].offset),
+        ("k1", places["txt"].offset),
+    ]
     assert all(p.shard == FIRST for p in problems)
     assert any("has 100 of its 512 bytes" in p.what for p in problems)
 
@@ -98,7 +112,10 @@ def test_a_damaged_header_does_not_hide_flipped_parts_behind_it(dataset: Dataset
     flip(dataset.root / FIRST, index.span(1)[0] + 150)
     flip(dataset.root / FIRST, index.parts(1)["txt"].offset)
     whats = {p.what.split(":")[0]: p.offset for p in verify_dataset(dataset.root)}
-    assert whats == {"damaged": index.span(1)[0], "part .txt (6 bytes) fails its CRC-32": index.parts(1)["txt"].offset}
+    assert whats == {
+        "damaged": index.span(1)[0],
+        "part .txt (6 bytes) fails its CRC-32": index.parts(1)["txt"].offset,
+    }
 
 
 def test_a_missing_tar_index_or_part(dataset: Dataset) -> None:
@@ -110,7 +127,15 @@ def test_a_missing_tar_index_or_part(dataset: Dataset) -> None:
 
 
 def test_a_rewritten_tar_makes_the_index_stale(dataset: Dataset) -> None:
-    foreign_tar(dataset.root / FIRST, [("k0.bin", SAMPLES["k0"]["bin"]), ("k0.txt", b"text 0"), ("k1.bin", b"short"), ("new.txt", b"x")])
+    foreign_tar(
+        dataset.root / FIRST,
+        [
+            ("k0.bin", SAMPLES["k0"]["bin"]),
+            ("k0.txt", b"text 0"),
+            ("k1.bin", b"short"),
+            ("new.txt", b"x"),
+        ],
+    )
     whats = {(p.key, p.what.split(",")[0]) for p in verify_dataset(dataset.root)}
     assert ("k1", "missing part .txt: the index has it") in whats
     assert ("new", "stale index: the sample is not in it") in whats
@@ -130,7 +155,11 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
         foreign_tar(tmp_path / f"{name}.tar", [("same.txt", b"x"), (f"own{name}.txt", b"x")])
     index_path(tmp_path, modalities=())
     problem = only(verify_dataset(tmp_path))
-    assert (problem.shard, problem.key, problem.what) == ("1.tar", "same", "duplicate key: it stands in 0.tar too")
+    assert (problem.shard, problem.key, problem.what) == (
+        "1.tar",
+        "same",
+        "duplicate key: it stands in 0.tar too",
+    )
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3")])
     problem = verify_dataset(tmp_path)[0]
     assert (problem.shard, problem.key, problem.offset) == ("0.tar", "a", 2048)
@@ -140,7 +169,9 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capacity", [1, 7, 100, 10_000])
 def test_repeated_keys_are_those_that_a_dictionary_finds(tmp_path: Path, capacity: int) -> None:
     draw = random.Random(capacity)
-    shards = [[f"k{draw.randrange(500)}" for _ in range(draw.choice([0, 1, 100, 150]))] for _ in range(12)]
+    shards = [
+        [f"k{draw.randrange(500)}" for _ in range(draw.choice([0, 1, 100, 150]))] for _ in range(12)
+    ]
     first: dict[str, StoragePath] = {}
     expected = []
     with KeyBook(sum(map(len, shards)), tmp_path, capacity) as book:
@@ -162,7 +193,10 @@ def test_the_memory_of_verify_does_not_grow_with_the_samples(tmp_path: Path) -> 
         tracemalloc.start()
         with KeyBook(shards * 1000, tmp_path, 10_000) as book:
             for shard in range(shards):
-                book.add(shard, np.random.default_rng(shard).integers(0, 2**63, (1000, 2)).astype(np.uint64))
+                book.add(
+                    shard,
+                    np.random.default_rng(shard).integers(0, 2**63, (1000, 2)).astype(np.uint64),
+                )
             assert book.repeats() == []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -174,7 +208,9 @@ def test_a_missing_part_of_the_modality_or_the_text(tmp_path: Path) -> None:
         writer.add("train", "a", {"jpg": picture(0), "txt": b"x"})
         writer.add("train", "b", {"png": picture(0), "depth.png": picture(1)})
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "modalities": ["depth"], "text": ["txt"]}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "modalities": ["depth"], "text": ["txt"]})
+    )
     problems = verify_dataset(tmp_path)
     assert [(p.key, p.what.split(" for ")[0].split(" the manifest")[0]) for p in problems] == [
         ("a", "missing part: no depth part"),
@@ -183,20 +219,29 @@ def test_a_missing_part_of_the_modality_or_the_text(tmp_path: Path) -> None:
 
 
 def test_files_that_nothing_reads(dataset: Dataset) -> None:
-    write_tree(dataset.root, {"shards/extra.tar": b"", "shards/train-000009.tar.aside": b"", "shards/notes.md": b""})
-    assert {(p.shard, p.what.split(":")[0].split(" from")[0]) for p in verify_dataset(dataset.root)} == {
+    write_tree(
+        dataset.root,
+        {"shards/extra.tar": b"", "shards/train-000009.tar.aside": b"", "shards/notes.md": b""},
+    )
+    assert {
+        (p.shard, p.what.split(":")[0].split(" from")[0]) for p in verify_dataset(dataset.root)
+    } == {
         ("shards/extra.tar", "not in the manifest"),
         ("shards/train-000009.tar.aside", "left over"),
     }
 
 
-def test_a_folder_of_datasets_is_verified_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_datasets_is_verified_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         text_dataset(tmp_path / name, SAMPLES)
     assert verify_command(tmp_path) == 0
     flip(tmp_path / "b" / FIRST, 600)
     assert verify_command(tmp_path) == 1
-    assert f"{tmp_path}/a: every byte is as it was written\n{FIRST}, key k0" in capsys.readouterr().out
+    assert (
+        f"{tmp_path}/a: every byte is as it was written\n{FIRST}, key k0" in capsys.readouterr().out
+    )
 
 
 def test_what_is_no_dataset(tmp_path: Path) -> None:

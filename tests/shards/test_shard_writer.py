@@ -29,7 +29,10 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES, max_samples=2)
     urls = [str(dataset.tar_path(s)) for s in dataset.shards()]
     assert len(urls) == 2
-    read = {s["__key__"]: {k: v for k, v in s.items() if not k.startswith("__")} for s in webdataset.WebDataset(urls, shardshuffle=False)}
+    read = {
+        s["__key__"]: {k: v for k, v in s.items() if not k.startswith("__")}
+        for s in webdataset.WebDataset(urls, shardshuffle=False)
+    }
     assert read == SAMPLES
     assert contents(dataset) == SAMPLES
 
@@ -51,18 +54,24 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_by_count_and_by_bytes_and_by_split(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path / "set", name="s", modalities=(), max_samples=3, max_bytes=100) as writer:
+    with DatasetWriter(
+        tmp_path / "set", name="s", modalities=(), max_samples=3, max_bytes=100
+    ) as writer:
         for i in range(7):
             writer.add("train", f"t{i}", {"txt": b"x"})
             writer.add("test_seen", f"s{i}", {"txt": b"y" * 60})
     dataset = open_dataset(tmp_path / "set")
-    assert [(s.path, s.samples) for s in dataset.shards("train")] == [(f"shards/train-00000{i}.tar", n) for i, n in enumerate((3, 3, 1))]
+    assert [(s.path, s.samples) for s in dataset.shards("train")] == [
+        (f"shards/train-00000{i}.tar", n) for i, n in enumerate((3, 3, 1))
+    ]
     assert [s.samples for s in dataset.shards("test_seen")] == [1] * 7
     assert (dataset.samples("train"), dataset.splits) == (7, ("test_seen", "train"))
 
 
 def test_the_manifest_says_which_text_every_sample_has(tmp_path: Path) -> None:
-    both = text_dataset(tmp_path / "both", {"a": {"txt": b"x", "json": b"{}"}, "b": {"txt": b"y", "json": b"{}"}})
+    both = text_dataset(
+        tmp_path / "both", {"a": {"txt": b"x", "json": b"{}"}, "b": {"txt": b"y", "json": b"{}"}}
+    )
     one = text_dataset(tmp_path / "one", {"a": {"txt": b"x", "json": b"{}"}, "b": {"txt": b"y"}})
     assert (both.manifest.text, one.manifest.text) == (("txt", "json"), ("txt",))
 
@@ -74,10 +83,17 @@ SLOW_DISK = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
 @settings(max_examples=60, deadline=None, suppress_health_check=SLOW_DISK)
 @given(
-    st.dictionaries(KEYS, st.dictionaries(EXTENSIONS, st.binary(max_size=1500), min_size=1, max_size=4), min_size=1, max_size=6),
+    st.dictionaries(
+        KEYS,
+        st.dictionaries(EXTENSIONS, st.binary(max_size=1500), min_size=1, max_size=4),
+        min_size=1,
+        max_size=6,
+    ),
     st.integers(1, 3),
 )
-def test_whatever_is_accepted_comes_back(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]], size: int) -> None:
+def test_whatever_is_accepted_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]], size: int
+) -> None:
     """Arbitrary keys and parts: refused with a SampleError, or read back unchanged by us, by a scan, and by webdataset."""
     root = tmp_path_factory.mktemp("any") / "set"
     accepted = {}
@@ -100,7 +116,8 @@ def test_whatever_is_accepted_comes_back(tmp_path_factory: pytest.TempPathFactor
         index_tar(tar)
         assert index_path_of(tar).read_bytes() == written
         read = {
-            s["__key__"]: set(s) - {"__key__", "__url__", "__local_path__"} for s in webdataset.WebDataset(str(tar), shardshuffle=False)
+            s["__key__"]: set(s) - {"__key__", "__url__", "__local_path__"}
+            for s in webdataset.WebDataset(str(tar), shardshuffle=False)
         }
         assert read == {k: set(accepted[k]) for k in dataset.index(shard).keys()}  # noqa: SIM118 - a method, not a dict's
 
@@ -113,7 +130,9 @@ def test_whatever_is_accepted_comes_back(tmp_path_factory: pytest.TempPathFactor
 def test_only_names_that_webdataset_splits_the_same_way_are_accepted(
     tmp_path_factory: pytest.TempPathFactory, key: str, extension: str
 ) -> None:
-    writer = DatasetWriter(tmp_path_factory.getbasetemp() / "never-written", name="n", modalities=())
+    writer = DatasetWriter(
+        tmp_path_factory.getbasetemp() / "never-written", name="n", modalities=()
+    )
     try:
         writer.add("train", key, {extension: b""})
     except SampleError:
@@ -125,14 +144,18 @@ def test_only_names_that_webdataset_splits_the_same_way_are_accepted(
     assert base_plus_ext(f"{key}.{extension}") == (key, extension)
 
 
-@pytest.mark.parametrize("key", ["", "a.b", "/a", "a/", "a//b", "../a", "a/./b", "__meta__/a", "a\nb", "a\x00", "\udcff"])
+@pytest.mark.parametrize(
+    "key", ["", "a.b", "/a", "a/", "a//b", "../a", "a/./b", "__meta__/a", "a\nb", "a\x00", "\udcff"]
+)
 def test_keys_that_a_tar_cannot_hold_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(SampleError, match=re.escape(repr(key))):
         DatasetWriter(tmp_path / "set", name="n", modalities=()).add("train", key, {"txt": b""})
 
 
 @pytest.mark.parametrize("extension", ["", "JPG", ".jpg", "_x", "a/b", "a\nb", "\udcff"])
-def test_extensions_that_a_reader_would_not_find_are_refused(tmp_path: Path, extension: str) -> None:
+def test_extensions_that_a_reader_would_not_find_are_refused(
+    tmp_path: Path, extension: str
+) -> None:
     with pytest.raises(SampleError, match="would not find it"):
         DatasetWriter(tmp_path / "set", name="n", modalities=()).add("train", "a", {extension: b""})
 
@@ -154,11 +177,16 @@ def test_a_sample_must_have_what_the_modalities_need(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_a_half_written_dataset_that_is_recognised(tmp_path: Path) -> None:
     root = tmp_path / "set"
-    with pytest.raises(ZeroDivisionError), DatasetWriter(root, name="n", modalities=(), max_samples=1) as writer:
+    with (
+        pytest.raises(ZeroDivisionError),
+        DatasetWriter(root, name="n", modalities=(), max_samples=1) as writer,
+    ):
         for i in range(3):
             writer.add("train", str(i), {"txt": b"x"})
         raise ZeroDivisionError
-    assert sorted(all_bytes(root)) == [f"shards/train-00000{i}.tar{end}" for i in range(2) for end in ("", ".index")]
+    assert sorted(all_bytes(root)) == [
+        f"shards/train-00000{i}.tar{end}" for i in range(2) for end in ("", ".index")
+    ]
     with pytest.raises(UsageError, match="half-written"):
         open_dataset(root)
     with pytest.raises(UsageError, match="half-written"):
@@ -183,7 +211,9 @@ def test_a_killed_writer_leaves_nothing_under_a_final_name(tmp_path: Path) -> No
         ({"manifest.json": b"{}"}, "already holds"),
     ],
 )
-def test_other_peoples_folders_are_not_written_into(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_other_peoples_folders_are_not_written_into(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -193,7 +223,10 @@ def test_other_peoples_folders_are_not_written_into(tmp_path: Path, files: dict[
 
 
 def test_a_dataset_without_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no sample"), DatasetWriter(tmp_path / "set", name="n", modalities=()):
+    with (
+        pytest.raises(UsageError, match="no sample"),
+        DatasetWriter(tmp_path / "set", name="n", modalities=()),
+    ):
         pass
 
 

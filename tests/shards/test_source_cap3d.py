@@ -32,12 +32,22 @@ def csv_of(captions: list[str], uids: list[str] = UIDS) -> str:
 
 def ply(points: np.ndarray) -> bytes:
     """Binary, as Cap3D's: float x y z, uchar red green blue."""
-    kinds = [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")]
+    kinds = [
+        ("x", "<f4"),
+        ("y", "<f4"),
+        ("z", "<f4"),
+        ("red", "u1"),
+        ("green", "u1"),
+        ("blue", "u1"),
+    ]
     table = np.zeros(len(points), kinds)
     for i, (name, kind) in enumerate(kinds):
         table[name] = points[:, i] if kind == "<f4" else np.round(points[:, i] * 255)
     header = "".join(f"property {'float' if k == '<f4' else 'uchar'} {n}\n" for n, k in kinds)
-    return f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{header}end_header\n".encode() + table.tobytes()
+    return (
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{header}end_header\n".encode()
+        + table.tobytes()
+    )
 
 
 def pt(points: np.ndarray) -> bytes:
@@ -71,8 +81,12 @@ def test_clouds_of_every_form_and_place_come_through(tmp_path: Path) -> None:
         TABLE: csv_of(CAPTIONS),
         f"Cap3D_pcs/{UIDS[0]}.ply": ply(points[0]),
         f"8192_npy/{UIDS[1]}_8192.npy": npy(points[1][:8192]),
-        "PointCloud_zips/compressed_pcs_00.zip": packed({f"Cap3D_pcs/{UIDS[2]}.ply": ply(points[2])}),
-        "PointCloud_pt_zips/compressed_pcs_pt_00.zip": packed({f"Cap3D_pcs_pt/{UIDS[3]}.pt": pt(points[3])}),
+        "PointCloud_zips/compressed_pcs_00.zip": packed(
+            {f"Cap3D_pcs/{UIDS[2]}.ply": ply(points[2])}
+        ),
+        "PointCloud_pt_zips/compressed_pcs_pt_00.zip": packed(
+            {f"Cap3D_pcs_pt/{UIDS[3]}.pt": pt(points[3])}
+        ),
     }
     _, dataset = built("cap3d", write_tree(tmp_path / "in", files), tmp_path / "out")
     found = samples(dataset)
@@ -87,16 +101,27 @@ def test_clouds_of_every_form_and_place_come_through(tmp_path: Path) -> None:
 
 def test_pointllms_copy(tmp_path: Path) -> None:
     rows = [
-        {"object_id": u, "conversation_type": "simple_description",
-         "conversations": [{"from": "human", "value": "<point>\nWhat is this?"}, {"from": "gpt", "value": c}]}
+        {
+            "object_id": u,
+            "conversation_type": "simple_description",
+            "conversations": [
+                {"from": "human", "value": "<point>\nWhat is this?"},
+                {"from": "gpt", "value": c},
+            ],
+        }
         for u, c in zip(UIDS, CAPTIONS, strict=True)
-    ]  # fmt: skip
-    files: dict[str, bytes | str] = {f"8192_npy/{u}_8192.npy": npy(cloud(seed=i)) for i, u in enumerate(UIDS)}
+    ]
+    files: dict[str, bytes | str] = {
+        f"8192_npy/{u}_8192.npy": npy(cloud(seed=i)) for i, u in enumerate(UIDS)
+    }
     files["PointLLM_brief_description_660K_filtered.json"] = json.dumps(rows)
     _, dataset = built("cap3d", write_tree(tmp_path / "in", files), tmp_path / "out")
     found = samples(dataset)
     assert {k: s["txt"] for k, s in found.items()} == dict(zip(UIDS, CAPTIONS, strict=True))
-    assert found[UIDS[1]]["json"] == {"object_id": UIDS[1], "conversation_type": "simple_description"}
+    assert found[UIDS[1]]["json"] == {
+        "object_id": UIDS[1],
+        "conversation_type": "simple_description",
+    }
     assert found[UIDS[1]]["npy"] == npy(cloud(seed=1))
 
     rows[1]["conversations"] = [{"from": "human", "value": "<point>\nWhat is this?"}]
@@ -105,7 +130,11 @@ def test_pointllms_copy(tmp_path: Path) -> None:
     (tmp_path / "in/PointLLM_brief_description_660K_filtered.json").write_text(json.dumps(rows))
     report, dataset = built("cap3d", tmp_path / "in", tmp_path / "bad", max_failures=0.9)
     assert list(samples(dataset)) == UIDS[:1]
-    assert [r.split(":")[0] for r in reasons(report).values()] == ["malformed conversations", "unreadable row", "missing file"]
+    assert [r.split(":")[0] for r in reasons(report).values()] == [
+        "malformed conversations",
+        "unreadable row",
+        "missing file",
+    ]
 
 
 class Evil:
@@ -128,17 +157,25 @@ def test_bad_rows_and_clouds_are_left_out_one_by_one(tmp_path: Path) -> None:
     flat = io.BytesIO()
     torch.save(torch.zeros(3, 64), flat)
     bad = {
-        1: (".npy", npy(good.astype("U4")), "unreadable"), 2: (".npy", npy(good)[:400], "unreadable"),
-        3: (".pt", pt(good)[:500], "unreadable .pt"), 4: (".pt", buffer.getvalue(), "wrong type"),
-        5: (".pt", integers.getvalue(), "wrong type"), 6: (".pt", flat.getvalue(), "wrong shape"),
-        7: (".pt", pickle.dumps(Evil(tmp_path / "owned")), "unreadable .pt"), 8: (".ply", ply(good)[:300], ".ply"),
-    }  # fmt: skip
-    files: dict[str, bytes | str] = {f"c/{uids[i]}{suffix}": data for i, (suffix, data, _) in bad.items()}
+        1: (".npy", npy(good.astype("U4")), "unreadable"),
+        2: (".npy", npy(good)[:400], "unreadable"),
+        3: (".pt", pt(good)[:500], "unreadable .pt"),
+        4: (".pt", buffer.getvalue(), "wrong type"),
+        5: (".pt", integers.getvalue(), "wrong type"),
+        6: (".pt", flat.getvalue(), "wrong shape"),
+        7: (".pt", pickle.dumps(Evil(tmp_path / "owned")), "unreadable .pt"),
+        8: (".ply", ply(good)[:300], ".ply"),
+    }
+    files: dict[str, bytes | str] = {
+        f"c/{uids[i]}{suffix}": data for i, (suffix, data, _) in bad.items()
+    }
     files[f"c/{uids[0]}.npy"] = files[f"c/{uids[9]}.npy"] = npy(good)
     captions = [f"object {i}" for i in range(12)]
     captions[9] = " "
     files[TABLE] = csv_of(captions[:11], uids) + "only one cell\n" + f'{uids[11]},"never closed\n'
-    report, dataset = built("cap3d", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.99)
+    report, dataset = built(
+        "cap3d", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.99
+    )
     assert list(samples(dataset)) == [uids[0]]
     found = {q.file: q.reason for q in report.quarantined}
     for i, (_, _, reason) in bad.items():
@@ -162,7 +199,9 @@ def test_a_set_that_was_fetched_in_part_or_not_at_all(tmp_path: Path) -> None:
     write_tree(tmp_path / "in", {"Cap3D_human.csv": csv_of(CAPTIONS)})
     with pytest.raises(UsageError, match="has 2 tables"):
         build_dataset("cap3d", tmp_path / "in", tmp_path / "x")
-    _, dataset = built("cap3d", tmp_path / "in", tmp_path / "chosen", captions=TABLE, missing="skip")
+    _, dataset = built(
+        "cap3d", tmp_path / "in", tmp_path / "chosen", captions=TABLE, missing="skip"
+    )
     assert dataset.samples() == 1
     with pytest.raises(UsageError, match="missing=maybe is neither fail nor skip"):
         build_dataset("cap3d", tmp_path / "in", tmp_path / "x", missing="maybe")
@@ -184,6 +223,10 @@ def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:
-    write_tree(tmp_path / "in", {TABLE: csv_of(CAPTIONS), **{f"c/{u}.npy": npy(cloud(64)) for u in UIDS}})
-    _, report = build_recipe(RECIPES / "cap3d.yaml", inputs=str(tmp_path / "in"), out=str(tmp_path / "out"), workers=1)
+    write_tree(
+        tmp_path / "in", {TABLE: csv_of(CAPTIONS), **{f"c/{u}.npy": npy(cloud(64)) for u in UIDS}}
+    )
+    _, report = build_recipe(
+        RECIPES / "cap3d.yaml", inputs=str(tmp_path / "in"), out=str(tmp_path / "out"), workers=1
+    )
     assert report.samples == 4

@@ -46,7 +46,9 @@ def parallel(root: Path, kind: str) -> Path:
     files["cc3m/00001/000010000.JPG"] = photo((48, 64), 7)
     files["cc3m/00001/000010000.txt"] = "upright"
     for i in range(5):
-        files[f"cc3m_{kind}/00000/00000000{i}.{'jpg' if i == 1 else 'png'}"] = grey_map(kind="JPEG" if i == 1 else "PNG")
+        files[f"cc3m_{kind}/00000/00000000{i}.{'jpg' if i == 1 else 'png'}"] = grey_map(
+            kind="JPEG" if i == 1 else "PNG"
+        )
     files[f"cc3m_{kind}/00001/000010000.png"] = grey_map((48, 64))
     return write_tree(root, files)
 
@@ -60,8 +62,10 @@ def test_parallel_trees(tmp_path: Path, kind: str) -> None:
     assert dataset.modalities == (kind,)
     assert list(found) == [*(f"00000/00000000{i}" for i in range(5)), "00001/000010000"]
     assert found["00000/000000000"] == {
-        "jpg": photo(seed=0), f"{kind}.png": grey_map(), "txt": "caption 0",
-    }  # fmt: skip
+        "jpg": photo(seed=0),
+        f"{kind}.png": grey_map(),
+        "txt": "caption 0",
+    }
     assert found["00000/000000001"][f"{kind}.jpg"] == grey_map(kind="JPEG")
     assert found["00001/000010000"]["txt"] == "upright"
     picture, rendered = decoded(dataset, "00000/000000000")[kind]
@@ -82,9 +86,13 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     assert why["00000/000000000"].startswith("missing map: no depth map of 00000/000000000.jpg in ")
     assert why["00000/000000001"].startswith("missing file: ")
     assert why["00000/000000002"].startswith("empty caption")
-    assert why["00000/000000003"].startswith("unreadable depth: .jpg (300 bytes) is no readable JPEG")
+    assert why["00000/000000003"].startswith(
+        "unreadable depth: .jpg (300 bytes) is no readable JPEG"
+    )
     assert len(why) == 4
-    with pytest.raises(OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"):
+    with pytest.raises(
+        OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"
+    ):
         built("cc3m-depth", inputs, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -92,7 +100,9 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
 def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) -> None:
     inputs = parallel(tmp_path / "in", "depth")
     built("cc3m-depth", inputs, tmp_path / "whole", name="same", max_samples=2)
-    build_dataset("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2, task=Task(0, 2))  # the first and the last shard
+    build_dataset(
+        "cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2, task=Task(0, 2)
+    )  # the first and the last shard
     for new in ("cc3m/00000/0.jpg", "cc3m/00000/000000002b.jpg"):
         (inputs / new).write_bytes(photo())
     built("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2)
@@ -101,9 +111,14 @@ def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) 
 
 def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
-        "images/a.jpg": photo((96, 48), 1), "images/a.txt": "wide", "images/b.jpg": photo((48, 64), 2), "images/b.txt": "with rgb",
-        "out/a_normal.png": colour_map(), "out/b_normal.png": colour_map(), "out/b_rgb.png": photo((384, 384), 2, "PNG"),
-    }  # fmt: skip
+        "images/a.jpg": photo((96, 48), 1),
+        "images/a.txt": "wide",
+        "images/b.jpg": photo((48, 64), 2),
+        "images/b.txt": "with rgb",
+        "out/a_normal.png": colour_map(),
+        "out/b_normal.png": colour_map(),
+        "out/b_rgb.png": photo((384, 384), 2, "PNG"),
+    }
     inputs = write_tree(tmp_path / "in", files)
     report, dataset = built("cc3m-normal", inputs, tmp_path / "normal", images="images", maps="out")
     found = samples(dataset)
@@ -111,19 +126,36 @@ def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) 
     assert set(found["a"]) == {"jpg", "normal.png", "txt"}
     square = Image.open(io.BytesIO(found["a"]["jpg"]))
     assert square.size == (48, 48)
-    expected = np.asarray(Image.open(io.BytesIO(files["images/a.jpg"])).crop((24, 0, 72, 48))).astype(int)  # type: ignore[arg-type]
+    expected = np.asarray(
+        Image.open(io.BytesIO(files["images/a.jpg"])).crop((24, 0, 72, 48))
+    ).astype(int)  # type: ignore[arg-type]
     assert np.abs(np.asarray(square).astype(int) - expected).mean() < 3
     assert found["b"]["png"] == files["out/b_rgb.png"]
     assert decoded(dataset, "b")["normal"][1, 2].std() < 1e-6  # the map's blue is one value
 
-    both = write_tree(tmp_path / "one", {"x.jpg": photo(), "x.txt": "beside", "x_depth.png": colour_map(512), "x_normal.png": colour_map()})
-    assert list(samples(built("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == ["depth.png", "jpg", "txt"]
+    both = write_tree(
+        tmp_path / "one",
+        {
+            "x.jpg": photo(),
+            "x.txt": "beside",
+            "x_depth.png": colour_map(512),
+            "x_normal.png": colour_map(),
+        },
+    )
+    assert list(samples(built("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == [
+        "depth.png",
+        "jpg",
+        "txt",
+    ]
 
 
 def test_maps_below_the_pictures_folder_are_no_pictures(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
-        "a.jpg": photo(), "a.txt": "one", "maps/a.jpg": grey_map(kind="JPEG"), "cc3m_normal/a.jpg": grey_map(kind="JPEG"),
-    }  # fmt: skip
+        "a.jpg": photo(),
+        "a.txt": "one",
+        "maps/a.jpg": grey_map(kind="JPEG"),
+        "cc3m_normal/a.jpg": grey_map(kind="JPEG"),
+    }
     inputs = write_tree(tmp_path / "cc3m_depth_pictures", files)
     report, dataset = built("cc3m-depth", inputs, tmp_path / "out", maps="maps")
     assert not report.quarantined
@@ -133,13 +165,23 @@ def test_maps_below_the_pictures_folder_are_no_pictures(tmp_path: Path) -> None:
 def test_the_references_table(tmp_path: Path) -> None:
     """cc3m.csv: tab-separated, caption and url, local paths with /cc3m/ in them."""
     inputs = parallel(tmp_path / "in", "depth")
-    rows = ["url\tcaption", "/mnt/x/cc3m/00000/000000002.jpg\tof the \"table\"", "cc3m/00000/000000004.jpg\tsecond", "one cell",
-            "00000/none.jpg\tno such picture", f"{inputs}/cc3m/00001/000010000.JPG\tabsolute"]  # fmt: skip
+    rows = [
+        "url\tcaption",
+        '/mnt/x/cc3m/00000/000000002.jpg\tof the "table"',
+        "cc3m/00000/000000004.jpg\tsecond",
+        "one cell",
+        "00000/none.jpg\tno such picture",
+        f"{inputs}/cc3m/00001/000010000.JPG\tabsolute",
+    ]
     (inputs / "cc3m.csv").write_text("\n".join(rows) + "\n")
-    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", captions="cc3m.csv", max_failures=0.5)
+    report, dataset = built(
+        "cc3m-depth", inputs, tmp_path / "out", captions="cc3m.csv", max_failures=0.5
+    )
     assert {k: s["txt"] for k, s in samples(dataset).items()} == {
-        "00000/000000002": 'of the "table"', "00000/000000004": "second", "00001/000010000": "absolute",
-    }  # fmt: skip
+        "00000/000000002": 'of the "table"',
+        "00000/000000004": "second",
+        "00001/000010000": "absolute",
+    }
     assert [q.reason.split(":")[0] for q in report.quarantined] == ["unreadable row", "missing map"]
     assert [q.file for q in report.quarantined] == ["cc3m.csv:4", "cc3m.csv:5"]
     (inputs / "google.tsv").write_text("a caption\thttp://x/1.jpg\n")
@@ -147,12 +189,24 @@ def test_the_references_table(tmp_path: Path) -> None:
         built("cc3m-depth", inputs, tmp_path / "no", captions="google.tsv")
 
 
-def img2dataset_tar(root: Path, name: str, count: int = 4, cut: int = 0, stats: bool = True) -> None:
+def img2dataset_tar(
+    root: Path, name: str, count: int = 4, cut: int = 0, stats: bool = True
+) -> None:
     members: list[tuple[str, bytes]] = []
     for i in range(count):
         key = f"{name}{i:04d}"
-        status = {"caption": f"c{i}", "url": f"http://x/{i}", "key": key, "status": "success", "error_message": None}
-        members += [(f"{key}.jpg", photo(seed=i)), (f"{key}.json", json.dumps(status).encode()), (f"{key}.txt", f"caption {i}".encode())]
+        status = {
+            "caption": f"c{i}",
+            "url": f"http://x/{i}",
+            "key": key,
+            "status": "success",
+            "error_message": None,
+        }
+        members += [
+            (f"{key}.jpg", photo(seed=i)),
+            (f"{key}.json", json.dumps(status).encode()),
+            (f"{key}.txt", f"caption {i}".encode()),
+        ]
     tar = foreign_tar(root / f"{name}.tar", members)
     if cut:
         tar.write_bytes(tar.read_bytes()[:-cut])
@@ -168,10 +222,19 @@ def dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     config = DPTConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=64, patch_size=16,
-        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[16, 24, 32, 32], fusion_hidden_size=32, reassemble_factors=[4, 2, 1, 0.5],
-        is_hybrid=False, use_auxiliary_head=False,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=64,
+        patch_size=16,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16, 24, 32, 32],
+        fusion_hidden_size=32,
+        reassemble_factors=[4, 2, 1, 0.5],
+        is_hybrid=False,
+        use_auxiliary_head=False,
+    )
     folder = tmp_path_factory.mktemp("models") / "tiny-dpt"
     model = DPTForDepthEstimation(config)
     with torch.no_grad():
@@ -199,9 +262,15 @@ def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
     found = samples(dataset)
     assert list(found) == [f"{t}{i:04d}" for t in ("00000", "00001") for i in range(4)]
     sample = found["000000002"]
-    assert (sample["jpg"], sample["txt"], sample["json"]["url"]) == (photo(seed=2), "caption 2", "http://x/2")
+    assert (sample["jpg"], sample["txt"], sample["json"]["url"]) == (
+        photo(seed=2),
+        "caption 2",
+        "http://x/2",
+    )
     ours = np.asarray(Image.open(io.BytesIO(sample["depth.png"]))).astype(int)
-    theirs = pipeline("depth-estimation", model=str(dpt), device="cpu")(Image.open(io.BytesIO(sample["jpg"])))["predicted_depth"]
+    theirs = pipeline("depth-estimation", model=str(dpt), device="cpu")(
+        Image.open(io.BytesIO(sample["jpg"]))
+    )["predicted_depth"]
     values = theirs.squeeze().double().numpy()
     expected = (values - values.min()) / (values.max() - values.min()) * 255
     assert ours.shape == (48, 64)
@@ -210,11 +279,15 @@ def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
     assert decoded(dataset, "000000002")["depth"].isfinite().all()
 
     _, normal = built("cc3m-normal", tmp_path / "in", tmp_path / "normal", **options)
-    vectors = np.asarray(Image.open(io.BytesIO(samples(normal)["000000002"]["normal.png"]))) / 127.5 - 1
+    vectors = (
+        np.asarray(Image.open(io.BytesIO(samples(normal)["000000002"]["normal.png"]))) / 127.5 - 1
+    )
     assert np.abs(np.linalg.norm(vectors, axis=-1) - 1).max() < 0.02
     assert np.abs(vectors - normals(expected / 255, 0.5)).max() < 0.05
     # Distances: near and far change places.
-    _, far = built("cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3)
+    _, far = built(
+        "cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3
+    )
     turned = np.asarray(Image.open(io.BytesIO(samples(far)["000000002"]["depth.png"]))).astype(int)
     assert turned[np.unravel_index(ours.argmax(), ours.shape)] == 0
     assert turned[np.unravel_index(ours.argmin(), ours.shape)] == 255
@@ -240,7 +313,9 @@ def test_a_half_written_tar(tmp_path: Path) -> None:
     img2dataset_tar(inputs / "cc3m", "00000", cut=10240, stats=False)
     with pytest.raises(UsageError, match="unfinished"):
         built("cc3m-depth", inputs, tmp_path / "out")
-    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", unfinished="take", max_failures=0.6)
+    report, dataset = built(
+        "cc3m-depth", inputs, tmp_path / "out", unfinished="take", max_failures=0.6
+    )
     assert samples(dataset)
     assert any("truncated" in r for r in reasons(report).values())
 

@@ -16,39 +16,65 @@ PROMPT = "Provide a one-sentence caption for the provided image."
 
 def official() -> dict[str, Any]:
     """captions_train2017.json."""
-    images = [{"license": 3, "file_name": f"{n:012d}.jpg", "coco_url": "u", "height": 48, "width": 64, "id": n} for n in (9, 25)]
-    rows = [(9, 661611, "Closeup of bins of food. "), (25, 122312, "A giraffe é eating."), (9, 661977, "A meal.")]
+    images = [
+        {
+            "license": 3,
+            "file_name": f"{n:012d}.jpg",
+            "coco_url": "u",
+            "height": 48,
+            "width": 64,
+            "id": n,
+        }
+        for n in (9, 25)
+    ]
+    rows = [
+        (9, 661611, "Closeup of bins of food. "),
+        (25, 122312, "A giraffe é eating."),
+        (9, 661977, "A meal."),
+    ]
     annotations = [{"image_id": p, "id": i, "caption": c} for p, i, c in rows]
     return {"info": {}, "licenses": [{"id": 1}], "images": images, "annotations": annotations}
 
 
 def pictures() -> dict[str, bytes | str]:
-    return {"train2017/000000000009.jpg": photo(seed=9), "train2017/000000000025.jpg": photo(seed=25)}
+    return {
+        "train2017/000000000009.jpg": photo(seed=9),
+        "train2017/000000000025.jpg": photo(seed=25),
+    }
 
 
 def test_official_captions(tmp_path: Path) -> None:
-    inputs = write_tree(tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())})
+    inputs = write_tree(
+        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+    )
     report, dataset = built("coco", inputs, tmp_path / "out")
     found = samples(dataset)
     assert not report.quarantined
     assert dataset.manifest.text == ("txt", "json")
     assert {k: (s["txt"], s["jpg"]) for k, s in found.items()} == {
-        "661611": ("Closeup of bins of food.", photo(seed=9)), "122312": ("A giraffe é eating.", photo(seed=25)),
+        "661611": ("Closeup of bins of food.", photo(seed=9)),
+        "122312": ("A giraffe é eating.", photo(seed=25)),
         "661977": ("A meal.", photo(seed=9)),
-    }  # fmt: skip
+    }
     assert found["661977"]["json"] == {"image_id": 9, "conversations": turns(PROMPT, "A meal.")}
     assert decoded(dataset, "122312")["image"].shape == (3, 224, 224)
 
 
 def test_bad_rows(tmp_path: Path) -> None:
     value = official()
-    value["annotations"] += [{"image_id": 9, "id": 1, "caption": " "}, {"image_id": 10, "id": 2, "caption": "no picture"}, {"id": 3}]
+    value["annotations"] += [
+        {"image_id": 9, "id": 1, "caption": " "},
+        {"image_id": 10, "id": 2, "caption": "no picture"},
+        {"id": 3},
+    ]
     inputs = write_tree(tmp_path / "in", {**pictures(), "captions_train2017.json": as_json(value)})
     report, dataset = built("coco", inputs, tmp_path / "out", max_failures=0.5)
     assert len(samples(dataset)) == 3
     assert list(reasons(report).values()) == [
-        "unreadable row: caption is ' ', not a text", "missing file: train2017/000000000010.jpg", "unreadable row: no 'caption'",
-    ]  # fmt: skip
+        "unreadable row: caption is ' ', not a text",
+        "missing file: train2017/000000000010.jpg",
+        "unreadable row: no 'caption'",
+    ]
     with pytest.raises(OneLLMError, match="are bad"):
         built("coco", inputs, tmp_path / "none")
     (inputs / "captions_train2017.json").write_text(as_json(official())[:-30])
@@ -58,23 +84,46 @@ def test_bad_rows(tmp_path: Path) -> None:
 
 def test_karpathys_splits(tmp_path: Path) -> None:
     def row(number: int, split: str, folder: str, *raw: Any) -> dict[str, Any]:
-        sentences = [{"tokens": str(r).split(), "raw": r, "imgid": 0, "sentid": number * 10 + i} for i, r in enumerate(raw)]
-        return {"filepath": folder, "sentids": [], "filename": f"COCO_{folder}_{number:012d}.jpg", "imgid": 0, "split": split,
-                "sentences": sentences, "cocoid": number}  # fmt: skip
+        sentences = [
+            {"tokens": str(r).split(), "raw": r, "imgid": 0, "sentid": number * 10 + i}
+            for i, r in enumerate(raw)
+        ]
+        return {
+            "filepath": folder,
+            "sentids": [],
+            "filename": f"COCO_{folder}_{number:012d}.jpg",
+            "imgid": 0,
+            "split": split,
+            "sentences": sentences,
+            "cocoid": number,
+        }
 
     rows = [
-        row(9, "train", "train2014", "one", "two"), row(30, "restval", "val2014", "three"), row(31, "val", "val2014", "four"),
-        row(32, "test", "val2014", "five", "six"), row(9, "train", "train2014", "seven", 8), row(33, "none", "x", "nine"),
-    ]  # fmt: skip
+        row(9, "train", "train2014", "one", "two"),
+        row(30, "restval", "val2014", "three"),
+        row(31, "val", "val2014", "four"),
+        row(32, "test", "val2014", "five", "six"),
+        row(9, "train", "train2014", "seven", 8),
+        row(33, "none", "x", "nine"),
+    ]
     rows[4]["sentences"][0]["sentid"] = 500
     files = {
-        **pictures(), "dataset_coco.json": as_json({"images": rows, "dataset": "coco"}),
+        **pictures(),
+        "dataset_coco.json": as_json({"images": rows, "dataset": "coco"}),
         **{f"val2014/COCO_val2014_{n:012d}.jpg": photo(seed=n) for n in (30, 31, 32)},
-    }  # fmt: skip
+    }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built("coco-karpathy", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.5)
-    captions = {s: {k: v["txt"] for k, v in samples(dataset, s).items()} for s in ("train", "val", "test")}
-    assert captions == {"train": {"90": "one", "91": "two", "300": "three"}, "val": {"310": "four"}, "test": {"320": "five", "321": "six"}}
+    report, dataset = built(
+        "coco-karpathy", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.5
+    )
+    captions = {
+        s: {k: v["txt"] for k, v in samples(dataset, s).items()} for s in ("train", "val", "test")
+    }
+    assert captions == {
+        "train": {"90": "one", "91": "two", "300": "three"},
+        "val": {"310": "four"},
+        "test": {"320": "five", "321": "six"},
+    }
     assert samples(dataset)["300"]["jpg"] == photo(seed=30)
     assert reasons(report) == {
         "dataset_coco_json-4": "unreadable row: a caption is 8, not a text",
@@ -85,7 +134,9 @@ def test_karpathys_splits(tmp_path: Path) -> None:
 
 def test_captions_joined_by_their_picture(tmp_path: Path) -> None:
     """`join=true`: a picture once, with a list of its captions, of which training reads one in an epoch."""
-    inputs = write_tree(tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())})
+    inputs = write_tree(
+        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+    )
     _, dataset = built("coco", inputs, tmp_path / "out", join=True)
     found = samples(dataset)
     assert {k: (s["json"]["caption"], s["json"]["rows"]) for k, s in found.items()} == {

@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from shard_worlds import contents, write_tree
-from source_checks import as_json, built, cloud, decoded, film, npy, photo, reasons, samples, tone, turns
+from source_checks import (
+    as_json,
+    built,
+    cloud,
+    decoded,
+    film,
+    npy,
+    photo,
+    reasons,
+    samples,
+    tone,
+    turns,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data.text import turns_of
@@ -38,29 +50,62 @@ def instruction_tuning(root: Path) -> Path:
     base = "InstructionTuning"
     motion = np.stack([np.sin((i + 1) * np.arange(2400) / 200) for i in range(6)])
     files: dict[str, bytes | str] = {
-        f"{base}/audio/audiocap_train.json": as_json([row(0, f"{base}/audio/audiocap/train/a.wav", "Caption <audio>", "a bell")]),
+        f"{base}/audio/audiocap_train.json": as_json(
+            [row(0, f"{base}/audio/audiocap/train/a.wav", "Caption <audio>", "a bell")]
+        ),
         f"{base}/audio/audiocap/train/a.wav": tone("WAV"),
         f"{base}/audio/audio_conversation.json": as_json(
-            [row(0, "datasets/InstructionTuning/audio/b.flac", "<audio>\nWhat?", "hum", "So?", "yes")]
+            [
+                row(
+                    0,
+                    "datasets/InstructionTuning/audio/b.flac",
+                    "<audio>\nWhat?",
+                    "hum",
+                    "So?",
+                    "yes",
+                )
+            ]
         ),
         f"{base}/audio/b.flac": tone(),
         f"{base}/depth_normal/llava_instruct_50k_depth.json": as_json(
-            [row(0, f"{base}/depth_normal/rgb/1.jpg", "Describe <image>", "near", depth_image=f"{base}/depth_normal/depth/1.png")]
+            [
+                row(
+                    0,
+                    f"{base}/depth_normal/rgb/1.jpg",
+                    "Describe <image>",
+                    "near",
+                    depth_image=f"{base}/depth_normal/depth/1.png",
+                )
+            ]
         ),
         f"{base}/depth_normal/llava_instruct_50k_normal.json": as_json(
-            [row(0, f"{base}/depth_normal/rgb/1.jpg", "Describe", "flat", normal_image=f"{base}/depth_normal/normal/1.jpg")]
+            [
+                row(
+                    0,
+                    f"{base}/depth_normal/rgb/1.jpg",
+                    "Describe",
+                    "flat",
+                    normal_image=f"{base}/depth_normal/normal/1.jpg",
+                )
+            ]
         ),
         f"{base}/depth_normal/rgb/1.jpg": photo(),
         f"{base}/depth_normal/depth/1.png": photo(seed=1, kind="PNG"),
         f"{base}/depth_normal/normal/1.jpg": photo(seed=2),
-        f"{base}/fmri/fmri_fixed_train.json": as_json([row(0, f"{base}/fmri/1.npy", "Describe the scene based on fMRI data.", "a cat")]),
+        f"{base}/fmri/fmri_fixed_train.json": as_json(
+            [row(0, f"{base}/fmri/1.npy", "Describe the scene based on fMRI data.", "a cat")]
+        ),
         f"{base}/fmri/1.npy": npy(np.arange(3 * 15724).reshape(3, 15724).astype(np.float32)),
-        f"{base}/image/cococap_train.json": as_json([row(0, f"{base}/image/coco/train2017/1.jpg", "<image>\nCaption", "a dog")]),
+        f"{base}/image/cococap_train.json": as_json(
+            [row(0, f"{base}/image/coco/train2017/1.jpg", "<image>\nCaption", "a dog")]
+        ),
         f"{base}/image/llava_v1_5_mix665k_image.json": as_json(
             [row(0, f"{base}/image/coco/train2017/1.jpg", "Q\n<image>", "A", "Q2", "A2")]
         ),
         f"{base}/image/coco/train2017/1.jpg": photo(seed=3),
-        f"{base}/image/llava_v1_5_mix665k_text.json": as_json([row(0, None, "write <video> in HTML", "<video></video>")]),
+        f"{base}/image/llava_v1_5_mix665k_text.json": as_json(
+            [row(0, None, "write <video> in HTML", "<video></video>")]
+        ),
         f"{base}/imu/imu_fixed_50k.json": as_json(
             [
                 row(
@@ -87,9 +132,15 @@ def instruction_tuning(root: Path) -> Path:
         f"{base}/point/8192_npy/aa_8192.npy": npy(cloud(seed=1)),
         f"{base}/point/pt/bb.pt": tensor(cloud(seed=2).T),
         f"{base}/point/8192_npy/cc_8192.npy": npy(cloud(seed=3)),
-        f"{base}/video/msrvtt_cap_trainval.json": as_json([row(0, f"{base}/video/msrvtt/video0.mp4", "Caption", "a ball moves")]),
-        f"{base}/video/msrvtt_vqa_train.json": as_json([row(0, f"{base}/video/msrvtt/video0", "what moves?", "ball")]),
-        f"{base}/video/msrvtt_vqa_test.json": as_json([row(0, f"{base}/video/msrvtt/video0.mp4", "TEST", "TEST")]),
+        f"{base}/video/msrvtt_cap_trainval.json": as_json(
+            [row(0, f"{base}/video/msrvtt/video0.mp4", "Caption", "a ball moves")]
+        ),
+        f"{base}/video/msrvtt_vqa_train.json": as_json(
+            [row(0, f"{base}/video/msrvtt/video0", "what moves?", "ball")]
+        ),
+        f"{base}/video/msrvtt_vqa_test.json": as_json(
+            [row(0, f"{base}/video/msrvtt/video0.mp4", "TEST", "TEST")]
+        ),
         f"{base}/video/msrvtt/video0.mp4": film(),
     }
     return write_tree(root, files)
@@ -100,13 +151,19 @@ def test_onellms_own_files(tmp_path: Path) -> None:
     inputs = instruction_tuning(tmp_path / "datasets")
     found: dict[str, dict[str, dict[str, Any]]] = {}
     values: dict[str, torch.Tensor] = {}
-    for i, modality in enumerate(("image", "text", "video", "audio", "point", "depth", "normal", "imu", "fmri")):
+    for i, modality in enumerate(
+        ("image", "text", "video", "audio", "point", "depth", "normal", "imu", "fmri")
+    ):
         place = inputs if i % 2 else inputs / "InstructionTuning"
         report, dataset = built("onellm-instruct", place, tmp_path / modality, modality=modality)
         assert not report.quarantined
         assert dataset.modalities == (() if modality == "text" else (modality,))
         found[modality] = samples(dataset)
-        values |= {f"{modality}/{k}": decoded(dataset, k)[modality] for k in found[modality] if modality != "text"}
+        values |= {
+            f"{modality}/{k}": decoded(dataset, k)[modality]
+            for k in found[modality]
+            if modality != "text"
+        }
         for parts in contents(dataset).values():
             assert turns_of({e: Part(e, d) for e, d in parts.items()})  # as training reads it
     chats = {m: {k: s["json"]["conversations"] for k, s in d.items()} for m, d in found.items()}
@@ -114,7 +171,9 @@ def test_onellms_own_files(tmp_path: Path) -> None:
         "cococap_train-0000000": turns("Caption", "a dog"),
         "llava_v1_5_mix665k_image-0000000": turns("Q", "A", "Q2", "A2"),
     }
-    assert chats["text"] == {"llava_v1_5_mix665k_text-0000000": turns("write <video> in HTML", "<video></video>")}
+    assert chats["text"] == {
+        "llava_v1_5_mix665k_text-0000000": turns("write <video> in HTML", "<video></video>")
+    }
     assert chats["audio"] == {
         "audiocap_train-0000000": turns("Caption", "a bell"),
         "audio_conversation-0000000": turns("What?", "hum", "So?", "yes"),
@@ -132,7 +191,9 @@ def test_onellms_own_files(tmp_path: Path) -> None:
     for number, seed in enumerate((1, 2, 3)):
         stored = np.load(io.BytesIO(found["point"][f"pointllm_70k-000000{number}"]["npy"]))
         assert np.array_equal(stored, cloud(seed=seed))
-    expected = np.stack([np.sin((i + 1) * np.arange(600, 1000) / 200) for i in range(6)]).astype(np.float32)
+    expected = np.stack([np.sin((i + 1) * np.arange(600, 1000) / 200) for i in range(6)]).astype(
+        np.float32
+    )
     assert np.array_equal(values["imu/imu_fixed_50k-0000000"].numpy(), expected)
     assert values["fmri/fmri_fixed_train-0000000"][0, :3].tolist() == [15724.0, 15725.0, 15726.0]
     assert found["imu"]["imu_fixed_50k-0000000"]["json"]["video_uid"] == "v"
@@ -143,14 +204,30 @@ def test_msrvtts_test_split_is_left_out_and_said(tmp_path: Path) -> None:
     report, dataset = built("onellm-instruct", inputs, tmp_path / "out", modality="video")
     assert not any("test" in k for k in samples(dataset))
     assert any(n.startswith("WARNING: video/msrvtt_vqa_test.json left out") for n in report.notes)
-    assert any(n.startswith("not there: video/msrvtt_cap_test.json, video/msrvtt_vqa_val.json") for n in report.notes)
-    report, dataset = built("onellm-instruct", inputs, tmp_path / "all", modality="video", include_test="true")
-    assert samples(dataset)["msrvtt_vqa_test-0000000"]["json"]["conversations"] == turns("TEST", "TEST")
+    assert any(
+        n.startswith("not there: video/msrvtt_cap_test.json, video/msrvtt_vqa_val.json")
+        for n in report.notes
+    )
+    report, dataset = built(
+        "onellm-instruct", inputs, tmp_path / "all", modality="video", include_test="true"
+    )
+    assert samples(dataset)["msrvtt_vqa_test-0000000"]["json"]["conversations"] == turns(
+        "TEST", "TEST"
+    )
     assert any("TEST split, and are in this training set" in n for n in report.notes)
-    _, dataset = built("onellm-instruct", inputs, tmp_path / "one", modality="video", files="msrvtt_vqa_train.json")
+    _, dataset = built(
+        "onellm-instruct", inputs, tmp_path / "one", modality="video", files="msrvtt_vqa_train.json"
+    )
     assert list(samples(dataset)) == ["msrvtt_vqa_train-0000000"]
-    for options, message in (({}, "modality=None is none of image, text"), ({"modality": "video", "files": "x"}, "no file called x")):
-        with pytest.raises(UsageError, match=message) if options else pytest.raises(UsageError, match="modality=None is none of audio"):
+    for options, message in (
+        ({}, "modality=None is none of image, text"),
+        ({"modality": "video", "files": "x"}, "no file called x"),
+    ):
+        with (
+            pytest.raises(UsageError, match=message)
+            if options
+            else pytest.raises(UsageError, match="modality=None is none of audio")
+        ):
             built("onellm-instruct", inputs, tmp_path / "none", **options)
 
 
@@ -170,11 +247,18 @@ def test_bad_instruction_rows(tmp_path: Path) -> None:
         {"image": "x", "conversations": 3},
         row(10, "InstructionTuning/point/8192_npy/aa_8192.npy", "only asked"),
     ]
-    write_tree(base, {
-        "point/pointllm_70k.json": as_json(rows), "point/8192_npy/dd_8192.npy": npy(np.zeros((8192, 3), np.float32)),
-        "point/ee.pt": tensor(cloud().T)[:1000], "point/ff.pt": tensor(np.zeros((6, 8192), np.int64)),
-    })  # fmt: skip
-    report, dataset = built("onellm-instruct", inputs, tmp_path / "out", modality="point", max_failures=0.95)
+    write_tree(
+        base,
+        {
+            "point/pointllm_70k.json": as_json(rows),
+            "point/8192_npy/dd_8192.npy": npy(np.zeros((8192, 3), np.float32)),
+            "point/ee.pt": tensor(cloud().T)[:1000],
+            "point/ff.pt": tensor(np.zeros((6, 8192), np.int64)),
+        },
+    )
+    report, dataset = built(
+        "onellm-instruct", inputs, tmp_path / "out", modality="point", max_failures=0.95
+    )
     assert list(samples(dataset)) == ["pointllm_70k-0000000"]
     starts = [
         "missing file: point/none.npy",
@@ -205,7 +289,11 @@ def test_llavas_mix(tmp_path: Path) -> None:
             "conversations": turns("<image>\nWhat colors?", "white and red", "More?", "é"),
         },
         {"id": "wmtW", "conversations": turns("How can I <image> it?", "so"), "model": ""},
-        {"id": "000000033471", "image": "ocr_vqa/images/7.gif", "conversations": turns("Who?\n<image>", "she")},
+        {
+            "id": "000000033471",
+            "image": "ocr_vqa/images/7.gif",
+            "conversations": turns("Who?\n<image>", "she"),
+        },
         {"id": "x", "image": "gqa/images/none.jpg", "conversations": turns("Q", "A")},
         "row",
         {"id": "y", "conversations": []},
@@ -217,32 +305,71 @@ def test_llavas_mix(tmp_path: Path) -> None:
     }
     inputs = write_tree(tmp_path / "in", files)
     report, dataset = built("llava665k", inputs, tmp_path / "image", max_failures=0.6)
-    assert {k: (s["jpg"], s["json"]["id"], s["json"]["conversations"]) for k, s in samples(dataset).items()} == {
-        "000000": (photo(seed=1), "000000033471", turns("What colors?", "white and red", "More?", "é")),
+    assert {
+        k: (s["jpg"], s["json"]["id"], s["json"]["conversations"])
+        for k, s in samples(dataset).items()
+    } == {
+        "000000": (
+            photo(seed=1),
+            "000000033471",
+            turns("What colors?", "white and red", "More?", "é"),
+        ),
         "000002": (photo(seed=7), "000000033471", turns("Who?", "she")),
     }
-    assert [q.reason for q in report.quarantined] == ["missing file: gqa/images/none.jpg", "unreadable row: a str, not an object"]
+    assert [q.reason for q in report.quarantined] == [
+        "missing file: gqa/images/none.jpg",
+        "unreadable row: a str, not an object",
+    ]
     assert "only the rows with a picture are built; the others: -o rows=text" in report.notes
     report, dataset = built("llava665k", inputs, tmp_path / "text", rows="text", max_failures=0.6)
     assert dataset.modalities == ()
-    assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {"000001": turns("How can I <image> it?", "so")}
+    assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
+        "000001": turns("How can I <image> it?", "so")
+    }
     assert [q.reason for q in report.quarantined] == ["unreadable row: nobody answers"]
 
 
 def test_pointllm(tmp_path: Path) -> None:
     rows = [
-        {"object_id": "abc", "conversation_type": "detailed_description", "conversations": turns("<point>\nWhat is it?", "a cup")},
-        {"object_id": "abc", "conversation_type": "multi_round", "conversations": turns("<point>\nWhat?", "cup", "Use?", "tea")},
-        {"object_id": "gone", "conversations": turns("q", "a")}, {"conversations": turns("q", "a")},
-    ]  # fmt: skip
-    files = {"PointLLM_complex_instruction_70K.json": as_json(rows), "8192_npy/abc_8192.npy": npy(cloud(seed=4))}
-    report, dataset = built("pointllm", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.6)
-    assert {k: s["json"] for k, s in samples(dataset).items()} == {
-        "abc-000000": {"object_id": "abc", "conversation_type": "detailed_description", "conversations": turns("What is it?", "a cup")},
-        "abc-000001": {"object_id": "abc", "conversation_type": "multi_round", "conversations": turns("What?", "cup", "Use?", "tea")},
+        {
+            "object_id": "abc",
+            "conversation_type": "detailed_description",
+            "conversations": turns("<point>\nWhat is it?", "a cup"),
+        },
+        {
+            "object_id": "abc",
+            "conversation_type": "multi_round",
+            "conversations": turns("<point>\nWhat?", "cup", "Use?", "tea"),
+        },
+        {"object_id": "gone", "conversations": turns("q", "a")},
+        {"conversations": turns("q", "a")},
+    ]
+    files = {
+        "PointLLM_complex_instruction_70K.json": as_json(rows),
+        "8192_npy/abc_8192.npy": npy(cloud(seed=4)),
     }
-    assert decoded(dataset, "abc-000001")["point"][:, 3:].numpy() == pytest.approx(cloud(seed=4)[:, 3:])
-    assert list(reasons(report).values()) == ["missing file: gone_8192.npy", "unreadable row: no 'object_id'"]
+    report, dataset = built(
+        "pointllm", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.6
+    )
+    assert {k: s["json"] for k, s in samples(dataset).items()} == {
+        "abc-000000": {
+            "object_id": "abc",
+            "conversation_type": "detailed_description",
+            "conversations": turns("What is it?", "a cup"),
+        },
+        "abc-000001": {
+            "object_id": "abc",
+            "conversation_type": "multi_round",
+            "conversations": turns("What?", "cup", "Use?", "tea"),
+        },
+    }
+    assert decoded(dataset, "abc-000001")["point"][:, 3:].numpy() == pytest.approx(
+        cloud(seed=4)[:, 3:]
+    )
+    assert list(reasons(report).values()) == [
+        "missing file: gone_8192.npy",
+        "unreadable row: no 'object_id'",
+    ]
 
 
 def test_sharegpt(tmp_path: Path) -> None:
@@ -266,9 +393,12 @@ def test_sharegpt(tmp_path: Path) -> None:
     assert dataset.modalities == ()
     system = [{"from": "system", "value": "Be brief."}, *turns("Q", "A")]
     assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
-        "a-0000000": turns("Hi", "Hello <image> tag"), "a-0000001": turns("Then?", "so"), "a-0000002": system,
-        "b-0000000": turns("Hi", "Hello <image> tag"), "b-0000001": turns("Then?", "so"),
-    }  # fmt: skip
+        "a-0000000": turns("Hi", "Hello <image> tag"),
+        "a-0000001": turns("Then?", "so"),
+        "a-0000002": system,
+        "b-0000000": turns("Hi", "Hello <image> tag"),
+        "b-0000001": turns("Then?", "so"),
+    }
     assert list(reasons(report).values()) == [
         'unreadable row: turn 0 is not {"from": "human" or "gpt", "value": text}',
         "unreadable row: no 'conversations'",
@@ -284,7 +414,15 @@ def test_msrvtt(tmp_path: Path) -> None:
     info = {
         "info": {},
         "videos": [
-            {"category": 9, "url": "u", "video_id": f"video{n}", "start time": 137.72, "end time": 149.44, "split": "train", "id": n}
+            {
+                "category": 9,
+                "url": "u",
+                "video_id": f"video{n}",
+                "start time": 137.72,
+                "end time": 149.44,
+                "split": "train",
+                "id": n,
+            }
             for n in range(2)
         ],
         "sentences": [
@@ -311,9 +449,12 @@ def test_msrvtt(tmp_path: Path) -> None:
     )
     report, dataset = built("msrvtt", inputs, tmp_path / "out", max_failures=0.7)
     prompt = "Provide a one-sentence caption for the provided video."
-    assert {k: (s["mp4"], s["txt"], s["json"]["conversations"]) for k, s in samples(dataset).items()} == {
-        "video1-5": (film(seed=1), "a man plays", turns(prompt, "a man plays")), "video0-3": (film(), "a ball", turns(prompt, "a ball")),
-    }  # fmt: skip
+    assert {
+        k: (s["mp4"], s["txt"], s["json"]["conversations"]) for k, s in samples(dataset).items()
+    } == {
+        "video1-5": (film(seed=1), "a man plays", turns(prompt, "a man plays")),
+        "video0-3": (film(), "a ball", turns(prompt, "a ball")),
+    }
     assert decoded(dataset, "video0-3")["video"].shape == (15, 3, 224, 224)
     why = list(reasons(report).values())
     assert why[:2] == ["unreadable row: caption is '', not a text", "missing file: video9.mp4"]
@@ -327,9 +468,9 @@ def test_msrvtt(tmp_path: Path) -> None:
 
 def test_audiocaps(tmp_path: Path) -> None:
     table = (
-        "audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,\"A woman talks, then sings\"\n58146,-DeAdhYKbGE,30,A bell\n"
+        'audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,"A woman talks, then sings"\n58146,-DeAdhYKbGE,30,A bell\n'
         "7,aaaaaaaaaaa,30,by its own id\n8,gone,30,nowhere\n9,r1nicOVtvkQ,130,\n10,x,1\n11,broken,5,half\n12,Yes,10,in ms\n"
-    )  # fmt: skip
+    )
     inputs = write_tree(
         tmp_path / "in",
         {
@@ -344,17 +485,23 @@ def test_audiocaps(tmp_path: Path) -> None:
     report, dataset = built("audiocaps", inputs, tmp_path / "out", max_failures=0.6)
     found = samples(dataset)
     assert {k: (s["txt"], *sorted(s.keys() - {"txt", "json"})) for k, s in found.items()} == {
-        "91139": ("A woman talks, then sings", "wav"), "58146": ("A bell", "flac"), "7": ("by its own id", "ogg"), "12": ("in ms", "flac"),
-    }  # fmt: skip
+        "91139": ("A woman talks, then sings", "wav"),
+        "58146": ("A bell", "flac"),
+        "7": ("by its own id", "ogg"),
+        "12": ("in ms", "flac"),
+    }
     assert found["58146"]["json"] == {
-        "youtube_id": "-DeAdhYKbGE", "start_time": "30",
+        "youtube_id": "-DeAdhYKbGE",
+        "start_time": "30",
         "conversations": turns("Provide a one-sentence caption for the provided audio.", "A bell"),
-    }  # fmt: skip
+    }
     assert decoded(dataset, "91139")["audio"].std() > 0.01
     why = reasons(report)
     assert (why["8"], why["9"], why["row-0000007"]) == (
-        "missing file: no clip of gone at 30 s", "empty caption", "unreadable row: 3 columns where the header has 4",
-    )  # fmt: skip
+        "missing file: no clip of gone at 30 s",
+        "empty caption",
+        "unreadable row: 3 columns where the header has 4",
+    )
     assert why["11"].startswith("unreadable audio: .flac (60 bytes)")
     skipped, _ = built("audiocaps", inputs, tmp_path / "skip", max_failures=0.6, missing="skip")
     assert "8" not in reasons(skipped)

@@ -28,12 +28,23 @@ def laion_rows(first: int, count: int, **more: Any) -> list[dict[str, Any]]:
     """Rows as of LAION-400M's metadata after a download with --save_additional_columns."""
     return [
         {
-            "url": f"https://example.org/{i}.jpg", "caption": f"alt text {i}", "SAMPLE_ID": 1000 + i, "LICENSE": "?", "NSFW": "UNLIKELY",
-            "similarity": 0.3 + i / 100, "sha256": f"{i:064x}", "exif": "{}", "original_width": 640, "original_height": 480,
-            "width": 64, "height": 48, "media": photo(seed=i), **more,
+            "url": f"https://example.org/{i}.jpg",
+            "caption": f"alt text {i}",
+            "SAMPLE_ID": 1000 + i,
+            "LICENSE": "?",
+            "NSFW": "UNLIKELY",
+            "similarity": 0.3 + i / 100,
+            "sha256": f"{i:064x}",
+            "exif": "{}",
+            "original_width": 640,
+            "original_height": 480,
+            "width": 64,
+            "height": 48,
+            "media": photo(seed=i),
+            **more,
         }
         for i in range(first, first + count)
-    ]  # fmt: skip
+    ]
 
 
 FAILED = {
@@ -70,7 +81,10 @@ def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
     assert dataset.modalities == ("image",)
     assert "CC-BY" in dataset.manifest.licence
     told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["raw_samples"], told["left_out"]) == (7, {"failed_to_download": 1, "failed_to_resize": 1})
+    assert (told["raw_samples"], told["left_out"]) == (
+        7,
+        {"failed_to_download": 1, "failed_to_resize": 1},
+    )
     assert not report.quarantined
     assert decoded(dataset, "0000101")["image"].std() > 0.1
 
@@ -90,11 +104,19 @@ def test_without_parquet_the_json_in_the_tar_says_the_same(tmp_path: Path) -> No
 
 def test_a_caption_may_stand_in_laions_own_column_or_in_the_tar_alone(tmp_path: Path) -> None:
     rows = laion_rows(0, 2)
-    named = [{**{k: v for k, v in r.items() if k != "caption"}, "TEXT": f"named {i}"} for i, r in enumerate(rows)]
+    named = [
+        {**{k: v for k, v in r.items() if k != "caption"}, "TEXT": f"named {i}"}
+        for i, r in enumerate(rows)
+    ]
     downloaded(tmp_path / "named", 0, named, captions=False)
     _, dataset = built("laion400m", tmp_path / "named", tmp_path / "a")
     assert [s["txt"] for s in samples(dataset).values()] == ["named 0", "named 1"]
-    downloaded(tmp_path / "none", 0, [{**n, "TEXT": None, "media": photo(seed=9)} for n in named[:1]] + named[1:], captions=False)
+    downloaded(
+        tmp_path / "none",
+        0,
+        [{**n, "TEXT": None, "media": photo(seed=9)} for n in named[:1]] + named[1:],
+        captions=False,
+    )
     report, _ = built("laion400m", tmp_path / "none", tmp_path / "b", max_failures=0.5)
     assert reasons(report) == {"0000000": "no caption: neither the metadata nor a .txt has one"}
 
@@ -111,12 +133,16 @@ def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: P
     cut = downloaded(tmp_path / "in", 2, laion_rows(5, 3), finished=False)
     cut.write_bytes(cut.read_bytes()[: places_in(cut)["0000202.jpg"] + 50])
     (tmp_path / "in/00002.parquet").write_bytes(b"PAR1")  # its footer is written last
-    with pytest.raises(UsageError, match=r"1 of 3 tars are unfinished \(no _stats.json\): 00002.tar"):
+    with pytest.raises(
+        UsageError, match=r"1 of 3 tars are unfinished \(no _stats.json\): 00002.tar"
+    ):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
     report, dataset = built("laion400m", tmp_path / "in", tmp_path / "skipped", unfinished="skip")
     assert dataset.samples() == 5
     assert "unfinished tars (left out): 00002.tar" in report.notes
-    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "taken", unfinished="take", max_failures=0.5)
+    report, dataset = built(
+        "laion400m", tmp_path / "in", tmp_path / "taken", unfinished="take", max_failures=0.5
+    )
     assert {"0000200", "0000201"} <= samples(dataset).keys()
     assert "0000202" not in samples(dataset)
     assert any(r.startswith("truncated tar: 00002.tar") for r in reasons(report).values())
@@ -124,7 +150,9 @@ def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: P
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out", unfinished="some")
 
 
-def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(tmp_path: Path) -> None:
+def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(
+    tmp_path: Path,
+) -> None:
     tar = downloaded(tmp_path / "in", 0, laion_rows(0, 5))
     tar.write_bytes(tar.read_bytes()[: places_in(tar)["0000003.jpg"] + 100])
     report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.5)
@@ -137,7 +165,9 @@ def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(tm
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["parquet", "alone"])
-def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_the_fault(tmp_path: Path, listed: bool) -> None:
+def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_the_fault(
+    tmp_path: Path, listed: bool
+) -> None:
     """Cuts at random bytes and around every header and every content's end."""
     tar = downloaded(tmp_path / "in", 0, laion_rows(0, 4))
     data, places = tar.read_bytes(), places_in(tar)
@@ -147,12 +177,21 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
     _, settings = complete_options(get_source("laion400m"), {}, name="cut")
     assert settings is not None
     draw = random.Random(0)
-    cuts = {p + d for p in (*places.values(), *(p - 512 for p in places.values()), *ends.values()) for d in (-1, 0, 1)}
-    for cut in sorted({c for c in cuts if 0 <= c <= max(ends.values())} | {draw.randrange(len(data)) for _ in range(20)}):
+    cuts = {
+        p + d
+        for p in (*places.values(), *(p - 512 for p in places.values()), *ends.values())
+        for d in (-1, 0, 1)
+    }
+    for cut in sorted(
+        {c for c in cuts if 0 <= c <= max(ends.values())}
+        | {draw.randrange(len(data)) for _ in range(20)}
+    ):
         tar.write_bytes(data[:cut])
         found = list(tar_raw_samples(tmp_path / "in", spec, ("jpg",), alt_caption))
         outcomes = [prepare(c, ("image",), settings) for c in found]
-        needed = "jpg" if listed else "json"  # the parquet has the caption and the metadata; without it the tar's .json
+        needed = (
+            "jpg" if listed else "json"
+        )  # the parquet has the caption and the metadata; without it the tar's .json
         whole = [key for key in (f"000000{i}" for i in range(4)) if ends[f"{key}.{needed}"] <= cut]
         assert [o.key for o in outcomes if o.parts is not None] == whole, cut
         assert all(o.reason for o in outcomes if o.parts is None)
@@ -177,7 +216,11 @@ def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
     with open(tar, "wb") as file:  # a sample that is lost and one without its picture
         writer = webdataset.TarWriter(file)
         for key in ("0000000", "0000001", "0000002", "0000003", "0000005", "0000006", "0000007"):
-            parts = {e: members[f"{key}.{e}"] for e in ("jpg", "txt", "json") if (key, e) != ("0000005", "jpg")}
+            parts = {
+                e: members[f"{key}.{e}"]
+                for e in ("jpg", "txt", "json")
+                if (key, e) != ("0000005", "jpg")
+            }
             writer.write({"__key__": key, **parts})
         writer.close()
     report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.7)
@@ -208,12 +251,16 @@ def coco(root: Path) -> Path:
     """LAION-COCO with its columns kept; `.txt` is the alt text."""
     rows = [
         {
-            **row, "top_caption": f"top {i}", "all_captions": [f"top {i}", f"second {i}", f"third {i}"],
-            "all_similarities": [0.3, 0.2, 0.1], "hash": 2**62 + i,
-            "punsafe": [0.01, 0.5, 0.02, None][i], "pwatermark": [0.1, 0.1, 0.9, 0.1][i],
+            **row,
+            "top_caption": f"top {i}",
+            "all_captions": [f"top {i}", f"second {i}", f"third {i}"],
+            "all_similarities": [0.3, 0.2, 0.1],
+            "hash": 2**62 + i,
+            "punsafe": [0.01, 0.5, 0.02, None][i],
+            "pwatermark": [0.1, 0.1, 0.9, 0.1][i],
         }
         for i, row in enumerate(laion_rows(0, 4))
-    ]  # fmt: skip
+    ]
     downloaded(root, 0, rows)
     return root
 
@@ -226,13 +273,22 @@ def coco(root: Path) -> Path:
         ("all", {f"000000{i}": [f"top {i}", f"second {i}", f"third {i}"] for i in range(4)}),
     ],
 )
-def test_laion_coco_has_three_kinds_of_captions(tmp_path: Path, caption: str, expected: dict[str, Any]) -> None:
+def test_laion_coco_has_three_kinds_of_captions(
+    tmp_path: Path, caption: str, expected: dict[str, Any]
+) -> None:
     _, dataset = built("laion-coco", coco(tmp_path / "in"), tmp_path / "out", caption=caption)
     found = samples(dataset)
     assert {k: s.get("txt", s["json"]["caption"]) for k, s in found.items()} == expected
-    assert all(s["json"].get("alt_text", s["json"]["caption"]) == f"alt text {k[-1]}" for k, s in found.items())
+    assert all(
+        s["json"].get("alt_text", s["json"]["caption"]) == f"alt text {k[-1]}"
+        for k, s in found.items()
+    )
     meta = next(iter(found.values()))["json"]
-    assert (meta["all_captions"], meta["hash"], meta["punsafe"]) == (["top 0", "second 0", "third 0"], 2**62, 0.01)
+    assert (meta["all_captions"], meta["hash"], meta["punsafe"]) == (
+        ["top 0", "second 0", "third 0"],
+        2**62,
+        0.01,
+    )
     assert dataset.manifest.attributes["caption"] == caption
 
 
@@ -242,9 +298,13 @@ def test_the_thresholds_of_laion_coco(tmp_path: Path) -> None:
     assert list(samples(dataset)) == ["0000000", "0000002"]
     told = json.loads((tmp_path / "a/statistics.json").read_text())
     assert told["left_out"] == {"punsafe: above 0.1": 1, "punsafe: not known": 1}
-    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "b", max_punsafe=0.1, max_pwatermark=0.8)
+    _, dataset = built(
+        "laion-coco", tmp_path / "in", tmp_path / "b", max_punsafe=0.1, max_pwatermark=0.8
+    )
     assert list(samples(dataset)) == ["0000000"]
-    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "c", min_similarity=0.315, nsfw="UNLIKELY")
+    _, dataset = built(
+        "laion-coco", tmp_path / "in", tmp_path / "c", min_similarity=0.315, nsfw="UNLIKELY"
+    )
     assert list(samples(dataset)) == ["0000002", "0000003"]
 
 
@@ -259,5 +319,7 @@ def test_a_download_without_the_synthetic_captions_says_so(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["laion400m", "laion_coco"])
 def test_the_recipes_build(tmp_path: Path, name: str) -> None:
     tree = (laion if name == "laion400m" else coco)(tmp_path / "in")
-    _, report = build_recipe(RECIPES / f"{name}.yaml", inputs=str(tree), out=str(tmp_path / "out"), workers=1)
+    _, report = build_recipe(
+        RECIPES / f"{name}.yaml", inputs=str(tree), out=str(tmp_path / "out"), workers=1
+    )
     assert report.samples == (5 if name == "laion400m" else 1)

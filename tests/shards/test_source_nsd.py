@@ -21,14 +21,20 @@ def voxels(seed: int, repetitions: int = 3) -> np.ndarray:
 def sample(key: str, picture: int, seed: int) -> list[tuple[str, bytes]]:
     """The parts in the order of MindEye's tars."""
     return [
-        (f"{key}.coco73k.npy", npy(np.array([picture]))), (f"{key}.jpg", photo(seed=seed)), (f"{key}.nsdgeneral.npy", npy(voxels(seed))),
-        (f"{key}.num_uniques.npy", npy(np.array([3]))), (f"{key}.trial.npy", npy(np.array([[seed], [seed + 1], [seed + 2]]))),
-    ]  # fmt: skip
+        (f"{key}.coco73k.npy", npy(np.array([picture]))),
+        (f"{key}.jpg", photo(seed=seed)),
+        (f"{key}.nsdgeneral.npy", npy(voxels(seed))),
+        (f"{key}.num_uniques.npy", npy(np.array([3]))),
+        (f"{key}.trial.npy", npy(np.array([[seed], [seed + 1], [seed + 2]]))),
+    ]
 
 
 def tree(root: Path) -> Path:
     folder = root / "webdataset_avg_split"
-    foreign_tar(folder / "train/train_subj01_0.tar", [m for i in range(3) for m in sample(f"sample00000{i}", 10 + i, i)])
+    foreign_tar(
+        folder / "train/train_subj01_0.tar",
+        [m for i in range(3) for m in sample(f"sample00000{i}", 10 + i, i)],
+    )
     foreign_tar(folder / "train/train_subj01_2.tar", sample("sample000003", 13, 3))
     foreign_tar(folder / "train/train_subj01_10.tar", sample("sample000004", 14, 4))
     foreign_tar(folder / "train/train_subj02_0.tar", sample("sample000000", 1, 9))
@@ -44,7 +50,11 @@ def test_mindeyes_tars(tmp_path: Path) -> None:
     report, dataset = built("nsd", tree(tmp_path / "in"), tmp_path / "out")
     assert not report.quarantined
     assert dataset.modalities == ("fmri",)
-    assert dataset.splits == ("test", "train", "val") or set(dataset.splits) == {"train", "val", "test"}
+    assert dataset.splits == ("test", "train", "val") or set(dataset.splits) == {
+        "train",
+        "val",
+        "test",
+    }
     train = samples(dataset)
     # In the order of the tars' numbers.
     assert list(train) == [
@@ -55,19 +65,27 @@ def test_mindeyes_tars(tmp_path: Path) -> None:
     one = train["train_subj01_0-sample000001"]
     assert set(one) == {"fmri.npy", "json"}
     assert one["json"] == {
-        "coco73k": 11, "caption": [f"picture 11 text {j}" for j in range(5)],
+        "coco73k": 11,
+        "caption": [f"picture 11 text {j}" for j in range(5)],
         "conversations": turns("Describe the scene based on fMRI data.", "picture 11 text 0"),
-    }  # fmt: skip
+    }
     mean = voxels(1).astype(np.float64).mean(0).astype(np.float32)
-    assert np.array_equal(decoded(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None])
+    assert np.array_equal(
+        decoded(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None]
+    )
     assert list(samples(dataset, "val")) == ["val_subj01_0-sample000000"]
     assert [s["json"]["coco73k"] for s in samples(dataset, "test").values()] == [30, 31]
 
 
 def test_one_caption_and_the_inner_folder(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
-    _, dataset = built("nsd", root / "webdataset_avg_split", tmp_path / "out", captions=str(root / "COCO_73k_annots_curated.npy"),
-                       texts="first")  # fmt: skip
+    _, dataset = built(
+        "nsd",
+        root / "webdataset_avg_split",
+        tmp_path / "out",
+        captions=str(root / "COCO_73k_annots_curated.npy"),
+        texts="first",
+    )
     assert [s["txt"] for s in samples(dataset, "val").values()] == ["picture 20 text 0"]
     assert dataset.manifest.text == ("txt", "json")
     assert dataset.samples() == 5
@@ -75,13 +93,18 @@ def test_one_caption_and_the_inner_folder(tmp_path: Path) -> None:
 
 def test_captions_that_were_curated_away_cost_no_sample(tmp_path: Path) -> None:
     root = tmp_path / "in"
-    foreign_tar(root / "webdataset_avg_split/train/train_subj01_0.tar", [m for i in range(2) for m in sample(f"s{i}", i, i)])
+    foreign_tar(
+        root / "webdataset_avg_split/train/train_subj01_0.tar",
+        [m for i in range(2) for m in sample(f"s{i}", i, i)],
+    )
     captions = np.array([["", "a dog", " ", "a cat", ""], [""] * 5])
     (root / "COCO_73k_annots_curated.npy").write_bytes(npy(captions))
     report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.5)
     [one] = samples(dataset).values()
     assert one["json"]["caption"] == ["a dog", "a cat"]
-    assert reasons(report) == {"train_subj01_0-s1": "empty caption: picture 1 has none in COCO_73k_annots_curated.npy"}
+    assert reasons(report) == {
+        "train_subj01_0-s1": "empty caption: picture 1 has none in COCO_73k_annots_curated.npy"
+    }
 
 
 def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
@@ -92,7 +115,10 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     text[2] = (text[2][0], npy(np.array(["a"])))
     nan[2] = (nan[2][0], npy(np.full((2, VOXELS), np.nan, np.float32)))
     far[0] = (far[0][0], npy(np.array([73000])))
-    foreign_tar(folder / "train_subj01_11.tar", [*good, *wide, *text, *nan, *(m for m in lost if "nsdgeneral" not in m[0]), *far])
+    foreign_tar(
+        folder / "train_subj01_11.tar",
+        [*good, *wide, *text, *nan, *(m for m in lost if "nsdgeneral" not in m[0]), *far],
+    )
     cut = foreign_tar(folder / "train_subj01_12.tar", [*sample("a", 1, 1), *sample("b", 2, 2)])
     cut.write_bytes(cut.read_bytes()[:-60_000])  # within b's voxels
     integers = sample("i", 1, 1)
@@ -101,10 +127,15 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.6)
     why = {k.removeprefix("train_subj01_"): r for k, r in reasons(report).items()}
     starts = {
-        "11-s1": "unreadable fmri: .fmri.npy has shape (14278,)", "11-s2": "unreadable fMRI: .nsdgeneral.npy", "11-s3": "unreadable fMRI: ",
-        "11-s4": "missing part: no .nsdgeneral.npy", "11-s5": "no such picture: coco73k is [73000]", "12-b": "truncated file",
-        "12-end": "truncated tar", "13-i": "unreadable fMRI: int64",
-    }  # fmt: skip
+        "11-s1": "unreadable fmri: .fmri.npy has shape (14278,)",
+        "11-s2": "unreadable fMRI: .nsdgeneral.npy",
+        "11-s3": "unreadable fMRI: ",
+        "11-s4": "missing part: no .nsdgeneral.npy",
+        "11-s5": "no such picture: coco73k is [73000]",
+        "12-b": "truncated file",
+        "12-end": "truncated tar",
+        "13-i": "unreadable fMRI: int64",
+    }
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
     assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(samples(dataset))

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 from shard_worlds import write_tree
-from source_checks import as_json, built, cloud, decoded, film, npy, photo, reasons, samples, tone, turns
+from source_checks import (
+    as_json,
+    built,
+    cloud,
+    decoded,
+    film,
+    npy,
+    photo,
+    reasons,
+    samples,
+    tone,
+    turns,
+)
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.build.task import TooManyFailures
@@ -28,7 +40,11 @@ def pt() -> bytes:
 
 
 FMRI = npy(np.random.default_rng(0).normal(size=15724).astype(np.float32))
-MAPS: dict[str, bytes | str] = {"cc3m/0/1.jpg": photo(), "cc3m_depth/0/1.jpg": photo(seed=1), "cc3m_normal/0/1.jpg": photo(seed=2)}
+MAPS: dict[str, bytes | str] = {
+    "cc3m/0/1.jpg": photo(),
+    "cc3m_depth/0/1.jpg": photo(seed=1),
+    "cc3m_normal/0/1.jpg": photo(seed=2),
+}
 
 
 @pytest.mark.parametrize(
@@ -39,18 +55,44 @@ MAPS: dict[str, bytes | str] = {"cc3m/0/1.jpg": photo(), "cc3m_depth/0/1.jpg": p
         ("audio", "s/1.flac", {"s/1.flac": tone()}, {"flac": tone()}),
         ("point", "p/1_8192.npy", {"p/1_8192.npy": npy(cloud(64))}, {"point.npy": npy(cloud(64))}),
         ("point", "p/1.pt", {"p/1.pt": pt()}, {"npy": npy(cloud(64))}),
-        ("depth", "x/cc3m/0/1.jpg", {f"x/{k}": v for k, v in MAPS.items()}, {"jpg": photo(), "depth.jpg": photo(seed=1)}),
-        ("normal", "x/cc3m/0/1.jpg", {f"x/{k}": v for k, v in MAPS.items()}, {"jpg": photo(), "normal.jpg": photo(seed=2)}),
+        (
+            "depth",
+            "x/cc3m/0/1.jpg",
+            {f"x/{k}": v for k, v in MAPS.items()},
+            {"jpg": photo(), "depth.jpg": photo(seed=1)},
+        ),
+        (
+            "normal",
+            "x/cc3m/0/1.jpg",
+            {f"x/{k}": v for k, v in MAPS.items()},
+            {"jpg": photo(), "normal.jpg": photo(seed=2)},
+        ),
         ("fmri", "f/1.npy", {"f/1.npy": FMRI}, {"fmri.npy": FMRI}),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_pretraining_lists(tmp_path: Path, modality: str, url: str, files: dict[str, bytes | str], parts: dict[str, bytes]) -> None:
+def test_pretraining_lists(
+    tmp_path: Path, modality: str, url: str, files: dict[str, bytes | str], parts: dict[str, bytes]
+) -> None:
     write_tree(tmp_path / "data", files)
-    write_tree(tmp_path / "in", {"train.csv": f'url\tcaption\textra\n{url}\tsays "hello", twice\tkept\n'})
-    _, dataset = built("reference-lists", tmp_path / "in", tmp_path / "out", modality=modality, root=str(tmp_path / "data"))
+    write_tree(
+        tmp_path / "in", {"train.csv": f'url\tcaption\textra\n{url}\tsays "hello", twice\tkept\n'}
+    )
+    _, dataset = built(
+        "reference-lists",
+        tmp_path / "in",
+        tmp_path / "out",
+        modality=modality,
+        root=str(tmp_path / "data"),
+    )
     found = samples(dataset)
-    assert found == {"train/000000002": {"txt": 'says "hello", twice', "json": {"url": url, "extra": "kept"}, **parts}}
+    assert found == {
+        "train/000000002": {
+            "txt": 'says "hello", twice',
+            "json": {"url": url, "extra": "kept"},
+            **parts,
+        }
+    }
     assert dataset.modalities == (modality,)
     assert torch.isfinite(decoded(dataset, "train/000000002")[modality]).all()
 
@@ -58,21 +100,49 @@ def test_pretraining_lists(tmp_path: Path, modality: str, url: str, files: dict[
 def test_instruction_lists_have_their_path_under_image_whatever_it_is(tmp_path: Path) -> None:
     conversation = turns("<image>\nWhat is heard?", "A tone.", "How long?\n<image>", "A second.")
     rows = [{"id": 7, "image": "InstructionTuning/audio/1.flac", "conversations": conversation}]
-    tree = write_tree(tmp_path / "in", {"lists/audio_conversation.json": as_json(rows), "InstructionTuning/audio/1.flac": tone()})
-    _, dataset = built("reference-lists", tree / "lists/audio_conversation.json", tmp_path / "out", modality="audio", root=str(tree))
+    tree = write_tree(
+        tmp_path / "in",
+        {"lists/audio_conversation.json": as_json(rows), "InstructionTuning/audio/1.flac": tone()},
+    )
+    _, dataset = built(
+        "reference-lists",
+        tree / "lists/audio_conversation.json",
+        tmp_path / "out",
+        modality="audio",
+        root=str(tree),
+    )
     found = samples(dataset)["audio_conversation/000000000"]
     assert found["flac"] == tone()
     clean = turns("What is heard?", "A tone.", "How long?", "A second.")
-    assert found["json"] == {"id": 7, "image": "InstructionTuning/audio/1.flac", "conversations": clean}
+    assert found["json"] == {
+        "id": 7,
+        "image": "InstructionTuning/audio/1.flac",
+        "conversations": clean,
+    }
     assert "txt" not in found
 
 
-def test_maps_of_instruction_lists_have_a_key_of_their_own_and_text_has_no_file(tmp_path: Path) -> None:
-    rows = [{"id": 1, "image": "a.jpg", "depth_image": "maps/a.png", "conversations": turns("What?", "A disc.")}]
-    tree = write_tree(tmp_path / "in", {"depth.json": as_json(rows), "a.jpg": photo(), "maps/a.png": photo(kind="PNG")})
+def test_maps_of_instruction_lists_have_a_key_of_their_own_and_text_has_no_file(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {
+            "id": 1,
+            "image": "a.jpg",
+            "depth_image": "maps/a.png",
+            "conversations": turns("What?", "A disc."),
+        }
+    ]
+    tree = write_tree(
+        tmp_path / "in",
+        {"depth.json": as_json(rows), "a.jpg": photo(), "maps/a.png": photo(kind="PNG")},
+    )
     _, dataset = built("reference-lists", tree / "depth.json", tmp_path / "out", modality="depth")
     assert samples(dataset)["depth/000000000"]["depth.png"] == photo(kind="PNG")
-    write_tree(tmp_path / "text", {"sharegpt.json": as_json([{"id": 1, "conversations": turns("Hi", "Hello")}])})
+    write_tree(
+        tmp_path / "text",
+        {"sharegpt.json": as_json([{"id": 1, "conversations": turns("Hi", "Hello")}])},
+    )
     _, dataset = built("reference-lists", tmp_path / "text", tmp_path / "texts", modality="text")
     assert samples(dataset)["sharegpt/000000000"]["json"]["conversations"] == turns("Hi", "Hello")
 
@@ -82,7 +152,11 @@ def test_the_authors_storage_is_replaced_and_may_be_a_store(tmp_path: Path) -> N
     store.pipe_file("/laion/0/1.jpg", photo())
     write_tree(tmp_path / "in", {"a.csv": "caption\turl\nx\tcluster:s3://laion400m/0/1.jpg\n"})
     _, dataset = built(
-        "reference-lists", tmp_path / "in", tmp_path / "out", modality="image", replace="cluster:s3://laion400m=memory://laion"
+        "reference-lists",
+        tmp_path / "in",
+        tmp_path / "out",
+        modality="image",
+        replace="cluster:s3://laion400m=memory://laion",
     )
     assert samples(dataset)["a/000000002"]["jpg"] == photo()
     store.rm("/laion", recursive=True)
@@ -90,18 +164,38 @@ def test_the_authors_storage_is_replaced_and_may_be_a_store(tmp_path: Path) -> N
 
 def test_splits_follow_the_lists_names_and_keys_their_rows(tmp_path: Path) -> None:
     line = "caption\turl\nx\t../1.jpg\n"
-    tree = {"lists/val_sub01.csv": line, "lists/train_sub01.csv": line, "lists/deep/test.tsv": line, "1.jpg": photo()}
+    tree = {
+        "lists/val_sub01.csv": line,
+        "lists/train_sub01.csv": line,
+        "lists/deep/test.tsv": line,
+        "1.jpg": photo(),
+    }
     write_tree(tmp_path / "in", dict(tree))
     _, dataset = built("reference-lists", tmp_path / "in/lists", tmp_path / "out", modality="image")
     assert {s: list(samples(dataset, s)) for s in ("train", "val", "test")} == {
-        "train": ["train_sub01/000000002"], "val": ["val_sub01/000000002"], "test": ["deep/test/000000002"],
-    }  # fmt: skip
+        "train": ["train_sub01/000000002"],
+        "val": ["val_sub01/000000002"],
+        "test": ["deep/test/000000002"],
+    }
 
 
 def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
-    lines = ["caption\turl", "good\t1.jpg", "three\tcells\there", "\t1.jpg", "gone\t2.jpg", "what\t1.exe", "no file\t", "half\t3.jpg"]
-    write_tree(tmp_path / "in", {"a.csv": "\n".join(lines), "1.jpg": photo(), "3.jpg": photo()[:100]})
-    report, dataset = built("reference-lists", tmp_path / "in", tmp_path / "out", modality="image", max_failures=0.9)
+    lines = [
+        "caption\turl",
+        "good\t1.jpg",
+        "three\tcells\there",
+        "\t1.jpg",
+        "gone\t2.jpg",
+        "what\t1.exe",
+        "no file\t",
+        "half\t3.jpg",
+    ]
+    write_tree(
+        tmp_path / "in", {"a.csv": "\n".join(lines), "1.jpg": photo(), "3.jpg": photo()[:100]}
+    )
+    report, dataset = built(
+        "reference-lists", tmp_path / "in", tmp_path / "out", modality="image", max_failures=0.9
+    )
     assert list(samples(dataset)) == ["a/000000002"]
     found = {q.file: q.reason for q in report.quarantined}
     assert found["a.csv:3"] == "unreadable row: 3 columns where the header has 2"
@@ -120,13 +214,21 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
         {"image": "1.jpg"},
     ]
     write_tree(tmp_path / "json", {"a.json": json.dumps(rows), "1.jpg": photo()})
-    report, dataset = built("reference-lists", tmp_path / "json", tmp_path / "b", modality="image", max_failures=0.9)
+    report, dataset = built(
+        "reference-lists", tmp_path / "json", tmp_path / "b", modality="image", max_failures=0.9
+    )
     assert list(samples(dataset)) == ["a/000000000"]
     assert {k: r.split(":")[0] for k, r in reasons(report).items()} == {
-        "a/000000001": "malformed conversations", "a/000000002": "unreadable row", "a/000000003": "no caption",
-    }  # fmt: skip
-    write_tree(tmp_path / "maps", {"a.csv": "caption\turl\nx\tother/1.jpg\n", "other/1.jpg": photo()})
-    with pytest.raises(TooManyFailures, match=r"nothing says where the depth map of other/1.jpg lies"):
+        "a/000000001": "malformed conversations",
+        "a/000000002": "unreadable row",
+        "a/000000003": "no caption",
+    }
+    write_tree(
+        tmp_path / "maps", {"a.csv": "caption\turl\nx\tother/1.jpg\n", "other/1.jpg": photo()}
+    )
+    with pytest.raises(
+        TooManyFailures, match=r"nothing says where the depth map of other/1.jpg lies"
+    ):
         build_dataset("reference-lists", tmp_path / "maps", tmp_path / "c", modality="depth")
 
 
@@ -155,6 +257,10 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:
-    tree = write_tree(tmp_path / "in", {"a.csv": "caption\turl\na tone\ts/1.flac\n", "s/1.flac": tone()})
-    _, report = build_recipe(RECIPE, inputs=str(tree), out=str(tmp_path / "out"), root=str(tree), workers=1)
+    tree = write_tree(
+        tmp_path / "in", {"a.csv": "caption\turl\na tone\ts/1.flac\n", "s/1.flac": tone()}
+    )
+    _, report = build_recipe(
+        RECIPE, inputs=str(tree), out=str(tmp_path / "out"), root=str(tree), workers=1
+    )
     assert report.samples == 1

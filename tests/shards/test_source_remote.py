@@ -21,16 +21,22 @@ from onellm_dist.shards.format.dataset import open_dataset
 
 
 def _coco(root: Path) -> Path:
-    return write_tree(root, {**pictures(), "annotations/captions_train2017.json": as_json(official())})
+    return write_tree(
+        root, {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+    )
 
 
 def _ego4d(root: Path) -> Path:
-    (recordings(root) / "window_idx_train.json").write_text(as_json([window("bbbb", 3.0, "x"), window("aaaa", 1.5, "y")]))
+    (recordings(root) / "window_idx_train.json").write_text(
+        as_json([window("bbbb", 3.0, "x"), window("aaaa", 1.5, "y")])
+    )
     return root
 
 
 def _table(root: Path) -> Path:
-    (parallel(root, "depth") / "cc3m.csv").write_text("url\tcaption\n/mnt/x/cc3m/00000/000000002.jpg\tz\n")
+    (parallel(root, "depth") / "cc3m.csv").write_text(
+        "url\tcaption\n/mnt/x/cc3m/00000/000000002.jpg\tz\n"
+    )
     return root
 
 
@@ -46,9 +52,20 @@ def _table(root: Path) -> Path:
         ("onellm-instruct", instruction_tuning, {"modality": "imu"}),
         ("onellm-instruct", instruction_tuning, {"modality": "normal"}),
     ],
-    ids=["coco", "nsd", "ego4d", "cc3m", "cc3m-table", "instruct-point", "instruct-imu", "instruct-normal"],
+    ids=[
+        "coco",
+        "nsd",
+        "ego4d",
+        "cc3m",
+        "cc3m-table",
+        "instruct-point",
+        "instruct-imu",
+        "instruct-normal",
+    ],
 )
-def test_a_store_as_input(tmp_path: Path, source: str, made: Callable[[Path], Path], options: dict[str, Any]) -> None:
+def test_a_store_as_input(
+    tmp_path: Path, source: str, made: Callable[[Path], Path], options: dict[str, Any]
+) -> None:
     local = made(tmp_path / "in")
     store, base = fsspec.filesystem("memory"), f"/sources-{tmp_path.name}"
     for file in local.rglob("*"):

@@ -16,7 +16,15 @@ from shard_worlds import write_tree
 
 from onellm_dist.shards.sources.readers import archives
 from onellm_dist.shards.sources.readers.archives import ArchiveIndex, entries
-from onellm_dist.shards.sources.readers.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.delimited import (
+    CSV,
+    TSV,
+    Dialect,
+    RowRange,
+    read_header,
+    read_rows,
+    row_ranges,
+)
 
 
 def all_rows(table: Path, dialect: Dialect, names: list[str], size: int) -> list[list[str]]:
@@ -39,7 +47,9 @@ def test_rows_of_a_csv_are_those_of_the_csv_module(tmp_path: Path, ending: str) 
     writer = csv.writer(buffer, lineterminator=ending)
     writer.writerow(["a", "b", "c"])
     writer.writerows(rows)
-    text = buffer.getvalue().replace(f"{ending}plain", f"{ending}{ending}plain")  # blank lines say nothing
+    text = buffer.getvalue().replace(
+        f"{ending}plain", f"{ending}{ending}plain"
+    )  # blank lines say nothing
     (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read_header(tmp_path / "t.csv", CSV)[0] == ["a", "b", "c"]
     expected = [r for r in csv.reader(io.StringIO(text, newline="")) if r][1:]
@@ -53,22 +63,36 @@ def test_a_quote_that_is_never_closed_spoils_its_own_row_alone(tmp_path: Path) -
     (tmp_path / "t.csv").write_text("\n".join(lines))
     _, start = read_header(tmp_path / "t.csv", CSV)
     for size in (1, 10, 1000):
-        rows = [row for r in row_ranges(tmp_path / "t.csv", CSV, size, start) for row in read_rows(tmp_path / "t.csv", CSV, r, ["a", "b"])]
-        assert [r.problem for r in rows] == ["unreadable row: a quote is opened and not closed"] + [None] * 99
+        rows = [
+            row
+            for r in row_ranges(tmp_path / "t.csv", CSV, size, start)
+            for row in read_rows(tmp_path / "t.csv", CSV, r, ["a", "b"])
+        ]
+        assert [r.problem for r in rows] == ["unreadable row: a quote is opened and not closed"] + [
+            None
+        ] * 99
         assert rows[-1].values == {"a": "100", "b": "closed"}
 
 
 def test_quotes_are_letters_in_a_tsv(tmp_path: Path) -> None:
     (tmp_path / "t.tsv").write_text('a\tb\n5" pipe\t"enclosed ""so"""\n"one side\tx\n')
-    assert all_rows(tmp_path / "t.tsv", TSV, ["a", "b"], 1) == [['5" pipe', 'enclosed "so"'], ['"one side', "x"]]
+    assert all_rows(tmp_path / "t.tsv", TSV, ["a", "b"], 1) == [
+        ['5" pipe', 'enclosed "so"'],
+        ['"one side', "x"],
+    ]
 
 
 def test_planning_a_table_takes_the_same_memory_whatever_its_length(tmp_path: Path) -> None:
     peaks = []
     for count in (20_000, 200_000):
-        (tmp_path / "t.csv").write_text("id,text\n" + "".join(f"{i},some words about sample {i}\n" for i in range(count)))
+        (tmp_path / "t.csv").write_text(
+            "id,text\n" + "".join(f"{i},some words about sample {i}\n" for i in range(count))
+        )
         tracemalloc.start()
-        assert sum(r.size for r in row_ranges(tmp_path / "t.csv", CSV, 5000, RowRange(8, 2, 0))) == count
+        assert (
+            sum(r.size for r in row_ranges(tmp_path / "t.csv", CSV, 5000, RowRange(8, 2, 0)))
+            == count
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 10_000
@@ -76,15 +100,26 @@ def test_planning_a_table_takes_the_same_memory_whatever_its_length(tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("zip") is None, reason="Info-ZIP's zip makes the split archives")
-def test_members_of_a_split_archive_come_out_as_they_went_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_of_a_split_archive_come_out_as_they_went_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sizes around those of a volume (64 KiB), stored and deflated; names that are not ASCII."""
     draw = random.Random(0)
     files: dict[str, bytes | str] = {
-        f"d/{i:03d}.flac": draw.randbytes(draw.choice([0, 10, 30_000, 65_500, 65_536, 200_000])) for i in range(24)
+        f"d/{i:03d}.flac": draw.randbytes(draw.choice([0, 10, 30_000, 65_500, 65_536, 200_000]))
+        for i in range(24)
     }
-    files |= {"d/grün.flac": b"text " * 30_000, "d/other.txt": b"not wanted", "e/.hidden.flac": b"nor this"}
+    files |= {
+        "d/grün.flac": b"text " * 30_000,
+        "d/other.txt": b"not wanted",
+        "e/.hidden.flac": b"nor this",
+    }
     write_tree(tmp_path / "tree", files)
-    subprocess.run(["zip", "-q", "-r", "-s", "64k", str(tmp_path / "a.zip"), "."], cwd=tmp_path / "tree", check=True)
+    subprocess.run(
+        ["zip", "-q", "-r", "-s", "64k", str(tmp_path / "a.zip"), "."],
+        cwd=tmp_path / "tree",
+        check=True,
+    )
     assert len(list(tmp_path.glob("a.z*"))) > 10
     assert {e.name for e in entries(tmp_path / "a.zip")} == set(files)
     monkeypatch.setattr(archives, "_CHUNK", 100)

@@ -19,30 +19,59 @@ def vqa(prefix: str = "v2_", *, common: bool = True) -> dict[str, Any]:
     """Questions and annotations as visualqa.org publishes them."""
     questions = [
         {"image_id": p, "question": q, "question_id": p * 1000 + i}
-        for p, i, q in ((9, 0, "What color is it?"), (9, 1, "Is it “big”? "), (25, 0, "How many?"), (30, 0, "Where?"))
+        for p, i, q in (
+            (9, 0, "What color is it?"),
+            (9, 1, "Is it “big”? "),
+            (25, 0, "How many?"),
+            (30, 0, "Where?"),
+        )
     ]
-    answers = {9000: ["red"] * 6 + ["dark red"] * 4, 9001: ["no", "yes", "yes", "no"], 25000: ["2"] * 10, 30000: ["here"] * 10}
+    answers = {
+        9000: ["red"] * 6 + ["dark red"] * 4,
+        9001: ["no", "yes", "yes", "no"],
+        25000: ["2"] * 10,
+        30000: ["here"] * 10,
+    }
     annotations = [
         {
-            "question_type": "what", **({"multiple_choice_answer": max(a, key=a.count)} if common else {}), "answer_type": "other",
-            "answers": [{"answer": t, "answer_confidence": "yes", "answer_id": i + 1} for i, t in enumerate(a)],
-            "image_id": n // 1000, "question_id": n,
+            "question_type": "what",
+            **({"multiple_choice_answer": max(a, key=a.count)} if common else {}),
+            "answer_type": "other",
+            "answers": [
+                {"answer": t, "answer_confidence": "yes", "answer_id": i + 1}
+                for i, t in enumerate(a)
+            ],
+            "image_id": n // 1000,
+            "question_id": n,
         }
         for n, a in answers.items()
-    ]  # fmt: skip
-    head = {"info": {"description": "d"}, "license": {"url": "u"}, "data_subtype": "train2014", "data_type": "mscoco"}
+    ]
+    head = {
+        "info": {"description": "d"},
+        "license": {"url": "u"},
+        "data_subtype": "train2014",
+        "data_type": "mscoco",
+    }
     return {
-        f"{prefix}OpenEnded_mscoco_train2014_questions.json": {**head, "task_type": "Open-Ended", "questions": questions},
+        f"{prefix}OpenEnded_mscoco_train2014_questions.json": {
+            **head,
+            "task_type": "Open-Ended",
+            "questions": questions,
+        },
         f"{prefix}mscoco_train2014_annotations.json": {**head, "annotations": annotations},
     }
 
 
 def coco(root: Path, folder: str = "train2014") -> Path:
     """COCO's pictures 9 and 25 of 2014, 30 of 2017."""
-    return write_tree(root, {
-        f"{folder}/COCO_train2014_000000000009.jpg": photo(seed=9), f"{folder}/COCO_train2014_000000000025.jpg": photo(seed=25),
-        "coco/train2017/000000000030.jpg": photo(seed=30),
-    })  # fmt: skip
+    return write_tree(
+        root,
+        {
+            f"{folder}/COCO_train2014_000000000009.jpg": photo(seed=9),
+            f"{folder}/COCO_train2014_000000000025.jpg": photo(seed=25),
+            "coco/train2017/000000000030.jpg": photo(seed=30),
+        },
+    )
 
 
 def as_files(values: dict[str, Any]) -> dict[str, bytes | str]:
@@ -55,15 +84,21 @@ def test_questions_and_annotations(tmp_path: Path, name: str) -> None:
     inputs = write_tree(coco(tmp_path / "in"), files)
     report, dataset = built(name, inputs, tmp_path / "out")
     found = samples(dataset)
-    assert (report.quarantined, dataset.modalities, dataset.manifest.text) == ((), ("image",), ("json",))
+    assert (report.quarantined, dataset.modalities, dataset.manifest.text) == (
+        (),
+        ("image",),
+        ("json",),
+    )
     assert list(found) == ["9000", "9001", "25000", "30000"]
     assert found["9000"] == {
         "jpg": photo(seed=9),
         "json": {
-            "question_id": 9000, "image_id": 9, "answers": ["red"] * 6 + ["dark red"] * 4,
+            "question_id": 9000,
+            "image_id": 9,
+            "answers": ["red"] * 6 + ["dark red"] * 4,
             "conversations": turns(f"What color is it? {SHORT}", "red"),
         },
-    }  # fmt: skip
+    }
     # Of answers given equally often, the first.
     assert found["9001"]["json"]["conversations"] == turns(f"Is it “big”? {SHORT}", "no")
     assert found["30000"]["jpg"] == photo(seed=30)
@@ -113,13 +148,27 @@ def test_bad_questions_are_left_out_with_their_reasons(tmp_path: Path) -> None:
 
 def test_gqa(tmp_path: Path) -> None:
     rows = {
-        "02930152": {"semantic": [], "entailed": ["x"], "question": "Is the sky dark?", "imageId": "2354786", "answer": "yes",
-                     "fullAnswer": "Yes, the sky is dark.", "isBalanced": True, "groups": {"global": None}},
+        "02930152": {
+            "semantic": [],
+            "entailed": ["x"],
+            "question": "Is the sky dark?",
+            "imageId": "2354786",
+            "answer": "yes",
+            "fullAnswer": "Yes, the sky is dark.",
+            "isBalanced": True,
+            "groups": {"global": None},
+        },
         "07333408": {"question": "What is on the wall?", "imageId": "n15740", "answer": "pipe"},
         "bad": {"question": "?", "imageId": "2354786"},
-    }  # fmt: skip
-    files = {"train_balanced_questions.json": as_json(rows), "images/2354786.jpg": photo(seed=1), "images/n15740.jpg": photo(seed=2)}
-    report, dataset = built("gqa", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.4)
+    }
+    files = {
+        "train_balanced_questions.json": as_json(rows),
+        "images/2354786.jpg": photo(seed=1),
+        "images/n15740.jpg": photo(seed=2),
+    }
+    report, dataset = built(
+        "gqa", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.4
+    )
     found = samples(dataset)
     assert {k: (s["jpg"], s["json"]["conversations"]) for k, s in found.items()} == {
         "02930152": (photo(seed=1), turns(f"Is the sky dark? {SHORT}", "yes")),
@@ -132,27 +181,48 @@ def test_gqa(tmp_path: Path) -> None:
 
 def test_aokvqa(tmp_path: Path) -> None:
     row = {
-        "split": "train", "image_id": 9, "question_id": "22MexNkBPpdZGX6sxbxVBH", "question": "What is the man by the bags awaiting?",
-        "choices": ["skateboarder", "train", "delivery", "cab"], "correct_choice_idx": 3, "direct_answers": ["ride"] * 10,
-        "difficult_direct_answer": False, "rationales": ["A train would not be there."],
-    }  # fmt: skip
-    rows = [row, {**row, "question_id": "b", "correct_choice_idx": 4}, {**row, "question_id": "c", "image_id": 77}]
+        "split": "train",
+        "image_id": 9,
+        "question_id": "22MexNkBPpdZGX6sxbxVBH",
+        "question": "What is the man by the bags awaiting?",
+        "choices": ["skateboarder", "train", "delivery", "cab"],
+        "correct_choice_idx": 3,
+        "direct_answers": ["ride"] * 10,
+        "difficult_direct_answer": False,
+        "rationales": ["A train would not be there."],
+    }
+    rows = [
+        row,
+        {**row, "question_id": "b", "correct_choice_idx": 4},
+        {**row, "question_id": "c", "image_id": 77},
+    ]
     inputs = write_tree(coco(tmp_path / "in"), {"aokvqa_v1p0_train.json": as_json(rows)})
     report, dataset = built("aokvqa", inputs, tmp_path / "out", max_failures=0.7)
     [(key, sample)] = samples(dataset).items()
     question = "What is the man by the bags awaiting? A. skateboarder B. train C. delivery D. cab"
     assert key == row["question_id"]
-    assert sample["json"]["conversations"] == turns(f"{question} Answer with the option's letter from the given choices directly", "D")
+    assert sample["json"]["conversations"] == turns(
+        f"{question} Answer with the option's letter from the given choices directly", "D"
+    )
     assert sample["json"]["choices"] == row["choices"]
     assert sorted(reasons(report).values()) == [
-        "missing file: train2017/000000000077.jpg", "unreadable row: correct_choice_idx is 4 of 4 choices",
-    ]  # fmt: skip
+        "missing file: train2017/000000000077.jpg",
+        "unreadable row: correct_choice_idx is 4 of 4 choices",
+    ]
 
 
 def test_ocrvqa(tmp_path: Path) -> None:
     def book(split: int, url: str = "http://x/51.jpg", **more: Any) -> dict[str, Any]:
-        return {"imageURL": url, "questions": ["Who is the author?", "Is it art?"], "answers": ["A. Uthor", "No"], "title": "A Title",
-                "authorName": "A. Uthor", "genre": "Arts", "split": split, **more}  # fmt: skip
+        return {
+            "imageURL": url,
+            "questions": ["Who is the author?", "Is it art?"],
+            "answers": ["A. Uthor", "No"],
+            "title": "A Title",
+            "authorName": "A. Uthor",
+            "genre": "Arts",
+            "split": split,
+            **more,
+        }
 
     rows = {
         "0001": book(1),
@@ -162,11 +232,19 @@ def test_ocrvqa(tmp_path: Path) -> None:
         "0005": 7,
         "0006": book(3),
     }
-    files = {"dataset.json": as_json(rows), **{f"images/000{i}.jpg": photo(seed=i) for i in (1, 2, 3, 4, 6)}}
+    files = {
+        "dataset.json": as_json(rows),
+        **{f"images/000{i}.jpg": photo(seed=i) for i in (1, 2, 3, 4, 6)},
+    }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built("ocrvqa", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.7)
+    report, dataset = built(
+        "ocrvqa", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.7
+    )
     expected = turns(f"Who is the author? {SHORT}", "A. Uthor", f"Is it art? {SHORT}", "No")
-    assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {"0001": expected, "0002": expected}
+    assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
+        "0001": expected,
+        "0002": expected,
+    }
     assert samples(dataset)["0001"]["json"]["title"] == "A Title"
     assert (list(samples(dataset, "val")), list(samples(dataset, "test"))) == (["0003"], ["0006"])
     assert reasons(report) == {
@@ -184,27 +262,46 @@ def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
     rows.append({**rows[0], "question_id": 77})  # about picture 9, without a question
     rows.append("row")
     rows.append({**rows[1], "question_id": 31000, "image_id": 31})  # without a picture
-    files["v2_OpenEnded_mscoco_train2014_questions.json"]["questions"].append({"image_id": 31, "question": "?", "question_id": 31000})
+    files["v2_OpenEnded_mscoco_train2014_questions.json"]["questions"].append(
+        {"image_id": 31, "question": "?", "question_id": 31000}
+    )
     inputs = write_tree(coco(tmp_path / "in"), as_files(files))
     report, dataset = built("vqav2", inputs, tmp_path / "out", join="true", max_failures=0.9)
     found = samples(dataset)
     assert list(found) == ["9000", "25000", "30000"]
     assert found["9000"]["json"] == {
-        "image_id": 9, "rows": ["9000", "9001"], "question_id": [9000, 9001],
+        "image_id": 9,
+        "rows": ["9000", "9001"],
+        "question_id": [9000, 9001],
         "answers": [["red"] * 6 + ["dark red"] * 4, ["no", "yes", "yes", "no"]],
         "conversations": turns(f"What color is it? {SHORT}", "red", f"Is it “big”? {SHORT}", "no"),
-    }  # fmt: skip
+    }
     assert found["25000"]["json"]["question_id"] == 25000
     assert sorted(reasons(report).values()) == [
-        "missing file: train2017/000000000031.jpg", "unreadable row: a str, not an object", "unreadable row: there is no question 77",
-    ]  # fmt: skip
+        "missing file: train2017/000000000031.jpg",
+        "unreadable row: a str, not an object",
+        "unreadable row: there is no question 77",
+    ]
     assert "left out knowingly: 1 x in the sample of its medium's first row" in report.notes
-    _, cut = built("vqav2", inputs, tmp_path / "cut", join=True, max_failures=0.9, max_samples=2, name="out")
+    _, cut = built(
+        "vqav2", inputs, tmp_path / "cut", join=True, max_failures=0.9, max_samples=2, name="out"
+    )
     assert samples(cut) == found
 
-    gqa = {f"{i:03d}": {"question": f"Is it {i}?", "imageId": "12"[i % 2], "answer": "yes"} for i in range(5)}
+    gqa = {
+        f"{i:03d}": {"question": f"Is it {i}?", "imageId": "12"[i % 2], "answer": "yes"}
+        for i in range(5)
+    }
     inputs = write_tree(
-        tmp_path / "gqa", {"train_balanced_questions.json": as_json(gqa), "images/1.jpg": photo(), "images/2.jpg": photo(seed=1)}
+        tmp_path / "gqa",
+        {
+            "train_balanced_questions.json": as_json(gqa),
+            "images/1.jpg": photo(),
+            "images/2.jpg": photo(seed=1),
+        },
     )
     _, dataset = built("gqa", inputs, tmp_path / "joined", join=True)
-    assert {k: s["json"]["rows"] for k, s in samples(dataset).items()} == {"000": ["000", "002", "004"], "001": ["001", "003"]}
+    assert {k: s["json"]["rows"] for k, s in samples(dataset).items()} == {
+        "000": ["000", "002", "004"],
+        "001": ["001", "003"],
+    }

@@ -34,7 +34,12 @@ def webvid(root: Path) -> Path:
     ]
     files: dict[str, bytes | str] = {"results_2M_train.csv": HEADER + "\n".join(rows) + "\n"}
     files["results_2M_val.csv"] = f"{HEADER}2001,{url(2001)},PT00H00M02S,000101_000150,Validation\n"
-    for number, folder in ((1001, "000001_000050"), (1002, "000001_000050"), (1003, "000051_000100"), (1004, "000051_000100")):
+    for number, folder in (
+        (1001, "000001_000050"),
+        (1002, "000001_000050"),
+        (1003, "000051_000100"),
+        (1004, "000051_000100"),
+    ):
         files[f"videos/{folder}/{number}.mp4"] = film(seed=number)
     files["videos/000101_000150/2001.mp4"] = film(seed=2001)
     return write_tree(root, files)
@@ -44,13 +49,22 @@ def test_the_csv_and_its_videos_come_through_field_by_field(tmp_path: Path) -> N
     report, dataset = built("webvid", webvid(tmp_path / "in"), tmp_path / "out", rows=2)
     found = samples(dataset)
     assert {k: s["txt"] for k, s in found.items()} == {
-        "1001": "Aerial shot, winter forest", "1002": 'A "quoted" word', "1003": "Two\nlines", "1004": "Plain",
-    }  # fmt: skip
+        "1001": "Aerial shot, winter forest",
+        "1002": 'A "quoted" word',
+        "1003": "Two\nlines",
+        "1004": "Plain",
+    }
     assert found["1002"]["mp4"] == film(seed=1002)
     assert found["1001"]["json"] == {
-        "videoid": "1001", "url": url(1001), "duration": "PT00H00M11S", "duration_seconds": 11.0, "page_dir": "000001_000050",
-    }  # fmt: skip
-    assert found["1002"]["json"]["duration_seconds"] == 3723.0  # wrong (the film lasts 1.5 s), and kept
+        "videoid": "1001",
+        "url": url(1001),
+        "duration": "PT00H00M11S",
+        "duration_seconds": 11.0,
+        "page_dir": "000001_000050",
+    }
+    assert (
+        found["1002"]["json"]["duration_seconds"] == 3723.0
+    )  # wrong (the film lasts 1.5 s), and kept
     assert found["1003"]["json"]["duration"] == "soon"
     assert "duration_seconds" not in found["1003"]["json"]
     assert "duration" not in found["1004"]["json"]
@@ -64,14 +78,23 @@ def test_groups_are_reached_without_the_rows_before_them(tmp_path: Path) -> None
     webvid(tmp_path / "in")
     assert SOURCE.plan is not None
     assert SOURCE.raw_samples is not None
-    options: dict[str, Any] = {"rows": 1, "videos": "videos", "missing": "fail", "unfinished": "refuse"}
+    options: dict[str, Any] = {
+        "rows": 1,
+        "videos": "videos",
+        "missing": "fail",
+        "unfinished": "refuse",
+    }
     groups = list(SOURCE.plan(tmp_path / "in", seed=0, **options).groups)
-    assert [(g.name, g.count) for g in groups[:4]] == [(f"results_2M_train.csv:{n}", 1) for n in (2, 3, 4, 6)]
+    assert [(g.name, g.count) for g in groups[:4]] == [
+        (f"results_2M_train.csv:{n}", 1) for n in (2, 3, 4, 6)
+    ]
     before = [list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups]
     table = tmp_path / "in/results_2M_train.csv"
     offset = groups[2].spec["range"][0]
     table.write_bytes(b"\x00" * offset + table.read_bytes()[offset:])
-    assert [list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups[2:]] == before[2:]
+    assert [
+        list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups[2:]
+    ] == before[2:]
 
 
 def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:
@@ -109,20 +132,35 @@ def test_a_set_that_was_fetched_in_part(tmp_path: Path) -> None:
         (tmp_path / f"in/videos/{name}.mp4").unlink()
     _, dataset = built("webvid", tmp_path / "in", tmp_path / "out", missing="skip")
     assert list(samples(dataset)) == ["1002"]
-    assert json.loads((tmp_path / "out/statistics.json").read_text())["left_out"] == {"media was not fetched": 3}
+    assert json.loads((tmp_path / "out/statistics.json").read_text())["left_out"] == {
+        "media was not fetched": 3
+    }
 
 
 def test_tars_of_video2dataset(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"url": url(i), "caption": f"film {i}", "videoid": str(i), "page_dir": "x", "duration": "PT00H00M02S", "media": film(seed=i)}
+        {
+            "url": url(i),
+            "caption": f"film {i}",
+            "videoid": str(i),
+            "page_dir": "x",
+            "duration": "PT00H00M02S",
+            "media": film(seed=i),
+        }
         for i in range(3)
     ]
-    rows.insert(1, {**rows[0], "status": "failed_to_download", "error_message": "HTTP 403", "media": None})
+    rows.insert(
+        1, {**rows[0], "status": "failed_to_download", "error_message": "HTTP 403", "media": None}
+    )
     downloaded(tmp_path / "in", 0, rows, extension="mp4", failures_in_tar=True)
     for table in ("with", "without"):
         _, dataset = built("webvid", tmp_path / "in", tmp_path / table)
         found = samples(dataset)
-        assert {k: s["txt"] for k, s in found.items()} == {"0000000": "film 0", "0000002": "film 1", "0000003": "film 2"}
+        assert {k: s["txt"] for k, s in found.items()} == {
+            "0000000": "film 0",
+            "0000002": "film 1",
+            "0000003": "film 2",
+        }
         assert found["0000002"]["mp4"] == film(seed=1)
         assert found["0000002"]["json"]["url"] == url(1)
         told = json.loads((tmp_path / table / "statistics.json").read_text())
@@ -146,7 +184,15 @@ def test_other_csvs_and_empty_folders_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("PT00H00M11S", 11.0), ("PT01H02M03S", 3723.0), ("PT5S", 5.0), ("PT2M", 120.0), ("P", None), ("11", None)]
+    ("text", "value"),
+    [
+        ("PT00H00M11S", 11.0),
+        ("PT01H02M03S", 3723.0),
+        ("PT5S", 5.0),
+        ("PT2M", 120.0),
+        ("P", None),
+        ("11", None),
+    ],
 )
 def test_durations(text: str, value: float | None) -> None:
     assert seconds(text) == value

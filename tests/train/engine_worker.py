@@ -28,7 +28,13 @@ STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10,
 
 def step_samples(step: int) -> list[PackedBatch]:
     if step == 0:
-        return [sample(100, ("a",)), sample(101, ("b",)), sample(102, ("a",)), sample(103, ("b",)), sample(104, ())]
+        return [
+            sample(100, ("a",)),
+            sample(101, ("b",)),
+            sample(102, ("a",)),
+            sample(103, ("b",)),
+            sample(104, ()),
+        ]
     numbers, names = STEPS[step % 4]
     return [sample(1000 * step + n, names) for n in numbers]
 
@@ -51,7 +57,11 @@ def new_model(stage: str) -> StandIn:
     torch.manual_seed(7)
     model = StandIn()
     for name, parameter in model.named_parameters():
-        trained = name.startswith(("branches", "upm")) if stage == "align" else name.startswith(("embedding", "llm"))
+        trained = (
+            name.startswith(("branches", "upm"))
+            if stage == "align"
+            else name.startswith(("embedding", "llm"))
+        )
         parameter.requires_grad_(trained)
     return model
 
@@ -60,17 +70,34 @@ def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = F
     """`job`: `config` is a DeepSpeed JSON or its name; or `fsdp` says what FSDP2 takes."""
     config = job.get("config", {})
     config = load_ds_config(Path(config)) if isinstance(config, str) else copy.deepcopy(config)
-    parts = {name: name.split(".")[0] for name, _ in model.named_parameters() if not name.startswith("embedding")}
-    settings = EngineSettings(world.size, world.device, bf16, (0.9, 0.95), 1e-8, CLIP, config, parts=parts, **job.get("fsdp", {}))
-    return engine_class("fsdp" if "fsdp" in job else "deepspeed").wrap(model, parameter_groups(model, DECAY), settings)
+    parts = {
+        name: name.split(".")[0]
+        for name, _ in model.named_parameters()
+        if not name.startswith("embedding")
+    }
+    settings = EngineSettings(
+        world.size,
+        world.device,
+        bf16,
+        (0.9, 0.95),
+        1e-8,
+        CLIP,
+        config,
+        parts=parts,
+        **job.get("fsdp", {}),
+    )
+    return engine_class("fsdp" if "fsdp" in job else "deepspeed").wrap(
+        model, parameter_groups(model, DECAY), settings
+    )
 
 
-def train(engine: Engine, world: World, steps: range, spoil: int = -1, dead: int = -1, discard: int = -1) -> list[dict[str, Any]]:
-    """
-    Args:
-        spoil: a step in which the loss of one rank's first micro-step is not finite.
-        dead: a step that gets one more micro-step, a dummy on every rank, whose loss is not finite.
-        discard: a sound step that is thrown away.
+def train(
+    engine: Engine, world: World, steps: range, spoil: int = -1, dead: int = -1, discard: int = -1
+) -> list[dict[str, Any]]:
+    """Args:
+    spoil: a step in which the loss of one rank's first micro-step is not finite.
+    dead: a step that gets one more micro-step, a dummy on every rank, whose loss is not finite.
+    discard: a sound step that is thrown away.
     """
     done = []
     for step in steps:
@@ -88,7 +115,14 @@ def train(engine: Engine, world: World, steps: range, spoil: int = -1, dead: int
         world.sum(total)
         norms = engine.grad_norms()
         applied = engine.step(LR, discard=step == discard)
-        done.append({"loss": total.item() / global_valid_tokens, "applied": applied, "norm": norms.whole, "parts": norms.by_part})
+        done.append(
+            {
+                "loss": total.item() / global_valid_tokens,
+                "applied": applied,
+                "norm": norms.whole,
+                "parts": norms.by_part,
+            }
+        )
     return done
 
 
@@ -106,14 +140,23 @@ def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[f
         for p in model.parameters():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norms.append(float(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)))
+        norms.append(
+            float(
+                torch.nn.utils.clip_grad_norm_(
+                    [p for p in model.parameters() if p.requires_grad], CLIP
+                )
+            )
+        )
         optimizer.step()
         losses.append(float(loss.detach()))
     return {n: p.detach().clone() for n, p in model.named_parameters()}, losses, norms
 
 
 def update_error(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], trained: set[str]
+    before: dict[str, torch.Tensor],
+    after: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    trained: set[str],
 ) -> dict[str, float]:
     found = {}
     for name in trained:
@@ -152,9 +195,12 @@ def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     errors = update_error(before, ended, expected, trained)
     return {
         "losses": max(abs(a["loss"] - b) for a, b in zip(first + rest, losses, strict=True)),
-        "update_error": max(errors.values()), "worst": max(errors, key=errors.get),
+        "update_error": max(errors.values()),
+        "worst": max(errors, key=errors.get),
         "frozen": all(
-            torch.equal(ended[n].float(), before[n].to(ended[n].dtype).float()) for n in before if n not in trained
+            torch.equal(ended[n].float(), before[n].to(ended[n].dtype).float())
+            for n in before
+            if n not in trained
         ),
         "moved": all(not torch.equal(ended[n].float(), before[n]) for n in trained),
         "resume_identical": all(torch.equal(ended[n], second[n]) for n in before),
@@ -162,12 +208,16 @@ def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "spoilt_applied": any(step["applied"] for step in spoilt),
         "spoilt_kept": all(torch.equal(ended[n], kept[n]) for n in before),
-        "discarded_applied": any(step["applied"] for step in discarded), "discarded_steps": count,
+        "discarded_applied": any(step["applied"] for step in discarded),
+        "discarded_steps": count,
         "discarded_kept": all(torch.equal(ended[n], still[n]) for n in before),
         "goes_on_identical": all(torch.equal(after[n], straight[n]) for n in before),
-        "norm_error": max(abs(s["norm"] / right - 1) for s, right in zip(first + rest, norms, strict=True)),
-        "norms": [s["norm"] for s in first], "parts": [s["parts"] for s in first],
-    }  # fmt: skip
+        "norm_error": max(
+            abs(s["norm"] / right - 1) for s, right in zip(first + rest, norms, strict=True)
+        ),
+        "norms": [s["norm"] for s in first],
+        "parts": [s["parts"] for s in first],
+    }
 
 
 def carry_on(world: World, job: dict[str, Any]) -> dict[str, Any]:
@@ -183,8 +233,14 @@ def carry_on(world: World, job: dict[str, Any]) -> dict[str, Any]:
     if not world.main:
         return {}
     expected, right, _ = reference(stage, range(8))
-    errors = update_error(before, ended, expected, {n for n, p in model.named_parameters() if p.requires_grad})
-    return {"steps": steps, "losses": max(abs(a - b) for a, b in zip(losses, right[5:], strict=True)), "update_error": max(errors.values())}
+    errors = update_error(
+        before, ended, expected, {n for n, p in model.named_parameters() if p.requires_grad}
+    )
+    return {
+        "steps": steps,
+        "losses": max(abs(a - b) for a, b in zip(losses, right[5:], strict=True)),
+        "update_error": max(errors.values()),
+    }
 
 
 def main() -> None:

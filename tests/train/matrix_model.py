@@ -26,13 +26,24 @@ micro-steps, lack some even there; five samples leave ranks without one."""
 
 def tiny_config() -> OneLLMConfig:
     text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
     return OneLLMConfig(
         vision=OneLLMVisionConfig(width=32, layers=2, heads=2, patch_size=56, output_dim=16),
-        upm=OneLLMUPMConfig(experts=2, blocks=2, heads=2, ffn=64, router_hidden=32), text_config=text, modalities=MODALITIES,
-    )  # fmt: skip
+        upm=OneLLMUPMConfig(experts=2, blocks=2, heads=2, ffn=64, router_hidden=32),
+        text_config=text,
+        modalities=MODALITIES,
+    )
 
 
 def step_kinds(step: int) -> tuple[str, ...]:
@@ -51,19 +62,36 @@ def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
     values = {}
     for modality in MODALITIES:
         shape = all_modalities()[modality].value_shape
-        own = [torch.randn(shape, generator=drawn[n]) for n, name in zip(numbers, names, strict=True) if name == modality]
+        own = [
+            torch.randn(shape, generator=drawn[n])
+            for n, name in zip(numbers, names, strict=True)
+            if name == modality
+        ]
         values[modality] = torch.stack(own) if own else torch.zeros((0, *shape))
     if not numbers:
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), is_empty=True)
+        return PackedBatch(
+            torch.tensor([1]),
+            torch.tensor([IGNORE]),
+            (1,),
+            ((),),
+            values,
+            torch.zeros(1),
+            is_empty=True,
+        )
     # Few different words, so that there is something to learn in 20 steps.
     ids = torch.stack([torch.randint(3, 7, (TOKENS,), generator=drawn[n]) for n in numbers])
     ids[:, 0] = 1
     labels = ids.clone()
     labels[:, 0] = IGNORE
     return PackedBatch(
-        ids.flatten(), labels.flatten(), (TOKENS,) * len(numbers), tuple((n,) if n else () for n in names), values,
-        torch.ones(len(numbers)), tuple(f"{step}-{n}" for n in numbers),
-    )  # fmt: skip
+        ids.flatten(),
+        labels.flatten(),
+        (TOKENS,) * len(numbers),
+        tuple((n,) if n else () for n in names),
+        values,
+        torch.ones(len(numbers)),
+        tuple(f"{step}-{n}" for n in numbers),
+    )
 
 
 def assigned(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
@@ -72,4 +100,7 @@ def assigned(step: int, ranks: int, accumulate: int | None) -> list[list[list[in
     own = [list(range(rank, count, ranks)) for rank in range(ranks)]
     micro = max(map(len, own)) if accumulate is None else accumulate
     size = [-(-len(numbers) // micro) or 1 for numbers in own]
-    return [[numbers[i * s : (i + 1) * s] for i in range(micro)] for numbers, s in zip(own, size, strict=True)]
+    return [
+        [numbers[i * s : (i + 1) * s] for i in range(micro)]
+        for numbers, s in zip(own, size, strict=True)
+    ]

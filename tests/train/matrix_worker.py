@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from deepspeed.utils import groups as deepspeed_groups
-from matrix_model import MODALITIES, SEED, assigned, global_valid_tokens, make_pack, step_kinds, tiny_config
+from matrix_model import (
+    MODALITIES,
+    SEED,
+    assigned,
+    global_valid_tokens,
+    make_pack,
+    step_kinds,
+    tiny_config,
+)
 from torch import nn
 
 from onellm_dist.launch.local import end_with_parent
@@ -46,8 +54,12 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
             loss = model(packed=make_pack(step, [number])).loss / global_valid_tokens(step)
             loss.backward()
             total += float(loss.detach())
-        for parameter in trained.values():  # a modality that is absent has gradient zero (DESIGN, section 4)
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for (
+            parameter
+        ) in trained.values():  # a modality that is absent has gradient zero (DESIGN, section 4)
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
         nn.utils.clip_grad_norm_(trained.values(), CLIP)
         optimizer.step()
         found["losses"].append(total)
@@ -58,7 +70,9 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
 
 def freeze(model: nn.Module, stage: str) -> None:
     """`encoder` is align with the encoder trained too."""
-    freeze_for_stage(model, "tune" if stage == "tune" else "align", MODALITIES, encoder=stage == "encoder")
+    freeze_for_stage(
+        model, "tune" if stage == "tune" else "align", MODALITIES, encoder=stage == "encoder"
+    )
 
 
 def counted(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -81,8 +95,19 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
     model.train()
     weights = Weights(Drawn(model, SEED))
     config = job.get("config", {})
-    config = load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
-    settings = EngineSettings(world.size, world.device, job.get("bf16", False), BETAS, EPS, CLIP, config, **job.get("fsdp", {}))
+    config = (
+        load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
+    )
+    settings = EngineSettings(
+        world.size,
+        world.device,
+        job.get("bf16", False),
+        BETAS,
+        EPS,
+        CLIP,
+        config,
+        **job.get("fsdp", {}),
+    )
     kind = engine_class("fsdp" if "fsdp" in job else "deepspeed")
     engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
     losses = []
@@ -97,28 +122,46 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
         assert engine.step(LR)
         losses.append(total.item() / global_valid_tokens(step))
     masters = {}
-    for rank, ranges in enumerate(world.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])):
+    for rank, ranges in enumerate(
+        world.gather(
+            [(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()]
+        )
+    ):
         for name, shape, start, values in ranges:
-            masters.setdefault(name, torch.full(shape, torch.nan)).view(-1)[start : start + len(values)] = values
+            masters.setdefault(name, torch.full(shape, torch.nan)).view(-1)[
+                start : start + len(values)
+            ] = values
         assert rank < world.size
     return engine.gather_full_state(), masters, losses
 
 
-def compare(job: dict[str, Any], state: State, masters: State, losses: list[float], right: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    job: dict[str, Any], state: State, masters: State, losses: list[float], right: dict[str, Any]
+) -> dict[str, Any]:
     before, after, trained = right[0], right[job["steps"]], right["trained"]
     gap = sum(float(counted(n, masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
     update = sum(float(counted(n, after[n] - before[n]).square().sum()) for n in trained) ** 0.5
-    groups = {n.rsplit(".", 2)[0] if n.startswith("upm") else ".".join(n.split(".")[:3]) for n in trained}
+    groups = {
+        n.rsplit(".", 2)[0] if n.startswith("upm") else ".".join(n.split(".")[:3]) for n in trained
+    }
     dtype = torch.bfloat16 if job.get("bf16") else torch.float32
     return {
         "loss": max(abs(a - b) / b for a, b in zip(losses, right["losses"], strict=False)),
         "update": gap / update,
         "fall": 1 - sum(losses[-5:]) / sum(losses[:5]),
-        "unmoved": [g for g in groups if not any(not torch.equal(masters[n], before[n]) for n in trained if n.startswith(g))],
-        "frozen": [n for n in before if n not in trained and not torch.equal(state[n], before[n].to(dtype))],
-        "whole": all(bool(torch.isfinite(m).all()) for m in masters.values()) and set(masters) == set(trained),
-        "exported": all(torch.equal(state[n], masters[n].to(dtype)) for n in trained), "losses": losses,
-    }  # fmt: skip
+        "unmoved": [
+            g
+            for g in groups
+            if not any(not torch.equal(masters[n], before[n]) for n in trained if n.startswith(g))
+        ],
+        "frozen": [
+            n for n in before if n not in trained and not torch.equal(state[n], before[n].to(dtype))
+        ],
+        "whole": all(bool(torch.isfinite(m).all()) for m in masters.values())
+        and set(masters) == set(trained),
+        "exported": all(torch.equal(state[n], masters[n].to(dtype)) for n in trained),
+        "losses": losses,
+    }
 
 
 def main() -> None:
@@ -139,7 +182,9 @@ def main() -> None:
         deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if world.main:
             right = torch.load(file, weights_only=False)[job.get("stage", "align")]
-            found[job["name"]] = compare(job, *result, right) | {"seconds": time.perf_counter() - started}
+            found[job["name"]] = compare(job, *result, right) | {
+                "seconds": time.perf_counter() - started
+            }
     if world.main:
         (out / "found.json").write_text(json.dumps(found))
     leave()

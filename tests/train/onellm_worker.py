@@ -36,24 +36,43 @@ def make_pack(names: list[str], number: int) -> PackedBatch:
     """One sample of each name, drawn from `number`; none: the dummy token."""
     generator = torch.Generator().manual_seed(number)
     kinds = all_modalities()
-    values = {m: torch.randn((names.count(m), *kind.value_shape), generator=generator) for m, kind in kinds.items()}
+    values = {
+        m: torch.randn((names.count(m), *kind.value_shape), generator=generator)
+        for m, kind in kinds.items()
+    }
     if not names:
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), values, torch.zeros(1), is_empty=True)
+        return PackedBatch(
+            torch.tensor([1]),
+            torch.tensor([IGNORE]),
+            (1,),
+            ((),),
+            values,
+            torch.zeros(1),
+            is_empty=True,
+        )
     ids = torch.randint(3, 300, (len(names), TOKENS), generator=generator)
     ids[:, 0] = 1
     labels = ids.clone()
     labels[:, 0] = IGNORE
     return PackedBatch(
-        ids.flatten(), labels.flatten(), (TOKENS,) * len(names), tuple((n,) for n in names), values, torch.ones(len(names)),
+        ids.flatten(),
+        labels.flatten(),
+        (TOKENS,) * len(names),
+        tuple((n,) for n in names),
+        values,
+        torch.ones(len(names)),
         tuple(f"s{number}-{i}" for i in range(len(names))),
-    )  # fmt: skip
+    )
 
 
 def step_packs(step: int) -> list[list[PackedBatch]]:
     """[rank][micro-step], the shorter rank filled up with dummies."""
     count = max(len(rank) for rank in DEALT[step])
     return [
-        [make_pack(names, 100 * step + 10 * r + i) for i, names in enumerate([*rank, *[[]] * (count - len(rank))])]
+        [
+            make_pack(names, 100 * step + 10 * r + i)
+            for i, names in enumerate([*rank, *[[]] * (count - len(rank))])
+        ]
         for r, rank in enumerate(DEALT[step])
     ]
 
@@ -71,7 +90,9 @@ def new_model() -> torch.nn.Module:
 def sharded(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = new_model()
     engine = DeepSpeedEngine.wrap(
-        model, parameter_groups(model, DECAY), EngineSettings(world.size, world.device, False, (0.9, 0.95), 1e-8, CLIP, config)
+        model,
+        parameter_groups(model, DECAY),
+        EngineSettings(world.size, world.device, False, (0.9, 0.95), 1e-8, CLIP, config),
     )
     losses = []
     for step in range(len(DEALT)):
@@ -92,7 +113,9 @@ def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
     model = new_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8
+    )
     losses = []
     for step in range(len(DEALT)):
         optimizer.zero_grad()
@@ -110,14 +133,18 @@ def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
     return before, {n: p.detach() for n, p in model.named_parameters()}, losses
 
 
-def compare(found: dict[str, torch.Tensor], losses: list[float], right: tuple[Any, Any, list[float]]) -> dict[str, Any]:
+def compare(
+    found: dict[str, torch.Tensor], losses: list[float], right: tuple[Any, Any, list[float]]
+) -> dict[str, Any]:
     before, expected, right_losses = right
     names = [n for n, p in new_model().named_parameters() if p.requires_grad]
     errors = {}
     for part in sorted({".".join(n.split(".")[:2]) for n in names}):
         own = [n for n in names if n.startswith(part)]
         gap = sum(float((found[n] - expected[n]).square().sum()) for n in own) ** 0.5
-        errors[part] = gap / sum(float((expected[n] - before[n]).square().sum()) for n in own) ** 0.5
+        errors[part] = (
+            gap / sum(float((expected[n] - before[n]).square().sum()) for n in own) ** 0.5
+        )
     return {
         "losses": max(abs(a - b) for a, b in zip(losses, right_losses, strict=True)),
         "errors": errors,

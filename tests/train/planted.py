@@ -36,7 +36,12 @@ def _deadly(sample_id: str, rank: int) -> None:
 
 def _nan(sample_id: str, rank: int) -> None:
     """The media of a sample decode to NaN."""
-    _spoil(sample_id, lambda sample: replace(sample, values={k: torch.full_like(v, torch.nan) for k, v in sample.values.items()}))
+    _spoil(
+        sample_id,
+        lambda sample: replace(
+            sample, values={k: torch.full_like(v, torch.nan) for k, v in sample.values.items()}
+        ),
+    )
 
 
 def _leap(sample_id: str, rank: int) -> None:
@@ -66,7 +71,10 @@ def _bend(sample_id: str, change: Any) -> None:
         def bending(self: Any, batch: Any, *, last: bool) -> Any:
             loss, nll, index = forward(self, batch, last=last)
             for place, name in enumerate(batch.sample_ids):
-                if name.split("@", maxsplit=1)[0] == sample_id and place not in batch.skipped_samples:
+                if (
+                    name.split("@", maxsplit=1)[0] == sample_id
+                    and place not in batch.skipped_samples
+                ):
                     loss, nll = change(loss, nll, (index == place).float())
             return loss, nll, index
 
@@ -109,4 +117,11 @@ def _slow_writes(seconds: float, rank: int) -> None:
     checkpoint_writer.write_tensors = slow
 
 
-PLANTS = {"deadly": _deadly, "nan": _nan, "leap": _leap, "steep": _steep, "sleep": _sleep, "slow_writes": _slow_writes}
+PLANTS = {
+    "deadly": _deadly,
+    "nan": _nan,
+    "leap": _leap,
+    "steep": _steep,
+    "sleep": _sleep,
+    "slow_writes": _slow_writes,
+}

@@ -47,7 +47,9 @@ class StandIn(nn.Module):
 
     def forward(self, packed: PackedBatch) -> PackedOutput:
         dtype = self.embedding.weight.dtype
-        tokens = torch.cat([self.branches[name](packed.values[name].to(dtype)) for name in ("a", "b")])
+        tokens = torch.cat(
+            [self.branches[name](packed.values[name].to(dtype)) for name in ("a", "b")]
+        )
         tokens = self.upm(self.encoder(tokens))
         order = {"a": 0, "b": packed.values["a"].shape[0]}
         text = self.embedding(packed.input_ids)
@@ -60,7 +62,9 @@ class StandIn(nn.Module):
             states.append(own)
             start += length
         hidden = self.llm(torch.cat(states) + 0 * tokens.sum())
-        sample = torch.repeat_interleave(torch.arange(len(packed.text_token_counts)), torch.tensor(packed.text_token_counts))
+        sample = torch.repeat_interleave(
+            torch.arange(len(packed.text_token_counts)), torch.tensor(packed.text_token_counts)
+        )
         target = packed.labels[1:]
         keep = (target != IGNORE).nonzero().flatten()
         logits = self.head(hidden[:-1][keep])
@@ -78,7 +82,10 @@ def sample(index: int, names: tuple[str, ...]) -> PackedBatch:
     ids[0] = 1
     labels = ids.clone()
     labels[0] = IGNORE
-    values = {name: torch.randn((1 if name in names else 0, features), generator=generator) for name, features in (("a", 10), ("b", 7))}
+    values = {
+        name: torch.randn((1 if name in names else 0, features), generator=generator)
+        for name, features in (("a", 10), ("b", 7))
+    }
     return PackedBatch(ids, labels, (length,), (names,), values, torch.ones(1), (f"s{index}",))
 
 
@@ -86,13 +93,24 @@ def pack(samples: list[PackedBatch]) -> PackedBatch:
     """Several samples as one pack; none: the dummy token."""
     if not samples:
         empty = {"a": torch.zeros(0, 10), "b": torch.zeros(0, 7)}
-        return PackedBatch(torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), empty, torch.zeros(1), is_empty=True)
+        return PackedBatch(
+            torch.tensor([1]),
+            torch.tensor([IGNORE]),
+            (1,),
+            ((),),
+            empty,
+            torch.zeros(1),
+            is_empty=True,
+        )
     return PackedBatch(
-        torch.cat([s.input_ids for s in samples]), torch.cat([s.labels for s in samples]),
+        torch.cat([s.input_ids for s in samples]),
+        torch.cat([s.labels for s in samples]),
         tuple(n for s in samples for n in s.text_token_counts),
-        tuple(m for s in samples for m in s.modalities), {k: torch.cat([s.values[k] for s in samples]) for k in ("a", "b")},
-        torch.cat([s.weights for s in samples]), tuple(i for s in samples for i in s.sample_ids),
-    )  # fmt: skip
+        tuple(m for s in samples for m in s.modalities),
+        {k: torch.cat([s.values[k] for s in samples]) for k in ("a", "b")},
+        torch.cat([s.weights for s in samples]),
+        tuple(i for s in samples for i in s.sample_ids),
+    )
 
 
 def supervised(batch: PackedBatch) -> int:

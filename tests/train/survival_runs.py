@@ -21,22 +21,39 @@ class Runs:
     def __init__(self, toy: Path, out: Path, zygote: Zygote) -> None:
         self.toy, self.out, self.zygote = toy, out, zygote
 
-    def start(self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object) -> Start:
+    def start(
+        self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object
+    ) -> Start:
         fixed = {
-            "data.root": self.toy, "run.dir": self.out / name, "train.steps": STEPS, "train.log_every": 1, "data.global_batch": BATCH,
-            "data.workers": 0, "data.mixture": "[{path: imu, weight: 1}]", "optim.schedule": "constant", "optim.warmup_steps": 0,
-            "optim.lr": 1e-3, "checkpoint.every": EVERY, "checkpoint.keep": 20,
-        }  # fmt: skip
+            "data.root": self.toy,
+            "run.dir": self.out / name,
+            "train.steps": STEPS,
+            "train.log_every": 1,
+            "data.global_batch": BATCH,
+            "data.workers": 0,
+            "data.mixture": "[{path: imu, weight: 1}]",
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+            "optim.lr": 1e-3,
+            "checkpoint.every": EVERY,
+            "checkpoint.keep": 20,
+        }
         given = {**fixed, **{key.replace("__", "."): value for key, value in keys.items()}}
         return self.zygote.start(world, [f"{key}={value}" for key, value in given.items()], plant)
 
-    def done(self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object) -> None:
+    def done(
+        self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object
+    ) -> None:
         self.start(name, world, plant, **keys).done()
 
     def lines(self, name: str, file: str) -> list[dict[str, Any]]:
         """Whole lines of a JSON-lines file of a run."""
         path = self.out / name / file
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            if path.exists()
+            else []
+        )
 
     def events(self, name: str, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines(name, "events.jsonl") if line["event"] == event]
@@ -74,7 +91,9 @@ def identical(runs: Runs, name: str, reference: str) -> None:
     """The same stream, losses and weights, bit for bit."""
     same_stream(runs, name, reference)
     for field in ("loss", "grad_norm"):
-        values = [[line[field] for line in runs.lines(run, "metrics.jsonl")] for run in (name, reference)]
+        values = [
+            [line[field] for line in runs.lines(run, "metrics.jsonl")] for run in (name, reference)
+        ]
         assert values[0] == values[1], field
     a, b = exported(runs.out / name), exported(runs.out / reference)
     assert a.keys() == b.keys() and [key for key in a if not torch.equal(a[key], b[key])] == []

@@ -34,7 +34,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded() -> Any:
     model, processor = load_model(path=None, preset="toy", seed=3)
     with torch.no_grad():
-        for parameter in model.llm.parameters():  # random weights repeat one token for ever; sharper ones say several
+        for parameter in (
+            model.llm.parameters()
+        ):  # random weights repeat one token for ever; sharper ones say several
             parameter.mul_(3)
     return model.eval(), processor.tokenizer
 
@@ -52,33 +54,69 @@ class Local:
 
 
 def told(
-    toy: Path, loaded: Any, out: Path, text_format: str, rank: int, size: int, wanted: ValidationSection, **budget: int
+    toy: Path,
+    loaded: Any,
+    out: Path,
+    text_format: str,
+    rank: int,
+    size: int,
+    wanted: ValidationSection,
+    **budget: int,
 ) -> tuple[list[Any], int]:
     model, tokenizer = loaded
     entries = tuple(MixtureEntry(path=Path(name)) for name in MODALITIES)
     data = DataSection(
-        root=toy, mixture=entries, global_batch=4, validation=wanted, text_format=text_format, max_text_tokens=300, workers=0, **budget  # type: ignore[arg-type]
-    )  # fmt: skip
+        root=toy,
+        mixture=entries,
+        global_batch=4,
+        validation=wanted,
+        text_format=text_format,
+        max_text_tokens=300,
+        workers=0,
+        **budget,  # type: ignore[arg-type]
+    )
     plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
-    world = SimpleNamespace(rank=rank, size=size, main=True, device=torch.device("cpu"), gather=lambda own: [own], sum=lambda tensor: None)
+    world = SimpleNamespace(
+        rank=rank,
+        size=size,
+        main=True,
+        device=torch.device("cpu"),
+        gather=lambda own: [own],
+        sum=lambda tensor: None,
+    )
     engine = Local(model)
     answers = Answers(wanted, plan, engine, tokenizer, world, out, first_step=0)  # type: ignore[arg-type]
     shown: list[str] = []
     answers.run(7, lambda name, text, step: shown.append(f"{step} {name} {text}"))
-    rows = [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()] if (out / SAMPLES).exists() else []
+    rows = (
+        [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
+        if (out / SAMPLES).exists()
+        else []
+    )
     assert len(shown) == len(rows)
-    assert all(f"7 validation/{row['id']} **{row['generated']}**" in text for row, text in zip(rows, shown, strict=True))
+    assert all(
+        f"7 validation/{row['id']} **{row['generated']}**" in text
+        for row, text in zip(rows, shown, strict=True)
+    )
     return rows, engine.forwards
 
 
 @pytest.mark.parametrize("text_format", ["caption", "conversation"])
-def test_what_is_decoded_is_what_the_model_says(toy: Path, loaded: Any, tmp_path: Path, text_format: str) -> None:
+def test_what_is_decoded_is_what_the_model_says(
+    toy: Path, loaded: Any, tmp_path: Path, text_format: str
+) -> None:
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=9)
     model, tokenizer = loaded
     known = {
         f"{name}/{caption.key}": caption
         for name in MODALITIES
-        for caption in caption_split(model, tokenizer, open_dataset(toy / name), "test_seen", ask=text_format == "conversation")
+        for caption in caption_split(
+            model,
+            tokenizer,
+            open_dataset(toy / name),
+            "test_seen",
+            ask=text_format == "conversation",
+        )
     }
     found: dict[str, dict[str, Any]] = {}
     for rank in range(2):
@@ -99,10 +137,14 @@ def test_what_is_decoded_is_what_the_model_says(toy: Path, loaded: Any, tmp_path
 def test_a_rank_with_nothing_to_ask_runs_along(toy: Path, loaded: Any, tmp_path: Path) -> None:
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=1, new_tokens=4)
     rows, forwards = told(toy, loaded, tmp_path, "caption", 1, 2, wanted)
-    assert rows == [] and forwards == 1, "one forward, after which every rank is done (here: it is alone)"
+    assert rows == [] and forwards == 1, (
+        "one forward, after which every rank is done (here: it is alone)"
+    )
 
 
-def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(toy: Path, loaded: Any, tmp_path: Path) -> None:
+def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(
+    toy: Path, loaded: Any, tmp_path: Path
+) -> None:
     """Three image or IMU questions of rank 0 under a cap that holds one: three packs; rank 1 has two, and a dummy."""
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=4)
     cap = max(get_modality(name).encoder_tokens for name in MODALITIES)

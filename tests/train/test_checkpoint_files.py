@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import Best
-from onellm_dist.train.checkpoint.files import CHUNK, AbandonedError, Written, damaged, sha256_of, write_tensors
+from onellm_dist.train.checkpoint.files import (
+    CHUNK,
+    AbandonedError,
+    Written,
+    damaged,
+    sha256_of,
+    write_tensors,
+)
 from onellm_dist.train.checkpoint.folder import (
     MANIFEST,
     checkpoint_name,
@@ -54,7 +61,9 @@ class Alone:
 ALONE: Any = Alone()
 
 
-def checkpoint(folder: Path, *, version: int = 2, data: bytes = b"abc", said: bytes | None = None, **more: Any) -> Path:
+def checkpoint(
+    folder: Path, *, version: int = 2, data: bytes = b"abc", said: bytes | None = None, **more: Any
+) -> Path:
     """A folder with one file, and a manifest that says of it what `said` would be."""
     folder.mkdir(parents=True)
     said = data if said is None else said
@@ -67,20 +76,34 @@ def checkpoint(folder: Path, *, version: int = 2, data: bytes = b"abc", said: by
 
 
 def config(run_dir: Path, **keys: Any) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": str(run_dir), "seed": keys.pop("seed", 0)}, "model": keys.pop("model", {"preset": "toy"}),
-        "data": {"mixture": [{"path": "image"}], "global_batch": 1}, "train": {"stage": "align", "steps": 1}, "optim": {"lr": 1.0},
-        "checkpoint": keys,
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": str(run_dir), "seed": keys.pop("seed", 0)},
+            "model": keys.pop("model", {"preset": "toy"}),
+            "data": {"mixture": [{"path": "image"}], "global_batch": 1},
+            "train": {"stage": "align", "steps": 1},
+            "optim": {"lr": 1.0},
+            "checkpoint": keys,
+        }
+    )
 
 
 def test_files_are_safetensors_and_hashed_on_their_way(tmp_path: Path) -> None:
-    tensors = {"a:0:master": torch.randn(CHUNK // 4 + 7), "b:3:exp_avg": torch.arange(5.0), "none:0:master": torch.zeros(0)}
+    tensors = {
+        "a:0:master": torch.randn(CHUNK // 4 + 7),
+        "b:3:exp_avg": torch.arange(5.0),
+        "none:0:master": torch.zeros(0),
+    }
     path = tmp_path / "x.safetensors"
     written = write_tensors(path, tensors)
-    assert written == Written(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) and sha256_of(path) == written.sha256
+    assert (
+        written == Written(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        and sha256_of(path) == written.sha256
+    )
     back = load_file(path)
-    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    assert back.keys() == tensors.keys() and all(
+        torch.equal(back[name], tensors[name]) for name in tensors
+    )
     write_tensors(path, {})
     assert load_file(path) == {}
 
@@ -114,7 +137,11 @@ def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_
     (root / f".{checkpoint_name(13)}.partial").mkdir()
     found = find_checkpoint(config(tmp_path), root, ALONE)
     assert found.folder == root / checkpoint_name(9)
-    assert [name for name, _ in found.passed_over] == [checkpoint_name(12), checkpoint_name(11), checkpoint_name(10)]
+    assert [name for name, _ in found.passed_over] == [
+        checkpoint_name(12),
+        checkpoint_name(11),
+        checkpoint_name(10),
+    ]
     assert "sha256" in found.passed_over[2][1]
     assert not list(root.glob(".*.partial"))
     assert find_checkpoint(config(tmp_path, resume="never"), root, ALONE).folder is None
@@ -142,7 +169,11 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
     for step in (0, 10, 20, 25, 30, 35, 100000000):
         checkpoint(tmp_path / checkpoint_name(step))
     prune(tmp_path, 2, keep_every=20)
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(20), checkpoint_name(35), "step-100000000"]
+    assert [folder.name for folder in folders(tmp_path)] == [
+        checkpoint_name(20),
+        checkpoint_name(35),
+        "step-100000000",
+    ]
 
 
 def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
@@ -151,12 +182,18 @@ def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
         checkpoint(tmp_path / checkpoint_name(10 * number), written=1e9 + 2400 * number)
         prune(tmp_path, 2, keep_every_hours=2)
     kept = [10, 40, 70, 100]
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(step) for step in (*kept, 110)]
+    assert [folder.name for folder in folders(tmp_path)] == [
+        checkpoint_name(step) for step in (*kept, 110)
+    ]
     prune(tmp_path, 1, keep_every=20)
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(step) for step in (40, 100, 110)], "no hours asked for"
+    assert [folder.name for folder in folders(tmp_path)] == [
+        checkpoint_name(step) for step in (40, 100, 110)
+    ], "no hours asked for"
 
 
-def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(tmp_path: Path) -> None:
+def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(
+    tmp_path: Path,
+) -> None:
     for number in range(6):
         folder = checkpoint(tmp_path / checkpoint_name(1 + number))
         os.utime(folder / MANIFEST, times=(1e9 + 1800 * number,) * 2)
@@ -168,7 +205,10 @@ def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) 
     for step in (300, 350, 400):
         checkpoint(tmp_path / checkpoint_name(step), said=b"abcd" if step == 400 else None)
     prune(tmp_path, 1)
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(350), checkpoint_name(400)]
+    assert [folder.name for folder in folders(tmp_path)] == [
+        checkpoint_name(350),
+        checkpoint_name(400),
+    ]
     checkpoint(tmp_path / checkpoint_name(450))
     prune(tmp_path, 1)
     assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
@@ -185,8 +225,12 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
     events = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
     run: Any = SimpleNamespace(config=config(tmp_path), world=ALONE, events=events)
     assert last_good(run) == good
-    assert [(line["event"], line["folder"]) for line in told] == [("checkpoint_damaged", checkpoint_name(10))]
-    assert folders(root) == [good] and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
+    assert [(line["event"], line["folder"]) for line in told] == [
+        ("checkpoint_damaged", checkpoint_name(10))
+    ]
+    assert (
+        folders(root) == [good] and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
+    )
     (good / "rank-00000.safetensors").write_bytes(b"abd")
     with pytest.raises(OneLLMError, match="no whole checkpoint"):
         last_good(run)
@@ -206,7 +250,9 @@ def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("cut", ["before", "between", "after"])
-def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_replaces_one_is_never_neither(
+    tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed before, between or after the two renames: the old one or the new one is there."""
     folder, partial = (
         checkpoint(tmp_path / checkpoint_name(4), data=b"old"),
@@ -220,8 +266,12 @@ def test_a_checkpoint_that_replaces_one_is_never_neither(tmp_path: Path, cut: st
         assert cut != "after"
     monkeypatch.undo()
     restore_displaced(tmp_path)
-    assert (folder / "rank-00000.safetensors").read_bytes() == (b"new" if cut == "after" else b"old")
-    assert read_manifest(folder) is not None and [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert (folder / "rank-00000.safetensors").read_bytes() == (
+        b"new" if cut == "after" else b"old"
+    )
+    assert read_manifest(folder) is not None and [path.name for path in tmp_path.iterdir()] == [
+        folder.name
+    ]
 
 
 def test_frozen_weights_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -251,18 +301,24 @@ def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -
     with pytest.raises(UsageError, match=r"run\.seed was 3, now 4"):
         check_source(tmp_path, manifest, config(tmp_path, seed=4), ALONE)
     with pytest.raises(UsageError, match=r"model\.preset was toy"):
-        check_source(tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ALONE)
+        check_source(
+            tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ALONE
+        )
 
 
 def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     own = config(tmp_path, model={"path": str(tmp_path)})
     known = describe_source(own)
-    monkeypatch.setattr("onellm_dist.train.checkpoint.source.sha256_of", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(
+        "onellm_dist.train.checkpoint.source.sha256_of", lambda path: pytest.fail("hashed")
+    )
     assert describe_source(own, known) == known
 
 
-def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_is_written_when_it_is_the_best_and_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
 
     def export(folder: Path, *given: Any) -> None:
@@ -273,18 +329,30 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(tmp_path: Path, 
 
     monkeypatch.setattr("onellm_dist.train.callbacks.best_model.export_model", export)
     best = Best(tmp_path / "best", *[ALONE] * 4, "set")
-    assert [best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))] == [True, False, False, True]
-    assert Best(tmp_path / "best", *[ALONE] * 4, "another set").loss is None, "losses of other samples are not compared"
+    assert [
+        best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))
+    ] == [True, False, False, True]
+    assert Best(tmp_path / "best", *[ALONE] * 4, "another set").loss is None, (
+        "losses of other samples are not compared"
+    )
     again = Best(tmp_path / "best", *[ALONE] * 4, "set")
     assert again.loss == 2.5 and not again.note(10, 2.5) and again.note(12, 2.0)
-    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {"step": 12, "loss": 2.0, "sample_digest": "set"}
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {
+        "step": 12,
+        "loss": 2.0,
+        "sample_digest": "set",
+    }
     assert len(written) == 3
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_the_best_weights_are_never_without_their_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+def test_the_best_weights_are_never_without_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
     """Killed while the weights of step 8 take the place of those of step 4: before, between or after the renames."""
-    engine: Any = SimpleNamespace(whole_weights=lambda: iter(()), whole_shapes=lambda: (), compute_dtype=torch.float32)
+    engine: Any = SimpleNamespace(
+        whole_weights=lambda: iter(()), whole_shapes=lambda: (), compute_dtype=torch.float32
+    )
     monkeypatch.setattr("onellm_dist.train.export._write_around", lambda *_: None)
     folder = tmp_path / "best"
 

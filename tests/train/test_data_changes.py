@@ -16,15 +16,36 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 pytestmark = pytest.mark.slow
 
 
-def start(toy: Path, run_dir: Path, steps: int, weights: tuple[int, int], *more: str, ranks: int = 2) -> tuple[int, str]:
+def start(
+    toy: Path, run_dir: Path, steps: int, weights: tuple[int, int], *more: str, ranks: int = 2
+) -> tuple[int, str]:
     command = [
-        sys.executable, "-m", "onellm_dist.train", "toy/align_image", f"data.root={toy}", f"run.dir={run_dir}", f"train.steps={steps}",
-        f"data.mixture=[{{path: image, weight: {weights[0]}}}, {{path: imu, weight: {weights[1]}}}]", "data.global_batch=4",
-        "data.workers=1", "data.validation={split: test_seen, samples: 5, every: 2}", "optim.schedule=constant", "checkpoint.every=2",
-        f"launch.ranks={ranks}", "engine.config=zero3", *more,
-    ]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=800, check=False)
+        sys.executable,
+        "-m",
+        "onellm_dist.train",
+        "toy/align_image",
+        f"data.root={toy}",
+        f"run.dir={run_dir}",
+        f"train.steps={steps}",
+        f"data.mixture=[{{path: image, weight: {weights[0]}}}, {{path: imu, weight: {weights[1]}}}]",
+        "data.global_batch=4",
+        "data.workers=1",
+        "data.validation={split: test_seen, samples: 5, every: 2}",
+        "optim.schedule=constant",
+        "checkpoint.every=2",
+        f"launch.ranks={ranks}",
+        "engine.config=zero3",
+        *more,
+    ]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=800, check=False
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -34,7 +55,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -> None:
     toy, run_dir = tmp_path / "toy", tmp_path / "run"
-    build_toyworld(toy, seed=0, train_per_modality=24, test_per_modality=4, modalities=("image", "imu"))
+    build_toyworld(
+        toy, seed=0, train_per_modality=24, test_per_modality=4, modalities=("image", "imu")
+    )
     code, output = start(toy, run_dir, 2, (1, 1))
     assert code == 0, output
 
@@ -44,30 +67,50 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     assert "data.new_phase=true" in output
     assert len(lines(run_dir / "metrics.jsonl")) == 2, "a refused start leaves the run as it was"
 
-    for steps, ranks in ((4, 1), (6, 2)):  # the second start resumes within the new data_phase, at another world
+    for steps, ranks in (
+        (4, 1),
+        (6, 2),
+    ):  # the second start resumes within the new data_phase, at another world
         code, output = start(toy, run_dir, steps, (3, 1), "data.new_phase=true", ranks=ranks)
         assert code == 0, output
     data_phases = json.loads((run_dir / "ledger" / "data_phases.json").read_text())
-    assert [(s["start"], list(s["counts"].values())) for s in data_phases] == [(0, [1, 1]), (2, [3, 1])]
+    assert [(s["start"], list(s["counts"].values())) for s in data_phases] == [
+        (0, [1, 1]),
+        (2, [3, 1]),
+    ]
     metrics = lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in metrics] == list(range(6))
     assert len({line["sample_digest"] for line in metrics}) == 6
-    assert [event["step"] for event in lines(run_dir / "events.jsonl") if event["event"] == "data_phase"] == [2]
+    assert [
+        event["step"] for event in lines(run_dir / "events.jsonl") if event["event"] == "data_phase"
+    ] == [2]
 
     validated = lines(run_dir / "validation.jsonl")
     assert [line["step"] for line in validated] == [2, 4, 6]
     assert {line["samples"] for line in validated} == {5}
-    assert validated[1]["sample_digest"] == validated[2]["sample_digest"], "one set at one rank and at two"
+    assert validated[1]["sample_digest"] == validated[2]["sample_digest"], (
+        "one set at one rank and at two"
+    )
     assert all(0 < line["loss"] < 20 for line in validated)
     assert set(validated[-1]["loss_by_modality"]) == {"image", "imu"}
 
 
-def test_validation_does_not_touch_training_and_does_not_depend_on_the_world(tmp_path: Path) -> None:
+def test_validation_does_not_touch_training_and_does_not_depend_on_the_world(
+    tmp_path: Path,
+) -> None:
     toy = tmp_path / "toy"
-    build_toyworld(toy, seed=0, train_per_modality=12, test_per_modality=4, modalities=("image", "imu"))
+    build_toyworld(
+        toy, seed=0, train_per_modality=12, test_per_modality=4, modalities=("image", "imu")
+    )
     found = {}
-    for name, ranks, more in (("with", 2, ()), ("without", 2, ("data.validation=",)), ("alone", 1, ())):
-        code, output = start(toy, tmp_path / name, 2, (1, 1), "train.precision=fp32", *more, ranks=ranks)
+    for name, ranks, more in (
+        ("with", 2, ()),
+        ("without", 2, ("data.validation=",)),
+        ("alone", 1, ()),
+    ):
+        code, output = start(
+            toy, tmp_path / name, 2, (1, 1), "train.precision=fp32", *more, ranks=ranks
+        )
         assert code == 0, output
         found[name] = [line["loss"] for line in lines(tmp_path / name / "metrics.jsonl")]
     assert found["with"] == found["without"]

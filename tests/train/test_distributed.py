@@ -22,7 +22,9 @@ from onellm_dist.train.distributed import gpu_of, join, timeout_of
     [(3, 8, 8, 3), (3, 4, 8, 3), (3, 4, 1, 0), (0, 1, 1, 0), (0, 1, 8, 0)],
     ids=["all", "more_gpus", "one_a_task", "alone", "alone_of_many"],
 )
-def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(local_rank: int, local_world: int, visible: int, gpu: int) -> None:
+def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(
+    local_rank: int, local_world: int, visible: int, gpu: int
+) -> None:
     assert gpu_of(local_rank, local_world, visible) == gpu
 
 
@@ -31,7 +33,9 @@ def test_fewer_gpus_than_ranks_are_refused() -> None:
         gpu_of(0, 8, 4)
 
 
-@pytest.mark.parametrize("name", ["hang_minutes", "first_step_minutes", "checkpoint_minutes", "validation_minutes"])
+@pytest.mark.parametrize(
+    "name", ["hang_minutes", "first_step_minutes", "checkpoint_minutes", "validation_minutes"]
+)
 def test_a_collective_waits_longer_than_the_watchdog_in_any_phase(name: str) -> None:
     assert timeout_of(StabilitySection()) > timedelta(minutes=30)
     assert timeout_of(StabilitySection.model_validate({name: 90.0})) > timedelta(minutes=90)
@@ -48,6 +52,8 @@ def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatc
         for backend in ("nccl", "gloo"):
             assert distributed_c10d._get_default_timeout(backend) == wanted
         made = dist.new_group([0])
-        assert made._get_backend(torch.device("cpu")).options._timeout > wanted - timedelta(seconds=1)
+        assert made._get_backend(torch.device("cpu")).options._timeout > wanted - timedelta(
+            seconds=1
+        )
     finally:
         dist.destroy_process_group()

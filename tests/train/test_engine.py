@@ -12,10 +12,16 @@ import pytest
 from onellm_dist.launch.local import launch_local
 
 WORKER = Path(__file__).parent / "engine_worker.py"
-ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}
+ZERO3: dict[str, Any] = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}
+}
 """Parameters above 100 elements are sharded: the stand-in is small."""
 OFFLOAD: dict[str, Any] = {
-    "zero_optimization": {**ZERO3["zero_optimization"], "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    "zero_optimization": {
+        **ZERO3["zero_optimization"],
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
 }
 JOBS = (
     {"name": "zero0", "config": {}},
@@ -40,7 +46,9 @@ pytestmark = pytest.mark.slow
 
 def run_worker(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
-    code = launch_local([sys.executable, str(WORKER), str(out), json.dumps(jobs)], ranks, out / "logs")
+    code = launch_local(
+        [sys.executable, str(WORKER), str(out), json.dumps(jobs)], ranks, out / "logs"
+    )
     assert code == 0
     found: dict[str, Any] = json.loads((out / "found.json").read_text())
     return found
@@ -53,7 +61,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", FP32)
-def test_updates_equal_one_process_with_all_samples(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_updates_equal_one_process_with_all_samples(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     """Rank 0 is assigned only branch a, rank 1 only b; then b is absent for two steps, then a."""
     found = two[1][name]
     assert found["losses"] < 1e-5
@@ -61,7 +71,9 @@ def test_updates_equal_one_process_with_all_samples(two: tuple[Path, dict[str, A
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_what_trains_moves_and_what_is_frozen_does_not(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_what_trains_moves_and_what_is_frozen_does_not(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     assert two[1][name]["frozen"]
     assert two[1][name]["moved"]
 
@@ -75,14 +87,18 @@ def test_a_resumed_run_ends_bit_identical(two: tuple[Path, dict[str, Any]], name
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     """Nor does one on all ranks whose gradient reaches nothing that trains: a last micro-step of dummies."""
     assert not two[1][name]["spoilt_applied"]
     assert two[1][name]["spoilt_kept"]
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_a_sound_step_that_is_thrown_away_leaves_no_trace(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_a_sound_step_that_is_thrown_away_leaves_no_trace(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     """Neither in the weights nor in what follows: moments, the count of steps and gradients of the next step are as if it had not been."""
     found = two[1][name]
     assert not found["discarded_applied"]
@@ -92,19 +108,25 @@ def test_a_sound_step_that_is_thrown_away_leaves_no_trace(two: tuple[Path, dict[
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_the_norm_is_that_of_one_process_with_all_samples(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_the_norm_is_that_of_one_process_with_all_samples(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     assert two[1][name]["norm_error"] < (1e-5 if name in FP32 else 0.03)
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_norms_of_the_parts_add_up_to_the_whole(two: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_norms_of_the_parts_add_up_to_the_whole(
+    two: tuple[Path, dict[str, Any]], name: str
+) -> None:
     found = two[1][name]
     trained = {"llm"} if "tune" in name else {"branches", "upm"}
     for norm, parts in zip(found["norms"], found["parts"], strict=True):
         assert set(parts) == trained
         assert all(value > 0 for value in parts.values())
         whole = sum(value**2 for value in parts.values()) ** 0.5
-        assert whole < norm if "tune" in name else whole == pytest.approx(norm, rel=1e-5)  # the embedding is in no part
+        assert (
+            whole < norm if "tune" in name else whole == pytest.approx(norm, rel=1e-5)
+        )  # the embedding is in no part
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])

@@ -36,7 +36,9 @@ WIDE = ("zero3_hpz", "fsdp_hybrid", "fsdp_hybrid_once")
 """Four ranks as 2 x 2."""
 
 
-def job(engine: str, accumulate: int | None, steps: int = 20, stage: str = "align", **rest: Any) -> dict[str, Any]:
+def job(
+    engine: str, accumulate: int | None, steps: int = 20, stage: str = "align", **rest: Any
+) -> dict[str, Any]:
     pack = "unpacked" if accumulate is None else f"by{accumulate}"
     extra = "".join(f"_{key}_{value}" for key, value in rest.items())
     return {
@@ -52,22 +54,41 @@ def job(engine: str, accumulate: int | None, steps: int = 20, stage: str = "alig
 JOBS: dict[int, list[dict[str, Any]]] = {
     1: [job("zero3", 1), job("zero2", None), job("fsdp", 4), job("zero1", 2)],
     2: [
-        job("zero1", 2), job("zero2", 4), job("offload", 2), job("fsdp", None), job("fsdp_once", 4),
+        job("zero1", 2),
+        job("zero2", 4),
+        job("offload", 2),
+        job("fsdp", None),
+        job("fsdp_once", 4),
         *(job(engine, 2, 32, stage) for engine in ("zero3", "fsdp") for stage in ("align", "tune")),
-        job("zero3", 2, recompute="selective"), job("fsdp", 2, recompute="selective"), job("fsdp", 2, stage="tune", recompute="full"),
-        job("zero3", 2, stage="encoder"), job("fsdp", 2, stage="encoder"),
+        job("zero3", 2, recompute="selective"),
+        job("fsdp", 2, recompute="selective"),
+        job("fsdp", 2, stage="tune", recompute="full"),
+        job("zero3", 2, stage="encoder"),
+        job("fsdp", 2, stage="encoder"),
         *(job(engine, 2, bf16=True) for engine in ("zero1", "zero3", "fsdp")),
     ],
     3: [*(job(engine, 2) for engine in ("zero1", "zero3", "fsdp")), job("fsdp", 1, bf16=True)],
-    4: [*(job(engine, 1) for engine in ("zero2", "zero3", "fsdp")), *(job(engine, 2) for engine in WIDE)],
-}  # fmt: skip
+    4: [
+        *(job(engine, 1) for engine in ("zero2", "zero3", "fsdp")),
+        *(job(engine, 2) for engine in WIDE),
+    ],
+}
 """What `make test` runs: each engine at each number of ranks, each accumulation somewhere."""
 SOAK_JOBS = {
     ranks: [
-        *(job(engine, n) for engine in (*BASIC, *(WIDE if ranks == 4 else ())) for n in (1, 2, 4, None)),
+        *(
+            job(engine, n)
+            for engine in (*BASIC, *(WIDE if ranks == 4 else ()))
+            for n in (1, 2, 4, None)
+        ),
         *(job(engine, 2, 32, stage) for engine in BASIC for stage in ("align", "tune")),
         *(job(engine, 2, bf16=True) for engine in BASIC),
-        *(job(e, 2, stage=s, recompute=r) for e in ("zero3", "fsdp") for s in ("align", "tune") for r in ("selective", "full")),
+        *(
+            job(e, 2, stage=s, recompute=r)
+            for e in ("zero3", "fsdp")
+            for s in ("align", "tune")
+            for r in ("selective", "full")
+        ),
     ]
     for ranks in (1, 2, 3, 4)
 }
@@ -79,7 +100,13 @@ BF16 = [(ranks, j["name"]) for ranks, jobs in JOBS.items() for j in jobs if "bf1
 def run_jobs(out: Path, ranks: int, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     (out / str(ranks)).mkdir()
     (out / str(ranks) / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(WORKER), str(out / str(ranks)), str(out / str(ranks) / "jobs.json"), str(out / "plain.pt")]
+    command = [
+        sys.executable,
+        str(WORKER),
+        str(out / str(ranks)),
+        str(out / str(ranks) / "jobs.json"),
+        str(out / "plain.pt"),
+    ]
     assert launch_local(command, ranks, out / str(ranks) / "logs") == 0
     found: dict[str, Any] = json.loads((out / str(ranks) / "found.json").read_text())
     return found
@@ -111,13 +138,17 @@ def test_fp32_follows_plain_torch(found: dict[int, dict[str, Any]], ranks: int, 
 
 
 @pytest.mark.parametrize(("ranks", "name"), BF16)
-def test_bf16_stays_within_its_bound_of_fp32(found: dict[int, dict[str, Any]], ranks: int, name: str) -> None:
+def test_bf16_stays_within_its_bound_of_fp32(
+    found: dict[int, dict[str, Any]], ranks: int, name: str
+) -> None:
     """Losses of 20 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%, for every engine)."""
     check_numbers(found[ranks][name], bf16=True)
 
 
 @pytest.mark.parametrize(("ranks", "name"), FP32 + BF16)
-def test_every_group_moves_and_frozen_weights_are_bit_identical(found: dict[int, dict[str, Any]], ranks: int, name: str) -> None:
+def test_every_group_moves_and_frozen_weights_are_bit_identical(
+    found: dict[int, dict[str, Any]], ranks: int, name: str
+) -> None:
     check_weights(found[ranks][name])
 
 

@@ -18,7 +18,17 @@ ENGINES = ("zero3", "fsdp")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("memory") / "found.json"
-    command = [sys.executable, str(BENCHMARK), "--ranks", "1", "4", "--json", str(out), "--engines", *ENGINES]
+    command = [
+        sys.executable,
+        str(BENCHMARK),
+        "--ranks",
+        "1",
+        "4",
+        "--json",
+        str(out),
+        "--engines",
+        *ENGINES,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     measures: dict[str, Any] = json.loads(out.read_text())
@@ -35,7 +45,9 @@ def test_no_rank_ever_holds_the_whole_model(found: dict[str, Any], engine: str) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_checkpoint_that_training_waits_for_is_no_copy(found: dict[str, Any], engine: str) -> None:
+def test_a_checkpoint_that_training_waits_for_is_no_copy(
+    found: dict[str, Any], engine: str
+) -> None:
     for one in found[engine].values():
         assert one["save"] < 0.1 * one["state"]
 

@@ -23,43 +23,79 @@ STEPS = 4
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """ZeRO-3 on 4 ranks, all steps; FSDP2 on 3 ranks (torchrun) from its first; FSDP2 on 2 (deepspeed) from those; ZeRO-2 on 1 back."""
     made = Runs(
-        tmp_path_factory.mktemp("engines"), ("image", "imu"), 16, train__steps=STEPS, data__global_batch=4, checkpoint__every=1,
-        checkpoint__keep=20, data__validation="{split: test_seen, samples: 4, every: 2}",
-    )  # fmt: skip
+        tmp_path_factory.mktemp("engines"),
+        ("image", "imu"),
+        16,
+        train__steps=STEPS,
+        data__global_batch=4,
+        checkpoint__every=1,
+        checkpoint__keep=20,
+        data__validation="{split: test_seen, samples: 4, every: 2}",
+    )
     made.run("zero3_4", 4, engine__config="zero3")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m", "onellm_dist.train"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=3",
+        "-m",
+        "onellm_dist.train",
+    ]
     made.run("fsdp_3", 3, torchrun, engine__name="fsdp", checkpoint__resume=made.step("zero3_4", 1))
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    deepspeed = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     made.run(
-        "fsdp_2", 2, [*deepspeed, "--module", "onellm_dist.train"], engine__name="fsdp", engine__reduce_every="step",
-        checkpoint__resume=made.step("fsdp_3", 2), train__activation_checkpointing="full",
-    )  # fmt: skip
+        "fsdp_2",
+        2,
+        [*deepspeed, "--module", "onellm_dist.train"],
+        engine__name="fsdp",
+        engine__reduce_every="step",
+        checkpoint__resume=made.step("fsdp_3", 2),
+        train__activation_checkpointing="full",
+    )
     made.run("zero2_1", 1, engine__config="zero2", checkpoint__resume=made.step("fsdp_2", 3))
     return made
 
 
 @pytest.mark.parametrize(("name", "first"), [("fsdp_3", 1), ("fsdp_2", 2), ("zero2_1", 3)])
-def test_a_run_goes_on_under_another_engine_with_the_same_numbers(runs: Runs, name: str, first: int) -> None:
+def test_a_run_goes_on_under_another_engine_with_the_same_numbers(
+    runs: Runs, name: str, first: int
+) -> None:
     there, here = runs.metrics("zero3_4"), runs.metrics(name)
     assert sorted(here) == list(range(first, STEPS))
     for step, line in here.items():
         assert line["sample_digest"] == there[step]["sample_digest"]
         assert line["loss"] == pytest.approx(there[step]["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(there[step]["grad_norm"], rel=1e-3)
-        assert line["grad_norm_by_part"] == pytest.approx(there[step]["grad_norm_by_part"], rel=1e-3)
+        assert line["grad_norm_by_part"] == pytest.approx(
+            there[step]["grad_norm_by_part"], rel=1e-3
+        )
         assert set(line["grad_norm_by_part"]) == {"image", "imu", "upm"}
     validations = [runs.metrics(n, "validation.jsonl")[STEPS]["loss"] for n in ("zero3_4", name)]
     assert validations[0] == pytest.approx(validations[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["zero3_4", "fsdp_3"])
-def test_a_checkpoint_converts_to_what_the_run_gathered(runs: Runs, name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_converts_to_what_the_run_gathered(
+    runs: Runs, name: str, tmp_path: Path
+) -> None:
     """ZeRO-3 saved at 4 ranks, FSDP2 saved at 3: `onellm convert` gives the safetensors of the run's own export."""
     opened, _ = convert("run", runs.root / name, tmp_path / "out", quiet=True)
-    exported, found = (load_file(folder / "model.safetensors") for folder in (runs.root / name / "model", tmp_path / "out"))
+    exported, found = (
+        load_file(folder / "model.safetensors")
+        for folder in (runs.root / name / "model", tmp_path / "out")
+    )
     assert opened.notes["world size"] == int(name[-1])
     assert exported.keys() == found.keys()
-    assert all(torch.equal(exported[n], found[n]) and exported[n].dtype == found[n].dtype for n in exported)
+    assert all(
+        torch.equal(exported[n], found[n]) and exported[n].dtype == found[n].dtype for n in exported
+    )
 
 
 def test_the_export_is_what_save_pretrained_writes(runs: Runs, tmp_path: Path) -> None:
@@ -70,7 +106,10 @@ def test_the_export_is_what_save_pretrained_writes(runs: Runs, tmp_path: Path) -
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in tmp_path.iterdir())
-    ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    ours, theirs = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
     for name in ("config.json", "generation_config.json"):
@@ -80,4 +119,7 @@ def test_the_export_is_what_save_pretrained_writes(runs: Runs, tmp_path: Path) -
 def without_inner_dtypes(path: Path) -> dict[str, Any]:
     """Loading a model writes its dtype into the configs of its parts too."""
     found = json.loads(path.read_text())
-    return {key: {k: v for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value for key, value in found.items()}
+    return {
+        key: {k: v for k, v in value.items() if k != "dtype"} if isinstance(value, dict) else value
+        for key, value in found.items()
+    }

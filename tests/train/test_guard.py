@@ -17,7 +17,13 @@ from stand_in import pack, sample
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.schema import StabilitySection
-from onellm_dist.train.callbacks.watchdog import HANGS, Watchdog, in_collective, put_hangs_aside, suspected_ranks
+from onellm_dist.train.callbacks.watchdog import (
+    HANGS,
+    Watchdog,
+    in_collective,
+    put_hangs_aside,
+    suspected_ranks,
+)
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.stability.checks import Guard, Verdict, robust_z
@@ -41,7 +47,9 @@ ALONE: Any = Alone()
 
 
 def guard(**keys: Any) -> Guard:
-    return Guard(StabilitySection(**{"window": 16, "threshold": 8.0, **keys}), max_skipped_samples=5)
+    return Guard(
+        StabilitySection(**{"window": 16, "threshold": 8.0, **keys}), max_skipped_samples=5
+    )
 
 
 def feed(one: Guard, losses: list[float]) -> None:
@@ -67,7 +75,9 @@ def noisy(count: int, seed: int = 0) -> list[float]:
 def test_z_is_in_robust_standard_deviations() -> None:
     window = [1.0, 2.0, 3.0, 4.0, 100.0]
     assert robust_z(3.0, window, 0.0) == 0
-    assert robust_z(3.0 + 1.4826, window, 0.0) == pytest.approx(1.0), "the outlier in the window does not count"
+    assert robust_z(3.0 + 1.4826, window, 0.0) == pytest.approx(1.0), (
+        "the outlier in the window does not count"
+    )
     assert robust_z(4.0, [3.0] * 5, 0.5) == 2.0, "the floor"
 
 
@@ -80,14 +90,21 @@ def test_a_leap_of_the_loss_is_seen_and_noise_and_falls_are_not() -> None:
     assert "4" in verdict.reason and "median" in verdict.reason
 
 
-def test_nothing_is_a_leap_before_there_is_something_to_compare_with_or_with_threshold_zero() -> None:
+def test_nothing_is_a_leap_before_there_is_something_to_compare_with_or_with_threshold_zero() -> (
+    None
+):
     one = guard()
     feed(one, noisy(7))
     assert one.judge(1e6, 1e6) is None
     off = guard(threshold=0)
     feed(off, noisy(50))
     assert off.judge(1e6, 1e6) is None
-    for loss, norm in ((float("nan"), 1.0), (float("inf"), 1.0), (2.0, float("nan")), (2.0, float("inf"))):
+    for loss, norm in (
+        (float("nan"), 1.0),
+        (float("inf"), 1.0),
+        (2.0, float("nan")),
+        (2.0, float("inf")),
+    ):
         assert off.judge(loss, norm) is not None, "not finite is never let through"
 
 
@@ -113,13 +130,17 @@ def test_what_is_thrown_away_does_not_move_the_window() -> None:
 def test_a_resumed_guard_decides_as_the_first_one_would() -> None:
     one = guard()
     feed(one, noisy(50))
-    again = Guard(StabilitySection(window=16, threshold=8.0), 5, 0, json.loads(json.dumps(one.state())))
+    again = Guard(
+        StabilitySection(window=16, threshold=8.0), 5, 0, json.loads(json.dumps(one.state()))
+    )
     for loss in (2.2, 2.5, 2.7, 2.9, 3.2):
         assert judge(one, loss) == judge(again, loss)
     assert again.state() == one.state()
 
 
-def part(losses: dict[int, float], *, weights: dict[int, float] | None = None, loss: float | None = None) -> Part:
+def part(
+    losses: dict[int, float], *, weights: dict[int, float] | None = None, loss: float | None = None
+) -> Part:
     """A micro-step of samples number -> cross-entropy of its two supervised tokens."""
     batch = pack([sample(number, ("a",) if number % 2 else ("b",)) for number in losses])
     for place, number in enumerate(losses):
@@ -133,19 +154,32 @@ def test_the_sample_that_is_not_finite_is_named_with_rank_and_modality() -> None
     verdict = Verdict("loss_not_finite", "the loss is not finite")
     parts = [part({1: 2.0, 2: 2.1}), part({3: float("nan"), 4: 2.0})]
     found = find_culprits(parts, verdict, ALONE)
-    assert [(s.sample, s.rank, s.micro_batch, s.modality, s.nll) for s in found] == [("s3", 0, 1, "a", None)]
+    assert [(s.sample, s.rank, s.micro_batch, s.modality, s.nll) for s in found] == [
+        ("s3", 0, 1, "a", None)
+    ]
     assert "s3 (a, rank 0, not finite)" in say(found)
     assert describe(found)["samples"][0]["sample"] == "s3" and describe(found)["samples_total"] == 1
 
 
 def test_a_sample_that_stands_out_is_to_blame_for_a_leap_else_the_whole_step_is() -> None:
     verdict = Verdict("loss_spike", "loss 5")
-    assert [s.sample for s in find_culprits([part({1: 2.0, 2: 2.1, 3: 9.0, 4: 2.2})], verdict, ALONE)] == ["s3"]
+    assert [
+        s.sample for s in find_culprits([part({1: 2.0, 2: 2.1, 3: 9.0, 4: 2.2})], verdict, ALONE)
+    ] == ["s3"]
     assert len(find_culprits([part({1: 5.0, 2: 5.1, 3: 5.2, 4: 4.9})], verdict, ALONE)) == 4
-    assert len(find_culprits([part({1: 5.0, 2: 5.1})], Verdict("gradient_not_finite", ""), ALONE)) == 2
-    assert [s.sample for s in find_culprits([part({1: 2.0, 3: 9.0, 4: 2.2}, weights={3: 0.0})], verdict, ALONE)] == ["s4", "s1"]
-    blind = find_culprits([part({1: 2.0, 2: 2.0}, loss=float("inf"))], Verdict("loss_not_finite", ""), ALONE)
-    assert [s.nll for s in blind] == [None, None], "no sample tells: the micro-step's samples are suspected"
+    assert (
+        len(find_culprits([part({1: 5.0, 2: 5.1})], Verdict("gradient_not_finite", ""), ALONE)) == 2
+    )
+    assert [
+        s.sample
+        for s in find_culprits([part({1: 2.0, 3: 9.0, 4: 2.2}, weights={3: 0.0})], verdict, ALONE)
+    ] == ["s4", "s1"]
+    blind = find_culprits(
+        [part({1: 2.0, 2: 2.0}, loss=float("inf"))], Verdict("loss_not_finite", ""), ALONE
+    )
+    assert [s.nll for s in blind] == [None, None], (
+        "no sample tells: the micro-step's samples are suspected"
+    )
 
 
 def test_marks_are_read_back_counted_and_never_twice(tmp_path: Path) -> None:
@@ -176,7 +210,9 @@ def about(rank: int, beats: int, *, waits: bool) -> dict[str, Any]:
     ],
     ids=["waits_for_nobody", "fewest_beats", "behind_on_gpu", "silent", "nobody", "alone"],
 )
-def test_who_is_suspected(found: dict[int, dict[str, Any]], world: int, suspected: list[int]) -> None:
+def test_who_is_suspected(
+    found: dict[int, dict[str, Any]], world: int, suspected: list[int]
+) -> None:
     assert suspected_ranks(found, world)[0] == suspected
 
 
@@ -196,13 +232,21 @@ def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
         "onellm_dist/train/totals.py",
         "onellm_dist/train/engine/fsdp/engine.py",
     ):
-        assert in_collective({1: frame(f"/lib/{waits}", back=frame("/lib/onellm_dist/train/loop.py"))}, 3), "on a GPU"
+        assert in_collective(
+            {1: frame(f"/lib/{waits}", back=frame("/lib/onellm_dist/train/loop.py"))}, 3
+        ), "on a GPU"
     assert not in_collective({1: frame("/lib/onellm_dist/train/loop.py")}, 3)
-    assert not in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), "a module that runs under ZeRO waits for nobody"
-    assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), "the watching thread does not count"
+    assert not in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), (
+        "a module that runs under ZeRO waits for nobody"
+    )
+    assert not in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), (
+        "the watching thread does not count"
+    )
 
 
-def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On a GPU the sums are where ranks wait for one that is late; it must be the one with the fewest beats."""
     from onellm_dist.train import trainer as loop
 
@@ -218,10 +262,12 @@ def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backwar
         return torch.zeros(()), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
 
     run: Any = SimpleNamespace(
-        in_flight=in_flight, new_totals=lambda: SimpleNamespace(add=lambda *_: None), engine=SimpleNamespace(forward=seen, backward=seen),
+        in_flight=in_flight,
+        new_totals=lambda: SimpleNamespace(add=lambda *_: None),
+        engine=SimpleNamespace(forward=seen, backward=seen),
         plan=SimpleNamespace(step=lambda *_: SimpleNamespace(ranks=[[micro]])),
         world=SimpleNamespace(rank=0, size=1, device=torch.device("cpu")),
-    )  # fmt: skip
+    )
 
     def agree(*_: Any) -> None:
         seen()
@@ -238,7 +284,9 @@ def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Watchdog:
     return Watchdog(run_dir, 0, 1, config, ExitFile(run_dir, 0), end=lambda code: ended.set())
 
 
-def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_none(tmp_path: Path) -> None:
+def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_none(
+    tmp_path: Path,
+) -> None:
     ended = threading.Event()
     with watch(tmp_path, ended, validation_minutes=60.0) as dog:
         assert dog.limit() == pytest.approx(0.6)
@@ -256,10 +304,18 @@ def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_
     report = (tmp_path / HANGS / "rank-00000.txt").read_text()
     assert "step: 5" in report and "test_guard.py" in report, "the stack of this very line"
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["status"], found["kind"], found["failed_step"], found["suspected_rank"]) == ("failed", "hang", 5, 0)
+    assert (found["status"], found["kind"], found["failed_step"], found["suspected_rank"]) == (
+        "failed",
+        "hang",
+        5,
+        0,
+    )
     assert "no progress" in found["reason"]
     put_hangs_aside(tmp_path)
-    assert not (tmp_path / HANGS).exists() and len(list(tmp_path.glob(f"{HANGS}-*/rank-00000.txt"))) == 1
+    assert (
+        not (tmp_path / HANGS).exists()
+        and len(list(tmp_path.glob(f"{HANGS}-*/rank-00000.txt"))) == 1
+    )
 
 
 def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
@@ -270,10 +326,14 @@ def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
 def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Path) -> None:
     from onellm_dist.train.stability.rollback import RollBackError, roll_back
 
-    culprits = find_culprits([part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE)
+    culprits = find_culprits(
+        [part({1: 2.0, 3: float("nan")})], Verdict("loss_not_finite", "bad"), ALONE
+    )
     marks = Marks(tmp_path, main=True)
     run: Any = SimpleNamespace(
-        checkpoints=SimpleNamespace(settle=lambda: None), config=SimpleNamespace(stability=StabilitySection(max_rollbacks=0)), marks=marks
+        checkpoints=SimpleNamespace(settle=lambda: None),
+        config=SimpleNamespace(stability=StabilitySection(max_rollbacks=0)),
+        marks=marks,
     )
     with pytest.raises(OneLLMError, match="max_rollbacks is 0") as raised:
         roll_back(run, RollBackError(4, Verdict("loss_not_finite", "bad"), culprits))

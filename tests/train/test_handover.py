@@ -49,20 +49,41 @@ class Lines(GeneralTracker):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("handover")
-    build_toyworld(out / "toy", seed=0, train_per_modality=8, test_per_modality=3, modalities=("image", *NEW))
+    build_toyworld(
+        out / "toy", seed=0, train_per_modality=8, test_per_modality=3, modalities=("image", *NEW)
+    )
     (out / "own_trackers.py").write_text(TRACKER)
     return out
 
 
-def start(world: Path, recipe: str, name: str, modalities: tuple[str, ...], *more: str, ranks: int = 1) -> str:
+def start(
+    world: Path, recipe: str, name: str, modalities: tuple[str, ...], *more: str, ranks: int = 1
+) -> str:
     mixture = ", ".join(f"{{path: {m}, weight: 1}}" for m in modalities)
     command = [
-        sys.executable, "-m", "onellm_dist.train", recipe, f"data.root={world / 'toy'}", f"run.dir={world / name}",
-        f"data.mixture=[{mixture}]", "data.global_batch=4", "data.workers=0", f"launch.ranks={ranks}", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "onellm_dist.train",
+        recipe,
+        f"data.root={world / 'toy'}",
+        f"run.dir={world / name}",
+        f"data.mixture=[{mixture}]",
+        "data.global_batch=4",
+        "data.workers=0",
+        f"launch.ranks={ranks}",
+        *more,
+    ]
     path = os.pathsep.join([str(world), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": path,
+    }
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -75,10 +96,21 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def align_image(world: Path) -> str:
     """Stage I on two ranks, three steps, looked at from every side."""
     return start(
-        world, "toy/align_image", "image", ("image",), "train.steps=3", "train.log_every=2", "optim.warmup_steps=0", "checkpoint.every=2",
-        "track.with=[own_trackers:Lines]", "track.profile_steps=[1,1]", "track.underused_expert_share=1", "track.underused_expert_steps=1",
-        "data.validation={split: test_seen, samples: 3, every: 3, generate: 3, new_tokens: 7}", ranks=2,
-    )  # fmt: skip
+        world,
+        "toy/align_image",
+        "image",
+        ("image",),
+        "train.steps=3",
+        "train.log_every=2",
+        "optim.warmup_steps=0",
+        "checkpoint.every=2",
+        "track.with=[own_trackers:Lines]",
+        "track.profile_steps=[1,1]",
+        "track.underused_expert_share=1",
+        "track.underused_expert_steps=1",
+        "data.validation={split: test_seen, samples: 3, every: 3, generate: 3, new_tokens: 7}",
+        ranks=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +118,36 @@ def weights(world: Path, align_image: str) -> dict[str, dict[str, torch.Tensor]]
     """Run -> the model it exported; `fresh`: the preset's own."""
     new = ", ".join(NEW)
     start(
-        world, "toy/align_all", "all", ("image", *NEW), f"model.path={world / 'image' / 'model'}", f"model.init_from_image=[{new}]",
-        "train.steps=1", "optim.lr=1e-30", "optim.min_lr=0", "optim.warmup_steps=0", "optim.schedule=constant",
-    )  # fmt: skip
+        world,
+        "toy/align_all",
+        "all",
+        ("image", *NEW),
+        f"model.path={world / 'image' / 'model'}",
+        f"model.init_from_image=[{new}]",
+        "train.steps=1",
+        "optim.lr=1e-30",
+        "optim.min_lr=0",
+        "optim.warmup_steps=0",
+        "optim.schedule=constant",
+    )
     start(
-        world, "toy/tune", "tune", ("image", *NEW), f"model.path={world / 'all' / 'model'}", "train.steps=2", "optim.lr=1e-3",
-        "optim.warmup_steps=0", "engine.name=fsdp", "engine.config=",
-        "data.validation={split: test_seen, samples: 3, every: 2, generate: 1}", ranks=2,
-    )  # fmt: skip
+        world,
+        "toy/tune",
+        "tune",
+        ("image", *NEW),
+        f"model.path={world / 'all' / 'model'}",
+        "train.steps=2",
+        "optim.lr=1e-3",
+        "optim.warmup_steps=0",
+        "engine.name=fsdp",
+        "engine.config=",
+        "data.validation={split: test_seen, samples: 3, every: 2, generate: 1}",
+        ranks=2,
+    )
     fresh, _ = load_model(path=None, preset="toy", seed=0)
     return {"fresh": fresh.state_dict()} | {
-        name: load_file(world / name / "model" / "model.safetensors") for name in ("image", "all", "tune")
+        name: load_file(world / name / "model" / "model.safetensors")
+        for name in ("image", "all", "tune")
     }
 
 
@@ -106,29 +157,39 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *prefixes: str)
     return all(torch.equal(a[name], b[name]) for name in names)
 
 
-def test_a_new_modality_starts_from_images_trained_parts_and_its_own_random_tokenizer(weights: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_a_new_modality_starts_from_images_trained_parts_and_its_own_random_tokenizer(
+    weights: dict[str, dict[str, torch.Tensor]],
+) -> None:
     fresh, image, everything = weights["fresh"], weights["image"], weights["all"]
     assert not same(fresh, image, "projectors.image.", "upm.")
     trained = {name: value for name, value in image.items() if name.startswith("projectors.image.")}
     for new in NEW:
         for name, value in trained.items():
             assert torch.equal(everything[name.replace(".image.", f".{new}.", 1)], value), name
-    assert same(image, everything, "projectors.image.", "upm.", "encoder.", "llm.", "projectors.audio.")
+    assert same(
+        image, everything, "projectors.image.", "upm.", "encoder.", "llm.", "projectors.audio."
+    )
     assert same(fresh, everything, "tokenizers.", "encoder.", "llm.", "projectors.audio.")
 
 
-def test_tuning_starts_from_the_aligned_model_and_moves_the_llm_alone(weights: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_tuning_starts_from_the_aligned_model_and_moves_the_llm_alone(
+    weights: dict[str, dict[str, torch.Tensor]],
+) -> None:
     before, after = weights["all"], weights["tune"]
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved == {name for name in after if name.startswith("llm.")}
 
 
-def test_what_the_first_stage_told(world: Path, align_image: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_first_stage_told(
+    world: Path, align_image: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = world / "image"
     metrics = lines(run / "metrics.jsonl")
     assert "MFU = model FLOPs a second" in align_image and "image " in align_image
     loads = [line["router_load"] for line in metrics]
-    assert loads[0] is None and loads[1] is not None and loads[2] is not None, "every two steps, and at the end"
+    assert loads[0] is None and loads[1] is not None and loads[2] is not None, (
+        "every two steps, and at the end"
+    )
     assert set(loads[1]) == {"image"} and sum(loads[1]["image"]) == pytest.approx(1, abs=1e-5)
     assert metrics[1]["peak_memory_bytes"] > 200 << 20 and metrics[0]["peak_memory_bytes"] is None
     assert [line["checkpoint_stall_seconds"] > 0 for line in metrics] == [False, False, True]
@@ -140,15 +201,25 @@ def test_what_the_first_stage_told(world: Path, align_image: str, capsys: pytest
     (trace,) = (run / "profiles").iterdir()
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     events = lines(run / "events.jsonl")
-    assert {event["expert"] for event in events if event["event"] == "expert_starves"} == {0, 1, 2}, "none has all of the weight"
+    assert {event["expert"] for event in events if event["event"] == "expert_starves"} == {
+        0,
+        1,
+        2,
+    }, "none has all of the weight"
     assert next(event for event in events if event["event"] == "start")["mfu"].startswith("MFU = ")
     for step, line in enumerate(metrics):
         assert ledger_command(run, step, None, as_json=True) == 0
         answer = json.loads(capsys.readouterr().out)
-        assert (answer["sample_digest"], answer["state"], answer["saved"]) == (line["sample_digest"], "trained", True)
+        assert (answer["sample_digest"], answer["state"], answer["saved"]) == (
+            line["sample_digest"],
+            "trained",
+            True,
+        )
 
 
-def test_generated_samples_are_what_the_exported_model_says(world: Path, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+def test_generated_samples_are_what_the_exported_model_says(
+    world: Path, weights: dict[str, dict[str, torch.Tensor]]
+) -> None:
     """ZeRO-3 on two ranks with captions; FSDP2 on two ranks, of which one has nothing to ask, with conversations."""
     for name, count, dataset in (("image", 3, "image"), ("tune", 1, None)):
         told = lines(world / name / "validation_samples.jsonl")
@@ -157,8 +228,17 @@ def test_generated_samples_are_what_the_exported_model_says(world: Path, weights
         for line in told:
             owner, _, key = line["id"].partition("@")[0].split("/")
             assert dataset in (None, owner)
-            (caption,) = (c for c in caption_split(model, processor.tokenizer, open_dataset(world / "toy" / owner), "test_seen",
-                                                   ask=name == "tune") if c.key == key)  # fmt: skip
+            (caption,) = (
+                c
+                for c in caption_split(
+                    model,
+                    processor.tokenizer,
+                    open_dataset(world / "toy" / owner),
+                    "test_seen",
+                    ask=name == "tune",
+                )
+                if c.key == key
+            )
             assert line["reference"] == caption.reference
             assert line["modalities"] == [owner]
             said = (
@@ -168,8 +248,16 @@ def test_generated_samples_are_what_the_exported_model_says(world: Path, weights
         assert ("Human:" in told[0]["prompt"]) == (name == "tune")
 
 
-def test_gradient_norms_are_told_by_part(world: Path, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-    for name, parts in (("image", {"image", "upm"}), ("all", {"image", *NEW, "upm"}), ("tune", {"llm"})):
+def test_gradient_norms_are_told_by_part(
+    world: Path, weights: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    for name, parts in (
+        ("image", {"image", "upm"}),
+        ("all", {"image", *NEW, "upm"}),
+        ("tune", {"llm"}),
+    ):
         line = lines(world / name / "metrics.jsonl")[0]
         assert set(line["grad_norm_by_part"]) == parts
-        assert sum(norm**2 for norm in line["grad_norm_by_part"].values()) == pytest.approx(line["grad_norm"] ** 2, rel=1e-4)
+        assert sum(norm**2 for norm in line["grad_norm_by_part"].values()) == pytest.approx(
+            line["grad_norm"] ** 2, rel=1e-4
+        )

@@ -33,7 +33,9 @@ def make(root: Path, name: str, samples: int) -> None:
 
 
 def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
-    entries = tuple(MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items())
+    entries = tuple(
+        MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items()
+    )
     section = DataSection(root=root, mixture=entries, global_batch=BATCH, new_phase=True)
     return Plan.open(section, toy_tokenizer(), 3, (), show=False)
 
@@ -46,11 +48,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
         make(root, name, samples)
     first, second = plan_of(root, {"a": 3, "b": 1}), plan_of(root, {"c": 2, "a": 1})
     assert second.follow(first.data_phases, CHANGE)
-    ids = [plan.sample_ids(plan.samples(step)) for step in range(STEPS) for plan in [first if step < CHANGE else second]]
+    ids = [
+        plan.sample_ids(plan.samples(step))
+        for step in range(STEPS)
+        for plan in [first if step < CHANGE else second]
+    ]
     run_dir = root / "run"
     for plan in (first, second):
         write_stream(run_dir / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets})
-    recipe = {"train": {"steps": STEPS}, "data": {"root": str(root), "mixture": [{"path": "c", "weight": 2}, {"path": "a", "weight": 1}]}}
+    recipe = {
+        "train": {"steps": STEPS},
+        "data": {
+            "root": str(root),
+            "mixture": [{"path": "c", "weight": 2}, {"path": "a", "weight": 1}],
+        },
+    }
     (run_dir / "config.yaml").write_text(yaml.safe_dump(recipe))
     return run_dir, ids
 
@@ -62,7 +74,11 @@ def test_places_are_inverted(counts: list[int]) -> None:
     for shard, count in enumerate(counts):
         for row in {0, count // 2, count - 1} if count else set():
             places = order.locate(order.positions(shard, row, epochs))
-            assert (places.epoch.tolist(), set(places.shard.tolist()), set(places.row.tolist())) == ([0, 1, 5], {shard}, {row})
+            assert (
+                places.epoch.tolist(),
+                set(places.shard.tolist()),
+                set(places.row.tolist()),
+            ) == ([0, 1, 5], {shard}, {row})
 
 
 def test_the_samples_of_a_step_are_the_plans(run: tuple[Path, list[list[str]]]) -> None:
@@ -81,12 +97,17 @@ def test_the_steps_of_a_sample_are_all_there_are(run: tuple[Path, list[list[str]
     for name, size in SIZES.items():
         for number in range(size):
             shard = f"train-{number // 5:06d}"
-            known = next((key for key in found if key.endswith(f"/{name}{number:03d}x")), f"{name}/{shard}/{name}{number:03d}x")
+            known = next(
+                (key for key in found if key.endswith(f"/{name}{number:03d}x")),
+                f"{name}/{shard}/{name}{number:03d}x",
+            )
             assert [use.step for use in stream.steps_of(stream.find(known))] == found.get(known, [])
     assert any(len(steps) > 3 for steps in found.values()), "several epochs were asked for"
 
 
-def test_a_sample_is_found_by_any_part_of_its_id_that_names_it(run: tuple[Path, list[list[str]]]) -> None:
+def test_a_sample_is_found_by_any_part_of_its_id_that_names_it(
+    run: tuple[Path, list[list[str]]],
+) -> None:
     stream = RunStream(run[0])
     whole = stream.find("b004x").name
     assert whole.startswith("b/") and whole.endswith("/b004x")
@@ -107,7 +128,9 @@ def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"a": 1})
     write_stream(tmp_path / "run" / "ledger", plan.data_phases, {"a": str(tmp_path / "a")})
     (tmp_path / "run" / "config.yaml").write_text(
-        yaml.safe_dump({"train": {"steps": 2}, "data": {"root": str(tmp_path), "mixture": [{"path": "a"}]}})
+        yaml.safe_dump(
+            {"train": {"steps": 2}, "data": {"root": str(tmp_path), "mixture": [{"path": "a"}]}}
+        )
     )
     assert len(RunStream(tmp_path / "run").samples(0)) == BATCH
     (tmp_path / "a").rename(tmp_path / "old")
@@ -118,7 +141,9 @@ def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
         RunStream(tmp_path)
 
 
-def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_became_of_steps(
+    run: tuple[Path, list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a skipped_sample."""
     run_dir, ids = run
     live = tmp_path / "run"
@@ -134,17 +159,28 @@ def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path,
     (live / "checkpoints" / "step-00000004").mkdir(parents=True)
     (live / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
     batch = pack([sample(1, ("a",))])
-    bad = type(batch)(**{**batch.__dict__, "sample_ids": (ids[5][2],), "skipped_samples": {0: "torn"}})
+    bad = type(batch)(
+        **{**batch.__dict__, "sample_ids": (ids[5][2],), "skipped_samples": {0: "torn"}}
+    )
     second.record(4, [])
     second.record(5, [bad])
-    (live / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "applied": s != 4}) + "\n" for s in range(6)) + '{"step": 6, "app')
+    (live / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "applied": s != 4}) + "\n" for s in range(6))
+        + '{"step": 6, "app'
+    )
 
     record = RunRecord(live)
     states = [tuple(record.of(step)) for step in range(8)]
     assert states == [
-        ("trained", 0, True), ("trained", 0, True), ("trained", 0, True), ("trained", 0, True),
-        ("skipped", 1, False), ("trained", 1, False), ("planned", 1, False), ("planned", 0, False),
-    ]  # fmt: skip
+        ("trained", 0, True),
+        ("trained", 0, True),
+        ("trained", 0, True),
+        ("trained", 0, True),
+        ("skipped", 1, False),
+        ("trained", 1, False),
+        ("planned", 1, False),
+        ("planned", 0, False),
+    ]
 
     def ask(**question: Any) -> dict[str, Any]:
         given = {"step": None, "key": None} | question
@@ -154,7 +190,12 @@ def test_what_became_of_steps(run: tuple[Path, list[list[str]]], tmp_path: Path,
 
     answer = ask(step=5)
     assert [row["id"] for row in answer["samples"]] == ids[5]
-    assert [row["skipped_sample"] for row in answer["samples"]] == [None, None, "torn", *[None] * (BATCH - 3)]
+    assert [row["skipped_sample"] for row in answer["samples"]] == [
+        None,
+        None,
+        "torn",
+        *[None] * (BATCH - 3),
+    ]
     assert answer["state"] == "trained" and answer["lost"] == 1
     back = ask(key=ids[5][2])  # with its epoch
     assert [(row["step"], row["skipped_sample"]) for row in back["seen"]] == [(5, "torn")]
@@ -168,15 +209,21 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     make(tmp_path, "a", 100)
     make(tmp_path, "b", 40)
     plan = plan_of(tmp_path, {"a": 0.25, "b": 0.75})
-    write_stream(tmp_path / "run" / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets})
+    write_stream(
+        tmp_path / "run" / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets}
+    )
     mixture = [{"path": "a"}, {"path": "b"}]
     (tmp_path / "run" / "config.yaml").write_text(
-        yaml.safe_dump({"train": {"steps": 100_000}, "data": {"root": str(tmp_path), "mixture": mixture}})
+        yaml.safe_dump(
+            {"train": {"steps": 100_000}, "data": {"root": str(tmp_path), "mixture": mixture}}
+        )
     )
     started = time.process_time()
     stream = RunStream(tmp_path / "run")
     uses = stream.steps_of(stream.find("a042x"))
-    there = [any(use.sample.key == "a042x" for use in stream.samples(use.step)) for use in uses[::250]]
+    there = [
+        any(use.sample.key == "a042x" for use in stream.samples(use.step)) for use in uses[::250]
+    ]
     assert time.process_time() - started < 10
     assert len(uses) == 2500 and all(there)
     assert [use.epoch for use in uses] == list(range(2500))

@@ -16,14 +16,22 @@ def events(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / EVENTS).read_text().splitlines()]
 
 
-def test_a_save_longer_than_the_notice_is_warned_of_and_a_shorter_one_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_save_longer_than_the_notice_is_warned_of_and_a_shorter_one_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tell = NoticeWatch(Events(tmp_path, main=True).write, 30.0)
     tell("checkpoint", step=5, folder="step-00000005", seconds=29.0)
     tell("validation", step=5, seconds=100.0)
     assert [e["event"] for e in events(tmp_path)] == ["checkpoint", "validation"]
     tell("checkpoint", step=10, folder="step-00000010", seconds=31.5)
-    assert events(tmp_path)[-1]["event"] == "notice_short" and events(tmp_path)[-1]["notice_seconds"] == 30.0
-    assert "the checkpoint of step 10 took 31.5 s, the job gives 30 s of notice" in capsys.readouterr().out
+    assert (
+        events(tmp_path)[-1]["event"] == "notice_short"
+        and events(tmp_path)[-1]["notice_seconds"] == 30.0
+    )
+    assert (
+        "the checkpoint of step 10 took 31.5 s, the job gives 30 s of notice"
+        in capsys.readouterr().out
+    )
 
 
 def test_without_a_notice_nothing_is_compared(tmp_path: Path) -> None:
@@ -31,7 +39,9 @@ def test_without_a_notice_nothing_is_compared(tmp_path: Path) -> None:
     assert [e["event"] for e in events(tmp_path)] == ["checkpoint"]
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("300", 300.0), ("", None), ("soon", None), ("0", None), ("-5", None)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("300", 300.0), ("", None), ("soon", None), ("0", None), ("-5", None)]
+)
 def test_the_notice_is_what_the_job_script_says(text: str, seconds: float | None) -> None:
     assert notice_seconds({NOTICE: text}) == seconds
     assert notice_seconds({}) is None

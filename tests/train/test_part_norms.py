@@ -18,7 +18,13 @@ class Whole(LocalRange):
     """A parameter that this rank has all of."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:
-        self.name, self.shape, self.start, self.length, self._values = name, tuple(values.shape), 0, values.numel(), values
+        self.name, self.shape, self.start, self.length, self._values = (
+            name,
+            tuple(values.shape),
+            0,
+            values.numel(),
+            values,
+        )
 
     def read(self, key: str) -> torch.Tensor:
         raise NotImplementedError(key)
@@ -32,7 +38,9 @@ class Whole(LocalRange):
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         yield
     finally:
@@ -40,15 +48,21 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 40, 10**6])
-def test_parts_are_right_whatever_is_looked_at_together(alone: None, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+def test_parts_are_right_whatever_is_looked_at_together(
+    alone: None, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     monkeypatch.setattr(parts, "AT_ONCE", at_once)
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2), "c": nn.Linear(2, 2)})
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     part_of = {name: name[0] for name in gradients if not name.startswith("c")}
-    norms = parts.PartNorms(model, [Whole(n, g) for n, g in gradients.items()], part_of, torch.device("cpu"))
+    norms = parts.PartNorms(
+        model, [Whole(n, g) for n, g in gradients.items()], part_of, torch.device("cpu")
+    )
     found = norms.read()
     for part in "ab":
         want = torch.cat([g.flatten() for n, g in gradients.items() if n[0] == part]).norm()
         assert found.by_part[part] == pytest.approx(float(want), rel=1e-6)
-    assert found.whole == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()) ** 0.5, rel=1e-6)
+    assert found.whole == pytest.approx(
+        sum(float(g.square().sum()) for g in gradients.values()) ** 0.5, rel=1e-6
+    )

@@ -15,13 +15,43 @@ from onellm_dist.modalities import all_modalities
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.optim.schedules import learning_rate
 
-NAMES = sorted(str(path.relative_to(recipes_dir()).with_suffix("")) for path in recipes_dir().rglob("*.yaml"))
+NAMES = sorted(
+    str(path.relative_to(recipes_dir()).with_suffix("")) for path in recipes_dir().rglob("*.yaml")
+)
 STAGES = ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune"]
 PAPER: dict[str, dict[str, Any]] = {
-    "stage1_image": {"batch": 5120, "rate": 5e-5, "least": 5e-6, "decay": 0.1, "samples": 128e6, "warmup": 2000 / 8},
-    "stage2_video_audio_point": {"batch": 1080, "rate": 1e-5, "least": 5e-6, "decay": 0.1, "samples": 13.5e6, "warmup": 2000 / 16},
-    "stage3_all": {"batch": 1080, "rate": 1e-5, "least": 5e-6, "decay": 0.1, "samples": 6.75e6, "warmup": 2000 / 16},
-    "tune": {"batch": 512, "rate": 2e-5, "least": 0.0, "decay": 0.0, "samples": 2.006e6, "warmup": 0.05 * 3918},
+    "stage1_image": {
+        "batch": 5120,
+        "rate": 5e-5,
+        "least": 5e-6,
+        "decay": 0.1,
+        "samples": 128e6,
+        "warmup": 2000 / 8,
+    },
+    "stage2_video_audio_point": {
+        "batch": 1080,
+        "rate": 1e-5,
+        "least": 5e-6,
+        "decay": 0.1,
+        "samples": 13.5e6,
+        "warmup": 2000 / 16,
+    },
+    "stage3_all": {
+        "batch": 1080,
+        "rate": 1e-5,
+        "least": 5e-6,
+        "decay": 0.1,
+        "samples": 6.75e6,
+        "warmup": 2000 / 16,
+    },
+    "tune": {
+        "batch": 512,
+        "rate": 2e-5,
+        "least": 0.0,
+        "decay": 0.0,
+        "samples": 2.006e6,
+        "warmup": 0.05 * 3918,
+    },
 }
 """Paper, appendix C and table 9; rates, warm-up and decay as its scripts have them."""
 
@@ -30,7 +60,9 @@ PAPER: dict[str, dict[str, Any]] = {
 def test_every_recipe_parses_and_names_a_configuration_that_exists(name: str) -> None:
     config = load_config(Path(name))
     assert load_ds_config(config.engine.config)
-    assert "OPTIMIZER step" in (recipes_dir() / f"{name}.yaml").read_text() or name.startswith(("toy/", "real/"))
+    assert "OPTIMIZER step" in (recipes_dir() / f"{name}.yaml").read_text() or name.startswith(
+        ("toy/", "real/")
+    )
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -38,7 +70,11 @@ def test_the_papers_runs_have_the_papers_figures(name: str) -> None:
     config, paper = load_config(Path(name)), PAPER[name]
     optim, steps = config.optim, config.train.steps
     assert config.data.global_batch == paper["batch"]
-    assert (optim.lr, optim.min_lr, optim.weight_decay) == (paper["rate"], paper["least"], paper["decay"])
+    assert (optim.lr, optim.min_lr, optim.weight_decay) == (
+        paper["rate"],
+        paper["least"],
+        paper["decay"],
+    )
     assert (optim.betas, optim.grad_clip, config.train.precision) == ((0.9, 0.95), 2.0, "bf16")
     assert steps * paper["batch"] == pytest.approx(paper["samples"], rel=0.001)
     assert optim.warmup_steps == pytest.approx(paper["warmup"], abs=1)
@@ -63,4 +99,6 @@ def test_tuning_goes_through_every_dataset_once() -> None:
     config = load_config(Path("tune"))
     weights = [entry.weight for entry in config.data.mixture]
     samples = config.train.steps * config.data.global_batch
-    assert [samples * weight / sum(weights) / (1000 * weight) for weight in weights] == pytest.approx([1.0] * len(weights), abs=0.001)
+    assert [
+        samples * weight / sum(weights) / (1000 * weight) for weight in weights
+    ] == pytest.approx([1.0] * len(weights), abs=0.001)

@@ -27,7 +27,9 @@ TIMEOUT_S = 800
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("toy")
-    build_toyworld(out, seed=0, train_per_modality=24, test_per_modality=1, modalities=("image", "imu"))
+    build_toyworld(
+        out, seed=0, train_per_modality=24, test_per_modality=1, modalities=("image", "imu")
+    )
     return out
 
 
@@ -39,16 +41,32 @@ class Runner:
 
     def overrides(self, name: str, **keys: object) -> list[str]:
         fixed = {
-            "data.root": self.toy, "run.dir": self.out / name, "train.steps": STEPS, "train.log_every": 1, "data.global_batch": BATCH,
-            "data.workers": 1, "data.mixture": "[{path: image, weight: 1}, {path: imu, weight: 1}]", "optim.schedule": "constant",
-            "optim.warmup_steps": 0, "optim.lr": 1e-3, "checkpoint.every": EVERY, "checkpoint.keep": 20,
-        }  # fmt: skip
+            "data.root": self.toy,
+            "run.dir": self.out / name,
+            "train.steps": STEPS,
+            "train.log_every": 1,
+            "data.global_batch": BATCH,
+            "data.workers": 1,
+            "data.mixture": "[{path: image, weight: 1}, {path: imu, weight: 1}]",
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+            "optim.lr": 1e-3,
+            "checkpoint.every": EVERY,
+            "checkpoint.keep": 20,
+        }
         given = {**fixed, **{key.replace("__", "."): value for key, value in keys.items()}}
         return ["toy/align_image", *(f"{key}={value}" for key, value in given.items())]
 
-    def start(self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object) -> subprocess.Popen[str]:
+    def start(
+        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object
+    ) -> subprocess.Popen[str]:
         command = launcher or [sys.executable, "-m", "onellm_dist.train"]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         return subprocess.Popen(
             [*command, *self.overrides(name, launch__ranks=ranks, **keys)],
             env=env,
@@ -57,14 +75,20 @@ class Runner:
             text=True,
         )
 
-    def run(self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object) -> tuple[int, str]:
+    def run(
+        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object
+    ) -> tuple[int, str]:
         process = self.start(name, ranks, launcher, **keys)
         output, _ = process.communicate(timeout=TIMEOUT_S)
         return process.returncode, output
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.out / name / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return (
+            [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            if path.exists()
+            else []
+        )
 
     def exit(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.out / name / "exit.json").read_text())
@@ -85,7 +109,13 @@ def runner(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 def deepspeed_launcher() -> list[str]:
     """`deepspeed` for two CPU ranks. It passes no signals to them: a `stop` file does."""
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     return [*command, "--module", "onellm_dist.train"]
 
 
@@ -119,22 +149,50 @@ def test_metrics_have_every_step_and_field(runner: Runner, two: str) -> None:
     lines = runner.metrics(two)
     assert [line["step"] for line in lines] == list(range(STEPS))
     wanted = {
-        "step", "loss", "loss_by_modality", "lr", "grad_norm", "samples", "supervised_tokens", "tokens", "padding_fraction",
-        "tokens_per_second", "data_wait_fraction", "mfu", "sample_digest",
-    }  # fmt: skip
+        "step",
+        "loss",
+        "loss_by_modality",
+        "lr",
+        "grad_norm",
+        "samples",
+        "supervised_tokens",
+        "tokens",
+        "padding_fraction",
+        "tokens_per_second",
+        "data_wait_fraction",
+        "mfu",
+        "sample_digest",
+    }
     assert wanted <= lines[0].keys()
-    assert all(line["samples"] == BATCH and line["loss"] > 0 and len(line["sample_digest"]) == 64 for line in lines)
+    assert all(
+        line["samples"] == BATCH and line["loss"] > 0 and len(line["sample_digest"]) == 64
+        for line in lines
+    )
     assert set().union(*(line["loss_by_modality"] for line in lines)) == {"image", "imu"}
-    mean = sum(line["loss_by_modality"].get(m, 0) for line in lines for m in ("image", "imu")) / (2 * STEPS)
+    mean = sum(line["loss_by_modality"].get(m, 0) for line in lines for m in ("image", "imu")) / (
+        2 * STEPS
+    )
     assert 1 < mean < 10
     assert runner.exit(two)["status"] == "done" and runner.exit(two)["step"] == STEPS
     assert list((runner.out / two / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "cpu"), (4, "zero2")])
-def test_one_and_four_ranks_see_the_same_samples_and_losses(runner: Runner, two: str, ranks: int, zero: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "-m", "onellm_dist.train"]
-    code, output = runner.run(f"ranks{ranks}", ranks, torchrun if ranks == 4 else None, engine__config=zero)
+def test_one_and_four_ranks_see_the_same_samples_and_losses(
+    runner: Runner, two: str, ranks: int, zero: str
+) -> None:
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=4",
+        "-m",
+        "onellm_dist.train",
+    ]
+    code, output = runner.run(
+        f"ranks{ranks}", ranks, torchrun if ranks == 4 else None, engine__config=zero
+    )
     assert code == 0, output
     for one, other in zip(runner.metrics(two), runner.metrics(f"ranks{ranks}"), strict=True):
         assert one["sample_digest"] == other["sample_digest"]
@@ -149,13 +207,22 @@ def test_align_moves_what_trains_and_nothing_else(runner: Runner, two: str) -> N
     assert after.keys() <= before.keys()
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     others = {
-        f"{room}.{name}." for room in ("tokenizers", "projectors") for name in start.config.modalities if name not in ("image", "imu")
+        f"{room}.{name}."
+        for room in ("tokenizers", "projectors")
+        for name in start.config.modalities
+        if name not in ("image", "imu")
     }
-    trains = {n for n in after if n.startswith(("tokenizers.", "projectors.", "upm.")) and not n.startswith(tuple(others))}
+    trains = {
+        n
+        for n in after
+        if n.startswith(("tokenizers.", "projectors.", "upm.")) and not n.startswith(tuple(others))
+    }
     assert moved == trains
 
 
-def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(runner: Runner, two: str) -> None:
+def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
+    runner: Runner, two: str
+) -> None:
     keys = {
         "train__stage": "tune",
         "model__path": runner.out / two / "model",
@@ -218,8 +285,12 @@ def test_preempted_runs_go_on_bit_identically(runner: Runner, two: str, how: str
 def assert_same_run(runner: Runner, name: str, reference: str) -> None:
     given, wanted = runner.metrics(name), runner.metrics(reference)
     fields = ("step", "loss", "grad_norm", "lr", "sample_digest", "loss_by_modality")
-    assert [[line[f] for f in fields] for line in given] == [[line[f] for f in fields] for line in wanted]
-    assert same(trainable_state(runner.out / name, STEPS), trainable_state(runner.out / reference, STEPS))
+    assert [[line[f] for f in fields] for line in given] == [
+        [line[f] for f in fields] for line in wanted
+    ]
+    assert same(
+        trainable_state(runner.out / name, STEPS), trainable_state(runner.out / reference, STEPS)
+    )
     assert same(exported(runner.out / name), exported(runner.out / reference))
 
 
@@ -238,14 +309,20 @@ def unreadable_sample(toy: Path) -> Callable[[], None]:
 
     dataset = open_dataset(toy / "image")
     shard = dataset.shards("train")[0]
-    location = next(part for name, part in dataset.index(shard).parts(3).items() if name not in ("txt", "json"))
+    location = next(
+        part for name, part in dataset.index(shard).parts(3).items() if name not in ("txt", "json")
+    )
     path = dataset.root / shard.path
     whole = path.read_bytes()
-    path.write_bytes(whole[: location.offset] + b"\0" * location.size + whole[location.offset + location.size :])
+    path.write_bytes(
+        whole[: location.offset] + b"\0" * location.size + whole[location.offset + location.size :]
+    )
     return lambda: path.write_bytes(whole) and None
 
 
-def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repaired(runner: Runner, two: str) -> None:
+def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repaired(
+    runner: Runner, two: str
+) -> None:
     repair = unreadable_sample(runner.toy)
     try:
         code, output = runner.run("skipped_sample", 2, train__steps=STEPS)
@@ -258,8 +335,12 @@ def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repa
         for path in (runner.out / "skipped_sample" / "ledger").glob("skipped_samples-*")
         for line in path.read_text().splitlines()
     ]
-    assert lines and all(line["sample_id"].startswith("image/") and line["reason"] for line in lines)
-    assert [line["sample_digest"] for line in runner.metrics("skipped_sample")] == [line["sample_digest"] for line in runner.metrics(two)]
+    assert lines and all(
+        line["sample_id"].startswith("image/") and line["reason"] for line in lines
+    )
+    assert [line["sample_digest"] for line in runner.metrics("skipped_sample")] == [
+        line["sample_digest"] for line in runner.metrics(two)
+    ]
     assert strict_code == 1 and "data.max_skipped_samples is 0" in strict_output
     assert runner.exit("strict")["status"] == "failed"
 
@@ -280,12 +361,17 @@ def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repa
         ({"model__path": "no/such/model"}, "no/such/model"),
         ({"checkpoint__resume": "no/such/step"}, "no whole checkpoint"),
         ({"engine__config": "zero9"}, "zero3_hpz"),
-        ({"engine__name": "fsdp", "engine__shard_ranks": 3}, "engine.shard_ranks=3 does not divide"),
+        (
+            {"engine__name": "fsdp", "engine__shard_ranks": 3},
+            "engine.shard_ranks=3 does not divide",
+        ),
         ({"engine__shard_ranks": 2}, "engine.name=fsdp"),
         ({"data__root": "no/such/shards"}, "no/such/shards"),
     ],
 )
-def test_wrong_usage_is_refused_with_exit_code_two(runner: Runner, keys: dict[str, object], message: str) -> None:
+def test_wrong_usage_is_refused_with_exit_code_two(
+    runner: Runner, keys: dict[str, object], message: str
+) -> None:
     name = "wrong_" + next(iter(keys))
     code, output = runner.run(name, 1, **keys)
     assert code == 2, output

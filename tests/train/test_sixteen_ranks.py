@@ -15,9 +15,17 @@ BATCH, STEPS = 5120, 3
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """With the run of one rank that both engines are held against."""
     runs = Runs(
-        tmp_path_factory.mktemp("sixteen"), ("image",), 256, "stage1_image", model__preset="toy", data__pack_encoder_tokens=8192,
-        data__global_batch=BATCH, train__steps=STEPS, engine__config="cpu", checkpoint__every=STEPS,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("sixteen"),
+        ("image",),
+        256,
+        "stage1_image",
+        model__preset="toy",
+        data__pack_encoder_tokens=8192,
+        data__global_batch=BATCH,
+        train__steps=STEPS,
+        engine__config="cpu",
+        checkpoint__every=STEPS,
+    )
     runs.run("one", 1)
     return runs
 
@@ -43,4 +51,6 @@ def test_three_steps_of_sixteen_ranks_equal_those_of_one(runs: Runs, engine: str
 
 def distance(some: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     """L2 norm of the difference over all tensors of `some`."""
-    return sum(float((tensor - others[name]).square().sum()) for name, tensor in some.items()) ** 0.5
+    return (
+        sum(float((tensor - others[name]).square().sum()) for name, tensor in some.items()) ** 0.5
+    )

@@ -33,7 +33,12 @@ def test_phases_are_told_once_and_in_order(tmp_path: Path) -> None:
     found = events(tmp_path)
     assert [line["name"] for line in found] == list(NAMES)
     seconds = {line["name"]: line["seconds"] for line in found}
-    assert seconds["imports"] > 0 and seconds["first_step"] == 2.0 and seconds["data"] >= 1.0 and seconds["engine"] == 0
+    assert (
+        seconds["imports"] > 0
+        and seconds["first_step"] == 2.0
+        and seconds["data"] >= 1.0
+        and seconds["engine"] == 0
+    )
     with pytest.raises(ValueError, match="lunch"):
         phases.add("lunch", 1)
 
@@ -47,12 +52,20 @@ def test_a_failure_names_its_step_and_the_samples_in_flight(tmp_path: Path) -> N
     assert exit_file.write("failed", reason="disk on fire") == 1
     ExitFile(tmp_path, 0).write("failed", reason="connection closed")
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["failed_step"], found["suspects"], found["rank"]) == (7, ["toy/shard/3@0", "toy/shard/4@0"], 2)
+    assert (found["failed_step"], found["suspects"], found["rank"]) == (
+        7,
+        ["toy/shard/3@0", "toy/shard/4@0"],
+        2,
+    )
     ends = [line for line in events(tmp_path) if line["event"] == "end"]
-    assert [(line["reason"], line["failed_step"], line["suspects"]) for line in ends] == [("disk on fire", 7, found["suspects"])]
+    assert [(line["reason"], line["failed_step"], line["suspects"]) for line in ends] == [
+        ("disk on fire", 7, found["suspects"])
+    ]
 
 
-def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_read_hide_nothing(tmp_path: Path) -> None:
+def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_read_hide_nothing(
+    tmp_path: Path,
+) -> None:
     exit_file = ExitFile(tmp_path, 0)
     exit_file.in_flight.names = lambda m: (_ for _ in ()).throw(OSError("gone"))
     exit_file.in_flight.beat("forward", step=1, micro=micro(1, 3))
@@ -69,12 +82,24 @@ def test_a_loader_worker_that_died_makes_suspects_of_what_was_read_ahead(tmp_pat
     exit_file.in_flight.following = lambda m: [micro(2, 5), micro(2)]
     exit_file.in_flight.beat("data", step=1, micro=micro(1, 3))
     assert exit_file.in_flight.suspects() == ["s3"]
-    exit_file.write("failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed.")
+    exit_file.write(
+        "failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."
+    )
     assert json.loads((tmp_path / "exit.json").read_text())["suspects"] == ["s3", "s5"]
 
 
 def test_slurm_is_read_where_it_is_there() -> None:
     assert _slurm({}) == {}
-    env = {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "n[1-3]"}
-    assert _slurm(env) == {"slurm_job_id": "12", "slurm_restart_count": 2, "slurm_nodes": 3, "slurm_node_list": "n[1-3]"}
+    env = {
+        "SLURM_JOB_ID": "12",
+        "SLURM_RESTART_COUNT": "2",
+        "SLURM_NNODES": "3",
+        "SLURM_JOB_NODELIST": "n[1-3]",
+    }
+    assert _slurm(env) == {
+        "slurm_job_id": "12",
+        "slurm_restart_count": 2,
+        "slurm_nodes": 3,
+        "slurm_node_list": "n[1-3]",
+    }
     assert _slurm({"SLURM_JOB_ID": "12"})["slurm_restart_count"] == 0

@@ -36,7 +36,9 @@ class Listener:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process = subprocess.Popen([sys.executable, "-c", LISTENER, str(folder)], stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LISTENER, str(folder)], stdout=subprocess.PIPE, text=True
+        )
         assert self.line() == "listens"
 
     def line(self) -> str:
@@ -89,4 +91,7 @@ def test_a_term_behind_the_file_leaves_the_checkpoint_its_time(listener: Listene
     assert listener.lives()
     time.sleep(COPY_SECONDS)
     listener.process.send_signal(signal.SIGTERM)
-    assert listener.ended() == (143, f"SIGTERM after the file {listener.folder / STOP_FILE}: ended at once")
+    assert listener.ended() == (
+        143,
+        f"SIGTERM after the file {listener.folder / STOP_FILE}: ended at once",
+    )

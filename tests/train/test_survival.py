@@ -41,7 +41,9 @@ def kill_at_random(runs: Runs, name: str, start: Start, generator: random.Random
     runs.wait_until(start, lambda: runs.steps_done(name) >= min(before + ahead, STEPS - 1))
     if generator.random() < 0.5:
         folder = runs.out / name / "checkpoints"
-        runs.wait_until(start, lambda: runs.steps_done(name) >= STEPS - 1 or any(folder.glob(".step-*.partial")))
+        runs.wait_until(
+            start, lambda: runs.steps_done(name) >= STEPS - 1 or any(folder.glob(".step-*.partial"))
+        )
     else:
         time.sleep(generator.random() * 0.3)
     start.kill()
@@ -65,7 +67,9 @@ def test_killed_at_random_moments_the_run_ends_bit_identical(runs: Runs, two: st
     identical(runs, "killed", two)
 
 
-def test_killed_and_resumed_at_other_worlds_the_run_ends_with_the_same_update(runs: Runs, two: str) -> None:
+def test_killed_and_resumed_at_other_worlds_the_run_ends_with_the_same_update(
+    runs: Runs, two: str
+) -> None:
     kill_often(runs, "resized", 2, 12, [1, 3, 2])
     same_stream(runs, "resized", two)
     assert update_gap(runs, "resized", two) < 1e-3
@@ -80,7 +84,9 @@ def test_twenty_kills(runs: Runs, two: str) -> None:
     assert update_gap(runs, "twenty", two) < 1e-3
 
 
-def test_a_kill_during_a_save_loses_no_whole_checkpoint_and_leaves_none_that_loads(runs: Runs, two: str) -> None:
+def test_a_kill_during_a_save_loses_no_whole_checkpoint_and_leaves_none_that_loads(
+    runs: Runs, two: str
+) -> None:
     folder = runs.out / "in_save" / "checkpoints"
     start = runs.start("in_save", plant={"slow_writes": 30.0})
     runs.wait_until(start, lambda: any(folder.glob(f".step-{EVERY:08d}.partial")))
@@ -93,20 +99,31 @@ def test_a_kill_during_a_save_loses_no_whole_checkpoint_and_leaves_none_that_loa
     identical(runs, "in_save", two)
 
 
-def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(runs: Runs, two: str) -> None:
+def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(
+    runs: Runs, two: str
+) -> None:
     folder = runs.out / "full" / "checkpoints"
     folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
         start = runs.start("full")
         assert start.wait() == [1, 1]
         assert "was not written" in start.output() and "No space left" in start.output()
-        assert runs.checkpoints("full") == ["step-00000003", "step-00000006"] and not list(folder.glob(".step-*"))
+        assert runs.checkpoints("full") == ["step-00000003", "step-00000006"] and not list(
+            folder.glob(".step-*")
+        )
         found = runs.exit("full")
         assert found["status"] == "failed" and "step-00000009" in found["reason"]
-        assert (found["failed_step"], found["suspects"]) == (None, []), "no step, and no sample, is to blame"
+        assert (found["failed_step"], found["suspects"]) == (None, []), (
+            "no step, and no sample, is to blame"
+        )
         subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
         runs.done("full")
         assert runs.events("full", "start")[-1]["first_step"] == 6
@@ -148,7 +165,12 @@ def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, eng
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
     (suspect,) = event["samples"]
-    assert event["step"] == 5 and suspect["sample"].startswith(f"{bad}@") and suspect["modality"] == "imu" and 0 <= suspect["rank"] < world
+    assert (
+        event["step"] == 5
+        and suspect["sample"].startswith(f"{bad}@")
+        and suspect["modality"] == "imu"
+        and 0 <= suspect["rank"] < world
+    )
     assert bad in start.output() and "imu, rank" in start.output()
     lines = runs.lines(name, "metrics.jsonl")
     assert [line["applied"] for line in lines] == [step != 5 for step in range(STEPS)]
@@ -158,9 +180,13 @@ def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, eng
 
 
 @pytest.mark.parametrize(("world", "what"), [(1, "nan"), (1, "leap"), (4, "leap")])
-def test_a_bad_sample_is_taken_out_by_a_roll_back(runs: Runs, two: str, world: int, what: str) -> None:
+def test_a_bad_sample_is_taken_out_by_a_roll_back(
+    runs: Runs, two: str, world: int, what: str
+) -> None:
     bad, name = spoilt_step(runs, two, 10), f"{what}_back_{world}"
-    start = runs.start(name, world, {what: bad}, guard__policy="rollback", guard__window=8, guard__threshold=12)
+    start = runs.start(
+        name, world, {what: bad}, guard__policy="rollback", guard__window=8, guard__threshold=12
+    )
     start.done()
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
@@ -185,12 +211,20 @@ def test_a_leap_of_the_loss_is_skipped_before_it_is_applied(runs: Runs, two: str
     bad = spoilt_step(runs, two, 10)
     runs.done("leap_skipped", 1, {"leap": bad}, guard__window=8, guard__threshold=12)
     (event,) = runs.events("leap_skipped", "step_skipped")
-    assert event["kind"] == "loss_spike" and event["samples"][0]["sample"].startswith(f"{bad}@") and event["samples_total"] == 1
-    assert [line["applied"] for line in runs.lines("leap_skipped", "metrics.jsonl")] == [step != 10 for step in range(STEPS)]
+    assert (
+        event["kind"] == "loss_spike"
+        and event["samples"][0]["sample"].startswith(f"{bad}@")
+        and event["samples_total"] == 1
+    )
+    assert [line["applied"] for line in runs.lines("leap_skipped", "metrics.jsonl")] == [
+        step != 10 for step in range(STEPS)
+    ]
 
 
 @pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
-def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(runs: Runs, two: str, world: int, engine: str) -> None:
+def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(
+    runs: Runs, two: str, world: int, engine: str
+) -> None:
     bad, name = spoilt_step(runs, two, 10), f"steep_skipped_{world}_{engine}"
     more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
     runs.done(name, world, {"steep": bad}, guard__window=8, guard__threshold=12, **more)
@@ -200,42 +234,61 @@ def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(runs: Runs, two:
     assert any(suspect["sample"].startswith(f"{bad}@") for suspect in event["samples"])
     lines = runs.lines(name, "metrics.jsonl")
     assert [line["applied"] for line in lines] == [step != 10 for step in range(STEPS)]
-    assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, "the figures of what was thrown away"
+    assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, (
+        "the figures of what was thrown away"
+    )
     if world == 1:  # as if the step had been thrown away for its loss
         other = runs.lines("leap_skipped", "metrics.jsonl")
         assert [line["loss"] for line in lines[11:]] == [line["loss"] for line in other[11:]]
     else:
         alone = runs.lines("steep_skipped_1_deepspeed", "metrics.jsonl")
-        assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+        assert [line["loss"] for line in lines] == pytest.approx(
+            [line["loss"] for line in alone], rel=1e-4
+        )
 
 
 def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: str) -> None:
     """On 4 ranks under FSDP2."""
     bad, name = spoilt_step(runs, two, 10), "steep_back"
     runs.done(
-        name, 4, {"steep": bad}, guard__policy="rollback", guard__window=8, guard__threshold=12, engine__name="fsdp", engine__config=""
+        name,
+        4,
+        {"steep": bad},
+        guard__policy="rollback",
+        guard__window=8,
+        guard__threshold=12,
+        engine__name="fsdp",
+        engine__config="",
     )
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
     assert (event["step"], event["to"], event["kind"]) == (10, 9, "gradient_spike")
-    marks = [mark["sample_id"] for mark in runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")]
+    marks = [
+        mark["sample_id"] for mark in runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")
+    ]
     assert any(mark.startswith(f"{bad}@") for mark in marks)
     assert all(line["applied"] for line in runs.lines(name, "metrics.jsonl"))
 
 
 def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, two: str) -> None:
     bad = spoilt_step(runs, two, 10)
-    start = runs.start("leap_stopped", 1, {"leap": bad}, guard__policy="stop", guard__window=8, guard__threshold=12)
+    start = runs.start(
+        "leap_stopped", 1, {"leap": bad}, guard__policy="stop", guard__window=8, guard__threshold=12
+    )
     assert start.wait() == [1]
     assert bad in start.output() and "stability.policy is stop" in start.output()
     found = runs.exit("leap_stopped")
-    assert found["failed_step"] == 10 and any(sample.startswith(f"{bad}@") for sample in found["suspects"])
+    assert found["failed_step"] == 10 and any(
+        sample.startswith(f"{bad}@") for sample in found["suspects"]
+    )
     (end,) = runs.events("leap_stopped", "end")
     assert end["status"] == "failed" and end["suspects"] == found["suspects"]
 
 
 def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) -> None:
-    start = runs.start("hang", plant={"sleep": {"rank": 1, "step": 4}}, guard__hang_minutes=0.15, data__workers=2)
+    start = runs.start(
+        "hang", plant={"sleep": {"rank": 1, "step": 4}}, guard__hang_minutes=0.15, data__workers=2
+    )
     runs.wait_until(start, lambda: runs.steps_done("hang") >= 4)
     slept = time.monotonic()
     family = [child for pid in start.pids for child in psutil.Process(pid).children(recursive=True)]
@@ -245,34 +298,66 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     found = runs.exit("hang")
-    assert found["status"] == "failed" and found["kind"] == "hang" and found["suspected_rank"] == 1 and found["failed_step"] == 4
+    assert (
+        found["status"] == "failed"
+        and found["kind"] == "hang"
+        and found["suspected_rank"] == 1
+        and found["failed_step"] == 4
+    )
     assert "rank 1 waits for nobody" in found["reason"]
-    reports = [(runs.out / "hang" / "hangs" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
-    assert "sleepy" in reports[1] and "sleepy" not in reports[0] and "in_collective: True" in reports[0]
+    reports = [
+        (runs.out / "hang" / "hangs" / f"rank-{rank:05d}.txt").read_text() for rank in (0, 1)
+    ]
+    assert (
+        "sleepy" in reports[1]
+        and "sleepy" not in reports[0]
+        and "in_collective: True" in reports[0]
+    )
     assert "'modalities': ['imu']" in reports[1] and "imu/" in reports[1]
     assert found["suspects"] and all(sample in reports[1] for sample in found["suspects"])
     assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
 
 
-def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_in_flight_gets_whole(runs: Runs, two: str) -> None:
+def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_in_flight_gets_whole(
+    runs: Runs, two: str
+) -> None:
     bad = spoilt_step(runs, two, 5)
-    assert runs.start("deadly", 1, {"deadly": bad, "slow_writes": 3.0}, data__workers=1).wait() == [1]
+    assert runs.start("deadly", 1, {"deadly": bad, "slow_writes": 3.0}, data__workers=1).wait() == [
+        1
+    ]
     found = runs.exit("deadly")
-    assert found["status"] == "failed" and "DataLoader worker" in found["reason"] and EVERY <= found["failed_step"] <= 5
+    assert (
+        found["status"] == "failed"
+        and "DataLoader worker" in found["reason"]
+        and EVERY <= found["failed_step"] <= 5
+    )
     assert runs.checkpoints("deadly") == [f"step-{EVERY:08d}"]
     assert any(sample.startswith(f"{bad}@") for sample in found["suspects"])
 
 
-def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(runs: Runs, two: str) -> None:
-    keys = {"checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__keep_every": 4, "checkpoint__asynchronous": False}
+def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(
+    runs: Runs, two: str
+) -> None:
+    keys = {
+        "checkpoint__every": 2,
+        "checkpoint__keep": 1,
+        "checkpoint__keep_every": 4,
+        "checkpoint__asynchronous": False,
+    }
     runs.done("kept", data__validation="{split: test_seen, samples: 4, every: 4}", **keys)
     identical(runs, "kept", two)
     assert runs.checkpoints("kept") == ["step-00000004", "step-00000008", "step-00000012"]
     waited, background = runs.events("kept", "checkpoint"), runs.events(two, "checkpoint")
-    assert [line["step"] for line in waited] == [2, 4, 6, 8, 10, 12] and [line["step"] for line in background] == [3, 6, 9, 12]
+    assert [line["step"] for line in waited] == [2, 4, 6, 8, 10, 12] and [
+        line["step"] for line in background
+    ] == [3, 6, 9, 12]
     assert all(line["stall_seconds"] == pytest.approx(line["seconds"], abs=1e-3) for line in waited)
-    assert all(line["stall_seconds"] < line["seconds"] and line["bytes"] > 1e6 for line in background[:-1])
-    manifest = json.loads((runs.out / two / "checkpoints" / "step-00000012" / "manifest.json").read_text())
+    assert all(
+        line["stall_seconds"] < line["seconds"] and line["bytes"] > 1e6 for line in background[:-1]
+    )
+    manifest = json.loads(
+        (runs.out / two / "checkpoints" / "step-00000012" / "manifest.json").read_text()
+    )
     assert (
         manifest["version"] == 2
         and set(manifest["sha256"]) == set(manifest["files"])
@@ -292,7 +377,9 @@ def test_other_frozen_weights_are_refused(runs: Runs, two: str) -> None:
     keys = {"model__path": model, "model__preset": "", "train__steps": 2, "checkpoint__every": 1}
     runs.done("frozen", 1, **keys)
     copied = runs.out / "copy"
-    shutil.copytree(model, copied, copy_function=shutil.copyfile)  # another place and time, the same bytes
+    shutil.copytree(
+        model, copied, copy_function=shutil.copyfile
+    )  # another place and time, the same bytes
     runs.done("frozen", 2, **{**keys, "model__path": copied, "train__steps": 3})
     weights = copied / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -300,7 +387,10 @@ def test_other_frozen_weights_are_refused(runs: Runs, two: str) -> None:
     weights.write_bytes(data)
     start = runs.start("frozen", 2, **{**keys, "model__path": copied, "train__steps": 4})
     assert start.wait() == [2, 2]
-    assert "other frozen weights" in start.output() and "model.safetensors has sha256" in start.output()
+    assert (
+        "other frozen weights" in start.output()
+        and "model.safetensors has sha256" in start.output()
+    )
     other = runs.start("two", 1, run__seed=1)
     assert other.wait() == [2] and "run.seed was 0, now 1" in other.output()
 

@@ -86,8 +86,19 @@ def test_the_rank_that_fails_first_is_believed(tmp_path: Path) -> None:
 
 
 def test_every_shipped_deepspeed_configuration_loads() -> None:
-    stages = {path.stem: zero_stage(load_ds_config(Path(path.stem))) for path in ds_configs_dir().glob("*.json")}
-    assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_hpz": 3, "cpu": 3, "cpu_small": 3}
+    stages = {
+        path.stem: zero_stage(load_ds_config(Path(path.stem)))
+        for path in ds_configs_dir().glob("*.json")
+    }
+    assert stages == {
+        "zero1": 1,
+        "zero2": 2,
+        "zero3": 3,
+        "zero3_offload": 3,
+        "zero3_hpz": 3,
+        "cpu": 3,
+        "cpu_small": 3,
+    }
 
 
 def test_gradients_accumulate_in_fp32() -> None:
@@ -112,11 +123,19 @@ def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
         ("{", "not JSON"),
         ("[]", "JSON object"),
         ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16"),
-        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}', "offload_param to nvme"),
-        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}', "ratio 0.3"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}',
+            "offload_param to nvme",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}',
+            "ratio 0.3",
+        ),
     ],
 )
-def test_wrong_deepspeed_configurations_are_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_wrong_deepspeed_configurations_are_refused(
+    tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "mine.json"
     path.write_text(content)
     with pytest.raises(UsageError, match=message):
@@ -136,7 +155,9 @@ def test_bf16_without_zero_is_refused() -> None:
 def whole_checkpoint(folder: Path, *, size: int = 3) -> None:
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(b"abc")
-    (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": {"rank-00000.safetensors": size}}))
+    (folder / MANIFEST).write_text(
+        json.dumps({"version": 1, "files": {"rank-00000.safetensors": size}})
+    )
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
@@ -178,7 +199,9 @@ def test_align_trains_tokenizers_projectors_and_upm(toy: nn.Module) -> None:
 
 def test_parts_of_modalities_outside_the_mixture_are_frozen(toy: nn.Module) -> None:
     freeze_for_stage(toy, "align", {"audio"})
-    owners = {name.split(".")[1] for name in trained(toy) if name.startswith(("tokenizers", "projectors"))}
+    owners = {
+        name.split(".")[1] for name in trained(toy) if name.startswith(("tokenizers", "projectors"))
+    }
     assert owners == {"audio"}
 
 
@@ -220,7 +243,10 @@ def test_new_modalities_start_from_image() -> None:
 
 
 def test_launcher_arguments_and_run_dir(tmp_path: Path) -> None:
-    assert without_launcher_arguments(["--local_rank=1", "toy/align_image", "a=b"]) == ["toy/align_image", "a=b"]
+    assert without_launcher_arguments(["--local_rank=1", "toy/align_image", "a=b"]) == [
+        "toy/align_image",
+        "a=b",
+    ]
     broken = tmp_path / "r.yaml"
     broken.write_text("run: {dir: here}\nnonsense: 1\n")
     assert run_dir_of(broken, []) == Path("here")
@@ -229,10 +255,15 @@ def test_launcher_arguments_and_run_dir(tmp_path: Path) -> None:
 
 
 def run_config(run_dir: Path) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"dir": str(run_dir)}, "model": {"preset": "toy"}, "data": {"mixture": [{"path": "image"}], "global_batch": 1},
-        "train": {"stage": "align", "steps": 1}, "optim": {"lr": 1.0},
-    })  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"dir": str(run_dir)},
+            "model": {"preset": "toy"},
+            "data": {"mixture": [{"path": "image"}], "global_batch": 1},
+            "train": {"stage": "align", "steps": 1},
+            "optim": {"lr": 1.0},
+        }
+    )
 
 
 def test_one_start_of_a_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,21 +290,36 @@ def test_a_start_from_an_older_checkpoint_moves_the_newer_ones_aside(tmp_path: P
         whole_checkpoint(tmp_path / "checkpoints" / checkpoint_name(step))
     prepare_directory(run_config(tmp_path), tmp_path / "checkpoints" / checkpoint_name(4))
     assert newest_whole(tmp_path / "checkpoints") == tmp_path / "checkpoints" / checkpoint_name(4)
-    assert sorted(p.name for p in tmp_path.glob("before-*/*")) == [checkpoint_name(8), checkpoint_name(12)]
+    assert sorted(p.name for p in tmp_path.glob("before-*/*")) == [
+        checkpoint_name(8),
+        checkpoint_name(12),
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "file_bytes", "files"), [(torch.float32, 5_000_000_000, 1), (torch.bfloat16, 2_000_000, 4)])
-def test_weights_are_written_as_transformers_reads_them(tmp_path: Path, dtype: torch.dtype, file_bytes: int, files: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "file_bytes", "files"),
+    [(torch.float32, 5_000_000_000, 1), (torch.bfloat16, 2_000_000, 4)],
+)
+def test_weights_are_written_as_transformers_reads_them(
+    tmp_path: Path, dtype: torch.dtype, file_bytes: int, files: int
+) -> None:
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
     from onellm_dist.model.presets import load_model
 
     model, _ = load_model(path=None, preset="toy", seed=2, dtype=dtype)
     state = {name: p.detach() for name, p in model.named_parameters()}
-    write_weights(tmp_path, iter(state.items()), {n: (tuple(p.shape), p.dtype) for n, p in state.items()}, file_bytes)
+    write_weights(
+        tmp_path,
+        iter(state.items()),
+        {n: (tuple(p.shape), p.dtype) for n, p in state.items()},
+        file_bytes,
+    )
     model.config.save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model*.safetensors"))) >= files
     assert (tmp_path / "model.safetensors.index.json").is_file() == (files > 1)
     again = OneLLMForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
-    assert all(torch.equal(p, state[name]) and p.dtype == dtype for name, p in again.named_parameters())
+    assert all(
+        torch.equal(p, state[name]) and p.dtype == dtype for name, p in again.named_parameters()
+    )
     with pytest.raises(RuntimeError, match="was due"):
         write_weights(tmp_path, iter([("other", torch.zeros(1))]), {"one": ((1,), torch.float32)})

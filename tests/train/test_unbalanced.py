@@ -31,7 +31,9 @@ def test_updates_equal_one_process(found: dict[str, Any], engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_trainable_weight_moves_and_every_frozen_one_is_bit_identical(found: dict[str, Any], engine: str) -> None:
+def test_every_trainable_weight_moves_and_every_frozen_one_is_bit_identical(
+    found: dict[str, Any], engine: str
+) -> None:
     # IMU was never assigned: what of it does not decay, or is zero, stays.
     assert [name for name in found[engine]["unmoved"] if name.split(".")[1] != "imu"] == []
     assert found[engine]["frozen"]

@@ -18,20 +18,51 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 class Runs:
     """Runs of `recipe` over the toy world's `modalities`: fp32, constant rate of 1e-3; other keys as `train__steps=3`."""
 
-    def __init__(self, root: Path, modalities: tuple[str, ...], samples: int, recipe: str = "toy/align_image", **keys: object) -> None:
+    def __init__(
+        self,
+        root: Path,
+        modalities: tuple[str, ...],
+        samples: int,
+        recipe: str = "toy/align_image",
+        **keys: object,
+    ) -> None:
         self.root, self.recipe, self.keys = root, recipe, keys
         self.mixture = "[" + ", ".join(f"{{path: {name}, weight: 1}}" for name in modalities) + "]"
-        build_toyworld(root / "toy", seed=0, train_per_modality=samples, test_per_modality=2, modalities=modalities)
+        build_toyworld(
+            root / "toy",
+            seed=0,
+            train_per_modality=samples,
+            test_per_modality=2,
+            modalities=modalities,
+        )
 
     def run(self, name: str, ranks: int, launcher: list[str] | None = None, **keys: object) -> Path:
         fixed: dict[str, object] = {
-            "data.root": self.root / "toy", "run.dir": self.root / name, "data.workers": 0, "data.mixture": self.mixture,
-            "optim.schedule": "constant", "optim.warmup_steps": 0, "optim.lr": 1e-3, "train.precision": "fp32", "launch.ranks": ranks,
-        }  # fmt: skip
+            "data.root": self.root / "toy",
+            "run.dir": self.root / name,
+            "data.workers": 0,
+            "data.mixture": self.mixture,
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+            "optim.lr": 1e-3,
+            "train.precision": "fp32",
+            "launch.ranks": ranks,
+        }
         fixed |= {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
-        command = [*(launcher or [sys.executable, "-m", "onellm_dist.train"]), self.recipe, *(f"{k}={v}" for k, v in fixed.items())]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=3600, check=False)
+        command = [
+            *(launcher or [sys.executable, "-m", "onellm_dist.train"]),
+            self.recipe,
+            *(f"{k}={v}" for k, v in fixed.items()),
+        ]
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=3600, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return self.root / name
 
@@ -40,7 +71,10 @@ class Runs:
 
     def metrics(self, name: str, file: str = "metrics.jsonl") -> dict[int, dict[str, Any]]:
         """Lines by step."""
-        return {line["step"]: line for line in map(json.loads, (self.root / name / file).read_text().splitlines())}
+        return {
+            line["step"]: line
+            for line in map(json.loads, (self.root / name / file).read_text().splitlines())
+        }
 
     def exported(self, name: str) -> dict[str, Tensor]:
         with safe_open(self.root / name / "model" / "model.safetensors", "pt") as file:

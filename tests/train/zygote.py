@@ -73,9 +73,14 @@ def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
     os.close(0)
     world = str(order["world"])
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(order["port"]), **{PARENT_VARIABLE: str(parent)},
-    )  # fmt: skip
+        RANK=str(rank),
+        WORLD_SIZE=world,
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=world,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(order["port"]),
+        **{PARENT_VARIABLE: str(parent)},
+    )
     plant(order["plant"], rank)
     ranks = discover_ranks()
     assert ranks is not None
@@ -88,11 +93,21 @@ class Zygote:
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs, self._number = logs, 0
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         with (logs / "zygote.log").open("w") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=env
-            )  # fmt: skip
+                [sys.executable, "-u", __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+            )
         self._codes: dict[int, int] = {}
         self._heard = b""
         assert self._hear(300) is not None, (logs / "zygote.log").read_text()
@@ -100,7 +115,12 @@ class Zygote:
     def __enter__(self) -> Zygote:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -114,7 +134,13 @@ class Zygote:
 
         self._number += 1
         logs = self._logs / f"start{self._number:03d}"
-        order = {"world": world, "overrides": overrides, "port": free_port(), "plant": plant or {}, "logs": str(logs)}
+        order = {
+            "world": world,
+            "overrides": overrides,
+            "port": free_port(),
+            "plant": plant or {},
+            "logs": str(logs),
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -141,7 +167,9 @@ class Zygote:
 
     def _hear(self, timeout: float) -> dict[str, Any] | None:
         assert self._process.stdout is not None
-        while b"\n" not in self._heard:  # what came together with an earlier line is still here, where select does not look
+        while (
+            b"\n" not in self._heard
+        ):  # what came together with an earlier line is still here, where select does not look
             if not select.select([self._process.stdout], [], [], timeout)[0]:
                 return None
             data = os.read(self._process.stdout.fileno(), 65536)
@@ -183,7 +211,10 @@ class Start:
 
     def output(self) -> str:
         """What the ranks printed."""
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self._logs.parent.glob(f"{self._logs.name}-*.log")))
+        return "\n".join(
+            path.read_text(errors="replace")
+            for path in sorted(self._logs.parent.glob(f"{self._logs.name}-*.log"))
+        )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,11 @@ def line_chart(
     lowest, highest = min(p[1] for p in points), max(p[1] for p in points)
     highest = highest if ceiling is None else max(lowest, min(highest, ceiling))
     margin = 0.05 * ((highest - lowest) or abs(highest) or 1.0)
-    y0, y1 = (min(0.0, lowest), highest + 0.05 * abs(highest) or 1.0) if from_zero else (lowest - margin, highest + margin)
+    y0, y1 = (
+        (min(0.0, lowest), highest + 0.05 * abs(highest) or 1.0)
+        if from_zero
+        else (lowest - margin, highest + margin)
+    )
     x1 = x1 if x1 > x0 else x0 + 1
 
     def px(x: float) -> float:
@@ -101,26 +105,47 @@ def line_chart(
     def py(y: float) -> float:
         return height - _BOTTOM - (min(y, y1) - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)} by {html.escape(x_label)}">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)} by {html.escape(x_label)}">'
+    ]
     for tick in ticks(y0, y1):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for tick in ticks(x0, x1):
-        parts.append(f'<text x="{px(tick):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>')
+        parts.append(
+            f'<text x="{px(tick):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
+        )
     for x, label in (marks or {}).items():
-        parts.append(f'<line class="mark" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>')
+        parts.append(
+            f'<line class="mark" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
+        )
         parts.append(f'<text x="{px(x) + 4:.1f}" y="{_TOP + 10}">{html.escape(label)}</text>')
-    chosen = {name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(series)}
+    chosen = {
+        name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(series)
+    }
     for name in sorted(series, key=lambda name: name not in pale):
         line = extremes(series[name]) if name in pale else thin(series[name])
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         stroke = 'stroke-width="1" stroke-opacity="0.35"' if name in pale else 'stroke-width="1.6"'
         title = f"<title>{html.escape(name)}</title>"
-        parts.append(f'<polyline fill="none" stroke="{chosen[name]}" {stroke} points="{path}">{title}</polyline>')
+        parts.append(
+            f'<polyline fill="none" stroke="{chosen[name]}" {stroke} points="{path}">{title}</polyline>'
+        )
         if name in dots or len(line) == 1:
-            parts += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.4" fill="{chosen[name]}">{title}</circle>' for x, y in line]
-    parts.append(f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>')
-    parts.append(f'<text transform="rotate(-90)" x="{-height / 2}" y="12" text-anchor="middle">{html.escape(y_label)}</text></svg>')
+            parts += [
+                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.4" fill="{chosen[name]}">{title}</circle>'
+                for x, y in line
+            ]
+    parts.append(
+        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
+    )
+    parts.append(
+        f'<text transform="rotate(-90)" x="{-height / 2}" y="12" text-anchor="middle">{html.escape(y_label)}</text></svg>'
+    )
     return "".join(parts) + legend([name for name in series if name not in pale], chosen)
 
 
@@ -128,13 +153,22 @@ def legend(names: Sequence[str], colours: Mapping[str, str] | None = None) -> st
     """Coloured keys for the lines of a chart; nothing for a single line."""
     if len(names) < 2:
         return ""
-    chosen = {name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(names)}
-    keys = [f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>' for name, colour in chosen.items()]
+    chosen = {
+        name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(names)
+    }
+    keys = [
+        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
+        for name, colour in chosen.items()
+    ]
     return f'<p class="legend">{"".join(keys)}</p>'
 
 
 def stacked_bars(
-    rows: Sequence[tuple[str, Mapping[str, float]]], colours: Mapping[str, str], *, unit: str, keys: Mapping[str, str] | None = None
+    rows: Sequence[tuple[str, Mapping[str, float]]],
+    colours: Mapping[str, str],
+    *,
+    unit: str,
+    keys: Mapping[str, str] | None = None,
 ) -> str:
     """Horizontal bars, one a row, each made of its parts; a part keeps its place and colour in every bar.
 
@@ -148,7 +182,9 @@ def stacked_bars(
         return '<p class="none">nothing was recorded</p>'
     left, bar, gap, width = 150, 18, 8, 960
     height = len(rows) * (bar + gap) + 26
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="stacked bars in {html.escape(unit)}">']
+    out = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="stacked bars in {html.escape(unit)}">'
+    ]
     scale = (width - left - 110) / longest
     for tick in ticks(0.0, longest):
         x = left + tick * scale
@@ -156,15 +192,25 @@ def stacked_bars(
         out.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
     for i, (label, parts) in enumerate(rows):
         y, x = i * (bar + gap) + 4, float(left)
-        out.append(f'<text x="{left - 8}" y="{y + bar - 5}" text-anchor="end">{html.escape(label)}</text>')
+        out.append(
+            f'<text x="{left - 8}" y="{y + bar - 5}" text-anchor="end">{html.escape(label)}</text>'
+        )
         for name, colour in colours.items():
             value = parts.get(name, 0.0)
             if value > 0:
                 title = f"<title>{html.escape((keys or {}).get(name, name))}: {value:.3g} {html.escape(unit)}</title>"
-                out.append(f'<rect x="{x:.1f}" y="{y}" width="{max(0.5, value * scale):.1f}" height="{bar}" fill="{colour}">{title}</rect>')
+                out.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{max(0.5, value * scale):.1f}" height="{bar}" fill="{colour}">{title}</rect>'
+                )
                 x += value * scale
-        out.append(f'<text x="{x + 6:.1f}" y="{y + bar - 5}">{sum(parts.values()):.3g} {html.escape(unit)}</text>')
-    shown = {(keys or {}).get(n, n): c for n, c in colours.items() if any(parts.get(n, 0.0) > 0 for _, parts in rows)}
+        out.append(
+            f'<text x="{x + 6:.1f}" y="{y + bar - 5}">{sum(parts.values()):.3g} {html.escape(unit)}</text>'
+        )
+    shown = {
+        (keys or {}).get(n, n): c
+        for n, c in colours.items()
+        if any(parts.get(n, 0.0) > 0 for _, parts in rows)
+    }
     return "".join(out) + "</svg>" + legend(list(shown), shown)
 
 
@@ -181,21 +227,33 @@ def router_chart(weights: Mapping[str, Sequence[Sequence[float]]], *, cell: int 
     width, height = left + queries * cell + 70, len(weights) * (experts * cell + gap) + 20
     values = [w for rows in weights.values() for row in rows for w in row]
     low, high = min(values), max(values)
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="routing weight by modality, expert and query">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="routing weight by modality, expert and query">'
+    ]
     for m, (name, rows) in enumerate(weights.items()):
         top = m * (experts * cell + gap) + 4
-        parts.append(f'<text x="{left - 30}" y="{top + experts * cell / 2 + 4}" text-anchor="end">{html.escape(name)}</text>')
+        parts.append(
+            f'<text x="{left - 30}" y="{top + experts * cell / 2 + 4}" text-anchor="end">{html.escape(name)}</text>'
+        )
         for e in range(experts):
             y = top + e * cell
-            parts.append(f'<text x="{left - 6}" y="{y + cell - 3}" text-anchor="end">e{e + 1}</text>')
+            parts.append(
+                f'<text x="{left - 6}" y="{y + cell - 3}" text-anchor="end">e{e + 1}</text>'
+            )
             for q in range(queries):
                 share = (rows[q][e] - low) / (high - low) if high > low else 0.5
                 x = left + q * cell
                 title = f"<title>{html.escape(name)}, expert {e + 1}, query {q + 1}: {rows[q][e]:.3f}</title>"
                 fill = f'fill="#4477aa" fill-opacity="{0.08 + 0.92 * share:.3f}"'
-                parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" {fill}>{title}</rect>')
+                parts.append(
+                    f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" {fill}>{title}</rect>'
+                )
             mean = sum(row[e] for row in rows) / queries
-            parts.append(f'<text x="{left + queries * cell + 8}" y="{y + cell - 3}">{mean:.3f}</text>')
+            parts.append(
+                f'<text x="{left + queries * cell + 8}" y="{y + cell - 3}">{mean:.3f}</text>'
+            )
     axis = f"query (mean over queries at the right; weights from {low:.2f} to {high:.2f})"
-    parts.append(f'<text x="{left + queries * cell / 2}" y="{height - 4}" text-anchor="middle">{axis}</text></svg>')
+    parts.append(
+        f'<text x="{left + queries * cell / 2}" y="{height - 4}" text-anchor="middle">{axis}</text></svg>'
+    )
     return "".join(parts)

@@ -31,7 +31,13 @@ def html_page(title: str, body: Iterable[str], *, style: str = "") -> str:
     return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}{style}</style></head><body>{"".join(body)}</body></html>\n'
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Collection[int] = (), html: Collection[int] = ()) -> str:
+def html_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Collection[int] = (),
+    html: Collection[int] = (),
+) -> str:
     """A table.
 
     Args:
@@ -41,12 +47,20 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: 
     """
 
     def cell(tag: str, column: int, value: object) -> str:
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        text = (
+            f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        )
         number = ' class="n"' if column in right else ""
         return f"<{tag}{number}>{text if column in html and tag == 'td' else escape(text)}</{tag}>"
 
-    heading = f"<thead><tr>{''.join(cell('th', i, h) for i, h in enumerate(head))}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{''.join(cell('td', i, v) for i, v in enumerate(row))}</tr>" for row in rows)
+    heading = (
+        f"<thead><tr>{''.join(cell('th', i, h) for i, h in enumerate(head))}</tr></thead>"
+        if any(head)
+        else ""
+    )
+    body = "".join(
+        f"<tr>{''.join(cell('td', i, v) for i, v in enumerate(row))}</tr>" for row in rows
+    )
     return f"<table>{heading}<tbody>{body}</tbody></table>"
 
 
@@ -54,5 +68,7 @@ def write_page(path: Path, page: str) -> None:
     """Write the page: under its name it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    aside.write_text(page, encoding="utf-8", errors="replace")  # captions may hold half a surrogate pair
+    aside.write_text(
+        page, encoding="utf-8", errors="replace"
+    )  # captions may hold half a surrogate pair
     aside.replace(path)

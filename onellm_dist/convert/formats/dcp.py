@@ -40,21 +40,31 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     if elastic.recognise(path):
         return elastic.open_checkpoint(path, options)
     if not recognise(path):
-        raise UsageError(f"no {METADATA} in {path}", "it says where each tensor lies.", "give a torch.distributed.checkpoint directory.")
+        raise UsageError(
+            f"no {METADATA} in {path}",
+            "it says where each tensor lies.",
+            "give a torch.distributed.checkpoint directory.",
+        )
     metadata = read_bare_pickle(path / METADATA, inert=INERT)
     try:
         chunks = _chunks(metadata.state["storage_data"])
         sizes = {
             name: tuple(entry.state["size"])
             for name, entry in metadata.state["state_dict_metadata"].items()
-            if isinstance(entry, Inert) and "chunks" in getattr(entry, "state", {}) and name.split(".")[0] not in _SKIPPED
+            if isinstance(entry, Inert)
+            and "chunks" in getattr(entry, "state", {})
+            and name.split(".")[0] not in _SKIPPED
         }
         files = sorted({path / file for name in sizes for _, file, _, _ in chunks[name]})
     except (AttributeError, KeyError, TypeError) as error:
-        raise unreadable(path / METADATA, f"it is laid out otherwise than torch 2.15 does ({error})") from None
+        raise unreadable(
+            path / METADATA, f"it is laid out otherwise than torch 2.15 does ({error})"
+        ) from None
     if absent := [file.name for file in files if not file.is_file()]:
         raise UsageError(
-            f"{path}: {len(absent)} files are missing: {', '.join(absent)}", "they hold parts of weights.", "copy all of them."
+            f"{path}: {len(absent)} files are missing: {', '.join(absent)}",
+            "they hold parts of weights.",
+            "copy all of them.",
         )
     tensors = {name: _tensor(path, name, shape, chunks[name]) for name, shape in sizes.items()}
     return overlaid(NAME, path, tensors, tuple(files), options, {"files": len(files)})
@@ -69,7 +79,12 @@ def _chunks(storage: dict[Any, Any]) -> dict[str, list[Chunk]]:
     for index, info in storage.items():
         where, place = index.state, info.state
         found[where["fqn"]].append(
-            (tuple(where.get("offset") or ()), str(place["relative_path"]), int(place["offset"]), int(place["length"]))
+            (
+                tuple(where.get("offset") or ()),
+                str(place["relative_path"]),
+                int(place["offset"]),
+                int(place["length"]),
+            )
         )
     return found
 
@@ -83,9 +98,14 @@ def _tensor(folder: Path, name: str, shape: tuple[int, ...], chunks: list[Chunk]
             raise unreadable(folder / file, f"{name} is no tensor there")
         parts.append((offset or (0,) * len(shape), part))
     covered = sum(part.numel for _, part in parts)
-    inside = all(all(o + n <= s for o, n, s in zip(offset, part.shape, shape, strict=True)) for offset, part in parts)
+    inside = all(
+        all(o + n <= s for o, n, s in zip(offset, part.shape, shape, strict=True))
+        for offset, part in parts
+    )
     if not inside or covered != torch.Size(shape).numel() or _overlap(parts):
-        raise unreadable(folder / METADATA, f"the chunks of {name} {list(shape)} do not cover it once")
+        raise unreadable(
+            folder / METADATA, f"the chunks of {name} {list(shape)} do not cover it once"
+        )
     if len(parts) == 1:
         return parts[0][1].reshaped(shape)
     dtype = parts[0][1].dtype
@@ -93,7 +113,9 @@ def _tensor(folder: Path, name: str, shape: tuple[int, ...], chunks: list[Chunk]
     def load() -> torch.Tensor:
         whole = torch.empty(shape, dtype=dtype)
         for offset, part in parts:
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part.read()
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = (
+                part.read()
+            )
         return whole
 
     return LazyTensor(shape, dtype, load)
@@ -101,6 +123,9 @@ def _tensor(folder: Path, name: str, shape: tuple[int, ...], chunks: list[Chunk]
 
 def _overlap(parts: list[tuple[tuple[int, ...], LazyTensor]]) -> bool:
     def meet(a: tuple[tuple[int, ...], LazyTensor], b: tuple[tuple[int, ...], LazyTensor]) -> bool:
-        return all(x < y + m and y < x + n for x, n, y, m in zip(a[0], a[1].shape, b[0], b[1].shape, strict=True))
+        return all(
+            x < y + m and y < x + n
+            for x, n, y, m in zip(a[0], a[1].shape, b[0], b[1].shape, strict=True)
+        )
 
     return any(meet(a, b) for a, b in itertools.combinations(parts, 2))

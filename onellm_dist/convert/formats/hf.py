@@ -11,7 +11,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Opened, Options, Plan, Problem, Shapes, Tensors, fitted, parameter_shapes
+from onellm_dist.convert.checkpoint import (
+    Opened,
+    Options,
+    Plan,
+    Problem,
+    Shapes,
+    Tensors,
+    fitted,
+    parameter_shapes,
+)
 from onellm_dist.convert.tensors.lazy import same_bytes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import safetensor_shards, write_index
@@ -25,7 +34,9 @@ _COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
 def recognise(path: Path) -> bool:
     """A folder whose config.json is of a causal LM."""
     config = read_config(path)
-    return config is not None and any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or [])
+    return config is not None and any(
+        "CausalLM" in name or "LMHead" in name for name in config.get("architectures") or []
+    )
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
@@ -44,13 +55,19 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         UsageError: no config or weights that this transformers knows, or files are missing.
     """
     if read_config(path) is None:
-        raise UsageError(f"no config.json in {path}", "the architecture is in it.", "give a directory that save_pretrained wrote.")
+        raise UsageError(
+            f"no config.json in {path}",
+            "the architecture is in it.",
+            "give a directory that save_pretrained wrote.",
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         wanted = llm_shapes(config)
     except (ValueError, KeyError, OSError) as error:
         raise UsageError(
-            f"{path}: no causal LM of this transformers ({str(error).splitlines()[0]})", "its names are unknown.", "use another."
+            f"{path}: no causal LM of this transformers ({str(error).splitlines()[0]})",
+            "its names are unknown.",
+            "use another.",
         ) from None
     state, files = read_folder(path)
     return fitted_llm(Opened(NAME, KIND, config, state, files, path), wanted)
@@ -70,18 +87,46 @@ def fitted_llm(opened: Opened, wanted: Shapes) -> Opened:
     state: Tensors = dict(opened.tensors)
     ignored: list[str] = []
     problems: list[Problem] = []
-    if opened.config.tie_word_embeddings and "lm_head.weight" in state and "lm_head.weight" not in wanted:
+    if (
+        opened.config.tie_word_embeddings
+        and "lm_head.weight" in state
+        and "lm_head.weight" not in wanted
+    ):
         head = state.pop("lm_head.weight")
-        embedding = next((t for name, t in state.items() if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+        embedding = next(
+            (
+                t
+                for name, t in state.items()
+                if name.endswith(("embed_tokens.weight", "wte.weight"))
+            ),
+            None,
+        )
         if embedding is None or same_bytes(head, embedding):
             ignored.append("lm_head.weight")
         else:
-            problems.append(Problem("unexpected", "lm_head.weight", "differs from the embedding that config.json ties it to"))
-    tensors, unused, more = fitted({k: (k, t) for k, t in state.items()}, wanted, ignore=lambda key: bool(_COMPUTED.fullmatch(key)))
+            problems.append(
+                Problem(
+                    "unexpected",
+                    "lm_head.weight",
+                    "differs from the embedding that config.json ties it to",
+                )
+            )
+    tensors, unused, more = fitted(
+        {k: (k, t) for k, t in state.items()},
+        wanted,
+        ignore=lambda key: bool(_COMPUTED.fullmatch(key)),
+    )
     return Opened(
-        opened.format, KIND, opened.config, tensors, opened.files, opened.root, (*opened.ignored, *ignored, *unused),
-        (*problems, *more), opened.notes,
-    )  # fmt: skip
+        opened.format,
+        KIND,
+        opened.config,
+        tensors,
+        opened.files,
+        opened.root,
+        (*opened.ignored, *ignored, *unused),
+        (*problems, *more),
+        opened.notes,
+    )
 
 
 def architecture_of(config: Any) -> str:

@@ -45,14 +45,25 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     """
     files = numbered_files(path)
     state = merged(files, width_of="layers.0.attention.wq.weight")
-    for key in ("tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", "layers.0.feed_forward.w1.weight"):
+    for key in (
+        "tok_embeddings.weight",
+        "layers.0.attention.wq.weight",
+        "layers.0.attention.wk.weight",
+        "layers.0.feed_forward.w1.weight",
+    ):
         if key not in state:
-            raise UsageError(f"{files[0]}: no key {key}", "the sizes are read from it.", "give LLaMA's consolidated.00.pth.")
+            raise UsageError(
+                f"{files[0]}: no key {key}",
+                "the sizes are read from it.",
+                "give LLaMA's consolidated.00.pth.",
+            )
     params = _params(files[0], options)
     config = config_from_params(params, {k: t.shape for k, t in state.items()}, files[0].parent)
     table = next((t for k, t in state.items() if ROTARY_TABLE.fullmatch(k)), None)
     check_heads("--llm-heads", config.num_attention_heads, config.hidden_size, table)
-    if "output.weight" in state and same_bytes(state["output.weight"], state["tok_embeddings.weight"]):
+    if "output.weight" in state and same_bytes(
+        state["output.weight"], state["tok_embeddings.weight"]
+    ):
         config.tie_word_embeddings = True  # LLaMA 3.2's small models; Meta's files hold both
     named: Tensors = {}
     dropped = []
@@ -62,7 +73,9 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
             continue
         name = name_from_meta(key) or key
         heads = rotary_heads(name, config)
-        rows_fit = heads is not None and len(tensor.shape) == 2 and tensor.shape[0] % (2 * heads) == 0
+        rows_fit = (
+            heads is not None and len(tensor.shape) == 2 and tensor.shape[0] % (2 * heads) == 0
+        )
         named[name] = to_halves(tensor, heads) if heads and rows_fit else tensor
     notes = {"model-parallel files": len(files)} if len(files) > 1 else {}
     opened = Opened(NAME, KIND, config, named, files, files[0].parent, tuple(dropped), notes=notes)
@@ -73,11 +86,20 @@ def _params(file: Path, options: Options) -> dict[str, Any]:
     path = file.with_name("params.json")
     if path.is_file():
         try:
-            return {**json.loads(path.read_text(encoding="utf-8")), **({"n_heads": options.llm_heads} if options.llm_heads else {})}
+            return {
+                **json.loads(path.read_text(encoding="utf-8")),
+                **({"n_heads": options.llm_heads} if options.llm_heads else {}),
+            }
         except (json.JSONDecodeError, TypeError) as error:
-            raise UsageError(f"{path} cannot be read: {error}", "heads and RoPE are in it.", "download it again.") from None
+            raise UsageError(
+                f"{path} cannot be read: {error}", "heads and RoPE are in it.", "download it again."
+            ) from None
     if options.llm_heads is None:
-        raise UsageError(f"no {path}", "heads, RoPE and the norm's epsilon are in it.", "copy it beside the weights, or give --llm-heads.")
+        raise UsageError(
+            f"no {path}",
+            "heads, RoPE and the norm's epsilon are in it.",
+            "copy it beside the weights, or give --llm-heads.",
+        )
     return {"n_heads": options.llm_heads}
 
 
@@ -93,7 +115,11 @@ def plan(opened: Opened, options: Options) -> Plan:
     for name, tensor in opened.tensors.items():
         key, heads = name_to_meta(name), rotary_heads(name, config)
         if key is None:
-            raise UsageError(f"Meta's LLaMA has no {name}", "it cannot be written.", "keep the model in transformers' layout.")
+            raise UsageError(
+                f"Meta's LLaMA has no {name}",
+                "it cannot be written.",
+                "keep the model in transformers' layout.",
+            )
         tensors[key] = to_pairs(tensor, heads) if heads else tensor
     if "output.weight" not in tensors:  # tied: Meta's code has a head of its own
         tensors["output.weight"] = tensors["tok_embeddings.weight"]

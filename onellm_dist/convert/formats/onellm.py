@@ -33,15 +33,25 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         UsageError: not such a directory, or files are missing.
     """
     if not recognise(path):
-        raise UsageError(f"no OneLLM in {path}", "its config.json says otherwise or is missing.", "give a onellm directory.")
+        raise UsageError(
+            f"no OneLLM in {path}",
+            "its config.json says otherwise or is missing.",
+            "give a onellm directory.",
+        )
     try:
         config = AutoConfig.from_pretrained(path)
     except (ValueError, KeyError, OneLLMError) as error:
-        raise UsageError(f"{path}/config.json: {str(error).splitlines()[0]}", "the model cannot be built.", "mend it.") from None
+        raise UsageError(
+            f"{path}/config.json: {str(error).splitlines()[0]}",
+            "the model cannot be built.",
+            "mend it.",
+        ) from None
     state, files = read_folder(path)
     tied = config.text_config.tie_word_embeddings
     tensors, ignored, problems = fitted(
-        {k: (k, t) for k, t in state.items()}, onellm_shapes(config), ignore=lambda key: tied and key == "llm.lm_head.weight"
+        {k: (k, t) for k, t in state.items()},
+        onellm_shapes(config),
+        ignore=lambda key: tied and key == "llm.lm_head.weight",
     )
     return Opened(NAME, KIND, config, tensors, files, path, ignored, problems)
 

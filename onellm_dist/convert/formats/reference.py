@@ -39,19 +39,33 @@ REFERENCE_POSITIONS = 4096
 """Length of the reference's rotary table (twice its max_seq_len of 2048)."""
 
 MODALITIES = {
-    "image": "image", "video": "video", "audio": "audio", "point": "point",
-    "rgbd": "depth", "rgbn": "normal", "fmri": "fmri", "imu": "imu",
-}  # fmt: skip
+    "image": "image",
+    "video": "video",
+    "audio": "audio",
+    "point": "point",
+    "rgbd": "depth",
+    "rgbn": "normal",
+    "fmri": "fmri",
+    "imu": "imu",
+}
 """The reference's name of each modality -> ours."""
 
 # CLIP's text tower without its blocks: in every checkpoint, used by nothing.
-_DEAD = re.compile(r"clip\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias))")
+_DEAD = re.compile(
+    r"clip\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias))"
+)
 
 _UPM_BLOCK = {
-    "attention.wq": "attention.q", "attention.wk": "attention.k", "attention.wv": "attention.v", "attention.wo": "attention.out",
-    "feed_forward.w1": "feed_forward.gate", "feed_forward.w3": "feed_forward.up", "feed_forward.w2": "feed_forward.down",
-    "attention_norm": "attention_norm", "ffn_norm": "ffn_norm",
-}  # fmt: skip
+    "attention.wq": "attention.q",
+    "attention.wk": "attention.k",
+    "attention.wv": "attention.v",
+    "attention.wo": "attention.out",
+    "feed_forward.w1": "feed_forward.gate",
+    "feed_forward.w3": "feed_forward.up",
+    "feed_forward.w2": "feed_forward.down",
+    "attention_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
 _TOKENIZER = {"audio": "conv", "point.conv1": "conv", "fmri": "linear", "imu": "conv"}
 _PROJECTION = ("linear", "norm")
 
@@ -59,14 +73,26 @@ _Match = re.Match[str]
 _MODAL = "|".join(MODALITIES)
 _RULES: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
     (r"(tok_embeddings|norm|output)\.weight", lambda m: f"llm.{TOP[m[1]]}.weight"),
-    (rf"layers\.(\d+)\.({'|'.join(BLOCK)})\.weight", lambda m: f"llm.model.layers.{m[1]}.{BLOCK[m[2]]}.weight"),
+    (
+        rf"layers\.(\d+)\.({'|'.join(BLOCK)})\.weight",
+        lambda m: f"llm.model.layers.{m[1]}.{BLOCK[m[2]]}.weight",
+    ),
     (
         rf"resample_layers\.(\d+)\.(\d+)\.({'|'.join(_UPM_BLOCK)})\.weight",
         lambda m: f"upm.experts.{m[1]}.blocks.{m[2]}.{_UPM_BLOCK[m[3]]}.weight",
     ),
-    (r"clip\.visual\.(.+)", lambda m: f"encoder.{name}" if (name := name_from_open_clip(m[1])) else None),
-    (rf"conv1\.({'|'.join(_TOKENIZER)})\.(weight|bias)", lambda m: f"tokenizers.{m[1].split('.')[0]}.embed.{_TOKENIZER[m[1]]}.{m[2]}"),
-    (r"positional_embedding\.(audio|point|fmri|imu)", lambda m: f"tokenizers.{m[1]}.positions.weight"),
+    (
+        r"clip\.visual\.(.+)",
+        lambda m: f"encoder.{name}" if (name := name_from_open_clip(m[1])) else None,
+    ),
+    (
+        rf"conv1\.({'|'.join(_TOKENIZER)})\.(weight|bias)",
+        lambda m: f"tokenizers.{m[1].split('.')[0]}.embed.{_TOKENIZER[m[1]]}.{m[2]}",
+    ),
+    (
+        r"positional_embedding\.(audio|point|fmri|imu)",
+        lambda m: f"tokenizers.{m[1]}.positions.weight",
+    ),
     (rf"resample_tokens\.({_MODAL})", lambda m: f"projectors.{MODALITIES[m[1]]}.queries.weight"),
     (rf"(start|end)_tag\.({_MODAL})", lambda m: f"projectors.{MODALITIES[m[2]]}.{m[1]}_tag.weight"),
     (
@@ -77,7 +103,10 @@ _RULES: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
         rf"clip_proj2\.({_MODAL})\.([01])\.(weight|bias)",
         lambda m: f"projectors.{MODALITIES[m[1]]}.out_proj.{_PROJECTION[int(m[2])]}.{m[3]}",
     ),
-    (rf"routers\.({_MODAL})\.(fc[12])\.(weight|bias)", lambda m: f"projectors.{MODALITIES[m[1]]}.router.{m[2]}.{m[3]}"),
+    (
+        rf"routers\.({_MODAL})\.(fc[12])\.(weight|bias)",
+        lambda m: f"projectors.{MODALITIES[m[1]]}.router.{m[2]}.{m[3]}",
+    ),
 )
 
 
@@ -95,19 +124,36 @@ def name_from_reference(key: str) -> str | None:
 
 _THEIRS = {ours: theirs for theirs, ours in MODALITIES.items()}
 _BACK: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
-    (r"llm\.(model\.embed_tokens|model\.norm|lm_head)\.weight", lambda m: f"{_inverse(TOP)[m[1]]}.weight"),
-    (r"llm\.model\.layers\.(\d+)\.(.+)\.weight", lambda m: f"layers.{m[1]}.{_inverse(BLOCK)[m[2]]}.weight"),
-    (r"upm\.experts\.(\d+)\.blocks\.(\d+)\.(.+)\.weight", lambda m: f"resample_layers.{m[1]}.{m[2]}.{_inverse(_UPM_BLOCK)[m[3]]}.weight"),
+    (
+        r"llm\.(model\.embed_tokens|model\.norm|lm_head)\.weight",
+        lambda m: f"{_inverse(TOP)[m[1]]}.weight",
+    ),
+    (
+        r"llm\.model\.layers\.(\d+)\.(.+)\.weight",
+        lambda m: f"layers.{m[1]}.{_inverse(BLOCK)[m[2]]}.weight",
+    ),
+    (
+        r"upm\.experts\.(\d+)\.blocks\.(\d+)\.(.+)\.weight",
+        lambda m: f"resample_layers.{m[1]}.{m[2]}.{_inverse(_UPM_BLOCK)[m[3]]}.weight",
+    ),
     (r"encoder\.(.+)", lambda m: f"clip.visual.{open_clip_name(m[1])}"),
-    (r"tokenizers\.(\w+)\.embed\.\w+\.(weight|bias)", lambda m: f"conv1.{'point.conv1' if m[1] == 'point' else m[1]}.{m[2]}"),
+    (
+        r"tokenizers\.(\w+)\.embed\.\w+\.(weight|bias)",
+        lambda m: f"conv1.{'point.conv1' if m[1] == 'point' else m[1]}.{m[2]}",
+    ),
     (r"tokenizers\.(\w+)\.positions\.weight", lambda m: f"positional_embedding.{m[1]}"),
     (r"projectors\.(\w+)\.queries\.weight", lambda m: f"resample_tokens.{_THEIRS[m[1]]}"),
     (r"projectors\.(\w+)\.(start|end)_tag\.weight", lambda m: f"{m[2]}_tag.{_THEIRS[m[1]]}"),
     (
         r"projectors\.(\w+)\.(in|out)_proj\.(linear|norm)\.(weight|bias)",
-        lambda m: f"clip_proj{1 if m[2] == 'in' else 2}.{_THEIRS[m[1]]}.{_PROJECTION.index(m[3])}.{m[4]}",
+        lambda m: (
+            f"clip_proj{1 if m[2] == 'in' else 2}.{_THEIRS[m[1]]}.{_PROJECTION.index(m[3])}.{m[4]}"
+        ),
     ),
-    (r"projectors\.(\w+)\.router\.(fc[12])\.(weight|bias)", lambda m: f"routers.{_THEIRS[m[1]]}.{m[2]}.{m[3]}"),
+    (
+        r"projectors\.(\w+)\.router\.(fc[12])\.(weight|bias)",
+        lambda m: f"routers.{_THEIRS[m[1]]}.{m[2]}.{m[3]}",
+    ),
 )
 
 
@@ -149,7 +195,10 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         UsageError: not such a checkpoint, or heads that cannot be.
     """
     files = numbered_files(path)
-    state = {key.removeprefix(PREFIX): t for key, t in merged(files, width_of=f"{PREFIX}layers.0.attention.wq.weight").items()}
+    state = {
+        key.removeprefix(PREFIX): t
+        for key, t in merged(files, width_of=f"{PREFIX}layers.0.attention.wq.weight").items()
+    }
     params = _params_beside(files[0])
     config = config_from_shapes(
         {k: t.shape for k, t in state.items()},
@@ -159,7 +208,9 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         options.llm_heads or params.get("n_heads"),
     )
     table = next((t for k, t in state.items() if ROTARY_TABLE.fullmatch(k)), None)
-    check_heads("--llm-heads", config.text_config.num_attention_heads, config.text_config.hidden_size, table)
+    check_heads(
+        "--llm-heads", config.text_config.num_attention_heads, config.text_config.hidden_size, table
+    )
     wanted = parameter_shapes(lambda: OneLLMForConditionalGeneration(config))
     given = {f"{PREFIX}{k}": (name_from_reference(k), t) for k, t in state.items()}
     tensors, ignored, problems = fitted(given, wanted, ignore=_unused)
@@ -183,11 +234,17 @@ def _params_beside(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "the number of heads is in it.", "mend or remove it.") from None
+        raise UsageError(
+            f"{path} cannot be read: {error}", "the number of heads is in it.", "mend or remove it."
+        ) from None
 
 
 def config_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]], source: Path, encoder_heads: int | None, upm_heads: int | None, llm_heads: int | None
+    shapes: Mapping[str, tuple[int, ...]],
+    source: Path,
+    encoder_heads: int | None,
+    upm_heads: int | None,
+    llm_heads: int | None,
 ) -> OneLLMConfig:
     """The config that a checkpoint's shapes imply (keys without `llma.`); experts, blocks and layers are counted.
 
@@ -198,7 +255,9 @@ def config_from_shapes(
     def shape(key: str) -> tuple[int, ...]:
         if key not in shapes:
             raise UsageError(
-                f"{source}: no key {PREFIX}{key}", "the sizes are read from it.", "give a whole checkpoint of the reference's code."
+                f"{source}: no key {PREFIX}{key}",
+                "the sizes are read from it.",
+                "give a whole checkpoint of the reference's code.",
             )
         return shapes[key]
 
@@ -226,10 +285,18 @@ def config_from_shapes(
     )
     heads = _heads("--llm-heads", llm_heads, width, LLM_HEAD_WIDTH)
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=shape("layers.0.feed_forward.w1.weight")[0],
-        num_hidden_layers=count(r"layers\.(\d+)\."), num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=REFERENCE_POSITIONS, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shape("layers.0.feed_forward.w1.weight")[0],
+        num_hidden_layers=count(r"layers\.(\d+)\."),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=REFERENCE_POSITIONS,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
     names = [ours for theirs, ours in MODALITIES.items() if f"resample_tokens.{theirs}" in shapes]
     return OneLLMConfig(vision=vision, upm=upm, text_config=text, modalities=names)
 
@@ -252,7 +319,11 @@ def plan(opened: Opened, options: Options) -> Plan:
     config: OneLLMConfig = opened.config
     only_clip(config.vision, NAME)
     params = params_from_config(config.text_config)
-    if config.upm.router != "soft" or config.vision.act != "quick_gelu" or params["n_kv_heads"] != params["n_heads"]:
+    if (
+        config.upm.router != "soft"
+        or config.vision.act != "quick_gelu"
+        or params["n_kv_heads"] != params["n_heads"]
+    ):
         raise UsageError(
             f"{opened.root}: router {config.upm.router}, activation {config.vision.act}, "
             f"{params['n_kv_heads']} of {params['n_heads']} key-value heads",
@@ -264,9 +335,15 @@ def plan(opened: Opened, options: Options) -> Plan:
         for name, tensor in _untied(opened.tensors).items():
             key = name_to_reference(name)
             heads = rotary_heads(name, config.text_config)
-            tensors[PREFIX + key] = (to_pairs(tensor, heads) if heads else tensor).reshaped(_their_shape(key, tensor.shape))
+            tensors[PREFIX + key] = (to_pairs(tensor, heads) if heads else tensor).reshaped(
+                _their_shape(key, tensor.shape)
+            )
     except KeyError as error:
-        raise UsageError(f"{opened.root}: the reference has no {error.args[0]}", "it cannot be written.", "keep the onellm form.") from None
+        raise UsageError(
+            f"{opened.root}: the reference has no {error.args[0]}",
+            "it cannot be written.",
+            "keep the onellm form.",
+        ) from None
 
     def finish(folder: Path) -> None:
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
@@ -277,7 +354,11 @@ def plan(opened: Opened, options: Options) -> Plan:
 def _untied(tensors: Tensors) -> Tensors:
     """Tied embeddings are written twice: the reference has a head of its own."""
     head, embedding = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
-    return tensors if head in tensors or embedding not in tensors else {**tensors, head: tensors[embedding]}
+    return (
+        tensors
+        if head in tensors or embedding not in tensors
+        else {**tensors, head: tensors[embedding]}
+    )
 
 
 def _their_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -323,6 +404,12 @@ def convert_reference(
     """
     from onellm_dist.convert.conversion import convert
 
-    options = Options(tokenizer=tokenizer, encoder_heads=encoder_heads, upm_heads=upm_heads, llm_heads=llm_heads)
+    options = Options(
+        tokenizer=tokenizer, encoder_heads=encoder_heads, upm_heads=upm_heads, llm_heads=llm_heads
+    )
     opened, _ = convert(NAME, ckpt, out, to="onellm", options=options, quiet=True)
-    return Converted(sum(t.numel for t in opened.tensors.values()), opened.ignored, (out / "tokenizer.json").is_file())
+    return Converted(
+        sum(t.numel for t in opened.tensors.values()),
+        opened.ignored,
+        (out / "tokenizer.json").is_file(),
+    )

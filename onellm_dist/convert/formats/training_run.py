@@ -46,7 +46,11 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     folder = _newest(path) if _manifest_of(path) is None else path
     manifest = _manifest_of(folder)
     if manifest is None:
-        raise UsageError(f"no checkpoint in {path}", "a manifest.json and ranges are expected.", "give a step-... folder of a run.")
+        raise UsageError(
+            f"no checkpoint in {path}",
+            "a manifest.json and ranges are expected.",
+            "give a step-... folder of a run.",
+        )
     files = _whole_files(folder, manifest)
     run = folder.parent.parent
     precision = _precision(run)
@@ -54,15 +58,37 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     base = _base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
     trained = _trained(folder, manifest)
     wanted = onellm.onellm_shapes(base.config)
-    strange = [Problem("unexpected", name, str(list(t.shape))) for name, t in trained.items() if wanted.get(name) != t.shape]
-    tensors = cast_all({name: trained.get(name, tensor) for name, tensor in base.tensors.items()}, options.dtype or dtype)
+    strange = [
+        Problem("unexpected", name, str(list(t.shape)))
+        for name, t in trained.items()
+        if wanted.get(name) != t.shape
+    ]
+    tensors = cast_all(
+        {name: trained.get(name, tensor) for name, tensor in base.tensors.items()},
+        options.dtype or dtype,
+    )
     notes = {
-        "step": manifest.get("step"), "stage": manifest.get("stage"), "world size": manifest.get("world"),
-        "optimizer steps": manifest.get("optimizer_steps"), "precision": precision or "unknown (fp32 taken)",
-        "trained tensors": f"{len(trained)} of {len(wanted)}", "seed": manifest.get("seed"), "plan": manifest.get("plan"),
+        "step": manifest.get("step"),
+        "stage": manifest.get("stage"),
+        "world size": manifest.get("world"),
+        "optimizer steps": manifest.get("optimizer_steps"),
+        "precision": precision or "unknown (fp32 taken)",
+        "trained tensors": f"{len(trained)} of {len(wanted)}",
+        "seed": manifest.get("seed"),
+        "plan": manifest.get("plan"),
         **_figures(run, manifest.get("step")),
-    }  # fmt: skip
-    return Opened(NAME, KIND, base.config, tensors, (*files, *base.files), base.root, (), (*base.problems, *strange), notes)
+    }
+    return Opened(
+        NAME,
+        KIND,
+        base.config,
+        tensors,
+        (*files, *base.files),
+        base.root,
+        (),
+        (*base.problems, *strange),
+        notes,
+    )
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:
@@ -75,10 +101,14 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _newest(path: Path) -> Path:
-    found = [f for f in sorted((path / "checkpoints").glob("step-*")) if _manifest_of(f) is not None]
+    found = [
+        f for f in sorted((path / "checkpoints").glob("step-*")) if _manifest_of(f) is not None
+    ]
     if not found:
         raise UsageError(
-            f"no checkpoint in {path}", "there is nothing to convert.", "give a run directory or one of its checkpoints/step-...."
+            f"no checkpoint in {path}",
+            "there is nothing to convert.",
+            "give a run directory or one of its checkpoints/step-....",
         )
     return found[-1]
 
@@ -86,7 +116,9 @@ def _newest(path: Path) -> Path:
 def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
     if manifest["version"] not in VERSIONS:
         raise UsageError(
-            f"{folder}: version {manifest['version']}", f"this program reads versions {VERSIONS}.", "convert it with its own version."
+            f"{folder}: version {manifest['version']}",
+            f"this program reads versions {VERSIONS}.",
+            "convert it with its own version.",
         )
     wrong = []
     for name, size in manifest["files"].items():
@@ -97,7 +129,9 @@ def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
             wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
     if wrong:
         raise UsageError(
-            f"{folder} is not whole: {'; '.join(wrong)}", "trained weights would be lost.", "give another checkpoint of the run."
+            f"{folder} is not whole: {'; '.join(wrong)}",
+            "trained weights would be lost.",
+            "give another checkpoint of the run.",
         )
     return tuple(folder / name for name in sorted(manifest["files"]))
 
@@ -105,8 +139,12 @@ def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
 def _trained(folder: Path, manifest: dict[str, Any]) -> Tensors:
     ranges: Tensors = {}
     for name in manifest["files"]:
-        ranges |= {f"{name}/{key}": tensor for key, tensor in read_safetensors(folder / name).items()}
-    return {name: _joined(folder, name, entry, ranges) for name, entry in manifest["parameters"].items()}
+        ranges |= {
+            f"{name}/{key}": tensor for key, tensor in read_safetensors(folder / name).items()
+        }
+    return {
+        name: _joined(folder, name, entry, ranges) for name, entry in manifest["parameters"].items()
+    }
 
 
 def _joined(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors) -> LazyTensor:
@@ -117,11 +155,19 @@ def _joined(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors) -> 
     for start, length, file in pieces:
         part = ranges.get(f"{file}/{name}:{start}:{MASTER}")
         if start != at or part is None or part.numel != length:
-            raise OneLLMError(f"checkpoint {folder} lacks elements of {name} from {at} on", "it is not whole.", "give another checkpoint.")
+            raise OneLLMError(
+                f"checkpoint {folder} lacks elements of {name} from {at} on",
+                "it is not whole.",
+                "give another checkpoint.",
+            )
         parts.append(part)
         at += length
     if at != torch.Size(shape).numel():
-        raise OneLLMError(f"checkpoint {folder} has {at} elements of {name} {list(shape)}", "it is not whole.", "give another checkpoint.")
+        raise OneLLMError(
+            f"checkpoint {folder} has {at} elements of {name} {list(shape)}",
+            "it is not whole.",
+            "give another checkpoint.",
+        )
 
     def stream() -> Iterator[torch.Tensor]:
         for part in parts:
@@ -146,7 +192,10 @@ def _figures(run: Path, steps: object) -> dict[str, Any]:
         except json.JSONDecodeError:
             continue  # the last line of a run that was killed
         if isinstance(steps, int) and found.get("step") == steps - 1:
-            return {"loss of the last step": found.get("loss"), "sample_digest of the last step": found.get("sample_digest")}
+            return {
+                "loss of the last step": found.get("loss"),
+                "sample_digest of the last step": found.get("sample_digest"),
+            }
     return {}
 
 
@@ -174,7 +223,9 @@ def _base(about: dict[str, Any], seed: int, run: Path, options: Options) -> Open
         base = _preset(str(preset), seed)
     else:
         raise UsageError(
-            f"{run}: the checkpoint does not say what the run started from", "frozen weights come from it.", "give --base DIR."
+            f"{run}: the checkpoint does not say what the run started from",
+            "frozen weights come from it.",
+            "give --base DIR.",
         )
     source = base.config.modalities[0] if base.config.modalities else ""
     tensors = dict(base.tensors)
@@ -189,4 +240,11 @@ def _preset(name: str, seed: int) -> Opened:
     if name != "smollm2-135m":
         return Opened("preset", KIND, config, tensors, (), TOY_TOKENIZER)
     llm = gguf.open_checkpoint(smollm2_gguf(), Options())
-    return Opened("preset", KIND, config, {**tensors, **with_prefix(cast_all(llm.tensors, torch.float32), "llm.")}, llm.files, llm.root)
+    return Opened(
+        "preset",
+        KIND,
+        config,
+        {**tensors, **with_prefix(cast_all(llm.tensors, torch.float32), "llm.")},
+        llm.files,
+        llm.root,
+    )

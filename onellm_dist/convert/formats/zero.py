@@ -35,35 +35,57 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     """
     if elastic.recognise(path):
         return elastic.open_checkpoint(path, options)
-    folder = path / (path / "latest").read_text(encoding="utf-8").strip() if (path / "latest").is_file() else path
+    folder = (
+        path / (path / "latest").read_text(encoding="utf-8").strip()
+        if (path / "latest").is_file()
+        else path
+    )
     optim, model = _sorted(folder, "*_optim_states.pt"), _sorted(folder, "*_model_states.pt")
     if not optim or not model:
-        raise UsageError(f"no ZeRO checkpoint in {folder}", "*_optim_states.pt and *_model_states.pt hold it.", "give global_stepN.")
+        raise UsageError(
+            f"no ZeRO checkpoint in {folder}",
+            "*_optim_states.pt and *_model_states.pt hold it.",
+            "give global_stepN.",
+        )
     ranks = [_optimizer_of(file) for file in optim]
     about = read_pickled(model[0], inert=INERT)
     stage, world = int(ranks[0]["zero_stage"]), _world(ranks[0]["partition_count"])
     if world != len(ranks):
         raise UsageError(
-            f"{folder}: {len(ranks)} of {world} ranks' files are there", "each holds a part of every weight.", "copy all of them."
+            f"{folder}: {len(ranks)} of {world} ranks' files are there",
+            "each holds a part of every weight.",
+            "copy all of them.",
         )
     try:
         if stage <= 2:
             tensors = _stage2(ranks, about)
             frozen = about.get("frozen_param_fragments") or {}
-            tensors |= {n: frozen[n].reshaped(tuple(s)) for n, s in (about.get("frozen_param_shapes") or {}).items()}
+            tensors |= {
+                n: frozen[n].reshaped(tuple(s))
+                for n, s in (about.get("frozen_param_shapes") or {}).items()
+            }
         else:
             tensors = _stage3(ranks, about, world)
             tensors |= _frozen3(about, [about, *(read_pickled(f, inert=INERT) for f in model[1:])])
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise unreadable(folder, f"it is laid out otherwise than DeepSpeed 0.19 does ({error})") from None
+        raise unreadable(
+            folder, f"it is laid out otherwise than DeepSpeed 0.19 does ({error})"
+        ) from None
     for pair in about.get("shared_params") or {}:
         tensors.pop(pair, None)  # a tied weight: it stands under its other name
-    notes = {"zero stage": stage, "world size": world, "deepspeed": about.get("ds_version"), "step": about.get("global_steps")}
+    notes = {
+        "zero stage": stage,
+        "world size": world,
+        "deepspeed": about.get("ds_version"),
+        "step": about.get("global_steps"),
+    }
     return overlaid(NAME, folder, tensors, (*optim, *model), options, notes)
 
 
 def _sorted(folder: Path, pattern: str) -> tuple[Path, ...]:
-    return tuple(sorted(folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)]))
+    return tuple(
+        sorted(folder.glob(pattern), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
+    )
 
 
 def _optimizer_of(file: Path) -> dict[str, Any]:
@@ -100,8 +122,14 @@ def _stage3(ranks: list[dict[str, Any]], about: dict[str, Any], world: int) -> T
     for name, shape in {n: s for group in about["param_shapes"] for n, s in group.items()}.items():
         count = math.prod(shape)
         part = -(-count // world)
-        held = [min(part, max(0, count - rank * part)) for rank in range(world)]  # the last ranks' parts are padded
-        pieces = [_range(ranks[rank]["fp32_flat_groups"], at, at + held[rank]) for rank in range(world) if held[rank]]
+        held = [
+            min(part, max(0, count - rank * part)) for rank in range(world)
+        ]  # the last ranks' parts are padded
+        pieces = [
+            _range(ranks[rank]["fp32_flat_groups"], at, at + held[rank])
+            for rank in range(world)
+            if held[rank]
+        ]
         tensors[name] = concatenated(pieces).reshaped(tuple(shape))
         at += part
     _check_consumed(at, sum(f.numel for f in ranks[0]["fp32_flat_groups"]), 1)
@@ -111,7 +139,9 @@ def _stage3(ranks: list[dict[str, Any]], about: dict[str, Any], world: int) -> T
 def _frozen3(about: dict[str, Any], models: list[dict[str, Any]]) -> Tensors:
     shapes = about.get("frozen_param_shapes") or {}
     return {
-        name: concatenated([_flat(model, name) for model in models]).elements(0, math.prod(shape)).reshaped(tuple(shape))
+        name: concatenated([_flat(model, name) for model in models])
+        .elements(0, math.prod(shape))
+        .reshaped(tuple(shape))
         for name, shape in shapes.items()
     }
 

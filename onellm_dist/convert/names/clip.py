@@ -29,7 +29,10 @@ _TO_HF = (
     (r"ln_pre\.(weight|bias)", r"vision_model.pre_layrnorm.\1"),  # transformers' own spelling
     (r"ln_post\.(weight|bias)", r"vision_model.post_layernorm.\1"),
     (r"blocks\.(\d+)\.ln_(1|2)\.(weight|bias)", r"vision_model.encoder.layers.\1.layer_norm\2.\3"),
-    (r"blocks\.(\d+)\.attn\.out\.(weight|bias)", r"vision_model.encoder.layers.\1.self_attn.out_proj.\2"),
+    (
+        r"blocks\.(\d+)\.attn\.out\.(weight|bias)",
+        r"vision_model.encoder.layers.\1.self_attn.out_proj.\2",
+    ),
     (r"blocks\.(\d+)\.mlp\.up\.(weight|bias)", r"vision_model.encoder.layers.\1.mlp.fc1.\2"),
     (r"blocks\.(\d+)\.mlp\.down\.(weight|bias)", r"vision_model.encoder.layers.\1.mlp.fc2.\2"),
 )
@@ -69,11 +72,15 @@ def _hf_names(name: str) -> tuple[str, ...]:
     qkv = _OUR_QKV.fullmatch(name)
     if qkv:
         return tuple(_HF_QKV.format(qkv[1], part, qkv[2]) for part in "qkv")
-    return next((match.expand(r),) for pattern, r in _TO_HF if (match := re.fullmatch(pattern, name)))
+    return next(
+        (match.expand(r),) for pattern, r in _TO_HF if (match := re.fullmatch(pattern, name))
+    )
 
 
-def from_hf(state: Tensors, names: list[str]) -> tuple[dict[str, tuple[str | None, LazyTensor]], set[str]]:
-    """transformers' state as (its key -> (our name, tensor)) for our parameters `names`, and all of its keys that were used."""
+def from_hf(
+    state: Tensors, names: list[str]
+) -> tuple[dict[str, tuple[str | None, LazyTensor]], set[str]]:
+    """Transformers' state as (its key -> (our name, tensor)) for our parameters `names`, and all of its keys that were used."""
     given: dict[str, tuple[str | None, LazyTensor]] = {}
     used: set[str] = set()
     for name in names:

@@ -13,11 +13,16 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.tensors.lazy import LazyTensor
 
 BLOCK = {
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-}  # fmt: skip
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _META_BLOCK = {ours: theirs for theirs, ours in BLOCK.items()}
 _META_TOP = {ours: theirs for theirs, ours in TOP.items()}
@@ -32,7 +37,7 @@ _SPLIT = (
 
 
 def name_from_meta(key: str) -> str | None:
-    """transformers' name of Meta's key, or None."""
+    """Transformers' name of Meta's key, or None."""
     match = re.fullmatch(rf"({'|'.join(TOP)})\.weight", key)
     if match:
         return f"{TOP[match[1]]}.weight"
@@ -59,13 +64,21 @@ def rotary_heads(name: str, config: Any) -> int | None:
 def to_halves(tensor: LazyTensor, heads: int) -> LazyTensor:
     """Meta rotates neighbouring channels (2i, 2i + 1), transformers channels (i, i + half): rows of wq and wk move, [rows, columns]."""
     rows, columns = tensor.shape
-    return tensor.mapped(lambda w: w.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns))
+    return tensor.mapped(
+        lambda w: (
+            w.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+        )
+    )
 
 
 def to_pairs(tensor: LazyTensor, heads: int) -> LazyTensor:
     """The inverse of `to_halves`."""
     rows, columns = tensor.shape
-    return tensor.mapped(lambda w: w.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns))
+    return tensor.mapped(
+        lambda w: (
+            w.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+        )
+    )
 
 
 def split_dimension(key: str, parts: list[LazyTensor], width: int) -> int | None:
@@ -89,7 +102,11 @@ def check_heads(label: str, heads: int, width: int, table: LazyTensor | None = N
     """
     do = f"give the right number: {label}=N (7B models have width / 128 heads)."
     if heads < 1 or width % heads or (width // heads) % 2:
-        raise UsageError(f"{label}={heads} does not split a width of {width} into even heads", "rotary channels come in pairs.", do)
+        raise UsageError(
+            f"{label}={heads} does not split a width of {width} into even heads",
+            "rotary channels come in pairs.",
+            do,
+        )
     if table is not None and table.numel != width // heads // 2:
         raise UsageError(
             f"{label}={heads} means heads of {width // heads} channels, the checkpoint's rotary table is for {2 * table.numel}",
@@ -98,8 +115,10 @@ def check_heads(label: str, heads: int, width: int, table: LazyTensor | None = N
         )
 
 
-def config_from_params(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: object) -> LlamaConfig:
-    """transformers' config for Meta's params.json, every size checked against the tensors' shapes (Meta's keys).
+def config_from_params(
+    params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: object
+) -> LlamaConfig:
+    """Transformers' config for Meta's params.json, every size checked against the tensors' shapes (Meta's keys).
 
     Raises:
         UsageError: a size contradicts a shape.
@@ -110,31 +129,58 @@ def config_from_params(params: Mapping[str, Any], shapes: Mapping[str, tuple[int
     kv_heads = int(params.get("n_kv_heads") or heads)
     check_heads("n_heads", heads, width)
     told = {
-        "dim": (params.get("dim", width), width), "n_layers": (params.get("n_layers", layers), layers),
+        "dim": (params.get("dim", width), width),
+        "n_layers": (params.get("n_layers", layers), layers),
         "n_heads * head width (rows of wq)": (width, shapes["layers.0.attention.wq.weight"][0]),
-        "n_kv_heads * head width (rows of wk)": (kv_heads * (width // heads), shapes["layers.0.attention.wk.weight"][0]),
-    }  # fmt: skip
+        "n_kv_heads * head width (rows of wk)": (
+            kv_heads * (width // heads),
+            shapes["layers.0.attention.wk.weight"][0],
+        ),
+    }
     if params.get("vocab_size", -1) > 0:
         told["vocab_size"] = (params["vocab_size"], vocabulary)
-    wrong = [f"{name} is {says}, the tensors have {has}" for name, (says, has) in told.items() if says != has]
+    wrong = [
+        f"{name} is {says}, the tensors have {has}"
+        for name, (says, has) in told.items()
+        if says != has
+    ]
     if wrong:
         raise UsageError(
-            f"{source}: params.json contradicts the weights: {'; '.join(wrong)}", "heads would be wrong.", "give the right one."
+            f"{source}: params.json contradicts the weights: {'; '.join(wrong)}",
+            "heads would be wrong.",
+            "give the right one.",
         )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(params.get("rope_theta", 10000.0))}
-    if params.get("use_scaled_rope"):  # LLaMA 3.1 and later: Meta's code has these four numbers, 3.2's small models a factor of 32
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": float(params.get("rope_theta", 10000.0)),
+    }
+    if params.get(
+        "use_scaled_rope"
+    ):  # LLaMA 3.1 and later: Meta's code has these four numbers, 3.2's small models a factor of 32
         rope |= {
-            "rope_type": "llama3", "factor": float(params.get("rope_scaling_factor", 8.0)), "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }  # fmt: skip
+            "rope_type": "llama3",
+            "factor": float(params.get("rope_scaling_factor", 8.0)),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     large_vocabulary = vocabulary > 100_000
     return LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        max_position_embeddings=int(params.get("max_seq_len") or (8192 if large_vocabulary else 4096)),
-        rms_norm_eps=float(params.get("norm_eps", 1e-5)), rope_parameters=rope, tie_word_embeddings=False,
-        bos_token_id=128000 if large_vocabulary else 1, eos_token_id=128001 if large_vocabulary else 2,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=shapes["layers.0.feed_forward.w1.weight"][0],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=int(
+            params.get("max_seq_len") or (8192 if large_vocabulary else 4096)
+        ),
+        rms_norm_eps=float(params.get("norm_eps", 1e-5)),
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        bos_token_id=128000 if large_vocabulary else 1,
+        eos_token_id=128001 if large_vocabulary else 2,
+    )
 
 
 def params_from_config(config: Any) -> dict[str, Any]:
@@ -145,7 +191,9 @@ def params_from_config(config: Any) -> dict[str, Any]:
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_width = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     faults = [
         fault
         for fault, there in (
@@ -153,17 +201,28 @@ def params_from_config(config: Any) -> dict[str, Any]:
             ("biases in attention", getattr(config, "attention_bias", False)),
             ("biases in the MLP", getattr(config, "mlp_bias", False)),
             (f"rope_type {kind}", kind not in ("default", "llama3")),
-            (f"heads of {head_width} channels", head_width * config.num_attention_heads != config.hidden_size),
+            (
+                f"heads of {head_width} channels",
+                head_width * config.num_attention_heads != config.hidden_size,
+            ),
         )
         if there
     ]
     if faults:
-        raise UsageError(f"this LLM has {', '.join(faults)}", "Meta's LLaMA code cannot run it.", "keep it in transformers' layout (hf).")
+        raise UsageError(
+            f"this LLM has {', '.join(faults)}",
+            "Meta's LLaMA code cannot run it.",
+            "keep it in transformers' layout (hf).",
+        )
     params: dict[str, Any] = {
-        "dim": config.hidden_size, "n_layers": config.num_hidden_layers, "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads, "vocab_size": config.vocab_size, "norm_eps": config.rms_norm_eps,
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.rms_norm_eps,
         **_ffn_rule(config.hidden_size, config.intermediate_size),
-    }  # fmt: skip
+    }
     if rope.get("rope_theta", 10000.0) != 10000.0:  # LLaMA 2's code does not know the key
         params["rope_theta"] = float(rope["rope_theta"])
     if kind == "llama3":
@@ -178,7 +237,11 @@ def _ffn_rule(width: int, hidden: int) -> dict[str, Any]:
     base = int(2 * (4 * width) / 3)
     if -(-base // 256) * 256 == hidden:
         return {"multiple_of": 256}
-    return {"multiple_of": hidden} if hidden >= base else {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
+    return (
+        {"multiple_of": hidden}
+        if hidden >= base
+        else {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
+    )
 
 
 def same_across_ranks(key: str, parts: list[LazyTensor], files: list[Any]) -> LazyTensor:

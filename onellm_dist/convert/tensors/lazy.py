@@ -21,9 +21,11 @@ BLOCK = 1 << 20
 """Bytes read, scanned, hashed and written at once: they stay in the processor's cache between these."""
 
 _BITS = {
-    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000), torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
-    torch.float16: (torch.int16, 0x7FFF, 0x7C00), torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
-}  # fmt: skip
+    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+}
 """Dtype -> (integer of its size, everything but the sign, smallest pattern that is not finite)."""
 
 
@@ -84,9 +86,13 @@ class LazyTensor:
 
         return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype), stream)
 
-    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int] | None = None) -> LazyTensor:
+    def mapped(
+        self, function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int] | None = None
+    ) -> LazyTensor:
         """`function` of the whole tensor, which must keep the dtype; `shape`: of its result where it is another."""
-        return LazyTensor(self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read()))
+        return LazyTensor(
+            self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read())
+        )
 
     def elements(self, start: int, end: int) -> LazyTensor:
         """Elements [start, end) of the flattened tensor, 1-D."""
@@ -154,7 +160,11 @@ class DataFile:
         while done < len(view):
             got = os.preadv(self._descriptor, [view[done : done + (64 << 20)]], offset + done)
             if got == 0:
-                raise OneLLMError(f"{self.path} ends at byte {offset + done}", "a tensor is cut short.", "download or copy it again.")
+                raise OneLLMError(
+                    f"{self.path} ends at byte {offset + done}",
+                    "a tensor is cut short.",
+                    "download or copy it again.",
+                )
             done += got
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> LazyTensor:
@@ -162,7 +172,9 @@ class DataFile:
         length = math.prod(shape) * dtype.itemsize
 
         def stream() -> Iterator[torch.Tensor]:
-            buffer = torch.empty(min(BLOCK, length), dtype=torch.uint8)  # one for all blocks: new memory costs as much as the reading
+            buffer = torch.empty(
+                min(BLOCK, length), dtype=torch.uint8
+            )  # one for all blocks: new memory costs as much as the reading
             for start in range(0, length, BLOCK):
                 block = buffer[: min(BLOCK, length - start)]
                 self._read_into(block, offset + start)
@@ -190,7 +202,13 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if a.stream is None or b.stream is None:
-        return torch.equal(a.read().reshape(-1).view(torch.uint8), b.read().reshape(-1).view(torch.uint8)) if a.numel else True
+        return (
+            torch.equal(
+                a.read().reshape(-1).view(torch.uint8), b.read().reshape(-1).view(torch.uint8)
+            )
+            if a.numel
+            else True
+        )
     left, right = equal_blocks(a), equal_blocks(b)
     return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
 

@@ -22,7 +22,11 @@ def numbered_files(path: Path) -> tuple[Path, ...]:
     if path.is_file() and not _NUMBERED.fullmatch(path.name):
         return (path,)
     folder = path if path.is_dir() else path.parent
-    found = {int(m[1]): (file, m[2]) for file in sorted(folder.glob("consolidated.*")) if (m := _NUMBERED.fullmatch(file.name))}
+    found = {
+        int(m[1]): (file, m[2])
+        for file in sorted(folder.glob("consolidated.*"))
+        if (m := _NUMBERED.fullmatch(file.name))
+    }
     if not found or (not path.is_dir() and not path.is_file()):
         raise UsageError(
             f"no checkpoint {path}",
@@ -66,5 +70,7 @@ def merged(files: tuple[Path, ...], *, width_of: str | None) -> dict[str, LazyTe
         parts = [state[key] for state in states]
         # CLIP has no wq, w1 or output.weight, tokenizers and projections neither: only LLM and UPM are split.
         dim = split_dimension(key.removeprefix("llma."), parts, width)
-        whole[key] = same_across_ranks(key, parts, list(files)) if dim is None else concatenated(parts, dim)
+        whole[key] = (
+            same_across_ranks(key, parts, list(files)) if dim is None else concatenated(parts, dim)
+        )
     return whole

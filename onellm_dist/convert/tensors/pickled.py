@@ -27,10 +27,17 @@ LARGEST_PICKLE = 256 << 20
 """Bytes of a description that is read; OneLLM-7B's has 0.1 MB."""
 
 _STORAGES = {
-    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,15 @@ def unreadable(path: Path, reason: object) -> UsageError:
     """The refusal of a file that is no checkpoint."""
     first = (str(reason).splitlines() or [type(reason).__name__])[0]
     return UsageError(
-        f"{path} cannot be read: {first}", "nothing was converted.", "download it again; only tensors are accepted, never pickled code."
+        f"{path} cannot be read: {first}",
+        "nothing was converted.",
+        "download it again; only tensors are accepted, never pickled code.",
     )
 
 
-def read_pickled(path: Path, *, inert: Sequence[str] = (), offset: int = 0, length: int | None = None) -> Any:
+def read_pickled(
+    path: Path, *, inert: Sequence[str] = (), offset: int = 0, length: int | None = None
+) -> Any:
     """What torch.save wrote, with LazyTensor in place of tensors.
 
     Args:
@@ -95,7 +106,9 @@ def read_bare_pickle(path: Path, *, inert: Sequence[str] = ()) -> Any:
         data = DataFile(path)
         if data.size > LARGEST_PICKLE:
             raise unreadable(path, f"it has {data.size} bytes")
-        return _Unpickler(bytes(data.bytes_at(0, data.size).numpy()), path, tuple(inert), None).load()
+        return _Unpickler(
+            bytes(data.bytes_at(0, data.size).numpy()), path, tuple(inert), None
+        ).load()
 
     return _guarded(path, read)
 
@@ -107,7 +120,15 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         raise
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
         raise unreadable(path, error) from None
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise unreadable(path, f"its description is no list of tensors ({error})") from None
 
 
@@ -120,7 +141,11 @@ def state_of(tree: Any, path: Path) -> dict[str, LazyTensor]:
     for key in ("model", "state_dict", "module"):
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
             tree = tree[key]
-    if not isinstance(tree, Mapping) or not tree or not all(isinstance(v, LazyTensor) for v in tree.values()):
+    if (
+        not isinstance(tree, Mapping)
+        or not tree
+        or not all(isinstance(v, LazyTensor) for v in tree.values())
+    ):
         raise unreadable(path, "it holds no mapping of names to tensors")
     return {str(key): value for key, value in tree.items()}
 
@@ -150,9 +175,14 @@ class _Archive:
             infos = archive.infolist()
         described = [i.filename for i in infos if i.filename.rsplit("/", 1)[-1] == "data.pkl"]
         if len(described) != 1:
-            raise unreadable(data.path, "it has no data.pkl (torch.save before 1.6 wrote another format: save it again)")
+            raise unreadable(
+                data.path,
+                "it has no data.pkl (torch.save before 1.6 wrote another format: save it again)",
+            )
         self.root = described[0].removesuffix("data.pkl")
-        self.entries = {i.filename.removeprefix(self.root): i for i in infos if i.filename.startswith(self.root)}
+        self.entries = {
+            i.filename.removeprefix(self.root): i for i in infos if i.filename.startswith(self.root)
+        }
         if len(self.entries) != len([i for i in infos if i.filename.startswith(self.root)]):
             raise unreadable(data.path, "two entries of the archive have one name")
         if "byteorder" in self.entries and self.bytes_of("byteorder") != b"little":
@@ -164,7 +194,10 @@ class _Archive:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise unreadable(self.data.path, f"entry {name} is compressed or encrypted")
         header = bytes(self.data.bytes_at(self.start + info.header_offset, 30).numpy())
-        magic, name_length, extra_length = *struct.unpack("<4s22x", header[:26]), *struct.unpack("<HH", header[26:])
+        magic, name_length, extra_length = (
+            *struct.unpack("<4s22x", header[:26]),
+            *struct.unpack("<HH", header[26:]),
+        )
         if magic != b"PK\x03\x04":
             raise unreadable(self.data.path, f"entry {name} has no header")
         offset = self.start + info.header_offset + 30 + name_length + extra_length
@@ -209,7 +242,9 @@ class _Window(io.RawIOBase):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, content: bytes, path: Path, inert: tuple[str, ...], archive: _Archive | None) -> None:
+    def __init__(
+        self, content: bytes, path: Path, inert: tuple[str, ...], archive: _Archive | None
+    ) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
         self._path, self._inert, self._archive = path, inert, archive
 
@@ -227,16 +262,25 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid
-        if self._archive is None or kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int):
+        if (
+            self._archive is None
+            or kind != "storage"
+            or not isinstance(dtype, torch.dtype)
+            or not isinstance(numel, int)
+        ):
             raise unreadable(self._path, f"an unknown kind of storage: {kind!r}")
         offset, length = self._archive.place(f"data/{key}")
         if length < numel * dtype.itemsize:
-            raise unreadable(self._path, f"storage {key} has {length} bytes for {numel} elements of {dtype}")
+            raise unreadable(
+                self._path, f"storage {key} has {length} bytes for {numel} elements of {dtype}"
+            )
         return _Storage(self._archive.data, offset, dtype, numel)
 
 
 def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
-    if not isinstance(storage, _Storage) or not all(isinstance(n, int) and n >= 0 for n in (start, *shape, *strides)):
+    if not isinstance(storage, _Storage) or not all(
+        isinstance(n, int) and n >= 0 for n in (start, *shape, *strides)
+    ):
         raise ValueError("a tensor without a storage")
     shape, strides = tuple(shape), tuple(strides)
     span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -250,7 +294,10 @@ def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any)
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    return all(n <= 1 or s == math.prod(shape[i + 1 :]) for i, (n, s) in enumerate(zip(shape, strides, strict=True)))
+    return all(
+        n <= 1 or s == math.prod(shape[i + 1 :])
+        for i, (n, s) in enumerate(zip(shape, strides, strict=True))
+    )
 
 
 def _parameter(data: LazyTensor, *_: Any) -> LazyTensor:
@@ -262,7 +309,10 @@ def _size(values: Any = ()) -> tuple[int, ...]:
 
 
 _BUILDERS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor, "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _parameter, "torch._utils._rebuild_parameter_with_state": _parameter,
-    "collections.OrderedDict": OrderedDict, "torch.Size": _size,
-}  # fmt: skip
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": _size,
+}

@@ -16,10 +16,19 @@ from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor
 from onellm_dist.convert.tensors.pickled import read_pickled, state_of, unreadable
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+}
 LARGEST_HEADER = 100 << 20
 """Bytes; the limit of the safetensors library."""
 
@@ -33,7 +42,10 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         data = DataFile(path)
         header, start = _header(data)
-        entries = sorted(((k, v) for k, v in header.items() if k != "__metadata__"), key=lambda item: item[1]["data_offsets"])
+        entries = sorted(
+            ((k, v) for k, v in header.items() if k != "__metadata__"),
+            key=lambda item: item[1]["data_offsets"],
+        )
         return {name: _tensor(data, start, name, entry) for name, entry in entries}
     except OSError as error:
         raise unreadable(path, error) from None
@@ -46,7 +58,9 @@ def _header(data: DataFile) -> tuple[dict[str, Any], int]:
         raise unreadable(data.path, f"it has {data.size} bytes")
     (length,) = struct.unpack("<Q", bytes(data.bytes_at(0, 8).numpy()))
     if length > LARGEST_HEADER or 8 + length > data.size:
-        raise unreadable(data.path, f"its header should have {length} bytes, the file has {data.size}")
+        raise unreadable(
+            data.path, f"its header should have {length} bytes, the file has {data.size}"
+        )
     return json.loads(bytes(data.bytes_at(8, length).numpy())), 8 + length
 
 
@@ -56,7 +70,10 @@ def _tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -> Laz
     if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - first} bytes for {list(shape)} of {entry['dtype']}")
     if start + end > data.size:
-        raise unreadable(data.path, f"{name} ends at byte {start + end}, the file has {data.size}: it is cut short")
+        raise unreadable(
+            data.path,
+            f"{name} ends at byte {start + end}, the file has {data.size}: it is cut short",
+        )
     return data.tensor(start + first, shape, dtype)
 
 
@@ -64,10 +81,16 @@ def read_state_file(path: Path) -> dict[str, LazyTensor]:
     """The state dict in one file, .safetensors or torch.save's."""
     if not path.is_file():
         raise UsageError(f"no checkpoint {path}", "there is nothing to convert.", "check the path.")
-    return read_safetensors(path) if path.suffix == ".safetensors" else state_of(read_pickled(path), path)
+    return (
+        read_safetensors(path)
+        if path.suffix == ".safetensors"
+        else state_of(read_pickled(path), path)
+    )
 
 
-def read_folder(folder: Path, stems: Sequence[str] = ("model", "pytorch_model")) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+def read_folder(
+    folder: Path, stems: Sequence[str] = ("model", "pytorch_model")
+) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
     """The state dict of a transformers directory, in one file or in several with an index.
 
     Args:
@@ -87,7 +110,9 @@ def read_folder(folder: Path, stems: Sequence[str] = ("model", "pytorch_model"))
             if whole.is_file():
                 return read_state_file(whole), (whole,)
     raise UsageError(
-        f"no weights in {folder}", "there is nothing to convert.", f"it should have {stems[0]}.safetensors, its index, or a .bin file."
+        f"no weights in {folder}",
+        "there is nothing to convert.",
+        f"it should have {stems[0]}.safetensors, its index, or a .bin file.",
     )
 
 

@@ -31,9 +31,15 @@ Told = Callable[[int], None]
 """Called with the number of bytes that were just written."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _STORAGE_NAMES = {
-    torch.float32: "FloatStorage", torch.float16: "HalfStorage", torch.bfloat16: "BFloat16Storage", torch.float64: "DoubleStorage",
-    torch.int64: "LongStorage", torch.int32: "IntStorage", torch.uint8: "ByteStorage", torch.bool: "BoolStorage",
-}  # fmt: skip
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.float64: "DoubleStorage",
+    torch.int64: "LongStorage",
+    torch.int32: "IntStorage",
+    torch.uint8: "ByteStorage",
+    torch.bool: "BoolStorage",
+}
 ALIGNMENT = 64
 """Of storages in a zip, as torch.save does since 2.0: they can be memory-mapped."""
 
@@ -59,7 +65,9 @@ class Written:
     sha256: str
 
 
-def write_tensor_file(path: Path, file: TensorFile, *, told: Told, allow_nonfinite: Callable[[str], bool]) -> Written:
+def write_tensor_file(
+    path: Path, file: TensorFile, *, told: Told, allow_nonfinite: Callable[[str], bool]
+) -> Written:
     """Write one file; `path` must not be anybody's final name yet.
 
     Args:
@@ -100,7 +108,9 @@ class _Sink(io.RawIOBase):
         return len(view)
 
 
-def _checked_blocks(sink: Any, name: str, tensor: LazyTensor, allow_nonfinite: Callable[[str], bool]) -> None:
+def _checked_blocks(
+    sink: Any, name: str, tensor: LazyTensor, allow_nonfinite: Callable[[str], bool]
+) -> None:
     written = 0
     for block in tensor.blocks():
         if not finite(block, tensor.dtype) and not allow_nonfinite(name):
@@ -112,7 +122,11 @@ def _checked_blocks(sink: Any, name: str, tensor: LazyTensor, allow_nonfinite: C
         sink.write(block.numpy())
         written += len(block)
     if written != tensor.nbytes:
-        raise OneLLMError(f"{name}: {written} bytes came for {tensor.nbytes}", "the file would be spoilt.", "report this.")
+        raise OneLLMError(
+            f"{name}: {written} bytes came for {tensor.nbytes}",
+            "the file would be spoilt.",
+            "report this.",
+        )
 
 
 # -- safetensors --------------------------------------------------------------------------------------------------------
@@ -129,14 +143,20 @@ def safetensors_header(tensors: Named) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors:
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def safetensor_shards(tensors: Sequence[tuple[str, LazyTensor]], shard_bytes: int, stem: str = "model") -> tuple[TensorFile, ...]:
+def safetensor_shards(
+    tensors: Sequence[tuple[str, LazyTensor]], shard_bytes: int, stem: str = "model"
+) -> tuple[TensorFile, ...]:
     """Tensors in files of at most `shard_bytes` (a larger tensor has one alone), named as transformers names them.
 
     Within a file wide elements come first, so that every tensor is aligned.
@@ -150,10 +170,13 @@ def safetensor_shards(tensors: Sequence[tuple[str, LazyTensor]], shard_bytes: in
         shards[-1].append((name, tensor))
         held += tensor.nbytes
     names = (
-        [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else [f"{stem}.safetensors"]
+        [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) > 1
+        else [f"{stem}.safetensors"]
     )
     return tuple(
-        TensorFile(name, tuple(sorted(shard, key=lambda item: -item[1].dtype.itemsize))) for name, shard in zip(names, shards, strict=True)
+        TensorFile(name, tuple(sorted(shard, key=lambda item: -item[1].dtype.itemsize)))
+        for name, shard in zip(names, shards, strict=True)
     )
 
 
@@ -162,7 +185,10 @@ def write_index(folder: Path, files: Sequence[TensorFile], stem: str = "model") 
     if len(files) < 2:
         return
     places = {name: file.name for file in files for name, _ in file.tensors}
-    total = {"total_size": sum(f.nbytes for f in files), "total_parameters": sum(t.numel for f in files for _, t in f.tensors)}
+    total = {
+        "total_size": sum(f.nbytes for f in files),
+        "total_parameters": sum(t.numel for f in files for _, t in f.tensors),
+    }
     text = json.dumps({"metadata": total, "weight_map": dict(sorted(places.items()))}, indent=2)
     (folder / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
@@ -170,12 +196,16 @@ def write_index(folder: Path, files: Sequence[TensorFile], stem: str = "model") 
 # -- torch.save's zip -----------------------------------------------------------------------------------------------------
 
 
-def _write_zip(sink: _Sink, root: str, tensors: Named, allow_nonfinite: Callable[[str], bool]) -> None:
+def _write_zip(
+    sink: _Sink, root: str, tensors: Named, allow_nonfinite: Callable[[str], bool]
+) -> None:
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         _entry(archive, sink, f"{root}/data.pkl", pickled_state(tensors))
         _entry(archive, sink, f"{root}/byteorder", b"little")
         for key, (name, tensor) in enumerate(tensors):
-            with archive.open(_entry_info(sink, f"{root}/data/{key}"), "w", force_zip64=True) as entry:
+            with archive.open(
+                _entry_info(sink, f"{root}/data/{key}"), "w", force_zip64=True
+            ) as entry:
                 _checked_blocks(entry, name, tensor, allow_nonfinite)
         _entry(archive, sink, f"{root}/version", b"3\n")
 
@@ -197,7 +227,13 @@ def _entry_info(sink: _Sink, name: str) -> zipfile.ZipInfo:
 
 class _StorageRef:
     def __init__(self, key: int, tensor: LazyTensor) -> None:
-        self.pid = ("storage", _Global("torch", _STORAGE_NAMES[tensor.dtype]), str(key), "cpu", tensor.numel)
+        self.pid = (
+            "storage",
+            _Global("torch", _STORAGE_NAMES[tensor.dtype]),
+            str(key),
+            "cpu",
+            tensor.numel,
+        )
 
 
 class _Global:
@@ -234,5 +270,7 @@ class _Pickler(_PythonPickler):  # the one in Python: it can write a bare GLOBAL
 def pickled_state(tensors: Named) -> bytes:
     """The description of a state dict whose tensors are contiguous and have a storage each, numbered in order."""
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump({name: _TensorRef(key, tensor) for key, (name, tensor) in enumerate(tensors)})
+    _Pickler(buffer, protocol=2).dump(
+        {name: _TensorRef(key, tensor) for key, (name, tensor) in enumerate(tensors)}
+    )
     return buffer.getvalue()

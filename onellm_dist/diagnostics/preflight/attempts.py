@@ -48,7 +48,9 @@ class Tries:
             RuntimeError: it raised, or its process ended; with the reason.
         """
         self._number += 1
-        os.write(self._requests, json.dumps([self._number, name, list(ranks), limit]).encode() + b"\n")
+        os.write(
+            self._requests, json.dumps([self._number, name, list(ranks), limit]).encode() + b"\n"
+        )
         deadline = time.monotonic() + limit + KILL_S
         while True:
             line = self._line(deadline)
@@ -63,7 +65,9 @@ class Tries:
 
     def _line(self, deadline: float) -> list[Any] | None:
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._answers], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select(
+                [self._answers], [], [], max(0.0, deadline - time.monotonic())
+            )
             if not ready:
                 return None
             more = os.read(self._answers, 1 << 16)
@@ -75,7 +79,9 @@ class Tries:
         return found
 
 
-def _serve(rank: int, requests: int, answers: int, work: Callable[[str, Sequence[int]], Any]) -> NoReturn:
+def _serve(
+    rank: int, requests: int, answers: int, work: Callable[[str, Sequence[int]], Any]
+) -> NoReturn:
     """The process that makes the tries, one at a time, until the rank is gone."""
     die_with(rank)
     own = os.getpid()
@@ -101,7 +107,11 @@ def _serve(rank: int, requests: int, answers: int, work: Callable[[str, Sequence
                 answer(number, "overdue", None)
                 continue
             answer(
-                number, "failed", f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process ended ({code})"
+                number,
+                "failed",
+                f"its process was ended by {signal.Signals(-code).name}"
+                if code < 0
+                else f"its process ended ({code})",
             )
     os._exit(0)
 

@@ -59,9 +59,17 @@ class Findings:
 def judge(found: Findings, options: Options) -> list[Fault]:
     """All faults, the worst first."""
     faults = [
-        *_absent(found), *_errors(found), *_gpus(found), *_links(found, options), *_disks(found, options), *_shared(found),
-        *_clocks(found, options), *_versions(found), *_hosts(found), *_needs(found),
-    ]  # fmt: skip
+        *_absent(found),
+        *_errors(found),
+        *_gpus(found),
+        *_links(found, options),
+        *_disks(found, options),
+        *_shared(found),
+        *_clocks(found, options),
+        *_versions(found),
+        *_hosts(found),
+        *_needs(found),
+    ]
     return sorted(faults, key=lambda fault: (fault.state != "fail", not fault.exclude))
 
 
@@ -75,13 +83,28 @@ def _absent(found: Findings) -> Iterator[Fault]:
     for node, ranks in _by_node(found.missing).items():
         who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         if node:
-            yield Fault("fail", node, f"{who} never came", "see whether the node is up and its job step started; its log says more.", True)
+            yield Fault(
+                "fail",
+                node,
+                f"{who} never came",
+                "see whether the node is up and its job step started; its log says more.",
+                True,
+            )
         else:
-            yield Fault("fail", "", f"{who} never came, and nothing says on which node they were to run", "see the launcher's log.")
+            yield Fault(
+                "fail",
+                "",
+                f"{who} never came, and nothing says on which node they were to run",
+                "see the launcher's log.",
+            )
     for rank, phase in found.left_behind.items():
         node = next((n for n, ranks in found.nodes.items() if rank in ranks), "")
         yield Fault(
-            "fail", node, f"rank {rank} answered no more in phase {phase}", "the node or its process died, or it is stuck there.", True
+            "fail",
+            node,
+            f"rank {rank} answered no more in phase {phase}",
+            "the node or its process died, or it is stuck there.",
+            True,
         )
 
 
@@ -101,15 +124,30 @@ def _errors(found: Findings) -> Iterator[Fault]:
                 if phase == ALL:
                     together.setdefault(text, []).append(report["rank"])
                     continue
-                yield Fault("fail", node, f"rank {report['rank']}: {phase}: {text}", "see the message; other nodes passed this.", True)
+                yield Fault(
+                    "fail",
+                    node,
+                    f"rank {report['rank']}: {phase}: {text}",
+                    "see the message; other nodes passed this.",
+                    True,
+                )
 
     for text, ranks in together.items():
         who = f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
-        yield Fault("fail", "", f"{who}: {ALL}: {text}", "pairs of nodes got on: look at the routes between all, and NCCL/GLOO settings.")
+        yield Fault(
+            "fail",
+            "",
+            f"{who}: {ALL}: {text}",
+            "pairs of nodes got on: look at the routes between all, and NCCL/GLOO settings.",
+        )
 
 
 def _gpus(found: Findings) -> Iterator[Fault]:
-    speeds = [r["gpu"]["flops"] for r in found.reports.values() if r.get("gpu") and not r["gpu"]["missing"]]
+    speeds = [
+        r["gpu"]["flops"]
+        for r in found.reports.values()
+        if r.get("gpu") and not r["gpu"]["missing"]
+    ]
     some = any(r.get("gpu") for r in found.reports.values())
     for node in found.nodes:
         for report in found.of(node):
@@ -117,7 +155,11 @@ def _gpus(found: Findings) -> Iterator[Fault]:
             if gpu is None:
                 if some and "gpu" not in report.get("errors", {}):
                     yield Fault(
-                        "fail", node, f"{who} sees no GPU, others do", "the driver or the container hides it; see nvidia-smi there.", True
+                        "fail",
+                        node,
+                        f"{who} sees no GPU, others do",
+                        "the driver or the container hides it; see nvidia-smi there.",
+                        True,
                     )
                 continue
             if gpu["missing"]:
@@ -131,14 +173,30 @@ def _gpus(found: Findings) -> Iterator[Fault]:
                 continue
             if not gpu["repeatable"]:
                 yield Fault(
-                    "fail", node, f"{who}: a matrix product gave other bits the second time", "the GPU is sick: leave the node out.", True
+                    "fail",
+                    node,
+                    f"{who}: a matrix product gave other bits the second time",
+                    "the GPU is sick: leave the node out.",
+                    True,
                 )
             if gpu["flops"] < SLOW_GPU * median(speeds):
                 text = f"{who}: {gpu['flops'] / 1e12:.0f} TFLOP/s, the median is {median(speeds) / 1e12:.0f}"
-                yield Fault("fail", node, text, "a hot or throttled GPU slows every rank: see nvidia-smi -q -d PERFORMANCE.", True)
+                yield Fault(
+                    "fail",
+                    node,
+                    text,
+                    "a hot or throttled GPU slows every rank: see nvidia-smi -q -d PERFORMANCE.",
+                    True,
+                )
             if gpu["total"] - gpu["free"] > BUSY_GPU:
                 text = f"{who}: {(gpu['total'] - gpu['free']) / GIB:.1f} GiB of its GPU are taken by somebody else"
-                yield Fault("fail", node, text, "end the left-over process there (nvidia-smi names it).", True)
+                yield Fault(
+                    "fail",
+                    node,
+                    text,
+                    "end the left-over process there (nvidia-smi names it).",
+                    True,
+                )
         yield from _same_gpu(found, node)
         for gpu in found.first(node, "ecc") or ():
             yield from _ecc(node, gpu)
@@ -153,18 +211,31 @@ def _same_gpu(found: Findings, node: str) -> Iterator[Fault]:
     for ranks in owners.values():
         if len(ranks) > 1:
             text = f"ranks {', '.join(map(str, ranks))} have the same GPU"
-            yield Fault("fail", node, text, "ask for one each (--gpus-per-node), or start fewer ranks.", True)
+            yield Fault(
+                "fail",
+                node,
+                text,
+                "ask for one each (--gpus-per-node), or start fewer ranks.",
+                True,
+            )
 
 
 def _ecc(node: str, gpu: Mapping[str, str]) -> Iterator[Fault]:
     errors = gpu.get("ecc.errors.uncorrected.volatile.total", "0")
     if errors.isdigit() and int(errors) > 0:
         yield Fault(
-            "fail", node, f"GPU {gpu.get('index')}: {errors} memory errors that could not be corrected", "reset or replace it.", True
+            "fail",
+            node,
+            f"GPU {gpu.get('index')}: {errors} memory errors that could not be corrected",
+            "reset or replace it.",
+            True,
         )
     if gpu.get("retired_pages.pending", "").lower() == "yes":
         yield Fault(
-            "warn", node, f"GPU {gpu.get('index')}: bad memory pages wait for a reset to be retired", "reset the GPU when the node is free."
+            "warn",
+            node,
+            f"GPU {gpu.get('index')}: bad memory pages wait for a reset to be retired",
+            "reset the GPU when the node is free.",
         )
 
 
@@ -172,7 +243,12 @@ def best_links(found: Findings) -> dict[str, float]:
     """Node -> bytes/s with its best partner."""
     best: dict[str, float] = {}
     for node in found.nodes:
-        speeds = [pair["speed"] for report in found.of(node) for pair in report.get("pairs", ()) if pair.get("speed")]
+        speeds = [
+            pair["speed"]
+            for report in found.of(node)
+            for pair in report.get("pairs", ())
+            if pair.get("speed")
+        ]
         if speeds:
             best[node] = max(speeds)
     return best
@@ -184,16 +260,38 @@ def _links(found: Findings, options: Options) -> Iterator[Fault]:
     do = "look at its network card, cable and NCCL/GLOO settings."
     two = len(tried) == 2
     for node in sorted(tried - best.keys()):
-        errors = [pair["error"] for report in found.of(node) for pair in report["pairs"] if pair.get("error")]
+        errors = [
+            pair["error"]
+            for report in found.of(node)
+            for pair in report["pairs"]
+            if pair.get("error")
+        ]
         partners = "its one partner" if two else "any of its partners"
-        yield Fault("fail", node, f"no all-reduce with {partners} came through ({errors[0] if errors else 'no answer'})", do, not two)
+        yield Fault(
+            "fail",
+            node,
+            f"no all-reduce with {partners} came through ({errors[0] if errors else 'no answer'})",
+            do,
+            not two,
+        )
     middle = median(list(best.values()))
     for node, speed in best.items():
-        others = [p["with"] for report in found.of(node) for p in report.get("pairs", ()) if p.get("speed")]
+        others = [
+            p["with"]
+            for report in found.of(node)
+            for p in report.get("pairs", ())
+            if p.get("speed")
+        ]
         text = f"all-reduce at {speed / 1e9:.3g} GB/s with its best partner (of {', '.join(dict.fromkeys(others))})"
         if options.min_bandwidth and speed < options.min_bandwidth * 1e9:
-            more = "; with two nodes it cannot be told which is slow: try each with a third" if two else ""
-            yield Fault("fail", node, f"{text}, {options.min_bandwidth:g} are asked for{more}", do, not two)
+            more = (
+                "; with two nodes it cannot be told which is slow: try each with a third"
+                if two
+                else ""
+            )
+            yield Fault(
+                "fail", node, f"{text}, {options.min_bandwidth:g} are asked for{more}", do, not two
+            )
         elif len(best) > 2 and speed < SLOW_LINK * middle:
             yield Fault("fail", node, f"{text}, the nodes' median is {middle / 1e9:.3g}", do, True)
         yield from _broken_pairs(found, node, best)
@@ -220,7 +318,11 @@ def _disks(found: Findings, options: Options) -> Iterator[Fault]:
         if "error" in disk:
             everywhere = all("error" in other for other in disks.values())
             yield Fault(
-                "fail", node, f"run.dir cannot be written: {disk['error']}", "make room, mount it, or give another run.dir.", not everywhere
+                "fail",
+                node,
+                f"run.dir cannot be written: {disk['error']}",
+                "make room, mount it, or give another run.dir.",
+                not everywhere,
             )
         elif options.min_disk and speed < options.min_disk * 1e6:
             yield Fault(
@@ -232,27 +334,51 @@ def _disks(found: Findings, options: Options) -> Iterator[Fault]:
             )
         elif len(speeds) > 2 and speed < SLOW_DISK * median(speeds):
             text = f"run.dir is written at {speed / 1e6:.0f} MB/s, the nodes' median is {median(speeds) / 1e6:.0f}"
-            yield Fault("warn", node, text, "every checkpoint waits for the slowest node: see its mount.")
+            yield Fault(
+                "warn", node, text, "every checkpoint waits for the slowest node: see its mount."
+            )
     for node in found.nodes:
         for folder in (found.first(node, "data") or {}).get("missing", ()):
-            yield Fault("fail", node, f"cannot read {folder}", "mount the data there, or mend data.root.", True)
+            yield Fault(
+                "fail",
+                node,
+                f"cannot read {folder}",
+                "mount the data there, or mend data.root.",
+                True,
+            )
 
 
 def _shared(found: Findings) -> Iterator[Fault]:
     """run.dir is one directory for nodes that see each other's files in it. More than half of the nodes have the right one."""
     sees = {
-        node: set(seen) for node in found.nodes
-        if (seen := found.first(node, "sees")) is not None and not any("shared" in report.get("errors", {}) for report in found.of(node))
-    }  # fmt: skip
-    groups = {node: [n for n in sees if n == node or (n in sees[node] and node in sees[n])] for node in sees}
+        node: set(seen)
+        for node in found.nodes
+        if (seen := found.first(node, "sees")) is not None
+        and not any("shared" in report.get("errors", {}) for report in found.of(node))
+    }
+    groups = {
+        node: [n for n in sees if n == node or (n in sees[node] and node in sees[n])]
+        for node in sees
+    }
     largest = max(groups.values(), key=len, default=[])
     others = [node for node in sees if node not in largest]
     do = "run.dir must lie on a file system that all nodes share."
     if 2 * len(largest) > len(sees):
         for node in others:
-            yield Fault("fail", node, f"run.dir is not the directory that {', '.join(largest[:4])} see", do, True)
+            yield Fault(
+                "fail",
+                node,
+                f"run.dir is not the directory that {', '.join(largest[:4])} see",
+                do,
+                True,
+            )
     elif others:
-        yield Fault("fail", "", f"run.dir is one directory on {', '.join(largest[:4])}, and another on {', '.join(others[:4])}", do)
+        yield Fault(
+            "fail",
+            "",
+            f"run.dir is one directory on {', '.join(largest[:4])}, and another on {', '.join(others[:4])}",
+            do,
+        )
 
 
 def _clocks(found: Findings, options: Options) -> Iterator[Fault]:
@@ -261,7 +387,13 @@ def _clocks(found: Findings, options: Options) -> Iterator[Fault]:
             two = "; with two nodes it cannot be told whose" if len(found.skews) == 2 else ""
             apart = 2 * abs(skew) if len(found.skews) == 2 else abs(skew)
             text = f"its clock is {apart:.2f} s {'ahead' if skew > 0 else 'behind'}{two}"
-            yield Fault("fail", node, text, "set the clock (chronyc makestep): file times and logs would mislead.", not two)
+            yield Fault(
+                "fail",
+                node,
+                text,
+                "set the clock (chronyc makestep): file times and logs would mislead.",
+                not two,
+            )
 
 
 def _versions(found: Findings) -> Iterator[Fault]:
@@ -272,10 +404,23 @@ def _versions(found: Findings) -> Iterator[Fault]:
         for value, odd in others:
             for node in odd:
                 text = f"{name} is {value}, on {', '.join(common[1][:4])} it is {common[0]}"
-                yield Fault("fail", node, text, "install the same environment on all nodes, or use one on a shared disk.", clear)
-    for name, groups in odd_ones({node: found.first(node, "environment") or {} for node in nodes}).items():
+                yield Fault(
+                    "fail",
+                    node,
+                    text,
+                    "install the same environment on all nodes, or use one on a shared disk.",
+                    clear,
+                )
+    for name, groups in odd_ones(
+        {node: found.first(node, "environment") or {} for node in nodes}
+    ).items():
         words = "; ".join(f"{value!r} on {', '.join(where[:4])}" for value, where in groups.items())
-        yield Fault("warn", "", f"{name} differs: {words}", "set it alike on all nodes (srun --export, .deepspeed_env), or nowhere.")
+        yield Fault(
+            "warn",
+            "",
+            f"{name} differs: {words}",
+            "set it alike on all nodes (srun --export, .deepspeed_env), or nowhere.",
+        )
 
 
 def _hosts(found: Findings) -> Iterator[Fault]:
@@ -284,8 +429,17 @@ def _hosts(found: Findings) -> Iterator[Fault]:
         if host is None:
             continue
         if host["shm_free"] is None or host["shm_free"] < LEAST_SHM:
-            have = "no /dev/shm" if host["shm_free"] is None else f"{host['shm_free'] / GIB:.2f} GiB free in /dev/shm"
-            yield Fault("warn", node, have, "give the container more (--shm-size, --ipc=host): loader workers pass batches through it.")
+            have = (
+                "no /dev/shm"
+                if host["shm_free"] is None
+                else f"{host['shm_free'] / GIB:.2f} GiB free in /dev/shm"
+            )
+            yield Fault(
+                "warn",
+                node,
+                have,
+                "give the container more (--shm-size, --ipc=host): loader workers pass batches through it.",
+            )
         if host["open_files"] < LEAST_FILES:
             yield Fault(
                 "warn",
@@ -299,7 +453,11 @@ def _needs(found: Findings) -> Iterator[Fault]:
     if not found.needs:
         return
     for node in found.nodes:
-        host, disk, ranks = found.first(node, "host"), found.first(node, "disk"), len(found.of(node))
+        host, disk, ranks = (
+            found.first(node, "host"),
+            found.first(node, "disk"),
+            len(found.of(node)),
+        )
         if host and host["memory_free"] < found.needs["host"] * ranks:
             text = f"{host['memory_free'] / GIB:.1f} GiB of memory free, the recipe needs about {found.needs['host'] * ranks / GIB:.1f}"
             yield Fault("fail", node, text, "end what else runs there, or use more nodes.", True)
@@ -309,12 +467,19 @@ def _needs(found: Findings) -> Iterator[Fault]:
                 text = f"rank {report['rank']}: {gpu['free'] / GIB:.0f} GiB of GPU memory free, the recipe needs "
                 text += f"{found.needs['gpu'] / GIB:.0f} and activations"
                 yield Fault("fail", node, text, "use more GPUs, a higher ZeRO stage, or offload.")
-    short = [n for n in found.nodes if "free" in (disk := found.first(n, "disk") or {}) and disk["free"] < found.needs["disk"]]
+    short = [
+        n
+        for n in found.nodes
+        if "free" in (disk := found.first(n, "disk") or {}) and disk["free"] < found.needs["disk"]
+    ]
     if short:
         free = min(found.first(node, "disk")["free"] for node in short)
         text = f"{free / GIB:.1f} GiB free at run.dir, checkpoints and the model need about {found.needs['disk'] / GIB:.1f}"
         yield Fault(
-            "fail", "" if len(short) == len(found.nodes) else short[0], text, "make room, lower checkpoint.keep, or give another run.dir."
+            "fail",
+            "" if len(short) == len(found.nodes) else short[0],
+            text,
+            "make room, lower checkpoint.keep, or give another run.dir.",
         )
 
 
@@ -322,4 +487,10 @@ def median(values: Sequence[float]) -> float:
     """The middle value; 0 of nothing."""
     ordered = sorted(values)
     half = len(ordered) // 2
-    return 0.0 if not ordered else ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return (
+        0.0
+        if not ordered
+        else ordered[half]
+        if len(ordered) % 2
+        else (ordered[half - 1] + ordered[half]) / 2
+    )

@@ -28,7 +28,9 @@ def write_probe(folder: Path, node: str, pretence: Pretence, size: int = WRITTEN
     found: dict[str, Any] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free if pretence.free_bytes is None else pretence.free_bytes
+        free = (
+            shutil.disk_usage(folder).free if pretence.free_bytes is None else pretence.free_bytes
+        )
         found["free"] = free
         if free < 2 * size:
             return {**found, "error": f"{free / 1e6:.0f} MB free"}
@@ -43,7 +45,11 @@ def write_probe(folder: Path, node: str, pretence: Pretence, size: int = WRITTEN
         written = time.perf_counter()
         name.rename(renamed)
         settled = time.perf_counter()
-        found |= {"write": size / (written - started), "sync_seconds": written - syncing, "rename_seconds": settled - written}
+        found |= {
+            "write": size / (written - started),
+            "sync_seconds": written - syncing,
+            "rename_seconds": settled - written,
+        }
         found["read"] = read_speed(renamed, size)
         if renamed.stat().st_size != size:
             found["error"] = f"a file of {size} bytes came back as {renamed.stat().st_size}"

@@ -15,7 +15,12 @@ import psutil
 from onellm_dist.diagnostics.preflight.options import Pretence
 
 MATMUL_CPU, MATMUL_GPU = 512, 8192
-ECC_FIELDS = ("index", "ecc.errors.uncorrected.volatile.total", "retired_pages.pending", "temperature.gpu")
+ECC_FIELDS = (
+    "index",
+    "ecc.errors.uncorrected.volatile.total",
+    "retired_pages.pending",
+    "temperature.gpu",
+)
 
 
 def host_facts(pretence: Pretence) -> dict[str, Any]:
@@ -23,10 +28,12 @@ def host_facts(pretence: Pretence) -> dict[str, Any]:
     memory = psutil.virtual_memory()
     shm = Path("/dev/shm")
     return {
-        "memory_free": memory.available, "memory_total": memory.total,
+        "memory_free": memory.available,
+        "memory_total": memory.total,
         "shm_free": _free(shm, pretence) if shm.is_dir() else None,
-        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "cores": len(os.sched_getaffinity(0)),
-    }  # fmt: skip
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "cores": len(os.sched_getaffinity(0)),
+    }
 
 
 def _free(path: Path, pretence: Pretence) -> int:
@@ -49,9 +56,15 @@ def gpu_facts(local_rank: int) -> dict[str, Any] | None:
     free, total = torch.cuda.mem_get_info()
     flops, same = product(torch.device("cuda", index), MATMUL_GPU, torch.bfloat16)
     return {
-        "missing": False, "count": count, "name": torch.cuda.get_device_name(), "free": free, "total": total, "flops": flops,
-        "repeatable": same, "uuid": str(getattr(torch.cuda.get_device_properties(index), "uuid", "")),
-    }  # fmt: skip
+        "missing": False,
+        "count": count,
+        "name": torch.cuda.get_device_name(),
+        "free": free,
+        "total": total,
+        "flops": flops,
+        "repeatable": same,
+        "uuid": str(getattr(torch.cuda.get_device_properties(index), "uuid", "")),
+    }
 
 
 def gpu_index(local_rank: int) -> int:
@@ -101,5 +114,11 @@ def parse_ecc(text: str) -> list[dict[str, str]]:
     for line in text.splitlines():
         values = [v.strip() for v in line.split(",")]
         if len(values) == len(ECC_FIELDS):
-            found.append({k: v for k, v in zip(ECC_FIELDS, values, strict=True) if v and not v.startswith(("[", "N/A"))})
+            found.append(
+                {
+                    k: v
+                    for k, v in zip(ECC_FIELDS, values, strict=True)
+                    if v and not v.startswith(("[", "N/A"))
+                }
+            )
     return found

@@ -33,7 +33,16 @@ def rounds_of(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
     return found
 
 
-def all_reduce_speed(store: Any, rank: int, ranks: Sequence[int], *, megabytes: int, delay: float, limit: float, local_rank: int) -> float:
+def all_reduce_speed(
+    store: Any,
+    rank: int,
+    ranks: Sequence[int],
+    *,
+    megabytes: int,
+    delay: float,
+    limit: float,
+    local_rank: int,
+) -> float:
     """Bus bandwidth in bytes/s of an all-reduce among `ranks`: 2 (n - 1) / n x bytes / seconds, the best of several.
 
     Args:
@@ -52,16 +61,24 @@ def all_reduce_speed(store: Any, rank: int, ranks: Sequence[int], *, megabytes: 
     # NCCL's watchdog would abort the process over a collective that does not come through; here that is a finding (torch 2.15).
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     dist.init_process_group(
-        "nccl" if cuda else "gloo", store=store, rank=ranks.index(rank), world_size=size, timeout=timedelta(seconds=limit),
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=ranks.index(rank),
+        world_size=size,
+        timeout=timedelta(seconds=limit),
         device_id=device if cuda else None,
-    )  # fmt: skip
+    )
     try:
         probe = _timed(torch.ones(FIRST_BYTES // 4, device=device), delay)
         probe = min(probe, _timed(torch.ones(FIRST_BYTES // 4, device=device), delay))
         buffer = torch.ones((megabytes or (256 if cuda else 16)) * (1 << 20) // 4, device=device)
         ahead = probe * buffer.numel() * 4 / FIRST_BYTES
         # The first, smallest message also decides for all ranks alike how often the large one goes round.
-        wish = torch.tensor([min(MOST_TIMES, max(1, int(SECONDS / max(ahead, 1e-6))))], dtype=torch.int64, device=device)
+        wish = torch.tensor(
+            [min(MOST_TIMES, max(1, int(SECONDS / max(ahead, 1e-6))))],
+            dtype=torch.int64,
+            device=device,
+        )
         dist.all_reduce(wish, op=dist.ReduceOp.MIN)
         best = min(_timed(buffer, delay) for _ in range(int(wish.item())))
         slowest = torch.tensor([best], dtype=torch.float64, device=device)

@@ -70,7 +70,11 @@ def pretence_of(env: Mapping[str, str] = os.environ) -> Pretence:
     try:
         return Pretence(**json.loads(text)) if text else Pretence()
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{PRETEND}={text!r}: {error}", "it says what a process pretends in a rehearsal.", f"unset {PRETEND}.") from None
+        raise UsageError(
+            f"{PRETEND}={text!r}: {error}",
+            "it says what a process pretends in a rehearsal.",
+            f"unset {PRETEND}.",
+        ) from None
 
 
 def node_name(pretence: Pretence, env: Mapping[str, str] = os.environ) -> str:

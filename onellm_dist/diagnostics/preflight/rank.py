@@ -45,14 +45,33 @@ class Team:
 
     def leaders(self) -> dict[str, int]:
         """Node -> its first rank that is present."""
-        return {node: alive[0] for node, ranks in self.nodes.items() if (alive := [r for r in ranks if r in self.present])}
+        return {
+            node: alive[0]
+            for node, ranks in self.nodes.items()
+            if (alive := [r for r in ranks if r in self.present])
+        }
 
 
 class Rank:
     """What this rank finds, in `report`; every method may be called once, in the order of their names below by all ranks."""
 
-    def __init__(self, meeting: Meeting, ranks: Ranks, team: Team, node: str, options: Options, pretence: Pretence) -> None:
-        self.meeting, self.ranks, self.team, self.node, self.options, self.pretence = meeting, ranks, team, node, options, pretence
+    def __init__(
+        self,
+        meeting: Meeting,
+        ranks: Ranks,
+        team: Team,
+        node: str,
+        options: Options,
+        pretence: Pretence,
+    ) -> None:
+        self.meeting, self.ranks, self.team, self.node, self.options, self.pretence = (
+            meeting,
+            ranks,
+            team,
+            node,
+            options,
+            pretence,
+        )
         self.leader = team.nodes[node][0] == ranks.rank
         self.fit, self.overdue = True, False
         self.tries = Tries(self._in_a_process)
@@ -63,7 +82,9 @@ class Rank:
         self._guarded("versions", "versions", lambda: versions(self.pretence))
         self.report["environment"] = environment()
         self._guarded("host", "host", lambda: host_facts(self.pretence))
-        self._guarded("gpu", "gpu", lambda: self.tries.do(GPU, [], 0.9 * self._limit()))  # ends before it is left
+        self._guarded(
+            "gpu", "gpu", lambda: self.tries.do(GPU, [], 0.9 * self._limit())
+        )  # ends before it is left
         if (self.report.get("gpu") or {}).get("missing"):
             self.fit = False  # its partners would wait for a rank that cannot join
         if not self.leader:
@@ -72,7 +93,11 @@ class Rank:
         if config is None:
             return
         self._guarded("disk", "disk", lambda: write_probe(config.run.dir, self.node, self.pretence))
-        folders = [place for entry in config.data.mixture if isinstance(place := config.data.place(entry), Path)]
+        folders = [
+            place
+            for entry in config.data.mixture
+            if isinstance(place := config.data.place(entry), Path)
+        ]
         self._guarded("data", "data", lambda: data_probe(folders))
 
     def share_directory(self, config: RunConfig) -> None:
@@ -84,8 +109,18 @@ class Rank:
         if not self.enter("shared"):
             return
         if self.leader:
-            first = {node: ranks[0] for node, ranks in self.team.nodes.items() if ranks[0] in self.team.present}
-            self._guarded("shared", "sees", lambda: seen({node: config.run.dir / f"{name}-{rank}" for node, rank in first.items()}))
+            first = {
+                node: ranks[0]
+                for node, ranks in self.team.nodes.items()
+                if ranks[0] in self.team.present
+            }
+            self._guarded(
+                "shared",
+                "sees",
+                lambda: seen(
+                    {node: config.run.dir / f"{name}-{rank}" for node, rank in first.items()}
+                ),
+            )
         if self.enter("shared-done") and self.leader:
             with suppress(OSError):
                 own.unlink()
@@ -109,7 +144,11 @@ class Rank:
         """All-reduces between pairs of nodes, then among all ranks."""
         if not self.enter("links"):
             return
-        nodes = [node for node, ranks in self.team.nodes.items() if any(r in self.team.fit for r in ranks)]
+        nodes = [
+            node
+            for node, ranks in self.team.nodes.items()
+            if any(r in self.team.fit for r in ranks)
+        ]
         for number, pairs in enumerate(rounds_of(nodes)):
             if not self.enter(f"links {number}"):
                 return
@@ -119,10 +158,14 @@ class Rank:
             other = pair[1] if pair[0] == self.node else pair[0]
             if not any(r in self.team.fit for r in self.team.nodes[other]):
                 continue
-            members = sorted(r for node in pair for r in self.team.nodes[node] if r in self.team.fit)
+            members = sorted(
+                r for node in pair for r in self.team.nodes[node] if r in self.team.fit
+            )
             self.report["pairs"].append({"with": other, **self._try(str(number), members)})
         pairs = self.report["pairs"]
-        self.fit = self.fit and (not pairs or any("speed" in pair for pair in pairs))  # one that got on with nobody would stop all
+        self.fit = self.fit and (
+            not pairs or any("speed" in pair for pair in pairs)
+        )  # one that got on with nobody would stop all
         if self.enter("all") and self.fit and len(self.team.fit) > 1:
             together = self._try("all", self.team.fit)
             if "speed" in together:
@@ -159,7 +202,7 @@ class Rank:
                 self.report[key] = found
 
     def _try(self, name: str, members: Sequence[int]) -> dict[str, Any]:
-        """speed (bytes/s) of an all-reduce among these ranks, or error."""
+        """Speed (bytes/s) of an all-reduce among these ranks, or error."""
         try:
             return {"speed": self.tries.do(name, members, self.options.limit + GRACE_S)}
         except (Overdue, RuntimeError) as error:
@@ -174,9 +217,14 @@ class Rank:
             time.sleep(1e6)
         store = PrefixStore(f"links/{name}/{members[0]}", self.meeting.another(self.options.limit))
         return all_reduce_speed(
-            store, self.ranks.rank, members, megabytes=self.options.megabytes, delay=self.pretence.link_delay, limit=self.options.limit,
+            store,
+            self.ranks.rank,
+            members,
+            megabytes=self.options.megabytes,
+            delay=self.pretence.link_delay,
+            limit=self.options.limit,
             local_rank=self.ranks.local_rank,
-        )  # fmt: skip
+        )
 
     def _write(self, token: Path) -> None:
         token.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +270,9 @@ def roll_call(
     if ranks.rank == 0:
         came = meeting.collect("hello", range(ranks.world), options.wait)
         missing = {rank: expected.get(rank, "") for rank in range(ranks.world) if rank not in came}
-        meeting.put("roll", [[[rank, came[rank]] for rank in sorted(came)], sorted(missing.items())])
+        meeting.put(
+            "roll", [[[rank, came[rank]] for rank in sorted(came)], sorted(missing.items())]
+        )
     came_in_order, missing_items = meeting.get("roll", options.wait + GRACE_S)
     nodes: dict[str, list[int]] = {}
     for rank, name in came_in_order:

@@ -33,12 +33,16 @@ class Meeting:
     def __init__(self, ranks: Ranks, wait: float, *, agent: bool = False) -> None:
         self.rank, self.world = ranks.rank, ranks.world
         self._place = (ranks.address, ranks.port, agent)
-        self._store = PrefixStore("preflight", self._connect(wait, hold=ranks.rank == 0 and not agent))
+        self._store = PrefixStore(
+            "preflight", self._connect(wait, hold=ranks.rank == 0 and not agent)
+        )
 
     def _connect(self, wait: float, *, hold: bool) -> TCPStore:
         address, port, _ = self._place
         try:
-            return TCPStore(address, port, None, hold, timeout=timedelta(seconds=wait), wait_for_workers=False)
+            return TCPStore(
+                address, port, None, hold, timeout=timedelta(seconds=wait), wait_for_workers=False
+            )
         except (DistError, RuntimeError) as error:
             raise OneLLMError(
                 f"rank 0 does not answer at {address}:{port} within {wait:.0f} s ({_first_line(error)})",
@@ -84,7 +88,9 @@ class Meeting:
             time.sleep(POLL_S)
         return found
 
-    def gate(self, phase: str, present: Collection[int], wait: float, *, fit: bool = True) -> tuple[list[int], list[int]]:
+    def gate(
+        self, phase: str, present: Collection[int], wait: float, *, fit: bool = True
+    ) -> tuple[list[int], list[int]]:
         """Everyone of `present` meets here.
 
         Args:
@@ -98,9 +104,15 @@ class Meeting:
         """
         self.put(f"at/{phase}/{self.rank}", fit)
         if self.rank == 0:
-            came = self.collect(f"at/{phase}", present, wait + 2 * GRACE_S)  # work may take `wait` and one grace
-            self.put(f"go/{phase}", [sorted(came), sorted(rank for rank, able in came.items() if able)])
-        came_in_time, able = self.get(f"go/{phase}", 2 * wait + 5 * GRACE_S)  # rank 0 may be late itself, and then waits
+            came = self.collect(
+                f"at/{phase}", present, wait + 2 * GRACE_S
+            )  # work may take `wait` and one grace
+            self.put(
+                f"go/{phase}", [sorted(came), sorted(rank for rank, able in came.items() if able)]
+            )
+        came_in_time, able = self.get(
+            f"go/{phase}", 2 * wait + 5 * GRACE_S
+        )  # rank 0 may be late itself, and then waits
         return came_in_time, able
 
 

@@ -43,7 +43,9 @@ def needs_of(config: RunConfig, world: int, *, gpus: bool) -> Needs:
     total, trainable = parameters_of(config)
     width = 2 if config.train.precision == "bf16" else 4
     settings: dict[str, Any] = (
-        load_ds_config(config.engine.config) if config.engine.name == "deepspeed" else {"zero_optimization": {"stage": 3}}
+        load_ds_config(config.engine.config)
+        if config.engine.name == "deepspeed"
+        else {"zero_optimization": {"stage": 3}}
     )
     zero = settings.get("zero_optimization", {})
     stage = zero_stage(settings)
@@ -56,7 +58,14 @@ def needs_of(config: RunConfig, world: int, *, gpus: bool) -> Needs:
     if not gpus:
         on_device, on_host = 0.0, on_device + on_host
     checkpoint = trainable * (MASTER + MOMENTS)
-    return Needs(total, trainable, int(on_device), int(on_host), checkpoint, checkpoint * (config.checkpoint.keep + 1) + total * width)
+    return Needs(
+        total,
+        trainable,
+        int(on_device),
+        int(on_host),
+        checkpoint,
+        checkpoint * (config.checkpoint.keep + 1) + total * width,
+    )
 
 
 def parameters_of(config: RunConfig) -> tuple[int, int]:
@@ -65,7 +74,11 @@ def parameters_of(config: RunConfig) -> tuple[int, int]:
     Raises:
         UsageError: no model at `model.path`.
     """
-    sizes = _of_directory(config.model.path) if config.model.path is not None else _of_preset(str(config.model.preset))
+    sizes = (
+        _of_directory(config.model.path)
+        if config.model.path is not None
+        else _of_preset(str(config.model.preset))
+    )
     frozen = sum(size for name, size in sizes.items() if name.startswith(FROZEN_IN_ALIGN))
     llm = sum(size for name, size in sizes.items() if name.startswith("llm."))
     total = sum(sizes.values())
@@ -91,5 +104,9 @@ def _of_directory(path: Path) -> dict[str, int]:
                     size *= length
                 found[name] = size
     if not found:
-        raise UsageError(f"no model in {path}", "it has no safetensors files.", "convert or assemble one first: docs/conversion.md.")
+        raise UsageError(
+            f"no model in {path}",
+            "it has no safetensors files.",
+            "convert or assemble one first: docs/conversion.md.",
+        )
     return found

@@ -60,7 +60,15 @@ def _start_local(options: Options, count: int) -> int:
         os.environ[TOLD] = str(told)
         try:
             code = launch_local(
-                [sys.executable, "-u", "-m", "onellm_dist.diagnostics.preflight", json.dumps(_plain(options))], count, Path(folder)
+                [
+                    sys.executable,
+                    "-u",
+                    "-m",
+                    "onellm_dist.diagnostics.preflight",
+                    json.dumps(_plain(options)),
+                ],
+                count,
+                Path(folder),
             )
         finally:
             del os.environ[TOLD]
@@ -68,7 +76,10 @@ def _start_local(options: Options, count: int) -> int:
 
 
 def _plain(options: Options) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in asdict(options).items()
+    }
 
 
 def options_from(text: str) -> Options:
@@ -91,7 +102,10 @@ def _as_rank(options: Options, config: RunConfig | None, ranks: Ranks) -> int:
         meeting = Meeting(ranks, options.wait, agent=agent)
         team, missing = roll_call(meeting, ranks, node, options, expected)
         if team is None:
-            print(f"rank {ranks.rank} on {node} came too late: the others went on without it", file=sys.stderr)
+            print(
+                f"rank {ranks.rank} on {node} came too late: the others went on without it",
+                file=sys.stderr,
+            )
             return EXIT_FAILED
         own = Rank(meeting, ranks, team, node, options, pretence)
         own.look_around(config)
@@ -103,24 +117,46 @@ def _as_rank(options: Options, config: RunConfig | None, ranks: Ranks) -> int:
             own.try_links()
         meeting.put(f"report/{ranks.rank}", own.report)
         if ranks.rank != 0:
-            code = int(meeting.get("verdict", options.limit * 2 + options.wait))  # rank 0 imports the model's classes
+            code = int(
+                meeting.get("verdict", options.limit * 2 + options.wait)
+            )  # rank 0 imports the model's classes
             meeting.put(f"bye/{ranks.rank}", True)
             return code
         reports = meeting.collect("report", team.present, options.limit)
         team.left_behind |= {rank: "the end" for rank in team.present if rank not in reports}
-        code = _conclude(options, config, ranks, reports, missing, team.left_behind, skews, dict(team.nodes), time.perf_counter() - started)
+        code = _conclude(
+            options,
+            config,
+            ranks,
+            reports,
+            missing,
+            team.left_behind,
+            skews,
+            dict(team.nodes),
+            time.perf_counter() - started,
+        )
         meeting.put("verdict", code)
         meeting.collect("bye", [r for r in team.present if r != 0], 5.0)
         return code
-    except (OneLLMError, TimeoutError) as error:  # rank 0 never came, or is gone: each of the others can say so
+    except (
+        OneLLMError,
+        TimeoutError,
+    ) as error:  # rank 0 never came, or is gone: each of the others can say so
         _rank_0_is_gone(options, ranks, expected.get(0, ""), error)
         return EXIT_FAILED
 
 
 def _conclude(
-    options: Options, config: RunConfig | None, ranks: Ranks, reports: Mapping[int, Mapping[str, Any]], missing: Mapping[int, str],
-    left_behind: Mapping[int, str], skews: Mapping[str, float], nodes: dict[str, list[int]], seconds: float,
-) -> int:  # fmt: skip
+    options: Options,
+    config: RunConfig | None,
+    ranks: Ranks,
+    reports: Mapping[int, Mapping[str, Any]],
+    missing: Mapping[int, str],
+    left_behind: Mapping[int, str],
+    skews: Mapping[str, float],
+    nodes: dict[str, list[int]],
+    seconds: float,
+) -> int:
     """Rank 0's verdict: printed, written, and turned into the exit code."""
     from onellm_dist.diagnostics.preflight.diagnosis import Fault, Findings, excluded, judge
     from onellm_dist.diagnostics.preflight.requirements import needs_of
@@ -138,7 +174,12 @@ def _conclude(
     faults = [*judge(found, options), *unknown]
     exclude = excluded(found, faults)
     result = json_of(found, faults, exclude, seconds)
-    print(json.dumps(result, indent=1) if options.as_json else text_of(found, faults, exclude, seconds), flush=True)
+    print(
+        json.dumps(result, indent=1)
+        if options.as_json
+        else text_of(found, faults, exclude, seconds),
+        flush=True,
+    )
     _write_exclude(options, exclude)
     if config is not None:
         _try_write(config.run.dir / RESULT, json.dumps(result, indent=1) + "\n")
@@ -150,7 +191,10 @@ def _rank_0_is_gone(options: Options, ranks: Ranks, node: str, error: Exception)
     if ranks.local_rank == 0:
         print(f"rank {ranks.rank}: {error}", file=sys.stderr)
         if node:
-            print(f"[fail] {node}: rank 0 never came or is gone\nwithout it: --exclude={node}", file=sys.stderr)
+            print(
+                f"[fail] {node}: rank 0 never came or is gone\nwithout it: --exclude={node}",
+                file=sys.stderr,
+            )
             _write_exclude(options, [node])
 
 
@@ -178,7 +222,11 @@ def expected_nodes(env: Mapping[str, str]) -> dict[int, str]:
     if not nodes or not tasks:
         return {}
     try:
-        names = [name for name, count in zip(expand_hosts(nodes), tasks_per_node(tasks), strict=True) for _ in range(count)]
+        names = [
+            name
+            for name, count in zip(expand_hosts(nodes), tasks_per_node(tasks), strict=True)
+            for _ in range(count)
+        ]
     except (UsageError, ValueError):
         return {}
     return dict(enumerate(names))

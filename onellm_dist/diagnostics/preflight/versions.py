@@ -15,7 +15,18 @@ import onellm_dist
 from onellm_dist.diagnostics.preflight.options import Pretence
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "onellm-dist")
-WATCHED = ("NCCL_", "GLOO_", "TORCH_", "DS_", "OMP_", "CUDA_LAUNCH", "PYTORCH_", "HF_", "UCX_", "FI_")
+WATCHED = (
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "DS_",
+    "OMP_",
+    "CUDA_LAUNCH",
+    "PYTORCH_",
+    "HF_",
+    "UCX_",
+    "FI_",
+)
 """Prefixes of variables that change how ranks talk or compute."""
 PER_NODE = ("TORCHELASTIC_", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Of those, what may differ between nodes by right."""
@@ -42,7 +53,9 @@ def versions(pretence: Pretence) -> dict[str, str]:
 
 def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The watched variables."""
-    return {k: v for k, v in sorted(env.items()) if k.startswith(WATCHED) and not k.startswith(PER_NODE)}
+    return {
+        k: v for k, v in sorted(env.items()) if k.startswith(WATCHED) and not k.startswith(PER_NODE)
+    }
 
 
 def code_digest(package: Path | None = None) -> str:
@@ -50,13 +63,22 @@ def code_digest(package: Path | None = None) -> str:
     package = Path(onellm_dist.__file__).parent if package is None else package
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        digest.update(
+            path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
     return digest.hexdigest()[:12]
 
 
 def git_commit() -> str:
     """The checkout's commit, or `none` where the package was installed."""
-    command = ["git", "-C", str(Path(onellm_dist.__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    command = [
+        "git",
+        "-C",
+        str(Path(onellm_dist.__file__).parent),
+        "rev-parse",
+        "--short=12",
+        "HEAD",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -28,7 +28,10 @@ def exact_match(prediction: str, reference: str) -> float:
 
 def token_f1(prediction: str, reference: str) -> float:
     """Harmonic mean of precision and recall over the bag of words; 1.0 for two empty texts."""
-    predicted, wanted = Counter(normalise(prediction).split()), Counter(normalise(reference).split())
+    predicted, wanted = (
+        Counter(normalise(prediction).split()),
+        Counter(normalise(reference).split()),
+    )
     if not predicted and not wanted:
         return 1.0
     common = sum((predicted & wanted).values())
@@ -99,7 +102,9 @@ def score(predictions: Sequence[str], references: Sequence[str]) -> Scores:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     pairs = list(zip(predictions, references, strict=True))
     matches = sum(exact_match(p, r) for p, r in pairs)
-    return Scores(len(pairs), wilson(matches, len(pairs)), bootstrap_mean([token_f1(p, r) for p, r in pairs]))
+    return Scores(
+        len(pairs), wilson(matches, len(pairs)), bootstrap_mean([token_f1(p, r) for p, r in pairs])
+    )
 
 
 def derangement(n: int, seed: int) -> list[int]:
@@ -118,7 +123,9 @@ def derangement(n: int, seed: int) -> list[int]:
     return order
 
 
-def shuffled_control(predictions: Sequence[str], references: Sequence[str], *, seed: int = 0) -> Scores:
+def shuffled_control(
+    predictions: Sequence[str], references: Sequence[str], *, seed: int = 0
+) -> Scores:
     """Scores where every sample is given another sample's input.
 
     The prompt is the same for every sample and decoding is greedy, so the caption made from sample j's input is the prediction

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
-from onellm_dist.launch.slurm.attempts import LOST, RUNNING, TIME_FORMAT, Attempt, append_attempt, now, read_attempts, this_attempt
+from onellm_dist.launch.slurm.attempts import (
+    LOST,
+    RUNNING,
+    TIME_FORMAT,
+    Attempt,
+    append_attempt,
+    now,
+    read_attempts,
+    this_attempt,
+)
 
 CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
 FIRST_DELAY_S, LONGEST_DELAY_S = 60, 3600
@@ -48,9 +57,20 @@ class Verdict:
 def begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int = 0) -> None:
     """Record this start, and take away how the last one ended: what `end` reads must be this start's."""
     before = read_attempts(run_dir)
-    if before and before[-1].status == RUNNING:  # nobody wrote its end: node or job script were killed
+    if (
+        before and before[-1].status == RUNNING
+    ):  # nobody wrote its end: node or job script were killed
         step = steps_reached(run_dir, before[-1])
-        append_attempt(run_dir, replace(before[-1], status=LOST, step=step, failed_step=step, checkpoint=newest_checkpoint(run_dir)))
+        append_attempt(
+            run_dir,
+            replace(
+                before[-1],
+                status=LOST,
+                step=step,
+                failed_step=step,
+                checkpoint=newest_checkpoint(run_dir),
+            ),
+        )
     (run_dir / "exit.json").unlink(missing_ok=True)
     started = this_attempt(env)
     append_attempt(run_dir, replace(started, ranks=len(started.nodes) * ranks_per_node or None))
@@ -68,23 +88,37 @@ def notice_warning(run_dir: Path, notice_s: int) -> str:
 
 
 def end(
-    run_dir: Path, env: Mapping[str, str], *, launcher_status: int, stop_asked: float, max_requeues: int, preflight_status: int = 0
+    run_dir: Path,
+    env: Mapping[str, str],
+    *,
+    launcher_status: int,
+    stop_asked: float,
+    max_requeues: int,
+    preflight_status: int = 0,
 ) -> Verdict:
     """Record how this start ended and decide what follows."""
     attempts = read_attempts(run_dir)
     key = this_attempt(env)
-    started = next((a for a in attempts if (a.job_id, a.restart_count) == (key.job_id, key.restart_count)), key)
-    earlier = [a for a in attempts if (a.job_id, a.restart_count) != (key.job_id, key.restart_count)]
+    started = next(
+        (a for a in attempts if (a.job_id, a.restart_count) == (key.job_id, key.restart_count)), key
+    )
+    earlier = [
+        a for a in attempts if (a.job_id, a.restart_count) != (key.job_id, key.restart_count)
+    ]
     if preflight_status:
         ended = refused_by_preflight(run_dir, started, preflight_status, stop_asked=stop_asked)
     else:
-        ended = how_it_ended(run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked)
+        ended = how_it_ended(
+            run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked
+        )
     verdict = decide(ended, earlier, max_requeues=max_requeues)
     append_attempt(run_dir, replace(ended, verdict=verdict.word, delay_s=verdict.delay_s))
     return verdict
 
 
-def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: float) -> Attempt:
+def how_it_ended(
+    run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: float
+) -> Attempt:
     """The attempt as `exit.json` tells it; where no rank wrote one, as the launcher and the stop tell it.
 
     Args:
@@ -93,36 +127,67 @@ def how_it_ended(run_dir: Path, started: Attempt, *, launcher_status: int, stop_
     over = replace(started, end=now(), checkpoint=newest_checkpoint(run_dir))
     found = _read_json(run_dir / "exit.json")
     # Failed after it: a second signal, or time ran out in the middle of the checkpoint. Failed before: the stop came of the failure.
-    if stop_asked and found.get("status") == "failed" and (run_dir / "exit.json").stat().st_mtime >= stop_asked:
+    if (
+        stop_asked
+        and found.get("status") == "failed"
+        and (run_dir / "exit.json").stat().st_mtime >= stop_asked
+    ):
         reason = f"stopped before its checkpoint was whole: {found.get('reason', '')}"
         return replace(over, status="preempted", step=found.get("step"), reason=reason)
     if found.get("status") in CODES:
         return replace(
-            over, status=found["status"], step=found.get("step"), failed_step=found.get("failed_step"), reason=str(found.get("reason", "")),
+            over,
+            status=found["status"],
+            step=found.get("step"),
+            failed_step=found.get("failed_step"),
+            reason=str(found.get("reason", "")),
             suspects=tuple(str(s) for s in found.get("suspects") or ()),
-        )  # fmt: skip
+        )
     step = steps_reached(run_dir, started)
     if stop_asked:
-        return replace(over, status="preempted", step=step, reason="stopped before the ranks could write a checkpoint")
+        return replace(
+            over,
+            status="preempted",
+            step=step,
+            reason="stopped before the ranks could write a checkpoint",
+        )
     if launcher_status == EXIT_USAGE:
-        return replace(over, status="usage", step=step, reason="the launcher or the recipe refused the command line (see above)")
+        return replace(
+            over,
+            status="usage",
+            step=step,
+            reason="the launcher or the recipe refused the command line (see above)",
+        )
     reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
     return replace(over, status="failed", step=step, failed_step=step, reason=reason)
 
 
-def refused_by_preflight(run_dir: Path, started: Attempt, status: int, *, stop_asked: float) -> Attempt:
+def refused_by_preflight(
+    run_dir: Path, started: Attempt, status: int, *, stop_asked: float
+) -> Attempt:
     """The attempt that no rank was started for. A preflight that left no verdict (its ranks never started, or were killed) says nothing
-    about the nodes: it is a failed start like others."""
+    about the nodes: it is a failed start like others.
+    """
     over = replace(started, end=now(), checkpoint=newest_checkpoint(run_dir))
     if stop_asked:
         return replace(over, status="preempted", reason=f"{PREFLIGHT}: stopped in it")
     if status == EXIT_USAGE:
-        return replace(over, status="usage", reason=f"{PREFLIGHT}: the recipe or the command line is wrong (see above)")
+        return replace(
+            over,
+            status="usage",
+            reason=f"{PREFLIGHT}: the recipe or the command line is wrong (see above)",
+        )
     path = run_dir / f"{BAD_NODES}.{started.job_id}.{started.restart_count}"
     if not path.exists():
-        return replace(over, status="failed", reason=f"{PREFLIGHT}: ended without a verdict; its exit code is {status}")
+        return replace(
+            over,
+            status="failed",
+            reason=f"{PREFLIGHT}: ended without a verdict; its exit code is {status}",
+        )
     bad = path.read_text(encoding="utf-8").split()
-    return replace(over, status="failed", reason=f"{PREFLIGHT}: bad nodes {', '.join(bad)}" if bad else NO_NODE)
+    return replace(
+        over, status="failed", reason=f"{PREFLIGHT}: bad nodes {', '.join(bad)}" if bad else NO_NODE
+    )
 
 
 def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> Verdict:
@@ -183,18 +248,37 @@ def steps_reached(run_dir: Path, attempt: Attempt) -> int | None:
 
     `metrics.jsonl` alone does not tell: it holds the lines of earlier starts until the event `start`.
     """
-    event = next((e for e in _newest_first(run_dir / "events.jsonl", most=None) if e.get("event") == "start"), None)
+    event = next(
+        (
+            e
+            for e in _newest_first(run_dir / "events.jsonl", most=None)
+            if e.get("event") == "start"
+        ),
+        None,
+    )
     if event is None or not _is_of(event, attempt):
         return None
-    return next((int(line["step"]) + 1 for line in _newest_first(run_dir / "metrics.jsonl") if "step" in line), event.get("first_step"))
+    return next(
+        (
+            int(line["step"]) + 1
+            for line in _newest_first(run_dir / "metrics.jsonl")
+            if "step" in line
+        ),
+        event.get("first_step"),
+    )
 
 
 def _is_of(event: Mapping[str, Any], attempt: Attempt) -> bool:
     """Whether an event `start` is this start's. Ranks under ssh do not know the job's number; rank 0's node has the script's clock."""
     if event.get("slurm_job_id") is not None:
-        return (str(event["slurm_job_id"]), event.get("slurm_restart_count") or 0) == (attempt.job_id, attempt.restart_count)
+        return (str(event["slurm_job_id"]), event.get("slurm_restart_count") or 0) == (
+            attempt.job_id,
+            attempt.restart_count,
+        )
     try:
-        return datetime.strptime(str(event.get("time")), TIME_FORMAT) >= datetime.strptime(attempt.start, TIME_FORMAT)
+        return datetime.strptime(str(event.get("time")), TIME_FORMAT) >= datetime.strptime(
+            attempt.start, TIME_FORMAT
+        )
     except ValueError:
         return False
 
@@ -202,7 +286,14 @@ def _is_of(event: Mapping[str, Any], attempt: Attempt) -> bool:
 def last_save_s(run_dir: Path) -> float | None:
     """Seconds that the newest checkpoint took, by `events.jsonl`."""
     events = _newest_first(run_dir / "events.jsonl")
-    return next((float(line["seconds"]) for line in events if line.get("event") == "checkpoint" and "seconds" in line), None)
+    return next(
+        (
+            float(line["seconds"])
+            for line in events
+            if line.get("event") == "checkpoint" and "seconds" in line
+        ),
+        None,
+    )
 
 
 def _newest_first(path: Path, most: int | None = TAIL_BYTES) -> Iterator[dict[str, Any]]:
@@ -231,7 +322,8 @@ def newest_checkpoint(run_dir: Path) -> int | None:
 
 def _place(attempt: Attempt) -> int | None:
     """The step that a failed start was at; None where it came to none. Between steps (in a validation, a checkpoint) it is known by the
-    steps done, which a start has at once that goes on from a checkpoint."""
+    steps done, which a start has at once that goes on from a checkpoint.
+    """
     if attempt.failed_step is not None:
         return attempt.failed_step
     return attempt.step if (attempt.step or 0) > (attempt.checkpoint or 0) else None
@@ -266,11 +358,21 @@ def _crash_loop(ended: Attempt, twin: Attempt, at: str) -> str:
     if twin.reason != ended.reason:
         lines.append(f"Before: {twin.reason}")
     if common:
-        rest = f" and {len(common) - SHOWN_SUSPECTS} more (attempts.jsonl)" if len(common) > SHOWN_SUSPECTS else ""
-        lines.append(f"Suspect samples (of the micro-step that failed): {', '.join(common[:SHOWN_SUSPECTS])}{rest}")
-        lines.append("Look at them (`onellm shards preview`), mend or leave them out (`onellm shards repair`), and submit the job anew.")
+        rest = (
+            f" and {len(common) - SHOWN_SUSPECTS} more (attempts.jsonl)"
+            if len(common) > SHOWN_SUSPECTS
+            else ""
+        )
+        lines.append(
+            f"Suspect samples (of the micro-step that failed): {', '.join(common[:SHOWN_SUSPECTS])}{rest}"
+        )
+        lines.append(
+            "Look at them (`onellm shards preview`), mend or leave them out (`onellm shards repair`), and submit the job anew."
+        )
     else:
-        lines.append("No sample is suspected. Look for the cause in the job's log, mend it, and submit the job anew.")
+        lines.append(
+            "No sample is suspected. Look for the cause in the job's log, mend it, and submit the job anew."
+        )
     return "\n".join(lines)
 
 
@@ -285,7 +387,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     """The command line: see the top of this file."""
     parser = argparse.ArgumentParser(
-        prog="python -m onellm_dist.launch.slurm.after", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m onellm_dist.launch.slurm.after",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("begin", "end"):

@@ -21,7 +21,8 @@ RUNNING, LOST = "running", "lost"
 @dataclass(frozen=True)
 class Attempt:
     """One start of the job: a line of `attempts.jsonl`. It is written at the start and again at the end, with the same `job_id` and
-    `restart_count`: the later line holds."""
+    `restart_count`: the later line holds.
+    """
 
     job_id: str
     restart_count: int
@@ -58,7 +59,10 @@ def this_attempt(env: Mapping[str, str]) -> Attempt:
     """The start that Slurm's variables in `env` describe."""
     nodes = env.get("SLURM_JOB_NODELIST", "")
     return Attempt(
-        env.get("SLURM_JOB_ID", "0"), int(env.get("SLURM_RESTART_COUNT") or 0), tuple(expand_hosts(nodes)) if nodes else (), now()
+        env.get("SLURM_JOB_ID", "0"),
+        int(env.get("SLURM_RESTART_COUNT") or 0),
+        tuple(expand_hosts(nodes)) if nodes else (),
+        now(),
     )
 
 
@@ -73,7 +77,11 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             fields: dict[str, Any] = json.loads(line)
-            fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
+            fields = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in fields.items()
+                if key in known
+            }
             attempt = Attempt(**fields)
         except (ValueError, TypeError):
             continue
@@ -81,7 +89,10 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         found.pop(key, None)
         found[key] = attempt
     attempts = list(found.values())
-    return [replace(a, status=LOST) if a.status == RUNNING and a is not attempts[-1] else a for a in attempts]
+    return [
+        replace(a, status=LOST) if a.status == RUNNING and a is not attempts[-1] else a
+        for a in attempts
+    ]
 
 
 def append_attempt(run_dir: Path, attempt: Attempt) -> None:

@@ -24,16 +24,27 @@ def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] |
     world = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or world < 2:
         return None
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    nodes = (
+        env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    )
     if not nodes:
         raise UsageError(
-            "SLURM_STEP_NODELIST is not set", "the ranks cannot find rank 0's host.", "start with srun inside the job, or set MASTER_ADDR."
+            "SLURM_STEP_NODELIST is not set",
+            "the ranks cannot find rank 0's host.",
+            "start with srun inside the job, or set MASTER_ADDR.",
         )
     local_rank = int(env.get("SLURM_LOCALID", 0))
     node = int(env.get("SLURM_NODEID", 0))
-    local_world = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world))[node]
+    local_world = tasks_per_node(
+        env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world)
+    )[node]
     address = env.get("MASTER_ADDR") or expand_hosts(nodes)[0]
-    port = int(env.get("MASTER_PORT") or rendezvous_port(int(env.get("SLURM_JOB_ID") or 0), int(env.get("SLURM_RESTART_COUNT") or 0)))
+    port = int(
+        env.get("MASTER_PORT")
+        or rendezvous_port(
+            int(env.get("SLURM_JOB_ID") or 0), int(env.get("SLURM_RESTART_COUNT") or 0)
+        )
+    )
     return int(env["SLURM_PROCID"]), world, local_rank, local_world, address, port
 
 
@@ -49,7 +60,9 @@ def tasks_per_node(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())
         if match is None:
             raise UsageError(
-                f"tasks per node {text!r} is not in Slurm's form", "the local ranks cannot be counted.", "expected something like 8(x2)."
+                f"tasks per node {text!r} is not in Slurm's form",
+                "the local ranks cannot be counted.",
+                "expected something like 8(x2).",
             )
         found += [int(match[1])] * int(match[2] or 1)
     return found
@@ -65,7 +78,11 @@ def expand_hosts(nodelist: str) -> list[str]:
     for item in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist):
         hosts += _expand(item)
     if not hosts:
-        raise UsageError(f"node list {nodelist!r} is empty", "the ranks cannot find rank 0's host.", "set MASTER_ADDR.")
+        raise UsageError(
+            f"node list {nodelist!r} is empty",
+            "the ranks cannot find rank 0's host.",
+            "set MASTER_ADDR.",
+        )
     return hosts
 
 
@@ -77,7 +94,13 @@ def _expand(pattern: str) -> list[str]:
     for piece in match[1].split(","):
         first, dash, last = piece.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"node list {pattern!r} is not in Slurm's form", "the ranks cannot find rank 0's host.", "set MASTER_ADDR.")
+            raise UsageError(
+                f"node list {pattern!r} is not in Slurm's form",
+                "the ranks cannot find rank 0's host.",
+                "set MASTER_ADDR.",
+            )
         for number in range(int(first), int(last or first) + 1):
-            names.append(pattern[: match.start()] + str(number).zfill(len(first)) + pattern[match.end() :])
+            names.append(
+                pattern[: match.start()] + str(number).zfill(len(first)) + pattern[match.end() :]
+            )
     return [host for name in names for host in _expand(name)]

@@ -17,7 +17,11 @@ GENERIC = "generic"
 def example_scripts() -> dict[str, str]:
     """File name -> text."""
     jobs = [_paper_job(name, nodes) for name, nodes in PAPER.items()]
-    jobs.append(Job(recipe="", run_dir=Path(), nodes=(1, 1), gpus_per_node=8, ranks_per_node=8, name=GENERIC))
+    jobs.append(
+        Job(
+            recipe="", run_dir=Path(), nodes=(1, 1), gpus_per_node=8, ranks_per_node=8, name=GENERIC
+        )
+    )
     for job in jobs:
         check_job(job)
     return {f"{job.name}.sbatch": render(job) for job in jobs}
@@ -25,8 +29,18 @@ def example_scripts() -> dict[str, str]:
 
 def _paper_job(name: str, nodes: int) -> Job:
     run_dir = load_config(find_recipe(Path(name))).run.dir
-    command = f"onellm launch {name} --nodes {nodes} --gpus-per-node 8 --out launch/slurm/{name}.sbatch"
-    return Job(recipe=name, run_dir=run_dir, nodes=(nodes, nodes), gpus_per_node=8, ranks_per_node=8, name=name, command=command)
+    command = (
+        f"onellm launch {name} --nodes {nodes} --gpus-per-node 8 --out launch/slurm/{name}.sbatch"
+    )
+    return Job(
+        recipe=name,
+        run_dir=run_dir,
+        nodes=(nodes, nodes),
+        gpus_per_node=8,
+        ranks_per_node=8,
+        name=name,
+        command=command,
+    )
 
 
 def main() -> None:

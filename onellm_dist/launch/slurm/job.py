@@ -64,7 +64,9 @@ def parse_nodes(text: str) -> tuple[int, int]:
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
         raise UsageError(
-            f"--nodes {text} is no number of nodes", "Slurm would refuse the job.", "write 2, or 1-4 for as many of four as there are."
+            f"--nodes {text} is no number of nodes",
+            "Slurm would refuse the job.",
+            "write 2, or 1-4 for as many of four as there are.",
         )
     return least, most
 
@@ -76,7 +78,11 @@ def check_job(job: Job) -> None:
         UsageError: with the option and the remedy.
     """
     if job.starter not in STARTERS:
-        raise UsageError(f"--with {job.starter} is unknown", "there are three ways to start ranks.", f"use one of: {', '.join(STARTERS)}.")
+        raise UsageError(
+            f"--with {job.starter} is unknown",
+            "there are three ways to start ranks.",
+            f"use one of: {', '.join(STARTERS)}.",
+        )
     if job.container_runtime not in RUNTIMES:
         raise UsageError(
             f"--container-runtime {job.container_runtime} is unknown",
@@ -84,7 +90,11 @@ def check_job(job: Job) -> None:
             f"use one of: {', '.join(RUNTIMES)}.",
         )
     if job.ranks_per_node < 1:
-        raise UsageError("no ranks: --gpus-per-node is 0", "each rank drives one GPU.", "give --ranks-per-node too, for a run on CPUs.")
+        raise UsageError(
+            "no ranks: --gpus-per-node is 0",
+            "each rank drives one GPU.",
+            "give --ranks-per-node too, for a run on CPUs.",
+        )
     if job.container and job.starter == "deepspeed":
         raise UsageError(
             "--container goes with srun and torchrun only",
@@ -117,9 +127,17 @@ def check_job(job: Job) -> None:
         ("--exclude", job.exclude),
     ):
         if re.search(r"[\s'\"\\$`#]", value):
-            raise UsageError(f"{label} {value!r} has spaces or quotes", "it would break the script's header.", "write it without them.")
+            raise UsageError(
+                f"{label} {value!r} has spaces or quotes",
+                "it would break the script's header.",
+                "write it without them.",
+            )
     if "\n" in " ".join(job.overrides):
-        raise UsageError("a key=value has a line break", "it would break the script.", "put it into a recipe file.")
+        raise UsageError(
+            "a key=value has a line break",
+            "it would break the script.",
+            "put it into a recipe file.",
+        )
 
 
 def time_limit_s(text: str) -> int:

@@ -103,7 +103,9 @@ _EXCLUDE = """\
 
 def render(job: Job) -> str:
     """The whole script; the same job gives the same text."""
-    tool = f"{'in_container ' if job.container else ''}{job.python} -m onellm_dist.launch.slurm.after"
+    tool = (
+        f"{'in_container ' if job.container else ''}{job.python} -m onellm_dist.launch.slurm.after"
+    )
     parts = [
         _header(job),
         _run_dir(job),
@@ -117,8 +119,13 @@ def render(job: Job) -> str:
     if job.preflight:
         parts.append(_preflight(job))
     told = ' \\\n    --preflight-status "$preflight"' if job.preflight else ""
-    exclude = _EXCLUDE.format(exclude=f",{job.exclude}" if job.exclude else "") if job.preflight else ""
-    parts += [_guarded(job), _AFTER.format(tool=tool, max_requeues=job.max_requeues, told=told, exclude=exclude)]
+    exclude = (
+        _EXCLUDE.format(exclude=f",{job.exclude}" if job.exclude else "") if job.preflight else ""
+    )
+    parts += [
+        _guarded(job),
+        _AFTER.format(tool=tool, max_requeues=job.max_requeues, told=told, exclude=exclude),
+    ]
     return "\n".join(filter(None, parts))
 
 
@@ -128,29 +135,49 @@ def _header(job: Job) -> str:
     options = [
         # No --ntasks-per-node: the steps name their tasks. With 1 a node, Slurm (22.05) would give a job that asks for 1-4 nodes a single
         # one; with more, a requeued job wants as many tasks as its last start had, so it never comes back on fewer nodes.
-        f"--job-name={job.name}", f"--nodes={nodes}", f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
-        f"--cpus-per-task={job.cpus_per_rank * job.ranks_per_node}" if job.cpus_per_rank else "--exclusive",
+        f"--job-name={job.name}",
+        f"--nodes={nodes}",
+        f"--gpus-per-node={job.gpus_per_node}" if job.gpus_per_node else "",
+        f"--cpus-per-task={job.cpus_per_rank * job.ranks_per_node}"
+        if job.cpus_per_rank
+        else "--exclusive",
         "" if job.cpus_per_rank else "--mem=0",
         f"--time={job.time}",
-        f"--partition={job.partition}" if job.partition else "", f"--account={job.account}" if job.account else "",
-        f"--qos={job.qos}" if job.qos else "", f"--exclude={job.exclude}" if job.exclude else "",
-        "--requeue", "--open-mode=append", f"--signal=B:USR1@{job.signal_notice_s}", "--output=%x-%j.log",
-    ]  # fmt: skip
+        f"--partition={job.partition}" if job.partition else "",
+        f"--account={job.account}" if job.account else "",
+        f"--qos={job.qos}" if job.qos else "",
+        f"--exclude={job.exclude}" if job.exclude else "",
+        "--requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{job.signal_notice_s}",
+        "--output=%x-%j.log",
+    ]
     about = {
         "--exclusive": "whole nodes: their cores and memory are shared by our ranks alone",
         "--requeue": "a lost node or a preemption puts the job back into the queue; the run goes on from its newest checkpoint",
         "--open-mode=append": "a requeued job writes on in the same log",
         f"--signal=B:USR1@{job.signal_notice_s}": "seconds before the time limit, to this script: the last checkpoint must fit in",
     }
-    what = job.recipe or "any recipe (sbatch --nodes=2 generic.sbatch RUN_DIR RECIPE [key=value ...])"
+    what = (
+        job.recipe or "any recipe (sbatch --nodes=2 generic.sbatch RUN_DIR RECIPE [key=value ...])"
+    )
     ranks = f"{job.ranks_per_node} rank{'s' if job.ranks_per_node > 1 else ''}"
-    lines = ["#!/usr/bin/env bash", f"# {what} on {nodes} node{'s' if nodes != '1' else ''} with {ranks} each, started by {job.starter}."]
-    lines.append(f"# Rendered by onellm_dist {__version__}; it is yours: read it, edit it, keep it.")
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# {what} on {nodes} node{'s' if nodes != '1' else ''} with {ranks} each, started by {job.starter}.",
+    ]
+    lines.append(
+        f"# Rendered by onellm_dist {__version__}; it is yours: read it, edit it, keep it."
+    )
     if job.command:
         lines.append(f"#   {job.command}")
     for option in filter(None, options):
         lines.append(f"#SBATCH {option}" + (f"  # {about[option]}" if option in about else ""))
-    lines += ["", "# sbatch hands your environment on. Where a cluster does not, set it here: source .venv/bin/activate", "set -u"]
+    lines += [
+        "",
+        "# sbatch hands your environment on. Where a cluster does not, set it here: source .venv/bin/activate",
+        "set -u",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +188,9 @@ def _run_dir(job: Job) -> str:
 
 
 def _start(job: Job) -> str:
-    return {"srun": _with_srun, "torchrun": _with_torchrun, "deepspeed": _with_deepspeed}[job.starter](job)
+    return {"srun": _with_srun, "torchrun": _with_torchrun, "deepspeed": _with_deepspeed}[
+        job.starter
+    ](job)
 
 
 def _with_srun(job: Job) -> str:
@@ -186,7 +215,9 @@ def _with_torchrun(job: Job) -> str:
 
 
 def _with_deepspeed(job: Job) -> str:
-    deepspeed = "deepspeed" if job.python == "python" else str(Path(job.python).with_name("deepspeed"))
+    deepspeed = (
+        "deepspeed" if job.python == "python" else str(Path(job.python).with_name("deepspeed"))
+    )
     return (
         "# The deepspeed runner starts the ranks through pdsh and ssh, so it needs ssh between nodes without a password. The hostfile is\n"
         "# made from the allocation; what ssh does not hand on (PATH, NCCL settings) stands in .deepspeed_env in the working directory.\n"
@@ -201,10 +232,20 @@ def _with_deepspeed(job: Job) -> str:
 
 def _srun(job: Job, tasks_per_node: int, more: str) -> str:
     """The first lines of a step over all nodes; Slurm must be told the tasks again, for the step may start other numbers than the job."""
-    tasks = '"$SLURM_JOB_NUM_NODES"' if tasks_per_node == 1 else f"$((SLURM_JOB_NUM_NODES * {tasks_per_node}))"
-    first = f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks={tasks} --ntasks-per-node={tasks_per_node}'
+    tasks = (
+        '"$SLURM_JOB_NUM_NODES"'
+        if tasks_per_node == 1
+        else f"$((SLURM_JOB_NUM_NODES * {tasks_per_node}))"
+    )
+    first = (
+        f'srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks={tasks} --ntasks-per-node={tasks_per_node}'
+    )
     # The job is one task a node to Slurm, of all its ranks' cores; whether a step inherits that depends on Slurm's version.
-    cpus = f" \\\n    --cpus-per-task={job.cpus_per_rank * job.ranks_per_node // tasks_per_node}" if job.cpus_per_rank else ""
+    cpus = (
+        f" \\\n    --cpus-per-task={job.cpus_per_rank * job.ranks_per_node // tasks_per_node}"
+        if job.cpus_per_rank
+        else ""
+    )
     return f"{first} --cpu-bind=none{more}{cpus}{_pyxis(job)} \\\n"
 
 
@@ -239,7 +280,11 @@ def _guarded(job: Job) -> str:
 def _training(job: Job) -> str:
     # A step of one task looks like an interactive shell, where local ranks are wanted: say how many.
     alone = " launch.ranks=1" if job.starter == "srun" and job.ranks_per_node == 1 else ""
-    return "onellm_dist.train " + (_arguments(job) if job.recipe else '"${@:2}" run.dir="$run_dir"') + alone
+    return (
+        "onellm_dist.train "
+        + (_arguments(job) if job.recipe else '"${@:2}" run.dir="$run_dir"')
+        + alone
+    )
 
 
 def _arguments(job: Job) -> str:

@@ -20,7 +20,14 @@ COMMAND_S = 60
 
 
 def launch_command(
-    recipe: Path, overrides: Sequence[str], *, nodes: str, out: Path | None, submit: bool, command: str = "", **options: Any
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: str,
+    out: Path | None,
+    submit: bool,
+    command: str = "",
+    **options: Any,
 ) -> int:
     """Render, check and write the job script (to stdout without `out` and `submit`); submit it where asked.
 
@@ -46,7 +53,9 @@ def launch_command(
     if not submit:
         print(f"written: {path}\nsubmit it: sbatch {path}")
         return EXIT_DONE
-    print(f"written: {path}\nsubmitted: job {submit_script(path)}; history in {job.run_dir}/attempts.jsonl")
+    print(
+        f"written: {path}\nsubmitted: job {submit_script(path)}; history in {job.run_dir}/attempts.jsonl"
+    )
     return EXIT_DONE
 
 
@@ -61,12 +70,18 @@ def make_job(recipe: Path, overrides: Sequence[str], *, nodes: str, **options: A
     gpus = int(given.pop("gpus_per_node", 8))
     python = "python" if given.get("container") else own_python()
     wanted = [*given.pop("mounts", ()), config.run.dir, config.data.root]
-    mounts = tuple(dict.fromkeys(str(path) for path in wanted if isinstance(path, str) or path.is_absolute()))
+    mounts = tuple(
+        dict.fromkeys(str(path) for path in wanted if isinstance(path, str) or path.is_absolute())
+    )
     job = Job(
-        recipe=str(recipe), overrides=tuple(overrides), run_dir=config.run.dir, nodes=parse_nodes(nodes), gpus_per_node=gpus,
+        recipe=str(recipe),
+        overrides=tuple(overrides),
+        run_dir=config.run.dir,
+        nodes=parse_nodes(nodes),
+        gpus_per_node=gpus,
         **{"ranks_per_node": gpus, "name": find_recipe(recipe).stem, "python": python, **given},
         mounts=mounts if given.get("container") else (),
-    )  # fmt: skip
+    )
     check_job(job)
     return job
 
@@ -74,7 +89,11 @@ def make_job(recipe: Path, overrides: Sequence[str], *, nodes: str, **options: A
 def own_python() -> str:
     """`python` where that is the one that runs this, else its full path: the job must find the package."""
     found = shutil.which("python")
-    return "python" if found and Path(found).absolute() == Path(sys.executable).absolute() else sys.executable
+    return (
+        "python"
+        if found and Path(found).absolute() == Path(sys.executable).absolute()
+        else sys.executable
+    )
 
 
 def check_script(text: str) -> str:
@@ -89,7 +108,13 @@ def check_script(text: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        syntax = subprocess.run(["bash", "-n", file.name], capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        syntax = subprocess.run(
+            ["bash", "-n", file.name],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+        )
         if syntax.returncode:
             raise OneLLMError(
                 f"the job script is no valid bash: {syntax.stderr.strip()}",
@@ -98,7 +123,13 @@ def check_script(text: str) -> str:
             )
         if shutil.which("sbatch") is None:
             return "bash -n passes; no sbatch here, so Slurm was not asked"
-        tried = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        tried = subprocess.run(
+            ["sbatch", "--test-only", file.name],
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+        )
     said = tried.stderr.strip() or tried.stdout.strip()
     if tried.returncode == 0:
         return f"bash -n and sbatch --test-only pass ({said.removeprefix('sbatch: ')})"
@@ -119,18 +150,33 @@ def submit_script(path: Path, options: Sequence[str] = ()) -> str:
     """
     if shutil.which("sbatch") is None:
         raise UsageError(
-            "--submit: no sbatch here", "jobs are submitted from a machine of the cluster.", f"copy {path} there and run: sbatch {path}"
+            "--submit: no sbatch here",
+            "jobs are submitted from a machine of the cluster.",
+            f"copy {path} there and run: sbatch {path}",
         )
-    done = subprocess.run(["sbatch", "--parsable", *options, str(path)], capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    done = subprocess.run(
+        ["sbatch", "--parsable", *options, str(path)],
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_S,
+        check=False,
+    )
     if done.returncode:
         raise OneLLMError(
-            f"sbatch refuses {path}: {done.stderr.strip()}", "the job is not queued.", "change what it names, and run sbatch again."
+            f"sbatch refuses {path}: {done.stderr.strip()}",
+            "the job is not queued.",
+            "change what it names, and run sbatch again.",
         )
     return done.stdout.strip().split(";")[0]
 
 
 def _slurm_answers() -> bool:
     try:
-        return "is UP" in subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=COMMAND_S, check=False).stdout
+        return (
+            "is UP"
+            in subprocess.run(
+                ["scontrol", "ping"], capture_output=True, text=True, timeout=COMMAND_S, check=False
+            ).stdout
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False

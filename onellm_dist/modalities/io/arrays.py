@@ -19,15 +19,24 @@ def read_npy(part: Part) -> np.ndarray:
     stream = io.BytesIO(part.data)
     try:
         version = np.lib.format.read_magic(stream)
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, fortran, dtype = header(stream)
         count = int(np.prod(shape, dtype=object)) if shape else 1
         if dtype.kind not in "fiu":
             raise ValueError(f"its values are of type {dtype}, not numbers")
         if count * dtype.itemsize != len(part.data) - stream.tell():
-            raise ValueError(f"its header says {shape} {dtype}, which is not the {len(part.data) - stream.tell()} bytes that follow")
-        array = np.frombuffer(part.data, dtype, count, stream.tell()).reshape(shape, order="F" if fortran else "C")
-    except Exception as error:  # numpy parses the header as Python text: broken bytes raise nearly anything
+            raise ValueError(
+                f"its header says {shape} {dtype}, which is not the {len(part.data) - stream.tell()} bytes that follow"
+            )
+        array = np.frombuffer(part.data, dtype, count, stream.tell()).reshape(
+            shape, order="F" if fortran else "C"
+        )
+    except (
+        Exception
+    ) as error:  # numpy parses the header as Python text: broken bytes raise nearly anything
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is no readable NumPy array: {error or type(error).__name__}",
             "the sample has no usable signal.",

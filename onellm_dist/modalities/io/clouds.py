@@ -12,10 +12,28 @@ Fields = dict[str, np.ndarray]
 """Name to one value a point."""
 
 _PLY_TYPES = {
-    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4", "double": "f8",
-    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8",
-}  # fmt: skip
-_COLOUR_NAMES = (("red", "green", "blue"), ("r", "g", "b"), ("diffuse_red", "diffuse_green", "diffuse_blue"))
+    "char": "i1",
+    "uchar": "u1",
+    "short": "i2",
+    "ushort": "u2",
+    "int": "i4",
+    "uint": "u4",
+    "float": "f4",
+    "double": "f8",
+    "int8": "i1",
+    "uint8": "u1",
+    "int16": "i2",
+    "uint16": "u2",
+    "int32": "i4",
+    "uint32": "u4",
+    "float32": "f4",
+    "float64": "f8",
+}
+_COLOUR_NAMES = (
+    ("red", "green", "blue"),
+    ("r", "g", "b"),
+    ("diffuse_red", "diffuse_green", "diffuse_blue"),
+)
 
 
 def read_cloud(part: Part) -> np.ndarray:
@@ -36,7 +54,9 @@ def read_cloud(part: Part) -> np.ndarray:
             array = array.T
         if array.ndim != 2 or array.shape[1] != 6:
             raise _no_cloud(name, f"is an array of shape {array.shape}, not [points, 6]")
-        return np.concatenate([array[:, :3].astype(np.float32), _unit_colours(array[:, 3:], name)], axis=1)
+        return np.concatenate(
+            [array[:, :3].astype(np.float32), _unit_colours(array[:, 3:], name)], axis=1
+        )
     try:
         if part.data[:4] in (b"ply\n", b"ply\r"):
             fields = _read_ply(part.data)
@@ -44,8 +64,17 @@ def read_cloud(part: Part) -> np.ndarray:
             fields = _drop_empty(_read_pcd(part.data))
         else:
             raise ValueError("it is neither NumPy (.npy), PLY nor PCD")
-    except (ValueError, KeyError, IndexError, UnicodeDecodeError, TypeError, OverflowError) as error:
-        raise _no_cloud(name, f"({len(part.data)} bytes) is no readable point cloud: {error}") from error
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        UnicodeDecodeError,
+        TypeError,
+        OverflowError,
+    ) as error:
+        raise _no_cloud(
+            name, f"({len(part.data)} bytes) is no readable point cloud: {error}"
+        ) from error
     return _join(fields, name)
 
 
@@ -54,10 +83,15 @@ def _join(fields: Fields, name: str) -> np.ndarray:
         raise _no_cloud(name, f"has no x, y, z, only {', '.join(fields) or 'nothing'}")
     colour_names = next((names for names in _COLOUR_NAMES if all(n in fields for n in names)), None)
     if colour_names is None:
-        raise _no_cloud(name, f"has no colours, only {', '.join(fields)} (the tokenizer groups points by their colours)")
+        raise _no_cloud(
+            name,
+            f"has no colours, only {', '.join(fields)} (the tokenizer groups points by their colours)",
+        )
     xyz = np.stack([fields[axis].astype(np.float32) for axis in "xyz"], 1)
     require_finite(xyz, name)
-    return np.concatenate([xyz, _unit_colours(np.stack([fields[n] for n in colour_names], 1), name)], axis=1)
+    return np.concatenate(
+        [xyz, _unit_colours(np.stack([fields[n] for n in colour_names], 1), name)], axis=1
+    )
 
 
 def _unit_colours(colours: np.ndarray, name: str) -> np.ndarray:
@@ -67,7 +101,9 @@ def _unit_colours(colours: np.ndarray, name: str) -> np.ndarray:
     if low < 0 and colours.dtype.kind == "f":
         return colours.astype(np.float32)
     if low < 0 or high > 255:
-        raise _no_cloud(name, f"has colours from {low:g} to {high:g}, neither in 0..1 nor in 0..255")
+        raise _no_cloud(
+            name, f"has colours from {low:g} to {high:g}, neither in 0..1 nor in 0..255"
+        )
     divide = colours.dtype == np.uint8 or high > 1.01  # a little above 1 is rounding
     return colours.astype(np.float32) / np.float32(255) if divide else colours.astype(np.float32)
 
@@ -105,7 +141,9 @@ def _read_ply(data: bytes) -> Fields:
     """The vertex element, which must be the first one (as every writer has it)."""
     lines, start = _header(data, b"end_header")
     layout = next((words[1] for words in lines if words[0] == "format"), None)
-    if layout is None:  # never a StopIteration: whoever goes through samples would take it for their end
+    if (
+        layout is None
+    ):  # never a StopIteration: whoever goes through samples would take it for their end
         raise ValueError("its header has no line 'format'")
     elements = [words for words in lines if words[0] == "element"]
     if not elements or elements[0][1] != "vertex":
@@ -115,22 +153,35 @@ def _read_ply(data: bytes) -> Fields:
     properties = [words for words in lines[first:after] if words[0] == "property"]
     if any(words[1] == "list" for words in properties):
         raise ValueError("its vertices have list properties")
-    names, types = [words[2] for words in properties], [_PLY_TYPES[words[1]] for words in properties]
+    names, types = (
+        [words[2] for words in properties],
+        [_PLY_TYPES[words[1]] for words in properties],
+    )
     count = int(elements[0][2])
     if layout == "ascii":
         table = _rows(data[start:], len(names), count)
-        return {name: table[:, i].astype(kind) for i, (name, kind) in enumerate(zip(names, types, strict=True))}
+        return {
+            name: table[:, i].astype(kind)
+            for i, (name, kind) in enumerate(zip(names, types, strict=True))
+        }
     order = {"binary_little_endian": "<", "binary_big_endian": ">"}[layout]
-    return _records(data[start:], [(n, order + t) for n, t in zip(names, types, strict=True)], count)
+    return _records(
+        data[start:], [(n, order + t) for n, t in zip(names, types, strict=True)], count
+    )
 
 
-def _records(body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, int]], count: int) -> Fields:
+def _records(
+    body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, int]], count: int
+) -> Fields:
     record = np.dtype(layout)
     if len(body) < count * record.itemsize:
         raise ValueError(f"{len(body)} bytes where the header says {count} x {record.itemsize}")
     table = np.frombuffer(body, record, count)
     # Of a field with several values a point (PCD padding, histograms) the first stands for it: no such field is used.
-    return {name: table[name] if table[name].ndim == 1 else table[name][:, 0] for name in record.names or ()}
+    return {
+        name: table[name] if table[name].ndim == 1 else table[name][:, 0]
+        for name in record.names or ()
+    }
 
 
 def _read_pcd(data: bytes) -> Fields:
@@ -140,9 +191,16 @@ def _read_pcd(data: bytes) -> Fields:
     names = header["FIELDS"]
     kinds = [k.lower() + size for k, size in zip(header["TYPE"], header["SIZE"], strict=True)]
     counts = [int(c) for c in header.get("COUNT", ["1"] * len(names))]
-    total = int(header["POINTS"][0]) if "POINTS" in header else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+    total = (
+        int(header["POINTS"][0])
+        if "POINTS" in header
+        else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
+    )
     # Padding fields are all called "_": each gets a name of its own.
-    layout = [(f"{n}{i}" if n == "_" else n, "<" + k, c) for i, (n, k, c) in enumerate(zip(names, kinds, counts, strict=True))]
+    layout = [
+        (f"{n}{i}" if n == "_" else n, "<" + k, c)
+        for i, (n, k, c) in enumerate(zip(names, kinds, counts, strict=True))
+    ]
     encoding = header["DATA"][0]
     if encoding == "ascii":
         fields = _ascii_pcd(data[start:], layout, total)
@@ -167,8 +225,13 @@ def _ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int) -> F
 def _compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
     """Field after field, LZF-compressed behind two uint32: compressed and plain size."""
     packed, plain = (int(v) for v in np.frombuffer(body[:8], "<u4"))
-    if plain != total * sum(np.dtype(kind).itemsize * count for _, kind, count in layout) or len(body) < 8 + packed:
-        raise ValueError(f"{len(body) - 8} compressed bytes for {plain}, which do not fit its {total} points")
+    if (
+        plain != total * sum(np.dtype(kind).itemsize * count for _, kind, count in layout)
+        or len(body) < 8 + packed
+    ):
+        raise ValueError(
+            f"{len(body) - 8} compressed bytes for {plain}, which do not fit its {total} points"
+        )
     raw = _lzf(body[8 : 8 + packed], plain)
     fields, at = {}, 0
     for name, kind, count in layout:
@@ -210,8 +273,15 @@ def _unpack_colours(fields: Fields) -> Fields:
     if packed is None:
         return fields
     # A float `rgb` holds the bits of 0x00RRGGBB (PCL's old form).
-    bits = np.ascontiguousarray(packed, "<f4").view("<u4") if packed.dtype.kind == "f" else packed.astype(np.int64)
-    colours = {name: (bits >> shift & 255).astype(np.uint8) for name, shift in (("red", 16), ("green", 8), ("blue", 0))}
+    bits = (
+        np.ascontiguousarray(packed, "<f4").view("<u4")
+        if packed.dtype.kind == "f"
+        else packed.astype(np.int64)
+    )
+    colours = {
+        name: (bits >> shift & 255).astype(np.uint8)
+        for name, shift in (("red", 16), ("green", 8), ("blue", 0))
+    }
     return {**fields, **colours}
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-_FORMATS = "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr"
+_FORMATS = (
+    "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr"
+)
 """Containers FFmpeg may guess. Playlists (hls, concat, dash) are not among them: a sample must not open files or addresses."""
 
 _SEEKABLE = {"mov", "mp4", "matroska", "webm", "flv"}
@@ -38,7 +40,9 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
         SampleError: the bytes are no such media.
     """
     try:
-        with av.open(io.BytesIO(part.data), mode="r", options={"format_whitelist": _FORMATS}) as container:
+        with av.open(
+            io.BytesIO(part.data), mode="r", options={"format_whitelist": _FORMATS}
+        ) as container:
             if not (container.streams.video if kind == "video" else container.streams.audio):
                 raise SampleError(
                     f".{part.extension} has no {kind} stream",
@@ -73,7 +77,9 @@ class FrameTable:
     counted: bool
 
 
-def read_frames(part: Part, choose: Callable[[int, float], Sequence[int]]) -> tuple[list[np.ndarray], list[float]]:
+def read_frames(
+    part: Part, choose: Callable[[int, float], Sequence[int]]
+) -> tuple[list[np.ndarray], list[float]]:
     """Some frames of a video, [H, W, 3] uint8 RGB upright, and when they are shown (their number over the mean rate).
 
     Args:
@@ -89,7 +95,9 @@ def read_frames(part: Part, choose: Callable[[int, float], Sequence[int]]) -> tu
         if not table.counted:
             found = _seek_frames(container, table, wanted)
     if table.counted:
-        with open_media(part, "video") as container:  # from the start again: some of these containers cannot seek
+        with open_media(
+            part, "video"
+        ) as container:  # from the start again: some of these containers cannot seek
             found = _count_frames(container, wanted)
     missing = [t for t in wanted if t not in found]
     if missing:
@@ -120,7 +128,9 @@ def _frame_table(container: InputContainer) -> FrameTable:
     return FrameTable(tuple(known), tuple(sorted(keys)), float(rate), counted=False)
 
 
-def _seek_frames(container: InputContainer, table: FrameTable, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+def _seek_frames(
+    container: InputContainer, table: FrameTable, wanted: Sequence[int]
+) -> dict[int, np.ndarray]:
     """The frames at these times, ascending; each decoded from the last key frame before it."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # workers are the parallelism
@@ -139,7 +149,9 @@ def _seek_frames(container: InputContainer, table: FrameTable, wanted: Sequence[
     return found
 
 
-def _needed(container: InputContainer, stream: VideoStream, times: set[int]) -> Iterator[VideoFrame]:
+def _needed(
+    container: InputContainer, stream: VideoStream, times: set[int]
+) -> Iterator[VideoFrame]:
     """The frames from here on, without those that nobody looks at and no other frame is predicted from.
 
     B-frames between the wanted ones are half of a usual H.264 video; not decoding them changes no other frame.
@@ -164,7 +176,9 @@ def _count_frames(container: InputContainer, wanted: Sequence[int]) -> dict[int,
 
 def _upright(frame: VideoFrame) -> np.ndarray:
     """RGB [H, W, 3], turned as the container's display matrix says (as decord does)."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+    return np.ascontiguousarray(
+        np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    )
 
 
 def first_channel(part: Part, seconds: float) -> tuple[np.ndarray, int]:

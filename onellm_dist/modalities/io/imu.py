@@ -13,7 +13,14 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy, require_finite
 
-CHANNELS = ("accelerometer x", "accelerometer y", "accelerometer z", "gyroscope x", "gyroscope y", "gyroscope z")
+CHANNELS = (
+    "accelerometer x",
+    "accelerometer y",
+    "accelerometer z",
+    "gyroscope x",
+    "gyroscope y",
+    "gyroscope z",
+)
 _AXIS = re.compile(r"(acc|accl|accel|gyr|gyro)[_ ]?([xyz])")
 _TIMES = ("canonical_timestamp_ms", "timestamp_ms", "component_timestamp_ms")
 
@@ -41,7 +48,10 @@ def read_recording(part: Part, timestamps: Part | None) -> Recording:
         signal = read_npy(part)
         if signal.ndim != 2 or signal.shape[0] != len(CHANNELS):
             raise _no_recording(f"{name} has shape {signal.shape}, not [6, samples]")
-        recording = Recording(signal.astype(np.float64), read_npy(timestamps).astype(np.float64).reshape(-1) if timestamps else None)
+        recording = Recording(
+            signal.astype(np.float64),
+            read_npy(timestamps).astype(np.float64).reshape(-1) if timestamps else None,
+        )
     else:
         recording = _read_csv(part.data, name)
         require_finite(recording.signal, name)
@@ -49,10 +59,14 @@ def read_recording(part: Part, timestamps: Part | None) -> Recording:
     if times is not None:
         require_finite(times, f"{name} (times)")
         if len(times) != recording.signal.shape[1]:
-            raise _no_recording(f"{name} has {recording.signal.shape[1]} samples and {len(times)} timestamps")
+            raise _no_recording(
+                f"{name} has {recording.signal.shape[1]} samples and {len(times)} timestamps"
+            )
         if (np.diff(times) < 0).any():
             at = int(np.argmax(np.diff(times) < 0)) + 1
-            raise _no_recording(f"{name}: its timestamps run backwards at sample {at} ({times[at - 1]:g} ms, then {times[at]:g} ms)")
+            raise _no_recording(
+                f"{name}: its timestamps run backwards at sample {at} ({times[at - 1]:g} ms, then {times[at]:g} ms)"
+            )
     return recording
 
 
@@ -68,11 +82,26 @@ def _read_csv(data: bytes, name: str) -> Recording:
         order = [columns[key] for key in ("ax", "ay", "az", "gx", "gy", "gz")]
         time = next((header.index(t) for t in _TIMES if t in header), None)
         kept = [row for row in rows if row and (time is None or _given(row[time]))]
-        signal = np.array([[float(row[i]) for i in order] for row in kept], np.float64).reshape(-1, 6).T
+        signal = (
+            np.array([[float(row[i]) for i in order] for row in kept], np.float64).reshape(-1, 6).T
+        )
         times = None if time is None else np.array([float(row[time]) for row in kept], np.float64)
-    except (UnicodeDecodeError, csv.Error, ValueError, KeyError, IndexError, StopIteration) as error:
-        detail = f"no column for {error}" if isinstance(error, KeyError) else (str(error) or "it is empty")
-        raise _no_recording(f"{name} ({len(data)} bytes) is no readable CSV of a recording: {detail}") from error
+    except (
+        UnicodeDecodeError,
+        csv.Error,
+        ValueError,
+        KeyError,
+        IndexError,
+        StopIteration,
+    ) as error:
+        detail = (
+            f"no column for {error}"
+            if isinstance(error, KeyError)
+            else (str(error) or "it is empty")
+        )
+        raise _no_recording(
+            f"{name} ({len(data)} bytes) is no readable CSV of a recording: {detail}"
+        ) from error
     return Recording(signal, times)
 
 

@@ -64,7 +64,9 @@ def open_picture(part: Part) -> Image.Image:
 def _orientation(picture: Image.Image) -> int:
     try:
         return int(picture.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # unreadable metadata of a readable picture: it is shown as stored, as viewers do
+    except (
+        Exception
+    ):  # unreadable metadata of a readable picture: it is shown as stored, as viewers do
         return 1
 
 
@@ -75,8 +77,12 @@ def decode_picture(part: Part) -> Image.Image:
         SampleError: as `open_picture`.
     """
     picture = open_picture(part)
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip everything above 255
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith(
+        "I"
+    ):  # 16-bit grey; Pillow's own conversion would clip everything above 255
+        picture = Image.fromarray(
+            (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        )
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -120,8 +126,12 @@ def crop_train(picture: Image.Image, box: Box) -> np.ndarray:
     shows at hard edges.
     """
     left, top, right, bottom = box
-    pixels = torch.from_numpy(np.asarray(picture)[top:bottom, left:right].copy()).permute(2, 0, 1)  # copied: Pillow's is read-only
-    resized = functional.interpolate(pixels[None], size=(SIDE, SIDE), mode="bicubic", antialias=True)
+    pixels = torch.from_numpy(np.asarray(picture)[top:bottom, left:right].copy()).permute(
+        2, 0, 1
+    )  # copied: Pillow's is read-only
+    resized = functional.interpolate(
+        pixels[None], size=(SIDE, SIDE), mode="bicubic", antialias=True
+    )
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -131,7 +141,9 @@ def crop_eval(picture: Image.Image) -> Image.Image:
     short, long = min(width, height), max(width, height)
     if long > _WIDEST * short:
         cut = (long - _WIDEST * short) // 2
-        picture = picture.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
+        picture = picture.crop(
+            (cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut)
+        )
         long = max(picture.size)
     scaled = int(SIDE * long / short)
     size = (SIDE, scaled) if width <= height else (scaled, SIDE)

@@ -64,11 +64,17 @@ def _value(flag: str, option: Option, left: list[str]) -> str:
     if option.kind is bool:
         return left.pop(0) if left and left[0].lower() in _TRUTHS else "true"
     if not left or left[0].startswith("--"):
-        raise UsageError(f"{flag} has no value.", option.help + ".", f"write {flag} {option.kind.__name__.upper()}.")
+        raise UsageError(
+            f"{flag} has no value.",
+            option.help + ".",
+            f"write {flag} {option.kind.__name__.upper()}.",
+        )
     return left.pop(0)
 
 
-def _unknown(flag: str, source: Source, known: Mapping[str, Option], own: Sequence[str]) -> UsageError:
+def _unknown(
+    flag: str, source: Source, known: Mapping[str, Option], own: Sequence[str]
+) -> UsageError:
     flags = [*(f"--{n.replace('_', '-')}" for n in known), *own]
     close = difflib.get_close_matches(flag, flags, n=1)
     return UsageError(
@@ -81,11 +87,27 @@ def _unknown(flag: str, source: Source, known: Mapping[str, Option], own: Sequen
 def source_help(source: Source) -> str:
     """What `onellm shards build SOURCE --help` prints."""
     inputs = "IN OUT" if source.needs_input else "OUT"
-    lines = [f"onellm shards build {source.name} {inputs} [--workers N] [--dry-run] [OPTIONS]", "", f"  {source.summary}", ""]
-    lines += ["Options of this source (--name VALUE, or -o name=VALUE):", *_listed(source.options)] if source.options else []
+    lines = [
+        f"onellm shards build {source.name} {inputs} [--workers N] [--dry-run] [OPTIONS]",
+        "",
+        f"  {source.summary}",
+        "",
+    ]
+    lines += (
+        ["Options of this source (--name VALUE, or -o name=VALUE):", *_listed(source.options)]
+        if source.options
+        else []
+    )
     if source.plan is not None:
-        lines += ["", "Options of every source that reads an input:", *_listed(OPTIONS, source.licence)]
-    lines += ["", "Flags of the command itself: onellm shards build --help. What IN must look like: docs/data.md; recipes: shards/*.yaml."]
+        lines += [
+            "",
+            "Options of every source that reads an input:",
+            *_listed(OPTIONS, source.licence),
+        ]
+    lines += [
+        "",
+        "Flags of the command itself: onellm shards build --help. What IN must look like: docs/data.md; recipes: shards/*.yaml.",
+    ]
     return "\n".join(lines)
 
 
@@ -93,9 +115,18 @@ def _listed(options: Mapping[str, Option], licence: str | None = None) -> list[s
     lines = []
     for name, option in options.items():
         default = licence if name == "licence" else option.default
-        said = "" if default in (None, "") else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
-        kind = {"bool": " true|false", "str": " TEXT", "Path": " PATH", "int": " N", "float": " X"}[option.kind.__name__]
+        said = (
+            ""
+            if default in (None, "")
+            else f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        )
+        kind = {"bool": " true|false", "str": " TEXT", "Path": " PATH", "int": " N", "float": " X"}[
+            option.kind.__name__
+        ]
         head = f"  --{name.replace('_', '-')}{kind}"
         text = textwrap.wrap(f"{option.help}{said}", _WIDTH - 28)
-        lines += [f"{head:<27} {text[0]}" if len(head) < 27 else head, *(" " * 28 + t for t in (text[1:] if len(head) < 27 else text))]
+        lines += [
+            f"{head:<27} {text[0]}" if len(head) < 27 else head,
+            *(" " * 28 + t for t in (text[1:] if len(head) < 27 else text)),
+        ]
     return lines

@@ -25,10 +25,27 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.finish import all_records, finish, quarantine_bytes
-from onellm_dist.shards.build.plan import PLAN, OtherVersion, Plan, as_request, json_options, load_plan, make_plan, save_plan
+from onellm_dist.shards.build.plan import (
+    PLAN,
+    OtherVersion,
+    Plan,
+    as_request,
+    json_options,
+    load_plan,
+    make_plan,
+    save_plan,
+)
 from onellm_dist.shards.build.prepare import prepare
 from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.build.staging import clear, failed_quarantine, lock, locked, put_in_place, refuse_output, staging_of
+from onellm_dist.shards.build.staging import (
+    clear,
+    failed_quarantine,
+    lock,
+    locked,
+    put_in_place,
+    refuse_output,
+    staging_of,
+)
 from onellm_dist.shards.build.task import BUILT, DONE, Account, Job, NothingLeft, TooManyFailures
 from onellm_dist.shards.build.workers import LEASES, Lease, Task, build_units, lease
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest
@@ -58,8 +75,13 @@ class Request:
         """As `Plan.request`."""
         options = json_options(self.options)
         return as_request(
-            self.source.name, str(self.inputs), self.seed, options, self.settings, self.settings.denylist_sha256()
-        )  # fmt: skip
+            self.source.name,
+            str(self.inputs),
+            self.seed,
+            options,
+            self.settings,
+            self.settings.denylist_sha256(),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,9 @@ class _Late(Exception):
     """Others finished the build since this process began."""
 
 
-def build_planned(request: Request, *, workers: int, overwrite: bool, task: Task, restart: bool = False) -> BuildReport:
+def build_planned(
+    request: Request, *, workers: int, overwrite: bool, task: Task, restart: bool = False
+) -> BuildReport:
     """Builds a planned source's dataset, or this process's share of it.
 
     Args:
@@ -95,16 +119,24 @@ def build_planned(request: Request, *, workers: int, overwrite: bool, task: Task
             "each would throw away what the others have built.",
             "give it to one process, and start the others without it when that one builds.",
         )
-    manifest = (Path(os.path.abspath(request.out)) if isinstance(request.out, Path) else request.out) / MANIFEST
+    manifest = (
+        Path(os.path.abspath(request.out)) if isinstance(request.out, Path) else request.out
+    ) / MANIFEST
     if not overwrite and _one_of_several(task) and manifest.exists():
         return BuildReport(0, notes=(_LATE,))
     work = _Work(workers, overwrite, restart, task, _identity(manifest))
     try:
-        return _build_local(request, manifest.parent, work) if isinstance(manifest, Path) else _build_remote(request, work)
+        return (
+            _build_local(request, manifest.parent, work)
+            if isinstance(manifest, Path)
+            else _build_remote(request, work)
+        )
     except (FileNotFoundError, _Late):
         if _identity(manifest) in (None, work.before):
             raise
-        return BuildReport(0, notes=(_LATE,))  # the build's folder went while this process worked in it
+        return BuildReport(
+            0, notes=(_LATE,)
+        )  # the build's folder went while this process worked in it
 
 
 def _build_local(request: Request, out: Path, work: _Work) -> BuildReport:
@@ -114,7 +146,9 @@ def _build_local(request: Request, out: Path, work: _Work) -> BuildReport:
         if work.restart:
             if not lock(descriptor, shared=False):
                 raise UsageError(
-                    f"{out} is being built by another process.", "its work would be thrown away.", "wait for it, or end it first."
+                    f"{out} is being built by another process.",
+                    "its work would be thrown away.",
+                    "wait for it, or end it first.",
                 )
             clear(base)
             lock(descriptor, shared=True)
@@ -144,11 +178,20 @@ def _finished_before(request: Request, base: StoragePath) -> BuildReport:
         plan = load_plan(base)
         if plan is not None and plan.request() == request.to_json():
             _removed(base)
-            manifest = Manifest.from_bytes((request.out / MANIFEST).read_bytes(), Path(str(request.out / MANIFEST)))
-            return BuildReport(sum(s.samples for s in manifest.shards), notes=("it was finished already, but for tidying up",))
+            manifest = Manifest.from_bytes(
+                (request.out / MANIFEST).read_bytes(), Path(str(request.out / MANIFEST))
+            )
+            return BuildReport(
+                sum(s.samples for s in manifest.shards),
+                notes=("it was finished already, but for tidying up",),
+            )
         if plan is None:
             remove_tree(base)  # killed while it was removed
-    raise UsageError(f"{request.out} already holds a dataset.", "it is not overwritten unless asked for.", "give --overwrite.")
+    raise UsageError(
+        f"{request.out} already holds a dataset.",
+        "it is not overwritten unless asked for.",
+        "give --overwrite.",
+    )
 
 
 def _removed(base: StoragePath) -> None:
@@ -157,7 +200,9 @@ def _removed(base: StoragePath) -> None:
     remove_tree(base)
 
 
-def _build(request: Request, base: StoragePath, scratch: Path, descriptor: int | None, work: _Work) -> BuildReport:
+def _build(
+    request: Request, base: StoragePath, scratch: Path, descriptor: int | None, work: _Work
+) -> BuildReport:
     plan = _planned(request, base, descriptor, work)
     job = Job(plan, base, scratch, request.inputs, request.options)
     account = Account(plan.total, plan.settings.max_failures)
@@ -188,7 +233,9 @@ def _build(request: Request, base: StoragePath, scratch: Path, descriptor: int |
     except TooManyFailures as error:
         data = quarantine_bytes(error.bad)
         write(
-            failed_quarantine(Path(os.path.abspath(request.out))) if isinstance(request.out, Path) else request.out / "quarantine.jsonl",
+            failed_quarantine(Path(os.path.abspath(request.out)))
+            if isinstance(request.out, Path)
+            else request.out / "quarantine.jsonl",
             data,
         )
         remove_tree(base / DONE)
@@ -241,7 +288,11 @@ def _tidied(base: Path, descriptor: int) -> Iterator[None]:
         yield
     except BaseException:
         finished = base / DONE
-        if not (finished.is_dir() and any(finished.glob("*.json"))) and _still_ours(base, descriptor) and lock(descriptor, shared=False):
+        if (
+            not (finished.is_dir() and any(finished.glob("*.json")))
+            and _still_ours(base, descriptor)
+            and lock(descriptor, shared=False)
+        ):
             shutil.rmtree(base, ignore_errors=True)
         raise
 
@@ -271,12 +322,20 @@ def _planned(request: Request, base: StoragePath, descriptor: int | None, work: 
                 raise _Late
             _emptied(base)
             plan, groups = make_plan(
-                request.source, request.inputs, seed=request.seed, options=request.options, settings=request.settings,
+                request.source,
+                request.inputs,
+                seed=request.seed,
+                options=request.options,
+                settings=request.settings,
                 workers=work.workers,
-            )  # fmt: skip
+            )
             save_plan(base, plan, groups)
         if isinstance(base, Path):
-            for folder in (BUILT, DONE, _SCRATCH):  # a build that was given up, or whose end was killed, may have lost some
+            for folder in (
+                BUILT,
+                DONE,
+                _SCRATCH,
+            ):  # a build that was given up, or whose end was killed, may have lost some
                 (base / folder).mkdir(exist_ok=True)
         return plan
     finally:
@@ -284,7 +343,9 @@ def _planned(request: Request, base: StoragePath, descriptor: int | None, work: 
             held.release()
 
 
-def _plan_there(request: Request, base: StoragePath, descriptor: int | None, work: _Work) -> Plan | None:
+def _plan_there(
+    request: Request, base: StoragePath, descriptor: int | None, work: _Work
+) -> Plan | None:
     """The plan of the unfinished build, if it can be gone on with; None: there is none, or it was removed.
 
     Raises:
@@ -349,13 +410,20 @@ def _other_build(plan: Plan, request: Request) -> UsageError:
 def dry_run(request: Request, *, workers: int) -> str:
     """What a build would do, from the plan and the first raw_samples of some units; nothing is written."""
     plan, groups = make_plan(
-        request.source, request.inputs, seed=request.seed, options=request.options, settings=request.settings, workers=workers
+        request.source,
+        request.inputs,
+        seed=request.seed,
+        options=request.options,
+        settings=request.settings,
+        workers=workers,
     )
     with tempfile.TemporaryDirectory(prefix="onellm-") as folder:
         save_plan(Path(folder), plan, groups)
         job = Job(plan, Path(folder), Path(folder), request.inputs, request.options)
         chosen = plan.units[:: max(1, len(plan.units) // 8)][:8]
-        tried: list[RawSample] = [c for u in chosen for c in islice(job.raw_samples(u), _TRIED // len(chosen))]
+        tried: list[RawSample] = [
+            c for u in chosen for c in islice(job.raw_samples(u), _TRIED // len(chosen))
+        ]
         outcomes = [prepare(c, plan.modalities, plan.settings) for c in tried]
     kept = [o for o in outcomes if o.parts is not None]
     size = sum(len(d) for o in kept for d in (o.parts or {}).values())

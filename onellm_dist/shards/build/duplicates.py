@@ -31,7 +31,9 @@ Rows = Callable[[], Iterator[tuple[int, NDArray[np.void]]]]
 """(unit, [samples] of dtype ROW) of every unit, in plan order; may be gone through several times."""
 
 
-def duplicates(rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Path, capacity: int = BUCKET) -> dict[int, dict[int, str]]:
+def duplicates(
+    rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Path, capacity: int = BUCKET
+) -> dict[int, dict[int, str]]:
     """ShardTask -> row -> why it repeats an earlier sample: `key`, `exact` or `perceptual`.
 
     Args:
@@ -60,7 +62,9 @@ def duplicates(rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Pa
     if dedup == "perceptual":
         gone = _rows_of(found)
         for mask in _masks(distance):
-            for bucket in _buckets(rows, partial(_looks, mask=mask), total, scratch, capacity, gone):
+            for bucket in _buckets(
+                rows, partial(_looks, mask=mask), total, scratch, capacity, gone
+            ):
                 note(_near(bucket, distance), "perceptual")
     return dict(found)
 
@@ -76,15 +80,18 @@ def _looks(rows: NDArray[np.void], mask: int) -> NDArray[np.uint64]:
 
 def _masks(distance: int) -> Iterator[int]:
     """64-bit masks such that two hashes within `distance` bits agree under at least one: cut into 6 blocks, they agree in
-    6 - distance of them (Manku et al., WWW 2007, section 3)."""
+    6 - distance of them (Manku et al., WWW 2007, section 3).
+    """
     starts = [0, *itertools.accumulate(_BLOCKS)]
     for kept in itertools.combinations(range(len(_BLOCKS)), len(_BLOCKS) - distance):
         yield sum(((1 << _BLOCKS[i]) - 1) << starts[i] for i in kept)
 
 
 def _entries(
-    rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]], gone: dict[int, NDArray[np.uint64]]
-) -> Iterator[NDArray[np.void]]:  # fmt: skip
+    rows: Rows,
+    of: Callable[[NDArray[np.void]], NDArray[np.uint64]],
+    gone: dict[int, NDArray[np.uint64]],
+) -> Iterator[NDArray[np.void]]:
     for unit, samples in rows():
         hashes = of(samples)
         entries = np.empty(len(samples), ENTRY)
@@ -94,9 +101,13 @@ def _entries(
 
 
 def _buckets(
-    rows: Rows, of: Callable[[NDArray[np.void]], NDArray[np.uint64]], total: int, scratch: Path, capacity: int,
+    rows: Rows,
+    of: Callable[[NDArray[np.void]], NDArray[np.uint64]],
+    total: int,
+    scratch: Path,
+    capacity: int,
     gone: dict[int, NDArray[np.uint64]],
-) -> Iterator[NDArray[np.void]]:  # fmt: skip
+) -> Iterator[NDArray[np.void]]:
     """All entries but those of `gone`, those of equal `a` in the same bucket, sorted by (a, b, place)."""
     count = min(_MOST_FILES, -(-total // capacity))
     if count <= 1:
@@ -108,7 +119,9 @@ def _buckets(
             files = [stack.enter_context(name.open("wb")) for name in names]
             for entries in _entries(rows, of, gone):
                 # Masked hashes have few distinct low bits, so they are mixed first (the multiplier is splitmix64's).
-                number = ((entries["a"] * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)) % np.uint64(count)
+                number = (
+                    (entries["a"] * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)
+                ) % np.uint64(count)
                 for i in np.unique(number).tolist():
                     files[i].write(entries[number == i].tobytes())
         for name in names:

@@ -18,7 +18,11 @@ def read_denylist(path: Path) -> frozenset[str]:
     """The entries of a denylist: a URL or a hex SHA-256 a line; empty lines and lines that start with `#` say nothing."""
     with path.open(encoding="utf-8") as file:
         lines = (line.strip() for line in file)
-        return frozenset(entry.lower() if _SHA256.fullmatch(entry.lower()) else entry for entry in lines if entry and entry[0] != "#")
+        return frozenset(
+            entry.lower() if _SHA256.fullmatch(entry.lower()) else entry
+            for entry in lines
+            if entry and entry[0] != "#"
+        )
 
 
 def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
@@ -28,7 +32,9 @@ def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
         listed = read_denylist(settings.denylist)
         if values.get("url") in listed or str(values.get("sha256", "")).lower() in listed:
             return "denylist"
-    if settings.nsfw is not None and str(values.get("nsfw")).upper() not in {v.strip().upper() for v in settings.nsfw.split(",")}:
+    if settings.nsfw is not None and str(values.get("nsfw")).upper() not in {
+        v.strip().upper() for v in settings.nsfw.split(",")
+    }:
         return f"nsfw: {values.get('nsfw')}"
     for name, limit in (("punsafe", settings.max_punsafe), ("pwatermark", settings.max_pwatermark)):
         value = _number(values.get(name))
@@ -37,7 +43,11 @@ def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
     if settings.min_similarity is not None:
         value = _number(values.get("similarity"))
         if value is None or not value >= settings.min_similarity:
-            return "similarity: not known" if value is None else f"similarity: below {settings.min_similarity:g}"
+            return (
+                "similarity: not known"
+                if value is None
+                else f"similarity: below {settings.min_similarity:g}"
+            )
     return None
 
 

@@ -23,7 +23,15 @@ from onellm_dist.common.files import sync
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.duplicates import duplicates
 from onellm_dist.shards.build.staging import QUARANTINE
-from onellm_dist.shards.build.task import BUILT, DUPLICATE_KEY, Account, Job, Record, read_record, read_rows
+from onellm_dist.shards.build.task import (
+    BUILT,
+    DUPLICATE_KEY,
+    Account,
+    Job,
+    Record,
+    read_record,
+    read_rows,
+)
 from onellm_dist.shards.format.dataset import SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex, index_path_of
 from onellm_dist.shards.format.tar_writer import ShardWriter
@@ -76,15 +84,26 @@ def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finis
     plan, settings = job.plan, job.plan.settings
     records, account = built.records, built.account
     repeated = _repeated(job)
-    bad_keys = [_named(job, records[u], row) for u, rows in sorted(repeated.items()) for row, why in sorted(rows.items()) if why == "key"]
+    bad_keys = [
+        _named(job, records[u], row)
+        for u, rows in sorted(repeated.items())
+        for row, why in sorted(rows.items())
+        if why == "key"
+    ]
     account.note(bad_keys)
     account.check_end()
     moves = [m for r in records for m in _moves(r, repeated.get(r.unit, {}))]
     shards = [s for s in _settled(job, moves, final, workers) if s is not None]
     text = tuple(e for e in ("txt", "json") if all(e in r.text for r in records if r.shards))
     manifest = Manifest(
-        settings.name, plan.modalities, text, settings.licence, plan.source, tuple(sorted(shards, key=lambda s: s.path)), plan.attributes
-    )  # fmt: skip
+        settings.name,
+        plan.modalities,
+        text,
+        settings.licence,
+        plan.source,
+        tuple(sorted(shards, key=lambda s: s.path)),
+        plan.attributes,
+    )
     kinds = built.kinds + Counter(_kind(q) for q in bad_keys)
     if account.failures:
         with built.quarantine.open("ab") as file:
@@ -94,15 +113,26 @@ def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finis
         put(built.quarantine, final / QUARANTINE)
     if isinstance(final, Path):
         sync(final / SHARD_FOLDER)
-    write(final / STATISTICS, json.dumps(_statistics(records, manifest, kinds, repeated), indent=1, sort_keys=True).encode())
+    write(
+        final / STATISTICS,
+        json.dumps(
+            _statistics(records, manifest, kinds, repeated), indent=1, sort_keys=True
+        ).encode(),
+    )
     skipped = _skipped(records, repeated)
     notes = (*plan.notes, *(f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()))
-    return Finished(sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest)
+    return Finished(
+        sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest
+    )
 
 
 def all_records(job: Job) -> Built | None:
     """The done records of all units, in plan order; None: some are missing."""
-    records, account, kinds = list[Record](), Account(job.plan.total, job.plan.settings.max_failures), Counter[str]()
+    records, account, kinds = (
+        list[Record](),
+        Account(job.plan.total, job.plan.settings.max_failures),
+        Counter[str](),
+    )
     own = job.scratch / private_name()
     own.mkdir(parents=True, exist_ok=True)
     with (own / QUARANTINE).open("wb") as file:
@@ -123,7 +153,9 @@ def _kind(bad: Quarantined) -> str:
 
 def quarantine_bytes(bad: Sequence[Quarantined]) -> bytes:
     """One JSON object a line: key, file, reason."""
-    return "".join(json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad).encode("ascii")
+    return "".join(
+        json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad
+    ).encode("ascii")
 
 
 def _repeated(job: Job) -> dict[int, dict[int, str]]:
@@ -133,7 +165,9 @@ def _repeated(job: Job) -> dict[int, dict[int, str]]:
         for unit in job.plan.units:
             yield unit.number, read_rows(job.base, unit.number)
 
-    return duplicates(rows, keys=True, dedup=settings.dedup, distance=settings.dedup_distance, scratch=job.scratch)
+    return duplicates(
+        rows, keys=True, dedup=settings.dedup, distance=settings.dedup_distance, scratch=job.scratch
+    )
 
 
 def _named(job: Job, record: Record, row: int) -> Quarantined:
@@ -142,7 +176,9 @@ def _named(job: Job, record: Record, row: int) -> Quarantined:
         if row < info.samples:
             built = job.base / BUILT / Path(info.path).name
             with _local(job, index_path_of_place(built)) as index:
-                return Quarantined(ShardIndex(index).key(row), f"{info.path}, row {row}", DUPLICATE_KEY)
+                return Quarantined(
+                    ShardIndex(index).key(row), f"{info.path}, row {row}", DUPLICATE_KEY
+                )
         row -= info.samples
     raise AssertionError("a row beyond the unit's shards")
 
@@ -171,17 +207,26 @@ def _local(job: Job, place: StoragePath) -> Iterator[Path]:
 def _moves(record: Record, repeated: Mapping[int, str]) -> Iterator[_Move]:
     first = 0
     for info in record.shards:
-        yield _Move(info, tuple(row - first for row in sorted(repeated) if first <= row < first + info.samples))
+        yield _Move(
+            info,
+            tuple(row - first for row in sorted(repeated) if first <= row < first + info.samples),
+        )
         first += info.samples
 
 
-def _settled(job: Job, moves: list[_Move], final: StoragePath, workers: int) -> Iterator[ShardInfo | None]:
+def _settled(
+    job: Job, moves: list[_Move], final: StoragePath, workers: int
+) -> Iterator[ShardInfo | None]:
     """Each shard as it stands in `final`; None: nothing of it is left."""
-    with progress(len(moves), f"Finishing {job.plan.settings.name}", unit="shards", enabled=len(moves) > 1000) as bar:
+    with progress(
+        len(moves), f"Finishing {job.plan.settings.name}", unit="shards", enabled=len(moves) > 1000
+    ) as bar:
         rewritten = [m for m in moves if m.drop]
         if workers > 1 and len(rewritten) > 2 * workers:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for _ in pool.map(_settle, [job] * len(rewritten), rewritten, [final] * len(rewritten)):
+                for _ in pool.map(
+                    _settle, [job] * len(rewritten), rewritten, [final] * len(rewritten)
+                ):
                     bar.advance()
         for move_ in moves:
             yield _settle(job, move_, final)
@@ -209,7 +254,9 @@ def _noted(data: bytes) -> ShardInfo | None:
     return None if raw is None else ShardInfo(**raw)
 
 
-def _without(job: Job, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath) -> ShardInfo | None:
+def _without(
+    job: Job, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath
+) -> ShardInfo | None:
     """Writes the shard without the rows that go; the built one stays until the build's folder is removed."""
     drop = set(shard.drop)
     if len(drop) == index.samples:
@@ -236,13 +283,18 @@ def _skipped(records: list[Record], repeated: Mapping[int, Mapping[int, str]]) -
     counts: Counter[str] = Counter()
     for record in records:
         counts.update(record.skipped)
-    counts.update(f"duplicate: {why}" for rows in repeated.values() for why in rows.values() if why != "key")
+    counts.update(
+        f"duplicate: {why}" for rows in repeated.values() for why in rows.values() if why != "key"
+    )
     return dict(sorted(counts.items()))
 
 
 def _statistics(
-    records: list[Record], manifest: Manifest, kinds: Counter[str], repeated: Mapping[int, Mapping[int, str]]
-) -> dict[str, Any]:  # fmt: skip
+    records: list[Record],
+    manifest: Manifest,
+    kinds: Counter[str],
+    repeated: Mapping[int, Mapping[int, str]],
+) -> dict[str, Any]:
     """statistics.json: what the build saw."""
     parts: dict[str, list[int]] = {}
     for record in records:
@@ -259,7 +311,9 @@ def _statistics(
         "splits": dict(splits),
         "shards": len(manifest.shards),
         "bytes": sum(s.bytes for s in manifest.shards),
-        "parts_before_duplicates_went": {e: {"count": c, "bytes": b} for e, (c, b) in parts.items()},
+        "parts_before_duplicates_went": {
+            e: {"count": c, "bytes": b} for e, (c, b) in parts.items()
+        },
         "quarantined": dict(kinds),
         "left_out": _skipped(records, repeated),
     }

@@ -34,12 +34,16 @@ def _opened(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
-    except Exception as error:  # Pillow's decoders raise many kinds; each means that this picture cannot be read
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise many kinds; each means that this picture cannot be read
         raise BadSample(f"unreadable picture: {type(error).__name__}: {error}") from error
     return picture
 
 
-def encode_again(parts: Mapping[str, bytes], pictures: frozenset[str], resize: int | None, quality: int | None) -> dict[str, bytes]:
+def encode_again(
+    parts: Mapping[str, bytes], pictures: frozenset[str], resize: int | None, quality: int | None
+) -> dict[str, bytes]:
     """The parts with their pictures as JPEG, the shorter side at most `resize`; a picture that is small enough stays as it is
     unless `quality` is given. EXIF's rotation is applied; other metadata is dropped.
 
@@ -57,7 +61,9 @@ def encode_again(parts: Mapping[str, bytes], pictures: frozenset[str], resize: i
             result[extension] = data
             continue
         try:
-            result[STORED] = _as_jpeg(picture, resize if smaller else None, quality or DEFAULT_QUALITY)
+            result[STORED] = _as_jpeg(
+                picture, resize if smaller else None, quality or DEFAULT_QUALITY
+            )
         except Exception as error:  # a broken EXIF, a mode or a size that JPEG has not
             raise BadSample(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result
@@ -80,6 +86,8 @@ def dhash(data: bytes) -> int:
     Raises:
         BadSample: the picture cannot be read.
     """
-    grey = np.asarray(_opened(data).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    grey = np.asarray(
+        _opened(data).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16
+    )
     bits = (grey[:, :-1] < grey[:, 1:]).reshape(64)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

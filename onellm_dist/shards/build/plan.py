@@ -108,17 +108,28 @@ class Plan:
 
     def request(self) -> dict[str, Any]:
         """What the user asked for; a build is resumed only by an equal request."""
-        return as_request(self.source, self.inputs, self.seed, self.options, self.settings, self.denylist_sha256)
+        return as_request(
+            self.source, self.inputs, self.seed, self.options, self.settings, self.denylist_sha256
+        )
 
     def to_bytes(self) -> bytes:
         """plan.json."""
         head = {
-            "version": VERSION, "source": self.source, "inputs": self.inputs, "seed": self.seed, "options": dict(self.options),
-            "settings": self.settings.to_json(), "modalities": list(self.modalities), "notes": list(self.notes),
-            "attributes": dict(self.attributes), "denylist_sha256": self.denylist_sha256,
-        }  # fmt: skip
+            "version": VERSION,
+            "source": self.source,
+            "inputs": self.inputs,
+            "seed": self.seed,
+            "options": dict(self.options),
+            "settings": self.settings.to_json(),
+            "modalities": list(self.modalities),
+            "notes": list(self.notes),
+            "attributes": dict(self.attributes),
+            "denylist_sha256": self.denylist_sha256,
+        }
         lines = ",\n".join("  " + json.dumps(g) for g in self.groups)
-        return (json.dumps(head, sort_keys=True)[:-1] + ', "groups": [\n' + lines + "\n]}\n").encode("ascii")
+        return (
+            json.dumps(head, sort_keys=True)[:-1] + ', "groups": [\n' + lines + "\n]}\n"
+        ).encode("ascii")
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
@@ -135,9 +146,17 @@ class Plan:
                 "finish it with the program that began it, or start again with --overwrite.",
             )
         return cls(
-            raw["source"], raw["inputs"], raw["seed"], raw["options"], Settings.from_json(raw["settings"]), tuple(raw["modalities"]),
-            tuple(raw["notes"]), raw["attributes"], tuple(GroupRow(*g) for g in raw["groups"]), raw["denylist_sha256"],
-        )  # fmt: skip
+            raw["source"],
+            raw["inputs"],
+            raw["seed"],
+            raw["options"],
+            Settings.from_json(raw["settings"]),
+            tuple(raw["modalities"]),
+            tuple(raw["notes"]),
+            raw["attributes"],
+            tuple(GroupRow(*g) for g in raw["groups"]),
+            raw["denylist_sha256"],
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -150,20 +169,41 @@ class OtherVersion(UsageError):
 
 
 def as_request(
-    source: str, inputs: str, seed: int, options: Mapping[str, Any], settings: Settings, denylist_sha256: str | None
-) -> dict[str, Any]:  # fmt: skip
+    source: str,
+    inputs: str,
+    seed: int,
+    options: Mapping[str, Any],
+    settings: Settings,
+    denylist_sha256: str | None,
+) -> dict[str, Any]:
     """What decides the samples of a build (`energon` only adds files, and may change while it is unfinished)."""
     kept = {k: v for k, v in settings.to_json().items() if k != "energon"}
-    return {"source": source, "inputs": inputs, "seed": seed, "options": dict(options), **kept, "denylist_sha256": denylist_sha256}
+    return {
+        "source": source,
+        "inputs": inputs,
+        "seed": seed,
+        "options": dict(options),
+        **kept,
+        "denylist_sha256": denylist_sha256,
+    }
 
 
 def json_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """A source's options as JSON values (paths become texts)."""
-    return {k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v) for k, v in options.items()}
+    return {
+        k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v)
+        for k, v in options.items()
+    }
 
 
 def make_plan(
-    source: Source, inputs: StoragePath, *, seed: int, options: Mapping[str, Any], settings: Settings, workers: int
+    source: Source,
+    inputs: StoragePath,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+    settings: Settings,
+    workers: int,
 ) -> tuple[Plan, bytes]:
     """(the plan, the bytes of groups.jsonl).
 
@@ -181,7 +221,11 @@ def make_plan(
     groups = _counted(source, inputs, list(_until(layout.groups, settings.limit)), options, workers)
     groups = [g for g in _limited(groups, settings.limit) if g.count]
     if not groups:
-        raise UsageError(f"{inputs}: source {source.name!r} found no samples there.", "there is nothing to build from.", "check the path.")
+        raise UsageError(
+            f"{inputs}: source {source.name!r} found no samples there.",
+            "there is nothing to build from.",
+            "check the path.",
+        )
     rows, lines, offset = list[GroupRow](), list[bytes](), 0
     for group in groups:
         line = json.dumps(group.spec, sort_keys=True).encode("ascii") + b"\n"
@@ -189,9 +233,17 @@ def make_plan(
         lines.append(line)
         offset += len(line)
     plan = Plan(
-        source.name, str(inputs), seed, json_options(options), settings, layout.modalities, layout.notes, dict(layout.attributes),
-        tuple(rows), settings.denylist_sha256(),
-    )  # fmt: skip
+        source.name,
+        str(inputs),
+        seed,
+        json_options(options),
+        settings,
+        layout.modalities,
+        layout.notes,
+        dict(layout.attributes),
+        tuple(rows),
+        settings.denylist_sha256(),
+    )
     return plan, b"".join(lines)
 
 
@@ -215,7 +267,13 @@ def _limited(groups: Sequence[InputSplit], limit: int | None) -> Iterator[InputS
             left -= min(left, group.count or 0)
 
 
-def _counted(source: Source, inputs: StoragePath, groups: list[InputSplit], options: Mapping[str, Any], workers: int) -> list[InputSplit]:
+def _counted(
+    source: Source,
+    inputs: StoragePath,
+    groups: list[InputSplit],
+    options: Mapping[str, Any],
+    workers: int,
+) -> list[InputSplit]:
     """Every group with its count; those that do not know it are gone through."""
     unknown = [i for i, g in enumerate(groups) if g.count is None]
     if not unknown:
@@ -228,13 +286,19 @@ def _counted(source: Source, inputs: StoragePath, groups: list[InputSplit], opti
                 bar.advance()
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for i, count in zip(unknown, pool.map(count_group, *zip(*jobs, strict=True), chunksize=4), strict=True):
+                for i, count in zip(
+                    unknown,
+                    pool.map(count_group, *zip(*jobs, strict=True), chunksize=4),
+                    strict=True,
+                ):
                     groups[i] = replace(groups[i], count=count)
                     bar.advance()
     return groups
 
 
-def count_group(source: str, inputs: StoragePath, spec: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+def count_group(
+    source: str, inputs: StoragePath, spec: Mapping[str, Any], options: Mapping[str, Any]
+) -> int:
     """Candidates of one group, by going through it."""
     from onellm_dist.shards.build.registry import get_source
 
@@ -286,7 +350,9 @@ def unit_raw_samples(
                     yield raw_sample
                 if seen == piece.stop:
                     break
-            whole = piece.stop == group.samples and (plan.settings.limit is None or piece.group < len(plan.groups) - 1)
+            whole = piece.stop == group.samples and (
+                plan.settings.limit is None or piece.group < len(plan.groups) - 1
+            )
             if seen < piece.stop or (whole and next(rows, None) is not None):
                 raise OneLLMError(
                     f"{group.name}: it has {seen if seen < piece.stop else 'more'} samples where there were {group.samples} when the "

@@ -25,9 +25,20 @@ from onellm_dist.shards.sources.base import BadSample, Media, RawSample
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try to read a file."""
 _LASTING = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ,
-     errno.ENXIO, errno.ENODEV}
-)  # fmt: skip
+    {
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.ENXIO,
+        errno.ENODEV,
+    }
+)
 """What the system says of a file itself."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 """Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>"), which differ from run to run."""
@@ -85,7 +96,9 @@ def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: Set
         digests = {e: hashlib.sha256(d).hexdigest() for e, d in media_parts.items()}
         if (reason := dropped_by_hash(digests.values(), settings)) is not None:
             raise _Skipped(reason)
-        content = content_hash(digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()})
+        content = content_hash(
+            digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()}
+        )
     if settings.dedup == "perceptual":
         look = next((dhash(media_parts[e]) for e in sorted(media_parts) if e in pictures), 0)
     if settings.resize is not None or settings.quality is not None:
@@ -117,12 +130,20 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         stored = text.strip().encode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadSample(f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} at position {error.start}") from error
-    except UnicodeEncodeError as error:  # tables are read with surrogateescape, so that one bad line spoils no other
+        raise BadSample(
+            f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} at position {error.start}"
+        ) from error
+    except (
+        UnicodeEncodeError
+    ) as error:  # tables are read with surrogateescape, so that one bad line spoils no other
         code = ord(error.object[error.start])
         if not 0xDC80 <= code <= 0xDCFF:
-            raise BadSample(f"caption is no text: {where}half a surrogate pair, \\u{code:04x}, at character {error.start}") from error
-        raise BadSample(f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}") from error
+            raise BadSample(
+                f"caption is no text: {where}half a surrogate pair, \\u{code:04x}, at character {error.start}"
+            ) from error
+        raise BadSample(
+            f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}"
+        ) from error
     if not stored:
         raise BadSample(f"empty caption{': ' + where.rstrip(': ') if where else ''}")
     return stored
@@ -141,20 +162,30 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise BadSample(f"unreadable .json: a {type(meta).__name__}, not an object")
     turns = meta.get("conversations")
-    if turns is not None and not (isinstance(turns, list) and all(_is_turn(t, first=not i) for i, t in enumerate(turns))):
-        raise BadSample('malformed conversations: not a list of {"from": "human" or "gpt" (or at first "system"), "value": text}')
+    if turns is not None and not (
+        isinstance(turns, list) and all(_is_turn(t, first=not i) for i, t in enumerate(turns))
+    ):
+        raise BadSample(
+            'malformed conversations: not a list of {"from": "human" or "gpt" (or at first "system"), "value": text}'
+        )
     for number, turn in enumerate(turns or ()):
         try:
             turn["value"].encode()
         except UnicodeEncodeError as error:
-            half = f"half a surrogate pair, {turn['value'][error.start]!a}, at character {error.start}"
+            half = (
+                f"half a surrogate pair, {turn['value'][error.start]!a}, at character {error.start}"
+            )
             raise BadSample(f"malformed conversations: turn {number} is no text: {half}") from error
     return meta
 
 
 def _is_turn(turn: Any, *, first: bool) -> bool:
     speakers = ("human", "gpt", "system") if first else ("human", "gpt")
-    return isinstance(turn, dict) and turn.get("from") in speakers and isinstance(turn.get("value"), str)
+    return (
+        isinstance(turn, dict)
+        and turn.get("from") in speakers
+        and isinstance(turn.get("value"), str)
+    )
 
 
 def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -163,7 +194,9 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
     if raw_sample.caption is not None:
         parts["txt"] = caption_bytes(raw_sample.caption)
     elif "txt" in raw_sample.parts:
-        parts["txt"] = caption_bytes(_read(raw_sample.parts["txt"]), f"{_name(raw_sample.parts['txt'])}: ")
+        parts["txt"] = caption_bytes(
+            _read(raw_sample.parts["txt"]), f"{_name(raw_sample.parts['txt'])}: "
+        )
     meta: dict[str, Any] = {}
     if "json" in raw_sample.parts:
         parts["json"] = _read(raw_sample.parts["json"])
@@ -208,8 +241,12 @@ def _read(media: Media) -> bytes:
             if pause is None:
                 raise _failing_disk(media, error) from error
             time.sleep(pause)
-        except Exception as error:  # a name with a NUL, an archive or a tensor file that is broken in a new way
-            raise BadSample(f"unreadable file: {_name(media)}: {type(error).__name__}: {error}") from error
+        except (
+            Exception
+        ) as error:  # a name with a NUL, an archive or a tensor file that is broken in a new way
+            raise BadSample(
+                f"unreadable file: {_name(media)}: {type(error).__name__}: {error}"
+            ) from error
     raise AssertionError("the last try returns or raises")
 
 

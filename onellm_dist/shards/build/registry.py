@@ -49,7 +49,9 @@ def options_of(source: Source) -> dict[str, Option]:
     return {**source.options, **(OPTIONS if source.plan is not None else {})}
 
 
-def complete_options(source: Source, given: Mapping[str, Any], *, name: str) -> tuple[dict[str, Any], Settings | None]:
+def complete_options(
+    source: Source, given: Mapping[str, Any], *, name: str
+) -> tuple[dict[str, Any], Settings | None]:
     """The source's own options, complete and converted, and the builder's settings (None: the source builds by itself).
 
     Args:

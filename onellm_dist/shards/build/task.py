@@ -57,7 +57,9 @@ class Job:
 
     def prepared(self, unit: ShardTask) -> Iterator[Outcome]:
         """The unit's raw_samples prepared in this process."""
-        return (prepare(c, self.plan.modalities, self.plan.settings) for c in self.raw_samples(unit))
+        return (
+            prepare(c, self.plan.modalities, self.plan.settings) for c in self.raw_samples(unit)
+        )
 
 
 @dataclass
@@ -99,11 +101,15 @@ class Account:
             NothingLeft: the filters left nothing.
         """
         samples = self.seen - self.skipped
-        if self.failures > allowed(self.max_failures, samples) or (self.failures and not self.written):
+        if self.failures > allowed(self.max_failures, samples) or (
+            self.failures and not self.written
+        ):
             raise TooManyFailures(self.bad, self.seen, samples, self.max_failures, self.failures)
         if not self.written:
             raise NothingLeft(
-                f"all {self.skipped} samples were left out by filters.", "an empty dataset cannot be read.", "check the filters' options."
+                f"all {self.skipped} samples were left out by filters.",
+                "an empty dataset cannot be read.",
+                "check the filters' options.",
             )
 
 
@@ -131,9 +137,15 @@ class Record:
         """Parses a done record."""
         raw = json.loads(data)
         return cls(
-            raw["unit"], raw["plan"], raw["raw_samples"], tuple(ShardInfo(**s) for s in raw["shards"]), tuple(raw["text"]),
-            tuple(Quarantined(**q) for q in raw["quarantined"]), raw["skipped"], {e: (n, b) for e, (n, b) in raw["parts"].items()},
-        )  # fmt: skip
+            raw["unit"],
+            raw["plan"],
+            raw["raw_samples"],
+            tuple(ShardInfo(**s) for s in raw["shards"]),
+            tuple(raw["text"]),
+            tuple(Quarantined(**q) for q in raw["quarantined"]),
+            raw["skipped"],
+            {e: (n, b) for e, (n, b) in raw["parts"].items()},
+        )
 
 
 def key_hash(key: str) -> bytes:
@@ -151,11 +163,16 @@ class _Shards:
 
     def add(self, key: str, parts: Mapping[str, bytes]) -> None:
         size = sum(map(len, parts.values()))
-        if self.current is not None and self.current.content + size > self.job.plan.settings.max_bytes:
+        if (
+            self.current is not None
+            and self.current.content + size > self.job.plan.settings.max_bytes
+        ):
             self.close()
         if self.current is None:
             path = shard_path(self.unit.split, self.unit.shard, len(self.done))
-            own = self.job.scratch / private_name()  # a builder that was thought dead may still be writing this shard
+            own = (
+                self.job.scratch / private_name()
+            )  # a builder that was thought dead may still be writing this shard
             own.mkdir(parents=True, exist_ok=True)
             self.current = ShardWriter(own / Path(path).name, path=path, split=self.unit.split)
         self.current.add(key, parts)
@@ -183,14 +200,21 @@ def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: 
         TooManyFailures: `account` says so; nothing of the unit stays.
     """
     shards, keys, rows = _Shards(job, unit), set[str](), list[bytes]()
-    bad, skipped, parts, text = list[Quarantined](), Counter[str](), dict[str, tuple[int, int]](), set(TEXT_EXTENSIONS)
+    bad, skipped, parts, text = (
+        list[Quarantined](),
+        Counter[str](),
+        dict[str, tuple[int, int]](),
+        set(TEXT_EXTENSIONS),
+    )
     try:
         for outcome in outcomes:
             account.seen += 1
             if outcome.parts is not None and outcome.key not in keys:
                 shards.add(outcome.key, outcome.parts)
                 keys.add(outcome.key)
-                rows.append(key_hash(outcome.key) + outcome.content + outcome.look.to_bytes(8, "little"))
+                rows.append(
+                    key_hash(outcome.key) + outcome.content + outcome.look.to_bytes(8, "little")
+                )
                 text &= outcome.parts.keys()
                 for extension, data in outcome.parts.items():
                     count, size = parts.get(extension, (0, 0))
@@ -208,9 +232,15 @@ def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: 
         shards.abandon()
         raise
     record = Record(
-        unit.number, job.plan.digest, unit.raw_samples, tuple(shards.done), tuple(e for e in TEXT_EXTENSIONS if e in text),
-        tuple(bad), dict(sorted(skipped.items())), dict(sorted(parts.items())),
-    )  # fmt: skip
+        unit.number,
+        job.plan.digest,
+        unit.raw_samples,
+        tuple(shards.done),
+        tuple(e for e in TEXT_EXTENSIONS if e in text),
+        tuple(bad),
+        dict(sorted(skipped.items())),
+        dict(sorted(parts.items())),
+    )
     buffer = io.BytesIO()
     np.save(buffer, np.frombuffer(b"".join(rows), ROW))
     write(job.base / DONE / f"{unit.number:06d}.npy", buffer.getvalue())
@@ -244,15 +274,26 @@ class NothingLeft(OneLLMError):
 class TooManyFailures(OneLLMError):
     """The build was given up; `bad` has what was found until then (the first LISTED of `failures`)."""
 
-    def __init__(self, bad: list[Quarantined], seen: int, total: int, max_failures: float, failures: int) -> None:
-        self.bad, self.seen, self.total, self.max_failures, self.failures = list(bad), seen, total, max_failures, failures
+    def __init__(
+        self, bad: list[Quarantined], seen: int, total: int, max_failures: float, failures: int
+    ) -> None:
+        self.bad, self.seen, self.total, self.max_failures, self.failures = (
+            list(bad),
+            seen,
+            total,
+            max_failures,
+            failures,
+        )
         shown = "\n".join(f"  {q.file}: {q.reason}" for q in bad[:5])
         super().__init__(
             f"{failures} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
-            f"{allowed(max_failures, total)} of all {total}:\n{shown}" + (f"\n  and {failures - 5} more" if failures > 5 else ""),
+            f"{allowed(max_failures, total)} of all {total}:\n{shown}"
+            + (f"\n  and {failures - 5} more" if failures > 5 else ""),
             "so many failures mean a wrong input rather than a few broken files; nothing was built.",
             "repair them (listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
         )
 
-    def __reduce__(self) -> tuple[type[TooManyFailures], tuple[list[Quarantined], int, int, float, int]]:  # type: ignore[override]
+    def __reduce__(
+        self,
+    ) -> tuple[type[TooManyFailures], tuple[list[Quarantined], int, int, float, int]]:  # type: ignore[override]
         return type(self), (self.bad, self.seen, self.total, self.max_failures, self.failures)

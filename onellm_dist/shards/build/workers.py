@@ -88,7 +88,9 @@ def lease(base: StoragePath, name: str, *, wait_for_it: bool = False) -> Lease |
     return Lease(descriptor)
 
 
-def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], account: Account) -> None:
+def build_units(
+    job: Job, *, workers: int, task: Task, bar: Progress[object], account: Account
+) -> None:
     """Builds every unit that is not done and that nobody else is building.
 
     Raises:
@@ -109,15 +111,21 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
         return
     # spawn: forking a process that has torch's threads can hang the child.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(job,)
+    ) as pool:
         try:
             if len(pending) >= 2 * workers:
                 _unit_each(job, pending, bar, account, pool, workers)
             else:
                 settings, modalities = job.plan.settings, job.plan.modalities
                 _one_by_one(
-                    job, pending, bar, account, lambda u: _shared(job.raw_samples(u), modalities, settings, pool, workers)
-                )  # fmt: skip
+                    job,
+                    pending,
+                    bar,
+                    account,
+                    lambda u: _shared(job.raw_samples(u), modalities, settings, pool, workers),
+                )
         except BrokenProcessPool as error:
             raise OneLLMError(
                 "a builder's worker process died (killed, out of memory, or crashed in a decoder).",
@@ -127,20 +135,28 @@ def build_units(job: Job, *, workers: int, task: Task, bar: Progress[object], ac
 
 
 def _one_by_one(
-    job: Job, units: Iterable[ShardTask], bar: Progress[object], account: Account, outcomes: Callable[[ShardTask], Iterator[Outcome]]
+    job: Job,
+    units: Iterable[ShardTask],
+    bar: Progress[object],
+    account: Account,
+    outcomes: Callable[[ShardTask], Iterator[Outcome]],
 ) -> None:
     for unit in units:
         held = lease(job.base, f"{unit.number:06d}")
         if held is None:
             continue
         try:
-            if read_record(job.base, unit, job.plan) is None:  # somebody may have finished it since the list was made
+            if (
+                read_record(job.base, unit, job.plan) is None
+            ):  # somebody may have finished it since the list was made
                 build_unit(unit, job, _counted(outcomes(unit), bar, account), account)
         finally:
             held.release()
 
 
-def _counted(outcomes: Iterator[Outcome], bar: Progress[object], account: Account) -> Iterator[Outcome]:
+def _counted(
+    outcomes: Iterator[Outcome], bar: Progress[object], account: Account
+) -> Iterator[Outcome]:
     for outcome in outcomes:
         yield outcome
         bar.advance()
@@ -149,7 +165,11 @@ def _counted(outcomes: Iterator[Outcome], bar: Progress[object], account: Accoun
 
 
 def _shared(
-    raw_samples: Iterator[RawSample], modalities: tuple[str, ...], settings: Settings, pool: ProcessPoolExecutor, workers: int
+    raw_samples: Iterator[RawSample],
+    modalities: tuple[str, ...],
+    settings: Settings,
+    pool: ProcessPoolExecutor,
+    workers: int,
 ) -> Iterator[Outcome]:
     """The unit's outcomes in order, prepared by all workers together."""
     waiting: deque[Future[list[Outcome]]] = deque()
@@ -165,13 +185,20 @@ def _shared(
             future.cancel()
 
 
-def _prepare_chunk(chunk: list[RawSample], modalities: tuple[str, ...], settings: Settings) -> list[Outcome]:
+def _prepare_chunk(
+    chunk: list[RawSample], modalities: tuple[str, ...], settings: Settings
+) -> list[Outcome]:
     return [prepare(c, modalities, settings) for c in chunk]
 
 
 def _unit_each(
-    job: Job, units: list[ShardTask], bar: Progress[object], account: Account, pool: ProcessPoolExecutor, workers: int
-) -> None:  # fmt: skip
+    job: Job,
+    units: list[ShardTask],
+    bar: Progress[object],
+    account: Account,
+    pool: ProcessPoolExecutor,
+    workers: int,
+) -> None:
     """Each worker builds whole units; this process holds their claims."""
     running: dict[Future[Record], Lease] = {}
     left = iter(units)
@@ -207,7 +234,9 @@ def _start_worker(job: Job) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    torch.set_num_threads(1)  # torch's own threads would fight over the cores that the workers share
+    torch.set_num_threads(
+        1
+    )  # torch's own threads would fight over the cores that the workers share
 
 
 def _end_with_parent() -> None:
@@ -223,4 +252,6 @@ def _build_in_worker(unit: ShardTask) -> Record:
     done = read_record(job.base, unit, job.plan)
     if done is not None:
         return done
-    return build_unit(unit, job, job.prepared(unit), Account(job.plan.total, job.plan.settings.max_failures))
+    return build_unit(
+        unit, job, job.prepared(unit), Account(job.plan.total, job.plan.settings.max_failures)
+    )

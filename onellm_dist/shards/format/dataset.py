@@ -70,10 +70,19 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """JSON, one shard a line; equal manifests have equal bytes."""
         head = {
-            "format": FORMAT, "version": VERSION, "name": self.name, "modalities": list(self.modalities), "text": list(self.text),
-            "licence": self.licence, "source": self.source, "attributes": dict(self.attributes),
-        }  # fmt: skip
-        lines = [f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, sort_keys=True)}" for k, v in head.items()]
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "modalities": list(self.modalities),
+            "text": list(self.text),
+            "licence": self.licence,
+            "source": self.source,
+            "attributes": dict(self.attributes),
+        }
+        lines = [
+            f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, sort_keys=True)}"
+            for k, v in head.items()
+        ]
         shards = ",\n".join("    " + json.dumps(asdict(s), ensure_ascii=False) for s in self.shards)
         lines.append(f'  "shards": [\n{shards}\n  ]')
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
@@ -90,13 +99,22 @@ class Manifest:
             if raw["format"] != FORMAT:
                 raise _bad_manifest(where, f"its format is {raw['format']!r}, not {FORMAT!r}")
             if raw["version"] != VERSION:
-                raise _bad_manifest(where, f"its version is {raw['version']}, this program reads {VERSION}")
+                raise _bad_manifest(
+                    where, f"its version is {raw['version']}, this program reads {VERSION}"
+                )
             return cls(
-                raw["name"], tuple(raw["modalities"]), tuple(raw["text"]), raw["licence"], raw["source"],
-                tuple(ShardInfo(**s) for s in raw["shards"]), raw.get("attributes", {}),
-            )  # fmt: skip
+                raw["name"],
+                tuple(raw["modalities"]),
+                tuple(raw["text"]),
+                raw["licence"],
+                raw["source"],
+                tuple(ShardInfo(**s) for s in raw["shards"]),
+                raw.get("attributes", {}),
+            )
         except (ValueError, KeyError, TypeError) as error:
-            raise _bad_manifest(where, f"it cannot be read ({type(error).__name__}: {error})") from error
+            raise _bad_manifest(
+                where, f"it cannot be read ({type(error).__name__}: {error})"
+            ) from error
 
 
 class Dataset:
@@ -160,7 +178,9 @@ class Dataset:
         """
         if self.remote is not None:
             return self.remote.read(shard.path, start, min(end, shard.bytes))
-        return read_range(f"{self.root}/{shard.path}", start, end)  # a Path costs as much as the reading
+        return read_range(
+            f"{self.root}/{shard.path}", start, end
+        )  # a Path costs as much as the reading
 
     def index(self, shard: ShardInfo) -> ShardIndex:
         """The shard's index; the most recently used ones stay mapped.
@@ -181,14 +201,22 @@ class Dataset:
     def _open_index(self, shard: ShardInfo) -> ShardIndex:
         tar = self.tar_path(shard)
         try:
-            index, on_disk = (self._mirrored(shard), shard.bytes) if self.remote else (ShardIndex(index_path_of(tar)), tar.stat().st_size)
+            index, on_disk = (
+                (self._mirrored(shard), shard.bytes)
+                if self.remote
+                else (ShardIndex(index_path_of(tar)), tar.stat().st_size)
+            )
         except OSError as error:
             raise OneLLMError(
                 f"dataset {self.name}, shard {shard.path}: {f'{error.filename}: {error.strerror}' if error.strerror else error}.",
                 "no sample of this shard can be read.",
                 "restore the file; a lost index is made again by: onellm shards index",
             ) from error
-        if (index.tar_sha256, index.samples, index.tar_bytes) != (shard.sha256, shard.samples, shard.bytes) or on_disk != shard.bytes:
+        if (index.tar_sha256, index.samples, index.tar_bytes) != (
+            shard.sha256,
+            shard.samples,
+            shard.bytes,
+        ) or on_disk != shard.bytes:
             raise OneLLMError(
                 f"dataset {self.name}, shard {shard.path}: tar, index and manifest are not of one piece (the tar has {on_disk} bytes, "
                 f"the index was made for {index.tar_bytes}, the manifest says {shard.bytes}; "
@@ -212,7 +240,9 @@ class Dataset:
                 pass
         size = self.remote.size(shard.path)
         if size != shard.bytes:
-            raise OSError(f"{self.remote.url}/{shard.path} has {size} bytes, the manifest says {shard.bytes}")
+            raise OSError(
+                f"{self.remote.url}/{shard.path} has {size} bytes, the manifest says {shard.bytes}"
+            )
         self.remote.fetch(name, copy)
         return ShardIndex(copy)
 
@@ -237,14 +267,21 @@ def open_dataset(place: Path | str) -> Dataset:
         raise no_dataset(path) from error
     manifest = Manifest.from_bytes(data, path / MANIFEST)
     listing = _listing(path, {str(PurePosixPath(s.path).parent) for s in manifest.shards})
-    missing = [p for s in manifest.shards for p in (s.path, str(index_path_of(Path(s.path)))) if p not in listing]
+    missing = [
+        p
+        for s in manifest.shards
+        for p in (s.path, str(index_path_of(Path(s.path))))
+        if p not in listing
+    ]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         tars = any(p.endswith(".tar") for p in missing)
         raise UsageError(
             f"dataset {path}: its manifest lists files that are not there: {', '.join(missing[:3])}{more}.",
             "samples would be lost without a word.",
-            "restore the tars or build the dataset again." if tars else f"make the indexes: onellm shards index {path}",
+            "restore the tars or build the dataset again."
+            if tars
+            else f"make the indexes: onellm shards index {path}",
         )
     return Dataset(path, manifest)
 
@@ -261,7 +298,9 @@ def _open_remote(url: str) -> Dataset:
         ) from error
     where = Path(f"{remote.url}/{MANIFEST}")
     manifest = Manifest.from_bytes(data, where)
-    version = hashlib.sha256(remote.url.encode() + data).hexdigest()[:16]  # another manifest has other indexes
+    version = hashlib.sha256(remote.url.encode() + data).hexdigest()[
+        :16
+    ]  # another manifest has other indexes
     mirror = user_cache() / "remote" / f"{manifest.name}-{version}"
     try:
         if not (mirror / MANIFEST).is_file():
@@ -290,7 +329,9 @@ def no_dataset(path: Path) -> UsageError:
     """Why `path`, which has no manifest, is no dataset."""
     if not path.is_dir():
         return UsageError(
-            f"{path}: there is no such folder.", "a dataset is a folder with a manifest.json.", "check the path (data.root, data.mixture)."
+            f"{path}: there is no such folder.",
+            "a dataset is a folder with a manifest.json.",
+            "check the path (data.root, data.mixture).",
         )
     below = sorted(p.parent.name for p in path.glob(f"*/{MANIFEST}"))
     if below:

@@ -47,7 +47,9 @@ CREATE INDEX idx_sample_parts_full ON sample_parts(tar_file_id, sample_index, pa
 """
 
 
-def write_energon(root: StoragePath, manifest: Manifest | None = None, scratch: Path | None = None) -> None:
+def write_energon(
+    root: StoragePath, manifest: Manifest | None = None, scratch: Path | None = None
+) -> None:
     """Writes Energon's files into a dataset folder; older ones are replaced. Tars are not read, only their indexes.
 
     Args:
@@ -63,7 +65,9 @@ def write_energon(root: StoragePath, manifest: Manifest | None = None, scratch: 
         try:
             data = (root / MANIFEST).read_bytes()
         except FileNotFoundError:
-            raise UsageError(f"{root} holds no dataset.", "Energon's files describe one.", "check the path.") from None
+            raise UsageError(
+                f"{root} holds no dataset.", "Energon's files describe one.", "check the path."
+            ) from None
         manifest = Manifest.from_bytes(data, Path(str(root / MANIFEST)))
     meta = root / META
     if isinstance(meta, Path):
@@ -83,11 +87,20 @@ def write_energon(root: StoragePath, manifest: Manifest | None = None, scratch: 
     splits: dict[str, list[str]] = {name: [] for name in _SPLITS}
     for shard in manifest.shards:
         splits.setdefault(shard.split, []).append(shard.path)
-    info = {"energon_version": ENERGON_VERSION, "shard_counts": {s.path: s.samples for s in manifest.shards}}
+    info = {
+        "energon_version": ENERGON_VERSION,
+        "shard_counts": {s.path: s.samples for s in manifest.shards},
+    }
     dataset = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
-    write(meta / "split.yaml", yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False).encode())
+    write(
+        meta / "split.yaml",
+        yaml.safe_dump({"split_parts": splits, "exclude": []}, sort_keys=False).encode(),
+    )
     write(meta / "dataset.yaml", yaml.safe_dump(dataset, sort_keys=False).encode())
-    write(meta / "index.uuid", str(uuid.UUID(bytes=hashlib.sha256(manifest.to_bytes()).digest()[:16], version=4)).encode())
+    write(
+        meta / "index.uuid",
+        str(uuid.UUID(bytes=hashlib.sha256(manifest.to_bytes()).digest()[:16], version=4)).encode(),
+    )
     write(meta / ".info.json", json.dumps(info, indent=2).encode())
 
 
@@ -103,8 +116,12 @@ def _write_database(root: StoragePath, shards: Sequence[ShardInfo], scratch: Pat
             tar = root / shard.path
             index = _index(tar, scratch)
             write(tar.with_name(f"{tar.name}.idx"), index.sample_starts().astype("<u8").tobytes())
-            database.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?)", _samples(number, index))
-            database.executemany("INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", _parts(number, index))
+            database.executemany(
+                "INSERT INTO samples VALUES (?, ?, ?, ?, ?)", _samples(number, index)
+            )
+            database.executemany(
+                "INSERT INTO sample_parts VALUES (?, ?, ?, ?, ?)", _parts(number, index)
+            )
         database.commit()
         with _sorting_in(scratch, database):
             database.executescript(_INDEXES)
@@ -134,7 +151,9 @@ def _index(tar: StoragePath, scratch: Path) -> ShardIndex:
 
 def _samples(number: int, index: ShardIndex) -> Iterator[tuple[int, str, int, int, int]]:
     starts = index.sample_starts().astype(np.int64)
-    for row, (key, start, size) in enumerate(zip(index.keys(), starts.tolist(), np.diff(starts).tolist(), strict=False)):
+    for row, (key, start, size) in enumerate(
+        zip(index.keys(), starts.tolist(), np.diff(starts).tolist(), strict=False)
+    ):
         yield number, key, row, start, size
 
 
@@ -155,16 +174,25 @@ def energon_splits(root: Path) -> dict[str, str] | None:
     Raises:
         UsageError: it cannot be read, or excludes single samples.
     """
-    path = next((p for p in (root / META / "split.yaml", root / META / "split.json") if p.is_file()), None)
+    path = next(
+        (p for p in (root / META / "split.yaml", root / META / "split.json") if p.is_file()), None
+    )
     if path is None:
         return None
     try:
         content: Any = yaml.safe_load(path.read_bytes())
         excluded = {e for given in content.get("exclude") or [] for e in braceexpand(str(given))}
-        splits = {t: str(s) for s, tars in content["split_parts"].items() for given in tars for t in braceexpand(str(given))}
+        splits = {
+            t: str(s)
+            for s, tars in content["split_parts"].items()
+            for given in tars
+            for t in braceexpand(str(given))
+        }
     except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{path}: {type(error).__name__}: {error}", "it says which tar belongs to which split.", "run `energon prepare` again."
+            f"{path}: {type(error).__name__}: {error}",
+            "it says which tar belongs to which split.",
+            "run `energon prepare` again.",
         ) from error
     if single := sorted(e for e in excluded if not e.endswith(".tar")):
         raise UsageError(

@@ -88,7 +88,11 @@ def _json_text_length(value: Any) -> int:
     turns = value.get("conversations")
     if not isinstance(turns, list):
         return 0
-    return sum(len(t["value"].encode()) for t in turns if isinstance(t, dict) and isinstance(t.get("value"), str))
+    return sum(
+        len(t["value"].encode())
+        for t in turns
+        if isinstance(t, dict) and isinstance(t.get("value"), str)
+    )
 
 
 def index_path_of(tar: Path) -> Path:
@@ -96,7 +100,9 @@ def index_path_of(tar: Path) -> Path:
     return tar.with_name(tar.name + SUFFIX)
 
 
-def pack_index(rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: str, end: int) -> bytes:
+def pack_index(
+    rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: str, end: int
+) -> bytes:
     """The index file's bytes.
 
     Args:
@@ -109,11 +115,17 @@ def pack_index(rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: st
     extensions = sorted({e for parts in rows.parts for e in parts})
     number = {e: i for i, e in enumerate(extensions)}
     keys = [k.encode() for k in rows.keys]
-    flat = [(number[e], *place) for parts in rows.parts for e, place in sorted(parts.items(), key=lambda item: item[1].offset)]
+    flat = [
+        (number[e], *place)
+        for parts in rows.parts
+        for e, place in sorted(parts.items(), key=lambda item: item[1].offset)
+    ]
     table = np.array(flat, dtype=np.uint64).reshape(-1, 4)
 
     def ends(lengths: Sequence[int]) -> NDArray[np.uint64]:
-        return np.concatenate([np.zeros(1, np.uint64), np.cumsum(np.array(lengths, np.uint64), dtype=np.uint64)])
+        return np.concatenate(
+            [np.zeros(1, np.uint64), np.cumsum(np.array(lengths, np.uint64), dtype=np.uint64)]
+        )
 
     columns: dict[str, NDArray[Any]] = {
         "sample_start": np.array([*rows.starts, end], "<u8"),
@@ -140,7 +152,11 @@ def pack_index(rows: IndexRows, *, tar_name: str, tar_bytes: int, tar_sha256: st
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(_FIXED.size + len(text)) % _ALIGN)
-    return _FIXED.pack(MAGIC, VERSION, len(text), zlib.crc32(text), zlib.crc32(body)) + text + bytes(body)
+    return (
+        _FIXED.pack(MAGIC, VERSION, len(text), zlib.crc32(text), zlib.crc32(body))
+        + text
+        + bytes(body)
+    )
 
 
 class ShardIndex:
@@ -175,9 +191,14 @@ class ShardIndex:
         self.tar_bytes: int = header["tar"]["bytes"]
         self.tar_sha256: str = header["tar"]["sha256"]
         if size != self._body + header["body_bytes"]:
-            raise _bad_index(self.path, f"it has {size} bytes where its header says {self._body + header['body_bytes']}")
+            raise _bad_index(
+                self.path,
+                f"it has {size} bytes where its header says {self._body + header['body_bytes']}",
+            )
         self._columns = {
-            name: np.frombuffer(self._map, dtype=c["dtype"], count=c["count"], offset=self._body + c["offset"])
+            name: np.frombuffer(
+                self._map, dtype=c["dtype"], count=c["count"], offset=self._body + c["offset"]
+            )
             for name, c in header["columns"].items()
         }
 
@@ -192,7 +213,11 @@ class ShardIndex:
     def key(self, row: int) -> str:
         """The sample's key."""
         starts = self._columns["key_start"]
-        return self._columns["keys"][int(starts[self._row(row)]) : int(starts[row + 1])].tobytes().decode()
+        return (
+            self._columns["keys"][int(starts[self._row(row)]) : int(starts[row + 1])]
+            .tobytes()
+            .decode()
+        )
 
     def keys(self) -> list[str]:
         """All keys, in order."""
@@ -206,10 +231,13 @@ class ShardIndex:
         return {
             self.extensions[e]: PartLocation(o, s, crc)
             for e, o, s, crc in zip(
-                c["part_extension"][first:last].tolist(), c["part_offset"][first:last].tolist(),
-                c["part_size"][first:last].tolist(), c["part_crc32"][first:last].tolist(), strict=True,
+                c["part_extension"][first:last].tolist(),
+                c["part_offset"][first:last].tolist(),
+                c["part_size"][first:last].tolist(),
+                c["part_crc32"][first:last].tolist(),
+                strict=True,
             )
-        }  # fmt: skip
+        }
 
     def kinds(self) -> dict[frozenset[str], tuple[int, int]]:
         """The sets of extensions that samples have -> (how many have it, the first such row)."""
@@ -257,7 +285,9 @@ def _bad_index(path: Path, how: str) -> OneLLMError:
     )
 
 
-def read_parts(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> dict[str, Part]:
+def read_parts(
+    dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None
+) -> dict[str, Part]:
     """One sample's parts, by one byte-range read, each checked against its CRC-32.
 
     Args:
@@ -297,19 +327,27 @@ class SampleSpan(NamedTuple):
     end: int
 
 
-def span_of(dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None) -> SampleSpan:
+def span_of(
+    dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None
+) -> SampleSpan:
     """Where a sample's parts with these extensions lie (all, if None); the span is empty where it has none of them."""
     return span_of_parts(dataset.index(shard).parts(row), extensions)
 
 
-def span_of_parts(there: Mapping[str, PartLocation], extensions: Collection[str] | None = None) -> SampleSpan:
+def span_of_parts(
+    there: Mapping[str, PartLocation], extensions: Collection[str] | None = None
+) -> SampleSpan:
     """`span_of` for a sample's parts, as `ShardIndex.parts` gives them."""
     parts = {e: place for e, place in there.items() if extensions is None or e in extensions}
     start = min((place.offset for place in parts.values()), default=0)
-    return SampleSpan(parts, start, max((place.offset + place.size for place in parts.values()), default=0))
+    return SampleSpan(
+        parts, start, max((place.offset + place.size for place in parts.values()), default=0)
+    )
 
 
-def parts_in(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, data: bytes) -> dict[str, Part]:
+def parts_in(
+    dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, data: bytes
+) -> dict[str, Part]:
     """The parts in a span's bytes, each checked against its CRC-32.
 
     Raises:
@@ -321,7 +359,11 @@ def parts_in(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, dat
     for extension, (offset, size, crc32) in span.parts.items():
         part = data[offset - span.start : offset - span.start + size]
         if len(part) != size or zlib.crc32(part) != crc32:
-            how = f"only {len(part)} of its {size} bytes are there" if len(part) != size else "its bytes fail their CRC-32"
+            how = (
+                f"only {len(part)} of its {size} bytes are there"
+                if len(part) != size
+                else "its bytes fail their CRC-32"
+            )
             raise SampleError(
                 f"dataset {dataset.name}, shard {shard.path}, key {dataset.index(shard).key(row)}, part .{extension} at offset {offset}: "
                 f"{how}.",
@@ -372,7 +414,16 @@ def index_tar(path: Path) -> Path:
     from onellm_dist.shards.format.tars import scan_tar
 
     scan = scan_tar(path)
-    return write_index(path, pack_index(scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end))
+    return write_index(
+        path,
+        pack_index(
+            scan.rows,
+            tar_name=path.name,
+            tar_bytes=scan.bytes,
+            tar_sha256=scan.sha256,
+            end=scan.end,
+        ),
+    )
 
 
 def try_index_tar(path: Path) -> OneLLMError | None:

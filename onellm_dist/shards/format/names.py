@@ -22,7 +22,10 @@ TEXT_ONLY = "text"
 def known_extensions() -> frozenset[str]:
     """Every extension that some modality reads, and the text parts'."""
     media = {
-        e for m in all_modalities().values() for accepted in (*m.required_parts.values(), *m.optional_parts.values()) for e in accepted
+        e
+        for m in all_modalities().values()
+        for accepted in (*m.required_parts.values(), *m.optional_parts.values())
+        for e in accepted
     }
     return frozenset(media | set(TEXT_EXTENSIONS))
 
@@ -55,7 +58,12 @@ def readable_as(extensions: Iterable[str]) -> tuple[str, ...]:
     used: dict[str, set[str]] = {}
     for name, modality in all_modalities().items():
         if all(available & set(accepted) for accepted in modality.required_parts.values()):
-            used[name] = {e for accepted in parts_of_modality(modality).values() for e in accepted if e in available}
+            used[name] = {
+                e
+                for accepted in parts_of_modality(modality).values()
+                for e in accepted
+                if e in available
+            }
     return tuple(n for n, mine in used.items() if not any(mine < other for other in used.values()))
 
 
@@ -71,7 +79,11 @@ def parse_modalities(text: str) -> tuple[str, ...]:
     for name in names:
         get_modality(name)
     if len(set(names)) != len(names):
-        raise UsageError(f"modality={text} names a modality twice.", "a sample has one run a modality.", "name each once.")
+        raise UsageError(
+            f"modality={text} names a modality twice.",
+            "a sample has one run a modality.",
+            "name each once.",
+        )
     return names
 
 
@@ -96,7 +108,9 @@ def infer_modalities(kinds: Mapping[frozenset[str], int], where: Path) -> tuple[
             f"known extensions: {', '.join(sorted(known_extensions()))}.",
         )
     if len(votes) > 1 or len(next(iter(votes))) > 1:
-        found = "; ".join(f"{count} of {' or '.join(names)}" for names, count in votes.most_common())
+        found = "; ".join(
+            f"{count} of {' or '.join(names)}" for names, count in votes.most_common()
+        )
         raise UsageError(
             f"{where}: the extensions do not tell the modality: {found}.",
             "a dataset has one modality, or one set of them that every sample has.",

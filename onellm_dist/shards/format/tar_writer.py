@@ -15,7 +15,13 @@ from pathlib import Path
 
 from onellm_dist.common.files import sync
 from onellm_dist.shards.format.dataset import ShardInfo
-from onellm_dist.shards.format.index import IndexRows, PartLocation, pack_index, text_length, write_index
+from onellm_dist.shards.format.index import (
+    IndexRows,
+    PartLocation,
+    pack_index,
+    text_length,
+    write_index,
+)
 from onellm_dist.shards.storage.files import aside
 
 BLOCK = 512
@@ -113,7 +119,16 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         digest = self._digest.hexdigest()
-        write_index(self.target, pack_index(self._rows, tar_name=self.target.name, tar_bytes=self._offset, tar_sha256=digest, end=end))
+        write_index(
+            self.target,
+            pack_index(
+                self._rows,
+                tar_name=self.target.name,
+                tar_bytes=self._offset,
+                tar_sha256=digest,
+                end=end,
+            ),
+        )
         aside(self.target).replace(self.target)
         sync(self.target.parent)
         return ShardInfo(self.path, self.split, self.samples, self._offset, digest)

@@ -31,9 +31,16 @@ class TarError(OneLLMError):
         key, offset: where, as far as it is known.
     """
 
-    def __init__(self, tar: Path, how: str, key: str | None = None, offset: int | None = None) -> None:
+    def __init__(
+        self, tar: Path, how: str, key: str | None = None, offset: int | None = None
+    ) -> None:
         self.tar, self.how, self.key, self.offset = tar, how, key, offset
-        place = "".join([f", key {key}" if key is not None else "", f", at offset {offset}" if offset is not None else ""])
+        place = "".join(
+            [
+                f", key {key}" if key is not None else "",
+                f", at offset {offset}" if offset is not None else "",
+            ]
+        )
         super().__init__(
             f"{tar}{place}: {how}.",
             "the shard would lose or mix up samples.",
@@ -130,7 +137,9 @@ class _Scanner:
                 if names is not None:
                     self.take(member, *names)
         except tarfile.TarError as error:
-            raise TarError(self.path, f"it is truncated or damaged ({error})", self.key, tar.offset) from error
+            raise TarError(
+                self.path, f"it is truncated or damaged ({error})", self.key, tar.offset
+            ) from error
         self.close_sample()
         return self.rows, tar.offset
 
@@ -140,17 +149,32 @@ class _Scanner:
             key.encode()
             extension.encode()
         except UnicodeEncodeError:
-            raise TarError(self.path, f"the member name {member.name!a} is not UTF-8", None, member.offset) from None
+            raise TarError(
+                self.path, f"the member name {member.name!a} is not UTF-8", None, member.offset
+            ) from None
         if member.issparse():
-            raise TarError(self.path, f"part .{extension} is stored as a sparse file, which has no byte range", key, member.offset)
+            raise TarError(
+                self.path,
+                f"part .{extension} is stored as a sparse file, which has no byte range",
+                key,
+                member.offset,
+            )
         if key != self.key:
             self.close_sample()
             if key in self.first_at:
-                raise TarError(self.path, f"duplicate key: it already stands at offset {self.first_at[key]}", key, member.offset)
+                raise TarError(
+                    self.path,
+                    f"duplicate key: it already stands at offset {self.first_at[key]}",
+                    key,
+                    member.offset,
+                )
             self.key, self.first_at[key] = key, member.offset
         elif extension in self.parts:
             raise TarError(
-                self.path, f"duplicate part .{extension}: the other begins at offset {self.parts[extension].offset}", key, member.offset
+                self.path,
+                f"duplicate part .{extension}: the other begins at offset {self.parts[extension].offset}",
+                key,
+                member.offset,
             )
         self.parts[extension] = self.checksum(member, key, extension)
 
@@ -161,7 +185,10 @@ class _Scanner:
             chunk = self.file.read(min(left, _CHUNK))
             if not chunk:
                 raise TarError(
-                    self.path, f"truncated: part .{extension} has {member.size - left} of its {member.size} bytes", key, member.offset_data
+                    self.path,
+                    f"truncated: part .{extension} has {member.size - left} of its {member.size} bytes",
+                    key,
+                    member.offset_data,
                 )
             crc, left = zlib.crc32(chunk, crc), left - len(chunk)
             if extension in ("txt", "json"):
@@ -183,7 +210,8 @@ def _unreadable(path: Path, file: BinaryIO, error: tarfile.TarError) -> TarError
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             return TarError(
-                path, f"it is compressed ({kind}); samples of a compressed tar cannot be reached by byte range: unpack it first"
+                path,
+                f"it is compressed ({kind}); samples of a compressed tar cannot be reached by byte range: unpack it first",
             )
     return TarError(path, "it is empty" if not head else f"it is not a tar ({error})", None, 0)
 
@@ -200,5 +228,8 @@ def _check_end(path: Path, file: BinaryIO, end: int, rows: IndexRows) -> None:
     while chunk := file.read(_CHUNK):
         if any(chunk):
             raise TarError(
-                path, "there is data behind the end-of-archive marker (two tars joined?), which tar readers do not see", last, end
+                path,
+                "there is data behind the end-of-archive marker (two tars joined?), which tar readers do not see",
+                last,
+                end,
             )

@@ -15,7 +15,15 @@ from typing import Any
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.files import sync
 from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.format.dataset import MANIFEST, SHARD_FOLDER, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo, open_dataset
+from onellm_dist.shards.format.dataset import (
+    MANIFEST,
+    SHARD_FOLDER,
+    TEXT_EXTENSIONS,
+    Dataset,
+    Manifest,
+    ShardInfo,
+    open_dataset,
+)
 from onellm_dist.shards.format.index import SUFFIX
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import split_name
@@ -26,7 +34,9 @@ MAX_BYTES = 1 << 30
 _NAME = re.compile(r"\w[\w.-]*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_OURS = re.compile(rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?")
+_OURS = re.compile(
+    rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?"
+)
 
 
 def check_name(name: str) -> None:
@@ -74,7 +84,9 @@ class DatasetWriter:
         check_name(name)
         if max_samples < 1 or max_bytes < 1:
             raise UsageError(
-                f"max_samples={max_samples}, max_bytes={max_bytes}: both must be at least 1.", "a shard holds samples.", "raise them."
+                f"max_samples={max_samples}, max_bytes={max_bytes}: both must be at least 1.",
+                "a shard holds samples.",
+                "raise them.",
             )
         self.root, self.name, self.modalities = Path(root), name, tuple(modalities)
         self._checks = [get_modality(m) for m in self.modalities]
@@ -91,7 +103,12 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.finish()
         else:
@@ -111,7 +128,9 @@ class DatasetWriter:
         self._check(split, key, parts)
         size = sum(len(p) for p in parts.values())
         shard = self._open.get(split)
-        if shard is not None and (shard.samples >= self._max_samples or shard.content + size > self._max_bytes):
+        if shard is not None and (
+            shard.samples >= self._max_samples or shard.content + size > self._max_bytes
+        ):
             self._shards.append(shard.close())
             shard = None
         if shard is None:
@@ -130,12 +149,16 @@ class DatasetWriter:
         where = f"dataset {self.name}, key {key!r}"
         if not _SPLIT.fullmatch(split):
             raise SampleError(
-                f"{where}: split {split!r} has other characters than letters, digits, _ and -.", "it names the tar.", "rename it."
+                f"{where}: split {split!r} has other characters than letters, digits, _ and -.",
+                "it names the tar.",
+                "rename it.",
             )
         check_names(where, key, parts)
         if key in self._keys:
             raise SampleError(
-                f"{where} was written before.", "keys are unique in a dataset, over all its splits.", "give each sample its own key."
+                f"{where} was written before.",
+                "keys are unique in a dataset, over all its splits.",
+                "give each sample its own key.",
             )
         check_parts(where, self._checks, parts)
 
@@ -147,14 +170,23 @@ class DatasetWriter:
         """
         if not self._keys:
             self.abandon()
-            raise UsageError(f"dataset {self.name} ({self.root}) got no sample.", "an empty dataset cannot be read.", "check the inputs.")
+            raise UsageError(
+                f"dataset {self.name} ({self.root}) got no sample.",
+                "an empty dataset cannot be read.",
+                "check the inputs.",
+            )
         self._shards.extend(shard.close() for shard in self._open.values())
         self._open = {}
         sync(self.root / SHARD_FOLDER)
         manifest = Manifest(
-            self.name, self.modalities, tuple(e for e in TEXT_EXTENSIONS if e in self._text), self._licence, self._source,
-            tuple(sorted(self._shards, key=lambda s: s.path)), self._attributes,
-        )  # fmt: skip
+            self.name,
+            self.modalities,
+            tuple(e for e in TEXT_EXTENSIONS if e in self._text),
+            self._licence,
+            self._source,
+            tuple(sorted(self._shards, key=lambda s: s.path)),
+            self._attributes,
+        )
         write_whole(self.root / MANIFEST, manifest.to_bytes())
         return open_dataset(self.root)
 
@@ -176,9 +208,13 @@ def refuse_occupied(root: Path) -> None:
         return
     if MANIFEST in names:
         raise UsageError(
-            f"{root} already holds a dataset.", "it is not overwritten unless asked for.", "choose another output, or give --overwrite."
+            f"{root} already holds a dataset.",
+            "it is not overwritten unless asked for.",
+            "choose another output, or give --overwrite.",
         )
-    if names == [SHARD_FOLDER] and all(_OURS.fullmatch(p.name) for p in (root / SHARD_FOLDER).iterdir()):
+    if names == [SHARD_FOLDER] and all(
+        _OURS.fullmatch(p.name) for p in (root / SHARD_FOLDER).iterdir()
+    ):
         raise UsageError(
             f"{root} is a half-written dataset ({SHARD_FOLDER}/ without {MANIFEST}).",
             "its builder was stopped, or is still running.",
@@ -208,11 +244,15 @@ def shard_path(split: str, number: int, piece: int = 0) -> str:
 def check_names(where: str, key: str, parts: Collection[str]) -> None:
     """Raises SampleError where a WebDataset tar cannot hold this key with these extensions."""
     if not parts:
-        raise SampleError(f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one.")
+        raise SampleError(
+            f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one."
+        )
     components = key.split("/")
     if not _printable(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
         raise SampleError(
-            f"{where}: no key of a WebDataset tar.", "readers would skip it or read another name.", "use plain relative names."
+            f"{where}: no key of a WebDataset tar.",
+            "readers would skip it or read another name.",
+            "use plain relative names.",
         )
     for extension in parts:
         if (

@@ -15,7 +15,13 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import captioned
-from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.delimited import (
+    CSV,
+    RowRange,
+    read_header,
+    read_rows,
+    row_ranges,
+)
 from onellm_dist.shards.sources.readers.media_files import below, need_file
 from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
@@ -38,25 +44,41 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, miss
     """
     check_missing(missing)
     wanted = [s.strip() for s in splits.split(",")]
-    if (unknown := [s for s in wanted if s not in _SPLITS]) or (annotations is not None and len(wanted) > 1):
+    if (unknown := [s for s in wanted if s not in _SPLITS]) or (
+        annotations is not None and len(wanted) > 1
+    ):
         raise UsageError(
             f"splits={splits}: {f'there is no {unknown[0]}' if unknown else 'one table is named for several'}.",
             "each split has a table of its own.",
             f"use {', '.join(_SPLITS)}.",
         )
     tables = [
-        (s, need_file(inputs, annotations, (f"{s}.csv", f"dataset/{s}.csv"), f"AudioCaps' rows of {s}", "annotations")) for s in wanted
+        (
+            s,
+            need_file(
+                inputs,
+                annotations,
+                (f"{s}.csv", f"dataset/{s}.csv"),
+                f"AudioCaps' rows of {s}",
+                "annotations",
+            ),
+        )
+        for s in wanted
     ]
     for _, table in tables:
         names, _ = read_header(below(inputs, table), CSV)
         if not set(_COLUMNS) <= set(names):
             raise UsageError(
-                f"{table} has the columns {', '.join(names)}.", "it is no table of AudioCaps.", f"it has {', '.join(_COLUMNS)}."
+                f"{table} has the columns {', '.join(names)}.",
+                "it is no table of AudioCaps.",
+                f"it has {', '.join(_COLUMNS)}.",
             )
     pool = find_pool(inputs, _suffixes())
     if not pool:
         raise UsageError(
-            f"{inputs}: no {', '.join(_suffixes())} or .zip there.", "there are captions and no clips.", "fetch the clips too."
+            f"{inputs}: no {', '.join(_suffixes())} or .zip there.",
+            "there are captions and no clips.",
+            "fetch the clips too.",
         )
     return Layout(("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool)))
 
@@ -68,10 +90,14 @@ def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[InputS
         yield InputSplit(f"{table}:{found.line}", spec, split, found.size)
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any) -> Iterator[RawSample]:
+def raw_samples(
+    inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
-    for line, row, problem in read_rows(below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]):
+    for line, row, problem in read_rows(
+        below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]
+    ):
         where = f"{spec['table']}:{line}"
         if problem is not None:
             yield RawSample(f"row-{line:07d}", where, problem=problem)
@@ -80,10 +106,18 @@ def raw_samples(inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any
         found = find_media(inputs, pool, _stems(row), _suffixes())
         if found is None:
             lost = f"missing file: no clip of {row['youtube_id']} at {row['start_time']} s"
-            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
+            yield (
+                RawSample(key, where, problem=lost)
+                if missing == "fail"
+                else RawSample(key, where, skip="media was not fetched")
+            )
             continue
         suffix, media = found
-        meta = {"youtube_id": row["youtube_id"], "start_time": row["start_time"], "conversations": captioned("audio", row["caption"])}
+        meta = {
+            "youtube_id": row["youtube_id"],
+            "start_time": row["start_time"],
+            "conversations": captioned("audio", row["caption"]),
+        }
         yield RawSample(key, where, {suffix[1:]: media}, row["caption"], meta)
 
 
@@ -93,7 +127,10 @@ def _stems(row: Mapping[str, str]) -> list[str]:
     stems = [f"{prefix}{video}_{start}" for prefix in ("", "Y")]
     if start.replace(".", "", 1).isdecimal():
         first = round(float(start))
-        stems += [f"{video}_{first * 1000}_{(first + _CLIP_SECONDS) * 1000}", f"{video}_{first}_{first + _CLIP_SECONDS}"]
+        stems += [
+            f"{video}_{first * 1000}_{(first + _CLIP_SECONDS) * 1000}",
+            f"{video}_{first}_{first + _CLIP_SECONDS}",
+        ]
     return [*stems, f"Y{video}", video, row["audiocap_id"].strip()]
 
 

@@ -75,7 +75,9 @@ class FileRange:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
-            raise BadSample(f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}")
+            raise BadSample(
+                f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}"
+            )
         return data
 
 
@@ -145,13 +147,22 @@ class Option:
             return None
         try:
             if self.kind is bool and not isinstance(value, bool):
-                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+                return {
+                    "true": True,
+                    "yes": True,
+                    "1": True,
+                    "false": False,
+                    "no": False,
+                    "0": False,
+                }[str(value).lower()]
             if self.kind is int and isinstance(value, float) and not value.is_integer():
                 raise ValueError
             return self.kind(value)
         except (ValueError, TypeError, KeyError):
             raise UsageError(
-                f"option {name}={value!r} is not of type {self.kind.__name__}.", self.help, f"the default is {self.default!r}."
+                f"option {name}={value!r} is not of type {self.kind.__name__}.",
+                self.help,
+                f"the default is {self.default!r}.",
             ) from None
 
 

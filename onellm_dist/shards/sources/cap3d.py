@@ -28,7 +28,9 @@ SUFFIXES = (".npy", ".pt", ".ply")
 _ROWS = 2000
 
 
-def plan(inputs: Path, *, seed: int, captions: str | None, clouds: str | None, missing: str) -> Layout:
+def plan(
+    inputs: Path, *, seed: int, captions: str | None, clouds: str | None, missing: str
+) -> Layout:
     """Ranges of the table's rows.
 
     Raises:
@@ -39,16 +41,28 @@ def plan(inputs: Path, *, seed: int, captions: str | None, clouds: str | None, m
     pool = find_pool(inputs, SUFFIXES, clouds)
     if not pool:
         where = inputs if clouds is None else inputs / clouds
-        raise UsageError(f"{where}: no {', '.join(SUFFIXES)} or .zip there.", "there are captions and no clouds.", "fetch the clouds too.")
+        raise UsageError(
+            f"{where}: no {', '.join(SUFFIXES)} or .zip there.",
+            "there are captions and no clouds.",
+            "fetch the clouds too.",
+        )
     return Layout(("point",), _groups(inputs, table, pool))
 
 
 def _table(inputs: Path, given: str | None) -> str:
     if given is not None:
         if not (inputs / given).is_file():
-            raise UsageError(f"{inputs / given}: there is no such table.", "captions cannot be read.", "check the option captions.")
+            raise UsageError(
+                f"{inputs / given}: there is no such table.",
+                "captions cannot be read.",
+                "check the option captions.",
+            )
         return given
-    found = [p.name for pattern in ("*.csv", "*.json") for p in sorted(inputs.glob(pattern), key=lambda p: p.name)]
+    found = [
+        p.name
+        for pattern in ("*.csv", "*.json")
+        for p in sorted(inputs.glob(pattern), key=lambda p: p.name)
+    ]
     if len(found) != 1:
         raise UsageError(
             f"{inputs} has {'no table' if not found else f'{len(found)} tables: ' + ', '.join(found)}.",
@@ -63,22 +77,36 @@ def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[InputSplit]:
         yield from json_stream.row_groups(inputs, table, _ROWS, pool=pool.to_json())
         return
     for rows in row_ranges(inputs / table, CSV, _ROWS):
-        yield InputSplit(f"{table}:{rows.line}", {"table": table, "range": list(rows), "pool": pool.to_json()}, count=rows.size)
+        yield InputSplit(
+            f"{table}:{rows.line}",
+            {"table": table, "range": list(rows), "pool": pool.to_json()},
+            count=rows.size,
+        )
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str) -> Iterator[RawSample]:
+def raw_samples(
+    inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     pool = Pool.from_json(spec["pool"])
     rows = _captions(inputs, spec) if "table" in spec else _conversations(inputs, spec)
     for where, uid, caption, meta, problem in rows:
-        key = safe_key(uid) if uid else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
+        key = (
+            safe_key(uid)
+            if uid
+            else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
+        )
         if problem is not None:
             yield RawSample(key, where, problem=problem)
             continue
         found = find_media(inputs, pool, (uid, f"{uid}_8192"), SUFFIXES)
         if found is None:
             lost = f"missing file: {uid}{{{','.join(SUFFIXES)}}} is in no folder and no archive"
-            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
+            yield (
+                RawSample(key, where, problem=lost)
+                if missing == "fail"
+                else RawSample(key, where, skip="media was not fetched")
+            )
             continue
         yield RawSample(key, where, cloud_parts(*found, uid), caption, meta)
 
@@ -93,10 +121,20 @@ _Found = tuple[str, str, str | None, Mapping[str, Any], str | None]
 
 
 def _captions(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
-    for line, row, problem in read_rows(inputs / spec["table"], CSV, RowRange(*spec["range"]), ("uid", "caption")):
+    for line, row, problem in read_rows(
+        inputs / spec["table"], CSV, RowRange(*spec["range"]), ("uid", "caption")
+    ):
         uid = row.get("uid", "").strip()
-        wrong = problem or (f"unreadable row: the uid is {uid!r}" if not uid or "/" in uid else None)
-        yield f"{spec['table']}:{line}", "" if wrong else uid, row.get("caption"), {"uid": uid}, wrong
+        wrong = problem or (
+            f"unreadable row: the uid is {uid!r}" if not uid or "/" in uid else None
+        )
+        yield (
+            f"{spec['table']}:{line}",
+            "" if wrong else uid,
+            row.get("caption"),
+            {"uid": uid},
+            wrong,
+        )
 
 
 def _conversations(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
@@ -107,15 +145,31 @@ def _conversations(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
             continue
         answer = _answer(row.get("conversations"))
         meta = {k: v for k, v in row.items() if k != "conversations"}
-        yield where, uid, answer, meta, None if answer is not None else "malformed conversations: not one question and its answer"
+        yield (
+            where,
+            uid,
+            answer,
+            meta,
+            None
+            if answer is not None
+            else "malformed conversations: not one question and its answer",
+        )
 
 
 def _answer(turns: Any) -> str | None:
     """The description: the answer to the one question."""
-    if not isinstance(turns, list) or len(turns) != 2 or not all(isinstance(t, dict) for t in turns):
+    if (
+        not isinstance(turns, list)
+        or len(turns) != 2
+        or not all(isinstance(t, dict) for t in turns)
+    ):
         return None
     asked, answered = turns
-    return answered.get("value") if (asked.get("from"), answered.get("from")) == ("human", "gpt") else None
+    return (
+        answered.get("value")
+        if (asked.get("from"), answered.get("from")) == ("human", "gpt")
+        else None
+    )
 
 
 SOURCE = Source(
@@ -125,7 +179,10 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "captions": Option(None, "the table, relative to IN, where there are several"),
-        "clouds": Option(None, "the folder of the clouds and their zips, relative to IN; all of IN (pictures' zips too) if not given"),
+        "clouds": Option(
+            None,
+            "the folder of the clouds and their zips, relative to IN; all of IN (pictures' zips too) if not given",
+        ),
         "missing": MISSING_OPTION,
     },
     licence="ODC-By (Cap3D); CC-BY-NC-SA 4.0 (PointLLM's copy); objects under their own licences",

@@ -20,7 +20,15 @@ _KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 def _caption(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
     caption, picture = text_of(row["caption"], "caption"), int(row["image_id"])
-    return [Sample(str(row["id"]), coco_picture(context, picture), captioned("image", caption), caption, {"image_id": picture})]
+    return [
+        Sample(
+            str(row["id"]),
+            coco_picture(context, picture),
+            captioned("image", caption),
+            caption,
+            {"image_id": picture},
+        )
+    ]
 
 
 def _sentences(row: Any, split: str) -> int:
@@ -28,7 +36,11 @@ def _sentences(row: Any, split: str) -> int:
     if not isinstance(row, dict) or row.get("split") not in _KARPATHY:
         return int(split == "train")
     listed = row.get("sentences")
-    return max(1, len(listed) if isinstance(listed, list) else 0) if _KARPATHY[row["split"]] == split else 0
+    return (
+        max(1, len(listed) if isinstance(listed, list) else 0)
+        if _KARPATHY[row["split"]] == split
+        else 0
+    )
 
 
 def _picture(context: Context, item: Item) -> Sequence[Sample]:
@@ -37,7 +49,9 @@ def _picture(context: Context, item: Item) -> Sequence[Sample]:
         raise ValueError(f"its split is {row['split']!r}, none of {', '.join(_KARPATHY)}")
     media, meta = coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
     texts = [(int(s["sentid"]), text_of(s["raw"], "a caption")) for s in row["sentences"]]
-    return [Sample(f"{number}", media, captioned("image", text), text, meta) for number, text in texts]
+    return [
+        Sample(f"{number}", media, captioned("image", text), text, meta) for number, text in texts
+    ]
 
 
 SOURCES = tuple(
@@ -47,8 +61,14 @@ SOURCES = tuple(
             "coco",
             "COCO's captions_{train,val}{2017,2014}.json and its pictures; a sample each caption",
             "image",
-            {s: tuple(f"{f}captions_{s}{year}.json" for year in (2017, 2014) for f in ("annotations/", "", "coco/annotations/"))
-             for s in ("train", "val")},
+            {
+                s: tuple(
+                    f"{f}captions_{s}{year}.json"
+                    for year in (2017, 2014)
+                    for f in ("annotations/", "", "coco/annotations/")
+                )
+                for s in ("train", "val")
+            },
             _caption,
             key="annotations",
             medium=lambda row: row["image_id"],
@@ -59,7 +79,14 @@ SOURCES = tuple(
             "coco-karpathy",
             "COCO's captions in Karpathy's splits (dataset_coco.json); a sample each caption",
             "image",
-            {s: ("dataset_coco.json", "karpathy/dataset_coco.json", "annotations/dataset_coco.json") for s in ("train", "val", "test")},
+            dict.fromkeys(
+                ("train", "val", "test"),
+                (
+                    "dataset_coco.json",
+                    "karpathy/dataset_coco.json",
+                    "annotations/dataset_coco.json",
+                ),
+            ),
             _picture,
             key="images",
             folders=COCO_FOLDERS,
@@ -67,4 +94,4 @@ SOURCES = tuple(
             count=_sentences,
         ),
     )
-)  # fmt: skip
+)

@@ -22,13 +22,24 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, Recorded, recording_of
-from onellm_dist.shards.sources.readers.json_stream import has_key, read_places, read_rows, row_groups, scan
+from onellm_dist.shards.sources.readers.json_stream import (
+    has_key,
+    read_places,
+    read_rows,
+    row_groups,
+    scan,
+)
 from onellm_dist.shards.sources.readers.media_files import below
 
 _SECONDS = 2.0
 _GROUP = 1000
 _USUAL_WINDOWS = ("window_idx_train.json", "v2/window_idx_train.json")
-_USUAL_NARRATIONS = ("narration.json", "v2/annotations/narration.json", "annotations/narration.json", "v2/narration.json")
+_USUAL_NARRATIONS = (
+    "narration.json",
+    "v2/annotations/narration.json",
+    "annotations/narration.json",
+    "v2/narration.json",
+)
 _PASSES = ("narration_pass_1", "narration_pass_2")
 _MARK = re.compile(r"#[CO]\b\s*(?:C(?:\s+|$))?", re.IGNORECASE)
 _UNSURE = re.compile(r"#unsure", re.IGNORECASE)
@@ -41,16 +52,24 @@ def clean_narration(text: str) -> str:
 
 def plan(
     inputs: Path, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
-) -> Layout:  # fmt: skip
+) -> Layout:
     """Windows by video, from either list.
 
     Raises:
         UsageError: neither list is there, or an option is wrong.
     """
     if passes not in ("1", "2", "both"):
-        raise UsageError(f"passes={passes} is none of 1, 2, both.", "it says which narrators' texts are taken.", "choose one.")
+        raise UsageError(
+            f"passes={passes} is none of 1, 2, both.",
+            "it says which narrators' texts are taken.",
+            "choose one.",
+        )
     if windows is not None and narrations is not None:
-        raise UsageError("both windows and narrations are given.", "each is a list of samples.", "give one of them.")
+        raise UsageError(
+            "both windows and narrations are given.",
+            "each is a list of samples.",
+            "give one of them.",
+        )
     listed = None if narrations is not None else _first(inputs, windows, _USUAL_WINDOWS)
     if listed is not None:
         return Layout(("imu",), _window_groups(inputs, listed), (f"windows of {listed}",))
@@ -62,7 +81,13 @@ def plan(
             "name one: -o windows=FILE or -o narrations=FILE.",
         )
     key = "videos" if has_key(below(inputs, told), "videos") else None
-    groups = row_groups(inputs, told, _GROUP, key=key, count=lambda row: {"train": sum(1 for _ in _narrated(row.value, passes)) or 1})
+    groups = row_groups(
+        inputs,
+        told,
+        _GROUP,
+        key=key,
+        count=lambda row: {"train": sum(1 for _ in _narrated(row.value, passes)) or 1},
+    )
     return Layout(("imu",), groups, (f"windows of {_SECONDS:g} s around the narrations of {told}",))
 
 
@@ -70,7 +95,9 @@ def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | N
     names = usual if chosen is None else (str(chosen),)
     found = next((n for n in names if below(inputs, n).is_file()), None)
     if chosen is not None and found is None:
-        raise UsageError(f"{chosen}: there is no such file.", "it lists the samples.", "check the path.")
+        raise UsageError(
+            f"{chosen}: there is no such file.", "it lists the samples.", "check the path."
+        )
     return found
 
 
@@ -79,11 +106,15 @@ def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
     found: dict[str, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(scan(below(inputs, name))):
         uid = row.value.get("video_uid") if isinstance(row.value, dict) else None
-        found.setdefault(uid if isinstance(uid, str) else "", []).append((number, row.start, row.end))
+        found.setdefault(uid if isinstance(uid, str) else "", []).append(
+            (number, row.start, row.end)
+        )
     for uid, rows in sorted(found.items()):
         for first in range(0, len(rows), _GROUP):
             some = rows[first : first + _GROUP]
-            yield InputSplit(f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some))
+            yield InputSplit(
+                f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some)
+            )
 
 
 def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
@@ -93,13 +124,19 @@ def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterat
     return _from_narrations(inputs, spec, **options)
 
 
-def _from_windows(inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any) -> Iterator[RawSample]:
+def _from_windows(
+    inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any
+) -> Iterator[RawSample]:
     last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
     for item in read_places(below(inputs, spec["windows"]), spec["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
         if uid is None or times is None:
-            yield RawSample(key, where, problem="unreadable row: no video_uid, window_start, window_end and text")
+            yield RawSample(
+                key,
+                where,
+                problem="unreadable row: no video_uid, window_start, window_end and text",
+            )
             continue
         if last is None or last[0] != uid:
             last = uid, recording_of(inputs if imu is None else below(inputs, imu), uid)
@@ -116,8 +153,14 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
 
 
 def _raw_sample(
-    found: Recorded | None, key: str, where: str, uid: str, times: tuple[float, float], text: Any, min_samples: int
-) -> RawSample:  # fmt: skip
+    found: Recorded | None,
+    key: str,
+    where: str,
+    uid: str,
+    times: tuple[float, float],
+    text: Any,
+    min_samples: int,
+) -> RawSample:
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
         return RawSample(key, where, problem=f"caption is no text: a {type(text).__name__}")
@@ -125,25 +168,45 @@ def _raw_sample(
         return RawSample(key, where, problem=f"missing file: no recording of video {uid}")
     captions = [clean_narration(t) for t in texts]
     meta: dict[str, Any] = {
-        "video_uid": uid, "window_start": times[0], "window_end": times[1], "conversations": captioned("imu", captions[0]),
-    }  # fmt: skip
+        "video_uid": uid,
+        "window_start": times[0],
+        "window_end": times[1],
+        "conversations": captioned("imu", captions[0]),
+    }
     if len(captions) > 1:
         meta["caption"] = captions
-    return RawSample(key, where, {"imu.npy": ImuWindow(*found, *times, min_samples)}, captions[0] if len(captions) == 1 else None, meta)
+    return RawSample(
+        key,
+        where,
+        {"imu.npy": ImuWindow(*found, *times, min_samples)},
+        captions[0] if len(captions) == 1 else None,
+        meta,
+    )
 
 
 def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """(pass, number in it, narration) of a video of narration.json."""
     for name in _PASSES:
-        told = video.get(name) if isinstance(video, dict) and (passes == "both" or name.endswith(passes)) else None
+        told = (
+            video.get(name)
+            if isinstance(video, dict) and (passes == "both" or name.endswith(passes))
+            else None
+        )
         listed = told.get("narrations") if isinstance(told, dict) else None
         for number, narration in enumerate(listed if isinstance(listed, list) else []):
             yield name, number, narration if isinstance(narration, dict) else {}
 
 
 def _from_narrations(
-    inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, others: bool, passes: str, min_samples: int, **_: Any
-) -> Iterator[RawSample]:  # fmt: skip
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    imu: Path | None,
+    others: bool,
+    passes: str,
+    min_samples: int,
+    **_: Any,
+) -> Iterator[RawSample]:
     for item in read_rows(inputs, spec):
         uid, video = item.key, item.value
         told = _narrated(video, passes)
@@ -157,14 +220,18 @@ def _from_narrations(
             key = f"{uid}-{name[-1]}-{number:05d}"
             text, second = narration.get("narration_text"), narration.get("timestamp_sec")
             if not isinstance(text, str) or not isinstance(second, (int, float)):
-                yield RawSample(key, where, problem="unreadable row: no narration_text and timestamp_sec")
+                yield RawSample(
+                    key, where, problem="unreadable row: no narration_text and timestamp_sec"
+                )
             elif found is None:
                 yield RawSample(key, where, skip="a video without inertial recording")
             elif not others and re.search(r"#O\b", text):
                 yield RawSample(key, where, skip="about another person (#O)")
             else:
                 start = max(0.0, float(second) - _SECONDS / 2)
-                yield _raw_sample(found, key, where, uid, (start, start + _SECONDS), text, min_samples)
+                yield _raw_sample(
+                    found, key, where, uid, (start, start + _SECONDS), text, min_samples
+                )
 
 
 SOURCE = Source(
@@ -173,12 +240,22 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "windows": Option(None, "the list of windows; IN/window_idx_train.json where it is there", Path),
-        "narrations": Option(None, "narration.json, to make windows of two seconds from; else IN/narration.json", Path),
+        "windows": Option(
+            None, "the list of windows; IN/window_idx_train.json where it is there", Path
+        ),
+        "narrations": Option(
+            None,
+            "narration.json, to make windows of two seconds from; else IN/narration.json",
+            Path,
+        ),
         "imu": Option(None, "the folder of the recordings, if they do not lie in IN", Path),
         "passes": Option("both", "narrations: of the first narrator (1), the second (2), or both"),
         "others": Option(True, "narrations: keep those about another person (#O)", bool),
-        "min_samples": Option(10, "samples below which a window is left out as bad; below 10 it always is, as in the reference", int),
+        "min_samples": Option(
+            10,
+            "samples below which a window is left out as bad; below 10 it always is, as in the reference",
+            int,
+        ),
     },
     licence="Ego4D licence agreement: no redistribution",
 )

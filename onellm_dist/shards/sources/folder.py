@@ -22,7 +22,11 @@ _GROUP = 1000
 
 
 def find_raw_samples(
-    inputs: Path, captions: Path | None, modality: str | None, caption_column: str | None, file_column: str | None
+    inputs: Path,
+    captions: Path | None,
+    modality: str | None,
+    caption_column: str | None,
+    file_column: str | None,
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """(modalities, raw_samples in their order on disk, notes) of an input folder or table.
 
@@ -33,7 +37,11 @@ def find_raw_samples(
     if captions is not None and not captions.is_file() and (inputs / captions).is_file():
         captions = inputs / captions
     if captions is not None and not captions.is_file():
-        raise UsageError(f"{captions}: there is no such table.", "captions cannot be read.", "check the option captions.")
+        raise UsageError(
+            f"{captions}: there is no such table.",
+            "captions cannot be read.",
+            "check the option captions.",
+        )
     root = inputs if inputs.is_dir() else inputs.parent
     table = captions or (find_table(inputs) if inputs.is_dir() else inputs)
     if table is not None:
@@ -67,8 +75,12 @@ def plan(
         UsageError: the input or an option cannot be used.
     """
     if not isinstance(inputs, Path):
-        raise UsageError(f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it.")
-    modalities, found, notes = find_raw_samples(inputs, captions, modality, caption_column, file_column)
+        raise UsageError(
+            f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it."
+        )
+    modalities, found, notes = find_raw_samples(
+        inputs, captions, modality, caption_column, file_column
+    )
     if shuffle:
         random.Random(seed).shuffle(found)
     groups = (
@@ -91,7 +103,10 @@ def raw_samples(inputs: Path, spec: Mapping[str, Any], **_: Any) -> Iterator[Raw
 
 def _packed(raw_sample: RawSample) -> dict[str, Any]:
     """As JSON values."""
-    return {**{k: v for k, v in vars(raw_sample).items() if v is not None}, "parts": {e: str(p) for e, p in raw_sample.parts.items()}}
+    return {
+        **{k: v for k, v in vars(raw_sample).items() if v is not None},
+        "parts": {e: str(p) for e, p in raw_sample.parts.items()},
+    }
 
 
 SOURCE = Source(
@@ -101,12 +116,17 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "modality": Option(
-            None, "what the media are (image; image,audio for samples with both; text for text alone); inferred if not given"
+            None,
+            "what the media are (image; image,audio for samples with both; text for text alone); inferred if not given",
         ),
-        "captions": Option(None, "the table of files and captions, where it is not found by itself", Path),
+        "captions": Option(
+            None, "the table of files and captions, where it is not found by itself", Path
+        ),
         "caption_column": Option(None, "the table's column of captions"),
         "file_column": Option(None, "the table's column of files"),
         "split": Option("train", "the split that the samples go to"),
-        "shuffle": Option(False, "write in random order (by the seed) instead of sorted by key", bool),
+        "shuffle": Option(
+            False, "write in random order (by the seed) instead of sorted by key", bool
+        ),
     },
 )

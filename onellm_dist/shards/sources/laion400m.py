@@ -12,7 +12,13 @@ from typing import Any
 
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import Layout, RawSample, Source
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_groups, tar_raw_samples
+from onellm_dist.shards.sources.readers.img2dataset import (
+    UNFINISHED_OPTION,
+    Text,
+    find_tars,
+    tar_groups,
+    tar_raw_samples,
+)
 
 ALT_COLUMNS = ("caption", "text")
 """In any case: img2dataset's own name, LAION's (`TEXT`)."""

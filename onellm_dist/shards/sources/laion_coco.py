@@ -14,7 +14,14 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import BadSample, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.laion400m import alt_caption, column
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Captions, Text, find_tars, tar_groups, tar_raw_samples
+from onellm_dist.shards.sources.readers.img2dataset import (
+    UNFINISHED_OPTION,
+    Captions,
+    Text,
+    find_tars,
+    tar_groups,
+    tar_raw_samples,
+)
 
 CHOICES = ("top", "alt", "all")
 
@@ -23,15 +30,23 @@ def top_caption(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
     """The synthetic caption that CLIP liked best."""
     found = column(row, ("top_caption",))
     if not isinstance(found, str):
-        raise BadSample("no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)")
+        raise BadSample(
+            "no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)"
+        )
     return [found]
 
 
 def all_captions(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
     """Every synthetic caption once, the best one first."""
     found = column(row, ("all_captions",))
-    if not isinstance(found, Sequence) or isinstance(found, str) or not all(isinstance(c, str) for c in found):
-        raise BadSample("no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)")
+    if (
+        not isinstance(found, Sequence)
+        or isinstance(found, str)
+        or not all(isinstance(c, str) for c in found)
+    ):
+        raise BadSample(
+            "no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)"
+        )
     return [c for c in dict.fromkeys([*top_caption(row, text), *found]) if c and c.strip()] or [""]
 
 
@@ -45,14 +60,22 @@ def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
         UsageError: no tars, unfinished ones, or a choice that there is not.
     """
     if caption not in CHOICES:
-        raise UsageError(f"caption={caption} is none of {', '.join(CHOICES)}.", "it is not known which text to take.", "choose one.")
+        raise UsageError(
+            f"caption={caption} is none of {', '.join(CHOICES)}.",
+            "it is not known which text to take.",
+            "choose one.",
+        )
     groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
     return Layout(("image",), groups, notes, {"caption": caption})
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str) -> Iterator[RawSample]:
+def raw_samples(
+    inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str
+) -> Iterator[RawSample]:
     """One tar's."""
-    return tar_raw_samples(inputs, spec, get_modality("image").required_parts["image"], _CAPTIONS[caption])
+    return tar_raw_samples(
+        inputs, spec, get_modality("image").required_parts["image"], _CAPTIONS[caption]
+    )
 
 
 SOURCE = Source(
@@ -61,7 +84,10 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "caption": Option("top", "top: top_caption; alt: the alt text; all: all_captions as a list, one of which is read in an epoch"),
+        "caption": Option(
+            "top",
+            "top: top_caption; alt: the alt text; all: all_captions as a list, one of which is read in an epoch",
+        ),
         "unfinished": UNFINISHED_OPTION,
     },
     licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",

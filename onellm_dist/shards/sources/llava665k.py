@@ -12,7 +12,13 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import Layout, Option, RawSample, Source
-from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_raw_samples, text_of
+from onellm_dist.shards.sources.readers.annotations import (
+    Context,
+    Sample,
+    media_folders,
+    row_raw_samples,
+    text_of,
+)
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.json_stream import Item, Row, read_rows, row_groups
 from onellm_dist.shards.sources.readers.media_files import need_file
@@ -27,7 +33,15 @@ def _kind(row: Any) -> str:
     return "text" if isinstance(row, dict) and not row.get("image") else "image"
 
 
-def plan(inputs: Path, *, seed: int, annotations: Path | None, media: Path | None, rows: str, missing: str) -> Layout:
+def plan(
+    inputs: Path,
+    *,
+    seed: int,
+    annotations: Path | None,
+    media: Path | None,
+    rows: str,
+    missing: str,
+) -> Layout:
     """Ranges of the file's rows of one kind.
 
     Raises:
@@ -35,8 +49,14 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, media: Path | Non
     """
     check_missing(missing)
     if rows not in _KINDS:
-        raise UsageError(f"rows={rows} is neither image nor text.", "a dataset has one of them.", "build each into a folder of its own.")
-    name = need_file(inputs, annotations, ("llava_v1_5_mix665k.json",), "LLaVA's rows", "annotations")
+        raise UsageError(
+            f"rows={rows} is neither image nor text.",
+            "a dataset has one of them.",
+            "build each into a folder of its own.",
+        )
+    name = need_file(
+        inputs, annotations, ("llava_v1_5_mix665k.json",), "LLaVA's rows", "annotations"
+    )
     media_folders(inputs, media, ())
 
     def count(row: Row) -> Mapping[str, int]:
@@ -44,11 +64,21 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, media: Path | Non
 
     built = "with a picture" if rows == "image" else "of text alone"
     other = f"only the rows {built} are built; the others: -o rows={_KINDS[rows == 'image']}"
-    return Layout(("image",) if rows == "image" else (), row_groups(inputs, name, _ROWS, count=count), (other,))
+    return Layout(
+        ("image",) if rows == "image" else (),
+        row_groups(inputs, name, _ROWS, count=count),
+        (other,),
+    )
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, media: Path | None, rows: str, missing: str, **options: Any
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    media: Path | None,
+    rows: str,
+    missing: str,
+    **options: Any,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, ()), spec, options)
@@ -65,8 +95,17 @@ def conversation(context: Context, item: Item, rows: str) -> Sequence[Sample]:
         return [Sample(key, {}, clean(row["conversations"], tags=False), meta=meta)]
     name = text_of(row["image"], "image")
     stem = str(PurePosixPath(name).with_suffix(""))
-    names = dict.fromkeys((name, f"{stem}.jpg", f"{stem}.png"))  # OCR-VQA's .gif are .jpg on most users' disks
-    return [Sample(key, context.media("image", *names), clean(row["conversations"]), meta={**meta, "image": name})]
+    names = dict.fromkeys(
+        (name, f"{stem}.jpg", f"{stem}.png")
+    )  # OCR-VQA's .gif are .jpg on most users' disks
+    return [
+        Sample(
+            key,
+            context.media("image", *names),
+            clean(row["conversations"]),
+            meta={**meta, "image": name},
+        )
+    ]
 
 
 SOURCE = Source(
@@ -76,8 +115,14 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "annotations": Option(None, "the file of rows, if it is not llava_v1_5_mix665k.json", Path),
-        "media": Option(None, "the folder that holds coco/, gqa/, ocr_vqa/, textvqa/ and vg/, if it is not IN", Path),
-        "rows": Option("image", "image: rows with a picture; text: rows without (a dataset of text alone)"),
+        "media": Option(
+            None,
+            "the folder that holds coco/, gqa/, ocr_vqa/, textvqa/ and vg/, if it is not IN",
+            Path,
+        ),
+        "rows": Option(
+            "image", "image: rows with a picture; text: rows without (a dataset of text alone)"
+        ),
         "missing": MISSING_OPTION,
     },
     licence="LLaVA: research only; pictures of COCO, GQA, OCR-VQA, TextVQA, Visual Genome",

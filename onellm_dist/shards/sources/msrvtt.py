@@ -14,7 +14,16 @@ from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Contex
 from onellm_dist.shards.sources.readers.conversations import asked, captioned, question
 from onellm_dist.shards.sources.readers.json_stream import Item
 
-_FOLDERS = ("TrainValVideo", "TestVideo", "videos/all", "videos", "MSRVTT/videos/all", "all", "train-video", "test-video")
+_FOLDERS = (
+    "TrainValVideo",
+    "TestVideo",
+    "videos/all",
+    "videos",
+    "MSRVTT/videos/all",
+    "all",
+    "train-video",
+    "test-video",
+)
 _LICENCE = "MSR-VTT: research only"
 
 
@@ -34,9 +43,15 @@ def _caption(context: Context, item: Item) -> Sequence[Sample]:
 
 def _question(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
-    turns = asked((question(text_of(row["question"], "question")), text_of(row["answer"], "answer")))
+    turns = asked(
+        (question(text_of(row["question"], "question")), text_of(row["answer"], "answer"))
+    )
     video = f"video{int(row['video_id'])}"
-    return [Sample(str(row["id"]), context.media("video", f"{video}.mp4"), turns, meta={"video_id": video})]
+    return [
+        Sample(
+            str(row["id"]), context.media("video", f"{video}.mp4"), turns, meta={"video_id": video}
+        )
+    ]
 
 
 SOURCES = tuple(
@@ -47,7 +62,10 @@ SOURCES = tuple(
             "MSR-VTT's captions: {train_val,test}_videodatainfo.json and the videos; a sample each caption",
             "video",
             {
-                s: tuple(f"{folder}{name}_videodatainfo.json" for folder in ("", "annotation/", "annotations/", "videodatainfo/"))
+                s: tuple(
+                    f"{folder}{name}_videodatainfo.json"
+                    for folder in ("", "annotation/", "annotations/", "videodatainfo/")
+                )
                 for s, name in (("train", "train_val"), ("test", "test"))
             },
             _caption,
@@ -60,7 +78,10 @@ SOURCES = tuple(
             "msrvtt-qa",
             "MSRVTT-QA: {train,val,test}_qa.json and MSR-VTT's videos",
             "video",
-            {s: tuple(f"{folder}{s}_qa.json" for folder in ("", "MSRVTT-QA/", "annotations/")) for s in ("train", "val", "test")},
+            {
+                s: tuple(f"{folder}{s}_qa.json" for folder in ("", "MSRVTT-QA/", "annotations/"))
+                for s in ("train", "val", "test")
+            },
             _question,
             medium=lambda row: row["video_id"],
             folders=_FOLDERS,

@@ -18,12 +18,25 @@ import numpy as np
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
-from onellm_dist.shards.sources.base import BadSample, FileRange, InputSplit, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    BadSample,
+    FileRange,
+    InputSplit,
+    Layout,
+    Media,
+    Option,
+    RawSample,
+    Source,
+)
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.img2dataset import tar_members
 from onellm_dist.shards.sources.readers.media_files import below, need_file
 
-_CAPTIONS = ("COCO_73k_annots_curated.npy", "webdataset_avg_split/COCO_73k_annots_curated.npy", "../COCO_73k_annots_curated.npy")
+_CAPTIONS = (
+    "COCO_73k_annots_curated.npy",
+    "webdataset_avg_split/COCO_73k_annots_curated.npy",
+    "../COCO_73k_annots_curated.npy",
+)
 _SPLITS = ("train", "val", "test")
 
 
@@ -46,9 +59,13 @@ class MeanOfRepetitions:
         except SampleError as error:
             raise BadSample(f"unreadable fMRI: {error.what}") from error
         if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
-            raise BadSample(f"unreadable fMRI: {array.dtype} of shape {array.shape}, not floats [repetitions, voxels]")
+            raise BadSample(
+                f"unreadable fMRI: {array.dtype} of shape {array.shape}, not floats [repetitions, voxels]"
+            )
         buffer = io.BytesIO()
-        np.save(buffer, array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64).astype(np.float32))
+        np.save(
+            buffer, array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64).astype(np.float32)
+        )
         return buffer.getvalue()
 
 
@@ -59,11 +76,21 @@ def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts:
         UsageError: no tars of the subject, or no captions.
     """
     if texts not in ("all", "first"):
-        raise UsageError(f"texts={texts} is neither all nor first.", "it says which captions a sample has.", "choose one.")
-    table = need_file(inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions")
+        raise UsageError(
+            f"texts={texts} is neither all nor first.",
+            "it says which captions a sample has.",
+            "choose one.",
+        )
+    table = need_file(
+        inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions"
+    )
     _Captions(below(inputs, table))
     root = inputs / "webdataset_avg_split" if (inputs / "webdataset_avg_split").is_dir() else inputs
-    tars = [(s, t) for s in _SPLITS for t in sorted((root / s).glob(f"{s}_subj{subject:02d}_*.tar"), key=_number)]
+    tars = [
+        (s, t)
+        for s in _SPLITS
+        for t in sorted((root / s).glob(f"{s}_subj{subject:02d}_*.tar"), key=_number)
+    ]
     if not tars:
         raise UsageError(
             f"{inputs}: no train/train_subj{subject:02d}_*.tar there.",
@@ -71,8 +98,12 @@ def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts:
             "give the folder that holds webdataset_avg_split/, and see -o subject=.",
         )
     name = "webdataset_avg_split/" if root != inputs else ""
-    groups = (InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars)
-    return Layout(("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject})
+    groups = (
+        InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars
+    )
+    return Layout(
+        ("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject}
+    )
 
 
 def _number(tar: Path) -> tuple[int, str]:
@@ -89,7 +120,10 @@ class _Captions:
         try:
             with path.open("rb") as file:
                 version = np.lib.format.read_magic(file)
-                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
                 self.shape, fortran, self.dtype = read(file)
                 self.start = file.tell()
         except (ValueError, KeyError) as error:
@@ -99,7 +133,9 @@ class _Captions:
 
     def _unusable(self, why: str) -> UsageError:
         return UsageError(
-            f"{self.path}: {why}.", "captions are looked up in it.", "it must be text [pictures, 5], without pickled objects."
+            f"{self.path}: {why}.",
+            "captions are looked up in it.",
+            "it must be text [pictures, 5], without pickled objects.",
         )
 
     def row(self, number: int) -> list[str]:
@@ -113,13 +149,20 @@ class _Captions:
             file.seek(self.start + number * size)
             data = file.read(size)
         if len(data) != size:
-            raise OneLLMError(f"{self.path} ends before row {number}.", "captions are looked up in it.", "fetch it again.")
-        return [(t.decode() if isinstance(t, bytes) else str(t)).strip() for t in np.frombuffer(data, self.dtype)]
+            raise OneLLMError(
+                f"{self.path} ends before row {number}.",
+                "captions are looked up in it.",
+                "fetch it again.",
+            )
+        return [
+            (t.decode() if isinstance(t, bytes) else str(t)).strip()
+            for t in np.frombuffer(data, self.dtype)
+        ]
 
 
 def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
-) -> Iterator[RawSample]:  # fmt: skip
+) -> Iterator[RawSample]:
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
     table = _Captions(below(inputs, spec["captions"]))
     members, fault = tar_members(inputs / spec["tar"])
@@ -132,7 +175,11 @@ def raw_samples(
         picture, told = found
         told = [t for t in told if t]  # curated away, as MindEye takes one that is not empty
         if not told:
-            yield RawSample(name, where, problem=f"empty caption: picture {picture} has none in {table.path.name}")
+            yield RawSample(
+                name,
+                where,
+                problem=f"empty caption: picture {picture} has none in {table.path.name}",
+            )
             continue
         meta: dict[str, Any] = {"coco73k": picture, "conversations": captioned("fmri", told[0])}
         if texts == "all":
@@ -140,7 +187,9 @@ def raw_samples(
         media = {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}
         yield RawSample(name, where, media, told[0] if texts == "first" else None, meta)
     if fault is not None:
-        yield RawSample(f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault)  # nothing tells how many samples are lost
+        yield RawSample(
+            f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault
+        )  # nothing tells how many samples are lost
 
 
 def _looked_up(table: _Captions, parts: Mapping[str, FileRange]) -> tuple[int, list[str]] | str:
@@ -164,8 +213,13 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "captions": Option(None, "COCO_73k_annots_curated.npy, if it does not lie in IN", Path),
-        "subject": Option(1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int),
-        "texts": Option("all", "captions of a sample: all five (training takes one each epoch, as the reference), or the first"),
+        "subject": Option(
+            1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int
+        ),
+        "texts": Option(
+            "all",
+            "captions of a sample: all five (training takes one each epoch, as the reference), or the first",
+        ),
     },
     licence="NSD Data Access Agreement",
 )

@@ -25,7 +25,14 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY
 from onellm_dist.shards.sources.base import BadSample, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.nsd import MeanOfRepetitions
-from onellm_dist.shards.sources.readers.annotations import Context, NotFetched, Sample, media_folders, row_raw_samples, text_of
+from onellm_dist.shards.sources.readers.annotations import (
+    Context,
+    NotFetched,
+    Sample,
+    media_folders,
+    row_raw_samples,
+    text_of,
+)
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, recording_of
@@ -71,7 +78,14 @@ _KINDS = tuple(dict.fromkeys(f.modality for f in FILES))
 
 
 def plan(
-    inputs: Path, *, seed: int, modality: str | None, files: str | None, media: Path | None, include_test: bool, missing: str
+    inputs: Path,
+    *,
+    seed: int,
+    modality: str | None,
+    files: str | None,
+    media: Path | None,
+    include_test: bool,
+    missing: str,
 ) -> Layout:
     """Ranges of the rows of one modality's files.
 
@@ -97,14 +111,20 @@ def plan(
             "give the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
         )
     groups = chain.from_iterable(row_groups(inputs, f"{base}{f.name}", _ROWS) for f in taken)
-    return Layout(() if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken)))
+    return Layout(
+        () if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken))
+    )
 
 
 def _chosen(file: _File, files: str) -> bool:
-    return PurePosixPath(file.name).stem in {PurePosixPath(f.strip()).stem for f in files.split(",")}
+    return PurePosixPath(file.name).stem in {
+        PurePosixPath(f.strip()).stem for f in files.split(",")
+    }
 
 
-def _notes(listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_File]) -> Iterator[str]:
+def _notes(
+    listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_File]
+) -> Iterator[str]:
     if absent := [f.name for f in listed if f not in there]:
         yield f"not there: {', '.join(absent)}"
     if tests := [f.name for f in there if f.test]:
@@ -116,8 +136,14 @@ def _notes(listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_Fil
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, modality: str, media: Path | None, missing: str, **options: Any
-) -> Iterator[RawSample]:  # fmt: skip
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    modality: str,
+    media: Path | None,
+    missing: str,
+    **options: Any,
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     context = Context(inputs, media_folders(inputs, media, (_ROOT,)), spec, options)
     for item in read_rows(inputs, spec):
@@ -131,9 +157,15 @@ def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
     turns = clean(row["conversations"], tags=not text)
     if text:
         return [Sample(key, {}, turns, meta=meta)]
-    parts = _imu(context, row, meta) if modality == "imu" else _medium(context, modality, text_of(row["image"], "image"), meta)
+    parts = (
+        _imu(context, row, meta)
+        if modality == "imu"
+        else _medium(context, modality, text_of(row["image"], "image"), meta)
+    )
     if modality in ("depth", "normal"):
-        [(extension, file)] = context.media("image", *_names(text_of(row[f"{modality}_image"], f"{modality}_image"))).items()
+        [(extension, file)] = context.media(
+            "image", *_names(text_of(row[f"{modality}_image"], f"{modality}_image"))
+        ).items()
         parts[f"{modality}.{extension}"] = file
     return [Sample(key, parts, turns, meta=meta)]
 
@@ -154,7 +186,11 @@ def _medium(context: Context, modality: str, path: str, meta: dict[str, Any]) ->
         [(_, file)] = context.media("fmri", *_names(path)).items()
         return {"fmri.npy": MeanOfRepetitions(file)}
     stems = [str(PurePosixPath(n).with_suffix("")) for n in _names(path)]
-    others = [f"{s}.{e}" for s in stems for e in next(iter(get_modality(modality).required_parts.values()))]
+    others = [
+        f"{s}.{e}"
+        for s in stems
+        for e in next(iter(get_modality(modality).required_parts.values()))
+    ]
     return context.media(modality, *_names(path), *others)
 
 
@@ -163,14 +199,26 @@ def _cloud(context: Context, path: str, meta: dict[str, Any]) -> dict[str, Media
     uid = PurePosixPath(path).stem.removesuffix("_8192")
     meta["object_id"] = uid
     folders = [str(PurePosixPath(n).parent) for n in _names(path)]
-    beside = [f"{f}/{n}" for f in (*folders, *(f"{PurePosixPath(f).parent}/8192_npy" for f in folders), "point/8192_npy", "8192_npy")
-              for n in (f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.pt")]  # fmt: skip
+    beside = [
+        f"{f}/{n}"
+        for f in (
+            *folders,
+            *(f"{PurePosixPath(f).parent}/8192_npy" for f in folders),
+            "point/8192_npy",
+            "8192_npy",
+        )
+        for n in (f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.pt")
+    ]
     if any(".." in PurePosixPath(n).parts for n in (path, *beside)):
         raise BadSample(f"unreadable row: the file name {path} leads out of the folder")
     file = first_file(context.folders, [*_names(path), *beside])
     if file is None:
         raise NotFetched(f"missing file: {path}")
-    return {"npy": TensorCloud(file, file.name)} if file.suffix == ".pt" else context.media("point", *_names(path), *beside)
+    return (
+        {"npy": TensorCloud(file, file.name)}
+        if file.suffix == ".pt"
+        else context.media("point", *_names(path), *beside)
+    )
 
 
 def _imu(context: Context, row: Mapping[str, Any], meta: dict[str, Any]) -> dict[str, Media]:
@@ -198,7 +246,9 @@ SOURCE = Source(
         "modality": Option(None, f"which rows are built, of {', '.join(_KINDS)}"),
         "files": Option(None, "only these files of the modality, by comma (cococap_train)"),
         "media": Option(None, "the folder where the rows' paths begin, if it is not IN", Path),
-        "include_test": Option(False, "take MSR-VTT's test split too, as the reference's training list does", bool),
+        "include_test": Option(
+            False, "take MSR-VTT's test split too, as the reference's training list does", bool
+        ),
         "missing": MISSING_OPTION,
     },
     licence="OneLLM: research only; media under the licences of their datasets",

@@ -20,7 +20,14 @@ def _conversation(context: Context, item: Item) -> Sequence[Sample]:
     uid = text_of(row["object_id"], "object_id")
     names = [f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.ply"]
     meta = {"object_id": uid, "conversation_type": str(row.get("conversation_type", ""))}
-    return [Sample(f"{uid}-{item.number:06d}", context.media("point", *names), clean(row["conversations"]), meta=meta)]
+    return [
+        Sample(
+            f"{uid}-{item.number:06d}",
+            context.media("point", *names),
+            clean(row["conversations"]),
+            meta=meta,
+        )
+    ]
 
 
 SOURCE = AnnotationSet(

@@ -15,7 +15,13 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
-from onellm_dist.shards.sources.readers.annotations import Context, Sample, media_folders, row_raw_samples, text_of
+from onellm_dist.shards.sources.readers.annotations import (
+    Context,
+    Sample,
+    media_folders,
+    row_raw_samples,
+    text_of,
+)
 from onellm_dist.shards.sources.readers.conversations import asked, region
 from onellm_dist.shards.sources.readers.json_stream import Item, scan
 from onellm_dist.shards.sources.readers.media_files import below, need_file, stamp
@@ -39,15 +45,27 @@ def _refs(path: Path, stamp: int) -> list[Any]:
     """
     refs = load_plain(path)
     if not isinstance(refs, list):
-        raise UsageError(f"{path} holds a {type(refs).__name__}, not a list.", "a row is one expression's object.", "is it the right file?")
+        raise UsageError(
+            f"{path} holds a {type(refs).__name__}, not a list.",
+            "a row is one expression's object.",
+            "is it the right file?",
+        )
     return refs
 
 
 @lru_cache(maxsize=1)
-def _instances(path: Path, stamp: int) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
+def _instances(
+    path: Path, stamp: int
+) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
-    boxes = {int(r.value["id"]): tuple(float(v) for v in r.value["bbox"]) for r in scan(path, "annotations")}
-    return boxes, {int(r.value["id"]): (float(r.value["width"]), float(r.value["height"])) for r in scan(path, "images")}
+    boxes = {
+        int(r.value["id"]): tuple(float(v) for v in r.value["bbox"])
+        for r in scan(path, "annotations")
+    }
+    return boxes, {
+        int(r.value["id"]): (float(r.value["width"]), float(r.value["height"]))
+        for r in scan(path, "images")
+    }
 
 
 def _count(ref: Any, split: str) -> int:
@@ -60,17 +78,37 @@ def _count(ref: Any, split: str) -> int:
 
 def _source(name: str) -> Source:
     def plan(
-        inputs: Path, *, seed: int, refs: Path | None, instances: Path | None, media: Path | None, splits: str, missing: str
-    ) -> Layout:  # fmt: skip
+        inputs: Path,
+        *,
+        seed: int,
+        refs: Path | None,
+        instances: Path | None,
+        media: Path | None,
+        splits: str,
+        missing: str,
+    ) -> Layout:
         check_missing(missing)
         usual = [f"{folder}refs({by}).p" for by in _REFS[name] for folder in (f"{name}/", "")]
         rows = need_file(inputs, refs, usual, f"{name}'s expressions", "refs")
-        boxes = need_file(inputs, instances, (f"{name}/instances.json", "instances.json"), f"{name}'s boxes", "instances")
+        boxes = need_file(
+            inputs,
+            instances,
+            (f"{name}/instances.json", "instances.json"),
+            f"{name}'s boxes",
+            "instances",
+        )
         media_folders(inputs, media, _FOLDERS)
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in _SPLITS]:
-            raise UsageError(f"splits={splits}: there is no {unknown[0]}.", f"{name} has others.", f"use {', '.join(_SPLITS)}.")
-        return Layout(("image",), _groups(_refs(below(inputs, rows), stamp(below(inputs, rows))), rows, boxes, wanted))
+            raise UsageError(
+                f"splits={splits}: there is no {unknown[0]}.",
+                f"{name} has others.",
+                f"use {', '.join(_SPLITS)}.",
+            )
+        return Layout(
+            ("image",),
+            _groups(_refs(below(inputs, rows), stamp(below(inputs, rows))), rows, boxes, wanted),
+        )
 
     return Source(
         name,
@@ -78,9 +116,13 @@ def _source(name: str) -> Source:
         plan=plan,
         raw_samples=_raw_samples,
         options={
-            "refs": Option(None, f"the pickle of expressions, if it is not refs({_REFS[name][0]}).p", Path),
+            "refs": Option(
+                None, f"the pickle of expressions, if it is not refs({_REFS[name][0]}).p", Path
+            ),
             "instances": Option(None, "instances.json, if it does not lie beside", Path),
-            "media": Option(None, "the folder that holds train2014/, if it is none of the usual ones", Path),
+            "media": Option(
+                None, "the folder that holds train2014/, if it is none of the usual ones", Path
+            ),
             "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),
             "missing": MISSING_OPTION,
         },
@@ -92,10 +134,17 @@ def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> It
     for split in splits:
         for first in range(0, len(refs), _ROWS):
             count = sum(_count(r, split) for r in refs[first : first + _ROWS])
-            yield InputSplit(f"{rows}:{first}", {"refs": rows, "instances": boxes, "first": first, "split": split}, split, count)
+            yield InputSplit(
+                f"{rows}:{first}",
+                {"refs": rows, "instances": boxes, "first": first, "split": split},
+                split,
+                count,
+            )
 
 
-def _raw_samples(inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any) -> Iterator[RawSample]:
+def _raw_samples(
+    inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
+) -> Iterator[RawSample]:
     context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
     path = below(inputs, spec["refs"])
     refs = _refs(path, stamp(path))
@@ -118,7 +167,10 @@ def _expressions(context: Context, item: Item) -> Sequence[Sample]:
     left, top, width, height = box
     prompt, parts = region(left, top, width, height, sizes[picture]), coco_picture(context, picture)
     meta = {"image_id": picture, "ann_id": int(ref["ann_id"]), "ref_id": ref.get("ref_id")}
-    told = [(int(s["sent_id"]), text_of(s.get("raw") or s["sent"], "an expression")) for s in ref["sentences"]]
+    told = [
+        (int(s["sent_id"]), text_of(s.get("raw") or s["sent"], "an expression"))
+        for s in ref["sentences"]
+    ]
     return [Sample(str(number), parts, asked((prompt, text)), meta=meta) for number, text in told]
 
 

@@ -23,7 +23,13 @@ from onellm_dist.shards.format.names import TEXT_ONLY, safe_key
 from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean
-from onellm_dist.shards.sources.readers.delimited import TSV, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.delimited import (
+    TSV,
+    RowRange,
+    read_header,
+    read_rows,
+    row_ranges,
+)
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
 from onellm_dist.shards.sources.readers.json_stream import row_groups
 from onellm_dist.shards.storage.paths import StoragePath, place
@@ -32,17 +38,32 @@ _ROWS = 5000
 _TABLES = (".csv", ".tsv", ".json")
 _MEDIA_KEYS = ("image", "url")
 _MAPS = ("depth", "normal")
-_SPLITS = (("val", re.compile(r"(?:^|[_.-])(?:val|valid|validation)(?:[_.-]|$)")), ("test", re.compile(r"(?:^|[_.-])test(?:[_.-]|$)")))
+_SPLITS = (
+    ("val", re.compile(r"(?:^|[_.-])(?:val|valid|validation)(?:[_.-]|$)")),
+    ("test", re.compile(r"(?:^|[_.-])test(?:[_.-]|$)")),
+)
 
 
-def plan(inputs: Path, *, seed: int, modality: str | None, root: str | None, replace: str | None, maps: str) -> Layout:
+def plan(
+    inputs: Path,
+    *,
+    seed: int,
+    modality: str | None,
+    root: str | None,
+    replace: str | None,
+    maps: str,
+) -> Layout:
     """Ranges of the lists' rows.
 
     Raises:
         UsageError: no modality given, no list there, or one without the columns that are needed.
     """
     if modality is None:
-        raise UsageError("reference-lists needs -o modality=NAME.", "the lists do not say what their files are.", "for example image.")
+        raise UsageError(
+            "reference-lists needs -o modality=NAME.",
+            "the lists do not say what their files are.",
+            "for example image.",
+        )
     if modality == "imu":
         raise UsageError(
             "reference-lists reads no IMU windows.",
@@ -60,9 +81,17 @@ def _tables(inputs: Path) -> tuple[Path, list[str]]:
     """(the lists' folder, their names in it)."""
     if inputs.is_file():
         return inputs.parent, [inputs.name]
-    found = sorted(p.relative_to(inputs).as_posix() for p in inputs.rglob("*.*") if p.suffix.lower() in _TABLES and p.name[0] != ".")
+    found = sorted(
+        p.relative_to(inputs).as_posix()
+        for p in inputs.rglob("*.*")
+        if p.suffix.lower() in _TABLES and p.name[0] != "."
+    )
     if not found:
-        raise UsageError(f"{inputs}: no {', '.join(_TABLES)} there.", "there is nothing to build from.", "give the lists' folder.")
+        raise UsageError(
+            f"{inputs}: no {', '.join(_TABLES)} there.",
+            "there is nothing to build from.",
+            "give the lists' folder.",
+        )
     return inputs, found
 
 
@@ -80,44 +109,75 @@ def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
             "remove other tables from IN, or use source folder for them.",
         )
     for rows in row_ranges(folder / table, TSV, _ROWS, start):
-        yield InputSplit(f"{table}:{rows.line}", {"table": table, "range": list(rows), "columns": names}, split, rows.size)
+        yield InputSplit(
+            f"{table}:{rows.line}",
+            {"table": table, "range": list(rows), "columns": names},
+            split,
+            rows.size,
+        )
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, modality: str, root: str | None, replace: str | None, maps: str
-) -> Iterator[RawSample]:  # fmt: skip
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    modality: str,
+    root: str | None,
+    replace: str | None,
+    maps: str,
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     folder = inputs.parent if inputs.is_file() else inputs
     start = place(root) if root is not None else folder
     kind = None if modality == TEXT_ONLY else get_modality(modality)
     for number, where, row, problem in _rows(folder, spec):
-        key = safe_key(f"{PurePosixPath(spec.get('table', spec.get('file'))).with_suffix('')}/{number:09d}")
-        parts, wrong = ({}, problem) if problem or kind is None else _parts(row, kind, start, _replacements(replace), _replacements(maps))
+        key = safe_key(
+            f"{PurePosixPath(spec.get('table', spec.get('file'))).with_suffix('')}/{number:09d}"
+        )
+        parts, wrong = (
+            ({}, problem)
+            if problem or kind is None
+            else _parts(row, kind, start, _replacements(replace), _replacements(maps))
+        )
         yield _raw_sample(key, where, row, parts, wrong)
 
 
-def _rows(folder: Path, spec: Mapping[str, Any]) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
+def _rows(
+    folder: Path, spec: Mapping[str, Any]
+) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
     """(number, place, values, what is wrong)."""
     if "columns" in spec:
         table = spec["table"]
-        for line, values, problem in read_rows(folder / table, TSV, RowRange(*spec["range"]), spec["columns"]):
+        for line, values, problem in read_rows(
+            folder / table, TSV, RowRange(*spec["range"]), spec["columns"]
+        ):
             yield line, f"{table}:{line}", values, problem
         return
     for where, number, _, row in read_objects(folder, spec):
-        problem = None if isinstance(row, dict) else f"unreadable row: a {type(row).__name__}, not an object"
+        problem = (
+            None
+            if isinstance(row, dict)
+            else f"unreadable row: a {type(row).__name__}, not an object"
+        )
         yield number, where, row if problem is None else {}, problem
 
 
 def _parts(
-    row: Mapping[str, Any], kind: Modality, root: StoragePath, replace: Sequence[tuple[str, str]], maps: Sequence[tuple[str, str]]
-) -> tuple[dict[str, Media], str | None]:  # fmt: skip
+    row: Mapping[str, Any],
+    kind: Modality,
+    root: StoragePath,
+    replace: Sequence[tuple[str, str]],
+    maps: Sequence[tuple[str, str]],
+) -> tuple[dict[str, Media], str | None]:
     """Extension to media, and what is wrong."""
     name = next((row[k] for k in _MEDIA_KEYS if row.get(k)), None)
     if not isinstance(name, str):
         return {}, "unreadable row: it names no file"
     wanted = {next(iter(kind.required_parts)): name}
     if kind.name in _MAPS:
-        beside = row.get(f"{kind.name}_image") or _replaced(name, [(a, b) for a, b in maps if kind.name in b])
+        beside = row.get(f"{kind.name}_image") or _replaced(
+            name, [(a, b) for a, b in maps if kind.name in b]
+        )
         if not isinstance(beside, str) or beside == name:
             return {}, f"missing file: nothing says where the {kind.name} map of {name} lies"
         wanted = {kind.name: beside, "image": name}
@@ -129,7 +189,8 @@ def _parts(
             found["npy"] = TensorCloud(file, file.name)
             continue
         extension = next(
-            (e for e in kind.required_parts[slot] if e.endswith(f".{suffix}")), suffix if suffix in kind.required_parts[slot] else None
+            (e for e in kind.required_parts[slot] if e.endswith(f".{suffix}")),
+            suffix if suffix in kind.required_parts[slot] else None,
         )
         if not suffix or extension is None:
             return {}, f"unknown kind of file: {path}"
@@ -137,8 +198,14 @@ def _parts(
     return found, None
 
 
-def _raw_sample(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None) -> RawSample:
-    meta = {k: v for k, v in row.items() if k not in ("caption", "conversations") and v not in (None, "")}
+def _raw_sample(
+    key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None
+) -> RawSample:
+    meta = {
+        k: v
+        for k, v in row.items()
+        if k not in ("caption", "conversations") and v not in (None, "")
+    }
     turns, caption = row.get("conversations"), row.get("caption")
     if problem is None and turns is not None:
         try:
@@ -147,7 +214,9 @@ def _raw_sample(key: str, where: str, row: Mapping[str, Any], parts: Mapping[str
             problem = f"malformed conversations: {error}"
     elif problem is None and not isinstance(caption, str):
         problem = "no caption: neither a caption nor a conversation"
-    return RawSample(key, where, parts, caption if isinstance(caption, str) else None, meta, problem)
+    return RawSample(
+        key, where, parts, caption if isinstance(caption, str) else None, meta, problem
+    )
 
 
 def _placed(root: StoragePath, path: str) -> StoragePath:
@@ -170,7 +239,11 @@ def _replacements(text: str | None) -> list[tuple[str, str]]:
     for pair in (text or "").split(","):
         old, equals, new = pair.partition("=")
         if pair and (not equals or not old):
-            raise UsageError(f"{pair!r} is no OLD=NEW.", "it says what is replaced in the lists' paths.", "write replace=OLD=NEW,OLD=NEW")
+            raise UsageError(
+                f"{pair!r} is no OLD=NEW.",
+                "it says what is replaced in the lists' paths.",
+                "write replace=OLD=NEW,OLD=NEW",
+            )
         if pair:
             pairs.append((old, new))
     return pairs
@@ -182,11 +255,17 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "modality": Option(None, "what the files are (image, video, audio, point, depth, normal, fmri), or text; needed"),
-        "root": Option(None, "where relative paths start, a folder or a URL; the lists' folder if not given"),
+        "modality": Option(
+            None,
+            "what the files are (image, video, audio, point, depth, normal, fmri), or text; needed",
+        ),
+        "root": Option(
+            None, "where relative paths start, a folder or a URL; the lists' folder if not given"
+        ),
         "replace": Option(None, "what is replaced in paths: OLD=NEW, several by comma"),
         "maps": Option(
-            "/cc3m/=/cc3m_depth/,/cc3m/=/cc3m_normal/", "from a picture's path to its map's: OLD=NEW, NEW has depth or normal in it"
+            "/cc3m/=/cc3m_depth/,/cc3m/=/cc3m_normal/",
+            "from a picture's path to its map's: OLD=NEW, NEW has depth or normal in it",
         ),
     },
 )

@@ -24,9 +24,17 @@ def plan(inputs: Path, *, seed: int) -> Layout:
     Raises:
         UsageError: no such file there.
     """
-    names = [inputs.name] if inputs.is_file() else sorted(p.name for p in inputs.iterdir() if p.suffix in (".json", ".jsonl"))
+    names = (
+        [inputs.name]
+        if inputs.is_file()
+        else sorted(p.name for p in inputs.iterdir() if p.suffix in (".json", ".jsonl"))
+    )
     if not names:
-        raise UsageError(f"{inputs}: no .json or .jsonl there.", "there is nothing to build from.", "give the file, or its folder.")
+        raise UsageError(
+            f"{inputs}: no .json or .jsonl there.",
+            "there is nothing to build from.",
+            "give the file, or its folder.",
+        )
     root = inputs.parent if inputs.is_file() else inputs
     return Layout((), (g for name in names for g in row_groups(root, name, _ROWS)))
 
@@ -41,7 +49,10 @@ def raw_samples(inputs: Path, spec: Mapping[str, Any]) -> Iterator[RawSample]:
 def _conversation(item: Item) -> Sequence[Sample]:
     row = item.value
     raw = row["messages"] if "messages" in row else row["conversations"]
-    turns = [{"from": t.get("from", t.get("role")), "value": t.get("value", t.get("content"))} for t in raw]
+    turns = [
+        {"from": t.get("from", t.get("role")), "value": t.get("value", t.get("content"))}
+        for t in raw
+    ]
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
     stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
     return [Sample(f"{stem}-{item.number:07d}", {}, clean(turns, tags=False), meta=meta)]

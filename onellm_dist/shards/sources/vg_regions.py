@@ -23,9 +23,16 @@ from onellm_dist.shards.sources.readers.media_files import stamp
 def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
     """Picture to (width, height)."""
     try:
-        return {int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"])) for i in json.loads(path.read_bytes())}
+        return {
+            int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"]))
+            for i in json.loads(path.read_bytes())
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OneLLMError(f"{path}: {error}", "boxes cannot be scaled.", "fetch the file again; it may be cut short.") from error
+        raise OneLLMError(
+            f"{path}: {error}",
+            "boxes cannot be scaled.",
+            "fetch the file again; it may be cut short.",
+        ) from error
 
 
 def _regions(context: Context, item: Item) -> Sequence[Sample]:
@@ -39,9 +46,20 @@ def _regions(context: Context, item: Item) -> Sequence[Sample]:
     if not told:
         raise ValueError("no region has a phrase")
     most = int(context.options["regions"])
-    chosen = told if most < 1 or most >= len(told) else [told[i * len(told) // most] for i in range(most)]
-    turns = asked(*((region(r["x"], r["y"], r["width"], r["height"], size), str(r["phrase"]).strip()) for r in chosen))
-    names = [f"{folder}{number}.{e}" for e in ("jpg", "png") for folder in ("VG_100K/", "VG_100K_2/", "")]
+    chosen = (
+        told
+        if most < 1 or most >= len(told)
+        else [told[i * len(told) // most] for i in range(most)]
+    )
+    turns = asked(
+        *(
+            (region(r["x"], r["y"], r["width"], r["height"], size), str(r["phrase"]).strip())
+            for r in chosen
+        )
+    )
+    names = [
+        f"{folder}{number}.{e}" for e in ("jpg", "png") for folder in ("VG_100K/", "VG_100K_2/", "")
+    ]
     return [Sample(str(number), context.media("image", *names), turns, meta={"image_id": number})]
 
 
@@ -52,7 +70,16 @@ SOURCE = AnnotationSet(
     {"train": ("region_descriptions.json", "annotations/region_descriptions.json")},
     _regions,
     folders=("vg", "images"),
-    partners={"image_data": ("the pictures' sizes", {"train": ("image_data.json", "annotations/image_data.json")})},
-    options={"regions": Option(10, "regions of a picture, evenly spread over its list; 0: all (about 50)", int)},
+    partners={
+        "image_data": (
+            "the pictures' sizes",
+            {"train": ("image_data.json", "annotations/image_data.json")},
+        )
+    },
+    options={
+        "regions": Option(
+            10, "regions of a picture, evenly spread over its list; 0: all (about 50)", int
+        )
+    },
     licence="CC-BY 4.0",
 ).source()

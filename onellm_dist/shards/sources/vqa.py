@@ -22,7 +22,13 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.shards.sources.base import Media
 from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.readers.conversations import asked, choice, letter, most_common, question
+from onellm_dist.shards.sources.readers.conversations import (
+    asked,
+    choice,
+    letter,
+    most_common,
+    question,
+)
 from onellm_dist.shards.sources.readers.json_stream import Item
 from onellm_dist.shards.sources.readers.media_files import stamp
 
@@ -49,7 +55,11 @@ def _questions(path: Path, stamp: int) -> Mapping[int, str]:
         listed = json.loads(path.read_bytes())["questions"]
         return {int(q["question_id"]): str(q["question"]) for q in listed}
     except (ValueError, KeyError, TypeError) as error:
-        raise OneLLMError(f"{path}: {error}", "no question can be told.", "fetch the file again; it may be cut short.") from error
+        raise OneLLMError(
+            f"{path}: {error}",
+            "no question can be told.",
+            "fetch the file again; it may be cut short.",
+        ) from error
 
 
 def _vqa(context: Context, item: Item) -> Sequence[Sample]:
@@ -68,8 +78,17 @@ def _vqa(context: Context, item: Item) -> Sequence[Sample]:
 
 def _gqa(context: Context, item: Item) -> Sequence[Sample]:
     row = item.value
-    turns = asked((question(text_of(row["question"], "question")), text_of(row["answer"], "answer")))
-    return [Sample(item.key, context.media("image", f"{row['imageId']}.jpg"), turns, meta={"image_id": str(row["imageId"])})]
+    turns = asked(
+        (question(text_of(row["question"], "question")), text_of(row["answer"], "answer"))
+    )
+    return [
+        Sample(
+            item.key,
+            context.media("image", f"{row['imageId']}.jpg"),
+            turns,
+            meta={"image_id": str(row["imageId"])},
+        )
+    ]
 
 
 def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
@@ -79,14 +98,24 @@ def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
     if not 0 <= right < len(options):
         raise ValueError(f"correct_choice_idx is {right} of {len(options)} choices")
     turns = asked((choice(text_of(row["question"], "question"), options), letter(right)))
-    meta = {"question_id": str(row["question_id"]), "choices": options, "answers": list(row.get("direct_answers", []))}
+    meta = {
+        "question_id": str(row["question_id"]),
+        "choices": options,
+        "answers": list(row.get("direct_answers", [])),
+    }
     meta["rationales"] = list(row.get("rationales", []))
-    return [Sample(str(row["question_id"]), coco_picture(context, int(row["image_id"])), turns, meta=meta)]
+    return [
+        Sample(
+            str(row["question_id"]), coco_picture(context, int(row["image_id"])), turns, meta=meta
+        )
+    ]
 
 
 def _books(row: Any, split: str) -> int:
     """1 where the cover belongs to the split; rows that are none count as train's, so that they are seen."""
-    return int((_BOOK_SPLITS.get(row.get("split", 0)) if isinstance(row, dict) else "train") == split)
+    return int(
+        (_BOOK_SPLITS.get(row.get("split", 0)) if isinstance(row, dict) else "train") == split
+    )
 
 
 def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:
@@ -94,9 +123,14 @@ def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:
     questions, answers = row["questions"], row["answers"]
     if not questions or len(questions) != len(answers):
         raise ValueError(f"{len(questions)} questions and {len(answers)} answers")
-    pairs = [(question(text_of(q, "a question")), text_of(str(a), "an answer")) for q, a in zip(questions, answers, strict=True)]
+    pairs = [
+        (question(text_of(q, "a question")), text_of(str(a), "an answer"))
+        for q, a in zip(questions, answers, strict=True)
+    ]
     suffix = PurePosixPath(str(row.get("imageURL", ""))).suffix or ".jpg"
-    names = dict.fromkeys((f"{key}{suffix}", f"{key}.jpg", f"{key}.png"))  # LLaVA's users turned the .gif into .jpg
+    names = dict.fromkeys(
+        (f"{key}{suffix}", f"{key}.jpg", f"{key}.png")
+    )  # LLaVA's users turned the .gif into .jpg
     meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
     return [Sample(key, context.media("image", *names), asked(*pairs), meta=meta)]
 
@@ -108,7 +142,13 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
         name,
         f"{called}: VQA's files of questions and annotations, COCO's pictures",
         "image",
-        {s: (f"{prefix}mscoco_{s}2014_annotations.json", f"annotations/{prefix}mscoco_{s}2014_annotations.json") for s in splits},
+        {
+            s: (
+                f"{prefix}mscoco_{s}2014_annotations.json",
+                f"annotations/{prefix}mscoco_{s}2014_annotations.json",
+            )
+            for s in splits
+        },
         _vqa,
         key="annotations",
         folders=COCO_FOLDERS,
@@ -117,7 +157,10 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
             "questions": (
                 "the file of questions",
                 {
-                    s: tuple(f"{folder}{prefix}OpenEnded_mscoco_{s}2014_questions.json" for folder in ("", "questions/", "annotations/"))
+                    s: tuple(
+                        f"{folder}{prefix}OpenEnded_mscoco_{s}2014_questions.json"
+                        for folder in ("", "questions/", "annotations/")
+                    )
                     for s in splits
                 },
             )
@@ -129,13 +172,20 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
 SOURCES = tuple(
     s.source()
     for s in (
-        _asked("vqav2", "VQAv2", "v2_", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"),
-        _asked("okvqa", "OK-VQA", "", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"),
+        _asked(
+            "vqav2", "VQAv2", "v2_", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"
+        ),
+        _asked(
+            "okvqa", "OK-VQA", "", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"
+        ),
         AnnotationSet(
             "gqa",
             "GQA: {train,val}_balanced_questions.json and images/",
             "image",
-            {s: (f"{s}_balanced_questions.json", f"questions/{s}_balanced_questions.json") for s in ("train", "val")},
+            {
+                s: (f"{s}_balanced_questions.json", f"questions/{s}_balanced_questions.json")
+                for s in ("train", "val")
+            },
             _gqa,
             medium=lambda row: row["imageId"],
             folders=("images", "gqa/images"),
@@ -145,7 +195,10 @@ SOURCES = tuple(
             "aokvqa",
             "A-OKVQA: aokvqa_v1p0_{train,val}.json, COCO's pictures",
             "image",
-            {s: (f"aokvqa_v1p0_{s}.json", f"aokvqa/aokvqa_v1p0_{s}.json") for s in ("train", "val")},
+            {
+                s: (f"aokvqa_v1p0_{s}.json", f"aokvqa/aokvqa_v1p0_{s}.json")
+                for s in ("train", "val")
+            },
             _aokvqa,
             medium=lambda row: row["image_id"],
             folders=COCO_FOLDERS,
@@ -155,7 +208,7 @@ SOURCES = tuple(
             "ocrvqa",
             "OCR-VQA: dataset.json and images/ of book covers; all questions of a cover are one sample",
             "image",
-            {s: ("dataset.json",) for s in _BOOK_SPLITS.values()},
+            dict.fromkeys(_BOOK_SPLITS.values(), ("dataset.json",)),
             _ocrvqa,
             count=_books,
             folders=("images", "ocr_vqa/images"),

@@ -32,7 +32,9 @@ _YOUTUBE = 11
 """Characters of a YouTube id."""
 
 
-def plan(inputs: Path, *, seed: int, blacklist: str | None, sources: str | None, missing: str) -> Layout:
+def plan(
+    inputs: Path, *, seed: int, blacklist: str | None, sources: str | None, missing: str
+) -> Layout:
     """Ranges of the rows of each source's JSON.
 
     Raises:
@@ -41,7 +43,11 @@ def plan(inputs: Path, *, seed: int, blacklist: str | None, sources: str | None,
     check_missing(missing)
     wanted = SOURCES if sources is None else tuple(s.strip() for s in sources.split(","))
     if not set(wanted) <= set(SOURCES):
-        raise UsageError(f"sources={sources}: one of them is none of {', '.join(SOURCES)}.", "it is not in WavCaps.", "correct it.")
+        raise UsageError(
+            f"sources={sources}: one of them is none of {', '.join(SOURCES)}.",
+            "it is not in WavCaps.",
+            "correct it.",
+        )
     if blacklist is not None:
         _blacklist(inputs, blacklist)
     tables = {name: _tables(inputs, name) for name in wanted}
@@ -60,31 +66,54 @@ def plan(inputs: Path, *, seed: int, blacklist: str | None, sources: str | None,
                 "captions have no audio.",
                 f"fetch Zip_files/{name}, or leave the source out: -o sources={','.join(s for s in wanted if s != name)}",
             )
-    notes = tuple(f"no {_JSON}/{name}: that source is left out" for name, found in tables.items() if not found)
+    notes = tuple(
+        f"no {_JSON}/{name}: that source is left out" for name, found in tables.items() if not found
+    )
     if blacklist is None:
-        notes += ("no blacklist: clips of AudioCaps' and Clotho's test sets may be among the samples",)
-    groups = chain.from_iterable(_groups(inputs, name, table, pools[name]) for name, found in tables.items() for table in found)
+        notes += (
+            "no blacklist: clips of AudioCaps' and Clotho's test sets may be among the samples",
+        )
+    groups = chain.from_iterable(
+        _groups(inputs, name, table, pools[name])
+        for name, found in tables.items()
+        for table in found
+    )
     return Layout(("audio",), groups, notes, {"blacklist": blacklist})
 
 
 def _tables(inputs: Path, name: str) -> list[str]:
     """The JSON files of a source; `x_2s.json` (clips of 2 s and more) is left out beside `x.json`, which has them all."""
     found = sorted(p.relative_to(inputs).as_posix() for p in (inputs / _JSON / name).glob("*.json"))
-    return [f for f in found if f.replace("_2s.json", ".json") not in found or not f.endswith("_2s.json")]
+    return [
+        f
+        for f in found
+        if f.replace("_2s.json", ".json") not in found or not f.endswith("_2s.json")
+    ]
 
 
 def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[InputSplit]:
     with (inputs / table).open("rb") as file:
-        key = None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"  # the set's first version: the list alone
+        key = (
+            None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"
+        )  # the set's first version: the list alone
     yield from row_groups(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, blacklist: str | None, sources: str | None, missing: str
-) -> Iterator[RawSample]:  # fmt: skip
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    blacklist: str | None,
+    sources: str | None,
+    missing: str,
+) -> Iterator[RawSample]:
     """Of one range of rows."""
     pool, name = Pool.from_json(spec["pool"]), spec["source"]
-    listed = _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset()) if blacklist else frozenset()
+    listed = (
+        _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset())
+        if blacklist
+        else frozenset()
+    )
     for where, number, _, row in read_rows(inputs, spec):
         identity = row.get("id") if isinstance(row, dict) else None
         if not isinstance(identity, (str, int)) or not str(identity).strip():
@@ -98,11 +127,17 @@ def raw_samples(
         found = find_media(inputs, pool, stems, SUFFIXES)
         if found is None:
             lost = f"missing file: {stems[0]}.flac is in no folder and no archive of {name}"
-            yield RawSample(key, where, problem=lost) if missing == "fail" else RawSample(key, where, skip="media was not fetched")
+            yield (
+                RawSample(key, where, problem=lost)
+                if missing == "fail"
+                else RawSample(key, where, skip="media was not fetched")
+            )
             continue
         caption = row.get("caption", row.get("caption_1"))
         problem = None if isinstance(caption, str) else "no caption: the row has none"
-        yield RawSample(key, where, {found[0][1:]: found[1]}, caption, {**row, "source": name}, problem)
+        yield RawSample(
+            key, where, {found[0][1:]: found[1]}, caption, {**row, "source": name}, problem
+        )
 
 
 def _stems(source: str, identity: str) -> tuple[str, ...]:
@@ -128,11 +163,20 @@ def _blacklist(inputs: Path, name: str) -> Mapping[str, frozenset[str]]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{path}: {error}", "what is in evaluation sets would be trained on.", "check the option blacklist (relative to IN)."
+            f"{path}: {error}",
+            "what is in evaluation sets would be trained on.",
+            "check the option blacklist (relative to IN).",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
-        raise UsageError(f"{path} is no object of lists.", "it is no blacklist of WavCaps.", "use one of json_files/blacklist/.")
-    return {k.removesuffix("_SL"): frozenset(s for v in ids for s in _stems(k, str(v))) for k, ids in content.items()}
+        raise UsageError(
+            f"{path} is no object of lists.",
+            "it is no blacklist of WavCaps.",
+            "use one of json_files/blacklist/.",
+        )
+    return {
+        k.removesuffix("_SL"): frozenset(s for v in ids for s in _stems(k, str(v)))
+        for k, ids in content.items()
+    }
 
 
 SOURCE = Source(
@@ -141,7 +185,9 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "blacklist": Option(None, "a file of WavCaps' json_files/blacklist/, relative to IN: its clips are left out"),
+        "blacklist": Option(
+            None, "a file of WavCaps' json_files/blacklist/, relative to IN: its clips are left out"
+        ),
         "sources": Option(None, f"only these, by comma: {', '.join(SOURCES)}"),
         "missing": MISSING_OPTION,
     },

@@ -22,13 +22,28 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
 from onellm_dist.shards.sources.laion400m import column
-from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_header, read_rows, row_ranges
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, Text, find_tars, tar_groups, tar_raw_samples
+from onellm_dist.shards.sources.readers.delimited import (
+    CSV,
+    RowRange,
+    read_header,
+    read_rows,
+    row_ranges,
+)
+from onellm_dist.shards.sources.readers.img2dataset import (
+    UNFINISHED_OPTION,
+    Text,
+    find_tars,
+    tar_groups,
+    tar_raw_samples,
+)
 
 _COLUMNS = ("videoid", "page_dir", "name")
 _DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")
 _VALIDATION = re.compile(r"(?:^|_)(?:val|validation|test)(?:_|\.|$)", re.IGNORECASE)
-MISSING_OPTION = Option("fail", "rows whose media is not there: fail (they are bad samples), or skip (a set that was fetched in part)")
+MISSING_OPTION = Option(
+    "fail",
+    "rows whose media is not there: fail (they are bad samples), or skip (a set that was fetched in part)",
+)
 
 
 def seconds(text: str) -> float | None:
@@ -43,10 +58,14 @@ def seconds(text: str) -> float | None:
 def check_missing(choice: str) -> None:
     """Raises UsageError where `missing` is no choice."""
     if choice not in ("fail", "skip"):
-        raise UsageError(f"missing={choice} is neither fail nor skip.", MISSING_OPTION.help + ".", "choose one.")
+        raise UsageError(
+            f"missing={choice} is neither fail nor skip.", MISSING_OPTION.help + ".", "choose one."
+        )
 
 
-def plan(inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfinished: str) -> Layout:
+def plan(
+    inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfinished: str
+) -> Layout:
     """Ranges of the CSVs' rows, or a group for each tar.
 
     Raises:
@@ -69,10 +88,17 @@ def plan(inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfin
                 "remove other CSVs from this folder.",
             )
         headers[table.name] = (names, start)
-    return Layout(("video",), chain.from_iterable(_row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()))
+    return Layout(
+        ("video",),
+        chain.from_iterable(
+            _row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()
+        ),
+    )
 
 
-def _row_groups(table: Path, names: Sequence[str], start: RowRange, rows: int) -> Iterator[InputSplit]:
+def _row_groups(
+    table: Path, names: Sequence[str], start: RowRange, rows: int
+) -> Iterator[InputSplit]:
     split = "val" if _VALIDATION.search(table.stem) else "train"
     for part in row_ranges(table, CSV, rows, start):
         spec = {"table": table.name, "columns": list(names), "range": list(part)}
@@ -81,15 +107,21 @@ def _row_groups(table: Path, names: Sequence[str], start: RowRange, rows: int) -
 
 def raw_samples(
     inputs: Path, spec: Mapping[str, Any], *, rows: int, videos: str, missing: str, unfinished: str
-) -> Iterator[RawSample]:  # fmt: skip
+) -> Iterator[RawSample]:
     """Of one range of rows, or of one tar."""
     if "tar" in spec:
-        yield from tar_raw_samples(inputs, spec, get_modality("video").required_parts["video"], _caption)
+        yield from tar_raw_samples(
+            inputs, spec, get_modality("video").required_parts["video"], _caption
+        )
         return
-    for line, row, problem in read_rows(inputs / spec["table"], CSV, RowRange(*spec["range"]), spec["columns"]):
+    for line, row, problem in read_rows(
+        inputs / spec["table"], CSV, RowRange(*spec["range"]), spec["columns"]
+    ):
         where = f"{spec['table']}:{line}"
         name = row.get("videoid", "")
-        wrong = problem or (f"unreadable row: the videoid is {name!r}" if not name or "/" in name else None)
+        wrong = problem or (
+            f"unreadable row: the videoid is {name!r}" if not name or "/" in name else None
+        )
         if wrong is not None:
             yield RawSample(f"{safe_key(spec['table'])}-{line:09d}", where, problem=wrong)
             continue
@@ -118,7 +150,9 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "rows": Option(5000, "rows of a CSV that are planned together", int),
-        "videos": Option("videos", "the folder of the page_dir folders, relative to IN (. : IN itself)"),
+        "videos": Option(
+            "videos", "the folder of the page_dir folders, relative to IN (. : IN itself)"
+        ),
         "missing": MISSING_OPTION,
         "unfinished": UNFINISHED_OPTION,
     },

@@ -81,7 +81,9 @@ class RemotePath:
     def open(self, mode: str = "r", **options: Any) -> IO[Any]:
         if "b" in mode:
             return cast("IO[Any]", self._fs.open(self._key, mode))
-        return io.TextIOWrapper(self._fs.open(self._key, mode + "b"), **{"encoding": "utf-8", **options})
+        return io.TextIOWrapper(
+            self._fs.open(self._key, mode + "b"), **{"encoding": "utf-8", **options}
+        )
 
     def read_bytes(self) -> bytes:
         try:
@@ -115,10 +117,16 @@ class RemotePath:
                 yield self._made(entry)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        yield from (self._made(k) for k in sorted(self._fs.glob(f"{self._key.rstrip('/')}/{pattern}")))
+        yield from (
+            self._made(k) for k in sorted(self._fs.glob(f"{self._key.rstrip('/')}/{pattern}"))
+        )
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        yield from (self._made(k) for k in sorted(self._fs.find(self._key)) if fnmatch.fnmatch(posixpath.basename(k), pattern))
+        yield from (
+            self._made(k)
+            for k in sorted(self._fs.find(self._key))
+            if fnmatch.fnmatch(posixpath.basename(k), pattern)
+        )
 
     def unlink(self, missing_ok: bool = False) -> None:
         if not missing_ok or self.exists():
@@ -143,7 +151,9 @@ def reached(place: StoragePath) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = isinstance(error, (FileNotFoundError, PermissionError)) or (isinstance(error, OSError) and error.errno is not None)
+        told = isinstance(error, (FileNotFoundError, PermissionError)) or (
+            isinstance(error, OSError) and error.errno is not None
+        )
         if told or isinstance(place, Path):
             raise
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
@@ -171,7 +181,9 @@ def place(text: str | Path | RemotePath) -> StoragePath:
         _ = found._fs
     except (ImportError, ValueError) as error:
         raise UsageError(
-            f"{whole}: {error}", "the store cannot be reached.", "install the fsspec library of this store (s3fs, gcsfs)."
+            f"{whole}: {error}",
+            "the store cannot be reached.",
+            "install the fsspec library of this store (s3fs, gcsfs).",
         ) from error
     return found
 

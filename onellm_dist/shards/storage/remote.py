@@ -40,7 +40,9 @@ class RemoteFolder:
         """
         data = self._call(name, lambda fs, path: fs.cat_file(path, start=start, end=end))
         if len(data) > end - start:
-            raise OSError(f"{self.url}/{name}: the server sends whole files and not the byte range asked for")
+            raise OSError(
+                f"{self.url}/{name}: the server sends whole files and not the byte range asked for"
+            )
         return data
 
     def read_whole(self, name: str) -> bytes:
@@ -86,7 +88,9 @@ class RemoteFolder:
             return action(fs, f"{base}/{name}" if name else base)
         except OSError:
             raise
-        except Exception as error:  # aiohttp's and botocore's own; whoever retries knows OSError alone
+        except (
+            Exception
+        ) as error:  # aiohttp's and botocore's own; whoever retries knows OSError alone
             raise OSError(f"{self.url}/{name}: {type(error).__name__}: {error}") from error
 
     def _file_system(self) -> tuple[Any, str]:
@@ -113,8 +117,12 @@ def _open(url: str) -> tuple[Any, str]:
         fs, path = url_to_fs(url)
     except ImportError as error:  # its message names the package
         raise UsageError(
-            f"{url}: {error}", "fsspec reads each protocol through a package of its own.", "pip install 'onellm-dist[remote]'"
+            f"{url}: {error}",
+            "fsspec reads each protocol through a package of its own.",
+            "pip install 'onellm-dist[remote]'",
         ) from error
     except ValueError as error:
-        raise UsageError(f"{url}: {error}", "nothing can be read from it.", "check the protocol in front of ://.") from error
+        raise UsageError(
+            f"{url}: {error}", "nothing can be read from it.", "check the protocol in front of ://."
+        ) from error
     return fs, str(path).rstrip("/")

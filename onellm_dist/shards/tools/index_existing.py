@@ -13,7 +13,13 @@ from pathlib import Path
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import MANIFEST, TEXT_EXTENSIONS, Dataset, Manifest, ShardInfo
+from onellm_dist.shards.format.dataset import (
+    MANIFEST,
+    TEXT_EXTENSIONS,
+    Dataset,
+    Manifest,
+    ShardInfo,
+)
 from onellm_dist.shards.format.energon import energon_splits
 from onellm_dist.shards.format.index import ShardIndex, index_path_of, try_index_tar
 from onellm_dist.shards.format.names import dataset_name, infer_modalities
@@ -70,10 +76,16 @@ def index_path(
         _index_all([path], workers=1)
         return Adopted(1, ShardIndex(index_path_of(path)).samples, None)
     if not path.is_dir():
-        raise UsageError(f"{path}: there is no such file or folder.", "there is nothing to index.", "check the path.")
+        raise UsageError(
+            f"{path}: there is no such file or folder.",
+            "there is nothing to index.",
+            "check the path.",
+        )
     tars = sorted(p for p in path.rglob("*.tar") if p.is_file())
     if not tars:
-        raise UsageError(f"{path}: there is no .tar below it.", "there is nothing to index.", "check the path.")
+        raise UsageError(
+            f"{path}: there is no .tar below it.", "there is nothing to index.", "check the path."
+        )
     old = _old_manifest(path)
     todo = tars if again else [t for t in tars if not _fits(t)]
     kept = len(tars) - len(todo)
@@ -94,7 +106,11 @@ def _fits(tar: Path) -> bool:
         made = path.stat().st_mtime_ns
     except (OneLLMError, OSError):
         return False
-    return (index.tar_name, index.tar_bytes) == (tar.name, written.st_size) and made >= written.st_mtime_ns and index.body_is_whole()
+    return (
+        (index.tar_name, index.tar_bytes) == (tar.name, written.st_size)
+        and made >= written.st_mtime_ns
+        and index.body_is_whole()
+    )
 
 
 def _old_manifest(path: Path) -> Manifest | None:
@@ -139,7 +155,12 @@ def _compare(root: Path, manifest: Manifest) -> None:
 
 
 def _manifest(
-    root: Path, tars: Sequence[Path], modalities: Sequence[str] | None, name: str | None, split: str | None, licence: str
+    root: Path,
+    tars: Sequence[Path],
+    modalities: Sequence[str] | None,
+    name: str | None,
+    split: str | None,
+    licence: str,
 ) -> Manifest:
     shards, kinds = list[ShardInfo](), Counter[frozenset[str]]()
     example: dict[frozenset[str], tuple[Path, str, int]] = {}
@@ -150,7 +171,9 @@ def _manifest(
             continue  # Energon's split.yaml excludes it
         index = ShardIndex(index_path_of(tar))
         named = _SPLITS.search(relative)
-        own = split or (prepared[relative] if prepared is not None else named.group(1) if named else "train")
+        own = split or (
+            prepared[relative] if prepared is not None else named.group(1) if named else "train"
+        )
         shards.append(ShardInfo(relative, own, index.samples, index.tar_bytes, index.tar_sha256))
         for kind, (count, row) in index.kinds().items():
             kinds[kind] += count
@@ -171,10 +194,14 @@ def _manifest(
     for kind, count in kinds.items():
         _require(kind, count, example[kind], modalities)
     text = tuple(e for e in TEXT_EXTENSIONS if all(e in kind for kind in kinds))
-    return Manifest(name or dataset_name(root), tuple(modalities), text, licence, SOURCE_NAME, tuple(shards))
+    return Manifest(
+        name or dataset_name(root), tuple(modalities), text, licence, SOURCE_NAME, tuple(shards)
+    )
 
 
-def _require(kind: frozenset[str], count: int, example: tuple[Path, str, int], modalities: Sequence[str]) -> None:
+def _require(
+    kind: frozenset[str], count: int, example: tuple[Path, str, int], modalities: Sequence[str]
+) -> None:
     for modality in modalities:
         try:
             get_modality(modality).match(set(kind))

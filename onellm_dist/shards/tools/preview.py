@@ -36,7 +36,10 @@ img{max-width:100%;display:block;background:var(--soft);margin-bottom:.3rem}figc
 figcaption ul,td ul{margin:.1rem 0;padding-left:1.1rem}.key{color:var(--dim);font-size:.75rem}rect{fill:#4477aa}
 svg.histogram{max-width:720px;display:block}
 """
-_TEXT_PARTS = {"txt": "the caption", "json": "captions or a conversation, and what else the source says of the sample"}
+_TEXT_PARTS = {
+    "txt": "the caption",
+    "json": "captions or a conversation, and what else the source says of the sample",
+}
 
 
 def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
@@ -64,8 +67,12 @@ def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
     text = escape(f"{data.size:,} values, least {low:.4g}, {middle}, greatest {high:.4g} {unit}")
     svg = [f'<svg class="histogram" viewBox="0 0 {width} {height}" role="img" aria-label="{text}">']
     for tick in (t for t in ticks(0, top, 3) if t == int(t)):
-        svg.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
-        svg.append(f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        svg.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
+        )
+        svg.append(
+            f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
     for i, count in enumerate(counts.tolist()):
         start, end = across(float(edges[i])), across(float(edges[i + 1]))
         start, end = max(start, (start + end - _WIDEST) / 2), min(end, (start + end + _WIDEST) / 2)
@@ -75,9 +82,15 @@ def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
             f"<title>{label}</title></rect>"
         )
     for tick in (t for t in ticks(low, high, 8) if not whole or t == int(t)):
-        svg.append(f'<text x="{across(tick):.1f}" y="{floor + 14}" text-anchor="middle">{short(tick)}</text>')
-    svg.append(f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>')
-    svg.append(f'<text transform="rotate(-90)" x="{-floor / 2}" y="12" text-anchor="middle">samples</text></svg>')
+        svg.append(
+            f'<text x="{across(tick):.1f}" y="{floor + 14}" text-anchor="middle">{short(tick)}</text>'
+        )
+    svg.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>'
+    )
+    svg.append(
+        f'<text transform="rotate(-90)" x="{-floor / 2}" y="12" text-anchor="middle">samples</text></svg>'
+    )
     return f"{''.join(svg)}<p>{text}</p>"
 
 
@@ -91,27 +104,49 @@ def size_of(count: float) -> str:
 
 def _lead(dataset: Dataset) -> str:
     manifest = dataset.manifest
-    samples, size = (sum(getattr(s, field) for s in manifest.shards) for field in ("samples", "bytes"))
+    samples, size = (
+        sum(getattr(s, field) for s in manifest.shards) for field in ("samples", "bytes")
+    )
     what = f"{samples:,} sample{'s' if samples != 1 else ''} of {' + '.join(dataset.modalities) or 'text alone'}, {size_of(size)}"
     texts = " and ".join(f".{t}" for t in manifest.text)
     rows = [
-        ("built by", f"onellm shards build {manifest.source}" if manifest.source != "index" else "another tool; indexed by onellm"),
+        (
+            "built by",
+            f"onellm shards build {manifest.source}"
+            if manifest.source != "index"
+            else "another tool; indexed by onellm",
+        ),
         ("licence", manifest.licence),
         ("text", f"every sample has {texts}" if texts else "some samples have .txt, some .json"),
         ("shards", f"{len(manifest.shards):,}"),
-        *((k, json.dumps(v)) for k, v in manifest.attributes.items() if not isinstance(v, (dict, list))),
+        *(
+            (k, json.dumps(v))
+            for k, v in manifest.attributes.items()
+            if not isinstance(v, (dict, list))
+        ),
     ]
     return f'<p class="lead">{escape(what)}</p>{html_table(("", ""), rows)}'
 
 
 def _drawn_how(modalities: Sequence[str]) -> list[str]:
     """How to look at the pictures: what each modality says of its preview."""
-    said = [(name, (inspect.getdoc(get_modality(name).preview) or "").partition("\n\n")[0]) for name in modalities]
+    said = [
+        (name, (inspect.getdoc(get_modality(name).preview) or "").partition("\n\n")[0])
+        for name in modalities
+    ]
     return [f'<p class="dim">{escape(name)}: {escape(how)}</p>' for name, how in said if how]
 
 
 def _splits(dataset: Dataset) -> str:
-    rows = [(s, dataset.samples(s), len(dataset.shards(s)), size_of(sum(i.bytes for i in dataset.shards(s)))) for s in dataset.splits]
+    rows = [
+        (
+            s,
+            dataset.samples(s),
+            len(dataset.shards(s)),
+            size_of(sum(i.bytes for i in dataset.shards(s))),
+        )
+        for s in dataset.splits
+    ]
     return html_table(("split", "samples", "shards", "size"), rows, right=(1, 2, 3))
 
 
@@ -120,16 +155,25 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
     roles = dict(_TEXT_PARTS)
     for name in dataset.modalities:
         for slot, accepted in parts_of_modality(get_modality(name)).items():
-            roles.update({e: f"{name}: {slot}" if slot != name else name for e in accepted if e in counts})
+            roles.update(
+                {e: f"{name}: {slot}" if slot != name else name for e in accepted if e in counts}
+            )
     noted = statistics.get("parts_before_duplicates_went", {})
 
     def mean(part: str) -> str:
         found = noted.get(part, {})
         return size_of(found["bytes"] / found["count"]) if found.get("count") else ""
 
-    rows = [(f".{p}", roles.get(p, "stored, not read in training"), n, mean(p)) for p, n in sorted(counts.items())]
+    rows = [
+        (f".{p}", roles.get(p, "stored, not read in training"), n, mean(p))
+        for p, n in sorted(counts.items())
+    ]
     columns = 4 if any(row[3] for row in rows) else 3
-    return html_table(("part", "what it is", "samples that have it", "mean size")[:columns], [r[:columns] for r in rows], right=(2, 3))
+    return html_table(
+        ("part", "what it is", "samples that have it", "mean size")[:columns],
+        [r[:columns] for r in rows],
+        right=(2, 3),
+    )
 
 
 def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
@@ -146,11 +190,16 @@ def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
     total = statistics.get("raw_samples")
     of = f" of {total:,} that the source listed" if total else ""
     bad_rows = [(kind, count, examples[kind]) for kind, count in kinds.most_common()]
-    html = [f"<p>{sum(kinds.values()):,} bad{of}" + (f"; each is named in {QUARANTINE}.</p>" if kinds else ".</p>")]
+    html = [
+        f"<p>{sum(kinds.values()):,} bad{of}"
+        + (f"; each is named in {QUARANTINE}.</p>" if kinds else ".</p>")
+    ]
     html += [html_table(("why", "samples", "the first one"), bad_rows, right=(1,))] if kinds else []
     known = statistics.get("left_out", {})
     if known:
-        html.append("<p>Left out as asked (filters, duplicates, failed downloads, other splits):</p>")
+        html.append(
+            "<p>Left out as asked (filters, duplicates, failed downloads, other splits):</p>"
+        )
         html.append(html_table(("why", "samples"), Counter(known).most_common(), right=(1,)))
     return "".join(html)
 
@@ -177,7 +226,11 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
     """
     dataset = open_dataset(root)
     look, statistics = Look(dataset, seed), _statistics(root)
-    part = f" ({len(look.seen)} of {look.all} shards, evenly spread)" if len(look.seen) < look.all else ""
+    part = (
+        f" ({len(look.seen)} of {look.all} shards, evenly spread)"
+        if len(look.seen) < look.all
+        else ""
+    )
     html = [f"<h1>{escape(dataset.name)}</h1>", _lead(dataset)]
     if previews:
         shown = look.rows(previews)
@@ -188,11 +241,20 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
     html += [f"<h2>Length of the texts{part}</h2>", histogram(look.lengths, "bytes")]
     if any(e.rsplit(".", 1)[-1] in TIMED for e in look.counts):
         durations = look.durations(_PROBED)
-        html += [f"<h2>Duration of {len(durations)} samples drawn at random</h2>", histogram(durations, "s")]
+        html += [
+            f"<h2>Duration of {len(durations)} samples drawn at random</h2>",
+            histogram(durations, "s"),
+        ]
     html += ["<h2>What was left out</h2>", _left_out(root, statistics)]
     if not previews:
-        rows = [(f"{s.name}/{dataset.index(s).key(r)}", text_of(dataset, s, r)) for s, r in look.rows(_EXAMPLES)]
-        html += [f"<h2>{len(rows)} texts drawn at random</h2>", html_table(("sample", "text"), rows, html=(1,))]
+        rows = [
+            (f"{s.name}/{dataset.index(s).key(r)}", text_of(dataset, s, r))
+            for s, r in look.rows(_EXAMPLES)
+        ]
+        html += [
+            f"<h2>{len(rows)} texts drawn at random</h2>",
+            html_table(("sample", "text"), rows, html=(1,)),
+        ]
     return html_page(dataset.name, html, style=_STYLE)
 
 
@@ -206,6 +268,8 @@ def page_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
     try:
         write_page(out, html)
     except OSError as error:
-        raise UsageError(f"{out}: {error.strerror}.", "the page cannot be written.", "choose another --out.") from error
+        raise UsageError(
+            f"{out}: {error.strerror}.", "the page cannot be written.", "choose another --out."
+        ) from error
     print(f"{out}: {len(html):,} bytes; open it in a browser")
     return EXIT_DONE

@@ -60,7 +60,11 @@ class Look:
 
     def durations(self, count: int) -> list[float]:
         """Seconds of the sounds and films of `count` random samples."""
-        return [d for s, r in self.rows(count) if (d := _seconds(read_parts(self.dataset, s, r))) is not None]
+        return [
+            d
+            for s, r in self.rows(count)
+            if (d := _seconds(read_parts(self.dataset, s, r))) is not None
+        ]
 
 
 def sample_text(parts: dict[str, Part]) -> str:
@@ -79,7 +83,9 @@ def sample_text(parts: dict[str, Part]) -> str:
     for turn in turns if isinstance(turns, list) else []:
         said = turn if isinstance(turn, dict) else {}
         speaker = str(said.get("from"))
-        lines.append(f"<b>{escape(_SPEAKERS.get(speaker, speaker))}:</b> {escape(str(said.get('value')))}")
+        lines.append(
+            f"<b>{escape(_SPEAKERS.get(speaker, speaker))}:</b> {escape(str(said.get('value')))}"
+        )
     return "<br>".join(lines)
 
 
@@ -97,7 +103,9 @@ def _seconds(parts: dict[str, Part]) -> float | None:
     if part is None:
         return None
     try:
-        with av.open(io.BytesIO(part.data), "r", options={"format_whitelist": _CONTAINERS}) as container:
+        with av.open(
+            io.BytesIO(part.data), "r", options={"format_whitelist": _CONTAINERS}
+        ) as container:
             return container.duration / av.time_base if container.duration else None
     except av.FFmpegError:
         return None
@@ -123,7 +131,9 @@ def figure(dataset: Dataset, shard: ShardInfo, row: int) -> str:
             picture.thumbnail((_WIDTH, _WIDTH))
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=85)
-            pictures.append(f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+            pictures.append(
+                f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+            )
         text = sample_text(parts)
     except OneLLMError as error:
         text = f'<span class="wrong">cannot be drawn: {escape(error.what)}</span>'

@@ -28,7 +28,13 @@ from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import quarantine_bytes
-from onellm_dist.shards.format.dataset import MANIFEST, SHARD_FOLDER, Manifest, ShardInfo, no_dataset
+from onellm_dist.shards.format.dataset import (
+    MANIFEST,
+    SHARD_FOLDER,
+    Manifest,
+    ShardInfo,
+    no_dataset,
+)
 from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.format.index import PartLocation, ShardIndex, index_path_of, index_tar
 from onellm_dist.shards.format.tar_writer import ShardWriter
@@ -66,8 +72,14 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         mended = _mended(root, manifest, shard, whole[number], repeated.get(number, {}), done, lost)
         shards += [mended] if mended is not None else []
     if not shards:
-        raise OneLLMError(f"{root}: no good sample is left.", "an empty dataset cannot be read.", "restore the tars, or build again.")
-    for path in sorted((root / SHARD_FOLDER).glob(f"*{ASIDE}")) if (root / SHARD_FOLDER).is_dir() else []:
+        raise OneLLMError(
+            f"{root}: no good sample is left.",
+            "an empty dataset cannot be read.",
+            "restore the tars, or build again.",
+        )
+    for path in (
+        sorted((root / SHARD_FOLDER).glob(f"*{ASIDE}")) if (root / SHARD_FOLDER).is_dir() else []
+    ):
         path.unlink()
         done.append(f"{path.relative_to(root)}: left over from a writer that was stopped; removed")
     if lost:
@@ -80,15 +92,21 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
     return done
 
 
-def _surveyed(root: Path, manifest: Manifest, workers: int) -> tuple[list[bool], dict[int, dict[int, str]]]:
+def _surveyed(
+    root: Path, manifest: Manifest, workers: int
+) -> tuple[list[bool], dict[int, dict[int, str]]]:
     """(which tars are whole, by the manifest's SHA-256; shard -> row -> the earlier shard with a good sample of the same key).
 
     Every byte is read once here. Memory does not grow with the number of samples (`KeyBook`).
     """
     whole, repeated = list[bool](), dict[int, dict[int, str]]()
     with KeyBook(sum(s.samples for s in manifest.shards)) as book:
-        with progress(len(manifest.shards), f"Looking through {manifest.name}", unit="shards") as bar:
-            for number, (is_whole, hashes, rows) in enumerate(_each_survey(root, manifest, workers)):
+        with progress(
+            len(manifest.shards), f"Looking through {manifest.name}", unit="shards"
+        ) as bar:
+            for number, (is_whole, hashes, rows) in enumerate(
+                _each_survey(root, manifest, workers)
+            ):
                 whole.append(is_whole)
                 book.add(number, hashes, rows)
                 bar.advance()
@@ -116,12 +134,22 @@ def _survey(root: Path, manifest: Manifest, shard: ShardInfo) -> _Survey:
     there = tar.is_file()
     whole = there and sha256_of(tar) == shard.sha256
     found = enumerate(_samples(tar, _trusted_index(tar, shard), whole)) if there else ()
-    good = [(row, key) for row, (key, parts, fault) in found if fault is None and _lacking(manifest, parts) is None]
+    good = [
+        (row, key)
+        for row, (key, parts, fault) in found
+        if fault is None and _lacking(manifest, parts) is None
+    ]
     return whole, hashes_of([key for _, key in good]), [row for row, _ in good]
 
 
 def _mended(
-    root: Path, manifest: Manifest, shard: ShardInfo, whole: bool, repeated: Mapping[int, str], done: list[str], lost: list[Quarantined]
+    root: Path,
+    manifest: Manifest,
+    shard: ShardInfo,
+    whole: bool,
+    repeated: Mapping[int, str],
+    done: list[str],
+    lost: list[Quarantined],
 ) -> ShardInfo | None:
     """The shard as it is after its repair; None: nothing of it is there."""
     tar = root / shard.path
@@ -143,10 +171,17 @@ def _mended(
     if not faults and not whole and salvage_tar(tar)[1] is None:
         index_tar(tar)  # headers or padding changed, or it is another tar: every sample is good
         info = ShardInfo(shard.path, shard.split, len(order), tar.stat().st_size, sha256_of(tar))
-        done.append(f"{shard.path}: taken as it is now ({info.samples} samples, {shard.samples} before); index and manifest say so")
+        done.append(
+            f"{shard.path}: taken as it is now ({info.samples} samples, {shard.samples} before); index and manifest say so"
+        )
         return info
     if not faults and whole:
-        if index is None or not index.body_is_whole() or index.tar_sha256 != shard.sha256 or index.samples != len(order):
+        if (
+            index is None
+            or not index.body_is_whole()
+            or index.tar_sha256 != shard.sha256
+            or index.samples != len(order)
+        ):
             index_tar(tar)
             done.append(f"{shard.path}: index made again")
         return shard
@@ -176,7 +211,9 @@ def _is_of(index: ShardIndex, shard: ShardInfo, tar: Path) -> bool:
     return tar.stat().st_size == shard.bytes or salvage_tar(tar)[1] is not None
 
 
-def _samples(tar: Path, index: ShardIndex | None, whole: bool) -> Iterator[tuple[str, dict[str, PartLocation], str | None]]:
+def _samples(
+    tar: Path, index: ShardIndex | None, whole: bool
+) -> Iterator[tuple[str, dict[str, PartLocation], str | None]]:
     """Every sample that there is a trace of: key, parts, and what is wrong with it.
 
     A usable index knows samples behind a damaged header, and the checksums; without one the tar tells as far as it can be read.
@@ -186,7 +223,11 @@ def _samples(tar: Path, index: ShardIndex | None, whole: bool) -> Iterator[tuple
         for key, parts in zip(rows.keys, rows.parts, strict=True):
             yield key, parts, None
         if how is not None:
-            yield f"(behind {rows.keys[-1]})" if rows.keys else "(all)", {}, f"unreadable tar: {how}"
+            yield (
+                f"(behind {rows.keys[-1]})" if rows.keys else "(all)",
+                {},
+                f"unreadable tar: {how}",
+            )
         return
     with tar.open("rb") as file:
         for row in range(index.samples):
@@ -209,7 +250,9 @@ def _lacking(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | Non
     return f"missing part: .{missing[0]}" if missing else None
 
 
-def _rewritten(root: Path, shard: ShardInfo, samples: Mapping[str, Mapping[str, PartLocation]], done: list[str]) -> ShardInfo | None:
+def _rewritten(
+    root: Path, shard: ShardInfo, samples: Mapping[str, Mapping[str, PartLocation]], done: list[str]
+) -> ShardInfo | None:
     """Writes the tar again from its good samples; the old one stays beside it."""
     tar = root / shard.path
     damaged = tar.with_name(tar.name + DAMAGED)
@@ -229,7 +272,11 @@ def _rewritten(root: Path, shard: ShardInfo, samples: Mapping[str, Mapping[str, 
     else:
         tar.replace(damaged)
         index_path_of(tar).unlink(missing_ok=True)
-    kept = f"written again with {len(samples)} of its {shard.samples} samples" if samples else "nothing good in it; taken from the manifest"
+    kept = (
+        f"written again with {len(samples)} of its {shard.samples} samples"
+        if samples
+        else "nothing good in it; taken from the manifest"
+    )
     done.append(f"{shard.path}: {kept} (the old bytes: {damaged.name})")
     return info
 
@@ -239,5 +286,9 @@ def repair_command(root: Path, *, workers: int = 1) -> int:
     done = repair_dataset(root, workers=workers)
     for line in done:
         print(line)
-    print(f"{root}: {len(done)} repairs; see what is left: onellm shards verify {root}" if done else f"{root}: nothing to repair")
+    print(
+        f"{root}: {len(done)} repairs; see what is left: onellm shards verify {root}"
+        if done
+        else f"{root}: nothing to repair"
+    )
     return EXIT_DONE

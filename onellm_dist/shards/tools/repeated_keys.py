@@ -50,20 +50,33 @@ class KeyBook:
         self._files: list[IO[bytes]] = []
         count = min(_MOST_FILES, -(-expected // capacity))
         if count > 1:
-            scratch = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="onellm-", dir=folder)))
-            self._files = [self._stack.enter_context((scratch / str(i)).open("w+b")) for i in range(count)]
+            scratch = Path(
+                self._stack.enter_context(tempfile.TemporaryDirectory(prefix="onellm-", dir=folder))
+            )
+            self._files = [
+                self._stack.enter_context((scratch / str(i)).open("w+b")) for i in range(count)
+            ]
 
     def __enter__(self) -> KeyBook:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stack.close()
 
-    def add(self, shard: int, hashes: NDArray[np.uint64], rows: Sequence[int] | None = None) -> None:
+    def add(
+        self, shard: int, hashes: NDArray[np.uint64], rows: Sequence[int] | None = None
+    ) -> None:
         """The keys of a shard: [n, 2], as `hashes_of` makes them; of all its rows in their order, or of some `rows`."""
         entries = np.empty(len(hashes), ENTRY)
         entries["a"], entries["b"] = hashes[:, 0], hashes[:, 1]
-        entries["place"] = np.uint64(shard << 32) + (np.arange(len(hashes)) if rows is None else np.array(rows, np.int64)).astype(np.uint64)
+        entries["place"] = np.uint64(shard << 32) + (
+            np.arange(len(hashes)) if rows is None else np.array(rows, np.int64)
+        ).astype(np.uint64)
         if not self._files:
             self._held.append(entries)
             return

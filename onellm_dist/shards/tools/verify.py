@@ -73,12 +73,14 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
                 bar.note(f"{count} problems" if count else "")
         for number, found in _repeated_keys(path, manifest, book.repeats()):
             problems.setdefault(number, []).extend(found)
-    return [p for number in sorted(problems) for p in problems[number]] + _stray_files(path, manifest)
+    return [p for number in sorted(problems) for p in problems[number]] + _stray_files(
+        path, manifest
+    )
 
 
 def _repeated_keys(
     root: Path, manifest: Manifest, repeats: Sequence[tuple[StoragePath, StoragePath]]
-) -> Iterator[tuple[int, list[Problem]]]:  # fmt: skip
+) -> Iterator[tuple[int, list[Problem]]]:
     """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
     for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
         shard = manifest.shards[number]
@@ -87,7 +89,11 @@ def _repeated_keys(
         yield (
             number,
             [
-                Problem(shard.path, f"duplicate key: it stands in {manifest.shards[first.shard].path} too", keys[later.row])
+                Problem(
+                    shard.path,
+                    f"duplicate key: it stands in {manifest.shards[first.shard].path} too",
+                    keys[later.row],
+                )
                 for first, later in pairs
                 if later.row < len(keys)
             ],
@@ -103,7 +109,9 @@ def shard_rows(tar: Path) -> IndexRows | None:
         return _rows_of(index) if index is not None else None
 
 
-def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[list[Problem], NDArray[np.uint64]]]:
+def _each_shard(
+    root: Path, manifest: Manifest, workers: int
+) -> Iterator[tuple[list[Problem], NDArray[np.uint64]]]:
     arguments = (
         [root] * len(manifest.shards),
         manifest.shards,
@@ -119,18 +127,22 @@ def _each_shard(root: Path, manifest: Manifest, workers: int) -> Iterator[tuple[
 
 def verify_shard(
     root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
-) -> tuple[list[Problem], NDArray[np.uint64]]:  # fmt: skip
+) -> tuple[list[Problem], NDArray[np.uint64]]:
     """(faults, [samples, 2] hashes of the keys) of one shard."""
     if not (root / shard.path).is_file():
         return [Problem(shard.path, "missing: the manifest lists it")], hashes_of([])
     try:
         problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
     except OSError as error:
-        return [Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")], hashes_of([])
+        return [
+            Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")
+        ], hashes_of([])
     return problems, hashes_of(keys)
 
 
-def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]) -> tuple[list[Problem], list[str]]:
+def _verify_tar(
+    tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
+) -> tuple[list[Problem], list[str]]:
     problems: list[Problem] = []
     index = _usable_index(tar, shard, problems)
     try:
@@ -141,7 +153,11 @@ def _verify_tar(tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Se
         rows, digest = None, sha256_of(tar)
     if index is not None:
         in_index = _rows_of(index)
-        problems += _differences(shard.path, in_index, rows) if rows is not None else _checksums(tar, shard.path, in_index)
+        problems += (
+            _differences(shard.path, in_index, rows)
+            if rows is not None
+            else _checksums(tar, shard.path, in_index)
+        )
         rows = rows or in_index
     if rows is not None:
         problems += _missing_parts(shard.path, rows, modalities, text)
@@ -172,10 +188,18 @@ def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[Problem]) -
         return index
     if index.tar_sha256 != shard.sha256:
         problems.append(
-            Problem(name, f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...")
+            Problem(
+                name,
+                f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...",
+            )
         )
     elif index.samples != shard.samples:
-        problems.append(Problem(name, f"stale index: it has {index.samples} samples, the manifest says {shard.samples}"))
+        problems.append(
+            Problem(
+                name,
+                f"stale index: it has {index.samples} samples, the manifest says {shard.samples}",
+            )
+        )
     return index
 
 
@@ -192,20 +216,39 @@ def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Probl
     for key, expected in zip(index.keys, index.parts, strict=True):
         found = in_tar.pop(key, None)
         if found is None:
-            yield Problem(shard, "missing sample: the index has it, the tar has not", key, next(iter(expected.values())).offset)
+            yield Problem(
+                shard,
+                "missing sample: the index has it, the tar has not",
+                key,
+                next(iter(expected.values())).offset,
+            )
             continue
         for extension, place in expected.items():
             if extension not in found:
-                yield Problem(shard, f"missing part .{extension}: the index has it, the tar has not", key, place.offset)
+                yield Problem(
+                    shard,
+                    f"missing part .{extension}: the index has it, the tar has not",
+                    key,
+                    place.offset,
+                )
             elif found[extension][:2] != place[:2]:
                 now = found[extension]
-                yield Problem(shard, f"stale index: part .{extension} lies at {now.offset} ({now.size} bytes)", key, place.offset)
+                yield Problem(
+                    shard,
+                    f"stale index: part .{extension} lies at {now.offset} ({now.size} bytes)",
+                    key,
+                    place.offset,
+                )
             elif found[extension].crc32 != place.crc32:
                 yield _flipped(shard, key, extension, place)
         for extension in found.keys() - expected.keys():
-            yield Problem(shard, f"stale index: part .{extension} is not in it", key, found[extension].offset)
+            yield Problem(
+                shard, f"stale index: part .{extension} is not in it", key, found[extension].offset
+            )
     for key, found in in_tar.items():
-        yield Problem(shard, "stale index: the sample is not in it", key, next(iter(found.values())).offset)
+        yield Problem(
+            shard, "stale index: the sample is not in it", key, next(iter(found.values())).offset
+        )
 
 
 def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
@@ -217,16 +260,28 @@ def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
                 file.seek(place.offset)
                 if place.offset + place.size > size:
                     there = max(0, size - place.offset)
-                    yield Problem(shard, f"truncated: part .{extension} has {there} of its {place.size} bytes", key, place.offset)
+                    yield Problem(
+                        shard,
+                        f"truncated: part .{extension} has {there} of its {place.size} bytes",
+                        key,
+                        place.offset,
+                    )
                 elif zlib.crc32(file.read(place.size)) != place.crc32:
                     yield _flipped(shard, key, extension, place)
 
 
 def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> Problem:
-    return Problem(shard, f"part .{extension} ({place.size} bytes) fails its CRC-32: bytes were changed", key, place.offset)
+    return Problem(
+        shard,
+        f"part .{extension} ({place.size} bytes) fails its CRC-32: bytes were changed",
+        key,
+        place.offset,
+    )
 
 
-def _missing_parts(shard: str, rows: IndexRows, modalities: Sequence[str], text: Sequence[str]) -> Iterator[Problem]:
+def _missing_parts(
+    shard: str, rows: IndexRows, modalities: Sequence[str], text: Sequence[str]
+) -> Iterator[Problem]:
     checks = [get_modality(name) for name in modalities]
     for key, start, parts in zip(rows.keys, rows.starts, rows.parts, strict=True):
         for modality in checks:
@@ -236,7 +291,12 @@ def _missing_parts(shard: str, rows: IndexRows, modalities: Sequence[str], text:
                 yield Problem(shard, f"missing part: {error.what}", key, start)
         for extension in text:
             if extension not in parts:
-                yield Problem(shard, f"missing part .{extension}: the manifest says that every sample has one", key, start)
+                yield Problem(
+                    shard,
+                    f"missing part .{extension}: the manifest says that every sample has one",
+                    key,
+                    start,
+                )
 
 
 def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
@@ -246,7 +306,9 @@ def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
         for entry in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
             relative = (PurePosixPath(folder) / entry.name).as_posix()
             if entry.name.endswith(ASIDE):
-                problems.append(Problem(relative, "left over from a writer that was stopped; it may be removed"))
+                problems.append(
+                    Problem(relative, "left over from a writer that was stopped; it may be removed")
+                )
             elif entry.name.endswith((".tar", ".tar.index")) and relative not in listed:
                 problems.append(Problem(relative, "not in the manifest: nothing reads it"))
     return problems
@@ -254,7 +316,11 @@ def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
 
 def verify_command(path: Path, *, workers: int = 1) -> int:
     """`onellm shards verify`: prints the faults of a dataset, or of all datasets in a folder; exit code 1 where there are some."""
-    datasets = [path] if (path / MANIFEST).exists() else sorted(p.parent for p in path.glob(f"*/{MANIFEST}")) or [path]
+    datasets = (
+        [path]
+        if (path / MANIFEST).exists()
+        else sorted(p.parent for p in path.glob(f"*/{MANIFEST}")) or [path]
+    )
     total = 0
     for dataset in datasets:
         problems = verify_dataset(dataset, workers=workers)

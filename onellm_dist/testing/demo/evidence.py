@@ -38,14 +38,24 @@ def collect_report(
         runs: name to run directory, in their order; the last one's model made the captions.
         standins: where `clip.json` and `llm.json` lie.
     """
-    towers = {name: json.loads((standins / f"{name}.json").read_text(encoding="utf-8")) for name in ("clip", "llm")}
+    towers = {
+        name: json.loads((standins / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("clip", "llm")
+    }
     metrics = {name: read_metrics(run) for name, run in runs.items()}
     curves = [
         Curve("stand-in CLIP", list(enumerate(towers["clip"]["loss"]))),
         Curve("stand-in LLM", list(enumerate(towers["llm"]["loss"]))),
-        *(run_curve(name.replace("_", " "), metrics[name], read_events(run)) for name, run in runs.items()),
+        *(
+            run_curve(name.replace("_", " "), metrics[name], read_events(run))
+            for name, run in runs.items()
+        ),
     ]
-    routers = {name.replace("_", " "): router_weights(run / "model") for name, run in runs.items() if name.startswith("align")}
+    routers = {
+        name.replace("_", " "): router_weights(run / "model")
+        for name, run in runs.items()
+        if name.startswith("align")
+    }
     facts = {
         "device": device,
         "stand-in CLIP": f"{towers['clip']['images']:,} images; top-1 {towers['clip']['top1_hard_batches']:.2f} on hard batches",
@@ -54,28 +64,52 @@ def collect_report(
         "resumed": _resumed(runs),
     }
     report = Report(
-        "OneLLM on the toy world", facts, results, curves, routers, sample_pictures(toy, captions), timetable,
+        "OneLLM on the toy world",
+        facts,
+        results,
+        curves,
+        routers,
+        sample_pictures(toy, captions),
+        timetable,
         notes=["A caption is right (green) when every word is."],
-    )  # fmt: skip
+    )
     write_report(path, report)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
     """The lines of `events.jsonl`."""
-    return [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
-def run_curve(name: str, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> Curve:
+def run_curve(
+    name: str, metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
+) -> Curve:
     """The loss of a run, in total and by modality, with the steps at which it was resumed."""
     total = [(float(m["step"]), float(m["loss"])) for m in metrics]
     kinds = sorted({kind for m in metrics for kind in m["loss_by_modality"]})
-    by_modality = {k: [(float(m["step"]), float(m["loss_by_modality"][k])) for m in metrics if k in m["loss_by_modality"]] for k in kinds}
-    marks = {float(e["first_step"]): "killed, resumed" for e in events if e["event"] == "start" and e["first_step"] > 0}
+    by_modality = {
+        k: [
+            (float(m["step"]), float(m["loss_by_modality"][k]))
+            for m in metrics
+            if k in m["loss_by_modality"]
+        ]
+        for k in kinds
+    }
+    marks = {
+        float(e["first_step"]): "killed, resumed"
+        for e in events
+        if e["event"] == "start" and e["first_step"] > 0
+    }
     return Curve(name, total, by_modality if len(kinds) > 1 else {}, marks)
 
 
@@ -86,7 +120,10 @@ def router_weights(model_path: Path) -> dict[str, list[list[float]]]:
 
     loaded, _ = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded
-    return {name: projector.router(projector.queries()).tolist() for name, projector in model.projectors.items()}
+    return {
+        name: projector.router(projector.queries()).tolist()
+        for name, projector in model.projectors.items()
+    }
 
 
 def sample_pictures(toy: Path, captions: Sequence[Caption], count: int = PICTURES) -> list[Sample]:
@@ -104,19 +141,38 @@ def sample_pictures(toy: Path, captions: Sequence[Caption], count: int = PICTURE
                     if caption is None:
                         continue
                     parts = read_parts(dataset, shard, row)
-                    raw = modality.decode({slot: parts[e] for slot, e in modality.match(parts).items()}, meta_of(parts))
-                    shown.append(Sample(name, modality.preview(raw), caption.reference, caption.prediction, split))
+                    raw = modality.decode(
+                        {slot: parts[e] for slot, e in modality.match(parts).items()},
+                        meta_of(parts),
+                    )
+                    shown.append(
+                        Sample(
+                            name,
+                            modality.preview(raw),
+                            caption.reference,
+                            caption.prediction,
+                            split,
+                        )
+                    )
     return shown
 
 
 def _samples_of(metrics: Sequence[dict[str, Any]]) -> str:
     samples = sum(m["samples"] for m in metrics)
-    return f"{len(metrics):,} steps, {samples:,} samples, last loss {metrics[-1]['loss']:.3f}" if metrics else "no step"
+    return (
+        f"{len(metrics):,} steps, {samples:,} samples, last loss {metrics[-1]['loss']:.3f}"
+        if metrics
+        else "no step"
+    )
 
 
 def resumed_at(run: Path) -> list[int]:
     """The steps at which later starts of a run went on from a checkpoint."""
-    return [event["first_step"] for event in read_events(run) if event["event"] == "start" and event["first_step"] > 0]
+    return [
+        event["first_step"]
+        for event in read_events(run)
+        if event["event"] == "start" and event["first_step"] > 0
+    ]
 
 
 def _resumed(runs: Mapping[str, Path]) -> str:
@@ -125,7 +181,9 @@ def _resumed(runs: Mapping[str, Path]) -> str:
         before = ""
         for event in read_events(run):
             if event["event"] == "start" and event["first_step"] > 0:
-                found.append(f"{name.replace('_', ' ')} from step {event['first_step']}, {before or 'after SIGKILL'}")
+                found.append(
+                    f"{name.replace('_', ' ')} from step {event['first_step']}, {before or 'after SIGKILL'}"
+                )
             if event["event"] in ("start", "end"):
                 before = f"{event['status']} before" if event["event"] == "end" else ""
     return ", ".join(found) or "nothing"

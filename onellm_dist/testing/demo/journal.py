@@ -52,16 +52,26 @@ def claim(out: Path, *, full: bool) -> Journal:
             journal = Journal(out, **json.loads(path.read_text(encoding="utf-8")))
         except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
             raise UsageError(
-                f"{path}: not a demo's record: {error}", "how far it was is not known.", f"remove {out}, or give another --out."
+                f"{path}: not a demo's record: {error}",
+                "how far it was is not known.",
+                f"remove {out}, or give another --out.",
             ) from None
         if journal.full != full:
-            has, wanted = ("--full", "the quick one") if journal.full else ("the quick demo", "--full")
+            has, wanted = (
+                ("--full", "the quick one") if journal.full else ("the quick demo", "--full")
+            )
             raise UsageError(
-                f"{out} holds {has}, and {wanted} was asked for", "their sizes differ.", "remove it, or give another folder with --out."
+                f"{out} holds {has}, and {wanted} was asked for",
+                "their sizes differ.",
+                "remove it, or give another folder with --out.",
             )
         return journal
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty", "the demo would mix with what is there.", "remove it, or give another folder with --out.")
+        raise UsageError(
+            f"{out} is not empty",
+            "the demo would mix with what is there.",
+            "remove it, or give another folder with --out.",
+        )
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, full)
     journal.write()

@@ -53,7 +53,11 @@ class Job:
         self._out.write(f"$ {' '.join(self.command)}\n".encode())
         self._out.flush()
         self.process = subprocess.Popen(
-            self.command, stdout=self._out, stderr=subprocess.STDOUT, env={**os.environ, **self.environment}, start_new_session=True
+            self.command,
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **self.environment},
+            start_new_session=True,
         )
 
     def progress(self) -> float:
@@ -68,7 +72,12 @@ class Job:
         """The exit code, or None while it runs; kills the tree when `kill_at` is reached."""
         assert self.process is not None
         code = self.process.poll()
-        if code is None and self.kill_at is not None and not self.killed and self.progress() >= self.kill_at:
+        if (
+            code is None
+            and self.kill_at is not None
+            and not self.killed
+            and self.progress() >= self.kill_at
+        ):
             kill_tree(self.process.pid)
             self.process.wait()
             self.killed = True
@@ -80,7 +89,9 @@ class Job:
 
     def tail(self, lines: int = 25) -> str:
         """The last lines of the output."""
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+        return "\n".join(
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+        )
 
 
 def kill_tree(pid: int) -> int:

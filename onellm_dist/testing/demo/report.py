@@ -85,7 +85,10 @@ def write_report(path: Path, report: Report) -> None:
         "<h2>Loss</h2>",
         *[_curve(c) for c in report.curves],
         "<h2>Router weights by expert and modality</h2>",
-        *[f"<h3>{html.escape(stage)}</h3>{router_chart(weights)}" for stage, weights in report.routers.items()],
+        *[
+            f"<h3>{html.escape(stage)}</h3>{router_chart(weights)}"
+            for stage, weights in report.routers.items()
+        ],
         "<h2>Time</h2>",
         _timetable(report.timetable),
     ]
@@ -102,7 +105,9 @@ def picture_uri(picture: Image.Image, *, widest: int = 480) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+    rows = "".join(
+        f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items()
+    )
     return f"<table>{rows}</table>"
 
 
@@ -137,7 +142,12 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 def _curve(curve: Curve) -> str:
     window = max(1, len(curve.loss) // 100)
-    total = line_chart({"loss": _smoothed(curve.loss, window)}, x_label="optimizer step", y_label="loss a token", marks=curve.marks)
+    total = line_chart(
+        {"loss": _smoothed(curve.loss, window)},
+        x_label="optimizer step",
+        y_label="loss a token",
+        marks=curve.marks,
+    )
     if not curve.by_modality:
         return f"<h3>{html.escape(curve.name)}</h3>{total}"
     lines = {m: _smoothed(line, window) for m, line in curve.by_modality.items()}
@@ -150,6 +160,9 @@ def _smoothed(line: Sequence[tuple[float, float]], window: int) -> list[tuple[fl
 
 
 def _timetable(rows: Sequence[tuple[str, float, float]]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(w)}</td><td>{p:.0f} s</td><td>{t:.0f} s</td></tr>" for w, p, t in rows)
+    cells = "".join(
+        f"<tr><td>{html.escape(w)}</td><td>{p:.0f} s</td><td>{t:.0f} s</td></tr>"
+        for w, p, t in rows
+    )
     total = f"<tr><th>all</th><th>{sum(p for _, p, _ in rows):.0f} s</th><th>{sum(t for _, _, t in rows):.0f} s</th></tr>"
     return f"<table><tr><th>stage</th><th>predicted</th><th>taken</th></tr>{cells}{total}</table>"

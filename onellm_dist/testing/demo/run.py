@@ -82,7 +82,9 @@ def run_demo(out: Path, full: bool = False) -> int:
     when_ended(exit_by_signal)  # the commands under way are ended, too
     slow = measure_speed()
     table = Timetable(_stages(demo, slow), journal)
-    print(f"onellm demo in {demo.out}: {demo.ranks} ranks on {_device()}, this machine runs at {1 / slow:.2f} of the reference's speed")
+    print(
+        f"onellm demo in {demo.out}: {demo.ranks} ranks on {_device()}, this machine runs at {1 / slow:.2f} of the reference's speed"
+    )
     table.show()
     stages: list[Callable[[Demo, Timetable, Journal], None]] = [
         _towers_and_shards,
@@ -110,7 +112,10 @@ def _stages(demo: Demo, slow: float) -> list[Stage]:
     for name, training in zip(RUNS, scale.stages, strict=True):
         starts = 2 if name == RUNS[0] else 1
         stages.append(
-            Stage(f"{name.replace('_', ' ')} ({training.steps} steps)", (training.steps * training.step_seconds + starts * start_up) * slow)
+            Stage(
+                f"{name.replace('_', ' ')} ({training.steps} steps)",
+                (training.steps * training.step_seconds + starts * start_up) * slow,
+            )
         )
     stages.append(Stage("captions of test samples", (scale.caption_seconds / 2 + 10) * slow))
     return [*stages, Stage("table and report", 8 * slow)]
@@ -128,22 +133,48 @@ def _towers_and_shards(demo: Demo, table: Timetable, _: Journal) -> None:
         [
             _job(demo, "stand-in LLM", [*standins, "llm", str(made / "llm.pt"), *scale.llm]),
             _job(
-                demo, "shards",
-                [*_onellm(), "shards", "build", "toyworld", str(demo.toy),
-                 "--option", f"train={counts}", "--option", f"test={scale.test}"],
+                demo,
+                "shards",
+                [
+                    *_onellm(),
+                    "shards",
+                    "build",
+                    "toyworld",
+                    str(demo.toy),
+                    "--option",
+                    f"train={counts}",
+                    "--option",
+                    f"test={scale.test}",
+                ],
             ),
         ],
-    ]  # fmt: skip
-    seconds = {"stand-in CLIP": scale.clip_seconds, "stand-in LLM": scale.llm_seconds, "shards": scale.shards_seconds}
+    ]
+    seconds = {
+        "stand-in CLIP": scale.clip_seconds,
+        "stand-in LLM": scale.llm_seconds,
+        "shards": scale.shards_seconds,
+    }
     everything = [job for lane in lanes for job in lane]
-    run_lanes(lanes, lambda running: table.tell(_share(everything, running, seconds), " and ".join(job.name for job in running)))
-    assemble = _job(demo, "assemble", [*standins, "assemble", str(made / "clip.pt"), str(made / "llm.pt"), str(demo.towers)])
+    run_lanes(
+        lanes,
+        lambda running: table.tell(
+            _share(everything, running, seconds), " and ".join(job.name for job in running)
+        ),
+    )
+    assemble = _job(
+        demo,
+        "assemble",
+        [*standins, "assemble", str(made / "clip.pt"), str(made / "llm.pt"), str(demo.towers)],
+    )
     run_lanes([[assemble]], lambda running: table.tell(0.98, "putting the towers together"))
 
 
 def _share(jobs: Sequence[Job], running: Sequence[Job], seconds: dict[str, float]) -> float:
     """Share done of jobs side by side, each weighted by its expected time."""
-    done = sum(seconds[j.name] * (j.progress() if j in running else float(j.process is not None)) for j in jobs)
+    done = sum(
+        seconds[j.name] * (j.progress() if j in running else float(j.process is not None))
+        for j in jobs
+    )
     return done / sum(seconds.values())
 
 
@@ -152,28 +183,53 @@ def _train(demo: Demo, table: Timetable, journal: Journal, *, name: str) -> None
     command = _training_command(demo, name, demo.scale.stages[RUNS.index(name)])
     if name == RUNS[0] and not journal.killed:
         victim = _job(demo, name, command, counted=STEPS, kill_at=KILL_AT)
-        run_lanes([[victim]], lambda running: table.tell(running[0].progress() if running else KILL_AT))
+        run_lanes(
+            [[victim]], lambda running: table.tell(running[0].progress() if running else KILL_AT)
+        )
         if not victim.killed:
             raise OneLLMError(
-                f"{name} ended before it could be killed", "the resume was not shown.", "remove the folder and run the demo again."
+                f"{name} ended before it could be killed",
+                "the resume was not shown.",
+                "remove the folder and run the demo again.",
             )
         journal.killed = True
         journal.write()
-        print(f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it", file=sys.stderr)
-    run_lanes([[_job(demo, name, command, counted=STEPS)]], lambda running: table.tell(running[0].progress() if running else 1.0))
+        print(
+            f"\nkilled {name} with SIGKILL at {KILL_AT:.0%}; the same command resumes it",
+            file=sys.stderr,
+        )
+    run_lanes(
+        [[_job(demo, name, command, counted=STEPS)]],
+        lambda running: table.tell(running[0].progress() if running else 1.0),
+    )
     if name == RUNS[0] and not resumed_at(demo.run_dir(name)):
-        raise OneLLMError(f"{name} did not resume after its kill", "it started again at step 0.", f"see {demo.log(name)}.")
+        raise OneLLMError(
+            f"{name} did not resume after its kill",
+            "it started again at step 0.",
+            f"see {demo.log(name)}.",
+        )
     if not (demo.run_dir(name) / "model" / "config.json").is_file():
-        raise OneLLMError(f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}.")
+        raise OneLLMError(
+            f"{name} left no model", "the next stage starts from it.", f"see {demo.log(name)}."
+        )
 
 
 def _training_command(demo: Demo, name: str, training: Training) -> list[str]:
     return [
-        _script("deepspeed"), "--num_accelerators", str(demo.ranks), "--master_port", str(free_port()),
-        "--module", "onellm_dist.train", training.recipe,
-        f"run.dir={demo.run_dir(name)}", f"data.root={demo.toy}", f"model.path={demo.model_before(name)}",
-        f"train.steps={training.steps}", *training.overrides,
-    ]  # fmt: skip
+        _script("deepspeed"),
+        "--num_accelerators",
+        str(demo.ranks),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "onellm_dist.train",
+        training.recipe,
+        f"run.dir={demo.run_dir(name)}",
+        f"data.root={demo.toy}",
+        f"model.path={demo.model_before(name)}",
+        f"train.steps={training.steps}",
+        *training.overrides,
+    ]
 
 
 def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
@@ -185,13 +241,23 @@ def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
     lanes = [
         [
             _job(
-                demo, f"captions {i}",
-                [sys.executable, "-m", "onellm_dist.evaluation.captioning", str(model), str(part), *(str(demo.toy / m) for m in mine)],
+                demo,
+                f"captions {i}",
+                [
+                    sys.executable,
+                    "-m",
+                    "onellm_dist.evaluation.captioning",
+                    str(model),
+                    str(part),
+                    *(str(demo.toy / m) for m in mine),
+                ],
             )
         ]
         for i, (part, mine) in enumerate(zip(parts, dealt, strict=True))
-    ]  # fmt: skip
-    run_lanes(lanes, lambda running: table.tell(min((job.progress() for job in running), default=1.0)))
+    ]
+    run_lanes(
+        lanes, lambda running: table.tell(min((job.progress() for job in running), default=1.0))
+    )
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: order.index(json.loads(line)["modality"]))
     (demo.out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -199,23 +265,42 @@ def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
 
 def _every_caption() -> dict[str, list[str]]:
     """Modality -> all captions it can have."""
-    return {m: [world.caption(m, world.named(m, c)) for c in world.combinations(m)] for m in world.MODALITIES}
+    return {
+        m: [world.caption(m, world.named(m, c)) for c in world.combinations(m)]
+        for m in world.MODALITIES
+    }
 
 
 def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetable) -> None:
     (demo.out / "table.txt").write_text(as_text(results) + "\n", encoding="utf-8")
-    (demo.out / "results.json").write_text(json.dumps({"seconds": table.taken, "results": as_json(results)}, indent=1), encoding="utf-8")
+    (demo.out / "results.json").write_text(
+        json.dumps({"seconds": table.taken, "results": as_json(results)}, indent=1),
+        encoding="utf-8",
+    )
     collect_report(
-        demo.out / "report.html", results=results, captions=read_captions(demo.out / "captions.jsonl"), toy=demo.toy,
-        runs={name: demo.run_dir(name) for name in RUNS}, standins=demo.out / "standins",
-        timetable=[(s.name, s.predicted, s.taken or 0.0) for s in table.stages], device=f"{demo.ranks} ranks on {_device()}",
-    )  # fmt: skip
+        demo.out / "report.html",
+        results=results,
+        captions=read_captions(demo.out / "captions.jsonl"),
+        toy=demo.toy,
+        runs={name: demo.run_dir(name) for name in RUNS},
+        standins=demo.out / "standins",
+        timetable=[(s.name, s.predicted, s.taken or 0.0) for s in table.stages],
+        device=f"{demo.ranks} ranks on {_device()}",
+    )
 
 
 def _verdict(results: Sequence[ModalityResult]) -> int:
-    failed = [f"{r.modality} ({split})" for r in results for split, found in r.splits.items() if not found.beats_control]
+    failed = [
+        f"{r.modality} ({split})"
+        for r in results
+        for split, found in r.splits.items()
+        if not found.beats_control
+    ]
     if failed:
-        print(f"not beyond the 95% interval of their own shuffled-input control: {', '.join(failed)}", file=sys.stderr)
+        print(
+            f"not beyond the 95% interval of their own shuffled-input control: {', '.join(failed)}",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
     return EXIT_DONE
 
@@ -225,13 +310,29 @@ def _ranks() -> int:
 
 
 def _device() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return (
+        torch.cuda.get_device_name(0)
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores"
+    )
 
 
-def _job(demo: Demo, name: str, command: Sequence[str], *, counted: str = NUMBERS, kill_at: float | None = None) -> Job:
+def _job(
+    demo: Demo,
+    name: str,
+    command: Sequence[str],
+    *,
+    counted: str = NUMBERS,
+    kill_at: float | None = None,
+) -> Job:
     threads = max(1, (os.cpu_count() or 1) // RANKS)
     return Job(
-        name, command, demo.log(name.replace(" ", "_")), {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}, counted, kill_at
+        name,
+        command,
+        demo.log(name.replace(" ", "_")),
+        {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+        counted,
+        kill_at,
     )
 
 
@@ -245,7 +346,9 @@ def _script(name: str) -> str:
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
         raise OneLLMError(
-            f"no command {name}", "the demo trains through it.", "install the package with its dependencies: pip install -e ."
+            f"no command {name}",
+            "the demo trains through it.",
+            "install the package with its dependencies: pip install -e .",
         )
     return found
 

@@ -55,7 +55,9 @@ class Timetable:
         journal: knows the stages that an earlier start ended, and is told of those that end.
     """
 
-    def __init__(self, stages: Sequence[Stage], journal: Journal, out: TextIO | None = None) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], journal: Journal, out: TextIO | None = None
+    ) -> None:
         self.stages = list(stages)
         self._out, self._journal = out or sys.stderr, journal
         for stage in self.stages:
@@ -90,7 +92,10 @@ class Timetable:
         stage = self.stages[self._current]
         stage.taken = time.monotonic() - self._started
         self._journal.ended(stage.name, stage.taken)
-        self._print(f"{self._head()} done in {seconds_text(stage.taken)} (about {seconds_text(stage.predicted)} was expected)", last=True)
+        self._print(
+            f"{self._head()} done in {seconds_text(stage.taken)} (about {seconds_text(stage.predicted)} was expected)",
+            last=True,
+        )
 
     def tell(self, share: float, doing: str = "") -> None:
         """Show the line: what runs, its share done, the seconds left of it and of all."""
@@ -112,8 +117,15 @@ class Timetable:
         """
         stage = self.stages[self._current]
         by_plan = max(0.0, stage.predicted * self._stretch() * (1 - share))
-        here = by_plan if share <= 0.02 else (1 - share) * by_plan + share * (elapsed / share * (1 - share))
-        later = sum(s.predicted for s in self.stages[self._current + 1 :] if s.taken is None) * self._stretch()
+        here = (
+            by_plan
+            if share <= 0.02
+            else (1 - share) * by_plan + share * (elapsed / share * (1 - share))
+        )
+        later = (
+            sum(s.predicted for s in self.stages[self._current + 1 :] if s.taken is None)
+            * self._stretch()
+        )
         return here, here + later
 
     def _stretch(self) -> float:

@@ -64,14 +64,18 @@ class ImageBank:
         kinds: [n] index of the caption among the different ones.
     """
 
-    def __init__(self, split: str, count: int, seed: int, tell: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, split: str, count: int, seed: int, tell: Callable[[int], None] | None = None
+    ) -> None:
         self.patches = np.empty((count, GRID * GRID, PATCH_VALUES), dtype=np.uint8)
         self.busy = np.empty((count, GRID * GRID), dtype=bool)
         self.captions: list[str] = []
         groups: dict[tuple[str, ...], list[int]] = {}
         for i in range(count):
             sample = render(MODALITY, split, i, seed)
-            patches = to_patches(np.asarray(Image.open(io.BytesIO(sample.parts["jpg"])).convert("RGB")))
+            patches = to_patches(
+                np.asarray(Image.open(io.BytesIO(sample.parts["jpg"])).convert("RGB"))
+            )
             usual = np.median(patches, axis=0)
             self.patches[i], self.busy[i] = patches, (np.abs(patches - usual) > _BUSY).any(axis=1)
             self.captions.append(sample.caption)
@@ -141,10 +145,14 @@ def sincos_positions(width: int) -> torch.Tensor:
     angles = torch.arange(GRID)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = line[:, None].expand(GRID, GRID, -1), line[None].expand(GRID, GRID, -1)
-    return torch.cat([torch.zeros(1, width), torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, width)])
+    return torch.cat(
+        [torch.zeros(1, width), torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, width)]
+    )
 
 
-def encode_patches(encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: int | None, rng: np.random.Generator) -> torch.Tensor:
+def encode_patches(
+    encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: int | None, rng: np.random.Generator
+) -> torch.Tensor:
     """Features [B, L + 1, D] of images of the bank; `kept` patches of each, or all of them."""
     pixels = bank.patches[rows]
     if kept is None:
@@ -152,7 +160,10 @@ def encode_patches(encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: in
     else:
         wanted = bank.busy[rows] + 0.9 * rng.random((len(rows), GRID * GRID))
         picked = np.argpartition(-wanted, kept - 1, axis=1)[:, :kept]
-        pixels, chosen = np.take_along_axis(pixels, picked[..., None], axis=1), torch.from_numpy(picked)
+        pixels, chosen = (
+            np.take_along_axis(pixels, picked[..., None], axis=1),
+            torch.from_numpy(picked),
+        )
     mean, std = (torch.tensor(v).repeat_interleave(PATCH * PATCH) for v in (CLIP_MEAN, CLIP_STD))
     values = (torch.from_numpy(pixels).float() / 255 - mean) / std
     positions = encoder.positions.weight
@@ -160,7 +171,9 @@ def encode_patches(encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: in
     first = (encoder.class_token.weight + positions[0]).expand(len(rows), 1, -1)
     x = torch.cat([first, embedded], dim=1)
     n, length, width = x.shape
-    return encoder(x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)).reshape(n, length, width)
+    return encoder(
+        x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)
+    ).reshape(n, length, width)
 
 
 def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> torch.Tensor:
@@ -190,7 +203,9 @@ def pretrain_clip(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * cosine(step, steps, recipe.warmup)
-        features = encode_patches(encoder, bank, rows, recipe.kept if step < steps * (1 - recipe.whole) else None, rng)
+        features = encode_patches(
+            encoder, bank, rows, recipe.kept if step < steps * (1 - recipe.whole) else None, rng
+        )
         loss = contrastive_loss(head.logits(features, texts[rows]), bank.kinds[rows])
         encoder.zero_grad()
         head.zero_grad()
@@ -210,13 +225,19 @@ def steps_of(recipe: ClipRecipe) -> int:
     return recipe.images // recipe.batch
 
 
-def _optimizers(encoder: Encoder, head: nn.Module, recipe: ClipRecipe) -> list[torch.optim.Optimizer]:
-    matrices = [p for name, p in encoder.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+def _optimizers(
+    encoder: Encoder, head: nn.Module, recipe: ClipRecipe
+) -> list[torch.optim.Optimizer]:
+    matrices = [
+        p for name, p in encoder.named_parameters() if name.startswith("blocks.") and p.ndim == 2
+    ]
     chosen = {id(p) for p in matrices}
     others = [p for p in [*encoder.parameters(), *head.parameters()] if id(p) not in chosen]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05),
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -226,7 +247,13 @@ def _optimizers(encoder: Encoder, head: nn.Module, recipe: ClipRecipe) -> list[t
 
 @torch.inference_mode()
 def top1(
-    encoder: Encoder, head: ContrastiveHead, tokenizer: PreTrainedTokenizerFast, bank: ImageBank, *, batches: int = 4, seed: int = 7
+    encoder: Encoder,
+    head: ContrastiveHead,
+    tokenizer: PreTrainedTokenizerFast,
+    bank: ImageBank,
+    *,
+    batches: int = 4,
+    seed: int = 7,
 ) -> float:
     """Share of images whose own caption scores highest within a hard batch of 64, every patch kept."""
     rng = np.random.default_rng(seed)
@@ -235,16 +262,22 @@ def top1(
     encoder.eval()
     right = total = 0
     for rows, _ in zip(bank.hard_batches(64, rng), range(batches), strict=False):
-        best = head.logits(encode_patches(encoder, bank, rows, None, rng), texts[rows]).argmax(dim=1)
+        best = head.logits(encode_patches(encoder, bank, rows, None, rng), texts[rows]).argmax(
+            dim=1
+        )
         right += int((bank.kinds[rows][best] == bank.kinds[rows]).sum())
         total += len(rows)
     return right / total
 
 
 @torch.inference_mode()
-def zero_shot(encoder: Encoder, head: ContrastiveHead, tokenizer: PreTrainedTokenizerFast, bank: ImageBank) -> float:
+def zero_shot(
+    encoder: Encoder, head: ContrastiveHead, tokenizer: PreTrainedTokenizerFast, bank: ImageBank
+) -> float:
     """Share of images whose own caption scores highest among all captions of the modality, held-out ones included."""
-    every = [world.caption(MODALITY, world.named(MODALITY, c)) for c in world.combinations(MODALITY)]
+    every = [
+        world.caption(MODALITY, world.named(MODALITY, c)) for c in world.combinations(MODALITY)
+    ]
     texts = caption_ids(tokenizer, every)
     rng = np.random.default_rng(0)
     head.eval()

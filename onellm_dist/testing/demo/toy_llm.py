@@ -55,11 +55,20 @@ class Documents:
         """(input_ids, labels), both [batch, S] int64, padded on the right; a batch is of one format, so little is padded."""
         while True:
             conversation = self._rng.random() < self._recipe.conversations
-            yield pad([self.document(next(self._corpus), conversation=conversation) for _ in range(self._recipe.batch)])
+            yield pad(
+                [
+                    self.document(next(self._corpus), conversation=conversation)
+                    for _ in range(self._recipe.batch)
+                ]
+            )
 
-    def document(self, source: world.Document, *, conversation: bool) -> tuple[list[int], list[int]]:
+    def document(
+        self, source: world.Document, *, conversation: bool
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels: BOS, maybe 32 attribute words, the text; what training supervises of the text is supervised."""
-        ids, labels = encode_document(source, self._conversations if conversation else self._captions)
+        ids, labels = encode_document(
+            source, self._conversations if conversation else self._captions
+        )
         if self._rng.random() >= self._recipe.words_first:
             return ids, labels
         words = [self._word_id(word) for word in shuffled_words(source.words, self._rng)]
@@ -78,7 +87,12 @@ def encode_document(source: world.Document, encoder: TextEncoder) -> tuple[list[
     import json
 
     record = {"caption": source.caption, "conversations": source.conversations}
-    return encoder.encode({"txt": Part("txt", source.caption.encode()), "json": Part("json", json.dumps(record).encode())})
+    return encoder.encode(
+        {
+            "txt": Part("txt", source.caption.encode()),
+            "json": Part("json", json.dumps(record).encode()),
+        }
+    )
 
 
 def pad(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,14 +104,21 @@ def pad(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torc
 
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
     """Share of the peak rate: linear warm-up, then half a cosine down to `floor`."""
-    return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    return min(1.0, (step + 1) / warmup) * (
+        floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
 
 
 def pretrain_llm(
-    llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: LLMRecipe, tell: Callable[[int, float], None] | None = None
+    llm: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: LLMRecipe,
+    tell: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train `llm` in place; returns the loss of every step. `tell(step, loss)` is called after each."""
-    optimizer = torch.optim.AdamW(llm.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        llm.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1
+    )
     losses: list[float] = []
     llm.train()
     for step, (ids, labels) in zip(range(recipe.steps), Documents(tokenizer, recipe), strict=False):
@@ -115,7 +136,9 @@ def pretrain_llm(
 
 
 @torch.inference_mode()
-def composition_score(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int = 160, seed: int = 1) -> float:
+def composition_score(
+    llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int = 160, seed: int = 1
+) -> float:
     """Share of held-out captions that the LLM writes right, every token, behind their shuffled attribute words."""
     rng = np.random.default_rng(seed)
     encoder = TextEncoder(tokenizer, "caption", MAX_TEXT)
@@ -129,7 +152,9 @@ def composition_score(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
         words = tuple(w for w in text.split() if w in attributes.values())
         written, targets = encode_document(world.Document(modality, words, text, ""), encoder)
         prefix = [word_id(w) for w in shuffled_words(words, rng)]
-        rows.append(([written[0], *prefix, *written[1:]], [IGNORE] * (1 + len(prefix)) + targets[1:]))
+        rows.append(
+            ([written[0], *prefix, *written[1:]], [IGNORE] * (1 + len(prefix)) + targets[1:])
+        )
     ids, labels = pad(rows)
     llm.eval()
     said = llm(input_ids=ids).logits[:, :-1].argmax(-1)

@@ -21,7 +21,14 @@ from transformers import LlamaForCausalLM
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.model.presets import load_model
-from onellm_dist.testing.demo.toy_clip import ClipRecipe, ImageBank, pretrain_clip, steps_of, top1, zero_shot
+from onellm_dist.testing.demo.toy_clip import (
+    ClipRecipe,
+    ImageBank,
+    pretrain_clip,
+    steps_of,
+    top1,
+    zero_shot,
+)
 from onellm_dist.testing.demo.toy_llm import LLMRecipe, composition_score, pretrain_llm
 
 PRESET = "toy"
@@ -87,7 +94,11 @@ def make_llm(out: Path, recipe: LLMRecipe) -> dict[str, Any]:
 
         losses = pretrain_llm(llm, processor.tokenizer, recipe, tell)
     composed = composition_score(llm, processor.tokenizer)
-    reached = {"documents": recipe.steps * recipe.batch, "held_out_from_words": composed, "loss": losses}
+    reached = {
+        "documents": recipe.steps * recipe.batch,
+        "held_out_from_words": composed,
+        "loss": losses,
+    }
     _write(out, llm.state_dict(), reached)
     if composed < LEAST_COMPOSITION:
         raise OneLLMError(
@@ -124,7 +135,11 @@ def _recipe(default: Recipe, overrides: Sequence[str]) -> Recipe:
     for item in overrides:
         key, _, text = item.partition("=")
         if key not in known:
-            raise UsageError(f"unknown key {key!r}", "nothing was started.", f"use any of: {', '.join(sorted(known))}.")
+            raise UsageError(
+                f"unknown key {key!r}",
+                "nothing was started.",
+                f"use any of: {', '.join(sorted(known))}.",
+            )
         values[key] = yaml.safe_load(text)
     return dataclasses.replace(default, **values)
 
@@ -140,7 +155,11 @@ def main(arguments: Sequence[str]) -> int:
             case ["assemble", clip, llm, out]:
                 assemble(Path(clip), Path(llm), Path(out))
             case _:
-                raise UsageError(f"cannot read the arguments {' '.join(arguments)!r}", "nothing was started.", (__doc__ or "").strip())
+                raise UsageError(
+                    f"cannot read the arguments {' '.join(arguments)!r}",
+                    "nothing was started.",
+                    (__doc__ or "").strip(),
+                )
     except OneLLMError as error:
         print(f"onellm: {error}", file=sys.stderr)
         return error.exit_code
@@ -148,7 +167,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _short(reached: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.3g}" for key, value in reached.items() if not isinstance(value, list))
+    return ", ".join(
+        f"{key} {value:.3g}" for key, value in reached.items() if not isinstance(value, list)
+    )
 
 
 if __name__ == "__main__":

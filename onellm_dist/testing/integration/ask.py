@@ -16,7 +16,9 @@ from typing import Any
 from onellm_dist.serving.generate import generate, placement, prompt_text, read_files
 
 
-def answers(model_dir: Path, questions: Sequence[dict[str, Any]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
+def answers(
+    model_dir: Path, questions: Sequence[dict[str, Any]], max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
     """Each question's answer as `generate.Answer`'s fields, in order."""
     from onellm_dist.model.presets import load_model
 
@@ -24,7 +26,9 @@ def answers(model_dir: Path, questions: Sequence[dict[str, Any]], max_new_tokens
     for question in questions:
         values = read_files([(name, Path(file)) for name, file in question["inputs"]])
         text = prompt_text(question["prompt"], "auto")
-        yield asdict(generate(model, processor.tokenizer, text, values, max_new_tokens=max_new_tokens))
+        yield asdict(
+            generate(model, processor.tokenizer, text, values, max_new_tokens=max_new_tokens)
+        )
 
 
 if __name__ == "__main__":

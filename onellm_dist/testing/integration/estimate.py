@@ -31,21 +31,36 @@ def step_flops(config: Any, samples: Mapping[str, int], *, tune: bool) -> float:
     upm_block = 4 * vision.width**2 + 3 * vision.width * upm.ffn
     head = text.hidden_size // text.num_attention_heads
     llm_block = (
-        2 * text.hidden_size**2 + 2 * text.hidden_size * text.num_key_value_heads * head + 3 * text.hidden_size * text.intermediate_size
+        2 * text.hidden_size**2
+        + 2 * text.hidden_size * text.num_key_value_heads * head
+        + 3 * text.hidden_size * text.intermediate_size
     )
     total = 0.0
     for name, count in samples.items():
         modality = get_modality(name)
         sequence = modality.tokens + 1
-        encoder = modality.encoder_tokens * vision.layers * (2 * encoder_block + 4 * sequence * vision.width)
-        mixer = modality.upm_tokens * upm.experts * upm.blocks * (2 * upm_block + 4 * modality.upm_tokens * vision.width)
-        llm = (SPAN_TOKENS + TEXT_TOKENS) * (2 * text.num_hidden_layers * llm_block + 2 * text.vocab_size * text.hidden_size)
+        encoder = (
+            modality.encoder_tokens
+            * vision.layers
+            * (2 * encoder_block + 4 * sequence * vision.width)
+        )
+        mixer = (
+            modality.upm_tokens
+            * upm.experts
+            * upm.blocks
+            * (2 * upm_block + 4 * modality.upm_tokens * vision.width)
+        )
+        llm = (SPAN_TOKENS + TEXT_TOKENS) * (
+            2 * text.num_hidden_layers * llm_block + 2 * text.vocab_size * text.hidden_size
+        )
         if tune:
             total += count * (encoder + mixer + 3 * llm)
         else:
             total += count * (encoder * (1 if modality.visual else 2) + 3 * mixer + 2 * llm)
         if not modality.visual and not tune:
-            total += count * 4 * QUERY_TOKENS * vision.width * text.hidden_size  # the projections: small, for completeness
+            total += (
+                count * 4 * QUERY_TOKENS * vision.width * text.hidden_size
+            )  # the projections: small, for completeness
     return total
 
 

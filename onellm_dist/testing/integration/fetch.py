@@ -78,8 +78,19 @@ class PackageCache:
         folder = self.folder / "pypi" / requirement
         if not (wheels := sorted(folder.glob("*.whl"))):
             self.log(f"fetching {requirement} from PyPI")
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            _run([*command, "--only-binary=:all:", "--dest", str(folder), requirement], f"PyPI package {requirement}")
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-deps",
+            ]
+            _run(
+                [*command, "--only-binary=:all:", "--dest", str(folder), requirement],
+                f"PyPI package {requirement}",
+            )
             wheels = sorted(folder.glob("*.whl"))
         if not wheels:
             raise PackageUnavailable(f"PyPI package {requirement}: pip left no wheel")
@@ -93,7 +104,9 @@ class PackageCache:
                 raise PackageUnavailable(f"Debian package {package}: no apt-get here")
             self.log(f"fetching {package} from Debian")
             folder.mkdir(parents=True, exist_ok=True)
-            _run(["apt-get", "download", "--quiet", package], f"Debian package {package}", cwd=folder)
+            _run(
+                ["apt-get", "download", "--quiet", package], f"Debian package {package}", cwd=folder
+            )
             debs = sorted(folder.glob(f"{package}_*.deb"))
         if not debs:
             raise PackageUnavailable(f"Debian package {package}: apt-get left no file")
@@ -104,12 +117,20 @@ class PackageCache:
 
 def _run(command: list[str], what: str, cwd: Path | None = None) -> None:
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=_FETCH_SECONDS, check=False
+        )
     except subprocess.TimeoutExpired:
         raise PackageUnavailable(f"{what}: no answer in {_FETCH_SECONDS} s") from None
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith(("ERROR", "E:"))]
-        raise PackageUnavailable(f"{what}: {lines[-1] if lines else f'{command[0]} failed with {done.returncode}'}")
+        lines = [
+            line
+            for line in (done.stderr or done.stdout).splitlines()
+            if line.startswith(("ERROR", "E:"))
+        ]
+        raise PackageUnavailable(
+            f"{what}: {lines[-1] if lines else f'{command[0]} failed with {done.returncode}'}"
+        )
 
 
 def _unpack_deb(deb: Path, target: Path) -> None:
@@ -117,7 +138,9 @@ def _unpack_deb(deb: Path, target: Path) -> None:
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
             archive.extractall(aside, filter="data")

@@ -51,7 +51,9 @@ def view_from_disparity(rgb: np.ndarray, disparity: np.ndarray, camera: StereoCa
     known = np.isfinite(disparity) & (disparity + camera.doffs > 0)
     z = np.full(disparity.shape, np.nan, np.float32)
     z[known] = camera.baseline * camera.focal / (disparity[known] + camera.doffs)
-    points = np.stack([(columns - camera.cx) * z / camera.focal, (rows - camera.cy) * z / camera.focal, z], -1)
+    points = np.stack(
+        [(columns - camera.cx) * z / camera.focal, (rows - camera.cy) * z / camera.focal, z], -1
+    )
     return RgbdView(rgb, points.astype(np.float32))
 
 
@@ -78,12 +80,18 @@ def read_pcd(data: bytes) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
     head, mark, body = data.partition(b"DATA binary_compressed\n")
     if not mark:
         raise ValueError("not a binary_compressed PCD file")
-    header = {line.split()[0]: line.split()[1:] for line in head.decode("ascii").splitlines() if line and line[0] != "#"}
+    header = {
+        line.split()[0]: line.split()[1:]
+        for line in head.decode("ascii").splitlines()
+        if line and line[0] != "#"
+    }
     packed, size = (int(v) for v in np.frombuffer(body[:8], "<u4"))
     plain = lzf_decompress(body[8 : 8 + packed], size)
     count, at, columns = int(header["POINTS"][0]), 0, {}
     for name, width, kind in zip(header["FIELDS"], header["SIZE"], header["TYPE"], strict=True):
-        columns[name] = np.frombuffer(plain, {"F": "<f", "U": "<u", "I": "<i"}[kind] + width, count, at)
+        columns[name] = np.frombuffer(
+            plain, {"F": "<f", "U": "<u", "I": "<i"}[kind] + width, count, at
+        )
         at += count * int(width)
     return header, columns
 
@@ -113,7 +121,11 @@ def lzf_decompress(data: bytes, size: int) -> bytes:
                 raise ValueError("LZF copy from before the start")
             length += 2
             span = len(out) - start  # a copy may reach into what it writes: repeat the span then
-            out += (out[start:] * (length // span + 1))[:length] if span < length else out[start : start + length]
+            out += (
+                (out[start:] * (length // span + 1))[:length]
+                if span < length
+                else out[start : start + length]
+            )
     except IndexError:
         raise ValueError("LZF data ends inside a copy") from None
     if len(out) != size:
@@ -146,7 +158,9 @@ def normal_image(view: RgbdView, reach: int = 4) -> Image.Image:
     down[reach:-reach] = p[2 * reach :] - p[: -2 * reach]
     normal = np.cross(across, down)  # right x down points away from the viewer
     normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-12)
-    towards = np.stack([-normal[..., 0], normal[..., 1], normal[..., 2]], -1)  # negated, then y and z flipped to up and nearer
+    towards = np.stack(
+        [-normal[..., 0], normal[..., 1], normal[..., 2]], -1
+    )  # negated, then y and z flipped to up and nearer
     colour = np.where(np.isfinite(towards), np.rint((towards + 1) * 127.5), 128)
     return Image.fromarray(colour.astype(np.uint8), "RGB")
 
@@ -154,7 +168,9 @@ def normal_image(view: RgbdView, reach: int = 4) -> Image.Image:
 def coloured_points(view: RgbdView, count: int, seed: int = 0) -> np.ndarray:
     """`count` of the view's measured points, drawn evenly: [count, 6] fp32, xyz in metres and rgb in [0, 1]."""
     known = np.isfinite(view.points).all(-1)
-    table = np.concatenate([view.points[known], view.rgb[known] / np.float32(255)], -1).astype(np.float32)
+    table = np.concatenate([view.points[known], view.rgb[known] / np.float32(255)], -1).astype(
+        np.float32
+    )
     rng = np.random.default_rng(seed)
     return table[rng.choice(len(table), count, replace=len(table) < count)]
 

@@ -20,38 +20,60 @@ def checks(facts: Mapping[str, Any], *, steps: int) -> dict[str, bool]:
     answers = facts.get("generate", [])
     found = {
         "no phase failed": "error" not in facts,
-        f"at least {FEWEST} real samples of every modality": bool(media) and all(len(media.get(m, ())) >= FEWEST for m in all_modalities()),
+        f"at least {FEWEST} real samples of every modality": bool(media)
+        and all(len(media.get(m, ())) >= FEWEST for m in all_modalities()),
     }
     for stage, trained in TRAINED.items():
         rows = facts.get(stage, [])
         parts = shares.get(stage, {})
-        found[f"{stage}: {steps} optimizer steps, every loss and gradient norm finite"] = len(rows) == steps and all(
-            math.isfinite(row.get("loss") or math.nan) and math.isfinite(row.get("grad_norm") or math.nan) for row in rows
+        found[f"{stage}: {steps} optimizer steps, every loss and gradient norm finite"] = len(
+            rows
+        ) == steps and all(
+            math.isfinite(row.get("loss") or math.nan)
+            and math.isfinite(row.get("grad_norm") or math.nan)
+            for row in rows
         )
         found[f"{stage}: every modality was trained on"] = bool(rows) and all(
-            any((row.get("loss_by_modality") or {}).get(m) is not None for row in rows) for m in all_modalities()
+            any((row.get("loss_by_modality") or {}).get(m) is not None for row in rows)
+            for m in all_modalities()
         )
-        found[f"{stage}: {', '.join(trained)} moved"] = bool(parts) and all(parts.get(part, 0) > 0.5 for part in trained)
+        found[f"{stage}: {', '.join(trained)} moved"] = bool(parts) and all(
+            parts.get(part, 0) > 0.5 for part in trained
+        )
         found[f"{stage}: everything else is bit for bit as before"] = bool(parts) and all(
             share == 0 for part, share in parts.items() if part not in trained
         )
     inputs = [tuple(name.split()[0] for name in row["inputs"]) for row in answers]
-    found["generate answered for every modality and a joint input"] = all((m,) in inputs for m in all_modalities()) and any(
-        len(names) > 1 for names in inputs
+    found["generate answered for every modality and a joint input"] = all(
+        (m,) in inputs for m in all_modalities()
+    ) and any(len(names) > 1 for names in inputs)
+    found[f"at most {facts['limit_gib']:g} GiB of memory"] = (
+        0 < facts["peak_gib"] <= facts["limit_gib"]
     )
-    found[f"at most {facts['limit_gib']:g} GiB of memory"] = 0 < facts["peak_gib"] <= facts["limit_gib"]
     return found
 
 
 def print_report(facts: Mapping[str, Any]) -> None:
     """The table, plain text."""
     print()
-    rows = [(p["phase"], seconds_text(p["seconds"]), f"{p['peak_gib']:.1f} GiB") for p in facts["phases"]]
-    _table(("phase", "time", "peak memory"), [*rows, ("whole", seconds_text(facts["seconds"]), f"{facts['peak_gib']:.1f} GiB")])
+    rows = [
+        (p["phase"], seconds_text(p["seconds"]), f"{p['peak_gib']:.1f} GiB")
+        for p in facts["phases"]
+    ]
+    _table(
+        ("phase", "time", "peak memory"),
+        [*rows, ("whole", seconds_text(facts["seconds"]), f"{facts['peak_gib']:.1f} GiB")],
+    )
     for stage in TRAINED:
         if steps := facts.get(stage):
-            print(f"\n{stage}: loss by step and modality (a few steps: it shows that the path works, not that anything was learnt)")
-            names = [m for m in all_modalities() if any(m in (s.get("loss_by_modality") or {}) for s in steps)]
+            print(
+                f"\n{stage}: loss by step and modality (a few steps: it shows that the path works, not that anything was learnt)"
+            )
+            names = [
+                m
+                for m in all_modalities()
+                if any(m in (s.get("loss_by_modality") or {}) for s in steps)
+            ]
             _table(
                 ("step", "loss", "grad norm", *names),
                 [
@@ -69,7 +91,12 @@ def print_report(facts: Mapping[str, Any]) -> None:
         _table(
             ("model", "inputs", "prompt", "answer"),
             [
-                (g["model"], " + ".join(g["inputs"]) or "-", g["prompt"] or "(caption)", g["text"].replace("\n", " ")[:90])
+                (
+                    g["model"],
+                    " + ".join(g["inputs"]) or "-",
+                    g["prompt"] or "(caption)",
+                    g["text"].replace("\n", " ")[:90],
+                )
                 for g in facts["generate"]
             ],
         )

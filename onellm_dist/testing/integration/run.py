@@ -71,9 +71,23 @@ class Rehearsal:
             yield
         finally:
             peak = self.memory.peak(began) / GIB
-            self.facts["phases"].append({"phase": name, "seconds": round(time.monotonic() - began, 1), "peak_gib": round(peak, 2)})
+            self.facts["phases"].append(
+                {
+                    "phase": name,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "peak_gib": round(peak, 2),
+                }
+            )
 
-    def command(self, name: str, arguments: Sequence[str | Path], *, ranks: int = 1, show: bool = False, stdin: Path | None = None) -> str:
+    def command(
+        self,
+        name: str,
+        arguments: Sequence[str | Path],
+        *,
+        ranks: int = 1,
+        show: bool = False,
+        stdin: Path | None = None,
+    ) -> str:
         """Run a command of `ranks` processes; `logs/NAME.log` gets its output (and, with `show`, stdout is printed too).
 
         Returns:
@@ -87,7 +101,9 @@ class Rehearsal:
         lines: list[str] = []
         with (
             path.open("a", encoding="utf-8") as log,
-            _process_group([str(a) for a in arguments], self.environment(ranks), log, stdin) as process,
+            _process_group(
+                [str(a) for a in arguments], self.environment(ranks), log, stdin
+            ) as process,
         ):
             assert process.stdout is not None
             for line in process.stdout:
@@ -97,8 +113,15 @@ class Rehearsal:
                 if show and not any(noise in line for noise in NOISE):
                     print(f"        {line}", end="", flush=True)
         if process.returncode:
-            tail = "\n".join(f"  {line}" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            raise OneLLMError(f"{name} ended with exit code {process.returncode}\n{tail}", "the rehearsal stops here.", f"see {path}.")
+            tail = "\n".join(
+                f"  {line}"
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
+            )
+            raise OneLLMError(
+                f"{name} ended with exit code {process.returncode}\n{tail}",
+                "the rehearsal stops here.",
+                f"see {path}.",
+            )
         return "".join(lines)
 
     def environment(self, ranks: int) -> dict[str, str]:
@@ -106,7 +129,9 @@ class Rehearsal:
         import torch
 
         env = dict(os.environ)
-        env["PYTHONPATH"] = os.pathsep.join(p for p in (str(self.out / "packages" / "site"), env.get("PYTHONPATH", "")) if p)
+        env["PYTHONPATH"] = os.pathsep.join(
+            p for p in (str(self.out / "packages" / "site"), env.get("PYTHONPATH", "")) if p
+        )
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
         env |= {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
         if torch.cuda.device_count() < self.ranks:
@@ -114,7 +139,9 @@ class Rehearsal:
         return env
 
 
-def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int = 24, preset: str = "smollm2-135m") -> int:
+def run_rehearsal(
+    out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int = 24, preset: str = "smollm2-135m"
+) -> int:
     """Media, shards, align, tune, generate; prints the table and writes `OUT/rehearsal.json`.
 
     Args:
@@ -161,7 +188,10 @@ def run_rehearsal(out: Path, *, steps: int = 3, ranks: int = 2, new_tokens: int 
 
 @contextmanager
 def _process_group(
-    arguments: list[str], env: dict[str, str], stderr: IO[str] | None = None, stdin: Path | None = None
+    arguments: list[str],
+    env: dict[str, str],
+    stderr: IO[str] | None = None,
+    stdin: Path | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """A command whose whole group is ended where this process leaves early (Ctrl-C, SIGTERM): launchers do not end their ranks."""
     with (
@@ -188,7 +218,9 @@ def _prepare(out: Path) -> None:
     """An empty folder but for packages fetched earlier; nothing that is not ours is removed."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file())):
         raise UsageError(
-            f"{out} holds something else than a rehearsal", "its content would be mixed with the run's.", "give another --out."
+            f"{out} holds something else than a rehearsal",
+            "its content would be mixed with the run's.",
+            "give another --out.",
         )
     for name in ("media", "shards", "align", "tune", "logs"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -200,7 +232,10 @@ def _media(run: Rehearsal) -> None:
     cache = PackageCache(run.out / "packages", log=run.say)
     made, skipped = collect(cache, run.out / "media")
     run.facts["media"], run.facts["skipped"] = made, skipped
-    run.say(f"{sum(map(len, made.values()))} real samples: " + ", ".join(f"{name} {len(keys)}" for name, keys in made.items()))
+    run.say(
+        f"{sum(map(len, made.values()))} real samples: "
+        + ", ".join(f"{name} {len(keys)}" for name, keys in made.items())
+    )
     for line in skipped:
         run.say(f"left out: {line}")
     site = run.out / "packages" / "site"
@@ -218,7 +253,8 @@ def _shards(run: Rehearsal) -> None:
         report = build_dataset("folder", *folders, modality=name, licence="see each sample's .json")
         if report.samples != len(run.facts["media"][name]):
             raise OneLLMError(
-                f"{report.samples} samples of {name} in the shards, {len(run.facts['media'][name])} files", "some were left out."
+                f"{report.samples} samples of {name} in the shards, {len(run.facts['media'][name])} files",
+                "some were left out.",
             )
 
 
@@ -229,12 +265,20 @@ def _estimate(run: Rehearsal) -> None:
     from onellm_dist.model.presets import build_config
     from onellm_dist.testing.integration.estimate import matmul_flops, step_flops
 
-    speed = {name: matmul_flops(getattr(torch, kind)) for name, kind in (("fp32", "float32"), ("bf16", "bfloat16"))}
+    speed = {
+        name: matmul_flops(getattr(torch, kind))
+        for name, kind in (("fp32", "float32"), ("bf16", "bfloat16"))
+    }
     precision = max(speed, key=lambda name: speed[name])
     names = list(all_modalities())
     samples = dict.fromkeys(names, GLOBAL_BATCH // len(names))
-    flops = {stage: step_flops(build_config(run.preset), samples, tune=stage == "tune") for stage in ("align", "tune")}
-    seconds = {stage: run.steps * work / (speed[precision] * run.ranks) for stage, work in flops.items()}
+    flops = {
+        stage: step_flops(build_config(run.preset), samples, tune=stage == "tune")
+        for stage in ("align", "tune")
+    }
+    seconds = {
+        stage: run.steps * work / (speed[precision] * run.ranks) for stage, work in flops.items()
+    }
     run.facts["estimate"] = {
         "precision": precision,
         "gflops_per_core": {name: round(s / 1e9) for name, s in speed.items()},
@@ -242,7 +286,9 @@ def _estimate(run: Rehearsal) -> None:
         "seconds_at_matmul_speed": {stage: round(s) for stage, s in seconds.items()},
     }
     least = seconds_text(sum(seconds.values()))
-    run.say(f"{precision}: {speed[precision] / 1e9:.0f} GFLOP/s a core (fp32: {speed['fp32'] / 1e9:.0f})")
+    run.say(
+        f"{precision}: {speed[precision] / 1e9:.0f} GFLOP/s a core (fp32: {speed['fp32'] / 1e9:.0f})"
+    )
     run.say(
         f"a step is {flops['align'] / 1e12:.0f} TFLOP in align, {flops['tune'] / 1e12:.0f} in tune: "
         f"{run.steps} + {run.steps} steps on {run.ranks} ranks take {least} at least"
@@ -250,15 +296,35 @@ def _estimate(run: Rehearsal) -> None:
 
 
 def _train(run: Rehearsal, stage: str) -> None:
-    launcher = shutil.which("deepspeed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", ""))
+    launcher = shutil.which(
+        "deepspeed", path=str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", "")
+    )
     if launcher is None:
-        raise OneLLMError("no deepspeed launcher", "the rehearsal trains under it.", "pip install deepspeed")
+        raise OneLLMError(
+            "no deepspeed launcher", "the rehearsal trains under it.", "pip install deepspeed"
+        )
     overrides = [
-        f"run.dir={run.out / stage}", f"run.seed={SEED}", f"data.root={run.out / 'shards'}", f"data.global_batch={GLOBAL_BATCH}",
-        f"train.steps={run.steps}", f"train.precision={run.facts['estimate']['precision']}",
-    ]  # fmt: skip
-    overrides.append(f"model.path={run.out / 'align' / 'model'}" if stage == "tune" else f"model.preset={run.preset}")
-    start = [launcher, "--num_accelerators", str(run.ranks), "--master_port", str(_free_port()), "--module", "onellm_dist.train"]
+        f"run.dir={run.out / stage}",
+        f"run.seed={SEED}",
+        f"data.root={run.out / 'shards'}",
+        f"data.global_batch={GLOBAL_BATCH}",
+        f"train.steps={run.steps}",
+        f"train.precision={run.facts['estimate']['precision']}",
+    ]
+    overrides.append(
+        f"model.path={run.out / 'align' / 'model'}"
+        if stage == "tune"
+        else f"model.preset={run.preset}"
+    )
+    start = [
+        launcher,
+        "--num_accelerators",
+        str(run.ranks),
+        "--master_port",
+        str(_free_port()),
+        "--module",
+        "onellm_dist.train",
+    ]
     run.command(stage, [*start, f"real/{stage}", *overrides], ranks=run.ranks, show=True)
     lines = (run.out / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     run.facts[stage] = [json.loads(line) for line in lines]
@@ -273,24 +339,61 @@ def _generate(run: Rehearsal) -> None:
     questions = [*single, ([], "What is the capital of France?")]
     asked = run.out / "logs" / "questions.json"
     asked.parent.mkdir(exist_ok=True)
-    asked.write_text(json.dumps([{"inputs": _files(run, inputs), "prompt": prompt} for inputs, prompt in questions]), encoding="utf-8")
+    asked.write_text(
+        json.dumps(
+            [{"inputs": _files(run, inputs), "prompt": prompt} for inputs, prompt in questions]
+        ),
+        encoding="utf-8",
+    )
     model = str(run.out / "tune" / "model")
-    told = run.command("ask", [sys.executable, "-m", "onellm_dist.testing.integration.ask", model, str(run.new_tokens)], stdin=asked)
+    told = run.command(
+        "ask",
+        [sys.executable, "-m", "onellm_dist.testing.integration.ask", model, str(run.new_tokens)],
+        stdin=asked,
+    )
     for (inputs, prompt), line in zip(questions, told.splitlines(), strict=True):
         answer = json.loads(line)
         _answered(run, "tune", inputs, prompt, answer["text"], answer["seconds"])
-    caption_of: Sequence[tuple[str, str]] = [(name, keys[0]) for name, keys in run.facts["media"].items()][:1]
-    for stage, inputs, prompt in (("tune", JOINT, "Describe what is seen and heard."), ("align", caption_of, "")):
+    caption_of: Sequence[tuple[str, str]] = [
+        (name, keys[0]) for name, keys in run.facts["media"].items()
+    ][:1]
+    for stage, inputs, prompt in (
+        ("tune", JOINT, "Describe what is seen and heard."),
+        ("align", caption_of, ""),
+    ):
         options = [part for name, file in _files(run, inputs) for part in (f"--{name}", file)]
         began = time.monotonic()
-        command = [sys.executable, "-m", "onellm_dist.cli", "generate", str(run.out / stage / "model"), prompt, *options]
+        command = [
+            sys.executable,
+            "-m",
+            "onellm_dist.cli",
+            "generate",
+            str(run.out / stage / "model"),
+            prompt,
+            *options,
+        ]
         text = run.command(f"generate-{stage}", [*command, "--max-new-tokens", str(run.new_tokens)])
         _answered(run, stage, inputs, prompt, text.strip(), time.monotonic() - began)
 
 
-def _answered(run: Rehearsal, stage: str, inputs: Sequence[tuple[str, str]], prompt: str, text: str, seconds: float) -> None:
+def _answered(
+    run: Rehearsal,
+    stage: str,
+    inputs: Sequence[tuple[str, str]],
+    prompt: str,
+    text: str,
+    seconds: float,
+) -> None:
     names = [f"{name} {key}" for name, key in inputs]
-    run.facts["generate"].append({"model": stage, "inputs": names, "prompt": prompt, "text": text, "seconds": round(seconds, 1)})
+    run.facts["generate"].append(
+        {
+            "model": stage,
+            "inputs": names,
+            "prompt": prompt,
+            "text": text,
+            "seconds": round(seconds, 1),
+        }
+    )
     run.say(f"{stage}, {' + '.join(names) or 'text alone'}: {text!r}")
 
 
@@ -299,7 +402,8 @@ def _files(run: Rehearsal, inputs: Sequence[tuple[str, str]]) -> list[tuple[str,
     found = []
     for name, key in inputs:
         candidates = [
-            run.out / "media" / name / f"{key}.{extension}" for extension in next(iter(get_modality(name).required_parts.values()))
+            run.out / "media" / name / f"{key}.{extension}"
+            for extension in next(iter(get_modality(name).required_parts.values()))
         ]
         found.append((name, str(next(file for file in candidates if file.is_file()))))
     return found
@@ -307,7 +411,17 @@ def _files(run: Rehearsal, inputs: Sequence[tuple[str, str]]) -> list[tuple[str,
 
 def _compare_weights(run: Rehearsal) -> None:
     models = (run.out / "align" / "model", run.out / "tune" / "model")
-    told = run.command("weights", [sys.executable, "-m", "onellm_dist.testing.integration.weights", *models, run.preset, str(SEED)])
+    told = run.command(
+        "weights",
+        [
+            sys.executable,
+            "-m",
+            "onellm_dist.testing.integration.weights",
+            *models,
+            run.preset,
+            str(SEED),
+        ],
+    )
     run.facts["weights_changed"] = json.loads(told.strip().splitlines()[-1])
 
 

@@ -24,7 +24,11 @@ def soundtrack(video: bytes, start: float, seconds: float) -> bytes:
             raise ValueError("the video has no audio stream")
         rate = container.streams.audio[0].rate
         resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-        frames = [f.to_ndarray().reshape(-1) for frame in container.decode(audio=0) for f in resampler.resample(frame)]
+        frames = [
+            f.to_ndarray().reshape(-1)
+            for frame in container.decode(audio=0)
+            for f in resampler.resample(frame)
+        ]
     sound = np.concatenate(frames)[round(start * rate) : round((start + seconds) * rate)]
     if not len(sound):
         raise ValueError(f"the sound ends before {start} s")
@@ -36,10 +40,16 @@ def soundtrack(video: bytes, start: float, seconds: float) -> bytes:
 def xsens_window(log: bytes, start: float, seconds: float) -> bytes:
     """A window of an Xsens text log (m/s^2, rad/s; the rate stands in its header) as an Ego4D-style IMU CSV."""
     lines = log.decode("ascii").splitlines()
-    rate = next(float(line.split(":")[1].removesuffix("Hz")) for line in lines if line.startswith("// Sample rate"))
+    rate = next(
+        float(line.split(":")[1].removesuffix("Hz"))
+        for line in lines
+        if line.startswith("// Sample rate")
+    )
     at = next(i for i, line in enumerate(lines) if line.startswith("Counter"))
     names = lines[at].split()
-    table = np.array([line.split()[: len(names)] for line in lines[at + 1 :] if line.strip()], np.float64)
+    table = np.array(
+        [line.split()[: len(names)] for line in lines[at + 1 :] if line.strip()], np.float64
+    )
     column = {name: table[:, i] for i, name in enumerate(names)}
     accelerometer = np.stack([column[f"Acc_{axis}"] for axis in "XYZ"])
     gyroscope = np.stack([column[f"Gyr_{axis}"] for axis in "XYZ"])
@@ -48,11 +58,16 @@ def xsens_window(log: bytes, start: float, seconds: float) -> bytes:
 
 def ximu_window(log: bytes, rate: float, start: float, seconds: float) -> bytes:
     """A window of an x-IMU CSV log (deg/s and g, converted to rad/s and m/s^2) as an Ego4D-style IMU CSV."""
-    table = np.array([line.split(",") for line in log.decode("ascii").splitlines()[1:] if line.strip()], np.float64)
+    table = np.array(
+        [line.split(",") for line in log.decode("ascii").splitlines()[1:] if line.strip()],
+        np.float64,
+    )
     return imu_csv(table[:, 4:7].T * GRAVITY, np.deg2rad(table[:, 1:4].T), rate, start, seconds)
 
 
-def imu_csv(accelerometer: np.ndarray, gyroscope: np.ndarray, rate: float, start: float, seconds: float) -> bytes:
+def imu_csv(
+    accelerometer: np.ndarray, gyroscope: np.ndarray, rate: float, start: float, seconds: float
+) -> bytes:
     """A window in the columns of Ego4D's `v2/imu/<video_uid>.csv`, at the sensor's own rate.
 
     Args:
@@ -65,8 +80,12 @@ def imu_csv(accelerometer: np.ndarray, gyroscope: np.ndarray, rate: float, start
     """
     first, count = round(start * rate), round(seconds * rate)
     if first + count > accelerometer.shape[1]:
-        raise ValueError(f"the log has {accelerometer.shape[1] / rate:.1f} s, the window ends at {start + seconds} s")
-    rows = ["component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"]
+        raise ValueError(
+            f"the log has {accelerometer.shape[1] / rate:.1f} s, the window ends at {start + seconds} s"
+        )
+    rows = [
+        "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"
+    ]
     for i in range(count):
         stamp = 1000 * i / rate
         values = [*gyroscope[:, first + i], *accelerometer[:, first + i]]
@@ -91,7 +110,9 @@ def read_mgz(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(values.reshape(frames, width * height * depth).T, np.float32)
 
 
-def bold_vector(hemispheres: list[np.ndarray], voxels: int, frame: int, repetitions: int = 3) -> np.ndarray:
+def bold_vector(
+    hemispheres: list[np.ndarray], voxels: int, frame: int, repetitions: int = 3
+) -> np.ndarray:
     """Real BOLD in the shape of an NSD sample: [repetitions, voxels] fp32.
 
     NSD's vector holds the voxels of one subject's `nsdgeneral` region, which nothing public has. Stated plainly, this is
@@ -108,7 +129,9 @@ def bold_vector(hemispheres: list[np.ndarray], voxels: int, frame: int, repetiti
     deviation = series.std(1)
     alive = series[deviation > 0][:voxels]
     if len(alive) < voxels or frame + repetitions > series.shape[1]:
-        raise ValueError(f"{len(alive)} vertices with signal and {series.shape[1]} frames; {voxels} and {frame + repetitions} are needed")
+        raise ValueError(
+            f"{len(alive)} vertices with signal and {series.shape[1]} frames; {voxels} and {frame + repetitions} are needed"
+        )
     z = (alive - alive.mean(1, keepdims=True)) / alive.std(1, keepdims=True)
     return np.ascontiguousarray(z[:, frame : frame + repetitions].T, np.float32)
 

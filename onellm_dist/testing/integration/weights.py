@@ -37,7 +37,9 @@ def changed_shares(before: Mapping[str, Reader], after: Mapping[str, Reader]) ->
     tally: dict[str, list[bool]] = {}
     for name, read in after.items():
         new = read(name)
-        tally.setdefault(name.split(".")[0], []).append(not torch.equal(before[name](name).to(new.dtype), new))
+        tally.setdefault(name.split(".")[0], []).append(
+            not torch.equal(before[name](name).to(new.dtype), new)
+        )
     return {part: sum(changed) / len(changed) for part, changed in sorted(tally.items())}
 
 
@@ -48,9 +50,16 @@ def main(aligned: Path, tuned: Path, preset: str, seed: int) -> dict[str, dict[s
     model, _ = load_model(path=None, preset=preset, seed=seed)
     state = model.state_dict()
     after_align, after_tune = open_tensors(aligned), open_tensors(tuned)
-    start: dict[str, Reader] = {name: state.__getitem__ for name in after_align}
-    return {"align": changed_shares(start, after_align), "tune": changed_shares(after_align, after_tune)}
+    start: dict[str, Reader] = dict.fromkeys(after_align, state.__getitem__)
+    return {
+        "align": changed_shares(start, after_align),
+        "tune": changed_shares(after_align, after_tune),
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), Path(sys.argv[2]), preset=sys.argv[3], seed=int(sys.argv[4]))))
+    print(
+        json.dumps(
+            main(Path(sys.argv[1]), Path(sys.argv[2]), preset=sys.argv[3], seed=int(sys.argv[4]))
+        )
+    )

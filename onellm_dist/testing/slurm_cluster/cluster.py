@@ -24,7 +24,15 @@ import psutil
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.launch.local import when_ended
-from onellm_dist.testing.slurm_cluster.config import CONTROLLER, FAKE_GPUS, PREFIX_LENGTH, address, hosts_file, node_names, slurm_conf
+from onellm_dist.testing.slurm_cluster.config import (
+    CONTROLLER,
+    FAKE_GPUS,
+    PREFIX_LENGTH,
+    address,
+    hosts_file,
+    node_names,
+    slurm_conf,
+)
 from onellm_dist.testing.slurm_cluster.folders import OWNER, claim_folder, remove_stale
 from onellm_dist.testing.slurm_cluster.namespaces import Host, pids_of
 from onellm_dist.testing.slurm_cluster.requirements import check_needs, find_tool
@@ -33,8 +41,26 @@ from onellm_dist.testing.slurm_cluster.ssh import boot_lines, write_ssh
 START_S = 90.0
 COMMAND_S = 60.0
 MESSAGES_S = 90.0
-JOB_FIELDS = ("JobState", "Reason", "Restarts", "NodeList", "BatchHost", "ExitCode", "StartTime", "NumNodes")
-FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+JOB_FIELDS = (
+    "JobState",
+    "Reason",
+    "Restarts",
+    "NodeList",
+    "BatchHost",
+    "ExitCode",
+    "StartTime",
+    "NumNodes",
+)
+FINISHED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
 
 
 class Cluster:
@@ -75,7 +101,12 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -93,19 +124,39 @@ class Cluster:
         for name in ("state", "tmp", *(f"spool-{node}" for node in self.nodes)):
             (self.root / name).mkdir()
         memory_mb = psutil.virtual_memory().total >> 20
-        (self.root / "slurm.conf").write_text(slurm_conf(self.root, self.nodes, grace_s=self._grace_s, memory_mb=memory_mb))
+        (self.root / "slurm.conf").write_text(
+            slurm_conf(self.root, self.nodes, grace_s=self._grace_s, memory_mb=memory_mb)
+        )
         (self.root / "gpus").mkdir()
         for i in range(FAKE_GPUS):
             (self.root / "gpus" / f"gpu{i}").touch()
-        (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpus/gpu[0-{FAKE_GPUS - 1}]\n")
+        (self.root / "gres.conf").write_text(
+            f"Name=gpu File={self.root}/gpus/gpu[0-{FAKE_GPUS - 1}]\n"
+        )
         (self.root / "hosts").write_text(hosts_file(self.nodes))
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         tools = str(Path(sys.executable).parent)
-        path = os.pathsep.join([tools, *(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != tools), "/usr/sbin", "/sbin"])
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SALLOC_", "SCANCEL_"))}
-        self.env = {**kept, "SLURM_CONF": str(self.root / "slurm.conf"), "TMPDIR": str(self.root / "tmp"), "PATH": path}
+        path = os.pathsep.join(
+            [
+                tools,
+                *(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != tools),
+                "/usr/sbin",
+                "/sbin",
+            ]
+        )
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SALLOC_", "SCANCEL_"))
+        }
+        self.env = {
+            **kept,
+            "SLURM_CONF": str(self.root / "slurm.conf"),
+            "TMPDIR": str(self.root / "tmp"),
+            "PATH": path,
+        }
         if self._ssh:
             write_ssh(self.root, self.nodes)
 
@@ -113,15 +164,27 @@ class Cluster:
         munged = f"{find_tool('munged')} --foreground --force --num-threads=2"
         files = " ".join(
             f"--{o}={self.root}/munge.{f}"
-            for o, f in (("key-file", "key"), ("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))
+            for o, f in (
+                ("key-file", "key"),
+                ("socket", "socket"),
+                ("pid-file", "pid"),
+                ("log-file", "log"),
+                ("seed-file", "seed"),
+            )
         )
         boot = (
             f"ip link add switch type bridge\nip addr add {address(0)}/{PREFIX_LENGTH} dev switch\nip link set switch up\n"
             f"{munged} {files} &\nuntil [ -S {self.root}/munge.socket ]; do sleep 0.05; done\n"
             f"{find_tool('slurmctld')} -D &\nwait\n"
         )
-        self._hosts[CONTROLLER] = Host(CONTROLLER, boot, hosts=self.root / "hosts", log=self.root / "head.log", env=self.env)
-        self._wait_until(lambda: self.run("scontrol", "ping", check=False).stdout.count("UP") == 1, START_S, "slurmctld does not answer")
+        self._hosts[CONTROLLER] = Host(
+            CONTROLLER, boot, hosts=self.root / "hosts", log=self.root / "head.log", env=self.env
+        )
+        self._wait_until(
+            lambda: self.run("scontrol", "ping", check=False).stdout.count("UP") == 1,
+            START_S,
+            "slurmctld does not answer",
+        )
 
     def start_node(self, name: str) -> None:
         """Bring a node up, at first or after `lose_node`."""
@@ -132,10 +195,24 @@ class Cluster:
             f"ip addr add {address(place)}/{PREFIX_LENGTH} dev eth0\nip link set eth0 up\n{sshd}"
             f"{find_tool('slurmd')} -D -N {name} &\nwait\n"
         )
-        host = Host(name, boot, hosts=self.root / "hosts", log=self.root / f"{name}.log", env=self.env)
+        host = Host(
+            name, boot, hosts=self.root / "hosts", log=self.root / f"{name}.log", env=self.env
+        )
         self._hosts[name] = host
         plug = f"plug{place}-{host.pid()}"  # a lost node's plug may still be there for a moment
-        add = ["ip", "link", "add", plug, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid())]
+        add = [
+            "ip",
+            "link",
+            "add",
+            plug,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            str(host.pid()),
+        ]
         head = self._hosts[CONTROLLER]
         for command in (add, ["ip", "link", "set", plug, "master", "switch", "up"]):
             subprocess.run(head.enter(command, network_only=True), check=True, timeout=COMMAND_S)
@@ -146,7 +223,11 @@ class Cluster:
         Raises:
             OneLLMError: they do not become so.
         """
-        self._wait_until(lambda: all(self.node_states().get(name) == "idle" for name in names), START_S, "the nodes are not idle")
+        self._wait_until(
+            lambda: all(self.node_states().get(name) == "idle" for name in names),
+            START_S,
+            "the nodes are not idle",
+        )
 
     def wait_for_messages(self) -> None:
         """Until the controller has no message under way, for `MESSAGES_S` at most.
@@ -160,7 +241,10 @@ class Cluster:
 
     def _messages(self) -> int:
         text = self.run("sdiag", check=False).stdout
-        return sum(int(count) for count in re.findall(r"^Agent (?:queue size|count): *(\d+)", text, re.MULTILINE))
+        return sum(
+            int(count)
+            for count in re.findall(r"^Agent (?:queue size|count): *(\d+)", text, re.MULTILINE)
+        )
 
     def is_up(self, name: str) -> bool:
         """Whether a node runs."""
@@ -175,7 +259,11 @@ class Cluster:
         return self._hosts[name].enter(command)
 
     def run(
-        self, *command: str, check: bool = True, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        self,
+        *command: str,
+        check: bool = True,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """A command of Slurm (`squeue`, `sbatch`, ...) against this cluster.
 
@@ -184,10 +272,20 @@ class Cluster:
         """
         entered = self.enter_command(command)
         here = {**self.env, **(env or {})}
-        done = subprocess.run(entered, env=here, cwd=cwd, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+        done = subprocess.run(
+            entered,
+            env=here,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+        )
         if check and done.returncode:
             raise OneLLMError(
-                f"{' '.join(command)}: {done.stderr.strip() or done.returncode}", "the throw-away Slurm refused it.", f"see {self.root}."
+                f"{' '.join(command)}: {done.stderr.strip() or done.returncode}",
+                "the throw-away Slurm refused it.",
+                f"see {self.root}.",
             )
         return done
 
@@ -195,7 +293,13 @@ class Cluster:
         """`command` so that it reaches the controller (with `self.env`); it sees this machine's files."""
         return self._hosts[CONTROLLER].enter(command, network_only=True)
 
-    def submit(self, script: Path, *options: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
+    def submit(
+        self,
+        script: Path,
+        *options: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> int:
         """`sbatch`; returns the job's number."""
         done = self.run("sbatch", "--parsable", *options, str(script), cwd=cwd, env=env)
         return int(done.stdout.strip().split(";")[0])
@@ -208,7 +312,9 @@ class Cluster:
 
     def node_states(self) -> dict[str, str]:
         """Node -> idle, mixed, allocated, down, ..."""
-        text = self.run("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %T", check=False).stdout
+        text = self.run(
+            "sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %T", check=False
+        ).stdout
         return {name: state for name, state in (line.split() for line in text.splitlines())}
 
     def pids(self, node: str) -> list[int]:
@@ -235,4 +341,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _tail(path: Path, lines: int = 5) -> str:
-    return "\n".join(f"{path.name}: {line}" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    return "\n".join(
+        f"{path.name}: {line}"
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    )

@@ -66,9 +66,14 @@ def slurm_conf(root: Path, nodes: Sequence[str], *, grace_s: int, memory_mb: int
     }
     lines = [f"{key}={value}" for key, value in fixed.items()]
     size = f"CPUs={FAKE_CPUS} RealMemory={memory_mb} Gres=gpu:{FAKE_GPUS}"
-    lines += [f"NodeName={name} NodeAddr={address(i + 1)} {size} State=UNKNOWN" for i, name in enumerate(nodes)]
+    lines += [
+        f"NodeName={name} NodeAddr={address(i + 1)} {size} State=UNKNOWN"
+        for i, name in enumerate(nodes)
+    ]
     names = ",".join(nodes)
-    lines.append(f"PartitionName=normal Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}")
+    lines.append(
+        f"PartitionName=normal Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}"
+    )
     lines.append(f"PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10")
     return "\n".join(lines) + "\n"
 

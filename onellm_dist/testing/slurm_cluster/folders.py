@@ -18,7 +18,9 @@ def claim_folder() -> Path:
     """A new folder that belongs to this process."""
     root = Path(tempfile.mkdtemp(prefix=PREFIX))
     root.chmod(0o755)  # munge refuses a socket below a folder that others cannot pass
-    (root / OWNER).write_text(json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()}))
+    (root / OWNER).write_text(
+        json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()})
+    )
     return root
 
 

@@ -40,6 +40,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def compare(run_dir: Path, undisturbed: Path) -> Comparison:
     """Compare two runs of one recipe, step by step."""
     ours, theirs = read_metrics(run_dir), read_metrics(undisturbed)
-    stream = [(m["step"], m["sample_digest"]) for m in ours] == [(m["step"], m["sample_digest"]) for m in theirs]
+    stream = [(m["step"], m["sample_digest"]) for m in ours] == [
+        (m["step"], m["sample_digest"]) for m in theirs
+    ]
     gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=False)]
     return Comparison(len(ours), stream, max(gaps, default=float("inf")))

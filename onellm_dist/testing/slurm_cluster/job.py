@@ -56,7 +56,9 @@ class RunningJob:
 
     def wait_for_step(self, step: int) -> None:
         """Until a step with this index (or a later one) is done in the start that is going on."""
-        self._until(lambda: any(m["step"] >= step for m in read_metrics(self.run_dir)), f"step {step}")
+        self._until(
+            lambda: any(m["step"] >= step for m in read_metrics(self.run_dir)), f"step {step}"
+        )
 
     def wait_for_requeue(self, restarts: int) -> float:
         """Until it was requeued so often and waits in the queue. Returns the clock (`time.monotonic`) when that was seen first."""
@@ -80,11 +82,16 @@ class RunningJob:
         """
         time.sleep(RESTART_S)
         update = ("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-        self._until(lambda: self.cluster.run(*update, check=False).returncode == 0, "its next start")
+        self._until(
+            lambda: self.cluster.run(*update, check=False).returncode == 0, "its next start"
+        )
 
     def wait_for_first_step(self, restarts: int) -> float:
         """Until the start after so many requeues did its first step. Returns the clock when that was seen."""
-        self._until(lambda: any(a.restart_count >= restarts for a in self.attempts()), f"start {restarts + 1}")
+        self._until(
+            lambda: any(a.restart_count >= restarts for a in self.attempts()),
+            f"start {restarts + 1}",
+        )
         least = len(read_metrics(self.run_dir))
 
         def grew() -> bool:  # it first drops the lines after its checkpoint
@@ -133,10 +140,22 @@ class RunningJob:
         """The last lines of its log."""
         if not self.log.exists():
             return "(no log)"
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(
+            self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        )
 
 
-LAUNCHERS = frozenset(("torch.distributed.run", "torchrun", "deepspeed.launcher.launch", "deepspeed", "srun", "pdsh", "ssh"))
+LAUNCHERS = frozenset(
+    (
+        "torch.distributed.run",
+        "torchrun",
+        "deepspeed.launcher.launch",
+        "deepspeed",
+        "srun",
+        "pdsh",
+        "ssh",
+    )
+)
 """Programs and modules whose command line names the training module too."""
 
 
@@ -150,7 +169,9 @@ def trainings(pids: list[int]) -> list[tuple[int, int]]:
             parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
         except OSError:  # it ended meanwhile
             continue
-        before = words[: words.index(TRAINING)] if TRAINING in words else words  # behind it, folders may have any name
+        before = (
+            words[: words.index(TRAINING)] if TRAINING in words else words
+        )  # behind it, folders may have any name
         launcher = any(Path(word).name in LAUNCHERS for word in before)
         has_rank = any(item.startswith(("RANK=", "SLURM_PROCID=")) for item in environment)
         if TRAINING in words and not launcher and has_rank:

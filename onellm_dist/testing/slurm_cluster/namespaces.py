@@ -14,7 +14,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-UNSHARE = ("unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc")
+UNSHARE = (
+    "unshare",
+    "--mount",
+    "--uts",
+    "--net",
+    "--pid",
+    "--fork",
+    "--kill-child=SIGKILL",
+    "--mount-proc",
+)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -32,7 +41,9 @@ class Host:
         log: where the boot script's output goes.
     """
 
-    def __init__(self, name: str, boot: str, *, hosts: Path, log: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, boot: str, *, hosts: Path, log: Path, env: Mapping[str, str]
+    ) -> None:
         self.name = name
         # Ranks of several such hosts cannot share a GPU (NCCL refuses), so the hosts have none.
         first = (
@@ -41,9 +52,14 @@ class Host:
         )
         with log.open("a", encoding="utf-8") as out:
             self._process = subprocess.Popen(
-                [*UNSHARE, "bash", "-euc", first + boot], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=dict(env),
-                start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 - the main thread, before any other is started
-            )  # fmt: skip
+                [*UNSHARE, "bash", "-euc", first + boot],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - the main thread, before any other is started
+            )
 
     @property
     def alive(self) -> bool:
@@ -55,7 +71,11 @@ class Host:
         deadline = time.monotonic() + patience_s
         own = os.readlink("/proc/self/ns/pid")
         while time.monotonic() < deadline and self.alive:
-            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text(encoding="utf-8").split()
+            children = (
+                Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+                .read_text(encoding="utf-8")
+                .split()
+            )
             if children and os.readlink(f"/proc/{children[0]}/ns/pid") != own:
                 return int(children[0])
             time.sleep(0.02)

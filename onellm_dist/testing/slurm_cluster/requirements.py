@@ -11,10 +11,20 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.testing.slurm_cluster.namespaces import UNSHARE
 
 PACKAGES = {
-    "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge", "ip": "iproute2", "unshare": "util-linux",
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "sbatch": "slurm-wlm",
+    "munged": "munge",
+    "ip": "iproute2",
+    "unshare": "util-linux",
     "nsenter": "util-linux",
-}  # fmt: skip
-SSH_PACKAGES = {"sshd": "openssh-server", "ssh-keygen": "openssh-client", "ssh": "openssh-client", "pdsh": "pdsh"}
+}
+SSH_PACKAGES = {
+    "sshd": "openssh-server",
+    "ssh-keygen": "openssh-client",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+}
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
@@ -23,7 +33,9 @@ def find_tool(name: str) -> str:
     found = shutil.which(name, path=_PATH)
     if found is None:
         raise OneLLMError(
-            f"{name} is not here", "a throw-away Slurm needs it.", f"install the package {({**PACKAGES, **SSH_PACKAGES})[name]}."
+            f"{name} is not here",
+            "a throw-away Slurm needs it.",
+            f"install the package {({**PACKAGES, **SSH_PACKAGES})[name]}.",
         )
     return found
 
@@ -33,13 +45,25 @@ def what_is_missing(*, ssh: bool = False) -> str:
     if not sys.platform.startswith("linux"):
         return "Linux is needed (its namespaces)"
     wanted = {**PACKAGES, **(SSH_PACKAGES if ssh else {})}
-    missing = sorted({package for tool, package in wanted.items() if shutil.which(tool, path=_PATH) is None})
+    missing = sorted(
+        {package for tool, package in wanted.items() if shutil.which(tool, path=_PATH) is None}
+    )
     if missing:
         return f"Debian packages are missing: {' '.join(missing)}"
     if os.geteuid() != 0:
         return "root is needed, for namespaces and Slurm's daemons"
-    tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True, text=True, timeout=60, check=False)
-    return "" if tried.returncode == 0 else f"namespaces are not permitted here ({tried.stderr.strip()})"
+    tried = subprocess.run(
+        [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return (
+        ""
+        if tried.returncode == 0
+        else f"namespaces are not permitted here ({tried.stderr.strip()})"
+    )
 
 
 def check_needs(*, ssh: bool = False) -> None:
@@ -56,4 +80,6 @@ def check_needs(*, ssh: bool = False) -> None:
         if "packages" in missing
         else "run as root, in a virtual machine or a container with --privileged."
     )
-    raise OneLLMError(f"no throw-away Slurm here: {missing}", "nothing was started or changed.", remedy)
+    raise OneLLMError(
+        f"no throw-away Slurm here: {missing}", "nothing was started or changed.", remedy
+    )

@@ -32,7 +32,14 @@ class Stage:
     def submit(self) -> RunningJob:
         """Submit the job script, to nodes that are all free: it takes as many as there are."""
         self.cluster.wait_for_nodes(self.cluster.nodes)
-        return RunningJob(self.cluster, self.script, self.run_dir, name=self.name, cwd=self.folder, patience_s=self.patience_s)
+        return RunningJob(
+            self.cluster,
+            self.script,
+            self.run_dir,
+            name=self.name,
+            cwd=self.folder,
+            patience_s=self.patience_s,
+        )
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ def write_ssh(root: Path, nodes: Sequence[str]) -> None:
         command = [find_tool("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(root / name)]
         subprocess.run(command, check=True, timeout=60)
     (root / "authorized_keys").write_text((root / "user_key.pub").read_text())
-    (root / "known_hosts").write_text("".join(f"{n} {(root / 'host_key.pub').read_text()}" for n in nodes))
+    (root / "known_hosts").write_text(
+        "".join(f"{n} {(root / 'host_key.pub').read_text()}" for n in nodes)
+    )
     (root / "sshd_config").write_text(
         f"HostKey {root}/host_key\nAuthorizedKeysFile {root}/authorized_keys\nPidFile none\nStrictModes no\nUsePAM no\n"
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nMaxStartups 100\n"

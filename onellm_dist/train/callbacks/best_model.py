@@ -1,5 +1,6 @@
 """The best weights of a run by validation loss: `<run.dir>/best`, a `save_pretrained` directory with `best.json` in it:
-step, loss, sample_digest of the validation set."""
+step, loss, sample_digest of the validation set.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +25,26 @@ class Best:
         sample_digest: of the validation set (rank 0 alone needs it).
     """
 
-    def __init__(self, folder: Path, engine: Engine, model: Any, processor: Any, world: World, sample_digest: str) -> None:
-        self._folder, self._engine, self._model, self._processor, self._world = folder, engine, model, processor, world
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        model: Any,
+        processor: Any,
+        world: World,
+        sample_digest: str,
+    ) -> None:
+        self._folder, self._engine, self._model, self._processor, self._world = (
+            folder,
+            engine,
+            model,
+            processor,
+            world,
+        )
         self._digest = sample_digest
-        self.loss: float | None = world.broadcast(_recorded(folder, sample_digest) if world.main else None)
+        self.loss: float | None = world.broadcast(
+            _recorded(folder, sample_digest) if world.main else None
+        )
 
     def note(self, step: int, loss: float) -> bool:
         """Write the weights after `step` steps if `loss`, the same on all ranks, is the least so far. Returns whether it is."""
@@ -36,7 +53,9 @@ class Best:
         self.loss = loss
         # With the weights, under one rename: without it the next validation, however bad, would overwrite them.
         record = json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n"
-        export_model(self._folder, self._engine, self._model, self._processor, self._world, {RECORD: record})
+        export_model(
+            self._folder, self._engine, self._model, self._processor, self._world, {RECORD: record}
+        )
         return True
 
 

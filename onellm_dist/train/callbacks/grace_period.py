@@ -46,7 +46,10 @@ class NoticeWatch:
         if self._notice is None or seconds <= self._notice:
             return
         self._tell(
-            "notice_short", step=step, seconds=seconds, notice_seconds=self._notice,
+            "notice_short",
+            step=step,
+            seconds=seconds,
+            notice_seconds=self._notice,
             say=f"WARNING: the checkpoint of step {step} took {seconds:.3g} s, the job gives {self._notice:g} s of "
             "notice before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
-        )  # fmt: skip
+        )

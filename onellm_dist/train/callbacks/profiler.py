@@ -30,7 +30,15 @@ class Profiler:
         main: only rank 0 profiles.
     """
 
-    def __init__(self, track: TrackSection, run_dir: Path, device: torch.device, events: Events, *, main: bool) -> None:
+    def __init__(
+        self,
+        track: TrackSection,
+        run_dir: Path,
+        device: torch.device,
+        events: Events,
+        *,
+        main: bool,
+    ) -> None:
         self._wanted = track.profile_steps if main else None
         self._request = run_dir / REQUEST if main else None
         self._folder, self._device, self._events = run_dir / FOLDER, device, events
@@ -63,7 +71,11 @@ class Profiler:
         running.export_chrome_trace(str(written[-1]))
         files = [str(path) for path in written]
         self._events.write(
-            "profile", first=self._first, last=step, files=files, say=f"profile of steps {self._first} to {step}: {files[-1]}"
+            "profile",
+            first=self._first,
+            last=step,
+            files=files,
+            say=f"profile of steps {self._first} to {step}: {files[-1]}",
         )
 
     def _start(self, first: int, last: int) -> None:

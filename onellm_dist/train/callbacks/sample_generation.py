@@ -56,9 +56,23 @@ class Answers:
     """
 
     def __init__(
-        self, config: ValidationSection, plan: Plan, engine: Engine, tokenizer: Any, world: World, run_dir: Path, *, first_step: int
+        self,
+        config: ValidationSection,
+        plan: Plan,
+        engine: Engine,
+        tokenizer: Any,
+        world: World,
+        run_dir: Path,
+        *,
+        first_step: int,
     ) -> None:
-        self._config, self._plan, self._engine, self._tokenizer, self._world = config, plan, engine, tokenizer, world
+        self._config, self._plan, self._engine, self._tokenizer, self._world = (
+            config,
+            plan,
+            engine,
+            tokenizer,
+            world,
+        )
         self._path = run_dir / SAMPLES
         self._read: list[tuple[PackedBatch, list[_Question]]] | None = None
         if world.main:
@@ -71,7 +85,9 @@ class Answers:
         for batch, questions in packs:
             self._answer(batch.to(self._world.device), questions)
         asked = [question for _, questions in packs for question in questions if question.readable]
-        rows = [row for own in self._world.gather([self._row(done, q) for q in asked]) for row in own]
+        rows = [
+            row for own in self._world.gather([self._row(done, q) for q in asked]) for row in own
+        ]
         if self._world.main:
             self._write(done, sorted(rows, key=lambda row: row[0]), show)
 
@@ -81,9 +97,13 @@ class Answers:
             question.said, question.ended = [], not question.readable
         for _ in range(self._config.new_tokens):
             logits = self._engine.logits(_next(batch, questions, self._plan.encoder.bos))
-            for question, token in zip(questions, logits.argmax(-1).tolist(), strict=False):  # a rank without a sample has a dummy row
+            for question, token in zip(
+                questions, logits.argmax(-1).tolist(), strict=False
+            ):  # a rank without a sample has a dummy row
                 self._take(question, token)
-            left = torch.tensor([sum(not question.ended for question in questions)], device=self._world.device)
+            left = torch.tensor(
+                [sum(not question.ended for question in questions)], device=self._world.device
+            )
             self._world.sum(left)
             if not int(left):
                 break
@@ -96,21 +116,35 @@ class Answers:
 
     def _row(self, done: int, question: _Question) -> tuple[int, dict[str, Any]]:
         line = {
-            "step": done, "id": question.sample_id, "modalities": list(question.modalities), "prompt": self._text(question.prompt[1:]),
-            "reference": self._text(question.reference), "generated": self._text(question.said),
-        }  # fmt: skip
+            "step": done,
+            "id": question.sample_id,
+            "modalities": list(question.modalities),
+            "prompt": self._text(question.prompt[1:]),
+            "reference": self._text(question.reference),
+            "generated": self._text(question.said),
+        }
         return question.number, line
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text.removesuffix(STOP).strip() if self._plan.encoder.text_format == "conversation" else text.strip()
+        return (
+            text.removesuffix(STOP).strip()
+            if self._plan.encoder.text_format == "conversation"
+            else text.strip()
+        )
 
-    def _write(self, done: int, rows: Sequence[tuple[int, dict[str, Any]]], show: Show | None) -> None:
+    def _write(
+        self, done: int, rows: Sequence[tuple[int, dict[str, Any]]], show: Show | None
+    ) -> None:
         with self._path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in rows)
         for _, line in rows if show else ():
             assert show is not None
-            show(f"validation/{line['id']}", f"**{line['generated']}**\n\n(reference: {line['reference']})", done)
+            show(
+                f"validation/{line['id']}",
+                f"**{line['generated']}**\n\n(reference: {line['reference']})",
+                done,
+            )
 
     def _asked(self) -> list[tuple[PackedBatch, list[_Question]]]:
         """This rank's share of the samples, read once, on the host: packs as training would have them, and what is asked in each.
@@ -118,18 +152,36 @@ class Answers:
         Every rank has as many packs, dummies at the end, for they decode together.
         """
         if self._read is None:
-            refs, rank, size = self._plan.samples(0)[: self._config.generate], self._world.rank, self._world.size
-            dealt = [_packs(self._plan, refs, range(r, len(refs), size), self._config.new_tokens) for r in range(size)]
+            refs, rank, size = (
+                self._plan.samples(0)[: self._config.generate],
+                self._world.rank,
+                self._world.size,
+            )
+            dealt = [
+                _packs(self._plan, refs, range(r, len(refs), size), self._config.new_tokens)
+                for r in range(size)
+            ]
             count = max(map(len, dealt))
             reader = Reader(self._plan)
             self._read = []
             for index, numbers in enumerate(dealt[rank] + [[]] * (count - len(dealt[rank]))):
-                batch = reader.read(MicroBatch(0, rank, index, count, tuple(refs[n] for n in numbers), global_valid_tokens=1))
+                batch = reader.read(
+                    MicroBatch(
+                        0,
+                        rank,
+                        index,
+                        count,
+                        tuple(refs[n] for n in numbers),
+                        global_valid_tokens=1,
+                    )
+                )
                 self._read.append((batch, _questions(batch, numbers)))
         return self._read
 
 
-def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_tokens: int) -> list[list[int]]:
+def _packs(
+    plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_tokens: int
+) -> list[list[int]]:
     """The samples `numbers` in their order, in packs under the budget of training with the answers at full length; at least one pack.
 
     A sample whose answer alone goes over a cap has a pack of its own.
@@ -141,7 +193,10 @@ def _packs(plan: Plan, refs: Sequence[SampleRef], numbers: Sequence[int], new_to
         spans = plan.spans[ref.dataset]
         own_llm = ref.text_tokens + new_tokens + SPAN_TOKENS * len(spans)
         own_encoder = sum(plan.modalities[name].encoder_tokens for name in spans)
-        if packs[-1] and (llm + own_llm > plan.config.pack_llm_tokens or encoder + own_encoder > plan.config.pack_encoder_tokens):
+        if packs[-1] and (
+            llm + own_llm > plan.config.pack_llm_tokens
+            or encoder + own_encoder > plan.config.pack_encoder_tokens
+        ):
             packs.append([])
             llm = encoder = 0
         packs[-1].append(number)
@@ -154,13 +209,21 @@ def _questions(batch: PackedBatch, numbers: Sequence[int]) -> list[_Question]:
         return []
     found = []
     lengths = list(batch.text_token_counts)
-    for i, (ids, labels) in enumerate(zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)):
+    for i, (ids, labels) in enumerate(
+        zip(batch.input_ids.split(lengths), batch.labels.split(lengths), strict=True)
+    ):
         targets = (labels != IGNORE).nonzero().flatten().tolist()
         start = targets[0] if targets else len(ids)
-        end = next((a + 1 for a, b in zip(targets, [*targets[1:], -1], strict=True) if b != a + 1), start)
+        end = next(
+            (a + 1 for a, b in zip(targets, [*targets[1:], -1], strict=True) if b != a + 1), start
+        )
         readable = i not in batch.skipped_samples and end > start
         prompt, reference = ids[:start].tolist(), ids[start:end].tolist()
-        found.append(_Question(numbers[i], batch.sample_ids[i], batch.modalities[i], prompt, reference, readable))
+        found.append(
+            _Question(
+                numbers[i], batch.sample_ids[i], batch.modalities[i], prompt, reference, readable
+            )
+        )
     return found
 
 
@@ -173,4 +236,10 @@ def _next(batch: PackedBatch, questions: Sequence[_Question], bos: int) -> Packe
     labels = torch.full_like(ids, IGNORE)
     labels[last] = bos
     device = batch.input_ids.device
-    return replace(batch, input_ids=ids.to(device), labels=labels.to(device), text_token_counts=lengths, supervised=last.to(device))
+    return replace(
+        batch,
+        input_ids=ids.to(device),
+        labels=labels.to(device),
+        text_token_counts=lengths,
+        supervised=last.to(device),
+    )

@@ -25,7 +25,9 @@ class Telemetry:
     """Seconds that training stood still for checkpoints since the last step was reported; whoever writes them adds to it."""
 
     def __post_init__(self) -> None:
-        self._starvation = Starvation(self.config.track.underused_expert_share, self.config.track.underused_expert_steps)
+        self._starvation = Starvation(
+            self.config.track.underused_expert_share, self.config.track.underused_expert_steps
+        )
 
     def read(self, step: int) -> Readings:
         """What goes into the line of a step."""
@@ -43,9 +45,12 @@ class Telemetry:
         shares = {name: round(shares[expert], 4) for name, shares in load.items()}
         told = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
         self.events.write(
-            "expert_starves", step=step, expert=expert, load=shares,
+            "expert_starves",
+            step=step,
+            expert=expert,
+            load=shares,
             say=f"WARNING: expert {expert} starves: for {track.underused_expert_steps} steps no modality gave it {track.underused_expert_share:g} ({told})",
-        )  # fmt: skip
+        )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -32,7 +32,8 @@ def tracker_class(name: str) -> Any:
     if name not in LOGGER_TYPE_TO_CLASS:
         near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
         raise UsageError(
-            f"track.with: no tracker is called {name!r}" + (f"; did you mean {near[0]}?" if near else ""),
+            f"track.with: no tracker is called {name!r}"
+            + (f"; did you mean {near[0]}?" if near else ""),
             "the run's figures would not arrive there.",
             f"name some of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, or module:Class of your own.",
         )
@@ -52,10 +53,16 @@ def _own_class(name: str, base: type) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"track.with: {name} cannot be imported: {error}", "the run's figures would not arrive there.", "check PYTHONPATH."
+            f"track.with: {name} cannot be imported: {error}",
+            "the run's figures would not arrive there.",
+            "check PYTHONPATH.",
         ) from None
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise UsageError(f"track.with: {name} is no accelerate.tracking.GeneralTracker", "it has no log().", "derive it from that class.")
+        raise UsageError(
+            f"track.with: {name} is no accelerate.tracking.GeneralTracker",
+            "it has no log().",
+            "derive it from that class.",
+        )
     return found
 
 
@@ -76,7 +83,9 @@ class Trackers:
         config: the resolved recipe, stored by each tracker as the run's parameters.
     """
 
-    def __init__(self, track: TrackSection, run_dir: Path, config: Mapping[str, Any], events: Events) -> None:
+    def __init__(
+        self, track: TrackSection, run_dir: Path, config: Mapping[str, Any], events: Events
+    ) -> None:
         self._events = events
         self._open: dict[str, Any] = {}
         for name in track.trackers:
@@ -109,7 +118,13 @@ class Trackers:
         except Exception as error:  # of a foreign service: a lost network, a full account
             del self._open[name]
             problem = f"{type(error).__name__}: {error}"
-            self._events.write("tracker_dropped", tracker=name, call=call, problem=problem, say=f"WARNING: tracker {name}: {problem}")
+            self._events.write(
+                "tracker_dropped",
+                tracker=name,
+                call=call,
+                problem=problem,
+                say=f"WARNING: tracker {name}: {problem}",
+            )
 
 
 def _flat(config: Mapping[str, Any], before: Sequence[str] = ()) -> dict[str, Any]:
@@ -120,5 +135,7 @@ def _flat(config: Mapping[str, Any], before: Sequence[str] = ()) -> dict[str, An
         if isinstance(value, Mapping):
             found |= _flat(value, path)
         else:
-            found[".".join(path)] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            found[".".join(path)] = (
+                value if isinstance(value, (bool, int, float, str)) else str(value)
+            )
     return found

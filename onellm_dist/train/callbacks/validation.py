@@ -41,11 +41,32 @@ class Validation:
     """Where generated answers are shown beside their file."""
 
     def __init__(
-        self, config: ValidationSection, plan: Plan, engine: Engine, model: Any, world: World, run_dir: Path, events: Events,
-        *, first_step: int, steps: int, answers: Answers | None = None,
-    ) -> None:  # fmt: skip
-        self._config, self._plan, self._engine, self._model, self._world = config, plan, engine, model, world
-        self._path, self._events, self._steps, self._answers = run_dir / VALIDATION, events, steps, answers
+        self,
+        config: ValidationSection,
+        plan: Plan,
+        engine: Engine,
+        model: Any,
+        world: World,
+        run_dir: Path,
+        events: Events,
+        *,
+        first_step: int,
+        steps: int,
+        answers: Answers | None = None,
+    ) -> None:
+        self._config, self._plan, self._engine, self._model, self._world = (
+            config,
+            plan,
+            engine,
+            model,
+            world,
+        )
+        self._path, self._events, self._steps, self._answers = (
+            run_dir / VALIDATION,
+            events,
+            steps,
+            answers,
+        )
         if world.main:
             drop_from(self._path, first_step + 1)
 
@@ -60,7 +81,10 @@ class Validation:
         self._model.eval()
         totals = StepTotals(sorted(set(self._plan.spans)), self._world.device)
         skipped_samples = 0
-        with torch.no_grad(), Loader(self._plan, self._world.size, self._world.rank, 0, 1) as loader:
+        with (
+            torch.no_grad(),
+            Loader(self._plan, self._world.size, self._world.rank, 0, 1) as loader,
+        ):
             for micro, batch in loader:
                 on_device = batch.to(self._world.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
@@ -72,16 +96,25 @@ class Validation:
         values = totals.read()
         global_valid_tokens = self._plan.step(0, self._world.size).global_valid_tokens
         line = {
-            "step": done, "loss": values.loss / global_valid_tokens, "loss_by_modality": values.nll, "samples": self._config.samples,
-            "supervised_tokens": global_valid_tokens, "skipped_samples": values.new_skipped_samples, "sample_digest": self._plan.digest(0),
+            "step": done,
+            "loss": values.loss / global_valid_tokens,
+            "loss_by_modality": values.nll,
+            "samples": self._config.samples,
+            "supervised_tokens": global_valid_tokens,
+            "skipped_samples": values.new_skipped_samples,
+            "sample_digest": self._plan.digest(0),
             "seconds": time.perf_counter() - started,
-        }  # fmt: skip
+        }
         if self._world.main:
             with self._path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
                 out.flush()
                 os.fsync(out.fileno())
         kinds = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
-        self._events.write("validation", step=done, loss=values.loss / global_valid_tokens,
-                           say=f"validation after step {done}: loss {values.loss / global_valid_tokens:.4f} ({kinds})")  # fmt: skip
+        self._events.write(
+            "validation",
+            step=done,
+            loss=values.loss / global_valid_tokens,
+            say=f"validation after step {done}: loss {values.loss / global_valid_tokens:.4f} ({kinds})",
+        )
         return values.loss / global_valid_tokens

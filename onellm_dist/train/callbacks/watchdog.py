@@ -33,9 +33,14 @@ GRACE_S = 20.0
 LAST_RESORT_S = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
 IN_COLLECTIVE = (
-    "torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/", "deepspeed/runtime/zero/",
-    "torch/cuda/", "onellm_dist/train/totals.py", "onellm_dist/train/engine/",
-)  # fmt: skip
+    "torch/distributed/",
+    "deepspeed/comm/",
+    "deepspeed/runtime/comm/",
+    "deepspeed/runtime/zero/",
+    "torch/cuda/",
+    "onellm_dist/train/totals.py",
+    "onellm_dist/train/engine/",
+)
 """A thread whose innermost Python frame is in such a file waits for other ranks (ZeRO-3 waits for its gathers in its own files: 0.19.8).
 
 On a GPU collectives are queued, and a rank waits for them where the host next waits for the device: for a stream or an event (torch/cuda/),
@@ -51,7 +56,14 @@ class Watchdog:
     """
 
     def __init__(
-        self, run_dir: Path, rank: int, world: int, config: StabilitySection, exit_file: ExitFile, *, end: Callable[[int], Any] = os._exit
+        self,
+        run_dir: Path,
+        rank: int,
+        world: int,
+        config: StabilitySection,
+        exit_file: ExitFile,
+        *,
+        end: Callable[[int], Any] = os._exit,
     ) -> None:
         self._folder, self._rank, self._world = run_dir / HANGS, rank, world
         self._config, self._exit_file, self._end = config, exit_file, end
@@ -73,7 +85,11 @@ class Watchdog:
         phase, config = self._in_flight.phase, self._config
         if not self._in_flight.first_step_done:
             return 60 * config.first_step_minutes
-        own = {"checkpoint": config.checkpoint_minutes, "export": config.checkpoint_minutes, "validation": config.validation_minutes}
+        own = {
+            "checkpoint": config.checkpoint_minutes,
+            "export": config.checkpoint_minutes,
+            "validation": config.validation_minutes,
+        }
         return 60 * own.get(phase, config.hang_minutes)
 
     def _watch(self) -> None:
@@ -100,24 +116,36 @@ class Watchdog:
             suspected, why = suspected_ranks(found, self._world)
             self._tell(idle, suspected, why, found)
         except Exception as error:  # whatever it is: the rank must end
-            print(f"rank {self._rank}: hangs, and could not say all of it: {error!r}", file=sys.stderr, flush=True)
+            print(
+                f"rank {self._rank}: hangs, and could not say all of it: {error!r}",
+                file=sys.stderr,
+                flush=True,
+            )
         end_children()
         self._end(1)
 
     def _write_own(self, idle: float) -> None:
         about = {
-            **self._in_flight.about(), "rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "idle_seconds": round(idle, 1),
+            **self._in_flight.about(),
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "idle_seconds": round(idle, 1),
             "in_collective": in_collective(sys._current_frames(), threading.get_ident()),
-        }  # fmt: skip
+        }
         with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as out:
             out.write("\n".join(f"{key}: {value}" for key, value in about.items()) + "\n\n")
             out.flush()
             faulthandler.dump_traceback(out, all_threads=True)
             out.flush()
             rows = self._in_flight.rows()
-            out.write("\nthe micro-step's samples:\n" + ("\n".join(map(str, rows)) or "none") + "\n")
+            out.write(
+                "\nthe micro-step's samples:\n" + ("\n".join(map(str, rows)) or "none") + "\n"
+            )
         aside = self._folder / f".rank-{self._rank:05d}.json"
-        aside.write_text(json.dumps({**about, "samples": [row["sample"] for row in rows]}), encoding="utf-8")
+        aside.write_text(
+            json.dumps({**about, "samples": [row["sample"] for row in rows]}), encoding="utf-8"
+        )
         aside.rename(_about_file(self._folder, self._rank))
 
     def _wait_for_others(self) -> dict[int, dict[str, Any]]:
@@ -132,21 +160,31 @@ class Watchdog:
                 return found
             time.sleep(0.1)
 
-    def _tell(self, idle: float, suspected: list[int], why: str, found: Mapping[int, dict[str, Any]]) -> None:
+    def _tell(
+        self, idle: float, suspected: list[int], why: str, found: Mapping[int, dict[str, Any]]
+    ) -> None:
         first = found.get(suspected[0], {}) if suspected else {}
         own = found.get(self._rank, {})
         about = first or own
         limit = max((float(entry["idle_seconds"]) for entry in found.values()), default=idle)
-        names = "no rank stands out" if not suspected else f"rank {', '.join(map(str, suspected[:8]))} {why}"
-        where = f", in phase {first['phase']}" if first else ""
-        reason = (
-            f"hang: no progress for {limit:.0f} s in step {about.get('step')}; {names}{where}; stacks of every rank are in {self._folder}"
+        names = (
+            "no rank stands out"
+            if not suspected
+            else f"rank {', '.join(map(str, suspected[:8]))} {why}"
         )
+        where = f", in phase {first['phase']}" if first else ""
+        reason = f"hang: no progress for {limit:.0f} s in step {about.get('step')}; {names}{where}; stacks of every rank are in {self._folder}"
         print(f"rank {self._rank}: {reason}", file=sys.stderr, flush=True)
         self._exit_file.write(
-            "failed", reason=reason, kind="hang", failed_step=about.get("step"), suspects=about.get("samples", []),
-            suspected_rank=suspected[0] if suspected else None, suspected_ranks=suspected, suspected_host=first.get("host"),
-        )  # fmt: skip
+            "failed",
+            reason=reason,
+            kind="hang",
+            failed_step=about.get("step"),
+            suspects=about.get("samples", []),
+            suspected_rank=suspected[0] if suspected else None,
+            suspected_ranks=suspected,
+            suspected_host=first.get("host"),
+        )
 
 
 def suspected_ranks(found: Mapping[int, Mapping[str, Any]], world: int) -> tuple[list[int], str]:

@@ -34,7 +34,9 @@ class AbandonedError(Exception):
     """The write was given up: another rank failed."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], abandon: threading.Event | None = None) -> Written:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], abandon: threading.Event | None = None
+) -> Written:
     """Write fp32 tensors as a safetensors file and force it to the disk.
 
     Args:
@@ -58,7 +60,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], abandon: thre
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as out:
-        for data in (memoryview(len(text).to_bytes(8, "little") + text), *(_bytes_of(t) for t in tensors.values() if t.numel())):
+        for data in (
+            memoryview(len(text).to_bytes(8, "little") + text),
+            *(_bytes_of(t) for t in tensors.values() if t.numel()),
+        ):
             for start in range(0, len(data), CHUNK):
                 if abandon is not None and abandon.is_set():
                     raise AbandonedError
@@ -105,4 +110,8 @@ def _problem(path: Path, right: Written) -> str:
         digest = sha256_of(path)
     except OSError as error:
         return f"{path.name}: {error}"
-    return "" if digest == right.sha256 else f"{path.name} has sha256 {digest[:16]}..., the manifest says {right.sha256[:16]}..."
+    return (
+        ""
+        if digest == right.sha256
+        else f"{path.name} has sha256 {digest[:16]}..., the manifest says {right.sha256[:16]}..."
+    )

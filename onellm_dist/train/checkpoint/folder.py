@@ -36,7 +36,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a whole checkpoint, or None: missing, of an unknown version, or a file is missing or cut short."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = manifest["version"] in READABLE and all((folder / n).stat().st_size == size for n, size in manifest["files"].items())
+        whole = manifest["version"] in READABLE and all(
+            (folder / n).stat().st_size == size for n, size in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None
@@ -45,7 +47,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def recorded_files(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path, Written]]:
     """The files of a checkpoint as its manifest records them; none where it has no checksums."""
     digests = manifest.get("sha256", {})
-    return [(folder / name, Written(size, digests[name])) for name, size in manifest["files"].items() if name in digests]
+    return [
+        (folder / name, Written(size, digests[name]))
+        for name, size in manifest["files"].items()
+        if name in digests
+    ]
 
 
 def checkpoint_name(step: int) -> str:
@@ -60,10 +66,18 @@ def step_of(folder: Path) -> int:
 
 def newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint in `checkpoints` that is whole, as far as its manifest and the sizes of its files tell."""
-    return next((folder for folder in reversed(folders(checkpoints)) if read_manifest(folder) is not None), None)
+    return next(
+        (folder for folder in reversed(folders(checkpoints)) if read_manifest(folder) is not None),
+        None,
+    )
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None = None, keep_every_hours: float | None = None) -> None:
+def prune(
+    checkpoints: Path,
+    keep: int,
+    keep_every: int | None = None,
+    keep_every_hours: float | None = None,
+) -> None:
     """Remove all but the newest `keep` whole checkpoints, and what unfinished writes left.
 
     One that is cut short, as far as manifest and sizes tell, is not counted: it goes if it is older than those that stay. One whose
@@ -74,9 +88,15 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None = None, keep_ever
         keep_every_hours: so do the first whole one, and then one whenever so many hours lie between it and the last that stayed so.
     """
     every = folders(checkpoints)
-    newest = list(islice((folder for folder in reversed(every) if read_manifest(folder) is not None), keep))
+    newest = list(
+        islice((folder for folder in reversed(every) if read_manifest(folder) is not None), keep)
+    )
     oldest = step_of(newest[-1]) if newest else 0
-    lasting = {folder for folder in every if keep_every and step_of(folder) and step_of(folder) % keep_every == 0}
+    lasting = {
+        folder
+        for folder in every
+        if keep_every and step_of(folder) and step_of(folder) % keep_every == 0
+    }
     if keep_every_hours is not None:
         lasting |= _hours_apart(every, keep_every_hours)
     for folder in every:
@@ -108,7 +128,10 @@ def _written(folder: Path, changed: float) -> float | None:
 
 def folders(checkpoints: Path) -> list[Path]:
     """Every folder that is named like a checkpoint, the oldest first."""
-    return sorted((f for f in checkpoints.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit()), key=step_of)
+    return sorted(
+        (f for f in checkpoints.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit()),
+        key=step_of,
+    )
 
 
 def tensor_name(name: str, start: int, key: str) -> str:
@@ -120,7 +143,9 @@ def put_in_place(partial: Path, folder: Path) -> None:
     """Give a whole, synced folder its name. What has that name goes first, and comes back (`restore_displaced`) if a kill falls between."""
     before = _displaced(folder)
     shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():  # a run that came back to an older checkpoint passes this step a second time
+    if (
+        folder.exists()
+    ):  # a run that came back to an older checkpoint passes this step a second time
         folder.rename(before)
     partial.rename(folder)
     sync(folder.parent)

@@ -28,13 +28,24 @@ def take_over(config: RunConfig, found: Found) -> None:
     """Where this start goes on from another run's checkpoint, its ledger; and the record that `checkpoint.resume` was obeyed. By rank 0."""
     run_dir, wanted = config.run.dir, config.checkpoint.resume
     source = None if found.folder is None else found.folder.resolve().parent
-    if found.folder is not None and source is not None and source.name == CHECKPOINTS and not is_own(run_dir / CHECKPOINTS, found.folder):
+    if (
+        found.folder is not None
+        and source is not None
+        and source.name == CHECKPOINTS
+        and not is_own(run_dir / CHECKPOINTS, found.folder)
+    ):
         step = int((read_manifest(found.folder) or {}).get("step", 0))
         count = inherit_ledger(source.parent / LEDGER, run_dir / LEDGER, step)
         if count:
-            print(f"{run_dir}: {count} samples that were out of the run of {found.folder} stay out", flush=True)
+            print(
+                f"{run_dir}: {count} samples that were out of the run of {found.folder} stay out",
+                flush=True,
+            )
     if found.again:
-        print(f"checkpoint.resume={wanted} was obeyed by an earlier start of this job: the run goes on", flush=True)
+        print(
+            f"checkpoint.resume={wanted} was obeyed by an earlier start of this job: the run goes on",
+            flush=True,
+        )
     elif wanted != "auto":
         note_obeyed(run_dir, wanted, os.environ)
 
@@ -48,7 +59,9 @@ def inherit_ledger(source: Path, own: Path, step: int) -> int:
     skipped_samples: dict[str, dict[str, Any]] = {}
     for path in sorted(source.glob("skipped_samples-rank*.jsonl")):
         if path.name != MARKS:
-            skipped_samples |= {entry["sample_id"]: entry for entry in _entries(path) if entry["step"] < step}
+            skipped_samples |= {
+                entry["sample_id"]: entry for entry in _entries(path) if entry["step"] < step
+            }
     marks = [entry for entry in _entries(source / MARKS) if entry["step"] < step]
     own.mkdir(parents=True, exist_ok=True)
     kept = _entries(own / MARKS)

@@ -10,7 +10,12 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.checkpoint.files import damaged
-from onellm_dist.train.checkpoint.folder import folders, read_manifest, recorded_files, restore_displaced
+from onellm_dist.train.checkpoint.folder import (
+    folders,
+    read_manifest,
+    recorded_files,
+    restore_displaced,
+)
 from onellm_dist.train.checkpoint.source import check_source
 from onellm_dist.train.distributed import World
 from onellm_dist.train.records.applied_resumes import was_obeyed
@@ -44,13 +49,17 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found
     if world.main and checkpoints.is_dir():
         restore_displaced(checkpoints)
     world.barrier()
-    again = world.broadcast(wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ) if world.main else False)
+    again = world.broadcast(
+        wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ) if world.main else False
+    )
     if wanted == "never" and not again:
         return Found(None)
     if isinstance(wanted, Path) and not again:
         return Found(_asked_for(wanted, config, world))
     found = _newest(config, checkpoints, world)
-    if found.folder is None and isinstance(wanted, Path):  # the first start of the job came to no checkpoint of its own
+    if found.folder is None and isinstance(
+        wanted, Path
+    ):  # the first start of the job came to no checkpoint of its own
         found = Found(_asked_for(wanted, config, world))
     return replace(found, again=again)
 
@@ -77,7 +86,8 @@ def _newest(config: RunConfig, checkpoints: Path, world: World) -> Found:
         passed_over.append((folder.name, problem))
     if passed_over:
         raise OneLLMError(
-            f"every checkpoint in {checkpoints} is damaged: " + "; ".join(f"{name}: {problem}" for name, problem in passed_over[:3]),
+            f"every checkpoint in {checkpoints} is damaged: "
+            + "; ".join(f"{name}: {problem}" for name, problem in passed_over[:3]),
             "a start from nothing would lose what the run has learnt.",
             "restore one of them from a copy, or set checkpoint.resume=never to begin anew (they are moved aside then).",
         )

@@ -69,7 +69,11 @@ def _other_preset(frozen: dict[str, Any], config: RunConfig) -> str:
     model = config.model
     if model.preset != frozen["preset"]:
         return f"model.preset was {frozen['preset']}, now {f'model.path={model.path}' if model.preset is None else model.preset}"
-    return "" if config.run.seed == frozen["seed"] else f"run.seed was {frozen['seed']}, now {config.run.seed}"
+    return (
+        ""
+        if config.run.seed == frozen["seed"]
+        else f"run.seed was {frozen['seed']}, now {config.run.seed}"
+    )
 
 
 def _other_files(frozen: dict[str, Any], config: RunConfig, world: World) -> str:
@@ -83,7 +87,9 @@ def _other_files(frozen: dict[str, Any], config: RunConfig, world: World) -> str
     problem, doubtful = world.broadcast((problem, doubtful))
     if problem:
         return problem
-    found = damaged([(root / name, Written(there[name][0], there[name][2])) for name in doubtful], world)
+    found = damaged(
+        [(root / name, Written(there[name][0], there[name][2])) for name in doubtful], world
+    )
     return f"in {root}: {'; '.join(found[:3])}" if found else ""
 
 
@@ -95,13 +101,17 @@ def _compare_stamps(root: Path, there: dict[str, list[Any]]) -> tuple[str, list[
         return str(error), []
     if here.keys() != there.keys():
         return f"{root} has other files: {', '.join(sorted(here.keys() ^ there.keys())[:3])}", []
-    return "", [name for name, stat in here.items() if there[name][:2] != [stat.st_size, stat.st_mtime_ns]]
+    return "", [
+        name for name, stat in here.items() if there[name][:2] != [stat.st_size, stat.st_mtime_ns]
+    ]
 
 
 def _weight_files(root: Path) -> list[Path]:
     found = sorted({path for pattern in PATTERNS for path in root.glob(pattern)})
     if not found:
         raise OneLLMError(
-            f"model.path={root} has no weights", "the frozen weights are read from there.", "give a save_pretrained directory."
+            f"model.path={root} has no weights",
+            "the frozen weights are read from there.",
+            "give a save_pretrained directory.",
         )
     return found

@@ -35,7 +35,9 @@ class HostCopy:
                     on_gpu = True
                     self._lock()
                 copy = memory[at : at + own.length]
-                taken[tensor_name(own.name, own.start, key)] = copy.copy_(values, non_blocking=on_gpu)
+                taken[tensor_name(own.name, own.start, key)] = copy.copy_(
+                    values, non_blocking=on_gpu
+                )
                 at += own.length
         if on_gpu:
             torch.cuda.synchronize()
@@ -54,9 +56,14 @@ class HostCopy:
         if self._tried:
             return
         self._tried = True
-        code = int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0))
+        code = int(
+            torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)
+        )
         if code:
-            warnings.warn(f"checkpoint copies go through pageable memory: cudaHostRegister failed with code {code}", stacklevel=2)
+            warnings.warn(
+                f"checkpoint copies go through pageable memory: cudaHostRegister failed with code {code}",
+                stacklevel=2,
+            )
         else:
             self._release = weakref.finalize(self, _unlock, self._memory.data_ptr())
             self._release.atexit = False
@@ -64,7 +71,11 @@ class HostCopy:
 
 def live_state(ranges: Sequence[LocalRange]) -> dict[str, torch.Tensor]:
     """Name in the file -> [length] fp32: the state itself, where the engine keeps it. Nothing may step while it is read."""
-    return {tensor_name(own.name, own.start, key): own.read(key).detach() for own in ranges for key in STATE_KEYS}
+    return {
+        tensor_name(own.name, own.start, key): own.read(key).detach()
+        for own in ranges
+        for key in STATE_KEYS
+    }
 
 
 def _unlock(address: int) -> None:

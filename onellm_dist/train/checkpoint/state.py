@@ -11,12 +11,27 @@ import torch
 from safetensors import safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.train.checkpoint.folder import MANIFEST, checkpoint_name, newest_whole, prune, read_manifest, tensor_name
+from onellm_dist.train.checkpoint.folder import (
+    MANIFEST,
+    checkpoint_name,
+    newest_whole,
+    prune,
+    read_manifest,
+    tensor_name,
+)
 from onellm_dist.train.checkpoint.writer import save_state
 from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
 
-__all__ = ["MANIFEST", "checkpoint_name", "load_state", "newest_whole", "prune", "read_manifest", "save_state"]
+__all__ = [
+    "MANIFEST",
+    "checkpoint_name",
+    "load_state",
+    "newest_whole",
+    "prune",
+    "read_manifest",
+    "save_state",
+]
 
 
 def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
@@ -32,7 +47,9 @@ def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise OneLLMError(
-            f"checkpoint {folder} is not whole", "it cannot be resumed.", "give another checkpoint directory, or checkpoint.resume=auto."
+            f"checkpoint {folder} is not whole",
+            "it cannot be resumed.",
+            "give another checkpoint directory, or checkpoint.resume=auto.",
         )
     _check_parameters(folder, manifest["parameters"], engine.ranges(), world)
     with ExitStack() as stack:
@@ -45,12 +62,21 @@ def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
     return manifest
 
 
-def _check_parameters(folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], world: World) -> None:
-    here = {name: shape for part in world.gather({r.name: r.shape for r in ranges}) for name, shape in part.items()}
+def _check_parameters(
+    folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], world: World
+) -> None:
+    here = {
+        name: shape
+        for part in world.gather({r.name: r.shape for r in ranges})
+        for name, shape in part.items()
+    }
     there = {name: tuple(entry["shape"]) for name, entry in saved.items()}
     if here == there:
         return
-    wrong = sorted({n for n in here.keys() ^ there.keys()} | {n for n in here.keys() & there.keys() if tuple(here[n]) != there[n]})
+    wrong = sorted(
+        {n for n in here.keys() ^ there.keys()}
+        | {n for n in here.keys() & there.keys() if tuple(here[n]) != there[n]}
+    )
     raise UsageError(
         f"checkpoint {folder} holds other trainable parameters than this run: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}",
         "it is from another stage, mixture or model.",
@@ -64,7 +90,9 @@ class _Files:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack, self._open = folder, stack, dict[str, Any]()
 
-    def read(self, own: LocalRange, pieces: Sequence[tuple[int, int, str]], key: str) -> torch.Tensor:
+    def read(
+        self, own: LocalRange, pieces: Sequence[tuple[int, int, str]], key: str
+    ) -> torch.Tensor:
         values = torch.empty(own.length, dtype=torch.float32)
         missing = own.length
         for start, length, file in pieces:
@@ -72,10 +100,12 @@ class _Files:
             if first >= end:
                 continue
             if file not in self._open:
-                self._open[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
-            values[first - own.start : end - own.start] = self._open[file].get_slice(tensor_name(own.name, start, key))[
-                first - start : end - start
-            ]
+                self._open[file] = self._stack.enter_context(
+                    safe_open(self._folder / file, framework="pt")
+                )
+            values[first - own.start : end - own.start] = self._open[file].get_slice(
+                tensor_name(own.name, start, key)
+            )[first - start : end - start]
             missing -= end - first
         if missing:
             raise OneLLMError(

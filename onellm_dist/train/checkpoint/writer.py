@@ -50,9 +50,14 @@ class Writing:
     """
 
     def __init__(
-        self, folder: Path, tensors: dict[str, torch.Tensor], ranges: Sequence[LocalRange], world: World,
-        about: Callable[[], dict[str, Any]], on_commit: Commit | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        tensors: dict[str, torch.Tensor],
+        ranges: Sequence[LocalRange],
+        world: World,
+        about: Callable[[], dict[str, Any]],
+        on_commit: Commit | None = None,
+    ) -> None:
         self.folder, self.partial = folder, partial_of(folder)
         self.copied_at = time.perf_counter()
         self.error: str | None = None
@@ -80,7 +85,12 @@ class Writing:
     def _write_own(self) -> None:
         name = f"rank-{self._world.rank:05d}.safetensors"
         written = write_tensors(self.partial / name, self._tensors, self.abandon)
-        part = {"file": name, "size": written.size, "sha256": written.sha256, "ranges": self._ranges}
+        part = {
+            "file": name,
+            "size": written.size,
+            "sha256": written.sha256,
+            "ranges": self._ranges,
+        }
         aside = self.partial / f".{name}.json"
         aside.write_text(json.dumps(part), encoding="utf-8")
         aside.rename(_part_file(self.partial, self._world.rank))
@@ -91,11 +101,18 @@ class Writing:
         parameters: dict[str, Any] = {}
         for part in parts:
             for name, shape, start, length in part["ranges"]:
-                parameters.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append([start, length, part["file"]])
+                parameters.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(
+                    [start, length, part["file"]]
+                )
         manifest = {
-            "version": VERSION, **about, "written": time.time(), "world": self._world.size, "files": {p["file"]: p["size"] for p in parts},
-            "sha256": {p["file"]: p["sha256"] for p in parts}, "parameters": parameters,
-        }  # fmt: skip
+            "version": VERSION,
+            **about,
+            "written": time.time(),
+            "world": self._world.size,
+            "files": {p["file"]: p["size"] for p in parts},
+            "sha256": {p["file"]: p["sha256"] for p in parts},
+            "parameters": parameters,
+        }
         path = self.partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(path)
@@ -115,8 +132,15 @@ class Writing:
         return found
 
 
-def begin(folder: Path, copy: HostCopy | None, engine: Engine, world: World, about: dict[str, Any], more: Callable[[], dict[str, Any]],
-          on_commit: Commit | None = None) -> Writing:  # fmt: skip
+def begin(
+    folder: Path,
+    copy: HostCopy | None,
+    engine: Engine,
+    world: World,
+    about: dict[str, Any],
+    more: Callable[[], dict[str, Any]],
+    on_commit: Commit | None = None,
+) -> Writing:
     """Start to write the state. Called by all ranks together.
 
     Args:
@@ -151,7 +175,9 @@ def settle(writing: Writing, world: World) -> None:
     """
     if not world.main:
         writing.thread.join()
-    failures = [failure for failure in world.gather(None if world.main else writing.error) if failure]
+    failures = [
+        failure for failure in world.gather(None if world.main else writing.error) if failure
+    ]
     if world.main:
         if failures:
             writing.abandon.set()
@@ -186,9 +212,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, engine: Engine, world: World, config: CheckpointSection, about: Callable[[int], dict[str, Any]],
-        source: Callable[[], dict[str, Any]], tell: Callable[..., None],
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        engine: Engine,
+        world: World,
+        config: CheckpointSection,
+        about: Callable[[int], dict[str, Any]],
+        source: Callable[[], dict[str, Any]],
+        tell: Callable[..., None],
+    ) -> None:
         self._folder, self._engine, self._world, self._config = folder, engine, world, config
         self._about, self._source, self._tell = about, source, tell
         self._copy = HostCopy()
@@ -207,7 +239,11 @@ class Checkpoints:
     def overdue(self) -> bool:
         """`checkpoint.every_minutes` have gone by here; rank 0's clock decides."""
         minutes = self._config.every_minutes
-        return self._world.main and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return (
+            self._world.main
+            and minutes is not None
+            and time.monotonic() - self._saved_at >= 60 * minutes
+        )
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Begin to write the checkpoint after `step` steps.
@@ -225,13 +261,27 @@ class Checkpoints:
         folder = self._folder / checkpoint_name(step)
 
         def committed(writing: Writing, size: int) -> None:
-            prune(self._folder, self._config.keep, self._config.keep_every, self._config.keep_every_hours)
+            prune(
+                self._folder,
+                self._config.keep,
+                self._config.keep_every,
+                self._config.keep_every_hours,
+            )
             seconds = time.perf_counter() - started
             stall = seconds if wait else writing.copied_at - started
-            self._tell("checkpoint", step=step, folder=folder.name, seconds=round(seconds, 3), stall_seconds=round(stall, 4), bytes=size)
+            self._tell(
+                "checkpoint",
+                step=step,
+                folder=folder.name,
+                seconds=round(seconds, 3),
+                stall_seconds=round(stall, 4),
+                bytes=size,
+            )
 
         copy = None if wait else self._copy
-        self._writing = begin(folder, copy, self._engine, self._world, self._about(step), self._more, committed)
+        self._writing = begin(
+            folder, copy, self._engine, self._world, self._about(step), self._more, committed
+        )
         if wait:
             self.settle()
         self.stall_seconds = time.perf_counter() - started

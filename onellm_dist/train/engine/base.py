@@ -80,7 +80,11 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def wrap(
-        cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings, weights: WeightSource | None = None
+        cls,
+        model: nn.Module,
+        groups: Sequence[dict[str, object]],
+        settings: EngineSettings,
+        weights: WeightSource | None = None,
     ) -> Engine:
         """Shard `model`, whose frozen parameters have requires_grad False already. Its parameters may be replaced by others.
 
@@ -91,7 +95,9 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, *, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run one micro-batch; `last`: the optimizer step follows it. Returns what PackedLoss returns."""
 
     @abstractmethod
@@ -140,7 +146,8 @@ class Engine(ABC):
     @abstractmethod
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight and persistent buffer in turn, whole, in the dtype the model computes in: on the CPU on rank 0, a tensor on
-        the meta device elsewhere. Every rank must run it to its end. Tied weights come once."""
+        the meta device elsewhere. Every rank must run it to its end. Tied weights come once.
+        """
 
     def gather_full_state(self) -> dict[str, torch.Tensor]:
         """All of `whole_weights` at once: rank 0; {} elsewhere."""

@@ -23,19 +23,36 @@ class PartNorms:
         parts: parameter name -> part; the same on every rank.
     """
 
-    def __init__(self, model: nn.Module, ranges: Sequence[LocalRange], parts: Mapping[str, str], device: torch.device) -> None:
-        self.names = sorted({parts[name] for name, p in model.named_parameters() if p.requires_grad and name in parts})
+    def __init__(
+        self,
+        model: nn.Module,
+        ranges: Sequence[LocalRange],
+        parts: Mapping[str, str],
+        device: torch.device,
+    ) -> None:
+        self.names = sorted(
+            {
+                parts[name]
+                for name, p in model.named_parameters()
+                if p.requires_grad and name in parts
+            }
+        )
         place = {name: i for i, name in enumerate(self.names)}
         held = [r for r in ranges if r.length]
         self._batches = _batches(held)
-        self._place = torch.tensor([place[parts[r.name]] if r.name in parts else len(place) for r in held], dtype=torch.int64)
+        self._place = torch.tensor(
+            [place[parts[r.name]] if r.name in parts else len(place) for r in held],
+            dtype=torch.int64,
+        )
         self._place, self._device = self._place.to(device), device
 
     @torch.no_grad()
     def read(self) -> GradNorms:
         """Of the gradient that the ranges hold now. Waits for the device. Called by all ranks."""
         squares = self._squares().tolist()
-        by_part = {name: math.sqrt(square) for name, square in zip(self.names, squares, strict=False)}
+        by_part = {
+            name: math.sqrt(square) for name, square in zip(self.names, squares, strict=False)
+        }
         return GradNorms(math.sqrt(sum(squares)), by_part)
 
     def _squares(self) -> torch.Tensor:
@@ -43,7 +60,11 @@ class PartNorms:
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
         first = 0
         for few in self._batches:
-            norms = torch.stack(torch._foreach_norm([r.gradient().float() for r in few])).double().to(self._device)
+            norms = (
+                torch.stack(torch._foreach_norm([r.gradient().float() for r in few]))
+                .double()
+                .to(self._device)
+            )
             sums.index_add_(0, self._place[first : first + len(few)], norms.square())
             first += len(few)
         dist.all_reduce(sums)

@@ -14,9 +14,14 @@ def named_groups(model: nn.Module, groups: Sequence[dict[str, object]]) -> list[
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]  # type: ignore[attr-defined]
 
 
-def grouped(groups: Sequence[dict[str, object]], parameters: dict[str, nn.Parameter]) -> list[dict[str, object]]:
+def grouped(
+    groups: Sequence[dict[str, object]], parameters: dict[str, nn.Parameter]
+) -> list[dict[str, object]]:
     """What `named_groups` gave, with these parameters; names that are missing are left out."""
-    return [{**group, "params": [parameters[n] for n in group["params"] if n in parameters]} for group in groups]  # type: ignore[attr-defined]
+    return [
+        {**group, "params": [parameters[n] for n in group["params"] if n in parameters]}
+        for group in groups
+    ]  # type: ignore[attr-defined]
 
 
 class Places:
@@ -39,5 +44,9 @@ class Places:
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The buffers that belong to the weights."""
-    transient = {f"{p}.{n}".lstrip(".") for p, m in model.named_modules() for n in m._non_persistent_buffers_set}
+    transient = {
+        f"{p}.{n}".lstrip(".")
+        for p, m in model.named_modules()
+        for n in m._non_persistent_buffers_set
+    }
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in transient)

@@ -14,7 +14,9 @@ ALIGN_ROOTS = ("tokenizers", "projectors", "upm")
 TUNE_ROOTS = ("llm",)
 
 
-def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str], *, encoder: bool = False) -> None:
+def freeze_for_stage(
+    model: nn.Module, stage: str, modalities: Collection[str], *, encoder: bool = False
+) -> None:
     """Set requires_grad of every parameter for `stage`.
 
     In `align`, the parts of modalities that the mixture does not have stay frozen: they cannot learn, would only decay,
@@ -37,7 +39,9 @@ def freeze_for_stage(model: nn.Module, stage: str, modalities: Collection[str], 
         parts = name.split(".")
         owner = parts[1] if parts[0] in ("tokenizers", "projectors") and parts[1] in known else None
         unused = parts[:2] == ["encoder", "proj"]
-        parameter.requires_grad_(parts[0] in roots and (owner is None or owner in modalities) and not unused)
+        parameter.requires_grad_(
+            parts[0] in roots and (owner is None or owner in modalities) and not unused
+        )
     if not modalities and stage == "align":
         raise UsageError(
             "no dataset of the mixture has a modality",
@@ -73,7 +77,11 @@ def _without_decay(model: nn.Module) -> Iterable[nn.Parameter]:
     for module in model.modules():
         # There is an RMSNorm class a model family (LlamaRMSNorm, ..., our UPMNorm); they have no bias, LayerNorms do.
         own = dict(module.named_parameters(recurse=False))
-        rms = "norm" in type(module).__name__.lower() and list(own) == ["weight"] and not isinstance(module, nn.LayerNorm)
+        rms = (
+            "norm" in type(module).__name__.lower()
+            and list(own) == ["weight"]
+            and not isinstance(module, nn.LayerNorm)
+        )
         for name, parameter in own.items():
             if name == "bias" or name.endswith("_bias") or rms:
                 yield parameter
@@ -98,5 +106,8 @@ def copies_of(model: nn.Module, source: str, modalities: Iterable[str]) -> dict[
                 "there is nothing to copy.",
                 f"name some of: {', '.join(given)}.",
             )
-        copies |= {f"projectors.{name}.{key}": f"projectors.{source}.{key}" for key, _ in given[source].named_parameters()}
+        copies |= {
+            f"projectors.{name}.{key}": f"projectors.{source}.{key}"
+            for key, _ in given[source].named_parameters()
+        }
     return copies

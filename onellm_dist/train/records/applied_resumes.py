@@ -22,7 +22,10 @@ def was_obeyed(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -> boo
     try:
         found = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
         now = _this_start(run_dir, wanted, env)
-        return bool(all(found[key] == now[key] for key in ("resume", "job")) and now["restarts"] > found["restarts"])
+        return bool(
+            all(found[key] == now[key] for key in ("resume", "job"))
+            and now["restarts"] > found["restarts"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -44,4 +47,8 @@ def _this_start(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -> di
         if started and started[0].status == RUNNING:
             job, requeues = started[0].job_id, started[0].restart_count
     resume = str(wanted.resolve()) if isinstance(wanted, Path) else wanted
-    return {"resume": resume, "job": job, "restarts": [requeues, int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)]}
+    return {
+        "resume": resume,
+        "job": job,
+        "restarts": [requeues, int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)],
+    }

@@ -22,7 +22,8 @@ WORKER_DIED = "DataLoader worker"
 class ExitFile:
     """`RUN_DIR/exit.json`: status, exit_code, step (steps done), reason, rank, time; where the status is `failed`, also failed_step
     (index of the step that was under way, or null) and suspects (ids of the samples of the micro-step that this rank was at).
-    The rank that writes first is believed: the others fail because it did."""
+    The rank that writes first is believed: the others fail because it did.
+    """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.run_dir = run_dir
@@ -49,13 +50,21 @@ class ExitFile:
         """Record the end, unless another rank did; `more` goes in as it is. Returns the exit code."""
         code = CODES[status]
         found: dict[str, Any] = {
-            "status": status, "exit_code": code, "step": self.step, "reason": reason, "rank": self._rank,
+            "status": status,
+            "exit_code": code,
+            "step": self.step,
+            "reason": reason,
+            "rank": self._rank,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }  # fmt: skip
+        }
         if status == "failed":
             found["failed_step"] = self.in_flight.step
             died = WORKER_DIED in reason
-            found["suspects"] = more.pop("suspects") if "suspects" in more else self.in_flight.suspects(read_ahead=died)
+            found["suspects"] = (
+                more.pop("suspects")
+                if "suspects" in more
+                else self.in_flight.suspects(read_ahead=died)
+            )
             found |= more
         own = self._path.with_name(f".{EXIT_FILE}.{self._rank}.{os.getpid()}")
         try:

@@ -22,9 +22,18 @@ RATE_STEPS = 20
 
 
 SHOWN = (
-    "loss", "lr", "grad_norm", "tokens_per_second", "data_wait_fraction", "padding_fraction", "pack_balance", "mfu", "seconds",
-    "peak_memory_bytes", "checkpoint_stall_seconds",
-)  # fmt: skip
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "data_wait_fraction",
+    "padding_fraction",
+    "pack_balance",
+    "mfu",
+    "seconds",
+    "peak_memory_bytes",
+    "checkpoint_stall_seconds",
+)
 """Figures of a step that boards and trackers show."""
 
 
@@ -84,7 +93,16 @@ class Metrics:
         trackers: get the figures too.
     """
 
-    def __init__(self, run_dir: Path, *, main: bool, first_step: int, steps: int, log_every: int, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        main: bool,
+        first_step: int,
+        steps: int,
+        log_every: int,
+        trackers: Trackers | None = None,
+    ) -> None:
         self._main, self._steps, self._log_every, self._trackers = main, steps, log_every, trackers
         self._recent: deque[StepReport] = deque(maxlen=RATE_STEPS)
         self.lost_steps, self.lost_seconds = 0, 0.0
@@ -94,7 +112,10 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter
 
         dropped = drop_from(run_dir / METRICS, first_step)
-        self.lost_steps, self.lost_seconds = len(dropped), sum(float(line.get("seconds", 0.0)) for line in dropped)
+        self.lost_steps, self.lost_seconds = (
+            len(dropped),
+            sum(float(line.get("seconds", 0.0)) for line in dropped),
+        )
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
 
@@ -149,7 +170,12 @@ class Events:
         if self._path is None:
             return
         with self._path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **_plain(fields)}) + "\n")
+            out.write(
+                json.dumps(
+                    {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **_plain(fields)}
+                )
+                + "\n"
+            )
         if say:
             print(say, flush=True)
 
@@ -158,9 +184,15 @@ def scalars(line: dict[str, Any]) -> dict[str, float]:
     """The figures of a line of `metrics.jsonl` by the names that boards and trackers show them under."""
     found = {f"train/{name}": line[name] for name in SHOWN if line.get(name) is not None}
     for key in ("loss_by_modality", "grad_norm_by_part"):
-        found |= {f"{key}/{name}": value for name, value in (line.get(key) or {}).items() if value is not None}
+        found |= {
+            f"{key}/{name}": value
+            for name, value in (line.get(key) or {}).items()
+            if value is not None
+        }
     for name, shares in (line.get("router_load") or {}).items():
-        found |= {f"router_load/{name}/expert{number}": share for number, share in enumerate(shares)}
+        found |= {
+            f"router_load/{name}/expert{number}": share for number, share in enumerate(shares)
+        }
     return found
 
 

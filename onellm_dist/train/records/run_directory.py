@@ -41,7 +41,10 @@ def lock_directory(run_dir: Path) -> IO[str]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return held
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks: go on without
+            if error.errno not in (
+                errno.EACCES,
+                errno.EAGAIN,
+            ):  # a file system without locks: go on without
                 return held
         if time.monotonic() > deadline:
             raise OneLLMError(
@@ -61,12 +64,27 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     run_dir = config.run.dir
     for name in (MODEL, BEST):
         restore_export(run_dir / name)
-    names = (CHECKPOINTS, LEDGER, METRICS, EVENTS, VALIDATION, SAMPLES, TENSORBOARD, PROFILES, TRACKERS, MODEL, BEST)
+    names = (
+        CHECKPOINTS,
+        LEDGER,
+        METRICS,
+        EVENTS,
+        VALIDATION,
+        SAMPLES,
+        TENSORBOARD,
+        PROFILES,
+        TRACKERS,
+        MODEL,
+        BEST,
+    )
     everything = [path for name in names if _holds_something(path := run_dir / name)]
     stale = everything if resume is None else _not_before(run_dir / CHECKPOINTS, resume)
     if stale:
         aside = move_aside(run_dir, stale)
-        print(f"{run_dir}: moved {', '.join(p.name for p in stale)} of an earlier start to {aside.name}/", flush=True)
+        print(
+            f"{run_dir}: moved {', '.join(p.name for p in stale)} of an earlier start to {aside.name}/",
+            flush=True,
+        )
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
@@ -95,4 +113,6 @@ def _holds_something(path: Path) -> bool:
 def _not_before(checkpoints: Path, resume: Path) -> list[Path]:
     """The checkpoints that are not a history of `resume`."""
     own = is_own(checkpoints, resume)
-    return sorted(path for path in checkpoints.glob(f"{PREFIX}*") if not own or path.name > resume.name)
+    return sorted(
+        path for path in checkpoints.glob(f"{PREFIX}*") if not own or path.name > resume.name
+    )

@@ -20,7 +20,12 @@ from onellm_dist.common.files import mend_tail, sync
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.packed import PackedBatch
 
-DATA_PHASES, DATASETS, PROGRESS, STARTS = "data_phases.json", "datasets.json", "progress", "starts.jsonl"
+DATA_PHASES, DATASETS, PROGRESS, STARTS = (
+    "data_phases.json",
+    "datasets.json",
+    "progress",
+    "starts.jsonl",
+)
 PROGRESS_BYTES = 16
 
 
@@ -30,7 +35,9 @@ class Ledger:
     def __init__(self, folder: Path, rank: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._progress = os.open(folder / PROGRESS, os.O_RDWR | os.O_CREAT, 0o644) if rank == 0 else None
+        self._progress = (
+            os.open(folder / PROGRESS, os.O_RDWR | os.O_CREAT, 0o644) if rank == 0 else None
+        )
         self._path = folder / f"skipped_samples-rank{rank:05d}.jsonl"
         mend_tail(self._path)
         if rank == 0:
@@ -55,7 +62,16 @@ class Ledger:
         done = int(text) if text.isdigit() else 0
         lost_to = done if done > first_step else None
         with (self._folder / STARTS).open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "first_step": first_step, "lost_to": lost_to}) + "\n")
+            out.write(
+                json.dumps(
+                    {
+                        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                        "first_step": first_step,
+                        "lost_to": lost_to,
+                    }
+                )
+                + "\n"
+            )
             out.flush()
             os.fsync(out.fileno())
         self._write_progress(first_step)
@@ -81,7 +97,10 @@ class Ledger:
         if not new:
             return 0
         with self._path.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps({"step": step, "sample_id": name, "reason": reason}) + "\n" for name, reason in new.items())
+            out.writelines(
+                json.dumps({"step": step, "sample_id": name, "reason": reason}) + "\n"
+                for name, reason in new.items()
+            )
             out.flush()
             os.fsync(out.fileno())
         self.known.update(new)

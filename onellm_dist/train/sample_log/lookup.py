@@ -84,8 +84,13 @@ class RunStream:
     def __init__(self, run_dir: Path) -> None:
         ledger = run_dir / "ledger"
         try:
-            data_phases = [DataPhase.from_json(raw) for raw in json.loads((ledger / "data_phases.json").read_text(encoding="utf-8"))]
-            config: dict[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+            data_phases = [
+                DataPhase.from_json(raw)
+                for raw in json.loads((ledger / "data_phases.json").read_text(encoding="utf-8"))
+            ]
+            config: dict[str, Any] = yaml.safe_load(
+                (run_dir / "config.yaml").read_text(encoding="utf-8")
+            )
         except FileNotFoundError as error:
             raise UsageError(
                 f"{error.filename}: no such file",
@@ -98,14 +103,23 @@ class RunStream:
         self._open: dict[str, tuple[Dataset, tuple[ShardInfo, ...], Order]] = {}
         starts = [data_phase.start for data_phase in data_phases]
         self._stretches = [
-            _Stretch(data_phase, end, Mixture.of_counts(list(data_phase.counts.values())), consumed(data_phases[:number], data_phase.start))
-            for number, (data_phase, end) in enumerate(zip(data_phases, [*starts[1:], self.steps], strict=True))
+            _Stretch(
+                data_phase,
+                end,
+                Mixture.of_counts(list(data_phase.counts.values())),
+                consumed(data_phases[:number], data_phase.start),
+            )
+            for number, (data_phase, end) in enumerate(
+                zip(data_phases, [*starts[1:], self.steps], strict=True)
+            )
         ]
 
     @cached_property
     def names(self) -> list[str]:
         """Every dataset of any data_phase."""
-        return list(dict.fromkeys(name for stretch in self._stretches for name in stretch.data_phase.counts))
+        return list(
+            dict.fromkeys(name for stretch in self._stretches for name in stretch.data_phase.counts)
+        )
 
     def modalities(self, dataset: str) -> tuple[str, ...]:
         """Of a dataset's samples; () is text only."""
@@ -118,8 +132,14 @@ class RunStream:
             UsageError: the run has no such step.
         """
         if not 0 <= step < self.steps:
-            raise UsageError(f"step {step} is not in this run", f"it has steps 0 .. {self.steps - 1} (train.steps).", "name one of them.")
-        stretch = next(stretch for stretch in reversed(self._stretches) if stretch.data_phase.start <= step)
+            raise UsageError(
+                f"step {step} is not in this run",
+                f"it has steps 0 .. {self.steps - 1} (train.steps).",
+                "name one of them.",
+            )
+        stretch = next(
+            stretch for stretch in reversed(self._stretches) if stretch.data_phase.start <= step
+        )
         n = stretch.data_phase.global_batch
         first = (step - stretch.data_phase.start) * n
         number, index = stretch.mixture.locate(np.arange(first, first + n, dtype=np.int64))
@@ -131,7 +151,11 @@ class RunStream:
             places = self._dataset(name)[2].locate(index[here] + stretch.before.get(name, 0))
             by_shard = np.lexsort((places.row, places.shard))
             for i in by_shard.tolist():
-                found[int(here[i])] = Use(step, int(places.epoch[i]), self._sample(name, int(places.shard[i]), int(places.row[i])))
+                found[int(here[i])] = Use(
+                    step,
+                    int(places.epoch[i]),
+                    self._sample(name, int(places.shard[i]), int(places.row[i])),
+                )
         return [use for use in found if use is not None]
 
     def steps_of(self, sample: Sample) -> list[Use]:
@@ -142,13 +166,25 @@ class RunStream:
             names = list(stretch.data_phase.counts)
             if sample.dataset not in names or stretch.end <= stretch.data_phase.start:
                 continue
-            j, n, first = names.index(sample.dataset), stretch.data_phase.global_batch, stretch.before.get(sample.dataset, 0)
+            j, n, first = (
+                names.index(sample.dataset),
+                stretch.data_phase.global_batch,
+                stretch.before.get(sample.dataset, 0),
+            )
             taken = stretch.mixture.taken((stretch.end - stretch.data_phase.start) * n)[j]
-            epochs = np.arange(first // order.size, (first + taken - 1) // order.size + 1, dtype=np.int64)
+            epochs = np.arange(
+                first // order.size, (first + taken - 1) // order.size + 1, dtype=np.int64
+            )
             positions = order.positions(sample.shard, sample.row, epochs)
             inside = (positions >= first) & (positions < first + taken)
-            steps = stretch.data_phase.start + stretch.mixture.positions(j, positions[inside] - first) // n
-            found += [Use(step, epoch, sample) for step, epoch in zip(steps.tolist(), epochs[inside].tolist(), strict=True)]
+            steps = (
+                stretch.data_phase.start
+                + stretch.mixture.positions(j, positions[inside] - first) // n
+            )
+            found += [
+                Use(step, epoch, sample)
+                for step, epoch in zip(steps.tolist(), epochs[inside].tolist(), strict=True)
+            ]
         return sorted(found, key=lambda use: (use.step, use.epoch))
 
     def find(self, key: str) -> Sample:
@@ -172,21 +208,41 @@ class RunStream:
                 "an id is dataset/shard/key, as in `onellm ledger RUN --step 0`.",
                 "check the key; its beginning is enough where only one sample has it.",
             )
-        shown = ", ".join(sample.name for sample in found[:SHOWN]) + (" ..." if len(found) > SHOWN else "")
-        raise UsageError(f"{key!r} may be {shown}", "steps are of one sample.", "give more of its id.")
+        shown = ", ".join(sample.name for sample in found[:SHOWN]) + (
+            " ..." if len(found) > SHOWN else ""
+        )
+        raise UsageError(
+            f"{key!r} may be {shown}", "steps are of one sample.", "give more of its id."
+        )
 
     def _candidates(self, key: str) -> Iterator[tuple[Sample, bool]]:
         """Samples whose id, or id from the shard or from the key on, begins with `key`; and whether it is the whole of it."""
-        shards = [(name, number, info) for name in self.names for number, info in enumerate(self._dataset(name)[1])]
-        named = [(*entry, start) for entry in shards for start in _starts(key, entry[0], entry[2].name)]
-        wanted = named or [(*entry, "") for entry in shards]  # a bare key: every index is looked through
-        with progress(len(wanted), "Looking through the shards", unit="shard", enabled=len(wanted) > MANY_SHARDS) as bar:
+        shards = [
+            (name, number, info)
+            for name in self.names
+            for number, info in enumerate(self._dataset(name)[1])
+        ]
+        named = [
+            (*entry, start) for entry in shards for start in _starts(key, entry[0], entry[2].name)
+        ]
+        wanted = named or [
+            (*entry, "") for entry in shards
+        ]  # a bare key: every index is looked through
+        with progress(
+            len(wanted),
+            "Looking through the shards",
+            unit="shard",
+            enabled=len(wanted) > MANY_SHARDS,
+        ) as bar:
             for name, number, info, start in wanted:
                 rest = key.removeprefix(start) if key.startswith(start) else ""
                 keys = self._dataset(name)[0].index(info).keys()
                 rows = [row for row, own in enumerate(keys) if own.startswith(rest)]
                 rows.sort(key=lambda row, keys=keys: len(keys[row]))  # type: ignore[misc]
-                yield from ((Sample(name, number, row, info.name, keys[row]), keys[row] == rest) for row in rows[: SHOWN + 1])
+                yield from (
+                    (Sample(name, number, row, info.name, keys[row]), keys[row] == rest)
+                    for row in rows[: SHOWN + 1]
+                )
                 bar.advance(1)
 
     def _sample(self, name: str, shard: int, row: int) -> Sample:
@@ -235,29 +291,54 @@ class RunRecord:
         """Sample id (with its epoch) -> reason."""
         for path in sorted(ledger.glob("skipped_samples-rank*.jsonl")):
             self.skipped_samples |= {
-                entry["sample_id"]: entry["reason"] for entry in _lines(path) if {"sample_id", "reason"} <= entry.keys()
+                entry["sample_id"]: entry["reason"]
+                for entry in _lines(path)
+                if {"sample_id", "reason"} <= entry.keys()
             }
-        self.lost = [(entry["first_step"], entry["lost_to"]) for entry in _lines(ledger / "starts.jsonl") if entry.get("lost_to")]
+        self.lost = [
+            (entry["first_step"], entry["lost_to"])
+            for entry in _lines(ledger / "starts.jsonl")
+            if entry.get("lost_to")
+        ]
         """Ranges of steps [first, end) that a start did again."""
         self.progress = _number(ledger / "progress")
         """Steps done."""
         self.skipped = _skipped(run_dir / "metrics.jsonl")
         """Steps that were not applied."""
-        saved = [path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")]
-        self.saved = max((int(name.removeprefix("step-")) for name in saved if name.removeprefix("step-").isdigit()), default=0)
+        saved = [
+            path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json")
+        ]
+        self.saved = max(
+            (
+                int(name.removeprefix("step-"))
+                for name in saved
+                if name.removeprefix("step-").isdigit()
+            ),
+            default=0,
+        )
         """Steps that the newest checkpoint has."""
 
     def of(self, step: int) -> Became:
         """What became of a step."""
-        state = "planned" if step >= self.progress else "skipped" if step in self.skipped else "trained"
-        return Became(state, sum(first <= step < end for first, end in self.lost), step < min(self.saved, self.progress))
+        state = (
+            "planned" if step >= self.progress else "skipped" if step in self.skipped else "trained"
+        )
+        return Became(
+            state,
+            sum(first <= step < end for first, end in self.lost),
+            step < min(self.saved, self.progress),
+        )
 
 
 def _starts(key: str, dataset: str, shard: str) -> list[str]:
     """How `key` names this shard, if it does: the beginning of its samples' ids, with or without the dataset."""
     if "/" not in key:
         return []
-    return [start for start in (f"{dataset}/{shard}/", f"{shard}/") if key.startswith(start) or start.startswith(key)][:1]
+    return [
+        start
+        for start in (f"{dataset}/{shard}/", f"{shard}/")
+        if key.startswith(start) or start.startswith(key)
+    ][:1]
 
 
 def _places(path: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -301,4 +382,8 @@ def _skipped(path: Path) -> frozenset[int]:
     if not path.is_file():
         return frozenset()
     with path.open(encoding="utf-8") as lines:
-        return frozenset(int(json.loads(line)["step"]) for line in lines if '"applied": false' in line and line.endswith("}\n"))
+        return frozenset(
+            int(json.loads(line)["step"])
+            for line in lines
+            if '"applied": false' in line and line.endswith("}\n")
+        )

@@ -55,7 +55,11 @@ class Guard:
     """
 
     def __init__(
-        self, config: StabilitySection, max_skipped_samples: int, skipped_samples: int = 0, state: Mapping[str, Any] | None = None
+        self,
+        config: StabilitySection,
+        max_skipped_samples: int,
+        skipped_samples: int = 0,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy = config.policy
         self.skipped_samples = skipped_samples
@@ -68,7 +72,11 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to decide as this one would: goes into the manifest."""
-        return {"losses": list(self._losses), "log_norms": list(self._norms), "skipped": self._skipped}
+        return {
+            "losses": list(self._losses),
+            "log_norms": list(self._norms),
+            "skipped": self._skipped,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave; from nothing where it is empty (another mixture, an old checkpoint)."""
@@ -82,13 +90,21 @@ class Guard:
             return Verdict("loss_not_finite", "the loss is not finite")
         if not math.isfinite(grad_norm):
             return Verdict("gradient_not_finite", "the gradient is not finite, every loss is")
-        z = self._z(loss, self._losses, LOSS_FLOOR * abs(_median(self._losses)) if self._losses else 0.0)
+        z = self._z(
+            loss, self._losses, LOSS_FLOOR * abs(_median(self._losses)) if self._losses else 0.0
+        )
         if z is not None:
-            return Verdict("loss_spike", f"loss {loss:.4g} is {z:.1f} robust deviations above the median {_median(self._losses):.4g}")
+            return Verdict(
+                "loss_spike",
+                f"loss {loss:.4g} is {z:.1f} robust deviations above the median {_median(self._losses):.4g}",
+            )
         z = self._z(_log(grad_norm), self._norms, LOG_NORM_FLOOR)
         if z is not None:
             middle = math.exp(_median(self._norms))
-            return Verdict("gradient_spike", f"gradient norm {grad_norm:.4g} is {z:.1f} robust deviations above the median {middle:.4g}")
+            return Verdict(
+                "gradient_spike",
+                f"gradient norm {grad_norm:.4g} is {z:.1f} robust deviations above the median {middle:.4g}",
+            )
         return None
 
     def keep(self, loss: float, grad_norm: float) -> None:

@@ -76,14 +76,24 @@ def _suspects(parts: Sequence[Part], rank: int) -> list[Suspect]:
         if part.batch.is_empty:
             continue
         samples = len(part.batch.text_token_counts)
-        sums = torch.zeros(samples, dtype=torch.float64, device=part.nll.device).index_add_(0, part.sample_index, part.nll.double())
+        sums = torch.zeros(samples, dtype=torch.float64, device=part.nll.device).index_add_(
+            0, part.sample_index, part.nll.double()
+        )
         counts = torch.bincount(part.sample_index, minlength=samples)
         means, weights = (sums / counts.clamp_min(1)).tolist(), part.batch.weights.tolist()
         own = [i for i in range(samples) if weights[i] != 0 and i not in part.batch.skipped_samples]
         blind = not math.isfinite(part.loss.item()) and all(math.isfinite(means[i]) for i in own)
         for i in own:
             nll = None if blind or not math.isfinite(means[i]) else means[i]
-            found.append(Suspect(rank, number, part.batch.sample_ids[i], "+".join(part.batch.modalities[i]) or "text", nll))
+            found.append(
+                Suspect(
+                    rank,
+                    number,
+                    part.batch.sample_ids[i],
+                    "+".join(part.batch.modalities[i]) or "text",
+                    nll,
+                )
+            )
     return found
 
 

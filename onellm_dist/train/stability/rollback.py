@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import mend_tail
 from onellm_dist.train.checkpoint.files import damaged
-from onellm_dist.train.checkpoint.folder import checkpoint_name, folders, read_manifest, recorded_files
+from onellm_dist.train.checkpoint.folder import (
+    checkpoint_name,
+    folders,
+    read_manifest,
+    recorded_files,
+)
 from onellm_dist.train.checkpoint.state import load_state
 from onellm_dist.train.distributed import World
 from onellm_dist.train.records.run_directory import CHECKPOINTS, move_aside
@@ -61,7 +66,11 @@ class Marks:
             entry = json.loads(line)
             self.known[entry["sample_id"]] = entry["reason"]
             self.rollbacks = max(self.rollbacks, int(entry["rollback"]))
-        except (json.JSONDecodeError, KeyError, TypeError):  # cut short by a kill: nothing was undone by it yet
+        except (
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+        ):  # cut short by a kill: nothing was undone by it yet
             return
 
     def add(self, step: int, verdict: Verdict, culprits: Sequence[Suspect], world: World) -> int:
@@ -72,7 +81,15 @@ class Marks:
         if world.main and new:
             with self._path.open("a", encoding="utf-8") as out:
                 out.writelines(
-                    json.dumps({"step": step, "sample_id": name, "reason": reason, "rollback": self.rollbacks}) + "\n"
+                    json.dumps(
+                        {
+                            "step": step,
+                            "sample_id": name,
+                            "reason": reason,
+                            "rollback": self.rollbacks,
+                        }
+                    )
+                    + "\n"
                     for name, reason in reasons.items()
                 )
                 out.flush()
@@ -108,17 +125,28 @@ def roll_back(run: Run, back: RollBackError) -> None:
     manifest = load_state(folder, run.engine, run.world)
     run.restart_at(int(manifest["step"]), manifest.get("guard", {}))
     run.events.write(
-        "rollback", step=back.step, to=run.first_step, lost_steps=back.step - run.first_step,
-        lost_seconds=round(run.metrics.lost_seconds, 3), reason=back.verdict.reason,
-        kind=back.verdict.kind, marked=marked, number=run.marks.rollbacks, **describe(back.culprits),
+        "rollback",
+        step=back.step,
+        to=run.first_step,
+        lost_steps=back.step - run.first_step,
+        lost_seconds=round(run.metrics.lost_seconds, 3),
+        reason=back.verdict.reason,
+        kind=back.verdict.kind,
+        marked=marked,
+        number=run.marks.rollbacks,
+        **describe(back.culprits),
         say=f"step {back.step}: {back.verdict.reason}: back to {folder.name}, without {marked} samples: {say(back.culprits)}",
-    )  # fmt: skip
+    )
 
 
 def last_good(run: Run) -> Path:
     """The newest checkpoint whose files have their checksums; damaged ones are moved to `before-.../`, as a start does."""
     root = run.config.run.dir / CHECKPOINTS
-    candidates = run.world.broadcast([f for f in reversed(folders(root)) if read_manifest(f) is not None] if run.world.main else [])
+    candidates = run.world.broadcast(
+        [f for f in reversed(folders(root)) if read_manifest(f) is not None]
+        if run.world.main
+        else []
+    )
     for folder in candidates:
         manifest = read_manifest(folder) or {}
         problems = damaged(recorded_files(folder, manifest), run.world)
@@ -127,7 +155,10 @@ def last_good(run: Run) -> Path:
         if run.world.main:  # it must not count among those that stay, nor be taken again
             move_aside(run.config.run.dir, [folder])
         run.events.write(
-            "checkpoint_damaged", folder=folder.name, problems=problems, say=f"WARNING: {folder} is damaged, and moved aside: {problems[0]}"
+            "checkpoint_damaged",
+            folder=folder.name,
+            problems=problems,
+            say=f"WARNING: {folder} is damaged, and moved aside: {problems[0]}",
         )
     raise OneLLMError(
         f"{root} has no whole checkpoint to go back to",

@@ -22,28 +22,53 @@ RECIPE = "toy/align_image"
 class Start:
     """Ranks started as a launcher would, each on its own pretended node; those in `absent` never come."""
 
-    def __init__(self, tmp: Path, pretences: list[dict[str, Any]], *, absent: tuple[int, ...] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        tmp: Path,
+        pretences: list[dict[str, Any]],
+        *,
+        absent: tuple[int, ...] = (),
+        **options: Any,
+    ) -> None:
         self.run_dir, self.exclude_file = tmp / "run", tmp / "bad_nodes"
         data = tmp / "data"
         (data / "image").mkdir(parents=True)
         (data / "image" / "00000.tar").write_bytes(os.urandom(1 << 20))
         given = {
-            "recipe": RECIPE, "overrides": [f"run.dir={self.run_dir}", f"data.root={data}"], "exclude_file": str(self.exclude_file),
-            "as_json": True, "wait": 60, "limit": 20, "megabytes": 4, **options,
-        }  # fmt: skip
+            "recipe": RECIPE,
+            "overrides": [f"run.dir={self.run_dir}", f"data.root={data}"],
+            "exclude_file": str(self.exclude_file),
+            "as_json": True,
+            "wait": 60,
+            "limit": 20,
+            "megabytes": 4,
+            **options,
+        }
         world, port = len(pretences), str(free_port())
         names = [str(p["node"]) for p in pretences]
         self.started = time.monotonic()
         self.ranks = {
             rank: subprocess.Popen(
-                [sys.executable, "-m", "onellm_dist.diagnostics.preflight", json.dumps(given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                [sys.executable, "-m", "onellm_dist.diagnostics.preflight", json.dumps(given)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_NODELIST": ",".join(names),
-                     "SLURM_STEP_TASKS_PER_NODE": f"1(x{world})", PRETEND: json.dumps(pretence)},
+                env={
+                    **os.environ,
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "SLURM_STEP_NODELIST": ",".join(names),
+                    "SLURM_STEP_TASKS_PER_NODE": f"1(x{world})",
+                    PRETEND: json.dumps(pretence),
+                },
             )
-            for rank, pretence in enumerate(pretences) if rank not in absent
-        }  # fmt: skip
+            for rank, pretence in enumerate(pretences)
+            if rank not in absent
+        }
         self.said = {rank: process.communicate(timeout=120) for rank, process in self.ranks.items()}
         self.seconds = time.monotonic() - self.started
         self.codes = {rank: process.returncode for rank, process in self.ranks.items()}
@@ -54,7 +79,9 @@ class Start:
         return found
 
     def faults(self, node: str) -> str:
-        return " | ".join(f["what"] for f in self.result["faults"] if f["node"] == node and f["state"] == "fail")
+        return " | ".join(
+            f["what"] for f in self.result["faults"] if f["node"] == node and f["state"] == "fail"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +90,15 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(
         tmp_path_factory.mktemp("sick"),
         [
-            {"node": "n1"}, {"node": "n2", "link_delay": 0.25}, {"node": "n3", "clock": 40.0},
-            {"node": "n4", "torch": "2.11.0", "free_bytes": 1000}, {"node": "n5"},
+            {"node": "n1"},
+            {"node": "n2", "link_delay": 0.25},
+            {"node": "n3", "clock": 40.0},
+            {"node": "n4", "torch": "2.11.0", "free_bytes": 1000},
+            {"node": "n5"},
         ],
-        absent=(4,), wait=12,
-    )  # fmt: skip
+        absent=(4,),
+        wait=12,
+    )
 
 
 @pytest.mark.slow
@@ -75,14 +106,18 @@ def test_every_sick_node_is_named_with_its_own_fault(sick: Start) -> None:
     assert "all-reduce at" in sick.faults("n2") and "median" in sick.faults("n2")
     told = re.search(r"its clock is ([0-9.]+) s ahead", sick.faults("n3"))
     assert told is not None and abs(float(told[1]) - 40) < 5
-    assert "torch is 2.11.0" in sick.faults("n4") and "run.dir cannot be written" in sick.faults("n4")
+    assert "torch is 2.11.0" in sick.faults("n4") and "run.dir cannot be written" in sick.faults(
+        "n4"
+    )
     assert "rank 4 never came" in sick.faults("n5")
     assert sick.faults("n1") == "", sick.said[0]
 
 
 @pytest.mark.slow
 def test_each_fault_is_told_of_the_node_that_has_it_alone(sick: Start) -> None:
-    assert "clock" not in sick.faults("n2") + sick.faults("n4") and "all-reduce" not in sick.faults("n3") + sick.faults("n4")
+    assert "clock" not in sick.faults("n2") + sick.faults("n4") and "all-reduce" not in sick.faults(
+        "n3"
+    ) + sick.faults("n4")
     assert "torch" not in sick.faults("n2") + sick.faults("n3")
 
 
@@ -90,7 +125,12 @@ def test_each_fault_is_told_of_the_node_that_has_it_alone(sick: Start) -> None:
 def test_the_bad_nodes_go_to_the_exclude_file_and_every_rank_has_the_exit_code(sick: Start) -> None:
     assert sick.exclude_file.read_text() == "n2,n3,n4,n5\n"
     assert set(sick.codes.values()) == {1}
-    assert json.loads((sick.run_dir / "preflight.json").read_text())["exclude"] == ["n2", "n3", "n4", "n5"]
+    assert json.loads((sick.run_dir / "preflight.json").read_text())["exclude"] == [
+        "n2",
+        "n3",
+        "n4",
+        "n5",
+    ]
     assert all(rank == 0 or not out for rank, (out, _) in sick.said.items()), "rank 0 alone speaks"
 
 
@@ -99,19 +139,37 @@ def test_well_nodes_pass_and_nothing_is_left_behind(tmp_path: Path) -> None:
     well = Start(tmp_path, [{"node": "a"}, {"node": "b"}, {"node": "c"}])
     assert set(well.codes.values()) == {0}, well.result["faults"]
     found = well.result
-    assert found["ok"] and not [f for f in found["faults"] if f["state"] == "fail"] and found["exclude"] == []
+    assert (
+        found["ok"]
+        and not [f for f in found["faults"] if f["state"] == "fail"]
+        and found["exclude"] == []
+    )
     assert well.exclude_file.read_text() == ""
     for node in ("a", "b", "c"):
         facts = found["nodes"][node]
-        assert abs(facts["clock_ahead_s"]) < 1 and facts["link_bytes_per_s"] > 0 and len(facts["pairs"]) == 2
-        assert facts["disk"]["write"] > 0 and facts["disk"]["read"] > 0 and facts["data"]["missing"] == []
+        assert (
+            abs(facts["clock_ahead_s"]) < 1
+            and facts["link_bytes_per_s"] > 0
+            and len(facts["pairs"]) == 2
+        )
+        assert (
+            facts["disk"]["write"] > 0
+            and facts["disk"]["read"] > 0
+            and facts["data"]["missing"] == []
+        )
     assert found["needs"]["checkpoint"] > 0
-    assert [p.name for p in well.run_dir.iterdir()] == ["preflight.json"], "its files are taken away"
+    assert [p.name for p in well.run_dir.iterdir()] == ["preflight.json"], (
+        "its files are taken away"
+    )
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_stuck_and_one_that_dies_are_named_in_time(tmp_path: Path) -> None:
-    start = Start(tmp_path, [{"node": "a"}, {"node": "b", "stuck_in": "host"}, {"node": "c", "gone_in": "disk"}], limit=3)
+    start = Start(
+        tmp_path,
+        [{"node": "a"}, {"node": "b", "stuck_in": "host"}, {"node": "c", "gone_in": "disk"}],
+        limit=3,
+    )
     assert "rank 1: host: not done within 3 s" in start.faults("b")
     assert "rank 2 answered no more in phase own checks" in start.faults("c")
     assert start.faults("a") == "" and start.exclude_file.read_text() == "b,c\n"
@@ -121,11 +179,20 @@ def test_a_rank_that_is_stuck_and_one_that_dies_are_named_in_time(tmp_path: Path
 @pytest.mark.slow
 def test_a_link_that_hangs_blames_its_node_and_not_the_partners(tmp_path: Path) -> None:
     """Every partner hangs with it, and is well with the next one."""
-    start = Start(tmp_path, [{"node": "a"}, {"node": "b"}, {"node": "c", "link_stuck": True}, {"node": "d"}], limit=5)
+    start = Start(
+        tmp_path,
+        [{"node": "a"}, {"node": "b"}, {"node": "c", "link_stuck": True}, {"node": "d"}],
+        limit=5,
+    )
     assert start.exclude_file.read_text() == "c\n", start.said
-    assert "no all-reduce with any of its partners" in start.faults("c") and start.faults("a") + start.faults("b") + start.faults("d") == ""
+    assert (
+        "no all-reduce with any of its partners" in start.faults("c")
+        and start.faults("a") + start.faults("b") + start.faults("d") == ""
+    )
     assert set(start.codes.values()) == {1} and "answered no more" not in start.faults("c")
-    assert all(node["link_bytes_per_s"] for name, node in start.result["nodes"].items() if name != "c")
+    assert all(
+        node["link_bytes_per_s"] for name, node in start.result["nodes"].items() if name != "c"
+    )
 
 
 @pytest.mark.slow
@@ -138,10 +205,32 @@ def test_without_rank_0_the_others_say_so_and_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_local_ranks_are_started_where_no_launcher_did(tmp_path: Path) -> None:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))}
-    command = [sys.executable, "-m", "onellm_dist.cli", "doctor", "--distributed", "--ranks", "2", "--limit", "20", "--recipe", RECIPE]
-    done = subprocess.run([*command, f"run.dir={tmp_path / 'run'}", f"data.root={tmp_path / 'nowhere'}"], capture_output=True, text=True,
-                          timeout=100, check=False, env=env)  # fmt: skip
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "onellm_dist.cli",
+        "doctor",
+        "--distributed",
+        "--ranks",
+        "2",
+        "--limit",
+        "20",
+        "--recipe",
+        RECIPE,
+    ]
+    done = subprocess.run(
+        [*command, f"run.dir={tmp_path / 'run'}", f"data.root={tmp_path / 'nowhere'}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=env,
+    )
     assert done.returncode == 1
-    assert "nowhere/image" in done.stdout and "FAIL" in done.stdout and "do not start" in done.stdout
+    assert (
+        "nowhere/image" in done.stdout and "FAIL" in done.stdout and "do not start" in done.stdout
+    )
     assert "failed first" not in done.stderr, "a verdict is no crash"

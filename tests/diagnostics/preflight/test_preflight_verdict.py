@@ -13,7 +13,14 @@ from onellm_dist.diagnostics.preflight.diagnosis import GIB, Findings, excluded,
 from onellm_dist.diagnostics.preflight.disks import write_probe
 from onellm_dist.diagnostics.preflight.host import parse_ecc
 from onellm_dist.diagnostics.preflight.links import rounds_of
-from onellm_dist.diagnostics.preflight.options import ALL, PRETEND, Options, Pretence, node_name, pretence_of
+from onellm_dist.diagnostics.preflight.options import (
+    ALL,
+    PRETEND,
+    Options,
+    Pretence,
+    node_name,
+    pretence_of,
+)
 from onellm_dist.diagnostics.preflight.requirements import needs_of
 from onellm_dist.diagnostics.preflight.run import expected_nodes
 from onellm_dist.diagnostics.preflight.table import text_of
@@ -24,19 +31,53 @@ NODES = ("a", "b", "c", "d")
 
 def report(rank: int, **changes: Any) -> dict[str, Any]:
     node = NODES[rank]
-    gpu = {"missing": False, "count": 8, "name": "A100", "free": 79 * GIB, "total": 80 * GIB, "flops": 250e12, "repeatable": True}
+    gpu = {
+        "missing": False,
+        "count": 8,
+        "name": "A100",
+        "free": 79 * GIB,
+        "total": 80 * GIB,
+        "flops": 250e12,
+        "repeatable": True,
+    }
     return {
-        "rank": rank, "node": node, "errors": {}, "versions": {"torch": "2.15", "python": "3.11"}, "environment": {"NCCL_DEBUG": "WARN"},
-        "host": {"memory_free": 500 * GIB, "memory_total": 512 * GIB, "shm_free": 64 * GIB, "open_files": 65536, "cores": 64},
-        "gpu": gpu, "ecc": [{"index": "0", "ecc.errors.uncorrected.volatile.total": "0", "retired_pages.pending": "No"}],
-        "disk": {"free": 1000 * GIB, "write": 1e9, "read": 2e9}, "data": {"read": 1e9, "missing": []}, "sees": list(NODES),
-        "pairs": [{"with": other, "speed": 20e9} for other in NODES if other != node], **changes,
-    }  # fmt: skip
+        "rank": rank,
+        "node": node,
+        "errors": {},
+        "versions": {"torch": "2.15", "python": "3.11"},
+        "environment": {"NCCL_DEBUG": "WARN"},
+        "host": {
+            "memory_free": 500 * GIB,
+            "memory_total": 512 * GIB,
+            "shm_free": 64 * GIB,
+            "open_files": 65536,
+            "cores": 64,
+        },
+        "gpu": gpu,
+        "ecc": [
+            {
+                "index": "0",
+                "ecc.errors.uncorrected.volatile.total": "0",
+                "retired_pages.pending": "No",
+            }
+        ],
+        "disk": {"free": 1000 * GIB, "write": 1e9, "read": 2e9},
+        "data": {"read": 1e9, "missing": []},
+        "sees": list(NODES),
+        "pairs": [{"with": other, "speed": 20e9} for other in NODES if other != node],
+        **changes,
+    }
 
 
 def findings(changes: dict[int, dict[str, Any]], **more: Any) -> Findings:
     reports = {rank: report(rank, **changes.get(rank, {})) for rank in range(len(NODES))}
-    return Findings({node: [i] for i, node in enumerate(NODES)}, reports, more.pop("missing", {}), skews=more.pop("skews", {}), **more)
+    return Findings(
+        {node: [i] for i, node in enumerate(NODES)},
+        reports,
+        more.pop("missing", {}),
+        skews=more.pop("skews", {}),
+        **more,
+    )
 
 
 def gpu(**changes: Any) -> dict[str, Any]:
@@ -59,9 +100,15 @@ def test_well_nodes_have_no_faults() -> None:
         (gpu(free=60 * GIB), "taken by somebody else"),
         (gpu(missing=True, count=4), "has no GPU: the node shows 4"),
         ({"gpu": None}, "sees no GPU, others do"),
-        ({"ecc": [{"index": "3", "ecc.errors.uncorrected.volatile.total": "2"}]}, "GPU 3: 2 memory errors"),
+        (
+            {"ecc": [{"index": "3", "ecc.errors.uncorrected.volatile.total": "2"}]},
+            "GPU 3: 2 memory errors",
+        ),
         (links(1e9), "the nodes' median is 20"),
-        ({"pairs": [{"with": "a", "error": "timed out"}, {"with": "b", "error": "timed out"}]}, "no all-reduce with any of its partners"),
+        (
+            {"pairs": [{"with": "a", "error": "timed out"}, {"with": "b", "error": "timed out"}]},
+            "no all-reduce with any of its partners",
+        ),
         ({"disk": {"free": 0, "error": "No space left on device"}}, "No space left"),
         ({"sees": ["c"]}, "not the directory that a, b, d see"),
         ({"data": {"read": None, "missing": ["/data/laion"]}}, "cannot read /data/laion"),
@@ -84,38 +131,65 @@ def test_well_nodes_have_no_faults() -> None:
         "stuck",
     ],
 )
-def test_a_fault_of_one_node_is_its_own_and_excludes_it_alone(changes: dict[str, Any], words: str) -> None:
+def test_a_fault_of_one_node_is_its_own_and_excludes_it_alone(
+    changes: dict[str, Any], words: str
+) -> None:
     found = findings({2: changes})
     faults = judge(found, Options())
     assert [fault.node for fault in faults if words in fault.what] == ["c"], faults
     assert excluded(found, faults) == ["c"]
-    assert words in text_of(found, faults, ["c"], 3.0) and "--exclude=c" in text_of(found, faults, ["c"], 3.0)
+    assert words in text_of(found, faults, ["c"], 3.0) and "--exclude=c" in text_of(
+        found, faults, ["c"], 3.0
+    )
 
 
 def test_ranks_that_are_shown_the_same_gpu_are_told() -> None:
     """A node of two ranks; each process sees one GPU."""
     for uuids, faulty in ((("x", "y"), []), (("x", "x"), ["a"])):
-        reports = {r: {**report(0), "rank": r, "gpu": {**report(0)["gpu"], "count": 1, "uuid": uuids[r]}, "pairs": []} for r in range(2)}
+        reports = {
+            r: {
+                **report(0),
+                "rank": r,
+                "gpu": {**report(0)["gpu"], "count": 1, "uuid": uuids[r]},
+                "pairs": [],
+            }
+            for r in range(2)
+        }
         faults = judge(Findings({"a": [0, 1]}, reports, {}), Options())
-        assert [fault.node for fault in faults if "ranks 0, 1 have the same GPU" in fault.what] == faulty, faults
+        assert [
+            fault.node for fault in faults if "ranks 0, 1 have the same GPU" in fault.what
+        ] == faulty, faults
 
 
 def directories(*groups: str, **errors: dict[str, str]) -> list[str]:
     """Excluded nodes where run.dir is one directory for the nodes of each group; letters are nodes."""
     changes: dict[int, dict[str, Any]] = {}
     for node in "".join(groups):
-        changes[NODES.index(node)] = {"sees": list(next(group for group in groups if node in group)), "errors": errors.get(node, {})}
-    found = Findings({node: [NODES.index(node)] for node in sorted("".join(groups))}, {i: report(i, **c) for i, c in changes.items()}, {})
+        changes[NODES.index(node)] = {
+            "sees": list(next(group for group in groups if node in group)),
+            "errors": errors.get(node, {}),
+        }
+    found = Findings(
+        {node: [NODES.index(node)] for node in sorted("".join(groups))},
+        {i: report(i, **c) for i, c in changes.items()},
+        {},
+    )
     faults = [fault for fault in judge(found, Options()) if "all-reduce" not in fault.what]
-    assert len(groups) == 1 or any("run.dir" in fault.what or "shared" in fault.what for fault in faults)
+    assert len(groups) == 1 or any(
+        "run.dir" in fault.what or "shared" in fault.what for fault in faults
+    )
     return excluded(found, faults)
 
 
 def test_the_node_without_the_mount_is_told_also_where_it_is_rank_0s() -> None:
     assert directories("abcd") == []
-    assert directories("bcd", "a") == ["a"] and directories("abd", "c") == ["c"], "the largest group has the right one"
+    assert directories("bcd", "a") == ["a"] and directories("abd", "c") == ["c"], (
+        "the largest group has the right one"
+    )
     assert directories("bcd", "a", a={"shared": "Read-only file system"}) == ["a"]
-    assert directories("ab", "cd") == [] and directories("a", "b", "c", "d") == [], "nobody shares: no node's fault"
+    assert directories("ab", "cd") == [] and directories("a", "b", "c", "d") == [], (
+        "nobody shares: no node's fault"
+    )
     assert directories("a", "b") == [], "two suspects"
 
 
@@ -127,17 +201,23 @@ def test_what_all_nodes_have_excludes_none() -> None:
 
 
 def test_of_two_nodes_the_slow_one_cannot_be_told_and_none_is_excluded() -> None:
-    reports = {rank: report(rank, pairs=[{"with": "ab"[1 - rank], "speed": 1e9}]) for rank in (0, 1)}
+    reports = {
+        rank: report(rank, pairs=[{"with": "ab"[1 - rank], "speed": 1e9}]) for rank in (0, 1)
+    }
     found = Findings({"a": [0], "b": [1]}, reports, {}, skews={"a": 20.0, "b": -20.0})
     faults = judge(found, Options(min_bandwidth=10))
     assert sorted({f.node for f in faults}) == ["a", "b"] and excluded(found, faults) == []
     assert any("cannot be told" in f.what and "40.00 s" in f.what for f in faults)
-    assert not judge(Findings({"a": [0], "b": [1]}, reports, {}), Options()), "and without a wanted figure nothing is slow"
+    assert not judge(Findings({"a": [0], "b": [1]}, reports, {}), Options()), (
+        "and without a wanted figure nothing is slow"
+    )
 
 
 def test_absolute_limits_are_kept_too() -> None:
     found = findings({}, skews={"a": 0.0, "b": 0.0, "c": -3.0, "d": 0.0})
-    assert [f.node for f in judge(found, Options(max_skew=2))] == ["c"] and judge(found, Options(max_skew=4)) == []
+    assert [f.node for f in judge(found, Options(max_skew=2))] == ["c"] and judge(
+        found, Options(max_skew=4)
+    ) == []
     assert {f.node for f in judge(findings({}), Options(min_bandwidth=50))} == set(NODES)
     assert {f.node for f in judge(findings({}), Options(min_disk=2000))} == set(NODES)
 
@@ -145,7 +225,11 @@ def test_absolute_limits_are_kept_too() -> None:
 def test_an_all_reduce_of_all_ranks_that_hangs_is_told_once_and_excludes_none() -> None:
     found = findings({rank: {"errors": {ALL: "not done within 65 s"}} for rank in (0, 1, 2)})
     faults = judge(found, Options())
-    assert [f.node for f in faults] == [""] and "rank 0 and 2 more" in faults[0].what and excluded(found, faults) == []
+    assert (
+        [f.node for f in faults] == [""]
+        and "rank 0 and 2 more" in faults[0].what
+        and excluded(found, faults) == []
+    )
 
 
 def test_a_pair_that_fails_alone_is_no_nodes_fault() -> None:
@@ -163,9 +247,19 @@ def test_an_environment_that_differs_is_a_warning_and_no_nodes_fault() -> None:
 
 
 def test_needs_of_the_recipe_are_compared_with_what_is_free() -> None:
-    needs = {"parameters": 1, "trainable": 1, "gpu": 90 * GIB, "host": 600 * GIB, "checkpoint": GIB, "disk": 2000 * GIB}
+    needs = {
+        "parameters": 1,
+        "trainable": 1,
+        "gpu": 90 * GIB,
+        "host": 600 * GIB,
+        "checkpoint": GIB,
+        "disk": 2000 * GIB,
+    }
     text = " | ".join(f.what for f in judge(findings({}, needs=needs), Options()))
-    assert "GiB of GPU memory free, the recipe needs 90" in text and "checkpoints and the model need about 2000" in text
+    assert (
+        "GiB of GPU memory free, the recipe needs 90" in text
+        and "checkpoints and the model need about 2000" in text
+    )
     assert "the recipe needs about 600" in text
 
 
@@ -201,9 +295,16 @@ def test_one_node_alone_has_no_pairs() -> None:
 
 
 def test_versions_that_differ_are_grouped_by_value() -> None:
-    found = odd_ones({"a": {"torch": "1", "x": "1"}, "b": {"torch": "1"}, "c": {"torch": "2", "x": "1"}})
-    assert found == {"torch": {"1": ["a", "b"], "2": ["c"]}, "x": {"1": ["a", "c"], "not set": ["b"]}}
-    assert environment({"NCCL_DEBUG": "1", "HOME": "/", "NCCL_SOCKET_IFNAME": "eth0"}) == {"NCCL_DEBUG": "1"}
+    found = odd_ones(
+        {"a": {"torch": "1", "x": "1"}, "b": {"torch": "1"}, "c": {"torch": "2", "x": "1"}}
+    )
+    assert found == {
+        "torch": {"1": ["a", "b"], "2": ["c"]},
+        "x": {"1": ["a", "c"], "not set": ["b"]},
+    }
+    assert environment({"NCCL_DEBUG": "1", "HOME": "/", "NCCL_SOCKET_IFNAME": "eth0"}) == {
+        "NCCL_DEBUG": "1"
+    }
 
 
 def test_a_changed_source_file_changes_the_digest(tmp_path: Path) -> None:
@@ -218,12 +319,22 @@ def test_a_disk_that_is_full_or_no_folder_is_an_error_and_leaves_nothing(tmp_pat
     (tmp_path / "file").write_text("")
     assert "error" in write_probe(tmp_path / "file" / "run", "a", Pretence())
     found = write_probe(tmp_path / "run", "a", Pretence(), size=1 << 20)
-    assert found["write"] > 0 and found["read"] > 0 and "error" not in found and list((tmp_path / "run").iterdir()) == []
+    assert (
+        found["write"] > 0
+        and found["read"] > 0
+        and "error" not in found
+        and list((tmp_path / "run").iterdir()) == []
+    )
 
 
 def test_nvidia_smi_without_ecc_says_nothing() -> None:
     assert parse_ecc("0, 3, Yes, 41\n1, [N/A], [N/A], 40\nrubbish\n") == [
-        {"index": "0", "ecc.errors.uncorrected.volatile.total": "3", "retired_pages.pending": "Yes", "temperature.gpu": "41"},
+        {
+            "index": "0",
+            "ecc.errors.uncorrected.volatile.total": "3",
+            "retired_pages.pending": "Yes",
+            "temperature.gpu": "41",
+        },
         {"index": "1", "temperature.gpu": "40"},
     ]
 

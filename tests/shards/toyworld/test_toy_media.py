@@ -21,7 +21,9 @@ READERS: dict[str, dict[str, Callable[[np.ndarray], str]]] = {
     "depth": {"color": readers.pair_color, "distance": readers.depth_distance},
     "normal": {"color": readers.pair_color, "surface": readers.normal_surface},
     "imu": {"lean": readers.imu_lean, "activity": readers.imu_activity, "pace": readers.imu_pace},
-    "fmri": {name: readers.fmri_value(values) for name, values in world.scenes("fmri").attributes.items()},
+    "fmri": {
+        name: readers.fmri_value(values) for name, values in world.scenes("fmri").attributes.items()
+    },
 }
 SAMPLES = 14
 
@@ -54,10 +56,18 @@ def test_rendering_is_a_pure_function(modality: str) -> None:
     render(modality, "train", 6, seed=1)
     assert render(modality, "train", 5, seed=1) == first
     media = [e for e in first.parts if e not in ("txt", "json")]
-    for other in (render(modality, "train", 5, seed=2), render(modality, "test_seen", 5, seed=1), render(modality, "pretrain", 5, seed=1)):
+    for other in (
+        render(modality, "train", 5, seed=2),
+        render(modality, "test_seen", 5, seed=1),
+        render(modality, "pretrain", 5, seed=1),
+    ):
         assert all(other.parts[e] != first.parts[e] for e in media)
     lap = len(world.trained(modality))
-    again = next(s for s in (render(modality, "train", i, 1) for i in range(lap, 2 * lap)) if s.caption == first.caption)
+    again = next(
+        s
+        for s in (render(modality, "train", i, 1) for i in range(lap, 2 * lap))
+        if s.caption == first.caption
+    )
     assert all(again.parts[e] != first.parts[e] for e in media), "the same scene is drawn anew"
 
 
@@ -66,7 +76,9 @@ def test_parts_are_the_modality_and_the_text(modality: str) -> None:
     sample = render(modality, "test_held_out", 0)
     slots = get_modality(modality).match(set(sample.parts))
     assert set(sample.parts) == {*slots.values(), "txt", "json"}
-    assert sample.parts["txt"].decode() == sample.caption == world.caption(modality, sample.attributes)
+    assert (
+        sample.parts["txt"].decode() == sample.caption == world.caption(modality, sample.attributes)
+    )
     record = json.loads(sample.parts["json"])
     assert record["caption"] == sample.caption
     assert record["attributes"] == sample.attributes
@@ -82,8 +94,13 @@ def test_the_picture_does_not_tell_what_the_map_is_for() -> None:
     sizes: dict[str, list[int]] = {}
     for index in range(45):
         value, attributes = readers.value_of("depth", "train", index)
-        sizes.setdefault(attributes["distance"], []).append(int((np.abs(value[0]).max(0) > 0.3).sum()))
-    means, spread = [np.mean(s) for s in sizes.values()], np.std(np.concatenate(list(sizes.values())))
+        sizes.setdefault(attributes["distance"], []).append(
+            int((np.abs(value[0]).max(0) > 0.3).sum())
+        )
+    means, spread = (
+        [np.mean(s) for s in sizes.values()],
+        np.std(np.concatenate(list(sizes.values()))),
+    )
     assert np.ptp(means) < spread
 
 
@@ -99,7 +116,10 @@ def test_point_colors_tell_places_on_the_surface() -> None:
     """Neighbourhoods in colour, which the tokenizer groups, stand at different places: otherwise all tokens would be alike."""
     value, _ = readers.value_of("point", "train", 2)
     centers = np.random.default_rng(0).choice(point.POINTS, 40, replace=False)
-    groups = [value[np.argsort(np.abs(value[:, 3:] - value[center, 3:]).sum(1))[:32], :3] for center in centers]
+    groups = [
+        value[np.argsort(np.abs(value[:, 3:] - value[center, 3:]).sum(1))[:32], :3]
+        for center in centers
+    ]
     between = np.std([group.mean(0) for group in groups], axis=0)
     assert (between > 0.5 * value[:, :3].std(0)).all()
     assert len(np.unique(value[:, 3:], axis=0)) > 1024, "farthest points need that many colours"

@@ -29,7 +29,9 @@ def test_special_tokens_are_llamas(tokenizer: PreTrainedTokenizerFast) -> None:
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
 @pytest.mark.parametrize("lead", ["", " "])
-def test_captions_are_one_token_a_word_and_decode_back(tokenizer: PreTrainedTokenizerFast, modality: str, lead: str) -> None:
+def test_captions_are_one_token_a_word_and_decode_back(
+    tokenizer: PreTrainedTokenizerFast, modality: str, lead: str
+) -> None:
     for combination in world.combinations(modality):
         text = lead + world.caption(modality, world.named(modality, combination))
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -38,19 +40,30 @@ def test_captions_are_one_token_a_word_and_decode_back(tokenizer: PreTrainedToke
 
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
-def test_prompts_and_the_header_are_words(tokenizer: PreTrainedTokenizerFast, modality: str) -> None:
+def test_prompts_and_the_header_are_words(
+    tokenizer: PreTrainedTokenizerFast, modality: str
+) -> None:
     header = (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        "answers to the human's questions.\n\n### Human: " + world.scenes(modality).prompt + "\n### Assistant: a red cube\n### "
+        "answers to the human's questions.\n\n### Human: "
+        + world.scenes(modality).prompt
+        + "\n### Assistant: a red cube\n### "
     )
     ids = tokenizer.encode(header, add_special_tokens=False)
     assert tokenizer.decode(ids) == header
     # Letters left alone would be a word spelled in bytes.
-    spelled = [t for t in tokenizer.convert_ids_to_tokens(ids) if len(t) == 1 and t.isalpha() and t not in "ĠĊA"]
+    spelled = [
+        t
+        for t in tokenizer.convert_ids_to_tokens(ids)
+        if len(t) == 1 and t.isalpha() and t not in "ĠĊA"
+    ]
     assert spelled == []
 
 
-@pytest.mark.parametrize("text", ["Grüße aus Köln", "日本語 \n\n  two  spaces .a , b\t", "naïve unhappiness 12345 🙂", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["Grüße aus Köln", "日本語 \n\n  two  spaces .a , b\t", "naïve unhappiness 12345 🙂", ""],
+)
 def test_any_text_decodes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer.encode(text)
     assert 0 not in ids

@@ -27,7 +27,11 @@ def test_three_attributes_of_three_values(modality: str) -> None:
 
 @EVERY
 def test_a_fifth_is_held_out_and_every_conditional_keeps_two_trained_values(modality: str) -> None:
-    every, trained, held = set(world.combinations(modality)), set(world.trained(modality)), world.held_out(modality)
+    every, trained, held = (
+        set(world.combinations(modality)),
+        set(world.trained(modality)),
+        world.held_out(modality),
+    )
     assert trained | held == every
     assert not trained & held
     assert len(held) / len(every) >= 0.2
@@ -35,7 +39,9 @@ def test_a_fifth_is_held_out_and_every_conditional_keeps_two_trained_values(moda
     for place, values in enumerate(sizes):
         for others in itertools.product(*(v for i, v in enumerate(sizes) if i != place)):
             line = [(*others[:place], value, *others[place:]) for value in values]
-            assert sum(c in trained for c in line) >= 2, f"{modality}: {others} leaves too few values of attribute {place}"
+            assert sum(c in trained for c in line) >= 2, (
+                f"{modality}: {others} leaves too few values of attribute {place}"
+            )
 
 
 @EVERY
@@ -52,7 +58,9 @@ def test_no_caption_is_both_trained_and_held_out_in_any_two_modalities() -> None
         return {world.caption(m, world.named(m, c)) for m in world.MODALITIES for c in pick(m)}
 
     assert not captions(world.trained) & captions(world.held_out)
-    assert len(captions(world.combinations)) == sum(len(world.combinations(m)) for m in world.MODALITIES)
+    assert len(captions(world.combinations)) == sum(
+        len(world.combinations(m)) for m in world.MODALITIES
+    )
 
 
 @EVERY
@@ -74,14 +82,18 @@ def test_the_corpus_is_trained_combinations_only_and_covers_them_all() -> None:
         assert set(document.words) <= set(document.caption.split())
         assert document.conversations[1]["value"] == document.caption
     for modality in world.MODALITIES:
-        assert seen[modality] == {world.caption(modality, world.named(modality, c)) for c in world.trained(modality)}
+        assert seen[modality] == {
+            world.caption(modality, world.named(modality, c)) for c in world.trained(modality)
+        }
 
 
 @EVERY
 @pytest.mark.parametrize("split", draws.SPLITS)
 def test_splits_draw_from_their_own_combinations_evenly(modality: str, split: str) -> None:
     pool = world.held_out(modality) if split == "test_held_out" else set(world.trained(modality))
-    drawn = [tuple(draws.attributes(modality, split, i, seed=3).values()) for i in range(2 * len(pool))]
+    drawn = [
+        tuple(draws.attributes(modality, split, i, seed=3).values()) for i in range(2 * len(pool))
+    ]
     assert set(drawn) == pool
     assert all(drawn.count(c) == 2 for c in pool)
     assert drawn[: len(pool)] != drawn[len(pool) :]

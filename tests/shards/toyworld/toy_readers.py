@@ -10,14 +10,22 @@ from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.sources.toyworld import fmri, render
 from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, PALETTE
 
-MEAN, STD = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+MEAN, STD = (
+    np.array([0.48145466, 0.4578275, 0.40821073]),
+    np.array([0.26862954, 0.26130258, 0.27577711]),
+)
 
 
-def value_of(modality: str, split: str, index: int, seed: int = 0) -> tuple[np.ndarray, dict[str, str]]:
+def value_of(
+    modality: str, split: str, index: int, seed: int = 0
+) -> tuple[np.ndarray, dict[str, str]]:
     """The model's input (evaluation transform) and the attributes."""
     sample = render(modality, split, index, seed)
     kind = get_modality(modality)
-    slots = {slot: Part(extension, sample.parts[extension]) for slot, extension in kind.match(set(sample.parts)).items()}
+    slots = {
+        slot: Part(extension, sample.parts[extension])
+        for slot, extension in kind.match(set(sample.parts)).items()
+    }
     raw = kind.decode(slots, {})
     value = kind.transform(raw, train=False, rng=np.random.default_rng(0))
     assert tuple(value.shape) == kind.value_shape
@@ -39,7 +47,12 @@ def _object(picture: np.ndarray) -> np.ndarray:
 def color_in(picture: np.ndarray, mask: np.ndarray | None = None) -> str:
     """The palette's name of the object's colour, whatever its brightness."""
     seen = np.median(picture[_object(picture) if mask is None else mask], axis=0)
-    return min(PALETTE, key=lambda name: -float(seen @ PALETTE[name]) / np.linalg.norm(seen) / np.linalg.norm(PALETTE[name]))
+    return min(
+        PALETTE,
+        key=lambda name: (
+            -float(seen @ PALETTE[name]) / np.linalg.norm(seen) / np.linalg.norm(PALETTE[name])
+        ),
+    )
 
 
 def image_color(value: np.ndarray) -> str:
@@ -61,7 +74,9 @@ def video_motion(value: np.ndarray) -> str:
     shown = [mask for mask in masks if mask.any()]
     if len(shown) < len(masks):
         return "blinking"
-    centers = np.array([[np.nonzero(mask)[axis].mean() for axis in (1, 0)] for mask in shown[1::3]])  # centre crops
+    centers = np.array(
+        [[np.nonzero(mask)[axis].mean() for axis in (1, 0)] for mask in shown[1::3]]
+    )  # centre crops
     x, y = np.ptp(centers, axis=0)
     return "sliding" if x > 60 else "bouncing" if y > 60 else "resting"
 
@@ -75,7 +90,15 @@ def audio_loudness(value: np.ndarray) -> str:
 def audio_rhythm(value: np.ndarray) -> str:
     sounds = value[0][:, :1020].max(0) > -1.0
     onsets = int((np.diff(sounds.astype(int)) == 1).sum())
-    return "steadily" if sounds.all() else "once" if onsets <= 1 else "slowly" if onsets < 20 else "quickly"
+    return (
+        "steadily"
+        if sounds.all()
+        else "once"
+        if onsets <= 1
+        else "slowly"
+        if onsets < 20
+        else "quickly"
+    )
 
 
 def point_stretch(value: np.ndarray) -> str:
@@ -115,7 +138,9 @@ def imu_pace(value: np.ndarray) -> str:
 
 
 def imu_activity(value: np.ndarray) -> str:
-    acceleration, spin = np.apply_along_axis(np.convolve, 1, value, np.full(16, 1 / 16), "valid").reshape(2, 3, -1)  # shaking averaged out
+    acceleration, spin = np.apply_along_axis(
+        np.convolve, 1, value, np.full(16, 1 / 16), "valid"
+    ).reshape(2, 3, -1)  # shaking averaged out
     if np.abs(spin.mean(1)).max() > 0.35:
         return "turning"
     if spin.std(1).max() > 0.35:

@@ -18,13 +18,21 @@ from onellm_dist.testing.demo.timetable import Stage, Timetable, measure_speed
 
 
 def python(tmp_path: Path, name: str, code: str, **options: float) -> Job:
-    return Job(name, [sys.executable, "-u", "-c", code], tmp_path / f"{name}.log", kill_at=options.get("kill_at"))
+    return Job(
+        name,
+        [sys.executable, "-u", "-c", code],
+        tmp_path / f"{name}.log",
+        kill_at=options.get("kill_at"),
+    )
 
 
 def test_lanes_run_side_by_side_and_jobs_of_a_lane_in_order(tmp_path: Path) -> None:
     mark = "import time, pathlib; pathlib.Path(r'{}').write_text(str(time.monotonic())); time.sleep({})"
     files = [tmp_path / n for n in ("a", "b", "c")]
-    a, b, c = (python(tmp_path, f.name, mark.format(f, s)) for f, s in zip(files, (0.4, 0.0, 0.0), strict=True))
+    a, b, c = (
+        python(tmp_path, f.name, mark.format(f, s))
+        for f, s in zip(files, (0.4, 0.0, 0.0), strict=True)
+    )
     seen: set[tuple[str, ...]] = set()
     run_lanes([[a, b], [c]], lambda running: seen.add(tuple(sorted(j.name for j in running))))
     first, second, beside = (float(f.read_text()) for f in files)
@@ -51,14 +59,19 @@ def test_a_failure_says_what_the_job_said_and_stops_the_others(tmp_path: Path) -
     started = time.monotonic()
     with pytest.raises(OneLLMError, match=r"bad failed \(exit code 3\)[\s\S]*the disk is full"):
         run_lanes([[bad], [long]], lambda running: None)
-    assert long.process is not None and long.process.poll() is not None  # its code may have gone to whoever waited for it first
+    assert (
+        long.process is not None and long.process.poll() is not None
+    )  # its code may have gone to whoever waited for it first
     assert time.monotonic() - started < 50
 
 
 def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
     start = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'], start_new_session=True); "
     grandchild = f"import subprocess, sys, time; {start}"
-    code = grandchild + "print(p.pid); [(print(f'step {i}/100'), time.sleep(0.05)) for i in range(100)]"
+    code = (
+        grandchild
+        + "print(p.pid); [(print(f'step {i}/100'), time.sleep(0.05)) for i in range(100)]"
+    )
     job = python(tmp_path, "family", code, kill_at=0.1)
     run_lanes([[job]], lambda running: None)
     assert job.killed
@@ -70,10 +83,14 @@ def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
 
 def test_the_time_left_follows_what_was_measured(tmp_path: Path) -> None:
     out = io.StringIO()
-    table = Timetable([Stage("a", 100.0), Stage("b", 50.0), Stage("c", 50.0)], claim(tmp_path, full=False), out)
+    table = Timetable(
+        [Stage("a", 100.0), Stage("b", 50.0), Stage("c", 50.0)], claim(tmp_path, full=False), out
+    )
     table.start()
     assert table.left(0.0, 0.0) == (100.0, 200.0)
-    here, everything = table.left(0.5, 100.0)  # twice as slow as predicted: 50 by the plan, 100 by the rate
+    here, everything = table.left(
+        0.5, 100.0
+    )  # twice as slow as predicted: 50 by the plan, 100 by the rate
     assert here == pytest.approx(75.0) and everything == pytest.approx(175.0)
     table.end()
     table.stages[0].taken = 200.0

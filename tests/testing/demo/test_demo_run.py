@@ -26,15 +26,24 @@ def test_every_stage_is_a_recipe_that_is_accepted(scale: Scale, tmp_path: Path) 
     sources = []
     for name, training in zip(RUNS, scale.stages, strict=True):
         command = _training_command(demo, name, training)
-        assert command[1:3] == ["--num_accelerators", "2"] and command[5:7] == ["--module", "onellm_dist.train"]
+        assert command[1:3] == ["--num_accelerators", "2"] and command[5:7] == [
+            "--module",
+            "onellm_dist.train",
+        ]
         config = load_config(Path(command[7]), command[8:])
         assert config.train.steps == training.steps and config.run.dir == demo.run_dir(name)
         assert config.train.stage == ("tune" if name == "tune" else "align")
         assert config.checkpoint.every <= config.train.steps // 2
         sources.append(config.model.path)
         assert {str(entry.path) for entry in config.data.mixture} <= set(world.MODALITIES)
-    assert sources == [demo.towers, demo.run_dir("align_image") / "model", demo.run_dir("align_all") / "model"]
-    assert set(load_config(Path("toy/align_all")).model.init_from_image) == set(world.MODALITIES) - {"image"}
+    assert sources == [
+        demo.towers,
+        demo.run_dir("align_image") / "model",
+        demo.run_dir("align_all") / "model",
+    ]
+    assert set(load_config(Path("toy/align_all")).model.init_from_image) == set(
+        world.MODALITIES
+    ) - {"image"}
 
 
 @pytest.mark.parametrize("scale", [QUICK, FULL], ids=["quick", "full"])
@@ -45,7 +54,9 @@ def test_sizes_keep_the_promises(scale: Scale) -> None:
 
 
 def test_the_quick_demo_is_predicted_to_end_in_time(tmp_path: Path) -> None:
-    assert sum(stage.predicted for stage in _stages(Demo(tmp_path, QUICK, 2), slow=1.0)) < MINUTES * 60
+    assert (
+        sum(stage.predicted for stage in _stages(Demo(tmp_path, QUICK, 2), slow=1.0)) < MINUTES * 60
+    )
 
 
 def test_progress_of_training_is_not_taken_from_other_counts() -> None:
@@ -70,7 +81,9 @@ def test_only_a_demo_of_the_same_size_is_taken_up_again(tmp_path: Path) -> None:
         claim(tmp_path / "new", full=False)
 
 
-def test_the_verdict_fails_a_model_that_does_not_read_its_input(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verdict_fails_a_model_that_does_not_read_its_input(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     every = [world.caption("imu", world.named("imu", c)) for c in world.combinations("imu")]
     right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
     parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]

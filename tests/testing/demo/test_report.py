@@ -46,11 +46,21 @@ def captions() -> list[Caption]:
     for split, right in (("test_seen", 1.0), ("test_held_out", 0.0)):
         for i in range(45):
             reference = f"a {colours[i % 3]} {shapes[i // 3 % 3]}"
-            made.append(Caption(f"{i:03d}", "image", split, reference, reference if right else "a <b>red</b> star"))
+            made.append(
+                Caption(
+                    f"{i:03d}",
+                    "image",
+                    split,
+                    reference,
+                    reference if right else "a <b>red</b> star",
+                )
+            )
     return made
 
 
-CANDIDATES = {"image": [f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square", "star")]}
+CANDIDATES = {
+    "image": [f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square", "star")]
+}
 
 
 def test_table_tells_a_reader_from_a_parrot() -> None:
@@ -85,12 +95,23 @@ def test_report_is_one_whole_page(tmp_path: Path) -> None:
     checker = Checker()
     checker.feed(page)
     assert checker.open == []
-    assert checker.seen.count("svg") == 3 and checker.seen.count("img") == 1 and checker.seen.count("rect") == 2 * 3 * 30
-    assert checker.loads and all(load.startswith("data:image/png;base64,") for load in checker.loads)
+    assert (
+        checker.seen.count("svg") == 3
+        and checker.seen.count("img") == 1
+        and checker.seen.count("rect") == 2 * 3 * 30
+    )
+    assert checker.loads and all(
+        load.startswith("data:image/png;base64,") for load in checker.loads
+    )
     assert not re.search(r"<script|@import|url\(", page)
     shown = Image.open(io.BytesIO(base64.b64decode(checker.loads[0].split(",", 1)[1])))
     assert shown.size == (480, 150) and shown.getpixel((5, 5)) == (200, 30, 40)
-    assert "toy &lt;world&gt;" in page and "<b>red</b>" not in page and "killed" in page and "58 s" in page
+    assert (
+        "toy &lt;world&gt;" in page
+        and "<b>red</b>" not in page
+        and "killed" in page
+        and "58 s" in page
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -99,8 +120,12 @@ def test_line_chart_scales_to_its_points() -> None:
     (points,) = re.findall(r'points="([^"]+)"', chart)
     (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points.split())
     width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
-    assert 0 < x0 < 0.15 * width and 0.95 * width < x1 < width  # the first point at the axis, the last one at the right edge
-    assert 0.8 * height < y0 < height and 0 < y1 < 0.2 * height  # zero at the bottom, the largest value near the top
+    assert (
+        0 < x0 < 0.15 * width and 0.95 * width < x1 < width
+    )  # the first point at the axis, the last one at the right edge
+    assert (
+        0.8 * height < y0 < height and 0 < y1 < 0.2 * height
+    )  # zero at the bottom, the largest value near the top
     assert "nothing was recorded" in line_chart({}, x_label="step", y_label="loss")
 
 

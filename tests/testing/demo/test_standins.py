@@ -41,7 +41,9 @@ def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
     values = []
     for i in range(3):
         picture = Image.open(io.BytesIO(render("image", "pretrain", i, 5).parts["jpg"]))
-        values.append(modality.transform(picture.convert("RGB"), train=False, rng=np.random.default_rng(0)))
+        values.append(
+            modality.transform(picture.convert("RGB"), train=False, rng=np.random.default_rng(0))
+        )
     with torch.no_grad():
         ours = encode_patches(model.encoder, bank, np.arange(3), None, np.random.default_rng(0))
         theirs = model.encoder.images(torch.stack(values))
@@ -88,7 +90,10 @@ def test_positions_of_patches_differ_and_neighbours_are_alike() -> None:
     likeness = positions[1:] @ positions[1:].T
     here = 8 * 16 + 8
     assert int(likeness[here].argmax()) == here
-    assert likeness[here, here + 1] > likeness[here, here + 5] and likeness[here, here + 16] > likeness[here, here + 80]
+    assert (
+        likeness[here, here + 1] > likeness[here, here + 5]
+        and likeness[here, here + 16] > likeness[here, here + 80]
+    )
 
 
 def test_towers_come_back_out_of_the_assembled_model(tmp_path: Path) -> None:
@@ -110,7 +115,12 @@ def test_a_short_pretraining_tells_images_apart(bank: ImageBank) -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
     untrained = ContrastiveHead(96, len(processor.tokenizer))
     before = top1(model.encoder, untrained, processor.tokenizer, bank, batches=2)
-    head, losses = pretrain_clip(model.encoder, processor.tokenizer, ClipRecipe(images=2560, bank=250, whole=0.6, warmup=10), bank)
+    head, losses = pretrain_clip(
+        model.encoder,
+        processor.tokenizer,
+        ClipRecipe(images=2560, bank=250, whole=0.6, warmup=10),
+        bank,
+    )
     after = top1(model.encoder, head, processor.tokenizer, bank, batches=2)
     assert losses[-1] < 0.8 * losses[0]
     assert before < 0.1 and after > before + 0.1, f"{before} {after} {losses}"

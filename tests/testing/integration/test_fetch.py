@@ -20,15 +20,27 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_media-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("tiny_media/a.txt", "hello")
-        wheel.writestr("tiny_media-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-media\nVersion: 1.0\n")
-        wheel.writestr("tiny_media-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "tiny_media-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-media\nVersion: 1.0\n",
+        )
+        wheel.writestr(
+            "tiny_media-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         wheel.writestr("tiny_media-1.0.dist-info/RECORD", "")
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}.items():
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(folder),
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
         monkeypatch.setenv(name, value)
     return folder
 
 
-def test_a_wheel_is_downloaded_once_and_read_without_being_installed(index: Path, tmp_path: Path) -> None:
+def test_a_wheel_is_downloaded_once_and_read_without_being_installed(
+    index: Path, tmp_path: Path
+) -> None:
     lines: list[str] = []
     cache = PackageCache(tmp_path / "cache", log=lines.append)
     assert cache.read_pypi("tiny-media==1.0", "tiny_media/a.txt") == b"hello"
@@ -36,7 +48,10 @@ def test_a_wheel_is_downloaded_once_and_read_without_being_installed(index: Path
         cache.read_pypi("tiny-media==1.0", "tiny_media/b.txt")
     assert lines == ["fetching tiny-media==1.0 from PyPI"]
     shutil.rmtree(index)
-    assert PackageCache(tmp_path / "cache").read_pypi("tiny-media==1.0", "tiny_media/a.txt") == b"hello", "a later run finds it"
+    assert (
+        PackageCache(tmp_path / "cache").read_pypi("tiny-media==1.0", "tiny_media/a.txt")
+        == b"hello"
+    ), "a later run finds it"
 
 
 def test_a_package_that_pip_cannot_find_is_tried_once(index: Path, tmp_path: Path) -> None:
@@ -49,7 +64,9 @@ def test_a_package_that_pip_cannot_find_is_tried_once(index: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="no dpkg-deb on this machine")
-def test_a_debian_package_is_unpacked_without_being_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_debian_package_is_unpacked_without_being_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tree = tmp_path / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN" / "control").write_text(
@@ -57,7 +74,11 @@ def test_a_debian_package_is_unpacked_without_being_installed(tmp_path: Path, mo
     )
     (tree / "usr" / "share").mkdir(parents=True)
     (tree / "usr" / "share" / "crow.flac").write_bytes(b"caw")
-    subprocess.run(["dpkg-deb", "--build", str(tree), str(tmp_path / "tiny_1_all.deb")], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--build", str(tree), str(tmp_path / "tiny_1_all.deb")],
+        check=True,
+        capture_output=True,
+    )
     apt = tmp_path / "bin" / "apt-get"
     apt.parent.mkdir()
     known = f'[ "$name" = tiny ] && exec cp {tmp_path}/tiny_1_all.deb .'
@@ -73,7 +94,9 @@ def test_a_debian_package_is_unpacked_without_being_installed(tmp_path: Path, mo
         cache.debian("other")
 
 
-def test_without_apt_debian_packages_are_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_apt_debian_packages_are_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PackageUnavailable, match="no apt-get here"):
         PackageCache(tmp_path / "cache").read_debian("tiny", "x")

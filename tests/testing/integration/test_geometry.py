@@ -13,7 +13,14 @@ CAMERA = geometry.StereoCamera(focal=100.0, cx=32.0, cy=24.0, doffs=5.0, baselin
 def plane_view(normal: tuple[float, float, float], distance: float = 2.0) -> geometry.RgbdView:
     """A view of the plane normal . p = distance (camera axes: x right, y down, z away)."""
     rows, columns = np.indices((48, 64), dtype=np.float64)
-    rays = np.stack([(columns - CAMERA.cx) / CAMERA.focal, (rows - CAMERA.cy) / CAMERA.focal, np.ones_like(rows)], -1)
+    rays = np.stack(
+        [
+            (columns - CAMERA.cx) / CAMERA.focal,
+            (rows - CAMERA.cy) / CAMERA.focal,
+            np.ones_like(rows),
+        ],
+        -1,
+    )
     z = distance / (rays @ np.array(normal))
     disparity = (CAMERA.baseline * CAMERA.focal / z - CAMERA.doffs).astype(np.float32)
     rgb = np.full((48, 64, 3), (255, 128, 0), np.uint8)
@@ -45,7 +52,9 @@ def test_unknown_disparity_is_unknown_depth_and_black() -> None:
         ((0.6, 0.0, 0.8), (51, 128, 230)),  # a wall on the right: it faces left
     ],
 )
-def test_normals_of_planes_have_their_colours(normal: tuple[float, float, float], colour: tuple[int, int, int]) -> None:
+def test_normals_of_planes_have_their_colours(
+    normal: tuple[float, float, float], colour: tuple[int, int, int]
+) -> None:
     picture = np.asarray(geometry.normal_image(plane_view(normal))).astype(int)
     assert np.abs(picture[8:-8, 8:-8] - np.array(colour)).max() <= 2
     assert (picture[0] == 128).all(), "no neighbours on one side: grey"
@@ -59,11 +68,15 @@ def test_coloured_points_come_from_measured_pixels_only() -> None:
     np.testing.assert_allclose(cloud[:, 2], 2.0, rtol=1e-5)
     assert (cloud[:, 0] > 0.15).all(), "columns below 40 are unknown"
     np.testing.assert_allclose(cloud[:, 3:], np.tile([1, 128 / 255, 0], (500, 1)), rtol=1e-6)
-    assert len(np.unique(cloud[:, :2], axis=0)) == 500, "drawn without repetition where there are enough"
+    assert len(np.unique(cloud[:, :2], axis=0)) == 500, (
+        "drawn without repetition where there are enough"
+    )
 
 
 def lzf_literals(data: bytes) -> bytes:
-    return b"".join(bytes([len(data[i : i + 32]) - 1]) + data[i : i + 32] for i in range(0, len(data), 32))
+    return b"".join(
+        bytes([len(data[i : i + 32]) - 1]) + data[i : i + 32] for i in range(0, len(data), 32)
+    )
 
 
 def test_lzf_unpacks_literals_and_overlapping_copies() -> None:

@@ -23,7 +23,10 @@ def test_pypi_alone_gives_enough_of_every_modality() -> None:
     assert set(count) == set(all_modalities()) and min(count.values()) >= media.FEWEST
     assert len({(r.modality, r.key) for r in recipes}) == len(recipes)
     assert set(media.QUESTIONS) == set(all_modalities())
-    assert all(r.caption[0].isupper() and r.caption.endswith(".") and r.licence and "." not in r.key for r in recipes)
+    assert all(
+        r.caption[0].isupper() and r.caption.endswith(".") and r.licence and "." not in r.key
+        for r in recipes
+    )
 
 
 def brain(key: str, values: np.ndarray | None) -> Recipe:
@@ -48,15 +51,27 @@ def offer(monkeypatch: pytest.MonkeyPatch, *recipes: Recipe) -> None:
     monkeypatch.setattr(media, "recipes", given)
 
 
-def test_samples_are_written_with_text_and_provenance(only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_samples_are_written_with_text_and_provenance(
+    only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     vector = np.random.default_rng(0).normal(size=(3, 15724)).astype(np.float32)
     offer(monkeypatch, brain("a", vector), brain("b", vector), brain("c", None))
     made, skipped = media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")
     assert made == {"fmri": ["a", "b"]}
     assert skipped == ["fmri c: brains==1: not to be had"]
-    assert sorted(p.name for p in (tmp_path / "out" / "fmri").iterdir()) == ["a.json", "a.npy", "a.txt", "b.json", "b.npy", "b.txt"]
+    assert sorted(p.name for p in (tmp_path / "out" / "fmri").iterdir()) == [
+        "a.json",
+        "a.npy",
+        "a.txt",
+        "b.json",
+        "b.npy",
+        "b.txt",
+    ]
     meta = json.loads((tmp_path / "out" / "fmri" / "a.json").read_text())
-    assert meta["conversations"][1] == {"from": "gpt", "value": "A person at rest."} and meta["source"] == "PyPI brains==1"
+    assert (
+        meta["conversations"][1] == {"from": "gpt", "value": "A person at rest."}
+        and meta["source"] == "PyPI brains==1"
+    )
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "fmri" / "a.npy"), vector)
 
 
@@ -69,7 +84,9 @@ def test_too_few_samples_are_an_error_that_names_what_was_missing(
         media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")
 
 
-def test_a_file_that_does_not_fit_its_modality_is_found_here(only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_its_modality_is_found_here(
+    only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     offer(monkeypatch, brain("a", np.zeros((3, 10), np.float32)))
     with pytest.raises(SampleError):
         media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")

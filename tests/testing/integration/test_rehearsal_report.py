@@ -33,17 +33,28 @@ NAMES = list(all_modalities())
 
 def good_facts() -> dict[str, Any]:
     """What a rehearsal that ended well has found."""
-    steps = [{"step": n, "loss": 5.0, "grad_norm": 1.0, "loss_by_modality": dict.fromkeys(NAMES, 5.0)} for n in range(3)]
+    steps = [
+        {"step": n, "loss": 5.0, "grad_norm": 1.0, "loss_by_modality": dict.fromkeys(NAMES, 5.0)}
+        for n in range(3)
+    ]
     still = dict.fromkeys(("encoder", "llm", "projectors", "tokenizers", "upm"), 0.0)
     return {
         "media": {name: ["a", "b"] for name in NAMES},
         "phases": [{"phase": "align", "seconds": 61.0, "peak_gib": 9.0}],
-        "align": steps, "tune": copy.deepcopy(steps),
-        "weights_changed": {"align": {**still, "projectors": 1.0, "tokenizers": 0.9, "upm": 1.0}, "tune": {**still, "llm": 1.0}},
-        "generate": [{"model": "tune", "inputs": [f"{n} a"], "prompt": "", "text": "x"} for n in NAMES]
+        "align": steps,
+        "tune": copy.deepcopy(steps),
+        "weights_changed": {
+            "align": {**still, "projectors": 1.0, "tokenizers": 0.9, "upm": 1.0},
+            "tune": {**still, "llm": 1.0},
+        },
+        "generate": [
+            {"model": "tune", "inputs": [f"{n} a"], "prompt": "", "text": "x"} for n in NAMES
+        ]
         + [{"model": "tune", "inputs": ["video a", "audio a"], "prompt": "", "text": "x"}],
-        "seconds": 100.0, "peak_gib": 12.0, "limit_gib": 20.0,
-    }  # fmt: skip
+        "seconds": 100.0,
+        "peak_gib": 12.0,
+        "limit_gib": 20.0,
+    }
 
 
 def failing(facts: dict[str, Any]) -> list[str]:
@@ -63,7 +74,10 @@ def test_a_good_rehearsal_passes_every_check() -> None:
         (lambda f: f["align"].pop(), "align: 3 optimizer steps"),
         (lambda f: f["tune"][1].update(loss=None), "tune: 3 optimizer steps"),
         (lambda f: f["align"][2].update(grad_norm=None), "align: 3 optimizer steps"),
-        (lambda f: [s["loss_by_modality"].pop(NAMES[5]) for s in f["tune"]], "tune: every modality"),
+        (
+            lambda f: [s["loss_by_modality"].pop(NAMES[5]) for s in f["tune"]],
+            "tune: every modality",
+        ),
         (lambda f: f["weights_changed"]["align"].update(llm=0.01), "align: everything else"),
         (lambda f: f["weights_changed"]["tune"].update(llm=0.0), "tune: llm moved"),
         (lambda f: f["generate"].pop(), "generate"),
@@ -76,13 +90,23 @@ def test_each_fault_is_found(spoil: Any, word: str) -> None:
     assert [name for name in failing(facts) if word in name]
 
 
-def test_the_table_shows_phases_losses_answers_and_checks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_phases_losses_answers_and_checks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     facts = good_facts()
     facts["checks"] = checks(facts, steps=3)
     facts["ok"] = False
     print_report(facts)
     out = capsys.readouterr().out
-    for words in ("1 min 01 s", "12.0 GiB", "grad norm", "5.000", "video a + audio a", "yes at most 20 GiB", "FAILED"):
+    for words in (
+        "1 min 01 s",
+        "12.0 GiB",
+        "grad norm",
+        "5.000",
+        "video a + audio a",
+        "yes at most 20 GiB",
+        "FAILED",
+    ):
         assert words in out
 
 
@@ -95,7 +119,11 @@ def test_a_rehearsal_that_fails_says_so_and_writes_its_report(
     monkeypatch.setattr(rehearsal, "_media", broken)
     assert rehearsal.run_rehearsal(tmp_path / "out") == EXIT_FAILED
     report = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
-    assert not report["ok"] and "exit code 3" in report["error"] and report["phases"][0]["phase"] == "media"
+    assert (
+        not report["ok"]
+        and "exit code 3" in report["error"]
+        and report["phases"][0]["phase"] == "media"
+    )
     assert (tmp_path / "out" / "logs" / "broken.log").read_text() == "half\n"
     assert "broken ended with exit code 3" in capsys.readouterr().err
 
@@ -111,13 +139,20 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_failed_command_shows_its_last_lines(tmp_path: Path) -> None:
     with PeakMemory(every=60) as memory, pytest.raises(OneLLMError, match="line 99"):
         code = "import sys\nfor n in range(100): print('line', n)\nsys.exit(7)"
-        rehearsal.Rehearsal(tmp_path, 3, 2, 8, "toy", memory).command("noisy", [sys.executable, "-c", code])
+        rehearsal.Rehearsal(tmp_path, 3, 2, 8, "toy", memory).command(
+            "noisy", [sys.executable, "-c", code]
+        )
 
 
 def test_leaving_early_ends_what_the_command_started() -> None:
     child = "[sys.executable, '-c', 'import time; time.sleep(60)']"
-    code = f"import subprocess, sys; p = subprocess.Popen({child}); print(p.pid, flush=True); p.wait()"
-    with pytest.raises(KeyboardInterrupt), rehearsal._process_group([sys.executable, "-c", code], dict(os.environ)) as process:
+    code = (
+        f"import subprocess, sys; p = subprocess.Popen({child}); print(p.pid, flush=True); p.wait()"
+    )
+    with (
+        pytest.raises(KeyboardInterrupt),
+        rehearsal._process_group([sys.executable, "-c", code], dict(os.environ)) as process,
+    ):
         assert process.stdout is not None
         grandchild = psutil.Process(int(process.stdout.readline()))
         raise KeyboardInterrupt
@@ -153,7 +188,9 @@ def test_pages_that_two_processes_share_count_once() -> None:
     try:
         assert os.read(told, 1) == b"!"
         assert tree_bytes(psutil.Process()) - alone < 32 * MIB
-        assert psutil.Process(child).memory_info().rss > 64 * MIB, "by resident size it would have counted twice"
+        assert psutil.Process(child).memory_info().rss > 64 * MIB, (
+            "by resident size it would have counted twice"
+        )
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -163,15 +200,21 @@ def test_pages_that_two_processes_share_count_once() -> None:
 
 def test_flops_of_an_image_step_are_those_of_its_matrix_products() -> None:
     config = build_config("onellm-7b")
-    image = next(name for name in NAMES if get_modality(name).visual and get_modality(name).frames == 1)
+    image = next(
+        name for name in NAMES if get_modality(name).visual and get_modality(name).frames == 1
+    )
     tokens, llm = 257, 56
     encoder = 24 * tokens * (2 * 12 * 1024**2 + 4 * 257 * 1024)
     expert = 8 * (4 * 1024**2 + 3 * 1024 * 2816)
     upm = 287 * 3 * (2 * expert + 8 * 4 * 287 * 1024)
     head = 2 * 32000 * 4096
     text = llm * (2 * (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) + head)
-    assert step_flops(config, {image: 1}, tune=False) == pytest.approx(encoder + 3 * upm + 2 * text, rel=1e-3)
-    assert step_flops(config, {image: 2}, tune=True) == pytest.approx(2 * (encoder + upm + 3 * text), rel=1e-3)
+    assert step_flops(config, {image: 1}, tune=False) == pytest.approx(
+        encoder + 3 * upm + 2 * text, rel=1e-3
+    )
+    assert step_flops(config, {image: 2}, tune=True) == pytest.approx(
+        2 * (encoder + upm + 3 * text), rel=1e-3
+    )
 
 
 def test_changed_shares_see_single_elements_and_rounding(tmp_path: Path) -> None:

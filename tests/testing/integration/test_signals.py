@@ -24,10 +24,14 @@ def test_an_xsens_window_keeps_units_and_starts_where_asked() -> None:
     rows = [f"{n} {n} 0 9.8 {n / 100} 0 0 1 1 1" for n in range(300)]
     head = ["// Start Time: 0", "// Sample rate: 120.0Hz", "// Firmware Version: 2.5.1"]
     names = "Counter\tAcc_X\tAcc_Y\tAcc_Z\tGyr_X\tGyr_Y\tGyr_Z\tMag_X\tMag_Y\tMag_Z"
-    found = columns(signals.xsens_window("\n".join([*head, names, *rows]).encode(), start=0.5, seconds=2.0))
+    found = columns(
+        signals.xsens_window("\n".join([*head, names, *rows]).encode(), start=0.5, seconds=2.0)
+    )
     assert found["accl_x"].tolist() == list(range(60, 300))
     np.testing.assert_allclose(found["gyro_x"], np.arange(60, 300) / 100)
-    np.testing.assert_allclose(found["component_timestamp_ms"][1:3], [1000 / 120, 2000 / 120], atol=1e-3)
+    np.testing.assert_allclose(
+        found["component_timestamp_ms"][1:3], [1000 / 120, 2000 / 120], atol=1e-3
+    )
     with pytest.raises(ValueError, match=r"2\.5 s"):
         signals.xsens_window("\n".join([*head, names, *rows]).encode(), start=1.0, seconds=2.0)
 
@@ -37,13 +41,21 @@ def test_an_ximu_window_is_converted_to_si_units() -> None:
     log = "\n".join(["Packet number,Gyroscope X (deg/s)", *[row] * 512]).encode()
     found = columns(signals.ximu_window(log, 256.0, 0.0, 2.0))
     assert len(found["gyro_x"]) == 512
-    np.testing.assert_allclose([found[f"gyro_{a}"][0] for a in "xyz"], [np.pi, 0, -np.pi / 2], rtol=1e-6)
-    np.testing.assert_allclose([found[f"accl_{a}"][0] for a in "xyz"], [9.80665, 0, -19.6133], rtol=1e-6)
+    np.testing.assert_allclose(
+        [found[f"gyro_{a}"][0] for a in "xyz"], [np.pi, 0, -np.pi / 2], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        [found[f"accl_{a}"][0] for a in "xyz"], [9.80665, 0, -19.6133], rtol=1e-6
+    )
 
 
 def mgz(values: np.ndarray, kind: int = 3) -> bytes:
     """[vertices, frames] as FreeSurfer writes it."""
-    head = np.array([1, values.shape[0], 1, 1, values.shape[1], kind], ">i4").tobytes().ljust(284, b"\0")
+    head = (
+        np.array([1, values.shape[0], 1, 1, values.shape[1], kind], ">i4")
+        .tobytes()
+        .ljust(284, b"\0")
+    )
     return gzip.compress(head + values.T.astype(">f4").tobytes())
 
 
@@ -61,7 +73,11 @@ def test_the_bold_vector_leaves_silent_vertices_out_and_is_z_scored_over_the_sca
     found = signals.bold_vector([left, right], voxels=50, frame=4)
     assert found.shape == (3, 50) and found.dtype == np.float32
     alive = np.concatenate([left[left.std(1) > 0], right])[:50]
-    np.testing.assert_allclose(found, ((alive - alive.mean(1, keepdims=True)) / alive.std(1, keepdims=True))[:, 4:7].T, rtol=1e-5)
+    np.testing.assert_allclose(
+        found,
+        ((alive - alive.mean(1, keepdims=True)) / alive.std(1, keepdims=True))[:, 4:7].T,
+        rtol=1e-5,
+    )
     with pytest.raises(ValueError, match="70 vertices"):
         signals.bold_vector([left, right], voxels=71, frame=0)
     with pytest.raises(ValueError, match="30 frames"):
@@ -75,11 +91,15 @@ def movie(sound: np.ndarray | None, rate: int = 48000) -> bytes:
         picture.width = picture.height = 32
         track = container.add_stream("aac", rate=rate, layout="mono") if sound is not None else None
         for n in range(10):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), n * 20, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 32, 3), n * 20, np.uint8), format="rgb24"
+            )
             container.mux(picture.encode(frame))
         container.mux(picture.encode())
         if track is not None and sound is not None:
-            frame_ = av.AudioFrame.from_ndarray(sound[None].astype(np.float32), format="fltp", layout="mono")
+            frame_ = av.AudioFrame.from_ndarray(
+                sound[None].astype(np.float32), format="fltp", layout="mono"
+            )
             frame_.sample_rate, frame_.time_base, frame_.pts = rate, Fraction(1, rate), 0
             container.mux(track.encode(frame_))
             container.mux(track.encode())

@@ -65,7 +65,14 @@ while [ "${1#--}" != "$1" ]; do case "$1" in --bind | --pwd) shift 2 ;; *) shift
 """
 
 
-def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10", env: dict[str, str] | None = None, **fields: Any) -> RunningJob:
+def submit(
+    cluster: Cluster,
+    folder: Path,
+    *plan: str,
+    time: str = "10",
+    env: dict[str, str] | None = None,
+    **fields: Any,
+) -> RunningJob:
     """A job of two nodes with a stand-in rank each, whose starts end as `plan` says."""
     stand_in = folder / "stand_in"
     stand_in.write_text(STAND_IN.replace("PYTHON", sys.executable))
@@ -74,23 +81,49 @@ def submit(cluster: Cluster, folder: Path, *plan: str, time: str = "10", env: di
     run_dir.mkdir()
     (run_dir / "plan").write_text("\n".join(plan) + "\n")
     job = Job(
-        recipe="x", run_dir=run_dir, overrides=(f"run.dir={run_dir}",), gpus_per_node=1, name="job", python=str(stand_in), time=time,
-        signal_notice_s=1 if time == "10" else 50, **{"nodes": (2, 2), "ranks_per_node": 1, **fields},
-    )  # fmt: skip
+        recipe="x",
+        run_dir=run_dir,
+        overrides=(f"run.dir={run_dir}",),
+        gpus_per_node=1,
+        name="job",
+        python=str(stand_in),
+        time=time,
+        signal_notice_s=1 if time == "10" else 50,
+        **{"nodes": (2, 2), "ranks_per_node": 1, **fields},
+    )
     script = folder / "job.sbatch"
     script.write_text(render(job))
-    return RunningJob(cluster, script, run_dir, name="job", cwd=folder, patience_s=PATIENCE_S, env=env)
+    return RunningJob(
+        cluster, script, run_dir, name="job", cwd=folder, patience_s=PATIENCE_S, env=env
+    )
 
 
 def failed(step: int, *suspects: str) -> str:
-    return json.dumps({"status": "failed", "step": step, "failed_step": step, "reason": "boom", "suspects": suspects})
+    return json.dumps(
+        {
+            "status": "failed",
+            "step": step,
+            "failed_step": step,
+            "reason": "boom",
+            "suspects": suspects,
+        }
+    )
 
 
 @needs_slurm
 @pytest.mark.slow
-def test_slurm_accepts_every_rendered_script(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_accepts_every_rendered_script(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for starter in ("srun", "torchrun", "deepspeed"):
-        job = Job(recipe="x", run_dir=Path("r"), nodes=(1, 2), gpus_per_node=8, ranks_per_node=8, starter=starter)  # type: ignore[arg-type]
+        job = Job(
+            recipe="x",
+            run_dir=Path("r"),
+            nodes=(1, 2),
+            gpus_per_node=8,
+            ranks_per_node=8,
+            starter=starter,
+        )  # type: ignore[arg-type]
         tried = subprocess.run(
             cluster.enter_command(["sbatch", "--test-only"]),
             input=render(job),
@@ -104,7 +137,9 @@ def test_slurm_accepts_every_rendered_script(cluster: Cluster, monkeypatch: pyte
 
 @needs_slurm
 @pytest.mark.slow
-def test_the_same_step_twice_halts_and_the_log_names_the_suspects(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_same_step_twice_halts_and_the_log_names_the_suspects(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path, failed(5, "image/a/1@0"), failed(5, "image/a/1@0"))
     job.wait_for_requeue(1)
     assert cluster.job(job.number)["JobState"] == "PENDING"  # it backs off
@@ -112,8 +147,9 @@ def test_the_same_step_twice_halts_and_the_log_names_the_suspects(cluster: Clust
     assert job.wait_for_end() == "FAILED"
     assert "two starts failed at step 5" in job.tail() and "image/a/1@0" in job.tail()
     assert [(a.restart_count, a.status, a.verdict, a.nodes) for a in job.attempts()] == [
-        (0, "failed", "requeue", ("n1", "n2")), (1, "failed", "halt", ("n1", "n2")),
-    ]  # fmt: skip
+        (0, "failed", "requeue", ("n1", "n2")),
+        (1, "failed", "halt", ("n1", "n2")),
+    ]
 
 
 @needs_slurm
@@ -124,14 +160,24 @@ def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: st
     (tmp_path / "apptainer").chmod(0o755)
     path = {"PATH": f"{tmp_path}{os.pathsep}{cluster.env['PATH']}"}
     done = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
-    job = submit(cluster, tmp_path, done, env=path, container="an image.sif", container_runtime="apptainer", starter=starter)
+    job = submit(
+        cluster,
+        tmp_path,
+        done,
+        env=path,
+        container="an image.sif",
+        container_runtime="apptainer",
+        starter=starter,
+    )
     assert job.wait_for_end() == "COMPLETED"
     assert [a.status for a in job.attempts()] == ["done"]
 
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     last = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
     job = submit(cluster, tmp_path, "wait", last, nodes=(1, 2), ranks_per_node=2)
     wait_for(tmp_path / "run" / "waits")
@@ -144,20 +190,27 @@ def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(cluster: Cluste
         assert job.wait_for_end() == "COMPLETED"
     finally:
         cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    assert [(a.status, a.nodes) for a in job.attempts()] == [("preempted", ("n1", "n2")), ("done", ("n1",))]
+    assert [(a.status, a.nodes) for a in job.attempts()] == [
+        ("preempted", ("n1", "n2")),
+        ("done", ("n1",)),
+    ]
 
 
 @needs_slurm
 @pytest.mark.slow
 def test_wrong_usage_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, json.dumps({"status": "usage", "step": None, "reason": "unknown key"}))
+    job = submit(
+        cluster, tmp_path, json.dumps({"status": "usage", "step": None, "reason": "unknown key"})
+    )
     assert job.wait_for_end() == "FAILED"
     assert cluster.job(job.number)["ExitCode"] == "2:0" and job.restarts() == 0
 
 
 @needs_slurm
 @pytest.mark.slow
-def test_usr1_to_the_script_stops_the_ranks_and_requeues_but_scancel_ends_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_usr1_to_the_script_stops_the_ranks_and_requeues_but_scancel_ends_it(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     job = submit(cluster, tmp_path, "wait", "wait")
     wait_for(tmp_path / "run" / "waits")
     cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
@@ -175,8 +228,16 @@ def test_usr1_to_the_script_stops_the_ranks_and_requeues_but_scancel_ends_it(clu
 
 @needs_slurm
 @pytest.mark.soak
-def test_the_time_limit_is_announced_and_the_job_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(cluster, tmp_path, "wait", json.dumps({"status": "done", "step": 9, "reason": "9 steps"}), time="2")
+def test_the_time_limit_is_announced_and_the_job_comes_back(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    job = submit(
+        cluster,
+        tmp_path,
+        "wait",
+        json.dumps({"status": "done", "step": 9, "reason": "9 steps"}),
+        time="2",
+    )
     job.wait_for_requeue(1)
     (tmp_path / "run" / "stop").unlink(missing_ok=True)
     job.hurry()
@@ -220,14 +281,23 @@ def test_nothing_is_left(how: str, tmp_path: Path) -> None:
     told, mark = tmp_path / "root", f"mark-{uuid.uuid4()}"
     last = "raise RuntimeError('a fault')" if how == "failure" else "time.sleep(600)"
     # Another Slurm's settings must not be taken for ours.
-    env = {**os.environ, "SLURM_CONF": "/no/such/slurm.conf", "SLURM_JOB_ID": "1", "SBATCH_PARTITION": "theirs"}
+    env = {
+        **os.environ,
+        "SLURM_CONF": "/no/such/slurm.conf",
+        "SLURM_JOB_ID": "1",
+        "SBATCH_PARTITION": "theirs",
+    }
     code = OWNER.replace("MARK", mark).replace("HOW", last)
-    owner = subprocess.Popen([*HEED, sys.executable, "-c", code, str(told)], env=env, stderr=subprocess.DEVNULL)
+    owner = subprocess.Popen(
+        [*HEED, sys.executable, "-c", code, str(told)], env=env, stderr=subprocess.DEVNULL
+    )
     wait_for(told)
     root = told.read_text()
     if how != "failure":
         assert processes_of(root)
-        owner.send_signal({"interrupt": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}[how])
+        owner.send_signal(
+            {"interrupt": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}[how]
+        )
     assert owner.wait(timeout=PATIENCE_S) != 0
     deadline = time.monotonic() + 20
     while (left := processes_of(root)) and time.monotonic() < deadline:
@@ -253,7 +323,9 @@ def processes_of(root: str) -> list[int]:
     return found
 
 
-def test_without_root_or_packages_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_root_or_packages_it_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     before = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
     monkeypatch.setattr(needs, "_PATH", str(tmp_path))
     with pytest.raises(OneLLMError, match="slurm-wlm") as error:

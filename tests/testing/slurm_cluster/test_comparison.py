@@ -24,7 +24,9 @@ def write(run: Path, **changed: object) -> Path:
     if "twice" in changed:
         lines.insert(int(changed["twice"]), lines[int(changed["twice"])])  # type: ignore[call-overload]
     run.mkdir()
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 9'
+    )
     return run
 
 
@@ -41,12 +43,19 @@ def write(run: Path, **changed: object) -> Path:
     ],
     ids=["same", "rounding", "loss", "samples", "hole", "short", "twice"],
 )
-def test_what_counts_as_the_same(tmp_path: Path, changed: dict[str, object], stream: bool, losses: bool) -> None:
+def test_what_counts_as_the_same(
+    tmp_path: Path, changed: dict[str, object], stream: bool, losses: bool
+) -> None:
     found = compare(write(tmp_path / "run", **changed), write(tmp_path / "clean"))
     assert (found.stream, found.losses) == (stream, losses)
     row = Row("preemption", Interrupted("preempted", (2, 1), 12.3, 0), found, 40.0)
     assert row.passed == (stream and losses)
-    clean = Row("clean run", Interrupted("done", (2,), None, 0), compare(tmp_path / "clean", tmp_path / "clean"), 9.0)
+    clean = Row(
+        "clean run",
+        Interrupted("done", (2,), None, 0),
+        compare(tmp_path / "clean", tmp_path / "clean"),
+        9.0,
+    )
     text = table([clean, row], ["loss of a node"]).splitlines()
     assert ("DIFFER" in text[2]) != row.passed and "12.3 s" in text[2] and "2 -> 1" in text[2]
     assert "reference" in text[1] and "FAILED" in text[3]

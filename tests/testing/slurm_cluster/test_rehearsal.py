@@ -19,7 +19,15 @@ from onellm_dist.testing.slurm_cluster import requirements as needs
 from onellm_dist.testing.slurm_cluster.cluster import Cluster
 from onellm_dist.testing.slurm_cluster.history import compare
 from onellm_dist.testing.slurm_cluster.job import trainings
-from onellm_dist.testing.slurm_cluster.rehearse import EVERY, STEPS, TOY_RECIPE, deepspeed_env, rehearse_command, toy_data, toy_size
+from onellm_dist.testing.slurm_cluster.rehearse import (
+    EVERY,
+    STEPS,
+    TOY_RECIPE,
+    deepspeed_env,
+    rehearse_command,
+    toy_data,
+    toy_size,
+)
 from onellm_dist.testing.slurm_cluster.requirements import what_is_missing
 from onellm_dist.testing.slurm_cluster.scenarios import SCENARIOS
 
@@ -42,7 +50,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=folder_of)
-def test_the_run_comes_through_with_the_undisturbed_samples_and_losses(rehearsed: tuple[Path, int], scenario: str) -> None:
+def test_the_run_comes_through_with_the_undisturbed_samples_and_losses(
+    rehearsed: tuple[Path, int], scenario: str
+) -> None:
     out, code = rehearsed
     assert code == 0
     found = compare(out / folder_of(scenario), out / "clean_run")
@@ -51,19 +61,40 @@ def test_the_run_comes_through_with_the_undisturbed_samples_and_losses(rehearsed
     assert starts[-1].status == "done" and len(starts) == (1 if scenario == "clean run" else 2)
     first = starts[0]
     if scenario in ("preemption", "other node count"):  # enough notice: nothing is done twice
-        assert (first.status, first.verdict) == ("preempted", "requeue") and first.checkpoint == first.step
+        assert (first.status, first.verdict) == (
+            "preempted",
+            "requeue",
+        ) and first.checkpoint == first.step
     elif scenario != "clean run":
-        assert first.status in ("failed", "lost") and (first.step or 0) - (first.checkpoint or 0) <= EVERY
-    assert [len(a.nodes) for a in starts] == {"clean run": [2], "other node count": [2, 1]}.get(scenario, [2, 2])
+        assert (
+            first.status in ("failed", "lost")
+            and (first.step or 0) - (first.checkpoint or 0) <= EVERY
+        )
+    assert [len(a.nodes) for a in starts] == {"clean run": [2], "other node count": [2, 1]}.get(
+        scenario, [2, 2]
+    )
 
 
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.parametrize("starter", ["torchrun", "deepspeed"])
-def test_the_other_ways_of_starting_run_the_same(rehearsed: tuple[Path, int], starter: str, tmp_path: Path) -> None:
+def test_the_other_ways_of_starting_run_the_same(
+    rehearsed: tuple[Path, int], starter: str, tmp_path: Path
+) -> None:
     out, _ = rehearsed
     keys = [f"data.root={out / 'toy'}", "train.steps=4"]
-    assert rehearse_command(TOY_RECIPE, keys, nodes=2, ranks_per_node=1, starter=starter, out=tmp_path, only=["clean run"]) == 0
+    assert (
+        rehearse_command(
+            TOY_RECIPE,
+            keys,
+            nodes=2,
+            ranks_per_node=1,
+            starter=starter,
+            out=tmp_path,
+            only=["clean run"],
+        )
+        == 0
+    )
     same_beginning(tmp_path / "clean_run", out / "clean_run")
 
 
@@ -75,22 +106,42 @@ def same_beginning(run: Path, undisturbed: Path) -> None:
     found = compare(run, run.parent / "beginning")
     assert (found.steps, found.stream, found.losses) == (4, True, True)
     engine = yaml.safe_load((run / "config.yaml").read_text())["engine"]
-    assert engine["config"].endswith("cpu") and engine["name"] == "deepspeed"  # ds_configs/cpu.json is ZeRO-3
+    assert (
+        engine["config"].endswith("cpu") and engine["name"] == "deepspeed"
+    )  # ds_configs/cpu.json is ZeRO-3
 
 
 @needs_slurm
 @pytest.mark.slow
-def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(rehearsed: tuple[Path, int], tmp_path: Path) -> None:
+def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(
+    rehearsed: tuple[Path, int], tmp_path: Path
+) -> None:
     """From one of two hosts, with a hostfile, without Slurm's help."""
     out, _ = rehearsed
-    keys = [*toy_size(TOY_RECIPE, [], ranks=2, data=out / "toy"), "train.steps=4", f"run.dir={tmp_path / 'run'}"]
+    keys = [
+        *toy_size(TOY_RECIPE, [], ranks=2, data=out / "toy"),
+        "train.steps=4",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     with Cluster(2, ssh=True) as cluster:
         cluster.env |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         (tmp_path / ".deepspeed_env").write_text(deepspeed_env(cluster))
-        line = shlex.join(["deepspeed", "--hostfile", "hostfile", "--module", "onellm_dist.train", str(TOY_RECIPE), *keys])
+        line = shlex.join(
+            [
+                "deepspeed",
+                "--hostfile",
+                "hostfile",
+                "--module",
+                "onellm_dist.train",
+                str(TOY_RECIPE),
+                *keys,
+            ]
+        )
         command = cluster.on_node("n1", ["bash", "-c", f"cd {tmp_path} && {line}"])
-        done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, env=cluster.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     same_beginning(tmp_path / "run", out / "clean_run")
 
@@ -99,7 +150,16 @@ def test_the_plain_deepspeed_line_of_the_readme_works_over_pdsh(rehearsed: tuple
 @pytest.mark.slow
 def test_an_interrupted_rehearsal_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "onellm_dist.cli", "rehearse", "--ranks-per-node", "1", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "onellm_dist.cli",
+        "rehearse",
+        "--ranks-per-node",
+        "1",
+        "--out",
+        str(out),
+    ]
     # A shell that runs the tests in the background lets its children ignore Ctrl-C.
     heeding = ["env", "--default-signal=INT", *command]
     process = subprocess.Popen(heeding, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -129,22 +189,34 @@ def training(out: Path) -> list[int]:
 
 def test_what_is_asked_wrongly_is_refused_before_anything_starts(tmp_path: Path) -> None:
     how = {"nodes": 2, "ranks_per_node": 1, "starter": "srun", "out": tmp_path / "out"}
-    for recipe, keys, only in ((TOY_RECIPE, ["train.stepz=1"], []), (Path("no_such"), [], []), (TOY_RECIPE, [], ["earthquake"])):
+    for recipe, keys, only in (
+        (TOY_RECIPE, ["train.stepz=1"], []),
+        (Path("no_such"), [], []),
+        (TOY_RECIPE, [], ["earthquake"]),
+    ):
         with pytest.raises(UsageError):
             rehearse_command(recipe, keys, only=only, **how)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_machine_without_slurm_is_told_so_before_anything_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_slurm_is_told_so_before_anything_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(needs, "_PATH", str(tmp_path))
     earlier = tmp_path / "out" / "clean_run"
     earlier.mkdir(parents=True)
     with pytest.raises(OneLLMError, match="no throw-away Slurm"):
-        rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=1, starter="srun", out=tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clean_run"] and earlier.is_dir()
+        rehearse_command(
+            TOY_RECIPE, [], nodes=2, ranks_per_node=1, starter="srun", out=tmp_path / "out"
+        )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        "clean_run"
+    ] and earlier.is_dir()
 
 
-def test_toy_data_that_were_not_finished_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_toy_data_that_were_not_finished_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "toy"
     keys = toy_size(TOY_RECIPE, [], ranks=2, data=folder)
     codes = iter([1, 0])
@@ -163,12 +235,21 @@ def test_toy_data_that_were_not_finished_are_made_anew(tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["toy"]
 
 
-@pytest.mark.parametrize("recipe", ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune", "toy/align_all"])
+@pytest.mark.parametrize(
+    "recipe", ["stage1_image", "stage2_video_audio_point", "stage3_all", "tune", "toy/align_all"]
+)
 def test_every_recipe_comes_down_to_toy_size(recipe: str, tmp_path: Path) -> None:
     from onellm_dist.config.load import load_config
 
-    config = load_config(Path(recipe), toy_size(Path(recipe), ["optim.lr=0.5"], ranks=4, data=tmp_path))
-    assert (config.model.preset, config.model.path, config.data.global_batch, config.optim.lr) == ("toy", None, 8, 0.5)
+    config = load_config(
+        Path(recipe), toy_size(Path(recipe), ["optim.lr=0.5"], ranks=4, data=tmp_path)
+    )
+    assert (config.model.preset, config.model.path, config.data.global_batch, config.optim.lr) == (
+        "toy",
+        None,
+        8,
+        0.5,
+    )
     assert config.train.stage == load_config(Path(recipe)).train.stage
 
 
@@ -176,18 +257,26 @@ def test_every_recipe_comes_down_to_toy_size(recipe: str, tmp_path: Path) -> Non
 @pytest.mark.soak
 @pytest.mark.parametrize("starter", ["srun", "torchrun", "deepspeed"])
 def test_every_scenario_with_two_ranks_a_node(starter: str, tmp_path: Path) -> None:
-    assert rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=2, starter=starter, out=tmp_path) == 0
+    assert (
+        rehearse_command(TOY_RECIPE, [], nodes=2, ranks_per_node=2, starter=starter, out=tmp_path)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
-    ("words", "is_rank"), [(["onellm_dist.train", "run.dir=/x/deepspeed"], True), (["srun", "onellm_dist.train"], False)]
+    ("words", "is_rank"),
+    [(["onellm_dist.train", "run.dir=/x/deepspeed"], True), (["srun", "onellm_dist.train"], False)],
 )
-def test_a_rank_is_told_from_its_launcher_whatever_its_folder_is_called(words: list[str], is_rank: bool) -> None:
+def test_a_rank_is_told_from_its_launcher_whatever_its_folder_is_called(
+    words: list[str], is_rank: bool
+) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(60)", *words]
     process = subprocess.Popen(command, env={**os.environ, "RANK": "0"})
     try:
         deadline = time.monotonic() + 30
-        while Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[1:2] != [b"-c"]:  # the fork is not yet that program
+        while Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[1:2] != [
+            b"-c"
+        ]:  # the fork is not yet that program
             assert time.monotonic() < deadline
         assert trainings([process.pid]) == ([(process.pid, os.getpid())] if is_rank else [])
     finally:

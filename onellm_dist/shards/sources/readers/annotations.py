@@ -13,15 +13,38 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import BadSample, InputSplit, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    BadSample,
+    InputSplit,
+    Layout,
+    Media,
+    Option,
+    RawSample,
+    Source,
+)
 from onellm_dist.shards.sources.readers.conversations import Turn
-from onellm_dist.shards.sources.readers.json_stream import Item, read_places, read_rows, row_groups, scan
-from onellm_dist.shards.sources.readers.media_files import below, extension_for, first_file, need_file
+from onellm_dist.shards.sources.readers.json_stream import (
+    Item,
+    read_places,
+    read_rows,
+    row_groups,
+    scan,
+)
+from onellm_dist.shards.sources.readers.media_files import (
+    below,
+    extension_for,
+    first_file,
+    need_file,
+)
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _ROWS = 1000
 _JOINED = "in the sample of its medium's first row"
-JOIN_OPTION = Option(False, "all rows of a medium in one sample: questions as turns of one conversation, captions as a list", bool)
+JOIN_OPTION = Option(
+    False,
+    "all rows of a medium in one sample: questions as turns of one conversation, captions as a list",
+    bool,
+)
 
 
 class NotFetched(BadSample):
@@ -98,40 +121,91 @@ class AnnotationSet:
     def source(self) -> Source:
         """The builder's source."""
         options = {
-            "annotations": Option(None, f"the file of rows, if it is not {' or '.join(next(iter(self.files.values())))}", Path),
-            **{n: Option(None, f"{what}, if it does not lie under its usual name", Path) for n, (what, _) in self.partners.items()},
-            "media": Option(None, f"the folder of the media, if it is not {', '.join((*self.folders, 'IN'))}", Path),
-            "splits": Option(next(iter(self.files)), f"what is built, by comma, of {', '.join(self.files)}"),
+            "annotations": Option(
+                None,
+                f"the file of rows, if it is not {' or '.join(next(iter(self.files.values())))}",
+                Path,
+            ),
+            **{
+                n: Option(None, f"{what}, if it does not lie under its usual name", Path)
+                for n, (what, _) in self.partners.items()
+            },
+            "media": Option(
+                None,
+                f"the folder of the media, if it is not {', '.join((*self.folders, 'IN'))}",
+                Path,
+            ),
+            "splits": Option(
+                next(iter(self.files)), f"what is built, by comma, of {', '.join(self.files)}"
+            ),
             "missing": MISSING_OPTION,
             **({"join": JOIN_OPTION} if self.medium is not None else {}),
             **self.options,
         }
-        return Source(self.name, self.summary, plan=self._plan, raw_samples=self._raw_samples, options=options, licence=self.licence)
+        return Source(
+            self.name,
+            self.summary,
+            plan=self._plan,
+            raw_samples=self._raw_samples,
+            options=options,
+            licence=self.licence,
+        )
 
     def _plan(
-        self, inputs: Path, *, seed: int, annotations: Path | None, media: Path | None, splits: str, missing: str, **own: Any
+        self,
+        inputs: Path,
+        *,
+        seed: int,
+        annotations: Path | None,
+        media: Path | None,
+        splits: str,
+        missing: str,
+        **own: Any,
     ) -> Layout:
         check_missing(missing)
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in self.files]:
-            raise UsageError(f"splits={splits}: there is no {unknown[0]}.", f"{self.name} has others.", f"use {', '.join(self.files)}.")
+            raise UsageError(
+                f"splits={splits}: there is no {unknown[0]}.",
+                f"{self.name} has others.",
+                f"use {', '.join(self.files)}.",
+            )
         if annotations is not None and len(wanted) > 1:
-            raise UsageError(f"one file is named for the splits {splits}.", "each has a file of its own.", "build one split at a time.")
+            raise UsageError(
+                f"one file is named for the splits {splits}.",
+                "each has a file of its own.",
+                "build one split at a time.",
+            )
         media_folders(inputs, media, self.folders)
         layout = [self._split(inputs, s, annotations, own) for s in wanted]
         return Layout((self.modality,), (g for groups in layout for g in groups))
 
-    def _split(self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]) -> Iterator[InputSplit]:
-        rows = need_file(inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations")
-        partners = {n: need_file(inputs, own.get(n), usual[split], what, n) for n, (what, usual) in self.partners.items()}
+    def _split(
+        self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]
+    ) -> Iterator[InputSplit]:
+        rows = need_file(
+            inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations"
+        )
+        partners = {
+            n: need_file(inputs, own.get(n), usual[split], what, n)
+            for n, (what, usual) in self.partners.items()
+        }
         if own.get("join"):
             return self._joined_groups(inputs, rows, split, partners)
         count = self.count
         samples = None if count is None else lambda row: {split: count(row.value, split)}
-        return row_groups(inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners)
+        return row_groups(
+            inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners
+        )
 
     def _raw_samples(
-        self, inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
+        self,
+        inputs: Path,
+        spec: Mapping[str, Any],
+        *,
+        media: Path | None,
+        missing: str,
+        **options: Any,
     ) -> Iterator[RawSample]:
         context = Context(inputs, media_folders(inputs, media, self.folders), spec, options)
         if "media" in spec:
@@ -142,7 +216,9 @@ class AnnotationSet:
             if planned:
                 yield from row_raw_samples(lambda i: self.read(context, i), item, planned, missing)
 
-    def _joined_groups(self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]) -> Iterator[InputSplit]:
+    def _joined_groups(
+        self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]
+    ) -> Iterator[InputSplit]:
         """Media in the order of their first rows, with the places of their rows (a million rows: some 200 MB while it is planned)."""
         assert self.medium is not None
         found, entries = dict[object, list[tuple[int, int, int]]](), False
@@ -156,7 +232,13 @@ class AnnotationSet:
         listed = list(found.values())
         for first in range(0, len(listed), _ROWS):
             some = listed[first : first + _ROWS]
-            spec = {"file": rows, "split": split, "partners": partners, "entries": entries, "media": some}
+            spec = {
+                "file": rows,
+                "split": split,
+                "partners": partners,
+                "entries": entries,
+                "media": some,
+            }
             yield InputSplit(f"{rows}:{some[0][0][0]}", spec, split, sum(map(len, some)))
 
     def _joined(self, context: Context, missing: str) -> Iterator[RawSample]:
@@ -164,7 +246,11 @@ class AnnotationSet:
         path = below(context.inputs, context.spec["file"])
         for places in context.spec["media"]:
             rows = list(read_places(path, places, entries=context.spec["entries"]))
-            found = [c for item in rows for c in row_raw_samples(lambda i: self.read(context, i), item, 1, missing)]
+            found = [
+                c
+                for item in rows
+                for c in row_raw_samples(lambda i: self.read(context, i), item, 1, missing)
+            ]
             good = [c for c in found if c.problem is None and c.skip is None]
             for raw_sample in found:
                 if raw_sample.problem is not None or raw_sample.skip is not None:
@@ -198,11 +284,15 @@ def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tup
         return (*(f for name in usual if (f := inputs / name).is_dir()), inputs)
     folder = below(inputs, media)
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder.", "media are looked for there.", "check -o media=.")
+        raise UsageError(
+            f"{folder}: there is no such folder.", "media are looked for there.", "check -o media=."
+        )
     return (folder,)
 
 
-def row_raw_samples(read: Callable[[Item], Sequence[Sample]], item: Item, planned: int, missing: str) -> Iterator[RawSample]:
+def row_raw_samples(
+    read: Callable[[Item], Sequence[Sample]], item: Item, planned: int, missing: str
+) -> Iterator[RawSample]:
     """The raw_samples of a row: its samples, or, where it cannot be used, as many bad ones as were planned for it.
 
     Args:
@@ -212,7 +302,11 @@ def row_raw_samples(read: Callable[[Item], Sequence[Sample]], item: Item, planne
     skip: str | None = None
     try:
         if not isinstance(item.value, Mapping):
-            raise ValueError("not JSON" if item.value is None else f"a {type(item.value).__name__}, not an object")
+            raise ValueError(
+                "not JSON"
+                if item.value is None
+                else f"a {type(item.value).__name__}, not an object"
+            )
         samples = read(item)
         if len(samples) != planned:
             raise ValueError(f"{len(samples)} samples where {planned} were planned")
@@ -228,7 +322,9 @@ def row_raw_samples(read: Callable[[Item], Sequence[Sample]], item: Item, planne
         problem = f"unreadable row: {f'no {error}' if isinstance(error, KeyError) else error}"
     name = safe_key(item.where.replace("[", "-").rstrip("]"))
     for number in range(planned):
-        yield RawSample(f"{name}-{number}" if number else name, item.where, problem=problem, skip=skip)
+        yield RawSample(
+            f"{name}-{number}" if number else name, item.where, problem=problem, skip=skip
+        )
 
 
 def text_of(value: Any, what: str) -> str:

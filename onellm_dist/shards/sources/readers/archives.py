@@ -31,9 +31,18 @@ _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 1
 _CHUNK = 1 << 20
 _ROW = np.dtype(
-    [("stem", "<u8"), ("offset", "<u8"), ("packed", "<u8"), ("size", "<u8"), ("crc", "<u4"), ("volume", "<u2"), ("method", "<u2"),
-     ("flags", "<u2"), ("suffix", "<u2")]
-)  # fmt: skip
+    [
+        ("stem", "<u8"),
+        ("offset", "<u8"),
+        ("packed", "<u8"),
+        ("size", "<u8"),
+        ("crc", "<u4"),
+        ("volume", "<u2"),
+        ("method", "<u2"),
+        ("flags", "<u2"),
+        ("suffix", "<u2"),
+    ]
+)
 
 
 class Entry(NamedTuple):
@@ -76,7 +85,9 @@ class ArchiveMember:
         if self.flags & _ENCRYPTED:
             raise BadSample(f"unreadable archive: {where} is encrypted")
         if self.method not in (_STORED, _DEFLATED):
-            raise BadSample(f"unreadable archive: {where} is packed by method {self.method}; stored and deflated are read")
+            raise BadSample(
+                f"unreadable archive: {where} is packed by method {self.method}; stored and deflated are read"
+            )
         head = self._span(0, _LOCAL.size)
         if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
             raise BadSample(f"unreadable archive: no header of {where} at offset {self.offset}")
@@ -84,7 +95,9 @@ class ArchiveMember:
         data = self._span(_LOCAL.size, name_length + extra_length + self.packed)
         name, content = data[:name_length], data[name_length + extra_length :]
         if PurePosixPath(name.decode("utf-8", "replace")).stem != self.stem:
-            raise BadSample(f"unreadable archive: another member than {where} lies at offset {self.offset}")
+            raise BadSample(
+                f"unreadable archive: another member than {where} lies at offset {self.offset}"
+            )
         if len(content) != self.packed:
             raise BadSample(f"truncated archive: {where} has {len(content)} of {self.packed} bytes")
         if self.method == _DEFLATED:
@@ -144,7 +157,25 @@ def entries(archive: Path) -> Iterator[Entry]:
         fields = _ENTRY.unpack(buffer[: _ENTRY.size])
         if fields[0] != b"PK\x01\x02":
             raise _no_archive(archive, "its directory is damaged")
-        _, _, _, flags, method, _, _, crc, packed, size, name_len, extra_len, comment_len, disk, _, _, at = fields
+        (
+            _,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            name_len,
+            extra_len,
+            comment_len,
+            disk,
+            _,
+            _,
+            at,
+        ) = fields
         length = _ENTRY.size + name_len + extra_len + comment_len
         buffer = _filled(archive, buffer, source, length)
         name = buffer[_ENTRY.size : _ENTRY.size + name_len].decode("utf-8", "replace")
@@ -174,7 +205,9 @@ def _filled(archive: Path, buffer: bytes, source: Iterator[bytes], length: int) 
     return buffer
 
 
-def _large(extra: bytes, size: int, packed: int, offset: int, disk: int) -> tuple[int, int, int, int]:
+def _large(
+    extra: bytes, size: int, packed: int, offset: int, disk: int
+) -> tuple[int, int, int, int]:
     """The values with those of the zip64 extra field put in, where they did not fit."""
     place = 0
     while place + 4 <= len(extra):
@@ -182,7 +215,12 @@ def _large(extra: bytes, size: int, packed: int, offset: int, disk: int) -> tupl
         if kind == 1:
             values = extra[place + 4 : place + 4 + length]
             found, at = [], 0
-            for value, limit, width in ((size, 0xFFFFFFFF, 8), (packed, 0xFFFFFFFF, 8), (offset, 0xFFFFFFFF, 8), (disk, 0xFFFF, 4)):
+            for value, limit, width in (
+                (size, 0xFFFFFFFF, 8),
+                (packed, 0xFFFFFFFF, 8),
+                (offset, 0xFFFFFFFF, 8),
+                (disk, 0xFFFF, 4),
+            ):
                 if value == limit and at + width <= len(values):
                     found.append(int.from_bytes(values[at : at + width], "little"))
                     at += width
@@ -208,17 +246,26 @@ def _directory_place(archive: Path) -> tuple[int, int, int, int]:
     if place >= 0 and tail[place : place + 4] == b"PK\x06\x07":
         _, _, end64, _ = _END64_PLACE.unpack_from(tail, place)
         # In the last volume as a rule; elsewhere (it may be split off) the 16-bit numbers above would have to do.
-        if base <= end64 <= base + len(tail) - _END64.size and tail[end64 - base : end64 - base + 4] == b"PK\x06\x06":
+        if (
+            base <= end64 <= base + len(tail) - _END64.size
+            and tail[end64 - base : end64 - base + 4] == b"PK\x06\x06"
+        ):
             _, _, _, _, disk, first, _, count, _, offset = _END64.unpack_from(tail, end64 - base)
     return disk + 1, first, offset, count
 
 
 def _no_archive(archive: Path, why: str) -> UsageError:
-    return UsageError(f"{archive} is no readable zip archive: {why}.", "its members cannot be found.", "fetch it again.")
+    return UsageError(
+        f"{archive} is no readable zip archive: {why}.",
+        "its members cannot be found.",
+        "fetch it again.",
+    )
 
 
 def _hash(stem: str) -> int:
-    return int.from_bytes(hashlib.blake2b(stem.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(stem.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+    )
 
 
 class ArchiveIndex:
@@ -231,7 +278,15 @@ class ArchiveIndex:
             name = PurePosixPath(entry.name)
             suffix = name.suffix.lower()
             if suffix in self.suffixes and not name.name.startswith("."):
-                where = (entry.offset, entry.packed, entry.size, entry.crc, entry.volume, entry.method, entry.flags)
+                where = (
+                    entry.offset,
+                    entry.packed,
+                    entry.size,
+                    entry.crc,
+                    entry.volume,
+                    entry.method,
+                    entry.flags,
+                )
                 rows.append((_hash(name.stem), *where, self.suffixes.index(suffix)))
         self.rows: NDArray[np.void] = np.array(rows, _ROW)
         self.rows.sort(order="stem", kind="stable")
@@ -242,12 +297,18 @@ class ArchiveIndex:
     def find(self, stem: str) -> tuple[str, ArchiveMember] | None:
         """(suffix, member) of this stem, of the suffix named first where it has several; None: it is not there."""
         wanted = np.uint64(_hash(stem))
-        low, high = (int(np.searchsorted(self.rows["stem"], wanted, side)) for side in ("left", "right"))
+        low, high = (
+            int(np.searchsorted(self.rows["stem"], wanted, side)) for side in ("left", "right")
+        )
         if low == high:
             return None
         row = min(self.rows[low:high], key=lambda r: int(r["suffix"]))
-        where = (int(row[field]) for field in ("offset", "packed", "size", "method", "crc", "flags"))
-        return self.suffixes[int(row["suffix"])], ArchiveMember(self.volumes[int(row["volume"]) :], stem, *where)
+        where = (
+            int(row[field]) for field in ("offset", "packed", "size", "method", "crc", "flags")
+        )
+        return self.suffixes[int(row["suffix"])], ArchiveMember(
+            self.volumes[int(row["volume"]) :], stem, *where
+        )
 
 
 @cache  # a bound would make a set of many archives parse them anew for every sample

@@ -34,9 +34,13 @@ class TensorCloud:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadSample(f"unreadable .pt: {self.where}: {first[:200]}") from error
         if not isinstance(value, torch.Tensor):
-            raise BadSample(f"wrong type: {self.where} holds a {type(value).__name__}, not a tensor")
+            raise BadSample(
+                f"wrong type: {self.where} holds a {type(value).__name__}, not a tensor"
+            )
         if not (value.is_floating_point() or value.dtype == torch.uint8):
-            raise BadSample(f"wrong type: {self.where} holds {value.dtype}, not floating-point numbers")
+            raise BadSample(
+                f"wrong type: {self.where} holds {value.dtype}, not floating-point numbers"
+            )
         if value.ndim != 2 or 6 not in value.shape:
             raise BadSample(f"wrong shape: {self.where} holds {list(value.shape)}, not [6, points]")
         if value.shape[0] == 6 and value.shape[1] != 6:

@@ -9,7 +9,12 @@ from typing import Any
 CAPTION_PROMPTS: Mapping[str, str] = {
     **{
         name: f"Provide a one-sentence caption for the provided {called}."
-        for name, called in (("image", "image"), ("video", "video"), ("audio", "audio"), ("point", "point cloud"))
+        for name, called in (
+            ("image", "image"),
+            ("video", "video"),
+            ("audio", "audio"),
+            ("point", "point cloud"),
+        )
     },
     "imu": "Describe the motion.",
     "fmri": "Describe the scene based on fMRI data.",
@@ -37,7 +42,11 @@ Turn = dict[str, str]
 
 def asked(*pairs: tuple[str, str]) -> list[Turn]:
     """Questions and their answers as turns."""
-    return [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair, strict=True)]
+    return [
+        {"from": who, "value": text}
+        for pair in pairs
+        for who, text in zip(("human", "gpt"), pair, strict=True)
+    ]
 
 
 def captioned(modality: str, caption: str) -> list[Turn]:
@@ -68,7 +77,9 @@ def region(left: float, top: float, width: float, height: float, size: tuple[flo
         ValueError: the box is empty, or the picture is.
     """
     if not (min(size) > 0 and width > 0 and height > 0):
-        raise ValueError(f"a box of {width:g} x {height:g} in a picture of {size[0]:g} x {size[1]:g}")
+        raise ValueError(
+            f"a box of {width:g} x {height:g} in a picture of {size[0]:g} x {size[1]:g}"
+        )
     corners = (left / size[0], top / size[1], (left + width) / size[0], (top + height) / size[1])
     return f"{REGION} [{', '.join(f'{min(1.0, max(0.0, c)):.2f}' for c in corners)}]"
 

@@ -64,10 +64,14 @@ def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
             names = _cells(first.lines, dialect)
             after = first.offset + sum(map(len, first.lines))
             return [n.strip() for n in names], RowRange(after, first.line + len(first.lines), 0)
-    raise UsageError(f"{table} is empty.", "it names no samples.", "check the path, or fetch it again.")
+    raise UsageError(
+        f"{table} is empty.", "it names no samples.", "check the path, or fetch it again."
+    )
 
 
-def row_ranges(table: Path, dialect: Dialect, rows: int, start: RowRange = RowRange(0, 1, 0)) -> Iterator[RowRange]:  # noqa: B008
+def row_ranges(
+    table: Path, dialect: Dialect, rows: int, start: RowRange = RowRange(0, 1, 0)
+) -> Iterator[RowRange]:
     """The table from `start` on in ranges of `rows` rows, blank lines not counted."""
     first, count = start, 0
     with table.open("rb") as file:
@@ -82,13 +86,18 @@ def row_ranges(table: Path, dialect: Dialect, rows: int, start: RowRange = RowRa
         yield RowRange(first.offset, first.line, count)
 
 
-def read_rows(table: Path, dialect: Dialect, where: RowRange, names: Sequence[str]) -> Iterator[Row]:
+def read_rows(
+    table: Path, dialect: Dialect, where: RowRange, names: Sequence[str]
+) -> Iterator[Row]:
     """The rows of a range; one with too few or too many cells has a problem and no values.
 
     Args:
         names: of the columns, in order.
     """
-    with table.open("rb") as file, closing(_records(file, dialect, where.offset, where.line)) as records:
+    with (
+        table.open("rb") as file,
+        closing(_records(file, dialect, where.offset, where.line)) as records,
+    ):
         for number, record in enumerate(records):
             if number == where.size:
                 return
@@ -101,7 +110,11 @@ def read_rows(table: Path, dialect: Dialect, where: RowRange, names: Sequence[st
                 yield Row(record.line, {}, f"unreadable row: {error}")
                 continue
             if len(cells) != len(names):
-                yield Row(record.line, {}, f"unreadable row: {len(cells)} columns where the header has {len(names)}")
+                yield Row(
+                    record.line,
+                    {},
+                    f"unreadable row: {len(cells)} columns where the header has {len(names)}",
+                )
             else:
                 yield Row(record.line, dict(zip(names, cells, strict=True)))
 
@@ -117,7 +130,9 @@ class _Unclosed(Exception):
     """A quoted field goes on for too long."""
 
 
-def _records(file: IO[bytes], dialect: Dialect, offset: int, line: int) -> Generator[_Record, None, None]:
+def _records(
+    file: IO[bytes], dialect: Dialect, offset: int, line: int
+) -> Generator[_Record, None, None]:
     file.seek(offset)
     waiting: deque[bytes] = deque()
     while text := (waiting.popleft() if waiting else file.readline()):
@@ -133,7 +148,9 @@ def _records(file: IO[bytes], dialect: Dialect, offset: int, line: int) -> Gener
             yield _Record(begin, number, lines, problem)
 
 
-def _quoted(first: bytes, file: IO[bytes], waiting: deque[bytes], dialect: Dialect) -> tuple[list[bytes], str | None]:
+def _quoted(
+    first: bytes, file: IO[bytes], waiting: deque[bytes], dialect: Dialect
+) -> tuple[list[bytes], str | None]:
     """The lines of the row that begins with `first`, and what is wrong with it."""
     taken = [first]
 

@@ -65,7 +65,11 @@ def check_model(folder: Path) -> dict[str, str]:
     Raises:
         UsageError: the folder holds no transformers depth model.
     """
-    weights = sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin")) if folder.is_dir() else []
+    weights = (
+        sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
+        if folder.is_dir()
+        else []
+    )
     if not weights or not (folder / "config.json").is_file():
         raise UsageError(
             f"depth_model={folder}: no transformers model lies there (config.json and weights).",
@@ -90,7 +94,11 @@ def check_model(folder: Path) -> dict[str, str]:
 
 
 def _unusable(folder: Path, why: object) -> UsageError:
-    return UsageError(f"depth_model={folder}: {why}.", "the maps are to be made with it.", "give a depth-estimation model of transformers.")
+    return UsageError(
+        f"depth_model={folder}: {why}.",
+        "the maps are to be made with it.",
+        "give a depth-estimation model of transformers.",
+    )
 
 
 @lru_cache(maxsize=1)
@@ -102,7 +110,9 @@ def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # the builder has one
     try:
         processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
-        model = AutoModelForDepthEstimation.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+        model = AutoModelForDepthEstimation.from_pretrained(
+            str(folder), local_files_only=True, dtype=torch.float32
+        )
         return processor, model.eval().to(device)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
         raise _unusable(folder, error) from error
@@ -113,11 +123,18 @@ def _estimate(folder: Path, device: str, picture: Image.Image) -> np.ndarray:
     with _one_thread():
         processor, model = _load(folder, device, max(stamp(p) for p in (folder, *folder.iterdir())))
         with torch.inference_mode(), _on(device):
-            found = model(**processor(images=picture, return_tensors="pt").to(device)).predicted_depth.float()
+            found = model(
+                **processor(images=picture, return_tensors="pt").to(device)
+            ).predicted_depth.float()
             found = found.reshape(1, 1, *found.shape[-2:])
             size = (picture.height, picture.width)
             return np.asarray(
-                torch.nn.functional.interpolate(found, size=size, mode="bicubic", align_corners=False)[0, 0].cpu().double().numpy()
+                torch.nn.functional.interpolate(
+                    found, size=size, mode="bicubic", align_corners=False
+                )[0, 0]
+                .cpu()
+                .double()
+                .numpy()
             )
 
 
@@ -127,7 +144,11 @@ def _on(device: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error) or "allocate memory" in str(error):
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or "CUDA" in str(error)
+            or "allocate memory" in str(error)
+        ):
             raise OneLLMError(
                 f"the depth model failed on {device}: {(str(error).splitlines() or [''])[0]}",
                 "no picture is left out for that.",

@@ -16,11 +16,18 @@ from pathlib import Path
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
-from onellm_dist.shards.format.names import infer_modalities, parts_of_modality, safe_key, split_file_name
+from onellm_dist.shards.format.names import (
+    infer_modalities,
+    parts_of_modality,
+    safe_key,
+    split_file_name,
+)
 from onellm_dist.shards.sources.base import RawSample
 
 
-def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[dict[str, Path], str | None]:
+def select_parts(
+    found: Mapping[str, Path], modalities: Sequence[str]
+) -> tuple[dict[str, Path], str | None]:
     """The files that the modalities take, and what is wrong with them (None: nothing)."""
     chosen: dict[str, Path] = {}
     for name in modalities:
@@ -28,7 +35,10 @@ def select_parts(found: Mapping[str, Path], modalities: Sequence[str]) -> tuple[
         for slot, accepted in parts_of_modality(modality).items():
             fitting = [e for e in accepted if e in found]
             if len(fitting) > 1:
-                return chosen, f"ambiguous: {' and '.join(found[e].name for e in fitting)} are both a {slot} file for {name}"
+                return (
+                    chosen,
+                    f"ambiguous: {' and '.join(found[e].name for e in fitting)} are both a {slot} file for {name}",
+                )
             chosen.update({e: found[e] for e in fitting})
         try:
             modality.match(set(found))
@@ -53,7 +63,11 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
     groups, seen = Groups(), set[str]()
     for folder, folders, names in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen)
+        folders[:] = sorted(
+            f
+            for f in folders
+            if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen
+        )
         for name in sorted(names):
             path = Path(folder, name)
             if name.startswith(".") or path in skip:
@@ -65,12 +79,16 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
             stem = Path(folder).relative_to(root).joinpath(split[0]).as_posix()
             group = groups.files.setdefault(stem, {})
             if split[1] in group:
-                groups.clashes[stem] = f"ambiguous: {group[split[1]].name} and {name} are the same part"
+                groups.clashes[stem] = (
+                    f"ambiguous: {group[split[1]].name} and {name} are the same part"
+                )
             group[split[1]] = path
     return groups
 
 
-def side_file_raw_samples(root: Path, wanted: tuple[str, ...] | None) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
+def side_file_raw_samples(
+    root: Path, wanted: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Layout A.
 
     Args:
@@ -80,21 +98,39 @@ def side_file_raw_samples(root: Path, wanted: tuple[str, ...] | None) -> tuple[t
         (modalities, raw_samples sorted by key, notes on what was ignored).
     """
     groups = group_files(root)
-    media = {stem: {e: p for e, p in files.items() if e not in TEXT_EXTENSIONS} for stem, files in groups.files.items()}
+    media = {
+        stem: {e: p for e, p in files.items() if e not in TEXT_EXTENSIONS}
+        for stem, files in groups.files.items()
+    }
     if wanted is None:
         wanted = infer_modalities(Counter(frozenset(m) for m in media.values() if m), root)
-    useful = {e for name in wanted for accepted in parts_of_modality(get_modality(name)).values() for e in accepted}
+    useful = {
+        e
+        for name in wanted
+        for accepted in parts_of_modality(get_modality(name)).values()
+        for e in accepted
+    }
     raw_samples = []
     for stem, files in groups.files.items():
         if wanted and media[stem] and not media[stem].keys() & useful:
             groups.ignored.update(f".{e}" for e in files)
             continue
         raw_samples.append(_raw_sample(stem, files, wanted, groups.clashes.get(stem)))
-    notes = [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"] if groups.ignored else []
-    return wanted, sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))), notes
+    notes = (
+        [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"]
+        if groups.ignored
+        else []
+    )
+    return (
+        wanted,
+        sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))),
+        notes,
+    )
 
 
-def _raw_sample(stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None) -> RawSample:
+def _raw_sample(
+    stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None
+) -> RawSample:
     texts = {e: files[e] for e in TEXT_EXTENSIONS if e in files}
     media, problem = select_parts(files, modalities)
     where = str(next(iter((media or texts or files).values())))
@@ -103,5 +139,7 @@ def _raw_sample(stem: str, files: Mapping[str, Path], modalities: Sequence[str],
     elif modalities and files.keys() <= set(TEXT_EXTENSIONS):
         problem = "caption without media: no media file has this name"
     elif not texts:
-        problem = f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
+        problem = (
+            f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
+        )
     return RawSample(safe_key(stem), where, {**media, **texts}, problem=problem)

@@ -14,13 +14,30 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
-from onellm_dist.shards.format.names import infer_modalities, parts_of_modality, safe_key, split_file_name
+from onellm_dist.shards.format.names import (
+    infer_modalities,
+    parts_of_modality,
+    safe_key,
+    split_file_name,
+)
 from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.sources.readers.folder_files import select_parts
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "title", "label")
-FILE_COLUMNS = ("file", "file_name", "filename", "file_path", "filepath", "path", "image", "img", "media", "image_path", "url")
+FILE_COLUMNS = (
+    "file",
+    "file_name",
+    "filename",
+    "file_path",
+    "filepath",
+    "path",
+    "image",
+    "img",
+    "media",
+    "image_path",
+    "url",
+)
 """Any kind of file, most telling first; a column named after a slot (`audio`, `depth_image`) says which part it is."""
 KEY_COLUMNS = ("key", "id")
 SLOT_ENDINGS = ("", "_file", "_path", "_image", "_file_name", "_filename")
@@ -86,10 +103,16 @@ def _json_list(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UsageError(f"{path}: {error}", "the table cannot be read.", "give a JSON list of objects, or a CSV, TSV or JSONL.") from error
+        raise UsageError(
+            f"{path}: {error}",
+            "the table cannot be read.",
+            "give a JSON list of objects, or a CSV, TSV or JSONL.",
+        ) from error
     if not isinstance(rows, list):
         raise UsageError(
-            f"{path} is no JSON list.", "a sample is one object of the list.", "give a list of objects, or a CSV, TSV or JSONL."
+            f"{path} is no JSON list.",
+            "a sample is one object of the list.",
+            "give a list of objects, or a CSV, TSV or JSONL.",
         )
     for number, row in enumerate(rows):
         yield _json_row(row, f"{path}[{number}]")
@@ -109,7 +132,9 @@ def _delimited(path: Path) -> Iterator[Row]:
         file.seek(0)
         tabs = path.suffix.lower() == ".tsv" or "\t" in first
         delimiter = "\t" if tabs else ";" if ";" in first and "," not in first else ","
-        reader = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        reader = csv.reader(
+            file, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
+        )
         try:
             header = [normal(_unquoted(name) if tabs else name) for name in next(reader, [])]
             for cells in reader:
@@ -117,12 +142,21 @@ def _delimited(path: Path) -> Iterator[Row]:
                     continue
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
-                    yield Row({}, where, f"unreadable row: {len(cells)} columns where the header has {len(header)}")
+                    yield Row(
+                        {},
+                        where,
+                        f"unreadable row: {len(cells)} columns where the header has {len(header)}",
+                    )
                     continue
-                yield Row(dict(zip(header, (_unquoted(c) if tabs else c for c in cells), strict=True)), where)
+                yield Row(
+                    dict(zip(header, (_unquoted(c) if tabs else c for c in cells), strict=True)),
+                    where,
+                )
         except csv.Error as error:
             raise OneLLMError(
-                f"{path}:{reader.line_num}: {error}.", "the rows behind this place cannot be told apart.", "repair the table."
+                f"{path}:{reader.line_num}: {error}.",
+                "the rows behind this place cannot be told apart.",
+                "repair the table.",
             ) from error
 
 
@@ -135,13 +169,17 @@ def find_columns(names: set[str], caption: str | None, file: str | None) -> Colu
     slots: dict[str, tuple[tuple[str, ...], ...]] = {}
     for modality in all_modalities().values():
         for slot, accepted in parts_of_modality(modality).items():
-            endings = SLOT_ENDINGS if slot in modality.required_parts else SLOT_ENDINGS[1:]  # `timestamps` alone may hold values
+            endings = (
+                SLOT_ENDINGS if slot in modality.required_parts else SLOT_ENDINGS[1:]
+            )  # `timestamps` alone may hold values
             for column in (slot + ending for ending in endings):
                 if column in names and column != file and accepted not in slots.get(column, ()):
                     slots[column] = (*slots.get(column, ()), accepted)
     return Columns(
         caption if caption is not None else next((c for c in CAPTION_COLUMNS if c in names), None),
-        file if file is not None else next((c for c in FILE_COLUMNS if c in names and c not in slots), None),
+        file
+        if file is not None
+        else next((c for c in FILE_COLUMNS if c in names and c not in slots), None),
         slots,
         next((c for c in KEY_COLUMNS if c in names), None),
     )
@@ -153,7 +191,11 @@ def find_table(root: Path) -> Path | None:
     Raises:
         UsageError: there are several.
     """
-    tables = [p for p in sorted(root.iterdir()) if p.suffix.lower() in TABLE_SUFFIXES and p.is_file() and _is_table(p)]
+    tables = [
+        p
+        for p in sorted(root.iterdir())
+        if p.suffix.lower() in TABLE_SUFFIXES and p.is_file() and _is_table(p)
+    ]
     if len(tables) > 1:
         raise UsageError(
             f"{root} has {len(tables)} tables: {', '.join(p.name for p in tables)}.",
@@ -177,12 +219,16 @@ def _is_table(path: Path) -> bool:
             return False
         names = set(map(normal, first)) if isinstance(first, dict) else set[str]()
     else:
-        names = {normal(_unquoted(c)) for c in head[0].replace("\t", ",").replace(";", ",").split(",")}
+        names = {
+            normal(_unquoted(c)) for c in head[0].replace("\t", ",").replace(";", ",").split(",")
+        }
     columns = find_columns(names, None, None)
     return bool(columns.files) and (columns.caption is not None or "conversations" in names)
 
 
-def _file_parts(row: Row, columns: Columns, folders: tuple[Path, ...]) -> tuple[dict[str, Path], str | None]:
+def _file_parts(
+    row: Row, columns: Columns, folders: tuple[Path, ...]
+) -> tuple[dict[str, Path], str | None]:
     """Part extension to file, and what is wrong."""
     found: dict[str, Path] = {}
     for column in (*columns.slots, columns.generic):
@@ -195,7 +241,10 @@ def _file_parts(row: Row, columns: Columns, folders: tuple[Path, ...]) -> tuple[
         if "://" in name:
             if found:
                 continue  # the row's local file was found; this only says where it came from
-            return found, f"remote file: {name} is a URL; download it first (img2dataset, video2dataset, yt-dlp)"
+            return (
+                found,
+                f"remote file: {name} is a URL; download it first (img2dataset, video2dataset, yt-dlp)",
+            )
         path = next((p for f in folders if (p := f / name).is_file()), None)
         if path is None:
             return found, f"missing file: {name}"
@@ -225,31 +274,47 @@ def _siblings(found: dict[str, Path], modalities: tuple[str, ...]) -> None:
         for accepted in parts_of_modality(get_modality(name)).values():
             if split is None or any(e in found for e in accepted):
                 continue
-            beside = next((e for e in accepted if (anchor.with_name(f"{split[0]}.{e}")).is_file()), None)
+            beside = next(
+                (e for e in accepted if (anchor.with_name(f"{split[0]}.{e}")).is_file()), None
+            )
             if beside is not None:
                 found[beside] = anchor.with_name(f"{split[0]}.{beside}")
 
 
 def table_raw_samples(
-    table: Path, root: Path, wanted: tuple[str, ...] | None, caption_column: str | None, file_column: str | None
+    table: Path,
+    root: Path,
+    wanted: tuple[str, ...] | None,
+    caption_column: str | None,
+    file_column: str | None,
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Layout B, in the order of the table. Arguments and result as `side_file_raw_samples`."""
     rows = list(read_rows(table))
     names = {name for row in rows for name in row.values}
-    columns = find_columns(names, normal(caption_column) if caption_column else None, normal(file_column) if file_column else None)
+    columns = find_columns(
+        names,
+        normal(caption_column) if caption_column else None,
+        normal(file_column) if file_column else None,
+    )
     _require_columns(table, names, columns, wanted)
     folders = (table.parent, root)
-    parts = [({}, row.problem) if row.problem or wanted == () else _file_parts(row, columns, folders) for row in rows]
+    parts = [
+        ({}, row.problem) if row.problem or wanted == () else _file_parts(row, columns, folders)
+        for row in rows
+    ]
     if wanted is None:
         wanted = infer_modalities(Counter(frozenset(found) for found, _ in parts if found), table)
     seen: Counter[str] = Counter()
     raw_samples = [
-        _row_raw_sample(row, *part, columns, wanted, root, seen, i) for i, (row, part) in enumerate(zip(rows, parts, strict=True))
+        _row_raw_sample(row, *part, columns, wanted, root, seen, i)
+        for i, (row, part) in enumerate(zip(rows, parts, strict=True))
     ]
     return wanted, raw_samples, []
 
 
-def _require_columns(table: Path, names: set[str], columns: Columns, wanted: tuple[str, ...] | None) -> None:
+def _require_columns(
+    table: Path, names: set[str], columns: Columns, wanted: tuple[str, ...] | None
+) -> None:
     shown = ", ".join(sorted(names)) or "none"
     if wanted != () and (not columns.files or not columns.files & names):
         raise UsageError(
@@ -284,12 +349,21 @@ def _row_raw_sample(
     text = row.values.get(columns.caption) if columns.caption else None
     if problem is None and text is not None and not isinstance(text, str):
         problem = f"caption is no text: a {type(text).__name__}"
-    caption = text if isinstance(text, str) and (text.strip() or not meta.get("conversations")) else None
+    caption = (
+        text if isinstance(text, str) and (text.strip() or not meta.get("conversations")) else None
+    )
     key = _key(row, columns, found, root, number)
     seen[key] += 1
     if seen[key] > 1:
         key = f"{key}-{seen[key]}"
-    return RawSample(key, row.where, {e: p for e, p in media.items() if e not in TEXT_EXTENSIONS}, caption, meta, problem)
+    return RawSample(
+        key,
+        row.where,
+        {e: p for e, p in media.items() if e not in TEXT_EXTENSIONS},
+        caption,
+        meta,
+        problem,
+    )
 
 
 def _key(row: Row, columns: Columns, found: Mapping[str, Path], root: Path, number: int) -> str:

@@ -20,7 +20,10 @@ from onellm_dist.shards.format.tars import BLOCK, split_name
 from onellm_dist.shards.sources.base import FileRange, InputSplit, Option, RawSample
 
 UNFINISHED = ("refuse", "skip", "take")
-UNFINISHED_OPTION = Option("refuse", "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is whole in them")
+UNFINISHED_OPTION = Option(
+    "refuse",
+    "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is whole in them",
+)
 _STATS = "_stats.json"
 _SHOWN = 5
 
@@ -36,27 +39,45 @@ def find_tars(inputs: Path) -> list[str]:
     Raises:
         UsageError: there is none.
     """
-    tars = sorted(p.relative_to(inputs).as_posix() for p in inputs.rglob("*.tar") if not p.name.startswith("."))
+    tars = sorted(
+        p.relative_to(inputs).as_posix()
+        for p in inputs.rglob("*.tar")
+        if not p.name.startswith(".")
+    )
     if not tars:
         raise UsageError(
-            f"{inputs}: no tar there.", "there is nothing to build from.", "give img2dataset's or video2dataset's output folder."
+            f"{inputs}: no tar there.",
+            "there is nothing to build from.",
+            "give img2dataset's or video2dataset's output folder.",
         )
     return tars
 
 
-def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iterator[InputSplit], tuple[str, ...]]:
+def tar_groups(
+    inputs: Path, tars: Sequence[str], unfinished: str
+) -> tuple[Iterator[InputSplit], tuple[str, ...]]:
     """(a group for each tar, lines for the user). A row of the parquet is one raw_sample, so that its footer tells how many there are.
 
     Raises:
         UsageError: unfinished tars, where they are refused; an unknown choice; none left.
     """
     if unfinished not in UNFINISHED:
-        raise UsageError(f"unfinished={unfinished} is none of {', '.join(UNFINISHED)}.", UNFINISHED_OPTION.help + ".", "choose one.")
-    whole = {p.relative_to(inputs).as_posix().removesuffix(_STATS) for p in inputs.rglob(f"*{_STATS}")}
-    parquets = {p.relative_to(inputs).as_posix().removesuffix(".parquet") for p in inputs.rglob("*.parquet")}
+        raise UsageError(
+            f"unfinished={unfinished} is none of {', '.join(UNFINISHED)}.",
+            UNFINISHED_OPTION.help + ".",
+            "choose one.",
+        )
+    whole = {
+        p.relative_to(inputs).as_posix().removesuffix(_STATS) for p in inputs.rglob(f"*{_STATS}")
+    }
+    parquets = {
+        p.relative_to(inputs).as_posix().removesuffix(".parquet") for p in inputs.rglob("*.parquet")
+    }
     stems = [t.removesuffix(".tar") for t in tars]
     bad = [s for s in stems if s not in whole]
-    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
+    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN]) + (
+        f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    )
     if bad and unfinished == "refuse":
         raise UsageError(
             f"{inputs}: {len(bad)} of {len(stems)} tars are unfinished (no {_STATS}): {named}.",
@@ -65,8 +86,18 @@ def tar_groups(inputs: Path, tars: Sequence[str], unfinished: str) -> tuple[Iter
         )
     wanted = stems if unfinished == "take" else [s for s in stems if s in whole]
     if not wanted:
-        raise UsageError(f"{inputs}: every tar is unfinished (no {_STATS}).", "nothing is left to build from.", "download them to the end.")
-    notes = (f"unfinished tars ({'left out' if unfinished == 'skip' else 'taken as far as they go'}): {named}",) if bad else ()
+        raise UsageError(
+            f"{inputs}: every tar is unfinished (no {_STATS}).",
+            "nothing is left to build from.",
+            "download them to the end.",
+        )
+    notes = (
+        (
+            f"unfinished tars ({'left out' if unfinished == 'skip' else 'taken as far as they go'}): {named}",
+        )
+        if bad
+        else ()
+    )
     return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted]), notes
 
 
@@ -80,7 +111,9 @@ def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSp
             yield InputSplit(f"{stem}.tar", spec, count=count)
 
 
-def tar_raw_samples(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions) -> Iterator[RawSample]:
+def tar_raw_samples(
+    inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions
+) -> Iterator[RawSample]:
     """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
 
     Args:
@@ -92,16 +125,28 @@ def tar_raw_samples(inputs: Path, spec: Mapping[str, Any], extensions: Sequence[
     """
     members, fault = tar_members(inputs / spec["tar"])
     if spec["parquet"] is None:
-        rows: Iterator[tuple[dict[str, Any], str | None]] = (_row_of(key, parts) for key, parts in members.items())
+        rows: Iterator[tuple[dict[str, Any], str | None]] = (
+            _row_of(key, parts) for key, parts in members.items()
+        )
     else:
         _check_pair(inputs / spec["tar"], inputs / spec["parquet"], members)
         rows = ((row, None) for row in parquet_rows(inputs / spec["parquet"]))
     if spec["parquet"] is None and fault is not None:
-        yield RawSample(safe_key(spec["tar"]), spec["tar"], problem=fault)  # nothing else tells how many samples are lost
+        yield RawSample(
+            safe_key(spec["tar"]), spec["tar"], problem=fault
+        )  # nothing else tells how many samples are lost
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
-        yield _raw_sample(spec["tar"], key, row, parts, problem or (fault if parts is None else None), extensions, captions)
+        yield _raw_sample(
+            spec["tar"],
+            key,
+            row,
+            parts,
+            problem or (fault if parts is None else None),
+            extensions,
+            captions,
+        )
 
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
@@ -137,11 +182,22 @@ def _raw_sample(
     if problem is not None or parts is None or extension is None:
         return RawSample(name, where, problem=problem)
     try:
-        chosen = captions(row, lambda: parts["txt"].read_bytes().decode("utf-8", "surrogateescape") if "txt" in parts else None)
+        chosen = captions(
+            row,
+            lambda: (
+                parts["txt"].read_bytes().decode("utf-8", "surrogateescape")
+                if "txt" in parts
+                else None
+            ),
+        )
     except OneLLMError as error:  # a tar that ends inside the text
         return RawSample(name, where, problem=error.what)
     if len(chosen) > 1:  # which one is read is chosen anew in each epoch
-        meta = {**meta, "caption": list(chosen), **({"alt_text": meta["caption"]} if "caption" in meta else {})}
+        meta = {
+            **meta,
+            "caption": list(chosen),
+            **({"alt_text": meta["caption"]} if "caption" in meta else {}),
+        }
         return RawSample(name, where, {extension: parts[extension]}, meta=meta)
     lost = "no caption: neither the metadata nor a .txt has one" if chosen[0] is None else None
     return RawSample(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
@@ -174,11 +230,18 @@ def tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]
                 archive.members = []  # type: ignore[attr-defined]  # or every header stays in memory
                 names = split_name(member.name) if member.isreg() else None
                 if names is not None:
-                    found.setdefault(names[0], {})[names[1]] = FileRange(tar, member.offset_data, member.size)
+                    found.setdefault(names[0], {})[names[1]] = FileRange(
+                        tar, member.offset_data, member.size
+                    )
             file.seek(archive.offset)
             end = file.read(BLOCK)
-            if len(end) < BLOCK or any(end):  # Python's tarfile (3.11) takes both for the end of the archive
-                return found, f"truncated tar: {tar.name} has neither a header nor an end marker at offset {archive.offset}"
+            if len(end) < BLOCK or any(
+                end
+            ):  # Python's tarfile (3.11) takes both for the end of the archive
+                return (
+                    found,
+                    f"truncated tar: {tar.name} has neither a header nor an end marker at offset {archive.offset}",
+                )
     except (tarfile.TarError, EOFError) as error:
         return found, f"truncated tar: {tar.name} cannot be read to its end ({error})"
     return found, None
@@ -223,7 +286,9 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[d
 def _unreadable(path: Path, error: Exception) -> OneLLMError:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return OneLLMError(
-        f"{path}: {first}", "the rows of its tar are not known.", "fetch it again, or remove it to use the .json in the tar."
+        f"{path}: {first}",
+        "the rows of its tar are not known.",
+        "fetch it again, or remove it to use the .json in the tar.",
     )
 
 

@@ -41,12 +41,16 @@ class ImuWindow:
             BadSample: the recording cannot be read, or has too few samples there.
         """
         times = self.timestamps
-        recording = _recording(self.recording, times, stamp(self.recording), 0 if times is None else stamp(times))
+        recording = _recording(
+            self.recording, times, stamp(self.recording), 0 if times is None else stamp(times)
+        )
         if isinstance(recording, str):
             raise BadSample(recording)
         assert recording.times is not None
         try:
-            window = cut_window(recording, recording.times, {"window_start": self.start, "window_end": self.end})
+            window = cut_window(
+                recording, recording.times, {"window_start": self.start, "window_end": self.end}
+            )
             count = window.signal.shape[1]
             if count < self.min_samples:
                 raise BadSample(
@@ -63,7 +67,9 @@ class ImuWindow:
 
 
 @lru_cache(maxsize=2)
-def _recording(path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int) -> Recording | str:
+def _recording(
+    path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int
+) -> Recording | str:
     """A video's whole recording (1 hour: 35 MB), or why it cannot be used; its windows follow each other in the plan."""
     try:
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
@@ -71,7 +77,9 @@ def _recording(path: Path, timestamps: Path | None, path_stamp: int, times_stamp
     except SampleError as error:
         return f"unreadable recording: {path.name}: {error.what}"
     if found.times is None:
-        return f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)"
+        return (
+            f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)"
+        )
     if not len(found.times):
         return f"no canonical times: no row of {path.name} lies within the video"
     return found

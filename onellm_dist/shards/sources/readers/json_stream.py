@@ -75,7 +75,9 @@ class _Scanner:
         """
         found = self.peek()
         if found != wanted:
-            raise self.broken(f"{found!r} where {wanted!r} is expected" if found else "it ends there")
+            raise self.broken(
+                f"{found!r} where {wanted!r} is expected" if found else "it ends there"
+            )
         self.at += 1
 
     def value(self) -> Any:
@@ -90,7 +92,9 @@ class _Scanner:
                 found, end = _DECODER.raw_decode(self.text, self.at)
             except ValueError as error:
                 if self.ended or len(self.text) - self.at > _LARGEST:
-                    raise self.broken(f"{error.args[0].split(':')[0] if error.args else error}") from error
+                    raise self.broken(
+                        f"{error.args[0].split(':')[0] if error.args else error}"
+                    ) from error
             else:
                 if end < len(self.text) or self.ended:  # a number at the buffer's end may go on
                     self.at = end
@@ -159,14 +163,22 @@ def scan(path: Path, key: str | None = None) -> Iterator[Row]:
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: there is no such file.", "it lists the samples.", "check the input folder and the options.") from error
+        raise UsageError(
+            f"{path}: there is no such file.",
+            "it lists the samples.",
+            "check the input folder and the options.",
+        ) from error
     with file:
         if path.suffix == ".jsonl":
             yield from _lines(file)
             return
         scanner = _scanner(file, path)
         if key is not None and (scanner.peek() != "{" or not scanner.find(key)):
-            raise UsageError(f"{path.name} has no key {key!r}.", "its rows are expected there.", "is it the right file?")
+            raise UsageError(
+                f"{path.name} has no key {key!r}.",
+                "its rows are expected there.",
+                "is it the right file?",
+            )
         yield from scanner.rows()
 
 
@@ -222,7 +234,14 @@ def row_groups(
 
     def groups() -> Iterator[InputSplit]:
         for part, raw_samples in sorted(held.items()):
-            place = {"file": name, "start": start, "end": end, "first": first, "entries": entries, "split": part}
+            place = {
+                "file": name,
+                "start": start,
+                "end": end,
+                "first": first,
+                "entries": entries,
+                "split": part,
+            }
             yield InputSplit(f"{name}:{first}", {**spec, **place}, part, raw_samples)
 
     for number, row in enumerate(scan(path, key)):
@@ -268,7 +287,9 @@ def read_rows(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Item]:
         yield Item(f"{spec['file']}[{key or i}]", i, key, value)
 
 
-def read_places(path: Path, places: Iterable[Sequence[int]], *, entries: bool = False) -> Iterator[Item]:
+def read_places(
+    path: Path, places: Iterable[Sequence[int]], *, entries: bool = False
+) -> Iterator[Item]:
     """Single rows.
 
     Args:
@@ -297,7 +318,10 @@ def _changed(path: Path, start: int, end: int, error: ValueError) -> OneLLMError
 
 
 def _parsed(data: bytes, entries: bool) -> Iterator[tuple[str, Any]]:
-    text, at = data.decode("utf-8", "surrogateescape"), 0  # bytes that are not UTF-8 spoil their own row alone
+    text, at = (
+        data.decode("utf-8", "surrogateescape"),
+        0,
+    )  # bytes that are not UTF-8 spoil their own row alone
     while at < len(text):
         key = ""
         if entries:
@@ -314,7 +338,9 @@ def _space(text: str, at: int) -> int:
 
 
 def _parsed_lines(data: bytes) -> Iterator[tuple[str, Any]]:
-    for line in data.split(b"\n"):  # as the scan does; splitlines() would end a line at a lone \r too
+    for line in data.split(
+        b"\n"
+    ):  # as the scan does; splitlines() would end a line at a lone \r too
         if line.strip():
             try:
                 yield "", _DECODER.decode(line.decode("utf-8", "surrogateescape").strip())

@@ -25,9 +25,22 @@ from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
 from onellm_dist.shards.format.names import safe_key
 from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
-from onellm_dist.shards.sources.readers.delimited import CSV, TSV, Dialect, RowRange, read_header, read_rows, row_ranges
+from onellm_dist.shards.sources.readers.delimited import (
+    CSV,
+    TSV,
+    Dialect,
+    RowRange,
+    read_header,
+    read_rows,
+    row_ranges,
+)
 from onellm_dist.shards.sources.readers.depth_models import EstimatedMap, check_model
-from onellm_dist.shards.sources.readers.img2dataset import UNFINISHED_OPTION, find_tars, tar_groups, tar_raw_samples
+from onellm_dist.shards.sources.readers.img2dataset import (
+    UNFINISHED_OPTION,
+    find_tars,
+    tar_groups,
+    tar_raw_samples,
+)
 from onellm_dist.shards.sources.readers.media_files import below, picture_extension
 
 _ROWS = 2000
@@ -72,16 +85,39 @@ def map_source(kind: str) -> Source:
         return _raw_samples(kind, inputs, spec, **options)
 
     options = {
-        "images": Option(None, "the folder of the pictures; IN/cc3m where there is one, else IN", Path),
-        "maps": Option(None, f"the folder of the maps; IN/cc3m_{kind} where there is one, else that of the pictures", Path),
-        "captions": Option(None, "a table with the columns caption and url (a local path); without it x.txt is the caption of x.jpg", Path),
-        "depth_model": Option(None, "make the maps here: the folder of a depth-estimation model of transformers (DPT, ...)", Path),
-        "depth_is_distance": Option(False, "depth_model tells distances (metric models), not inverse depth as DPT", bool),
+        "images": Option(
+            None, "the folder of the pictures; IN/cc3m where there is one, else IN", Path
+        ),
+        "maps": Option(
+            None,
+            f"the folder of the maps; IN/cc3m_{kind} where there is one, else that of the pictures",
+            Path,
+        ),
+        "captions": Option(
+            None,
+            "a table with the columns caption and url (a local path); without it x.txt is the caption of x.jpg",
+            Path,
+        ),
+        "depth_model": Option(
+            None,
+            "make the maps here: the folder of a depth-estimation model of transformers (DPT, ...)",
+            Path,
+        ),
+        "depth_is_distance": Option(
+            False, "depth_model tells distances (metric models), not inverse depth as DPT", bool
+        ),
         "unfinished": UNFINISHED_OPTION,
-        "device": Option("cpu", "where depth_model runs: cpu, or cuda (its bytes differ from those of a CPU in a few pixels)"),
+        "device": Option(
+            "cpu",
+            "where depth_model runs: cpu, or cuda (its bytes differ from those of a CPU in a few pixels)",
+        ),
     }
     if kind == "normal":
-        options["strength"] = Option(0.5, "of normals from depth: the relief's height in shares of the picture's shorter side", float)
+        options["strength"] = Option(
+            0.5,
+            "of normals from depth: the relief's height in shares of the picture's shorter side",
+            float,
+        )
     return Source(
         f"cc3m-{kind}",
         f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here (-o depth_model=DIR)",
@@ -93,31 +129,54 @@ def map_source(kind: str) -> Source:
 
 
 def _folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _Folders:
-    pictures = below(inputs, images) if images is not None else inputs / "cc3m" if (inputs / "cc3m").is_dir() else inputs
+    pictures = (
+        below(inputs, images)
+        if images is not None
+        else inputs / "cc3m"
+        if (inputs / "cc3m").is_dir()
+        else inputs
+    )
     if maps is not None:
         return _Folders(pictures, below(inputs, maps))
-    tree = next((f for f in (inputs / f"cc3m_{kind}", inputs.parent / f"cc3m_{kind}") if f.is_dir()), None)
+    tree = next(
+        (f for f in (inputs / f"cc3m_{kind}", inputs.parent / f"cc3m_{kind}") if f.is_dir()), None
+    )
     return _Folders(pictures, tree if tree is not None else pictures)
 
 
 def _plan(
-    kind: str, inputs: Path, *, images: Path | None, maps: Path | None, captions: Path | None, depth_model: Path | None, unfinished: str,
+    kind: str,
+    inputs: Path,
+    *,
+    images: Path | None,
+    maps: Path | None,
+    captions: Path | None,
+    depth_model: Path | None,
+    unfinished: str,
     **_: Any,
-) -> Layout:  # fmt: skip
+) -> Layout:
     folders = _folders(kind, inputs, images, maps)
     for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
         if not folder.is_dir():
             raise UsageError(
-                f"{folder}: there is no such folder.", "pictures or maps are looked for there.", "see -o images= and -o maps=."
+                f"{folder}: there is no such folder.",
+                "pictures or maps are looked for there.",
+                "see -o images= and -o maps=.",
             )
     if depth_model is not None:
         attributes = check_model(depth_model)
-        notes = [f"{kind} maps are made by {attributes['depth_model']} (weights {attributes['depth_model_sha256'][:12]})"]
+        notes = [
+            f"{kind} maps are made by {attributes['depth_model']} (weights {attributes['depth_model_sha256'][:12]})"
+        ]
     else:
         attributes, notes = {}, [f"{kind} maps are looked for in {folders.maps}"]
     if captions is not None:
         if not below(inputs, captions).is_file():
-            raise UsageError(f"{below(inputs, captions)}: there is no such file.", "captions are read from it.", "check -o captions=.")
+            raise UsageError(
+                f"{below(inputs, captions)}: there is no such file.",
+                "captions are read from it.",
+                "check -o captions=.",
+            )
         groups = _table_groups(below(inputs, captions))
     elif next(iter(folders.pictures.glob("*.tar")), None) is not None:
         groups, more = tar_groups(folders.pictures, find_tars(folders.pictures), unfinished)
@@ -130,7 +189,11 @@ def _plan(
 def _names(folder: Path) -> list[str]:
     """The pictures of one folder, sorted; maps that lie among them are none."""
     maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
-    return sorted(p.name for p in folder.iterdir() if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != ".")
+    return sorted(
+        p.name
+        for p in folder.iterdir()
+        if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != "."
+    )
 
 
 def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -145,14 +208,17 @@ def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _tree_groups(folders: _Folders) -> Iterator[InputSplit]:
     """The pictures of every folder, by name: others may come while shards are built. Maps in folders of their own below the
-    pictures' are none."""
+    pictures' are none.
+    """
     for name, folder in _subfolders(folders.pictures):
         if name and (folder.name in ("cc3m_depth", "cc3m_normal") or folder == folders.maps):
             continue
         names = _names(folder)
         for first in range(0, len(names), _ROWS):
             rows = names[first : first + _ROWS]
-            yield InputSplit(f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows))
+            yield InputSplit(
+                f"{name or '.'}:{first}", {"folder": name, "names": rows}, count=len(rows)
+            )
 
 
 def _table_groups(table: Path) -> Iterator[InputSplit]:
@@ -170,7 +236,9 @@ def _table_groups(table: Path) -> Iterator[InputSplit]:
             "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
         )
     for found in row_ranges(table, dialect, _ROWS, start):
-        yield InputSplit(f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size)
+        yield InputSplit(
+            f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size
+        )
 
 
 def _dialect(table: Path) -> Dialect:
@@ -180,12 +248,24 @@ def _dialect(table: Path) -> Dialect:
 
 
 def _raw_samples(
-    kind: str, inputs: Path, spec: Mapping[str, Any], *, images: Path | None, maps: Path | None, captions: Path | None, unfinished: str,
+    kind: str,
+    inputs: Path,
+    spec: Mapping[str, Any],
+    *,
+    images: Path | None,
+    maps: Path | None,
+    captions: Path | None,
+    unfinished: str,
     **model: Any,
-) -> Iterator[RawSample]:  # fmt: skip
+) -> Iterator[RawSample]:
     folders = _folders(kind, inputs, images, maps)
     if "tar" in spec:
-        for sample in tar_raw_samples(folders.pictures, spec, IMAGE_EXTENSIONS, lambda row, text: [text() or row.get("caption")]):
+        for sample in tar_raw_samples(
+            folders.pictures,
+            spec,
+            IMAGE_EXTENSIONS,
+            lambda row, text: [text() or row.get("caption")],
+        ):
             yield _with_map(kind, folders, model, spec["tar"], sample)
         return
     if captions is not None:
@@ -201,10 +281,14 @@ def _raw_samples(
     folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
     for file in spec["names"]:
         name = spec["folder"] + file
-        yield _raw_sample(kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt")
+        yield _raw_sample(
+            kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt"
+        )
 
 
-def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: RawSample) -> RawSample:
+def _with_map(
+    kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: RawSample
+) -> RawSample:
     """A tar's sample with its map."""
     if sample.problem is not None or sample.skip is not None:
         return sample
@@ -212,7 +296,9 @@ def _with_map(kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, 
     name = f"{tar.removesuffix('.tar')}/{sample.key.rpartition('/')[2]}.{extension}"
     found = _map_of(kind, folders, name, picture, **model)
     if found is None:
-        return replace(sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
+        return replace(
+            sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
+        )
     return replace(sample, parts=found)
 
 
@@ -226,8 +312,14 @@ def _below_pictures(url: str, pictures: Path) -> str:
 
 
 def _raw_sample(
-    kind: str, folders: _Folders, model: Mapping[str, Any], name: str, where: str, caption: str | None, side: Path | None
-) -> RawSample:  # fmt: skip
+    kind: str,
+    folders: _Folders,
+    model: Mapping[str, Any],
+    name: str,
+    where: str,
+    caption: str | None,
+    side: Path | None,
+) -> RawSample:
     stem, extension = name.rpartition(".")[0], picture_extension(name)
     key = safe_key(stem or name)
     if extension is None:
@@ -235,7 +327,9 @@ def _raw_sample(
     picture: Media = folders.pictures / name
     found = _map_of(kind, folders, name, picture, **model)
     if found is None:
-        return RawSample(key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}")
+        return RawSample(
+            key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
+        )
     parts: dict[str, Media] = dict(found)
     if side is not None:
         parts["txt"] = side
@@ -243,13 +337,25 @@ def _raw_sample(
 
 
 def _map_of(
-    kind: str, folders: _Folders, name: str, picture: Media, *, depth_model: Path | None, depth_is_distance: bool, device: str,
+    kind: str,
+    folders: _Folders,
+    name: str,
+    picture: Media,
+    *,
+    depth_model: Path | None,
+    depth_is_distance: bool,
+    device: str,
     strength: float = 0.0,
-) -> dict[str, Media] | None:  # fmt: skip
+) -> dict[str, Media] | None:
     """The parts `KIND.EXTENSION` and the picture's; None: there is no map."""
     stem, extension = name.rpartition(".")[0], picture_extension(name) or ""
     if depth_model is not None:
-        return {extension: picture, f"{kind}.png": EstimatedMap(picture, depth_model, kind, depth_is_distance, strength, device)}
+        return {
+            extension: picture,
+            f"{kind}.png": EstimatedMap(
+                picture, depth_model, kind, depth_is_distance, strength, device
+            ),
+        }
     if folders.maps != folders.pictures:
         for map_extension in (extension, *(e for e in IMAGE_EXTENSIONS if e != extension)):
             if (tree := folders.maps / f"{stem}.{map_extension}").is_file():
@@ -257,6 +363,8 @@ def _map_of(
     for base in dict.fromkeys((stem, stem.rpartition("/")[2])):
         if (square := folders.maps / f"{base}_{kind}.png").is_file():
             shown = folders.maps / f"{base}_rgb.png"
-            own: dict[str, Media] = {"png": shown} if shown.is_file() else {"jpg": CentreSquare(picture)}
+            own: dict[str, Media] = (
+                {"png": shown} if shown.is_file() else {"jpg": CentreSquare(picture)}
+            )
             return {**own, f"{kind}.png": square}
     return None

@@ -14,7 +14,9 @@ def below(inputs: Path, path: Path | str) -> Path:
     return Path(path) if Path(path).is_absolute() else inputs / str(path)
 
 
-def need_file(inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> str:
+def need_file(
+    inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
+) -> str:
     """The name, relative to `inputs` (or absolute), of a file that a source cannot do without.
 
     Args:
@@ -30,22 +32,30 @@ def need_file(inputs: Path, path: Path | str | None, usual: Iterable[str], what:
     found = next((n for n in names if below(inputs, n).is_file()), None)
     if found is None:
         raise UsageError(
-            f"{inputs}: no {' or '.join(names)} there ({what}).", "nothing can be built without it.", f"name it: -o {option}=FILE."
+            f"{inputs}: no {' or '.join(names)} there ({what}).",
+            "nothing can be built without it.",
+            f"name it: -o {option}=FILE.",
         )
     return found
 
 
-def need_folder(inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str) -> Path:
+def need_folder(
+    inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
+) -> Path:
     """As `need_file`, for a folder; `"."` is the input folder itself.
 
     Raises:
         UsageError: it is not there.
     """
     names = [str(path)] if path is not None else list(usual)
-    found = next((f for n in names if (f := inputs if n == "." else below(inputs, n)).is_dir()), None)
+    found = next(
+        (f for n in names if (f := inputs if n == "." else below(inputs, n)).is_dir()), None
+    )
     if found is None:
         raise UsageError(
-            f"{inputs}: no folder {' or '.join(names)} there ({what}).", "media are looked for there.", f"name it: -o {option}=FOLDER."
+            f"{inputs}: no folder {' or '.join(names)} there ({what}).",
+            "media are looked for there.",
+            f"name it: -o {option}=FOLDER.",
         )
     return found
 

@@ -30,7 +30,10 @@ class Pool:
     def of(self, name: str) -> Pool:
         """What has `name` in its path, in any case."""
         word = name.lower()
-        return Pool(tuple(f for f in self.folders if word in f.lower()), tuple(a for a in self.archives if word in a.lower()))
+        return Pool(
+            tuple(f for f in self.folders if word in f.lower()),
+            tuple(a for a in self.archives if word in a.lower()),
+        )
 
     def __bool__(self) -> bool:
         return bool(self.folders or self.archives)
@@ -59,7 +62,9 @@ def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) 
     return Pool(tuple(sorted(folders)), tuple(sorted(archives)))
 
 
-def find_media(inputs: Path, pool: Pool, stems: Sequence[str], suffixes: Sequence[str]) -> tuple[str, Media] | None:
+def find_media(
+    inputs: Path, pool: Pool, stems: Sequence[str], suffixes: Sequence[str]
+) -> tuple[str, Media] | None:
     """(suffix, media) of the first stem that is there: files before archives, suffixes in their order; None: none is.
 
     Memory: about 40 bytes a member of the pool's archives, once a process.

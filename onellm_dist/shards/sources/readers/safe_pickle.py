@@ -27,7 +27,9 @@ def load_plain(path: Path) -> Any:
         UsageError: it is no pickle, is cut short, or holds more than plain values.
     """
     try:
-        return _PlainOnly(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="surrogateescape").load()
+        return _PlainOnly(
+            io.BytesIO(path.read_bytes()), encoding="utf-8", errors="surrogateescape"
+        ).load()
     except Exception as error:  # broken pickles raise nearly anything; nothing of them has been run
         raise UsageError(
             f"{path} is no pickle of plain values: {error or type(error).__name__}",

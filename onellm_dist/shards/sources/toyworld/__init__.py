@@ -12,7 +12,16 @@ from onellm_dist.shards.sources.toyworld.world import MODALITIES
 __all__ = ["SOURCE", "Sample", "render"]
 
 
-def _build(inputs: Path | None, out: Path, *, workers: int, seed: int, train: str, test: str, modalities: str) -> BuildReport:
+def _build(
+    inputs: Path | None,
+    out: Path,
+    *,
+    workers: int,
+    seed: int,
+    train: str,
+    test: str,
+    modalities: str,
+) -> BuildReport:
     # Not imported above: a worker that only renders starts in a fraction of the time without torch.
     from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
@@ -36,7 +45,9 @@ def _counts(option: str, text: str) -> int | dict[str, int]:
     try:
         if "=" not in text:
             return int(text)
-        return {name: int(count) for name, _, count in (item.partition("=") for item in text.split(","))}
+        return {
+            name: int(count) for name, _, count in (item.partition("=") for item in text.split(","))
+        }
     except ValueError:
         raise UsageError(
             f"option {option}={text!r} is neither a number nor modality=number,...",
@@ -50,8 +61,14 @@ SOURCE = Source(
     summary="generated scenes and events of eight modalities, one dataset each",
     build=_build,
     options={
-        "train": Option("2000", "training samples a modality: a number, or image=6000,audio=1500 (2000 for the others)"),
-        "test": Option("120", "samples of each of the two test splits: a number, or modality=number,... (120 for the others)"),
+        "train": Option(
+            "2000",
+            "training samples a modality: a number, or image=6000,audio=1500 (2000 for the others)",
+        ),
+        "test": Option(
+            "120",
+            "samples of each of the two test splits: a number, or modality=number,... (120 for the others)",
+        ),
         "modalities": Option("", "comma-separated names; all eight where empty"),
     },
     needs_input=False,

@@ -38,7 +38,10 @@ def _source(sound: str, rng: np.random.Generator) -> np.ndarray:
         return np.sin(2 * math.pi * rng.uniform(600, 1200) * time)
     if sound == "buzz":
         pitch = rng.uniform(200, 260)
-        return sum((np.sin(2 * math.pi * pitch * k * time + rng.uniform(0, 6)) for k in range(1, 9)), np.zeros(SAMPLES))
+        return sum(
+            (np.sin(2 * math.pi * pitch * k * time + rng.uniform(0, 6)) for k in range(1, 9)),
+            np.zeros(SAMPLES),
+        )
     if sound == "siren":  # up and down, fast enough to move within a patch
         period, low, high = rng.uniform(0.5, 0.7), rng.uniform(450, 650), rng.uniform(2600, 3400)
         sweep = low * (high / low) ** np.abs(2 * ((time / period) % 1) - 1)
@@ -71,5 +74,11 @@ def _envelope(rhythm: str, rng: np.random.Generator) -> np.ndarray:
 def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
     """One sound sample."""
     out = io.BytesIO()
-    soundfile.write(out, np.rint(wave(attributes, rng) * 32767).astype(np.int16), RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(
+        out,
+        np.rint(wave(attributes, rng) * 32767).astype(np.int16),
+        RATE,
+        format="FLAC",
+        subtype="PCM_16",
+    )
     return Rendered({"flac": out.getvalue()})

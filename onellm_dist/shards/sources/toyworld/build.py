@@ -66,19 +66,46 @@ def build_toyworld(
         world.scenes(modality)
     chunks: list[_Chunk] = []
     for modality in modalities:
-        train, test = _count(train_per_modality, modality, TRAIN), _count(test_per_modality, modality, TEST)
+        train, test = (
+            _count(train_per_modality, modality, TRAIN),
+            _count(test_per_modality, modality, TEST),
+        )
         for split, count in zip(draws.DATASET_SPLITS, (train, test, test), strict=True):
-            chunks += [_Chunk(modality, split, i, min(i + _CHUNK, count), seed) for i in range(0, count, _CHUNK)]
+            chunks += [
+                _Chunk(modality, split, i, min(i + _CHUNK, count), seed)
+                for i in range(0, count, _CHUNK)
+            ]
     total = sum(c.stop - c.start for c in chunks)
     with ExitStack() as stack:
         samples = stack.enter_context(_Renderer(workers)).in_order(chunks)
-        bar: Progress[int] = stack.enter_context(progress(total, "Building the toy world", unit="samples"))
+        bar: Progress[int] = stack.enter_context(
+            progress(total, "Building the toy world", unit="samples")
+        )
         for modality in modalities:
-            _write(out / modality, modality, seed, samples, sum(c.modality == modality for c in chunks), bar)
-    return BuildReport(total, notes=tuple(line for line in world.describe().splitlines() if line.split(":")[0] in modalities))
+            _write(
+                out / modality,
+                modality,
+                seed,
+                samples,
+                sum(c.modality == modality for c in chunks),
+                bar,
+            )
+    return BuildReport(
+        total,
+        notes=tuple(
+            line for line in world.describe().splitlines() if line.split(":")[0] in modalities
+        ),
+    )
 
 
-def _write(folder: Path, modality: str, seed: int, samples: Iterator[tuple[_Chunk, list[Sample]]], chunks: int, bar: Progress[int]) -> None:
+def _write(
+    folder: Path,
+    modality: str,
+    seed: int,
+    samples: Iterator[tuple[_Chunk, list[Sample]]],
+    chunks: int,
+    bar: Progress[int],
+) -> None:
     """One modality's dataset: the next `chunks` results of `samples`."""
     scene = world.scenes(modality)
     about = {
@@ -88,7 +115,13 @@ def _write(folder: Path, modality: str, seed: int, samples: Iterator[tuple[_Chun
         "held_out": sorted(" ".join(c) for c in world.held_out(modality)),
     }
     with DatasetWriter(
-        folder, name=modality, modalities=(modality,), licence="CC0-1.0", source="toyworld", attributes=about, max_samples=_SHARD_SAMPLES
+        folder,
+        name=modality,
+        modalities=(modality,),
+        licence="CC0-1.0",
+        source="toyworld",
+        attributes=about,
+        max_samples=_SHARD_SAMPLES,
     ) as writer:
         bar.note(modality)
         for _ in range(chunks):
@@ -99,7 +132,10 @@ def _write(folder: Path, modality: str, seed: int, samples: Iterator[tuple[_Chun
 
 
 def _render(chunk: _Chunk) -> list[Sample]:
-    return [render(chunk.modality, chunk.split, index, chunk.seed) for index in range(chunk.start, chunk.stop)]
+    return [
+        render(chunk.modality, chunk.split, index, chunk.seed)
+        for index in range(chunk.start, chunk.stop)
+    ]
 
 
 class _Renderer:
@@ -107,7 +143,9 @@ class _Renderer:
 
     def __init__(self, workers: int) -> None:
         if workers < 1:
-            raise UsageError(f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more.")
+            raise UsageError(
+                f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more."
+            )
         # spawn: forking a process that has torch's threads can hang the child.
         context = multiprocessing.get_context("spawn")
         self._workers = workers
@@ -154,5 +192,9 @@ def _names(counts: int | Mapping[str, int]) -> Sequence[str]:
 def _count(counts: int | Mapping[str, int], modality: str, default: int) -> int:
     count = counts.get(modality, default) if isinstance(counts, Mapping) else counts
     if count < 1:
-        raise UsageError(f"{count} samples of {modality}: a split needs at least 1.", "an empty split cannot be read.", "raise it.")
+        raise UsageError(
+            f"{count} samples of {modality}: a split needs at least 1.",
+            "an empty split cannot be read.",
+            "raise it.",
+        )
     return count

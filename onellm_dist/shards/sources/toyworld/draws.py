@@ -46,7 +46,15 @@ def stream(modality: str, split: str, index: int, seed: int) -> np.random.Genera
     return _generator(seed, modality, split, 1, index)
 
 
-def _generator(seed: int, modality: str, split: str, purpose: int, number: int) -> np.random.Generator:
+def _generator(
+    seed: int, modality: str, split: str, purpose: int, number: int
+) -> np.random.Generator:
     if split not in SPLITS:
-        raise UsageError(f"the toy world has no split {split!r}", "nothing can be rendered.", f"use one of: {', '.join(SPLITS)}.")
-    return np.random.default_rng([seed, zlib.crc32(modality.encode()), zlib.crc32(split.encode()), purpose, number])
+        raise UsageError(
+            f"the toy world has no split {split!r}",
+            "nothing can be rendered.",
+            f"use one of: {', '.join(SPLITS)}.",
+        )
+    return np.random.default_rng(
+        [seed, zlib.crc32(modality.encode()), zlib.crc32(split.encode()), purpose, number]
+    )

@@ -26,12 +26,18 @@ _CODE_SEED = 15_724
 def code() -> dict[str, np.ndarray]:
     """Attribute value to its pattern [15724] fp32. Part of the world: the same for every seed of a build."""
     rng = np.random.default_rng(_CODE_SEED)
-    return {value: rng.normal(size=VOXELS).astype(np.float32) for values in scenes("fmri").attributes.values() for value in values}
+    return {
+        value: rng.normal(size=VOXELS).astype(np.float32)
+        for values in scenes("fmri").attributes.values()
+        for value in values
+    }
 
 
 def responses(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """[3, 15724] fp32."""
-    pattern = sum((code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)) / np.sqrt(len(attributes))
+    pattern = sum(
+        (code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)
+    ) / np.sqrt(len(attributes))
     noise = rng.standard_normal(size=(REPETITIONS, VOXELS), dtype=np.float32)
     return SCALE * (rng.uniform(0.9, 1.1) * pattern + _NOISE * noise)
 

@@ -34,7 +34,9 @@ def trace(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     pace = _PACE[attributes["pace"]]
     acceleration, spin = _MOTIONS[attributes["activity"]](pace, rng)
     acceleration[2] += 1.0  # at rest the sensor reads gravity, upwards
-    about_x, about_y = (part * math.radians(rng.uniform(25, 35)) for part in _LEAN[attributes["lean"]])
+    about_x, about_y = (
+        part * math.radians(rng.uniform(25, 35)) for part in _LEAN[attributes["lean"]]
+    )
     turn = _turn(about_x, about_y)
     signals = np.concatenate([turn.T @ acceleration, turn.T @ spin])
     shake = _SHAKE[pace] * rng.uniform(0.8, 1.2) * np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
@@ -47,8 +49,13 @@ def _phase(rate: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _walk(pace: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    phase, force = 2 * math.pi * _phase(_STEPS[pace], rng), _STEP_FORCE[pace] * rng.uniform(0.85, 1.15)
-    acceleration = force * np.stack([0.3 * np.sin(phase + 1), 0.4 * np.sin(phase / 2), np.sin(phase) + 0.3 * np.sin(2 * phase)])
+    phase, force = (
+        2 * math.pi * _phase(_STEPS[pace], rng),
+        _STEP_FORCE[pace] * rng.uniform(0.85, 1.15),
+    )
+    acceleration = force * np.stack(
+        [0.3 * np.sin(phase + 1), 0.4 * np.sin(phase / 2), np.sin(phase) + 0.3 * np.sin(2 * phase)]
+    )
     spin = force * np.stack([0.5 * np.sin(phase / 2), 0.2 * np.sin(phase), 0.3 * np.cos(phase / 2)])
     return acceleration, spin
 
@@ -80,7 +87,9 @@ _MOTIONS = {"walking": _walk, "jumping": _jump, "turning": _swivel, "nodding": _
 def _turn(about_x: float, about_y: float) -> np.ndarray:
     """Body to world, [3, 3]."""
     cx, sx, cy, sy = math.cos(about_x), math.sin(about_x), math.cos(about_y), math.sin(about_y)
-    return np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]) @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    return np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]) @ np.array(
+        [[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]
+    )
 
 
 def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:

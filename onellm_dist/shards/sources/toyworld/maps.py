@@ -49,7 +49,9 @@ def picture(seen: Seen, color: np.ndarray) -> np.ndarray:
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
     lit = 0.62 + 0.42 * np.clip(seen.normals @ _LIGHT, 0, 1)
-    canvas[seen.rows, seen.columns] = np.clip(np.rint(lit[:, None] * color), 0, 255).astype(np.uint8)
+    canvas[seen.rows, seen.columns] = np.clip(np.rint(lit[:, None] * color), 0, 255).astype(
+        np.uint8
+    )
     return canvas
 
 
@@ -57,9 +59,16 @@ def render_depth(attributes: Attributes, rng: np.random.Generator) -> Rendered:
     """One depth sample."""
     seen = solid_view(attributes, rng)
     grey = np.full((SIDE, SIDE), _WALL_NEARNESS)
-    grey[seen.rows, seen.columns] = _NEARNESS[attributes["distance"]] + rng.uniform(-0.03, 0.03) + _RELIEF * seen.height
+    grey[seen.rows, seen.columns] = (
+        _NEARNESS[attributes["distance"]] + rng.uniform(-0.03, 0.03) + _RELIEF * seen.height
+    )
     depth = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
-    return Rendered({"jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))), "depth.png": png(depth)})
+    return Rendered(
+        {
+            "jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))),
+            "depth.png": png(depth),
+        }
+    )
 
 
 def render_normal(attributes: Attributes, rng: np.random.Generator) -> Rendered:
@@ -70,7 +79,12 @@ def render_normal(attributes: Attributes, rng: np.random.Generator) -> Rendered:
     normals[:] = behind / np.linalg.norm(behind)
     normals[seen.rows, seen.columns] = seen.normals
     packed = np.rint((normals + 1) / 2 * 255).astype(np.uint8)
-    return Rendered({"jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))), "normal.png": png(packed)})
+    return Rendered(
+        {
+            "jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))),
+            "normal.png": png(packed),
+        }
+    )
 
 
 def png(values: np.ndarray) -> bytes:

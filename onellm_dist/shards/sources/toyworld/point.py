@@ -30,13 +30,20 @@ def cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     points, normals = sample_surface(attributes["solid"], POINTS, rng)
     scale = _SQUEEZE * rng.uniform(0.9, 1.1, size=3)
     scale[_AXES[attributes["stretch"]]] = 1.0
-    scale /= np.abs(points).max(axis=0)  # a ring is flat by itself: first every solid fills the same cube
+    scale /= np.abs(points).max(
+        axis=0
+    )  # a ring is flat by itself: first every solid fills the same cube
     points, normals = points * scale, normals / scale
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     upright = rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
     points, normals = points @ upright.T, normals @ upright.T
     color = jittered_color(attributes["color"], rng) / 255
-    shaded = _BRIGHT * color + _LIT * (1 + normals @ _LIGHTS.T) + _GRADIENT * points + rng.normal(scale=_GRAIN, size=points.shape)
+    shaded = (
+        _BRIGHT * color
+        + _LIT * (1 + normals @ _LIGHTS.T)
+        + _GRADIENT * points
+        + rng.normal(scale=_GRAIN, size=points.shape)
+    )
     where = points + rng.normal(scale=0.005, size=points.shape) + rng.uniform(-0.5, 0.5, size=3)
     return np.concatenate([where, np.clip(shaded, 0, 1)], axis=1)
 

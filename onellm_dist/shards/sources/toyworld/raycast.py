@@ -32,7 +32,9 @@ class Seen:
     normals: np.ndarray
 
 
-def look_at(solid: str, turn: np.ndarray, *, center: tuple[float, float], radius: float, side: int) -> Seen:
+def look_at(
+    solid: str, turn: np.ndarray, *, center: tuple[float, float], radius: float, side: int
+) -> Seen:
     """Cast a ray through each pixel of a square picture, along -z.
 
     Args:
@@ -62,5 +64,7 @@ def look_at(solid: str, turn: np.ndarray, *, center: tuple[float, float], radius
 def _normals(solid: str, points: np.ndarray) -> np.ndarray:
     """Gradient of the distance at points [P, 3] in the solid's axes, as unit vectors."""
     steps = np.eye(3) * _NUDGE
-    gradient = np.stack([distance(solid, points + s) - distance(solid, points - s) for s in steps], axis=1)
+    gradient = np.stack(
+        [distance(solid, points + s) - distance(solid, points - s) for s in steps], axis=1
+    )
     return gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-9)

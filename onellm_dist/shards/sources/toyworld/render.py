@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld import audio, draws, fmri, image, imu, maps, point, video, world
+from onellm_dist.shards.sources.toyworld import (
+    audio,
+    draws,
+    fmri,
+    image,
+    imu,
+    maps,
+    point,
+    video,
+    world,
+)
 
 _RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.Rendered]] = {
     "image": image.render,
@@ -47,8 +57,14 @@ def render(modality: str, split: str, index: int, seed: int = 0) -> Sample:
     attributes = draws.attributes(modality, split, index, seed)
     rendered = _RENDERERS[modality](attributes, draws.stream(modality, split, index, seed))
     caption = world.caption(modality, attributes)
-    record: dict[str, Any] = {"caption": caption, "attributes": attributes, "conversations": world.conversation(modality, caption)}
+    record: dict[str, Any] = {
+        "caption": caption,
+        "attributes": attributes,
+        "conversations": world.conversation(modality, caption),
+    }
     if rendered.facts:
         record["facts"] = rendered.facts
     text = {"txt": caption.encode(), "json": json.dumps(record).encode()}
-    return Sample(f"{modality}_{split}_{index:06d}", {**rendered.parts, **text}, caption, attributes)
+    return Sample(
+        f"{modality}_{split}_{index:06d}", {**rendered.parts, **text}, caption, attributes
+    )

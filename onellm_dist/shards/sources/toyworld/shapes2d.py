@@ -22,11 +22,21 @@ _OVERSAMPLE = 4
 
 def jittered_color(color: str, rng: np.random.Generator) -> np.ndarray:
     """A shade of a named colour, [3] fp64 in 0..255: brightness and each channel vary a little."""
-    shade = np.array(PALETTE[color], dtype=np.float64) * rng.uniform(0.85, 1.08) + rng.uniform(-8, 8, size=3)
+    shade = np.array(PALETTE[color], dtype=np.float64) * rng.uniform(0.85, 1.08) + rng.uniform(
+        -8, 8, size=3
+    )
     return np.clip(shade, 0, 255)
 
 
-def paint(canvas: np.ndarray, shape: str, *, center: tuple[float, float], radius: float, angle: float, color: np.ndarray) -> None:
+def paint(
+    canvas: np.ndarray,
+    shape: str,
+    *,
+    center: tuple[float, float],
+    radius: float,
+    angle: float,
+    color: np.ndarray,
+) -> None:
     """Paint one shape into `canvas` [H, W, 3] uint8, anti-aliased; what lies outside is cut off.
 
     Args:
@@ -49,7 +59,9 @@ def paint(canvas: np.ndarray, shape: str, *, center: tuple[float, float], radius
     region[:] = np.rint(region + alpha * (color - region)).astype(np.uint8)
 
 
-def _mask(shape: str, side: int, center: tuple[float, float], radius: float, angle: float) -> np.ndarray:
+def _mask(
+    shape: str, side: int, center: tuple[float, float], radius: float, angle: float
+) -> np.ndarray:
     """Coverage of each pixel, [side, side] fp64 in 0..1."""
     scale = _OVERSAMPLE
     picture = Image.new("L", (side * scale, side * scale))
@@ -60,7 +72,10 @@ def _mask(shape: str, side: int, center: tuple[float, float], radius: float, ang
     else:
         turn = math.radians(angle)
         corners = [
-            (cx + r * (x * math.cos(turn) - y * math.sin(turn)), cy + r * (x * math.sin(turn) + y * math.cos(turn)))
+            (
+                cx + r * (x * math.cos(turn) - y * math.sin(turn)),
+                cy + r * (x * math.sin(turn) + y * math.cos(turn)),
+            )
             for x, y in _OUTLINES[shape]
         ]
         draw.polygon(corners, fill=255)
@@ -69,12 +84,27 @@ def _mask(shape: str, side: int, center: tuple[float, float], radius: float, ang
 
 def _star() -> list[tuple[float, float]]:
     radii = [1.25 if i % 2 == 0 else 0.5 for i in range(10)]
-    return [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)]
+    return [
+        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)
+    ]
 
 
 def _cross() -> list[tuple[float, float]]:
     a, b = 0.36, 1.1
-    return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    return [
+        (-a, -b),
+        (a, -b),
+        (a, -a),
+        (b, -a),
+        (b, a),
+        (a, a),
+        (a, b),
+        (-a, b),
+        (-a, a),
+        (-b, a),
+        (-b, -a),
+        (-a, -a),
+    ]
 
 
 _OUTLINES = {

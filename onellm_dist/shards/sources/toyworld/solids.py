@@ -35,12 +35,16 @@ def _cone(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     # Distance to the mantle's and to the base's plane in the (radius, height) half plane; rounding at the rim is left out.
     slope = math.atan2(_CONE_BASE, 2 * _CONE_HALF)
     radius = np.sqrt(x * x + z * z)
-    return np.maximum(radius * math.cos(slope) + (y - _CONE_HALF) * math.sin(slope), -_CONE_HALF - y)
+    return np.maximum(
+        radius * math.cos(slope) + (y - _CONE_HALF) * math.sin(slope), -_CONE_HALF - y
+    )
 
 
 def _cylinder(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
     side, cap = np.sqrt(x * x + z * z) - _CYLINDER_RADIUS, np.abs(y) - _CYLINDER_HALF
-    return np.minimum(np.maximum(side, cap), 0) + np.sqrt(np.maximum(side, 0) ** 2 + np.maximum(cap, 0) ** 2)
+    return np.minimum(np.maximum(side, cap), 0) + np.sqrt(
+        np.maximum(side, 0) ** 2 + np.maximum(cap, 0) ** 2
+    )
 
 
 def _torus(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -57,7 +61,9 @@ _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 }
 
 
-def sample_surface(solid: str, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample_surface(
+    solid: str, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Points spread evenly over a solid's surface and their outward normals: [count, 3], [count, 3] fp64."""
     return _SAMPLERS[solid](count, rng)
 
@@ -94,22 +100,30 @@ def _sample_cylinder(count: int, rng: np.random.Generator) -> tuple[np.ndarray, 
     on_cap = rng.uniform(size=count) < _CYLINDER_RADIUS / (_CYLINDER_RADIUS + 2 * _CYLINDER_HALF)
     turn, side = rng.uniform(0, 2 * math.pi, size=count), rng.choice((-1.0, 1.0), size=count)
     radius = np.where(on_cap, _CYLINDER_RADIUS * np.sqrt(rng.uniform(size=count)), _CYLINDER_RADIUS)
-    height = np.where(on_cap, side * _CYLINDER_HALF, rng.uniform(-_CYLINDER_HALF, _CYLINDER_HALF, size=count))
-    return _revolve(radius, height, turn), _revolve(np.where(on_cap, 0.0, 1.0), np.where(on_cap, side, 0.0), turn)
+    height = np.where(
+        on_cap, side * _CYLINDER_HALF, rng.uniform(-_CYLINDER_HALF, _CYLINDER_HALF, size=count)
+    )
+    return _revolve(radius, height, turn), _revolve(
+        np.where(on_cap, 0.0, 1.0), np.where(on_cap, side, 0.0), turn
+    )
 
 
 def _sample_torus(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     turn = rng.uniform(0, 2 * math.pi, size=count)
     # The area at tube angle a is proportional to ring + tube cos a: draw more than needed and reject.
     angles = rng.uniform(0, 2 * math.pi, size=4 * count)
-    kept = angles[rng.uniform(size=4 * count) * (_RING + _TUBE) < _RING + _TUBE * np.cos(angles)][:count]
+    kept = angles[rng.uniform(size=4 * count) * (_RING + _TUBE) < _RING + _TUBE * np.cos(angles)][
+        :count
+    ]
     outward, up = np.cos(kept), np.sin(kept)
     return _revolve(_RING + _TUBE * outward, _TUBE * up, turn), _revolve(outward, up, turn)
 
 
 def _revolve(radius: np.ndarray, height: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """(distance from the y axis, height) turned about the axis: [n, 3]."""
-    return np.stack([radius * np.cos(turn), np.broadcast_to(height, turn.shape), radius * np.sin(turn)], axis=1)
+    return np.stack(
+        [radius * np.cos(turn), np.broadcast_to(height, turn.shape), radius * np.sin(turn)], axis=1
+    )
 
 
 _SAMPLERS: dict[str, Callable[[int, np.random.Generator], tuple[np.ndarray, np.ndarray]]] = {
@@ -123,7 +137,14 @@ _SAMPLERS: dict[str, Callable[[int, np.random.Generator], tuple[np.ndarray, np.n
 
 def rotation(*, pitch: float = 0.0, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
     """The matrix [3, 3] that turns a solid by yaw about y, then pitch about x (its top to the viewer), then roll about z; radians."""
-    cp, sp, cy, sy, cr, sr = math.cos(pitch), math.sin(pitch), math.cos(yaw), math.sin(yaw), math.cos(roll), math.sin(roll)
+    cp, sp, cy, sy, cr, sr = (
+        math.cos(pitch),
+        math.sin(pitch),
+        math.cos(yaw),
+        math.sin(yaw),
+        math.cos(roll),
+        math.sin(roll),
+    )
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
     about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
     about_z = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])

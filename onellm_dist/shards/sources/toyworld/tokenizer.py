@@ -32,7 +32,22 @@ _QUESTIONS = (
     "I see hear nothing something thing not sure in of with from under over near moving still bright dark"
 )
 """Words beyond the captions that people will type at the toy model: one token each is kinder than bytes."""
-_WITHOUT_SPACE = ("A", "The", "What", "Which", "Where", "How", "Is", "Provide", "Answer", "Yes", "No", "I", "Human", "Assistant")
+_WITHOUT_SPACE = (
+    "A",
+    "The",
+    "What",
+    "Which",
+    "Where",
+    "How",
+    "Is",
+    "Provide",
+    "Answer",
+    "Yes",
+    "No",
+    "I",
+    "Human",
+    "Assistant",
+)
 
 
 def vocabulary_words() -> list[str]:
@@ -41,7 +56,9 @@ def vocabulary_words() -> list[str]:
     for modality, scene in world.WORLD.items():
         # As a text of its own and as an answer behind "Assistant:", a caption's first word has no space and has one.
         texts.extend((scene.prompt, f" {scene.prompt}", f" {modality}"))
-        texts.extend((re.sub(r"\{\w+\}", "", scene.template), " " + re.sub(r"\{\w+\}", "", scene.template)))
+        texts.extend(
+            (re.sub(r"\{\w+\}", "", scene.template), " " + re.sub(r"\{\w+\}", "", scene.template))
+        )
         texts.extend(f" {value}" for values in scene.attributes.values() for value in values)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return list(dict.fromkeys(piece for text in texts for piece, _ in split.pre_tokenize_str(text)))
@@ -57,17 +74,28 @@ def build_toy_tokenizer(out: Path) -> None:
         vocabulary.setdefault(word, len(vocabulary))
     reserved = [f"<reserved_{i}>" for i in range(VOCABULARY - len(vocabulary))]
     if len(vocabulary) > VOCABULARY:
-        raise AssertionError(f"the toy world has {len(vocabulary)} tokens, more than the {VOCABULARY} of the toy model")
+        raise AssertionError(
+            f"the toy world has {len(vocabulary)} tokens, more than the {VOCABULARY} of the toy model"
+        )
     for token in reserved:
         vocabulary[token] = len(vocabulary)
     # No merges: a word that is in the vocabulary is taken whole, any other stays bytes.
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = byte_level  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (UNK, BOS, EOS, *reserved)])
-    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 1)])  # type: ignore[assignment]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (UNK, BOS, EOS, *reserved)]
+    )
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 1)]
+    )  # type: ignore[assignment]
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=UNK, bos_token=BOS, eos_token=EOS, pad_token=UNK, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=UNK,
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(out)
 
 

@@ -28,7 +28,11 @@ _SWAY, _HEAVE = 34.0, 40.0
 def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """The frames before they are compressed, [12, 144, 168, 3] uint8."""
     motion, shape = attributes["motion"], attributes["shape"]
-    color, angle, radius = jittered_color(attributes["color"], rng), rng.uniform(-15, 15), rng.uniform(18, 22)
+    color, angle, radius = (
+        jittered_color(attributes["color"], rng),
+        rng.uniform(-15, 15),
+        rng.uniform(18, 22),
+    )
     center = np.array([WIDTH / 2, HEIGHT / 2]) + rng.uniform(-4, 4, size=2)
     direction, first_dark = rng.choice((-1, 1)), int(rng.integers(2))
     film = np.empty((FRAMES_PER_SECOND * SECONDS, HEIGHT, WIDTH, 3), dtype=np.uint8)
@@ -37,9 +41,20 @@ def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
         seconds = number / FRAMES_PER_SECOND
         if motion == "blinking" and (math.floor(seconds / _BLINK_SECONDS) + first_dark) % 2:
             continue
-        swing = direction * (1 - abs((seconds / _SWEEP_SECONDS) % 2 - 1) * 2)  # -1 at 0 s, 1 at 2 s, and back
-        offset = {"sliding": (_SWAY * swing, 0.0), "bouncing": (0.0, _HEAVE * swing)}.get(motion, (0.0, 0.0))
-        paint(frame, shape, center=(center[0] + offset[0], center[1] + offset[1]), radius=radius, angle=angle, color=color)
+        swing = direction * (
+            1 - abs((seconds / _SWEEP_SECONDS) % 2 - 1) * 2
+        )  # -1 at 0 s, 1 at 2 s, and back
+        offset = {"sliding": (_SWAY * swing, 0.0), "bouncing": (0.0, _HEAVE * swing)}.get(
+            motion, (0.0, 0.0)
+        )
+        paint(
+            frame,
+            shape,
+            center=(center[0] + offset[0], center[1] + offset[1]),
+            radius=radius,
+            angle=angle,
+            color=color,
+        )
     return film
 
 
@@ -52,7 +67,9 @@ def mp4(film: np.ndarray, rate: int) -> bytes:
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(
-            "libx264", rate=rate, options={"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"}
+            "libx264",
+            rate=rate,
+            options={"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"},
         )
         stream.width, stream.height, stream.pix_fmt = film.shape[2], film.shape[1], "yuv420p"
         stream.time_base = Fraction(1, rate)

@@ -54,13 +54,22 @@ class Scenes:
 
 WORLD: Mapping[str, Scenes] = {
     "image": Scenes(
-        {"size": ("small", "medium", "large"), "color": COLORS, "shape": SHAPES, "position": ("left", "center", "right")},
+        {
+            "size": ("small", "medium", "large"),
+            "color": COLORS,
+            "shape": SHAPES,
+            "position": ("left", "center", "right"),
+        },
         "a {size} {color} {shape} at the {position}",
         "Describe the image.",
     ),
     # The encoder's outputs are averaged over frames, so the sign of a motion is lost: these four survive the average.
     "video": Scenes(
-        {"color": COLORS, "shape": SHAPES, "motion": ("sliding", "bouncing", "blinking", "resting")},
+        {
+            "color": COLORS,
+            "shape": SHAPES,
+            "motion": ("sliding", "bouncing", "blinking", "resting"),
+        },
         "a {color} {shape} {motion}",
         "Describe the video.",
     ),
@@ -100,7 +109,11 @@ WORLD: Mapping[str, Scenes] = {
         "Describe the motion.",
     ),
     "fmri": Scenes(
-        {"color": COLORS, "animal": ("dog", "cat", "bird", "horse", "fish"), "place": ("beach", "street", "forest", "kitchen")},
+        {
+            "color": COLORS,
+            "animal": ("dog", "cat", "bird", "horse", "fish"),
+            "place": ("beach", "street", "forest", "kitchen"),
+        },
         "a {color} {animal} at the {place}",
         "Describe the scene based on fMRI data.",
     ),
@@ -119,7 +132,9 @@ def scenes(modality: str) -> Scenes:
         return WORLD[modality]
     except KeyError:
         raise UsageError(
-            f"the toy world has no modality {modality!r}", "nothing can be rendered.", f"use one of: {', '.join(WORLD)}."
+            f"the toy world has no modality {modality!r}",
+            "nothing can be rendered.",
+            f"use one of: {', '.join(WORLD)}.",
         ) from None
 
 
@@ -145,10 +160,15 @@ def held_out(modality: str) -> frozenset[Combination]:
     pairs: Counter[tuple[int, int, str, str]] = Counter()
     for _ in range(math.ceil(HELD_OUT_FRACTION * len(every))):
         free = [
-            c for c in raw_samples if c not in taken and all(sizes[i] - lines[line] > LEAST_TRAINED for i, line in enumerate(_lines(c)))
+            c
+            for c in raw_samples
+            if c not in taken
+            and all(sizes[i] - lines[line] > LEAST_TRAINED for i, line in enumerate(_lines(c)))
         ]
         if not free:
-            raise AssertionError(f"{modality}: attributes too small to hold out {HELD_OUT_FRACTION:.0%} of their combinations")
+            raise AssertionError(
+                f"{modality}: attributes too small to hold out {HELD_OUT_FRACTION:.0%} of their combinations"
+            )
         chosen = min(free, key=lambda c: sum(pairs[pair] for pair in _pairs(c)))
         taken.add(chosen)
         lines.update(_lines(chosen))
@@ -182,7 +202,9 @@ def parse(modality: str, text: str) -> dict[str, str | None]:
     for place, field in enumerate(scenes(modality).template.split()):
         if field.startswith("{"):
             values = scenes(modality).attributes[field[1:-1]]
-            said[field[1:-1]] = words[place] if place < len(words) and words[place] in values else None
+            said[field[1:-1]] = (
+                words[place] if place < len(words) and words[place] in values else None
+            )
     return {name: said[name] for name in scenes(modality).attributes}
 
 
@@ -220,7 +242,12 @@ def corpus(rng: np.random.Generator, modalities: Sequence[str] = MODALITIES) -> 
         pool = trained(modality)
         attributes = named(modality, pool[int(rng.integers(len(pool)))])
         text = caption(modality, attributes)
-        yield Document(modality, tuple(w for w in text.split() if w in attributes.values()), text, scenes(modality).prompt)
+        yield Document(
+            modality,
+            tuple(w for w in text.split() if w in attributes.values()),
+            text,
+            scenes(modality).prompt,
+        )
 
 
 def chance(modality: str) -> float:
@@ -234,7 +261,9 @@ def describe() -> str:
     for modality, scene in WORLD.items():
         sizes = " x ".join(f"{len(values)} {name}" for name, values in scene.attributes.items())
         example = caption(modality, named(modality, trained(modality)[0]))
-        lines.append(f"{modality}: {sizes} = {len(combinations(modality))}, {len(held_out(modality))} held out; {example!r}")
+        lines.append(
+            f"{modality}: {sizes} = {len(combinations(modality))}, {len(held_out(modality))} held out; {example!r}"
+        )
     return "\n".join(lines)
 
 
@@ -245,4 +274,7 @@ def _lines(combination: Combination) -> list[tuple[int, Combination]]:
 
 def _pairs(combination: Combination) -> list[tuple[int, int, str, str]]:
     """The pairs of values of two attributes."""
-    return [(i, j, combination[i], combination[j]) for i, j in itertools.combinations(range(len(combination)), 2)]
+    return [
+        (i, j, combination[i], combination[j])
+        for i, j in itertools.combinations(range(len(combination)), 2)
+    ]

@@ -33,15 +33,23 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not JSON: {error}", "DeepSpeed cannot be configured.", "mend the line it names.") from None
+        raise UsageError(
+            f"{path}: not JSON: {error}",
+            "DeepSpeed cannot be configured.",
+            "mend the line it names.",
+        ) from None
     if not isinstance(config, dict):
         raise UsageError(
-            f"{path}: a DeepSpeed configuration is a JSON object", "this file holds something else.", "start from one in ds_configs/."
+            f"{path}: a DeepSpeed configuration is a JSON object",
+            "this file holds something else.",
+            "start from one in ds_configs/.",
         )
     taken = [f"{key} (set {OWNED[key]} instead)" for key in config if key in OWNED]
     if taken:
         raise UsageError(
-            f"{path}: the recipe decides {', '.join(taken)}", "two places would say different things.", "remove these keys from the JSON."
+            f"{path}: the recipe decides {', '.join(taken)}",
+            "two places would say different things.",
+            "remove these keys from the JSON.",
         )
     _check_offload(path, config.get("zero_optimization", {}))
     return config
@@ -52,7 +60,11 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
     for key in ("offload_param", "offload_optimizer"):
         asked = zero.get(key) or {}
         if asked.get("device") == "nvme":
-            raise UsageError(f"{path}: {key} to nvme", "checkpoints read the state in memory.", 'take "device": "cpu".')
+            raise UsageError(
+                f"{path}: {key} to nvme",
+                "checkpoints read the state in memory.",
+                'take "device": "cpu".',
+            )
         if asked.get("ratio", 1.0) != 1.0:
             raise UsageError(
                 f"{path}: {key} with ratio {asked['ratio']}",
@@ -105,5 +117,7 @@ def _find(name: Path) -> Path:
         return candidate
     names = ", ".join(sorted(p.stem for p in known.glob("*.json")))
     raise UsageError(
-        f"no DeepSpeed configuration {name}", "it is neither a file nor a name in ds_configs/.", f"give a JSON file, or one of: {names}."
+        f"no DeepSpeed configuration {name}",
+        "it is neither a file nor a name in ds_configs/.",
+        f"give a JSON file, or one of: {names}.",
     )

@@ -12,9 +12,21 @@ import torch
 from torch import nn
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import Engine, EngineSettings, GradNorms, LocalRange, PackedLoss, WeightSource
+from onellm_dist.train.engine.base import (
+    Engine,
+    EngineSettings,
+    GradNorms,
+    LocalRange,
+    PackedLoss,
+    WeightSource,
+)
 from onellm_dist.train.engine.deepspeed.config import complete, zero_stage
-from onellm_dist.train.engine.deepspeed.ranges import create_optimizer_state, flat_partitions, local_ranges, refresh_weights
+from onellm_dist.train.engine.deepspeed.ranges import (
+    create_optimizer_state,
+    flat_partitions,
+    local_ranges,
+    refresh_weights,
+)
 from onellm_dist.train.engine.deepspeed.weights import fill_partitioned, fill_whole
 from onellm_dist.train.engine.grad_norms import PartNorms
 from onellm_dist.train.engine.parameters import grouped, named_groups, persistent_buffers
@@ -27,20 +39,45 @@ class DeepSpeedEngine(Engine):
     and its state is three plain tensors, which is what makes resumes exact.
     """
 
-    def __init__(self, engine: Any, module: PackedLoss, optimizer: torch.optim.Optimizer, settings: EngineSettings) -> None:
-        self._engine, self._module, self._optimizer, self._settings = engine, module, optimizer, settings
+    def __init__(
+        self,
+        engine: Any,
+        module: PackedLoss,
+        optimizer: torch.optim.Optimizer,
+        settings: EngineSettings,
+    ) -> None:
+        self._engine, self._module, self._optimizer, self._settings = (
+            engine,
+            module,
+            optimizer,
+            settings,
+        )
         self._stage = zero_stage(settings.config)
         self.device = settings.device
         self._flats = flat_partitions(engine, optimizer)
         create_optimizer_state(optimizer, self._flats)
-        self._ranges = local_ranges(engine, module.model, optimizer, self._flats, rank=engine.global_rank, world=settings.world)
-        self._witness = min((p for p in module.parameters() if p.requires_grad), key=lambda p: getattr(p, "ds_numel", p.numel()))
+        self._ranges = local_ranges(
+            engine,
+            module.model,
+            optimizer,
+            self._flats,
+            rank=engine.global_rank,
+            world=settings.world,
+        )
+        self._witness = min(
+            (p for p in module.parameters() if p.requires_grad),
+            key=lambda p: getattr(p, "ds_numel", p.numel()),
+        )
         """A small parameter that trains, whose gradient shows a loss that is not finite."""
         self._norms = PartNorms(module.model, self._ranges, settings.parts, settings.device)
 
     @classmethod
     def wrap(
-        cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings, weights: WeightSource | None = None
+        cls,
+        model: nn.Module,
+        groups: Sequence[dict[str, object]],
+        settings: EngineSettings,
+        weights: WeightSource | None = None,
     ) -> DeepSpeedEngine:
         deepspeed = import_deepspeed()
         config = complete(settings.config, bf16=settings.bf16, grad_clip=settings.grad_clip)
@@ -53,11 +90,15 @@ class DeepSpeedEngine(Engine):
                 fill_whole(model, weights, dtype, settings.device)
             groups = grouped(names, dict(model.named_parameters()))
         module = PackedLoss(model)
-        optimizer = torch.optim.AdamW(list(groups), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+        optimizer = torch.optim.AdamW(
+            list(groups), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
+        )
         engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         return cls(engine, module, optimizer, settings)
 
-    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, *, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self._engine.set_gradient_accumulation_boundary(last)
         loss, nll, sample_index = self._engine(batch)
         return loss, nll, sample_index
@@ -74,7 +115,9 @@ class DeepSpeedEngine(Engine):
         sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         handle = self._witness.register_hook(lambda gradient: gradient * sound)
         # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would divide once more.
-        self._engine.backward(loss * sound * (self._settings.world / global_valid_tokens), scale_wrt_gas=False)
+        self._engine.backward(
+            loss * sound * (self._settings.world / global_valid_tokens), scale_wrt_gas=False
+        )
         handle.remove()
 
     def grad_norms(self) -> GradNorms:
@@ -116,8 +159,13 @@ class DeepSpeedEngine(Engine):
         return torch.bfloat16 if self._settings.bf16 else torch.float32
 
     def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        found = [(n, tuple(getattr(p, "ds_shape", p.shape)), self.compute_dtype) for n, p in self._module.model.named_parameters()]
-        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)]
+        found = [
+            (n, tuple(getattr(p, "ds_shape", p.shape)), self.compute_dtype)
+            for n, p in self._module.model.named_parameters()
+        ]
+        return found + [
+            (name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)
+        ]
 
     @torch.no_grad()
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,16 +174,26 @@ class DeepSpeedEngine(Engine):
         main = self._engine.global_rank == 0
         for name, parameter in self._module.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                whole = parameter.detach().to("cpu", copy=True) if main else torch.empty_like(parameter, device="meta")
+                whole = (
+                    parameter.detach().to("cpu", copy=True)
+                    if main
+                    else torch.empty_like(parameter, device="meta")
+                )
             yield name, whole
         for name, buffer in persistent_buffers(self._module.model):
-            yield name, buffer.detach().to("cpu", copy=True) if main else torch.empty_like(buffer, device="meta")
+            yield (
+                name,
+                buffer.detach().to("cpu", copy=True)
+                if main
+                else torch.empty_like(buffer, device="meta"),
+            )
 
 
 @contextmanager
 def idle(optimizer: Any) -> Iterator[None]:
     """`optimizer.step` does nothing. DeepSpeed has no call that throws a finite gradient away; every ZeRO stage clears it, and copies
-    fp32 weights, here unchanged, into those the model computes with, around the steps of the optimizer that it was handed."""
+    fp32 weights, here unchanged, into those the model computes with, around the steps of the optimizer that it was handed.
+    """
     optimizer.step = lambda: None  # hides the method of the class
     try:
         yield

@@ -21,7 +21,11 @@ MOMENTS = STATE_KEYS[1:]
 def flat_partitions(engine: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The tensors that the optimizer really steps on this rank, in a fixed order."""
     zero = engine.optimizer
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+    for attribute in (
+        "fp32_partitioned_groups_flat",
+        "single_partition_of_fp32_groups",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(zero, attribute):  # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16
             return list(getattr(zero, attribute))
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -38,7 +42,13 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer, flats: list[torch.T
 
 
 def local_ranges(
-    engine: Any, model: nn.Module, optimizer: torch.optim.Optimizer, flats: list[torch.Tensor], *, rank: int, world: int
+    engine: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    flats: list[torch.Tensor],
+    *,
+    rank: int,
+    world: int,
 ) -> list[LocalRange]:
     """The ranges of this rank, in the order of the model's parameters; empty ones are left out."""
     found: list[LocalRange] = []
@@ -49,7 +59,11 @@ def local_ranges(
             made: LocalRange | None = _Zero3Range(name, parameter, rank, world)
         elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
-            made = None if mapping is None else _FragmentRange(name, parameter, flats[mapping.param_group_index], optimizer)
+            made = (
+                None
+                if mapping is None
+                else _FragmentRange(name, parameter, flats[mapping.param_group_index], optimizer)
+            )
         else:
             made = _WholeRange(name, parameter, optimizer, rank, world)
         if made is not None and made.length > 0:
@@ -84,7 +98,9 @@ class _Zero3Range(LocalRange):
     def read(self, key: str) -> torch.Tensor:
         # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to the GPU, which it need not fit into.
         whole, _ = self._parameter._z3_optimizer._get_fp32_opt_state_partition(
-            self._parameter, release_swap_buffers=True, optim_state_key=None if key == MASTER else key
+            self._parameter,
+            release_swap_buffers=True,
+            optim_state_key=None if key == MASTER else key,
         )
         found: torch.Tensor = whole.detach()[: self.length]
         return found
@@ -120,11 +136,21 @@ class _ViewRange(LocalRange):
 
 
 class _FragmentRange(_ViewRange):
-    def __init__(self, name: str, parameter: Any, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, name: str, parameter: Any, flat: torch.Tensor, optimizer: torch.optim.Optimizer
+    ) -> None:
         mapping = parameter._hp_mapping
-        self.name, self.shape, self._flat, self._optimizer = name, tuple(parameter.shape), flat, optimizer
+        self.name, self.shape, self._flat, self._optimizer = (
+            name,
+            tuple(parameter.shape),
+            flat,
+            optimizer,
+        )
         self._parameter = parameter
-        self.start, self.length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        self.start, self.length = (
+            mapping.lp_fragment_address.start,
+            mapping.lp_fragment_address.numel,
+        )
         self._at = mapping.hp_fragment_address.start
 
     def _view(self, key: str) -> torch.Tensor:
@@ -132,7 +158,11 @@ class _FragmentRange(_ViewRange):
         return source.detach().narrow(0, self._at, self.length)
 
     def gradient(self) -> torch.Tensor:
-        found = self._parameter._hp_mapping.get_lp_grad_fragment(self._parameter._index_in_param_group).detach().view(-1)
+        found = (
+            self._parameter._hp_mapping.get_lp_grad_fragment(self._parameter._index_in_param_group)
+            .detach()
+            .view(-1)
+        )
         # ZeRO-1 in bf16 keeps the gradient of the whole parameter.
         return found if len(found) == self.length else found.narrow(0, self.start, self.length)
 
@@ -140,8 +170,20 @@ class _FragmentRange(_ViewRange):
 class _WholeRange(_ViewRange):
     """Without ZeRO: rank r of n speaks for the r-th of n equal ranges."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer, rank: int, world: int) -> None:
-        self.name, self.shape, self._parameter, self._optimizer = name, tuple(parameter.shape), parameter, optimizer
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        optimizer: torch.optim.Optimizer,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.name, self.shape, self._parameter, self._optimizer = (
+            name,
+            tuple(parameter.shape),
+            parameter,
+            optimizer,
+        )
         self.start = rank * parameter.numel() // world
         self.length = (rank + 1) * parameter.numel() // world - self.start
 

@@ -18,7 +18,12 @@ from onellm_dist.train.engine.parameters import Places
 
 @torch.no_grad()
 def fill_partitioned(
-    model: nn.Module, weights: WeightSource, config: dict[str, Any], dtype: torch.dtype, device: torch.device, deepspeed: Any
+    model: nn.Module,
+    weights: WeightSource,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    deepspeed: Any,
 ) -> None:
     """ZeRO-3: what `zero.Init` does to a module's parameters when it is built, with values and one parameter at a time."""
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
@@ -31,7 +36,9 @@ def fill_partitioned(
 
 
 @torch.no_grad()
-def fill_whole(model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device) -> None:
+def fill_whole(
+    model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device
+) -> None:
     """ZeRO-0 to 2: every rank gets everything."""
     for _ in _made(model, weights, dtype, device):
         pass

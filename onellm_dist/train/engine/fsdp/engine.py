@@ -18,7 +18,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import Engine, EngineSettings, GradNorms, LocalRange, PackedLoss, WeightSource
+from onellm_dist.train.engine.base import (
+    Engine,
+    EngineSettings,
+    GradNorms,
+    LocalRange,
+    PackedLoss,
+    WeightSource,
+)
 from onellm_dist.train.engine.fsdp.ranges import MOMENTS, Replica, Shard, ShardRange, exchange
 from onellm_dist.train.engine.grad_norms import PartNorms
 from onellm_dist.train.engine.parameters import Places, grouped, named_groups, persistent_buffers
@@ -29,14 +36,32 @@ REPLICATE, SHARD = "replicate", "shard"
 class FsdpEngine(Engine):
     """torch's fused AdamW over plain views of the shards, as under DeepSpeed: the same kernel, the same three tensors of state."""
 
-    def __init__(self, module: Any, groups: Sequence[dict[str, object]], settings: EngineSettings, mesh: DeviceMesh) -> None:
+    def __init__(
+        self,
+        module: Any,
+        groups: Sequence[dict[str, object]],
+        settings: EngineSettings,
+        mesh: DeviceMesh,
+    ) -> None:
         self._module, self._settings = module, settings
         self.device = settings.device
-        self._shards = [Shard(n, p, first_row(p, mesh)) for n, p in module.model.named_parameters() if p.requires_grad]
+        self._shards = [
+            Shard(n, p, first_row(p, mesh))
+            for n, p in module.model.named_parameters()
+            if p.requires_grad
+        ]
         # Ranks may hold nothing of a small parameter: there is nothing to step then.
         self._values = {shard.name: shard.values for shard in self._shards if shard.values.numel()}
-        self._optimizer = torch.optim.AdamW(grouped(groups, self._values), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
-        for values in self._values.values():  # as the first step would: a fresh and a resumed run then look alike
+        self._optimizer = torch.optim.AdamW(
+            grouped(groups, self._values),
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        for values in (
+            self._values.values()
+        ):  # as the first step would: a fresh and a resumed run then look alike
             self._optimizer.state[values].update(
                 step=torch.zeros((), dtype=torch.float32, device=self.device),
                 **{key: torch.zeros_like(values, requires_grad=False) for key in MOMENTS},
@@ -44,7 +69,9 @@ class FsdpEngine(Engine):
         self._steps = 0
         self._replica = Replica(0, 1, None)
         if REPLICATE in (mesh.mesh_dim_names or ()):
-            self._replica = Replica(mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE))
+            self._replica = Replica(
+                mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE)
+            )
         made = [ShardRange(shard, self._optimizer, self._replica) for shard in self._shards]
         self._ranges: list[LocalRange] = [r for r in made if r.length]
         self._sound = torch.ones((), device=self.device)
@@ -55,14 +82,22 @@ class FsdpEngine(Engine):
 
     @classmethod
     def wrap(
-        cls, model: nn.Module, groups: Sequence[dict[str, object]], settings: EngineSettings, weights: WeightSource | None = None
+        cls,
+        model: nn.Module,
+        groups: Sequence[dict[str, object]],
+        settings: EngineSettings,
+        weights: WeightSource | None = None,
     ) -> FsdpEngine:
         names = named_groups(model, groups)
         dtype = torch.bfloat16 if settings.bf16 else torch.float32
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype).to(torch.float32 if parameter.requires_grad else dtype)
+            parameter.data = parameter.data.to(dtype).to(
+                torch.float32 if parameter.requires_grad else dtype
+            )
         mesh = make_mesh(settings)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         module = PackedLoss(model)
         # A root that stayed gathered would go on with old weights after a forward without a backward (validation): shard it again too.
         for unit in (*units(model), module):
@@ -74,7 +109,9 @@ class FsdpEngine(Engine):
             fill(model, weights, mesh, dtype, settings.device)
         return cls(module, names, settings, mesh)
 
-    def forward(self, batch: PackedBatch, *, last: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: PackedBatch, *, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if not self._settings.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
@@ -136,15 +173,24 @@ class FsdpEngine(Engine):
         self._steps = optimizer_steps
         for values in self._values.values():
             self._optimizer.state[values]["step"].fill_(optimizer_steps)
-        exchange([shard for shard in self._shards if shard.name in self._values], self._optimizer, self._replica)
+        exchange(
+            [shard for shard in self._shards if shard.name in self._values],
+            self._optimizer,
+            self._replica,
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self._settings.bf16 else torch.float32
 
     def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        found = [(name, tuple(p.shape), self.compute_dtype) for name, p in self._module.model.named_parameters()]
-        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)]
+        found = [
+            (name, tuple(p.shape), self.compute_dtype)
+            for name, p in self._module.model.named_parameters()
+        ]
+        return found + [
+            (name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)
+        ]
 
     @torch.no_grad()
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,7 +199,12 @@ class FsdpEngine(Engine):
             whole = parameter.detach().to(self.compute_dtype).full_tensor()
             yield name, whole.cpu() if main else torch.empty_like(whole, device="meta")
         for name, buffer in persistent_buffers(self._module.model):
-            yield name, buffer.detach().to("cpu", copy=True) if main else torch.empty_like(buffer, device="meta")
+            yield (
+                name,
+                buffer.detach().to("cpu", copy=True)
+                if main
+                else torch.empty_like(buffer, device="meta"),
+            )
 
 
 def make_mesh(settings: EngineSettings) -> DeviceMesh:
@@ -161,13 +212,20 @@ def make_mesh(settings: EngineSettings) -> DeviceMesh:
     kind, across = settings.device.type, settings.shard_ranks
     if across is None or across == settings.world:
         return init_device_mesh(kind, (settings.world,), mesh_dim_names=(SHARD,))
-    return init_device_mesh(kind, (settings.world // across, across), mesh_dim_names=(REPLICATE, SHARD))
+    return init_device_mesh(
+        kind, (settings.world // across, across), mesh_dim_names=(REPLICATE, SHARD)
+    )
 
 
 def units(model: Any) -> list[nn.Module]:
     """The modules that are gathered and let go together, inner ones first: what the model and its parts call indivisible
-    (transformers' `_no_split_modules`), and embedding and head where their weights are not tied. The rest is gathered with the root."""
-    indivisible = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    (transformers' `_no_split_modules`), and embedding and head where their weights are not tied. The rest is gathered with the root.
+    """
+    indivisible = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
     found = [module for module in model.modules() if type(module).__name__ in indivisible]
     if hasattr(model, "get_input_embeddings"):
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -184,7 +242,13 @@ def first_row(parameter: DTensor, mesh: DeviceMesh) -> int:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: WeightSource, mesh: DeviceMesh, dtype: torch.dtype, device: torch.device) -> None:
+def fill(
+    model: nn.Module,
+    weights: WeightSource,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
     """Give every shard its memory and its rows of the weights, rounded to `dtype` as ZeRO's weights are."""
     places = Places(model)
     for name, parameter in list(model.named_parameters()):
@@ -193,5 +257,12 @@ def fill(model: nn.Module, weights: WeightSource, mesh: DeviceMesh, dtype: torch
         local = torch.empty(held._local_tensor.shape, dtype=held.dtype, device=device)
         if local.numel():
             local.copy_(weights.rows(name, first, first + len(local)).to(dtype))
-        whole = DTensor.from_local(local, held.device_mesh, held.placements, run_check=False, shape=held.shape, stride=held.stride())
+        whole = DTensor.from_local(
+            local,
+            held.device_mesh,
+            held.placements,
+            run_check=False,
+            shape=held.shape,
+            stride=held.stride(),
+        )
         places.put(name, nn.Parameter(whole, requires_grad=held.requires_grad))

@@ -51,7 +51,11 @@ class Shard:
         """Let the optimizer see the shard and its gradient; none counts as zero, so that decay and momentum still apply."""
         self.values.data = self.local()
         grad = self.parameter.grad
-        self.values.grad = torch.zeros_like(self.values) if grad is None else grad._local_tensor.to(self.values.dtype)
+        self.values.grad = (
+            torch.zeros_like(self.values)
+            if grad is None
+            else grad._local_tensor.to(self.values.dtype)
+        )
 
     def release(self) -> None:
         """Drop the gradient."""
@@ -63,7 +67,12 @@ class ShardRange(LocalRange):
     """The part of a shard that this rank speaks for."""
 
     def __init__(self, shard: Shard, optimizer: torch.optim.Optimizer, replica: Replica) -> None:
-        self.name, self.shape, self._shard, self._optimizer = shard.name, shard.shape, shard, optimizer
+        self.name, self.shape, self._shard, self._optimizer = (
+            shard.name,
+            shard.shape,
+            shard,
+            optimizer,
+        )
         self._at, end = part_of(shard.values.numel(), replica)
         self.start, self.length = shard.start + self._at, end - self._at
 
@@ -75,10 +84,16 @@ class ShardRange(LocalRange):
 
     def gradient(self) -> torch.Tensor:
         grad = self._shard.parameter.grad
-        return torch.zeros(self.length, device=self._shard.local().device) if grad is None else self._cut(grad._local_tensor)
+        return (
+            torch.zeros(self.length, device=self._shard.local().device)
+            if grad is None
+            else self._cut(grad._local_tensor)
+        )
 
     def _view(self, key: str) -> torch.Tensor:
-        return self._cut(self._shard.local() if key == MASTER else self._optimizer.state[self._shard.values][key])
+        return self._cut(
+            self._shard.local() if key == MASTER else self._optimizer.state[self._shard.values][key]
+        )
 
     def _cut(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().view(-1).narrow(0, self._at, self.length)
