@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -23,7 +25,7 @@ class OneLLMError(Exception):
         self.what, self.why, self.do = what, why, do
         super().__init__("\n".join(line for line in (what, why, do) if line))
 
-    def __reduce__(self) -> tuple[type[OneLLMError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own pickling would pass the joined message as `what` (loader workers send errors this way).
         return type(self), (self.what, self.why, self.do)
 

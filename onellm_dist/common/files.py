@@ -1,19 +1,36 @@
-"""What was written stays: bytes and names forced to the disk."""
+"""Files that survive a crash: the one atomic write, forced syncs, checksums, and repair of JSON lines."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+STAGED = ".staged"
+"""Suffix of a file that is still being written; only a crash leaves one behind."""
+BLOCK_BYTES = 1 << 22
 TAIL_BYTES = 1 << 16
 
 
+def staged_path(path: Path) -> Path:
+    """The name under which `path` is written before it is renamed into place."""
+    return path.with_name(path.name + STAGED)
+
+
+def unique_name() -> str:
+    """A name that no other process uses, on any machine that shares the disk."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries (names made and renamed in it), to the disk.
+    """Force a file's bytes, or a folder's entries (files created and renamed in it), to the disk.
 
     Raises:
-        OSError: it is not there, or the disk refuses.
+        OSError: `path` does not exist, or the disk refuses.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -22,10 +39,56 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def mend_tail(path: Path) -> None:
-    """Take a last line that a kill cut short from a file of JSON lines: what is appended next would be lost with it.
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`.
 
-    A last line that lacks its newline alone stays. Nobody else may be writing the file; one that is not there is left so.
+    Two processes that write the same file use different temporary names. A failure inside the
+    block leaves `path` as it was and removes the temporary file.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    temporary = staged_path(path.with_name(f"{path.name}.{unique_name()}"))
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8); a reader sees the old file or the new one.
+
+    Raises:
+        OSError: the disk refuses; `path` is unchanged.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks of 4 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def repair_last_line(path: Path) -> None:
+    """Remove a last line that a kill cut short, so that appended JSON lines start on a fresh line.
+
+    A complete last line that only lacks its newline is kept. No other process may be writing the
+    file. A missing file stays missing.
 
     Raises:
         OSError: the disk refuses.

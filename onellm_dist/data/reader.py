@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.data.cache import ChunkCache
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, span_with_retries
-from onellm_dist.data.text import TEXT_EXTENSIONS, meta_of
+from onellm_dist.data.text import meta_of
 from onellm_dist.data.token_counts import UNREADABLE, token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part

@@ -29,8 +29,6 @@ from onellm_dist.packed import IGNORE
 
 TextFormat = Literal["caption", "conversation", "chat"]
 FORMATS: tuple[TextFormat, ...] = ("caption", "conversation", "chat")
-TEXT_EXTENSIONS = ("txt", "json")
-"""Parts that hold text; of a caption `.txt` goes first."""
 HEADER = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"

@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.common.resources import user_cache
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.data.captions import chosen_captions
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, read_with_retries
-from onellm_dist.data.text import TEXT_EXTENSIONS, TextEncoder
+from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.index import SampleSpan, parts_in, span_of

@@ -13,7 +13,7 @@ import torch
 
 from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.files import mend_tail
+from onellm_dist.common.files import repair_last_line
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.micro_batch import MicroBatch
@@ -284,7 +284,7 @@ def _open_records(
     if world.main:
         prepare_directory(config, found.folder)
         take_over(config, found)
-        mend_tail(config.run.dir / EVENTS)
+        repair_last_line(config.run.dir / EVENTS)
         write_stream(
             config.run.dir / LEDGER,
             plan.data_phases,

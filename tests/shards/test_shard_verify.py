@@ -221,13 +221,13 @@ def test_a_missing_part_of_the_modality_or_the_text(tmp_path: Path) -> None:
 def test_files_that_nothing_reads(dataset: Dataset) -> None:
     write_tree(
         dataset.root,
-        {"shards/extra.tar": b"", "shards/train-000009.tar.aside": b"", "shards/notes.md": b""},
+        {"shards/extra.tar": b"", "shards/train-000009.tar.staged": b"", "shards/notes.md": b""},
     )
     assert {
         (p.shard, p.what.split(":")[0].split(" from")[0]) for p in verify_dataset(dataset.root)
     } == {
         ("shards/extra.tar", "not in the manifest"),
-        ("shards/train-000009.tar.aside", "left over"),
+        ("shards/train-000009.tar.staged", "left over"),
     }
 
 

@@ -197,7 +197,7 @@ def test_a_killed_writer_leaves_nothing_under_a_final_name(tmp_path: Path) -> No
     root = tmp_path / "set"
     writer = DatasetWriter(root, name="n", modalities=())
     writer.add("train", "a", {"txt": b"x"})
-    assert list(all_bytes(root)) == ["shards/train-000000.tar.aside"]
+    assert list(all_bytes(root)) == ["shards/train-000000.tar.staged"]
     with pytest.raises(UsageError, match="half-written"):
         DatasetWriter(root, name="n", modalities=())
     writer.abandon()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from stand_in import pack, sample
 
-from onellm_dist.common.files import mend_tail
+from onellm_dist.common.files import repair_last_line
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.slurm.attempts import append_attempt, this_attempt
 from onellm_dist.train.checkpoint.folder import MANIFEST, checkpoint_name
@@ -186,10 +186,10 @@ def test_a_torn_last_line_goes_and_nothing_else(
     tmp_path: Path, before: bytes, after: bytes
 ) -> None:
     path = tmp_path / "x.jsonl"
-    mend_tail(path)
+    repair_last_line(path)
     assert not path.exists()
     path.write_bytes(before)
-    mend_tail(path)
+    repair_last_line(path)
     assert path.read_bytes() == after
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
+
+from onellm_dist.common.files import write_atomic
 
 STYLE = """
 :root{--fg:#1b1f24;--bg:#fff;--dim:#667;--line:#d8dce2;--soft:#f5f6f8}
@@ -67,8 +68,5 @@ def html_table(
 def write_page(path: Path, page: str) -> None:
     """Write the page: under its name it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    aside.write_text(
-        page, encoding="utf-8", errors="replace"
-    )  # captions may hold half a surrogate pair
-    aside.replace(path)
+    # Captions may hold half of a surrogate pair.
+    write_atomic(path, page.encode("utf-8", errors="replace"))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import STAGED
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.finish import all_records, finish, quarantine_bytes
 from onellm_dist.shards.build.plan import (
@@ -51,7 +52,6 @@ from onellm_dist.shards.build.workers import LEASES, Lease, Task, build_units, l
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest
 from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.sources.base import BuildReport, RawSample, Source
-from onellm_dist.shards.storage.files import ASIDE
 from onellm_dist.shards.storage.paths import StoragePath, remove_tree, write
 
 _DATASET, _SCRATCH, _PLANNING, _PLACING = "dataset", "scratch", "plan", "placing"
@@ -221,7 +221,9 @@ def _build(
             _energon(request, final, done.manifest, scratch)
             write(final / MANIFEST, done.manifest.to_bytes())  # last: with it the dataset is whole
             if isinstance(final, Path):
-                for left in final.rglob(f"*{ASIDE}"):  # of a process that was killed while it wrote
+                for left in final.rglob(
+                    f"*{STAGED}"
+                ):  # of a process that was killed while it wrote
                     left.unlink()
                 write(base / _PLACING, b"")
                 put_in_place(final, Path(os.path.abspath(str(request.out))))

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import sync, unique_name
 from onellm_dist.common.progress import progress
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.build.duplicates import duplicates
 from onellm_dist.shards.build.staging import QUARANTINE
 from onellm_dist.shards.build.task import (
@@ -36,7 +37,6 @@ from onellm_dist.shards.format.dataset import SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex, index_path_of
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.sources.base import Quarantined
-from onellm_dist.shards.storage.files import private_name
 from onellm_dist.shards.storage.paths import StoragePath, move, put, write
 
 STATISTICS = "statistics.json"
@@ -94,7 +94,7 @@ def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finis
     account.check_end()
     moves = [m for r in records for m in _moves(r, repeated.get(r.unit, {}))]
     shards = [s for s in _settled(job, moves, final, workers) if s is not None]
-    text = tuple(e for e in ("txt", "json") if all(e in r.text for r in records if r.shards))
+    text = tuple(e for e in TEXT_EXTENSIONS if all(e in r.text for r in records if r.shards))
     manifest = Manifest(
         settings.name,
         plan.modalities,
@@ -133,7 +133,7 @@ def all_records(job: Job) -> Built | None:
         Account(job.plan.total, job.plan.settings.max_failures),
         Counter[str](),
     )
-    own = job.scratch / private_name()
+    own = job.scratch / unique_name()
     own.mkdir(parents=True, exist_ok=True)
     with (own / QUARANTINE).open("wb") as file:
         for unit in job.plan.units:
@@ -194,7 +194,7 @@ def _local(job: Job, place: StoragePath) -> Iterator[Path]:
     if isinstance(place, Path):
         yield place
         return
-    own = job.scratch / private_name()
+    own = job.scratch / unique_name()
     own.mkdir(parents=True, exist_ok=True)
     copy = own / place.name
     copy.write_bytes(place.read_bytes())
@@ -261,7 +261,7 @@ def _without(
     drop = set(shard.drop)
     if len(drop) == index.samples:
         return None
-    own = job.scratch / private_name() / "kept"
+    own = job.scratch / unique_name() / "kept"
     own.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(own / tar.name, path=shard.info.path, split=shard.info.split)
     with tar.open("rb") as file:

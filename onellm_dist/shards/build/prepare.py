@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.build.filters import dropped_by_hash, dropped_by_meta
 from onellm_dist.shards.build.images import dhash, encode_again, picture_extensions
 from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
 from onellm_dist.shards.format.writer import check_names, check_parts
 from onellm_dist.shards.sources.base import BadSample, Media, RawSample
 

@@ -18,15 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.files import unique_name
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.build.plan import Plan, ShardTask, unit_raw_samples
 from onellm_dist.shards.build.prepare import Outcome, prepare
 from onellm_dist.shards.build.registry import get_source
-from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS, ShardInfo
+from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import index_path_of
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.writer import shard_path
 from onellm_dist.shards.sources.base import Quarantined, RawSample
-from onellm_dist.shards.storage.files import private_name
 from onellm_dist.shards.storage.paths import StoragePath, put, write
 
 BUILT, DONE = "built", "done"
@@ -171,7 +172,7 @@ class _Shards:
         if self.current is None:
             path = shard_path(self.unit.split, self.unit.shard, len(self.done))
             own = (
-                self.job.scratch / private_name()
+                self.job.scratch / unique_name()
             )  # a builder that was thought dead may still be writing this shard
             own.mkdir(parents=True, exist_ok=True)
             self.current = ShardWriter(own / Path(path).name, path=path, split=self.unit.split)
@@ -293,7 +294,5 @@ class TooManyFailures(OneLLMError):
             "repair them (listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
         )
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[TooManyFailures], tuple[list[Quarantined], int, int, float, int]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.bad, self.seen, self.total, self.max_failures, self.failures)

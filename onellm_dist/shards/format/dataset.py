@@ -28,8 +28,6 @@ MANIFEST = "manifest.json"
 FORMAT = "onellm-shards"
 VERSION = 1
 SHARD_FOLDER = "shards"
-TEXT_EXTENSIONS = ("txt", "json")
-"""The parts that hold a sample's text: a UTF-8 caption; `{"caption": ..., "conversations": [...], ...}`."""
 _OPEN_INDEXES = 256
 
 

@@ -24,9 +24,9 @@ import yaml
 from braceexpand import braceexpand
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import unique_name
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex
-from onellm_dist.shards.storage.files import private_name
 from onellm_dist.shards.storage.paths import StoragePath, put, write
 
 ENERGON_VERSION = "7.4.1"
@@ -106,7 +106,7 @@ def write_energon(
 
 def _write_database(root: StoragePath, shards: Sequence[ShardInfo], scratch: Path) -> None:
     """index.sqlite, made locally (SQLite cannot write to stores), and each tar's `.idx` on the way."""
-    local = scratch / f"{private_name()}.sqlite"
+    local = scratch / f"{unique_name()}.sqlite"
     with closing(sqlite3.connect(local)) as database:
         # The file is thrown away after a crash, so nothing needs to be journalled.
         database.execute("PRAGMA journal_mode = OFF")

@@ -397,10 +397,10 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 def write_index(tar: Path, data: bytes) -> Path:
     """Puts an index's bytes beside its tar: aside, synced, renamed."""
-    from onellm_dist.shards.storage.files import write_whole
+    from onellm_dist.common.files import write_atomic
 
     target = index_path_of(tar)
-    write_whole(target, data)
+    write_atomic(target, data)
     return target
 
 

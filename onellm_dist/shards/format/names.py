@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import Modality, all_modalities, get_modality
-from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
 from onellm_dist.shards.storage.paths import RemotePath
 
 TEXT_ONLY = "text"

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import staged_path, sync
 from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import (
     IndexRows,
@@ -22,7 +22,6 @@ from onellm_dist.shards.format.index import (
     text_length,
     write_index,
 )
-from onellm_dist.shards.storage.files import aside
 
 BLOCK = 512
 OWNER = "onellm"
@@ -74,7 +73,7 @@ class ShardWriter:
         self.content = 0
         """Bytes of all parts until now."""
         self._rows = IndexRows()
-        self._file = aside(target).open("wb", buffering=0)
+        self._file = staged_path(target).open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._pieces: list[bytes] = []
         self._gathered = 0
@@ -129,11 +128,11 @@ class ShardWriter:
                 end=end,
             ),
         )
-        aside(self.target).replace(self.target)
+        staged_path(self.target).replace(self.target)
         sync(self.target.parent)
         return ShardInfo(self.path, self.split, self.samples, self._offset, digest)
 
     def abandon(self) -> None:
         """Removes what was written."""
         self._file.close()
-        aside(self.target).unlink(missing_ok=True)
+        staged_path(self.target).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.format.index import IndexRows, PartLocation, text_length
 
 BLOCK = 512
@@ -191,9 +192,9 @@ class _Scanner:
                     member.offset_data,
                 )
             crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-            if extension in ("txt", "json"):
+            if extension in TEXT_EXTENSIONS:
                 kept += chunk
-        if extension in ("txt", "json"):
+        if extension in TEXT_EXTENSIONS:
             self.texts[extension] = bytes(kept)
         return PartLocation(member.offset_data, member.size, crc)
 

@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Any
 
 from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import STAGED, sync, write_atomic
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.dataset import (
     MANIFEST,
     SHARD_FOLDER,
-    TEXT_EXTENSIONS,
     Dataset,
     Manifest,
     ShardInfo,
@@ -27,7 +27,6 @@ from onellm_dist.shards.format.dataset import (
 from onellm_dist.shards.format.index import SUFFIX
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import split_name
-from onellm_dist.shards.storage.files import ASIDE, write_whole
 
 MAX_SAMPLES = 10_000
 MAX_BYTES = 1 << 30
@@ -35,7 +34,7 @@ _NAME = re.compile(r"\w[\w.-]*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _OURS = re.compile(
-    rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(ASIDE)})?"
+    rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(STAGED)})?"
 )
 
 
@@ -187,7 +186,7 @@ class DatasetWriter:
             tuple(sorted(self._shards, key=lambda s: s.path)),
             self._attributes,
         )
-        write_whole(self.root / MANIFEST, manifest.to_bytes())
+        write_atomic(self.root / MANIFEST, manifest.to_bytes())
         return open_dataset(self.root)
 
     def abandon(self) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import sync
-from onellm_dist.shards.storage.files import aside, write_whole
+from onellm_dist.common.files import staged_path, sync, write_atomic
 
 if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
@@ -191,7 +190,7 @@ def place(text: str | Path | RemotePath) -> StoragePath:
 def write(target: StoragePath, data: bytes) -> None:
     """Writes a whole file: locally aside, synced and renamed; remotely in one put."""
     if isinstance(target, Path):
-        write_whole(target, data)
+        write_atomic(target, data)
     else:
         target.write_bytes(data)
 
@@ -221,8 +220,8 @@ def put(source: Path, target: StoragePath) -> None:
         if device == target.parent.stat().st_dev:
             source.replace(target)
         else:
-            shutil.copyfile(source, aside(target))
-            aside(target).replace(target)
+            shutil.copyfile(source, staged_path(target))
+            staged_path(target).replace(target)
         sync(target.parent)
     else:
         target._fs.put_file(str(source), target._key)

@@ -11,19 +11,14 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.common.files import write_atomic
 from onellm_dist.common.progress import progress
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import (
-    MANIFEST,
-    TEXT_EXTENSIONS,
-    Dataset,
-    Manifest,
-    ShardInfo,
-)
+from onellm_dist.shards.format.dataset import MANIFEST, Dataset, Manifest, ShardInfo
 from onellm_dist.shards.format.energon import energon_splits
 from onellm_dist.shards.format.index import ShardIndex, index_path_of, try_index_tar
 from onellm_dist.shards.format.names import dataset_name, infer_modalities
-from onellm_dist.shards.storage.files import write_whole
 
 SOURCE_NAME = "index"
 """The `source` of a manifest that was made for tars of others."""
@@ -94,7 +89,7 @@ def index_path(
         _compare(path, old)
         return Adopted(len(tars), sum(s.samples for s in old.shards), path / MANIFEST, kept)
     manifest = _manifest(path, tars, modalities, name, split, licence)
-    write_whole(path / MANIFEST, manifest.to_bytes())
+    write_atomic(path / MANIFEST, manifest.to_bytes())
     return Adopted(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST, kept)
 
 

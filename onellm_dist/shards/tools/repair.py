@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError
+from onellm_dist.common.files import STAGED, write_atomic
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import quarantine_bytes
@@ -40,7 +41,6 @@ from onellm_dist.shards.format.index import PartLocation, ShardIndex, index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import salvage_tar, sha256_of
 from onellm_dist.shards.sources.base import Quarantined
-from onellm_dist.shards.storage.files import ASIDE, write_whole
 from onellm_dist.shards.tools.repeated_keys import KeyBook, hashes_of
 
 DAMAGED = ".damaged"
@@ -78,15 +78,15 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
             "restore the tars, or build again.",
         )
     for path in (
-        sorted((root / SHARD_FOLDER).glob(f"*{ASIDE}")) if (root / SHARD_FOLDER).is_dir() else []
+        sorted((root / SHARD_FOLDER).glob(f"*{STAGED}")) if (root / SHARD_FOLDER).is_dir() else []
     ):
         path.unlink()
         done.append(f"{path.relative_to(root)}: left over from a writer that was stopped; removed")
     if lost:
         old = (root / REPAIRED).read_bytes() if (root / REPAIRED).exists() else b""
-        write_whole(root / REPAIRED, old + quarantine_bytes(lost))
+        write_atomic(root / REPAIRED, old + quarantine_bytes(lost))
     if tuple(shards) != manifest.shards:
-        write_whole(root / MANIFEST, replace(manifest, shards=tuple(shards)).to_bytes())
+        write_atomic(root / MANIFEST, replace(manifest, shards=tuple(shards)).to_bytes())
     if done and (root / META).is_dir():
         write_energon(root)
     return done

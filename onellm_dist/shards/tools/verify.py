@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
+from onellm_dist.common.files import STAGED
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, no_dataset
 from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, index_path_of
 from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_of
-from onellm_dist.shards.storage.files import ASIDE
 from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
 
 
@@ -305,7 +305,7 @@ def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
     for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
         for entry in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
             relative = (PurePosixPath(folder) / entry.name).as_posix()
-            if entry.name.endswith(ASIDE):
+            if entry.name.endswith(STAGED):
                 problems.append(
                     Problem(relative, "left over from a writer that was stopped; it may be removed")
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +16,13 @@ def named_groups(model: nn.Module, groups: Sequence[dict[str, object]]) -> list[
 
 
 def grouped(
-    groups: Sequence[dict[str, object]], parameters: dict[str, nn.Parameter]
-) -> list[dict[str, object]]:
+    groups: Sequence[dict[str, Any]], parameters: dict[str, nn.Parameter]
+) -> list[dict[str, Any]]:
     """What `named_groups` gave, with these parameters; names that are missing are left out."""
     return [
         {**group, "params": [parameters[n] for n in group["params"] if n in parameters]}
         for group in groups
-    ]  # type: ignore[attr-defined]
+    ]
 
 
 class Places:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onellm_dist.common.files import mend_tail, sync
+from onellm_dist.common.files import repair_last_line, sync
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.packed import PackedBatch
 
@@ -39,9 +39,9 @@ class Ledger:
             os.open(folder / PROGRESS, os.O_RDWR | os.O_CREAT, 0o644) if rank == 0 else None
         )
         self._path = folder / f"skipped_samples-rank{rank:05d}.jsonl"
-        mend_tail(self._path)
+        repair_last_line(self._path)
         if rank == 0:
-            mend_tail(folder / STARTS)
+            repair_last_line(folder / STARTS)
         self.known: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
         for path in sorted(folder.glob("skipped_samples-rank*.jsonl")):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.files import mend_tail
+from onellm_dist.common.files import repair_last_line
 from onellm_dist.train.checkpoint.files import damaged
 from onellm_dist.train.checkpoint.folder import (
     checkpoint_name,
@@ -52,7 +52,7 @@ class Marks:
     def __init__(self, folder: Path, *, main: bool) -> None:
         self._path = folder / MARKS
         if main:
-            mend_tail(self._path)
+            repair_last_line(self._path)
         self.known: dict[str, str] = {}
         """Sample id (with its epoch) -> reason."""
         self.rollbacks = 0

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
 from onellm_dist.shards.format.names import (
     infer_modalities,
     parts_of_modality,

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.shards.format.dataset import TEXT_EXTENSIONS
 from onellm_dist.shards.format.names import (
     infer_modalities,
     parts_of_modality,

@@ -1,0 +1,77 @@
+"""Logging with the rank in front, for everything outside the command line's own output."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+ROOT = "onellm_dist"
+
+
+class _Format(logging.Formatter):
+    """INFO as the bare message; other levels with their name."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self._prefix = prefix
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return f"{self._prefix}{level}{message}"
+
+
+class _CurrentStream(logging.StreamHandler[TextIO]):
+    """Writes to whatever `sys.stdout` or `sys.stderr` is at the time, and never ends a run."""
+
+    def __init__(self, *, errors: bool) -> None:
+        self._errors = errors
+        super().__init__()
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr if self._errors else sys.stdout
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Ignored: the stream is looked up at every record."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Drop a record that cannot be written (a closed pipe, a full disk)."""
+
+
+def _warnings(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _information(record: logging.LogRecord) -> bool:
+    return not _warnings(record)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module; pass `__name__`."""
+    return logging.getLogger(name)
+
+
+def configure_logging(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
+    """Send the package's records to the terminal: up to INFO on stdout, warnings on stderr.
+
+    Args:
+        rank: put in front of each line where there are several ranks and this is not rank 0.
+        world_size: number of ranks.
+        level: the lowest level shown; ranks other than 0 show warnings and errors alone.
+    """
+    logger = logging.getLogger(ROOT)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    prefix = f"rank {rank}: " if world_size > 1 and rank else ""
+    for errors in (False, True):
+        handler = _CurrentStream(errors=errors)
+        handler.setFormatter(_Format(prefix))
+        handler.addFilter(_warnings if errors else _information)
+        logger.addHandler(handler)
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logger.propagate = False
