@@ -127,9 +127,11 @@ def launch(
             min=0, help="Failures in a row, without a new checkpoint, before it halts [5]."
         ),
     ] = None,
-    signal_notice: Annotated[
+    grace_period: Annotated[
         int | None,
-        typer.Option(help="Seconds of notice before the time limit; the last save must fit [300]."),
+        typer.Option(
+            help="Seconds of grace period before the time limit; the last save must fit [300]."
+        ),
     ] = None,
     preflight: Annotated[
         bool,
@@ -165,7 +167,7 @@ def launch(
         "container": container,
         "container_runtime": container_runtime,
         "max_requeues": max_requeues,
-        "signal_notice_s": signal_notice,
+        "grace_period_s": grace_period,
         "name": job_name,
         "python": python,
         "mounts": mount or [],

@@ -15,10 +15,10 @@ class Ranks:
     """This process's place in the run, and where the ranks meet."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
     """Place among the ranks of this node; picks the GPU."""
-    local_world: int
+    local_world_size: int
     """Ranks of this node; they share its cores."""
     address: str
     """Host of rank 0."""
@@ -33,9 +33,9 @@ class Ranks:
         os.environ.pop("LOCAL_SIZE", None)
         os.environ.update(
             RANK=str(self.rank),
-            WORLD_SIZE=str(self.world),
+            WORLD_SIZE=str(self.world_size),
             LOCAL_RANK=str(self.local_rank),
-            LOCAL_WORLD_SIZE=str(self.local_world),
+            LOCAL_WORLD_SIZE=str(self.local_world_size),
             MASTER_ADDR=self.address,
             MASTER_PORT=str(self.port),
         )
@@ -54,9 +54,9 @@ def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
         found = slurm_ranks(env)
         return None if found is None else Ranks(*found)
     try:
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+        rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", rank))
-        local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world)
+        local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
         port = int(env.get("MASTER_PORT", 29500))
     except ValueError as error:
         raise UsageError(
@@ -64,10 +64,11 @@ def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
             "the ranks cannot meet.",
             "start through deepspeed, torchrun or srun.",
         ) from None
-    if not 0 <= rank < world:
+    if not 0 <= rank < world_size:
         raise UsageError(
-            f"RANK={rank} with WORLD_SIZE={world}",
+            f"RANK={rank} with WORLD_SIZE={world_size}",
             "ranks count from 0.",
             "unset both to start alone, or use a launcher.",
         )
-    return Ranks(rank, world, local_rank, local_world, env.get("MASTER_ADDR", "127.0.0.1"), port)
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    return Ranks(rank, world_size, local_rank, local_world_size, address, port)

@@ -352,12 +352,12 @@ def _speed(facts: Facts) -> Iterator[Finding]:
 def _checkpoints(facts: Facts) -> Iterator[Finding]:
     troubles = facts.troubles
     if troubles.late:
-        worst, notice = number(troubles.late[0].get("seconds")), troubles.notice or 0.0
+        worst, grace = number(troubles.late[0].get("seconds")), troubles.grace_period or 0.0
         yield Finding(
             "bad",
             f"{len(troubles.late)} of {len(troubles.checkpoints)} checkpoints took longer than the "
-            f"{span(notice)} of notice that the job gives (the longest {span(worst)}): a preemption would lose work. "
-            "Ask for more (onellm launch --signal-notice).",
+            f"job's grace period of {span(grace)} (the longest {span(worst)}): a preemption would lose work. "
+            "Raise it (onellm launch --grace-period).",
         )
     share = (
         facts.account.parts["checkpoints"] / facts.account.allocated

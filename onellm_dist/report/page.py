@@ -390,8 +390,8 @@ def _troubles(facts: Facts) -> Iterator[str]:
             words += (
                 f" Training stood still for {span(sum(stalls))} of it, {max(stalls):.3g} s at most."
             )
-        if t.notice is not None:
-            words += f" The job gives {span(t.notice)} of notice: " + (
+        if t.grace_period is not None:
+            words += f" The job's grace period is {span(t.grace_period)}: " + (
                 f"{len(t.late)} took longer." if t.late else "every one of them fits."
             )
         yield f"<p>{escape(words)}</p>"

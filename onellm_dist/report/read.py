@@ -47,7 +47,7 @@ NUMBERS = frozenset(
         "mfu",
         "lost_seconds",
         "stall_seconds",
-        "notice_seconds",
+        "grace_period_seconds",
     )
 )
 TEXTS = frozenset(

@@ -102,8 +102,8 @@ def summary_json(facts: Facts, summary: Summary, findings: Sequence[Finding]) ->
             "checkpoint_longest_seconds": number(troubles.checkpoints[0].get("seconds"))
             if troubles.checkpoints
             else None,
-            "notice_seconds": troubles.notice,
-            "checkpoints_longer_than_notice": len(troubles.late),
+            "grace_period_seconds": troubles.grace_period,
+            "checkpoints_longer_than_grace_period": len(troubles.late),
             "other_events": [{k: v for k, v in e.items() if k != "at"} for e in troubles.others],
         },
         "broken_lines": dict(facts.files.broken_lines),

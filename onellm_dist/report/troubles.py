@@ -24,7 +24,7 @@ ROUTINE = (
     "export",
     "data_phase",
     "best",
-    "notice_short",
+    "grace_period_short",
 )
 """Events that tell of nothing wrong."""
 _HANDLED = ("step_skipped", "skipped_samples", *ROUTINE)
@@ -62,16 +62,16 @@ class Troubles:
     """(step, gradient norm, the median of the steps before)."""
     others: list[Entry] = field(default_factory=list)
     """Events that are not routine: hangs, roll-backs, warnings, and what this version does not know."""
-    notice: float | None = None
+    grace_period: float | None = None
     """Seconds of warning that the job gives before its end, where a start or a save told it."""
 
     @property
     def late(self) -> list[Entry]:
-        """Checkpoints that took longer than the notice."""
+        """Checkpoints that took longer than the grace period."""
         return [
             c
             for c in self.checkpoints
-            if self.notice is not None and number(c.get("seconds")) > self.notice
+            if self.grace_period is not None and number(c.get("seconds")) > self.grace_period
         ]
 
 
@@ -92,7 +92,7 @@ def troubles_of(files: RunFiles, attempts: Sequence[Attempt]) -> Troubles:
     ]
     slow.sort(key=lambda s: -s.seconds)
     checkpoints = sorted(files.of("checkpoint"), key=lambda e: -number(e.get("seconds")))
-    told = [n for e in files.events if (n := pick(e, "notice_seconds", "notice")) is not None]
+    grace = [n for e in files.events if (n := pick(e, "grace_period_seconds")) is not None]
     return Troubles(
         typical,
         slow,
@@ -103,7 +103,7 @@ def troubles_of(files: RunFiles, attempts: Sequence[Attempt]) -> Troubles:
         files.skipped_samples,
         _spikes(files.steps),
         [e for e in files.events if e.get("event") not in _HANDLED],
-        number(told[-1]) if told else None,
+        number(grace[-1]) if grace else None,
     )
 
 

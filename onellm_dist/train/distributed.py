@@ -26,7 +26,7 @@ class World:
 
     rank: int
     size: int
-    local_world: int
+    local_world_size: int
     device: torch.device
 
     @property
@@ -69,7 +69,7 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     device = torch.device("cpu")
     if cuda:
         device = torch.device(
-            "cuda", gpu_of(ranks.local_rank, ranks.local_world, torch.cuda.device_count())
+            "cuda", gpu_of(ranks.local_rank, ranks.local_world_size, torch.cuda.device_count())
         )
         os.environ["LOCAL_RANK"] = str(
             device.index
@@ -77,7 +77,7 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
         torch.cuda.set_device(device)
     # torchrun sets OMP_NUM_THREADS=1 and deepspeed leaves it unset (every rank then takes all cores).
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_per_rank(ranks.local_world))
+        torch.set_num_threads(threads_per_rank(ranks.local_world_size))
     backend = "nccl" if cuda else "gloo"
     timeout = timeout_of(guard or StabilitySection())
     # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than stability.hang_minutes.
@@ -85,11 +85,11 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     dist.init_process_group(
         backend,
         rank=ranks.rank,
-        world_size=ranks.world,
+        world_size=ranks.world_size,
         timeout=timeout,
         device_id=device if cuda else None,
     )
-    return World(ranks.rank, ranks.world, ranks.local_world, device)
+    return World(ranks.rank, ranks.world_size, ranks.local_world_size, device)
 
 
 def timeout_of(stability: StabilitySection) -> timedelta:
@@ -103,7 +103,7 @@ def timeout_of(stability: StabilitySection) -> timedelta:
     return timedelta(minutes=max(limits) + SLACK_MINUTES)
 
 
-def gpu_of(local_rank: int, local_world: int, visible: int) -> int:
+def gpu_of(local_rank: int, local_world_size: int, visible: int) -> int:
     """Index of this rank's GPU among those that its process sees: its own, or the only one where each task is shown one.
 
     Raises:
@@ -111,18 +111,18 @@ def gpu_of(local_rank: int, local_world: int, visible: int) -> int:
     """
     if visible == 1:
         return 0
-    if visible < local_world:
+    if visible < local_world_size:
         raise UsageError(
-            f"{local_world} ranks on this node, and this process sees {visible} GPUs",
+            f"{local_world_size} ranks on this node, and this process sees {visible} GPUs",
             "two ranks cannot share a GPU, NCCL refuses it.",
             f"start {visible} ranks a node, or show each rank every GPU (--gpus-per-node) or its own alone (--gpus-per-task=1).",
         )
     return local_rank
 
 
-def threads_per_rank(local_world: int) -> int:
+def threads_per_rank(local_world_size: int) -> int:
     """Cores this process may use, shared evenly among the ranks of the node; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, local_world))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local_world_size))
 
 
 def leave() -> None:

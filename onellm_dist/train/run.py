@@ -152,7 +152,7 @@ def _gpus() -> int:
 
 
 def _say(ranks: Ranks, message: str) -> None:
-    prefix = "" if ranks.world == 1 else f"rank {ranks.rank}: "
+    prefix = "" if ranks.world_size == 1 else f"rank {ranks.rank}: "
     print(f"{prefix}{message}", file=sys.stderr, flush=True)
 
 

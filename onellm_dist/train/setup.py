@@ -25,7 +25,7 @@ from onellm_dist.model.lazy_weights import Weights, open_model
 from onellm_dist.model.recompute import activation_checkpointing
 from onellm_dist.train.callbacks.best_model import BEST, Best
 from onellm_dist.train.callbacks.experts import RouterWatch
-from onellm_dist.train.callbacks.grace_period import NoticeWatch, notice_seconds
+from onellm_dist.train.callbacks.grace_period import GracePeriodWatch, grace_period_seconds
 from onellm_dist.train.callbacks.preemption import StopRequest
 from onellm_dist.train.callbacks.profiler import Profiler
 from onellm_dist.train.callbacks.sample_generation import SAMPLES, Answers
@@ -240,7 +240,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
             config.checkpoint,
             partial(_about, config, plan, guard),
             partial(describe_source, config, manifest.get("frozen")),
-            NoticeWatch(events.write, notice_seconds()),
+            GracePeriodWatch(events.write, grace_period_seconds()),
         ),
         open_metrics(first_step),
         events,
@@ -520,8 +520,8 @@ def _tell_start(run: Run, resume: Path | None) -> None:
         trainable=trained,
         threads=torch.get_num_threads(),
         onellm_dist=__version__,
-        nodes=run.world.size // run.world.local_world,
-        notice_seconds=notice_seconds(),
+        nodes=run.world.size // run.world.local_world_size,
+        grace_period_seconds=grace_period_seconds(),
         **_slurm(os.environ),
         say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
         f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",

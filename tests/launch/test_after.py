@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.slurm.after import Verdict, begin, end, main, notice_warning
+from onellm_dist.launch.slurm.after import Verdict, begin, end, main, grace_period_warning
 from onellm_dist.launch.slurm.attempts import ATTEMPTS, now, read_attempts
 
 
@@ -267,7 +267,7 @@ def test_a_preflight_without_a_verdict_is_a_failed_start_and_a_stopped_one_a_pre
 
 def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) -> None:
     history.run_dir.mkdir()
-    assert notice_warning(history.run_dir, 1) == ""
+    assert grace_period_warning(history.run_dir, 1) == ""
     lines = [
         {"event": "checkpoint", "seconds": 9.0},
         {"event": "checkpoint", "seconds": 40.0},
@@ -276,10 +276,10 @@ def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) ->
     (history.run_dir / "events.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    assert notice_warning(history.run_dir, 80) == ""
-    assert "took 40 s" in notice_warning(
+    assert grace_period_warning(history.run_dir, 80) == ""
+    assert "took 40 s" in grace_period_warning(
         history.run_dir, 79
-    ) and "--signal-notice 160" in notice_warning(history.run_dir, 79)
+    ) and "--grace-period 160" in grace_period_warning(history.run_dir, 79)
 
 
 def test_the_ranks_of_a_start_are_recorded(

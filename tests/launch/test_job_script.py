@@ -98,7 +98,7 @@ def test_the_header_says_what_was_asked() -> None:
             qos="q",
             exclude="gpu[07,12]",
             time="2-0",
-            signal_notice_s=600,
+            grace_period_s=600,
         )
     )
     asked = "--nodes=1-4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"
@@ -126,8 +126,8 @@ def test_the_header_says_what_was_asked() -> None:
         ({"ranks_per_node": 0}, "--ranks-per-node"),
         ({"starter": "deepspeed", "container": "x"}, "ssh"),
         ({"time": "soon"}, "--time"),
-        ({"time": "5"}, "--signal-notice"),
-        ({"signal_notice_s": 0}, "--signal-notice"),
+        ({"time": "5"}, "--grace-period"),
+        ({"grace_period_s": 0}, "--grace-period"),
         ({"partition": "a b"}, "--partition"),
         ({"name": "a;$(rm)"}, "--job-name"),
     ],

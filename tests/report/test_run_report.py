@@ -410,10 +410,10 @@ def test_a_healthy_run_has_nothing_that_stands_out(tmp_path: Path) -> None:
 
 
 def test_saves_that_do_not_fit_into_the_notice_are_told(four_starts: Facts) -> None:
-    late = replace(four_starts, troubles=replace(four_starts.troubles, notice=10.0))
-    assert "took longer than the 10 s of notice" in said(late).replace("\n", " ")
+    late = replace(four_starts, troubles=replace(four_starts.troubles, grace_period=10.0))
+    assert "took longer than the job's grace period of 10 s" in said(late).replace("\n", " ")
     assert "longer than the 100 s" not in said(
-        replace(four_starts, troubles=replace(four_starts.troubles, notice=100.0))
+        replace(four_starts, troubles=replace(four_starts.troubles, grace_period=100.0))
     )
 
 

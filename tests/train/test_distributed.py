@@ -18,14 +18,14 @@ from onellm_dist.train.distributed import gpu_of, join, timeout_of
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "local_world", "visible", "gpu"),
+    ("local_rank", "local_world_size", "visible", "gpu"),
     [(3, 8, 8, 3), (3, 4, 8, 3), (3, 4, 1, 0), (0, 1, 1, 0), (0, 1, 8, 0)],
     ids=["all", "more_gpus", "one_a_task", "alone", "alone_of_many"],
 )
 def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(
-    local_rank: int, local_world: int, visible: int, gpu: int
+    local_rank: int, local_world_size: int, visible: int, gpu: int
 ) -> None:
-    assert gpu_of(local_rank, local_world, visible) == gpu
+    assert gpu_of(local_rank, local_world_size, visible) == gpu
 
 
 def test_fewer_gpus_than_ranks_are_refused() -> None:

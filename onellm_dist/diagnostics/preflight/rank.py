@@ -268,8 +268,10 @@ def roll_call(
     """
     meeting.put(f"hello/{ranks.rank}", node)
     if ranks.rank == 0:
-        came = meeting.collect("hello", range(ranks.world), options.wait)
-        missing = {rank: expected.get(rank, "") for rank in range(ranks.world) if rank not in came}
+        came = meeting.collect("hello", range(ranks.world_size), options.wait)
+        missing = {
+            rank: expected.get(rank, "") for rank in range(ranks.world_size) if rank not in came
+        }
         meeting.put(
             "roll", [[[rank, came[rank]] for rank in sorted(came)], sorted(missing.items())]
         )

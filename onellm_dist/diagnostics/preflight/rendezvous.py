@@ -31,7 +31,7 @@ class Meeting:
     """
 
     def __init__(self, ranks: Ranks, wait: float, *, agent: bool = False) -> None:
-        self.rank, self.world = ranks.rank, ranks.world
+        self.rank, self.world = ranks.rank, ranks.world_size
         self._place = (ranks.address, ranks.port, agent)
         self._store = PrefixStore(
             "preflight", self._connect(wait, hold=ranks.rank == 0 and not agent)

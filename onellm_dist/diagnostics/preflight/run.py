@@ -167,7 +167,7 @@ def _conclude(
             nodes.setdefault(name, []).append(rank)
     needs, unknown = None, list[Fault]()
     try:
-        needs = asdict(needs_of(config, ranks.world, gpus=_gpus() > 0)) if config else None
+        needs = asdict(needs_of(config, ranks.world_size, gpus=_gpus() > 0)) if config else None
     except OneLLMError as error:
         unknown = [Fault("fail", "", error.what, error.do)]
     found = Findings(nodes, reports, missing, left_behind, skews, needs)

@@ -1,6 +1,6 @@
 """What a job script asks around a start of the run: `begin` before the ranks start, `end` after they ended: go on, requeue, or stop?
 
-    python -m onellm_dist.launch.slurm.after begin RUN_DIR --ranks-per-node N --signal-notice SECONDS
+    python -m onellm_dist.launch.slurm.after begin RUN_DIR --ranks-per-node N --grace-period SECONDS
     python -m onellm_dist.launch.slurm.after end RUN_DIR --launcher-status N --stop-asked TIME --max-requeues N
 
 `end` explains itself on stderr and prints one line on stdout: VERDICT DELAY_SECONDS EXIT_CODE, the verdict being done, requeue or halt.
@@ -76,14 +76,14 @@ def begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int = 0) -> 
     append_attempt(run_dir, replace(started, ranks=len(started.nodes) * ranks_per_node or None))
 
 
-def notice_warning(run_dir: Path, notice_s: int) -> str:
-    """What to say where the last checkpoint took more than half of the notice that the job gets; else nothing."""
+def grace_period_warning(run_dir: Path, grace_period_s: int) -> str:
+    """What to say where the last checkpoint took more than half of the job's grace period; else nothing."""
     took = last_save_s(run_dir)
-    if took is None or 2 * took <= notice_s:
+    if took is None or 2 * took <= grace_period_s:
         return ""
     return (
-        f"warning: the last checkpoint took {took:.0f} s, the notice before the time limit is {notice_s} s.\n"
-        f"A stop may come too late for a checkpoint.\nRender the job again with --signal-notice {max(60, round(4 * took))}.\n"
+        f"warning: the last checkpoint took {took:.0f} s, the grace period before the time limit is {grace_period_s} s.\n"
+        f"A stop may come too late for a checkpoint.\nRender the job again with --grace-period {max(60, round(4 * took))}.\n"
     )
 
 
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("begin", "end"):
         commands.add_parser(name).add_argument("run_dir", type=Path)
     commands.choices["begin"].add_argument("--ranks-per-node", type=int, default=0)
-    commands.choices["begin"].add_argument("--signal-notice", type=int, default=0)
+    commands.choices["begin"].add_argument("--grace-period", type=int, default=0)
     ending = commands.choices["end"]
     ending.add_argument("--launcher-status", type=int, required=True)
     ending.add_argument("--stop-asked", type=float, default=0.0)
@@ -404,8 +404,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if given.command == "begin":
         begin(given.run_dir, os.environ, ranks_per_node=given.ranks_per_node)
-        if given.signal_notice:
-            print(notice_warning(given.run_dir, given.signal_notice), end="", file=sys.stderr)
+        if given.grace_period:
+            print(grace_period_warning(given.run_dir, given.grace_period), end="", file=sys.stderr)
         return EXIT_DONE
     verdict = end(
         given.run_dir,

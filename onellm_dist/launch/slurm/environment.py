@@ -35,7 +35,7 @@ def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] |
         )
     local_rank = int(env.get("SLURM_LOCALID", 0))
     node = int(env.get("SLURM_NODEID", 0))
-    local_world = tasks_per_node(
+    local_world_size = tasks_per_node(
         env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world)
     )[node]
     address = env.get("MASTER_ADDR") or expand_hosts(nodes)[0]
@@ -45,7 +45,7 @@ def slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] |
             int(env.get("SLURM_JOB_ID") or 0), int(env.get("SLURM_RESTART_COUNT") or 0)
         )
     )
-    return int(env["SLURM_PROCID"]), world, local_rank, local_world, address, port
+    return int(env["SLURM_PROCID"]), world, local_rank, local_world_size, address, port
 
 
 def rendezvous_port(job: int, restart: int) -> int:

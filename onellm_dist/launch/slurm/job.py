@@ -43,7 +43,7 @@ class Job:
     container_runtime: ContainerRuntime = "pyxis"
     mounts: tuple[str, ...] = ()
     """Folders that the container sees besides the working directory."""
-    signal_notice_s: int = 300
+    grace_period_s: int = 300
     """Seconds before the time limit at which the job is told to stop; the last checkpoint must fit in."""
     max_requeues: int = 5
     """Failures in a row, without a new checkpoint between them, after which the job halts."""
@@ -107,17 +107,17 @@ def check_job(job: Job) -> None:
             "the job would be refused.",
             "write minutes, hours:minutes:seconds or days-hours:minutes:seconds.",
         )
-    if job.signal_notice_s < 1 or job.signal_notice_s > 65535:
+    if job.grace_period_s < 1 or job.grace_period_s > 65535:
         raise UsageError(
-            f"--signal-notice {job.signal_notice_s} is out of range",
+            f"--grace-period {job.grace_period_s} is out of range",
             "Slurm takes 1 to 65535 seconds.",
             "give the time that a checkpoint takes, several times over.",
         )
-    if 2 * job.signal_notice_s > time_limit_s(job.time) > 0:
+    if 2 * job.grace_period_s > time_limit_s(job.time) > 0:
         raise UsageError(
-            f"--signal-notice {job.signal_notice_s} is more than half of --time {job.time}",
+            f"--grace-period {job.grace_period_s} is more than half of --time {job.time}",
             "the job would stop soon after its start.",
-            "give a longer time or a shorter notice.",
+            "give a longer time or a shorter grace period.",
         )
     for label, value in (
         ("--job-name", job.name),

@@ -58,11 +58,12 @@ nodes_answer() {
 
 _LEFT = """
 # The runner may end before its ranks: they are under ssh, where Slurm neither tells nor ends them, and they would hold the run. Asked to
-# stop, they have the notice for their checkpoint; then, or where the runner failed, their launchers are told to end them (within 30 s).
+# stop, they have the grace period for their checkpoint; then, or where the runner failed, their launchers are told to end them
+# (within 30 s).
 on_nodes() {{ # on_nodes pgrep|pkill: this start's launchers
     timeout 30 pdsh -R ssh -w "$hosts" "$1 -u $(id -u) -f '[d]eepspeed.launcher.launch .*--master_port=$port '" 2>/dev/null
 }}
-for ((i = 0; i < {notice}; i++)); do
+for ((i = 0; i < {grace}; i++)); do
     {{ [ "$stop_asked" != 0 ] && on_nodes pgrep | grep -q .; }} || break
     touch "$run_dir/stop"
     sleep 1 & wait $!
@@ -111,10 +112,10 @@ def render(job: Job) -> str:
         _run_dir(job),
         _ASK,
         _in_container(job),
-        "# This start goes into the history of the run, and the exit.json of an earlier one goes away; a notice that is too short for the\n"
+        "# This start goes into the history of the run, and the exit.json of an earlier one goes away; a grace period too short for the\n"
         "# last checkpoint is told.\n"
-        f'{tool} begin "$run_dir" --ranks-per-node {job.ranks_per_node} --signal-notice {job.signal_notice_s} || exit 1\n'
-        f"export ONELLM_NOTICE_S={job.signal_notice_s} # each checkpoint that takes longer is warned of\n",
+        f'{tool} begin "$run_dir" --ranks-per-node {job.ranks_per_node} --grace-period {job.grace_period_s} || exit 1\n'
+        f"export ONELLM_GRACE_PERIOD_S={job.grace_period_s} # each checkpoint that takes longer is warned of\n",
     ]
     if job.preflight:
         parts.append(_preflight(job))
@@ -149,14 +150,14 @@ def _header(job: Job) -> str:
         f"--exclude={job.exclude}" if job.exclude else "",
         "--requeue",
         "--open-mode=append",
-        f"--signal=B:USR1@{job.signal_notice_s}",
+        f"--signal=B:USR1@{job.grace_period_s}",
         "--output=%x-%j.log",
     ]
     about = {
         "--exclusive": "whole nodes: their cores and memory are shared by our ranks alone",
         "--requeue": "a lost node or a preemption puts the job back into the queue; the run goes on from its newest checkpoint",
         "--open-mode=append": "a requeued job writes on in the same log",
-        f"--signal=B:USR1@{job.signal_notice_s}": "seconds before the time limit, to this script: the last checkpoint must fit in",
+        f"--signal=B:USR1@{job.grace_period_s}": "seconds before the time limit, to this script: the last checkpoint must fit in",
     }
     what = (
         job.recipe or "any recipe (sbatch --nodes=2 generic.sbatch RUN_DIR RECIPE [key=value ...])"
@@ -271,7 +272,7 @@ def _preflight(job: Job) -> str:
 
 def _guarded(job: Job) -> str:
     """Start the ranks and wait for them, where the preflight lets them."""
-    body = f"{_start(job)}\n{_WAIT}{_LEFT.format(notice=job.signal_notice_s) if job.starter == 'deepspeed' else ''}"
+    body = f"{_start(job)}\n{_WAIT}{_LEFT.format(grace=job.grace_period_s) if job.starter == 'deepspeed' else ''}"
     if not job.preflight:
         return body
     return f'if [ "$preflight" = 0 ] && [ "$stop_asked" = 0 ]; then\n\n{body}\nelse\n    status=1\nfi\n'

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits into the notice that the job gives before it is ended."""
+"""Whether a checkpoint fits into the grace period that the job has before it is ended."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-NOTICE = "ONELLM_NOTICE_S"
-"""Seconds of warning before the job's end; the job script sets it (`onellm launch --signal-notice`)."""
+GRACE_PERIOD = "ONELLM_GRACE_PERIOD_S"
+"""Seconds of warning before the job's end; the job script sets it (`onellm launch --grace-period`)."""
 
 
 class Tell(Protocol):
@@ -16,25 +16,25 @@ class Tell(Protocol):
     def __call__(self, event: str, *, say: str = "", **fields: Any) -> None: ...
 
 
-def notice_seconds(env: Mapping[str, str] = os.environ) -> float | None:
-    """The notice, or None where the job tells none (or no number)."""
+def grace_period_seconds(env: Mapping[str, str] = os.environ) -> float | None:
+    """The grace period; None where the job sets none (or something that is not a number)."""
     try:
-        seconds = float(env.get(NOTICE, ""))
+        seconds = float(env.get(GRACE_PERIOD, ""))
     except ValueError:
         return None
     return seconds if seconds > 0 else None
 
 
-class NoticeWatch:
-    """Passes events on; a checkpoint that took longer than the notice is followed by an event `notice_short` and a warning.
+class GracePeriodWatch:
+    """Passes events on; a checkpoint that took longer than the grace period is followed by an event `grace_period_short` and a warning.
 
     Args:
         tell: writes an event.
-        notice: seconds; None watches nothing.
+        grace_period: seconds; None watches nothing.
     """
 
-    def __init__(self, tell: Tell, notice: float | None) -> None:
-        self._tell, self._notice = tell, notice
+    def __init__(self, tell: Tell, grace_period: float | None) -> None:
+        self._tell, self._grace_period = tell, grace_period
 
     def __call__(self, event: str, *, say: str = "", **fields: Any) -> None:
         """Write the event, and the warning where it is due."""
@@ -43,13 +43,13 @@ class NoticeWatch:
             self._compare(int(fields["step"]), float(fields["seconds"]))
 
     def _compare(self, step: int, seconds: float) -> None:
-        if self._notice is None or seconds <= self._notice:
+        if self._grace_period is None or seconds <= self._grace_period:
             return
         self._tell(
-            "notice_short",
+            "grace_period_short",
             step=step,
             seconds=seconds,
-            notice_seconds=self._notice,
-            say=f"WARNING: the checkpoint of step {step} took {seconds:.3g} s, the job gives {self._notice:g} s of "
-            "notice before it ends: a preemption would lose work. Ask for more (onellm launch --signal-notice), or use a faster disk.",
+            grace_period_seconds=self._grace_period,
+            say=f"WARNING: the checkpoint of step {step} took {seconds:.3g} s, the job's grace period is "
+            f"{self._grace_period:g} s: a preemption would lose work. Raise it (onellm launch --grace-period), or use a faster disk.",
         )

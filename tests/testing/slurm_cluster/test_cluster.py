@@ -88,7 +88,7 @@ def submit(
         name="job",
         python=str(stand_in),
         time=time,
-        signal_notice_s=1 if time == "10" else 50,
+        grace_period_s=1 if time == "10" else 50,
         **{"nodes": (2, 2), "ranks_per_node": 1, **fields},
     )
     script = folder / "job.sbatch"
