@@ -74,7 +74,7 @@ def report(
 
 
 @app.command()
-def ledger(
+def samples(
     run: Annotated[Path, typer.Argument(help="A run's directory; the run may be going on.")],
     step: Annotated[
         int | None, typer.Option(help="Which samples this step had; the first is 0.")
@@ -87,10 +87,10 @@ def ledger(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Say which samples were trained on at a step, or at which steps a sample was or will be seen.
+    """Show which samples a step trained on, or which steps train on a sample.
 
-    Example: onellm ledger runs/stage1_image --step 120
+    Example: onellm samples runs/stage1_image --step 120
     """
-    from onellm_dist.train.sample_log.command import ledger_command
+    from onellm_dist.train.sample_log.command import samples_command
 
-    raise typer.Exit(ledger_command(run, step, sample, as_json=as_json))
+    raise typer.Exit(samples_command(run, step, sample, as_json=as_json))

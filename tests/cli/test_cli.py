@@ -13,7 +13,7 @@ COMMANDS = [
     "doctor",
     "train",
     "report",
-    "ledger",
+    "samples",
     "generate",
     "shards build",
     "shards index",

@@ -21,7 +21,7 @@ from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.sample_log.command import ledger_command
+from onellm_dist.train.sample_log.command import samples_command
 
 pytestmark = pytest.mark.slow
 NEW = ("depth", "imu")
@@ -208,7 +208,7 @@ def test_what_the_first_stage_told(
     }, "none has all of the weight"
     assert next(event for event in events if event["event"] == "start")["mfu"].startswith("MFU = ")
     for step, line in enumerate(metrics):
-        assert ledger_command(run, step, None, as_json=True) == 0
+        assert samples_command(run, step, None, as_json=True) == 0
         answer = json.loads(capsys.readouterr().out)
         assert (answer["sample_digest"], answer["state"], answer["saved"]) == (
             line["sample_digest"],

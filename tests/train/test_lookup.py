@@ -1,4 +1,4 @@
-"""`onellm ledger`: steps to samples and back, against a plan that is walked step by step; what became of the steps."""
+"""`onellm samples`: steps to samples and back, against a plan that is walked step by step; what became of the steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.model.presets import toy_tokenizer
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.train.records.skipped_samples import Ledger, write_stream
-from onellm_dist.train.sample_log.command import ledger_command
+from onellm_dist.train.sample_log.command import samples_command
 from onellm_dist.train.sample_log.lookup import RunRecord, RunStream
 
 STEPS, CHANGE, BATCH = 23, 9, 10
@@ -184,7 +184,7 @@ def test_what_became_of_steps(
 
     def ask(**question: Any) -> dict[str, Any]:
         given = {"step": None, "key": None} | question
-        assert ledger_command(live, given["step"], given["key"], as_json=True) == 0
+        assert samples_command(live, given["step"], given["key"], as_json=True) == 0
         answer: dict[str, Any] = json.loads(capsys.readouterr().out)
         return answer
 
@@ -200,7 +200,7 @@ def test_what_became_of_steps(
     back = ask(key=ids[5][2])  # with its epoch
     assert [(row["step"], row["skipped_sample"]) for row in back["seen"]] == [(5, "torn")]
     assert ask()["lost_steps"] == 3
-    assert ledger_command(live, None, ids[5][2].partition("@")[0], as_json=False) == 0
+    assert samples_command(live, None, ids[5][2].partition("@")[0], as_json=False) == 0
     assert "TOMBSTONE: torn" in capsys.readouterr().out
 
 

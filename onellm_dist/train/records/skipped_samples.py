@@ -5,7 +5,7 @@
 `ledger/datasets.json`: dataset -> where it lies, of all data_phases.
 `ledger/progress`: how many steps were done, overwritten in place each step by rank 0; a kill of the process does not lose it.
 `ledger/starts.jsonl`: one object a start, `time`, `first_step`, `lost_to`: steps first_step .. lost_to - 1 had been done before.
-`onellm ledger` (lookup.py) reads them.
+`onellm samples` (lookup.py) reads them.
 """
 
 from __future__ import annotations

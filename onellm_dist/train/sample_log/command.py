@@ -1,4 +1,4 @@
-"""`onellm ledger`: which samples a step had, at which steps a sample comes, what became of them."""
+"""`onellm samples`: which samples a step had, at which steps a sample comes, what became of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.train.sample_log.lookup import Became, RunRecord, RunStream, Use
 
 
-def ledger_command(run_dir: Path, step: int | None, key: str | None, *, as_json: bool) -> int:
+def samples_command(run_dir: Path, step: int | None, key: str | None, *, as_json: bool) -> int:
     """Prints the answer; a summary of the run where neither a step nor a sample is asked for.
 
     Raises:

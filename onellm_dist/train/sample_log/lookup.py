@@ -1,4 +1,4 @@
-"""What `onellm ledger` answers from: the stream of a run, in both directions, and what became of its steps.
+"""What `onellm samples` answers from: the stream of a run, in both directions, and what became of its steps.
 
 Step -> samples and sample -> steps are computed from the data_phases of the plan and the indexes of the shards; order and mixture are
 pure functions with inverses, so no step is replayed. What cannot be computed is read from the run directory: skipped_samples, skipped
@@ -205,7 +205,7 @@ class RunStream:
         if not found:
             raise UsageError(
                 f"no sample {key!r} in {', '.join(self.names)}",
-                "an id is dataset/shard/key, as in `onellm ledger RUN --step 0`.",
+                "an id is dataset/shard/key, as in `onellm samples RUN --step 0`.",
                 "check the key; its beginning is enough where only one sample has it.",
             )
         shown = ", ".join(sample.name for sample in found[:SHOWN]) + (
