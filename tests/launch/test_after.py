@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.slurm.after import Verdict, begin, end, main, grace_period_warning
+from onellm_dist.launch.slurm.after import Verdict, begin, end, grace_period_warning, main
 from onellm_dist.launch.slurm.attempts import ATTEMPTS, now, read_attempts
 
 
