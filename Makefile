@@ -1,4 +1,4 @@
-# Every target makes what it needs (.venv included) and is safe to run twice. The two to know: `make demo`, `make test`.
+# Every target makes what it needs (.venv included) and is safe to run again. The two to know: `make demo`, `make test`.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +7,11 @@ STAMP := $(VENV)/.installed
 SLURM := $(VENV)/.slurm
 PYTEST := $(BIN)/python -m pytest
 DEMO_OUT ?= demo_run
-REAL_OUT ?= real_run
-SLOW_REPORT := --durations=15
+INTEGRATION_OUT ?= integration_run
+SLOW_REPORT := --durations=10
+COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 
-.PHONY: help setup slurm demo demo-full test test-fast soak lint format types rehearse-real bench clean
+.PHONY: help setup slurm demo demo-full test test-fast soak lint format types integration bounds docs constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,34 +28,49 @@ $(SLURM): launch/setup_slurm.sh $(STAMP)
 
 slurm: $(SLURM)  ## Debian's Slurm, for `onellm rehearse` and its tests (root only; no daemon is started)
 
-demo: $(STAMP)  ## the whole path on the toy world: shards, stand-in towers, align, tune, captions, HTML report
+demo: $(STAMP)  ## shards, toy towers, align, tune, captions and an HTML report on the toy world (20 minutes on 2 cores)
 	$(BIN)/onellm demo --out $(DEMO_OUT)
 
-demo-full: $(STAMP)  ## the same, three times as long (about an hour on 2 CPU cores)
+demo-full: $(STAMP)  ## the same with three times the training (about an hour on 2 cores)
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
-test: $(STAMP) $(SLURM) lint types  ## every check but the long random ones
-	$(PYTEST) -m "not soak" -n 2 --dist loadfile $(SLOW_REPORT)
+test: $(STAMP) $(SLURM) lint types docs  ## every check except the long random ones, with coverage
+	$(PYTEST) -m "not soak" -n 2 --dist loadfile $(SLOW_REPORT) $(COVERAGE)
 
 test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
 	$(PYTEST) -m "not slow and not soak" -n 2 --dist loadfile
 
-soak: $(STAMP) $(SLURM)  ## long random runs
+soak: $(STAMP) $(SLURM)  ## long random runs (hours)
 	$(PYTEST) -m soak --timeout 7200
 
-lint: $(STAMP)
+lint: $(STAMP)  ## style, formatting, and the contracts of the import graph
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo --quiet || { $(BIN)/lint-imports; exit 1; }
 
-types: $(STAMP)
+types: $(STAMP)  ## static types, strict
 	$(BIN)/mypy
 
 format: $(STAMP)  ## apply the formatter
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-rehearse-real: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
-	$(BIN)/python -m onellm_dist.testing.integration --out $(REAL_OUT)
+docs: $(STAMP)  ## the documentation site, in site/ (no network needed)
+	$(BIN)/mkdocs build --strict --quiet
+
+integration: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
+	$(BIN)/python -m onellm_dist.testing.integration --out $(INTEGRATION_OUT)
+
+bounds: $(STAMP)  ## fast tests at the oldest and newest supported versions, and of sdist and wheel (installs tens of GB)
+	$(BIN)/python -m pip install --quiet nox uv
+	$(BIN)/nox
+
+constraints: $(STAMP)  ## resolve constraints.txt anew
+	$(BIN)/python -m pip install --quiet uv
+	{ head -n 2 constraints.txt; $(BIN)/uv pip compile setup.cfg --extra dev --extra docs --extra remote --universal \
+	  --python-version 3.10 --no-annotate --no-header --quiet --upgrade | grep -v jsfetch; } > constraints.new
+	mv constraints.new constraints.txt
 
 clean:  ## remove what demo and tests left (not .venv, and not runs/, where the recipes write)
-	rm -rf $(DEMO_OUT) $(DEMO_OUT)_full $(REAL_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO_OUT) $(DEMO_OUT)_full $(INTEGRATION_OUT) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .import_linter_cache .coverage coverage.xml .nox

@@ -1,4 +1,4 @@
-"""Metadata is in setup.cfg. This file only puts the folders users edit (launch, ds_configs, shards) into the wheel."""
+"""Metadata is in setup.cfg; this file only puts the files that users edit into the wheel."""
 
 from __future__ import annotations
 
@@ -8,20 +8,34 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ("launch", "ds_configs", "shards")
+SHIPPED = (
+    "launch/hostfile",
+    "launch/.deepspeed_env",
+    "launch/*.sh",
+    "launch/recipes/**/*.yaml",
+    "launch/slurm/*.sbatch",
+    "ds_configs/*",
+    "shards/*.yaml",
+    "shards/README.md",
+)
+"""By pattern, so that data which users built below these folders stays out."""
 
 
 class BuildWithShippedFolders(build_py):
-    """Copies the top-level folders to `onellm_dist/_shipped/`, where `onellm_dist.common.resources` finds them."""
+    """Copies the files to `onellm_dist/_shipped/`, where `common.resources` finds them."""
 
     def run(self) -> None:
+        """Build as usual, then copy; an editable install reads the checkout itself."""
         super().run()
         if self.editable_mode:
             return
         root = Path(__file__).resolve().parent
-        for name in SHIPPED:
-            target = Path(self.build_lib) / "onellm_dist" / "_shipped" / name
-            shutil.copytree(root / name, target, dirs_exist_ok=True)
+        for pattern in SHIPPED:
+            for source in root.glob(pattern):
+                relative = source.relative_to(root)
+                target = Path(self.build_lib) / "onellm_dist" / "_shipped" / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
 
 setup(cmdclass={"build_py": BuildWithShippedFolders})

@@ -1,37 +1,46 @@
 #!/usr/bin/env bash
-# Makes VENV and installs onellm_dist with its development tools in it; adds the two Debian packages it needs where it may.
+# Makes VENV and installs onellm_dist with its development tools in it. Safe to run again.
 # usage: setup_machine.sh PYTHON VENV
+# environment: ONELLM_EXTRAS  extras of setup.cfg to install (default: dev,docs)
+#              ONELLM_TORCH   what to install torch from first, for a build other than the registry's default (CPU only, an
+#                             older CUDA): a version, a wheel file, or pip arguments. torch's pins in constraints.txt then do
+#                             not apply.
 set -euo pipefail
 python=${1:-python3}
 venv=${2:-.venv}
+extras=${ONELLM_EXTRAS:-dev,docs}
 
 say() { printf 'setup: %s\n' "$*"; }
-
-need_debian() { # need_debian PACKAGE WHY TEST...
-    local package=$1 why=$2
-    shift 2
-    "$@" >/dev/null 2>&1 && return 0
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-        say "installing Debian package $package ($why)"
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null && return 0
-    fi
-    say "$package is not here and cannot be installed: $why will not work. Ask for it."
-}
-has_header() {
-    "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+fail() {
+    say "$@"
+    exit 1
 }
 
-"$python" - <<'PY' || { say "Python 3.10 or newer with venv is needed (Debian: python3-venv)"; exit 1; }
+"$python" - <<'PY' || fail "Python 3.10 or newer with venv is needed (Debian: python3-venv); choose one: make setup PYTHON=python3.12"
 import sys, venv, ensurepip
 sys.exit(sys.version_info < (3, 10))
 PY
-op="DeepSpeed's CPU communication op, compiled once at the first run on a machine without a GPU,"
-need_debian g++ "$op" command -v g++
-need_debian "$("$python" -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')" "$op" has_header
-
-# A venv that was interrupted before it had pip is no venv.
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || { say "making $venv"; "$python" -m venv "$venv"; }
-say "installing packages (about 6 GB with torch; a minute or two)"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+# A venv whose creation was interrupted has no pip: make it again.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || {
+    say "making $venv"
+    "$python" -m venv "$venv"
+}
+log=$(mktemp)
+constraints=$(mktemp)
+trap 'rm -f "$log" "$constraints"' EXIT
+pip_install() { # prints pip's own reason where it fails
+    "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" >"$log" 2>&1 && return 0
+    tail -n 15 "$log" >&2
+    fail "pip could not install $*. Without a network, set PIP_FIND_LINKS and PIP_NO_INDEX=1 to a folder of wheels; behind a mirror, set PIP_INDEX_URL."
+}
+cp constraints.txt "$constraints"
+if [ -n "${ONELLM_TORCH:-}" ]; then
+    say "installing torch from: $ONELLM_TORCH"
+    # shellcheck disable=SC2086 # several pip arguments are allowed
+    pip_install $ONELLM_TORCH
+    grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt >"$constraints"
+fi
+say "installing packages (about 6 GB with torch for CUDA; a minute or two)"
+pip_install --constraint "$constraints" --editable ".[$extras]"
 "$venv/bin/python" -m pip check
-say "done"
+say "done: source $venv/bin/activate"

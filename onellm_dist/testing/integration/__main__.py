@@ -1,4 +1,4 @@
-"""`python -m onellm_dist.testing.integration --out real_run` (= `make rehearse-real`)."""
+"""`python -m onellm_dist.testing.integration --out integration_run` (= `make rehearse-real`)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("real_run"),
-        help="folder of the rehearsal (default: real_run)",
+        default=Path("integration_run"),
+        help="folder of the rehearsal (default: integration_run)",
     )
     parser.add_argument(
         "--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)"
