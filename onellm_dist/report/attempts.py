@@ -244,9 +244,11 @@ def _attempt(files: RunFiles, group: _Group, row: Entry | None) -> Attempt:
         restart=_restart(row, start),
         device=str(start.get("device") or ""),
         first_step=start.get("first_step"),
-        last_step=pick(end_event, "step") if end_event else row.get("step"),
+        last_step=pick(end_event, "steps_done") if end_event else row.get("steps_done"),
         failed_step=end_event.get("failed_step"),
-        suspects=[str(s) for s in end_event.get("suspects") or row.get("suspects") or ()],
+        suspects=[
+            str(s) for s in end_event.get("offending_samples") or row.get("offending_samples") or ()
+        ],
         suspected_host=str(end_event.get("suspected_host") or ""),
         phases=dict(group.phases),
         trained_at=start.get("at"),
@@ -364,12 +366,14 @@ def _last_end(files: RunFiles, attempt: Attempt, seen: float) -> None:
         attempt.reason = attempt.reason or str(files.exit.get("reason") or "")
         attempt.end = files.exit.get("at") or seen
         attempt.last_step = (
-            files.exit.get("step") if attempt.last_step is None else attempt.last_step
+            files.exit.get("steps_done") if attempt.last_step is None else attempt.last_step
         )
         attempt.failed_step = (
             files.exit.get("failed_step") if attempt.failed_step is None else attempt.failed_step
         )
-        attempt.suspects = attempt.suspects or [str(s) for s in files.exit.get("suspects") or ()]
+        attempt.suspects = attempt.suspects or [
+            str(s) for s in files.exit.get("offending_samples") or ()
+        ]
     elif attempt.status != "lost" and (files.running or _seems_alive(files, attempt)):
         attempt.status, attempt.reason, attempt.end = "running", "", files.now
     else:

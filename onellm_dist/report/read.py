@@ -25,6 +25,7 @@ FILES = (CONFIG, METRICS, EVENTS, VALIDATION, EXIT_FILE, ATTEMPTS)
 INTEGERS = frozenset(
     (
         "step",
+        "steps_done",
         "first_step",
         "failed_step",
         "lost_steps",
@@ -180,7 +181,7 @@ def _fits(key: str, value: Any) -> bool:
         return value is None or all(
             isinstance(row, list) and all(_is_number(v) for v in row) for row in rows
         )
-    if key in ("suspects", "faults"):
+    if key in ("offending_samples", "faults"):
         return isinstance(value, list)
     if key == "nodes":
         return (

@@ -99,7 +99,7 @@ def _finish(run: Run, outcome: Outcome) -> int:
     run.events.write(
         "end",
         status=outcome.status,
-        step=exit_file.step,
+        steps_done=exit_file.step,
         reason=outcome.reason,
         say=f"{outcome.status}: {outcome.reason}",
     )

@@ -57,7 +57,7 @@ def history(tmp_path: Path) -> History:
 
 def test_done_and_usage_end_the_job(history: History) -> None:
     # The launcher's own exit code is not asked.
-    assert history.start({"status": "done", "step": 12, "reason": "12 steps"}, status=1) == (
+    assert history.start({"status": "done", "steps_done": 12, "reason": "12 steps"}, status=1) == (
         "done",
         0,
         0,
@@ -67,7 +67,7 @@ def test_done_and_usage_end_the_job(history: History) -> None:
         history.run_dir / "exit.json"
     ).exists()  # else an older end would be taken for this one
     assert history.end(status=2) == ("halt", 0, 2)
-    assert history.start({"status": "usage", "step": None, "reason": "unknown key"}) == (
+    assert history.start({"status": "usage", "steps_done": None, "reason": "unknown key"}) == (
         "halt",
         0,
         2,
@@ -80,16 +80,16 @@ def failed(
 ) -> tuple[str, int, int]:
     found = {
         "status": "failed",
-        "step": step,
+        "steps_done": step,
         "failed_step": step,
         "reason": f"boom at {step}",
-        "suspects": suspects,
+        "offending_samples": suspects,
     }
     return history.start(found, **how)
 
 
 def preempted(history: History, step: int, **how: Any) -> tuple[str, int, int]:
-    return history.start({"status": "preempted", "step": step, "reason": "stop file"}, **how)
+    return history.start({"status": "preempted", "steps_done": step, "reason": "stop file"}, **how)
 
 
 def test_preemptions_are_requeued_at_once_and_never_counted(history: History) -> None:
@@ -133,7 +133,7 @@ def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
 
 def test_failing_before_the_first_step_has_the_limit_alone(history: History) -> None:
     assert history.start(status=1) == ("requeue", 60, 1)
-    assert history.start({"status": "failed", "step": None, "reason": "no route to n2"}) == (
+    assert history.start({"status": "failed", "steps_done": None, "reason": "no route to n2"}) == (
         "requeue",
         120,
         1,
@@ -179,7 +179,7 @@ def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_start
         240,
         1,
     )
-    assert [(a.step, a.failed_step) for a in read_attempts(history.run_dir)] == [
+    assert [(a.steps_done, a.failed_step) for a in read_attempts(history.run_dir)] == [
         (105, 105),
         (None, None),
         (None, None),
@@ -189,10 +189,15 @@ def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_start
 def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_resumed(
     history: History,
 ) -> None:
-    resumed = {"status": "failed", "step": 40, "failed_step": None, "reason": "connection reset"}
+    resumed = {
+        "status": "failed",
+        "steps_done": 40,
+        "failed_step": None,
+        "reason": "connection reset",
+    }
     for _ in range(2):
         assert history.start(resumed, checkpoint=None if history.restart else 40)[0] == "requeue"
-    validating = {**resumed, "step": 45}
+    validating = {**resumed, "steps_done": 45}
     assert (
         history.start(validating)[0] == "requeue" and history.start(validating, most=9)[0] == "halt"
     )
@@ -200,7 +205,7 @@ def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_
 
 def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
     assert history.start(status=143, stop=1.0, most=0) == ("requeue", 15, 75)
-    found = {"status": "failed", "step": 4, "reason": "SIGTERM after the file: ended at once"}
+    found = {"status": "failed", "steps_done": 4, "reason": "SIGTERM after the file: ended at once"}
     assert history.start(found, status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     assert "before its checkpoint was whole" in history.why
     found["reason"] = (
@@ -215,11 +220,16 @@ def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: Histo
     history.restart += 1
     assert failed(history, 4) == ("requeue", 120, 1)
     first, second = read_attempts(history.run_dir)
-    assert (first.status, first.end, second.status, second.step) == ("lost", None, "failed", 4)
+    assert (first.status, first.end, second.status, second.steps_done) == (
+        "lost",
+        None,
+        "failed",
+        4,
+    )
     assert first.nodes == ("n1", "n2") and (
         second.job_id,
         second.restart_count,
-        second.verdict,
+        second.action,
     ) == ("7", 1, "requeue")
 
 
@@ -301,7 +311,7 @@ def test_a_line_cut_short_is_passed_over(history: History) -> None:
 def test_the_command_line_needs_no_torch(history: History) -> None:
     history.begin()
     (history.run_dir / "exit.json").write_text(
-        json.dumps({"status": "preempted", "step": 3, "reason": "USR1"})
+        json.dumps({"status": "preempted", "steps_done": 3, "reason": "USR1"})
     )
     code = (
         "import sys; from onellm_dist.launch.slurm.after import main; main(sys.argv[1:]);"

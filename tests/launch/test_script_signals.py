@@ -26,7 +26,7 @@ TOOLS = {
     "deepspeed": 'setsid ranks "$RUN" & echo $! >"$RUN/ranks.pid"; touch "$RUN/started"; exec sleep "$RUNNER_S"',
     "ranks": 'trap "touch $1/killed; exit 1" TERM\n'
     'for ((i = 0; i < 300; i++)); do if [ -e "$1/stop" ]; then sleep 0.5\n'
-    'echo \'{"status": "preempted", "step": 3}\' >"$1/exit.json"; exit; fi; sleep 0.1; done',
+    'echo \'{"status": "preempted", "steps_done": 3}\' >"$1/exit.json"; exit; fi; sleep 0.1; done',
     "pdsh": 'case "$*" in *pkill*) kill $(cat "$RUN/ranks.pid") ;; *pgrep*) kill -0 $(cat "$RUN/ranks.pid") && echo "n1: 1" ;; '
     '*true*) echo x >>"$RUN/asked"; [ "$(wc -l <"$RUN/asked")" -gt "$DEAF" ] || { touch "$RUN/started"; exit 255; } ;; esac',
     "srun": 'case "$*" in *doctor*) touch "$RUN/started"; [ -z "$BAD" ] || echo "$BAD" >"$RUN/bad_nodes.7.0"; exec sleep 50 ;; '
@@ -97,14 +97,14 @@ class Script:
     def ended(self) -> tuple[str, str]:
         """Status and verdict."""
         last = read_attempts(self.run_dir)[-1]
-        return last.status, last.verdict
+        return last.status, last.action
 
 
 def test_a_term_to_script_and_runner_alike_reaches_ranks_under_ssh(tmp_path: Path) -> None:
     script = Script(tmp_path, starter="deepspeed")
     said = script.end(signal.SIGTERM)
     assert script.ended() == ("preempted", "requeue"), said
-    assert json.loads((script.run_dir / "exit.json").read_text())["step"] == 3, (
+    assert json.loads((script.run_dir / "exit.json").read_text())["steps_done"] == 3, (
         "they had the time to say so"
     )
     assert not (script.run_dir / "killed").exists() and "asked to stop" in said

@@ -83,12 +83,12 @@ class MadeRun:
             "start": self.text(),
             "end": None,
             "status": "running",
-            "step": None,
+            "steps_done": None,
             "failed_step": None,
             "reason": "",
-            "suspects": [],
+            "offending_samples": [],
             "checkpoint": None,
-            "verdict": "",
+            "action": "",
             "delay_s": 0,
         }
         self._row()
@@ -195,7 +195,7 @@ class MadeRun:
         found = {
             "status": status,
             "exit_code": code,
-            "step": self.step,
+            "steps_done": self.step,
             "reason": reason,
             "rank": 0,
             **more,
@@ -206,7 +206,7 @@ class MadeRun:
         self.attempt |= {
             "end": self.text(),
             "status": status,
-            "step": self.step,
+            "steps_done": self.step,
             "reason": reason,
             **{k: v for k, v in more.items() if k in self.attempt},
         }
@@ -215,7 +215,7 @@ class MadeRun:
     def lose(self, after: float = 30.0) -> None:
         """The node dies: nobody writes anything; the next begin of the job script notes it."""
         self.clock += after
-        self.attempt |= {"status": "lost", "step": self.step}
+        self.attempt |= {"status": "lost", "steps_done": self.step}
         self._row()
 
     def event(self, name: str, /, **fields: Any) -> None:
@@ -298,7 +298,7 @@ def eventful(directory: Path) -> MadeRun:
         "failed",
         "CUDA error: an illegal memory access was encountered",
         failed_step=622,
-        suspects=["laion/00031.tar/000310099@0"],
+        offending_samples=["laion/00031.tar/000310099@0"],
     )
     run.begin(nodes=("gpu02", "gpu03"), queue=60.0)
     run.start(600)

@@ -279,7 +279,10 @@ def test_the_same_failure_twice_is_a_crash_loop_and_a_node_in_every_break_is_nam
         run.start(60)
         run.train(5)
         run.end(
-            "failed", "RuntimeError: boom", failed_step=65, suspects=["a/1@0", f"a/{nodes[0]}@0"]
+            "failed",
+            "RuntimeError: boom",
+            failed_step=65,
+            offending_samples=["a/1@0", f"a/{nodes[0]}@0"],
         )
     facts = facts_of(run.directory, now=run.settle())
     text = said(facts)

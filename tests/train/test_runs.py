@@ -173,7 +173,7 @@ def test_metrics_have_every_step_and_field(runner: Runner, two: str) -> None:
         2 * STEPS
     )
     assert 1 < mean < 10
-    assert runner.exit(two)["status"] == "done" and runner.exit(two)["step"] == STEPS
+    assert runner.exit(two)["status"] == "done" and runner.exit(two)["steps_done"] == STEPS
     assert list((runner.out / two / "tensorboard").iterdir())
 
 
@@ -273,7 +273,7 @@ def test_preempted_runs_go_on_bit_identically(runner: Runner, two: str, how: str
     found = runner.exit(name)
     assert found["status"] == "preempted" and found["exit_code"] == 75
     assert ("stop" if how == "file" else "SIGTERM") in found["reason"]
-    assert 2 <= found["step"] < STEPS
+    assert 2 <= found["steps_done"] < STEPS
     assert not (runner.out / name / "stop").exists()
     assert (runner.out / name / "checkpoints" / f"step-{found['step']:08d}").is_dir()
 

@@ -52,14 +52,14 @@ def test_a_failure_names_its_step_and_the_samples_in_flight(tmp_path: Path) -> N
     assert exit_file.write("failed", reason="disk on fire") == 1
     ExitFile(tmp_path, 0).write("failed", reason="connection closed")
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["failed_step"], found["suspects"], found["rank"]) == (
+    assert (found["failed_step"], found["offending_samples"], found["rank"]) == (
         7,
         ["toy/shard/3@0", "toy/shard/4@0"],
         2,
     )
     ends = [line for line in events(tmp_path) if line["event"] == "end"]
-    assert [(line["reason"], line["failed_step"], line["suspects"]) for line in ends] == [
-        ("disk on fire", 7, found["suspects"])
+    assert [(line["reason"], line["failed_step"], line["offending_samples"]) for line in ends] == [
+        ("disk on fire", 7, found["offending_samples"])
     ]
 
 
@@ -73,7 +73,11 @@ def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_re
     exit_file.in_flight.rest("export")
     exit_file.write("failed", reason="no room")
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["failed_step"], found["suspects"], found["reason"]) == (None, [], "no room")
+    assert (found["failed_step"], found["offending_samples"], found["reason"]) == (
+        None,
+        [],
+        "no room",
+    )
 
 
 def test_a_loader_worker_that_died_makes_suspects_of_what_was_read_ahead(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_a_loader_worker_that_died_makes_suspects_of_what_was_read_ahead(tmp_pat
     exit_file.write(
         "failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."
     )
-    assert json.loads((tmp_path / "exit.json").read_text())["suspects"] == ["s3", "s5"]
+    assert json.loads((tmp_path / "exit.json").read_text())["offending_samples"] == ["s3", "s5"]
 
 
 def test_slurm_is_read_where_it_is_there() -> None:

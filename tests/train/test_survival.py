@@ -121,7 +121,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(
         )
         found = runs.exit("full")
         assert found["status"] == "failed" and "step-00000009" in found["reason"]
-        assert (found["failed_step"], found["suspects"]) == (None, []), (
+        assert (found["failed_step"], found["offending_samples"]) == (None, []), (
             "no step, and no sample, is to blame"
         )
         subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
@@ -279,10 +279,10 @@ def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, t
     assert bad in start.output() and "stability.policy is stop" in start.output()
     found = runs.exit("leap_stopped")
     assert found["failed_step"] == 10 and any(
-        sample.startswith(f"{bad}@") for sample in found["suspects"]
+        sample.startswith(f"{bad}@") for sample in found["offending_samples"]
     )
     (end,) = runs.events("leap_stopped", "end")
-    assert end["status"] == "failed" and end["suspects"] == found["suspects"]
+    assert end["status"] == "failed" and end["offending_samples"] == found["offending_samples"]
 
 
 def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) -> None:
@@ -314,7 +314,9 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
         and "in_collective: True" in reports[0]
     )
     assert "'modalities': ['imu']" in reports[1] and "imu/" in reports[1]
-    assert found["suspects"] and all(sample in reports[1] for sample in found["suspects"])
+    assert found["offending_samples"] and all(
+        sample in reports[1] for sample in found["offending_samples"]
+    )
     assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
 
 
@@ -332,7 +334,7 @@ def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_i
         and EVERY <= found["failed_step"] <= 5
     )
     assert runs.checkpoints("deadly") == [f"step-{EVERY:08d}"]
-    assert any(sample.startswith(f"{bad}@") for sample in found["suspects"])
+    assert any(sample.startswith(f"{bad}@") for sample in found["offending_samples"])
 
 
 def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(

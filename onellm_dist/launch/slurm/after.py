@@ -66,7 +66,7 @@ def begin(run_dir: Path, env: Mapping[str, str], *, ranks_per_node: int = 0) -> 
             replace(
                 before[-1],
                 status=LOST,
-                step=step,
+                steps_done=step,
                 failed_step=step,
                 checkpoint=newest_checkpoint(run_dir),
             ),
@@ -112,7 +112,7 @@ def end(
             run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked
         )
     verdict = decide(ended, earlier, max_requeues=max_requeues)
-    append_attempt(run_dir, replace(ended, verdict=verdict.word, delay_s=verdict.delay_s))
+    append_attempt(run_dir, replace(ended, action=verdict.word, delay_s=verdict.delay_s))
     return verdict
 
 
@@ -133,33 +133,33 @@ def how_it_ended(
         and (run_dir / "exit.json").stat().st_mtime >= stop_asked
     ):
         reason = f"stopped before its checkpoint was whole: {found.get('reason', '')}"
-        return replace(over, status="preempted", step=found.get("step"), reason=reason)
+        return replace(over, status="preempted", steps_done=found.get("steps_done"), reason=reason)
     if found.get("status") in CODES:
         return replace(
             over,
             status=found["status"],
-            step=found.get("step"),
+            steps_done=found.get("steps_done"),
             failed_step=found.get("failed_step"),
             reason=str(found.get("reason", "")),
-            suspects=tuple(str(s) for s in found.get("suspects") or ()),
+            offending_samples=tuple(str(s) for s in found.get("offending_samples") or ()),
         )
     step = steps_reached(run_dir, started)
     if stop_asked:
         return replace(
             over,
             status="preempted",
-            step=step,
+            steps_done=step,
             reason="stopped before the ranks could write a checkpoint",
         )
     if launcher_status == EXIT_USAGE:
         return replace(
             over,
             status="usage",
-            step=step,
+            steps_done=step,
             reason="the launcher or the recipe refused the command line (see above)",
         )
     reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
-    return replace(over, status="failed", step=step, failed_step=step, reason=reason)
+    return replace(over, status="failed", steps_done=step, failed_step=step, reason=reason)
 
 
 def refused_by_preflight(
@@ -197,7 +197,7 @@ def decide(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> 
     past it in between (a crash loop), and after `max_requeues` failures in a row of which none wrote a new checkpoint. Preemptions are
     never counted; starts that failed before a step have the limit alone, for they may have failed of different things.
     """
-    place = _place(ended) if ended.status == "failed" else ended.step
+    place = _place(ended) if ended.status == "failed" else ended.steps_done
     at = f"at step {place}" if place is not None else "before the first step"
     if ended.status == "done":
         return Verdict("done", 0, EXIT_DONE, f"done: {ended.reason}")
@@ -326,7 +326,7 @@ def _place(attempt: Attempt) -> int | None:
     """
     if attempt.failed_step is not None:
         return attempt.failed_step
-    return attempt.step if (attempt.step or 0) > (attempt.checkpoint or 0) else None
+    return attempt.steps_done if (attempt.steps_done or 0) > (attempt.checkpoint or 0) else None
 
 
 def _same_step(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | None:
@@ -337,7 +337,7 @@ def _same_step(ended: Attempt, earlier: Sequence[Attempt]) -> Attempt | None:
     for attempt in reversed(earlier):
         if attempt.status == "failed" and _place(attempt) == place:
             return attempt
-        if (attempt.step or 0) > place:
+        if (attempt.steps_done or 0) > place:
             return None
     return None
 
@@ -353,7 +353,9 @@ def _failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
 
 
 def _crash_loop(ended: Attempt, twin: Attempt, at: str) -> str:
-    common = [s for s in ended.suspects if s in set(twin.suspects)] or list(ended.suspects)
+    common = [s for s in ended.offending_samples if s in set(twin.offending_samples)] or list(
+        ended.offending_samples
+    )
     lines = [f"halted: two starts failed {at}, another would too.", f"Now: {ended.reason}"]
     if twin.reason != ended.reason:
         lines.append(f"Before: {twin.reason}")

@@ -33,16 +33,16 @@ class Attempt:
     end: str | None = None
     status: str = RUNNING
     """running, done, failed, usage, preempted; lost where the next start found it still running."""
-    step: int | None = None
+    steps_done: int | None = None
     """Steps done when it ended."""
     failed_step: int | None = None
     """Index of the step that was under way, where it failed."""
     reason: str = ""
-    suspects: tuple[str, ...] = ()
+    offending_samples: tuple[str, ...] = ()
     """Ids of the samples of the micro-step that failed."""
     checkpoint: int | None = None
     """Step of the newest checkpoint when it ended."""
-    verdict: str = ""
+    action: str = ""
     """What was decided at its end: done, requeue, halt."""
     delay_s: int = 0
     """Seconds that the requeued job was told to wait."""

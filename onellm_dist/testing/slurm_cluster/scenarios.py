@@ -138,5 +138,5 @@ def _finish(job: RunningJob, back_s: float | None) -> Interrupted:
             f"its log: {job.log}",
         )
     first = attempts[0]
-    redone = (first.step or 0) - (first.checkpoint or 0) if back_s is not None else 0
+    redone = (first.steps_done or 0) - (first.checkpoint or 0) if back_s is not None else 0
     return Interrupted(first.status, tuple(len(a.nodes) for a in attempts), back_s, redone)

@@ -180,7 +180,7 @@ class Watchdog:
             reason=reason,
             kind="hang",
             failed_step=about.get("step"),
-            suspects=about.get("samples", []),
+            offending_samples=about.get("samples", []),
             suspected_rank=suspected[0] if suspected else None,
             suspected_ranks=suspected,
             suspected_host=first.get("host"),

@@ -20,8 +20,8 @@ WORKER_DIED = "DataLoader worker"
 
 
 class ExitFile:
-    """`RUN_DIR/exit.json`: status, exit_code, step (steps done), reason, rank, time; where the status is `failed`, also failed_step
-    (index of the step that was under way, or null) and suspects (ids of the samples of the micro-step that this rank was at).
+    """`RUN_DIR/exit.json`: status, exit_code, steps_done, reason, rank, time; where the status is `failed`, also failed_step
+    (index of the step that was under way, or null) and offending_samples (ids of the samples of the micro-step that this rank was at).
     The rank that writes first is believed: the others fail because it did.
     """
 
@@ -52,7 +52,7 @@ class ExitFile:
         found: dict[str, Any] = {
             "status": status,
             "exit_code": code,
-            "step": self.step,
+            "steps_done": self.step,
             "reason": reason,
             "rank": self._rank,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -60,9 +60,9 @@ class ExitFile:
         if status == "failed":
             found["failed_step"] = self.in_flight.step
             died = WORKER_DIED in reason
-            found["suspects"] = (
-                more.pop("suspects")
-                if "suspects" in more
+            found["offending_samples"] = (
+                more.pop("offending_samples")
+                if "offending_samples" in more
                 else self.in_flight.suspects(read_ahead=died)
             )
             found |= more

@@ -42,7 +42,7 @@ until [ "$(ls "$run" | grep -c '^met')" -ge "$((SLURM_STEP_NUM_TASKS - 1))" ]; d
 line=$(head -n 1 "$run/plan"); sed -i 1d "$run/plan"
 case "$line" in
     wait) trap 'exit 143' TERM; touch "$run/waits"; until [ -e "$run/stop" ]; do sleep 0.1; done
-        echo '{"status": "preempted", "step": 7, "reason": "stop"}' >"$run/exit.json"; exit 75 ;;
+        echo '{"status": "preempted", "steps_done": 7, "reason": "stop"}' >"$run/exit.json"; exit 75 ;;
     vanish) exit 9 ;;
     *) echo "$line" >"$run/exit.json"; exit 1 ;;
 esac
@@ -102,10 +102,10 @@ def failed(step: int, *suspects: str) -> str:
     return json.dumps(
         {
             "status": "failed",
-            "step": step,
+            "steps_done": step,
             "failed_step": step,
             "reason": "boom",
-            "suspects": suspects,
+            "offending_samples": suspects,
         }
     )
 
@@ -146,7 +146,7 @@ def test_the_same_step_twice_halts_and_the_log_names_the_suspects(
     job.hurry()
     assert job.wait_for_end() == "FAILED"
     assert "two starts failed at step 5" in job.tail() and "image/a/1@0" in job.tail()
-    assert [(a.restart_count, a.status, a.verdict, a.nodes) for a in job.attempts()] == [
+    assert [(a.restart_count, a.status, a.action, a.nodes) for a in job.attempts()] == [
         (0, "failed", "requeue", ("n1", "n2")),
         (1, "failed", "halt", ("n1", "n2")),
     ]
@@ -159,7 +159,7 @@ def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: st
     (tmp_path / "apptainer").write_text(APPTAINER)
     (tmp_path / "apptainer").chmod(0o755)
     path = {"PATH": f"{tmp_path}{os.pathsep}{cluster.env['PATH']}"}
-    done = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
+    done = json.dumps({"status": "done", "steps_done": 9, "reason": "9 steps"})
     job = submit(
         cluster,
         tmp_path,
@@ -178,7 +178,7 @@ def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: st
 def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    last = json.dumps({"status": "done", "step": 9, "reason": "9 steps"})
+    last = json.dumps({"status": "done", "steps_done": 9, "reason": "9 steps"})
     job = submit(cluster, tmp_path, "wait", last, nodes=(1, 2), ranks_per_node=2)
     wait_for(tmp_path / "run" / "waits")
     cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
@@ -200,7 +200,9 @@ def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(
 @pytest.mark.slow
 def test_wrong_usage_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
     job = submit(
-        cluster, tmp_path, json.dumps({"status": "usage", "step": None, "reason": "unknown key"})
+        cluster,
+        tmp_path,
+        json.dumps({"status": "usage", "steps_done": None, "reason": "unknown key"}),
     )
     assert job.wait_for_end() == "FAILED"
     assert cluster.job(job.number)["ExitCode"] == "2:0" and job.restarts() == 0
@@ -215,7 +217,7 @@ def test_usr1_to_the_script_stops_the_ranks_and_requeues_but_scancel_ends_it(
     wait_for(tmp_path / "run" / "waits")
     cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
     job.wait_for_requeue(1)
-    assert job.attempts()[0].status == "preempted" and job.attempts()[0].verdict == "requeue"
+    assert job.attempts()[0].status == "preempted" and job.attempts()[0].action == "requeue"
     (tmp_path / "run" / "waits").unlink()
     (tmp_path / "run" / "stop").unlink()
     job.hurry()
@@ -235,7 +237,7 @@ def test_the_time_limit_is_announced_and_the_job_comes_back(
         cluster,
         tmp_path,
         "wait",
-        json.dumps({"status": "done", "step": 9, "reason": "9 steps"}),
+        json.dumps({"status": "done", "steps_done": 9, "reason": "9 steps"}),
         time="2",
     )
     job.wait_for_requeue(1)

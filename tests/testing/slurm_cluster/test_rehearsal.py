@@ -61,14 +61,14 @@ def test_the_run_comes_through_with_the_undisturbed_samples_and_losses(
     assert starts[-1].status == "done" and len(starts) == (1 if scenario == "clean run" else 2)
     first = starts[0]
     if scenario in ("preemption", "other node count"):  # enough notice: nothing is done twice
-        assert (first.status, first.verdict) == (
+        assert (first.status, first.action) == (
             "preempted",
             "requeue",
-        ) and first.checkpoint == first.step
+        ) and first.checkpoint == first.steps_done
     elif scenario != "clean run":
         assert (
             first.status in ("failed", "lost")
-            and (first.step or 0) - (first.checkpoint or 0) <= EVERY
+            and (first.steps_done or 0) - (first.checkpoint or 0) <= EVERY
         )
     assert [len(a.nodes) for a in starts] == {"clean run": [2], "other node count": [2, 1]}.get(
         scenario, [2, 2]
