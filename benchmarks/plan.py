@@ -145,7 +145,8 @@ def measure(root: Path) -> dict[str, float]:
     import psutil
 
     from onellm_dist.config.schema import DataSection, MixtureEntry
-    from onellm_dist.data.plan import Plan, open_datasets
+    from onellm_dist.data.corpus import Corpus, open_datasets
+    from onellm_dist.data.plan import Plan
 
     encode, names = encoder(), modalities()
     config = DataSection(
@@ -154,7 +155,7 @@ def measure(root: Path) -> dict[str, float]:
         global_batch=GLOBAL_BATCH,
     )
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
-    plan = Plan(open_datasets(config, names), config, encode, 0, names)
+    plan = Plan(Corpus(open_datasets(config, names), config, encode, 0, names))
     plan.step(0, WORLD)
     opened = time.perf_counter() - started
     times, cpu, ratios, counts = zip(*plan_steps(plan, names), strict=True)
@@ -174,7 +175,9 @@ def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, flo
     from onellm_dist.data.costs import CostModel, llm_tokens
 
     model = CostModel()
-    media = [model.media([plan.modalities[name] for name in spans]) for spans in plan.spans]
+    media = [
+        model.media([plan.corpus.modalities[name] for name in spans]) for spans in plan.corpus.spans
+    ]
     for step in [*range(1, STEPS // 2), *range(1000, 1000 + STEPS // 2)]:
         wall, cpu = time.perf_counter(), time.process_time()
         assigned = plan.step(step, WORLD)

@@ -27,7 +27,7 @@ class Loader:
 
     Args:
         plan: the run's plan.
-        world: ranks.
+        world_size: number of ranks.
         rank: this rank.
         first_step: the first step, 0 for a new run.
         last_step: the step behind the last one.
@@ -42,7 +42,7 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        world: int,
+        world_size: int,
         rank: int,
         first_step: int,
         last_step: int,
@@ -53,9 +53,9 @@ class Loader:
     ) -> None:
         self._workers = plan.config.workers if workers is None else workers
         self._loader: DataLoader[Any] = DataLoader(
-            _Micros(Reader(plan, skipped_samples)),
+            _Micros(Reader(plan.corpus, skipped_samples)),
             sampler=_Schedule(
-                plan, world, rank, range(first_step, last_step), max(1, self._workers)
+                plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
             ),
             batch_size=None,
             num_workers=self._workers,
@@ -108,10 +108,10 @@ class _Schedule:
     (torch 2.15 hands items to workers in turn. Where it does not, bytes are fetched ahead in vain, and the batches are the same.)
     """
 
-    def __init__(self, plan: Plan, world: int, rank: int, steps: range, workers: int) -> None:
-        self._plan, self._world, self._rank, self._steps, self._workers = (
+    def __init__(self, plan: Plan, world_size: int, rank: int, steps: range, workers: int) -> None:
+        self._plan, self._world_size, self._rank, self._steps, self._workers = (
             plan,
-            world,
+            world_size,
             rank,
             steps,
             workers,
@@ -120,7 +120,7 @@ class _Schedule:
     def __iter__(self) -> Iterator[_Task]:
         waiting: deque[MicroBatch] = deque()
         for step in self._steps:
-            for micro in self._plan.step(step, self._world).ranks[self._rank]:
+            for micro in self._plan.step(step, self._world_size).ranks[self._rank]:
                 waiting.append(micro)
                 if len(waiting) > self._workers:
                     yield _Task(waiting.popleft(), waiting[-1])

@@ -1,167 +1,66 @@
 """The plan: what every rank does in every step, as a pure function of (seed, mixture, shards, step).
 
-`samples(step)` does not know the world; only the grouping into micro-steps does. Every rank computes the same plan, without
-communication, and the whole state of the data is one integer: the step.
+The samples of a step do not depend on the number of ranks; only their grouping into micro-batches
+does. Every rank computes the same plan without communication, and the whole state of the data is
+one integer: the step.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
-from onellm_dist.data.captions import chosen_captions
+from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.costs import CostModel, llm_tokens
-from onellm_dist.data.micro_batch import MicroBatch, SampleRef, StepPlan
+from onellm_dist.data.micro_batch import BatchTotals, SampleRef, SampleTable, StepPlan
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
 from onellm_dist.data.phases import DataPhase, consumed, go_on, shards_fingerprint
-from onellm_dist.data.retry import index_with_retries
-from onellm_dist.data.text import TextEncoder
-from onellm_dist.data.token_counts import (
-    TokenCounts,
-    build_token_counts,
-    missing_token_counts,
-    token_count_path,
-)
-from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 Ints = NDArray[np.int64]
 KEPT_STEPS = 16
-"""Steps kept in memory: more than a loader reads ahead, as a rule."""
-
-
-class _Batch(NamedTuple):
-    """The samples of a global batch in stream order: six arrays [n], the fields of SampleRef."""
-
-    dataset: Ints
-    shard: Ints
-    row: Ints
-    epoch: Ints
-    text_tokens: Ints
-    supervised_tokens: Ints
-
-    def refs(self, members: Ints | None = None) -> tuple[SampleRef, ...]:
-        """The samples, or those at the indices `members`."""
-        chosen = self if members is None else [column[members] for column in self]
-        return tuple(
-            map(SampleRef._make, zip(*(column.tolist() for column in chosen), strict=True))
-        )
-
-
-class _Ranks(Sequence[tuple[MicroBatch, ...]]):
-    """[world][count] micro-steps, each rank's made when first asked for."""
-
-    def __init__(
-        self, step: int, global_valid_tokens: int, batch: _Batch, assigned: Sequence[Sequence[Ints]]
-    ) -> None:
-        self._step, self._global_valid_tokens, self._batch, self._assigned = (
-            step,
-            global_valid_tokens,
-            batch,
-            assigned,
-        )
-        self._made: dict[int, tuple[MicroBatch, ...]] = {}
-
-    def __len__(self) -> int:
-        return len(self._assigned)
-
-    @overload
-    def __getitem__(self, rank: int) -> tuple[MicroBatch, ...]: ...
-    @overload
-    def __getitem__(self, rank: slice) -> tuple[tuple[MicroBatch, ...], ...]: ...
-    def __getitem__(
-        self, rank: int | slice
-    ) -> tuple[MicroBatch, ...] | tuple[tuple[MicroBatch, ...], ...]:
-        if isinstance(rank, slice):
-            return tuple(self[r] for r in range(len(self))[rank])
-        rank = range(len(self))[rank]
-        if rank not in self._made:
-            packs = self._assigned[rank]
-            self._made[rank] = tuple(
-                MicroBatch(
-                    self._step,
-                    rank,
-                    index,
-                    len(packs),
-                    self._batch.refs(members),
-                    self._global_valid_tokens,
-                )
-                for index, members in enumerate(packs)
-            )
-        return self._made[rank]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
+"""Fewest recent steps that stay in memory; more where the loader reads further ahead."""
 
 
 class Plan:
-    """The stream of a run. Open it with `Plan.open`.
+    """The stream of a run: which samples each rank processes in each step.
 
     Args:
-        datasets: one a mixture entry, checked by `open_datasets`.
-        config: the run's `data.*`.
-        encoder: tokenizer, text format and length.
-        seed: the run's seed.
-        modalities: the model's modalities; every dataset's are among them.
-        split: which split is read.
-        costs: what samples are balanced on.
-        sizes: patches a picture and prefix tokens of the encoder; CLIP ViT-L/14's where not given.
+        corpus: what is read.
+        costs: what micro-batches are balanced on; default: the sizes of the paper's model.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        config: DataSection,
-        encoder: TextEncoder,
-        seed: int,
-        modalities: Sequence[str],
-        *,
-        split: str = "train",
-        costs: CostModel | None = None,
-        sizes: tuple[int, int] | None = None,
-    ) -> None:
-        self.datasets = tuple(datasets)
-        self.config, self.encoder, self.seed, self.split = config, encoder, seed, split
-        known = sorted(map(get_modality, modalities), key=lambda m: m.order)
-        self.modalities: dict[str, Modality] = {
-            m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m for m in known
-        }
-        """The model's modalities by name, in the order of their spans."""
-        self.shards: list[tuple[ShardInfo, ...]] = [dataset.shards(split) for dataset in datasets]
-        """The shards of each dataset; SampleRef.shard counts in them."""
-        self.spans: list[tuple[str, ...]] = [
-            tuple(m for m in self.modalities if m in dataset.modalities) for dataset in datasets
-        ]
-        """The modalities of each dataset's samples, in the order of their spans."""
-        self.mixture = Mixture([entry.weight for entry in config.mixture])
+    def __init__(self, corpus: Corpus, *, costs: CostModel | None = None) -> None:
+        self.corpus = corpus
+        self.config: DataSection = corpus.config
+        self.mixture = Mixture([entry.weight for entry in self.config.mixture])
         self._orders = [
-            Order([shard.samples for shard in shards], derive_key("order", seed, dataset.name))
-            for dataset, shards in zip(datasets, self.shards, strict=True)
+            Order(
+                [shard.samples for shard in shards],
+                derive_key("order", corpus.seed, dataset.name),
+            )
+            for dataset, shards in zip(corpus.datasets, corpus.shards, strict=True)
         ]
         self.data_phases: tuple[DataPhase, ...] = (self._data_phase(),)
-        """The run's data_phases so far; the plan is that of the last one. See `follow`."""
-        self._offsets = np.zeros(len(datasets), dtype=np.int64)
-        self._token_counts = TokenCounts(datasets, encoder.fingerprint, split, seed)
+        """The data phases of the run so far; the plan is that of the last one (see `follow`)."""
+        self._offsets = np.zeros(len(corpus.datasets), dtype=np.int64)
         self._costs = costs or CostModel()
-        kinds = [[self.modalities[name] for name in spans] for spans in self.spans]
-        self._run_count = np.asarray([len(kind) for kind in kinds], dtype=np.int64)
+        media = [[corpus.modalities[name] for name in spans] for spans in corpus.spans]
+        self._span_count = np.asarray([len(spans) for spans in media], dtype=np.int64)
         self._encoder_tokens = np.asarray(
-            [sum(m.encoder_tokens for m in kind) for kind in kinds], dtype=np.int64
+            [sum(m.encoder_tokens for m in spans) for spans in media], dtype=np.int64
         )
-        self._media_cost = np.asarray([self._costs.media(kind) for kind in kinds])
-        self._batches: OrderedDict[int, _Batch] = OrderedDict()
+        self._media_cost = np.asarray([self._costs.media(spans) for spans in media])
+        self._kept_steps = max(KEPT_STEPS, self.config.workers * (self.config.prefetch + 1) + 2)
+        self._tables: OrderedDict[int, SampleTable] = OrderedDict()
         self._steps: OrderedDict[tuple[int, int], StepPlan] = OrderedDict()
 
     @classmethod
@@ -177,122 +76,108 @@ class Plan:
         show: bool = True,
         sizes: tuple[int, int] | None = None,
     ) -> Plan:
-        """Opens the datasets of a recipe, and measures text lengths that no one has measured.
-
-        Args:
-            tokenizer: the processor's (fast) tokenizer.
-            modalities: names of the model's modalities.
-            build_counts: false on ranks that wait for another one to measure: a missing sidecar is then an error.
-            show: progress on stderr while lengths are measured.
-            sizes: patches a picture and prefix tokens of the encoder; CLIP ViT-L/14's where not given.
-
-        Raises:
-            UsageError: anything wrong with the mixture, all of it at once; see also `build_token_counts` and `TextEncoder`.
-        """
-        datasets = open_datasets(config, modalities, split)
-        encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
-        if build_counts:
-            build_token_counts(datasets, encoder, split=split, show=show)
-        else:
-            _refuse_missing(datasets, encoder, split)
-        return cls(datasets, config, encoder, seed, modalities, split=split, sizes=sizes)
+        """Open the corpus of a recipe and plan it; `Corpus.open` has the arguments and errors."""
+        corpus = Corpus.open(
+            config,
+            tokenizer,
+            seed,
+            modalities,
+            split=split,
+            build_counts=build_counts,
+            show=show,
+            sizes=sizes,
+        )
+        return cls(corpus)
 
     def follow(self, history: Sequence[DataPhase], step: int) -> bool:
-        """Goes on from the data_phases of a checkpoint after `step` steps; returns whether a new data_phase begins.
+        """Continue the data phases of a checkpoint that was saved after `step` steps.
+
+        Returns:
+            Whether a new data phase begins.
 
         Raises:
-            UsageError: see `data_phases.go_on`.
+            UsageError: see `phases.go_on`.
         """
         if not history:
             return False
         self.data_phases = go_on(history, self._data_phase(), step, allow_new=self.config.new_phase)
         before = consumed(self.data_phases[:-1], self.data_phases[-1].start)
         self._offsets = np.asarray(
-            [before.get(dataset.name, 0) for dataset in self.datasets], dtype=np.int64
+            [before.get(dataset.name, 0) for dataset in self.corpus.datasets], dtype=np.int64
         )
-        self._batches.clear()
+        self._tables.clear()
         self._steps.clear()
         return self.data_phases != tuple(history[: len(self.data_phases)])
 
     def _data_phase(self) -> DataPhase:
-        names = [dataset.name for dataset in self.datasets]
+        corpus = self.corpus
+        names = [dataset.name for dataset in corpus.datasets]
         return DataPhase(
             0,
-            self.seed,
-            self.split,
+            corpus.seed,
+            corpus.split,
             self.config.global_batch,
-            self.encoder.fingerprint,
+            corpus.text_encoder.fingerprint,
             dict(zip(names, self.mixture.counts, strict=True)),
-            dict(zip(names, map(shards_fingerprint, self.shards), strict=True)),
+            dict(zip(names, map(shards_fingerprint, corpus.shards), strict=True)),
         )
 
     def samples(self, step: int) -> tuple[SampleRef, ...]:
-        """The global batch of a step (the first is 0) in stream order; the same for every world."""
-        return self._batch(step).refs()
+        """Return the global batch of a step in stream order; the same for any number of ranks."""
+        return self._table(step).refs()
 
-    def step(self, step: int, world: int) -> StepPlan:
-        """The global batch, packed and assigned to `world` ranks.
+    def step(self, step: int, world_size: int) -> StepPlan:
+        """Return the global batch of a step, packed and assigned to `world_size` ranks.
+
+        Recent steps are kept, so asking again is cheap.
 
         Raises:
             UsageError: a sample is larger than a micro-batch may be.
         """
-        known = self._steps.get((step, world))
+        known = self._steps.get((step, world_size))
         if known is None:
-            known = self._steps[step, world] = self._assign(step, world)
-            _forget(self._steps)
+            known = self._steps[step, world_size] = self._assign(step, world_size)
+            self._drop_oldest(self._steps)
         return known
 
     def digest(self, step: int) -> str:
-        """`sample_digest`: hex SHA-256 of the step's sample ids, sorted as bytes, each followed by a newline."""
-        ids = sorted(name.encode("utf-8") for name in self.sample_ids(self.samples(step)))
+        """Return the `sample_digest` of a step.
+
+        It is the hex SHA-256 of the step's sample ids, sorted as bytes, each with a newline.
+        """
+        ids = sorted(name.encode("utf-8") for name in self.corpus.sample_ids(self.samples(step)))
         return hashlib.sha256(b"".join(name + b"\n" for name in ids)).hexdigest()
 
-    def sample_id(self, ref: SampleRef) -> str:
-        """`dataset/shard-name/key@epoch`."""
-        dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
-        return f"{dataset.name}/{shard.name}/{index_with_retries(dataset, shard).key(ref.row)}@{ref.epoch}"
-
-    def sample_ids(self, refs: Sequence[SampleRef]) -> list[str]:
-        """`sample_id` of each, opening every shard's index once."""
-        ids = [""] * len(refs)
-        for i in sorted(range(len(refs)), key=refs.__getitem__):
-            ids[i] = self.sample_id(refs[i])
-        return ids
-
-    def caption_of(self, ref: SampleRef, count: int) -> int:
-        """Which of its `count` captions a sample is read with."""
-        one = np.ones(1, dtype=np.int64)
-        dataset, shard = self.datasets[ref.dataset], self.shards[ref.dataset][ref.shard]
-        return int(
-            chosen_captions(
-                self.seed, dataset.name, shard.name, one * ref.row, one * ref.epoch, one * count
-            )[0]
-        )
-
     def fingerprint(self) -> str:
-        """Hex SHA-256 of everything the stream depends on: two plans of one fingerprint give the same samples at every step."""
-        config = self.config
+        """Return the hex SHA-256 of everything the stream depends on.
+
+        Two plans with the same fingerprint give the same samples at every step.
+        """
+        config, corpus = self.config, self.corpus
         text = [
-            f"{self.seed} {config.global_batch} {self.split} {config.text_format} {config.max_text_tokens} {self.mixture.counts}"
+            f"{corpus.seed} {config.global_batch} {corpus.split} {config.text_format} "
+            f"{config.max_text_tokens} {self.mixture.counts}"
         ]
-        for dataset, shards in zip(self.datasets, self.shards, strict=True):
+        for dataset, shards in zip(corpus.datasets, corpus.shards, strict=True):
             text.append(f"{dataset.name} {dataset.modalities}")
             text += [f"{shard.name} {shard.samples} {shard.sha256}" for shard in shards]
         if len(self.data_phases) > 1:
             text.append(f"{self.data_phases[-1].start} {self._offsets.tolist()}")
         return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
 
-    def _batch(self, step: int) -> _Batch:
-        known = self._batches.get(step)
+    def _table(self, step: int) -> SampleTable:
+        known = self._tables.get(step)
         if known is None:
-            known = self._batches[step] = self._locate(step)
-            _forget(self._batches)
+            known = self._tables[step] = self._locate(step)
+            self._drop_oldest(self._tables)
         return known
 
-    def _locate(self, step: int) -> _Batch:
+    def _locate(self, step: int) -> SampleTable:
         first = self.data_phases[-1].start
         if step < first:
-            raise ValueError(f"step {step} < {first}, where the data_phase of this plan begins")
+            raise ValueError(
+                f"step {step} lies before {first}, where this plan's data phase begins"
+            )
         n = self.config.global_batch
         dataset, index = self.mixture.locate(
             np.arange((step - first) * n, (step - first + 1) * n, dtype=np.int64)
@@ -302,132 +187,74 @@ class Plan:
         for number in np.unique(dataset).tolist():
             here = np.flatnonzero(dataset == number)
             epoch[here], shard[here], row[here] = self._orders[number].locate(index[here])
-        pairs = np.empty((n, 2), dtype=np.int64)
-        by_place = np.lexsort((shard, dataset))
+        counts = np.empty((n, 2), dtype=np.int64)
+        by_shard = np.lexsort((shard, dataset))
         starts = np.flatnonzero(
-            np.diff(dataset[by_place], prepend=-1) | np.diff(shard[by_place], prepend=-1)
+            np.diff(dataset[by_shard], prepend=-1) | np.diff(shard[by_shard], prepend=-1)
         )
-        for here in np.split(by_place, starts[1:]):
-            pairs[here] = self._token_counts.at(
+        for here in np.split(by_shard, starts[1:]):
+            counts[here] = self.corpus.token_counts.at(
                 int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here]
             )
-        return _Batch(dataset, shard, row, epoch, pairs[:, 0], pairs[:, 1])
+        return SampleTable(dataset, shard, row, epoch, counts[:, 0], counts[:, 1])
 
-    def _assign(self, step: int, world: int) -> StepPlan:
-        batch = self._batch(step)
-        llm = llm_tokens(batch.text_tokens, self._run_count[batch.dataset])
-        loads = ItemSizes(
+    def _assign(self, step: int, world_size: int) -> StepPlan:
+        table = self._table(step)
+        llm = llm_tokens(table.text_tokens, self._span_count[table.dataset])
+        sizes = ItemSizes(
             llm,
-            self._encoder_tokens[batch.dataset],
-            self._costs.samples(self._media_cost[batch.dataset], llm),
+            self._encoder_tokens[table.dataset],
+            self._costs.samples(self._media_cost[table.dataset], llm),
         )
         budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
-        over = too_large(loads, budget)
+        over = too_large(sizes, budget)
         if over is not None:
             raise self._too_large(
-                batch.refs(np.asarray([over]))[0], int(loads.llm[over]), int(loads.encoder[over])
+                table.refs(np.asarray([over]))[0], int(sizes.llm[over]), int(sizes.encoder[over])
             )
-        global_valid_tokens = max(1, int(batch.supervised_tokens.sum()))
-        assigned = pack(loads, budget, world)
-        costs = [int(loads.cost[members].sum()) for rank in assigned for members in rank]
+        assigned = pack(sizes, budget, world_size)
+        packs = [members for rank in assigned for members in rank]
+        costs = [int(sizes.cost[members].sum()) for members in packs]
         return StepPlan(
             step,
-            global_valid_tokens,
-            _Ranks(step, global_valid_tokens, batch, assigned),
+            table,
+            assigned,
+            self._totals(table, sizes, sum(not members.size for members in packs)),
             max(costs) * len(costs) / sum(costs),
         )
 
+    def _totals(self, table: SampleTable, sizes: ItemSizes, empty: int) -> BatchTotals:
+        corpus = self.corpus
+        by_dataset = np.bincount(table.dataset, minlength=len(corpus.datasets)).tolist()
+        by_combination: dict[tuple[str, ...], int] = {}
+        for spans, count in zip(corpus.spans, by_dataset, strict=True):
+            by_combination[spans] = by_combination.get(spans, 0) + count
+        return BatchTotals(
+            samples=len(table.dataset),
+            llm_tokens=int(sizes.llm.sum()),
+            encoder_tokens=int(sizes.encoder.sum()),
+            supervised_tokens=int(table.supervised_tokens.sum()),
+            empty_micro_batches=empty,
+            samples_by_dataset=tuple(by_dataset),
+            samples_by_combination=by_combination,
+        )
+
     def _too_large(self, ref: SampleRef, llm: int, encoder: int) -> UsageError:
-        key, size, cap = (
+        over_llm = llm > self.config.pack_llm_tokens
+        key, size, limit = (
             ("data.pack_llm_tokens", llm, self.config.pack_llm_tokens)
-            if llm > self.config.pack_llm_tokens
+            if over_llm
             else ("data.pack_encoder_tokens", encoder, self.config.pack_encoder_tokens)
         )
+        media = ", ".join(self.corpus.spans[ref.dataset]) or "text"
         return UsageError(
-            f"sample {self.sample_id(ref)} ({', '.join(self.spans[ref.dataset]) or 'text'}, {ref.text_tokens} text tokens) needs {size} "
-            f"tokens; {key} is {cap}",
-            "a micro-batch holds whole samples, so this one fits in none.",
+            f"sample {self.corpus.sample_id(ref)} ({media}, {ref.text_tokens} text tokens) needs "
+            f"{size} tokens; {key} is {limit}",
+            "a micro-batch holds whole samples, so this one does not fit in any.",
             f"raise {key} to {size} or more"
-            + (", or lower data.max_text_tokens." if llm > self.config.pack_llm_tokens else "."),
+            + (", or lower data.max_text_tokens." if over_llm else "."),
         )
 
-
-def open_datasets(
-    config: DataSection, modalities: Sequence[str], split: str = "train"
-) -> list[Dataset]:
-    """The datasets of a mixture, checked.
-
-    Raises:
-        UsageError: lists every problem: a missing, empty or repeated dataset, one without this split, a modality that the
-            model does not have, a weight that is no number.
-    """
-    problems: list[UsageError] = []
-    datasets: list[Dataset] = []
-    for entry in config.mixture:
-        try:
-            dataset = open_dataset(config.place(entry))
-            _check(dataset, entry.weight, modalities, split, datasets)
-            datasets.append(dataset)
-        except UsageError as error:
-            problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise UsageError(
-            f"{len(problems)} problems in data.mixture\n"
-            + "\n".join(f"  - {p.what} {p.do}" for p in problems),
-            "nothing was started.",
-            "mend the recipe's data.root and data.mixture, or the datasets.",
-        )
-    return datasets
-
-
-def _check(
-    dataset: Dataset,
-    weight: float,
-    modalities: Sequence[str],
-    split: str,
-    before: Sequence[Dataset],
-) -> None:
-    if not math.isfinite(weight):
-        raise UsageError(
-            f"dataset {dataset.place}: weight {weight} is no number",
-            "shares cannot be computed.",
-            "give a number above 0.",
-        )
-    unknown = [name for name in dataset.modalities if name not in modalities]
-    if unknown:
-        raise UsageError(
-            f"dataset {dataset.place} has modality {', '.join(unknown)}; the model has {', '.join(modalities) or 'none'}",
-            "the model has no tokenizer for it.",
-            "take the dataset out of data.mixture, or use a model with this modality.",
-        )
-    if not sum(shard.samples for shard in dataset.shards(split)):
-        raise UsageError(
-            f"dataset {dataset.place}: its split {split!r} is empty",
-            "nothing can be read from it.",
-            "build it again, or take it out.",
-        )
-    twin = next((other for other in before if other.name == dataset.name), None)
-    if twin is not None:
-        raise UsageError(
-            f"datasets {twin.place} and {dataset.place} have the same name, {dataset.name!r}",
-            "sample ids, orders and digests go by it, so both would give the same.",
-            "name a dataset once, with the sum of the weights; or build one of them under another name.",
-        )
-
-
-def _refuse_missing(datasets: Sequence[Dataset], encoder: TextEncoder, split: str) -> None:
-    missing = missing_token_counts(datasets, encoder.fingerprint, split)
-    if missing:
-        dataset, shard = missing[0]
-        raise UsageError(
-            f"{token_count_path(dataset, shard, encoder.fingerprint)}: no such file ({len(missing)} shards have no text lengths)",
-            "plans are made from them.",
-            "let rank 0 measure them first, to a disk that all ranks share (ONELLM_CACHE, where the dataset is read-only).",
-        )
-
-
-def _forget(kept: OrderedDict[Any, Any]) -> None:
-    while len(kept) > KEPT_STEPS:
-        kept.popitem(last=False)
+    def _drop_oldest(self, kept: OrderedDict[Any, Any]) -> None:
+        while len(kept) > self._kept_steps:
+            kept.popitem(last=False)

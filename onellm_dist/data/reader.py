@@ -19,9 +19,9 @@ import torch
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.data.cache import ChunkCache
+from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
-from onellm_dist.data.plan import Plan
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, span_with_retries
 from onellm_dist.data.text import meta_of
@@ -58,10 +58,10 @@ class Reader:
             are not tried again, so that a resumed run sees what the first one saw.
     """
 
-    def __init__(self, plan: Plan, skipped_samples: Mapping[str, str] | None = None) -> None:
-        self._plan = plan
+    def __init__(self, corpus: Corpus, skipped_samples: Mapping[str, str] | None = None) -> None:
+        self._corpus = corpus
         self._known = dict(skipped_samples or {})
-        config = plan.config
+        config = corpus.config
         self._cache = (
             ChunkCache(config.cache_dir, int(config.cache_gb * 1e9)) if config.cache_dir else None
         )
@@ -79,9 +79,9 @@ class Reader:
         """
         if micro.is_empty:
             return self._pack(
-                [_Sample([self._plan.encoder.bos], [IGNORE], {})], [()], [""], is_empty=True
+                [_Sample([self._corpus.text_encoder.bos], [IGNORE], {})], [()], [""], is_empty=True
             )
-        ids = self._plan.sample_ids(micro.samples)
+        ids = self._corpus.sample_ids(micro.samples)
         known, self._places = self._places, {}
         now, later = (
             self._spans(micro.samples, known),
@@ -90,13 +90,16 @@ class Reader:
         self._read_ahead.ask(now, later)
         samples = [self._sample(ref, name) for ref, name in zip(micro.samples, ids, strict=True)]
         return self._pack(
-            samples, [self._plan.spans[ref.dataset] for ref in micro.samples], ids, is_empty=False
+            samples, [self._corpus.spans[ref.dataset] for ref in micro.samples], ids, is_empty=False
         )
 
     @property
     def _read_ahead(self) -> ReadAhead:
         if self._ahead is None or self._ahead[0] != os.getpid():
-            self._ahead = os.getpid(), ReadAhead(self._cache, self._plan.config.read_ahead_mb << 20)
+            self._ahead = (
+                os.getpid(),
+                ReadAhead(self._cache, self._corpus.config.read_ahead_mb << 20),
+            )
         return self._ahead[1]
 
     def _spans(self, refs: Sequence[SampleRef], known: Mapping[SampleRef, _Place]) -> list[Span]:
@@ -109,10 +112,10 @@ class Reader:
         return spans
 
     def _place(self, ref: SampleRef) -> _Place:
-        plan = self._plan
-        dataset, shard = plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard]
+        corpus = self._corpus
+        dataset, shard = corpus.datasets[ref.dataset], corpus.shards[ref.dataset][ref.shard]
         there = dataset.index(shard).parts(ref.row)
-        slots = {name: plan.modalities[name].match(there) for name in plan.spans[ref.dataset]}
+        slots = {name: corpus.modalities[name].match(there) for name in corpus.spans[ref.dataset]}
         wanted = {
             *TEXT_EXTENSIONS,
             *(extension for found in slots.values() for extension in found.values()),
@@ -141,14 +144,14 @@ class Reader:
             return self._skipped_sample(ref, f"{sample_id}: {error.what}")
 
     def _read(self, ref: SampleRef, sample_id: str) -> _Sample:
-        plan = self._plan
-        kinds = [plan.modalities[name] for name in plan.spans[ref.dataset]]
+        corpus = self._corpus
+        kinds = [corpus.modalities[name] for name in corpus.spans[ref.dataset]]
         place = self._places.get(ref)
         if place is None:
-            index_with_retries(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard])
+            index_with_retries(corpus.datasets[ref.dataset], corpus.shards[ref.dataset][ref.shard])
             place = self._place(ref)
         parts = self._parts(ref, place)
-        ids, labels = plan.encoder.encode(parts, partial(plan.caption_of, ref))
+        ids, labels = corpus.text_encoder.encode(parts, partial(corpus.caption_index, ref))
         self._check_length(ref, sample_id, ids, labels)
         meta = meta_of(parts)
         values = {}
@@ -157,7 +160,7 @@ class Reader:
             with _decoding(kind, sample_id):
                 raw = kind.decode(slots, meta)
                 values[kind.name] = kind.transform(
-                    raw, train=plan.config.augment, rng=self._rng(kind, sample_id)
+                    raw, train=corpus.config.augment, rng=self._rng(kind, sample_id)
                 )
             _check_value(kind, values[kind.name], sample_id)
         return _Sample(ids, labels, values)
@@ -165,7 +168,7 @@ class Reader:
     def _rng(self, kind: Modality, sample_id: str) -> np.random.Generator:
         """Seeded by run, sample, epoch and modality: never by a worker, a rank or what was read before."""
         return np.random.Generator(
-            np.random.PCG64(derive_key("augment", self._plan.seed, sample_id, kind.name))
+            np.random.PCG64(derive_key("augment", self._corpus.seed, sample_id, kind.name))
         )
 
     def _check_length(
@@ -179,11 +182,11 @@ class Reader:
             )
         now = (len(ids), sum(label >= 0 for label in labels))
         if now != planned:
-            plan = self._plan
+            corpus = self._corpus
             sidecar = token_count_path(
-                plan.datasets[ref.dataset],
-                plan.shards[ref.dataset][ref.shard],
-                plan.encoder.fingerprint,
+                corpus.datasets[ref.dataset],
+                corpus.shards[ref.dataset][ref.shard],
+                corpus.text_encoder.fingerprint,
             )
             raise OneLLMError(
                 f"stale sidecar {sidecar}: sample {sample_id} has {now[0]} text tokens ({now[1]} supervised), "
@@ -193,10 +196,13 @@ class Reader:
             )
 
     def _skipped_sample(self, ref: SampleRef, reason: str) -> _Sample:
-        spans = self._plan.spans[ref.dataset]
-        zeros = {name: torch.zeros(self._plan.modalities[name].value_shape) for name in spans}
+        spans = self._corpus.spans[ref.dataset]
+        zeros = {name: torch.zeros(self._corpus.modalities[name].value_shape) for name in spans}
         return _Sample(
-            [self._plan.encoder.bos] * ref.text_tokens, [IGNORE] * ref.text_tokens, zeros, reason
+            [self._corpus.text_encoder.bos] * ref.text_tokens,
+            [IGNORE] * ref.text_tokens,
+            zeros,
+            reason,
         )
 
     def _pack(
@@ -208,7 +214,7 @@ class Reader:
         is_empty: bool,
     ) -> PackedBatch:
         values = {}
-        for name, kind in self._plan.modalities.items():
+        for name, kind in self._corpus.modalities.items():
             found = [sample.values[name] for sample in samples if name in sample.values]
             values[name] = torch.stack(found) if found else torch.zeros((0, *kind.value_shape))
         labels = torch.tensor(

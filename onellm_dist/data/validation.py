@@ -59,7 +59,7 @@ def open_validation(
 
 def _check_sizes(plan: Plan, wanted: ValidationSection) -> None:
     counts = plan.mixture.taken(wanted.samples)
-    for dataset, count in zip(plan.datasets, counts, strict=True):
+    for dataset, count in zip(plan.corpus.datasets, counts, strict=True):
         there = dataset.samples(wanted.split)
         if count > there:
             raise UsageError(

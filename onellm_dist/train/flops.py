@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import StepPlan
-from onellm_dist.data.plan import Plan
-from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS
+from onellm_dist.modalities import QUERY_TOKENS
 
 PEAK_BF16 = {
     "B200": 2250e12,
@@ -60,7 +60,9 @@ class FlopCounter:
         encoder_trains: in `align`.
     """
 
-    def __init__(self, model: Any, plan: Plan, stage: str, *, encoder_trains: bool = False) -> None:
+    def __init__(
+        self, model: Any, corpus: Corpus, stage: str, *, encoder_trains: bool = False
+    ) -> None:
         parts = {name: _matrices(model.get_submodule(name)) for name in ("encoder", "upm", "llm")}
         text = model.config.text_config
         self._head = text.hidden_size * text.vocab_size
@@ -74,7 +76,7 @@ class FlopCounter:
         upm_flops = {
             name: (parts["upm"] - last + last_kv) * kind.upm_tokens
             + (last - last_kv) * QUERY_TOKENS
-            for name, kind in plan.modalities.items()
+            for name, kind in corpus.modalities.items()
         }
         encoder = dict.fromkeys(
             (True, False), 6 if encoder_trains else 2
@@ -84,38 +86,32 @@ class FlopCounter:
         per_sample = {
             name: kind.encoder_tokens * parts["encoder"] * encoder[kind.visual]
             + upm_flops[name] * (6 if align else 2)
-            for name, kind in plan.modalities.items()
+            for name, kind in corpus.modalities.items()
         }
-        self._media = [sum(per_sample[name] for name in spans) for spans in plan.spans]
-        self._spans = [len(spans) for spans in plan.spans]
+        self._media = [sum(per_sample[name] for name in spans) for spans in corpus.spans]
         self._by_kind = {
             "+".join(spans) or "text": flops
-            for spans, flops in zip(plan.spans, self._media, strict=True)
+            for spans, flops in zip(corpus.spans, self._media, strict=True)
         }
 
     def step(self, plan: StepPlan) -> StepSize:
-        """Sizes of a step of all ranks."""
-        tokens = supervised = samples = dummies = 0
-        flops = 0.0
-        for micro in (micro for rank in plan.ranks for micro in rank):
-            dummies += micro.is_empty
-            samples += len(micro.samples)
-            for ref in micro.samples:
-                positions = ref.text_tokens + SPAN_TOKENS * self._spans[ref.dataset]
-                tokens += positions
-                supervised += ref.supervised_tokens
-                flops += (
-                    self._media[ref.dataset]
-                    + self._llm * positions
-                    + self._head_factor * self._head * ref.supervised_tokens
-                )
+        """Return what all ranks do together in a step, from the totals of its plan."""
+        totals = plan.totals
+        media = sum(
+            count * flops
+            for count, flops in zip(totals.samples_by_dataset, self._media, strict=True)
+        )
         return StepSize(
-            samples,
+            totals.samples,
             plan.global_valid_tokens,
-            supervised,
-            tokens,
-            dummies / max(1, tokens + dummies),
-            flops,
+            totals.supervised_tokens,
+            totals.llm_tokens,
+            totals.empty_micro_batches / max(1, totals.llm_tokens + totals.empty_micro_batches),
+            float(
+                media
+                + self._llm * totals.llm_tokens
+                + self._head_factor * self._head * totals.supervised_tokens
+            ),
             plan.balance,
         )
 

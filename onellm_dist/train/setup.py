@@ -105,7 +105,7 @@ class Run:
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
-        return StepTotals(sorted(set(self.plan.spans)), self.world.device)
+        return StepTotals(sorted(set(self.plan.corpus.spans)), self.world.device)
 
     def size_of(self, step: int) -> StepSize:
         """What all ranks do in a step, by the plan."""
@@ -201,7 +201,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     if new_phase:
         _tell_segment(events, plan)
     flops = FlopCounter(
-        model, plan, config.train.stage, encoder_trains=config.train.encoder == "trainable"
+        model, plan.corpus, config.train.stage, encoder_trains=config.train.encoder == "trainable"
     )
     present = _prepare_model(config, model, weights, plan)
     router = RouterWatch(model, present)
@@ -288,13 +288,13 @@ def _open_records(
         write_stream(
             config.run.dir / LEDGER,
             plan.data_phases,
-            {d.name: _absolute(d.place) for d in plan.datasets},
+            {d.name: _absolute(d.place) for d in plan.corpus.datasets},
         )
     world.barrier()
     events = Events(config.run.dir, main=world.main)
     _tell_passed_over(events, found)
-    exit_file.in_flight.names = lambda micro: plan.sample_ids(micro.samples)
-    exit_file.in_flight.spans = plan.spans
+    exit_file.in_flight.names = lambda micro: plan.corpus.sample_ids(micro.samples)
+    exit_file.in_flight.spans = plan.corpus.spans
     exit_file.in_flight.following = partial(_read_ahead, config, world, plan)
     exit_file.on_failure = partial(_tell_failed, config.run.dir)
     return events
@@ -329,7 +329,7 @@ def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledg
 
 def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) -> set[str]:
     """Freeze what does not train, take image's parts over, set recomputation. Returns the mixture's modalities."""
-    present = {name for spans in plan.spans for name in spans}
+    present = {name for spans in plan.corpus.spans for name in spans}
     freeze_for_stage(
         model, config.train.stage, present, encoder=config.train.encoder == "trainable"
     )

@@ -227,7 +227,7 @@ def test_leaving_early_ends_the_workers(root: Path) -> None:
 def test_a_reader_error_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = token_count_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
+    path = token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
     np.save(path, np.load(path) + 1)
     with pytest.raises(OneLLMError) as info:
         run(open_plan(tmp_path, {"talk": 1}, global_batch=7), 1, 0, workers)
@@ -242,7 +242,7 @@ def test_a_plan_error_arrives_as_it_is(root: Path) -> None:
 
 def test_known_tombstones_reach_the_workers(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=4)
-    name = plan.sample_id(plan.samples(0)[1])
+    name = plan.corpus.sample_id(plan.samples(0)[1])
     with Loader(plan, 1, 0, 0, 1, 1, skipped_samples={name: "lost before"}) as loader:
         batches = [batch for _, batch in loader]
     assert [

@@ -12,8 +12,9 @@ import pytest
 from data_worlds import open_plan, section, tokenizer, write
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.data.corpus import open_datasets
 from onellm_dist.data.micro_batch import SampleRef
-from onellm_dist.data.plan import Plan, open_datasets
+from onellm_dist.data.plan import Plan
 from onellm_dist.data.token_counts import token_count_path
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.shards.format.writer import DatasetWriter
@@ -58,7 +59,7 @@ def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
         killed = step + draw.randint(1, 15)
         for at in range(step, killed):
             names = [
-                plan.sample_id(ref)
+                plan.corpus.sample_id(ref)
                 for rank in plan.step(at, world).ranks
                 for micro in rank
                 for ref in micro.samples
@@ -81,7 +82,7 @@ def test_steps_may_be_asked_in_any_order(root: Path) -> None:
 
 def test_every_sample_comes_once_an_epoch(root: Path) -> None:
     plan = open_plan(root, {"imu": 1}, global_batch=5)
-    names = [plan.sample_id(ref) for step in range(10) for ref in plan.samples(step)]
+    names = [plan.corpus.sample_id(ref) for step in range(10) for ref in plan.samples(step)]
     assert len(set(names)) == 50
     assert Counter(name.split("@")[1] for name in names) == {"0": 25, "1": 25}
     assert {name.split("@")[0] for name in names[:25]} == {
@@ -112,14 +113,17 @@ def test_micro_steps_are_numbered_and_within_the_caps(root: Path) -> None:
             )
             assert micro.last == (index == len(rank) - 1)
             assert (
-                sum(s.text_tokens + SPAN_TOKENS * len(plan.spans[s.dataset]) for s in micro.samples)
+                sum(
+                    s.text_tokens + SPAN_TOKENS * len(plan.corpus.spans[s.dataset])
+                    for s in micro.samples
+                )
                 <= 160
             )
             assert (
                 sum(
-                    plan.modalities[m].encoder_tokens
+                    plan.corpus.modalities[m].encoder_tokens
                     for s in micro.samples
-                    for m in plan.spans[s.dataset]
+                    for m in plan.corpus.spans[s.dataset]
                 )
                 <= 900
             )
@@ -131,9 +135,45 @@ def test_ranks_without_samples_run_dummies(root: Path) -> None:
     assert sum(rank[0].is_empty for rank in ranks) == 5
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_totals_and_digest_of_a_step_are_those_of_its_micro_batches(
+    root: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """They come from arrays: no SampleRef is built for them."""
+    config = {"pack_llm_tokens": 160, "pack_encoder_tokens": 900}
+    expected, plan = (open_plan(root, MIXTURE, **config) for _ in range(2))
+    micro_batches = [m for rank in expected.step(3, world_size).ranks for m in rank]
+    refs = [ref for micro in micro_batches for ref in micro.samples]
+    spans = expected.corpus.spans
+    content = hashlib.sha256()
+    for micro in micro_batches:
+        rows = [tuple(ref) for ref in micro.samples]
+        key = (micro.step, micro.rank, micro.index, micro.count, micro.global_valid_tokens, rows)
+        content.update(repr(key).encode())
+
+    monkeypatch.setattr(SampleRef, "_make", None)
+    step = plan.step(3, world_size)
+    totals = step.totals
+    assert step.digest() == content.hexdigest()
+    assert totals.samples == len(refs) == 12
+    assert totals.llm_tokens == sum(
+        ref.text_tokens + SPAN_TOKENS * len(spans[ref.dataset]) for ref in refs
+    )
+    assert totals.encoder_tokens == sum(
+        plan.corpus.modalities[m].encoder_tokens for ref in refs for m in spans[ref.dataset]
+    )
+    assert totals.supervised_tokens == sum(ref.supervised_tokens for ref in refs)
+    assert step.global_valid_tokens == totals.supervised_tokens
+    assert totals.empty_micro_batches == sum(micro.is_empty for micro in micro_batches)
+    assert totals.samples_by_dataset == tuple(
+        sum(ref.dataset == number for ref in refs) for number in range(4)
+    )
+    assert totals.samples_by_combination == Counter(spans[ref.dataset] for ref in refs)
+
+
 def test_the_digest_is_that_of_the_design_page(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
-    names = [plan.sample_id(ref) for ref in plan.samples(2)]
+    names = [plan.corpus.sample_id(ref) for ref in plan.samples(2)]
     text = "".join(f"{name}\n" for name in sorted(names, key=str.encode))
     assert plan.digest(2) == hashlib.sha256(text.encode()).hexdigest()
     assert len({plan.digest(step) for step in range(5)}) == 5
@@ -141,7 +181,7 @@ def test_the_digest_is_that_of_the_design_page(root: Path) -> None:
 
 def test_repeats_within_a_step_count_in_the_digest(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=30)
-    names = plan.sample_ids(plan.samples(0))
+    names = plan.corpus.sample_ids(plan.samples(0))
     assert len(set(names)) == 30  # epochs differ
     assert {name.split("@")[1] for name in names} == {"0", "1", "2"}
 
@@ -161,7 +201,7 @@ def test_seed_and_mixture_change_the_stream_and_the_fingerprint(root: Path) -> N
 
 def test_another_dataset_does_not_reorder_the_others(root: Path) -> None:
     def stream(plan: Plan, name: str) -> list[str]:
-        names = [plan.sample_id(ref) for step in range(30) for ref in plan.samples(step)]
+        names = [plan.corpus.sample_id(ref) for step in range(30) for ref in plan.samples(step)]
         return [n for n in names if n.startswith(f"{name}/")][:20]
 
     assert stream(open_plan(root, MIXTURE), "pic") == stream(
@@ -198,7 +238,7 @@ def test_a_sample_larger_than_a_micro_batch_is_named(
 
 def test_lengths_come_from_the_text(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=11)
-    by_name = {plan.sample_id(ref).split("/")[-1]: ref for ref in plan.samples(0)}
+    by_name = {plan.corpus.sample_id(ref).split("/")[-1]: ref for ref in plan.samples(0)}
     words = len(
         tokenizer()("a red cube left of a small blue sphere", add_special_tokens=False)["input_ids"]
     )
@@ -248,13 +288,15 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path: Path) -> None:
 def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 9)
     config = section(tmp_path, {"talk": 1})
-    with pytest.raises(UsageError, match="2 shards have no text lengths"):
+    with pytest.raises(UsageError, match="2 shards have no token counts"):
         Plan.open(config, tokenizer(), 0, ["image"], build_counts=False)
     first = Plan.open(config, tokenizer(), 0, ["image"], show=False)
     assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(
         0
     ) == first.digest(0)
-    assert token_count_path(dataset, dataset.shards()[0], first.encoder.fingerprint).exists()
+    assert token_count_path(
+        dataset, dataset.shards()[0], first.corpus.text_encoder.fingerprint
+    ).exists()
 
 
 def test_a_step_whose_texts_cannot_be_read_has_a_divisor(tmp_path: Path) -> None:

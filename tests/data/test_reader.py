@@ -14,6 +14,7 @@ from data_worlds import open_plan, tokenizer, write
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.data import retry
+from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import encode
@@ -39,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(plan: Plan, step: int = 0, **keys: object) -> PackedBatch:
-    return Reader(plan, **keys).read(plan.step(step, 1).ranks[0][0])  # type: ignore[arg-type]
+    return Reader(plan.corpus, **keys).read(plan.step(step, 1).ranks[0][0])  # type: ignore[arg-type]
 
 
 def texts(batch: PackedBatch) -> list[list[int]]:
@@ -49,9 +50,9 @@ def texts(batch: PackedBatch) -> list[list[int]]:
 def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
     plan = open_plan(root, MIXTURE, augment=False, pack_llm_tokens=4096, pack_encoder_tokens=20_000)
     micro = plan.step(0, 1).ranks[0][0]
-    batch = Reader(plan).read(micro)
-    assert batch.sample_ids == tuple(plan.sample_ids(micro.samples))
-    assert batch.modalities == tuple(plan.spans[ref.dataset] for ref in micro.samples)
+    batch = Reader(plan.corpus).read(micro)
+    assert batch.sample_ids == tuple(plan.corpus.sample_ids(micro.samples))
+    assert batch.modalities == tuple(plan.corpus.spans[ref.dataset] for ref in micro.samples)
     assert batch.weights.tolist() == [1.0] * 12
     assert batch.supervised is not None
     assert torch.equal(batch.labels[batch.supervised], batch.labels[batch.labels != IGNORE])
@@ -60,10 +61,12 @@ def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
     assert not batch.is_empty
     seen = {"image": 0, "imu": 0}
     for ref, ids, spans in zip(micro.samples, texts(batch), batch.modalities, strict=True):
-        parts = read_parts(plan.datasets[ref.dataset], plan.shards[ref.dataset][ref.shard], ref.row)
-        assert ids == plan.encoder.encode(parts)[0]
+        parts = read_parts(
+            plan.corpus.datasets[ref.dataset], plan.corpus.shards[ref.dataset][ref.shard], ref.row
+        )
+        assert ids == plan.corpus.text_encoder.encode(parts)[0]
         for name in spans:
-            kind = plan.modalities[name]
+            kind = plan.corpus.modalities[name]
             found = {slot: parts[extension] for slot, extension in kind.match(parts).items()}
             expected = kind.transform(
                 kind.decode(found, {}), train=False, rng=np.random.default_rng(0)
@@ -81,7 +84,7 @@ def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None
         plan = open_plan(root, mixture, global_batch=8)
         for rank in plan.step(0, world).ranks:
             for micro in rank:
-                batch = Reader(plan).read(micro)
+                batch = Reader(plan.corpus).read(micro)
                 for name, value in zip(batch.sample_ids, batch.values["image"], strict=True):
                     assert torch.equal(by_name.setdefault(name, value), value)
     assert len(by_name) == 8
@@ -103,8 +106,8 @@ def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None
 def test_a_dummy_is_one_bos_of_no_weight(root: Path) -> None:
     plan = open_plan(root, MIXTURE, global_batch=1)
     micro = next(rank[0] for rank in plan.step(0, 2).ranks if rank[0].is_empty)
-    batch = Reader(plan).read(micro)
-    assert batch.input_ids.tolist() == [plan.encoder.bos]
+    batch = Reader(plan.corpus).read(micro)
+    assert batch.input_ids.tolist() == [plan.corpus.text_encoder.bos]
     assert batch.labels.tolist() == [IGNORE]
     assert (batch.text_token_counts, batch.modalities, batch.weights.tolist(), batch.is_empty) == (
         (1,),
@@ -156,7 +159,7 @@ def test_a_decoders_surprise_becomes_a_tombstone(
 ) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
     expected = batch_of(plan)
-    decode, calls = plan.modalities["image"].decode, iter([error])
+    decode, calls = plan.corpus.modalities["image"].decode, iter([error])
 
     def surprised(*given: object) -> object:
         for once in calls:
@@ -164,9 +167,9 @@ def test_a_decoders_surprise_becomes_a_tombstone(
         return decode(*given)  # type: ignore[arg-type]
 
     monkeypatch.setitem(
-        vars(plan),
+        vars(plan.corpus),
         "modalities",
-        {**plan.modalities, "image": _Decoding(plan.modalities["image"], surprised)},
+        {**plan.corpus.modalities, "image": _Decoding(plan.corpus.modalities["image"], surprised)},
     )
     batch = batch_of(plan)
     assert batch.sample_ids == expected.sample_ids
@@ -194,9 +197,9 @@ def test_a_fault_of_the_machine_is_no_tombstone(
         raise error
 
     monkeypatch.setitem(
-        vars(plan),
+        vars(plan.corpus),
         "modalities",
-        {**plan.modalities, "image": _Decoding(plan.modalities["image"], failing)},
+        {**plan.corpus.modalities, "image": _Decoding(plan.corpus.modalities["image"], failing)},
     )
     with pytest.raises(OneLLMError, match=r"sample pic/.*, image: ") as caught:
         batch_of(plan)
@@ -270,8 +273,8 @@ def test_an_index_that_fails_once_stops_nothing(
 ) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0,))
     plan, failures = open_plan(root, {"talk": 1}, global_batch=11), [1, 1]
-    expected = plan.sample_ids(plan.samples(0))
-    works = type(plan.datasets[0]).index
+    expected = plan.corpus.sample_ids(plan.samples(0))
+    works = type(plan.corpus.datasets[0]).index
 
     def index(dataset: Dataset, shard: ShardInfo) -> ShardIndex:
         if failures:
@@ -279,11 +282,11 @@ def test_an_index_that_fails_once_stops_nothing(
             raise OneLLMError("no index") from OSError(116, "Stale file handle")
         return works(dataset, shard)
 
-    monkeypatch.setattr(type(plan.datasets[0]), "index", index)
+    monkeypatch.setattr(type(plan.corpus.datasets[0]), "index", index)
     with pytest.raises(OneLLMError, match="no index"):
-        plan.sample_id(plan.samples(0)[0])  # twice in a row is one time too many here
+        plan.corpus.sample_id(plan.samples(0)[0])  # twice in a row is one time too many here
     failures.append(1)
-    assert plan.sample_ids(plan.samples(0)) == expected
+    assert plan.corpus.sample_ids(plan.samples(0)) == expected
     assert not failures
 
 
@@ -291,8 +294,8 @@ def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     micro = plan.step(1, 2).ranks[1][0]
     here, there = (
-        Reader(plan).read(micro),
-        pickle.loads(pickle.dumps(Reader(plan))).read(pickle.loads(pickle.dumps(micro))),
+        Reader(plan.corpus).read(micro),
+        pickle.loads(pickle.dumps(Reader(plan.corpus))).read(pickle.loads(pickle.dumps(micro))),
     )
     assert here.sample_ids == there.sample_ids
     assert torch.equal(here.input_ids, there.input_ids)
@@ -301,7 +304,7 @@ def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
 
 def test_tombstones_of_an_earlier_start_are_not_tried_again(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
-    name = plan.sample_ids(plan.step(0, 1).ranks[0][0].samples)[2]
+    name = plan.corpus.sample_ids(plan.step(0, 1).ranks[0][0].samples)[2]
     batch = batch_of(plan, skipped_samples={name: "the disk was lost"})
     assert batch.skipped_samples == {2: "the disk was lost"}
     assert batch.weights[2] == 0
@@ -323,7 +326,7 @@ def test_a_text_that_cannot_be_read_is_a_planned_tombstone(tmp_path: Path) -> No
 def test_a_text_of_another_length_than_planned_stops(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = token_count_path(dataset, dataset.shards()[0], plan.encoder.fingerprint)
+    path = token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
     pairs = np.load(path)
     pairs[4] += 1
     np.save(path, pairs)
@@ -340,7 +343,10 @@ def test_a_tar_of_another_build_stops(tmp_path: Path) -> None:
     with dataset.tar_path(dataset.shards()[0]).open("ab") as file:
         file.write(b"more")
     with pytest.raises(OneLLMError, match="not of one piece"):
-        batch_of(Plan([open_dataset(dataset.root)], plan.config, plan.encoder, 0, ["image"]))
+        corpus = Corpus(
+            [open_dataset(dataset.root)], plan.config, plan.corpus.text_encoder, 0, ["image"]
+        )
+        batch_of(Plan(corpus))
 
 
 def test_conversations_are_read_with_their_labels(root: Path) -> None:
@@ -353,10 +359,10 @@ def test_conversations_are_read_with_their_labels(root: Path) -> None:
         pack_llm_tokens=2048,
     )
     micro = plan.step(0, 1).ranks[0][0]
-    batch = Reader(plan).read(micro)
+    batch = Reader(plan.corpus).read(micro)
     for ref, ids, labels in zip(
         micro.samples, texts(batch), batch.labels.split(list(batch.text_token_counts)), strict=True
     ):
-        parts = read_parts(plan.datasets[0], plan.shards[0][ref.shard], ref.row)
+        parts = read_parts(plan.corpus.datasets[0], plan.corpus.shards[0][ref.shard], ref.row)
         assert (ids, labels.tolist()) == encode(parts, tokenizer(), "conversation", 60)
     assert (batch.labels >= 0).sum() == plan.step(0, 1).global_valid_tokens

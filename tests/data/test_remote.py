@@ -113,7 +113,7 @@ def test_a_dataset_may_have_its_own_url(local: Path, memory: str) -> None:
         {**mixed.model_dump(), "mixture": [{"path": "pic"}, {"path": f"{memory}/imu"}]}
     )
     plan = Plan.open(mixed, tokenizer(), 0, ("image", "imu"), show=False)
-    assert [dataset.remote is not None for dataset in plan.datasets] == [False, True]
+    assert [dataset.remote is not None for dataset in plan.corpus.datasets] == [False, True]
     assert len(batches_of(plan, steps=1)[0].sample_ids) > 0
 
 
@@ -155,7 +155,7 @@ def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(readahead, "GAP", -1)  # a fetch a sample
     plan = plan_of(memory)
-    reader, (first, *_) = Reader(plan), plan.step(0, 1).ranks[0]
+    reader, (first, *_) = Reader(plan.corpus), plan.step(0, 1).ranks[0]
     ahead = readahead.ReadAhead(None, limit=25_000)
     spans = reader._spans(first.samples, {})
     assert sum(span.end - span.start for span in spans) > 25_000
@@ -172,7 +172,7 @@ def test_a_read_that_fails_once_is_no_tombstone(
 ) -> None:
     plan, expected = plan_of(memory), batches_of(plan_of(local))
     requests = Requests(monkeypatch)
-    requests.failing.update({shard.path: 2 for shards in plan.shards for shard in shards})
+    requests.failing.update({shard.path: 2 for shards in plan.corpus.shards for shard in shards})
     assert_same(batches_of(plan), expected)
     assert (
         requests.failing["shards/train-000000.tar"]
@@ -248,7 +248,7 @@ def test_a_shard_that_is_not_there_is_an_error_and_no_tombstone(memory: str) -> 
     fsspec.filesystem("memory").rm(
         f"{memory.removeprefix('memory:/')}/talk/shards/train-000001.tar.index"
     )
-    shutil.rmtree(plan.datasets[2].root / "shards")
+    shutil.rmtree(plan.corpus.datasets[2].root / "shards")
     plan = plan_of(memory)
     with pytest.raises(OneLLMError, match=r"train-000001\.tar"):
         [plan.digest(step) for step in range(6)]

@@ -67,7 +67,7 @@ def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
         for step in range(start, end):
             assert len(plan.samples(step)) == batch
             for ref in plan.samples(step):
-                read[plan.datasets[ref.dataset].name].append((ref.shard, ref.row, ref.epoch))
+                read[plan.corpus.datasets[ref.dataset].name].append((ref.shard, ref.row, ref.epoch))
     assert [data_phase.start for data_phase in plan.data_phases] == [0, 5, 9, 10]
     expected = orders(root, 200)
     assert all(len(places) > 3 for places in read.values())
@@ -95,12 +95,12 @@ def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
         world = draw.choice((1, 2, 3, 5))
         for at in range(step, end):
             names = [
-                plan.sample_id(ref)
+                plan.corpus.sample_id(ref)
                 for rank in plan.step(at, world).ranks
                 for micro in rank
                 for ref in micro.samples
             ]
-            assert sorted(names) == sorted(plan.sample_ids(plan.samples(at)))
+            assert sorted(names) == sorted(plan.corpus.sample_ids(plan.samples(at)))
             assert plan.digest(at) == expected[at]
             met[at] += 1
             saved[at + 1] = plan
@@ -146,7 +146,7 @@ def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> Non
 
 def test_a_step_before_the_segment_is_not_in_its_plan(root: Path) -> None:
     plan = resumed(root, open_plan(root, FIRST), 8, {"pic": 1.0})
-    with pytest.raises(ValueError, match="step 7 < 8"):
+    with pytest.raises(ValueError, match="step 7 lies before 8"):
         plan.samples(7)
     assert plan.fingerprint() != open_plan(root, {"pic": 1.0}).fingerprint()
 

@@ -149,7 +149,7 @@ def planned_digest(plan: Plan) -> str:
     lines = [
         f"{step} {name}\n"
         for step in range(STEPS)
-        for name in sorted(plan.sample_ids(plan.samples(step)))
+        for name in sorted(plan.corpus.sample_ids(plan.samples(step)))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -213,7 +213,7 @@ def test_joint_media_and_text_alone_share_packs_and_every_answer_is_supervised(
     )
     plan = Plan.open(data, tok, 0, MODALITIES, show=False)
     (micro,) = plan.step(0, 1).ranks[0]
-    batch = Reader(plan).read(micro)
+    batch = Reader(plan.corpus).read(micro)
     assert Counter(batch.modalities) == {("video", "audio"): 4, (): 4}
     assert {name: len(value) for name, value in batch.values.items()} == {
         "image": 0,

@@ -49,13 +49,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
     first, second = plan_of(root, {"a": 3, "b": 1}), plan_of(root, {"c": 2, "a": 1})
     assert second.follow(first.data_phases, CHANGE)
     ids = [
-        plan.sample_ids(plan.samples(step))
+        plan.corpus.sample_ids(plan.samples(step))
         for step in range(STEPS)
         for plan in [first if step < CHANGE else second]
     ]
     run_dir = root / "run"
     for plan in (first, second):
-        write_stream(run_dir / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets})
+        write_stream(
+            run_dir / "ledger", plan.data_phases, {d.name: d.place for d in plan.corpus.datasets}
+        )
     recipe = {
         "train": {"steps": STEPS},
         "data": {
@@ -210,7 +212,9 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     make(tmp_path, "b", 40)
     plan = plan_of(tmp_path, {"a": 0.25, "b": 0.75})
     write_stream(
-        tmp_path / "run" / "ledger", plan.data_phases, {d.name: d.place for d in plan.datasets}
+        tmp_path / "run" / "ledger",
+        plan.data_phases,
+        {d.name: d.place for d in plan.corpus.datasets},
     )
     mixture = [{"path": "a"}, {"path": "b"}]
     (tmp_path / "run" / "config.yaml").write_text(

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig, TrackSection
-from onellm_dist.modalities import all_modalities
+from onellm_dist.data.micro_batch import BatchTotals
+from onellm_dist.modalities import SPAN_TOKENS, all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.callbacks.experts import RouterWatch, Starvation
@@ -329,11 +330,19 @@ def test_the_flops_formula_counts_what_is_computed(toy: Any, stage: str, kind: s
     batch = pack_of(toy, [kind] * samples, TEXT)
     freeze_for_stage(toy, stage, {kind})
     modality = all_modalities()[kind]
-    plan = SimpleNamespace(spans=[(kind,)], modalities={kind: modality})
-    counter = FlopCounter(toy, plan, stage)  # type: ignore[arg-type]
-    ref = SimpleNamespace(dataset=0, text_tokens=TEXT, supervised_tokens=TEXT - 1)
-    micro = SimpleNamespace(is_empty=False, samples=[ref] * samples)
-    said = counter.step(SimpleNamespace(ranks=[[micro]], global_valid_tokens=1, balance=1.0)).flops  # type: ignore[arg-type]
+    corpus = SimpleNamespace(spans=[(kind,)], modalities={kind: modality})
+    counter = FlopCounter(toy, corpus, stage)  # type: ignore[arg-type]
+    totals = BatchTotals(
+        samples=samples,
+        llm_tokens=samples * (TEXT + SPAN_TOKENS),
+        encoder_tokens=samples * modality.encoder_tokens,
+        supervised_tokens=samples * (TEXT - 1),
+        empty_micro_batches=0,
+        samples_by_dataset=(samples,),
+        samples_by_combination={(kind,): samples},
+    )
+    plan = SimpleNamespace(totals=totals, global_valid_tokens=1, balance=1.0)
+    said = counter.step(plan).flops  # type: ignore[arg-type]
     with FlopCounterMode(display=False, depth=3) as counted:
         toy(packed=batch).loss.backward()
     toy.zero_grad()

@@ -96,7 +96,9 @@ class Answers:
         for question in questions:
             question.said, question.ended = [], not question.readable
         for _ in range(self._config.new_tokens):
-            logits = self._engine.logits(_next(batch, questions, self._plan.encoder.bos))
+            logits = self._engine.logits(
+                _next(batch, questions, self._plan.corpus.text_encoder.bos)
+            )
             for question, token in zip(
                 questions, logits.argmax(-1).tolist(), strict=False
             ):  # a rank without a sample has a dummy row
@@ -129,7 +131,7 @@ class Answers:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return (
             text.removesuffix(STOP).strip()
-            if self._plan.encoder.text_format == "conversation"
+            if self._plan.corpus.text_encoder.text_format == "conversation"
             else text.strip()
         )
 
@@ -162,7 +164,7 @@ class Answers:
                 for r in range(size)
             ]
             count = max(map(len, dealt))
-            reader = Reader(self._plan)
+            reader = Reader(self._plan.corpus)
             self._read = []
             for index, numbers in enumerate(dealt[rank] + [[]] * (count - len(dealt[rank]))):
                 batch = reader.read(
@@ -190,9 +192,9 @@ def _packs(
     llm = encoder = 0
     for number in numbers:
         ref = refs[number]
-        spans = plan.spans[ref.dataset]
+        spans = plan.corpus.spans[ref.dataset]
         own_llm = ref.text_tokens + new_tokens + SPAN_TOKENS * len(spans)
-        own_encoder = sum(plan.modalities[name].encoder_tokens for name in spans)
+        own_encoder = sum(plan.corpus.modalities[name].encoder_tokens for name in spans)
         if packs[-1] and (
             llm + own_llm > plan.config.pack_llm_tokens
             or encoder + own_encoder > plan.config.pack_encoder_tokens

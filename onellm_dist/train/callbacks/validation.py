@@ -79,7 +79,7 @@ class Validation:
         started = time.perf_counter()
         training = self._model.training
         self._model.eval()
-        totals = StepTotals(sorted(set(self._plan.spans)), self._world.device)
+        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._world.device)
         skipped_samples = 0
         with (
             torch.no_grad(),
