@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import Best
 from onellm_dist.train.checkpoint.files import (
@@ -27,7 +28,6 @@ from onellm_dist.train.checkpoint.files import (
     write_tensors,
 )
 from onellm_dist.train.checkpoint.folder import (
-    MANIFEST,
     checkpoint_name,
     folders,
     prune,
@@ -71,7 +71,7 @@ def checkpoint(
     manifest = {"version": version, "files": {"rank-00000.safetensors": len(said)}, **more}
     if version > 1:
         manifest["sha256"] = {"rank-00000.safetensors": hashlib.sha256(said).hexdigest()}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / CHECKPOINT_MANIFEST).write_text(json.dumps(manifest))
     return folder
 
 
@@ -196,7 +196,7 @@ def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(
 ) -> None:
     for number in range(6):
         folder = checkpoint(tmp_path / checkpoint_name(1 + number))
-        os.utime(folder / MANIFEST, times=(1e9 + 1800 * number,) * 2)
+        os.utime(folder / CHECKPOINT_MANIFEST, times=(1e9 + 1800 * number,) * 2)
     prune(tmp_path, 1, keep_every_hours=1)
     assert [step_of(folder) for folder in folders(tmp_path)] == [1, 3, 5, 6]
 
@@ -212,7 +212,7 @@ def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) 
     checkpoint(tmp_path / checkpoint_name(450))
     prune(tmp_path, 1)
     assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
-    (tmp_path / checkpoint_name(450) / MANIFEST).unlink()
+    (tmp_path / checkpoint_name(450) / CHECKPOINT_MANIFEST).unlink()
     prune(tmp_path, 1)
     assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
 

@@ -11,15 +11,16 @@ import pytest
 from stand_in import pack, sample
 
 from onellm_dist.common.files import repair_last_line
+from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.slurm.attempts import append_attempt, this_attempt
-from onellm_dist.train.checkpoint.folder import MANIFEST, checkpoint_name
+from onellm_dist.train.checkpoint.folder import checkpoint_name
 from onellm_dist.train.checkpoint.inherit import inherit_ledger, take_over
 from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.records.applied_resumes import note_obeyed, was_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, prepare_directory
-from onellm_dist.train.records.skipped_samples import STARTS, Ledger
-from onellm_dist.train.stability.rollback import MARKS, Marks, needs_a_start
+from onellm_dist.train.records.skipped_samples import MARKS, STARTS, Ledger
+from onellm_dist.train.stability.rollback import Marks, needs_a_start
 
 ALONE: Any = SimpleNamespace(
     rank=0,
@@ -34,7 +35,7 @@ ALONE: Any = SimpleNamespace(
 def checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / CHECKPOINTS / checkpoint_name(step)
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text(
+    (folder / CHECKPOINT_MANIFEST).write_text(
         json.dumps({"version": 2, "step": step, "files": {}, "sha256": {}})
     )
     return folder

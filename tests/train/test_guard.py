@@ -26,9 +26,10 @@ from onellm_dist.train.callbacks.watchdog import (
 )
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.skipped_samples import MARKS
 from onellm_dist.train.stability.checks import Guard, Verdict, robust_z
 from onellm_dist.train.stability.offending_samples import Part, describe, find_culprits, say
-from onellm_dist.train.stability.rollback import MARKS, Marks
+from onellm_dist.train.stability.rollback import Marks
 
 
 class Alone:

@@ -12,10 +12,11 @@ from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import ds_configs_dir
+from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import OptimSection, RunConfig, StabilitySection
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import open_model
-from onellm_dist.train.checkpoint.state import MANIFEST, checkpoint_name, newest_whole, prune
+from onellm_dist.train.checkpoint.state import checkpoint_name, newest_whole, prune
 from onellm_dist.train.engine.deepspeed.config import complete, load_ds_config, zero_stage
 from onellm_dist.train.export import write_weights
 from onellm_dist.train.optim.schedules import learning_rate
@@ -155,7 +156,7 @@ def test_bf16_without_zero_is_refused() -> None:
 def whole_checkpoint(folder: Path, *, size: int = 3) -> None:
     folder.mkdir(parents=True)
     (folder / "rank-00000.safetensors").write_bytes(b"abc")
-    (folder / MANIFEST).write_text(
+    (folder / CHECKPOINT_MANIFEST).write_text(
         json.dumps({"version": 1, "files": {"rank-00000.safetensors": size}})
     )
 

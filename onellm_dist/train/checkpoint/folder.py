@@ -23,19 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.files import sync
+from onellm_dist.common.run_files import CHECKPOINT_MANIFEST, CHECKPOINT_PREFIX
 from onellm_dist.train.checkpoint.files import Written
 
 VERSION = 2
 READABLE = (1, 2)
 """Version 1 had no checksums."""
-MANIFEST = "manifest.json"
-PREFIX = "step-"
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a whole checkpoint, or None: missing, of an unknown version, or a file is missing or cut short."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
         whole = manifest["version"] in READABLE and all(
             (folder / n).stat().st_size == size for n, size in manifest["files"].items()
         )
@@ -56,12 +55,12 @@ def recorded_files(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path, W
 
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after `step` steps."""
-    return f"{PREFIX}{step:08d}"
+    return f"{CHECKPOINT_PREFIX}{step:08d}"
 
 
 def step_of(folder: Path) -> int:
     """Steps done, by a checkpoint's folder name."""
-    return int(folder.name.removeprefix(PREFIX))
+    return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
 def newest_whole(checkpoints: Path) -> Path | None:
@@ -102,7 +101,7 @@ def prune(
     for folder in every:
         if step_of(folder) < oldest and folder not in lasting:
             shutil.rmtree(folder, ignore_errors=True)
-    for partial in checkpoints.glob(f".{PREFIX}*.partial"):
+    for partial in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -111,7 +110,7 @@ def _hours_apart(every: Sequence[Path], hours: float) -> set[Path]:
     found = set[Path]()
     last = -math.inf
     for folder in every:
-        manifest = folder / MANIFEST
+        manifest = folder / CHECKPOINT_MANIFEST
         written = _written(folder, manifest.stat().st_mtime) if manifest.exists() else None
         if written is not None and step_of(folder) and written - last >= 3600 * hours:
             found.add(folder)
@@ -129,7 +128,11 @@ def _written(folder: Path, changed: float) -> float | None:
 def folders(checkpoints: Path) -> list[Path]:
     """Every folder that is named like a checkpoint, the oldest first."""
     return sorted(
-        (f for f in checkpoints.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit()),
+        (
+            f
+            for f in checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
+            if f.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+        ),
         key=step_of,
     )
 
@@ -154,13 +157,13 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 def restore_displaced(checkpoints: Path) -> None:
     """Give back their names to checkpoints that were being replaced when a start was killed, and remove unfinished ones."""
-    for before in checkpoints.glob(f".{PREFIX}*.before"):
+    for before in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
         folder = before.with_name(before.name[1:].removesuffix(".before"))
         if not folder.exists():
             before.rename(folder)
         else:
             shutil.rmtree(before, ignore_errors=True)
-    for partial in checkpoints.glob(f".{PREFIX}*.partial"):
+    for partial in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.checkpoint.resume import Found
 from onellm_dist.train.records.applied_resumes import note_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, is_own
-from onellm_dist.train.stability.rollback import MARKS
+from onellm_dist.train.records.skipped_samples import MARKS
 
 TAKEN_OVER = "skipped_samples-ranks-source.jsonl"
 """Read back with every rank's own file."""

@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.train.checkpoint.folder import (
-    MANIFEST,
     checkpoint_name,
     newest_whole,
     prune,
@@ -24,7 +23,6 @@ from onellm_dist.train.distributed import World
 from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
 
 __all__ = [
-    "MANIFEST",
     "checkpoint_name",
     "load_state",
     "newest_whole",

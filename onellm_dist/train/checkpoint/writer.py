@@ -20,10 +20,10 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import sync
+from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import CheckpointSection
 from onellm_dist.train.checkpoint.files import AbandonedError, write_tensors
 from onellm_dist.train.checkpoint.folder import (
-    MANIFEST,
     VERSION,
     checkpoint_name,
     prune,
@@ -113,7 +113,7 @@ class Writing:
             "sha256": {p["file"]: p["sha256"] for p in parts},
             "parameters": parameters,
         }
-        path = self.partial / MANIFEST
+        path = self.partial / CHECKPOINT_MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(path)
         for rank in range(self._world.size):

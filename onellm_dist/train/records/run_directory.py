@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import IO
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.run_files import CHECKPOINT_PREFIX
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import BEST
 from onellm_dist.train.callbacks.profiler import FOLDER as PROFILES
 from onellm_dist.train.callbacks.sample_generation import SAMPLES
 from onellm_dist.train.callbacks.trackers import FOLDER as TRACKERS
 from onellm_dist.train.callbacks.validation import VALIDATION
-from onellm_dist.train.checkpoint.folder import PREFIX
 from onellm_dist.train.export import MODEL, restore_export
 from onellm_dist.train.records.metrics import EVENTS, METRICS, TENSORBOARD
 
@@ -114,5 +114,7 @@ def _not_before(checkpoints: Path, resume: Path) -> list[Path]:
     """The checkpoints that are not a history of `resume`."""
     own = is_own(checkpoints, resume)
     return sorted(
-        path for path in checkpoints.glob(f"{PREFIX}*") if not own or path.name > resume.name
+        path
+        for path in checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
+        if not own or path.name > resume.name
     )

@@ -27,6 +27,8 @@ DATA_PHASES, DATASETS, PROGRESS, STARTS = (
     "starts.jsonl",
 )
 PROGRESS_BYTES = 16
+MARKS = "skipped_samples-ranks-guard.jsonl"
+"""Samples that the stability monitor excluded from the run."""
 
 
 class Ledger:

@@ -25,13 +25,12 @@ from onellm_dist.train.checkpoint.folder import (
 from onellm_dist.train.checkpoint.state import load_state
 from onellm_dist.train.distributed import World
 from onellm_dist.train.records.run_directory import CHECKPOINTS, move_aside
+from onellm_dist.train.records.skipped_samples import MARKS
 from onellm_dist.train.stability.checks import Verdict
 from onellm_dist.train.stability.offending_samples import Suspect, describe, say
 
 if TYPE_CHECKING:
     from onellm_dist.train.setup import Run
-
-MARKS = "skipped_samples-ranks-guard.jsonl"
 
 
 class RollBackError(Exception):
