@@ -98,27 +98,27 @@ def worker(out: Path, name: str, tokens: int) -> None:
     ranks = discover_ranks()
     assert ranks is not None
     torch.set_num_threads(1)
-    world = join(ranks)
-    engine, _ = build(world, name, "tune", tiny=False)
+    dist = join(ranks)
+    engine, _ = build(dist, name, "tune", tiny=False)
     plain = plain_step()
 
     def own(batch: Any) -> None:
         loss, _, _ = engine.forward(batch, last=True)
-        engine.backward(loss, tokens * world.size)
+        engine.backward(loss, tokens * dist.world_size)
         assert engine.step(1e-4)
 
     def seconds(step: Callable[[Any], None], batch: Any) -> float:
-        world.barrier()
+        dist.barrier()
         started = time.perf_counter()
         step(batch)
-        world.barrier()
+        dist.barrier()
         return time.perf_counter() - started
 
     pairs = []
     for number in range(PAIRS + 1):
-        batch = make_pack(number * world.size + world.rank, tokens)
+        batch = make_pack(number * dist.world_size + dist.rank, tokens)
         pairs.append((seconds(own, batch), seconds(plain, batch)))
-    if world.main:
+    if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(pairs[1:]))  # the first makes buffers
     leave()
     os._exit(0)

@@ -129,34 +129,34 @@ def worker(out: Path, name: str) -> None:
     end_with_parent()
     ranks = discover_ranks()
     assert ranks is not None
-    world = join(ranks)
-    train_step(build(world, name, "tune", tiny=True)[0], 0)  # imports, and what libraries make once
-    own = {**measure_load(world, name, out), **measure_steps(world, name, out)}
-    found = {key: max(other[key] for other in world.gather(own)) for key in own}
-    if world.main:
+    dist = join(ranks)
+    train_step(build(dist, name, "tune", tiny=True)[0], 0)  # imports, and what libraries make once
+    own = {**measure_load(dist, name, out), **measure_steps(dist, name, out)}
+    found = {key: max(other[key] for other in dist.gather(own)) for key in own}
+    if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(found))
     leave()
     os._exit(0)
 
 
-def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
+def measure_load(dist: Any, name: str, out: Path) -> dict[str, float]:
     """Peak growth while a mostly frozen model is drawn at random, exported, and read from the files of that."""
     from onellm_dist.train.export import write_weights
 
     with Peak() as drawn:
-        engine, model_bytes = build(world, name, "align", tiny=False)
+        engine, model_bytes = build(dist, name, "align", tiny=False)
     with Peak() as export:
         weights = engine.whole_weights()
-        if world.main:
+        if dist.is_rank_zero:
             shapes = {n: (shape, dtype) for n, shape, dtype in engine.whole_shapes()}
             write_weights(out, weights, shapes, file_bytes=60_000_000)
         for _ in weights:
             pass
-    world.barrier()
+    dist.barrier()
     del engine, weights
     gc.collect()
     with Peak() as read:
-        build(world, name, "align", tiny=False, folder=out)
+        build(dist, name, "align", tiny=False, folder=out)
     gc.collect()
     return {
         "load": max(drawn.growth, read.growth),
@@ -165,28 +165,28 @@ def measure_load(world: Any, name: str, out: Path) -> dict[str, float]:
     }
 
 
-def measure_steps(world: Any, name: str, out: Path) -> dict[str, float]:
+def measure_steps(dist: Any, name: str, out: Path) -> dict[str, float]:
     """What is held after a step, the peak within one, and while a checkpoint is written."""
     from onellm_dist.train.checkpoint.writer import save_state
 
     before = anonymous()
-    engine, _ = build(world, name, "tune", tiny=False)
+    engine, _ = build(dist, name, "tune", tiny=False)
     train_step(engine, 0)
     gc.collect()
     state = anonymous() - before
     with Peak(before) as peak:
         for step in range(1, STEPS):
-            world.barrier()
+            dist.barrier()
             train_step(engine, step)
     gc.collect()
     with Peak() as save:
-        save_state(out / "checkpoint", engine, world, {"step": STEPS})
-    trained = sum(world.gather(sum(r.length for r in engine.ranges())))
+        save_state(out / "checkpoint", engine, dist, {"step": STEPS})
+    trained = sum(dist.gather(sum(r.length for r in engine.ranges())))
     return {"state": state, "peak": peak.growth, "save": save.growth, "trained_weights": trained}
 
 
 def build(
-    world: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None
+    dist: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None
 ) -> tuple[Any, int]:
     """(engine, bytes of the whole model in fp32)."""
     import torch
@@ -204,7 +204,13 @@ def build(
     size = sum(4 * p.numel() for p in model.parameters())
     given = ENGINES[name]
     settings = EngineSettings(
-        world.size, world.device, False, (0.9, 0.95), 1e-8, 1.0, json.loads(json.dumps(given or {}))
+        dist.world_size,
+        dist.device,
+        False,
+        (0.9, 0.95),
+        1e-8,
+        1.0,
+        json.loads(json.dumps(given or {})),
     )
     kind = engine_class("fsdp" if given is None else "deepspeed")
     return kind.wrap(model, parameter_groups(model, 0.1), settings, weights), size

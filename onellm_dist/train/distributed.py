@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from torch import distributed as dist
+from torch import distributed as torch_dist
 from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
@@ -21,41 +21,41 @@ SLACK_MINUTES = 5.0
 
 
 @dataclass(frozen=True)
-class World:
+class Distributed:
     """This rank among all, and its device."""
 
     rank: int
-    size: int
+    world_size: int
     local_world_size: int
     device: torch.device
 
     @property
-    def main(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Rank 0: the one that writes files and talks."""
         return self.rank == 0
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        dist.barrier()
+        torch_dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> None:
         """Add `tensor` over the ranks, in place."""
-        dist.all_reduce(tensor)
+        torch_dist.all_reduce(tensor)
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, by rank, on every rank."""
-        found: list[T | None] = [None] * self.size
-        dist.all_gather_object(found, value)
+        found: list[T | None] = [None] * self.world_size
+        torch_dist.all_gather_object(found, value)
         return found  # type: ignore[return-value]
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        torch_dist.broadcast_object_list(box, src=0)
         return box[0]
 
 
-def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
+def join(ranks: Ranks, guard: StabilitySection | None = None) -> Distributed:
     """Take this process's device, meet the other ranks, and share the cores among the ranks of the node.
 
     Args:
@@ -82,14 +82,14 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> World:
     timeout = timeout_of(guard or StabilitySection())
     # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than stability.hang_minutes.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    dist.init_process_group(
+    torch_dist.init_process_group(
         backend,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timeout,
         device_id=device if cuda else None,
     )
-    return World(ranks.rank, ranks.world_size, ranks.local_world_size, device)
+    return Distributed(ranks.rank, ranks.world_size, ranks.local_world_size, device)
 
 
 def timeout_of(stability: StabilitySection) -> timedelta:
@@ -127,5 +127,5 @@ def threads_per_rank(local_world_size: int) -> int:
 
 def leave() -> None:
     """Meet the other ranks a last time and close the process group."""
-    dist.barrier()
-    dist.destroy_process_group()
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()

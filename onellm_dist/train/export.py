@@ -17,7 +17,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import sync
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
 MODEL = "model"
@@ -38,7 +38,7 @@ def export_model(
     engine: Engine,
     model: Any,
     processor: Any,
-    world: World,
+    dist: Distributed,
     beside: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the trained model and its processor to `folder`, whole or not at all. Called by all ranks; rank 0 writes.
@@ -53,7 +53,7 @@ def export_model(
     partial = folder.with_name(f".{folder.name}.partial")
     failure = None
     weights = engine.whole_weights()
-    if world.main:
+    if dist.is_rank_zero:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -70,7 +70,7 @@ def export_model(
         _
     ) in weights:  # the other ranks, and rank 0 after a failure: the collectives go on to the end
         pass
-    failure = world.broadcast(failure)
+    failure = dist.broadcast(failure)
     if failure is not None:
         raise OneLLMError(
             f"the model could not be written to {folder}: {failure}",

@@ -81,9 +81,9 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
     phases = Phases(exit_file.in_flight)
     phases.imported()
     with phases.of("process_group"):
-        world = join(ranks, config.stability)
-    with Watchdog(config.run.dir, world.rank, world.size, config.stability, exit_file):
-        run = build_run(config, world, exit_file, phases)
+        dist = join(ranks, config.stability)
+    with Watchdog(config.run.dir, dist.rank, dist.world_size, config.stability, exit_file):
+        run = build_run(config, dist, exit_file, phases)
         exit_file.last_act = run.checkpoints.linger
         return _finish(run, train(run))
 
@@ -92,7 +92,7 @@ def _finish(run: Run, outcome: Outcome) -> int:
     """The end of a start that did not fail: the records, and the last meeting of the ranks. Returns the exit code of all."""
     from onellm_dist.train.distributed import leave
 
-    world, exit_file = run.world, run.exit_file
+    dist, exit_file = run.dist, run.exit_file
     run.metrics.close()
     if run.trackers is not None:
         run.trackers.finish()
@@ -103,10 +103,10 @@ def _finish(run: Run, outcome: Outcome) -> int:
         reason=outcome.reason,
         say=f"{outcome.status}: {outcome.reason}",
     )
-    if world.main:
+    if dist.is_rank_zero:
         run.stop.honoured()
         code = exit_file.write(outcome.status, reason=outcome.reason)
-    code = world.broadcast(code if world.main else 0)
+    code = dist.broadcast(code if dist.is_rank_zero else 0)
     leave()
     return code
 

@@ -38,7 +38,7 @@ from onellm_dist.train.checkpoint.resume import Found, find_checkpoint
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import load_state, read_manifest
 from onellm_dist.train.checkpoint.writer import Checkpoints
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import checked, engine_class
@@ -68,7 +68,7 @@ class Run:
     """A run, ready to go. The loop uses it; nothing in it knows the loop."""
 
     config: RunConfig
-    world: World
+    dist: Distributed
     plan: Plan
     engine: Engine
     loader: Loader
@@ -105,11 +105,11 @@ class Run:
 
     def new_totals(self) -> StepTotals:
         """Empty sums for a step."""
-        return StepTotals(sorted(set(self.plan.corpus.spans)), self.world.device)
+        return StepTotals(sorted(set(self.plan.corpus.spans)), self.dist.device)
 
     def size_of(self, step: int) -> StepSize:
         """What all ranks do in a step, by the plan."""
-        return self.flops.step(self.plan.step(step, self.world.size))
+        return self.flops.step(self.plan.step(step, self.dist.world_size))
 
     def compare_plans(self, step: int) -> None:
         """At the first step and now and then: every rank must have made the same plan.
@@ -119,7 +119,7 @@ class Run:
         """
         if step != self.first_step and step % COMPARE_EVERY:
             return
-        digests = self.world.gather(self.plan.step(step, self.world.size).digest())
+        digests = self.dist.gather(self.plan.step(step, self.dist.world_size).digest())
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             raise OneLLMError(
@@ -138,13 +138,13 @@ class Run:
         self.metrics = self.open_metrics(step)
         self.guard.restore(guard)
         self.ledger.begin(step)
-        if self.world.main:
+        if self.dist.is_rank_zero:
             for name in (VALIDATION, SAMPLES):
                 drop_from(self.config.run.dir / name, step + 1)
 
     def stop_reason(self) -> str:
         """Who asked to stop, as far as any rank knows. Called by all ranks."""
-        reasons = [reason for reason in self.world.gather(self.stop.reason) if reason]
+        reasons = [reason for reason in self.dist.gather(self.stop.reason) if reason]
         return reasons[0] if reasons else "asked to stop"
 
     def show(self, name: str, text: str, step: int) -> None:
@@ -154,7 +154,7 @@ class Run:
     def export(self) -> None:
         """Write the trained model to `<run.dir>/model`."""
         folder = self.config.run.dir / MODEL
-        export_model(folder, self.engine, self.model, self.processor, self.world)
+        export_model(folder, self.engine, self.model, self.processor, self.dist)
         self.events.write("export", folder=str(folder), say=f"the trained model is in {folder}")
 
     def note_validation(self, done: int, loss: float) -> None:
@@ -163,7 +163,7 @@ class Run:
             self.events.write("best", step=done, loss=loss, folder=str(self.config.run.dir / BEST))
 
 
-def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phases) -> Run:
+def build_run(config: RunConfig, dist: Distributed, exit_file: ExitFile, phases: Phases) -> Run:
     """Build a run; called by all ranks together.
 
     Args:
@@ -172,16 +172,16 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     Raises:
         UsageError: the recipe asks for something that is not there or cannot be.
     """
-    settings = _engine_settings(config, world)
+    settings = _engine_settings(config, dist)
     check_trackers(config.track)
-    lock = lock_directory(config.run.dir) if world.main else None
+    lock = lock_directory(config.run.dir) if dist.is_rank_zero else None
     with phases.of("checkpoint"):
-        found = find_checkpoint(config, config.run.dir / CHECKPOINTS, world)
+        found = find_checkpoint(config, config.run.dir / CHECKPOINTS, dist)
     resume, manifest = (
         found.folder,
         {} if found.folder is None else read_manifest(found.folder) or {},
     )
-    stop = StopRequest(config.run.dir, exit_file, watch_file=world.main)
+    stop = StopRequest(config.run.dir, exit_file, watch_file=dist.is_rank_zero)
 
     with phases.of("model"):
         model, processor, weights = open_model(
@@ -190,14 +190,14 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     with phases.of("data"):
         opening = (config.data, processor.tokenizer, config.run.seed, list(model.config.modalities))
         sizes = model.config.vision.patches, model.config.vision.prefix
-        plan = _main_first(world, partial(Plan.open, *opening, sizes=sizes))
+        plan = _main_first(dist, partial(Plan.open, *opening, sizes=sizes))
         validation = (
-            _main_first(world, partial(open_validation, *opening, sizes=sizes))
+            _main_first(dist, partial(open_validation, *opening, sizes=sizes))
             if config.data.validation
             else None
         )
     new_phase = False if resume is None else _follow(plan, resume)
-    events = _open_records(config, world, plan, exit_file, found)
+    events = _open_records(config, dist, plan, exit_file, found)
     if new_phase:
         _tell_segment(events, plan)
     flops = FlopCounter(
@@ -210,14 +210,14 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         engine = _wrap(model, config, settings, weights)
     del weights
     with phases.of("checkpoint"):
-        first_step = 0 if resume is None else _resume(resume, engine, world, plan, events)
-    ledger, marks, unreadable = _open_ledger(config, world, first_step)
+        first_step = 0 if resume is None else _resume(resume, engine, dist, plan, events)
+    ledger, marks, unreadable = _open_ledger(config, dist, first_step)
     steps = config.train.steps
-    trackers = _trackers(config, world, events)
+    trackers = _trackers(config, dist, events)
     open_loader = partial(
-        Loader, plan, world.size, world.rank, last_step=steps, skipped_samples=ledger.known
+        Loader, plan, dist.world_size, dist.rank, last_step=steps, skipped_samples=ledger.known
     )
-    open_metrics = partial(_open_metrics, config, world, trackers)
+    open_metrics = partial(_open_metrics, config, dist, trackers)
     guard = Guard(
         config.stability,
         config.data.max_skipped_samples,
@@ -226,7 +226,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
     )
     run = Run(
         config,
-        world,
+        dist,
         plan,
         engine,
         open_loader(first_step),
@@ -236,7 +236,7 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         Checkpoints(
             config.run.dir / CHECKPOINTS,
             engine,
-            world,
+            dist,
             config.checkpoint,
             partial(_about, config, plan, guard),
             partial(describe_source, config, manifest.get("frozen")),
@@ -250,13 +250,13 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
         model,
         processor,
         flops,
-        peak_flops(world.device),
+        peak_flops(dist.device),
         lock,
         _validation(
-            config, validation, engine, model, processor.tokenizer, world, events, first_step
+            config, validation, engine, model, processor.tokenizer, dist, events, first_step
         ),
-        Telemetry(config, world, events, router),
-        Profiler(config.track, config.run.dir, world.device, events, main=world.main),
+        Telemetry(config, dist, events, router),
+        Profiler(config.track, config.run.dir, dist.device, events, main=dist.is_rank_zero),
         trackers,
         phases,
         open_loader,
@@ -266,8 +266,8 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
             engine,
             model,
             processor,
-            world,
-            validation.digest(0) if validation and world.main else "",
+            dist,
+            validation.digest(0) if validation and dist.is_rank_zero else "",
         ),
     )
     if run.validation is not None:
@@ -278,10 +278,10 @@ def build_run(config: RunConfig, world: World, exit_file: ExitFile, phases: Phas
 
 
 def _open_records(
-    config: RunConfig, world: World, plan: Plan, exit_file: ExitFile, found: Found
+    config: RunConfig, dist: Distributed, plan: Plan, exit_file: ExitFile, found: Found
 ) -> Events:
     """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
-    if world.main:
+    if dist.is_rank_zero:
         prepare_directory(config, found.folder)
         take_over(config, found)
         repair_last_line(config.run.dir / EVENTS)
@@ -290,17 +290,19 @@ def _open_records(
             plan.data_phases,
             {d.name: _absolute(d.place) for d in plan.corpus.datasets},
         )
-    world.barrier()
-    events = Events(config.run.dir, main=world.main)
+    dist.barrier()
+    events = Events(config.run.dir, main=dist.is_rank_zero)
     _tell_passed_over(events, found)
     exit_file.in_flight.names = lambda micro: plan.corpus.sample_ids(micro.samples)
     exit_file.in_flight.spans = plan.corpus.spans
-    exit_file.in_flight.following = partial(_read_ahead, config, world, plan)
+    exit_file.in_flight.following = partial(_read_ahead, config, dist, plan)
     exit_file.on_failure = partial(_tell_failed, config.run.dir)
     return events
 
 
-def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroBatch) -> list[MicroBatch]:
+def _read_ahead(
+    config: RunConfig, dist: Distributed, plan: Plan, micro: MicroBatch
+) -> list[MicroBatch]:
     """What this rank's loader reads while the rank is at `micro`."""
     count = config.data.workers * config.data.prefetch
     later: list[MicroBatch] = []
@@ -309,17 +311,19 @@ def _read_ahead(config: RunConfig, world: World, plan: Plan, micro: MicroBatch) 
             break
         later += [
             m
-            for m in plan.step(step, world.size).ranks[micro.rank]
+            for m in plan.step(step, dist.world_size).ranks[micro.rank]
             if (m.step, m.index) > (micro.step, micro.index)
         ]
     return later[:count]
 
 
-def _open_ledger(config: RunConfig, world: World, first_step: int) -> tuple[Ledger, Marks, int]:
+def _open_ledger(
+    config: RunConfig, dist: Distributed, first_step: int
+) -> tuple[Ledger, Marks, int]:
     """The ledger, which knows the guard's marks too; the marks; and how many samples were not readable."""
     ledger, marks = (
-        Ledger(config.run.dir / LEDGER, world.rank),
-        Marks(config.run.dir / LEDGER, main=world.main),
+        Ledger(config.run.dir / LEDGER, dist.rank),
+        Marks(config.run.dir / LEDGER, main=dist.is_rank_zero),
     )
     unreadable = len(ledger.known.keys() - marks.known.keys())
     ledger.known.update(marks.known)
@@ -340,11 +344,11 @@ def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) 
     return present
 
 
-def _engine_settings(config: RunConfig, world: World) -> EngineSettings:
+def _engine_settings(config: RunConfig, dist: Distributed) -> EngineSettings:
     engine, optim = config.engine, config.optim
     settings = EngineSettings(
-        world.size,
-        world.device,
+        dist.world_size,
+        dist.device,
         config.train.precision == "bf16",
         optim.betas,
         optim.eps,
@@ -371,7 +375,7 @@ def _validation(
     engine: Engine,
     model: Any,
     tokenizer: Any,
-    world: World,
+    dist: Distributed,
     events: Events,
     first_step: int,
 ) -> Validation | None:
@@ -379,7 +383,7 @@ def _validation(
     if plan is None or wanted is None:
         return None
     asked = (
-        Answers(wanted, plan, engine, tokenizer, world, config.run.dir, first_step=first_step)
+        Answers(wanted, plan, engine, tokenizer, dist, config.run.dir, first_step=first_step)
         if wanted.generate
         else None
     )
@@ -388,7 +392,7 @@ def _validation(
         plan,
         engine,
         model,
-        world,
+        dist,
         config.run.dir,
         events,
         first_step=first_step,
@@ -397,24 +401,24 @@ def _validation(
     )
 
 
-def _trackers(config: RunConfig, world: World, events: Events) -> Trackers | None:
-    if not (world.main and config.track.trackers):
+def _trackers(config: RunConfig, dist: Distributed, events: Events) -> Trackers | None:
+    if not (dist.is_rank_zero and config.track.trackers):
         return None
     return Trackers(
         config.track, config.run.dir, config.model_dump(mode="json", by_alias=True), events
     )
 
 
-def _main_first(world: World, open_plan: Callable[..., Plan]) -> Plan:
+def _main_first(dist: Distributed, open_plan: Callable[..., Plan]) -> Plan:
     """Rank 0 measures text lengths that nobody measured; the others wait for it."""
     problem: OneLLMError | None = None
     plan: Plan | None = None
-    if world.main:
+    if dist.is_rank_zero:
         try:
             plan = open_plan()
         except OneLLMError as error:
             problem = error
-    problem = world.broadcast(problem)
+    problem = dist.broadcast(problem)
     if problem is not None:
         raise problem
     return plan or open_plan(build_counts=False)
@@ -430,12 +434,12 @@ def _follow(plan: Plan, resume: Path) -> bool:
 
 
 def _open_metrics(
-    config: RunConfig, world: World, trackers: Trackers | None, first_step: int
+    config: RunConfig, dist: Distributed, trackers: Trackers | None, first_step: int
 ) -> Metrics:
     track = config.train
     return Metrics(
         config.run.dir,
-        main=world.main,
+        main=dist.is_rank_zero,
         first_step=first_step,
         steps=track.steps,
         log_every=track.log_every,
@@ -487,8 +491,8 @@ def _tell_segment(events: Events, plan: Plan) -> None:
     )
 
 
-def _resume(folder: Path, engine: Engine, world: World, plan: Plan, events: Events) -> int:
-    manifest = load_state(folder, engine, world)
+def _resume(folder: Path, engine: Engine, dist: Distributed, plan: Plan, events: Events) -> int:
+    manifest = load_state(folder, engine, dist)
     if (
         "data_phases" not in manifest and manifest["plan"] != plan.fingerprint()
     ):  # written before 0.2, when nothing was refused
@@ -510,21 +514,21 @@ def _tell_start(run: Run, resume: Path | None) -> None:
     origin = f"resumes {resume.name} (step {run.first_step})" if resume else "starts at step 0"
     run.events.write(
         "start",
-        world=run.world.size,
-        device=str(run.world.device),
+        world=run.dist.world_size,
+        device=str(run.dist.device),
         first_step=run.first_step,
         resumed=str(resume) if resume else None,
         lost_steps=run.metrics.lost_steps,
         lost_seconds=round(run.metrics.lost_seconds, 3),
-        mfu=run.flops.describe(run.world.size, run.peak),
+        mfu=run.flops.describe(run.dist.world_size, run.peak),
         trainable=trained,
         threads=torch.get_num_threads(),
         onellm_dist=__version__,
-        nodes=run.world.size // run.world.local_world_size,
+        nodes=run.dist.world_size // run.dist.local_world_size,
         grace_period_seconds=grace_period_seconds(),
         **_slurm(os.environ),
-        say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.world.size} ranks on {run.world.device.type}, "
-        f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.world.size, run.peak)}",
+        say=f"{run.config.train.stage}: {trained:,} trainable parameters, {run.dist.world_size} ranks on {run.dist.device.type}, "
+        f"{origin} of {run.config.train.steps}\n{run.flops.describe(run.dist.world_size, run.peak)}",
     )
 
 

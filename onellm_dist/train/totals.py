@@ -9,7 +9,7 @@ import torch
 
 from onellm_dist.model.attention import device_tensor
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 
 LOSS, NOT_FINITE, SKIPPED_SAMPLES, STOP, WRITE_FAILED, SAVE = range(6)
 FIXED = 6
@@ -64,7 +64,7 @@ class StepTotals:
 
     def reduce(
         self,
-        world: World,
+        dist: Distributed,
         *,
         new_skipped_samples: int,
         stop: bool,
@@ -76,7 +76,7 @@ class StepTotals:
         self._sums[SAVE] = float(save)
         self._sums[SKIPPED_SAMPLES] = new_skipped_samples
         self._sums[STOP] = float(stop)
-        world.sum(self._sums)
+        dist.sum(self._sums)
 
     def read(self) -> StepValues:
         """The sums, on the host: the step's one wait for the device."""

@@ -111,7 +111,7 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     done = _forward_backward(run, step, micro_batches)
     run.in_flight.beat("agree")
     values, norms = _agree(run, step, done), run.engine.grad_norms()
-    loss = values.loss / run.plan.step(step, run.world.size).global_valid_tokens
+    loss = values.loss / run.plan.step(step, run.dist.world_size).global_valid_tokens
     verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.whole)
     run.in_flight.beat("step")
     lr = learning_rate(step, run.config.optim, run.config.train.steps)
@@ -141,7 +141,7 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
 
 def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass:
     done = _Pass(run.new_totals())
-    for planned in run.plan.step(step, run.world.size).ranks[run.world.rank]:
+    for planned in run.plan.step(step, run.dist.world_size).ranks[run.dist.rank]:
         run.in_flight.beat("data", micro=planned)
         asked = time.perf_counter()
         micro, batch = next(micro_batches)
@@ -151,7 +151,7 @@ def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass
                 f"the loader gave micro-step {micro.index} of step {micro.step} for {planned.index} of step {step}"
             )
         run.in_flight.beat("forward")
-        batch = batch.to(run.world.device)
+        batch = batch.to(run.dist.device)
         loss, nll, sample_index = run.engine.forward(batch, last=micro.last)
         done.totals.add(batch, loss, nll, sample_index)
         done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
@@ -169,7 +169,7 @@ def _agree(run: Run, step: int, done: _Pass) -> StepValues:
     """
     new_skipped_samples = run.ledger.record(step, [part.batch for part in done.parts])
     done.totals.reduce(
-        run.world,
+        run.dist,
         new_skipped_samples=new_skipped_samples,
         stop=run.stop.asked(),
         write_failed=run.checkpoints.failed,
@@ -180,7 +180,7 @@ def _agree(run: Run, step: int, done: _Pass) -> StepValues:
 
 def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
     """Name the samples, and do what the policy says about a step that went wrong and was not applied."""
-    culprits = find_culprits(done.parts, verdict, run.world)
+    culprits = find_culprits(done.parts, verdict, run.dist)
     policy = run.guard.policy
     if policy == "rollback":
         raise RollBackError(step, verdict, culprits)
@@ -240,8 +240,8 @@ def _report(
         padding_fraction=size.padding_fraction,
         tokens_per_second=size.tokens / seconds,
         data_wait_fraction=min(1.0, waited / seconds),
-        mfu=None if run.peak is None else size.flops / seconds / (run.world.size * run.peak),
-        sample_digest=run.plan.digest(step) if run.world.main else "",
+        mfu=None if run.peak is None else size.flops / seconds / (run.dist.world_size * run.peak),
+        sample_digest=run.plan.digest(step) if run.dist.is_rank_zero else "",
         seconds=seconds,
         pack_balance=size.balance,
         **readings._asdict(),

@@ -15,7 +15,7 @@ from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.checkpoint.state import load_state, save_state
-from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.base import Engine, EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import engine_class
@@ -66,7 +66,9 @@ def new_model(stage: str) -> StandIn:
     return model
 
 
-def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = False) -> Engine:
+def new_engine(
+    dist: Distributed, model: StandIn, job: dict[str, Any], bf16: bool = False
+) -> Engine:
     """`job`: `config` is a DeepSpeed JSON or its name; or `fsdp` says what FSDP2 takes."""
     config = job.get("config", {})
     config = load_ds_config(Path(config)) if isinstance(config, str) else copy.deepcopy(config)
@@ -76,8 +78,8 @@ def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = F
         if not name.startswith("embedding")
     }
     settings = EngineSettings(
-        world.size,
-        world.device,
+        dist.world_size,
+        dist.device,
         bf16,
         (0.9, 0.95),
         1e-8,
@@ -92,7 +94,12 @@ def new_engine(world: World, model: StandIn, job: dict[str, Any], bf16: bool = F
 
 
 def train(
-    engine: Engine, world: World, steps: range, spoil: int = -1, dead: int = -1, discard: int = -1
+    engine: Engine,
+    dist: Distributed,
+    steps: range,
+    spoil: int = -1,
+    dead: int = -1,
+    discard: int = -1,
 ) -> list[dict[str, Any]]:
     """Args:
     spoil: a step in which the loss of one rank's first micro-step is not finite.
@@ -101,18 +108,18 @@ def train(
     """
     done = []
     for step in steps:
-        assigned = deal(step, world.size)[world.rank] + [[]] * (step == dead)
+        assigned = deal(step, dist.world_size)[dist.rank] + [[]] * (step == dead)
         global_valid_tokens = sum(supervised(s) for s in step_samples(step))
         total = torch.zeros(1)
         for index, samples in enumerate(assigned):
             lost = step == dead and index == len(assigned) - 1
             batch = pack(samples)
-            if spoil == step and world.rank == world.size - 1 and index == 0:
+            if spoil == step and dist.rank == dist.world_size - 1 and index == 0:
                 batch.weights.fill_(float("inf"))
             loss, _, _ = engine.forward(batch, last=index == len(assigned) - 1)
             engine.backward(loss * float("nan") if lost else loss, global_valid_tokens)
             total += loss.detach().float()
-        world.sum(total)
+        dist.sum(total)
         norms = engine.grad_norms()
         applied = engine.step(LR, discard=step == discard)
         done.append(
@@ -165,31 +172,31 @@ def update_error(
     return found
 
 
-def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
+def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     name, stage, bf16 = job["name"], job.get("stage", "align"), job.get("bf16", False)
     model = new_model(stage)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    engine = new_engine(world, model, job, bf16)
+    engine = new_engine(dist, model, job, bf16)
     folder = out / name
-    first = train(engine, world, range(0, 5))
-    save_state(folder, engine, world, {"step": 5})
-    rest = train(engine, world, range(5, 8))
+    first = train(engine, dist, range(0, 5))
+    save_state(folder, engine, dist, {"step": 5})
+    rest = train(engine, dist, range(5, 8))
     ended = engine.gather_full_state()
-    spoilt = train(engine, world, range(8, 9), spoil=8) + train(engine, world, range(8, 9), dead=8)
+    spoilt = train(engine, dist, range(8, 9), spoil=8) + train(engine, dist, range(8, 9), dead=8)
     kept = engine.gather_full_state()
-    discarded = train(engine, world, range(8, 9), discard=8)
+    discarded = train(engine, dist, range(8, 9), discard=8)
     still, count = engine.gather_full_state(), engine.optimizer_steps
-    train(engine, world, range(8, 10))
+    train(engine, dist, range(8, 10))
     after = engine.gather_full_state()
 
-    resumed = new_engine(world, new_model(stage), job, bf16)
-    load_state(folder, resumed, world)
-    again = train(resumed, world, range(5, 8))
+    resumed = new_engine(dist, new_model(stage), job, bf16)
+    load_state(folder, resumed, dist)
+    again = train(resumed, dist, range(5, 8))
     second, steps = resumed.gather_full_state(), resumed.optimizer_steps
-    train(resumed, world, range(8, 10))
+    train(resumed, dist, range(8, 10))
     straight = resumed.gather_full_state()
-    if not world.main:
+    if not dist.is_rank_zero:
         return {}
     expected, losses, norms = reference(stage, range(8))
     errors = update_error(before, ended, expected, trained)
@@ -220,17 +227,17 @@ def check(world: World, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def carry_on(world: World, job: dict[str, Any]) -> dict[str, Any]:
+def carry_on(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
     """Steps 5 to 7 from a checkpoint that another number of ranks under another engine or ZeRO stage wrote."""
     stage = job.get("stage", "align")
     before = {n: p.detach().clone() for n, p in new_model(stage).named_parameters()}
     model = new_model(stage)
-    engine = new_engine(world, model, job)
-    load_state(Path(job["from"]), engine, world)
+    engine = new_engine(dist, model, job)
+    load_state(Path(job["from"]), engine, dist)
     steps = engine.optimizer_steps
-    losses = [s["loss"] for s in train(engine, world, range(5, 8))]
+    losses = [s["loss"] for s in train(engine, dist, range(5, 8))]
     ended = engine.gather_full_state()
-    if not world.main:
+    if not dist.is_rank_zero:
         return {}
     expected, right, _ = reference(stage, range(8))
     errors = update_error(
@@ -248,12 +255,12 @@ def main() -> None:
     ranks = discover_ranks()
     assert ranks is not None
     torch.set_num_threads(1)
-    world = join(ranks)
+    dist = join(ranks)
     out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
     for job in jobs:
-        found[job["name"]] = carry_on(world, job) if "from" in job else check(world, out, job)
-    if world.main:
+        found[job["name"]] = carry_on(dist, job) if "from" in job else check(dist, out, job)
+    if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(found))
     leave()
     import os

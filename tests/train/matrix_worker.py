@@ -28,7 +28,7 @@ from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.lazy_weights import Drawn, Weights, empty_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import activation_checkpointing
-from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.base import EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import engine_class
@@ -87,7 +87,7 @@ def state_of(model: nn.Module) -> State:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float]]:
+def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[float]]:
     """What a job's engine makes of the same steps: exported weights, fp32 weights of what trains (whole), and losses."""
     model = empty_model(tiny_config())
     freeze(model, job.get("stage", "align"))
@@ -99,8 +99,8 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
         load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
     )
     settings = EngineSettings(
-        world.size,
-        world.device,
+        dist.world_size,
+        dist.device,
         job.get("bf16", False),
         BETAS,
         EPS,
@@ -112,26 +112,24 @@ def sharded(world: World, job: dict[str, Any]) -> tuple[State, State, list[float
     engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
     losses = []
     for step in range(job["steps"]):
-        mine = assigned(step, world.size, job["accumulate"])[world.rank]
+        mine = assigned(step, dist.world_size, job["accumulate"])[dist.rank]
         total = torch.zeros(1, dtype=torch.float64)
         for i, numbers in enumerate(mine):
             loss, _, _ = engine.forward(make_pack(step, numbers), last=i == len(mine) - 1)
             engine.backward(loss, global_valid_tokens(step))
             total += loss.detach().double()
-        world.sum(total)
+        dist.sum(total)
         assert engine.step(LR)
         losses.append(total.item() / global_valid_tokens(step))
     masters = {}
     for rank, ranges in enumerate(
-        world.gather(
-            [(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()]
-        )
+        dist.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])
     ):
         for name, shape, start, values in ranges:
             masters.setdefault(name, torch.full(shape, torch.nan)).view(-1)[
                 start : start + len(values)
             ] = values
-        assert rank < world.size
+        assert rank < dist.world_size
     return engine.gather_full_state(), masters, losses
 
 
@@ -169,23 +167,23 @@ def main() -> None:
     ranks = discover_ranks()
     assert ranks is not None
     torch.set_num_threads(1)
-    world = join(ranks)
+    dist = join(ranks)
     out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     file = Path(sys.argv[3])
-    if world.main and not file.exists():
+    if dist.is_rank_zero and not file.exists():
         torch.save({stage: plain(stage, (20, 32)) for stage in ("align", "tune", "encoder")}, file)
     found = {}
     for job in jobs:
         started = time.perf_counter()
-        result = sharded(world, job)
+        result = sharded(dist, job)
         # DeepSpeed makes hpZ's groups once a process; here the next job may want them too.
         deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-        if world.main:
+        if dist.is_rank_zero:
             right = torch.load(file, weights_only=False)[job.get("stage", "align")]
             found[job["name"]] = compare(job, *result, right) | {
                 "seconds": time.perf_counter() - started
             }
-    if world.main:
+    if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(found))
     leave()
     os._exit(0)

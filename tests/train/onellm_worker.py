@@ -15,7 +15,7 @@ from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.train.distributed import World, join, leave
+from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.base import EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
@@ -87,22 +87,24 @@ def new_model() -> torch.nn.Module:
     return model.train()
 
 
-def sharded(world: World, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+def sharded(
+    dist: Distributed, config: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = new_model()
     engine = DeepSpeedEngine.wrap(
         model,
         parameter_groups(model, DECAY),
-        EngineSettings(world.size, world.device, False, (0.9, 0.95), 1e-8, CLIP, config),
+        EngineSettings(dist.world_size, dist.device, False, (0.9, 0.95), 1e-8, CLIP, config),
     )
     losses = []
     for step in range(len(DEALT)):
-        packs = step_packs(step)[world.rank]
+        packs = step_packs(step)[dist.rank]
         total = torch.zeros(1)
         for i, pack in enumerate(packs):
             loss, _, _ = engine.forward(pack, last=i == len(packs) - 1)
             engine.backward(loss, global_valid_tokens(step))
             total += loss.detach()
-        world.sum(total)
+        dist.sum(total)
         assert engine.step(LR)
         losses.append(total.item() / global_valid_tokens(step))
     return engine.gather_full_state(), losses
@@ -158,11 +160,11 @@ def main() -> None:
     ranks = discover_ranks()
     assert ranks is not None
     torch.set_num_threads(1)
-    world = join(ranks)
+    dist = join(ranks)
     results = {}
     for name in sys.argv[2:]:
-        results[name] = sharded(world, load_ds_config(Path(name)))
-    if world.main:
+        results[name] = sharded(dist, load_ds_config(Path(name)))
+    if dist.is_rank_zero:
         right = one_process()
         found = {name: compare(state, losses, right) for name, (state, losses) in results.items()}
         (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))

@@ -76,16 +76,16 @@ def told(
         **budget,  # type: ignore[arg-type]
     )
     plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
-    world = SimpleNamespace(
+    dist = SimpleNamespace(
         rank=rank,
-        size=size,
-        main=True,
+        world_size=size,
+        is_rank_zero=True,
         device=torch.device("cpu"),
         gather=lambda own: [own],
         sum=lambda tensor: None,
     )
     engine = Local(model)
-    answers = Answers(wanted, plan, engine, tokenizer, world, out, first_step=0)  # type: ignore[arg-type]
+    answers = Answers(wanted, plan, engine, tokenizer, dist, out, first_step=0)  # type: ignore[arg-type]
     shown: list[str] = []
     answers.run(7, lambda name, text, step: shown.append(f"{step} {name} {text}"))
     rows = (

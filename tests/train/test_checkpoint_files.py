@@ -46,7 +46,7 @@ from onellm_dist.train.stability.rollback import last_good
 class Alone:
     """A world of one rank that has no process group."""
 
-    rank, size, main = 0, 1, True
+    rank, world_size, is_rank_zero = 0, 1, True
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -223,7 +223,7 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
     checkpoint(root / checkpoint_name(10), said=b"abd")
     told: list[dict[str, Any]] = []
     events = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
-    run: Any = SimpleNamespace(config=config(tmp_path), world=ALONE, events=events)
+    run: Any = SimpleNamespace(config=config(tmp_path), dist=ALONE, events=events)
     assert last_good(run) == good
     assert [(line["event"], line["folder"]) for line in told] == [
         ("checkpoint_damaged", checkpoint_name(10))

@@ -24,8 +24,8 @@ from onellm_dist.train.stability.rollback import Marks, needs_a_start
 
 ALONE: Any = SimpleNamespace(
     rank=0,
-    size=1,
-    main=True,
+    world_size=1,
+    is_rank_zero=True,
     gather=lambda value: [value],
     broadcast=lambda value: value,
     barrier=lambda: None,
@@ -229,6 +229,6 @@ def test_a_roll_back_always_has_a_checkpoint_to_come_to(
         guard=SimpleNamespace(policy=policy),
         first_step=first,
         config=config(tmp_path, "auto"),
-        world=ALONE,
+        dist=ALONE,
     )
     assert needs_a_start(run) is wanted

@@ -35,7 +35,7 @@ from onellm_dist.train.stability.rollback import Marks
 class Alone:
     """A world of one rank that has no process group."""
 
-    rank, size, main = 0, 1, True
+    rank, world_size, is_rank_zero = 0, 1, True
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -267,7 +267,7 @@ def test_a_rank_that_came_to_the_sums_of_the_step_is_ahead_of_one_in_its_backwar
         new_totals=lambda: SimpleNamespace(add=lambda *_: None),
         engine=SimpleNamespace(forward=seen, backward=seen),
         plan=SimpleNamespace(step=lambda *_: SimpleNamespace(ranks=[[micro]])),
-        world=SimpleNamespace(rank=0, size=1, device=torch.device("cpu")),
+        dist=SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")),
     )
 
     def agree(*_: Any) -> None:

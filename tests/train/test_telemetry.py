@@ -287,14 +287,14 @@ def test_router_load_is_the_mean_gate_and_starvation_is_an_event(tmp_path: Path,
     assert load["image"] == pytest.approx(out.router["image"].mean(0).tolist())
     assert sum(load["imu"]) == pytest.approx(1, abs=1e-5)
 
-    world = SimpleNamespace(gather=lambda value: [value, 3 * value], device=torch.device("cpu"))
+    dist = SimpleNamespace(gather=lambda value: [value, 3 * value], device=torch.device("cpu"))
     config = recipe(
         tmp_path,
         "train.log_every=2",
         "track.underused_expert_share=0.9",
         "track.underused_expert_steps=4",
     )
-    telemetry = Telemetry(config, world, Events(tmp_path, main=True), watch)  # type: ignore[arg-type]
+    telemetry = Telemetry(config, dist, Events(tmp_path, main=True), watch)  # type: ignore[arg-type]
     telemetry.stalled = 1.5
     first, second = telemetry.read(0), telemetry.read(1)
     assert (first.router_load, first.peak_memory_bytes, first.checkpoint_stall_seconds) == (

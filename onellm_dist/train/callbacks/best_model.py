@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.export import export_model
 
@@ -31,19 +31,19 @@ class Best:
         engine: Engine,
         model: Any,
         processor: Any,
-        world: World,
+        dist: Distributed,
         sample_digest: str,
     ) -> None:
-        self._folder, self._engine, self._model, self._processor, self._world = (
+        self._folder, self._engine, self._model, self._processor, self._dist = (
             folder,
             engine,
             model,
             processor,
-            world,
+            dist,
         )
         self._digest = sample_digest
-        self.loss: float | None = world.broadcast(
-            _recorded(folder, sample_digest) if world.main else None
+        self.loss: float | None = dist.broadcast(
+            _recorded(folder, sample_digest) if dist.is_rank_zero else None
         )
 
     def note(self, step: int, loss: float) -> bool:
@@ -54,7 +54,7 @@ class Best:
         # With the weights, under one rename: without it the next validation, however bad, would overwrite them.
         record = json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n"
         export_model(
-            self._folder, self._engine, self._model, self._processor, self._world, {RECORD: record}
+            self._folder, self._engine, self._model, self._processor, self._dist, {RECORD: record}
         )
         return True
 

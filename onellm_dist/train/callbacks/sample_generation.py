@@ -22,7 +22,7 @@ from onellm_dist.data.reader import Reader
 from onellm_dist.data.text import STOP
 from onellm_dist.modalities.base import SPAN_TOKENS
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.records.metrics import drop_from
 
@@ -61,21 +61,21 @@ class Answers:
         plan: Plan,
         engine: Engine,
         tokenizer: Any,
-        world: World,
+        dist: Distributed,
         run_dir: Path,
         *,
         first_step: int,
     ) -> None:
-        self._config, self._plan, self._engine, self._tokenizer, self._world = (
+        self._config, self._plan, self._engine, self._tokenizer, self._dist = (
             config,
             plan,
             engine,
             tokenizer,
-            world,
+            dist,
         )
         self._path = run_dir / SAMPLES
         self._read: list[tuple[PackedBatch, list[_Question]]] | None = None
-        if world.main:
+        if dist.is_rank_zero:
             drop_from(self._path, first_step + 1)
 
     @torch.no_grad()
@@ -83,12 +83,12 @@ class Answers:
         """Answer after `done` steps; `show` gets name, text and step of each on rank 0. The model is in eval mode."""
         packs = self._asked()
         for batch, questions in packs:
-            self._answer(batch.to(self._world.device), questions)
+            self._answer(batch.to(self._dist.device), questions)
         asked = [question for _, questions in packs for question in questions if question.readable]
         rows = [
-            row for own in self._world.gather([self._row(done, q) for q in asked]) for row in own
+            row for own in self._dist.gather([self._row(done, q) for q in asked]) for row in own
         ]
-        if self._world.main:
+        if self._dist.is_rank_zero:
             self._write(done, sorted(rows, key=lambda row: row[0]), show)
 
     def _answer(self, batch: PackedBatch, questions: Sequence[_Question]) -> None:
@@ -104,9 +104,9 @@ class Answers:
             ):  # a rank without a sample has a dummy row
                 self._take(question, token)
             left = torch.tensor(
-                [sum(not question.ended for question in questions)], device=self._world.device
+                [sum(not question.ended for question in questions)], device=self._dist.device
             )
-            self._world.sum(left)
+            self._dist.sum(left)
             if not int(left):
                 break
 
@@ -156,8 +156,8 @@ class Answers:
         if self._read is None:
             refs, rank, size = (
                 self._plan.samples(0)[: self._config.generate],
-                self._world.rank,
-                self._world.size,
+                self._dist.rank,
+                self._dist.world_size,
             )
             dealt = [
                 _packs(self._plan, refs, range(r, len(refs), size), self._config.new_tokens)

@@ -9,7 +9,7 @@ import torch
 
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.experts import RouterWatch, Starvation
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.records.metrics import Events, Readings
 
 
@@ -18,7 +18,7 @@ class Telemetry:
     """Called by all ranks together."""
 
     config: RunConfig
-    world: World
+    dist: Distributed
     events: Events
     router: RouterWatch
     stalled: float = 0.0
@@ -37,7 +37,7 @@ class Telemetry:
         load = self.router.read()
         for expert in self._starvation.update(step, load) if load else ():
             self._warn(step, expert, load)
-        peak = max(self.world.gather(peak_memory(self.world.device)))
+        peak = max(self.dist.gather(peak_memory(self.dist.device)))
         return Readings(load or None, peak, stalled)
 
     def _warn(self, step: int, expert: int, load: dict[str, list[float]]) -> None:

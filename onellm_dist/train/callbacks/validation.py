@@ -18,7 +18,7 @@ from onellm_dist.config.schema import ValidationSection
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.sample_generation import Answers, Show
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.records.metrics import Events, drop_from
 from onellm_dist.train.totals import StepTotals
@@ -46,7 +46,7 @@ class Validation:
         plan: Plan,
         engine: Engine,
         model: Any,
-        world: World,
+        dist: Distributed,
         run_dir: Path,
         events: Events,
         *,
@@ -54,12 +54,12 @@ class Validation:
         steps: int,
         answers: Answers | None = None,
     ) -> None:
-        self._config, self._plan, self._engine, self._model, self._world = (
+        self._config, self._plan, self._engine, self._model, self._dist = (
             config,
             plan,
             engine,
             model,
-            world,
+            dist,
         )
         self._path, self._events, self._steps, self._answers = (
             run_dir / VALIDATION,
@@ -67,7 +67,7 @@ class Validation:
             steps,
             answers,
         )
-        if world.main:
+        if dist.is_rank_zero:
             drop_from(self._path, first_step + 1)
 
     def due(self, done: int) -> bool:
@@ -79,22 +79,22 @@ class Validation:
         started = time.perf_counter()
         training = self._model.training
         self._model.eval()
-        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._world.device)
+        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._dist.device)
         skipped_samples = 0
         with (
             torch.no_grad(),
-            Loader(self._plan, self._world.size, self._world.rank, 0, 1) as loader,
+            Loader(self._plan, self._dist.world_size, self._dist.rank, 0, 1) as loader,
         ):
             for micro, batch in loader:
-                on_device = batch.to(self._world.device)
+                on_device = batch.to(self._dist.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
                 skipped_samples += len(batch.skipped_samples)
         if self._answers is not None:
             self._answers.run(done, self.show)
         self._model.train(training)
-        totals.reduce(self._world, new_skipped_samples=skipped_samples, stop=False)
+        totals.reduce(self._dist, new_skipped_samples=skipped_samples, stop=False)
         values = totals.read()
-        global_valid_tokens = self._plan.step(0, self._world.size).global_valid_tokens
+        global_valid_tokens = self._plan.step(0, self._dist.world_size).global_valid_tokens
         line = {
             "step": done,
             "loss": values.loss / global_valid_tokens,
@@ -105,7 +105,7 @@ class Validation:
             "sample_digest": self._plan.digest(0),
             "seconds": time.perf_counter() - started,
         }
-        if self._world.main:
+        if self._dist.is_rank_zero:
             with self._path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
                 out.flush()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from onellm_dist.common.files import sync
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 
 CHUNK = 8 << 20
 """Bytes written or read at a time."""
@@ -93,13 +93,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def damaged(expected: Sequence[tuple[Path, Written]], world: World) -> list[str]:
+def damaged(expected: Sequence[tuple[Path, Written]], dist: Distributed) -> list[str]:
     """What is wrong with files, each read once by one of the ranks. Called by all ranks; the same answer on each.
 
     At the world size that wrote a checkpoint, rank r reads the file of rank r, which is the one it loads afterwards.
     """
-    found = [_problem(path, right) for path, right in expected[world.rank :: world.size]]
-    return sorted(problem for part in world.gather([p for p in found if p]) for problem in part)
+    found = [_problem(path, right) for path, right in expected[dist.rank :: dist.world_size]]
+    return sorted(problem for part in dist.gather([p for p in found if p]) for problem in part)
 
 
 def _problem(path: Path, right: Written) -> str:

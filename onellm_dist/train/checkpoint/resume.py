@@ -17,7 +17,7 @@ from onellm_dist.train.checkpoint.folder import (
     restore_displaced,
 )
 from onellm_dist.train.checkpoint.source import check_source
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.records.applied_resumes import was_obeyed
 
 
@@ -33,7 +33,7 @@ class Found:
     """An earlier start of this job obeyed `checkpoint.resume` already: this one goes on as with `auto`."""
 
 
-def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found:
+def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> Found:
     """The checkpoint to go on from. Called by all ranks; the files of each candidate are dealt over them and read once.
 
     `never` and a path hold for the first start of a job: a requeue runs the same command line, and goes on (obeyed.py).
@@ -46,42 +46,44 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, world: World) -> Found
         OneLLMError: there are checkpoints, and every one is damaged: a start from nothing would throw the run away.
     """
     wanted = config.checkpoint.resume
-    if world.main and checkpoints.is_dir():
+    if dist.is_rank_zero and checkpoints.is_dir():
         restore_displaced(checkpoints)
-    world.barrier()
-    again = world.broadcast(
-        wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ) if world.main else False
+    dist.barrier()
+    again = dist.broadcast(
+        wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ)
+        if dist.is_rank_zero
+        else False
     )
     if wanted == "never" and not again:
         return Found(None)
     if isinstance(wanted, Path) and not again:
-        return Found(_asked_for(wanted, config, world))
-    found = _newest(config, checkpoints, world)
+        return Found(_asked_for(wanted, config, dist))
+    found = _newest(config, checkpoints, dist)
     if found.folder is None and isinstance(
         wanted, Path
     ):  # the first start of the job came to no checkpoint of its own
-        found = Found(_asked_for(wanted, config, world))
+        found = Found(_asked_for(wanted, config, dist))
     return replace(found, again=again)
 
 
-def _asked_for(wanted: Path, config: RunConfig, world: World) -> Path:
-    problem = _problem(wanted, world)
+def _asked_for(wanted: Path, config: RunConfig, dist: Distributed) -> Path:
+    problem = _problem(wanted, dist)
     if problem:
         raise UsageError(
             f"checkpoint.resume={wanted}: no whole checkpoint there ({problem})",
             "a checkpoint has a manifest.json and every file that it names, with its checksum.",
             "give a step-... folder of a run's checkpoints/, or auto.",
         )
-    check_source(wanted, _manifest(wanted, world) or {}, config, world)
+    check_source(wanted, _manifest(wanted, dist) or {}, config, dist)
     return wanted
 
 
-def _newest(config: RunConfig, checkpoints: Path, world: World) -> Found:
+def _newest(config: RunConfig, checkpoints: Path, dist: Distributed) -> Found:
     passed_over: list[tuple[str, str]] = []
-    for folder in world.broadcast(list(reversed(folders(checkpoints))) if world.main else []):
-        problem = _problem(folder, world)
+    for folder in dist.broadcast(list(reversed(folders(checkpoints))) if dist.is_rank_zero else []):
+        problem = _problem(folder, dist)
         if not problem:
-            check_source(folder, _manifest(folder, world) or {}, config, world)
+            check_source(folder, _manifest(folder, dist) or {}, config, dist)
             return Found(folder, tuple(passed_over))
         passed_over.append((folder.name, problem))
     if passed_over:
@@ -94,14 +96,14 @@ def _newest(config: RunConfig, checkpoints: Path, world: World) -> Found:
     return Found(None)
 
 
-def _problem(folder: Path, world: World) -> str:
+def _problem(folder: Path, dist: Distributed) -> str:
     """What is wrong with a checkpoint; "" where nothing is. The same on every rank."""
-    manifest = _manifest(folder, world)
+    manifest = _manifest(folder, dist)
     if manifest is None:
         return "its manifest.json or a file that it names is missing or cut short"
-    return "; ".join(damaged(recorded_files(folder, manifest), world))
+    return "; ".join(damaged(recorded_files(folder, manifest), dist))
 
 
-def _manifest(folder: Path, world: World) -> dict[str, Any] | None:
+def _manifest(folder: Path, dist: Distributed) -> dict[str, Any] | None:
     """Rank 0 reads it, so that all judge by the same."""
-    return world.broadcast(read_manifest(folder) if world.main else None)
+    return dist.broadcast(read_manifest(folder) if dist.is_rank_zero else None)

@@ -13,7 +13,7 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.checkpoint.files import Written, damaged, sha256_of
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 
 PATTERNS = ("*.safetensors", "config.json")
 """What the frozen weights depend on."""
@@ -45,7 +45,9 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
     return {"path": str(model.path.resolve()), "files": files}
 
 
-def check_source(folder: Path, manifest: dict[str, Any], config: RunConfig, world: World) -> None:
+def check_source(
+    folder: Path, manifest: dict[str, Any], config: RunConfig, dist: Distributed
+) -> None:
     """Refuse to go on from `folder` over other frozen weights than it was trained with. Called by all ranks.
 
     Raises:
@@ -54,7 +56,7 @@ def check_source(folder: Path, manifest: dict[str, Any], config: RunConfig, worl
     frozen = manifest.get("frozen")
     if frozen is None:  # version 1 did not record it
         return
-    problem = _other_preset(frozen, config) or _other_files(frozen, config, world)
+    problem = _other_preset(frozen, config) or _other_files(frozen, config, dist)
     if problem:
         raise UsageError(
             f"checkpoint {folder} was trained over other frozen weights: {problem}",
@@ -76,19 +78,19 @@ def _other_preset(frozen: dict[str, Any], config: RunConfig) -> str:
     )
 
 
-def _other_files(frozen: dict[str, Any], config: RunConfig, world: World) -> str:
+def _other_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed) -> str:
     if "files" not in frozen:
         return ""
     root = config.model.path
     if root is None:
         return f"model.path was {frozen['path']}, now model.preset={config.model.preset}"
     there: dict[str, list[Any]] = frozen["files"]
-    problem, doubtful = _compare_stamps(root, there) if world.main else ("", [])
-    problem, doubtful = world.broadcast((problem, doubtful))
+    problem, doubtful = _compare_stamps(root, there) if dist.is_rank_zero else ("", [])
+    problem, doubtful = dist.broadcast((problem, doubtful))
     if problem:
         return problem
     found = damaged(
-        [(root / name, Written(there[name][0], there[name][2])) for name in doubtful], world
+        [(root / name, Written(there[name][0], there[name][2])) for name in doubtful], dist
     )
     return f"in {root}: {'; '.join(found[:3])}" if found else ""
 

@@ -19,7 +19,7 @@ from onellm_dist.train.checkpoint.folder import (
     tensor_name,
 )
 from onellm_dist.train.checkpoint.writer import save_state
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
+def load_state(folder: Path, engine: Engine, dist: Distributed) -> dict[str, Any]:
     """Read this rank's ranges from a checkpoint of any world size. Called by all ranks.
 
     Returns:
@@ -49,7 +49,7 @@ def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
             "it cannot be resumed.",
             "give another checkpoint directory, or checkpoint.resume=auto.",
         )
-    _check_parameters(folder, manifest["parameters"], engine.ranges(), world)
+    _check_parameters(folder, manifest["parameters"], engine.ranges(), dist)
     with ExitStack() as stack:
         files = _Files(folder, stack)
         for own in engine.ranges():
@@ -61,11 +61,11 @@ def load_state(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
 
 
 def _check_parameters(
-    folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], world: World
+    folder: Path, saved: dict[str, Any], ranges: Sequence[LocalRange], dist: Distributed
 ) -> None:
     here = {
         name: shape
-        for part in world.gather({r.name: r.shape for r in ranges})
+        for part in dist.gather({r.name: r.shape for r in ranges})
         for name, shape in part.items()
     }
     there = {name: tuple(entry["shape"]) for name, entry in saved.items()}

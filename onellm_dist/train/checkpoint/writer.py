@@ -30,7 +30,7 @@ from onellm_dist.train.checkpoint.folder import (
     put_in_place,
 )
 from onellm_dist.train.checkpoint.staging_buffer import HostCopy, live_state
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, LocalRange
 
 POLL_S = 0.02
@@ -54,7 +54,7 @@ class Writing:
         folder: Path,
         tensors: dict[str, torch.Tensor],
         ranges: Sequence[LocalRange],
-        world: World,
+        dist: Distributed,
         about: Callable[[], dict[str, Any]],
         on_commit: Commit | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Writing:
         self.copied_at = time.perf_counter()
         self.error: str | None = None
         self.abandon = threading.Event()
-        self._tensors, self._world, self._about, self._on_commit = tensors, world, about, on_commit
+        self._tensors, self._dist, self._about, self._on_commit = tensors, dist, about, on_commit
         self._ranges = [(r.name, list(r.shape), r.start, r.length) for r in ranges]
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self.thread.start()
@@ -75,15 +75,15 @@ class Writing:
     def _run(self) -> None:
         try:
             self._write_own()
-            if self._world.main:
+            if self._dist.is_rank_zero:
                 self._commit()
         except AbandonedError:
             pass
         except Exception as error:  # whatever it is, the main threads must hear of it
-            self.error = f"rank {self._world.rank}: {error}"
+            self.error = f"rank {self._dist.rank}: {error}"
 
     def _write_own(self) -> None:
-        name = f"rank-{self._world.rank:05d}.safetensors"
+        name = f"rank-{self._dist.rank:05d}.safetensors"
         written = write_tensors(self.partial / name, self._tensors, self.abandon)
         part = {
             "file": name,
@@ -93,11 +93,11 @@ class Writing:
         }
         aside = self.partial / f".{name}.json"
         aside.write_text(json.dumps(part), encoding="utf-8")
-        aside.rename(_part_file(self.partial, self._world.rank))
+        aside.rename(_part_file(self.partial, self._dist.rank))
 
     def _commit(self) -> None:
         about = self._about()
-        parts = [self._wait_for(rank) for rank in range(self._world.size)]
+        parts = [self._wait_for(rank) for rank in range(self._dist.world_size)]
         parameters: dict[str, Any] = {}
         for part in parts:
             for name, shape, start, length in part["ranges"]:
@@ -108,7 +108,7 @@ class Writing:
             "version": VERSION,
             **about,
             "written": time.time(),
-            "world": self._world.size,
+            "world": self._dist.world_size,
             "files": {p["file"]: p["size"] for p in parts},
             "sha256": {p["file"]: p["sha256"] for p in parts},
             "parameters": parameters,
@@ -116,7 +116,7 @@ class Writing:
         path = self.partial / CHECKPOINT_MANIFEST
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         sync(path)
-        for rank in range(self._world.size):
+        for rank in range(self._dist.world_size):
             _part_file(self.partial, rank).unlink()
         sync(self.partial)
         put_in_place(self.partial, self.folder)
@@ -136,7 +136,7 @@ def begin(
     folder: Path,
     copy: HostCopy | None,
     engine: Engine,
-    world: World,
+    dist: Distributed,
     about: dict[str, Any],
     more: Callable[[], dict[str, Any]],
     on_commit: Commit | None = None,
@@ -152,45 +152,45 @@ def begin(
         OneLLMError: rank 0 could not make the folder.
     """
     problem = None
-    if world.main:
+    if dist.is_rank_zero:
         try:
             shutil.rmtree(partial_of(folder), ignore_errors=True)
             partial_of(folder).mkdir(parents=True)
         except OSError as error:
             problem = f"rank 0: {error}"
-    problem = world.broadcast(problem)
+    problem = dist.broadcast(problem)
     if problem is not None:
         raise not_written(folder, problem)
     ranges = engine.ranges()
     fixed = {**about, "optimizer_steps": engine.optimizer_steps}
     tensors = live_state(ranges) if copy is None else copy.take(ranges)
-    return Writing(folder, tensors, ranges, world, lambda: {**fixed, **more()}, on_commit)
+    return Writing(folder, tensors, ranges, dist, lambda: {**fixed, **more()}, on_commit)
 
 
-def settle(writing: Writing, world: World) -> None:
+def settle(writing: Writing, dist: Distributed) -> None:
     """Wait until a checkpoint has its name. Called by all ranks together.
 
     Raises:
         OneLLMError: some rank could not write; nothing is left of it, and every rank raises.
     """
-    if not world.main:
+    if not dist.is_rank_zero:
         writing.thread.join()
     failures = [
-        failure for failure in world.gather(None if world.main else writing.error) if failure
+        failure for failure in dist.gather(None if dist.is_rank_zero else writing.error) if failure
     ]
-    if world.main:
+    if dist.is_rank_zero:
         if failures:
             writing.abandon.set()
         writing.thread.join()
         failures += [writing.error] if writing.error else []
-    failures = world.broadcast(failures)
+    failures = dist.broadcast(failures)
     if failures:
-        if world.main:
+        if dist.is_rank_zero:
             shutil.rmtree(writing.partial, ignore_errors=True)
         raise not_written(writing.folder, failures[0])
 
 
-def save_state(folder: Path, engine: Engine, world: World, about: dict[str, Any]) -> None:
+def save_state(folder: Path, engine: Engine, dist: Distributed, about: dict[str, Any]) -> None:
     """Write the trainable state of every rank to `folder` and wait for it. Called by all ranks.
 
     Args:
@@ -199,7 +199,7 @@ def save_state(folder: Path, engine: Engine, world: World, about: dict[str, Any]
     Raises:
         OneLLMError: a rank could not write (a full disk); nothing is left of it, and every rank raises.
     """
-    settle(begin(folder, None, engine, world, about, dict), world)
+    settle(begin(folder, None, engine, dist, about, dict), dist)
 
 
 class Checkpoints:
@@ -215,13 +215,13 @@ class Checkpoints:
         self,
         folder: Path,
         engine: Engine,
-        world: World,
+        dist: Distributed,
         config: CheckpointSection,
         about: Callable[[int], dict[str, Any]],
         source: Callable[[], dict[str, Any]],
         tell: Callable[..., None],
     ) -> None:
-        self._folder, self._engine, self._world, self._config = folder, engine, world, config
+        self._folder, self._engine, self._dist, self._config = folder, engine, dist, config
         self._about, self._source, self._tell = about, source, tell
         self._copy = HostCopy()
         self._writing: Writing | None = None
@@ -240,7 +240,7 @@ class Checkpoints:
         """`checkpoint.every_minutes` have gone by here; rank 0's clock decides."""
         minutes = self._config.every_minutes
         return (
-            self._world.main
+            self._dist.is_rank_zero
             and minutes is not None
             and time.monotonic() - self._saved_at >= 60 * minutes
         )
@@ -280,7 +280,7 @@ class Checkpoints:
 
         copy = None if wait else self._copy
         self._writing = begin(
-            folder, copy, self._engine, self._world, self._about(step), self._more, committed
+            folder, copy, self._engine, self._dist, self._about(step), self._more, committed
         )
         if wait:
             self.settle()
@@ -294,7 +294,7 @@ class Checkpoints:
         """
         writing, self._writing = self._writing, None
         if writing is not None:
-            settle(writing, self._world)
+            settle(writing, self._dist)
 
     def linger(self, seconds: float = LINGER_S) -> None:
         """This rank fails: give its part of a checkpoint in flight the time to get whole. Not collective."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.stability.checks import SIGMA, Verdict
 
 STANDS_OUT = 6.0
@@ -46,9 +46,9 @@ class Part:
     sample_index: torch.Tensor
 
 
-def find_culprits(parts: Sequence[Part], verdict: Verdict, world: World) -> list[Suspect]:
+def find_culprits(parts: Sequence[Part], verdict: Verdict, dist: Distributed) -> list[Suspect]:
     """The samples to blame, the worst first; every sample of the step where none stands out. Called by all ranks; the same on each."""
-    everyone = [suspect for own in world.gather(_suspects(parts, world.rank)) for suspect in own]
+    everyone = [suspect for own in dist.gather(_suspects(parts, dist.rank)) for suspect in own]
     broken = [s for s in everyone if s.nll is None]
     if broken:
         return broken

@@ -23,7 +23,7 @@ from onellm_dist.train.checkpoint.folder import (
     recorded_files,
 )
 from onellm_dist.train.checkpoint.state import load_state
-from onellm_dist.train.distributed import World
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, move_aside
 from onellm_dist.train.records.skipped_samples import MARKS
 from onellm_dist.train.stability.checks import Verdict
@@ -72,12 +72,14 @@ class Marks:
         ):  # cut short by a kill: nothing was undone by it yet
             return
 
-    def add(self, step: int, verdict: Verdict, culprits: Sequence[Suspect], world: World) -> int:
+    def add(
+        self, step: int, verdict: Verdict, culprits: Sequence[Suspect], dist: Distributed
+    ) -> int:
         """Mark samples durably; returns how many are new. Called by all ranks together."""
         new = [s for s in culprits if s.sample not in self.known]
         self.rollbacks += 1
         reasons = {s.sample: f"guard: {verdict.reason}, in step {step}" for s in new}
-        if world.main and new:
+        if dist.is_rank_zero and new:
             with self._path.open("a", encoding="utf-8") as out:
                 out.writelines(
                     json.dumps(
@@ -94,7 +96,7 @@ class Marks:
                 out.flush()
                 os.fsync(out.fileno())
         self.known.update(reasons)
-        world.barrier()
+        dist.barrier()
         return len(new)
 
 
@@ -113,7 +115,7 @@ def roll_back(run: Run, back: RollBackError) -> None:
             "look at events.jsonl; lower optim.lr, repair the data, or raise stability.max_rollbacks.",
         )
     folder = last_good(run)
-    marked = run.marks.add(back.step, back.verdict, back.culprits, run.world)
+    marked = run.marks.add(back.step, back.verdict, back.culprits, run.dist)
     if not marked:
         raise OneLLMError(
             f"step {back.step}: {back.verdict.reason}, with every sample to blame taken out already",
@@ -121,7 +123,7 @@ def roll_back(run: Run, back: RollBackError) -> None:
             "lower optim.lr or start from an older checkpoint (checkpoint.resume=.../step-...).",
         )
     run.ledger.known.update(run.marks.known)
-    manifest = load_state(folder, run.engine, run.world)
+    manifest = load_state(folder, run.engine, run.dist)
     run.restart_at(int(manifest["step"]), manifest.get("guard", {}))
     run.events.write(
         "rollback",
@@ -141,17 +143,17 @@ def roll_back(run: Run, back: RollBackError) -> None:
 def last_good(run: Run) -> Path:
     """The newest checkpoint whose files have their checksums; damaged ones are moved to `before-.../`, as a start does."""
     root = run.config.run.dir / CHECKPOINTS
-    candidates = run.world.broadcast(
+    candidates = run.dist.broadcast(
         [f for f in reversed(folders(root)) if read_manifest(f) is not None]
-        if run.world.main
+        if run.dist.is_rank_zero
         else []
     )
     for folder in candidates:
         manifest = read_manifest(folder) or {}
-        problems = damaged(recorded_files(folder, manifest), run.world)
+        problems = damaged(recorded_files(folder, manifest), run.dist)
         if not problems:
             return folder
-        if run.world.main:  # it must not count among those that stay, nor be taken again
+        if run.dist.is_rank_zero:  # it must not count among those that stay, nor be taken again
             move_aside(run.config.run.dir, [folder])
         run.events.write(
             "checkpoint_damaged",
@@ -174,4 +176,4 @@ def needs_a_start(run: Run) -> bool:
     if run.guard.policy != "rollback":
         return False
     own = run.config.run.dir / CHECKPOINTS / checkpoint_name(run.first_step)
-    return run.world.broadcast(read_manifest(own) is None if run.world.main else True)
+    return run.dist.broadcast(read_manifest(own) is None if run.dist.is_rank_zero else True)
