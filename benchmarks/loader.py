@@ -151,10 +151,15 @@ def tokenizer() -> Any:
 def our_pixels(data: bytes) -> torch.Tensor:
     """The project's fastest decoder and resize, with a random crop."""
     from onellm_dist.modalities.base import Part
-    from onellm_dist.modalities.io.pictures import crop_train, decode_picture, normalise, random_box
+    from onellm_dist.modalities.io.pictures import (
+        choose_crop_box,
+        crop_train,
+        decode_picture,
+        normalise,
+    )
 
     picture = decode_picture(Part("jpg", data))
-    return normalise(crop_train(picture, random_box(*picture.size, DRAW)))
+    return normalise(crop_train(picture, choose_crop_box(*picture.size, DRAW)))
 
 
 DRAW = np.random.default_rng(1)
@@ -165,7 +170,7 @@ def theirs(data: bytes) -> torch.Tensor:
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 
-    from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
+    from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 
     global _THEIRS  # noqa: PLW0603
     if _THEIRS is None:

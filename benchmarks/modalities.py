@@ -22,9 +22,12 @@ from PIL import Image
 from torchvision import transforms
 
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
 from onellm_dist.modalities.point import PointTokenizer
+from onellm_dist.modalities.transforms.cloud_sampling import (
+    find_nearest_neighbours,
+    sample_farthest_points,
+)
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 
 RNG = np.random.default_rng(0)
 
@@ -148,14 +151,14 @@ def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
     )
     values = torch.rand(1, 8192, 6)
     colours = values[..., 3:].contiguous()
-    centres = farthest_points(colours, 1024)
+    centres = sample_farthest_points(colours, 1024)
     at = colours.gather(1, centres[..., None].expand(-1, -1, 3))
     report(
         "point, neighbours by cdist + topk",
-        lambda: nearest_neighbours(colours, centres, 32),
+        lambda: find_nearest_neighbours(colours, centres, 32),
         lambda: torch.cdist(at, colours).topk(32, dim=2, largest=False),
     )
-    index, module = nearest_neighbours(colours, centres, 32), PointTokenizer(1024)
+    index, module = find_nearest_neighbours(colours, centres, 32), PointTokenizer(1024)
     groups = values[0][index[0]]
     report(
         "point, embedding forward + backward, width 1024",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -14,21 +14,41 @@ TASKS = "onellm_dist.tasks"
 
 
 def load_plugins(group: str) -> dict[str, Any]:
-    """Name to object of every entry point of `group`, in order of name.
+    """Load every entry point of a group.
+
+    Args:
+        group: one of the groups above.
+
+    Returns:
+        Name of the entry point to the object it names, in order of name.
 
     Raises:
-        UsageError: an entry point cannot be imported; the message names its package.
+        UsageError: an entry point cannot be imported, or two packages use one name; the message
+            names the packages.
     """
     found: dict[str, Any] = {}
-    for point in sorted(entry_points(group=group), key=lambda p: p.name):
+    points: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=group), key=lambda p: (p.name, p.value)):
+        if point.name in points:
+            raise UsageError(
+                f"two packages have an entry point {point.name} of the group {group}: "
+                f"{_describe(points[point.name])} and {_describe(point)}",
+                "only one of them could be used.",
+                "uninstall one of the packages.",
+            )
+        points[point.name] = point
         try:
             found[point.name] = point.load()
         except Exception as error:
-            package = point.dist.name if point.dist is not None else "unknown package"
             raise UsageError(
-                f"entry point {point.name} of group {group} ({package}: {point.value}) "
+                f"entry point {point.name} of group {group} ({_describe(point)}) "
                 f"cannot be loaded: {type(error).__name__}: {error}",
                 "what it would add is missing.",
-                f"repair or uninstall {package}.",
+                "repair or uninstall its package.",
             ) from error
     return found
+
+
+def _describe(point: EntryPoint) -> str:
+    package = point.dist.name if point.dist is not None else "unknown package"
+    return f"{package}: {point.value}"

@@ -59,7 +59,7 @@ class Corpus:
         self.split = split
         in_span_order = sorted(map(get_modality, modalities), key=lambda m: m.order)
         self.modalities: dict[str, Modality] = {
-            m.name: m.under(patches=sizes[0], prefix=sizes[1]) if sizes else m
+            m.name: m.with_encoder(patches=sizes[0], prefix_tokens=sizes[1]) if sizes else m
             for m in in_span_order
         }
         """The model's modalities by name, in span order."""

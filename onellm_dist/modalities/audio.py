@@ -1,4 +1,4 @@
-"""Sounds, as a log-mel spectrogram of 10.24 seconds."""
+"""Sounds: a log-mel spectrogram of the first 10.24 seconds."""
 
 from __future__ import annotations
 
@@ -15,31 +15,39 @@ from torch import nn
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.drawing import heat
-from onellm_dist.modalities.fbank import MELS, RATE, SHIFT, WINDOW, fbank
+from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
-from onellm_dist.modalities.io.containers import first_channel
-from onellm_dist.modalities.io.resample import resample
+from onellm_dist.modalities.io.containers import read_first_channel
+from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
+from onellm_dist.modalities.transforms.resample import resample
 
 FRAMES = 1024
 SECONDS = 10.3
-"""What is read of a file: 1024 frames need 10.255 s, and resampling a little more."""
-FREQUENCY_MASK, TIME_MASK = 48, 192
-MEAN, DEVIATION = -4.2677393, 4.5689974
-"""AudioSet's statistics (AST); the reference divides by TWICE the deviation."""
+"""Length that is read of a file: 1024 frames need 10.255 s, and resampling a little more."""
+FREQUENCY_MASK = 48
+TIME_MASK = 192
+MEAN = -4.2677393
+"""Mean of AudioSet's filter bank (AST)."""
+DEVIATION = 4.5689974
+"""Standard deviation of AudioSet's filter bank; the reference divides by TWICE this value."""
 _SOUNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd")
 
 
 @dataclass(frozen=True)
 class Sound:
-    """The first channel of a recording's first 10.3 seconds: `wave` [N] fp32 in [-1, 1], `rate` in Hz."""
+    """The first channel of a recording's first 10.3 seconds.
+
+    Attributes:
+        wave: [N] fp32 in [-1, 1].
+        rate: samples per second.
+    """
 
     wave: np.ndarray
     rate: int
 
 
 class AudioTokenizer(nn.Module):
-    """Patches of 16 x 16 with stride 10 over the spectrogram: [n, 1, 128, 1024] -> [n, 1212, width], row (mel) by row."""
+    """Patches of 16 x 16 with stride 10 over the spectrogram, in the order row (mel) by row."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,14 +55,22 @@ class AudioTokenizer(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """[n, 1, 128, 1024] -> [n, 1212, width]."""
-        return self.conv(values.to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
+        patches: torch.Tensor = self.conv(values.to(self.conv.weight.dtype))
+        return patches.flatten(2).transpose(1, 2)
 
 
 class AudioModality(Modality):
-    """Sounds. The raw signal is a `Sound`.
+    """Sounds of any length, of which the first 10.24 seconds of the first channel count.
 
-    WAV, FLAC, Ogg and AIFF are read by libsndfile, everything else by FFmpeg; what the file is called does not matter.
-    As in the reference, only the first channel and the first 10.24 seconds count.
+    | | |
+    |---|---|
+    | files | `audio`: wav, flac, ogg, mp3, opus, m4a, aac; any sampling rate |
+    | raw signal | `Sound`: [N] fp32 in [-1, 1] at the file's own rate |
+    | model input | [1, 128, 1024]: log-mel energies at 16 kHz, 10 ms per frame, standardised |
+    | encoder tokens | 12 x 101 = 1212 patches and the class token |
+
+    libsndfile reads WAV, FLAC, Ogg and AIFF, FFmpeg everything else. The bytes decide, not the
+    extension. Taking the first channel and 10.24 seconds is what the reference does.
     """
 
     name = "audio"
@@ -66,34 +82,36 @@ class AudioModality(Modality):
     tokens = 12 * 101
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Sound:
-        """The start of the recording, at its own rate."""
+        """Read the beginning of the recording, at its own rate."""
         part = parts["audio"]
-        wave, rate = (
-            _read_soundfile(part)
-            if part.data[:4] in _SOUNDFILE_MAGIC
-            else first_channel(part, SECONDS)
-        )
+        if part.data[:4] in _SOUNDFILE_MAGIC:
+            wave, rate = _read_soundfile(part)
+        else:
+            wave, rate = read_first_channel(part, SECONDS)
         require_finite(wave, f".{part.extension}")
         return Sound(wave, rate)
 
     def transform(self, raw: Sound, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """[1, 128, 1024]: 16 kHz, Kaldi filter bank, zeros behind the end, in training one mel and one time band of zeros."""
+        """[1, 128, 1024]: resampled to 16 kHz, Kaldi's filter bank, zeros after the end.
+
+        Training sets one band of mels and one band of frames to zero.
+        """
         bank = torch.zeros(FRAMES, MELS)
-        features = _features(raw)
+        features = _compute_features(raw)
         bank[: len(features)] = features
         if train:
-            _mask(bank, 1, FREQUENCY_MASK, rng)
-            _mask(bank, 0, TIME_MASK, rng)
+            _mask_band(bank, 1, FREQUENCY_MASK, rng)
+            _mask_band(bank, 0, TIME_MASK, rng)
         return bank.sub_(MEAN).div_(2 * DEVIATION).t().contiguous()[None]
 
-    def tokenizer(self, width: int) -> nn.Module:
-        """A 2-D convolution over the spectrogram."""
+    def build_tokenizer(self, width: int) -> nn.Module:
+        """Build a 2-D convolution over the spectrogram."""
         return AudioTokenizer(width)
 
     def preview(self, raw: Sound) -> Image.Image:
         """The spectrogram, low notes at the bottom, 448 x 224."""
-        features = _features(raw).numpy()
-        return heat(features.T[::-1], (448, 224))
+        features = _compute_features(raw).numpy()
+        return draw_heatmap(features.T[::-1], (448, 224))
 
 
 def _read_soundfile(part: Part) -> tuple[np.ndarray, int]:
@@ -101,35 +119,33 @@ def _read_soundfile(part: Part) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(io.BytesIO(part.data)) as file:
             rate = int(file.samplerate)
             wave = file.read(int(SECONDS * rate), dtype="float32", always_2d=True)[:, 0]
-    except (
-        Exception
-    ) as error:  # LibsndfileError, and ValueError or RuntimeError of its wrapper on broken headers
+    except Exception as error:  # LibsndfileError; ValueError or RuntimeError on broken headers
         raise SampleError(
-            f".{part.extension} ({len(part.data)} bytes) is no readable audio: {error}",
+            f".{part.extension} ({len(part.data)} bytes) is not readable audio: {error}",
             "the sample has no usable sound.",
             "download or encode it again, or drop the sample.",
         ) from error
     return np.ascontiguousarray(wave), rate
 
 
-def _features(raw: Sound) -> torch.Tensor:
+def _compute_features(raw: Sound) -> torch.Tensor:
     """[frames <= 1024, 128] log-mel energies.
 
     Raises:
-        SampleError: not one whole window of 25 ms.
+        SampleError: the sound is shorter than one window of 25 ms.
     """
     if raw.rate <= 0 or len(raw.wave) * RATE < WINDOW * raw.rate:
         raise SampleError(
             f"{len(raw.wave)} samples of sound at {raw.rate} Hz",
-            "a spectrogram needs 25 ms at least.",
+            "a spectrogram needs at least 25 ms.",
             "drop the sample; its file is empty or cut short.",
         )
     wave = resample(raw.wave, raw.rate, RATE)[: (FRAMES - 1) * SHIFT + WINDOW]
-    return fbank(wave - wave.mean())
+    return compute_fbank(wave - wave.mean())
 
 
-def _mask(bank: torch.Tensor, axis: int, limit: int, rng: np.random.Generator) -> None:
-    """Zero a band of fewer than `limit` rows along `axis`, as torchaudio's mask_along_axis draws it."""
+def _mask_band(bank: torch.Tensor, axis: int, limit: int, rng: np.random.Generator) -> None:
+    """Zero fewer than `limit` rows along `axis`, drawn as in torchaudio's mask_along_axis."""
     length = rng.uniform() * limit
     start = int(rng.uniform() * (bank.shape[axis] - length))
     bank.narrow(axis, start, int(length)).zero_()

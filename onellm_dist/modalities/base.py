@@ -1,11 +1,41 @@
-"""The contract of a modality. One file in this folder is one modality; adding a ninth is adding one file.
+"""The contract of a modality. One file in this folder is one modality.
 
-A modality knows how its media is decoded from the parts of a sample, how it becomes the model's input, which module turns
-that input into encoder tokens, and how a person looks at it.
+To add a modality, write one module: a subclass of `Modality`, and `MODALITY`, an instance of it.
+Put the module into this folder, or name it in another package's entry points (group
+`onellm_dist.modalities`, see `registry.py`). Builder, training, `onellm generate`, previews and
+evaluation then accept it without further changes. The class says:
 
-Shape legend (the whole package): B batch, n samples of one modality in a pack, T packed tokens (or frames, where a
-modality has several), L tokens of one encoder sequence without the class token, D encoder width, H heads, E experts,
-Q queries (30), d LLM width, V vocabulary.
+| member | what it says |
+|---|---|
+| `name`, `order` | its name in recipes, and where its span stands among the spans of a sample |
+| `required_parts`, `optional_parts` | which files a sample needs, by role, and their extensions |
+| `decode` | bytes of these files -> the raw signal, any object (a picture, a wave, an array) |
+| `transform` | raw signal -> the model's input, fp32 of the shape `value_shape` |
+| `build_tokenizer` | the trainable module, [n, *value_shape] -> [n, L, width] |
+| `tokens` | L, how many tokens this module makes of one sample |
+| `preview` | raw signal -> an RGB picture of it for people |
+
+    class Thermal(Modality):
+        name = "thermal"
+        order = 8                      # the eight of the paper have 0 to 7
+        required_parts = {"thermal": ("thermal.npy",)}
+        value_shape = (1, 64, 64)      # degrees Celsius
+        tokens = 16
+
+        def decode(self, parts, meta): ...
+        def transform(self, raw, *, train, rng): ...
+        def build_tokenizer(self, width): ...
+        def preview(self, raw): ...
+
+    MODALITY = Thermal()
+
+The base class has no units: `decode` and `transform` say in their docstrings which units they read
+and return. Bytes that are not media of the modality raise SampleError, never another exception:
+the builder then leaves the sample out, and training replaces it by an empty one.
+
+Shape legend of the whole package: B batch; n samples of one modality in a pack; T packed tokens (or
+frames, where a modality has several); L tokens of one encoder sequence without the class token;
+D encoder width; H heads; E experts; Q queries (30); d LLM width; V vocabulary; S LLM sequence.
 """
 
 from __future__ import annotations
@@ -27,130 +57,161 @@ if TYPE_CHECKING:
     from PIL import Image
 
 QUERY_TOKENS = 30
-"""Modality tokens the UPM hands to the LLM for each run (paper, appendix C.1)."""
+"""Modality tokens that the UPM passes to the LLM for each span (paper, appendix C.1)."""
 SPAN_TOKENS = QUERY_TOKENS + 2
-"""LLM positions of one run: start tag, 30 tokens, end tag."""
+"""LLM positions of one span: start tag, 30 tokens, end tag."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a sample: the extension it has in the tar (`jpg`, `depth.png`), and its bytes."""
+    """One file of a sample.
+
+    Attributes:
+        extension: the extension in the tar, lower-case, without the first dot (`jpg`, `depth.png`).
+        data: the bytes of the file.
+    """
 
     extension: str
     data: bytes
 
 
 class Modality(ABC):
-    """One kind of signal. Subclasses are stateless; each module in this package exposes one instance as `MODALITY`."""
+    """A kind of signal that the model reads. Subclasses have no state."""
 
     name: ClassVar[str]
+    """The name in recipes, shards and placeholders (`<image>`)."""
     order: ClassVar[int]
-    """Place of this modality's run in the LLM sequence (image 0 ... fmri 7)."""
+    """Where the span of this modality stands in the LLM sequence (image 0 to fmri 7). Unique."""
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The parts a sample needs, by role: the accepted extensions of each, most specific first.
+    """The parts that a sample must have: role to accepted extensions, the most specific first.
 
-    The first slot is the one `onellm generate --NAME FILE` fills."""
+    `onellm generate --NAME FILE` fills the first role."""
     optional_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The parts that a sample may have, in the same form."""
     value_shape: ClassVar[tuple[int, ...]]
     """Shape of one sample's model input, without the batch dimension."""
     frames: ClassVar[int] = 1
-    """Encoder sequences a sample makes; their outputs are averaged (video 15, depth and normal 2)."""
+    """Encoder sequences per sample; their outputs are averaged (video 15, depth and normal 2)."""
     tokens: ClassVar[int]
     """L: encoder tokens of one sequence, without the class token."""
     prefix_tokens: ClassVar[int] = 1
-    """Tokens that the encoder puts before them: the class token (and registers, in some encoders)."""
+    """Tokens that the encoder puts before them: the class token, in some encoders registers too."""
     visual: ClassVar[bool] = False
-    """True: the encoder's own (frozen) patch embedding and positions are used, and `tokenizer` returns None."""
+    """Whether the encoder's own frozen patch embedding reads the input; no tokenizer then."""
 
     @property
     def encoder_tokens(self) -> int:
-        """Packed encoder tokens of one sample (class tokens included)."""
+        """Packed encoder tokens of one sample, class tokens included."""
         return self.frames * (self.prefix_tokens + self.tokens)
 
     @property
     def upm_tokens(self) -> int:
-        """Packed UPM tokens of one sample (queries included)."""
+        """Packed UPM tokens of one sample, queries included."""
         return self.prefix_tokens + self.tokens + QUERY_TOKENS
 
-    def under(self, *, patches: int, prefix: int) -> Modality:
-        """This modality as an encoder with so many patches a picture and prefix tokens counts it. Only counts differ."""
+    def with_encoder(self, *, patches: int, prefix_tokens: int) -> Modality:
+        """Return a copy with the token counts that a given encoder produces; nothing else differs.
+
+        Args:
+            patches: patches of one picture; they replace `tokens` of visual modalities.
+            prefix_tokens: class token and registers.
+        """
         sized = copy.copy(self)
-        vars(sized).update(prefix_tokens=prefix, tokens=patches if self.visual else self.tokens)
+        tokens = patches if self.visual else self.tokens
+        vars(sized).update(prefix_tokens=prefix_tokens, tokens=tokens)
         return sized
 
     @abstractmethod
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
-        """Bytes to the raw signal that `transform` and `preview` take.
+        """Decode bytes to the raw signal that `transform` and `preview` take.
 
         Args:
-            parts: slot name to part; every required slot is there.
+            parts: role to part; every required role is present.
             meta: the sample's `.json`, or an empty mapping.
 
         Raises:
-            SampleError: the bytes are no readable media of this modality.
+            SampleError: the bytes cannot be read as media of this modality.
         """
 
     @abstractmethod
     def transform(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """The raw signal to the model's input, fp32 of `value_shape`.
+        """Turn the raw signal into the model's input, fp32 of the shape `value_shape`.
 
-        `rng` is seeded by the caller from the sample's id and epoch, and is drawn from only where `train` is true.
+        Args:
+            raw: what `decode` returned; it must not be changed.
+            train: whether to augment.
+            rng: seeded by the caller from the sample's id and epoch; used only if `train`.
 
         Raises:
-            SampleError: the signal cannot have this modality's shape (too short, wrong channels, not finite).
+            SampleError: the signal cannot take this modality's shape (too short, wrong channels,
+                values that are not finite).
         """
 
     @abstractmethod
-    def tokenizer(self, width: int) -> nn.Module | None:
-        """The trainable module [n, *value_shape] -> [n, L, width], or None where `visual`.
+    def build_tokenizer(self, width: int) -> nn.Module | None:
+        """Build the trainable module [n, *value_shape] -> [n, L, width]; None if `visual`.
 
-        It must accept n = 0 and stay in the autograd graph then, and hold no buffers that a checkpoint needs.
+        The module must accept n = 0 and keep its parameters in the autograd graph then. It must not
+        have buffers that a checkpoint needs.
+
+        Args:
+            width: D, the encoder's width.
         """
 
     @abstractmethod
     def preview(self, raw: Any) -> Image.Image:
-        """An RGB picture of the raw signal as people look at it (frames, spectrogram, rendered cloud, traces)."""
+        """Draw the raw signal as people look at it: frames, a spectrogram, a rendered cloud."""
 
     def match(self, extensions: Mapping[str, Any] | set[str]) -> dict[str, str]:
-        """Slot to extension for a sample that has these extensions; a required slot that is missing is an error.
+        """Choose the parts of a sample that this modality reads.
+
+        Args:
+            extensions: all extensions that the sample has.
+
+        Returns:
+            Role to extension; optional roles only where the sample has them.
 
         Raises:
-            SampleError: a required slot has no part.
+            SampleError: a required role has no part.
         """
         found: dict[str, str] = {}
-        for slot, accepted in {**self.required_parts, **self.optional_parts}.items():
+        for role, accepted in {**self.required_parts, **self.optional_parts}.items():
             hit = next((e for e in accepted if e in extensions), None)
             if hit is not None:
-                found[slot] = hit
-            elif slot in self.required_parts:
+                found[role] = hit
+            elif role in self.required_parts:
+                present = ", ".join(sorted(extensions)) or "nothing"
                 raise SampleError(
-                    f"no {slot} part for modality {self.name}: the sample has {', '.join(sorted(extensions)) or 'nothing'}",
+                    f"no {role} part for modality {self.name}: the sample has {present}",
                     "the sample cannot be read as this modality.",
-                    f"give it one of: {', '.join('.' + e for e in accepted)}.",
+                    f"add one of: {', '.join('.' + e for e in accepted)}.",
                 )
         return found
 
-    def parts_from_file(self, path: Path) -> dict[str, Part]:
-        """The parts for one file given by hand (`onellm generate --NAME FILE`).
+    def read_parts(self, path: Path) -> dict[str, Part]:
+        """Read the parts of one sample from files on disk (`onellm generate --NAME FILE`).
 
-        The default fills the first slot and, for slots that are missing, looks beside the file for
-        `<stem>.<extension>`. Raises SampleError where a required slot stays empty.
+        The file fills the first role. The others are read from files beside it that are called
+        `<stem>.<extension>`.
+
+        Raises:
+            SampleError: there is no file for a required role.
         """
         first = next(iter(self.required_parts))
         parts = {first: Part(path.name.split(".", 1)[-1].lower(), path.read_bytes())}
         stem = path.name.split(".", 1)[0]
-        for slot, accepted in {**self.required_parts, **self.optional_parts}.items():
-            if slot in parts:
+        for role, accepted in {**self.required_parts, **self.optional_parts}.items():
+            if role in parts:
                 continue
-            beside = next(
-                (p for e in accepted if (p := path.with_name(f"{stem}.{e}")).exists()), None
-            )
-            if beside is not None:
-                parts[slot] = Part(beside.name.split(".", 1)[-1].lower(), beside.read_bytes())
-            elif slot in self.required_parts:
+            candidates = (path.with_name(f"{stem}.{e}") for e in accepted)
+            neighbour = next((p for p in candidates if p.exists()), None)
+            if neighbour is not None:
+                extension = neighbour.name.split(".", 1)[-1].lower()
+                parts[role] = Part(extension, neighbour.read_bytes())
+            elif role in self.required_parts:
                 raise SampleError(
-                    f"{path}: modality {self.name} needs a {slot} file too",
-                    f"no {stem}.{{{','.join(accepted)}}} stands beside it.",
-                    f"put the {slot} file there under one of these names.",
+                    f"{path}: modality {self.name} needs a {role} file too",
+                    f"there is no {stem}.{{{','.join(accepted)}}} beside it.",
+                    f"put the {role} file there under one of these names.",
                 )
         return parts

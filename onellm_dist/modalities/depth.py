@@ -18,8 +18,18 @@ from onellm_dist.modalities.pairs import PairModality
 class DepthModality(PairModality):
     """Depth maps with their pictures.
 
-    8-bit maps are taken as they are (grey or colour). 16-bit and float maps are rendered to 8-bit grey: the least to the
-    greatest VALID value (finite and above 0) becomes 1 to 255, the rest 0 (`render_depth`).
+    | | |
+    |---|---|
+    | files | `depth`: depth.png, depth.jpg, depth.jpeg, depth.webp, depth.npy |
+    | | `image`: jpg, jpeg, png, webp |
+    | raw signal | `MapPair`: picture and map, both RGB, the map resized to the picture |
+    | model input | [2, 3, 224, 224]: picture, map; CLIP's normalisation |
+    | encoder tokens | 2 sequences of 256 patches and the class token |
+
+    Units do not matter. 8-bit maps are used as they are (grey or colour, near is bright). 16-bit
+    and float maps are rendered to 8-bit grey: the smallest to the largest valid value (finite and
+    above 0) becomes 1 to 255, all others 0. `"depth_is_distance": true` in the sample's json says
+    that large values are far; their inverse is rendered then.
     """
 
     name = "depth"
@@ -30,8 +40,10 @@ class DepthModality(PairModality):
     }
 
     def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
-        """The map as RGB. `meta["depth_is_distance"]` true: 16-bit and float values are distances (near must be bright,
-        as in DPT's maps that the paper trains on), so their inverse is rendered.
+        """Render the map as RGB.
+
+        If `meta["depth_is_distance"]` is true, 16-bit and float values are distances. Near must be
+        bright, as in DPT's maps that the paper trains on, so their inverse is rendered.
         """
         if part.data[:6] == b"\x93NUMPY":
             values = read_npy(part)
@@ -40,28 +52,28 @@ class DepthModality(PairModality):
             if not picture.mode.startswith(("I", "F")):
                 return picture.convert("RGB")
             values = np.asarray(picture)
-        return render_depth(
-            values, inverse=bool(meta.get("depth_is_distance", False)), name=f".{part.extension}"
-        )
+        inverse = bool(meta.get("depth_is_distance", False))
+        return render_depth(values, inverse=inverse, name=f".{part.extension}")
 
 
 def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image:
-    """[H, W] (or [1, H, W], [H, W, 1]) numbers to grey RGB: valid values to 1..255 linearly, values <= 0 to 0.
+    """Render numbers as grey RGB: valid values to 1..255 linearly, values <= 0 to 0.
 
     Args:
-        values: depth, or inverse depth; 0 and less means "not measured".
-        inverse: render 1 / value.
-        name: how an error calls the map.
+        values: [H, W], [1, H, W] or [H, W, 1]: depth, or inverse depth; 0 and less means "not
+            measured".
+        inverse: whether to render 1 / value.
+        name: what an error calls the map.
 
     Raises:
-        SampleError: not a map of two dimensions, or without a valid value.
+        SampleError: the map does not have two dimensions, or has no valid value.
     """
     grid = values.squeeze()
     if grid.ndim != 2 or min(grid.shape) < 2:
         raise SampleError(
             f"{name} has shape {values.shape}, not [height, width]",
-            "it is no depth map.",
-            "store one value a pixel: [H, W] in .npy, or a grey picture.",
+            "it is not a depth map.",
+            "store one value per pixel: [H, W] in .npy, or a grey picture.",
         )
     valid = grid > 0
     if not valid.any():
@@ -75,7 +87,7 @@ def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image
         depth = 1.0 / depth
     low, high = depth.min(), depth.max()
     grey = np.zeros(grid.shape, np.uint8)
-    # A flat map has no range to stretch: the middle of the scale.
+    # A flat map has no range to stretch: it gets the middle of the scale.
     grey[valid] = np.round(1 + 254 * (depth - low) / (high - low)) if high > low else 128
     return Image.fromarray(grey).convert("RGB")
 

@@ -1,4 +1,7 @@
-"""Pictures of numbers with NumPy and Pillow alone (Matplotlib takes a second to import and tens of ms a picture)."""
+"""Drawing for previews, with NumPy and Pillow alone.
+
+Matplotlib takes a second to import and tens of milliseconds per picture.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _SIGNED = ((33, 75, 160), (120, 170, 220), (245, 245, 245), (230, 150, 110), (17
 TRACE_COLOURS = ((214, 62, 62), (52, 152, 84), (52, 103, 201))
 
 
-def _table(anchors: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def _interpolate_colours(anchors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """[256, 3] uint8, linear between the anchors."""
     at = np.linspace(0, len(anchors) - 1, 256)
     return (
@@ -22,10 +25,14 @@ def _table(anchors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     )
 
 
-def heat(values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> Image.Image:
-    """[rows, columns] numbers as colours, `size` = (width, height) pixels.
+def draw_heatmap(values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> Image.Image:
+    """Draw numbers as colours.
 
-    Dark to light spans the 1st to the 99.5th percentile; `signed`: blue to red spans +-3 standard deviations around 0.
+    Args:
+        values: [rows, columns].
+        size: (width, height) of the picture in pixels.
+        signed: if true, blue to red spans +-3 standard deviations around 0; otherwise dark to
+            light spans the 1st to the 99.5th percentile.
     """
     if signed:
         high = 3 * float(values.std()) or 1.0
@@ -33,15 +40,20 @@ def heat(values: np.ndarray, size: tuple[int, int], *, signed: bool = False) -> 
     else:
         low, high = (float(v) for v in np.percentile(values, (1, 99.5)))
     level = ((values - low) / ((high - low) or 1.0) * 255).clip(0, 255).astype(np.uint8)
-    return Image.fromarray(_table(_SIGNED if signed else _HEAT)[level]).resize(
+    return Image.fromarray(_interpolate_colours(_SIGNED if signed else _HEAT)[level]).resize(
         size, Image.Resampling.BILINEAR
     )
 
 
-def traces(
+def draw_traces(
     groups: Sequence[tuple[str, np.ndarray]], size: tuple[int, int] = (448, 224)
 ) -> Image.Image:
-    """Panels one below the other, each (title, [lines, N]) drawn over a common scale, with the scale's ends written in."""
+    """Draw lines in panels one above the other; each panel states the ends of its scale.
+
+    Args:
+        groups: title and [lines, N] of each panel.
+        size: (width, height) of the picture in pixels.
+    """
     picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     each = size[1] // len(groups)
@@ -63,8 +75,14 @@ def traces(
     return picture
 
 
-def cloud(points: np.ndarray, colours: np.ndarray, side: int = 336) -> Image.Image:
-    """[N, 3] points (any scale) with [N, 3] colours in [0, 1], seen from a corner, near points over far ones."""
+def draw_cloud(points: np.ndarray, colours: np.ndarray, side: int = 336) -> Image.Image:
+    """Draw a point cloud as seen from a corner, near points over far ones.
+
+    Args:
+        points: [N, 3], z up, at any scale.
+        colours: [N, 3] in [0, 1].
+        side: pixels per side of the picture.
+    """
     centred = points - points.mean(0)
     turn, tilt = np.deg2rad(35), np.deg2rad(25)
     about = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
@@ -76,8 +94,26 @@ def cloud(points: np.ndarray, colours: np.ndarray, side: int = 336) -> Image.Ima
     canvas = np.full((side, side, 3), 250, np.uint8)
     order = np.argsort(-seen[:, 1], kind="stable")
     paint = (colours[order] * 255).round().clip(0, 255).astype(np.uint8)
-    # All points' pixels in order of depth, three wide: the last (nearest) one of a pixel stays.
+    # Each point paints 3 x 3 pixels, far points first, so that the nearest one stays.
     offsets = np.array([(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)])
     at = np.stack([row, column], 1)[order][:, None] + offsets
     canvas[at[..., 0].clip(0, side - 1), at[..., 1].clip(0, side - 1)] = paint[:, None]
     return Image.fromarray(canvas)
+
+
+def make_thumbnail(picture: Image.Image, side: int) -> Image.Image:
+    """Copy a picture and shrink it to fit into side x side pixels; it is never enlarged."""
+    small = picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    return small
+
+
+def join_pictures(pictures: list[Image.Image], gap: int = 4) -> Image.Image:
+    """Put pictures side by side on white, aligned at the top, `gap` pixels apart."""
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    row = Image.new("RGB", (width, max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        row.paste(picture, (left, 0))
+        left += picture.width + gap
+    return row

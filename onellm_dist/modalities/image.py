@@ -1,4 +1,4 @@
-"""Still images, read by the encoder's own patch embedding."""
+"""Still images: JPEG, PNG or WebP, as 224 x 224 RGB with CLIP's normalisation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ import torch
 from PIL import Image
 
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.io.pictures import (
-    IMAGE_EXTENSIONS,
+from onellm_dist.modalities.drawing import make_thumbnail
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
+    choose_crop_box,
     crop_eval,
     crop_train,
-    decode_picture,
     normalise,
-    random_box,
-    thumbnail,
 )
 
 
 class ImageModality(Modality):
-    """Still images. The raw signal is an RGB `PIL.Image`."""
+    """Still images; the encoder's own patch embedding reads them.
+
+    | | |
+    |---|---|
+    | files | `image`: jpg, jpeg, png, webp; any size, colour mode and EXIF orientation |
+    | raw signal | RGB `PIL.Image` |
+    | model input | [3, 224, 224], CLIP's mean and standard deviation |
+    | encoder tokens | 256 patches of 14 x 14 and the class token |
+    """
 
     name = "image"
     order = 0
@@ -34,20 +41,26 @@ class ImageModality(Modality):
     visual = True
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Image.Image:
-        """JPEG, PNG or WebP to RGB (see `visual.decode_picture`)."""
+        """Decode JPEG, PNG or WebP to RGB (see `io.pictures.decode_picture`)."""
         return decode_picture(parts["image"])
 
     def transform(self, raw: Image.Image, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """[3, 224, 224]: a random crop of at least 0.9 of the area (train), or short side 224 and the middle (eval)."""
-        return normalise(crop_train(raw, random_box(*raw.size, rng)) if train else crop_eval(raw))
+        """Crop and normalise to [3, 224, 224].
 
-    def tokenizer(self, width: int) -> None:
-        """None: the encoder reads pixels itself."""
+        Training takes a random crop of at least 0.9 of the area; evaluation resizes the short side
+        to 224 and takes the middle.
+        """
+        if train:
+            return normalise(crop_train(raw, choose_crop_box(*raw.size, rng)))
+        return normalise(crop_eval(raw))
+
+    def build_tokenizer(self, width: int) -> None:
+        """Return None: the encoder reads pixels itself."""
         return
 
     def preview(self, raw: Image.Image) -> Image.Image:
         """The picture, at most 448 pixels a side."""
-        return thumbnail(raw, 448)
+        return make_thumbnail(raw, 448)
 
 
 MODALITY = ImageModality()

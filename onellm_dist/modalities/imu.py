@@ -1,4 +1,4 @@
-"""Inertial measurements: accelerometer and gyroscope, 2 seconds at 200 Hz."""
+"""Inertial measurements (IMU): accelerometer and gyroscope, 2 seconds at 200 Hz."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from torch import nn
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.drawing import traces
-from onellm_dist.modalities.io.imu import CHANNELS, Recording, read_recording
-from onellm_dist.modalities.io.resample import resample
+from onellm_dist.modalities.drawing import draw_traces
+from onellm_dist.modalities.io.imu import CHANNELS, ImuRecording, read_recording
+from onellm_dist.modalities.transforms.resample import resample
 
 RATE = 200
+"""Hz."""
 SECONDS = 2
 SAMPLES = RATE * SECONDS
 _FEWEST = 10
-"""Samples of a window below which the reference gives it up."""
+"""Samples per window below which the reference gives up."""
 _MARGIN_SECONDS = 4.0
-"""How far the nearest sample may be from a window's edge."""
+"""How far the nearest sample may be from an edge of the window."""
 _SLACK = 1.1
-"""How much longer than 2 s a recording without a window may be (it is cut)."""
+"""Factor by which a recording without a window may exceed 2 s; the rest is cut off."""
 
 
 @dataclass(frozen=True)
-class Window:
-    """The samples of one window, at the rate they were taken: `signal` [6, N] fp64, `rate` in Hz."""
+class ImuWindow:
+    """The samples of one window, at the rate at which they were taken.
+
+    Attributes:
+        signal: [6, N] fp64: accelerometer x, y, z, gyroscope x, y, z.
+        rate: samples per second.
+    """
 
     signal: np.ndarray
     rate: int
 
 
 class ImuTokenizer(nn.Module):
-    """A 1-D convolution of 10 samples over the six channels: [n, 6, 400] -> [n, 391, width]."""
+    """A 1-D convolution over 10 samples of the six channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -47,15 +53,33 @@ class ImuTokenizer(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """[n, 6, 400] -> [n, 391, width]."""
-        return self.conv(values.to(self.conv.weight.dtype)).transpose(1, 2)
+        tokens: torch.Tensor = self.conv(values.to(self.conv.weight.dtype))
+        return tokens.transpose(1, 2)
 
 
 class ImuModality(Modality):
-    """Two seconds of accelerometer and gyroscope. The raw signal is a `Window`.
+    """Two seconds of accelerometer and gyroscope.
 
-    A recording with timestamps (part `timestamps`, or a column of the CSV) is cut to the window that the sample's json
-    gives: `window_start` and `window_end` in seconds, 2 s apart. `onellm generate` reads them from `<stem>.window.json`.
-    Without a window the recording itself must last about 2 s; without timestamps it must be at 200 Hz.
+    | | |
+    |---|---|
+    | files | `imu`: imu.npy, npy ([6, N]), imu.csv, csv (with a header) |
+    | | `timestamps`, optional: timestamps.npy, imu_timestamps.npy ([N] in milliseconds) |
+    | | `window`, optional: window.json (see below) |
+    | raw signal | `ImuWindow`: [6, N] fp64, accelerometer x, y, z, then gyroscope x, y, z |
+    | model input | [6, 400]: 200 Hz, in the file's units; nothing is normalised |
+    | encoder tokens | 391 and the class token |
+
+    *Units.* Accelerometer in m/s^2, gyroscope in rad/s (Ego4D's). The model learns from the numbers
+    as they are, so all recordings of a data set must use the same units.
+
+    *Columns of a CSV.* `accl_x`, `accl_y`, `accl_z`, `gyro_x`, `gyro_y`, `gyro_z`; `acc` and
+    `accel` may stand for `accl`, `gyr` for `gyro`, a space or nothing for the underscore. The time
+    in milliseconds is in `canonical_timestamp_ms`, `timestamp_ms` or `component_timestamp_ms`.
+
+    *Two seconds.* A recording with times is cut to the window that the sample's json gives:
+    `{"window_start": 1.0, "window_end": 3.0}`, in seconds, 2 s apart. `onellm generate` reads them
+    from `<stem>.window.json`. Without a window the recording itself must last about 2 s. A
+    recording without times must be at 200 Hz.
     """
 
     name = "imu"
@@ -70,23 +94,23 @@ class ImuModality(Modality):
     value_shape = (len(CHANNELS), SAMPLES)
     tokens = 391
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Window:
-        """The samples of the window."""
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> ImuWindow:
+        """Read the samples of the window."""
         recording = read_recording(parts["imu"], parts.get("timestamps"))
         if recording.times is None:
-            return _whole(recording.signal, RATE)
+            return _use_all(recording.signal, RATE)
         if "window" in parts:
             meta = _read_window(parts["window"])
         if "window_start" not in meta and "window_end" not in meta:
-            return _whole(recording.signal, _mean_rate(recording.times))
+            return _use_all(recording.signal, _compute_mean_rate(recording.times))
         return cut_window(recording, recording.times, meta)
 
-    def transform(self, raw: Window, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """[6, 400]: resampled to 200 Hz, cut or filled with zeros at the end. Nothing is normalised."""
+    def transform(self, raw: ImuWindow, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """[6, 400]: resampled to 200 Hz, cut or filled with zeros at the end; not normalised."""
         if raw.signal.shape[1] < _FEWEST:
             raise SampleError(
                 f"a window of {raw.signal.shape[1]} samples",
-                f"the reference gives up below {_FEWEST}.",
+                f"at least {_FEWEST} are needed, as in the reference.",
                 "drop the sample; its recording has a gap there.",
             )
         signal = resample(raw.signal, raw.rate, RATE)[:, :SAMPLES]
@@ -97,17 +121,17 @@ class ImuModality(Modality):
             raise SampleError(
                 "the signal is too large for fp32",
                 "it would make the gradients of the whole step NaN.",
-                "give it in m/s^2 and rad/s.",
+                "store it in m/s^2 and rad/s.",
             )
         return out
 
-    def tokenizer(self, width: int) -> nn.Module:
-        """A 1-D convolution over time."""
+    def build_tokenizer(self, width: int) -> nn.Module:
+        """Build a 1-D convolution over time."""
         return ImuTokenizer(width)
 
-    def preview(self, raw: Window) -> Image.Image:
+    def preview(self, raw: ImuWindow) -> Image.Image:
         """Accelerometer above, gyroscope below, x red, y green, z blue, 448 x 224."""
-        return traces([("accelerometer", raw.signal[:3]), ("gyroscope", raw.signal[3:])])
+        return draw_traces([("accelerometer", raw.signal[:3]), ("gyroscope", raw.signal[3:])])
 
 
 def _read_window(part: Part) -> Mapping[str, Any]:
@@ -115,67 +139,78 @@ def _read_window(part: Part) -> Mapping[str, Any]:
         window = json.loads(part.data)
     except ValueError as error:
         raise SampleError(
-            f".{part.extension} is no JSON: {error}",
-            "the window of the recording is not known.",
+            f".{part.extension} is not JSON: {error}",
+            "the window of the recording is unknown.",
             'write {"window_start": 1.0, "window_end": 3.0} (seconds).',
         ) from error
     return window if isinstance(window, dict) else {}
 
 
-def _mean_rate(times: np.ndarray) -> int:
-    """Hz, rounded down as the reference does; 0 where it cannot be told."""
+def _compute_mean_rate(times: np.ndarray) -> int:
+    """Hz, rounded down as in the reference; 0 if it cannot be computed."""
     step = float(np.diff(times).mean()) if len(times) > 1 else 0.0
     return int(1000 * (1 / step)) if step > 0 else 0
 
 
-def _whole(signal: np.ndarray, rate: int) -> Window:
-    if rate < 1 or signal.shape[1] > SAMPLES * rate / RATE * _SLACK:
-        raise SampleError(
-            f"a recording of {signal.shape[1]} samples at {rate} Hz and no window to cut out of it",
-            f"the tokenizer takes {SECONDS} s, and which ones is not said.",
-            "give window_start and window_end (seconds) in the sample's json, and the timestamps.",
-        )
-    return Window(signal, rate)
-
-
-def cut_window(recording: Recording, times: np.ndarray, meta: Mapping[str, Any]) -> Window:
-    """The samples in [window_start, window_end), which `meta` gives in seconds.
-
-    Args:
-        times: [N] in ms, the recording's.
+def _use_all(signal: np.ndarray, rate: int) -> ImuWindow:
+    """The recording itself as the window.
 
     Raises:
-        SampleError: no window of 2 s, or the recording has too few samples there.
+        SampleError: it is much longer than 2 s, or its rate is unknown.
     """
-    start, end = (_seconds(meta, key) for key in ("window_start", "window_end"))
+    if rate < 1 or signal.shape[1] > SAMPLES * rate / RATE * _SLACK:
+        raise SampleError(
+            f"a recording of {signal.shape[1]} samples at {rate} Hz, and no window to cut from it",
+            f"the tokenizer takes {SECONDS} s, and nothing says which.",
+            "add window_start and window_end (seconds) to the sample's json, and the timestamps.",
+        )
+    return ImuWindow(signal, rate)
+
+
+def cut_window(recording: ImuRecording, times: np.ndarray, meta: Mapping[str, Any]) -> ImuWindow:
+    """Cut out the samples in [window_start, window_end).
+
+    Args:
+        recording: the whole recording.
+        times: [N] in milliseconds, the recording's.
+        meta: `window_start` and `window_end` in seconds.
+
+    Raises:
+        SampleError: the window is not 2 s long, or the recording has too few samples there.
+    """
+    start, end = (_get_seconds(meta, key) for key in ("window_start", "window_end"))
     if round(end - start) != SECONDS:
-        raise _bad_window(f"the window {start:g} to {end:g} s is not {SECONDS} s long")
+        raise _window_error(f"the window {start:g} to {end:g} s is not {SECONDS} s long")
     if max(start, end) * 1000 > times[-1]:
-        raise _bad_window(
-            f"the window {start:g} to {end:g} s reaches beyond the recording's end at {times[-1] / 1000:g} s"
+        raise _window_error(
+            f"the window {start:g} to {end:g} s reaches beyond the recording's end "
+            f"at {times[-1] / 1000:g} s"
         )
     first, last = bisect_left(times, start * 1000), bisect_left(times, end * 1000)
     gap = max(abs(start - times[first] / 1000), abs(end - times[last] / 1000))
     if gap > _MARGIN_SECONDS:
-        raise _bad_window(
-            f"the sample nearest to an edge of the window {start:g} to {end:g} s is {gap:.1f} s away"
+        raise _window_error(
+            f"the sample nearest to an edge of the window {start:g} to {end:g} s "
+            f"is {gap:.1f} s away"
         )
     if last - first < _FEWEST:
-        raise _bad_window(f"the window {start:g} to {end:g} s has {last - first} samples")
-    rate = _mean_rate(times[first:last])
+        raise _window_error(f"the window {start:g} to {end:g} s has {last - first} samples")
+    rate = _compute_mean_rate(times[first:last])
     if rate < 1:
-        raise _bad_window(f"the samples of the window {start:g} to {end:g} s all have one time")
-    return Window(recording.signal[:, first:last], rate)
+        raise _window_error(
+            f"the samples of the window {start:g} to {end:g} s all have the same time"
+        )
+    return ImuWindow(recording.signal[:, first:last], rate)
 
 
-def _seconds(meta: Mapping[str, Any], key: str) -> float:
+def _get_seconds(meta: Mapping[str, Any], key: str) -> float:
     value = meta.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise _bad_window(f"{key} is {value!r}, not a number of seconds")
+        raise _window_error(f"{key} is {value!r}, not a number of seconds")
     return float(value)
 
 
-def _bad_window(what: str) -> SampleError:
+def _window_error(what: str) -> SampleError:
     return SampleError(
         what,
         "there is no signal to train on.",

@@ -16,10 +16,19 @@ from onellm_dist.modalities.pairs import PairModality
 
 
 class NormalModality(PairModality):
-    """Normal maps with their pictures.
+    """Surface normal maps with their pictures.
 
-    Pictures are taken as they are (16-bit ones lose their lower 8 bits). Float arrays of vectors in [-1, 1] are rendered
-    as round((n + 1) / 2 * 255), the usual picture of normals.
+    | | |
+    |---|---|
+    | files | `normal`: normal.png, normal.jpg, normal.jpeg, normal.webp, normal.npy |
+    | | `image`: jpg, jpeg, png, webp |
+    | raw signal | `MapPair`: picture and map, both RGB, the map resized to the picture |
+    | model input | [2, 3, 224, 224]: picture, map; CLIP's normalisation |
+    | encoder tokens | 2 sequences of 256 patches and the class token |
+
+    Picture files are used as they are (16-bit ones lose their lower 8 bits). Float arrays
+    [H, W, 3] or [3, H, W] hold unit vectors with components in [-1, 1]; they are rendered as
+    round((n + 1) / 2 * 255), the usual picture of normals.
     """
 
     name = "normal"
@@ -30,31 +39,35 @@ class NormalModality(PairModality):
     }
 
     def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
-        """The map as RGB."""
+        """Render the map as RGB."""
         if part.data[:6] != b"\x93NUMPY":
             return decode_picture(part)
         return render_normals(read_npy(part), name=f".{part.extension}")
 
 
 def render_normals(vectors: np.ndarray, *, name: str) -> Image.Image:
-    """[H, W, 3] or [3, H, W] vectors with components in [-1, 1] (a margin of 1% is clipped) to RGB.
+    """Render unit vectors as RGB; components up to 1% outside [-1, 1] are clipped.
+
+    Args:
+        vectors: [H, W, 3] or [3, H, W], floats.
+        name: what an error calls the map.
 
     Raises:
-        SampleError: another shape, or components outside.
+        SampleError: the shape is another, or components lie outside.
     """
     if vectors.ndim == 3 and vectors.shape[0] == 3 and vectors.shape[2] != 3:
         vectors = vectors.transpose(1, 2, 0)
     if vectors.ndim != 3 or vectors.shape[2] != 3 or min(vectors.shape) < 2:
         raise SampleError(
             f"{name} has shape {vectors.shape}, not [height, width, 3]",
-            "it is no normal map.",
-            "store one unit vector a pixel.",
+            "it is not a normal map.",
+            "store one unit vector per pixel.",
         )
     largest = float(np.abs(vectors).max())
     if vectors.dtype.kind != "f" or largest > 1.01:
         raise SampleError(
             f"{name} has {vectors.dtype} components up to {largest:g}, not floats in [-1, 1]",
-            "they are no unit vectors, so their colours would mean nothing.",
+            "they are not unit vectors, so their colours would mean nothing.",
             "normalise them, or store the rendered map as a picture.",
         )
     return Image.fromarray(

@@ -1,4 +1,7 @@
-"""Depth and normal maps: pairs of a picture and a map of it, cut alike, both encoded, their tokens averaged."""
+"""What depth and normal share: a picture and a map of it, cropped alike.
+
+Both are encoded, and their tokens are averaged.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,20 @@ from PIL import Image
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
-from onellm_dist.modalities.io.pictures import (
+from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
+from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
-    beside,
+    choose_crop_box,
     crop_eval,
     crop_train,
-    decode_picture,
     normalise,
-    random_box,
-    thumbnail,
 )
 
 
 @dataclass(frozen=True)
-class Pair:
+class MapPair:
     """A picture and a map of it, both RGB and of one size."""
 
     picture: Image.Image
@@ -36,7 +38,7 @@ class Pair:
 
 
 class PairModality(Modality):
-    """A map with the picture it belongs to; subclasses say how a map becomes 8-bit RGB. The raw signal is a `Pair`."""
+    """A map with the picture it belongs to; a subclass says how a map becomes 8-bit RGB."""
 
     value_shape = (2, 3, SIDE, SIDE)
     frames = 2
@@ -45,37 +47,44 @@ class PairModality(Modality):
 
     @abstractmethod
     def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
-        """The map as an 8-bit RGB picture.
+        """Render the map as an 8-bit RGB picture.
+
+        Args:
+            part: the file of the map.
+            meta: the sample's `.json`, or an empty mapping.
 
         Raises:
-            SampleError: it cannot be read as a map of this kind.
+            SampleError: the file cannot be read as a map of this kind.
         """
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Pair:
-        """Both pictures; the map is resized to the picture's size (bicubic), as the reference does."""
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> MapPair:
+        """Decode both; the map is resized to the picture's size (bicubic), as in the reference."""
         picture, rendered = decode_picture(parts["image"]), self.render(parts[self.name], meta)
         if rendered.size != picture.size:
             rendered = rendered.resize(picture.size, Image.Resampling.BICUBIC)
-        return Pair(picture, rendered)
+        return MapPair(picture, rendered)
 
-    def transform(self, raw: Pair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-        """[2, 3, 224, 224]: picture, map; the same crop of both (train: random; eval: the middle)."""
+    def transform(self, raw: MapPair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """[2, 3, 224, 224]: picture, map, cropped alike (training: at random, else the middle)."""
         both = (raw.picture, raw.map)
         if train:
-            box = random_box(*raw.picture.size, rng)
+            box = choose_crop_box(*raw.picture.size, rng)
             return torch.stack([normalise(crop_train(p, box)) for p in both])
         return torch.stack([normalise(crop_eval(p)) for p in both])
 
-    def tokenizer(self, width: int) -> None:
-        """None: the encoder reads pixels itself."""
+    def build_tokenizer(self, width: int) -> None:
+        """Return None: the encoder reads pixels itself."""
         return
 
-    def preview(self, raw: Pair) -> Image.Image:
+    def preview(self, raw: MapPair) -> Image.Image:
         """Picture and map side by side, at most 224 pixels a side each."""
-        return beside([thumbnail(raw.picture, SIDE), thumbnail(raw.map, SIDE)])
+        return join_pictures([make_thumbnail(raw.picture, SIDE), make_thumbnail(raw.map, SIDE)])
 
-    def parts_from_file(self, path: Path) -> dict[str, Part]:
-        """As the default, and for `<stem>_<name>.png` (Omnidata's names) the picture is looked for as `<stem>.*` too."""
+    def read_parts(self, path: Path) -> dict[str, Part]:
+        """Read a map and the picture beside it.
+
+        For `<stem>_<name>.png` (Omnidata's names) the picture may be called `<stem>.*` too.
+        """
         suffix = f"_{self.name}"
         stem = path.name.split(".", 1)[0]
         if stem.endswith(suffix):
@@ -86,11 +95,12 @@ class PairModality(Modality):
                         self.name: Part(path.name.split(".", 1)[-1].lower(), path.read_bytes()),
                         "image": Part(extension, picture.read_bytes()),
                     }
-        parts = super().parts_from_file(path)
+        parts = super().read_parts(path)
         if parts["image"].data == parts[self.name].data:
+            extension = self.required_parts[self.name][0]
             raise SampleError(
                 f"{path}: the picture found beside it is the {self.name} map itself",
                 "the model compares a picture with its map.",
-                f"name the map {stem}.{self.required_parts[self.name][0]} and the picture {stem}.jpg or {stem}.png.",
+                f"name the map {stem}.{extension} and the picture {stem}.jpg or {stem}.png.",
             )
         return parts

@@ -1,4 +1,4 @@
-"""Videos: 5 frames x 3 crops, each an encoder sequence of its own; their outputs are averaged (paper 3.1)."""
+"""Videos: 5 frames x 3 crops, each an encoder sequence; their outputs are averaged (paper 3.1)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
+from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.modalities.io.containers import read_frames
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD, PATCHES, SIDE, beside, thumbnail
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
 
-CLIPS, CROPS = 5, 3
+CLIPS = 5
+CROPS = 3
 CLIP_SECONDS = 1.0
 _WIDEST = 20
-"""Long over short side of a frame beyond which three crops of 224 show next to nothing of it."""
+"""Ratio of long to short side above which three crops of 224 show next to nothing of a frame."""
 
 
 @dataclass(frozen=True)
-class Clip:
-    """The frames that the model sees of a video.
+class VideoClip:
+    """The frames of a video that the model sees.
 
     Attributes:
-        frames: 5 arrays [H, W, 3] uint8 RGB of one size (the same array where a short video repeats a frame).
-        seconds: when they are shown, by their number and the mean frame rate.
+        frames: 5 arrays [H, W, 3] uint8 RGB of one size. A short video repeats a frame; the same
+            array then stands in several places.
+        seconds: when each frame is shown, from its number and the mean frame rate.
     """
 
     frames: tuple[np.ndarray, ...]
@@ -36,9 +40,16 @@ class Clip:
 
 
 class VideoModality(Modality):
-    """Videos in any container FFmpeg reads, with the reference's sampling (pytorchvideo 0.1.5 and decord).
+    """Videos, sampled as in the reference (pytorchvideo 0.1.5 and decord).
 
-    The raw signal is a `Clip`. Training has no augmentation, as in the reference.
+    | | |
+    |---|---|
+    | files | `video`: mp4, webm, mkv, avi, mov, m4v; any codec that FFmpeg decodes |
+    | raw signal | `VideoClip`: the first frames of 5 one-second clips, spread evenly |
+    | model input | [15, 3, 224, 224]: frame by frame, three crops each, CLIP's normalisation |
+    | encoder tokens | 15 sequences of 256 patches and the class token |
+
+    Sound is not read. Training does not augment, as in the reference.
     """
 
     name = "video"
@@ -51,73 +62,84 @@ class VideoModality(Modality):
     tokens = PATCHES
     visual = True
 
-    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Clip:
-        """The first frame of each of 5 one-second clips that are spread evenly over the video."""
+    def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> VideoClip:
+        """Read the first frame of each of 5 one-second clips that are spread over the video."""
         part = parts["video"]
-        frames, seconds = read_frames(part, clip_starts)
+        frames, seconds = read_frames(part, compute_clip_starts)
         height, width = frames[0].shape[:2]
-        if any(f.shape != frames[0].shape for f in frames) or max(height, width) > _WIDEST * min(
-            height, width
-        ):
+        sliver = max(height, width) > _WIDEST * min(height, width)
+        if sliver or any(f.shape != frames[0].shape for f in frames):
             raise SampleError(
                 f".{part.extension}: frames of {sorted({f.shape[1::-1] for f in frames})} pixels",
-                f"frames must have one size, and a shape of at most {_WIDEST} : 1.",
+                f"frames must have one size, and an aspect ratio of at most {_WIDEST} : 1.",
                 "encode the video again at one size, or drop the sample.",
             )
-        return Clip(tuple(frames), tuple(seconds))
+        return VideoClip(tuple(frames), tuple(seconds))
 
-    def transform(self, raw: Clip, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+    def transform(self, raw: VideoClip, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[15, 3, 224, 224]: the frames in order, each as three crops along its long side."""
-        mean, deviation = (
-            torch.tensor(CLIP_MEAN)[:, None, None],
-            torch.tensor(CLIP_STD)[:, None, None],
-        )
+        mean = torch.tensor(CLIP_MEAN)[:, None, None]
+        deviation = torch.tensor(CLIP_STD)[:, None, None]
         out = torch.empty(self.value_shape)
         done: dict[int, torch.Tensor] = {}
         for i, frame in enumerate(raw.frames):
             crops = done.get(id(frame))
             if crops is None:
-                crops = done[id(frame)] = torch.stack(
-                    three_crops(scale_short_side(frame).sub_(mean).div_(deviation))
-                )
+                scaled = scale_short_side(frame).sub_(mean).div_(deviation)
+                crops = done[id(frame)] = torch.stack(cut_three_crops(scaled))
             out[i * CROPS : (i + 1) * CROPS] = crops
         return out
 
-    def tokenizer(self, width: int) -> None:
-        """None: the encoder reads pixels itself."""
+    def build_tokenizer(self, width: int) -> None:
+        """Return None: the encoder reads pixels itself."""
         return
 
-    def preview(self, raw: Clip) -> Image.Image:
-        """The five frames as a strip, 446 pixels wide where frames are wide."""
-        return beside([thumbnail(Image.fromarray(f), 86) for f in raw.frames])
+    def preview(self, raw: VideoClip) -> Image.Image:
+        """The five frames as a strip, 446 pixels wide if they are wider than high."""
+        return join_pictures([make_thumbnail(Image.fromarray(f), 86) for f in raw.frames])
 
 
-def clip_starts(total: int, rate: float) -> list[int]:
-    """Indices of the first frames of 5 clips of a second, spread evenly over `total` frames at `rate` a second.
+def compute_clip_starts(total: int, rate: float) -> list[int]:
+    """Compute the first frames of 5 one-second clips that are spread evenly over a video.
 
-    As pytorchvideo's ConstantClipsPerVideoSampler and its decord reader: starts in seconds, rounded up to a frame. A video
-    shorter than a second gives frame 0 five times.
+    This follows pytorchvideo's ConstantClipsPerVideoSampler and its decord reader: starts are in
+    seconds, rounded up to a frame. A video shorter than a second gives frame 0 five times.
+
+    Args:
+        total: frames of the video.
+        rate: frames per second.
+
+    Returns:
+        Indices of 5 frames.
     """
     last = max(float(total) / rate - CLIP_SECONDS, 0.0)
     return [min(math.ceil(rate * (i * (last / (CLIPS - 1)))), total - 1) for i in range(CLIPS)]
 
 
 def scale_short_side(frame: np.ndarray) -> torch.Tensor:
-    """[H, W, 3] uint8 -> [3, h, w] fp32 in [0, 1], the short side 224: bilinear without antialiasing, long side floored."""
+    """Resize the short side to 224, bilinear without antialiasing; the long side is rounded down.
+
+    Args:
+        frame: [H, W, 3] uint8.
+
+    Returns:
+        [3, h, w] fp32 in [0, 1].
+    """
     height, width = frame.shape[:2]
-    size = (
-        (math.floor(height / width * SIDE), SIDE)
-        if width < height
-        else (SIDE, math.floor(width / height * SIDE))
-    )
+    if width < height:
+        size = (math.floor(height / width * SIDE), SIDE)
+    else:
+        size = (SIDE, math.floor(width / height * SIDE))
     pixels = torch.from_numpy(frame).permute(2, 0, 1)[None].float().div_(255)
-    return torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[
-        0
-    ]
+    return functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
 
 
-def three_crops(picture: torch.Tensor) -> list[torch.Tensor]:
-    """[3, h, w] -> left, middle, right (top, middle, bottom where it is upright), each [3, 224, 224]."""
+def cut_three_crops(picture: torch.Tensor) -> list[torch.Tensor]:
+    """Cut [3, h, w] into its left, middle and right; an upright one into top, middle and bottom.
+
+    Returns:
+        Three tensors [3, 224, 224].
+    """
     height, width = picture.shape[1:]
     spare = max(height, width) - SIDE
     starts = (0, math.ceil(spare / 2), spare)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.attention import SequenceLengths, device_tensor, packed_attention
 from onellm_dist.model.configuration import OneLLMVisionConfig
 

@@ -92,7 +92,7 @@ class OneLLMProcessor(ProcessorMixin):
             path = Path(item)
             if not path.is_file():
                 raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
-            item = modality.decode(modality.parts_from_file(path), {})
+            item = modality.decode(modality.read_parts(path), {})
         return modality.transform(item, train=False, rng=np.random.default_rng(0))
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:

@@ -20,7 +20,7 @@ class ModalityTokenizer(nn.Module):
     def __init__(self, name: str, width: int, prefix: int = 1) -> None:
         super().__init__()
         modality = get_modality(name)
-        embed = modality.tokenizer(width)
+        embed = modality.build_tokenizer(width)
         if embed is None:
             raise OneLLMError(
                 f"modality {name} is not visual but has no tokenizer",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.configuration import OneLLMVisionConfig
 
 _OPEN_CLIP_NAMES = (

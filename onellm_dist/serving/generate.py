@@ -181,7 +181,7 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
                 f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
             )
         try:
-            raw = modality.decode(modality.parts_from_file(path), _side_json(path))
+            raw = modality.decode(modality.read_parts(path), _side_json(path))
             values[name] = modality.transform(raw, train=False, rng=np.random.default_rng(0))[None]
         except SampleError as error:
             message = error.what if str(path) in error.what else f"{path}: {error.what}"

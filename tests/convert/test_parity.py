@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 
 from onellm_dist.convert.formats.reference import MODALITIES, convert_reference
 from onellm_dist.modalities import all_modalities
-from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
+from onellm_dist.modalities.transforms.cloud_sampling import (
+    find_nearest_neighbours,
+    sample_farthest_points,
+)
 from onellm_dist.model import OneLLMForConditionalGeneration
 from onellm_dist.packed import PackedBatch
 
@@ -125,10 +128,10 @@ def test_recorded_text(
 
 def test_recorded_groups_of_points(inputs: Tensors, outputs: Tensors) -> None:
     colours = inputs["point"][..., 3:6].contiguous()
-    centres = farthest_points(colours, 1024)
+    centres = sample_farthest_points(colours, 1024)
     assert torch.equal(centres, outputs["point.fps_idx"].long())
     assert torch.equal(
-        nearest_neighbours(colours, centres[:, :8], 32), outputs["point.knn_idx_first8"].long()
+        find_nearest_neighbours(colours, centres[:, :8], 32), outputs["point.knn_idx_first8"].long()
     )
 
 

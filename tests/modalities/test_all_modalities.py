@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from making_media import broken, npy, photo, picture, sound, sound_by_ffmpeg, tone, video
+from media_samples import broken, npy, photo, picture, sound, sound_by_ffmpeg, tone, video
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError

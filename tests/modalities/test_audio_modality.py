@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making_media import sound, sound_by_ffmpeg, tone, video
+from media_samples import sound, sound_by_ffmpeg, tone, video
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.audio import DEVIATION, MEAN, Sound
-from onellm_dist.modalities.fbank import fbank
-from onellm_dist.modalities.io.resample import resample
+from onellm_dist.modalities.transforms.fbank import compute_fbank
+from onellm_dist.modalities.transforms.resample import resample
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 AUDIO = get_modality("audio")
@@ -112,7 +112,7 @@ def test_what_is_left_unread_of_a_long_file_would_change_nothing() -> None:
         AUDIO.decode({"audio": sound(wave, 44100, subtype="FLOAT")}, {}), train=False, rng=rng()
     )
     everything = resample(wave, 44100, 16000)
-    whole = fbank(everything - everything.mean())[:1024]
+    whole = compute_fbank(everything - everything.mean())[:1024]
     expected = ((whole - MEAN) / (2 * DEVIATION)).t()[None]
     loud = expected > -0.5  # in bins of next to no energy the rounding of the offset shows
     torch.testing.assert_close(got[loud], expected[loud], atol=1e-3, rtol=0)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making_media import npy, photo, picture
+from media_samples import npy, photo, picture
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms import RandomResizedCrop
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD, crop_train, random_box
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, choose_crop_box, crop_train
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 IMAGE, DEPTH, NORMAL = get_modality("image"), get_modality("depth"), get_modality("normal")
@@ -118,7 +118,7 @@ def test_extreme_sizes_work(size: tuple[int, int], train: bool) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 2**32 - 1))
 def test_random_boxes_lie_inside_and_are_large(width: int, height: int, seed: int) -> None:
-    left, top, right, bottom = random_box(width, height, rng(seed))
+    left, top, right, bottom = choose_crop_box(width, height, rng(seed))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     if min(width, height) >= 32 and 0.8 < width / height < 1.25:
         assert (right - left) * (bottom - top) >= 0.87 * width * height
@@ -131,7 +131,7 @@ def test_random_boxes_are_distributed_as_torchvisions() -> None:
         [RandomResizedCrop.get_params(image, [0.9, 1.0], [0.75, 1.3333]) for _ in range(3000)],
         float,
     )
-    boxes = np.array([random_box(300, 280, rng(i)) for i in range(3000)], float)
+    boxes = np.array([choose_crop_box(300, 280, rng(i)) for i in range(3000)], float)
     ours = np.stack(
         [boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], 1
     )
@@ -154,7 +154,7 @@ def test_training_pixels_agree_with_pillows(width: int, height: int, kind: str) 
         pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
     image = Image.fromarray(pixels)
     for seed in range(2):
-        box = random_box(width, height, rng(seed))
+        box = choose_crop_box(width, height, rng(seed))
         wide = image.crop(box).resize(
             (224, box[3] - box[1]), Image.Resampling.BICUBIC
         )  # two steps: Pillow 13 may turn the order round
@@ -250,16 +250,16 @@ def test_a_map_given_by_hand_finds_its_picture(tmp_path: Path) -> None:
     (tmp_path / "room.depth.png").write_bytes(picture(Image.new("L", (9, 9))).data)
     (tmp_path / "room_normal.png").write_bytes(picture(Image.new("RGB", (9, 9))).data)
     with pytest.raises(SampleError, match="image"):
-        DEPTH.parts_from_file(tmp_path / "room.depth.png")
+        DEPTH.read_parts(tmp_path / "room.depth.png")
     (tmp_path / "alone.png").write_bytes(picture(photo()).data)
     with pytest.raises(SampleError, match="itself"):
-        DEPTH.parts_from_file(tmp_path / "alone.png")
+        DEPTH.read_parts(tmp_path / "alone.png")
     (tmp_path / "room.jpg").write_bytes(picture(photo(), "JPEG").data)
-    assert DEPTH.decode(DEPTH.parts_from_file(tmp_path / "room.depth.png"), {}).map.size == (
+    assert DEPTH.decode(DEPTH.read_parts(tmp_path / "room.depth.png"), {}).map.size == (
         320,
         240,
     )
-    assert NORMAL.decode(NORMAL.parts_from_file(tmp_path / "room_normal.png"), {}).map.size == (
+    assert NORMAL.decode(NORMAL.read_parts(tmp_path / "room_normal.png"), {}).map.size == (
         320,
         240,
     )

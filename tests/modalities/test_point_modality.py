@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making_media import npy
+from media_samples import npy
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.io.clouds import _lzf
+from onellm_dist.modalities.io.clouds import _decompress_lzf
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 POINT = get_modality("point")
@@ -211,7 +211,7 @@ def test_lzf_copies_overlap_and_reach_back(tokens: list) -> None:
             )
             packed.append(back & 255)
             size += length
-    assert _lzf(bytes(packed), size) == lzf_reference(bytes(packed))
+    assert _decompress_lzf(bytes(packed), size) == lzf_reference(bytes(packed))
 
 
 XYZ, COLOURS = cloud()

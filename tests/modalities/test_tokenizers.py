@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.modalities.cloud_sampling import farthest_points, nearest_neighbours
 from onellm_dist.modalities.point import CENTRES, NEIGHBOURS, PointTokenizer
+from onellm_dist.modalities.transforms.cloud_sampling import (
+    find_nearest_neighbours,
+    sample_farthest_points,
+)
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 WIDTH = 16
@@ -36,7 +39,7 @@ def test_the_eight_in_their_order_with_the_papers_token_counts() -> None:
 
 
 def test_visual_modalities_have_no_tokenizer_and_the_others_have() -> None:
-    assert {name for name, m in all_modalities().items() if m.tokenizer(WIDTH) is None} == {
+    assert {name for name, m in all_modalities().items() if m.build_tokenizer(WIDTH) is None} == {
         "image",
         "video",
         "depth",
@@ -63,7 +66,7 @@ def test_parameters_have_the_reference_checkpoints_shapes(
     name: str, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     with torch.device("meta"):
-        module = get_modality(name).tokenizer(1024)
+        module = get_modality(name).build_tokenizer(1024)
     assert module is not None
     assert {k: tuple(v.shape) for k, v in module.state_dict().items()} == shapes
 
@@ -72,7 +75,7 @@ def test_parameters_have_the_reference_checkpoints_shapes(
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_shapes_and_a_gradient_even_from_no_rows(name: str, n: int) -> None:
     modality = get_modality(name)
-    module = modality.tokenizer(WIDTH)
+    module = modality.build_tokenizer(WIDTH)
     assert module is not None
     out = module(torch.rand(n, *modality.value_shape))
     assert out.shape == (n, modality.tokens, WIDTH)
@@ -85,7 +88,7 @@ def test_shapes_and_a_gradient_even_from_no_rows(name: str, n: int) -> None:
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_half_precision_weights_take_fp32_values(name: str) -> None:
     modality = get_modality(name)
-    module = modality.tokenizer(WIDTH)
+    module = modality.build_tokenizer(WIDTH)
     assert module is not None
     values = torch.rand(1, *modality.value_shape)
     whole = module(values)
@@ -97,14 +100,14 @@ def test_half_precision_weights_take_fp32_values(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_rows_of_a_pack_do_not_mix(name: str) -> None:
     modality = get_modality(name)
-    module = modality.tokenizer(WIDTH)
+    module = modality.build_tokenizer(WIDTH)
     assert module is not None
     values = torch.rand(3, *modality.value_shape)
     torch.testing.assert_close(module(values)[1:2], module(values[1:2]), atol=1e-6, rtol=1e-5)
 
 
 def test_audio_tokens_go_row_by_row() -> None:
-    module = get_modality("audio").tokenizer(WIDTH)
+    module = get_modality("audio").build_tokenizer(WIDTH)
     assert module is not None
     values = torch.randn(1, 1, 128, 1024)
     patch = values[0, 0, 30 : 30 + 16, 70 : 70 + 16]  # row 3, column 7 of the 12 x 101 patches
@@ -113,7 +116,7 @@ def test_audio_tokens_go_row_by_row() -> None:
 
 
 def test_fmri_tokens_interleave_the_outputs() -> None:
-    module = get_modality("fmri").tokenizer(WIDTH)
+    module = get_modality("fmri").build_tokenizer(WIDTH)
     assert module is not None
     values = torch.randn(1, 1, 15724)
     flat = module.linear(values[0, 0])
@@ -122,10 +125,10 @@ def test_fmri_tokens_interleave_the_outputs() -> None:
 
 def test_point_indices_are_the_references() -> None:
     colours = PARITY["point.input"][None, :, 3:6].contiguous()
-    centres = farthest_points(colours, CENTRES)
+    centres = sample_farthest_points(colours, CENTRES)
     assert torch.equal(centres[0], PARITY["point.fps_idx"])
     assert torch.equal(
-        nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8], PARITY["point.knn_idx_first8"]
+        find_nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8], PARITY["point.knn_idx_first8"]
     )
 
 
@@ -146,20 +149,20 @@ def test_farthest_points_break_ties_as_the_reference_does(
     seed: int, levels: int, total: int
 ) -> None:
     cloud = np.random.default_rng(seed).integers(0, levels, (total, 3)).astype(np.float32)
-    found = farthest_points(torch.from_numpy(cloud)[None], 40)[0].tolist()
+    found = sample_farthest_points(torch.from_numpy(cloud)[None], 40)[0].tolist()
     assert found == brute_force_farthest(cloud, 40)
 
 
 def test_a_cloud_of_few_colours_repeats_point_zero() -> None:
     colours = torch.zeros(1, 8192, 3)
     colours[0, 5000:] = 1.0
-    found = farthest_points(colours, 10)[0].tolist()
+    found = sample_farthest_points(colours, 10)[0].tolist()
     assert found[0] == 0 and colours[0, found[1], 0] == 1.0 and set(found[2:]) == {0}
 
 
 def test_planar_torch_path_agrees_with_numpy() -> None:
     """The path that CUDA takes, run here on the CPU."""
-    from onellm_dist.modalities.cloud_sampling import _farthest_numpy, _farthest_torch
+    from onellm_dist.modalities.transforms.cloud_sampling import _farthest_numpy, _farthest_torch
 
     planar = torch.from_numpy(
         np.random.default_rng(3).integers(0, 40, (2, 3, 2048)).astype(np.float32)
@@ -170,7 +173,7 @@ def test_planar_torch_path_agrees_with_numpy() -> None:
 
 
 def test_neighbours_by_tree_and_by_distances_agree_with_the_definition() -> None:
-    from onellm_dist.modalities.cloud_sampling import _nearest_torch, _nearest_tree
+    from onellm_dist.modalities.transforms.cloud_sampling import _nearest_torch, _nearest_tree
 
     generator = torch.Generator().manual_seed(0)
     points, at = (
@@ -186,7 +189,7 @@ def test_point_tokens_are_the_plain_convolution_and_maximum() -> None:
     torch.manual_seed(1)
     module, values = PointTokenizer(WIDTH), torch.rand(2, 8192, 6)
     colours = values[..., 3:].contiguous()
-    index = nearest_neighbours(colours, farthest_points(colours, CENTRES), NEIGHBOURS)
+    index = find_nearest_neighbours(colours, sample_farthest_points(colours, CENTRES), NEIGHBOURS)
     groups = torch.stack([values[i][index[i]] for i in range(2)])
     weight, bias = module.conv.weight.flatten(1), module.conv.bias
     plain = (groups @ weight.t() + bias).amax(2)
@@ -204,7 +207,7 @@ def test_point_tokens_are_the_plain_convolution_and_maximum() -> None:
 @pytest.mark.parametrize("name", TRAINABLE)
 def test_cuda_gives_the_cpus_tokens(name: str) -> None:
     modality = get_modality(name)
-    module = modality.tokenizer(WIDTH)
+    module = modality.build_tokenizer(WIDTH)
     assert module is not None
     values = torch.rand(3, *modality.value_shape)
     expected = module(values)
@@ -218,9 +221,9 @@ def test_cuda_gives_the_cpus_tokens(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_point_indices_on_cuda_are_the_references() -> None:
     colours = PARITY["point.input"][None, :, 3:6].contiguous().cuda()
-    centres = farthest_points(colours, CENTRES)
+    centres = sample_farthest_points(colours, CENTRES)
     assert torch.equal(centres[0].cpu(), PARITY["point.fps_idx"])
     assert torch.equal(
-        nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(),
+        find_nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(),
         PARITY["point.knn_idx_first8"],
     )

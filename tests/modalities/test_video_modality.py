@@ -11,18 +11,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from making_media import every_frame, sound, tone, video
+from media_samples import every_frame, sound, tone, video
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
-from onellm_dist.modalities.video import Clip, clip_starts
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.video import VideoClip, compute_clip_starts
 
 VIDEO = get_modality("video")
 RNG = np.random.default_rng(0)
 
 
-def decode(data: bytes) -> Clip:
+def decode(data: bytes) -> VideoClip:
     return VIDEO.decode({"video": Part("mp4", data)}, {})
 
 
@@ -65,7 +65,7 @@ def test_clip_starts_follow_pytorchvideos_formula(total: int, rate: float) -> No
     duration = float(total) / rate
     spread = Fraction(max(duration - 1, 0)) / 4
     expected = [min(math.ceil(rate * float(spread * i)), total - 1) for i in range(5)]
-    assert clip_starts(total, rate) == expected
+    assert compute_clip_starts(total, rate) == expected
     assert expected == sorted(expected)
 
 
@@ -104,7 +104,7 @@ def test_three_crops_of_each_frame_clip_by_clip(shape: tuple[int, int]) -> None:
     frames = tuple(
         np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8) for i in range(5)
     )
-    got = VIDEO.transform(Clip(frames, (0.0,) * 5), train=False, rng=RNG)
+    got = VIDEO.transform(VideoClip(frames, (0.0,) * 5), train=False, rng=RNG)
     for i in (0, 3):
         torch.testing.assert_close(
             got[i * 3 : i * 3 + 3], expected_crops(frames[i]), atol=2e-5, rtol=0
@@ -148,5 +148,5 @@ def test_frames_that_cannot_be_decoded_are_not_replaced() -> None:
         at += 3
     for start, end in itertools.pairwise(starts[20:]):
         data[start:end] = bytes(end - start)
-    with pytest.raises(SampleError, match="is no readable video"):
+    with pytest.raises(SampleError, match="is not readable video"):
         decode(bytes(data))

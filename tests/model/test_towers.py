@@ -15,7 +15,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
 from onellm_dist.data.costs import CostModel
 from onellm_dist.modalities import all_modalities, get_modality
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, build_config, load_model
 from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMUPMConfig
@@ -261,9 +261,9 @@ def test_the_encoder_trains_or_does_not(with_registers: Any, trains: bool) -> No
 
 
 def test_the_plan_counts_the_tokens_that_it_makes() -> None:
-    image, imu = (get_modality(name).under(patches=196, prefix=5) for name in ("image", "imu"))
+    image, imu = (get_modality(name).with_encoder(patches=196, prefix_tokens=5) for name in ("image", "imu"))
     assert (image.encoder_tokens, image.upm_tokens, imu.encoder_tokens) == (201, 231, 396)
-    assert get_modality("video").under(patches=196, prefix=5).encoder_tokens == 15 * 201
+    assert get_modality("video").with_encoder(patches=196, prefix_tokens=5).encoder_tokens == 15 * 201
     assert get_modality("image").encoder_tokens == 257
     assert CostModel().media([image]) < CostModel().media([get_modality("image")])
     assert image.value_shape == get_modality("image").value_shape

@@ -87,7 +87,7 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     assert why["00000/000000001"].startswith("missing file: ")
     assert why["00000/000000002"].startswith("empty caption")
     assert why["00000/000000003"].startswith(
-        "unreadable depth: .jpg (300 bytes) is no readable JPEG"
+        "unreadable depth: .jpg (300 bytes) is not a readable JPEG"
     )
     assert len(why) == 4
     with pytest.raises(

@@ -12,7 +12,7 @@ from shard_worlds import all_bytes, write_tree
 from source_checks import as_json, built, decoded, npy, reasons, samples, turns
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.modalities.io.resample import resample
+from onellm_dist.modalities.transforms.resample import resample
 from onellm_dist.shards.sources.ego4d_imu import clean_narration
 
 HEADER = "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"

@@ -1,0 +1,1 @@
+"""Decoders of media files, shared by training, the shard builder and previews."""

@@ -1,4 +1,7 @@
-"""Reading `.npy` bytes without trusting them: no pickles, no allocation from a header alone, no non-finite values."""
+"""Reading `.npy` bytes without trusting them.
+
+Pickles are refused, nothing is allocated from a header alone, and all values must be finite.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from onellm_dist.modalities.base import Part
 
 
 def read_npy(part: Part) -> np.ndarray:
-    """The array of a `.npy` part, numeric and read-only (it views the part's bytes).
+    """Read a numeric array; it is read-only, because it views the part's bytes.
 
     Raises:
-        SampleError: no `.npy`, cut short, of objects or text, or not finite.
+        SampleError: the bytes are not `.npy`, are cut short, hold objects or text, or values that
+            are not finite.
     """
     stream = io.BytesIO(part.data)
     try:
@@ -25,20 +29,19 @@ def read_npy(part: Part) -> np.ndarray:
         }[version]
         shape, fortran, dtype = header(stream)
         count = int(np.prod(shape, dtype=object)) if shape else 1
+        following = len(part.data) - stream.tell()
         if dtype.kind not in "fiu":
             raise ValueError(f"its values are of type {dtype}, not numbers")
-        if count * dtype.itemsize != len(part.data) - stream.tell():
+        if count * dtype.itemsize != following:
             raise ValueError(
-                f"its header says {shape} {dtype}, which is not the {len(part.data) - stream.tell()} bytes that follow"
+                f"its header says {shape} {dtype}, which is not the {following} bytes that follow"
             )
-        array = np.frombuffer(part.data, dtype, count, stream.tell()).reshape(
-            shape, order="F" if fortran else "C"
-        )
-    except (
-        Exception
-    ) as error:  # numpy parses the header as Python text: broken bytes raise nearly anything
+        flat = np.frombuffer(part.data, dtype, count, stream.tell())
+        array = flat.reshape(shape, order="F" if fortran else "C")
+    except Exception as error:  # numpy parses the header as Python: broken bytes raise anything
         raise SampleError(
-            f".{part.extension} ({len(part.data)} bytes) is no readable NumPy array: {error or type(error).__name__}",
+            f".{part.extension} ({len(part.data)} bytes) is not a readable NumPy array: "
+            f"{error or type(error).__name__}",
             "the sample has no usable signal.",
             "write it again with numpy.save, as plain numbers (allow_pickle=False).",
         ) from error
@@ -49,13 +52,18 @@ def read_npy(part: Part) -> np.ndarray:
 def require_finite(array: np.ndarray, name: str) -> None:
     """Refuse NaN and infinities.
 
+    Args:
+        array: any numbers.
+        name: what the error calls the array.
+
     Raises:
         SampleError: `array` has a value that is not finite.
     """
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = np.argwhere(~np.isfinite(array))
         raise SampleError(
-            f"{name} has {len(bad)} values that are not finite, the first at index {tuple(int(i) for i in bad[0])} of {array.shape}",
+            f"{name} has {len(bad)} values that are not finite, the first at index "
+            f"{tuple(int(i) for i in bad[0])} of {array.shape}",
             "one NaN in an input makes the gradients of the whole step NaN.",
             "repair or drop the sample where it is made.",
         )

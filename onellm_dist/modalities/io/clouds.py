@@ -9,26 +9,15 @@ from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy, require_finite
 
 Fields = dict[str, np.ndarray]
-"""Name to one value a point."""
+"""Name of a field to its values, one per point."""
 
+# fmt: off
 _PLY_TYPES = {
-    "char": "i1",
-    "uchar": "u1",
-    "short": "i2",
-    "ushort": "u2",
-    "int": "i4",
-    "uint": "u4",
-    "float": "f4",
-    "double": "f8",
-    "int8": "i1",
-    "uint8": "u1",
-    "int16": "i2",
-    "uint16": "u2",
-    "int32": "i4",
-    "uint32": "u4",
-    "float32": "f4",
-    "float64": "f8",
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+    "float": "f4", "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2",
+    "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8",
 }
+# fmt: on
 _COLOUR_NAMES = (
     ("red", "green", "blue"),
     ("r", "g", "b"),
@@ -37,15 +26,19 @@ _COLOUR_NAMES = (
 
 
 def read_cloud(part: Part) -> np.ndarray:
-    """[N, 6] fp32: x, y, z in the file's units, then red, green, blue, in [0, 1] as a rule.
+    """Read a coloured point cloud.
 
-    The format is told by the bytes: `.npy` [N, 6] (or [6, N]); PLY ascii and binary; PCD ascii, binary and
-    binary_compressed. Byte colours are divided by 255, others too where any is above 1 (up to 255); floats with negative
-    values are left as they are.
-    Points of a PCD without a position (NaN: no return) are left out, as PCL does for organised clouds.
+    The bytes decide about the format: `.npy` [N, 6] (or [6, N]); PLY ascii and binary; PCD ascii,
+    binary and binary_compressed. Byte colours are divided by 255, others too if any is above 1 (up
+    to 255). Floats with negative values stay as they are. Points of a PCD without a position (NaN:
+    no return) are left out, as PCL does for organised clouds.
+
+    Returns:
+        [N, 6] fp32: x, y, z in the file's units, then red, green, blue, as a rule in [0, 1].
 
     Raises:
-        SampleError: another format, cut short, no colours, colours out of range, not finite.
+        SampleError: the format is unknown, the file is cut short, there are no colours, colours are
+            out of range, or values are not finite.
     """
     name = f".{part.extension}"
     if part.data[:6] == b"\x93NUMPY":
@@ -53,62 +46,55 @@ def read_cloud(part: Part) -> np.ndarray:
         if array.ndim == 2 and array.shape[0] == 6 and array.shape[1] != 6:
             array = array.T
         if array.ndim != 2 or array.shape[1] != 6:
-            raise _no_cloud(name, f"is an array of shape {array.shape}, not [points, 6]")
+            raise _cloud_error(name, f"is an array of shape {array.shape}, not [points, 6]")
         return np.concatenate(
-            [array[:, :3].astype(np.float32), _unit_colours(array[:, 3:], name)], axis=1
+            [array[:, :3].astype(np.float32), _scale_colours(array[:, 3:], name)], axis=1
         )
     try:
         if part.data[:4] in (b"ply\n", b"ply\r"):
             fields = _read_ply(part.data)
         elif b"FIELDS" in part.data[:2048] and b"VERSION" in part.data[:2048]:
-            fields = _drop_empty(_read_pcd(part.data))
+            fields = _drop_points_without_position(_read_pcd(part.data))
         else:
             raise ValueError("it is neither NumPy (.npy), PLY nor PCD")
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        UnicodeDecodeError,
-        TypeError,
-        OverflowError,
-    ) as error:
-        raise _no_cloud(
-            name, f"({len(part.data)} bytes) is no readable point cloud: {error}"
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise _cloud_error(
+            name, f"({len(part.data)} bytes) is not a readable point cloud: {error}"
         ) from error
-    return _join(fields, name)
+    return _join_fields(fields, name)
 
 
-def _join(fields: Fields, name: str) -> np.ndarray:
+def _join_fields(fields: Fields, name: str) -> np.ndarray:
     if any(axis not in fields for axis in "xyz"):
-        raise _no_cloud(name, f"has no x, y, z, only {', '.join(fields) or 'nothing'}")
+        raise _cloud_error(name, f"has no x, y, z, only {', '.join(fields) or 'nothing'}")
     colour_names = next((names for names in _COLOUR_NAMES if all(n in fields for n in names)), None)
     if colour_names is None:
-        raise _no_cloud(
+        raise _cloud_error(
             name,
-            f"has no colours, only {', '.join(fields)} (the tokenizer groups points by their colours)",
+            f"has no colours, only {', '.join(fields)} "
+            f"(the tokenizer groups points by their colours)",
         )
     xyz = np.stack([fields[axis].astype(np.float32) for axis in "xyz"], 1)
     require_finite(xyz, name)
-    return np.concatenate(
-        [xyz, _unit_colours(np.stack([fields[n] for n in colour_names], 1), name)], axis=1
-    )
+    colours = np.stack([fields[n] for n in colour_names], 1)
+    return np.concatenate([xyz, _scale_colours(colours, name)], axis=1)
 
 
-def _unit_colours(colours: np.ndarray, name: str) -> np.ndarray:
-    """[N, 3] of any numeric type to fp32 in [0, 1]; floats with negative values are in a scale of their own and stay."""
+def _scale_colours(colours: np.ndarray, name: str) -> np.ndarray:
+    """[N, 3] of any numeric type to fp32 in [0, 1]; floats with negative values stay."""
     require_finite(colours, f"{name} (colours)")
     low, high = (float(colours.min()), float(colours.max())) if colours.size else (0.0, 0.0)
     if low < 0 and colours.dtype.kind == "f":
         return colours.astype(np.float32)
     if low < 0 or high > 255:
-        raise _no_cloud(
+        raise _cloud_error(
             name, f"has colours from {low:g} to {high:g}, neither in 0..1 nor in 0..255"
         )
     divide = colours.dtype == np.uint8 or high > 1.01  # a little above 1 is rounding
     return colours.astype(np.float32) / np.float32(255) if divide else colours.astype(np.float32)
 
 
-def _no_cloud(name: str, what: str) -> SampleError:
+def _cloud_error(name: str, what: str) -> SampleError:
     return SampleError(
         f"{name} {what}",
         "the sample has no usable point cloud.",
@@ -116,8 +102,8 @@ def _no_cloud(name: str, what: str) -> SampleError:
     )
 
 
-def _header(data: bytes, last: bytes) -> tuple[list[list[str]], int]:
-    """The words of each header line up to the one that starts with `last`, and where the data begins."""
+def _read_header(data: bytes, last: bytes) -> tuple[list[list[str]], int]:
+    """The words of each line up to the one that starts with `last`, and where data begins."""
     lines, start = [], 0
     while True:
         end = data.index(b"\n", start)
@@ -129,8 +115,8 @@ def _header(data: bytes, last: bytes) -> tuple[list[list[str]], int]:
             return lines, start
 
 
-def _rows(text: bytes, columns: int, count: int) -> np.ndarray:
-    """The first `count` lines of `columns` numbers each, fp64."""
+def _parse_rows(text: bytes, columns: int, count: int) -> np.ndarray:
+    """[count, columns] fp64: the first `count` lines of `columns` numbers each."""
     words = text.split(None, count * columns)[: count * columns]
     if len(words) != count * columns:
         raise ValueError(f"{len(words)} numbers where the header says {count} x {columns}")
@@ -138,12 +124,10 @@ def _rows(text: bytes, columns: int, count: int) -> np.ndarray:
 
 
 def _read_ply(data: bytes) -> Fields:
-    """The vertex element, which must be the first one (as every writer has it)."""
-    lines, start = _header(data, b"end_header")
+    """The vertex element, which must be the first one (every writer puts it first)."""
+    lines, start = _read_header(data, b"end_header")
     layout = next((words[1] for words in lines if words[0] == "format"), None)
-    if (
-        layout is None
-    ):  # never a StopIteration: whoever goes through samples would take it for their end
+    if layout is None:  # not a StopIteration: a loop over samples would take it for their end
         raise ValueError("its header has no line 'format'")
     elements = [words for words in lines if words[0] == "element"]
     if not elements or elements[0][1] != "vertex":
@@ -153,31 +137,30 @@ def _read_ply(data: bytes) -> Fields:
     properties = [words for words in lines[first:after] if words[0] == "property"]
     if any(words[1] == "list" for words in properties):
         raise ValueError("its vertices have list properties")
-    names, types = (
-        [words[2] for words in properties],
-        [_PLY_TYPES[words[1]] for words in properties],
-    )
+    names = [words[2] for words in properties]
+    types = [_PLY_TYPES[words[1]] for words in properties]
     count = int(elements[0][2])
     if layout == "ascii":
-        table = _rows(data[start:], len(names), count)
+        table = _parse_rows(data[start:], len(names), count)
         return {
             name: table[:, i].astype(kind)
             for i, (name, kind) in enumerate(zip(names, types, strict=True))
         }
     order = {"binary_little_endian": "<", "binary_big_endian": ">"}[layout]
-    return _records(
+    return _parse_records(
         data[start:], [(n, order + t) for n, t in zip(names, types, strict=True)], count
     )
 
 
-def _records(
+def _parse_records(
     body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, int]], count: int
 ) -> Fields:
     record = np.dtype(layout)
     if len(body) < count * record.itemsize:
         raise ValueError(f"{len(body)} bytes where the header says {count} x {record.itemsize}")
     table = np.frombuffer(body, record, count)
-    # Of a field with several values a point (PCD padding, histograms) the first stands for it: no such field is used.
+    # Of a field with several values per point (PCD padding, histograms) only the first is kept: no
+    # such field is used.
     return {
         name: table[name] if table[name].ndim == 1 else table[name][:, 0]
         for name in record.names or ()
@@ -185,8 +168,11 @@ def _records(
 
 
 def _read_pcd(data: bytes) -> Fields:
-    """PCD 0.7 (pointclouds.org, "The PCD file format"); a packed `rgb` or `rgba` becomes red, green, blue bytes."""
-    lines, start = _header(data, b"DATA")
+    """PCD 0.7 (pointclouds.org, "The PCD file format").
+
+    A packed `rgb` or `rgba` becomes red, green and blue bytes.
+    """
+    lines, start = _read_header(data, b"DATA")
     header = {words[0]: words[1:] for words in lines if not words[0].startswith("#")}
     names = header["FIELDS"]
     kinds = [k.lower() + size for k, size in zip(header["TYPE"], header["SIZE"], strict=True)]
@@ -196,25 +182,25 @@ def _read_pcd(data: bytes) -> Fields:
         if "POINTS" in header
         else int(header["WIDTH"][0]) * int(header["HEIGHT"][0])
     )
-    # Padding fields are all called "_": each gets a name of its own.
+    # All padding fields are called "_": each gets a name of its own.
     layout = [
         (f"{n}{i}" if n == "_" else n, "<" + k, c)
         for i, (n, k, c) in enumerate(zip(names, kinds, counts, strict=True))
     ]
     encoding = header["DATA"][0]
     if encoding == "ascii":
-        fields = _ascii_pcd(data[start:], layout, total)
+        fields = _parse_ascii_pcd(data[start:], layout, total)
     elif encoding == "binary":
-        fields = _records(data[start:], layout, total)
+        fields = _parse_records(data[start:], layout, total)
     elif encoding == "binary_compressed":
-        fields = _compressed_pcd(data[start:], layout, total)
+        fields = _parse_compressed_pcd(data[start:], layout, total)
     else:
-        raise ValueError(f"DATA {encoding} is not known")
+        raise ValueError(f"DATA {encoding} is unknown")
     return _unpack_colours(fields)
 
 
-def _ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
-    table = _rows(text, sum(count for _, _, count in layout), total)
+def _parse_ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
+    table = _parse_rows(text, sum(count for _, _, count in layout), total)
     fields, column = {}, 0
     for name, kind, count in layout:
         fields[name] = table[:, column].astype(kind)
@@ -222,8 +208,8 @@ def _ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int) -> F
     return fields
 
 
-def _compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
-    """Field after field, LZF-compressed behind two uint32: compressed and plain size."""
+def _parse_compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int) -> Fields:
+    """Field after field, LZF-compressed, after two uint32: compressed and plain size."""
     packed, plain = (int(v) for v in np.frombuffer(body[:8], "<u4"))
     if (
         plain != total * sum(np.dtype(kind).itemsize * count for _, kind, count in layout)
@@ -232,7 +218,7 @@ def _compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int)
         raise ValueError(
             f"{len(body) - 8} compressed bytes for {plain}, which do not fit its {total} points"
         )
-    raw = _lzf(body[8 : 8 + packed], plain)
+    raw = _decompress_lzf(body[8 : 8 + packed], plain)
     fields, at = {}, 0
     for name, kind, count in layout:
         column = np.frombuffer(raw, kind, total * count, at)
@@ -241,8 +227,12 @@ def _compressed_pcd(body: bytes, layout: list[tuple[str, str, int]], total: int)
     return fields
 
 
-def _lzf(packed: bytes, size: int) -> bytes:
-    """LZF decompression (LibLZF: a control byte below 32 is a run of literals, else a copy of 3 to 264 bytes seen before)."""
+def _decompress_lzf(packed: bytes, size: int) -> bytes:
+    """Decompress LZF.
+
+    In LibLZF's format a control byte below 32 announces literals, any other one a copy of 3 to 264
+    earlier bytes.
+    """
     out, at = bytearray(), 0
     while at < len(packed):
         control = packed[at]
@@ -285,7 +275,7 @@ def _unpack_colours(fields: Fields) -> Fields:
     return {**fields, **colours}
 
 
-def _drop_empty(fields: Fields) -> Fields:
+def _drop_points_without_position(fields: Fields) -> Fields:
     if any(axis not in fields for axis in "xyz"):
         return fields
     there = np.isfinite(np.stack([fields[axis] for axis in "xyz"])).all(0)

@@ -1,4 +1,4 @@
-"""Frames and sound out of media containers, by PyAV (FFmpeg)."""
+"""Frames and sound from media containers, with PyAV (FFmpeg)."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ if TYPE_CHECKING:
 _FORMATS = (
     "mov,mp4,m4a,matroska,webm,avi,flv,mpeg,mpegts,asf,ogg,mp3,aac,ac3,wav,flac,aiff,caf,w64,amr"
 )
-"""Containers FFmpeg may guess. Playlists (hls, concat, dash) are not among them: a sample must not open files or addresses."""
+"""Containers that FFmpeg may detect.
+
+Playlists (hls, concat, dash) are not among them: a sample must not open files or addresses."""
 
 _SEEKABLE = {"mov", "mp4", "matroska", "webm", "flv"}
-"""Those of them that store presentation times (AVI has none: of B-frames it tells the wrong ones) and seek by them."""
+"""Those that store presentation times and seek by them. AVI reports wrong times of B-frames."""
 
 
 @contextmanager
 def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
-    """The container in a part's bytes; what FFmpeg raises inside becomes a SampleError.
+    """Open the container in a part's bytes; what FFmpeg raises meanwhile becomes a SampleError.
 
     Args:
-        kind: "video" or "audio", the kind of stream that must be there.
+        part: the file.
+        kind: "video" or "audio", the kind of stream that it must have.
 
     Raises:
-        SampleError: the bytes are no such media.
+        SampleError: the bytes are not such media.
     """
     try:
         with av.open(
@@ -47,14 +50,15 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
                 raise SampleError(
                     f".{part.extension} has no {kind} stream",
                     f"the sample cannot be read as {kind}.",
-                    "drop the sample, or give it the right modality.",
+                    "drop the sample, or declare its real modality.",
                 )
             yield container
     except SampleError:
         raise
-    except Exception as error:  # FFmpegError, and anything that PyAV makes of broken bytes
+    except Exception as error:  # FFmpegError, and anything that PyAV raises for broken bytes
         raise SampleError(
-            f".{part.extension} ({len(part.data)} bytes) is no readable {kind}: {error or type(error).__name__}",
+            f".{part.extension} ({len(part.data)} bytes) is not readable {kind}: "
+            f"{error or type(error).__name__}",
             f"the sample has no usable {kind}.",
             "download or encode it again, or drop the sample.",
         ) from error
@@ -65,10 +69,12 @@ class FrameTable:
     """Where the frames of a video are.
 
     Attributes:
-        times: presentation times of all frames, ascending, in the stream's time base; or just 0, 1, 2 ... (`counted`).
-        keys: those of the key frames, ascending.
+        times: presentation times of all frames, ascending, in the stream's time base; 0, 1, 2, ...
+            if `counted`.
+        keys: presentation times of the key frames, ascending.
         rate: mean frames per second.
-        counted: the container has no dependable times to seek by: frames are told by their number, decoding all before them.
+        counted: the container has no reliable times to seek by; a frame is found by its number,
+            decoding all frames before it.
     """
 
     times: tuple[int, ...]
@@ -80,37 +86,42 @@ class FrameTable:
 def read_frames(
     part: Part, choose: Callable[[int, float], Sequence[int]]
 ) -> tuple[list[np.ndarray], list[float]]:
-    """Some frames of a video, [H, W, 3] uint8 RGB upright, and when they are shown (their number over the mean rate).
+    """Read some frames of a video.
 
     Args:
-        choose: number of frames and frames per second to the wanted indices; a repeated one gives the same array again.
+        part: the file.
+        choose: number of frames and frames per second -> indices of the wanted frames; a repeated
+            index gives the same array again.
+
+    Returns:
+        Frames [H, W, 3] uint8 RGB, upright; and the second at which each is shown (its number over
+        the mean rate).
 
     Raises:
-        SampleError: no readable video, or one of the frames cannot be decoded.
+        SampleError: the video cannot be read, or one of the frames cannot be decoded.
     """
     with open_media(part, "video") as container:
-        table = _frame_table(container)
+        table = _read_frame_table(container)
         indices = choose(len(table.times), table.rate)
         wanted = sorted({table.times[i] for i in indices})
         if not table.counted:
-            found = _seek_frames(container, table, wanted)
+            found = _decode_by_seeking(container, table, wanted)
     if table.counted:
-        with open_media(
-            part, "video"
-        ) as container:  # from the start again: some of these containers cannot seek
-            found = _count_frames(container, wanted)
+        with open_media(part, "video") as container:  # again: some of these cannot seek
+            found = _decode_by_number(container, wanted)
     missing = [t for t in wanted if t not in found]
     if missing:
         raise SampleError(
-            f".{part.extension}: frame {table.times.index(missing[0])} of {len(table.times)} cannot be decoded",
+            f".{part.extension}: frame {table.times.index(missing[0])} of {len(table.times)} "
+            f"cannot be decoded",
             "the model needs it; another one in its place would be a guess.",
             "download or encode the video again, or drop the sample.",
         )
     return [found[table.times[i]] for i in indices], [i / table.rate for i in indices]
 
 
-def _frame_table(container: InputContainer) -> FrameTable:
-    """The table of the first video stream; packets are only read for it, not decoded."""
+def _read_frame_table(container: InputContainer) -> FrameTable:
+    """The table of the first video stream. Packets are read for it, not decoded."""
     stream = container.streams.video[0]
     times: list[int | None] = []
     keys: list[int] = []
@@ -128,10 +139,10 @@ def _frame_table(container: InputContainer) -> FrameTable:
     return FrameTable(tuple(known), tuple(sorted(keys)), float(rate), counted=False)
 
 
-def _seek_frames(
+def _decode_by_seeking(
     container: InputContainer, table: FrameTable, wanted: Sequence[int]
 ) -> dict[int, np.ndarray]:
-    """The frames at these times, ascending; each decoded from the last key frame before it."""
+    """The frames at these ascending times; each is decoded from the last key frame before it."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # workers are the parallelism
     groups: dict[int, set[int]] = {}
@@ -141,56 +152,66 @@ def _seek_frames(
     found: dict[int, np.ndarray] = {}
     for key, times in groups.items():
         container.seek(key, stream=stream, backward=True)
-        for frame in _needed(container, stream, times):
+        for frame in _decode_needed(container, stream, times):
             if frame.pts in times and not frame.is_corrupt:
-                found[frame.pts] = _upright(frame)
+                found[frame.pts] = _to_upright_rgb(frame)
                 if times <= found.keys():
                     break
     return found
 
 
-def _needed(
+def _decode_needed(
     container: InputContainer, stream: VideoStream, times: set[int]
 ) -> Iterator[VideoFrame]:
-    """The frames from here on, without those that nobody looks at and no other frame is predicted from.
+    """Decode frames from here on, without those that nobody needs.
 
-    B-frames between the wanted ones are half of a usual H.264 video; not decoding them changes no other frame.
+    B-frames between the wanted ones are half of a usual H.264 video. No other frame is predicted
+    from them, so that leaving them out changes no other frame.
     """
     for packet in container.demux(stream):
         stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
         yield from packet.decode()
 
 
-def _count_frames(container: InputContainer, wanted: Sequence[int]) -> dict[int, np.ndarray]:
-    """The frames of these numbers."""
+def _decode_by_number(container: InputContainer, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+    """The frames with these ascending numbers; all frames before them are decoded."""
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1
     found: dict[int, np.ndarray] = {}
     for number, frame in enumerate(container.decode(stream)):
         if number in wanted and not frame.is_corrupt:
-            found[number] = _upright(frame)
+            found[number] = _to_upright_rgb(frame)
         if number >= wanted[-1]:
             break
     return found
 
 
-def _upright(frame: VideoFrame) -> np.ndarray:
-    """RGB [H, W, 3], turned as the container's display matrix says (as decord does)."""
+def _to_upright_rgb(frame: VideoFrame) -> np.ndarray:
+    """[H, W, 3] RGB, rotated by the container's display matrix (as decord does)."""
     return np.ascontiguousarray(
         np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
     )
 
 
-def first_channel(part: Part, seconds: float) -> tuple[np.ndarray, int]:
-    """Up to `seconds` of the first audio stream's first channel, [N] fp32, and its rate in Hz.
+def read_first_channel(part: Part, seconds: float) -> tuple[np.ndarray, int]:
+    """Read the beginning of the first audio stream's first channel.
+
+    Args:
+        part: the file.
+        seconds: how much to read at most.
+
+    Returns:
+        [N] fp32, and its rate in Hz.
 
     Raises:
-        SampleError: no readable audio.
+        SampleError: the audio cannot be read.
     """
     with open_media(part, "audio") as container:
         stream = container.streams.audio[0]
         rate = int(stream.rate)
-        wanted, have, blocks = int(seconds * rate), 0, []
+        wanted = int(seconds * rate)
+        have = 0
+        blocks: list[np.ndarray] = []
         planar = av.AudioResampler(format="fltp")  # sample format only: rate and layout stay
         for frame in container.decode(stream):
             for plane in planar.resample(frame):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from onellm_dist.modalities.io.pictures import CLIP_MEAN, CLIP_STD
+from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.shards.sources.toyworld import world

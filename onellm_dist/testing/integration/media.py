@@ -120,7 +120,7 @@ def _write(folder: Path, recipe: Recipe, parts: Mapping[str, bytes]) -> None:
     (folder / f"{recipe.key}.txt").write_text(recipe.caption + "\n", encoding="utf-8")
     modality = get_modality(recipe.modality)
     first = next(iter(parts))
-    raw = modality.decode(modality.parts_from_file(folder / f"{recipe.key}.{first}"), meta)
+    raw = modality.decode(modality.read_parts(folder / f"{recipe.key}.{first}"), meta)
     modality.transform(raw, train=False, rng=np.random.default_rng(0))
 
 

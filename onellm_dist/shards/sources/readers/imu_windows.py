@@ -12,7 +12,7 @@ import numpy as np
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
-from onellm_dist.modalities.io.imu import Recording, read_recording
+from onellm_dist.modalities.io.imu import ImuRecording, read_recording
 from onellm_dist.shards.sources.base import BadSample
 from onellm_dist.shards.sources.readers.media_files import stamp
 
@@ -69,7 +69,7 @@ class ImuWindow:
 @lru_cache(maxsize=2)
 def _recording(
     path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int
-) -> Recording | str:
+) -> ImuRecording | str:
     """A video's whole recording (1 hour: 35 MB), or why it cannot be used; its windows follow each other in the plan."""
     try:
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None

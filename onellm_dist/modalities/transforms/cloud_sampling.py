@@ -1,4 +1,4 @@
-"""Farthest-point sampling and nearest neighbours on point clouds, as OneLLM's point tokenizer needs them (paper C.1)."""
+"""Farthest-point sampling and nearest neighbours, for OneLLM's point tokenizer (paper C.1)."""
 
 from __future__ import annotations
 
@@ -6,26 +6,33 @@ import numpy as np
 import torch
 
 _STRIDE = 1024
-"""Threads of the reference's CUDA kernel (`sampling_gpu.cu`): equal distances go to the smaller k mod 1024, then the smaller k."""
+"""Threads of the reference's CUDA kernel (`sampling_gpu.cu`), which decides how ties break."""
 
 _CLOUDS = 8
+"""Clouds whose distances are computed together: 32 MiB each."""
 
 
-def farthest_points(coordinates: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices [n, count] int64 of points that are far from each other, the first of them point 0.
+def sample_farthest_points(coordinates: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose points that are far from each other, beginning with point 0.
 
-    Each next point is the one whose distance to the nearest chosen one is greatest. Ties go to the smaller k mod 1024,
-    then to the smaller k, as in the reference's CUDA kernel; a cloud with fewer distinct points than `count` repeats point 0.
+    Each next point is the one whose distance to the nearest chosen point is greatest. Ties go to
+    the smaller k mod 1024, then to the smaller k, as in the reference's CUDA kernel. A cloud with
+    fewer distinct points than `count` repeats point 0.
 
     Args:
-        coordinates: [n, N, 3] fp32, N a multiple of 1024. n = 0 is allowed.
-        count: points to choose.
+        coordinates: [n, N, 3] fp32, N a multiple of 1024; n = 0 is allowed.
+        count: how many points to choose.
+
+    Returns:
+        Indices [n, count] int64.
     """
     n, total, _ = coordinates.shape
     if total % _STRIDE:
-        raise ValueError(f"farthest_points needs a multiple of {_STRIDE} points, got {total}")
+        raise ValueError(
+            f"sample_farthest_points needs a multiple of {_STRIDE} points, got {total}"
+        )
     rows = total // _STRIDE
-    # Planar [n, 3, N], reordered so that the first maximum is the one the reference's reduction keeps.
+    # Planar [n, 3, N], in an order in which the first maximum is the one the reference keeps.
     planar = coordinates.float().view(n, rows, _STRIDE, 3).permute(0, 3, 2, 1).reshape(n, 3, total)
     if planar.device.type == "cpu":
         chosen = torch.empty((n, count), dtype=torch.int64)
@@ -37,7 +44,7 @@ def farthest_points(coordinates: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _farthest_numpy(planar: np.ndarray, count: int) -> np.ndarray:
-    """One cloud [3, N]; one at a time in place is the fastest on a CPU (its working set stays in the cache)."""
+    """One cloud [3, N] in place: the fastest on a CPU, because its data stays in the cache."""
     chosen = np.zeros(count, np.int64)
     nearest = np.full(planar.shape[1], 1e10, np.float32)
     square, distance = np.empty_like(planar), np.empty_like(nearest)
@@ -50,16 +57,14 @@ def _farthest_numpy(planar: np.ndarray, count: int) -> np.ndarray:
         np.minimum(nearest, distance, out=nearest)
         last = int(nearest.argmax())
         chosen[i] = last
-        if (
-            nearest[last] == 0
-        ):  # every point is chosen or equals one that is: the rest stays at point 0
+        if nearest[last] == 0:  # every point is chosen or equals a chosen one: point 0 from here on
             chosen[i] = 0
             break
     return chosen
 
 
 def _farthest_torch(planar: torch.Tensor, count: int) -> torch.Tensor:
-    """All clouds [n, 3, N] together, without a synchronisation with the device."""
+    """All clouds [n, 3, N] together, without synchronising with the device."""
     n, _, total = planar.shape
     chosen = torch.zeros((n, count), dtype=torch.int64, device=planar.device)
     nearest = planar.new_full((n, total), 1e10)
@@ -73,18 +78,21 @@ def _farthest_torch(planar: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def nearest_neighbours(
+def find_nearest_neighbours(
     coordinates: torch.Tensor, centres: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Indices [n, C, count] int64 of the `count` points nearest to each centre, nearest first (the centre itself is one).
+    """Find the points nearest to each centre, nearest first; the centre itself is one of them.
 
-    Which of several points at exactly the same distance come last in is fixed for one device kind, but not across kinds
-    (the reference's `torch.topk` leaves it open too).
+    If several points are at exactly the same distance, which of them are among the last is fixed
+    for one kind of device but not across kinds (the reference's `torch.topk` leaves it open too).
 
     Args:
-        coordinates: [n, N, 3] fp32. n = 0 is allowed.
+        coordinates: [n, N, 3] fp32; n = 0 is allowed.
         centres: [n, C] int64 indices into the N points.
-        count: neighbours of each centre.
+        count: neighbours per centre.
+
+    Returns:
+        Indices [n, C, count] int64.
     """
     at = coordinates.float().gather(1, centres[..., None].expand(*centres.shape, 3))
     find = _nearest_tree if coordinates.device.type == "cpu" else _nearest_torch
@@ -92,10 +100,12 @@ def nearest_neighbours(
 
 
 def _nearest_tree(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
-    """[n, N, 3] and [n, C, 3] -> [n, C, count]; a k-d tree takes 6 ms a cloud where distances and topk take 50."""
-    from scipy.spatial import (
-        cKDTree,
-    )  # half a second of import, which commands without a model need not wait for
+    """[n, N, 3] and [n, C, 3] -> [n, C, count] by a k-d tree.
+
+    It takes 6 ms per cloud where distances and topk take 50. SciPy is imported here because that
+    takes half a second, which commands without a model need not spend.
+    """
+    from scipy.spatial import cKDTree
 
     found = torch.empty((*at.shape[:2], count), dtype=torch.int64)
     for i in range(len(coordinates)):
@@ -104,9 +114,10 @@ def _nearest_tree(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> to
 
 
 def _nearest_torch(coordinates: torch.Tensor, at: torch.Tensor, count: int) -> torch.Tensor:
-    """The same on the device, a few clouds at a time: their distances take 32 MiB each.
+    """The same on a GPU, a few clouds at a time.
 
-    From exact differences and not by torch.cdist, whose matrix form loses the digits that tell near points apart.
+    It uses exact differences and not torch.cdist, whose matrix form loses the digits that
+    distinguish near points.
     """
     found = torch.empty((*at.shape[:2], count), dtype=torch.int64, device=at.device)
     for start in range(0, len(at), _CLOUDS):

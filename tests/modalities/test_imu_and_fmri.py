@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making_media import npy
+from media_samples import npy
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import SampleError
@@ -167,7 +167,7 @@ def test_a_recording_given_by_hand_finds_its_times_and_window(tmp_path: Path) ->
     (tmp_path / "walk.npy").write_bytes(npy(motion(2000)).data)
     (tmp_path / "walk.timestamps.npy").write_bytes(npy(np.arange(2000) * 5.0).data)
     (tmp_path / "walk.window.json").write_text(json.dumps(WINDOW))
-    got = values(IMU.parts_from_file(tmp_path / "walk.npy"))
+    got = values(IMU.read_parts(tmp_path / "walk.npy"))
     np.testing.assert_array_equal(got, motion(2000)[:, 200:600].astype(np.float32))
 
 

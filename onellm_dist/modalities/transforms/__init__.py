@@ -1,0 +1,1 @@
+"""Computations on raw signals that give the reference's numbers."""
