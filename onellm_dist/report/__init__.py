@@ -1,1 +1,1 @@
-"""`onellm report`: one page about a run over all its starts."""
+"""`onellm report`: one self-contained page about a run, made from the files of its directory."""

@@ -7,48 +7,43 @@ from pathlib import Path
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.html.page import write_page
-from onellm_dist.report.account import account_of
-from onellm_dist.report.attempts import attempts_of
-from onellm_dist.report.findings import Facts, findings_of
-from onellm_dist.report.page import page_of
-from onellm_dist.report.read import read_run
-from onellm_dist.report.summary import summary_json, summary_of, summary_text
-from onellm_dist.report.troubles import troubles_of
+from onellm_dist.report.facts import load_facts
+from onellm_dist.report.findings.collect import collect_findings
+from onellm_dist.report.page import build_page
+from onellm_dist.report.summary import build_summary, summary_to_json, summary_to_text
 
 PAGE = "report.html"
 
 
-def facts_of(directory: Path, *, now: float | None = None) -> Facts:
-    """Everything that is to be known of a run directory; nothing in it is changed.
+def run_report(run: Path, out: Path | None, *, as_json: bool) -> int:
+    """Write the page and print a summary, or print JSON.
+
+    Args:
+        run: the run directory.
+        out: where to write the page; default: `RUN/report.html`, or no page with `as_json`.
+        as_json: print everything that the page says as JSON.
+
+    Returns:
+        The exit code.
 
     Raises:
-        UsageError: it is no run directory.
+        UsageError: the folder is not a run directory, or the page cannot be written.
     """
-    files = read_run(directory, now=now)
-    attempts = attempts_of(files)
-    return Facts(files, attempts, account_of(attempts), troubles_of(files, attempts))
-
-
-def report_command(run: Path, out: Path | None, *, as_json: bool) -> int:
-    """Write the page (to `RUN/report.html` where `out` is not given) and print a summary, or only print JSON. Returns the exit code.
-
-    Raises:
-        UsageError: no run directory, or the page cannot be written.
-    """
-    facts = facts_of(run)
-    summary, findings = summary_of(facts), findings_of(facts)
+    facts = load_facts(run)
+    summary = build_summary(facts)
+    findings = collect_findings(facts)
     if as_json:
-        print(json.dumps(summary_json(facts, summary, findings), indent=1, ensure_ascii=False))
+        print(json.dumps(summary_to_json(facts, summary, findings), indent=1, ensure_ascii=False))
         if out is None:
             return EXIT_DONE
     path = out or run / PAGE
     try:
-        write_page(path, page_of(facts, summary, findings))
+        write_page(path, build_page(facts, summary, findings))
     except OSError as error:
         raise UsageError(
             f"{path}: {error.strerror}.", "the page cannot be written.", "choose another --out."
         ) from error
     if not as_json:
-        print(summary_text(facts, summary, findings))
-        print(f"the page: {path}")
+        print(summary_to_text(facts, summary, findings))
+        print(f"page: {path}")
     return EXIT_DONE

@@ -1,0 +1,22 @@
+"""Counts, durations and times as people read them."""
+
+from __future__ import annotations
+
+import time
+
+from onellm_dist.common.progress import seconds_text
+
+
+def format_count(number: int, one: str, many: str | None = None) -> str:
+    """`1 step`, `2 steps`; `many` is the plural where it is more than an added s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people, short ones with their fractions."""
+    return f"{seconds:.2g} s" if seconds < 10 else seconds_text(seconds)
+
+
+def format_time(seconds: float) -> str:
+    """A moment (seconds since 1970) in this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
