@@ -68,9 +68,9 @@ def report(
 
     Example: onellm report runs/stage1_image
     """
-    from onellm_dist.report.command import report_command
+    from onellm_dist.report.command import run_report
 
-    raise typer.Exit(report_command(run, out, as_json=as_json))
+    raise typer.Exit(run_report(run, out, as_json=as_json))
 
 
 @app.command()
