@@ -1,0 +1,136 @@
+"""One place for version and dependencies, and an image, an sdist and a wheel that agree with it."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import runpy
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import yaml
+
+ROOT = Path(__file__).parents[1]
+OPTIONAL = {
+    "flash_attn": "the extra flash, or a build of the user's own",
+    "flash_attn_interface": "FlashAttention-3, which is not on PyPI",
+    "gguf": "the extra gguf",
+    "megatron": "Energon's reader is only compared with",
+}
+MODULES = {
+    "yaml": "pyyaml", "PIL": "pillow", "open_clip": "open_clip_torch", "google": "tensorboard",
+}  # fmt: skip
+"""Import names that are not the distribution's."""
+
+
+@pytest.fixture(scope="module")
+def metadata() -> configparser.ConfigParser:
+    """The parsed setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text: str) -> set[str]:
+    """Distribution names of a requirements list, normalised."""
+    names = (re.match(r"[A-Za-z0-9_.-]+", line.strip()) for line in text.splitlines())
+    return {m.group().lower().replace("-", "_") for m in names if m}
+
+
+def test_the_version_stands_in_one_place(metadata: configparser.ConfigParser) -> None:
+    version = metadata["metadata"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert citation["version"] == version
+    assert re.search(rf"^## \[?{re.escape(version)}\]?", changes, re.M)
+
+
+def test_every_import_is_declared(metadata: configparser.ConfigParser) -> None:
+    declared = requirements(metadata["options"]["install_requires"])
+    for extra in metadata["options.extras_require"].values():
+        declared |= requirements(re.sub(r"\[.*?\]", "", extra))
+    imported: dict[str, str] = {}
+    for path in (ROOT / "onellm_dist").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names = [node.module]
+            for name in names:
+                imported[name.split(".")[0]] = str(path.relative_to(ROOT))
+    ours = {"onellm_dist", *OPTIONAL, *sys.stdlib_module_names}
+    missing = {
+        name: where
+        for name, where in imported.items()
+        if name not in ours and MODULES.get(name, name).lower().replace("-", "_") not in declared
+    }
+    assert not missing
+
+
+def test_every_shipped_pattern_finds_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ignore(**_: Any) -> None:
+        """Stands for setuptools.setup."""
+
+    monkeypatch.setattr(setuptools, "setup", ignore)
+    patterns = runpy.run_path(str(ROOT / "setup.py"))["SHIPPED"]
+    assert all(any(ROOT.glob(pattern)) for pattern in patterns)
+
+
+def test_the_image_is_made_by_the_steps_of_setup() -> None:
+    """The Dockerfile runs `make setup` on the checkout and installs no Python package itself."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    runs = [rest for word, rest in steps if word == "RUN"]
+    assert [rest for rest in runs if "make setup" in rest] and not any("pip" in r for r in runs)
+    assert ["COPY", ". ."] in [[word, rest.strip()] for word, rest in steps]
+    packages = re.findall(r"(?<=recommends)[^&]+", runs[0])[0].split()
+    assert {"make", "python3", "python3-venv"} <= set(packages)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    assert ".venv" in ignored and not {"launch", "ds_configs", "shards"} & set(ignored)
+    script = (ROOT / "launch/setup_machine.sh").read_text(encoding="utf-8")
+    assert "apt-get" not in script, "what setup installs from Debian belongs into the image too"
+
+
+def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
+    """A package index without our packages: pip's reason is shown, and what to do about it."""
+    copy = tmp_path / "a checkout"
+    copy.mkdir()
+    for name in (
+        "setup.cfg",
+        "setup.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        "LICENSE",
+    ):
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch/setup_machine.sh"), sys.executable, ".venv"],
+        cwd=copy, capture_output=True, text=True, check=False,
+        env={"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "No matching distribution" in done.stderr and "PIP_FIND_LINKS" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_sdist_has_every_folder(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), "."],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    archive = next(tmp_path.glob("*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    wanted = subprocess.run(
+        ["git", "ls-files", "launch", "ds_configs", "shards", "examples"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert set(wanted.stdout.split()) <= names

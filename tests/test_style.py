@@ -1,0 +1,134 @@
+"""Bounds on the shape of the code: length of files and functions, docstrings, names used once."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "onellm_dist"
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 60
+DOCUMENTED = 0.95
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The parsed modules of the package, by path below the checkout."""
+    return {
+        path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "_shipped" not in path.parts
+    }
+
+
+def functions(tree: ast.AST) -> Iterator[Function]:
+    """Every function and method of a module, nested ones too."""
+    return (node for node in ast.walk(tree) if isinstance(node, Function))
+
+
+def public_functions() -> Iterator[tuple[str, bool]]:
+    """Name of each public function or method, and whether it says what it does.
+
+    A method that overrides one of a base class of the package keeps the base's docstring, as
+    `inspect.getdoc` does; so does a property's setter.
+    """
+    documented: dict[str, set[str]] = defaultdict(set)
+    for tree in trees().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                documented[node.name] |= {
+                    f.name for f in node.body if isinstance(f, Function) and ast.get_docstring(f)
+                }
+    parents = {
+        node.name: [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
+        for tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def is_inherited(owner: str, name: str) -> bool:
+        return any(
+            name in documented[parent] or (parent in parents and is_inherited(parent, name))
+            for parent in parents.get(owner, ())
+        )
+
+    for path, tree in trees().items():
+        for node in tree.body:
+            if isinstance(node, Function) and not node.name.startswith("_"):
+                yield f"{path}:{node.name}", bool(ast.get_docstring(node))
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                for method in node.body:
+                    if isinstance(method, Function) and not method.name.startswith("_"):
+                        said = bool(ast.get_docstring(method)) or is_inherited(
+                            node.name, method.name
+                        )
+                        yield f"{path}:{node.name}.{method.name}", said
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    long = {
+        str(path): lines
+        for path in trees()
+        if (lines := len((ROOT / path).read_text(encoding="utf-8").splitlines())) > LONGEST_FILE
+    }
+    assert not long
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    long = {
+        f"{path}:{node.name}": lines
+        for path, tree in trees().items()
+        for node in functions(tree)
+        if (lines := (node.end_lineno or 0) - node.lineno + 1) > LONGEST_FUNCTION
+    }
+    assert not long
+
+
+def test_public_functions_say_what_they_do() -> None:
+    found = dict(public_functions())
+    silent = sorted(name for name, said in found.items() if not said)
+    assert len(silent) <= (1 - DOCUMENTED) * len(found), silent
+
+
+def test_a_class_name_is_used_once() -> None:
+    places: dict[str, list[str]] = defaultdict(list)
+    for path, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(str(path))
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_one_attribute_a_line() -> None:
+    several = [
+        f"{path}:{node.lineno}"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and any(
+            isinstance(target, ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+            and any(isinstance(e, ast.Attribute) for e in target.elts)
+            for target in node.targets
+        )
+    ]
+    assert not several
+
+
+@pytest.mark.parametrize("name", ["onellm_dist", "onellm_dist.cli"])
+def test_importing_loads_no_heavy_library(name: str) -> None:
+    import subprocess
+    import sys
+
+    code = f"import {name}, sys; print({{'torch', 'transformers', 'deepspeed'}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "set()"
