@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a process (test processes and ranks share the cores), no network."""
+"""Shared by all tests: no network, and one thread a process, since processes share the cores."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_sdist_has_every_folder(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), "."],
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(tmp_path), "."],
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     archive = next(tmp_path.glob("*.tar.gz"))
