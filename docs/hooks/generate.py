@@ -1,0 +1,151 @@
+"""Writes the reference pages from the code when the site is built: nothing is listed twice.
+
+A page of `docs/` asks for a table with a line `<!-- generated: NAME -->`; GENERATORS has the names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+MARKER = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.M)
+EXAMPLE = re.compile(r"^\s*(?:Examples?):(.*)", re.S | re.M)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Replace the markers of a page (called by MkDocs)."""
+    return MARKER.sub(lambda match: GENERATORS[match.group(1)](), markdown)
+
+
+def on_config(config: Any) -> Any:
+    """Make the checkout importable (called by MkDocs)."""
+    sys.path.insert(0, str(ROOT))
+    return config
+
+
+def cell(text: object) -> str:
+    """`text` for a table cell."""
+    return " ".join(str(text).replace("|", "\\|").split())
+
+
+def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows]) + "\n"
+
+
+def commands() -> str:
+    """Every command of `onellm`, from the same objects that `--help` prints."""
+    import typer
+
+    from onellm_dist.cli import app
+    from onellm_dist.cli.generate import generate, with_modality_options
+
+    if all(command.name != "generate" for command in app.registered_commands):
+        app.command("generate")(with_modality_options(generate))
+    return "\n".join(_command_pages(typer.main.get_command(app), ["onellm"]))
+
+
+def _command_pages(command: Any, path: list[str]) -> Iterator[str]:
+    children = getattr(command, "commands", {})
+    if len(path) > 1:
+        yield f"{'##' if len(path) == 2 else '###'} {' '.join(path)}\n"
+        yield from _help_text(command)
+        if not children:
+            yield from _options(command)
+    for name, child in children.items():
+        yield from _command_pages(child, [*path, name])
+
+
+def _help_text(command: Any) -> Iterator[str]:
+    text = inspect.cleandoc(command.help or "")
+    examples = EXAMPLE.search(text)
+    prose = text[: examples.start()] if examples else text
+    yield prose.replace("[", "\\[") + "\n"
+    if examples:
+        lines = [line.strip() for line in examples.group(1).strip().splitlines()]
+        yield "```bash\n" + "\n".join(line for line in lines if line) + "\n```\n"
+
+
+def _options(command: Any) -> Iterator[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option"]
+    if arguments:
+        rows = [(f"`{p.metavar or p.name.upper()}`", _clean(p.help)) for p in arguments]
+        yield table(("argument", "meaning"), rows)
+    if options:
+        rows = [(f"`{', '.join(p.opts)}`", _clean(p.help), _default(p)) for p in options]
+        yield table(("option", "meaning", "default"), rows)
+
+
+def _clean(help_text: str | None) -> str:
+    return re.sub(r"\\(\[|\])", r"\1", help_text or "").replace("[", "\\[").replace("<", "&lt;")
+
+
+def _default(option: Any) -> str:
+    if option.required:
+        return "required"
+    if option.is_flag:
+        return ""
+    return "" if option.default in (None, ()) or callable(option.default) else f"`{option.default}`"
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe, section by section, from the schema."""
+    from onellm_dist.config.schema import describe_keys
+
+    sections: dict[str, list[tuple[object, ...]]] = {}
+    for key in describe_keys():
+        row = (f"`{key.name}`", f"`{key.type}`", f"`{key.default}`", key.description)
+        sections.setdefault(key.name.split(".")[0], []).append(row)
+    header = ("key", "type", "default", "meaning")
+    return "\n".join(f"## {name}\n\n{table(header, rows)}" for name, rows in sections.items())
+
+
+def modalities() -> str:
+    """What a file of each modality must look like: the docstring of its class."""
+    from onellm_dist.modalities import all_modalities
+
+    parts = []
+    for name, modality in all_modalities().items():
+        accepted = {**modality.required_parts, **modality.optional_parts}
+        rows = [
+            (f"`{part}`", ", ".join(f"`.{e}`" for e in extensions),
+             "required" if part in modality.required_parts else "optional")
+            for part, extensions in accepted.items()
+        ]  # fmt: skip
+        module = sys.modules[type(modality).__module__]
+        said = (module.__doc__ or "", type(modality).__doc__ or "")
+        text = "\n\n".join(inspect.cleandoc(part) for part in said if part)
+        shape = " × ".join(map(str, modality.value_shape))
+        parts.append(
+            f"## {name}\n\n{text}\n\nThe model's input: `[{shape}]`.\n\n"
+            + table(("part", "files", ""), rows)
+        )
+    return "\n".join(parts)
+
+
+def sources() -> str:
+    """Every dataset source with its options."""
+    from onellm_dist.shards.build.registry import all_sources
+
+    parts = []
+    for name, source in all_sources().items():
+        rows = [(f"`{n}`", o.help, f"`{o.default}`") for n, o in source.options.items()]
+        text = source.summary
+        options = table(("option", "meaning", "default"), rows) if rows else ""
+        parts.append(f"## {name}\n\n{text}\n\n{options}")
+    return "\n".join(parts)
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "recipe-keys": recipe_keys,
+    "modalities": modalities,
+    "sources": sources,
+}
