@@ -1,9 +1,10 @@
-"""CPU time of one sample of each modality, and ratios to what a peer's code takes for the same result.
+"""CPU time of one sample of each modality, and its ratio to a peer's code for the same result.
 
     OMP_NUM_THREADS=1 python benchmarks/modalities.py
 
-The media are made here (noise and gradients, which compress badly: real files decode faster). Times are CPU seconds of one
-thread, the median of the runs, so that they hold on a busy machine too.
+The media are made here (noise and gradients, which compress badly: real files decode faster). Times
+are CPU seconds of one thread, the median of several measurements, so that they hold on a busy
+machine too.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 RNG = np.random.default_rng(0)
 
 
-def median_ms(work: Callable[[], Any], runs: int = 9) -> float:
-    """CPU milliseconds of this thread."""
+def measure_ms(work: Callable[[], Any], repeats: int = 9) -> float:
+    """Median CPU milliseconds of this thread."""
     work()
     times = []
-    for _ in range(runs):
+    for _ in range(repeats):
         start = time.thread_time()
         work()
         times.append(time.thread_time() - start)
@@ -85,8 +86,8 @@ def video(width: int, height: int, frames: int, fps: int) -> Part:
     return Part("mp4", buffer.getvalue())
 
 
-def samples() -> dict[str, tuple[str, dict[str, Part]]]:
-    """What is measured: name to modality and parts."""
+def make_samples() -> dict[str, tuple[str, dict[str, Part]]]:
+    """The samples that are measured: name to modality and parts."""
     picture = encoded(photo(512, 384), "JPEG")
     return {
         "image 384x256 JPEG": ("image", {"image": encoded(photo(384, 256), "JPEG")}),
@@ -127,8 +128,8 @@ def plain_groups(
     return (groups @ weight.t() + bias).amax(2)
 
 
-def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
-    """Print ours against a peer's way, for the same numbers."""
+def measure_ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
+    """Print our times beside those of a peer's way to the same numbers."""
     image, picture = get_modality("image"), media["image 1024x768 JPEG"][1]
     theirs = transforms.Compose(
         [
@@ -138,13 +139,13 @@ def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
             transforms.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
-    report(
+    print_ratio(
         "image, eval, torchvision",
         lambda: image.transform(image.decode(picture, {}), train=False, rng=RNG),
         lambda: theirs(Image.open(io.BytesIO(picture["image"].data)).convert("RGB")),
     )
     clip = media["video 596x336 10 s H.264"][1]
-    report(
+    print_ratio(
         "video, decode all frames",
         lambda: get_modality("video").decode(clip, {}),
         lambda: decode_everything(clip["video"]),
@@ -153,14 +154,14 @@ def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
     colours = values[..., 3:].contiguous()
     centres = sample_farthest_points(colours, 1024)
     at = colours.gather(1, centres[..., None].expand(-1, -1, 3))
-    report(
+    print_ratio(
         "point, neighbours by cdist + topk",
         lambda: find_nearest_neighbours(colours, centres, 32),
         lambda: torch.cdist(at, colours).topk(32, dim=2, largest=False),
     )
     index, module = find_nearest_neighbours(colours, centres, 32), PointTokenizer(1024)
     groups = values[0][index[0]]
-    report(
+    print_ratio(
         "point, embedding forward + backward, width 1024",
         lambda: module.conv(groups).sum().backward(),
         lambda: (
@@ -171,29 +172,28 @@ def ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
     )
 
 
-def report(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
-    mine, peer = median_ms(ours), median_ms(theirs)
+def print_ratio(name: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
+    mine, peer = measure_ms(ours), measure_ms(theirs)
     print(f"| {name} | {mine:.1f} | {peer:.1f} | {peer / mine:.2f} x |", flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    media = samples()
-    print(
-        "| sample | decode ms | transform ms | preview ms | samples/s on one core |\n|---|---|---|---|---|"
-    )
-    for name, (kind, parts) in media.items():
-        modality = get_modality(kind)
+    media = make_samples()
+    print("| sample | decode ms | transform ms | preview ms | samples/s on one core |")
+    print("|---|---|---|---|---|")
+    for name, (modality_name, parts) in media.items():
+        modality = get_modality(modality_name)
         raw = modality.decode(parts, {})
-        decode = median_ms(lambda m=modality, p=parts: m.decode(p, {}))
-        transform = median_ms(lambda m=modality, r=raw: m.transform(r, train=True, rng=RNG))
-        preview = median_ms(lambda m=modality, r=raw: m.preview(r))
+        decode = measure_ms(lambda m=modality, p=parts: m.decode(p, {}))
+        transform = measure_ms(lambda m=modality, r=raw: m.transform(r, train=True, rng=RNG))
+        preview = measure_ms(lambda m=modality, r=raw: m.preview(r))
+        rate = 1000 / (decode + transform)
         print(
-            f"| {name} | {decode:.1f} | {transform:.1f} | {preview:.1f} | {1000 / (decode + transform):.0f} |",
-            flush=True,
+            f"| {name} | {decode:.1f} | {transform:.1f} | {preview:.1f} | {rate:.0f} |", flush=True
         )
     print("\n| the peer's way | ours ms | peer ms | faster by |\n|---|---|---|---|")
-    ratios(media)
+    measure_ratios(media)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small real media files in memory, for the tests of the modalities."""
+"""Small real media files in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable
 import av
 import numpy as np
 import soundfile
+from av.audio.stream import AudioStream
+from av.video.stream import VideoStream
 from PIL import Image
 
 from onellm_dist.modalities import Part
@@ -38,7 +40,7 @@ def picture(
 
 
 def bar(number: int, total: int, width: int, height: int) -> np.ndarray:
-    """Frame `number` of a video: a white bar that grows to the right under a stripe that gets lighter."""
+    """Frame `number` of a video: a white bar that grows, under a stripe that gets lighter."""
     frame = np.zeros((height, width, 3), np.uint8)
     frame[:, : round((number + 1) / total * width)] = 255
     frame[: height // 4] = number * 255 // total
@@ -54,11 +56,12 @@ def video(
     size: tuple[int, int] = (160, 96),
     rotation: int | None = None,
     draw: Callable[[int, int, int, int], np.ndarray] = bar,
-    **options: str,
+    options: dict[str, str] | None = None,
 ) -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=fps, options=options)
+        stream = out.add_stream(codec, rate=fps, options=options or {})
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height = size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         if rotation is not None:
@@ -74,7 +77,7 @@ def video(
 
 
 def every_frame(data: bytes) -> list[np.ndarray]:
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
@@ -102,6 +105,7 @@ def sound_by_ffmpeg(wave: np.ndarray, rate: int, container: str, codec: str) -> 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=rate, layout="mono")
+        assert isinstance(stream, AudioStream)
         for start in range(0, len(wave), 1000):
             frame = av.AudioFrame.from_ndarray(
                 wave[None, start : start + 1000], format="fltp", layout="mono"
@@ -115,7 +119,7 @@ def sound_by_ffmpeg(wave: np.ndarray, rate: int, container: str, codec: str) -> 
 
 
 def broken(data: bytes, seed: int) -> bytes:
-    """The bytes cut somewhere, or with a few of them changed, or noise behind the first ones."""
+    """The bytes cut short, or with some of them changed, or followed by noise."""
     rng = np.random.default_rng(seed)
     kind = seed % 3
     if kind == 0:

@@ -106,7 +106,9 @@ def test_every_length_has_the_value_shape(seconds: float) -> None:
 
 
 def test_what_is_left_unread_of_a_long_file_would_change_nothing() -> None:
-    """The reference reads the whole file; the first 10.3 s give the same features, also with an offset further on."""
+    """The reference reads the whole file. The first 10.3 s give the same features, even if later
+    sound has an offset.
+    """
     wave = np.concatenate([tone(44100, 11, 500), 0.5 + tone(44100, 9, 900)]).astype(np.float32)
     got = AUDIO.transform(
         AUDIO.decode({"audio": sound(wave, 44100, subtype="FLOAT")}, {}), train=False, rng=rng()
@@ -127,7 +129,9 @@ def test_resampling_keeps_a_tone_and_its_height(rate: int) -> None:
 
 
 def direct_resample(signal: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """Torchaudio's definition, sample by sample: windowed sinc of 6 zero crossings at 0.99 of the lower Nyquist rate."""
+    """Torchaudio's definition, sample by sample: a windowed sinc of 6 zero crossings, cut off at
+    0.99 of the lower Nyquist frequency.
+    """
     cutoff = min(rate, target) * 0.99
     out = []
     for j in range(math.ceil(target * len(signal) / rate)):

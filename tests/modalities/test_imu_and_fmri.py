@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def motion(samples: int, rate: float = 200.0) -> np.ndarray:
     return np.stack([np.sin(2 * np.pi * (c + 1) * at) + c for c in range(6)])
 
 
-def values(parts: dict[str, Part], meta: dict | None = None) -> torch.Tensor:
+def values(parts: dict[str, Part], meta: dict[str, Any] | None = None) -> torch.Tensor:
     return IMU.transform(IMU.decode(parts, meta or {}), train=True, rng=RNG)
 
 
@@ -90,7 +91,7 @@ def test_the_window_is_half_open() -> None:
         ({}, "no window"),
     ],
 )
-def test_bad_windows_are_refused(meta: dict, message: str) -> None:
+def test_bad_windows_are_refused(meta: dict[str, Any], message: str) -> None:
     with pytest.raises(SampleError, match=message):
         values(timed(motion(2000), np.arange(2000) * 5.0), meta)
 
@@ -161,6 +162,16 @@ def test_a_csv_without_times_is_a_ready_window() -> None:
 def test_bad_csvs_are_refused(text: str) -> None:
     with pytest.raises(SampleError):
         values({"imu": Part("csv", text.encode())})
+
+
+def test_a_csv_with_other_columns_learns_the_wanted_names() -> None:
+    text = "time,ax,ay,az,gx,gy,gz\n0,1,2,3,4,5,6\n"
+    with pytest.raises(SampleError) as error:
+        values({"imu": Part("csv", text.encode())})
+    wanted = "accl_x, accl_y, accl_z, gyro_x, gyro_y, gyro_z"
+    assert f"it has no column {wanted} (m/s^2, rad/s)" in error.value.what
+    assert "its columns are time, ax, ay, az, gx, gy, gz" in error.value.what
+    assert wanted in error.value.do
 
 
 def test_a_recording_given_by_hand_finds_its_times_and_window(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torchvision.transforms import RandomResizedCrop
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities import Part, depth, get_modality, normal
+from onellm_dist.modalities.pairs import PairModality
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, choose_crop_box, crop_train
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
-IMAGE, DEPTH, NORMAL = get_modality("image"), get_modality("depth"), get_modality("normal")
+IMAGE, DEPTH, NORMAL = get_modality("image"), depth.MODALITY, normal.MODALITY
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -29,17 +30,9 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def unnormalise(values: torch.Tensor) -> np.ndarray:
     """[3, H, W] back to [H, W, 3] in 0..255."""
-    return (
-        (
-            (
-                values * torch.tensor(CLIP_STD)[:, None, None]
-                + torch.tensor(CLIP_MEAN)[:, None, None]
-            )
-            * 255
-        )
-        .permute(1, 2, 0)
-        .numpy()
-    )
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+    pixels: np.ndarray = ((values * deviation + mean) * 255).permute(1, 2, 0).numpy()
+    return pixels
 
 
 def test_eval_is_the_references() -> None:
@@ -146,7 +139,7 @@ SIZES = [(500, 400), (1600, 901), (260, 700), (225, 225), (480, 640), (120, 90),
 @pytest.mark.parametrize(("width", "height"), SIZES)
 @pytest.mark.parametrize("kind", ["photo", "noise", "edges"])
 def test_training_pixels_agree_with_pillows(width: int, height: int, kind: str) -> None:
-    """Training resizes with torch, evaluation with Pillow: within 2 of 255, the horizontal direction first."""
+    """Training resizes with torch, evaluation with Pillow: within 2 of 255, horizontal first."""
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     if kind == "photo":
         pixels = np.asarray(photo(width, height))
@@ -155,9 +148,8 @@ def test_training_pixels_agree_with_pillows(width: int, height: int, kind: str) 
     image = Image.fromarray(pixels)
     for seed in range(2):
         box = choose_crop_box(width, height, rng(seed))
-        wide = image.crop(box).resize(
-            (224, box[3] - box[1]), Image.Resampling.BICUBIC
-        )  # two steps: Pillow 13 may turn the order round
+        # Two steps, because Pillow 13 may swap the two directions.
+        wide = image.crop(box).resize((224, box[3] - box[1]), Image.Resampling.BICUBIC)
         expected = np.asarray(wide.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
         apart = np.abs(crop_train(image, box).astype(int) - expected)
         assert apart.max() <= 2
@@ -178,7 +170,7 @@ def test_eval_draws_nothing() -> None:
 
 
 @pytest.mark.parametrize("modality", [DEPTH, NORMAL])
-def test_pairs_are_cut_alike(modality: object) -> None:
+def test_pairs_are_cut_alike(modality: PairModality) -> None:
     """The same picture in both places stays the same in both through random crops."""
     part = picture(photo(300, 200))
     raw = modality.decode({modality.name: part, "image": part}, {})

@@ -33,7 +33,9 @@ def cloud(points: int = 100) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(data: bytes | Part, extension: str = "ply") -> np.ndarray:
-    return POINT.decode({"point": data if isinstance(data, Part) else Part(extension, data)}, {})
+    part = data if isinstance(data, Part) else Part(extension, data)
+    points: np.ndarray = POINT.decode({"point": part}, {})
+    return points
 
 
 def check(got: np.ndarray, xyz: np.ndarray, colours: np.ndarray) -> None:
@@ -121,7 +123,8 @@ def lzf_literals(data: bytes) -> bytes:
 def pcd(xyz: np.ndarray, colours: np.ndarray, encoding: str, kind: str = "F") -> bytes:
     packed = (colours.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(1).astype("<u4")
     head = (
-        f"# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS x y z _ rgb\nSIZE 4 4 4 1 4\n"
+        "# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\n"
+        "FIELDS x y z _ rgb\nSIZE 4 4 4 1 4\n"
         f"TYPE F F F U {kind}\nCOUNT 1 1 1 4 1\n"
         f"WIDTH {len(xyz)}\nHEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(xyz)}\nDATA {encoding}\n"
     ).encode()
@@ -195,7 +198,7 @@ def lzf_reference(packed: bytes) -> bytes:
         max_size=20,
     )
 )
-def test_lzf_copies_overlap_and_reach_back(tokens: list) -> None:
+def test_lzf_copies_overlap_and_reach_back(tokens: list[bytes | tuple[int, int]]) -> None:
     packed, size = bytearray(), 0
     for token in tokens:
         if isinstance(token, bytes) or size == 0:

@@ -111,7 +111,9 @@ def test_audio_tokens_go_row_by_row() -> None:
     assert module is not None
     values = torch.randn(1, 1, 128, 1024)
     patch = values[0, 0, 30 : 30 + 16, 70 : 70 + 16]  # row 3, column 7 of the 12 x 101 patches
-    expected = (module.conv.weight[:, 0] * patch).sum((1, 2)) + module.conv.bias
+    conv = module.conv
+    assert isinstance(conv, torch.nn.Conv2d) and conv.bias is not None
+    expected = (conv.weight[:, 0] * patch).sum((1, 2)) + conv.bias
     torch.testing.assert_close(module(values)[0, 3 * 101 + 7], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -119,7 +121,9 @@ def test_fmri_tokens_interleave_the_outputs() -> None:
     module = get_modality("fmri").build_tokenizer(WIDTH)
     assert module is not None
     values = torch.randn(1, 1, 15724)
-    flat = module.linear(values[0, 0])
+    linear = module.linear
+    assert isinstance(linear, torch.nn.Linear)
+    flat = linear(values[0, 0])
     torch.testing.assert_close(module(values)[0, 3], flat[3::8], atol=1e-5, rtol=1e-4)
 
 
@@ -161,7 +165,7 @@ def test_a_cloud_of_few_colours_repeats_point_zero() -> None:
 
 
 def test_planar_torch_path_agrees_with_numpy() -> None:
-    """The path that CUDA takes, run here on the CPU."""
+    """The code that runs on CUDA, here on the CPU."""
     from onellm_dist.modalities.transforms.cloud_sampling import _farthest_numpy, _farthest_torch
 
     planar = torch.from_numpy(
@@ -192,12 +196,13 @@ def test_point_tokens_are_the_plain_convolution_and_maximum() -> None:
     index = find_nearest_neighbours(colours, sample_farthest_points(colours, CENTRES), NEIGHBOURS)
     groups = torch.stack([values[i][index[i]] for i in range(2)])
     weight, bias = module.conv.weight.flatten(1), module.conv.bias
+    assert bias is not None
     plain = (groups @ weight.t() + bias).amax(2)
     got = module(values)
     torch.testing.assert_close(got, plain, atol=1e-5, rtol=1e-5)
     target = torch.randn_like(plain)
-    expected = torch.autograd.grad((plain * target).sum(), [module.conv.weight, module.conv.bias])
-    found = torch.autograd.grad((got * target).sum(), [module.conv.weight, module.conv.bias])
+    expected = torch.autograd.grad((plain * target).sum(), [module.conv.weight, bias])
+    found = torch.autograd.grad((got * target).sum(), [module.conv.weight, bias])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-4)
 
@@ -213,7 +218,7 @@ def test_cuda_gives_the_cpus_tokens(name: str) -> None:
     expected = module(values)
     got = module.cuda()(values.cuda()).cpu()
     close = torch.isclose(got, expected, atol=1e-2, rtol=1e-2)  # cuDNN's convolutions may use TF32
-    # A neighbour whose distance ties in fp32 may differ, and with it one group of the point tokenizer.
+    # A neighbour whose distance ties in fp32 may differ, and with it one token of a cloud.
     assert close.all(2).float().mean() > (0.99 if name == "point" else 0.9999)
 
 

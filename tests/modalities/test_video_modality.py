@@ -23,7 +23,8 @@ RNG = np.random.default_rng(0)
 
 
 def decode(data: bytes) -> VideoClip:
-    return VIDEO.decode({"video": Part("mp4", data)}, {})
+    clip: VideoClip = VIDEO.decode({"video": Part("mp4", data)}, {})
+    return clip
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def decode(data: bytes) -> VideoClip:
 def test_the_frames_are_the_ones_a_full_decode_gives(
     container: str, codec: str, options: dict[str, str]
 ) -> None:
-    data = video(container, codec, frames=70, fps=20, **options)
+    data = video(container, codec, frames=70, fps=20, options=options)
     clip, frames = decode(data), every_frame(data)
     # 3.5 s: clips start every 0.625 s, at frame 12.5 -> 13 and so on
     for i, index in enumerate((0, 13, 25, 38, 50)):
