@@ -25,7 +25,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.tar_writer import ShardWriter
 
 
@@ -79,7 +79,7 @@ def builder(check: bool) -> Callable[[Path, Path, int], None]:
     """The whole builder."""
 
     def build(folder: Path, out: Path, samples: int) -> None:
-        build_dataset("folder", folder, out / "set", check=check, name="bench")
+        build_dataset("folder", folder, out / "set", options={"check": check, "name": "bench"})
 
     return build
 

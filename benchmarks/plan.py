@@ -96,7 +96,7 @@ def make_datasets(root: Path, samples: int) -> int:
     """Writes the simulated datasets; returns how many shards they have."""
     from onellm_dist.data.token_counts import token_count_path
     from onellm_dist.shards.format.dataset import Dataset, Manifest, ShardInfo
-    from onellm_dist.shards.format.index import index_path_of
+    from onellm_dist.shards.format.index import get_index_path
 
     fingerprint = encoder().fingerprint
     total = 0
@@ -116,7 +116,7 @@ def make_datasets(root: Path, samples: int) -> int:
         np.save(original, text_token_counts(number))
         for info in infos:
             dataset.tar_path(info).touch()
-            index_path_of(dataset.tar_path(info)).touch()
+            get_index_path(dataset.tar_path(info)).touch()
             os.link(original, token_count_path(dataset, info, fingerprint))
         total += count
     return total

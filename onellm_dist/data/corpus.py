@@ -176,28 +176,28 @@ def _check_dataset(
 ) -> None:
     if not math.isfinite(weight):
         raise UsageError(
-            f"dataset {dataset.place}: weight {weight} is not a finite number",
+            f"dataset {dataset.location}: weight {weight} is not a finite number",
             "the dataset's share of the samples cannot be computed.",
             "use a number above 0.",
         )
     unknown = [name for name in dataset.modalities if name not in modalities]
     if unknown:
         raise UsageError(
-            f"dataset {dataset.place} has modality {', '.join(unknown)}; "
+            f"dataset {dataset.location} has modality {', '.join(unknown)}; "
             f"the model has {', '.join(modalities) or 'none'}",
             "the model has no tokenizer for it.",
             "remove the dataset from data.mixture, or use a model with this modality.",
         )
     if not sum(shard.samples for shard in dataset.shards(split)):
         raise UsageError(
-            f"dataset {dataset.place}: its split {split!r} is empty",
+            f"dataset {dataset.location}: its split {split!r} is empty",
             "there is nothing to read.",
             "build the dataset again, or remove it from data.mixture.",
         )
     twin = next((other for other in before if other.name == dataset.name), None)
     if twin is not None:
         raise UsageError(
-            f"datasets {twin.place} and {dataset.place} have the same name, {dataset.name!r}",
+            f"datasets {twin.location} and {dataset.location} have the same name, {dataset.name!r}",
             "sample ids, orders and digests depend on the name, so both would give the same.",
             "list a dataset once, with the sum of the weights; or build one of them under "
             "another name.",

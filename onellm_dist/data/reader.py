@@ -29,7 +29,7 @@ from onellm_dist.data.token_counts import UNREADABLE, token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.shards.format.index import SampleSpan, parts_in, span_of_parts
+from onellm_dist.shards.format.index import SampleSpan, extract_parts, get_parts_span
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Reader:
             *TEXT_EXTENSIONS,
             *(extension for found in slots.values() for extension in found.values()),
         }
-        parts = span_of_parts(there, wanted)
+        parts = get_parts_span(there, wanted)
         return _Place(slots, parts, Span(dataset, shard, parts.start, parts.end))
 
     def _parts(self, ref: SampleRef, place: _Place) -> dict[str, Part]:
@@ -129,7 +129,7 @@ class Reader:
         data = self._read_ahead.take(span)
         if data is not None:
             try:
-                return parts_in(span.dataset, span.shard, ref.row, place.parts, data)
+                return extract_parts(span.dataset, span.shard, ref.row, place.parts, data)
             except SampleError:
                 self._read_ahead.distrust(span)
         return span_with_retries(span.dataset, span.shard, ref.row, place.parts)

@@ -34,7 +34,7 @@ from onellm_dist.data.retry import index_with_retries, read_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
-from onellm_dist.shards.format.index import SampleSpan, parts_in, span_of
+from onellm_dist.shards.format.index import SampleSpan, extract_parts, get_sample_span
 
 UNREADABLE = (1, 0)
 """TokenCounts of a sample whose text could not be read or is in no such format: it will be a skipped_sample of one BOS token.
@@ -331,7 +331,7 @@ def _windows(dataset: Dataset, shard: ShardInfo) -> Iterator[list[_Row]]:
     index_with_retries(dataset, shard)
     window: list[_Row] = []
     for row in range(shard.samples):
-        place = span_of(dataset, shard, row, TEXT_EXTENSIONS)
+        place = get_sample_span(dataset, shard, row, TEXT_EXTENSIONS)
         if window and place.end - window[0][2].start > WINDOW_BYTES:
             yield window
             window = []
@@ -343,7 +343,7 @@ def _fetched(ahead: ReadAhead, row: int, place: SampleSpan, span: Span) -> dict[
     data = ahead.take(span)
     if data is not None:
         with contextlib.suppress(SampleError):
-            return parts_in(span.dataset, span.shard, row, place, data)
+            return extract_parts(span.dataset, span.shard, row, place, data)
     return read_with_retries(span.dataset, span.shard, row, TEXT_EXTENSIONS)
 
 

@@ -17,23 +17,23 @@ from onellm_dist.shards.build.staging import QUARANTINE, staged
 from onellm_dist.shards.build.workers import Task
 from onellm_dist.shards.format.names import dataset_name, parse_modalities
 from onellm_dist.shards.sources.base import BuildReport, Source
-from onellm_dist.shards.storage.paths import StoragePath, place
+from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
 from onellm_dist.shards.tools.index_existing import index_path
 
 
 def build_dataset(
     source: str,
     inputs: Path | str | None,
-    out: Path | str,
+    output: Path | str,
     *,
+    options: Mapping[str, Any] | None = None,
     workers: int = 1,
     seed: int = 0,
     overwrite: bool = False,
     restart: bool = False,
     task: Task | None = None,
-    **options: Any,
 ) -> BuildReport:
-    """Builds a dataset folder (or, for `toyworld`, a folder of them); `out` appears only when it is whole.
+    """Builds a dataset folder (or, for `toyworld`, a folder of them); `output` appears only when it is whole.
 
     A planned source's build that was stopped goes on where it was when it is called again; several processes that are called
     alike share the work.
@@ -41,28 +41,28 @@ def build_dataset(
     Args:
         source: "folder", "toyworld", ... (see `all_sources`).
         inputs: what is read, a path or an fsspec URL; None for generated data.
-        out: the new folder, a path or an fsspec URL. Must be absent or empty, or hold datasets and `overwrite` be given.
+        output: the new folder, a path or an fsspec URL. Must be absent or empty, or hold datasets and `overwrite` be given.
+        options: the source's own and the builder's (`options_of`); texts are converted to their types.
         workers: processes; the output's bytes do not depend on it.
         seed: for sources that draw or shuffle.
-        overwrite: replace datasets that stand at `out`, and an unfinished build of something else.
+        overwrite: replace datasets that stand at `output`, and an unfinished build of something else.
         restart: begin an unfinished build of the same anew too; of several processes none may be asked for it.
         task: this process builds a fixed part of the shards (see `Task`); needed for remote outputs of several processes.
-        options: the source's own and the builder's (`options_of`); texts are converted to their types.
 
     Returns:
         What was built and what was left out (`summary` makes lines of it).
 
     Raises:
         UsageError: unknown source or option, wrong type, missing input, occupied output.
-        OneLLMError: the build was given up; nothing stands under `out`.
+        OneLLMError: the build was given up; nothing stands under `output`.
     """
     kind = get_source(source)
-    where, what = place(out), _inputs(kind, inputs)
+    where, what = to_storage_path(output), _inputs(kind, inputs)
     if workers < 1:
         raise UsageError(
             f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more."
         )
-    own, settings = complete_options(kind, options, name=dataset_name(where))
+    own, settings = complete_options(kind, options or {}, name=dataset_name(where))
     try:
         if settings is not None:
             assert what is not None
@@ -73,7 +73,7 @@ def build_dataset(
         if not isinstance(where, Path):
             raise UsageError(
                 f"source {source!r} writes to local folders only.",
-                f"{out} is remote.",
+                f"{output} is remote.",
                 "build locally and copy the folder.",
             )
         assert kind.build is not None
@@ -81,8 +81,8 @@ def build_dataset(
             report = kind.build(what, folder, workers=workers, seed=seed, **own)
     except OSError as error:
         raise OneLLMError(
-            f"{error.filename or out}: {error.strerror or error}.",
-            f"the build was given up; nothing stands under {out}.",
+            f"{error.filename or output}: {error.strerror or error}.",
+            f"the build was given up; nothing stands under {output}.",
             "mend it and build again (shards that were finished are kept).",
         ) from error
     return report if report is not None else BuildReport(0)
@@ -102,7 +102,7 @@ def _inputs(kind: Source, inputs: Path | str | None) -> StoragePath | None:
                 f"onellm shards build {kind.name} IN OUT",
             )
         return None
-    found = place(inputs)
+    found = to_storage_path(inputs)
     if not found.exists():
         raise UsageError(
             f"{inputs}: there is no such file or folder.",
@@ -141,12 +141,12 @@ def _build(
         values["source"],
         values.get("inputs"),
         values["out"],
+        options=options,
         workers=int(values.get("workers", 1)),
         seed=int(values.get("seed", 0)),
         overwrite=overwrite,
         restart=restart,
         task=task,
-        **options,
     )
 
 
@@ -250,12 +250,16 @@ def build_command(
 def _dry_run(values: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     kind = get_source(values["source"])
     inputs = _inputs(kind, values.get("inputs"))
-    own, settings = complete_options(kind, options, name=dataset_name(place(values["out"])))
+    own, settings = complete_options(
+        kind, options, name=dataset_name(to_storage_path(values["out"]))
+    )
     if settings is None or inputs is None:
         raise UsageError(
             f"source {kind.name!r} has no dry run.", "it makes its data as it writes.", "build it."
         )
-    request = Request(kind, inputs, place(values["out"]), int(values.get("seed", 0)), own, settings)
+    request = Request(
+        kind, inputs, to_storage_path(values["out"]), int(values.get("seed", 0)), own, settings
+    )
     return dry_run(request, workers=int(values.get("workers", 1)))
 
 
@@ -304,7 +308,7 @@ def summary(report: BuildReport, out: Path | str) -> str:
     if report.quarantined:
         total, named = max(report.failures, len(report.quarantined)), len(report.quarantined)
         lines.append(
-            f"left out: {total} (all in {place(out) / QUARANTINE})"
+            f"left out: {total} (all in {to_storage_path(out) / QUARANTINE})"
             + (f"; of the first {named}:" if total > named else "")
         )
         kinds = Counter(q.reason.split(":")[0] for q in report.quarantined)

@@ -288,7 +288,7 @@ def _open_records(
         write_stream(
             config.run.dir / LEDGER,
             plan.data_phases,
-            {d.name: _absolute(d.place) for d in plan.corpus.datasets},
+            {d.name: _absolute(d.location) for d in plan.corpus.datasets},
         )
     dist.barrier()
     events = Events(config.run.dir, main=dist.is_rank_zero)

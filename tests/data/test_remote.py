@@ -20,7 +20,7 @@ from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
 from onellm_dist.packed import PackedBatch
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.storage.remote import RemoteFolder
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0}

@@ -16,7 +16,7 @@ from onellm_dist.evaluation.captioning import (
     read_captions,
 )
 from onellm_dist.model.presets import load_model
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.testing.demo.evidence import resumed_at, router_weights, run_curve, sample_pictures

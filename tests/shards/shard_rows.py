@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_worlds import write_tree
+from shard_worlds import split_arguments, write_tree
 
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build import registry as catalogue
-from onellm_dist.shards.command import build_dataset
 from onellm_dist.shards.sources.base import (
     BuildReport,
+    DatasetDescription,
     InputSplit,
-    Layout,
     Option,
     RawSample,
     Source,
+    SplitDescription,
 )
 
 
-def _plan(inputs: Path, *, seed: int, group: int) -> Layout:
+def _plan(inputs: Path, *, seed: int, group: int) -> DatasetDescription:
     rows = len((inputs / "rows.txt").read_text().splitlines())
     groups = (
         InputSplit(
@@ -29,12 +30,12 @@ def _plan(inputs: Path, *, seed: int, group: int) -> Layout:
         )
         for i in range(0, rows, group)
     )
-    return Layout((), groups)
+    return DatasetDescription((), groups)
 
 
-def _raw_samples(inputs: Path, spec: Mapping[str, Any], *, group: int) -> Iterator[RawSample]:
+def _raw_samples(inputs: Path, description: SplitDescription, *, group: int) -> Iterator[RawSample]:
     lines = (inputs / "rows.txt").read_text().splitlines()
-    for number in range(spec["first"], spec["last"]):
+    for number in range(description["first"], description["last"]):
         if number < len(lines):
             key, _, text = lines[number].partition(":")
             skip = "not wanted" if text == "skip" else None
@@ -74,4 +75,4 @@ BUILD: dict[str, Any] = {"name": "rows", "max_samples": 8, "dedup": "exact", "gr
 
 
 def build(inputs: Path, out: Path, **options: Any) -> BuildReport:
-    return build_dataset("rows", inputs, out, **{**BUILD, **options})
+    return build_dataset("rows", inputs, out, **split_arguments({**BUILD, **options}))

@@ -7,6 +7,7 @@ import tarfile
 import wave
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -90,3 +91,10 @@ def foreign_tar(
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def split_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `build_dataset`: its own ones, and all others as `options`."""
+    own = {"workers", "seed", "overwrite", "restart", "task"}
+    arguments = {name: value for name, value in given.items() if name in own}
+    return {**arguments, "options": {n: v for n, v in given.items() if n not in own}}

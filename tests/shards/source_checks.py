@@ -13,10 +13,10 @@ import numpy as np
 import soundfile
 import torch
 from PIL import Image
-from shard_worlds import contents
+from shard_worlds import contents, split_arguments
 
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.tools.verify import verify_dataset
@@ -24,7 +24,7 @@ from onellm_dist.shards.tools.verify import verify_dataset
 
 def built(source: str, inputs: Path, out: Path, **options: Any) -> tuple[BuildReport, Dataset]:
     """A build; what verify finds in it is a failure."""
-    report = build_dataset(source, inputs, out, **options)
+    report = build_dataset(source, inputs, out, **split_arguments(options))
     assert not verify_dataset(out)
     return report, open_dataset(out)
 

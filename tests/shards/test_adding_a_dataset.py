@@ -12,9 +12,8 @@ from shard_worlds import all_bytes, write_tree
 from source_checks import decoded, reasons, samples, tone
 
 from onellm_dist.cli import main
+from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import registry as catalogue
-from onellm_dist.shards.command import build_dataset
-from onellm_dist.shards.format.dataset import open_dataset
 
 PAGE = Path(__file__).parents[2] / "docs/data.md"
 
@@ -54,7 +53,7 @@ def birds(root: Path) -> Path:
 @pytest.mark.usefixtures("_birdsong")
 def test_the_pages_example(tmp_path: Path) -> None:
     inputs = birds(tmp_path / "birds")
-    report = build_dataset("birdsong", inputs, tmp_path / "out", max_failures=0.5)
+    report = build_dataset("birdsong", inputs, tmp_path / "out", options={"max_failures": 0.5})
     dataset = open_dataset(tmp_path / "out")
     assert {k: (s["txt"], s["json"]) for k, s in samples(dataset).items()} == {
         "a1": ("A blackbird sings.", {"place": "garden"}),
@@ -66,7 +65,9 @@ def test_the_pages_example(tmp_path: Path) -> None:
         "row-000004": "unreadable row: 2 columns where the header has 3",
         "a5": f"missing file: {inputs / 'recordings/a5.wav'}",
     }
-    some = build_dataset("birdsong", inputs, tmp_path / "forest", max_failures=0.5, places="forest")
+    some = build_dataset(
+        "birdsong", inputs, tmp_path / "forest", options={"max_failures": 0.5, "places": "forest"}
+    )
     assert (some.samples, some.notes) == (2, ("left out knowingly: 2 x another place",))
 
 

@@ -64,12 +64,12 @@ def test_what_is_read_is_what_json_says(
     )
     groups = list(row_groups(tmp_path, "x.json", 7, key="rows"))
     assert [g.count for g in groups] == [7] * 8 + [4]
-    assert [i.value for g in groups for i in read_rows(tmp_path, g.spec)] == values
-    assert [i.number for i in read_rows(tmp_path, groups[2].spec)] == list(range(14, 21))
+    assert [i.value for g in groups for i in read_rows(tmp_path, g.description)] == values
+    assert [i.number for i in read_rows(tmp_path, groups[2].description)] == list(range(14, 21))
     entries = [
         i
         for g in row_groups(tmp_path, "x.json", 9, key="more")
-        for i in read_rows(tmp_path, g.spec)
+        for i in read_rows(tmp_path, g.description)
     ]
     assert {i.key: i.value for i in entries} == whole["more"]
     assert entries[3].where == "x.json[key 3é]"
@@ -92,14 +92,17 @@ def test_rows_are_counted_by_split(tmp_path: Path) -> None:
         mine = [g for g in groups if g.split == split]
         assert sum(g.count or 0 for g in mine) == sum(r["n"] for r in rows if r["s"] == split)
         assert [
-            i.value for g in mine for i in read_rows(tmp_path, g.spec) if i.value["s"] == split
+            i.value
+            for g in mine
+            for i in read_rows(tmp_path, g.description)
+            if i.value["s"] == split
         ] == [r for r in rows if r["s"] == split]
 
 
 def test_lines(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": "é"}\nbroken\n{"a": 3}')
     [group] = row_groups(tmp_path, "x.jsonl", 10)
-    assert [(i.number, i.value) for i in read_rows(tmp_path, group.spec)] == [
+    assert [(i.number, i.value) for i in read_rows(tmp_path, group.description)] == [
         (0, {"a": 1}),
         (1, {"a": "é"}),
         (2, None),
@@ -111,7 +114,9 @@ def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\r\n{"a":\r2}\n\r\n{"a": 3}\r\n')
     groups = list(row_groups(tmp_path, "x.jsonl", 2))
     assert [g.count for g in groups] == [2, 1]
-    assert [(i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.spec)] == [
+    assert [
+        (i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.description)
+    ] == [
         (0, 1),
         (1, 2),
         (2, 3),
@@ -137,7 +142,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     [group] = row_groups(tmp_path, "x.json", 10)
     (tmp_path / "x.json").write_text("[1, 2")
     with pytest.raises(OneLLMError, match="no rows any more"):
-        list(read_rows(tmp_path, {**group.spec, "start": 0}))
+        list(read_rows(tmp_path, {**group.description, "start": 0}))
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:

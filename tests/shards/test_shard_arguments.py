@@ -9,9 +9,9 @@ from shard_worlds import contents, picture, write_tree
 
 from onellm_dist.cli import main
 from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.build.arguments import expanded
 from onellm_dist.shards.build.registry import all_sources, options_of
-from onellm_dist.shards.format.dataset import open_dataset
 
 OWN = ("--option", "-o", "--workers", "--seed", "--overwrite", "--task", "--dry-run", "--help")
 

@@ -20,12 +20,12 @@ from shard_rows import build, known_rows, rows_input
 from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import task as unit
 from onellm_dist.shards.build.duplicates import duplicates
 from onellm_dist.shards.build.task import ROW, TooManyFailures
 from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.command import build_command, build_dataset, summary
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards.command import build_command, summary
 from onellm_dist.shards.sources.base import FileRange
 from onellm_dist.shards.tools.index_existing import index_path
 from onellm_dist.shards.tools.verify import verify_dataset
@@ -100,9 +100,9 @@ def test_duplicates_and_filters(
     inputs = pictures(tmp_path / "in")
     if kept is None:  # the value that the threshold is for is in no sample
         with pytest.raises(OneLLMError, match="all 6 samples were left out by filters"):
-            build_dataset("folder", inputs, tmp_path / "out", **options)
+            build_dataset("folder", inputs, tmp_path / "out", options=options)
         return
-    build_dataset("folder", inputs, tmp_path / "out", **options)
+    build_dataset("folder", inputs, tmp_path / "out", options=options)
     assert list(contents(open_dataset(tmp_path / "out"))) == kept
 
 
@@ -110,28 +110,34 @@ def test_the_denylist_knows_urls_and_hashes(tmp_path: Path) -> None:
     inputs = pictures(tmp_path / "in")
     denied = hashlib.sha256((inputs / "p3.jpg").read_bytes()).hexdigest().upper()
     (tmp_path / "deny.txt").write_text(f"# takedowns\nhttp://x/p0.jpg\n{denied}\n")
-    report = build_dataset("folder", inputs, tmp_path / "out", denylist=tmp_path / "deny.txt")
+    report = build_dataset(
+        "folder", inputs, tmp_path / "out", options={"denylist": tmp_path / "deny.txt"}
+    )
     assert list(contents(open_dataset(tmp_path / "out"))) == ["p1", "p2", "q", "small"]
     assert "left out knowingly: 2 x denylist" in report.notes
     with pytest.raises(UsageError, match="no such denylist"):
-        build_dataset("folder", inputs, tmp_path / "other", denylist=tmp_path / "none.txt")
+        build_dataset(
+            "folder", inputs, tmp_path / "other", options={"denylist": tmp_path / "none.txt"}
+        )
 
 
 def test_filters_that_leave_nothing_build_nothing(tmp_path: Path) -> None:
     with pytest.raises(OneLLMError, match="all 6 samples were left out by filters"):
-        build_dataset("folder", pictures(tmp_path / "in"), tmp_path / "out", max_punsafe=-1)
+        build_dataset(
+            "folder", pictures(tmp_path / "in"), tmp_path / "out", options={"max_punsafe": -1}
+        )
     assert os.listdir(tmp_path) == ["in"]
 
 
 def test_pictures_are_made_smaller_where_asked(tmp_path: Path) -> None:
     inputs = pictures(tmp_path / "in")
-    build_dataset("folder", inputs, tmp_path / "out", resize=64, quality=80)
+    build_dataset("folder", inputs, tmp_path / "out", options={"resize": 64, "quality": 80})
     found = contents(open_dataset(tmp_path / "out"))
     assert {k: Image.open(io.BytesIO(v["jpg"])).size for k, v in found.items()} == {
         **dict.fromkeys(("p0", "p1", "p2", "p3", "q"), (96, 64)),
         "small": (90, 60),
     }
-    build_dataset("folder", inputs, tmp_path / "as_is", resize=60)
+    build_dataset("folder", inputs, tmp_path / "as_is", options={"resize": 60})
     as_is = contents(open_dataset(tmp_path / "as_is"))
     assert (
         as_is["small"]["jpg"] == (inputs / "small.jpg").read_bytes()
@@ -141,7 +147,9 @@ def test_pictures_are_made_smaller_where_asked(tmp_path: Path) -> None:
 
 def test_a_picture_with_a_depth_map_keeps_its_size(tmp_path: Path) -> None:
     files = {"a.jpg": picture(0), "a.depth.npy": array((24, 32)), "a.txt": "x"}
-    build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "out", resize=8)
+    build_dataset(
+        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", options={"resize": 8}
+    )
     assert contents(open_dataset(tmp_path / "out"))["a"]["jpg"] == files["a.jpg"]
 
 
@@ -204,7 +212,10 @@ def test_near_copies_are_not_looked_for_without_pictures(tmp_path: Path, kind: s
         UsageError, match=f"dedup=perceptual, and samples of {kind} have no picture"
     ):
         build_dataset(
-            "folder", write_tree(tmp_path / "in", files), tmp_path / "out", dedup="perceptual"
+            "folder",
+            write_tree(tmp_path / "in", files),
+            tmp_path / "out",
+            options={"dedup": "perceptual"},
         )
     assert os.listdir(tmp_path) == ["in"]
 

@@ -15,18 +15,20 @@ import pytest
 from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, picture, write_tree
 
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 
 UNITS, SAMPLES = 48, 4
 CODE = """
 import sys
-from onellm_dist.shards.command import build_dataset
-build_dataset("folder", sys.argv[1], sys.argv[2], workers=3, name="same", max_samples=4, dedup="exact", max_failures=0.5)
+from onellm_dist.shards import build_dataset
+options = {"name": "same", "max_samples": 4, "dedup": "exact", "max_failures": 0.5}
+build_dataset("folder", sys.argv[1], sys.argv[2], options=options, workers=3)
 """
 REMOTE = """
 import sys
-from onellm_dist.shards.command import build_dataset
-build_dataset("reference-lists", sys.argv[1], sys.argv[2], modality="text", name="same", max_samples=4)
+from onellm_dist.shards import build_dataset
+options = {"modality": "text", "name": "same", "max_samples": 4}
+build_dataset("reference-lists", sys.argv[1], sys.argv[2], options=options)
 """
 
 
@@ -70,10 +72,7 @@ def killed_builds(tmp_path: Path, kills: int, seed: int) -> None:
         "folder",
         inputs,
         tmp_path / "alone",
-        name="same",
-        max_samples=SAMPLES,
-        dedup="exact",
-        max_failures=0.5,
+        options={"name": "same", "max_samples": SAMPLES, "dedup": "exact", "max_failures": 0.5},
     )
     draw, died, done = random.Random(seed), 0, out.parent / f".{out.name}.building/done"
     for number, target in enumerate(sorted(draw.sample(range(1, UNITS - 12), kills))):
@@ -115,7 +114,10 @@ def test_a_builder_that_writes_to_a_store_survives_kills(tmp_path: Path) -> None
     rows = "".join(f"caption {i}\tnone\n" for i in range(4 * 16))
     inputs = write_tree(tmp_path / "in", {"a.csv": f"caption\turl\n{rows}"})
     build_dataset(
-        "reference-lists", inputs, tmp_path / "alone", modality="text", name="same", max_samples=4
+        "reference-lists",
+        inputs,
+        tmp_path / "alone",
+        options={"modality": "text", "name": "same", "max_samples": 4},
     )
     with local_s3("crash") as bucket:
         upload(inputs, f"{bucket}/in")

@@ -18,7 +18,7 @@ import yaml
 from braceexpand import braceexpand
 from shard_worlds import all_bytes, contents, picture, write_tree
 
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.energon import ENERGON_VERSION
 from onellm_dist.shards.tools.index_existing import index_path
@@ -42,9 +42,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         "reference-lists",
         write_tree(root / "in", files),
         root / "out",
-        modality="image",
-        name="set",
-        max_samples=3,
+        options={"modality": "image", "name": "set", "max_samples": 3},
     )
     return open_dataset(root / "out")
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import webdataset
-from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
+from shard_worlds import all_bytes, array, contents, picture, sound, split_arguments, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_command, build_dataset, build_recipe, summary
+from onellm_dist.shards.command import build_command, build_recipe, summary
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render
@@ -26,7 +27,7 @@ def build(
     tmp_path: Path, files: dict[str, bytes | str], **options: Any
 ) -> tuple[BuildReport, Dataset]:
     report = build_dataset(
-        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", **options
+        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", **split_arguments(options)
     )
     return report, open_dataset(tmp_path / "out")
 
@@ -482,9 +483,8 @@ def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
             "folder",
             tmp_path / "in",
             tmp_path / str(workers),
+            options={"name": "same", "max_samples": 20},
             workers=workers,
-            name="same",
-            max_samples=20,
         )
     assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
     assert open_dataset(tmp_path / "1").samples() == 58

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,10 @@ from shard_rows import ROWS, build, known_rows, rows_input
 from shard_worlds import all_bytes, picture, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import registry as catalogue
 from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.command import build_dataset
-from onellm_dist.shards.format.dataset import open_dataset
-from onellm_dist.shards.sources.base import RawSample
+from onellm_dist.shards.sources.base import RawSample, SplitDescription
 
 
 @pytest.fixture(autouse=True)
@@ -183,9 +182,9 @@ def test_an_input_that_grew_is_noticed_too(
     listed = ROWS.raw_samples
     assert listed is not None
 
-    def longer(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
-        yield from listed(inputs, spec, **options)
-        if spec["first"] == grown:
+    def longer(inputs: Path, description: SplitDescription, **options: Any) -> Iterator[RawSample]:
+        yield from listed(inputs, description, **options)
+        if description["first"] == grown:
             yield RawSample(f"one more in {grown}", "rows.txt", caption="more")
 
     build(inputs, tmp_path / "out", limit=limit, task=Task(2, 9))
@@ -212,7 +211,7 @@ def test_worker_processes_write_the_same_bytes(tmp_path: Path) -> None:
     options: dict[str, Any] = {"name": "same", "max_samples": 6, "dedup": "exact"}
     for workers in (1, 2):
         build_dataset(
-            "folder", tmp_path / "in", tmp_path / str(workers), workers=workers, **options
+            "folder", tmp_path / "in", tmp_path / str(workers), options=options, workers=workers
         )
     assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
     assert open_dataset(tmp_path / "1").samples() == 38

@@ -11,7 +11,7 @@ import pytest
 from shard_worlds import picture, sound, write_tree
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.tools.preview import histogram, page, page_command
 
 
@@ -51,8 +51,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "folder",
         write_tree(tmp_path / "in", {**files, "05.jpg": b"broken"}),
         tmp_path / "set",
-        max_samples=5,
-        licence="CC0-1.0",
+        options={"max_samples": 5, "licence": "CC0-1.0"},
     )
     assert page_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
     stats = checked((tmp_path / "stats.html").read_text())
@@ -116,9 +115,7 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
         "folder",
         inputs / "t.jsonl",
         tmp_path / "set",
-        modality="text",
-        max_failures=0.5,
-        dedup="exact",
+        options={"modality": "text", "max_failures": 0.5, "dedup": "exact"},
     )
     html = checked(page(tmp_path / "set", previews=3))
     assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
@@ -129,7 +126,7 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
     )
     assert '<td>duplicate: exact</td><td class="n">1</td>' in html
     (inputs / "t.jsonl").unlink()
-    build_dataset("folder", inputs, tmp_path / "list", modality="text")
+    build_dataset("folder", inputs, tmp_path / "list", options={"modality": "text"})
     assert (
         "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>"
         in page(tmp_path / "list", previews=0)
@@ -142,7 +139,9 @@ def test_every_sample_of_a_small_dataset_is_shown_once(tmp_path: Path) -> None:
         for i in range(9)
         for e, d in ((".jpg", picture(i)), (".txt", f"number {i}"))
     }
-    build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set", max_samples=4)
+    build_dataset(
+        "folder", write_tree(tmp_path / "in", files), tmp_path / "set", options={"max_samples": 4}
+    )
     html = page(tmp_path / "set", previews=20)
     assert [html.count(f"<figcaption>number {i}<") for i in range(9)] == [1] * 9
     assert "image: The picture, at most 448 pixels a side." in html

@@ -17,7 +17,7 @@ from shard_worlds import contents, text_dataset
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.shards.format.dataset import Manifest, ShardInfo, open_dataset
-from onellm_dist.shards.format.index import ShardIndex, index_path_of, read_parts, text_length
+from onellm_dist.shards.format.index import ShardIndex, count_text_bytes, get_index_path, read_parts
 
 SAMPLES = {
     f"k{i}": {"bin": bytes([i]) * (700 * i), "json": b"{}", "txt": b"text %d" % i} for i in range(5)
@@ -103,7 +103,7 @@ def test_text_bytes_prefers_the_caption_file(tmp_path: Path) -> None:
         b'{"conversations": [{"value": "\\ud83d"}]}',
         b"[" * 100_000,
     ):
-        assert text_length(None, unreadable) == 0
+        assert count_text_bytes(None, unreadable) == 0
 
 
 def test_spans_cover_the_tar_without_gaps(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
 
 def test_missing_shards_and_indexes_are_found_at_once(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES, max_samples=1)
-    index_path_of(dataset.tar_path(dataset.shards()[1])).unlink()
+    get_index_path(dataset.tar_path(dataset.shards()[1])).unlink()
     with pytest.raises(
         UsageError, match=r"shards/train-000001\.tar\.index(.|\n)*onellm shards index"
     ):
@@ -176,7 +176,7 @@ def test_an_index_of_another_tar_is_refused(tmp_path: Path) -> None:
     a = text_dataset(tmp_path / "a", {"k": {"txt": b"one"}})
     b = text_dataset(tmp_path / "b", {"k": {"txt": b"two"}})
     shard = a.shards()[0]
-    index_path_of(a.tar_path(shard)).write_bytes(index_path_of(b.tar_path(shard)).read_bytes())
+    get_index_path(a.tar_path(shard)).write_bytes(get_index_path(b.tar_path(shard)).read_bytes())
     with pytest.raises(OneLLMError, match="not of one piece"):
         open_dataset(a.root).index(shard)
     c = text_dataset(tmp_path / "c", {"k": {"txt": b"three"}})
@@ -199,7 +199,7 @@ def test_an_index_of_another_tar_is_refused(tmp_path: Path) -> None:
 )
 def test_damaged_indexes_are_recognised(tmp_path: Path, damage: object, message: str) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES)
-    path = index_path_of(dataset.tar_path(dataset.shards()[0]))
+    path = get_index_path(dataset.tar_path(dataset.shards()[0]))
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
     with pytest.raises(OneLLMError, match=message):
         ShardIndex(path)
@@ -231,7 +231,7 @@ def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(fast_folder: Path) ->
     script = """
 import sys, time
 from pathlib import Path
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 start = time.process_time()  # of this process: the machine may be busy
 samples = open_dataset(Path(sys.argv[1])).samples("train")
 seconds = time.process_time() - start

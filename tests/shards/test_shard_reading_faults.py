@@ -11,14 +11,13 @@ import torch
 from shard_worlds import contents, picture, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import prepare as prepare_module
 from onellm_dist.shards.build.images import encode_again
 from onellm_dist.shards.build.prepare import _read
-from onellm_dist.shards.command import build_dataset
-from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.sources.base import BadSample
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
-from onellm_dist.shards.storage.paths import RemotePath, reached
+from onellm_dist.shards.storage.paths import RemotePath, translate_store_errors
 
 
 class Failing:
@@ -83,11 +82,11 @@ def test_what_makes_the_media_must_be_there(error: Exception) -> None:
 def test_stores_fail_in_errors_of_their_own() -> None:
     with (
         pytest.raises(OSError, match="RuntimeError: payload") as caught,
-        reached(RemotePath("memory://x/a.jpg")),
+        translate_store_errors(RemotePath("memory://x/a.jpg")),
     ):
         raise RuntimeError("payload")
     assert caught.value.errno == errno.EIO
-    with pytest.raises(RuntimeError), reached(Path("a.jpg")):
+    with pytest.raises(RuntimeError), translate_store_errors(Path("a.jpg")):
         raise RuntimeError("a fault of the program")
 
 
@@ -126,7 +125,10 @@ def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:
         "c.json": b'{"caption": "c\\udc00"}',
     }
     report = build_dataset(
-        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.9
+        "folder",
+        write_tree(tmp_path / "in", files),
+        tmp_path / "out",
+        options={"max_failures": 0.9},
     )
     assert list(contents(open_dataset(tmp_path / "out"))) == ["b"]
     assert [q.reason for q in report.quarantined] == [

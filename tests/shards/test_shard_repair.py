@@ -12,7 +12,7 @@ from shard_worlds import all_bytes, contents, foreign_tar, text_dataset
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.index import index_path_of
+from onellm_dist.shards.format.index import get_index_path
 from onellm_dist.shards.tools.index_existing import index_path
 from onellm_dist.shards.tools.repair import repair_command, repair_dataset
 from onellm_dist.shards.tools.verify import verify_dataset
@@ -53,7 +53,7 @@ def test_a_whole_dataset_is_left_alone(
 @pytest.mark.parametrize("damage", ["remove", "flip", "cut"])
 def test_indexes_are_made_again(dataset: Dataset, damage: str) -> None:
     before = all_bytes(dataset.root)
-    path = index_path_of(dataset.root / FIRST)
+    path = get_index_path(dataset.root / FIRST)
     if damage == "remove":
         path.unlink()
     elif damage == "flip":
@@ -87,7 +87,7 @@ def test_a_truncated_tar_keeps_its_whole_samples(dataset: Dataset, indexed: bool
     cut = dataset.index(dataset.shards()[0]).parts(1)["bin"].offset + 100
     tar.write_bytes(tar.read_bytes()[:cut])
     if not indexed:
-        index_path_of(tar).unlink()
+        get_index_path(tar).unlink()
     assert repaired(dataset.root) == {k: SAMPLES[k] for k in ("k0", "k2", "k3")}
     assert (dataset.root / f"{FIRST}.damaged").stat().st_size == cut
     assert len((dataset.root / "repaired.jsonl").read_text().splitlines()) == 1
@@ -95,7 +95,7 @@ def test_a_truncated_tar_keeps_its_whole_samples(dataset: Dataset, indexed: bool
 
 def test_a_missing_tar_leaves_the_manifest(dataset: Dataset) -> None:
     (dataset.root / FIRST).unlink()
-    index_path_of(dataset.root / FIRST).unlink()
+    get_index_path(dataset.root / FIRST).unlink()
     assert set(repaired(dataset.root)) == {"k2", "k3"}
 
 

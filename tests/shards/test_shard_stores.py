@@ -16,8 +16,8 @@ from shard_worlds import all_bytes, write_tree
 from source_checks import cloud, film, npy, photo, tone
 from source_trees import downloaded
 
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.command import build_dataset
 
 
 def laion_tree(root: Path) -> Path:
@@ -101,18 +101,18 @@ def check_store(tmp_path: Path, url: str, source: str) -> None:
     """From the store to the disk, from the disk to the store, and within the store by two tasks."""
     tree, own = TREES[source]
     inputs, options = tree(tmp_path / "in"), {**OPTIONS, **own}
-    local = build_dataset(source, inputs, tmp_path / "out", **options)
+    local = build_dataset(source, inputs, tmp_path / "out", options=options)
     expected = without_folders(all_bytes(tmp_path / "out"))
     upload(inputs, f"{url}/in")
-    report = build_dataset(source, f"{url}/in", tmp_path / "fetched", **options)
+    report = build_dataset(source, f"{url}/in", tmp_path / "fetched", options=options)
     assert [(q.key, q.file, q.reason.split(":")[0]) for q in report.quarantined] == [
         (q.key, q.file, q.reason.split(":")[0]) for q in local.quarantined
     ]
     assert without_folders(all_bytes(tmp_path / "fetched")) == expected
-    build_dataset(source, inputs, f"{url}/sent", **options)
+    build_dataset(source, inputs, f"{url}/sent", options=options)
     assert without_folders(stored(f"{url}/sent")) == expected
     for number in range(2):
-        build_dataset(source, f"{url}/in", f"{url}/shared", task=Task(number, 2), **options)
+        build_dataset(source, f"{url}/in", f"{url}/shared", options=options, task=Task(number, 2))
     assert without_folders(stored(f"{url}/shared")) == expected
 
 

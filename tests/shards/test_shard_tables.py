@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_worlds import array, contents, picture, sound, write_tree
+from shard_worlds import array, contents, picture, sound, split_arguments, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.shards.command import build_dataset
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 
@@ -23,7 +23,10 @@ def build(
 ) -> tuple[BuildReport, Dataset]:
     write_tree(tmp_path / "in", files)
     report = build_dataset(
-        "folder", tmp_path / inputs, tmp_path / "out", **{"max_failures": 0.9, **options}
+        "folder",
+        tmp_path / inputs,
+        tmp_path / "out",
+        **split_arguments({"max_failures": 0.9, **options}),
     )
     return report, open_dataset(tmp_path / "out")
 

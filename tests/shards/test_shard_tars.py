@@ -15,9 +15,9 @@ from shard_worlds import all_bytes, array, contents, foreign_tar, picture, text_
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.html.page import write_page
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.command import index_command
-from onellm_dist.shards.format.dataset import open_dataset
-from onellm_dist.shards.format.index import ShardIndex, index_path_of, index_tar
+from onellm_dist.shards.format.index import ShardIndex, get_index_path, index_tar
 from onellm_dist.shards.format.tars import TarError, scan_tar
 from onellm_dist.shards.tools.index_existing import index_path
 
@@ -284,12 +284,12 @@ def test_tars_whose_index_fits_are_not_read_again(
     tars = [foreign_tar(tmp_path / f"{i}.tar", IMG2DATASET) for i in range(6)]
     assert index_path(tmp_path, again=False).kept == 0
     before = all_bytes(tmp_path)
-    data = bytearray(index_path_of(tars[0]).read_bytes())
+    data = bytearray(get_index_path(tars[0]).read_bytes())
     data[-100] ^= 1
-    index_path_of(tars[0]).write_bytes(data)  # damaged
-    os.utime(tars[1], ns=(0, index_path_of(tars[1]).stat().st_mtime_ns + 1))  # written later
-    index_path_of(tars[2]).unlink()
-    index_path_of(tars[3]).write_bytes(index_path_of(tars[4]).read_bytes())  # of another tar
+    get_index_path(tars[0]).write_bytes(data)  # damaged
+    os.utime(tars[1], ns=(0, get_index_path(tars[1]).stat().st_mtime_ns + 1))  # written later
+    get_index_path(tars[2]).unlink()
+    get_index_path(tars[3]).write_bytes(get_index_path(tars[4]).read_bytes())  # of another tar
     assert index_command([tmp_path], [], workers=1) == 0
     assert (
         "6 tars, 12 samples indexed (2 had an index already); it is a dataset now"

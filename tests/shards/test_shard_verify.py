@@ -14,7 +14,7 @@ from shard_worlds import all_bytes, foreign_tar, picture, text_dataset, write_tr
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.dataset import Dataset
-from onellm_dist.shards.format.index import index_path_of, index_tar
+from onellm_dist.shards.format.index import get_index_path, index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.tools.index_existing import index_path
 from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
@@ -83,7 +83,7 @@ def test_every_flipped_byte_of_a_tar_is_found(dataset: Dataset) -> None:
 
 
 def test_every_flipped_byte_of_an_index_is_found(dataset: Dataset) -> None:
-    path = index_path_of(dataset.root / FIRST)
+    path = get_index_path(dataset.root / FIRST)
     whole = path.read_bytes()
     for offset in sorted(random.Random(1).sample(range(len(whole)), 120)):
         flip(path, offset)
@@ -119,7 +119,7 @@ def test_a_damaged_header_does_not_hide_flipped_parts_behind_it(dataset: Dataset
 
 
 def test_a_missing_tar_index_or_part(dataset: Dataset) -> None:
-    index_path_of(dataset.root / FIRST).unlink()
+    get_index_path(dataset.root / FIRST).unlink()
     assert str(only(verify_dataset(dataset.root))) == f"{FIRST}.index: missing index"
     index_tar(dataset.root / FIRST)
     (dataset.root / FIRST).unlink()

@@ -14,8 +14,8 @@ from shard_worlds import all_bytes, contents, picture, text_dataset
 from webdataset.tariterators import base_plus_ext
 
 from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.shards.format.dataset import open_dataset
-from onellm_dist.shards.format.index import index_path_of, index_tar
+from onellm_dist.shards import open_dataset
+from onellm_dist.shards.format.index import get_index_path, index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
 
 SAMPLES = {
@@ -40,9 +40,9 @@ def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
 def test_the_index_is_the_one_that_a_scan_of_the_tar_makes(tmp_path: Path) -> None:
     dataset = text_dataset(tmp_path / "set", SAMPLES)
     tar = dataset.tar_path(dataset.shards()[0])
-    written = index_path_of(tar).read_bytes()
+    written = get_index_path(tar).read_bytes()
     index_tar(tar)
-    assert index_path_of(tar).read_bytes() == written
+    assert get_index_path(tar).read_bytes() == written
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_whatever_is_accepted_comes_back(
     assert contents(dataset) == accepted
     for shard in dataset.shards():
         tar = dataset.tar_path(shard)
-        written = index_path_of(tar).read_bytes()
+        written = get_index_path(tar).read_bytes()
         index_tar(tar)
-        assert index_path_of(tar).read_bytes() == written
+        assert get_index_path(tar).read_bytes() == written
         read = {
             s["__key__"]: set(s) - {"__key__", "__url__", "__local_path__"}
             for s in webdataset.WebDataset(str(tar), shardshuffle=False)

@@ -16,8 +16,9 @@ from shard_worlds import write_tree
 from source_checks import built, cloud, decoded, npy, reasons, samples
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_dataset, build_recipe
+from onellm_dist.shards.command import build_recipe
 
 RECIPES = Path(__file__).parents[2] / "shards"
 TABLE = "Cap3D_automated_Objaverse_full.csv"
@@ -204,7 +205,7 @@ def test_a_set_that_was_fetched_in_part_or_not_at_all(tmp_path: Path) -> None:
     )
     assert dataset.samples() == 1
     with pytest.raises(UsageError, match="missing=maybe is neither fail nor skip"):
-        build_dataset("cap3d", tmp_path / "in", tmp_path / "x", missing="maybe")
+        build_dataset("cap3d", tmp_path / "in", tmp_path / "x", options={"missing": "maybe"})
 
 
 def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
     _, dataset = built("cap3d", tmp_path / "in", tmp_path / "out", clouds="old")
     assert samples(dataset)[UIDS[0]]["npy"] == npy(cloud(64, seed=1))
     with pytest.raises(UsageError, match=r"in/pict: no .npy, .pt, .ply or .zip there"):
-        build_dataset("cap3d", tmp_path / "in", tmp_path / "none", clouds="pict")
+        build_dataset("cap3d", tmp_path / "in", tmp_path / "none", options={"clouds": "pict"})
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:

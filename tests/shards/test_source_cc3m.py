@@ -14,8 +14,8 @@ from shard_worlds import all_bytes, foreign_tar, write_tree
 from source_checks import built, decoded, photo, reasons, samples
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.command import build_dataset
 from onellm_dist.shards.sources.readers.depth_models import normals
 
 
@@ -101,7 +101,11 @@ def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) 
     inputs = parallel(tmp_path / "in", "depth")
     built("cc3m-depth", inputs, tmp_path / "whole", name="same", max_samples=2)
     build_dataset(
-        "cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2, task=Task(0, 2)
+        "cc3m-depth",
+        inputs,
+        tmp_path / "out",
+        options={"name": "same", "max_samples": 2},
+        task=Task(0, 2),
     )  # the first and the last shard
     for new in ("cc3m/00000/0.jpg", "cc3m/00000/000000002b.jpg"):
         (inputs / new).write_bytes(photo())

@@ -14,10 +14,11 @@ from source_checks import built, decoded, photo, reasons, samples
 from source_trees import downloaded
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.prepare import prepare
 from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_dataset, build_recipe
+from onellm_dist.shards.command import build_recipe
 from onellm_dist.shards.sources.laion400m import alt_caption
 from onellm_dist.shards.sources.readers.img2dataset import tar_raw_samples
 
@@ -147,7 +148,9 @@ def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: P
     assert "0000202" not in samples(dataset)
     assert any(r.startswith("truncated tar: 00002.tar") for r in reasons(report).values())
     with pytest.raises(UsageError, match="unfinished=some is none of"):
-        build_dataset("laion400m", tmp_path / "in", tmp_path / "out", unfinished="some")
+        build_dataset(
+            "laion400m", tmp_path / "in", tmp_path / "out", options={"unfinished": "some"}
+        )
 
 
 def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(
@@ -173,7 +176,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
     data, places = tar.read_bytes(), places_in(tar)
     with tarfile.open(tar) as archive:
         ends = {m.name: m.offset_data + m.size for m in archive}
-    spec = {"tar": "00000.tar", "parquet": "00000.parquet" if listed else None}
+    description = {"tar": "00000.tar", "parquet": "00000.parquet" if listed else None}
     _, settings = complete_options(get_source("laion400m"), {}, name="cut")
     assert settings is not None
     draw = random.Random(0)
@@ -187,7 +190,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
         | {draw.randrange(len(data)) for _ in range(20)}
     ):
         tar.write_bytes(data[:cut])
-        found = list(tar_raw_samples(tmp_path / "in", spec, ("jpg",), alt_caption))
+        found = list(tar_raw_samples(tmp_path / "in", description, ("jpg",), alt_caption))
         outcomes = [prepare(c, ("image",), settings) for c in found]
         needed = (
             "jpg" if listed else "json"
@@ -313,7 +316,7 @@ def test_a_download_without_the_synthetic_captions_says_so(tmp_path: Path) -> No
     with pytest.raises(TooManyFailures, match="no caption: the metadata has no top_caption"):
         build_dataset("laion-coco", tmp_path / "in", tmp_path / "out")
     with pytest.raises(UsageError, match="caption=best is none of"):
-        build_dataset("laion-coco", tmp_path / "in", tmp_path / "out", caption="best")
+        build_dataset("laion-coco", tmp_path / "in", tmp_path / "out", options={"caption": "best"})
 
 
 @pytest.mark.parametrize("name", ["laion400m", "laion_coco"])

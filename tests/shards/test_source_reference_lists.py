@@ -27,8 +27,9 @@ from source_checks import (
 )
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_dataset, build_recipe
+from onellm_dist.shards.command import build_recipe
 
 RECIPE = Path(__file__).parents[2] / "shards/reference_lists.yaml"
 
@@ -205,7 +206,9 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found["a.csv:7"] == "unreadable row: it names no file"
     assert found["a.csv:8"].startswith("unreadable image")
     with pytest.raises(TooManyFailures):
-        build_dataset("reference-lists", tmp_path / "in", tmp_path / "other", modality="image")
+        build_dataset(
+            "reference-lists", tmp_path / "in", tmp_path / "other", options={"modality": "image"}
+        )
 
     rows: list[Any] = [
         {"image": "1.jpg", "conversations": turns("a", "b")},
@@ -229,7 +232,9 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
     with pytest.raises(
         TooManyFailures, match=r"nothing says where the depth map of other/1.jpg lies"
     ):
-        build_dataset("reference-lists", tmp_path / "maps", tmp_path / "c", modality="depth")
+        build_dataset(
+            "reference-lists", tmp_path / "maps", tmp_path / "c", options={"modality": "depth"}
+        )
 
 
 @pytest.mark.parametrize(
@@ -244,16 +249,20 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
 def test_wrong_options(tmp_path: Path, options: dict[str, str], message: str) -> None:
     write_tree(tmp_path / "in", {"a.csv": "caption\turl\nx\t1.jpg\n"})
     with pytest.raises(Exception, match=message):
-        build_dataset("reference-lists", tmp_path / "in", tmp_path / "out", **options)
+        build_dataset("reference-lists", tmp_path / "in", tmp_path / "out", options=options)
 
 
 def test_other_tables_are_refused(tmp_path: Path) -> None:
     write_tree(tmp_path / "in", {"a.csv": "file,text\n1,2\n"})
     with pytest.raises(UsageError, match=r"a.csv: its columns are file,text"):
-        build_dataset("reference-lists", tmp_path / "in", tmp_path / "out", modality="image")
+        build_dataset(
+            "reference-lists", tmp_path / "in", tmp_path / "out", options={"modality": "image"}
+        )
     (tmp_path / "none").mkdir()
     with pytest.raises(UsageError, match=r"no .csv, .tsv, .json there"):
-        build_dataset("reference-lists", tmp_path / "none", tmp_path / "out", modality="image")
+        build_dataset(
+            "reference-lists", tmp_path / "none", tmp_path / "out", options={"modality": "image"}
+        )
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from test_source_conversations import instruction_tuning
 from test_source_ego4d import recordings, window
 from test_source_nsd import tree
 
-from onellm_dist.shards.command import build_dataset
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import build_dataset, open_dataset
 
 
 def _coco(root: Path) -> Path:
@@ -72,8 +71,10 @@ def test_a_store_as_input(
         if file.is_file():
             store.pipe_file(f"{base}/{file.relative_to(local)}", file.read_bytes())
     try:
-        build_dataset(source, local, tmp_path / "local", name="n", **options)
-        build_dataset(source, f"memory:/{base}", tmp_path / "remote", name="n", **options)
+        build_dataset(source, local, tmp_path / "local", options={"name": "n", **options})
+        build_dataset(
+            source, f"memory:/{base}", tmp_path / "remote", options={"name": "n", **options}
+        )
     finally:
         store.rm(base, recursive=True)
     found = contents(open_dataset(tmp_path / "remote"))

@@ -17,8 +17,9 @@ from shard_worlds import write_tree
 from source_checks import built, decoded, reasons, samples, tone
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_dataset, build_recipe
+from onellm_dist.shards.command import build_recipe
 
 RECIPE = Path(__file__).parents[2] / "shards/wavcaps.yaml"
 INSIDE = "mnt/fast/nobackup/WavCaps/data/waveforms"
@@ -211,7 +212,10 @@ def test_the_blacklist_is_left_out_and_its_absence_is_told(tmp_path: Path) -> No
     assert any(n.startswith("no blacklist: clips of AudioCaps'") for n in report.notes)
     with pytest.raises(UsageError, match=r"none.json"):
         build_dataset(
-            "wavcaps", tmp_path / "in", tmp_path / "x", blacklist="json_files/blacklist/none.json"
+            "wavcaps",
+            tmp_path / "in",
+            tmp_path / "x",
+            options={"blacklist": "json_files/blacklist/none.json"},
         )
 
 
@@ -259,7 +263,9 @@ def test_bad_rows_and_sounds_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found["[8]"].startswith("duplicate key")
     assert found["[9]"].startswith("unreadable audio")
     with pytest.raises(TooManyFailures):
-        build_dataset("wavcaps", tmp_path / "in", tmp_path / "other", sources="FreeSound")
+        build_dataset(
+            "wavcaps", tmp_path / "in", tmp_path / "other", options={"sources": "FreeSound"}
+        )
     _, dataset = built(
         "wavcaps",
         tmp_path / "in",
@@ -336,12 +342,14 @@ def test_what_is_no_wavcaps_is_refused(tmp_path: Path) -> None:
     ):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
     with pytest.raises(UsageError, match="one of them is none of"):
-        build_dataset("wavcaps", tmp_path / "in", tmp_path / "out", sources="Clotho")
+        build_dataset("wavcaps", tmp_path / "in", tmp_path / "out", options={"sources": "Clotho"})
     write_tree(tmp_path / "in", {"Zip_files/SoundBible/SoundBible.zip": b"no zip"})
     with pytest.raises(
         UsageError, match=r"SoundBible\.zip is no readable zip archive: it has no end record"
     ):
-        build_dataset("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
+        build_dataset(
+            "wavcaps", tmp_path / "in", tmp_path / "out", options={"sources": "SoundBible"}
+        )
 
 
 def test_archives_of_the_standard_library_are_read_too(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from source_checks import built, decoded, film, reasons, samples
 from source_trees import downloaded
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_dataset, build_recipe
+from onellm_dist.shards.command import build_recipe
 from onellm_dist.shards.sources.webvid import SOURCE, seconds
 
 RECIPE = Path(__file__).parents[2] / "shards/webvid.yaml"
@@ -84,16 +85,16 @@ def test_groups_are_reached_without_the_rows_before_them(tmp_path: Path) -> None
         "missing": "fail",
         "unfinished": "refuse",
     }
-    groups = list(SOURCE.plan(tmp_path / "in", seed=0, **options).groups)
+    groups = list(SOURCE.plan(tmp_path / "in", seed=0, **options).input_splits)
     assert [(g.name, g.count) for g in groups[:4]] == [
         (f"results_2M_train.csv:{n}", 1) for n in (2, 3, 4, 6)
     ]
-    before = [list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups]
+    before = [list(SOURCE.raw_samples(tmp_path / "in", g.description, **options)) for g in groups]
     table = tmp_path / "in/results_2M_train.csv"
-    offset = groups[2].spec["range"][0]
+    offset = groups[2].description["range"][0]
     table.write_bytes(b"\x00" * offset + table.read_bytes()[offset:])
     assert [
-        list(SOURCE.raw_samples(tmp_path / "in", g.spec, **options)) for g in groups[2:]
+        list(SOURCE.raw_samples(tmp_path / "in", g.description, **options)) for g in groups[2:]
     ] == before[2:]
 
 

@@ -16,7 +16,7 @@ from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import PackedBatch
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.callbacks.sample_generation import SAMPLES, Answers
 

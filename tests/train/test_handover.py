@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.model.presets import load_model
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.sample_log.command import samples_command
 

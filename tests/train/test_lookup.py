@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
     run_dir = root / "run"
     for plan in (first, second):
         write_stream(
-            run_dir / "ledger", plan.data_phases, {d.name: d.place for d in plan.corpus.datasets}
+            run_dir / "ledger", plan.data_phases, {d.name: d.location for d in plan.corpus.datasets}
         )
     recipe = {
         "train": {"steps": STEPS},
@@ -214,7 +214,7 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     write_stream(
         tmp_path / "run" / "ledger",
         plan.data_phases,
-        {d.name: d.place for d in plan.corpus.datasets},
+        {d.name: d.location for d in plan.corpus.datasets},
     )
     mixture = [{"path": "a"}, {"path": "b"}]
     (tmp_path / "run" / "config.yaml").write_text(

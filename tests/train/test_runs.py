@@ -305,7 +305,7 @@ def rank_pid(launcher: int, rank: int) -> int:
 
 def unreadable_sample(toy: Path) -> Callable[[], None]:
     """Overwrite the media of one row of the image dataset; returns what puts it back."""
-    from onellm_dist.shards.format.dataset import open_dataset
+    from onellm_dist.shards import open_dataset
 
     dataset = open_dataset(toy / "image")
     shard = dataset.shards("train")[0]

@@ -34,9 +34,9 @@ from onellm_dist.shards.build.task import (
     read_rows,
 )
 from onellm_dist.shards.format.dataset import SHARD_FOLDER, Manifest, ShardInfo
-from onellm_dist.shards.format.index import ShardIndex, index_path_of
+from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.sources.base import Quarantined
+from onellm_dist.shards.sources.base import QuarantinedSample
 from onellm_dist.shards.storage.paths import StoragePath, move, put, write
 
 STATISTICS = "statistics.json"
@@ -66,7 +66,7 @@ class Finished(NamedTuple):
     """What the dataset became."""
 
     samples: int
-    quarantined: tuple[Quarantined, ...]
+    quarantined: tuple[QuarantinedSample, ...]
     """The first LISTED."""
     failures: int
     notes: tuple[str, ...]
@@ -147,11 +147,11 @@ def all_records(job: Job) -> Built | None:
     return Built(records, account, kinds, own / QUARANTINE)
 
 
-def _kind(bad: Quarantined) -> str:
+def _kind(bad: QuarantinedSample) -> str:
     return bad.reason.split(":")[0]
 
 
-def quarantine_bytes(bad: Sequence[Quarantined]) -> bytes:
+def quarantine_bytes(bad: Sequence[QuarantinedSample]) -> bytes:
     """One JSON object a line: key, file, reason."""
     return "".join(
         json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad
@@ -170,13 +170,13 @@ def _repeated(job: Job) -> dict[int, dict[int, str]]:
     )
 
 
-def _named(job: Job, record: Record, row: int) -> Quarantined:
+def _named(job: Job, record: Record, row: int) -> QuarantinedSample:
     """The quarantine's line for a sample of a built shard (one with rows to drop stays where it was built)."""
     for info in record.shards:
         if row < info.samples:
             built = job.base / BUILT / Path(info.path).name
             with _local(job, index_path_of_place(built)) as index:
-                return Quarantined(
+                return QuarantinedSample(
                     ShardIndex(index).key(row), f"{info.path}, row {row}", DUPLICATE_KEY
                 )
         row -= info.samples
@@ -274,7 +274,7 @@ def _without(
                 parts[extension] = file.read(place.size)
             writer.add(index.key(row), parts)
     info = writer.close()
-    put(index_path_of(own / tar.name), index_path_of_place(target))
+    put(get_index_path(own / tar.name), index_path_of_place(target))
     put(own / tar.name, target)
     return info
 

@@ -1,6 +1,6 @@
 """The plan of a build: which raw_samples go to which output shard, written once and read by every process.
 
-`plan.json` holds the settings and the table of groups, `groups.jsonl` a group's spec a line (reached by byte offset, so that
+`plan.json` holds the settings and the table of groups, `groups.jsonl` a group's description a line (reached by byte offset, so that
 a folder's million file names are not parsed by every process). A ShardTask is one output shard: a range of `max_samples`
 consecutive raw_samples of one split. Which raw_samples they are follows from the plan alone, so any process can build any unit.
 """
@@ -20,7 +20,13 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.images import picture_extensions
 from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.sources.base import InputSplit, Layout, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.storage.paths import StoragePath, write
 
 PLAN, GROUPS = "plan.json", "groups.jsonl"
@@ -35,7 +41,7 @@ class GroupRow(NamedTuple):
     split: str
     samples: int
     offset: int
-    """Of its spec in groups.jsonl."""
+    """Of its description in groups.jsonl."""
     length: int
 
 
@@ -211,14 +217,16 @@ def make_plan(
         UsageError: the input is not what the source reads, or has nothing in it; `dedup` compares what its samples do not have.
     """
     assert source.plan is not None
-    layout: Layout = source.plan(inputs, seed=seed, **options)
-    if settings.dedup == "perceptual" and not picture_extensions(layout.modalities):
+    described: DatasetDescription = source.plan(inputs, seed=seed, **options)
+    if settings.dedup == "perceptual" and not picture_extensions(described.modalities):
         raise UsageError(
-            f"dedup=perceptual, and samples of {', '.join(layout.modalities) or 'text'} have no picture of their own.",
+            f"dedup=perceptual, and samples of {', '.join(described.modalities) or 'text'} have no picture of their own.",
             "near copies are found by the picture that a whole sample is; without one all samples would look alike.",
             "use dedup=exact.",
         )
-    groups = _counted(source, inputs, list(_until(layout.groups, settings.limit)), options, workers)
+    groups = _counted(
+        source, inputs, list(_until(described.input_splits, settings.limit)), options, workers
+    )
     groups = [g for g in _limited(groups, settings.limit) if g.count]
     if not groups:
         raise UsageError(
@@ -228,7 +236,7 @@ def make_plan(
         )
     rows, lines, offset = list[GroupRow](), list[bytes](), 0
     for group in groups:
-        line = json.dumps(group.spec, sort_keys=True).encode("ascii") + b"\n"
+        line = json.dumps(group.description, sort_keys=True).encode("ascii") + b"\n"
         rows.append(GroupRow(group.name, group.split, group.count or 0, offset, len(line)))
         lines.append(line)
         offset += len(line)
@@ -238,9 +246,9 @@ def make_plan(
         seed,
         json_options(options),
         settings,
-        layout.modalities,
-        layout.notes,
-        dict(layout.attributes),
+        described.modalities,
+        described.notes,
+        dict(described.attributes),
         tuple(rows),
         settings.denylist_sha256(),
     )
@@ -278,7 +286,7 @@ def _counted(
     unknown = [i for i, g in enumerate(groups) if g.count is None]
     if not unknown:
         return groups
-    jobs = [(source.name, inputs, groups[i].spec, dict(options)) for i in unknown]
+    jobs = [(source.name, inputs, groups[i].description, dict(options)) for i in unknown]
     with progress(len(jobs), "Counting samples", unit="groups") as bar:
         if workers == 1 or len(jobs) < 2 * workers:
             for i, job in zip(unknown, jobs, strict=True):
@@ -297,14 +305,14 @@ def _counted(
 
 
 def count_group(
-    source: str, inputs: StoragePath, spec: Mapping[str, Any], options: Mapping[str, Any]
+    source: str, inputs: StoragePath, description: SplitDescription, options: Mapping[str, Any]
 ) -> int:
     """Candidates of one group, by going through it."""
     from onellm_dist.shards.build.registry import get_source
 
     raw_samples = get_source(source).raw_samples
     assert raw_samples is not None
-    return sum(1 for _ in raw_samples(inputs, spec, **options))
+    return sum(1 for _ in raw_samples(inputs, description, **options))
 
 
 def save_plan(folder: StoragePath, plan: Plan, groups: bytes) -> None:
@@ -342,9 +350,9 @@ def unit_raw_samples(
         for piece in unit.pieces:
             group = plan.groups[piece.group]
             file.seek(group.offset)
-            spec = json.loads(file.read(group.length))
+            description = json.loads(file.read(group.length))
             seen = 0
-            rows = raw_samples(inputs, spec, **options)
+            rows = raw_samples(inputs, description, **options)
             for seen, raw_sample in enumerate(rows, 1):
                 if seen > piece.start:
                     yield raw_sample

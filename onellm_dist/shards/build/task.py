@@ -24,10 +24,10 @@ from onellm_dist.shards.build.plan import Plan, ShardTask, unit_raw_samples
 from onellm_dist.shards.build.prepare import Outcome, prepare
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import ShardInfo
-from onellm_dist.shards.format.index import index_path_of
+from onellm_dist.shards.format.index import get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.writer import shard_path
-from onellm_dist.shards.sources.base import Quarantined, RawSample
+from onellm_dist.shards.sources.base import QuarantinedSample, RawSample
 from onellm_dist.shards.storage.paths import StoragePath, put, write
 
 BUILT, DONE = "built", "done"
@@ -74,7 +74,7 @@ class Account:
     skipped: int = 0
     failures: int = 0
     """Bad samples."""
-    bad: list[Quarantined] = field(default_factory=list)
+    bad: list[QuarantinedSample] = field(default_factory=list)
     """The first LISTED of them."""
 
     def take(self, record: Record) -> None:
@@ -84,7 +84,7 @@ class Account:
         self.skipped += sum(record.skipped.values())
         self.note(record.quarantined)
 
-    def note(self, bad: Sequence[Quarantined]) -> None:
+    def note(self, bad: Sequence[QuarantinedSample]) -> None:
         """Some bad samples."""
         self.failures += len(bad)
         self.bad += bad[: max(0, LISTED - len(self.bad))]
@@ -124,7 +124,7 @@ class Record:
     shards: tuple[ShardInfo, ...]
     """Paths as in the manifest; the files lie below `built/` until the build is finished."""
     text: tuple[str, ...]
-    quarantined: tuple[Quarantined, ...]
+    quarantined: tuple[QuarantinedSample, ...]
     skipped: Mapping[str, int]
     parts: Mapping[str, tuple[int, int]]
     """Extension to (parts, bytes)."""
@@ -143,7 +143,7 @@ class Record:
             raw["raw_samples"],
             tuple(ShardInfo(**s) for s in raw["shards"]),
             tuple(raw["text"]),
-            tuple(Quarantined(**q) for q in raw["quarantined"]),
+            tuple(QuarantinedSample(**q) for q in raw["quarantined"]),
             raw["skipped"],
             {e: (n, b) for e, (n, b) in raw["parts"].items()},
         )
@@ -183,7 +183,7 @@ class _Shards:
             info = self.current.close()
             local = self.current.target
             built = self.job.base / BUILT
-            put(index_path_of(local), built / index_path_of(local).name)
+            put(get_index_path(local), built / get_index_path(local).name)
             put(local, built / local.name)
             self.done.append(info)
             self.current = None
@@ -202,7 +202,7 @@ def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: 
     """
     shards, keys, rows = _Shards(job, unit), set[str](), list[bytes]()
     bad, skipped, parts, text = (
-        list[Quarantined](),
+        list[QuarantinedSample](),
         Counter[str](),
         dict[str, tuple[int, int]](),
         set(TEXT_EXTENSIONS),
@@ -225,7 +225,9 @@ def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: 
                 skipped[outcome.reason] += 1
                 account.skipped += 1
             else:
-                bad.append(Quarantined(outcome.key, outcome.where, outcome.reason or DUPLICATE_KEY))
+                bad.append(
+                    QuarantinedSample(outcome.key, outcome.where, outcome.reason or DUPLICATE_KEY)
+                )
                 account.note(bad[-1:])
                 account.check()
         shards.close()
@@ -276,7 +278,12 @@ class TooManyFailures(OneLLMError):
     """The build was given up; `bad` has what was found until then (the first LISTED of `failures`)."""
 
     def __init__(
-        self, bad: list[Quarantined], seen: int, total: int, max_failures: float, failures: int
+        self,
+        bad: list[QuarantinedSample],
+        seen: int,
+        total: int,
+        max_failures: float,
+        failures: int,
     ) -> None:
         self.bad, self.seen, self.total, self.max_failures, self.failures = (
             list(bad),

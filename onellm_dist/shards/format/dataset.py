@@ -21,7 +21,7 @@ from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import user_cache
-from onellm_dist.shards.format.index import ShardIndex, index_path_of, read_range
+from onellm_dist.shards.format.index import ShardIndex, get_index_path, read_range
 from onellm_dist.shards.storage.remote import RemoteFolder, is_url, write_copy
 
 MANIFEST = "manifest.json"
@@ -126,7 +126,7 @@ class Dataset:
     def __init__(self, root: Path, manifest: Manifest, remote: RemoteFolder | None = None) -> None:
         self.root = root
         self.remote = remote
-        self.place = remote.url if remote else str(root)
+        self.location = remote.url if remote else str(root)
         """Its path or URL, for messages."""
         self.manifest = manifest
         self.name = manifest.name
@@ -154,7 +154,7 @@ class Dataset:
         """
         if split not in self._splits:
             raise UsageError(
-                f"dataset {self.place} has no split {split!r}.",
+                f"dataset {self.location} has no split {split!r}.",
                 "nothing can be read from it.",
                 f"it has: {', '.join(self._splits) or 'none'}.",
             )
@@ -202,7 +202,7 @@ class Dataset:
             index, on_disk = (
                 (self._mirrored(shard), shard.bytes)
                 if self.remote
-                else (ShardIndex(index_path_of(tar)), tar.stat().st_size)
+                else (ShardIndex(get_index_path(tar)), tar.stat().st_size)
             )
         except OSError as error:
             raise OneLLMError(
@@ -220,14 +220,14 @@ class Dataset:
                 f"the index was made for {index.tar_bytes}, the manifest says {shard.bytes}; "
                 f"SHA-256 {index.tar_sha256[:12]} in the index, {shard.sha256[:12]} in the manifest).",
                 "reading through a stale index would give other samples than asked for.",
-                f"see what differs: onellm shards verify {self.place}",
+                f"see what differs: onellm shards verify {self.location}",
             )
         return index
 
     def _mirrored(self, shard: ShardInfo) -> ShardIndex:
         """A remote shard's index, from its copy; a copy that is damaged is fetched again."""
         assert self.remote is not None
-        name = str(index_path_of(Path(shard.path)))
+        name = str(get_index_path(Path(shard.path)))
         copy = self.root / name
         if copy.is_file():
             try:
@@ -268,7 +268,7 @@ def open_dataset(place: Path | str) -> Dataset:
     missing = [
         p
         for s in manifest.shards
-        for p in (s.path, str(index_path_of(Path(s.path))))
+        for p in (s.path, str(get_index_path(Path(s.path))))
         if p not in listing
     ]
     if missing:

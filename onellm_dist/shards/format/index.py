@@ -64,7 +64,7 @@ class IndexRows:
         self.text_bytes.append(text_bytes)
 
 
-def text_length(text: bytes | None, meta: bytes | None) -> int:
+def count_text_bytes(text: bytes | None, meta: bytes | None) -> int:
     """UTF-8 bytes of a sample's text: its `.txt`, else the (longest) caption or the conversation in its `.json`, else 0.
 
     An estimate for planning before a tokenizer has measured the text; a `.json` that cannot be read, or whose text is none (half a
@@ -95,7 +95,7 @@ def _json_text_length(value: Any) -> int:
     )
 
 
-def index_path_of(tar: Path) -> Path:
+def get_index_path(tar: Path) -> Path:
     """`x.tar` -> `x.tar.index`."""
     return tar.with_name(tar.name + SUFFIX)
 
@@ -256,7 +256,7 @@ class ShardIndex:
         return found
 
     def text_bytes(self, row: int) -> int:
-        """UTF-8 bytes of the sample's text (see `text_length`)."""
+        """UTF-8 bytes of the sample's text (see `count_text_bytes`)."""
         return int(self._columns["text_bytes"][self._row(row)])
 
     def all_text_bytes(self) -> NDArray[np.uint64]:
@@ -300,7 +300,7 @@ def read_parts(
         SampleError: the tar cannot be read there or has other bytes than the index says; dataset, shard, key, part and
             offset are named. Where the operating system failed, its OSError is the `__cause__` (a retry may help).
     """
-    return read_span(dataset, shard, row, span_of(dataset, shard, row, extensions))
+    return read_span(dataset, shard, row, get_sample_span(dataset, shard, row, extensions))
 
 
 def read_span(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan) -> dict[str, Part]:
@@ -316,7 +316,7 @@ def read_span(dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan) ->
             "the sample cannot be read.",
             "check that the file is there and readable; a passing fault of a network disk goes away by itself.",
         ) from error
-    return parts_in(dataset, shard, row, span, data)
+    return extract_parts(dataset, shard, row, span, data)
 
 
 class SampleSpan(NamedTuple):
@@ -327,17 +327,17 @@ class SampleSpan(NamedTuple):
     end: int
 
 
-def span_of(
+def get_sample_span(
     dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None
 ) -> SampleSpan:
     """Where a sample's parts with these extensions lie (all, if None); the span is empty where it has none of them."""
-    return span_of_parts(dataset.index(shard).parts(row), extensions)
+    return get_parts_span(dataset.index(shard).parts(row), extensions)
 
 
-def span_of_parts(
+def get_parts_span(
     there: Mapping[str, PartLocation], extensions: Collection[str] | None = None
 ) -> SampleSpan:
-    """`span_of` for a sample's parts, as `ShardIndex.parts` gives them."""
+    """`get_sample_span` for a sample's parts, as `ShardIndex.parts` gives them."""
     parts = {e: place for e, place in there.items() if extensions is None or e in extensions}
     start = min((place.offset for place in parts.values()), default=0)
     return SampleSpan(
@@ -345,7 +345,7 @@ def span_of_parts(
     )
 
 
-def parts_in(
+def extract_parts(
     dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan, data: bytes
 ) -> dict[str, Part]:
     """The parts in a span's bytes, each checked against its CRC-32.
@@ -368,7 +368,7 @@ def parts_in(
                 f"dataset {dataset.name}, shard {shard.path}, key {dataset.index(shard).key(row)}, part .{extension} at offset {offset}: "
                 f"{how}.",
                 "the tar was damaged or changed after it was indexed.",
-                f"find all such places: onellm shards verify {dataset.place}",
+                f"find all such places: onellm shards verify {dataset.location}",
             )
         found[extension] = Part(extension, part)
     return found
@@ -399,7 +399,7 @@ def write_index(tar: Path, data: bytes) -> Path:
     """Puts an index's bytes beside its tar: aside, synced, renamed."""
     from onellm_dist.common.files import write_atomic
 
-    target = index_path_of(tar)
+    target = get_index_path(tar)
     write_atomic(target, data)
     return target
 

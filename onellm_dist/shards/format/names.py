@@ -41,13 +41,13 @@ def split_file_name(name: str) -> tuple[str, str] | None:
     return None
 
 
-def safe_key(path: str) -> str:
+def make_safe_key(path: str) -> str:
     """A path without extension as a WebDataset key: dots of the last component become `_`."""
     folder, slash, stem = path.replace(os.sep, "/").lstrip("/").rpartition("/")
     return folder + slash + stem.replace(".", "_")
 
 
-def parts_of_modality(modality: Modality) -> dict[str, tuple[str, ...]]:
+def get_modality_parts(modality: Modality) -> dict[str, tuple[str, ...]]:
     """All slots, optional ones too."""
     return {**modality.required_parts, **modality.optional_parts}
 
@@ -60,7 +60,7 @@ def readable_as(extensions: Iterable[str]) -> tuple[str, ...]:
         if all(available & set(accepted) for accepted in modality.required_parts.values()):
             used[name] = {
                 e
-                for accepted in parts_of_modality(modality).values()
+                for accepted in get_modality_parts(modality).values()
                 for e in accepted
                 if e in available
             }

@@ -18,8 +18,8 @@ from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import (
     IndexRows,
     PartLocation,
+    count_text_bytes,
     pack_index,
-    text_length,
     write_index,
 )
 
@@ -91,7 +91,7 @@ class ShardWriter:
             if size % BLOCK:
                 self._write(_ZEROS[: BLOCK - size % BLOCK])
             self.content += size
-        self._rows.add(key, start, places, text_length(parts.get("txt"), parts.get("json")))
+        self._rows.add(key, start, places, count_text_bytes(parts.get("txt"), parts.get("json")))
         self.samples += 1
 
     def _write(self, data: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.shards.format.index import IndexRows, PartLocation, text_length
+from onellm_dist.shards.format.index import IndexRows, PartLocation, count_text_bytes
 
 BLOCK = 512
 _CHUNK = 1 << 20
@@ -200,7 +200,7 @@ class _Scanner:
 
     def close_sample(self) -> None:
         if self.key is not None:
-            length = text_length(self.texts.get("txt"), self.texts.get("json"))
+            length = count_text_bytes(self.texts.get("txt"), self.texts.get("json"))
             self.rows.add(self.key, self.first_at[self.key], self.parts, length)
         self.key, self.parts, self.texts = None, {}, {}
 

@@ -12,8 +12,15 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.format.names import make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
@@ -36,7 +43,9 @@ def _suffixes() -> tuple[str, ...]:
     return tuple(f".{e}" for e in next(iter(get_modality("audio").required_parts.values())))
 
 
-def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, missing: str) -> Layout:
+def plan(
+    inputs: Path, *, seed: int, annotations: Path | None, splits: str, missing: str
+) -> DatasetDescription:
     """Ranges of the tables' rows.
 
     Raises:
@@ -80,29 +89,34 @@ def plan(inputs: Path, *, seed: int, annotations: Path | None, splits: str, miss
             "there are captions and no clips.",
             "fetch the clips too.",
         )
-    return Layout(("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool)))
+    return DatasetDescription(
+        ("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool))
+    )
 
 
 def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[InputSplit]:
     names, start = read_header(below(inputs, table), CSV)
     for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
-        spec = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
-        yield InputSplit(f"{table}:{found.line}", spec, split, found.size)
+        description = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
+        yield InputSplit(f"{table}:{found.line}", description, split, found.size)
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, missing: str, **_: Any
+    inputs: Path, description: SplitDescription, *, missing: str, **_: Any
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool = Pool.from_json(spec["pool"])
+    pool = Pool.from_json(description["pool"])
     for line, row, problem in read_rows(
-        below(inputs, spec["table"]), CSV, RowRange(*spec["range"]), spec["names"]
+        below(inputs, description["table"]),
+        CSV,
+        RowRange(*description["range"]),
+        description["names"],
     ):
-        where = f"{spec['table']}:{line}"
+        where = f"{description['table']}:{line}"
         if problem is not None:
             yield RawSample(f"row-{line:07d}", where, problem=problem)
             continue
-        key = safe_key(row["audiocap_id"].strip() or f"row-{line:07d}")
+        key = make_safe_key(row["audiocap_id"].strip() or f"row-{line:07d}")
         found = find_media(inputs, pool, _stems(row), _suffixes())
         if found is None:
             lost = f"missing file: no clip of {row['youtube_id']} at {row['start_time']} s"

@@ -5,16 +5,16 @@ filters, de-duplicates, cuts shards, shares the work among processes, resumes, a
 
     SOURCE = Source(name="laion400m", summary="...", plan=plan, raw_samples=raw_samples, options={...}, licence="...")
 
-    def plan(inputs: Path, *, seed: int, **options) -> Layout       # once a build: what there is, in an order that never changes
-    def raw_samples(inputs: Path, spec: Mapping[str, Any], **options) -> Iterator[RawSample]    # of one group, in its order
+    def plan(inputs: Path, *, seed: int, **options) -> DatasetDescription       # once a build: what there is, in an order that never changes
+    def raw_samples(inputs: Path, description: SplitDescription, **options) -> Iterator[RawSample]    # of one group, in its order
 
 *Groups.* A InputSplit is a stretch of the input that can be read by itself, of about 1,000 to 10,000 samples: one img2dataset
 tar, rows 20,000 to 30,000 of a CSV (with the byte offset of its first row, so that no process reads the rows before it). Its
-`spec` is JSON and holds all that `raw_samples` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
+`description` is JSON and holds all that `raw_samples` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
 sorted order, never in that of the file system. `count` is the exact number of raw_samples, bad ones included, where that is
 known without reading the group; None: the builder goes through the group once and counts.
 
-*Candidates* of equal spec and options must be equal, in every process and on every machine: no clock, no `hash()`, no order of
+*Candidates* of equal description and options must be equal, in every process and on every machine: no clock, no `hash()`, no order of
 sets. They are made lazily (a generator): do not read media to list them. They must be picklable. What is known to be bad is
 still yielded: with `problem` where it is a failure (a row that cannot be parsed, a missing file), which goes to quarantine.jsonl
 and counts toward `max_failures`; with `skip` where it is left out knowingly (`status failed_to_download`, a blacklist,
@@ -46,7 +46,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.shards.storage.paths import reached
+from onellm_dist.shards.storage.paths import translate_store_errors
+
+SplitDescription = Mapping[str, Any]
+"""What `raw_samples` needs to find the samples of one InputSplit: JSON values, paths relative to the inputs."""
 
 
 @runtime_checkable
@@ -71,7 +74,7 @@ class FileRange:
     size: int
 
     def read_bytes(self) -> bytes:
-        with reached(self.path), self.path.open("rb") as file:
+        with translate_store_errors(self.path), self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
@@ -86,7 +89,7 @@ class RawSample:
     """One sample before it is read."""
 
     key: str
-    """Unique in the dataset; no dot behind its last slash (`naming.safe_key` makes one of a path)."""
+    """Unique in the dataset; no dot behind its last slash (`naming.make_safe_key` makes one of a path)."""
     where: str
     """What the user looks for when it is bad: a file, a table's line (`a.csv:17`), a tar's member."""
     parts: Mapping[str, Media] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class InputSplit:
 
     name: str
     """For messages and the plan: `00017.tar`, `results_2M_train.csv:20001`."""
-    spec: Mapping[str, Any]
+    description: SplitDescription
     """JSON; all that `raw_samples` needs."""
     split: str = "train"
     count: int | None = None
@@ -115,12 +118,12 @@ class InputSplit:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetDescription:
     """What a source found in its input."""
 
     modalities: tuple[str, ...]
     """Every sample has exactly these; () is text only."""
-    groups: Iterable[InputSplit]
+    input_splits: Iterable[InputSplit]
     """In an order that depends on the input and the options alone."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
@@ -167,7 +170,7 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Quarantined:
+class QuarantinedSample:
     """One sample that was left out, with the reason."""
 
     key: str
@@ -180,7 +183,7 @@ class BuildReport:
     """What was built."""
 
     samples: int
-    quarantined: tuple[Quarantined, ...] = ()
+    quarantined: tuple[QuarantinedSample, ...] = ()
     """The bad samples; of very many, the first 100,000 (quarantine.jsonl has them all)."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
@@ -196,10 +199,10 @@ class Source:
     summary: str
     build: Callable[..., BuildReport | None] | None = None
     """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options); None returned: nothing to report."""
-    plan: Callable[..., Layout] | None = None
-    """(inputs: Path, *, seed: int, **options) -> Layout. Raises UsageError where the input is not what the source reads."""
+    plan: Callable[..., DatasetDescription] | None = None
+    """(inputs: Path, *, seed: int, **options) -> DatasetDescription. Raises UsageError where the input is not what the source reads."""
     raw_samples: Callable[..., Iterator[RawSample]] | None = None
-    """(inputs: Path, spec: Mapping[str, Any], **options) -> the group's raw_samples. An error other than OSError and
+    """(inputs: Path, description: SplitDescription, **options) -> the group's raw_samples. An error other than OSError and
     OneLLMError is a fault of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
     """Its own. Every planned source also has the builder's (shards/build/settings.py): name, licence, check, max_failures,

@@ -15,8 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.format.names import make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Media,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers import json_stream
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_rows, row_ranges
@@ -30,7 +38,7 @@ _ROWS = 2000
 
 def plan(
     inputs: Path, *, seed: int, captions: str | None, clouds: str | None, missing: str
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the table's rows.
 
     Raises:
@@ -46,7 +54,7 @@ def plan(
             "there are captions and no clouds.",
             "fetch the clouds too.",
         )
-    return Layout(("point",), _groups(inputs, table, pool))
+    return DatasetDescription(("point",), _groups(inputs, table, pool))
 
 
 def _table(inputs: Path, given: str | None) -> str:
@@ -85,16 +93,25 @@ def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[InputSplit]:
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, captions: str | None, clouds: str | None, missing: str
+    inputs: Path,
+    description: SplitDescription,
+    *,
+    captions: str | None,
+    clouds: str | None,
+    missing: str,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool = Pool.from_json(spec["pool"])
-    rows = _captions(inputs, spec) if "table" in spec else _conversations(inputs, spec)
+    pool = Pool.from_json(description["pool"])
+    rows = (
+        _captions(inputs, description)
+        if "table" in description
+        else _conversations(inputs, description)
+    )
     for where, uid, caption, meta, problem in rows:
         key = (
-            safe_key(uid)
+            make_safe_key(uid)
             if uid
-            else safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
+            else make_safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
         )
         if problem is not None:
             yield RawSample(key, where, problem=problem)
@@ -120,16 +137,16 @@ _Found = tuple[str, str, str | None, Mapping[str, Any], str | None]
 """where, uid, caption, metadata, problem."""
 
 
-def _captions(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
+def _captions(inputs: Path, description: SplitDescription) -> Iterator[_Found]:
     for line, row, problem in read_rows(
-        inputs / spec["table"], CSV, RowRange(*spec["range"]), ("uid", "caption")
+        inputs / description["table"], CSV, RowRange(*description["range"]), ("uid", "caption")
     ):
         uid = row.get("uid", "").strip()
         wrong = problem or (
             f"unreadable row: the uid is {uid!r}" if not uid or "/" in uid else None
         )
         yield (
-            f"{spec['table']}:{line}",
+            f"{description['table']}:{line}",
             "" if wrong else uid,
             row.get("caption"),
             {"uid": uid},
@@ -137,8 +154,8 @@ def _captions(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
         )
 
 
-def _conversations(inputs: Path, spec: Mapping[str, Any]) -> Iterator[_Found]:
-    for where, _, _, row in json_stream.read_rows(inputs, spec):
+def _conversations(inputs: Path, description: SplitDescription) -> Iterator[_Found]:
+    for where, _, _, row in json_stream.read_rows(inputs, description):
         uid = row.get("object_id") if isinstance(row, dict) else None
         if not isinstance(uid, str) or not uid or "/" in uid:
             yield where, "", None, {}, "unreadable row: no object_id"

@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, Recorded, recording_of
 from onellm_dist.shards.sources.readers.json_stream import (
@@ -52,7 +59,7 @@ def clean_narration(text: str) -> str:
 
 def plan(
     inputs: Path, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
-) -> Layout:
+) -> DatasetDescription:
     """Windows by video, from either list.
 
     Raises:
@@ -72,7 +79,9 @@ def plan(
         )
     listed = None if narrations is not None else _first(inputs, windows, _USUAL_WINDOWS)
     if listed is not None:
-        return Layout(("imu",), _window_groups(inputs, listed), (f"windows of {listed}",))
+        return DatasetDescription(
+            ("imu",), _window_groups(inputs, listed), (f"windows of {listed}",)
+        )
     told = _first(inputs, narrations, _USUAL_NARRATIONS)
     if told is None:
         raise UsageError(
@@ -88,7 +97,9 @@ def plan(
         key=key,
         count=lambda row: {"train": sum(1 for _ in _narrated(row.value, passes)) or 1},
     )
-    return Layout(("imu",), groups, (f"windows of {_SECONDS:g} s around the narrations of {told}",))
+    return DatasetDescription(
+        ("imu",), groups, (f"windows of {_SECONDS:g} s around the narrations of {told}",)
+    )
 
 
 def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
@@ -117,18 +128,18 @@ def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
             )
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
+def raw_samples(inputs: Path, description: SplitDescription, **options: Any) -> Iterator[RawSample]:
     """The group's windows."""
-    if "windows" in spec:
-        return _from_windows(inputs, spec, **options)
-    return _from_narrations(inputs, spec, **options)
+    if "windows" in description:
+        return _from_windows(inputs, description, **options)
+    return _from_narrations(inputs, description, **options)
 
 
 def _from_windows(
-    inputs: Path, spec: Mapping[str, Any], *, imu: Path | None, min_samples: int, **_: Any
+    inputs: Path, description: SplitDescription, *, imu: Path | None, min_samples: int, **_: Any
 ) -> Iterator[RawSample]:
     last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
-    for item in read_places(below(inputs, spec["windows"]), spec["rows"]):
+    for item in read_places(below(inputs, description["windows"]), description["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
         if uid is None or times is None:
@@ -199,7 +210,7 @@ def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, 
 
 def _from_narrations(
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     imu: Path | None,
     others: bool,
@@ -207,16 +218,16 @@ def _from_narrations(
     min_samples: int,
     **_: Any,
 ) -> Iterator[RawSample]:
-    for item in read_rows(inputs, spec):
+    for item in read_rows(inputs, description):
         uid, video = item.key, item.value
         told = _narrated(video, passes)
         first = next(told, None)
         found = recording_of(inputs if imu is None else below(inputs, imu), uid)
         if first is None:
-            yield RawSample(uid, f"{spec['file']}[{uid}]", skip="a video without narrations")
+            yield RawSample(uid, f"{description['file']}[{uid}]", skip="a video without narrations")
             continue
         for name, number, narration in (first, *told):
-            where = f"{spec['file']}[{uid}][{name}][{number}]"
+            where = f"{description['file']}[{uid}][{name}][{number}]"
             key = f"{uid}-{name[-1]}-{number:05d}"
             text, second = narration.get("narration_text"), narration.get("timestamp_sec")
             if not isinstance(text, str) or not isinstance(second, (int, float)):

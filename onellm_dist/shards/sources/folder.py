@@ -7,13 +7,20 @@ The rules of names and columns stand in folder_files.py, folder_tables.py, and f
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import parse_modalities
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.folder_files import side_file_raw_samples
 from onellm_dist.shards.sources.readers.folder_tables import find_table, table_raw_samples
 
@@ -68,7 +75,7 @@ def plan(
     file_column: str | None,
     split: str,
     shuffle: bool,
-) -> Layout:
+) -> DatasetDescription:
     """Lists the folder; the raw_samples themselves go to the plan, so that what is found later has the same order.
 
     Raises:
@@ -92,12 +99,12 @@ def plan(
         )
         for first in range(0, len(found), _GROUP)
     )
-    return Layout(modalities, groups, tuple(notes))
+    return DatasetDescription(modalities, groups, tuple(notes))
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], **_: Any) -> Iterator[RawSample]:
+def raw_samples(inputs: Path, description: SplitDescription, **_: Any) -> Iterator[RawSample]:
     """The raw_samples that stand in the plan."""
-    for packed in spec["raw_samples"]:
+    for packed in description["raw_samples"]:
         yield RawSample(**{**packed, "parts": {e: Path(p) for e, p in packed["parts"].items()}})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.base import Layout, RawSample, Source
+from onellm_dist.shards.sources.base import DatasetDescription, RawSample, Source, SplitDescription
 from onellm_dist.shards.sources.readers.img2dataset import (
     UNFINISHED_OPTION,
     Text,
@@ -36,19 +36,23 @@ def alt_caption(row: Mapping[str, Any], text: Text) -> list[str | None]:
     return [found if isinstance(found, str) else text()]
 
 
-def plan(inputs: Path, *, seed: int, unfinished: str) -> Layout:
+def plan(inputs: Path, *, seed: int, unfinished: str) -> DatasetDescription:
     """A group for each tar.
 
     Raises:
         UsageError: no tars, or unfinished ones.
     """
     groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
-    return Layout(("image",), groups, notes)
+    return DatasetDescription(("image",), groups, notes)
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any], *, unfinished: str) -> Iterator[RawSample]:
+def raw_samples(
+    inputs: Path, description: SplitDescription, *, unfinished: str
+) -> Iterator[RawSample]:
     """One tar's."""
-    return tar_raw_samples(inputs, spec, get_modality("image").required_parts["image"], alt_caption)
+    return tar_raw_samples(
+        inputs, description, get_modality("image").required_parts["image"], alt_caption
+    )
 
 
 SOURCE = Source(

@@ -12,7 +12,14 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.base import BadSample, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    BadSample,
+    DatasetDescription,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.laion400m import alt_caption, column
 from onellm_dist.shards.sources.readers.img2dataset import (
     UNFINISHED_OPTION,
@@ -53,7 +60,7 @@ def all_captions(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
 _CAPTIONS: Mapping[str, Captions] = {"top": top_caption, "alt": alt_caption, "all": all_captions}
 
 
-def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
+def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> DatasetDescription:
     """A group for each tar.
 
     Raises:
@@ -66,15 +73,15 @@ def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> Layout:
             "choose one.",
         )
     groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
-    return Layout(("image",), groups, notes, {"caption": caption})
+    return DatasetDescription(("image",), groups, notes, {"caption": caption})
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, unfinished: str, caption: str
+    inputs: Path, description: SplitDescription, *, unfinished: str, caption: str
 ) -> Iterator[RawSample]:
     """One tar's."""
     return tar_raw_samples(
-        inputs, spec, get_modality("image").required_parts["image"], _CAPTIONS[caption]
+        inputs, description, get_modality("image").required_parts["image"], _CAPTIONS[caption]
     )
 
 

@@ -11,7 +11,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.annotations import (
     Context,
     Sample,
@@ -41,7 +47,7 @@ def plan(
     media: Path | None,
     rows: str,
     missing: str,
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the file's rows of one kind.
 
     Raises:
@@ -64,7 +70,7 @@ def plan(
 
     built = "with a picture" if rows == "image" else "of text alone"
     other = f"only the rows {built} are built; the others: -o rows={_KINDS[rows == 'image']}"
-    return Layout(
+    return DatasetDescription(
         ("image",) if rows == "image" else (),
         row_groups(inputs, name, _ROWS, count=count),
         (other,),
@@ -73,7 +79,7 @@ def plan(
 
 def raw_samples(
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     media: Path | None,
     rows: str,
@@ -81,8 +87,8 @@ def raw_samples(
     **options: Any,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    context = Context(inputs, media_folders(inputs, media, ()), spec, options)
-    for item in read_rows(inputs, spec):
+    context = Context(inputs, media_folders(inputs, media, ()), description, options)
+    for item in read_rows(inputs, description):
         if _kind(item.value) == rows:
             yield from row_raw_samples(lambda i: conversation(context, i, rows), item, 1, missing)
 

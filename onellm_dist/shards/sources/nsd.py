@@ -20,13 +20,14 @@ from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.shards.sources.base import (
     BadSample,
+    DatasetDescription,
     FileRange,
     InputSplit,
-    Layout,
     Media,
     Option,
     RawSample,
     Source,
+    SplitDescription,
 )
 from onellm_dist.shards.sources.readers.conversations import captioned
 from onellm_dist.shards.sources.readers.img2dataset import tar_members
@@ -69,7 +70,9 @@ class MeanOfRepetitions:
         return buffer.getvalue()
 
 
-def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts: str) -> Layout:
+def plan(
+    inputs: Path, *, seed: int, subject: int, captions: Path | None, texts: str
+) -> DatasetDescription:
     """One group a tar.
 
     Raises:
@@ -101,7 +104,7 @@ def plan(inputs: Path, *, seed: int, subject: int, captions: Path | None, texts:
     groups = (
         InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars
     )
-    return Layout(
+    return DatasetDescription(
         ("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject}
     )
 
@@ -161,13 +164,16 @@ class _Captions:
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, subject: int, captions: Path | None, texts: str
+    inputs: Path, description: SplitDescription, *, subject: int, captions: Path | None, texts: str
 ) -> Iterator[RawSample]:
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
-    table = _Captions(below(inputs, spec["captions"]))
-    members, fault = tar_members(inputs / spec["tar"])
+    table = _Captions(below(inputs, description["captions"]))
+    members, fault = tar_members(inputs / description["tar"])
     for key, parts in members.items():
-        where, name = f"{spec['tar']}: {key}", f"{Path(spec['tar']).stem}-{Path(key).name}"
+        where, name = (
+            f"{description['tar']}: {key}",
+            f"{Path(description['tar']).stem}-{Path(key).name}",
+        )
         found = _looked_up(table, parts)
         if isinstance(found, str):
             yield RawSample(name, where, problem=found)
@@ -188,7 +194,7 @@ def raw_samples(
         yield RawSample(name, where, media, told[0] if texts == "first" else None, meta)
     if fault is not None:
         yield RawSample(
-            f"{Path(spec['tar']).stem}-end", spec["tar"], problem=fault
+            f"{Path(description['tar']).stem}-end", description["tar"], problem=fault
         )  # nothing tells how many samples are lost
 
 

@@ -23,7 +23,15 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY
-from onellm_dist.shards.sources.base import BadSample, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    BadSample,
+    DatasetDescription,
+    Media,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.nsd import MeanOfRepetitions
 from onellm_dist.shards.sources.readers.annotations import (
     Context,
@@ -86,7 +94,7 @@ def plan(
     media: Path | None,
     include_test: bool,
     missing: str,
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the rows of one modality's files.
 
     Raises:
@@ -111,7 +119,7 @@ def plan(
             "give the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
         )
     groups = chain.from_iterable(row_groups(inputs, f"{base}{f.name}", _ROWS) for f in taken)
-    return Layout(
+    return DatasetDescription(
         () if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken))
     )
 
@@ -137,7 +145,7 @@ def _notes(
 
 def raw_samples(
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     modality: str,
     media: Path | None,
@@ -145,13 +153,13 @@ def raw_samples(
     **options: Any,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    context = Context(inputs, media_folders(inputs, media, (_ROOT,)), spec, options)
-    for item in read_rows(inputs, spec):
+    context = Context(inputs, media_folders(inputs, media, (_ROOT,)), description, options)
+    for item in read_rows(inputs, description):
         yield from row_raw_samples(lambda i: _sample(context, i, modality), item, 1, missing)
 
 
 def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
-    row, key = item.value, f"{PurePosixPath(context.spec['file']).stem}-{item.number:07d}"
+    row, key = item.value, f"{PurePosixPath(context.description['file']).stem}-{item.number:07d}"
     text = modality == TEXT_ONLY
     meta: dict[str, Any] = {"id": str(row.get("id", ""))}
     turns = clean(row["conversations"], tags=not text)

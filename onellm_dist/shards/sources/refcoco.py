@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.annotations import (
     Context,
     Sample,
@@ -86,7 +93,7 @@ def _source(name: str) -> Source:
         media: Path | None,
         splits: str,
         missing: str,
-    ) -> Layout:
+    ) -> DatasetDescription:
         check_missing(missing)
         usual = [f"{folder}refs({by}).p" for by in _REFS[name] for folder in (f"{name}/", "")]
         rows = need_file(inputs, refs, usual, f"{name}'s expressions", "refs")
@@ -105,7 +112,7 @@ def _source(name: str) -> Source:
                 f"{name} has others.",
                 f"use {', '.join(_SPLITS)}.",
             )
-        return Layout(
+        return DatasetDescription(
             ("image",),
             _groups(_refs(below(inputs, rows), stamp(below(inputs, rows))), rows, boxes, wanted),
         )
@@ -143,15 +150,17 @@ def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> It
 
 
 def _raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, media: Path | None, missing: str, **options: Any
+    inputs: Path, description: SplitDescription, *, media: Path | None, missing: str, **options: Any
 ) -> Iterator[RawSample]:
-    context = Context(inputs, media_folders(inputs, media, _FOLDERS), spec, options)
-    path = below(inputs, spec["refs"])
+    context = Context(inputs, media_folders(inputs, media, _FOLDERS), description, options)
+    path = below(inputs, description["refs"])
     refs = _refs(path, stamp(path))
-    for number, ref in enumerate(refs[spec["first"] : spec["first"] + _ROWS], spec["first"]):
-        planned = _count(ref, spec["split"])
+    for number, ref in enumerate(
+        refs[description["first"] : description["first"] + _ROWS], description["first"]
+    ):
+        planned = _count(ref, description["split"])
         if planned:
-            item = Item(f"{spec['refs']}[{number}]", number, "", ref)
+            item = Item(f"{description['refs']}[{number}]", number, "", ref)
             yield from row_raw_samples(lambda i: _expressions(context, i), item, planned, missing)
 
 
@@ -159,7 +168,7 @@ def _expressions(context: Context, item: Item) -> Sequence[Sample]:
     ref = item.value
     if ref["split"] not in _SPLITS:
         raise ValueError(f"its split is {ref['split']!r}, none of {', '.join(_SPLITS)}")
-    instances = below(context.inputs, context.spec["instances"])
+    instances = below(context.inputs, context.description["instances"])
     boxes, sizes = _instances(instances, stamp(instances))
     picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
     if box is None or picture not in sizes:

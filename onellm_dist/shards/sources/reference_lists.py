@@ -19,8 +19,16 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Modality, get_modality
-from onellm_dist.shards.format.names import TEXT_ONLY, safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.format.names import TEXT_ONLY, make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Media,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.delimited import (
@@ -32,7 +40,7 @@ from onellm_dist.shards.sources.readers.delimited import (
 )
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
 from onellm_dist.shards.sources.readers.json_stream import row_groups
-from onellm_dist.shards.storage.paths import StoragePath, place
+from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
 
 _ROWS = 5000
 _TABLES = (".csv", ".tsv", ".json")
@@ -52,7 +60,7 @@ def plan(
     root: str | None,
     replace: str | None,
     maps: str,
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the lists' rows.
 
     Raises:
@@ -74,7 +82,7 @@ def plan(
     _replacements(replace)
     _replacements(maps)
     folder, tables = _tables(inputs)
-    return Layout(modalities, chain.from_iterable(_groups(folder, t) for t in tables))
+    return DatasetDescription(modalities, chain.from_iterable(_groups(folder, t) for t in tables))
 
 
 def _tables(inputs: Path) -> tuple[Path, list[str]]:
@@ -119,7 +127,7 @@ def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
 
 def raw_samples(
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     modality: str,
     root: str | None,
@@ -128,11 +136,11 @@ def raw_samples(
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
     folder = inputs.parent if inputs.is_file() else inputs
-    start = place(root) if root is not None else folder
+    start = to_storage_path(root) if root is not None else folder
     kind = None if modality == TEXT_ONLY else get_modality(modality)
-    for number, where, row, problem in _rows(folder, spec):
-        key = safe_key(
-            f"{PurePosixPath(spec.get('table', spec.get('file'))).with_suffix('')}/{number:09d}"
+    for number, where, row, problem in _rows(folder, description):
+        key = make_safe_key(
+            f"{PurePosixPath(description.get('table', description.get('file'))).with_suffix('')}/{number:09d}"
         )
         parts, wrong = (
             ({}, problem)
@@ -143,17 +151,17 @@ def raw_samples(
 
 
 def _rows(
-    folder: Path, spec: Mapping[str, Any]
+    folder: Path, description: SplitDescription
 ) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
     """(number, place, values, what is wrong)."""
-    if "columns" in spec:
-        table = spec["table"]
+    if "columns" in description:
+        table = description["table"]
         for line, values, problem in read_rows(
-            folder / table, TSV, RowRange(*spec["range"]), spec["columns"]
+            folder / table, TSV, RowRange(*description["range"]), description["columns"]
         ):
             yield line, f"{table}:{line}", values, problem
         return
-    for where, number, _, row in read_objects(folder, spec):
+    for where, number, _, row in read_objects(folder, description):
         problem = (
             None
             if isinstance(row, dict)
@@ -220,7 +228,7 @@ def _raw_sample(
 
 
 def _placed(root: StoragePath, path: str) -> StoragePath:
-    return place(path) if "://" in path or path.startswith("/") else root / path
+    return to_storage_path(path) if "://" in path or path.startswith("/") else root / path
 
 
 def _replaced(path: str, pairs: Sequence[tuple[str, str]]) -> str:

@@ -5,12 +5,11 @@ IN is one .json or .jsonl, or a folder of them. Speakers may be human/gpt or use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import Layout, RawSample, Source
+from onellm_dist.shards.sources.base import DatasetDescription, RawSample, Source, SplitDescription
 from onellm_dist.shards.sources.readers.annotations import Sample, row_raw_samples
 from onellm_dist.shards.sources.readers.conversations import clean
 from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
@@ -18,7 +17,7 @@ from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_
 _ROWS = 1000
 
 
-def plan(inputs: Path, *, seed: int) -> Layout:
+def plan(inputs: Path, *, seed: int) -> DatasetDescription:
     """Ranges of the files' rows.
 
     Raises:
@@ -36,13 +35,13 @@ def plan(inputs: Path, *, seed: int) -> Layout:
             "give the file, or its folder.",
         )
     root = inputs.parent if inputs.is_file() else inputs
-    return Layout((), (g for name in names for g in row_groups(root, name, _ROWS)))
+    return DatasetDescription((), (g for name in names for g in row_groups(root, name, _ROWS)))
 
 
-def raw_samples(inputs: Path, spec: Mapping[str, Any]) -> Iterator[RawSample]:
+def raw_samples(inputs: Path, description: SplitDescription) -> Iterator[RawSample]:
     """Of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
-    for item in read_rows(root, spec):
+    for item in read_rows(root, description):
         yield from row_raw_samples(_conversation, item, 1, "fail")
 
 

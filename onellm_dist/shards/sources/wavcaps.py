@@ -15,11 +15,17 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.format.names import make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.json_stream import read_rows, row_groups
 from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
 from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
@@ -34,7 +40,7 @@ _YOUTUBE = 11
 
 def plan(
     inputs: Path, *, seed: int, blacklist: str | None, sources: str | None, missing: str
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the rows of each source's JSON.
 
     Raises:
@@ -78,7 +84,7 @@ def plan(
         for name, found in tables.items()
         for table in found
     )
-    return Layout(("audio",), groups, notes, {"blacklist": blacklist})
+    return DatasetDescription(("audio",), groups, notes, {"blacklist": blacklist})
 
 
 def _tables(inputs: Path, name: str) -> list[str]:
@@ -101,26 +107,26 @@ def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[InputSp
 
 def raw_samples(
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     blacklist: str | None,
     sources: str | None,
     missing: str,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool, name = Pool.from_json(spec["pool"]), spec["source"]
+    pool, name = Pool.from_json(description["pool"]), description["source"]
     listed = (
         _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset())
         if blacklist
         else frozenset()
     )
-    for where, number, _, row in read_rows(inputs, spec):
+    for where, number, _, row in read_rows(inputs, description):
         identity = row.get("id") if isinstance(row, dict) else None
         if not isinstance(identity, (str, int)) or not str(identity).strip():
             yield RawSample(f"{name}/row-{number:09d}", where, problem="unreadable row: no id")
             continue
         stems = _stems(name, str(identity))
-        key = safe_key(f"{name}/{stems[0]}")
+        key = make_safe_key(f"{name}/{stems[0]}")
         if not listed.isdisjoint(stems):
             yield RawSample(key, where, skip="blacklist")
             continue

@@ -19,8 +19,15 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Option, RawSample, Source
+from onellm_dist.shards.format.names import make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.laion400m import column
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
@@ -65,7 +72,7 @@ def check_missing(choice: str) -> None:
 
 def plan(
     inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfinished: str
-) -> Layout:
+) -> DatasetDescription:
     """Ranges of the CSVs' rows, or a group for each tar.
 
     Raises:
@@ -77,7 +84,7 @@ def plan(
     tables = sorted(inputs.glob("*.csv"), key=lambda p: p.name)
     if not tables:
         groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
-        return Layout(("video",), groups, notes)
+        return DatasetDescription(("video",), groups, notes)
     headers = {}
     for table in tables:
         names, start = read_header(table, CSV)
@@ -88,7 +95,7 @@ def plan(
                 "remove other CSVs from this folder.",
             )
         headers[table.name] = (names, start)
-    return Layout(
+    return DatasetDescription(
         ("video",),
         chain.from_iterable(
             _row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()
@@ -101,33 +108,43 @@ def _row_groups(
 ) -> Iterator[InputSplit]:
     split = "val" if _VALIDATION.search(table.stem) else "train"
     for part in row_ranges(table, CSV, rows, start):
-        spec = {"table": table.name, "columns": list(names), "range": list(part)}
-        yield InputSplit(f"{table.name}:{part.line}", spec, split, part.size)
+        description = {"table": table.name, "columns": list(names), "range": list(part)}
+        yield InputSplit(f"{table.name}:{part.line}", description, split, part.size)
 
 
 def raw_samples(
-    inputs: Path, spec: Mapping[str, Any], *, rows: int, videos: str, missing: str, unfinished: str
+    inputs: Path,
+    description: SplitDescription,
+    *,
+    rows: int,
+    videos: str,
+    missing: str,
+    unfinished: str,
 ) -> Iterator[RawSample]:
     """Of one range of rows, or of one tar."""
-    if "tar" in spec:
+    if "tar" in description:
         yield from tar_raw_samples(
-            inputs, spec, get_modality("video").required_parts["video"], _caption
+            inputs, description, get_modality("video").required_parts["video"], _caption
         )
         return
     for line, row, problem in read_rows(
-        inputs / spec["table"], CSV, RowRange(*spec["range"]), spec["columns"]
+        inputs / description["table"], CSV, RowRange(*description["range"]), description["columns"]
     ):
-        where = f"{spec['table']}:{line}"
+        where = f"{description['table']}:{line}"
         name = row.get("videoid", "")
         wrong = problem or (
             f"unreadable row: the videoid is {name!r}" if not name or "/" in name else None
         )
         if wrong is not None:
-            yield RawSample(f"{safe_key(spec['table'])}-{line:09d}", where, problem=wrong)
+            yield RawSample(
+                f"{make_safe_key(description['table'])}-{line:09d}", where, problem=wrong
+            )
             continue
         file = inputs / videos / row["page_dir"] / f"{name}.mp4"
         skip = "media was not fetched" if missing == "skip" and not file.is_file() else None
-        yield RawSample(safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip)
+        yield RawSample(
+            make_safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip
+        )
 
 
 def _meta(row: Mapping[str, str]) -> dict[str, Any]:

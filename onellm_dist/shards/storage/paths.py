@@ -86,7 +86,7 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         try:
-            with reached(self):
+            with translate_store_errors(self):
                 return cast("bytes", self._fs.cat_file(self._key))
         except FileNotFoundError as error:
             raise FileNotFoundError(errno.ENOENT, "No such file", self.url) from error
@@ -145,7 +145,7 @@ StoragePath = Path | RemotePath
 
 
 @contextmanager
-def reached(place: StoragePath) -> Iterator[None]:
+def translate_store_errors(place: StoragePath) -> Iterator[None]:
     """Errors of a store's own kinds (aiohttp's, botocore's) and those without a number become OSErrors: the network failed."""
     try:
         yield
@@ -158,7 +158,7 @@ def reached(place: StoragePath) -> Iterator[None]:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
 
 
-def place(text: str | Path | RemotePath) -> StoragePath:
+def to_storage_path(text: str | Path | RemotePath) -> StoragePath:
     """A path, or for `scheme://...` a RemotePath.
 
     Raises:

@@ -17,7 +17,7 @@ from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import MANIFEST, Dataset, Manifest, ShardInfo
 from onellm_dist.shards.format.energon import energon_splits
-from onellm_dist.shards.format.index import ShardIndex, index_path_of, try_index_tar
+from onellm_dist.shards.format.index import ShardIndex, get_index_path, try_index_tar
 from onellm_dist.shards.format.names import dataset_name, infer_modalities
 
 SOURCE_NAME = "index"
@@ -69,7 +69,7 @@ def index_path(
     """
     if path.is_file():
         _index_all([path], workers=1)
-        return Adopted(1, ShardIndex(index_path_of(path)).samples, None)
+        return Adopted(1, ShardIndex(get_index_path(path)).samples, None)
     if not path.is_dir():
         raise UsageError(
             f"{path}: there is no such file or folder.",
@@ -95,7 +95,7 @@ def index_path(
 
 def _fits(tar: Path) -> bool:
     """The tar has an index that is whole, and was made of a file of this name and size after it was last written."""
-    path = index_path_of(tar)
+    path = get_index_path(tar)
     try:
         index, written = ShardIndex(path), tar.stat()
         made = path.stat().st_mtime_ns
@@ -164,7 +164,7 @@ def _manifest(
         relative = tar.relative_to(root).as_posix()
         if prepared is not None and relative not in prepared:
             continue  # Energon's split.yaml excludes it
-        index = ShardIndex(index_path_of(tar))
+        index = ShardIndex(get_index_path(tar))
         named = _SPLITS.search(relative)
         own = split or (
             prepared[relative] if prepared is not None else named.group(1) if named else "train"

@@ -20,7 +20,7 @@ from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.names import parts_of_modality
+from onellm_dist.shards.format.names import get_modality_parts
 from onellm_dist.shards.tools.preview_samples import TIMED, Look, figure, text_of
 
 _PROBED = 200
@@ -154,7 +154,7 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
     """What each part is, how many samples have it, and its mean size where the builder noted it."""
     roles = dict(_TEXT_PARTS)
     for name in dataset.modalities:
-        for slot, accepted in parts_of_modality(get_modality(name)).items():
+        for slot, accepted in get_modality_parts(get_modality(name)).items():
             roles.update(
                 {e: f"{name}: {slot}" if slot != name else name for e in accepted if e in counts}
             )

@@ -37,10 +37,10 @@ from onellm_dist.shards.format.dataset import (
     no_dataset,
 )
 from onellm_dist.shards.format.energon import META, write_energon
-from onellm_dist.shards.format.index import PartLocation, ShardIndex, index_path_of, index_tar
+from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path, index_tar
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import salvage_tar, sha256_of
-from onellm_dist.shards.sources.base import Quarantined
+from onellm_dist.shards.sources.base import QuarantinedSample
 from onellm_dist.shards.tools.repeated_keys import KeyBook, hashes_of
 
 DAMAGED = ".damaged"
@@ -66,7 +66,7 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         manifest = Manifest.from_bytes((root / MANIFEST).read_bytes(), root / MANIFEST)
     except OSError as error:
         raise no_dataset(root) from error
-    done, lost, shards = list[str](), list[Quarantined](), list[ShardInfo]()
+    done, lost, shards = list[str](), list[QuarantinedSample](), list[ShardInfo]()
     whole, repeated = _surveyed(root, manifest, workers)
     for number, shard in enumerate(manifest.shards):
         mended = _mended(root, manifest, shard, whole[number], repeated.get(number, {}), done, lost)
@@ -149,7 +149,7 @@ def _mended(
     whole: bool,
     repeated: Mapping[int, str],
     done: list[str],
-    lost: list[Quarantined],
+    lost: list[QuarantinedSample],
 ) -> ShardInfo | None:
     """The shard as it is after its repair; None: nothing of it is there."""
     tar = root / shard.path
@@ -158,7 +158,7 @@ def _mended(
         return None
     index = _index_of(tar)
     samples = dict[str, dict[str, PartLocation]]()
-    order, faults = list[str](), list[Quarantined]()
+    order, faults = list[str](), list[QuarantinedSample]()
     for row, (key, parts, fault) in enumerate(_samples(tar, _trusted_index(tar, shard), whole)):
         reason = fault or _lacking(manifest, parts)
         if reason is None and row in repeated:
@@ -167,7 +167,7 @@ def _mended(
             samples[key] = parts
             order.append(key)
         else:
-            faults.append(Quarantined(key, shard.path, reason))
+            faults.append(QuarantinedSample(key, shard.path, reason))
     if not faults and not whole and salvage_tar(tar)[1] is None:
         index_tar(tar)  # headers or padding changed, or it is another tar: every sample is good
         info = ShardInfo(shard.path, shard.split, len(order), tar.stat().st_size, sha256_of(tar))
@@ -192,7 +192,7 @@ def _mended(
 
 def _index_of(tar: Path) -> ShardIndex | None:
     try:
-        index = ShardIndex(index_path_of(tar))
+        index = ShardIndex(get_index_path(tar))
     except (OSError, OneLLMError):
         return None
     return index if index.body_is_whole() else None
@@ -271,7 +271,7 @@ def _rewritten(
         info = writer.close()
     else:
         tar.replace(damaged)
-        index_path_of(tar).unlink(missing_ok=True)
+        get_index_path(tar).unlink(missing_ok=True)
     kept = (
         f"written again with {len(samples)} of its {shard.samples} samples"
         if samples

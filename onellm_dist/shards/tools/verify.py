@@ -19,7 +19,7 @@ from onellm_dist.common.files import STAGED
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, no_dataset
-from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, index_path_of
+from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, get_index_path
 from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_of
 from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
 
@@ -174,7 +174,7 @@ def _verify_tar(
 def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[Problem]) -> ShardIndex | None:
     name = f"{shard.path if shard is not None else tar.name}.index"
     try:
-        index = ShardIndex(index_path_of(tar))
+        index = ShardIndex(get_index_path(tar))
     except FileNotFoundError:
         problems.append(Problem(name, "missing index"))
         return None
@@ -300,7 +300,7 @@ def _missing_parts(
 
 
 def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
-    listed = {p for s in manifest.shards for p in (s.path, str(index_path_of(Path(s.path))))}
+    listed = {p for s in manifest.shards for p in (s.path, str(get_index_path(Path(s.path))))}
     problems = []
     for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
         for entry in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:

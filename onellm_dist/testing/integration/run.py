@@ -246,11 +246,13 @@ def _media(run: Rehearsal) -> None:
 
 
 def _shards(run: Rehearsal) -> None:
-    from onellm_dist.shards.command import build_dataset
+    from onellm_dist.shards import build_dataset
 
     for name in all_modalities():
         folders = (run.out / "media" / name, run.out / "shards" / name)
-        report = build_dataset("folder", *folders, modality=name, licence="see each sample's .json")
+        report = build_dataset(
+            "folder", *folders, options={"modality": name, "licence": "see each sample's .json"}
+        )
         if report.samples != len(run.facts["media"][name]):
             raise OneLLMError(
                 f"{report.samples} samples of {name} in the shards, {len(run.facts['media'][name])} files",

@@ -9,7 +9,7 @@ import pytest
 import webdataset
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld import SOURCE, render, world
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 

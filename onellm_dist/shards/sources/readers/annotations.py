@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.format.names import safe_key
+from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     BadSample,
+    DatasetDescription,
     InputSplit,
-    Layout,
     Media,
     Option,
     RawSample,
     Source,
+    SplitDescription,
 )
 from onellm_dist.shards.sources.readers.conversations import Turn
 from onellm_dist.shards.sources.readers.json_stream import (
@@ -68,12 +69,12 @@ class Context:
 
     inputs: Path
     folders: tuple[Path, ...]
-    spec: Mapping[str, Any]
+    description: SplitDescription
     options: Mapping[str, Any]
 
     def partner(self, name: str) -> Path:
         """Another file that the rows need."""
-        return below(self.inputs, self.spec["partners"][name])
+        return below(self.inputs, self.description["partners"][name])
 
     def media(self, modality: str, *names: str) -> dict[str, Media]:
         """The part of the first of these files that is there.
@@ -161,7 +162,7 @@ class AnnotationSet:
         splits: str,
         missing: str,
         **own: Any,
-    ) -> Layout:
+    ) -> DatasetDescription:
         check_missing(missing)
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in self.files]:
@@ -178,7 +179,7 @@ class AnnotationSet:
             )
         media_folders(inputs, media, self.folders)
         layout = [self._split(inputs, s, annotations, own) for s in wanted]
-        return Layout((self.modality,), (g for groups in layout for g in groups))
+        return DatasetDescription((self.modality,), (g for groups in layout for g in groups))
 
     def _split(
         self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]
@@ -201,18 +202,18 @@ class AnnotationSet:
     def _raw_samples(
         self,
         inputs: Path,
-        spec: Mapping[str, Any],
+        description: SplitDescription,
         *,
         media: Path | None,
         missing: str,
         **options: Any,
     ) -> Iterator[RawSample]:
-        context = Context(inputs, media_folders(inputs, media, self.folders), spec, options)
-        if "media" in spec:
+        context = Context(inputs, media_folders(inputs, media, self.folders), description, options)
+        if "media" in description:
             yield from self._joined(context, missing)
             return
-        for item in read_rows(inputs, spec):
-            planned = 1 if self.count is None else self.count(item.value, spec["split"])
+        for item in read_rows(inputs, description):
+            planned = 1 if self.count is None else self.count(item.value, description["split"])
             if planned:
                 yield from row_raw_samples(lambda i: self.read(context, i), item, planned, missing)
 
@@ -232,20 +233,20 @@ class AnnotationSet:
         listed = list(found.values())
         for first in range(0, len(listed), _ROWS):
             some = listed[first : first + _ROWS]
-            spec = {
+            description = {
                 "file": rows,
                 "split": split,
                 "partners": partners,
                 "entries": entries,
                 "media": some,
             }
-            yield InputSplit(f"{rows}:{some[0][0][0]}", spec, split, sum(map(len, some)))
+            yield InputSplit(f"{rows}:{some[0][0][0]}", description, split, sum(map(len, some)))
 
     def _joined(self, context: Context, missing: str) -> Iterator[RawSample]:
         """A raw_sample for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
-        path = below(context.inputs, context.spec["file"])
-        for places in context.spec["media"]:
-            rows = list(read_places(path, places, entries=context.spec["entries"]))
+        path = below(context.inputs, context.description["file"])
+        for places in context.description["media"]:
+            rows = list(read_places(path, places, entries=context.description["entries"]))
             found = [
                 c
                 for item in rows
@@ -320,7 +321,7 @@ def row_raw_samples(
         problem = error.what
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         problem = f"unreadable row: {f'no {error}' if isinstance(error, KeyError) else error}"
-    name = safe_key(item.where.replace("[", "-").rstrip("]"))
+    name = make_safe_key(item.where.replace("[", "-").rstrip("]"))
     for number in range(planned):
         yield RawSample(
             f"{name}-{number}" if number else name, item.where, problem=problem, skip=skip

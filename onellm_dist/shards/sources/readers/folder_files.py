@@ -17,9 +17,9 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import (
+    get_modality_parts,
     infer_modalities,
-    parts_of_modality,
-    safe_key,
+    make_safe_key,
     split_file_name,
 )
 from onellm_dist.shards.sources.base import RawSample
@@ -32,7 +32,7 @@ def select_parts(
     chosen: dict[str, Path] = {}
     for name in modalities:
         modality = get_modality(name)
-        for slot, accepted in parts_of_modality(modality).items():
+        for slot, accepted in get_modality_parts(modality).items():
             fitting = [e for e in accepted if e in found]
             if len(fitting) > 1:
                 return (
@@ -107,7 +107,7 @@ def side_file_raw_samples(
     useful = {
         e
         for name in wanted
-        for accepted in parts_of_modality(get_modality(name)).values()
+        for accepted in get_modality_parts(get_modality(name)).values()
         for e in accepted
     }
     raw_samples = []
@@ -142,4 +142,4 @@ def _raw_sample(
         problem = (
             f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
         )
-    return RawSample(safe_key(stem), where, {**media, **texts}, problem=problem)
+    return RawSample(make_safe_key(stem), where, {**media, **texts}, problem=problem)

@@ -15,9 +15,9 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.shards.format.names import (
+    get_modality_parts,
     infer_modalities,
-    parts_of_modality,
-    safe_key,
+    make_safe_key,
     split_file_name,
 )
 from onellm_dist.shards.sources.base import RawSample
@@ -168,7 +168,7 @@ def find_columns(names: set[str], caption: str | None, file: str | None) -> Colu
     """What the columns of these (normalised) names are; `caption` and `file` are the user's own choice."""
     slots: dict[str, tuple[tuple[str, ...], ...]] = {}
     for modality in all_modalities().values():
-        for slot, accepted in parts_of_modality(modality).items():
+        for slot, accepted in get_modality_parts(modality).items():
             endings = (
                 SLOT_ENDINGS if slot in modality.required_parts else SLOT_ENDINGS[1:]
             )  # `timestamps` alone may hold values
@@ -271,7 +271,7 @@ def _siblings(found: dict[str, Path], modalities: tuple[str, ...]) -> None:
     anchor = next(iter(found.values()))
     split = split_file_name(anchor.name)
     for name in modalities:
-        for accepted in parts_of_modality(get_modality(name)).values():
+        for accepted in get_modality_parts(get_modality(name)).values():
             if split is None or any(e in found for e in accepted):
                 continue
             beside = next(
@@ -370,7 +370,7 @@ def _key(row: Row, columns: Columns, found: Mapping[str, Path], root: Path, numb
     """The row's own key; else its first file's path without extension; else its number."""
     own = row.values.get(columns.key) if columns.key else None
     if isinstance(own, (str, int)) and str(own).strip():
-        return safe_key(str(own).strip())
+        return make_safe_key(str(own).strip())
     if not found:
         return f"row-{number:09d}"
     path = next(iter(found.values()))
@@ -378,4 +378,4 @@ def _key(row: Row, columns: Columns, found: Mapping[str, Path], root: Path, numb
     if ".." in relative.parts:
         relative = Path(path.name)
     split = split_file_name(relative.name)
-    return safe_key(relative.with_name(split[0] if split else relative.stem).as_posix())
+    return make_safe_key(relative.with_name(split[0] if split else relative.stem).as_posix())

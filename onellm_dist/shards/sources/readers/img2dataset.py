@@ -15,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.shards.format.names import safe_key
+from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.format.tars import BLOCK, split_name
-from onellm_dist.shards.sources.base import FileRange, InputSplit, Option, RawSample
+from onellm_dist.shards.sources.base import (
+    FileRange,
+    InputSplit,
+    Option,
+    RawSample,
+    SplitDescription,
+)
 
 UNFINISHED = ("refuse", "skip", "take")
 UNFINISHED_OPTION = Option(
@@ -107,12 +113,12 @@ def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSp
 
     with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
         for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
-            spec = {"tar": f"{stem}.tar", "parquet": f"{stem}.parquet" if listed else None}
-            yield InputSplit(f"{stem}.tar", spec, count=count)
+            description = {"tar": f"{stem}.tar", "parquet": f"{stem}.parquet" if listed else None}
+            yield InputSplit(f"{stem}.tar", description, count=count)
 
 
 def tar_raw_samples(
-    inputs: Path, spec: Mapping[str, Any], extensions: Sequence[str], captions: Captions
+    inputs: Path, description: SplitDescription, extensions: Sequence[str], captions: Captions
 ) -> Iterator[RawSample]:
     """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
 
@@ -123,23 +129,23 @@ def tar_raw_samples(
     Raises:
         OneLLMError: tar and parquet are not of one run, or the parquet cannot be read.
     """
-    members, fault = tar_members(inputs / spec["tar"])
-    if spec["parquet"] is None:
+    members, fault = tar_members(inputs / description["tar"])
+    if description["parquet"] is None:
         rows: Iterator[tuple[dict[str, Any], str | None]] = (
             _row_of(key, parts) for key, parts in members.items()
         )
     else:
-        _check_pair(inputs / spec["tar"], inputs / spec["parquet"], members)
-        rows = ((row, None) for row in parquet_rows(inputs / spec["parquet"]))
-    if spec["parquet"] is None and fault is not None:
+        _check_pair(inputs / description["tar"], inputs / description["parquet"], members)
+        rows = ((row, None) for row in parquet_rows(inputs / description["parquet"]))
+    if description["parquet"] is None and fault is not None:
         yield RawSample(
-            safe_key(spec["tar"]), spec["tar"], problem=fault
+            make_safe_key(description["tar"]), description["tar"], problem=fault
         )  # nothing else tells how many samples are lost
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
         yield _raw_sample(
-            spec["tar"],
+            description["tar"],
             key,
             row,
             parts,
@@ -169,7 +175,7 @@ def _raw_sample(
     extensions: Sequence[str],
     captions: Captions,
 ) -> RawSample:
-    name, where = safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
+    name, where = make_safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
     status = row.get("status")
     meta = {k: v for k, v in ((k, plain(v)) for k, v in row.items()) if v is not None}
     if status not in (None, "success"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.shards.sources.base import InputSplit
+from onellm_dist.shards.sources.base import InputSplit, SplitDescription
 from onellm_dist.shards.sources.readers.media_files import below
 
 _CHUNK = 1 << 20
@@ -217,14 +217,14 @@ def row_groups(
     key: str | None = None,
     count: Callable[[Row], Mapping[str, int]] | None = None,
     split: str = "train",
-    **spec: Any,
+    **description: Any,
 ) -> Iterator[InputSplit]:
     """Groups of about `rows` raw_samples of the file `name` in `inputs`; `read_rows` reads one.
 
     Args:
         key: as `scan`'s.
         count: a row's raw_samples by split; None: one, of `split`. Every split has groups of its own over the same rows.
-        spec: goes to every group's spec.
+        description: goes to every group's description.
 
     Raises:
         UsageError, OneLLMError: as `scan`.
@@ -242,7 +242,7 @@ def row_groups(
                 "entries": entries,
                 "split": part,
             }
-            yield InputSplit(f"{name}:{first}", {**spec, **place}, part, raw_samples)
+            yield InputSplit(f"{name}:{first}", {**description, **place}, part, raw_samples)
 
     for number, row in enumerate(scan(path, key)):
         if start < 0:
@@ -268,23 +268,23 @@ class Item(NamedTuple):
     """None: a line that is no JSON."""
 
 
-def read_rows(inputs: Path, spec: Mapping[str, Any]) -> Iterator[Item]:
+def read_rows(inputs: Path, description: SplitDescription) -> Iterator[Item]:
     """A group's rows.
 
     Raises:
         OneLLMError: the file is not what it was when the build was planned.
     """
-    path = below(inputs, spec["file"])
+    path = below(inputs, description["file"])
     with path.open("rb") as file:
-        file.seek(spec["start"])
-        data = file.read(spec["end"] - spec["start"])
+        file.seek(description["start"])
+        data = file.read(description["end"] - description["start"])
     lines = path.suffix == ".jsonl"
     try:
-        found = list(_parsed_lines(data) if lines else _parsed(data, spec["entries"]))
+        found = list(_parsed_lines(data) if lines else _parsed(data, description["entries"]))
     except ValueError as error:
-        raise _changed(path, spec["start"], spec["end"], error) from error
-    for i, (key, value) in enumerate(found, spec["first"]):
-        yield Item(f"{spec['file']}[{key or i}]", i, key, value)
+        raise _changed(path, description["start"], description["end"], error) from error
+    for i, (key, value) in enumerate(found, description["first"]):
+        yield Item(f"{description['file']}[{key or i}]", i, key, value)
 
 
 def read_places(

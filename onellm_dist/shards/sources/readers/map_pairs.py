@@ -23,8 +23,16 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
-from onellm_dist.shards.format.names import safe_key
-from onellm_dist.shards.sources.base import InputSplit, Layout, Media, Option, RawSample, Source
+from onellm_dist.shards.format.names import make_safe_key
+from onellm_dist.shards.sources.base import (
+    DatasetDescription,
+    InputSplit,
+    Media,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
     TSV,
@@ -78,11 +86,13 @@ class _Folders:
 def map_source(kind: str) -> Source:
     """The source of one kind of map: `depth` or `normal`."""
 
-    def plan(inputs: Path, *, seed: int, **options: Any) -> Layout:
+    def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
         return _plan(kind, inputs, **options)
 
-    def raw_samples(inputs: Path, spec: Mapping[str, Any], **options: Any) -> Iterator[RawSample]:
-        return _raw_samples(kind, inputs, spec, **options)
+    def raw_samples(
+        inputs: Path, description: SplitDescription, **options: Any
+    ) -> Iterator[RawSample]:
+        return _raw_samples(kind, inputs, description, **options)
 
     options = {
         "images": Option(
@@ -154,7 +164,7 @@ def _plan(
     depth_model: Path | None,
     unfinished: str,
     **_: Any,
-) -> Layout:
+) -> DatasetDescription:
     folders = _folders(kind, inputs, images, maps)
     for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
         if not folder.is_dir():
@@ -183,7 +193,7 @@ def _plan(
         notes += more
     else:
         groups = _tree_groups(folders)
-    return Layout((kind,), groups, tuple(notes), attributes)
+    return DatasetDescription((kind,), groups, tuple(notes), attributes)
 
 
 def _names(folder: Path) -> list[str]:
@@ -250,7 +260,7 @@ def _dialect(table: Path) -> Dialect:
 def _raw_samples(
     kind: str,
     inputs: Path,
-    spec: Mapping[str, Any],
+    description: SplitDescription,
     *,
     images: Path | None,
     maps: Path | None,
@@ -259,18 +269,20 @@ def _raw_samples(
     **model: Any,
 ) -> Iterator[RawSample]:
     folders = _folders(kind, inputs, images, maps)
-    if "tar" in spec:
+    if "tar" in description:
         for sample in tar_raw_samples(
             folders.pictures,
-            spec,
+            description,
             IMAGE_EXTENSIONS,
             lambda row, text: [text() or row.get("caption")],
         ):
-            yield _with_map(kind, folders, model, spec["tar"], sample)
+            yield _with_map(kind, folders, model, description["tar"], sample)
         return
     if captions is not None:
         table = below(inputs, captions)
-        for row in read_rows(table, _dialect(table), RowRange(*spec["range"]), spec["names"]):
+        for row in read_rows(
+            table, _dialect(table), RowRange(*description["range"]), description["names"]
+        ):
             where = f"{table.name}:{row.line}"
             if row.problem is not None:
                 yield RawSample(f"row-{row.line:09d}", where, problem=row.problem)
@@ -278,9 +290,13 @@ def _raw_samples(
             name = _below_pictures(row.values["url"], folders.pictures)
             yield _raw_sample(kind, folders, model, name, where, row.values["caption"], None)
         return
-    folder = folders.pictures / spec["folder"].rstrip("/") if spec["folder"] else folders.pictures
-    for file in spec["names"]:
-        name = spec["folder"] + file
+    folder = (
+        folders.pictures / description["folder"].rstrip("/")
+        if description["folder"]
+        else folders.pictures
+    )
+    for file in description["names"]:
+        name = description["folder"] + file
         yield _raw_sample(
             kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt"
         )
@@ -321,7 +337,7 @@ def _raw_sample(
     side: Path | None,
 ) -> RawSample:
     stem, extension = name.rpartition(".")[0], picture_extension(name)
-    key = safe_key(stem or name)
+    key = make_safe_key(stem or name)
     if extension is None:
         return RawSample(key, where, problem=f"unknown kind of file: {name} is no picture")
     picture: Media = folders.pictures / name

@@ -19,7 +19,7 @@ class Pool:
     archives: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, list[str]]:
-        """For a group's spec."""
+        """For a group's description."""
         return {"folders": list(self.folders), "archives": list(self.archives)}
 
     @classmethod
