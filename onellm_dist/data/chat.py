@@ -1,8 +1,9 @@
-"""Conversations in the LLM's own chat template, with the characters of every answer, exactly.
+"""Conversations in the LLM's own chat template, with the exact characters of every answer.
 
-Where the template marks answers (`{% generation %}`), its marks are taken. Where it does not, the conversation is rendered up to
-each answer, without it (as generation would be asked) and with it: what is added is the answer and its end. A template of which
-that is not true (one that rewrites earlier turns, or writes something between prompt and answer) is refused.
+If the template marks answers (`{% generation %}`), its marks are used. Otherwise the conversation
+is rendered up to each answer, once without it (the prompt for generation) and once with it: what
+is added is the answer and its end. A template for which this does not hold is refused, for example
+one that rewrites earlier turns or writes something between prompt and answer.
 """
 
 from __future__ import annotations
@@ -14,83 +15,92 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.turns import ConversationTurn
 
 Message = dict[str, str]
-Spans = list[tuple[int, int]]
+CharacterSpans = list[tuple[int, int]]
 
-ROLES = {"System": "system", "Human": "user", "Assistant": "assistant"}
-"""Our speakers -> the roles of chat templates."""
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE: tuple[tuple[str, str], ...] = (
-    ("Human", "first question"),
-    ("Assistant", "an answer"),
-    ("Human", "next one"),
-    ("Assistant", "more"),
+_EXAMPLE = (
+    ConversationTurn("user", "first question"),
+    ConversationTurn("assistant", "an answer"),
+    ConversationTurn("user", "next one"),
+    ConversationTurn("assistant", "more"),
 )
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. Picklable.
+    """The chat template of a tokenizer. It can be pickled.
 
     Args:
         tokenizer: a transformers tokenizer with a `chat_template`.
 
     Raises:
-        UsageError: it has none, or answers cannot be told from what the template writes.
+        UsageError: there is no template, or answers cannot be separated from the rest.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         if not tokenizer.chat_template:
             raise UsageError(
-                f"data.text_format=chat: the tokenizer ({type(tokenizer).__name__}) has no chat template",
-                "the LLM's own layout of a conversation is not known.",
-                "save a chat_template.jinja beside the model, or use data.text_format=conversation.",
+                f"data.text_format=chat: the tokenizer ({type(tokenizer).__name__}) has no chat "
+                "template",
+                "the LLM's own layout of a conversation is unknown.",
+                "save a chat_template.jinja beside the model, or use "
+                "data.text_format=conversation.",
             )
         self.source: str = tokenizer.get_chat_template()
         """The template's text."""
         self._marked = _MARK.search(self.source) is not None
-        self._control = [
+        self._control_tokens = [
             str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
         try:
-            text, _ = self.render(_PROBE)
-            first = self._text(_messages(_PROBE[:2]))
+            text, _ = self.render(_EXAMPLE)
+            first = self._apply(_to_messages(_EXAMPLE[:2]))
         except SampleError as error:
             raise UsageError(
-                f"data.text_format=chat: the chat template of the tokenizer cannot be supervised exactly: {error.what}",
-                "words that are no answer would be trained on, or answers left out.",
-                "mark the answers in the template with {% generation %} ... {% endgeneration %}, or use data.text_format=conversation.",
+                "data.text_format=chat: the tokenizer's chat template cannot be supervised "
+                f"exactly: {error.what}",
+                "words outside an answer would be trained on, or answers left out.",
+                "mark the answers in the template with {% generation %} ... {% endgeneration %}, "
+                "or use data.text_format=conversation.",
             ) from None
         bos = tokenizer.bos_token
         self.has_bos = bool(bos) and text.startswith(bos) and first.count(bos) == 1
-        """The text begins with BOS, once for the whole of it (in ChatML, the BOS of some tokenizers opens every turn)."""
+        """Whether the text begins with BOS, once for all turns (in ChatML, the BOS of some
+        tokenizers opens every turn)."""
 
-    def render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, Spans]:
-        """The text of a conversation of (speaker, value) turns, and for each answer its characters [start, end).
+    def render(self, turns: Sequence[ConversationTurn]) -> tuple[str, CharacterSpans]:
+        """Render a conversation.
+
+        Returns:
+            The text, and for each answer its characters [start, end), its end included.
 
         Raises:
-            SampleError: the template refuses the conversation, an answer's place in it is not certain, or a turn holds a control token.
+            SampleError: the template refuses the conversation, an answer's position is uncertain,
+                or a turn contains a control token.
         """
-        held = [token for _, value in turns for token in self._control if token in value]
-        if held:
+        found = [token for turn in turns for token in self._control_tokens if token in turn.text]
+        if found:
             raise SampleError(
-                f"a turn of its conversation holds the control token {held[0]!r}",
+                f"a turn of its conversation contains the control token {found[0]!r}",
                 "in the chat template it would begin or end a turn.",
-                "take it out of the text, or leave the sample out.",
+                "remove it from the text, or leave the sample out.",
             )
-        messages = _messages(turns)
-        return self._marks(messages) if self._marked else self._increments(messages)
+        messages = _to_messages(turns)
+        return self._render_marked(messages) if self._marked else self._render_stepwise(messages)
 
-    def prompt(self, turns: Sequence[tuple[str, str]]) -> str:
-        """The text after which the next answer is generated.
+    def render_prompt(self, turns: Sequence[ConversationTurn]) -> str:
+        """Render the text after which the next answer is generated.
 
         Raises:
             SampleError: the template refuses the turns.
         """
-        return self._text(_messages(turns), prompt=True)
+        return self._apply(_to_messages(turns), prompt=True)
 
-    def _marks(self, messages: list[Message]) -> tuple[str, Spans]:
+    def _render_marked(self, messages: list[Message]) -> tuple[str, CharacterSpans]:
+        """Render with a template that marks answers."""
         from transformers.utils.chat_template_utils import render_jinja_template  # imports torch
 
         options = {
@@ -99,83 +109,85 @@ class ChatTemplate:
             **self._tokenizer.special_tokens_map,
         }
         try:
-            rendered: Any = render_jinja_template(
-                [messages], **options
-            )  # annotated as a string; with the mask it is a pair of lists
+            # annotated as a string; with the mask it returns a pair of lists
+            rendered: Any = render_jinja_template([messages], **options)
         except TemplateError as error:
             raise _refused(error) from None
         (text,), (spans,) = rendered
-        if text != self._text(messages):
+        if text != self._apply(messages):
             raise SampleError(
-                "its chat template gives another text with its marks",
+                "its chat template gives a different text when answers are marked",
                 "labels would be misplaced.",
-                "mend the template.",
+                "fix the template.",
             )
-        found = [(start, end) for start, end in spans if end > start]
-        if not found:
+        answers = [(start, end) for start, end in spans if end > start]
+        if not answers:
             raise SampleError(
                 "the chat template marks no answer",
                 "nothing would be supervised.",
-                "mend the template.",
+                "fix the template.",
             )
-        return text, found
+        return text, answers
 
-    def _increments(self, messages: list[Message]) -> tuple[str, Spans]:
-        text, spans = self._text(messages), []
+    def _render_stepwise(self, messages: list[Message]) -> tuple[str, CharacterSpans]:
+        """Render up to each answer, without and with it, to find its characters."""
+        text, spans = self._apply(messages), []
         for k, message in enumerate(messages):
-            if message["role"] != ROLES["Assistant"]:
+            if message["role"] != "assistant":
                 continue
-            asked, answered = self._text(messages[:k], prompt=True), self._text(messages[: k + 1])
-            if not (text.startswith(answered) and answered.startswith(asked)):
+            prompt = self._apply(messages[:k], prompt=True)
+            answered = self._apply(messages[: k + 1])
+            if not (text.startswith(answered) and answered.startswith(prompt)):
                 raise _uncertain(
-                    f"its chat template writes the turns before turn {k} in another way once that is there"
+                    f"its chat template changes the turns before turn {k} once that turn is there"
                 )
-            said, answer = answered[len(asked) :], message["content"].strip()
-            if not said.lstrip().startswith(answer):
+            added, answer = answered[len(prompt) :], message["content"].strip()
+            if not added.lstrip().startswith(answer):
                 raise _uncertain(
-                    f"between the prompt and the answer in turn {k} its chat template writes {_begin(said, answer)!r}"
+                    f"between the prompt and the answer in turn {k} its chat template writes "
+                    f"{_before_answer(added, answer)!r}"
                 )
-            if not said.lstrip()[len(answer) :].strip():
+            if not added.lstrip()[len(answer) :].strip():
                 raise _uncertain(
-                    f"its chat template writes nothing behind the answer in turn {k}, so that no end could be learnt"
+                    f"its chat template writes nothing after the answer in turn {k}, so the model "
+                    "could not learn where to stop"
                 )
-            bare = said.rstrip()
-            ends = any(
-                bare.endswith(token) for token in self._control
-            )  # what follows the end of a turn is never generated
-            spans.append((len(asked), len(asked) + len(bare if ends else said)))
+            bare = added.rstrip()
+            # what follows the token that ends the turn is never generated
+            ends = any(bare.endswith(token) for token in self._control_tokens)
+            spans.append((len(prompt), len(prompt) + len(bare if ends else added)))
         return text, spans
 
-    def _text(self, messages: list[Message], *, prompt: bool = False) -> str:
+    def _apply(self, messages: list[Message], *, prompt: bool = False) -> str:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
             )
-        except (TemplateError, IndexError) as error:  # a template may look at messages[0]
+        except (TemplateError, IndexError) as error:  # IndexError: templates that use messages[0]
             raise _refused(error) from None
         return text
 
 
-def _messages(turns: Sequence[tuple[str, str]]) -> list[Message]:
-    return [{"role": ROLES[speaker], "content": value} for speaker, value in turns]
+def _to_messages(turns: Sequence[ConversationTurn]) -> list[Message]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
-def _begin(said: str, answer: str) -> str:
-    at = said.find(answer)
-    return said[: at if at > 0 else 40]
+def _before_answer(added: str, answer: str) -> str:
+    position = added.find(answer)
+    return added[: position if position > 0 else 40]
 
 
 def _refused(error: Exception) -> SampleError:
     return SampleError(
         f"its chat template refuses the conversation: {error}",
-        "it has no text.",
-        "mend the turns, or leave the sample out.",
+        "the sample has no text.",
+        "fix the turns, or leave the sample out.",
     )
 
 
 def _uncertain(what: str) -> SampleError:
     return SampleError(
         what,
-        "answers cannot be told from the rest.",
+        "answers cannot be separated from the rest.",
         "mark them with {% generation %} in the template.",
     )

@@ -24,7 +24,7 @@ from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.readahead import ReadAhead, Span
 from onellm_dist.data.retry import index_with_retries, span_with_retries
-from onellm_dist.data.text import meta_of
+from onellm_dist.data.text_parts import read_meta
 from onellm_dist.data.token_counts import UNREADABLE, token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
@@ -153,7 +153,7 @@ class Reader:
         parts = self._parts(ref, place)
         ids, labels = corpus.text_encoder.encode(parts, partial(corpus.caption_index, ref))
         self._check_length(ref, sample_id, ids, labels)
-        meta = meta_of(parts)
+        meta = read_meta(parts)
         values = {}
         for kind in kinds:
             slots = {slot: parts[extension] for slot, extension in place.slots[kind.name].items()}

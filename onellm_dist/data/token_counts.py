@@ -281,7 +281,7 @@ def measure_shard(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder) -> i
     failures: list[SampleError] = []
     for row, read in enumerate(_texts(dataset, shard)):
         try:
-            texts = encoder.variants(read())
+            texts = encoder.encode_all(read())
         except SampleError as error:
             if isinstance(error.__cause__, OSError):
                 raise OneLLMError(

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from onellm_dist.common.progress import progress
-from onellm_dist.data.text import STOP, TURN, TextEncoder, caption_of, meta_of, opening, turns_of
+from onellm_dist.data.text import (
+    STOP,
+    TextEncoder,
+    render_answer_prefix,
+    render_opening,
+    render_turn,
+)
+from onellm_dist.data.text_parts import read_caption, read_meta, read_turns
 from onellm_dist.evaluation.report import Caption
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
@@ -64,25 +71,25 @@ def questions(
         if limit is not None and number >= limit:
             return
         parts = read_parts(dataset, shard, row)
-        meta = meta_of(parts)
+        meta = read_meta(parts)
         values = {}
         for kind in kinds:
             raw = kind.decode(
                 {slot: parts[extension] for slot, extension in kind.match(parts).items()}, meta
             )
             values[kind.name] = kind.transform(raw, train=False, rng=np.random.default_rng(0))
-        prompt, reference = _first_exchange(parts) if ask else ("", caption_of(parts))
+        prompt, reference = _first_exchange(parts) if ask else ("", read_caption(parts))
         yield Question(dataset.index(shard).key(row), prompt, values, reference)
 
 
 def _first_exchange(parts: dict[str, Part]) -> tuple[str, str]:
     """The text up to the first answer, and that answer."""
-    text, turns = opening(turns_of(parts))
-    for speaker, value in turns:
-        if speaker == "Assistant":
-            return f"{text}{STOP} Assistant:", value
-        text += TURN.format(speaker=speaker, value=value)
-    raise AssertionError("turns_of refuses conversations without an answer")
+    text, turns = render_opening(read_turns(parts))
+    for turn in turns:
+        if turn.role == "assistant":
+            return text + render_answer_prefix(), turn.text
+        text += render_turn(turn)
+    raise AssertionError("read_turns refuses conversations without an answer")
 
 
 @torch.inference_mode()

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
-from onellm_dist.data.text import HEADER, STOP, TURN, TextEncoder
+from onellm_dist.common.turns import ConversationTurn
+from onellm_dist.data.text import (
+    HEADER,
+    STOP,
+    TextEncoder,
+    render_answer_prefix,
+    render_turn,
+)
 from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
 
 if TYPE_CHECKING:
@@ -137,7 +144,7 @@ def prompt_text(prompt: str, prompt_format: str) -> str:
         )
     if prompt_format == "chat":  # the tokenizer's template is applied once it is there
         return prompt
-    return HEADER + TURN.format(speaker="Human", value=prompt) + f"{STOP} Assistant:"
+    return HEADER + render_turn(ConversationTurn("user", prompt)) + render_answer_prefix()
 
 
 def run_order(order: str, names: Sequence[str]) -> list[str] | None:
@@ -256,7 +263,7 @@ def generate(
 
     encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
     ids = (
-        torch.tensor([encoder.prompt([("Human", text)])])
+        torch.tensor([encoder.encode_prompt([ConversationTurn("user", text)])])
         if encoder
         else prompt_ids(tokenizer, text)
     ).to(model.device)
@@ -274,7 +281,7 @@ def generate(
             f"the LLM has {context}.",
             "shorten the prompt or --max-new-tokens.",
         )
-    ends = encoder.ends if encoder else [tokenizer.eos_token_id]
+    ends = encoder.end_ids if encoder else [tokenizer.eos_token_id]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}

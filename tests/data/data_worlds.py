@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 import onellm_dist
 from onellm_dist.config.schema import DataSection, MixtureEntry
 from onellm_dist.data.plan import Plan
+from onellm_dist.data.text import TextEncoder, TextFormat
+from onellm_dist.modalities import Part
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.writer import DatasetWriter
 
@@ -27,6 +29,13 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(
         Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer"
     )
+
+
+def encode(
+    parts: Mapping[str, Part], tok: Any, text_format: TextFormat, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of one sample."""
+    return TextEncoder(tok, text_format, max_tokens).encode(parts)
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.chat import ChatTemplate
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities import Part
@@ -127,12 +128,12 @@ def test_a_token_that_opens_turns_is_not_taken_for_the_beginning_of_the_text() -
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (FORGETS, "in another way once that is there"),
+        (FORGETS, "changes the turns before turn"),
         (
             THINKS,
             "between the prompt and the answer in turn 1 its chat template writes '<think></think>'",
         ),
-        (ENDLESS, "nothing behind the answer in turn 1"),
+        (ENDLESS, "nothing after the answer in turn 1"),
         (None, "has no chat template"),
     ],
     ids=["forgets", "thinks", "endless", "none"],
@@ -185,9 +186,9 @@ def test_encoders_are_sent_to_workers() -> None:
 
 def test_a_prompt_ends_where_the_answer_begins() -> None:
     template = ChatTemplate(chatty(CHATML))
-    turns = [("Human", "what is it"), ("Assistant", "a cube")]
+    turns = [ConversationTurn("user", "what is it"), ConversationTurn("assistant", "a cube")]
     text, ((start, _),) = template.render(turns)
-    assert template.prompt(turns[:1]) == text[:start]
+    assert template.render_prompt(turns[:1]) == text[:start]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,6 @@ def test_generation_goes_on_where_training_supervises(template: str) -> None:
     encoder = TextEncoder(tok, "chat", 2018)
     ids, labels = encoder.encode(talk("what is it", "a cube"))
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
-    assert encoder.prompt([("Human", "what is it")]) == ids[:first]
-    assert [label for label in labels if label != IGNORE][-1] in encoder.ends
-    assert tok.eos_token_id in encoder.ends
+    assert encoder.encode_prompt([ConversationTurn("user", "what is it")]) == ids[:first]
+    assert [label for label in labels if label != IGNORE][-1] in encoder.end_ids
+    assert tok.eos_token_id in encoder.end_ids

@@ -6,14 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from data_worlds import tokenizer
+from data_worlds import encode, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from onellm_dist.common.errors import SampleError, UsageError
-from onellm_dist.data.text import HEADER, TextEncoder, encode, render_conversation, turns_of
+from onellm_dist.data.text import HEADER, TextEncoder, render_conversation
+from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part
 from onellm_dist.packed import IGNORE
 
@@ -114,7 +115,7 @@ def test_truncation_left_on_by_another_user_of_the_tokenizer_does_not_count() ->
 
 def test_the_conversation_is_the_references_prompt() -> None:
     text, answers = render_conversation(
-        turns_of(talk_parts("<image>\nwhat is it", "a cube", "which colour", "red"))
+        read_turns(talk_parts("<image>\nwhat is it", "a cube", "which colour", "red"))
     )
     assert (
         text
@@ -129,7 +130,7 @@ def test_the_conversation_is_the_references_prompt() -> None:
 def test_a_conversation_is_one_string_with_bos_and_eos(make: Any) -> None:
     tok = make()
     parts = talk_parts("what is it", "a red cube")
-    text, _ = render_conversation(turns_of(parts))
+    text, _ = render_conversation(read_turns(parts))
     ids, labels = encode(parts, tok, "conversation", 2018)
     assert ids == [
         tok.bos_token_id,
@@ -178,14 +179,14 @@ def test_a_system_turn_stands_in_place_of_the_header_and_roles_are_read_too() ->
         {"role": "assistant", "content": "a cube"},
     ]
     parts = {"json": Part("json", json.dumps({"conversations": messages}).encode())}
-    text, answers = render_conversation(turns_of(parts))
+    text, answers = render_conversation(read_turns(parts))
     assert text == "Be brief.\n\n### Human: what\n### Assistant: a cube\n### "
     assert [text[a:b] for a, b in answers] == [" a cube\n###"]
     later = {
         "json": Part("json", json.dumps({"conversations": [*messages[1:], messages[0]]}).encode())
     }
-    with pytest.raises(SampleError, match="turn 2 of its conversation is a system turn"):
-        turns_of(later)
+    with pytest.raises(SampleError, match="turn 2 is a system turn"):
+        read_turns(later)
 
 
 def test_of_several_captions_one_is_chosen() -> None:
@@ -194,7 +195,7 @@ def test_of_several_captions_one_is_chosen() -> None:
         "json": Part("json", json.dumps({"caption": ["a red cube", "a cube", "it"]}).encode())
     }
     encoder = TextEncoder(tok, "caption", 96)
-    variants = encoder.variants(several)
+    variants = encoder.encode_all(several)
     assert variants == [
         encode(caption_parts(text), tok, "caption", 96) for text in ("a red cube", "a cube", "it")
     ]
@@ -221,7 +222,7 @@ def test_a_conversation_is_cut_with_its_labels() -> None:
         ({"json": Part("json", b'{"caption": []}')}, "caption", "no caption"),
         ({"json": Part("json", b'{"captions": ["a", 3]}')}, "caption", "no caption"),
         ({"json": Part("json", b"{")}, "caption", "not JSON"),
-        ({"json": Part("json", b"[1]")}, "caption", "no JSON object"),
+        ({"json": Part("json", b"[1]")}, "caption", "not a JSON object"),
         ({"txt": Part("txt", b"a")}, "conversation", "no `conversations`"),
         ({"json": Part("json", b'{"conversations": [{"from": "gpt"}]}')}, "conversation", "turn 0"),
         (
@@ -237,12 +238,12 @@ def test_a_conversation_is_cut_with_its_labels() -> None:
         (
             {"json": Part("json", b'{"caption": ["ok", "a\\ud83d"]}')},
             "caption",
-            "its caption is no text: half a surrogate pair",
+            "its caption is not valid text: half a surrogate pair",
         ),
         (
             {"json": Part("json", b'{"conversations": [{"from": "gpt", "value": "\\udc00"}]}')},
             "conversation",
-            "turn 0 .* is no text",
+            "turn 0 is not valid text",
         ),
         (
             {"json": Part("json", b'{"caption": "a", "n": ' + b"9" * 5000 + b"}")},

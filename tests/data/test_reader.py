@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_worlds import open_plan, tokenizer, write
+from data_worlds import encode, open_plan, tokenizer, write
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.data import retry
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.text import encode
 from onellm_dist.data.token_counts import token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.packed import IGNORE, PackedBatch

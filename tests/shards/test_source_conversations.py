@@ -26,7 +26,7 @@ from source_checks import (
 )
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.data.text import turns_of
+from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part
 from onellm_dist.shards.sources.readers.conversations import clean
 
@@ -165,7 +165,7 @@ def test_onellms_own_files(tmp_path: Path) -> None:
             if modality != "text"
         }
         for parts in contents(dataset).values():
-            assert turns_of({e: Part(e, d) for e, d in parts.items()})  # as training reads it
+            assert read_turns({e: Part(e, d) for e, d in parts.items()})  # as training reads it
     chats = {m: {k: s["json"]["conversations"] for k, s in d.items()} for m, d in found.items()}
     assert chats["image"] == {
         "cococap_train-0000000": turns("Caption", "a dog"),
@@ -266,11 +266,11 @@ def test_bad_instruction_rows(tmp_path: Path) -> None:
         "unreadable point: .npy is an array of shape (8192, 3)",
         "unreadable .pt: ee.pt",
         "wrong type: ff.pt holds torch.int64",
-        "unreadable row: turn 1: empty answer",
+        "unreadable row: turn 1 is an empty answer",
         "unreadable row: no 'image'",
         "unreadable row: a str, not an object",
-        "unreadable row: a int, not a list of turns",
-        "unreadable row: nobody answers",
+        "unreadable row: expected a list of turns, not int",
+        "unreadable row: the conversation has no answer",
     ]
     why = [q.reason for q in report.quarantined]
     assert [(w, s) for w, s in zip(why, starts, strict=True) if not w.startswith(s)] == []
@@ -326,7 +326,7 @@ def test_llavas_mix(tmp_path: Path) -> None:
     assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
         "000001": turns("How can I <image> it?", "so")
     }
-    assert [q.reason for q in report.quarantined] == ["unreadable row: nobody answers"]
+    assert [q.reason for q in report.quarantined] == ["unreadable row: the conversation has no answer"]
 
 
 def test_pointllm(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.build.filters import dropped_by_hash, dropped_by_meta
 from onellm_dist.shards.build.images import dhash, encode_again, picture_extensions
@@ -153,7 +154,7 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     """A sample's `.json`.
 
     Raises:
-        BadSample: not a JSON object, or a conversation that is no list of {"from", "value"} of texts.
+        BadSample: not a JSON object, or `parse_turns` refuses its `conversations` (an empty list means none).
     """
     try:
         meta = json.loads(data)
@@ -161,31 +162,13 @@ def parse_meta(data: bytes) -> dict[str, Any]:
         raise BadSample(f"unreadable .json: {error}") from error
     if not isinstance(meta, dict):
         raise BadSample(f"unreadable .json: a {type(meta).__name__}, not an object")
-    turns = meta.get("conversations")
-    if turns is not None and not (
-        isinstance(turns, list) and all(_is_turn(t, first=not i) for i, t in enumerate(turns))
-    ):
-        raise BadSample(
-            'malformed conversations: not a list of {"from": "human" or "gpt" (or at first "system"), "value": text}'
-        )
-    for number, turn in enumerate(turns or ()):
+    conversations = meta.get("conversations")
+    if conversations is not None and conversations != []:
         try:
-            turn["value"].encode()
-        except UnicodeEncodeError as error:
-            half = (
-                f"half a surrogate pair, {turn['value'][error.start]!a}, at character {error.start}"
-            )
-            raise BadSample(f"malformed conversations: turn {number} is no text: {half}") from error
+            parse_turns(conversations)
+        except TurnsError as error:
+            raise BadSample(f"malformed conversations: {error}") from error
     return meta
-
-
-def _is_turn(turn: Any, *, first: bool) -> bool:
-    speakers = ("human", "gpt", "system") if first else ("human", "gpt")
-    return (
-        isinstance(turn, dict)
-        and turn.get("from") in speakers
-        and isinstance(turn.get("value"), str)
-    )
 
 
 def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:

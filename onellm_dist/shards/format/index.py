@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.turns import parse_turns
 
 if TYPE_CHECKING:
     from onellm_dist.modalities.base import Part
@@ -85,14 +86,7 @@ def _json_text_length(value: Any) -> int:
     if isinstance(caption, (str, list)):
         captions = [caption] if isinstance(caption, str) else caption
         return max((len(one.encode()) for one in captions if isinstance(one, str)), default=0)
-    turns = value.get("conversations")
-    if not isinstance(turns, list):
-        return 0
-    return sum(
-        len(t["value"].encode())
-        for t in turns
-        if isinstance(t, dict) and isinstance(t.get("value"), str)
-    )
+    return sum(len(turn.text.encode()) for turn in parse_turns(value.get("conversations")))
 
 
 def get_index_path(tar: Path) -> Path:

@@ -48,13 +48,9 @@ def raw_samples(inputs: Path, description: SplitDescription) -> Iterator[RawSamp
 def _conversation(item: Item) -> Sequence[Sample]:
     row = item.value
     raw = row["messages"] if "messages" in row else row["conversations"]
-    turns = [
-        {"from": t.get("from", t.get("role")), "value": t.get("value", t.get("content"))}
-        for t in raw
-    ]
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
     stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
-    return [Sample(f"{stem}-{item.number:07d}", {}, clean(turns, tags=False), meta=meta)]
+    return [Sample(f"{stem}-{item.number:07d}", {}, clean(raw, tags=False), meta=meta)]
 
 
 SOURCE = Source(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from onellm_dist.data.text import meta_of
+from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.report import Caption, ModalityResult
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import open_dataset
@@ -143,7 +143,7 @@ def sample_pictures(toy: Path, captions: Sequence[Caption], count: int = PICTURE
                     parts = read_parts(dataset, shard, row)
                     raw = modality.decode(
                         {slot: parts[e] for slot, e in modality.match(parts).items()},
-                        meta_of(parts),
+                        read_meta(parts),
                     )
                     shown.append(
                         Sample(

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from onellm_dist.common.turns import TurnsError, parse_turns
+
 CAPTION_PROMPTS: Mapping[str, str] = {
     **{
         name: f"Provide a one-sentence caption for the provided {called}."
@@ -25,16 +27,8 @@ OPTION_LETTER = "Answer with the option's letter from the given choices directly
 REGION = "Provide a short description for this region."
 _TAG = r"<(?:image|video|audio|point|depth|normal|imu|fmri|rgbd|rgbn)>"
 _TAGS = re.compile(rf"^\s*{_TAG}\s*|\s*{_TAG}\s*$")
-_SPEAKERS = {
-    "system": "system",
-    "human": "human",
-    "user": "human",
-    "gpt": "gpt",
-    "assistant": "gpt",
-    "chatgpt": "gpt",
-    "bard": "gpt",
-    "bing": "gpt",
-}
+_STORED = {"system": "system", "user": "human", "assistant": "gpt"}
+"""Role to the speaker that shards store."""
 
 Turn = dict[str, str]
 """`{"from": "human", "gpt", or in the first turn "system", "value": text}`."""
@@ -100,25 +94,17 @@ def clean(raw: Any, *, tags: bool = True) -> list[Turn]:
             anyhow. False for texts without media, where `<video>` is a web page's.
 
     Raises:
-        ValueError: it is no conversation: not a list of {"from", "value"}, an unknown speaker, an empty answer, nobody answers.
+        TurnsError: `parse_turns` refuses it, an answer is empty, or no question is answered.
     """
-    if not isinstance(raw, list):
-        raise ValueError(f"a {type(raw).__name__}, not a list of turns")
     turns: list[Turn] = []
-    for number, turn in enumerate(raw):
-        value = turn.get("value") if isinstance(turn, dict) else None
-        speaker = _SPEAKERS.get(str(turn.get("from")).lower()) if isinstance(turn, dict) else None
-        if speaker is None or not isinstance(value, str):
-            raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
-        text = (_TAGS.sub("", value) if tags else value).strip()
-        if speaker == "system" and number:
-            raise ValueError(f"turn {number} is a system turn, and only the first may be")
-        if speaker == "gpt" and not text:
-            raise ValueError(f"turn {number}: empty answer")
-        if speaker != "gpt" or any(t["from"] == "human" for t in turns):
-            turns.append({"from": speaker, "value": text})
+    for number, turn in enumerate(parse_turns(raw)):
+        text = (_TAGS.sub("", turn.text) if tags else turn.text).strip()
+        if turn.role == "assistant" and not text:
+            raise TurnsError(f"turn {number} is an empty answer")
+        if turn.role != "assistant" or any(t["from"] == "human" for t in turns):
+            turns.append({"from": _STORED[turn.role], "value": text})
     while turns and turns[-1]["from"] != "gpt":
         turns.pop()
     if not turns:
-        raise ValueError("nobody answers")
+        raise TurnsError("the conversation has no answer to a question")
     return turns

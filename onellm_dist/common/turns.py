@@ -1,0 +1,80 @@
+"""The turns of a conversation: the one parser for dataset sources, the builder, the index and text.
+
+A sample's `.json` part holds a conversation under `conversations`, in LLaVA's or ShareGPT's form:
+
+    [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}, ...]
+
+`role` and `content` may stand for `from` and `value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["system", "user", "assistant"]
+
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+}
+"""Speaker as datasets write it, in lower case, to its role (chatgpt, bard and bing: ShareGPT)."""
+
+
+class ConversationTurn(NamedTuple):
+    """One turn of a conversation."""
+
+    role: Role
+    """Who speaks; `system` only in the first turn."""
+    text: str
+    """What is said, exactly as it is stored."""
+
+
+class TurnsError(ValueError):
+    """A conversation that cannot be used; the message says which turn and why."""
+
+
+def parse_turns(raw: Any) -> list[ConversationTurn]:
+    """Parse the value of `conversations`.
+
+    Returns:
+        The turns; at least one of them is an answer (role `assistant`).
+
+    Raises:
+        TurnsError: it is not a list of turns, a turn has no known speaker or no text, a later turn
+            is a system turn, or there is no answer.
+    """
+    if not isinstance(raw, list):
+        raise TurnsError(f"expected a list of turns, not {type(raw).__name__}")
+    turns = [_parse_turn(number, turn) for number, turn in enumerate(raw)]
+    if all(turn.role != "assistant" for turn in turns):
+        raise TurnsError("the conversation has no answer")
+    return turns
+
+
+def _parse_turn(number: int, raw: Any) -> ConversationTurn:
+    fields = raw if isinstance(raw, dict) else {}
+    role = ROLES.get(str(fields.get("from", fields.get("role"))).lower())
+    text = fields.get("value", fields.get("content"))
+    if role is None or not isinstance(text, str):
+        raise TurnsError(
+            f'turn {number} is not {{"from": speaker, "value": text}} with the speaker '
+            '"human" or "gpt" (in the first turn also "system")'
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON may contain "\ud83d" alone; no tokenizer and no file accepts it.
+        raise TurnsError(
+            f"turn {number} is not valid text: half a surrogate pair, {text[error.start]!a}, "
+            f"at character {error.start}"
+        ) from None
+    if role == "system" and number:
+        raise TurnsError(f"turn {number} is a system turn, and only the first turn may be one")
+    return ConversationTurn(role, text)

@@ -1,0 +1,100 @@
+"""One parser of turns: builder, index, sources and training read a conversation alike."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.common.turns import ConversationTurn, TurnsError, parse_turns
+from onellm_dist.data.text_parts import read_turns
+from onellm_dist.modalities import Part
+from onellm_dist.shards.build.prepare import parse_meta
+from onellm_dist.shards.format.index import text_length
+from onellm_dist.shards.sources.readers.conversations import clean
+
+HUMAN, GPT = {"from": "human", "value": "what is it"}, {"from": "gpt", "value": "a cube"}
+
+ACCEPTED: dict[str, list[Any]] = {
+    "llava": [HUMAN, GPT],
+    "system first": [{"from": "system", "value": "Be brief."}, HUMAN, GPT],
+    "openai": [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "Ω"}],
+    "mixed": [{"from": "User", "content": "q"}, {"role": "GPT", "value": "a"}],
+    "sharegpt": [HUMAN, {"from": "chatgpt", "value": "a"}, HUMAN, {"from": "bing", "value": "b"}],
+    "two answers": [HUMAN, GPT, GPT],
+    "last question unanswered": [HUMAN, GPT, HUMAN],
+    "other fields": [HUMAN | {"weight": 3}, GPT],
+}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "mapping": ({"from": "gpt", "value": "a"}, "expected a list of turns, not dict"),
+    "text": ("a cube", "expected a list of turns, not str"),
+    "number": (3, "expected a list of turns, not int"),
+    "no mapping in the list": ([HUMAN, "a cube"], "turn 1 is not"),
+    "no value": ([{"from": "gpt"}], "turn 0 is not"),
+    "no speaker": ([HUMAN, {"value": "a"}], "turn 1 is not"),
+    "null speaker": ([HUMAN, {"from": None, "value": "a"}], "turn 1 is not"),
+    "unknown speaker": ([{"from": "dog", "value": "woof"}, GPT], "turn 0 is not"),
+    "value is a list": ([HUMAN, {"from": "gpt", "value": ["a"]}], "turn 1 is not"),
+    "late system turn": ([HUMAN, GPT, {"from": "system", "value": "x"}], "turn 2 is a system turn"),
+    "half a surrogate pair": ([HUMAN, {"from": "gpt", "value": "a\ud83d"}], "turn 1 is not valid"),
+    "no answer": ([HUMAN], "the conversation has no answer"),
+    "system alone": ([{"from": "system", "value": "x"}], "the conversation has no answer"),
+}
+
+
+def stored(turns: Any) -> bytes:
+    return json.dumps({"conversations": turns}).encode()
+
+
+@pytest.mark.parametrize("turns", ACCEPTED.values(), ids=ACCEPTED)
+def test_a_good_conversation_is_accepted_everywhere(turns: list[Any]) -> None:
+    parsed = parse_turns(turns)
+    assert [turn.text for turn in parsed] == [t.get("value", t.get("content")) for t in turns]
+    assert read_turns({"json": Part("json", stored(turns))}) == parsed
+    assert parse_meta(stored(turns))["conversations"] == turns
+    assert text_length(None, stored(turns)) == sum(len(turn.text.encode()) for turn in parsed)
+    assert clean(turns)
+
+
+@pytest.mark.parametrize(("turns", "says"), REFUSED.values(), ids=REFUSED)
+def test_a_bad_conversation_is_refused_everywhere_with_one_message(turns: Any, says: str) -> None:
+    with pytest.raises(TurnsError, match=says) as info:
+        parse_turns(turns)
+    message = str(info.value)
+    with pytest.raises(SampleError) as training:
+        read_turns({"json": Part("json", stored(turns))})
+    with pytest.raises(SampleError) as building:
+        parse_meta(stored(turns))
+    assert building.value.what == f"malformed conversations: {message}"
+    assert training.value.what == building.value.what
+    assert text_length(None, stored(turns)) == 0
+    with pytest.raises(TurnsError) as source:
+        clean(turns)
+    assert str(source.value) == message
+
+
+def test_roles_are_those_of_chat_templates() -> None:
+    assert parse_turns([{"from": "system", "value": "s"}, HUMAN, GPT]) == [
+        ConversationTurn("system", "s"),
+        ConversationTurn("user", "what is it"),
+        ConversationTurn("assistant", "a cube"),
+    ]
+
+
+def test_sources_also_drop_what_no_question_precedes_or_no_answer_follows() -> None:
+    assert clean([GPT, HUMAN, GPT, HUMAN]) == [HUMAN, GPT]
+    with pytest.raises(TurnsError, match="no answer to a question"):
+        clean([GPT])
+    with pytest.raises(TurnsError, match="turn 1 is an empty answer"):
+        clean([HUMAN, {"from": "gpt", "value": " "}])
+
+
+def test_an_empty_list_of_turns_is_no_conversation() -> None:
+    assert parse_meta(b'{"caption": "a", "conversations": []}') == {
+        "caption": "a",
+        "conversations": [],
+    }
+    with pytest.raises(SampleError, match="no `conversations`"):
+        read_turns({"json": Part("json", stored([]))})
