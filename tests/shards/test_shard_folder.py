@@ -124,9 +124,10 @@ def test_samples_of_two_modalities(tmp_path: Path) -> None:
 
 
 def test_text_alone(tmp_path: Path) -> None:
+    talk = '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}'
     _, dataset = build(
         tmp_path,
-        {"a.txt": "one", "b.json": '{"conversations": [{"from": "human", "value": "?"}]}'},
+        {"a.txt": "one", "b.json": talk},
         modality="text",
     )
     assert dataset.modalities == ()

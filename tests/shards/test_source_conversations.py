@@ -326,7 +326,9 @@ def test_llavas_mix(tmp_path: Path) -> None:
     assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
         "000001": turns("How can I <image> it?", "so")
     }
-    assert [q.reason for q in report.quarantined] == ["unreadable row: the conversation has no answer"]
+    assert [q.reason for q in report.quarantined] == [
+        "unreadable row: the conversation has no answer"
+    ]
 
 
 def test_pointllm(tmp_path: Path) -> None:
@@ -400,7 +402,9 @@ def test_sharegpt(tmp_path: Path) -> None:
         "b-0000001": turns("Then?", "so"),
     }
     assert list(reasons(report).values()) == [
-        'unreadable row: turn 0 is not {"from": "human" or "gpt", "value": text}',
+        "unreadable row: turn 0 is not "
+        '{"from": speaker, "value": text} with the speaker '
+        '"human" or "gpt" (in the first turn also "system")',
         "unreadable row: no 'conversations'",
         "unreadable row: not JSON",
     ]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.index import read_parts
@@ -27,7 +28,7 @@ _CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac"
 """What FFmpeg may guess: no playlists, which would open other files."""
 _WIDTH = 448
 """Pixels of a preview: what the modalities draw."""
-_SPEAKERS = {"human": "Q", "gpt": "A", "system": "System"}
+_SPEAKERS = {"user": "Q", "assistant": "A", "system": "System"}
 
 
 class Look:
@@ -78,14 +79,14 @@ def sample_text(parts: dict[str, Part]) -> str:
     if isinstance(caption, list):
         listed = "".join(f"<li>{escape(str(c))}</li>" for c in caption)
         return f'<span class="dim">{len(caption)} captions, one is read in an epoch:</span><ul>{listed}</ul>'
-    turns = meta.get("conversations")
-    lines = []
-    for turn in turns if isinstance(turns, list) else []:
-        said = turn if isinstance(turn, dict) else {}
-        speaker = str(said.get("from"))
-        lines.append(
-            f"<b>{escape(_SPEAKERS.get(speaker, speaker))}:</b> {escape(str(said.get('value')))}"
-        )
+    conversations = meta.get("conversations")
+    if not conversations:
+        return ""
+    try:
+        turns = parse_turns(conversations)
+    except TurnsError as error:
+        return f'<span class="dim">malformed conversations: {escape(str(error))}</span>'
+    lines = [f"<b>{_SPEAKERS[turn.role]}:</b> {escape(turn.text)}" for turn in turns]
     return "<br>".join(lines)
 
 
