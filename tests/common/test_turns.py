@@ -12,7 +12,7 @@ from onellm_dist.common.turns import ConversationTurn, TurnsError, parse_turns
 from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part
 from onellm_dist.shards.build.prepare import parse_meta
-from onellm_dist.shards.format.index import text_length
+from onellm_dist.shards.format.index import count_text_bytes
 from onellm_dist.shards.sources.readers.conversations import clean
 
 HUMAN, GPT = {"from": "human", "value": "what is it"}, {"from": "gpt", "value": "a cube"}
@@ -54,7 +54,7 @@ def test_a_good_conversation_is_accepted_everywhere(turns: list[Any]) -> None:
     assert [turn.text for turn in parsed] == [t.get("value", t.get("content")) for t in turns]
     assert read_turns({"json": Part("json", stored(turns))}) == parsed
     assert parse_meta(stored(turns))["conversations"] == turns
-    assert text_length(None, stored(turns)) == sum(len(turn.text.encode()) for turn in parsed)
+    assert count_text_bytes(None, stored(turns)) == sum(len(turn.text.encode()) for turn in parsed)
     assert clean(turns)
 
 
@@ -69,7 +69,7 @@ def test_a_bad_conversation_is_refused_everywhere_with_one_message(turns: Any, s
         parse_meta(stored(turns))
     assert building.value.what == f"malformed conversations: {message}"
     assert training.value.what == building.value.what
-    assert text_length(None, stored(turns)) == 0
+    assert count_text_bytes(None, stored(turns)) == 0
     with pytest.raises(TurnsError) as source:
         clean(turns)
     assert str(source.value) == message

@@ -74,12 +74,12 @@ def count_text_bytes(text: bytes | None, meta: bytes | None) -> int:
     if text is not None:
         return len(text)
     try:
-        return _json_text_length(json.loads(meta)) if meta is not None else 0
+        return _count_json_text_bytes(json.loads(meta)) if meta is not None else 0
     except (ValueError, RecursionError):
         return 0
 
 
-def _json_text_length(value: Any) -> int:
+def _count_json_text_bytes(value: Any) -> int:
     if not isinstance(value, dict):
         return 0
     caption = value.get("caption", value.get("captions"))
