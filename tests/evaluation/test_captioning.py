@@ -48,8 +48,8 @@ def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
     first = asked[0]
     assert first.prompt.endswith("### Human: Describe the motion.\n### Assistant:")
     assert first.prompt.startswith("A chat between")
-    said = world.parse("imu", first.reference)
-    assert tuple(said.values()) in world.held_out("imu")
+    said = world.parse_caption("imu", first.reference)
+    assert tuple(said.values()) in world.get_held_out("imu")
     assert first.values["imu"].shape == (6, 400)
     assert [q.prompt for q in questions(dataset, "test_seen", limit=2, ask=False)] == ["", ""]
 
@@ -147,7 +147,7 @@ def test_corpus_documents_hold_no_held_out_combination() -> None:
         )
     )
     held = {
-        world.caption(m, world.named(m, c)) for m in world.MODALITIES for c in world.held_out(m)
+        world.make_caption(m, world.to_attributes(m, c)) for m in world.MODALITIES for c in world.get_held_out(m)
     }
     texts = [
         processor.tokenizer.decode([t for t in row if t > 2]).strip() for row in labels.tolist()

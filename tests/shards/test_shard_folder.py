@@ -20,7 +20,7 @@ from onellm_dist.shards.build.task import TooManyFailures
 from onellm_dist.shards.command import build_command, build_recipe, summary
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
-from onellm_dist.shards.sources.toyworld.render import render
+from onellm_dist.shards.sources.toyworld.render import render_sample
 
 
 def build(
@@ -461,7 +461,7 @@ def test_the_command_and_a_recipe_build_the_same(
 @pytest.mark.parametrize("name", list(all_modalities()))
 def test_real_media_of_every_modality_come_through_unchanged(tmp_path: Path, name: str) -> None:
     """A toy sample as loose files: decoded and transformed by its modality as a check, stored byte by byte."""
-    sample = render(name, "train", 0, 0)
+    sample = render_sample(name, "train", 0, 0)
     report, dataset = build(
         tmp_path,
         {f"{name}.{extension}": data for extension, data in sample.parts.items()},

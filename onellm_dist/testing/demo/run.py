@@ -266,7 +266,7 @@ def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
 def _every_caption() -> dict[str, list[str]]:
     """Modality -> all captions it can have."""
     return {
-        m: [world.caption(m, world.named(m, c)) for c in world.combinations(m)]
+        m: [world.make_caption(m, world.to_attributes(m, c)) for c in world.list_combinations(m)]
         for m in world.MODALITIES
     }
 

@@ -25,7 +25,7 @@ from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.shards.sources.toyworld import world
-from onellm_dist.shards.sources.toyworld.render import render
+from onellm_dist.shards.sources.toyworld.render import render_sample
 from onellm_dist.testing.demo.toy_llm import cosine
 
 MODALITY = "image"
@@ -72,7 +72,7 @@ class ImageBank:
         self.captions: list[str] = []
         groups: dict[tuple[str, ...], list[int]] = {}
         for i in range(count):
-            sample = render(MODALITY, split, i, seed)
+            sample = render_sample(MODALITY, split, i, seed)
             patches = to_patches(
                 np.asarray(Image.open(io.BytesIO(sample.parts["jpg"])).convert("RGB"))
             )
@@ -276,7 +276,7 @@ def zero_shot(
 ) -> float:
     """Share of images whose own caption scores highest among all captions of the modality, held-out ones included."""
     every = [
-        world.caption(MODALITY, world.named(MODALITY, c)) for c in world.combinations(MODALITY)
+        world.make_caption(MODALITY, world.to_attributes(MODALITY, c)) for c in world.list_combinations(MODALITY)
     ]
     texts = caption_ids(tokenizer, every)
     rng = np.random.default_rng(0)

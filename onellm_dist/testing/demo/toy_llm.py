@@ -46,7 +46,7 @@ class Documents:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: LLMRecipe) -> None:
         self._recipe = recipe
         self._rng = np.random.default_rng(recipe.seed)
-        self._corpus = world.corpus(self._rng)
+        self._corpus = world.draw_documents(self._rng)
         self._captions = TextEncoder(tokenizer, "caption", MAX_TEXT)
         self._conversations = TextEncoder(tokenizer, "conversation", MAX_TEXT)
         self._word_id: Callable[[str], int] = _single_token(tokenizer)
@@ -146,9 +146,9 @@ def composition_score(
     rows = []
     for i in range(samples):
         modality = world.MODALITIES[i % len(world.MODALITIES)]
-        pool = sorted(world.held_out(modality))
-        attributes = world.named(modality, pool[int(rng.integers(len(pool)))])
-        text = world.caption(modality, attributes)
+        pool = sorted(world.get_held_out(modality))
+        attributes = world.to_attributes(modality, pool[int(rng.integers(len(pool)))])
+        text = world.make_caption(modality, attributes)
         words = tuple(w for w in text.split() if w in attributes.values())
         written, targets = encode_document(world.Document(modality, words, text, ""), encoder)
         prefix = [word_id(w) for w in shuffled_words(words, rng)]

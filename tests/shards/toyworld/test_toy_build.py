@@ -10,7 +10,7 @@ import webdataset
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import open_dataset
-from onellm_dist.shards.sources.toyworld import SOURCE, render, world
+from onellm_dist.shards.sources.toyworld import SOURCE, render_sample, world
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 FEW = {"audio": 2, "point": 2, "fmri": 2, "image": 40}
@@ -38,7 +38,7 @@ def test_a_dataset_a_modality_with_three_splits(built: Path, modality: str) -> N
         "test_held_out": 2,
     }
     assert dataset.manifest.attributes["attributes"] == {
-        k: list(v) for k, v in world.scenes(modality).attributes.items()
+        k: list(v) for k, v in world.get_scenes(modality).attributes.items()
     }
     assert dataset.manifest.text == ("txt", "json")
 
@@ -51,12 +51,12 @@ def test_webdataset_reads_what_render_gives(built: Path, modality: str) -> None:
             for shard in open_dataset(built / modality).shards(split)
         ]
         read = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
-        expected = [render(modality, split, index, seed=4) for index in range(len(read))]
+        expected = [render_sample(modality, split, index, seed=4) for index in range(len(read))]
         assert [sample["__key__"] for sample in read] == [sample.key for sample in expected]
         for found, wanted in zip(read, expected, strict=True):
             assert {k: v for k, v in found.items() if not k.startswith("__")} == wanted.parts
         held = {
-            tuple(json.loads(sample["json"])["attributes"].values()) in world.held_out(modality)
+            tuple(json.loads(sample["json"])["attributes"].values()) in world.get_held_out(modality)
             for sample in read
         }
         assert held == {split == "test_held_out"}

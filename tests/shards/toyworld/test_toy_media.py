@@ -10,8 +10,8 @@ import pytest
 import toy_readers as readers
 
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.toyworld import point, render, world
-from onellm_dist.shards.sources.toyworld.solids import distance, sample_surface
+from onellm_dist.shards.sources.toyworld import point, render_sample, world
+from onellm_dist.shards.sources.toyworld.solids import compute_distance, sample_surface
 
 READERS: dict[str, dict[str, Callable[[np.ndarray], str]]] = {
     "image": {"color": readers.image_color, "position": readers.image_position},
@@ -22,7 +22,8 @@ READERS: dict[str, dict[str, Callable[[np.ndarray], str]]] = {
     "normal": {"color": readers.pair_color, "surface": readers.normal_surface},
     "imu": {"lean": readers.imu_lean, "activity": readers.imu_activity, "pace": readers.imu_pace},
     "fmri": {
-        name: readers.fmri_value(values) for name, values in world.scenes("fmri").attributes.items()
+        name: readers.fmri_value(values)
+        for name, values in world.get_scenes("fmri").attributes.items()
     },
 }
 SAMPLES = 14
@@ -52,20 +53,20 @@ def test_sizes_are_ordered_and_apart() -> None:
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
 def test_rendering_is_a_pure_function(modality: str) -> None:
-    first = render(modality, "train", 5, seed=1)
-    render(modality, "train", 6, seed=1)
-    assert render(modality, "train", 5, seed=1) == first
+    first = render_sample(modality, "train", 5, seed=1)
+    render_sample(modality, "train", 6, seed=1)
+    assert render_sample(modality, "train", 5, seed=1) == first
     media = [e for e in first.parts if e not in ("txt", "json")]
     for other in (
-        render(modality, "train", 5, seed=2),
-        render(modality, "test_seen", 5, seed=1),
-        render(modality, "pretrain", 5, seed=1),
+        render_sample(modality, "train", 5, seed=2),
+        render_sample(modality, "test_seen", 5, seed=1),
+        render_sample(modality, "pretrain", 5, seed=1),
     ):
         assert all(other.parts[e] != first.parts[e] for e in media)
-    lap = len(world.trained(modality))
+    lap = len(world.get_trained(modality))
     again = next(
         s
-        for s in (render(modality, "train", i, 1) for i in range(lap, 2 * lap))
+        for s in (render_sample(modality, "train", i, 1) for i in range(lap, 2 * lap))
         if s.caption == first.caption
     )
     assert all(again.parts[e] != first.parts[e] for e in media), "the same scene is drawn anew"
@@ -73,20 +74,22 @@ def test_rendering_is_a_pure_function(modality: str) -> None:
 
 @pytest.mark.parametrize("modality", world.MODALITIES)
 def test_parts_are_the_modality_and_the_text(modality: str) -> None:
-    sample = render(modality, "test_held_out", 0)
+    sample = render_sample(modality, "test_held_out", 0)
     slots = get_modality(modality).match(set(sample.parts))
     assert set(sample.parts) == {*slots.values(), "txt", "json"}
     assert (
-        sample.parts["txt"].decode() == sample.caption == world.caption(modality, sample.attributes)
+        sample.parts["txt"].decode()
+        == sample.caption
+        == world.make_caption(modality, sample.attributes)
     )
     record = json.loads(sample.parts["json"])
     assert record["caption"] == sample.caption
     assert record["attributes"] == sample.attributes
     assert record["conversations"] == [
-        {"from": "human", "value": world.scenes(modality).prompt},
+        {"from": "human", "value": world.get_scenes(modality).prompt},
         {"from": "gpt", "value": sample.caption},
     ]
-    assert tuple(sample.attributes.values()) in world.held_out(modality)
+    assert tuple(sample.attributes.values()) in world.get_held_out(modality)
 
 
 def test_the_picture_does_not_tell_what_the_map_is_for() -> None:
@@ -128,7 +131,7 @@ def test_point_colors_tell_places_on_the_surface() -> None:
 @pytest.mark.parametrize("solid", world.SOLIDS)
 def test_sampled_surface_and_ray_caster_agree_on_the_solid(solid: str) -> None:
     points, normals = sample_surface(solid, 2000, np.random.default_rng(0))
-    assert np.abs(distance(solid, points)).max() < 1e-9
+    assert np.abs(compute_distance(solid, points)).max() < 1e-9
     assert np.allclose(np.linalg.norm(normals, axis=1), 1)
-    assert (distance(solid, points + 0.01 * normals) > 0).mean() > 0.99
-    assert (distance(solid, points - 0.01 * normals) < 0).mean() > 0.99
+    assert (compute_distance(solid, points + 0.01 * normals) > 0).mean() > 0.99
+    assert (compute_distance(solid, points - 0.01 * normals) < 0).mean() > 0.99

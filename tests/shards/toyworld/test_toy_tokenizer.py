@@ -16,7 +16,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_the_committed_asset_is_what_a_build_gives() -> None:
     committed = {path.name: path.read_bytes() for path in sorted(toy.ASSET.iterdir())}
-    assert committed == toy.rebuilt()
+    assert committed == toy.build_files()
 
 
 def test_special_tokens_are_llamas(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -32,8 +32,8 @@ def test_special_tokens_are_llamas(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_captions_are_one_token_a_word_and_decode_back(
     tokenizer: PreTrainedTokenizerFast, modality: str, lead: str
 ) -> None:
-    for combination in world.combinations(modality):
-        text = lead + world.caption(modality, world.named(modality, combination))
+    for combination in world.list_combinations(modality):
+        text = lead + world.make_caption(modality, world.to_attributes(modality, combination))
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert len(ids) == len(text.split())
         assert tokenizer.decode(ids) == text
@@ -46,7 +46,7 @@ def test_prompts_and_the_header_are_words(
     header = (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
         "answers to the human's questions.\n\n### Human: "
-        + world.scenes(modality).prompt
+        + world.get_scenes(modality).prompt
         + "\n### Assistant: a red cube\n### "
     )
     ids = tokenizer.encode(header, add_special_tokens=False)

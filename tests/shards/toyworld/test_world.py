@@ -20,7 +20,7 @@ def test_the_world_has_every_modality_of_the_package() -> None:
 
 @EVERY
 def test_three_attributes_of_three_values(modality: str) -> None:
-    attributes = world.scenes(modality).attributes
+    attributes = world.get_scenes(modality).attributes
     assert len(attributes) >= 3
     assert all(len(set(values)) == len(values) >= 3 for values in attributes.values())
 
@@ -28,14 +28,14 @@ def test_three_attributes_of_three_values(modality: str) -> None:
 @EVERY
 def test_a_fifth_is_held_out_and_every_conditional_keeps_two_trained_values(modality: str) -> None:
     every, trained, held = (
-        set(world.combinations(modality)),
-        set(world.trained(modality)),
-        world.held_out(modality),
+        set(world.list_combinations(modality)),
+        set(world.get_trained(modality)),
+        world.get_held_out(modality),
     )
     assert trained | held == every
     assert not trained & held
     assert len(held) / len(every) >= 0.2
-    sizes = list(world.scenes(modality).attributes.values())
+    sizes = list(world.get_scenes(modality).attributes.values())
     for place, values in enumerate(sizes):
         for others in itertools.product(*(v for i, v in enumerate(sizes) if i != place)):
             line = [(*others[:place], value, *others[place:]) for value in values]
@@ -46,8 +46,8 @@ def test_a_fifth_is_held_out_and_every_conditional_keeps_two_trained_values(moda
 
 @EVERY
 def test_the_hold_out_is_spread_over_all_values(modality: str) -> None:
-    held = world.held_out(modality)
-    for place, values in enumerate(world.scenes(modality).attributes.values()):
+    held = world.get_held_out(modality)
+    for place, values in enumerate(world.get_scenes(modality).attributes.values()):
         counts = [sum(c[place] == value for c in held) for value in values]
         assert min(counts) >= 1
         assert max(counts) - min(counts) <= max(2, len(held) // len(values))
@@ -55,44 +55,58 @@ def test_the_hold_out_is_spread_over_all_values(modality: str) -> None:
 
 def test_no_caption_is_both_trained_and_held_out_in_any_two_modalities() -> None:
     def captions(pick) -> set[str]:  # type: ignore[no-untyped-def]
-        return {world.caption(m, world.named(m, c)) for m in world.MODALITIES for c in pick(m)}
+        return {
+            world.make_caption(m, world.to_attributes(m, c))
+            for m in world.MODALITIES
+            for c in pick(m)
+        }
 
-    assert not captions(world.trained) & captions(world.held_out)
-    assert len(captions(world.combinations)) == sum(
-        len(world.combinations(m)) for m in world.MODALITIES
+    assert not captions(world.get_trained) & captions(world.get_held_out)
+    assert len(captions(world.list_combinations)) == sum(
+        len(world.list_combinations(m)) for m in world.MODALITIES
     )
 
 
 @EVERY
 def test_a_caption_says_every_attribute(modality: str) -> None:
-    for combination in world.combinations(modality):
-        attributes = world.named(modality, combination)
-        assert world.parse(modality, world.caption(modality, attributes)) == attributes
+    for combination in world.list_combinations(modality):
+        attributes = world.to_attributes(modality, combination)
+        assert world.parse_caption(modality, world.make_caption(modality, attributes)) == attributes
 
 
 def test_parse_of_a_wrong_answer() -> None:
-    assert world.parse("video", "a red dog") == {"color": "red", "shape": None, "motion": None}
-    assert world.parse("video", "") == {"color": None, "shape": None, "motion": None}
+    assert world.parse_caption("video", "a red dog") == {
+        "color": "red",
+        "shape": None,
+        "motion": None,
+    }
+    assert world.parse_caption("video", "") == {"color": None, "shape": None, "motion": None}
 
 
 def test_the_corpus_is_trained_combinations_only_and_covers_them_all() -> None:
     seen = {m: set() for m in world.MODALITIES}  # type: dict[str, set[str]]
-    for document in itertools.islice(world.corpus(np.random.default_rng(0)), 20_000):
+    for document in itertools.islice(world.draw_documents(np.random.default_rng(0)), 20_000):
         seen[document.modality].add(document.caption)
         assert set(document.words) <= set(document.caption.split())
         assert document.conversations[1]["value"] == document.caption
     for modality in world.MODALITIES:
         assert seen[modality] == {
-            world.caption(modality, world.named(modality, c)) for c in world.trained(modality)
+            world.make_caption(modality, world.to_attributes(modality, c))
+            for c in world.get_trained(modality)
         }
 
 
 @EVERY
 @pytest.mark.parametrize("split", draws.SPLITS)
 def test_splits_draw_from_their_own_combinations_evenly(modality: str, split: str) -> None:
-    pool = world.held_out(modality) if split == "test_held_out" else set(world.trained(modality))
+    pool = (
+        world.get_held_out(modality)
+        if split == "test_held_out"
+        else set(world.get_trained(modality))
+    )
     drawn = [
-        tuple(draws.attributes(modality, split, i, seed=3).values()) for i in range(2 * len(pool))
+        tuple(draws.choose_attributes(modality, split, i, seed=3).values())
+        for i in range(2 * len(pool))
     ]
     assert set(drawn) == pool
     assert all(drawn.count(c) == 2 for c in pool)
@@ -101,9 +115,9 @@ def test_splits_draw_from_their_own_combinations_evenly(modality: str, split: st
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="smell"):
-        world.scenes("smell")
+        world.get_scenes("smell")
     with pytest.raises(UsageError, match="validation"):
-        draws.stream("image", "validation", 0, 0)
+        draws.make_rng("image", "validation", 0, 0)
 
 
 def test_description_names_every_modality() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.sources.toyworld import fmri, render
+from onellm_dist.shards.sources.toyworld import fmri, render_sample
 from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, PALETTE
 
 MEAN, STD = (
@@ -20,7 +20,7 @@ def value_of(
     modality: str, split: str, index: int, seed: int = 0
 ) -> tuple[np.ndarray, dict[str, str]]:
     """The model's input (evaluation transform) and the attributes."""
-    sample = render(modality, split, index, seed)
+    sample = render_sample(modality, split, index, seed)
     kind = get_modality(modality)
     slots = {
         slot: Part(extension, sample.parts[extension])
@@ -151,4 +151,4 @@ def imu_activity(value: np.ndarray) -> str:
 
 def fmri_value(values: tuple[str, ...]) -> Callable[[np.ndarray], str]:
     """Reads one attribute by correlating with its patterns."""
-    return lambda value: max(values, key=lambda name: float(value[0] @ fmri.code()[name]))
+    return lambda value: max(values, key=lambda name: float(value[0] @ fmri.make_code()[name]))

@@ -84,7 +84,7 @@ def test_only_a_demo_of_the_same_size_is_taken_up_again(tmp_path: Path) -> None:
 def test_the_verdict_fails_a_model_that_does_not_read_its_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    every = [world.caption("imu", world.named("imu", c)) for c in world.combinations("imu")]
+    every = [world.make_caption("imu", world.to_attributes("imu", c)) for c in world.list_combinations("imu")]
     right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
     parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]
     assert _verdict(summarise(right, {"imu": every})) == EXIT_DONE

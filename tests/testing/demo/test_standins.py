@@ -14,7 +14,7 @@ from PIL import Image
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards.sources.toyworld import world
-from onellm_dist.shards.sources.toyworld.render import render
+from onellm_dist.shards.sources.toyworld.render import render_sample
 from onellm_dist.testing.demo.toy_clip import (
     ClipRecipe,
     ContrastiveHead,
@@ -40,7 +40,7 @@ def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
     modality = get_modality("image")
     values = []
     for i in range(3):
-        picture = Image.open(io.BytesIO(render("image", "pretrain", i, 5).parts["jpg"]))
+        picture = Image.open(io.BytesIO(render_sample("image", "pretrain", i, 5).parts["jpg"]))
         values.append(
             modality.transform(picture.convert("RGB"), train=False, rng=np.random.default_rng(0))
         )
@@ -65,12 +65,12 @@ def test_kept_patches_hold_everything_that_shows_something(bank: ImageBank) -> N
 def test_half_of_a_hard_batch_shares_colour_and_size(bank: ImageBank) -> None:
     rows = next(bank.hard_batches(8, np.random.default_rng(0)))
     assert len(rows) == 8
-    said = [world.parse("image", bank.captions[i]) for i in rows[:4]]
+    said = [world.parse_caption("image", bank.captions[i]) for i in rows[:4]]
     assert len({(s["color"], s["size"]) for s in said}) == 1
 
 
 def test_bank_holds_no_held_out_combination(bank: ImageBank) -> None:
-    held = {world.caption("image", world.named("image", c)) for c in world.held_out("image")}
+    held = {world.make_caption("image", world.to_attributes("image", c)) for c in world.get_held_out("image")}
     assert not held & set(bank.captions)
 
 

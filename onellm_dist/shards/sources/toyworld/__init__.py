@@ -6,10 +6,10 @@ from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import BuildReport, Option, Source
-from onellm_dist.shards.sources.toyworld.render import Sample, render
+from onellm_dist.shards.sources.toyworld.render import ToySample, render_sample
 from onellm_dist.shards.sources.toyworld.world import MODALITIES
 
-__all__ = ["SOURCE", "Sample", "render"]
+__all__ = ["SOURCE", "ToySample", "render_sample"]
 
 
 def _build(

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import soundfile
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 RATE = 16_000
@@ -23,7 +23,7 @@ _ROOT_MEAN_SQUARE = {"tone": 0.056, "hiss": 0.024, "buzz": 0.05, "siren": 0.028,
 _RAMP_SECONDS = 0.01
 
 
-def wave(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def make_wave(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """[163840] fp64 in -1..1."""
     source = _source(attributes["sound"], rng)
     source *= _ROOT_MEAN_SQUARE[attributes["sound"]] / math.sqrt(float(np.mean(source**2)))
@@ -71,14 +71,14 @@ def _envelope(rhythm: str, rng: np.random.Generator) -> np.ndarray:
     return (running[ramp:] - running[:-ramp]) / ramp
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One sound sample."""
     out = io.BytesIO()
     soundfile.write(
         out,
-        np.rint(wave(attributes, rng) * 32767).astype(np.int16),
+        np.rint(make_wave(attributes, rng) * 32767).astype(np.int16),
         RATE,
         format="FLAC",
         subtype="PCM_16",
     )
-    return Rendered({"flac": out.getvalue()})
+    return RenderedMedia({"flac": out.getvalue()})

@@ -19,7 +19,7 @@ from onellm_dist.common.progress import Progress, progress
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld import draws, world
-from onellm_dist.shards.sources.toyworld.render import Sample, render
+from onellm_dist.shards.sources.toyworld.render import ToySample, render_sample
 
 TRAIN, TEST = 2000, 120
 """Samples of train, and of each test split, where nothing else is asked for."""
@@ -63,7 +63,7 @@ def build_toyworld(
         UsageError: an unknown modality, a number below 1, or an output that is occupied.
     """
     for modality in (*modalities, *_names(train_per_modality), *_names(test_per_modality)):
-        world.scenes(modality)
+        world.get_scenes(modality)
     chunks: list[_Chunk] = []
     for modality in modalities:
         train, test = (
@@ -102,17 +102,17 @@ def _write(
     folder: Path,
     modality: str,
     seed: int,
-    samples: Iterator[tuple[_Chunk, list[Sample]]],
+    samples: Iterator[tuple[_Chunk, list[ToySample]]],
     chunks: int,
     bar: Progress[int],
 ) -> None:
     """One modality's dataset: the next `chunks` results of `samples`."""
-    scene = world.scenes(modality)
+    scene = world.get_scenes(modality)
     about = {
         "seed": seed,
         "attributes": {name: list(values) for name, values in scene.attributes.items()},
         "caption": scene.template,
-        "held_out": sorted(" ".join(c) for c in world.held_out(modality)),
+        "held_out": sorted(" ".join(c) for c in world.get_held_out(modality)),
     }
     with DatasetWriter(
         folder,
@@ -131,9 +131,9 @@ def _write(
             bar.advance(len(rendered))
 
 
-def _render(chunk: _Chunk) -> list[Sample]:
+def _render(chunk: _Chunk) -> list[ToySample]:
     return [
-        render(chunk.modality, chunk.split, index, chunk.seed)
+        render_sample(chunk.modality, chunk.split, index, chunk.seed)
         for index in range(chunk.start, chunk.stop)
     ]
 
@@ -158,7 +158,7 @@ class _Renderer:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def in_order(self, chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, list[Sample]]]:
+    def in_order(self, chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, list[ToySample]]]:
         """Each chunk with its samples, in the order given.
 
         Raises:
@@ -167,7 +167,7 @@ class _Renderer:
         if self._pool is None:
             yield from ((chunk, _render(chunk)) for chunk in chunks)
             return
-        waiting: deque[tuple[_Chunk, Future[list[Sample]]]] = deque()
+        waiting: deque[tuple[_Chunk, Future[list[ToySample]]]] = deque()
         try:
             for chunk in chunks:
                 waiting.append((chunk, self._pool.submit(_render, chunk)))

@@ -17,7 +17,7 @@ SPLITS = (*DATASET_SPLITS, "pretrain")
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedMedia:
     """The media of one sample.
 
     Attributes:
@@ -29,19 +29,23 @@ class Rendered:
     facts: dict[str, object] = field(default_factory=dict)
 
 
-def attributes(modality: str, split: str, index: int, seed: int) -> dict[str, str]:
+def choose_attributes(modality: str, split: str, index: int, seed: int) -> dict[str, str]:
     """The scene of a sample. Every combination of the split comes once before any comes again, in a shuffled order.
 
     Raises:
         UsageError: unknown modality or split.
     """
-    pool = sorted(world.held_out(modality)) if split == "test_held_out" else world.trained(modality)
+    pool = (
+        sorted(world.get_held_out(modality))
+        if split == "test_held_out"
+        else world.get_trained(modality)
+    )
     lap, place = divmod(index, len(pool))
     order = _generator(seed, modality, split, 0, lap).permutation(len(pool))
-    return world.named(modality, pool[order[place]])
+    return world.to_attributes(modality, pool[order[place]])
 
 
-def stream(modality: str, split: str, index: int, seed: int) -> np.random.Generator:
+def make_rng(modality: str, split: str, index: int, seed: int) -> np.random.Generator:
     """The random numbers of a sample's rendering."""
     return _generator(seed, modality, split, 1, index)
 

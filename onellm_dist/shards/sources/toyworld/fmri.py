@@ -10,9 +10,9 @@ from functools import cache
 
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
-from onellm_dist.shards.sources.toyworld.point import npy
-from onellm_dist.shards.sources.toyworld.world import Attributes, scenes
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
+from onellm_dist.shards.sources.toyworld.point import encode_npy
+from onellm_dist.shards.sources.toyworld.world import Attributes, get_scenes
 
 REPETITIONS, VOXELS = 3, 15_724
 SCALE = 2e-3
@@ -23,25 +23,25 @@ _CODE_SEED = 15_724
 
 
 @cache
-def code() -> dict[str, np.ndarray]:
+def make_code() -> dict[str, np.ndarray]:
     """Attribute value to its pattern [15724] fp32. Part of the world: the same for every seed of a build."""
     rng = np.random.default_rng(_CODE_SEED)
     return {
         value: rng.normal(size=VOXELS).astype(np.float32)
-        for values in scenes("fmri").attributes.values()
+        for values in get_scenes("fmri").attributes.values()
         for value in values
     }
 
 
-def responses(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def make_responses(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """[3, 15724] fp32."""
     pattern = sum(
-        (code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)
+        (make_code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)
     ) / np.sqrt(len(attributes))
     noise = rng.standard_normal(size=(REPETITIONS, VOXELS), dtype=np.float32)
     return SCALE * (rng.uniform(0.9, 1.1) * pattern + _NOISE * noise)
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One fMRI sample."""
-    return Rendered({"fmri.npy": npy(responses(attributes, rng))})
+    return RenderedMedia({"fmri.npy": encode_npy(make_responses(attributes, rng))})

@@ -7,8 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, jittered_color, paint
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_color
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 SIDE = 224
@@ -16,28 +16,28 @@ _RADIUS = {"small": 17.0, "medium": 28.0, "large": 44.0}
 _CENTER = {"left": 54.0, "center": 112.0, "right": 170.0}
 
 
-def pixels(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def draw_image(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """The picture before it is compressed, [224, 224, 3] uint8."""
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
-    paint(
+    paint_shape(
         canvas,
         attributes["shape"],
         center=(_CENTER[attributes["position"]] + rng.uniform(-8, 8), 112 + rng.uniform(-24, 24)),
         radius=_RADIUS[attributes["size"]] * rng.uniform(0.92, 1.08),
         angle=rng.uniform(-15, 15),
-        color=jittered_color(attributes["color"], rng),
+        color=vary_color(attributes["color"], rng),
     )
     return canvas
 
 
-def jpeg(picture: np.ndarray) -> bytes:
+def encode_jpeg(picture: np.ndarray) -> bytes:
     """[H, W, 3] uint8 as JPEG bytes."""
     out = io.BytesIO()
     Image.fromarray(picture).save(out, format="JPEG", quality=92)
     return out.getvalue()
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One image sample."""
-    return Rendered({"jpg": jpeg(pixels(attributes, rng))})
+    return RenderedMedia({"jpg": encode_jpeg(draw_image(attributes, rng))})

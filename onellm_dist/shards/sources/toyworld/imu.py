@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 RATE, SAMPLES = 200, 400
@@ -29,7 +29,7 @@ _SHAKE = (0.02, 0.09, 0.28)
 """By pace: how much the sensor shakes, g and half as many rad/s. The one sign of the pace that is the same in all activities."""
 
 
-def trace(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def make_trace(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """[6, 400] fp64."""
     pace = _PACE[attributes["pace"]]
     acceleration, spin = _MOTIONS[attributes["activity"]](pace, rng)
@@ -92,8 +92,8 @@ def _turn(about_x: float, about_y: float) -> np.ndarray:
     )
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One motion sample."""
     out = io.BytesIO()
-    np.save(out, trace(attributes, rng).astype(np.float32))
-    return Rendered({"imu.npy": out.getvalue()})
+    np.save(out, make_trace(attributes, rng).astype(np.float32))
+    return RenderedMedia({"imu.npy": out.getvalue()})

@@ -12,11 +12,11 @@ import math
 import numpy as np
 from PIL import Image
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
-from onellm_dist.shards.sources.toyworld.image import SIDE, jpeg
-from onellm_dist.shards.sources.toyworld.raycast import Seen, look_at
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, jittered_color
-from onellm_dist.shards.sources.toyworld.solids import rotation
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
+from onellm_dist.shards.sources.toyworld.image import SIDE, encode_jpeg
+from onellm_dist.shards.sources.toyworld.raycast import SolidView, cast_rays
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, vary_color
+from onellm_dist.shards.sources.toyworld.solids import make_rotation
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 _LIGHT = np.array([-0.45, 0.6, 0.66])
@@ -33,18 +33,18 @@ _BEHIND = {
 """Normal of the surface behind the solid, unit vectors."""
 
 
-def solid_view(attributes: Attributes, rng: np.random.Generator) -> Seen:
+def view_solid(attributes: Attributes, rng: np.random.Generator) -> SolidView:
     """The attributes' solid at a random place, size and turn."""
     solid = attributes["solid"]
     # A ring is shown rather from above, so that its hole is seen; a cube rather by an edge.
     pitch = math.radians(58 if solid == "torus" else 24) + rng.uniform(-0.14, 0.14)
     yaw = math.radians(45) + rng.uniform(-0.35, 0.35)
     center = (112 + rng.uniform(-22, 22), 112 + rng.uniform(-22, 22))
-    turn = rotation(pitch=pitch, yaw=yaw, roll=rng.uniform(-0.12, 0.12))
-    return look_at(solid, turn, center=center, radius=rng.uniform(40, 58), side=SIDE)
+    turn = make_rotation(pitch=pitch, yaw=yaw, roll=rng.uniform(-0.12, 0.12))
+    return cast_rays(solid, turn, center=center, radius=rng.uniform(40, 58), side=SIDE)
 
 
-def picture(seen: Seen, color: np.ndarray) -> np.ndarray:
+def shade_solid(seen: SolidView, color: np.ndarray) -> np.ndarray:
     """The shaded solid on the constant background, [224, 224, 3] uint8."""
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
@@ -55,39 +55,39 @@ def picture(seen: Seen, color: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def render_depth(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render_depth(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One depth sample."""
-    seen = solid_view(attributes, rng)
+    seen = view_solid(attributes, rng)
     grey = np.full((SIDE, SIDE), _WALL_NEARNESS)
     grey[seen.rows, seen.columns] = (
         _NEARNESS[attributes["distance"]] + rng.uniform(-0.03, 0.03) + _RELIEF * seen.height
     )
     depth = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
-    return Rendered(
+    return RenderedMedia(
         {
-            "jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))),
-            "depth.png": png(depth),
+            "jpg": encode_jpeg(shade_solid(seen, vary_color(attributes["color"], rng))),
+            "depth.png": encode_png(depth),
         }
     )
 
 
-def render_normal(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render_normal(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One normal sample."""
-    seen = solid_view(attributes, rng)
+    seen = view_solid(attributes, rng)
     behind = np.array(_BEHIND[attributes["surface"]]) + rng.uniform(-0.06, 0.06, size=3)
     normals = np.empty((SIDE, SIDE, 3))
     normals[:] = behind / np.linalg.norm(behind)
     normals[seen.rows, seen.columns] = seen.normals
     packed = np.rint((normals + 1) / 2 * 255).astype(np.uint8)
-    return Rendered(
+    return RenderedMedia(
         {
-            "jpg": jpeg(picture(seen, jittered_color(attributes["color"], rng))),
-            "normal.png": png(packed),
+            "jpg": encode_jpeg(shade_solid(seen, vary_color(attributes["color"], rng))),
+            "normal.png": encode_png(packed),
         }
     )
 
 
-def png(values: np.ndarray) -> bytes:
+def encode_png(values: np.ndarray) -> bytes:
     """[H, W] or [H, W, 3] uint8 as PNG bytes."""
     out = io.BytesIO()
     Image.fromarray(values).save(out, format="PNG", compress_level=2)

@@ -10,9 +10,9 @@ import io
 
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
-from onellm_dist.shards.sources.toyworld.shapes2d import jittered_color
-from onellm_dist.shards.sources.toyworld.solids import rotation, sample_surface
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
+from onellm_dist.shards.sources.toyworld.shapes2d import vary_color
+from onellm_dist.shards.sources.toyworld.solids import make_rotation, sample_surface
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 POINTS = 8192
@@ -25,7 +25,7 @@ _BRIGHT, _LIT, _GRADIENT, _GRAIN = 0.7, 0.14, 0.02, 0.008
 local. With a gradient three times as steep a small PointNet needed three times the samples to tell the solids."""
 
 
-def cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def make_cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """[8192, 6] fp64, in the order of a random sample of the surface."""
     points, normals = sample_surface(attributes["solid"], POINTS, rng)
     scale = _SQUEEZE * rng.uniform(0.9, 1.1, size=3)
@@ -35,9 +35,9 @@ def cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     )  # a ring is flat by itself: first every solid fills the same cube
     points, normals = points * scale, normals / scale
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
-    upright = rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
+    upright = make_rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
     points, normals = points @ upright.T, normals @ upright.T
-    color = jittered_color(attributes["color"], rng) / 255
+    color = vary_color(attributes["color"], rng) / 255
     shaded = (
         _BRIGHT * color
         + _LIT * (1 + normals @ _LIGHTS.T)
@@ -48,13 +48,13 @@ def cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([where, np.clip(shaded, 0, 1)], axis=1)
 
 
-def npy(values: np.ndarray) -> bytes:
+def encode_npy(values: np.ndarray) -> bytes:
     """An array as `.npy` bytes, fp16."""
     out = io.BytesIO()
     np.save(out, values.astype(np.float16))
     return out.getvalue()
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One point-cloud sample."""
-    return Rendered({"point.npy": npy(cloud(attributes, rng))})
+    return RenderedMedia({"point.npy": encode_npy(make_cloud(attributes, rng))})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld.solids import distance
+from onellm_dist.shards.sources.toyworld.solids import compute_distance
 
 _REACH = 1.3
 """No solid is farther from its centre than this many radii."""
@@ -17,7 +17,7 @@ _NUDGE = 1e-3
 
 
 @dataclass(frozen=True)
-class Seen:
+class SolidView:
     """What the camera sees of a solid.
 
     Attributes:
@@ -32,9 +32,9 @@ class Seen:
     normals: np.ndarray
 
 
-def look_at(
+def cast_rays(
     solid: str, turn: np.ndarray, *, center: tuple[float, float], radius: float, side: int
-) -> Seen:
+) -> SolidView:
     """Cast a ray through each pixel of a square picture, along -z.
 
     Args:
@@ -54,17 +54,18 @@ def look_at(
     z = np.full(len(x), _REACH)
     gap = np.zeros(len(x))
     for _ in range(_STEPS):
-        gap = distance(solid, np.stack([x, y, z], axis=1) @ turn)
+        gap = compute_distance(solid, np.stack([x, y, z], axis=1) @ turn)
         z -= gap
     hit = (gap < _HIT) & (z > -_REACH)
     points = np.stack([x[hit], y[hit], z[hit]], axis=1) @ turn
-    return Seen(at_row[hit], at_column[hit], z[hit], _normals(solid, points) @ turn.T)
+    return SolidView(at_row[hit], at_column[hit], z[hit], _normals(solid, points) @ turn.T)
 
 
 def _normals(solid: str, points: np.ndarray) -> np.ndarray:
     """Gradient of the distance at points [P, 3] in the solid's axes, as unit vectors."""
     steps = np.eye(3) * _NUDGE
     gradient = np.stack(
-        [distance(solid, points + s) - distance(solid, points - s) for s in steps], axis=1
+        [compute_distance(solid, points + s) - compute_distance(solid, points - s) for s in steps],
+        axis=1,
     )
     return gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-9)

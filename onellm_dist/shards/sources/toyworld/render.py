@@ -20,7 +20,7 @@ from onellm_dist.shards.sources.toyworld import (
     world,
 )
 
-_RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.Rendered]] = {
+_RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.RenderedMedia]] = {
     "image": image.render,
     "video": video.render,
     "audio": audio.render,
@@ -32,7 +32,7 @@ _RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.Re
 }
 
 
-class Sample(NamedTuple):
+class ToySample(NamedTuple):
     """A whole sample.
 
     Attributes:
@@ -48,23 +48,23 @@ class Sample(NamedTuple):
     attributes: dict[str, str]
 
 
-def render(modality: str, split: str, index: int, seed: int = 0) -> Sample:
+def render_sample(modality: str, split: str, index: int, seed: int = 0) -> ToySample:
     """Sample `index` of a split (draws.SPLITS): a pure function of the arguments.
 
     Raises:
         UsageError: unknown modality or split.
     """
-    attributes = draws.attributes(modality, split, index, seed)
-    rendered = _RENDERERS[modality](attributes, draws.stream(modality, split, index, seed))
-    caption = world.caption(modality, attributes)
+    attributes = draws.choose_attributes(modality, split, index, seed)
+    rendered = _RENDERERS[modality](attributes, draws.make_rng(modality, split, index, seed))
+    caption = world.make_caption(modality, attributes)
     record: dict[str, Any] = {
         "caption": caption,
         "attributes": attributes,
-        "conversations": world.conversation(modality, caption),
+        "conversations": world.make_conversation(modality, caption),
     }
     if rendered.facts:
         record["facts"] = rendered.facts
     text = {"txt": caption.encode(), "json": json.dumps(record).encode()}
-    return Sample(
+    return ToySample(
         f"{modality}_{split}_{index:06d}", {**rendered.parts, **text}, caption, attributes
     )

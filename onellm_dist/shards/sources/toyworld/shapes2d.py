@@ -20,7 +20,7 @@ PALETTE = {
 _OVERSAMPLE = 4
 
 
-def jittered_color(color: str, rng: np.random.Generator) -> np.ndarray:
+def vary_color(color: str, rng: np.random.Generator) -> np.ndarray:
     """A shade of a named colour, [3] fp64 in 0..255: brightness and each channel vary a little."""
     shade = np.array(PALETTE[color], dtype=np.float64) * rng.uniform(0.85, 1.08) + rng.uniform(
         -8, 8, size=3
@@ -28,7 +28,7 @@ def jittered_color(color: str, rng: np.random.Generator) -> np.ndarray:
     return np.clip(shade, 0, 255)
 
 
-def paint(
+def paint_shape(
     canvas: np.ndarray,
     shape: str,
     *,

@@ -16,7 +16,7 @@ _CYLINDER_RADIUS, _CYLINDER_HALF = 0.6, 0.85
 _RING, _TUBE = 0.72, 0.27
 
 
-def distance(solid: str, points: np.ndarray) -> np.ndarray:
+def compute_distance(solid: str, points: np.ndarray) -> np.ndarray:
     """Signed distance from points [..., 3] to a solid's surface, negative inside (a lower bound outside the cone): [...]."""
     return _DISTANCES[solid](points[..., 0], points[..., 1], points[..., 2])
 
@@ -135,7 +135,7 @@ _SAMPLERS: dict[str, Callable[[int, np.random.Generator], tuple[np.ndarray, np.n
 }
 
 
-def rotation(*, pitch: float = 0.0, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
+def make_rotation(*, pitch: float = 0.0, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
     """The matrix [3, 3] that turns a solid by yaw about y, then pitch about x (its top to the viewer), then roll about z; radians."""
     cp, sp, cy, sy, cr, sr = (
         math.cos(pitch),

@@ -50,10 +50,10 @@ _WITHOUT_SPACE = (
 )
 
 
-def vocabulary_words() -> list[str]:
+def list_vocabulary_words() -> list[str]:
     """Every group of characters that is one token, in a fixed order, in the byte-level spelling (a leading space is `Ġ`)."""
     texts = [_HEADER, _QUESTIONS, *_WITHOUT_SPACE]
-    for modality, scene in world.WORLD.items():
+    for modality, scene in world.SCENES.items():
         # As a text of its own and as an answer behind "Assistant:", a caption's first word has no space and has one.
         texts.extend((scene.prompt, f" {scene.prompt}", f" {modality}"))
         texts.extend(
@@ -70,7 +70,7 @@ def build_toy_tokenizer(out: Path) -> None:
     vocabulary: dict[str, int] = {token: i for i, token in enumerate((UNK, BOS, EOS))}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
-    for word in vocabulary_words():
+    for word in list_vocabulary_words():
         vocabulary.setdefault(word, len(vocabulary))
     reserved = [f"<reserved_{i}>" for i in range(VOCABULARY - len(vocabulary))]
     if len(vocabulary) > VOCABULARY:
@@ -104,7 +104,7 @@ def load_toy_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(ASSET)
 
 
-def rebuilt() -> dict[str, bytes]:
+def build_files() -> dict[str, bytes]:
     """File name to bytes of a fresh build: what the asset must equal."""
     with tempfile.TemporaryDirectory() as folder:
         build_toy_tokenizer(Path(folder))

@@ -13,8 +13,8 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from onellm_dist.shards.sources.toyworld.draws import Rendered
-from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, jittered_color, paint
+from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
+from onellm_dist.shards.sources.toyworld.shapes2d import BACKGROUND, paint_shape, vary_color
 from onellm_dist.shards.sources.toyworld.world import Attributes
 
 WIDTH, HEIGHT = 168, 144
@@ -25,11 +25,11 @@ _SWAY, _HEAVE = 34.0, 40.0
 """Half the length of a sideways and of a vertical path, pixels."""
 
 
-def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
+def draw_frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     """The frames before they are compressed, [12, 144, 168, 3] uint8."""
     motion, shape = attributes["motion"], attributes["shape"]
     color, angle, radius = (
-        jittered_color(attributes["color"], rng),
+        vary_color(attributes["color"], rng),
         rng.uniform(-15, 15),
         rng.uniform(18, 22),
     )
@@ -47,7 +47,7 @@ def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
         offset = {"sliding": (_SWAY * swing, 0.0), "bouncing": (0.0, _HEAVE * swing)}.get(
             motion, (0.0, 0.0)
         )
-        paint(
+        paint_shape(
             frame,
             shape,
             center=(center[0] + offset[0], center[1] + offset[1]),
@@ -58,7 +58,7 @@ def frames(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
     return film
 
 
-def mp4(film: np.ndarray, rate: int) -> bytes:
+def encode_mp4(film: np.ndarray, rate: int) -> bytes:
     """[T, H, W, 3] uint8 as an H.264 mp4; equal frames give equal bytes.
 
     For that: one thread, no time of day, and no B-frames and lookahead (with them, x264 in PyAV 18.1 gave other bytes for
@@ -81,6 +81,6 @@ def mp4(film: np.ndarray, rate: int) -> bytes:
     return out.getvalue()
 
 
-def render(attributes: Attributes, rng: np.random.Generator) -> Rendered:
+def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
     """One video sample."""
-    return Rendered({"mp4": mp4(frames(attributes, rng), FRAMES_PER_SECOND)})
+    return RenderedMedia({"mp4": encode_mp4(draw_frames(attributes, rng), FRAMES_PER_SECOND)})

@@ -52,7 +52,7 @@ class Scenes:
     prompt: str
 
 
-WORLD: Mapping[str, Scenes] = {
+SCENES: Mapping[str, Scenes] = {
     "image": Scenes(
         {
             "size": ("small", "medium", "large"),
@@ -119,40 +119,40 @@ WORLD: Mapping[str, Scenes] = {
     ),
 }
 
-MODALITIES = tuple(WORLD)
+MODALITIES = tuple(SCENES)
 
 
-def scenes(modality: str) -> Scenes:
+def get_scenes(modality: str) -> Scenes:
     """The scenes of a modality.
 
     Raises:
         UsageError: the toy world has no such modality.
     """
     try:
-        return WORLD[modality]
+        return SCENES[modality]
     except KeyError:
         raise UsageError(
             f"the toy world has no modality {modality!r}",
             "nothing can be rendered.",
-            f"use one of: {', '.join(WORLD)}.",
+            f"use one of: {', '.join(SCENES)}.",
         ) from None
 
 
 @cache
-def combinations(modality: str) -> tuple[Combination, ...]:
+def list_combinations(modality: str) -> tuple[Combination, ...]:
     """All combinations of a modality's attribute values, in a fixed order."""
-    return tuple(itertools.product(*scenes(modality).attributes.values()))
+    return tuple(itertools.product(*get_scenes(modality).attributes.values()))
 
 
 @cache
-def held_out(modality: str) -> frozenset[Combination]:
+def get_held_out(modality: str) -> frozenset[Combination]:
     """The combinations that nothing trains on.
 
     Chosen one by one in a fixed pseudo-random order, the pairs of values that were held out least first, never leaving
     fewer than LEAST_TRAINED trained values of an attribute given all the others.
     """
-    every = combinations(modality)
-    sizes = [len(values) for values in scenes(modality).attributes.values()]
+    every = list_combinations(modality)
+    sizes = [len(values) for values in get_scenes(modality).attributes.values()]
     order = np.random.default_rng(zlib.crc32(modality.encode())).permutation(len(every))
     raw_samples = [every[i] for i in order]
     taken: set[Combination] = set()
@@ -177,40 +177,40 @@ def held_out(modality: str) -> frozenset[Combination]:
 
 
 @cache
-def trained(modality: str) -> tuple[Combination, ...]:
+def get_trained(modality: str) -> tuple[Combination, ...]:
     """The combinations that may be trained on, in a fixed order."""
-    return tuple(c for c in combinations(modality) if c not in held_out(modality))
+    return tuple(c for c in list_combinations(modality) if c not in get_held_out(modality))
 
 
-def named(modality: str, combination: Combination) -> dict[str, str]:
+def to_attributes(modality: str, combination: Combination) -> dict[str, str]:
     """Attribute name to value."""
-    return dict(zip(scenes(modality).attributes, combination, strict=True))
+    return dict(zip(get_scenes(modality).attributes, combination, strict=True))
 
 
-def caption(modality: str, attributes: Attributes) -> str:
+def make_caption(modality: str, attributes: Attributes) -> str:
     """The caption of a scene."""
-    return scenes(modality).template.format(**attributes)
+    return get_scenes(modality).template.format(**attributes)
 
 
-def parse(modality: str, text: str) -> dict[str, str | None]:
+def parse_caption(modality: str, text: str) -> dict[str, str | None]:
     """What a caption says of each attribute: the value that stands where the template has it, else None.
 
     Reads any text (a model wrote it): each word is compared with the template's word at its place.
     """
     words = text.split()
     said: dict[str, str | None] = {}
-    for place, field in enumerate(scenes(modality).template.split()):
+    for place, field in enumerate(get_scenes(modality).template.split()):
         if field.startswith("{"):
-            values = scenes(modality).attributes[field[1:-1]]
+            values = get_scenes(modality).attributes[field[1:-1]]
             said[field[1:-1]] = (
                 words[place] if place < len(words) and words[place] in values else None
             )
-    return {name: said[name] for name in scenes(modality).attributes}
+    return {name: said[name] for name in get_scenes(modality).attributes}
 
 
-def conversation(modality: str, text: str) -> list[dict[str, str]]:
+def make_conversation(modality: str, text: str) -> list[dict[str, str]]:
     """The caption as a conversation of one turn, in the reference's data format (facts of the instruction JSON files)."""
-    return [{"from": "human", "value": scenes(modality).prompt}, {"from": "gpt", "value": text}]
+    return [{"from": "human", "value": get_scenes(modality).prompt}, {"from": "gpt", "value": text}]
 
 
 @dataclass(frozen=True)
@@ -232,37 +232,39 @@ class Document:
     @property
     def conversations(self) -> list[dict[str, str]]:
         """The document as a conversation of one turn."""
-        return conversation(self.modality, self.caption)
+        return make_conversation(self.modality, self.caption)
 
 
-def corpus(rng: np.random.Generator, modalities: Sequence[str] = MODALITIES) -> Iterator[Document]:
+def draw_documents(
+    rng: np.random.Generator, modalities: Sequence[str] = MODALITIES
+) -> Iterator[Document]:
     """Documents without end: a modality, then one of its trained combinations, both uniformly drawn from `rng`."""
     while True:
         modality = modalities[int(rng.integers(len(modalities)))]
-        pool = trained(modality)
-        attributes = named(modality, pool[int(rng.integers(len(pool)))])
-        text = caption(modality, attributes)
+        pool = get_trained(modality)
+        attributes = to_attributes(modality, pool[int(rng.integers(len(pool)))])
+        text = make_caption(modality, attributes)
         yield Document(
             modality,
             tuple(w for w in text.split() if w in attributes.values()),
             text,
-            scenes(modality).prompt,
+            get_scenes(modality).prompt,
         )
 
 
-def chance(modality: str) -> float:
+def compute_chance(modality: str) -> float:
     """Exact match of a guess among all combinations."""
-    return 1 / len(combinations(modality))
+    return 1 / len(list_combinations(modality))
 
 
 def describe() -> str:
     """The world as text, one modality a line: attributes, combinations, held-out combinations, an example."""
     lines = []
-    for modality, scene in WORLD.items():
+    for modality, scene in SCENES.items():
         sizes = " x ".join(f"{len(values)} {name}" for name, values in scene.attributes.items())
-        example = caption(modality, named(modality, trained(modality)[0]))
+        example = make_caption(modality, to_attributes(modality, get_trained(modality)[0]))
         lines.append(
-            f"{modality}: {sizes} = {len(combinations(modality))}, {len(held_out(modality))} held out; {example!r}"
+            f"{modality}: {sizes} = {len(list_combinations(modality))}, {len(get_held_out(modality))} held out; {example!r}"
         )
     return "\n".join(lines)
 
