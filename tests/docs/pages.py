@@ -1,0 +1,70 @@
+"""The fenced blocks of the documentation, and how each is marked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LANGUAGES = ("bash", "python")
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^\n]*) -->\n+)?^(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n"
+    r"(?P<code>.*?)^[ ]*```",
+    re.M | re.S,
+)
+SETUP = re.compile(r"^(?:make |source |git clone |cd |pip install|pre-commit )")
+"""What the fixture of the tests, or the person who runs them, has done already."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    code: str
+    reason: str | None
+    """Why it is not run, where it is not."""
+
+
+def pages() -> list[str]:
+    """Every page that people read, by path below the checkout."""
+    listed = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "shards/README.md")]
+    listed += [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "ds_configs/README.md"]
+    return [str(path.relative_to(ROOT)) for path in listed if path.is_file()]
+
+
+def blocks(page: str) -> list[Block]:
+    """The blocks of a page that hold commands or Python."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        if match["language"] not in LANGUAGES:
+            continue
+        indent = len(match["indent"])
+        code = "".join(line[indent:] for line in match["code"].splitlines(keepends=True))
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(page, line, match["language"], code, match["reason"]))
+    return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each `onellm` command of a shell block, whatever starts it."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        if "onellm" not in line or line.lstrip().startswith("#"):
+            continue
+        words = shlex.split(line, comments=True)
+        if "onellm" in words:
+            found.append(words[words.index("onellm") + 1 :])
+    return found
+
+
+def script(block: Block) -> str:
+    """A shell block without what is set up already."""
+    kept = [line for line in block.code.splitlines() if not SETUP.match(line)]
+    return "\n".join(kept) + "\n"

@@ -1,0 +1,93 @@
+"""Every command in the documentation is run, or its block says why not; it is parsed at least."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from pages import ROOT, Block, blocks, commands, pages, script
+
+from onellm_dist.cli import app
+from onellm_dist.cli.generate import generate, with_modality_options
+
+RUN = [page for page in pages() if any(not block.reason for block in blocks(page))]
+SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
+
+
+@pytest.fixture(scope="module")
+def onellm() -> Any:
+    """The command tree of `onellm`."""
+    if all(command.name != "generate" for command in app.registered_commands):
+        app.command("generate")(with_modality_options(generate))
+    return typer.main.get_command(app)
+
+
+def test_a_block_that_is_not_run_says_why() -> None:
+    every = [block for page in pages() for block in blocks(page)]
+    assert every
+    assert not [f"{b.page}:{b.line}" for b in every if b.reason is not None and len(b.reason) < 8]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_command_exists_with_its_options(page: str, onellm: Any) -> None:
+    wrong = []
+    for block in blocks(page):
+        if block.language != "bash":
+            continue
+        for words in commands(block):
+            end = next((i for i, word in enumerate(words) if word in SHELL_END), len(words))
+            problem = problem_of(onellm, words[:end])
+            if problem:
+                wrong.append(f"line {block.line}: onellm {' '.join(words)}: {problem}")
+    assert not wrong, "\n".join(wrong)
+
+
+def problem_of(command: Any, words: list[str]) -> str | None:
+    """What the command line would refuse without running anything; None: nothing."""
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    if hasattr(command, "commands"):
+        return None if not words or words[0].startswith("-") else f"no command {words[0]}"
+    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    if command.context_settings.get("ignore_unknown_options"):
+        return None
+    given = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
+    unknown = [word for word in given if word not in known]
+    return f"no option {unknown[0]}" if unknown else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_the_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
+    for name in ("examples", "launch", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for block in blocks(page):
+        if block.reason is None:
+            done = run(block, tmp_path)
+            assert done.returncode == 0, (
+                f"{page}:{block.line}\n{block.code}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            )
+
+
+def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a reader would, in `folder`."""
+    command = (
+        ["bash", "-euo", "pipefail", "-c", script(block)]
+        if block.language == "bash"
+        else [sys.executable, "-c", block.code]
+    )
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=600
+    )
