@@ -1,4 +1,7 @@
-"""The `onellm` command. It only wires: each command imports its room when it is called, so that `--help` is instant."""
+"""The `onellm` command.
+
+It only wires: each command imports its room when it is called, so that `--help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,9 @@ import typer
 from onellm_dist.cli import cluster, convert, runs, shards
 from onellm_dist.cli.generate import generate, with_modality_options
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
+from onellm_dist.common.logging import configure_logging
 
-app = typer.Typer(
-    name="onellm",
-    help="A distributed trainer for multimodal LLMs: eight modalities, tar shards, exact resumes.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
+app = typer.Typer(name="onellm", no_args_is_help=True, pretty_exceptions_enable=False)
 
 for _commands in (runs, cluster):
     app.add_typer(_commands.app)
@@ -26,9 +23,23 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")
 
 
+@app.callback()
+def prepare() -> None:
+    """Train, feed and study multimodal LLMs: eight modalities, tar shards, exact resumes."""
+    configure_logging()
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Entry point of `onellm`: every error that a user can mend is three lines and the right exit code."""
+    """Run the `onellm` command.
+
+    An error that a user can fix is printed in three lines, without a traceback.
+
+    Args:
+        argv: the arguments; default: those of the process.
+    """
     arguments = sys.argv[1:] if argv is None else argv
+    # `generate` has an option per modality. Importing the modalities takes time, which other
+    # commands do not spend.
     wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")
     if wanted and all(command.name != "generate" for command in app.registered_commands):
         app.command("generate")(with_modality_options(generate))

@@ -5,56 +5,90 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onellm_dist.cli.help import format_examples
 from onellm_dist.common.errors import UsageError
 
+if TYPE_CHECKING:
+    from onellm_dist.launch.slurm.job import SlurmJob
+
 app = typer.Typer(no_args_is_help=True)
+"""Holds commands of `onellm` itself: it is added to the main app without a name."""
+
+Recipe = Annotated[
+    Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
+]
+Starter = Annotated[
+    str, typer.Option("--with", help="What starts the ranks: srun, torchrun or deepspeed (pdsh).")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A key of the recipe to change, with its value in YAML (repeatable).",
+        metavar="KEY=VALUE",
+    ),
+]
 
 
-@app.command()
+@app.command(
+    epilog=format_examples(
+        "onellm doctor",
+        "srun onellm doctor --distributed --recipe stage1_image run.dir=/scratch/stage1 "
+        "--exclude-file bad_nodes",
+    )
+)
 def doctor(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="key=value of the recipe (with --distributed).", metavar="[KEY=VALUE]..."
+            help="Keys of the recipe to change (with --distributed).", metavar="KEY=VALUE"
         ),
     ] = None,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Look at every node and the links between them.")
+        bool, typer.Option("--distributed", help="Check every node and the links between them.")
     ] = False,
     recipe: Annotated[
-        Path | None, typer.Option(help="Its run.dir, data and needs are checked too.")
+        Path | None,
+        typer.Option(help="Also check what this recipe needs: its run.dir, data and memory."),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Local ranks, where no launcher started us.")
+        int | None,
+        typer.Option(min=1, help="Local ranks to start if no launcher started this process."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     exclude_file: Annotated[
         Path | None,
-        typer.Option(help="Write the bad nodes there, as Slurm's --exclude takes them."),
+        typer.Option(help="File to write the bad nodes to, in the form of Slurm's --exclude."),
     ] = None,
     max_skew: Annotated[
-        float, typer.Option(min=0, help="Seconds that a clock may be off the nodes' median.")
+        float,
+        typer.Option(min=0, help="Seconds that a clock may differ from the median of the nodes."),
     ] = 2.0,
     min_bandwidth: Annotated[
         float,
-        typer.Option(min=0, help="GB/s of an all-reduce between two nodes; 0: only compare nodes."),
+        typer.Option(
+            min=0,
+            help="GB/s that an all-reduce between two nodes must reach; 0: only compare the nodes.",
+        ),
     ] = 0.0,
     min_disk: Annotated[
-        float, typer.Option(min=0, help="MB/s of writing to run.dir; 0: only compare nodes.")
+        float,
+        typer.Option(
+            min=0, help="MB/s that writing to run.dir must reach; 0: only compare the nodes."
+        ),
     ] = 0.0,
     wait: Annotated[
-        float, typer.Option(min=1, help="Seconds to wait for ranks that have not come.")
+        float, typer.Option(min=1, help="Seconds to wait for ranks that have not joined.")
     ] = 180.0,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds of each check.")] = 60.0,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds that each check may take.")] = 60.0,
 ) -> None:
-    """Say what this machine has and what would go wrong: versions, attention kernels, GPUs, launchers; or look at all nodes of a job.
+    """Check this machine, or every node of a job: versions, attention kernels, GPUs, launchers.
 
-    Examples: onellm doctor
-              srun onellm doctor --distributed --recipe stage1_image run.dir=/scratch/stage1 --exclude-file bad_nodes
+    It says what was found and what would go wrong in a run.
     """
     if distributed:
         from onellm_dist.diagnostics.preflight.options import Options
@@ -74,7 +108,7 @@ def doctor(
         raise typer.Exit(run_preflight(options, local_ranks=ranks))
     if overrides or recipe:
         raise UsageError(
-            f"{' '.join(overrides or [str(recipe)])}: a recipe is looked at with --distributed only",
+            f"{' '.join(overrides or [str(recipe)])}: a recipe is only checked with --distributed",
             "nothing was checked.",
             "add --distributed.",
         )
@@ -83,133 +117,160 @@ def doctor(
     raise typer.Exit(run_doctor())
 
 
-@app.command()
+@app.command(
+    epilog=format_examples(
+        "onellm launch stage1_image --nodes 2 --set run.dir=/scratch/stage1 --submit",
+        "onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu "
+        "--out tune.sbatch",
+    )
+)
 def launch(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
-    ],
-    nodes: Annotated[
-        str, typer.Option(help="Nodes: 2, or 1-4 for as many of four as there are.")
-    ] = "1",
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs, and ranks, a node.")] = 8,
+    recipe: Recipe,
+    nodes: Annotated[str, typer.Option(help="Number of nodes: 2, or 1-4 for up to four.")] = "1",
+    gpus_per_node: Annotated[
+        int, typer.Option(min=0, help="GPUs on each node; also the ranks on each node.")
+    ] = 8,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Where it is not the GPUs' number: runs on CPUs.")
+        int | None,
+        typer.Option(
+            min=1, help="Ranks on each node, for runs on CPUs.", show_default="--gpus-per-node"
+        ),
     ] = None,
-    starter: Annotated[
-        str, typer.Option("--with", help="How ranks start: srun, torchrun or deepspeed (pdsh).")
-    ] = "srun",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
-    ] = None,
-    time: Annotated[
-        str | None, typer.Option(help="Time limit as Slurm writes it [24:00:00].")
-    ] = None,
+    starter: Starter = "srun",
+    settings: Settings = None,
+    time: Annotated[str, typer.Option(help="Time limit, as Slurm writes it.")] = "24:00:00",
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
     exclude: Annotated[
-        str | None, typer.Option(help="Nodes to keep away from: gpu[07,12].")
+        str | None, typer.Option(help="Nodes to avoid, as Slurm writes lists: gpu07,gpu12.")
     ] = None,
     cpus_per_rank: Annotated[
-        int | None, typer.Option(min=1, help="Cores a rank, to share nodes; default: whole nodes.")
+        int | None,
+        typer.Option(min=1, help="Cores of each rank, to share nodes.", show_default="whole nodes"),
     ] = None,
-    container: Annotated[str | None, typer.Option(help="Image to run in.")] = None,
-    container_runtime: Annotated[
-        str | None, typer.Option(help="pyxis (Enroot) or apptainer [pyxis].")
+    container: Annotated[
+        str | None, typer.Option(help="Container image in which the ranks run.")
     ] = None,
+    container_runtime: Annotated[str, typer.Option(help="pyxis (Enroot) or apptainer.")] = "pyxis",
     mount: Annotated[
         list[str] | None,
-        typer.Option(help="A folder that the container sees (repeatable), besides the run's."),
+        typer.Option(
+            help="A folder that the container sees, besides the run's and the data's (repeatable)."
+        ),
     ] = None,
     max_requeues: Annotated[
-        int | None,
+        int,
         typer.Option(
-            min=0, help="Failures in a row, without a new checkpoint, before it halts [5]."
+            min=0, help="Failures in a row, without a new checkpoint, after which the job halts."
         ),
-    ] = None,
+    ] = 5,
     grace_period: Annotated[
-        int | None,
+        int,
         typer.Option(
-            help="Seconds of grace period before the time limit; the last save must fit [300]."
+            help="Seconds before the time limit at which the job is asked to stop; the last "
+            "checkpoint must fit in."
         ),
-    ] = None,
+    ] = 300,
     preflight: Annotated[
-        bool,
-        typer.Option(help="Look at every node before the ranks start; keep away from bad ones."),
+        bool, typer.Option(help="Check every node before the ranks start, and avoid bad ones.")
     ] = False,
-    job_name: Annotated[str | None, typer.Option(help="Default: the recipe's name.")] = None,
+    job_name: Annotated[
+        str | None, typer.Option(help="Name of the job.", show_default="the recipe's name")
+    ] = None,
     python: Annotated[
-        str | None, typer.Option(help="The interpreter on the nodes; default: this one.")
+        str | None,
+        typer.Option(help="The Python interpreter on the nodes.", show_default="this one"),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write; default: stdout, or RUN_DIR/job.sbatch with --submit."),
+        typer.Option(
+            help="File to write.", show_default="stdout, or RUN_DIR/job.sbatch with --submit"
+        ),
     ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit it, too.")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the job script.")] = False,
 ) -> None:
-    """Render a Slurm job script for a recipe, check it, and submit it on request. It requeues and resumes by itself.
+    """Render a Slurm job script for a recipe, check it, and submit it with --submit.
 
-    Examples: onellm launch stage1_image --nodes 2 --gpus-per-node 8 --set run.dir=/scratch/stage1 --submit
-              onellm launch tune --nodes 1-4 --with torchrun --time 12:00:00 --partition gpu --out tune.sbatch
+    The job requeues itself after a preemption or a failure, and the run resumes.
     """
-    from onellm_dist.launch.slurm.submit import launch_command
+    from onellm_dist.launch.slurm.submit import make_job
 
-    options = {
-        "gpus_per_node": gpus_per_node,
-        "ranks_per_node": ranks_per_node,
-        "starter": starter,
-        "time": time,
-        "partition": partition,
-        "account": account,
-        "qos": qos,
-        "exclude": exclude,
-        "cpus_per_rank": cpus_per_rank,
-        "container": container,
-        "container_runtime": container_runtime,
-        "max_requeues": max_requeues,
-        "grace_period_s": grace_period,
-        "name": job_name,
-        "python": python,
-        "mounts": mount or [],
-        "preflight": preflight,
-    }
-    command = shlex.join(["onellm", *sys.argv[1:]])
-    raise typer.Exit(
-        launch_command(
-            recipe, settings or [], nodes=nodes, out=out, submit=submit, command=command, **options
-        )
+    job = make_job(
+        recipe,
+        settings or [],
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        starter=starter,
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        exclude=exclude,
+        cpus_per_rank=cpus_per_rank,
+        container=container,
+        container_runtime=container_runtime,
+        max_requeues=max_requeues,
+        grace_period_s=grace_period,
+        name=job_name,
+        python=python,
+        mounts=mount or [],
+        preflight=preflight,
+        command=shlex.join(["onellm", *sys.argv[1:]]),
     )
+    _write_job(job, out, submit=submit)
 
 
-@app.command()
+def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
+    """Print the job's script, or write it to a file and submit it."""
+    from onellm_dist.common import run_files
+    from onellm_dist.launch.slurm.script import render
+    from onellm_dist.launch.slurm.submit import check_script, submit_script
+
+    text = render(job)
+    print(f"onellm launch: {check_script(text)}", file=sys.stderr)
+    if out is None and not submit:
+        print(text, end="")
+        return
+    path = out or job.run_dir / run_files.JOB_SCRIPT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"written: {path}")
+    if submit:
+        history = job.run_dir / run_files.ATTEMPTS
+        print(f"submitted: job {submit_script(path)}; its history goes to {history}")
+    else:
+        print(f"submit it: sbatch {path}")
+
+
+@app.command(
+    epilog=format_examples("onellm rehearse stage1_image --nodes 2 --ranks-per-node 2"),
+)
 def rehearse(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe file, or the name of one that ships.")
-    ] = Path("toy/align_image"),
+    recipe: Recipe = Path("toy/align_image"),
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the throw-away Slurm.")] = 2,
     ranks_per_node: Annotated[
-        int, typer.Option(min=1, help="Ranks a node; all share this machine's cores.")
+        int, typer.Option(min=1, help="Ranks on each node; all share this machine's cores.")
     ] = 2,
-    starter: Annotated[
-        str, typer.Option("--with", help="How ranks start: srun, torchrun or deepspeed (pdsh).")
-    ] = "srun",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe (repeatable).")
-    ] = None,
+    starter: Starter = "srun",
+    settings: Settings = None,
     preflight: Annotated[
-        bool, typer.Option(help="Rehearse the script with the preflight in it.")
+        bool, typer.Option(help="Rehearse the job script with the preflight in it.")
     ] = False,
     only: Annotated[
-        list[str] | None, typer.Option(help="A scenario (repeatable); default: all five.")
+        list[str] | None,
+        typer.Option(help="A scenario to rehearse (repeatable).", show_default="all five"),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Run directories, logs and job scripts.")] = Path(
-        "runs/rehearsal"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the run directories, logs and job scripts.")
+    ] = Path("runs/rehearsal"),
 ) -> None:
-    """Rehearse a recipe at toy size under a real, throw-away Slurm on this machine: its own job script is run clean, preempted, with a
-    rank killed, with a node lost, and back at another node count; samples and losses must be those of the clean run.
+    """Rehearse a recipe's job script at toy size under a real, throw-away Slurm on this machine.
 
-    Example: onellm rehearse stage1_image --nodes 2 --ranks-per-node 2
+    The job runs undisturbed, is preempted, loses a rank, loses a node, and
+    comes back on another number of nodes. Each time its samples and losses
+    must equal those of the undisturbed run.
     """
     from onellm_dist.testing.slurm_cluster.rehearse import rehearse_command
 

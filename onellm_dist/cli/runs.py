@@ -1,4 +1,4 @@
-"""Commands about runs: demo, train, and what they were and are."""
+"""Commands about runs: make one, train it, and look at what it did."""
 
 from __future__ import annotations
 
@@ -7,89 +7,108 @@ from typing import Annotated
 
 import typer
 
+from onellm_dist.cli.help import format_examples
+
 app = typer.Typer(no_args_is_help=True)
-"""Its commands are commands of `onellm`; so it is with the app of every file here that has no name of its own."""
+"""Holds commands of `onellm` itself: it is added to the main app without a name."""
 
 
-@app.command()
+@app.command(epilog=format_examples("onellm demo --out demo_run"))
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for shards, runs, table and report.")] = Path(
-        "demo_run"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the shards, the runs, the table and the report.")
+    ] = Path("demo_run"),
     full: Annotated[
         bool,
-        typer.Option(
-            "--full", help="Three times the quick demo's steps: about an hour on two cores."
-        ),
+        typer.Option("--full", help="Train three times as many steps: about an hour on two cores."),
     ] = False,
 ) -> None:
-    """Run the whole path on the toy world: shards, towers, align, tune, captions, report.
-
-    Example: onellm demo --out demo_run
-    """
+    """Run everything once on the toy world: shards, towers, align, tune, captions, report."""
     from onellm_dist.testing.demo.run import run_demo
 
     raise typer.Exit(run_demo(out, full=full))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
+    epilog=format_examples(
+        "onellm train toy/align_image data.root=toy launch.ranks=2 run.dir=runs/first",
+        "deepspeed --module onellm_dist.train stage1_image run.dir=/scratch/stage1",
+    ),
+)
 def train(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe file, or the name of one that ships (toy/align_image).")
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="key=value, values in YAML: train.steps=10.", metavar="[KEY=VALUE]..."),
+        typer.Argument(
+            help="Keys of the recipe to change, with values in YAML: train.steps=10.",
+            metavar="KEY=VALUE",
+        ),
     ] = None,
 ) -> None:
-    """Train a recipe: under deepspeed, torchrun or srun, or alone (then `launch.ranks` local ranks are started).
+    """Train a recipe. A restarted run resumes from its latest complete checkpoint.
 
-    Example: onellm train toy/align_image data.root=toy launch.ranks=2 run.dir=runs/first
+    Under deepspeed, torchrun or srun, this process is one rank. Without a
+    launcher it starts `launch.ranks` local ranks (default: one per GPU).
     """
     from onellm_dist.train.run import main as train_main
 
     raise typer.Exit(train_main(recipe, overrides or []))
 
 
-@app.command()
+@app.command(epilog=format_examples("onellm report runs/stage1_image"))
 def report(
     run: Annotated[
-        Path, typer.Argument(help="The run.dir of a run, going or ended.", metavar="RUN")
+        Path,
+        typer.Argument(help="The directory of a run, running or ended.", metavar="RUN"),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The HTML page to write.  [default: RUN/report.html]")
+        Path | None,
+        typer.Option(help="The HTML page to write.", show_default="RUN/report.html"),
     ] = None,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print the figures as JSON; write a page only with --out."),
     ] = False,
 ) -> None:
-    """Write one HTML page about a run over all its restarts: loss, goodput, restarts, resume time, stalls, what to look at first.
+    """Write one HTML page about a run and all its restarts.
 
-    Example: onellm report runs/stage1_image
+    It shows the loss, the goodput, restarts, resume times and stalls, and
+    what to look at first.
     """
     from onellm_dist.report.command import run_report
 
     raise typer.Exit(run_report(run, out, as_json=as_json))
 
 
-@app.command()
+@app.command(
+    epilog=format_examples(
+        "onellm samples runs/stage1_image",
+        "onellm samples runs/stage1_image --step 120",
+        "onellm samples runs/stage1_image --sample laion400m/00042/000421337",
+    )
+)
 def samples(
-    run: Annotated[Path, typer.Argument(help="A run's directory; the run may be going on.")],
+    run: Annotated[
+        Path, typer.Argument(help="The directory of a run, running or ended.", metavar="RUN")
+    ],
     step: Annotated[
-        int | None, typer.Option(help="Which samples this step had; the first is 0.")
+        int | None, typer.Option(help="Show the samples of this step; the first is 0.")
     ] = None,
     sample: Annotated[
         str | None,
         typer.Option(
-            help="At which steps this sample comes: dataset/shard/key, a key, or a beginning."
+            help="Show the steps of this sample: dataset/shard/key, a key, or a beginning of one."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show which samples a step trained on, or which steps train on a sample.
 
-    Example: onellm samples runs/stage1_image --step 120
+    Without options: how far the run is, and how many of its steps are in a
+    checkpoint.
     """
     from onellm_dist.train.sample_log.command import samples_command
 

@@ -8,6 +8,13 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 75
+EXIT_CODES = {
+    "done": EXIT_DONE,
+    "failed": EXIT_FAILED,
+    "usage": EXIT_USAGE,
+    "preempted": EXIT_PREEMPTED,
+}
+"""Exit code of each `status` in `exit.json`."""
 
 
 class OneLLMError(Exception):

@@ -1,0 +1,1 @@
+"""Starting ranks: what a launcher says about this process, local ranks, and Slurm jobs."""

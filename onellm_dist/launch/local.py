@@ -1,7 +1,8 @@
-"""Ranks on this machine, where no launcher started us: start them, pass signals on, and say which one failed first."""
+"""Ranks on this machine: start them, pass signals on, and report which one failed first."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -13,29 +14,39 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
+from onellm_dist.common.logging import get_logger
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
-"""Tells a rank that it must end with the process of this id."""
+"""Id of the process that a local rank must end with."""
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PATIENCE_S = 20.0
-"""Seconds the other ranks have, after one ended, before they are ended too."""
+"""Seconds that the other ranks have to end by themselves after one has failed."""
 TAIL_LINES = 60
+PR_SET_PDEATHSIG = 1
+"""`prctl` option: the signal that this process gets when its parent ends (linux/prctl.h)."""
+
+logger = get_logger(__name__)
 
 
 def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
-    """Run `command` once a rank on this machine and wait for all of them.
+    """Run `command` once per rank on this machine and wait for all of them.
 
-    Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM and INT go on to every rank.
-    When one fails, its output is shown first and the others are ended.
+    Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM and INT are
+    forwarded to every rank. If a rank fails, its output is shown and the others are ended.
+
+    Args:
+        command: what each rank runs.
+        ranks: number of ranks.
+        logs: folder of the ranks' output; made if missing.
 
     Returns:
-        0; else the exit code of the first rank that failed (1 where a signal ended it).
+        0, or the exit code of the first rank that failed (1 if a signal ended it).
     """
     logs.mkdir(parents=True, exist_ok=True)
-    group = _Group(command, ranks, logs)
+    group = _LocalRanks(command, ranks, logs)
     before = {number: signal.signal(number, group.forward) for number in FORWARDED}
     try:
         return group.wait()
@@ -45,79 +56,73 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
             signal.signal(number, handler)
 
 
-class _Group:
+class _LocalRanks:
+    """The processes of one start, in the order of their ranks."""
+
     def __init__(self, command: Sequence[str], ranks: int, logs: Path) -> None:
-        port = free_port()
-        self.logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.processes: list[subprocess.Popen[str]] = []
-        for rank, log in enumerate(self.logs):
-            env = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                PARENT_VARIABLE: str(os.getpid()),
-            }
-            # A session of its own: Ctrl-C must reach a rank once, through us, and not a second time from the terminal.
-            if rank == 0:
+        self._logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        port = find_free_port()
+        environments = [_make_environment(rank, ranks, port) for rank in range(ranks)]
+        # Each rank has its own session: Ctrl-C must reach it once, through us, and not a second
+        # time from the terminal.
+        self._first = subprocess.Popen(
+            command,
+            env=environments[0],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._pass_output_on, daemon=True)
+        self._reader.start()
+        self._processes = [self._first]
+        for log, environment in zip(self._logs[1:], environments[1:], strict=True):
+            with log.open("w", encoding="utf-8") as out:
                 process = subprocess.Popen(
                     command,
-                    env=env,
-                    stdout=subprocess.PIPE,
+                    env=environment,
+                    stdout=out,
                     stderr=subprocess.STDOUT,
                     text=True,
-                    errors="replace",
                     start_new_session=True,
                 )
-                self.reader = threading.Thread(
-                    target=self._pass_on, args=(process.stdout,), daemon=True
-                )
-                self.reader.start()
-            else:
-                with log.open("w", encoding="utf-8") as out:
-                    process = subprocess.Popen(
-                        command,
-                        env=env,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                        start_new_session=True,
-                    )
-            self.processes.append(process)
+            self._processes.append(process)
 
-    def _pass_on(self, stream: IO[str]) -> None:
-        for line in stream:
-            self.tail.append(line)
+    def _pass_output_on(self) -> None:
+        assert self._first.stdout is not None
+        for line in self._first.stdout:
+            self._tail.append(line)
             sys.stdout.write(line)
             sys.stdout.flush()
 
     def forward(self, number: int, _frame: FrameType | None) -> None:
-        for process in self.processes:
+        """Send a signal to every rank that still runs (a signal handler)."""
+        for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> int:
+        """Wait for all ranks; returns the exit code of `launch_local`."""
         first: int | None = None
         deadline = float("inf")
-        while any(process.poll() is None for process in self.processes):
-            ended = [
+        while any(process.poll() is None for process in self._processes):
+            failed = [
                 rank
-                for rank, process in enumerate(self.processes)
+                for rank, process in enumerate(self._processes)
                 if process.poll() not in (None, EXIT_DONE)
             ]
-            if ended and first is None:
-                # Where several ended within one look, a real exit code says more than the signal that followed it.
-                first = min(ended, key=lambda rank: self.processes[rank].returncode < 0)
+            if failed and first is None:
+                # Of several that ended between two polls, one with an exit code of its own says
+                # more than one ended by the signal that followed.
+                first = min(failed, key=lambda rank: self._processes[rank].returncode < 0)
                 deadline = time.monotonic() + PATIENCE_S
             if time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.05)
-        self.reader.join(timeout=5)
-        codes = [process.returncode for process in self.processes]
+        self._reader.join(timeout=5)
+        codes = [process.returncode for process in self._processes]
         if first is None:
             first = next((rank for rank, code in enumerate(codes) if code != EXIT_DONE), None)
         if first is None:
@@ -128,76 +133,82 @@ class _Group:
         return code if code > 0 else EXIT_FAILED
 
     def _report(self, rank: int, code: int) -> None:
-        how = (
-            f"was ended by {signal.Signals(-code).name}"
-            + (" (out of memory?)" if code == -signal.SIGKILL else "")
-            if code < 0
-            else f"exit code {code}"
-        )
+        how = f"exit code {code}"
+        if code < 0:
+            how = f"ended by {signal.Signals(-code).name}"
+            how += " (out of memory?)" if code == -signal.SIGKILL else ""
         if rank == 0:
-            lines = list(self.tail)
+            lines = list(self._tail)
         else:
-            lines = (
-                self.logs[rank]
-                .read_text(encoding="utf-8", errors="replace")
-                .splitlines(keepends=True)[-TAIL_LINES:]
-            )
-        print(
-            f"\nrank {rank} failed first ({how}); its last words:\n" + "".join(lines),
-            file=sys.stderr,
-            flush=True,
-        )
+            text = self._logs[rank].read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines(keepends=True)[-TAIL_LINES:]
+        logger.error("rank %d failed first (%s); its last output:\n%s", rank, how, "".join(lines))
 
     def kill(self) -> None:
-        for process in self.processes:
+        """Kill the ranks that still run, and wait for all of them."""
+        for process in self._processes:
             if process.poll() is None:
                 process.kill()
-        for process in self.processes:
+        for process in self._processes:
             process.wait()
 
 
-def when_ended(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
-    """Call `handler` at TERM and at HUP (a closed terminal): processes in sessions of their own would go on without us.
+def _make_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        PARENT_VARIABLE: str(os.getpid()),
+    }
 
-    One that is ignored (HUP under nohup) stays so.
+
+def handle_termination(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Call `handler` on TERM and on HUP (a closed terminal).
+
+    Child processes in their own sessions would otherwise outlive this one. A signal that is ignored
+    (HUP under nohup) stays ignored.
 
     Returns:
-        The handlers before, to be set again.
+        The handlers before, by signal number.
     """
-    heard = [
+    handled = [
         number
         for number in (signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) != signal.SIG_IGN
     ]
-    return {number: signal.signal(number, handler) for number in heard}
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 def exit_by_signal(number: int, _frame: FrameType | None) -> None:
-    """A handler: an exit on which `finally` blocks run."""
+    """Exit so that `finally` blocks run (a signal handler)."""
     sys.exit(128 + number)
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+def find_free_port() -> int:
+    """Find a TCP port of this machine that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def end_with_parent() -> None:
-    """In a rank that `launch_local` started: be killed when the launcher is gone (Linux)."""
+    """In a rank of `launch_local`, ask to be killed when the launcher ends (Linux)."""
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
-        die_with(int(parent))
+        kill_with_parent(int(parent))
 
 
-def die_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent, the process of this id, is gone (Linux). A parent is the thread that started it."""
+def kill_with_parent(parent: int) -> None:
+    """Let the kernel kill this process when its parent, process `parent`, ends (Linux).
+
+    To the kernel the parent is the thread that started this process, not the whole process.
+    """
     if not sys.platform.startswith("linux"):
         return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before we asked
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)

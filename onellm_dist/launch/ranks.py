@@ -1,4 +1,4 @@
-"""Who am I in a distributed run: what the launcher says about this process, in one form for all launchers."""
+"""The place of this process in a distributed run, read in one form from every launcher."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.launch.slurm.environment import slurm_ranks
+from onellm_dist.launch.slurm.environment import read_slurm_ranks
+
+DEFAULT_PORT = 29500
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run, and where the ranks meet."""
+    """This process's rank, and the address at which the ranks meet."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Place among the ranks of this node; picks the GPU."""
+    """Rank within this node; it selects the GPU."""
     local_world_size: int
-    """Ranks of this node; they share its cores."""
+    """Ranks on this node; they share its cores."""
     address: str
     """Host of rank 0."""
     port: int
@@ -27,8 +29,8 @@ class Ranks:
     def export(self) -> None:
         """Set the environment variables that torch and DeepSpeed read.
 
-        `LOCAL_SIZE` (the deepspeed launcher sets it) is taken away: with it DeepSpeed 0.19 leaves 66 MiB a CPU rank in
-        `/dev/shm` for ever, for an all-reduce that training never calls.
+        `LOCAL_SIZE`, which the deepspeed launcher sets, is removed: with it DeepSpeed 0.19 leaves
+        66 MiB per CPU rank in `/dev/shm`, for an all-reduce that training never calls.
         """
         os.environ.pop("LOCAL_SIZE", None)
         os.environ.update(
@@ -42,25 +44,32 @@ class Ranks:
 
 
 def discover_ranks(env: Mapping[str, str] | None = None) -> Ranks | None:
-    """What the launcher that started this process says, or None where no launcher did.
+    """Read what the launcher that started this process set.
 
-    `RANK` and `WORLD_SIZE` (deepspeed, torchrun, our own local launcher) come first; then a Slurm step (`srun`).
+    `RANK` and `WORLD_SIZE` (deepspeed, torchrun, our own local launcher) come first, then the
+    variables of a Slurm step (`srun`).
+
+    Args:
+        env: environment variables; default: those of this process.
+
+    Returns:
+        The ranks, or None if no launcher started this process.
 
     Raises:
         UsageError: the variables contradict each other or are incomplete.
     """
     env = os.environ if env is None else env
     if "RANK" not in env or "WORLD_SIZE" not in env:
-        found = slurm_ranks(env)
+        found = read_slurm_ranks(env)
         return None if found is None else Ranks(*found)
     try:
         rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
         local_rank = int(env.get("LOCAL_RANK", rank))
         local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)
-        port = int(env.get("MASTER_PORT", 29500))
+        port = int(env.get("MASTER_PORT", DEFAULT_PORT))
     except ValueError as error:
         raise UsageError(
-            f"RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number: {error}",
+            f"RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is not a number: {error}",
             "the ranks cannot meet.",
             "start through deepspeed, torchrun or srun.",
         ) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.launch.local import end_with_parent, free_port, launch_local
+from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
 from onellm_dist.train.callbacks.watchdog import Watchdog, put_hangs_aside
 from onellm_dist.train.records.exit_file import ExitFile, end_process
@@ -45,7 +45,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
         raise
     count = config.launch.ranks or _gpus() or 1
     if count == 1:
-        run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", free_port()))
+        run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     command = [sys.executable, "-u", "-m", "onellm_dist.train", str(recipe), *overrides]
     return launch_local(command, count, config.run.dir / LOGS)
 

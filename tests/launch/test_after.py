@@ -1,4 +1,4 @@
-"""What the job script is told after a start of the run: requeue, with which delay, or halt, and why."""
+"""What follows a start of a job: a requeue with a delay, or a halt, and the reason given."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 
-from onellm_dist.launch.slurm.after import Verdict, begin, end, grace_period_warning, main
-from onellm_dist.launch.slurm.attempts import ATTEMPTS, now, read_attempts
+from onellm_dist.common.run_files import ATTEMPTS
+from onellm_dist.launch.slurm.after import get_grace_period_warning, main, record_begin, record_end
+from onellm_dist.launch.slurm.attempts import get_local_time, read_attempts
+from onellm_dist.launch.slurm.next_action import NextAction
 
 
 class History:
     """Starts of one job, one after the other, in a run directory."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.restart = run_dir, 0
+        self.run_dir = run_dir
+        self.restart = 0
 
     def env(self) -> dict[str, str]:
         return {
@@ -29,19 +32,19 @@ class History:
         }
 
     def begin(self) -> None:
-        begin(self.run_dir, self.env())
+        record_begin(self.run_dir, self.env())
 
     def end(
         self, *, status: int = 1, stop: float = 0.0, most: int = 3, checkpoint: int | None = None
     ) -> tuple[str, int, int]:
         if checkpoint is not None:
             (self.run_dir / "checkpoints" / f"step-{checkpoint:08d}").mkdir(parents=True)
-        verdict = end(
+        action = record_end(
             self.run_dir, self.env(), launcher_status=status, stop_asked=stop, max_requeues=most
         )
         self.restart += 1
-        self.why = verdict.why
-        return verdict.word, verdict.delay_s, verdict.exit_code
+        self.message = action.message
+        return action.action, action.delay_s, action.exit_code
 
     def start(self, exit_json: dict[str, Any] | None = None, **how: Any) -> tuple[str, int, int]:
         self.begin()
@@ -72,18 +75,18 @@ def test_done_and_usage_end_the_job(history: History) -> None:
         0,
         2,
     )
-    assert "unknown key" in history.why
+    assert "unknown key" in history.message
 
 
 def failed(
-    history: History, step: int, suspects: tuple[str, ...] = (), **how: Any
+    history: History, step: int, samples: tuple[str, ...] = (), **how: Any
 ) -> tuple[str, int, int]:
     found = {
         "status": "failed",
         "steps_done": step,
         "failed_step": step,
         "reason": f"boom at {step}",
-        "offending_samples": suspects,
+        "offending_samples": samples,
     }
     return history.start(found, **how)
 
@@ -102,7 +105,7 @@ def test_failures_back_off_and_end_after_the_limit(history: History) -> None:
     assert failed(history, 11) == ("requeue", 120, 1)
     assert failed(history, 12) == ("requeue", 240, 1)
     assert failed(history, 13) == ("halt", 0, 1)
-    assert "4 failures in a row" in history.why and "boom at 13" in history.why
+    assert "4 failures in a row" in history.message and "boom at 13" in history.message
 
 
 def test_a_new_checkpoint_or_a_preemption_ends_the_row(history: History) -> None:
@@ -114,14 +117,14 @@ def test_a_new_checkpoint_or_a_preemption_ends_the_row(history: History) -> None
     assert failed(history, 52) == ("requeue", 60, 1)
 
 
-def test_the_same_step_twice_halts_and_names_the_suspects(history: History) -> None:
-    assert failed(history, 10, suspects=("image/a/1@0", "image/a/2@0"))[0] == "requeue"
+def test_the_same_step_twice_halts_and_names_the_offending_samples(history: History) -> None:
+    assert failed(history, 10, samples=("image/a/1@0", "image/a/2@0"))[0] == "requeue"
     assert preempted(history, 9)[0] == "requeue"
-    assert failed(history, 10, suspects=("image/a/2@0", "image/a/3@0")) == ("halt", 0, 1)
+    assert failed(history, 10, samples=("image/a/2@0", "image/a/3@0")) == ("halt", 0, 1)
     assert (
-        "two starts failed at step 10" in history.why
-        and "image/a/2@0" in history.why
-        and "image/a/1@0" not in history.why
+        "two starts failed at step 10" in history.message
+        and "image/a/2@0" in history.message
+        and "image/a/1@0" not in history.message
     )
 
 
@@ -141,17 +144,17 @@ def test_failing_before_the_first_step_has_the_limit_alone(history: History) -> 
     assert history.start(status=1) == ("requeue", 240, 1)
     assert history.start(status=1) == ("halt", 0, 1)
     assert (
-        "4 failures in a row" in history.why
-        and "before the first step" in history.why
-        and "without exit.json" in history.why
+        "4 failures in a row" in history.message
+        and "before the first step" in history.message
+        and "without exit.json" in history.message
     )
 
 
 def trained(history: History, first_step: int, last: int, **event: Any) -> None:
-    """The ranks of this start came to training and did steps up to `last`."""
-    told = {"event": "start", "first_step": first_step, "time": now(), **event}
+    """The ranks of this start reached training and did the steps up to `last`."""
+    start = {"event": "start", "first_step": first_step, "time": get_local_time(), **event}
     with (history.run_dir / "events.jsonl").open("a") as out:
-        out.write(json.dumps(told) + "\n")
+        out.write(json.dumps(start) + "\n")
     lines = "".join(f'{{"step": {step}}}\n' for step in range(first_step, last + 1))
     (history.run_dir / "metrics.jsonl").write_text(lines + '{"step": 99, "lo')
 
@@ -207,7 +210,7 @@ def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: Histo
     assert history.start(status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     found = {"status": "failed", "steps_done": 4, "reason": "SIGTERM after the file: ended at once"}
     assert history.start(found, status=143, stop=1.0, most=0) == ("requeue", 15, 75)
-    assert "before its checkpoint was whole" in history.why
+    assert "before its checkpoint was complete" in history.message
     found["reason"] = (
         "connection closed by peer"  # and then Slurm ended the job, for a node was lost
     )
@@ -233,12 +236,14 @@ def test_a_start_that_never_ended_is_lost_and_counts_as_a_failure(history: Histo
     ) == ("7", 1, "requeue")
 
 
-def refused(history: History, bad: str | None, status: int = 1, stop: float = 0.0) -> Verdict:
-    """A start whose preflight ended with `status` and left `bad` as its verdict (None: none)."""
+def refuse(
+    history: History, bad_nodes: str | None, status: int = 1, stop: float = 0.0
+) -> NextAction:
+    """A start whose preflight ended with `status` and wrote `bad_nodes` as its result."""
     history.begin()
-    if bad is not None:
-        (history.run_dir / f"bad_nodes.7.{history.restart}").write_text(bad)
-    verdict = end(
+    if bad_nodes is not None:
+        (history.run_dir / f"bad_nodes.7.{history.restart}").write_text(bad_nodes)
+    action = record_end(
         history.run_dir,
         history.env(),
         launcher_status=1,
@@ -247,37 +252,35 @@ def refused(history: History, bad: str | None, status: int = 1, stop: float = 0.
         preflight_status=status,
     )
     history.restart += 1
-    return verdict
+    return action
 
 
-def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_blames_none_halts(
+def test_a_preflight_that_names_bad_nodes_is_requeued_and_one_that_names_none_halts(
     history: History,
 ) -> None:
     for _ in range(2):  # never a crash loop: the next start has other nodes
-        verdict = refused(history, "n2\n", 137)
-        assert verdict.word == "requeue" and "bad nodes n2" in verdict.why
-    verdict = refused(history, "")
-    assert (verdict.word, verdict.exit_code) == ("halt", 1)
+        action = refuse(history, "n2\n", 137)
+        assert action.action == "requeue" and "bad nodes n2" in action.message
+    action = refuse(history, "")
+    assert (action.action, action.exit_code) == ("halt", 1)
 
 
-def test_a_preflight_without_a_verdict_is_a_failed_start_and_a_stopped_one_a_preemption(
+def test_a_preflight_without_a_result_is_a_failed_start_and_a_stopped_one_a_preemption(
     history: History,
 ) -> None:
     for _ in range(5):
-        verdict = refused(history, None, 143, stop=1.0)
-        assert (verdict.word, verdict.delay_s, verdict.exit_code) == ("requeue", 15, 75)
-    for delay in (60, 120, 240):  # srun could not launch; the scheduler ended it
-        verdict = refused(history, None)
-        assert (verdict.word, verdict.delay_s) == (
-            "requeue",
-            delay,
-        ) and "without a verdict" in verdict.why
-    assert refused(history, None, 124).word == "halt"
+        action = refuse(history, None, 143, stop=1.0)
+        assert (action.action, action.delay_s, action.exit_code) == ("requeue", 15, 75)
+    for delay in (60, 120, 240):  # srun could not launch, or the scheduler ended it
+        action = refuse(history, None)
+        assert (action.action, action.delay_s) == ("requeue", delay)
+        assert "without a result" in action.message
+    assert refuse(history, None, 124).action == "halt"
 
 
-def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) -> None:
+def test_a_grace_period_too_short_for_the_last_checkpoint_gives_a_warning(history: History) -> None:
     history.run_dir.mkdir()
-    assert grace_period_warning(history.run_dir, 1) == ""
+    assert get_grace_period_warning(history.run_dir, 1) == ""
     lines = [
         {"event": "checkpoint", "seconds": 9.0},
         {"event": "checkpoint", "seconds": 40.0},
@@ -286,10 +289,10 @@ def test_a_notice_too_short_for_the_last_checkpoint_is_told(history: History) ->
     (history.run_dir / "events.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines)
     )
-    assert grace_period_warning(history.run_dir, 80) == ""
-    assert "took 40 s" in grace_period_warning(
+    assert get_grace_period_warning(history.run_dir, 80) == ""
+    assert "took 40 s" in get_grace_period_warning(
         history.run_dir, 79
-    ) and "--grace-period 160" in grace_period_warning(history.run_dir, 79)
+    ) and "--grace-period 160" in get_grace_period_warning(history.run_dir, 79)
 
 
 def test_the_ranks_of_a_start_are_recorded(
@@ -315,7 +318,8 @@ def test_the_command_line_needs_no_torch(history: History) -> None:
     )
     code = (
         "import sys; from onellm_dist.launch.slurm.after import main; main(sys.argv[1:]);"
-        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & set(sys.modules); assert not heavy, heavy"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & set(sys.modules);"
+        "assert not heavy, heavy"
     )
     line = ["end", str(history.run_dir), "--launcher-status", "1"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Job scripts: what `onellm launch` renders, refuses, writes and submits; the shipped ones are what it renders."""
+"""Job scripts: what `onellm launch` renders, refuses, writes and submits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,12 +16,12 @@ from typer.testing import CliRunner
 from onellm_dist.cli import app
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import recipes_dir
-from onellm_dist.launch.slurm.examples import example_scripts
-from onellm_dist.launch.slurm.job import Job, check_job, parse_nodes, time_limit_s
+from onellm_dist.launch.slurm.examples import render_examples
+from onellm_dist.launch.slurm.job import SlurmJob, check_job, parse_nodes, parse_time_limit
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.launch.slurm.submit import check_script, make_job
 
-JOB = Job(
+JOB = SlurmJob(
     recipe="tune",
     run_dir=Path("runs/x"),
     nodes=(2, 2),
@@ -30,14 +31,14 @@ JOB = Job(
 )
 
 
-def variant(**fields: object) -> Job:
-    return dataclasses.replace(JOB, **fields)  # type: ignore[arg-type]
+def make_variant(**fields: Any) -> SlurmJob:
+    return dataclasses.replace(JOB, **fields)
 
 
-def test_the_shipped_scripts_are_what_is_rendered() -> None:
+def test_the_shipped_scripts_are_up_to_date() -> None:
     folder = recipes_dir().parent / "slurm"
     shipped = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.sbatch")}
-    assert shipped == example_scripts(), "run: python -m onellm_dist.launch.slurm.examples"
+    assert shipped == render_examples(), "run: python -m onellm_dist.launch.slurm.examples"
     assert {
         "stage1_image.sbatch",
         "stage2_video_audio_point.sbatch",
@@ -59,7 +60,7 @@ def test_the_shipped_scripts_are_what_is_rendered() -> None:
     ],
 )
 def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, container: str) -> None:
-    job = variant(
+    job = make_variant(
         starter=starter,
         container="a b.sif" if container else "",
         container_runtime=container or "pyxis",
@@ -68,18 +69,14 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
     check_job(job)
     text = render(job)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    assert (
-        len(
-            re.findall(r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!", text)
-        )
-        == 1
-    )
+    training = r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!"
+    assert len(re.findall(training, text)) == 1
     assert ("in_container" in text) == bool(container)
     assert all(len(line) <= 140 for line in text.splitlines())
 
 
 def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() -> None:
-    text = render(variant(preflight=True))
+    text = render(make_variant(preflight=True))
     doctor, ranks, after = (
         text.index(word)
         for word in ("doctor --distributed", "onellm_dist.train tune", "launch.slurm.after end")
@@ -89,9 +86,9 @@ def test_the_preflight_stands_before_the_ranks_and_its_bad_nodes_are_excluded() 
     assert "preflight" not in render(JOB)
 
 
-def test_the_header_says_what_was_asked() -> None:
+def test_the_header_has_every_option() -> None:
     text = render(
-        variant(
+        make_variant(
             nodes=(1, 4),
             partition="gpu",
             account="a",
@@ -101,12 +98,16 @@ def test_the_header_says_what_was_asked() -> None:
             grace_period_s=600,
         )
     )
-    asked = "--nodes=1-4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] --time=2-0"
-    for option in f"{asked} --requeue --open-mode=append --signal=B:USR1@600 --exclusive".split():
+    options = (
+        "--nodes=1-4 --gpus-per-node=4 --partition=gpu --account=a --qos=q --exclude=gpu[07,12] "
+        "--time=2-0 --requeue --open-mode=append --signal=B:USR1@600 --exclusive"
+    )
+    for option in options.split():
         assert f"\n#SBATCH {option}" in text, option
-    # Slurm would keep the task count of the last start: a requeued job could not come back on fewer nodes.
+    # Slurm would keep the task count of the last start: a requeued job could not come back on
+    # fewer nodes.
     assert "#SBATCH --ntasks" not in text
-    shared = render(variant(cpus_per_rank=6, gpus_per_node=0))
+    shared = render(make_variant(cpus_per_rank=6, gpus_per_node=0))
     assert (
         "#SBATCH --cpus-per-task=24\n" in shared
         and "--exclusive" not in shared
@@ -114,7 +115,7 @@ def test_the_header_says_what_was_asked() -> None:
     )
     assert "\n    --cpus-per-task=6 \\\n    python" in shared
     assert "\n    --cpus-per-task=24 \\\n    python" in render(
-        variant(cpus_per_rank=6, starter="torchrun")
+        make_variant(cpus_per_rank=6, starter="torchrun")
     )
 
 
@@ -133,9 +134,9 @@ def test_the_header_says_what_was_asked() -> None:
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )
-def test_what_cannot_work_is_refused(fields: dict[str, object], word: str) -> None:
+def test_what_cannot_work_is_refused(fields: dict[str, Any], word: str) -> None:
     with pytest.raises(UsageError, match=word):
-        check_job(variant(**fields))
+        check_job(make_variant(**fields))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_what_cannot_work_is_refused(fields: dict[str, object], word: str) -> No
     ],
 )
 def test_time_limits(text: str, seconds: int) -> None:
-    assert time_limit_s(text) == seconds
+    assert parse_time_limit(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["0", "3-2", "two", "1-", ""])
@@ -174,7 +175,7 @@ def test_a_job_takes_its_run_directory_and_name_from_the_recipe(tmp_path: Path) 
         make_job(Path("stage1_image"), ["train.stepz=1"], nodes="2")
 
 
-def stand_in(folder: Path, name: str, body: str) -> None:
+def write_tool(folder: Path, name: str, body: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -189,24 +190,24 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_slurm_is_asked_and_believed(tools: Path) -> None:
-    stand_in(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    stand_in(
+def test_the_answer_of_slurm_decides(tools: Path) -> None:
+    write_tool(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
+    write_tool(
         tools,
         "sbatch",
         'grep -q "^#SBATCH --nodes=2" "${@: -1}" && echo "sbatch: Job 7 to start at noon" >&2',
     )
     assert "Job 7 to start at noon" in check_script(render(JOB))
-    stand_in(tools, "sbatch", "echo 'invalid partition specified: gpu' >&2; exit 1")
+    write_tool(tools, "sbatch", "echo 'invalid partition specified: gpu' >&2; exit 1")
     with pytest.raises(OneLLMError, match="invalid partition"):
         check_script(render(JOB))
-    stand_in(tools, "scontrol", "exit 1")
+    write_tool(tools, "scontrol", "exit 1")
     assert "no Slurm answers" in check_script(render(JOB))
 
 
 def test_launch_writes_checks_and_submits(tools: Path, tmp_path: Path) -> None:
-    stand_in(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
-    stand_in(
+    write_tool(tools, "scontrol", "echo 'Slurmctld(primary) at head is UP'")
+    write_tool(
         tools,
         "sbatch",
         f'[ "$1" != --parsable ] || {{ echo "$2" >{tmp_path}/submitted; echo "31;cluster"; }}',

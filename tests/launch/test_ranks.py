@@ -1,4 +1,4 @@
-"""Ranks as launchers describe them, and ranks that we start ourselves."""
+"""Ranks as launchers describe them, and ranks that `launch_local` starts."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.launch.local import exit_by_signal, launch_local, when_ended
+from onellm_dist.launch.local import exit_by_signal, handle_termination, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
-from onellm_dist.launch.slurm.environment import expand_hosts, rendezvous_port, tasks_per_node
-from onellm_dist.launch.slurm.job import Job
+from onellm_dist.launch.slurm.environment import compute_port, expand_hosts, parse_tasks_per_node
+from onellm_dist.launch.slurm.job import SlurmJob
 from onellm_dist.launch.slurm.script import render
 
 STEP = {
@@ -60,50 +60,47 @@ def test_ranks_of_a_slurm_step() -> None:
 
 
 def test_two_starts_of_a_job_meet_at_different_ports_below_the_ephemeral_ones() -> None:
-    ports = [rendezvous_port(31234, restart) for restart in range(50)]
+    ports = [compute_port(31234, restart) for restart in range(50)]
     assert len(set(ports)) == 50 and all(12000 <= port < 32768 for port in ports)
-    assert discover_ranks({**STEP, "SLURM_RESTART_COUNT": "3"}).port == ports[3]  # type: ignore[union-attr]
-    # The job script says the same in bash.
-    line = next(
-        x
-        for x in render(Job("x", Path("r"), (2, 2), 8, 8, starter="torchrun")).splitlines()
-        if x.startswith("port=")
+    ranks = discover_ranks({**STEP, "SLURM_RESTART_COUNT": "3"})
+    assert ranks is not None and ranks.port == ports[3]
+    # The job script computes the same port in bash.
+    script = render(SlurmJob("x", Path("r"), (2, 2), 8, 8, starter="torchrun"))
+    line = next(x for x in script.splitlines() if x.startswith("port="))
+    done = subprocess.run(
+        ["bash", "-c", f"{line}; echo $port"],
+        env={"SLURM_JOB_ID": "31234", "SLURM_RESTART_COUNT": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    env = {"SLURM_JOB_ID": "31234", "SLURM_RESTART_COUNT": "3"}
-    assert (
-        int(
-            subprocess.run(
-                ["bash", "-c", f"{line}; echo $port"],
-                env=env,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-        )
-        == ports[3]
-    )
+    assert int(done.stdout) == ports[3]
 
 
-def test_term_and_a_closed_terminal_are_heard_but_for_what_nohup_ignores() -> None:
+def test_term_and_a_closed_terminal_are_handled_unless_nohup_ignores_them() -> None:
     first = {
         number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)
     }
     try:
-        before = when_ended(exit_by_signal)
+        before = handle_termination(exit_by_signal)
         assert set(before) == set(first)
         with pytest.raises(SystemExit) as ended:
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(1)
+            hang_up()
         assert ended.value.code == 128 + signal.SIGHUP
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        assert set(when_ended(exit_by_signal)) == {signal.SIGTERM}
+        assert set(handle_termination(exit_by_signal)) == {signal.SIGTERM}
         os.kill(os.getpid(), signal.SIGHUP)
     finally:
         for number, handler in first.items():
             signal.signal(number, handler)
 
 
-def test_a_batch_script_is_no_rank() -> None:
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(1)  # the handler runs between two instructions of Python
+
+
+def test_a_batch_script_is_not_a_rank() -> None:
     assert discover_ranks({k: v for k, v in STEP.items() if k != "SLURM_STEP_ID"}) is None
 
 
@@ -121,17 +118,19 @@ def test_host_lists(text: str, hosts: list[str]) -> None:
 
 
 def test_tasks_per_node() -> None:
-    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert parse_tasks_per_node("2(x3),1") == [2, 2, 2, 1]
 
 
-def script(tmp_path: Path, body: str) -> list[str]:
+def write_rank(tmp_path: Path, body: str) -> list[str]:
     path = tmp_path / "rank.py"
     path.write_text("import os, sys, time, signal\nrank = int(os.environ['RANK'])\n" + body)
     return [sys.executable, "-u", str(path)]
 
 
 def test_every_rank_done_is_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert launch_local(script(tmp_path, "print('hello from', rank)"), 2, tmp_path / "logs") == 0
+    assert (
+        launch_local(write_rank(tmp_path, "print('hello from', rank)"), 2, tmp_path / "logs") == 0
+    )
     assert "hello from 0" in capsys.readouterr().out
     assert "hello from 1" in (tmp_path / "logs" / "rank-1.log").read_text()
 
@@ -144,7 +143,7 @@ def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
     body = (
         "if rank == 1:\n    print('disk on fire', file=sys.stderr)\n    sys.exit(1)\ntime.sleep(60)"
     )
-    assert launch_local(script(tmp_path, body), 3, tmp_path / "logs") == 1
+    assert launch_local(write_rank(tmp_path, body), 3, tmp_path / "logs") == 1
     assert time.monotonic() - started < 20
     err = capsys.readouterr().err
     assert "rank 1 failed first (exit code 1)" in err
@@ -152,15 +151,16 @@ def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
 
 
 def test_exit_codes_pass_through(tmp_path: Path) -> None:
-    assert launch_local(script(tmp_path, "sys.exit(75)"), 2, tmp_path / "logs") == 75
+    assert launch_local(write_rank(tmp_path, "sys.exit(75)"), 2, tmp_path / "logs") == 75
 
 
 def test_signals_reach_every_rank(tmp_path: Path) -> None:
     body = (
-        "def on(n, f):\n    open(f'got-{rank}', 'w').write(signal.Signals(n).name)\n    sys.exit(75)\n"
+        "def on(n, f):\n"
+        "    open(f'got-{rank}', 'w').write(signal.Signals(n).name)\n    sys.exit(75)\n"
         "signal.signal(signal.SIGUSR1, on)\nopen(f'ready-{rank}', 'w')\ntime.sleep(60)\n"
     )
-    launcher = launcher_process(tmp_path, script(tmp_path, body))
+    launcher = start_launcher(tmp_path, write_rank(tmp_path, body))
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline and launcher.poll() is None
@@ -176,17 +176,17 @@ def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
         "from onellm_dist.launch.local import end_with_parent\nend_with_parent()\n"
         "open(f'pid-{rank}', 'w').write(str(os.getpid()) + '\\n')\ntime.sleep(60)\n"
     )
-    launcher = launcher_process(tmp_path, script(tmp_path, body))
+    launcher = start_launcher(tmp_path, write_rank(tmp_path, body))
     pids = [wait_for_pid(tmp_path / f"pid-{rank}") for rank in (0, 1)]
     launcher.kill()
     launcher.wait(timeout=60)
     deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in pids):
+    while any(is_running(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
         time.sleep(0.05)
 
 
-def launcher_process(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
+def start_launcher(folder: Path, command: list[str]) -> subprocess.Popen[bytes]:
     """`launch_local` of two ranks in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from onellm_dist.launch.local import launch_local\n"
@@ -205,8 +205,8 @@ def wait_for_pid(path: Path) -> int:
     return int(path.read_text())
 
 
-def alive(pid: int) -> bool:
-    """Running: an orphan that nobody reaps yet is not."""
+def is_running(pid: int) -> bool:
+    """Whether the process runs; an orphan that nobody has reaped yet does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:

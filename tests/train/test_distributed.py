@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import StabilitySection
-from onellm_dist.launch.local import free_port
+from onellm_dist.launch.local import find_free_port
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train.distributed import gpu_of, join, timeout_of
 
@@ -47,7 +47,7 @@ def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})
     wanted = timedelta(minutes=95)
-    join(Ranks(0, 1, 0, 1, "127.0.0.1", free_port()), StabilitySection(checkpoint_minutes=90))
+    join(Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()), StabilitySection(checkpoint_minutes=90))
     try:
         for backend in ("nccl", "gloo"):
             assert distributed_c10d._get_default_timeout(backend) == wanted

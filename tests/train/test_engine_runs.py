@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy_runs import Runs
 
 from onellm_dist.convert.conversion import convert
-from onellm_dist.launch.local import free_port
+from onellm_dist.launch.local import find_free_port
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "--num_accelerators",
         "2",
         "--master_port",
-        str(free_port()),
+        str(find_free_port()),
     ]
     made.run(
         "fsdp_2",

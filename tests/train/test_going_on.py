@@ -13,7 +13,7 @@ from stand_in import pack, sample
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.launch.slurm.attempts import append_attempt, this_attempt
+from onellm_dist.launch.slurm.attempts import append_attempt, make_attempt
 from onellm_dist.train.checkpoint.folder import checkpoint_name
 from onellm_dist.train.checkpoint.inherit import inherit_ledger, take_over
 from onellm_dist.train.checkpoint.resume import find_checkpoint
@@ -119,7 +119,7 @@ def test_who_counts_as_the_same_job(tmp_path: Path) -> None:
     assert was_obeyed(tmp_path, "never", again) and not was_obeyed(
         tmp_path, tmp_path / "step-00000003", again
     )
-    append_attempt(tmp_path, this_attempt(again))
+    append_attempt(tmp_path, make_attempt(again))
     assert was_obeyed(tmp_path, "never", {}), (
         "ranks that ssh started do not have Slurm's variables: the job script's record has them"
     )

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from onellm_dist.launch.local import free_port
+from onellm_dist.launch.local import find_free_port
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 pytestmark = pytest.mark.slow
@@ -114,7 +114,7 @@ def deepspeed_launcher() -> list[str]:
         "--num_accelerators",
         "2",
         "--master_port",
-        str(free_port()),
+        str(find_free_port()),
     ]
     return [*command, "--module", "onellm_dist.train"]
 

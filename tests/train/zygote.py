@@ -130,14 +130,14 @@ class Zygote:
 
     def start(self, world: int, overrides: list[str], plant: dict[str, Any] | None = None) -> Start:
         """Fork the ranks of a start."""
-        from onellm_dist.launch.local import free_port
+        from onellm_dist.launch.local import find_free_port
 
         self._number += 1
         logs = self._logs / f"start{self._number:03d}"
         order = {
             "world": world,
             "overrides": overrides,
-            "port": free_port(),
+            "port": find_free_port(),
             "plant": plant or {},
             "logs": str(logs),
         }

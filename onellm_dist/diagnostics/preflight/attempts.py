@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from onellm_dist.diagnostics.preflight.rendezvous import Overdue
-from onellm_dist.launch.local import die_with
+from onellm_dist.launch.local import kill_with_parent
 
 POLL_S = 0.02
 KILL_S = 2.0
@@ -83,7 +83,7 @@ def _serve(
     rank: int, requests: int, answers: int, work: Callable[[str, Sequence[int]], Any]
 ) -> NoReturn:
     """The process that makes the tries, one at a time, until the rank is gone."""
-    die_with(rank)
+    kill_with_parent(rank)
     own = os.getpid()
 
     def answer(*line: Any) -> None:
@@ -94,7 +94,7 @@ def _serve(
             number, name, ranks, limit = json.loads(line)
             child = os.fork()
             if child == 0:
-                die_with(own)
+                kill_with_parent(own)
                 try:
                     answer(number, "done", work(name, ranks))
                 except Exception as error:  # whatever NCCL or gloo say is the finding

@@ -16,9 +16,9 @@ from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, Usage
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.diagnostics.preflight.options import Options, node_name, pretence_of
-from onellm_dist.launch.local import end_with_parent, free_port, launch_local
+from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
-from onellm_dist.launch.slurm.environment import expand_hosts, tasks_per_node
+from onellm_dist.launch.slurm.environment import expand_hosts, parse_tasks_per_node
 
 RESULT = "preflight.json"
 """In run.dir, where a recipe is given."""
@@ -41,7 +41,7 @@ def run_preflight(options: Options, *, local_ranks: int | None = None) -> int:
         count = local_ranks or (config.launch.ranks if config else None) or _gpus() or 1
         if count > 1:
             return _start_local(options, count)
-        ranks = Ranks(0, 1, 0, 1, "127.0.0.1", free_port())
+        ranks = Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port())
     end_with_parent()
     code = _as_rank(options, config, ranks)
     sys.stdout.flush()
@@ -224,7 +224,7 @@ def expected_nodes(env: Mapping[str, str]) -> dict[int, str]:
     try:
         names = [
             name
-            for name, count in zip(expand_hosts(nodes), tasks_per_node(tasks), strict=True)
+            for name, count in zip(expand_hosts(nodes), parse_tasks_per_node(tasks), strict=True)
             for _ in range(count)
         ]
     except (UsageError, ValueError):

@@ -1,0 +1,1 @@
+"""Slurm jobs: rendering and submitting job scripts, and deciding what follows each start."""

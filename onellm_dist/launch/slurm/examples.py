@@ -1,4 +1,7 @@
-"""The job scripts in `launch/slurm/`: the paper's runs and one for any recipe. `python -m onellm_dist.launch.slurm.examples` writes them anew."""
+"""The job scripts in `launch/slurm/`: the paper's four runs, and one for any recipe.
+
+`python -m onellm_dist.launch.slurm.examples` renders them again.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,26 @@ from pathlib import Path
 
 from onellm_dist.common.resources import recipes_dir
 from onellm_dist.config.load import find_recipe, load_config
-from onellm_dist.launch.slurm.job import Job, check_job
+from onellm_dist.launch.slurm.job import SlurmJob, check_job
 from onellm_dist.launch.slurm.script import render
 
-PAPER = {"stage1_image": 2, "stage2_video_audio_point": 1, "stage3_all": 1, "tune": 1}
-"""Nodes of 8 A100 (paper, section 4.1: 16 GPUs in stage I, 8 in the others)."""
+PAPER_NODES = {"stage1_image": 2, "stage2_video_audio_point": 1, "stage3_all": 1, "tune": 1}
+"""Nodes of 8 A100s (paper, section 4.1: 16 GPUs in stage I, 8 in the others)."""
+GPUS_PER_NODE = 8
 GENERIC = "generic"
 
 
-def example_scripts() -> dict[str, str]:
-    """File name -> text."""
-    jobs = [_paper_job(name, nodes) for name, nodes in PAPER.items()]
+def render_examples() -> dict[str, str]:
+    """Render every shipped job script: file name to text."""
+    jobs = [_make_paper_job(name, nodes) for name, nodes in PAPER_NODES.items()]
     jobs.append(
-        Job(
-            recipe="", run_dir=Path(), nodes=(1, 1), gpus_per_node=8, ranks_per_node=8, name=GENERIC
+        SlurmJob(
+            recipe="",
+            run_dir=Path(),
+            nodes=(1, 1),
+            gpus_per_node=GPUS_PER_NODE,
+            ranks_per_node=GPUS_PER_NODE,
+            name=GENERIC,
         )
     )
     for job in jobs:
@@ -27,27 +36,26 @@ def example_scripts() -> dict[str, str]:
     return {f"{job.name}.sbatch": render(job) for job in jobs}
 
 
-def _paper_job(name: str, nodes: int) -> Job:
-    run_dir = load_config(find_recipe(Path(name))).run.dir
-    command = (
-        f"onellm launch {name} --nodes {nodes} --gpus-per-node 8 --out launch/slurm/{name}.sbatch"
-    )
-    return Job(
+def _make_paper_job(name: str, nodes: int) -> SlurmJob:
+    return SlurmJob(
         recipe=name,
-        run_dir=run_dir,
+        run_dir=load_config(find_recipe(Path(name))).run.dir,
         nodes=(nodes, nodes),
-        gpus_per_node=8,
-        ranks_per_node=8,
+        gpus_per_node=GPUS_PER_NODE,
+        ranks_per_node=GPUS_PER_NODE,
         name=name,
-        command=command,
+        command=(
+            f"onellm launch {name} --nodes {nodes} --gpus-per-node {GPUS_PER_NODE} "
+            f"--out launch/slurm/{name}.sbatch"
+        ),
     )
 
 
 def main() -> None:
-    """Write the files."""
+    """Write the job scripts into `launch/slurm/`."""
     folder = recipes_dir().parent / "slurm"
     folder.mkdir(exist_ok=True)
-    for name, text in example_scripts().items():
+    for name, text in render_examples().items():
         (folder / name).write_text(text, encoding="utf-8")
         print(f"written: {folder / name}")
 

@@ -17,7 +17,7 @@ from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
 from onellm_dist.common.progress import seconds_text
 from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.report import ModalityResult, as_json, as_text, summarise
-from onellm_dist.launch.local import exit_by_signal, free_port, when_ended
+from onellm_dist.launch.local import exit_by_signal, find_free_port, handle_termination
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.evidence import collect_report, resumed_at
 from onellm_dist.testing.demo.journal import Journal, claim
@@ -79,7 +79,7 @@ def run_demo(out: Path, full: bool = False) -> int:
     """
     demo = Demo(out.resolve(), FULL if full else QUICK, ranks=_ranks())
     journal = claim(demo.out, full=full)
-    when_ended(exit_by_signal)  # the commands under way are ended, too
+    handle_termination(exit_by_signal)  # the commands under way are ended, too
     slow = measure_speed()
     table = Timetable(_stages(demo, slow), journal)
     print(
@@ -220,7 +220,7 @@ def _training_command(demo: Demo, name: str, training: Training) -> list[str]:
         "--num_accelerators",
         str(demo.ranks),
         "--master_port",
-        str(free_port()),
+        str(find_free_port()),
         "--module",
         "onellm_dist.train",
         training.recipe,

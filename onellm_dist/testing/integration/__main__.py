@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.launch.local import exit_by_signal, when_ended
+from onellm_dist.launch.local import exit_by_signal, handle_termination
 from onellm_dist.testing.integration.run import run_rehearsal
 
 
@@ -35,7 +35,7 @@ def main() -> int:
         help="toy: only tries the phases, in a minute or two",
     )
     given = parser.parse_args()
-    when_ended(exit_by_signal)  # what was started is ended too
+    handle_termination(exit_by_signal)  # what was started is ended too
     try:
         return run_rehearsal(
             given.out,

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.launch.local import when_ended
+from onellm_dist.launch.local import handle_termination
 from onellm_dist.testing.slurm_cluster.config import (
     CONTROLLER,
     FAKE_GPUS,
@@ -90,7 +90,7 @@ class Cluster:
         self.root = claim_folder()
         try:
             if threading.current_thread() is threading.main_thread():
-                self._before = when_ended(_interrupt)
+                self._before = handle_termination(_interrupt)
             self._write_files()
             self._start_head()
             for name in self.nodes:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.diagnostics.preflight.options import PRETEND
-from onellm_dist.launch.local import free_port
+from onellm_dist.launch.local import find_free_port
 
 RECIPE = "toy/align_image"
 
@@ -44,7 +44,7 @@ class Start:
             "megabytes": 4,
             **options,
         }
-        world, port = len(pretences), str(free_port())
+        world, port = len(pretences), str(find_free_port())
         names = [str(p["node"]) for p in pretences]
         self.started = time.monotonic()
         self.ranks = {

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.launch.slurm.job import Job
+from onellm_dist.launch.slurm.job import SlurmJob
 from onellm_dist.launch.slurm.script import render
 from onellm_dist.testing.slurm_cluster import requirements as needs
 from onellm_dist.testing.slurm_cluster.cluster import Cluster
@@ -80,7 +80,7 @@ def submit(
     run_dir = folder / "run"
     run_dir.mkdir()
     (run_dir / "plan").write_text("\n".join(plan) + "\n")
-    job = Job(
+    job = SlurmJob(
         recipe="x",
         run_dir=run_dir,
         overrides=(f"run.dir={run_dir}",),
@@ -116,7 +116,7 @@ def test_slurm_accepts_every_rendered_script(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for starter in ("srun", "torchrun", "deepspeed"):
-        job = Job(
+        job = SlurmJob(
             recipe="x",
             run_dir=Path("r"),
             nodes=(1, 2),

@@ -1,0 +1,114 @@
+"""The fixed parts of a job script, in bash."""
+
+from __future__ import annotations
+
+AFTER_RESULT_S = 30
+"""Seconds that a preflight may still run after it has written its result."""
+
+STOP_HANDLER = """\
+# Asked to stop (USR1 ahead of the time limit; USR1 or TERM at a preemption). The deepspeed runner
+# and torchrun do not pass signals on, so the request is the file `stop`, which works with every
+# launcher. All ranks see it at the end of a step, write a checkpoint and leave. It is created here
+# because a TERM that reaches launcher and script alike leaves no time for the loop below.
+stop_asked=0
+request_stop() {
+    [ "$stop_asked" != 0 ] || stop_asked=$(date +%s)
+    touch "$run_dir/stop"
+    echo "$(date +%FT%T) asked to stop: $run_dir/stop"
+}
+trap request_stop USR1 TERM
+"""
+
+BEGIN = """\
+# Record this start in the history of the run and remove the exit.json of the one before. Warn if
+# the last checkpoint would barely fit into the grace period.
+{after} begin "$run_dir" \\
+    --ranks-per-node {ranks_per_node} --grace-period {grace_period_s} || exit 1
+export ONELLM_GRACE_PERIOD_S={grace_period_s} # the ranks warn of each checkpoint that takes longer
+"""
+
+WAIT = """\
+# Not a plain `wait`: the trap must run while the ranks do. The file is touched until they are gone,
+# because ranks that are only just starting remove a stop file that they find.
+while kill -0 "$ranks" 2>/dev/null; do
+    [ "$stop_asked" = 0 ] || touch "$run_dir/stop"
+    sleep 1 & wait $!
+done
+wait "$ranks"
+status=$?
+"""
+
+PREFLIGHT_WAIT = f"""\
+preflight_pid=$! patience={AFTER_RESULT_S}
+# The file of bad nodes is the result. Once it is there, a stuck node must not hold up the others.
+# A stop ends the preflight at once.
+while kill -0 "$preflight_pid" 2>/dev/null; do
+    [ ! -e "$bad_nodes" ] || patience=$((patience - 1))
+    {{ [ "$stop_asked" = 0 ] && [ "$patience" -gt 0 ]; }} || kill "$preflight_pid" 2>/dev/null
+    sleep 1 & wait $!
+done
+wait "$preflight_pid"
+preflight=$?
+"""
+
+WAIT_FOR_SSH = """\
+# A node that has just joined may not accept ssh yet. Its ranks would never start, and those of the
+# other nodes would wait for them.
+nodes_answer() {
+    for ((i = 0; i < 20; i++)); do
+        timeout 30 pdsh -S -R ssh -w "$hosts" true >/dev/null 2>&1 && return
+        sleep 2
+    done
+    echo "no ssh to every node of $hosts: try pdsh -S -R ssh -w $hosts true"
+    return 1
+}
+"""
+
+END_REMAINING_RANKS = """
+# The runner may end before its ranks. They run under ssh, where Slurm neither signals nor ends
+# them, and would keep the run locked. After a stop they have the grace period for their
+# checkpoint. Then, or if the runner failed, their launchers are told to end them (within 30 s).
+on_nodes() {{ # on_nodes pgrep|pkill: the launchers of this start
+    local pattern="[d]eepspeed.launcher.launch .*--master_port=$port "
+    timeout 30 pdsh -R ssh -w "$hosts" "$1 -u $(id -u) -f '$pattern'" 2>/dev/null
+}}
+for ((i = 0; i < {grace_period_s}; i++)); do
+    {{ [ "$stop_asked" != 0 ] && on_nodes pgrep | grep -q .; }} || break
+    touch "$run_dir/stop"
+    sleep 1 & wait $!
+done
+if on_nodes pgrep | grep -q .; then
+    echo "ranks were left on the nodes: ending them"
+    on_nodes pkill
+    for ((i = 0; i < 40; i++)); do
+        on_nodes pgrep | grep -q . || break
+        sleep 1 & wait $!
+    done
+fi
+"""
+
+END = """\
+# Launchers do not pass exit codes on reliably. What follows is decided from $run_dir/exit.json and
+# the history in $run_dir/attempts.jsonl. done: the job ends. preempted: requeue. failed: requeue
+# with a back-off, up to a limit, and never twice at the same step. wrong usage: halt.
+read -r action delay code < <({after} end "$run_dir" \\
+    --launcher-status "$status" --stop-asked "$stop_asked" --max-requeues {max_requeues}{more})
+if [ "${{action:-}}" = requeue ]; then
+    # RUNNING: the job is still ours. It is not after scancel, and a preemption by REQUEUE has
+    # requeued it already.
+    if [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+        trap '' TERM # requeueing ends this script too, and another line has to run
+        scontrol requeue "$SLURM_JOB_ID"
+        # Slurm's own delay is two minutes.
+        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$delay"
+{exclude}    else
+        echo "not requeued from here: the job is already being cancelled or requeued"
+    fi
+fi
+exit "${{code:-1}}"
+"""
+
+EXCLUDE_BAD_NODES = """\
+        bad=$(cat "$run_dir/{bad_nodes}.$SLURM_JOB_ID".* 2>/dev/null | sort -u | paste -sd,)
+        [ -z "$bad" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad{exclude}"
+"""
