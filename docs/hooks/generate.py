@@ -97,7 +97,7 @@ def _default(option: Any) -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe, section by section, from the schema."""
-    from onellm_dist.config.schema import describe_keys
+    from onellm_dist.config.keys import describe_keys
 
     sections: dict[str, list[tuple[object, ...]]] = {}
     for key in describe_keys():

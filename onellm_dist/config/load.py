@@ -1,6 +1,7 @@
-"""Reading a recipe: YAML plus `key=value` overrides, validated before anything starts.
+"""Loads a recipe: YAML plus `key=value` overrides, validated before anything starts.
 
-Every problem is reported at once; an unknown key is refused with the nearest known name.
+All problems are reported at once. An unknown key is refused with the most similar known name, a
+key of 0.1.0 with its name today.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import yaml
 from pydantic import ValidationError
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.config.schema import MixtureEntry, RunConfig
+from onellm_dist.config.keys import find_section, list_key_names
+from onellm_dist.config.old_keys import explain_old_key, explain_old_value
+from onellm_dist.config.schema import RunConfig
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe and apply `key=value` overrides (values are YAML).
+    """Load a recipe and apply `key=value` overrides.
 
-    `recipe` is a file, or the name of a recipe that ships with the package (`toy/align_image`).
-    `model.path=` and `model.preset=` replace each other.
+    Args:
+        recipe: a file, or the name of a recipe that ships with the package (`toy/align_image`).
+        overrides: `section.key=value` each, with the value in YAML. `model.path=` and
+            `model.preset=` replace each other.
 
     Raises:
-        UsageError: the file is missing or no YAML mapping, or any key or value is wrong (all of them are listed).
+        UsageError: the file is missing or is not a YAML mapping, or a key or value is wrong (all
+            problems are listed).
     """
     path = find_recipe(recipe)
     try:
@@ -33,33 +39,33 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(
             f"{path}: not readable as YAML: {error}",
             "the recipe cannot be used.",
-            "mend the line it names.",
+            "fix the line that the message names.",
         ) from None
     if not isinstance(raw, dict):
         raise UsageError(
-            f"{path}: a recipe is a YAML mapping of sections",
-            "this file holds something else.",
-            "start from one in launch/recipes/.",
+            f"{path}: not a YAML mapping of sections",
+            "a recipe consists of sections such as data and train.",
+            "start from a recipe in launch/recipes/.",
         )
     for item in overrides:
         _apply_override(raw, item)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(e) for e in error.errors()]
+        problems = [problem for e in error.errors() for problem in _describe_problem(e)]
         raise UsageError(
             f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe\n"
             + "\n".join(f"  - {p}" for p in problems),
             "nothing was started.",
-            "mend the recipe or the key=value given on the command line.",
+            "fix the recipe or the key=value on the command line.",
         ) from None
 
 
 def find_recipe(recipe: Path) -> Path:
-    """The recipe's file: as given, or by name among the recipes in `launch/recipes/` (checkout or wheel).
+    """Return a recipe's file: as given, or by name in `launch/recipes/` (checkout or wheel).
 
     Raises:
-        UsageError: no such file and no such name.
+        UsageError: there is no such file and no such name.
     """
     from onellm_dist.common.resources import recipes_dir
 
@@ -100,7 +106,7 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise UsageError(
                 f"{item!r}: {name} is not a section",
-                "it has no keys below it.",
+                "there are no keys below it.",
                 "see launch/recipes/ for the keys.",
             )
     node[leaf] = value
@@ -108,31 +114,27 @@ def _apply_override(raw: dict[str, Any], item: str) -> None:
         node["preset" if leaf == "path" else "path"] = None
 
 
-def _problem(error: Any) -> str:
+def _describe_problem(error: Any) -> list[str]:
+    """Return one of pydantic's errors as problems for the user."""
     location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
+    key, given = ".".join(location), error.get("input")
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _fields_at(location[:-1]), n=1, cutoff=0.5)
-        return f"unknown key {key}" + (
-            f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
-        )
+        return explain_old_key(key, given) or [_describe_unknown(location)]
     if error["type"] == "missing":
-        return f"missing key {key}"
+        return [f"missing key {key}"]
+    renamed = explain_old_value(key, given)
+    if renamed is not None:
+        return [renamed]
     message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
+    if error["type"] == "value_error" and isinstance(given, dict):  # names its keys itself
+        return [message]
     shown = "" if isinstance(given, (dict, list)) else f" (given: {given!r})"
-    return f"{key}: {message}{shown}" if key else message
+    return [f"{key}: {message}{shown}" if key else message]
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    """The known keys of the section at `location`."""
-    model: Any = RunConfig
-    for part in location:
-        if part.isdigit():
-            model = MixtureEntry
-            continue
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        model = field.annotation if hasattr(field.annotation, "model_fields") else MixtureEntry
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _describe_unknown(location: list[str]) -> str:
+    section = find_section(location[:-1])
+    names = [] if section is None else list_key_names(section)
+    near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+    return f"unknown key {'.'.join(location)}{hint}"

@@ -1,4 +1,8 @@
-"""The sections of a recipe, with the type, default and meaning of every key."""
+"""The sections of a recipe, with the type, default and meaning of every key.
+
+The docstring below a field is its reference documentation: `describe_keys` and the documentation
+site show it. It says what the key does, its unit, and what the default means.
+"""
 
 from __future__ import annotations
 
@@ -9,271 +13,323 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 
-def _location(value: Any) -> Any:
+def _to_location(value: Any) -> Any:
     return value if not isinstance(value, str) or "://" in value else Path(value)
 
 
-Location = Annotated[Path | str, BeforeValidator(_location)]
-"""A local path, or a URL that fsspec reads (`s3://bucket/folder`), which stays as it is written."""
+Location = Annotated[Path | str, BeforeValidator(_to_location)]
+"""A local path, or a URL that fsspec can read (`s3://bucket/folder`), which is kept as written."""
 
 
 class Section(BaseModel):
-    """A part of the recipe: immutable, unknown keys refused."""
+    """A section of the recipe. It is immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunSection(Section):
-    """`run.*`: where the run lives and its seed."""
+    """`run.*`: the run directory and the seed."""
 
     dir: Path = Path("runs/default")
-    """The run directory: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `ledger/`, `checkpoints/`, `tensorboard/`, `exit.json`."""
+    """The run directory. It receives `config.yaml`, `metrics.jsonl`, `events.jsonl`, `samples/`,
+    `checkpoints/`, `tensorboard/` and `exit.json`."""
     seed: int = 0
-    """Seeds the order, the mixture, augmentation and initialisation."""
+    """Seed of the sample order, the mixture, augmentation and initialization. Two runs with the
+    same seed and data read the same samples in the same steps."""
 
 
 class ModelSection(Section):
-    """`model.*`: where the model comes from. Exactly one of `path` and `preset`."""
+    """`model.*`: where the model comes from. Exactly one of `path` and `preset` is set."""
 
     path: Path | None = None
-    """A `save_pretrained` directory (a converted or assembled model, or the end of an earlier stage)."""
+    """A `save_pretrained` directory: a converted or assembled model, or the `model/` folder that an
+    earlier stage exported."""
     preset: Literal["onellm-7b", "toy", "smollm2-135m"] | None = None
-    """A named architecture; `toy` and `onellm-7b` start from random weights, `smollm2-135m` loads its LLM."""
+    """A named architecture. `toy` and `onellm-7b` start from random weights; `smollm2-135m` loads
+    the pretrained LLM of that name and starts the rest from random weights."""
     init_from_image: tuple[str, ...] = ()
-    """Modalities whose projections, queries, router and tags start as copies of image's (paper, section 3.3)."""
+    """Modalities whose projections, queries, router and tags start as copies of image's (paper,
+    section 3.3). Default: none."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> ModelSection:
+    def _require_one_source(self) -> ModelSection:
         if (self.path is None) == (self.preset is None):
-            raise ValueError("give exactly one of model.path and model.preset")
+            raise ValueError("set exactly one of model.path and model.preset")
         return self
 
 
 class MixtureEntry(Section):
-    """One dataset of the mixture."""
+    """One dataset of `data.mixture`."""
 
     path: Location
-    """The dataset's folder (with `manifest.json`) or its URL; a relative path starts at `data.root`."""
+    """The dataset's folder (the one with `manifest.json`) or its URL. A relative path is resolved
+    against `data.root`."""
     weight: float = Field(1.0, gt=0)
-    """Share of the samples, relative to the other entries."""
+    """Share of the samples, relative to the weights of the other datasets."""
 
 
 class ValidationSection(Section):
-    """`data.validation`: a fixed set from another split of the mixture's datasets, run now and then without training on it."""
+    """`data.validation.*`: a fixed validation set from another split of the mixture's datasets."""
 
     split: str
-    """The split; datasets that do not have it are left out."""
+    """The split to validate on. Datasets of the mixture that lack it are left out."""
     samples: PositiveInt
-    """Samples of the set, in the shares of the mixture; the same ones each time, at any number of ranks."""
+    """Samples of the validation set, shared among the datasets by their weights. The set is the
+    same every time, on any number of ranks."""
     every: PositiveInt
-    """Optimizer steps between two validations; one more comes after the last step."""
+    """Optimizer steps between two validations; another one follows the last step."""
     generate: int = Field(0, ge=0)
-    """So many of the samples are answered by the model each time: `validation_samples.jsonl`."""
+    """Number of validation samples for which the model generates an answer each time; the answers
+    are written to `validation_samples.jsonl`. Default: none."""
     new_tokens: PositiveInt = 32
-    """Longest generated answer."""
+    """Maximum length of a generated answer, in tokens."""
 
 
 class DataSection(Section):
     """`data.*`: what is read, and how it is packed."""
 
     root: Location = Path(".")
-    """Relative dataset paths start here: a folder, or a URL such as `s3://bucket/datasets`."""
+    """Folder or URL (such as `s3://bucket/datasets`) against which relative dataset paths are
+    resolved. Default: the current directory."""
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
     """The datasets and their weights."""
     global_batch: PositiveInt
-    """Samples an optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks."""
     workers: int = Field(2, ge=0)
-    """Loader processes a rank; 0 reads in the training process. Never changes what is read."""
+    """Loader processes per rank; 0 reads in the training process. The number never changes what is
+    read."""
     prefetch: PositiveInt = 2
-    """Micro-batches each worker keeps ready."""
+    """Micro-batches that each loader process keeps ready."""
     read_ahead_mb: PositiveInt = 256
-    """Most megabytes of remote shards that each worker holds ahead of need."""
+    """Maximum amount of remote shard data, in MiB, that each loader process fetches ahead of
+    need."""
     cache_dir: Path | None = None
-    """A folder on this node's disk for what is read of remote shards, shared by its processes; none: nothing is kept."""
+    """Folder on a local disk of the node that caches what is read from remote shards; all processes
+    of the node share it. Default: nothing is cached."""
     cache_gb: float = Field(100.0, gt=0)
-    """Most gigabytes (10^9 bytes) in `data.cache_dir`; what was used longest ago goes first."""
+    """Maximum size of `data.cache_dir` in gigabytes (10^9 bytes). The least recently used data is
+    removed first."""
     pack_llm_tokens: PositiveInt = 4096
-    """Most LLM positions of a micro-batch."""
+    """Maximum number of LLM positions in a micro-batch: text tokens and media spans."""
     pack_encoder_tokens: PositiveInt = 16384
-    """Most encoder tokens of a micro-batch."""
+    """Maximum number of encoder tokens in a micro-batch (257 per image with CLIP ViT-L/14)."""
     text_format: Literal["caption", "conversation", "chat"] = "caption"
-    """`caption`: BOS, caption, EOS, all but BOS supervised (pretraining). `conversation`: the reference's prompt, answers supervised.
-    `chat`: the same in the LLM's own chat template."""
+    """How a sample's text is laid out. `caption`: BOS, caption, EOS, with everything but BOS
+    supervised (pretraining). `conversation`: the reference's prompt, with the answers supervised.
+    `chat`: the LLM's own chat template, with the answers supervised."""
     max_text_tokens: PositiveInt = 96
-    """Longer texts are cut to this many tokens (the reference's max_words: 96 pretraining, 2018 tuning)."""
+    """Longer texts are cut to this many tokens (the reference's `max_words`: 96 for pretraining,
+    2018 for tuning)."""
     augment: bool = True
-    """Training transforms (random crops, fbank masking); false: the evaluation transforms."""
+    """Whether the training transforms are used (random crops, spectrogram masking); false uses the
+    evaluation transforms."""
     max_skipped_samples: int = Field(100, ge=0)
-    """More unreadable samples than this stop the run."""
-
+    """The run stops when more samples than this could not be read."""
     validation: ValidationSection | None = None
-    """Losses of a fixed set of another split go to `validation.jsonl`; none where not given."""
+    """The validation set; its losses are written to `validation.jsonl`. Default: no validation."""
     new_phase: bool = False
-    """At a resume with another mixture, batch or text format: begin a new plan segment there. Otherwise that is refused."""
+    """Whether a resumed run may continue with another mixture, batch size or text format. If so, a
+    new data phase begins at that step; otherwise the change is refused."""
 
-    def place(self, entry: MixtureEntry) -> Path | str:
-        """Where a dataset of the mixture lies: a path, or a URL."""
+    def locate(self, entry: MixtureEntry) -> Path | str:
+        """Return the path or URL of a dataset of the mixture."""
         if isinstance(entry.path, str) or isinstance(self.root, Path):
             return entry.path if isinstance(entry.path, str) else Path(self.root) / entry.path
-        return (
-            str(entry.path)
-            if entry.path.is_absolute()
-            else f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
-        )
+        if entry.path.is_absolute():
+            return str(entry.path)
+        return f"{self.root.rstrip('/')}/{entry.path.as_posix()}"
 
 
 class TrainSection(Section):
     """`train.*`: the stage and its length."""
 
     stage: Literal["align", "tune"]
-    """`align`: tokenizers and UPM train, LLM and encoder are frozen. `tune`: the LLM trains, the rest is frozen."""
+    """What trains. `align`: tokenizers and UPM, while LLM and encoder are frozen. `tune`: the LLM,
+    while the rest is frozen."""
     encoder: Literal["frozen", "trainable"] = "frozen"
-    """`trainable`: in `align`, the encoder trains too (paper, table 8: more memory, and worse but for audio)."""
+    """Whether the encoder trains too; `trainable` is for `align` only (paper, table 8: needs more
+    memory, and is worse for every modality but audio)."""
     steps: PositiveInt
     """Optimizer steps of the whole run."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of forward and backward. Gradients accumulate in fp32 with either."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What is recomputed in backward, in every block of encoder (where gradients pass), UPM and LLM: nothing; all but matrix products and
-    attention (`selective`); or all of it (`full`)."""
+    """What the backward pass recomputes in every block of the encoder (where gradients pass), UPM
+    and LLM. `none`: nothing. `selective`: everything but matrix products and attention. `full`:
+    everything."""
     log_every: PositiveInt = 1
-    """Steps between lines of `metrics.jsonl` on the terminal (the file has every step)."""
+    """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
 
     @model_validator(mode="after")
-    def _encoder_trains_in_align(self) -> TrainSection:
+    def _check_encoder(self) -> TrainSection:
         if self.stage != "align" and self.encoder == "trainable":
             raise ValueError(
-                "train.encoder=trainable is for train.stage=align: in tune the LLM alone trains"
+                "train.encoder=trainable needs train.stage=align: in tune only the LLM trains"
             )
         return self
 
 
 class OptimSection(Section):
-    """`optim.*`: AdamW and its schedule (linear warm-up, cosine to `min_lr`)."""
+    """`optim.*`: the optimizer and its learning-rate schedule."""
 
     lr: float = Field(gt=0)
+    """Peak learning rate, reached after the warm-up."""
     min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine schedule."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: `cosine` decays to `optim.min_lr`, `constant` stays at
+    `optim.lr`."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0. Default: no warm-up."""
     decay_steps: int | None = Field(None, gt=0)
-    """Step at which the cosine ends; `train.steps` where not given."""
+    """Step at which the cosine schedule ends. Default: `train.steps`."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
+    """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Not applied to biases and RMSNorm weights (as the reference does)."""
+    """Decoupled weight decay. It is not applied to biases and norm weights (as in the
+    reference)."""
     grad_clip: float = Field(2.0, ge=0)
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. 0 turns clipping
+    off."""
 
 
 class EngineSection(Section):
-    """`engine.*`: who shards the model."""
+    """`engine.*`: what shards the model over the ranks."""
 
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """The engine. Both give the same training result; checkpoints of either load in the other."""
     config: Path | None = None
-    """A DeepSpeed JSON (a path, or a name in `ds_configs/` such as `zero3`); `zero3` where not given. `fsdp` does not
-    read it."""
+    """`deepspeed` only: a DeepSpeed JSON, as a path or as a name in `ds_configs/`. Default:
+    `zero3`."""
     shard_ranks: PositiveInt | None = None
-    """`fsdp` only: hybrid sharding over groups of so many neighbouring ranks (a node's), each group holding a whole copy; all ranks
-    share one copy where not given."""
+    """`fsdp` only: number of neighbouring ranks (usually those of a node) that share one copy of
+    the model; each such group holds a complete copy. Default: all ranks share one copy."""
     reduce_every: Literal["micro_batch", "step"] = "micro_batch"
-    """`fsdp` only: reduce gradients after every micro-step, so that a rank keeps its shard of them, or once a step: less traffic, but
-    every rank keeps whole fp32 gradients of what trains."""
+    """`fsdp` only: when gradients are reduced over the ranks. `micro_batch`: after each, so that a
+    rank keeps only its shard of the gradients. `step`: once a step, which needs less traffic, but
+    every rank keeps complete fp32 gradients of all trainable parameters."""
 
     @model_validator(mode="after")
-    def _keys_of_this_engine(self) -> EngineSection:
+    def _check_engine_keys(self) -> EngineSection:
         if self.name == "deepspeed" and (
             self.shard_ranks is not None or self.reduce_every != "micro_batch"
         ):
             raise ValueError(
-                "engine.shard_ranks and engine.reduce_every are for engine.name=fsdp (DeepSpeed: zero_hpz_partition_size)"
+                "engine.shard_ranks and engine.reduce_every are for engine.name=fsdp "
+                "(DeepSpeed: zero_hpz_partition_size)"
             )
         return self
 
 
 class CheckpointSection(Section):
-    """`checkpoint.*`: when checkpoints are written and which one is resumed."""
+    """`checkpoint.*`: when checkpoints are written, and which one is resumed."""
 
     every: PositiveInt = 500
-    """Optimizer steps between two checkpoints; one more is written at the end, and when the run is asked to stop."""
+    """Optimizer steps between two checkpoints. One more is written at the end of the run, and when
+    the run is asked to stop."""
     every_minutes: float | None = Field(None, gt=0)
-    """Also after so many minutes, by rank 0's clock, at the end of the step."""
+    """Minutes between two checkpoints, by rank 0's clock; one is written at the end of the step in
+    which they are over. Default: only `checkpoint.every` counts."""
     keep: PositiveInt = 2
-    """The newest ones that stay."""
+    """Number of most recent checkpoints that are kept."""
     keep_every: PositiveInt | None = None
-    """Checkpoints whose step is a multiple of this stay for ever."""
+    """Checkpoints whose step is a multiple of this are kept forever. Default: none."""
     keep_every_hours: float | None = Field(None, gt=0)
-    """The first checkpoint stays for ever, and then one whenever so many hours lie between it and the last that stayed."""
+    """The first checkpoint is kept forever, and then one whenever this many hours have passed since
+    the last one kept that way. Default: none."""
     asynchronous: bool = True
-    """Written in the background from a copy in host memory (12 bytes a trainable element, over the ranks); false: training waits, and
-    there is no copy."""
+    """Whether checkpoints are written in the background from a copy in host memory (12 bytes per
+    trainable element, divided among the ranks). False: training waits, and no copy is made."""
     resume: Literal["auto", "never"] | Path = "auto"
-    """`auto`: the newest whole checkpoint of `run.dir`, if there is one; `never`; or a checkpoint directory. The last two hold for the
-    first start of a job: its requeues go on as with `auto`."""
+    """What the run resumes from. `auto`: the latest complete checkpoint of `run.dir`, if there is
+    one. `never`: nothing. A path: that checkpoint directory. The last two apply to the first start
+    of a job; when it is requeued, it resumes as with `auto`."""
 
 
 class TrackSection(Section):
-    """`track.*`: who else is told the run's figures, and what is looked at more closely."""
+    """`track.*`: experiment trackers, profiling and warnings about experts."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     trackers: tuple[str, ...] = Field((), alias="with")
-    """Written `track.with`: accelerate's trackers beside TensorBoard (wandb, mlflow, aim, comet_ml, ...), or `module:Class` of your own."""
+    """Trackers that receive the metrics beside TensorBoard: names that accelerate knows (`wandb`,
+    `mlflow`, `aim`, `comet_ml`, ...) or `module:Class` of your own. Default: none."""
     project: str = "onellm"
-    """The project that trackers show the run under."""
+    """Project under which trackers show the run."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Tracker -> what it is started with: `{wandb: {name: stage1, mode: offline}}`."""
+    """Start options of each tracker, by its name: `{wandb: {name: stage1, mode: offline}}`."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step of which a trace is written to `profiles/`; a file `profile` in the run directory asks for the next two."""
+    """First and last step whose trace is written to `profiles/`. A file named `profile` in the run
+    directory asks for a trace of the next two steps at any time. Default: none."""
     underused_expert_share: float = Field(0.05, ge=0, le=1)
-    """An expert to which no modality gives this share of its weight ..."""
+    """An expert counts as underused while no modality gives it at least this share of its router
+    weight."""
     underused_expert_steps: PositiveInt = 200
-    """... for so many steps is warned about."""
+    """A warning is logged when an expert has been underused for this many steps."""
 
 
 class StabilitySection(Section):
-    """`stability.*`: what is done about losses and gradients that are not finite or leap, and about steps that do not end."""
+    """`stability.*`: loss and gradient spikes, values that are not finite, and hangs."""
 
     policy: Literal["skip", "rollback", "stop"] = "skip"
-    """`skip` throws the step away on all ranks; `rollback` goes back to the last checkpoint and marks the samples as skipped_samples;
-    `stop` ends the run."""
+    """What happens at a spike or a value that is not finite. `skip`: no rank applies the step.
+    `rollback`: the run returns to its last checkpoint and excludes the offending samples. `stop`:
+    the run ends."""
     window: PositiveInt = 128
-    """Steps that a loss and a gradient norm are compared with (a leap can be seen once a quarter of them, at least 8, are there)."""
+    """Number of recent steps with which a loss and a gradient norm are compared. Spikes can be
+    detected once a quarter of them (at least 8) are recorded."""
     threshold: float = Field(10.0, ge=0)
-    """A loss or gradient norm that lies so many robust standard deviations (1.4826 MAD) above the window's median is a spike; 0: none."""
+    """A loss or gradient norm is a spike if it lies more than this many robust standard deviations
+    (1.4826 MAD) above the median of the window. 0 turns spike detection off."""
     max_skipped: PositiveInt = 10
-    """So many steps thrown away in a row stop the run."""
+    """The run stops after this many skipped steps in a row."""
     max_rollbacks: int = Field(5, ge=0)
-    """More roll-backs than this, earlier starts included, stop the run."""
+    """The run stops at more rollbacks than this; earlier starts of the run count."""
     hang_minutes: float = Field(15.0, ge=0)
-    """A step in which no rank gets on for so long ends the run, with every rank's stack in `hangs/`; 0: nobody watches."""
+    """The run ends if no rank makes progress within a step for this many minutes; the stack of
+    every rank is written to `hangs/`. 0 turns the watchdog off."""
     first_step_minutes: float = Field(30.0, gt=0)
-    """The same for each phase of a start, the first step included (compilers run, caches are cold)."""
+    """Minutes without progress that are allowed in each phase of a start, the first step included
+    (kernels compile, caches are cold)."""
     checkpoint_minutes: float = Field(30.0, gt=0)
-    """The same for waiting for a checkpoint or an export."""
+    """Minutes that a checkpoint or an export may take while training waits for it."""
     validation_minutes: float = Field(30.0, gt=0)
-    """The same for a validation."""
+    """Minutes that a validation may take."""
 
 
 class LaunchSection(Section):
-    """`launch.*`: used only where no launcher (deepspeed, torchrun, srun) started us."""
+    """`launch.*`: local ranks, if no launcher (deepspeed, torchrun, srun) started the process."""
 
     ranks: int | None = Field(None, gt=0)
-    """Local ranks; every GPU, or 1 on a CPU, where not given."""
+    """Number of local ranks. Default: one per GPU, or 1 on a machine without GPUs."""
 
 
 class RunConfig(Section):
-    """A whole recipe. Attribute names are the YAML's keys."""
+    """A complete recipe. Attribute names are the keys of the YAML file."""
 
     run: RunSection = RunSection()
+    """The run directory and the seed."""
     model: ModelSection
+    """Where the model comes from."""
     data: DataSection
+    """What is read, and how it is packed."""
     train: TrainSection
+    """The stage and its length."""
     optim: OptimSection
+    """The optimizer and its learning-rate schedule."""
     engine: EngineSection = EngineSection()
+    """What shards the model over the ranks."""
     checkpoint: CheckpointSection = CheckpointSection()
+    """When checkpoints are written, and which one is resumed."""
     track: TrackSection = TrackSection()
+    """Experiment trackers, profiling and warnings about experts."""
     stability: StabilitySection = StabilitySection()
+    """Loss and gradient spikes, values that are not finite, and hangs."""
     launch: LaunchSection = LaunchSection()
+    """Local ranks, if no launcher started the process."""
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML."""
+        """Return the complete recipe, defaults included, as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)

@@ -150,7 +150,7 @@ def open_datasets(
     datasets: list[Dataset] = []
     for entry in config.mixture:
         try:
-            dataset = open_dataset(config.place(entry))
+            dataset = open_dataset(config.locate(entry))
             _check_dataset(dataset, entry.weight, modalities, split, datasets)
             datasets.append(dataset)
         except UsageError as error:

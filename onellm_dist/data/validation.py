@@ -33,7 +33,7 @@ def open_validation(
     entries = tuple(
         entry
         for entry in config.mixture
-        if wanted.split in open_dataset(config.place(entry)).splits
+        if wanted.split in open_dataset(config.locate(entry)).splits
     )
     if not entries:
         raise UsageError(

@@ -96,7 +96,7 @@ class Rank:
         folders = [
             place
             for entry in config.data.mixture
-            if isinstance(place := config.data.place(entry), Path)
+            if isinstance(place := config.data.locate(entry), Path)
         ]
         self._guarded("data", "data", lambda: data_probe(folders))
 
