@@ -191,16 +191,24 @@ def build(
     """(engine, bytes of the whole model in fp32)."""
     import torch
 
-    from onellm_dist.model.lazy_weights import Drawn, Files, Weights, empty_model, files_of
+    from onellm_dist.model.lazy_weights import (
+        InitialWeights,
+        RandomWeights,
+        SafetensorsWeights,
+        build_empty_model,
+        find_weight_files,
+    )
     from onellm_dist.train.engine.base import EngineSettings
     from onellm_dist.train.engine.select import engine_class
     from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
     torch.set_num_threads(1)
-    model = empty_model(config(tiny))
+    model = build_empty_model(config(tiny))
     freeze_for_stage(model, stage, ["image"])
     model.train()
-    weights = Weights(Drawn(model, 0) if folder is None else Files(files_of(folder)))
+    weights = InitialWeights(
+        RandomWeights(model, 0) if folder is None else SafetensorsWeights(find_weight_files(folder))
+    )
     size = sum(4 * p.numel() for p in model.parameters())
     given = ENGINES[name]
     settings = EngineSettings(

@@ -89,10 +89,10 @@ class PackedOutput:
         loss: [] fp32, the SUM over supervised tokens of weight x cross-entropy (the loop divides by the plan's count).
         nll: [N] fp32, detached cross-entropy of each supervised token, unweighted.
         sample_index: [N] int64, the sample of each supervised token.
-        router: modality -> [Q, E] fp32 detached routing weights (they do not depend on the input).
+        router_weights: modality -> [Q, E] fp32, detached (they do not depend on the input).
     """
 
     loss: torch.Tensor
     nll: torch.Tensor
     sample_index: torch.Tensor
-    router: dict[str, torch.Tensor] = field(default_factory=dict)
+    router_weights: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -29,7 +29,7 @@ def open_tower(spec: str) -> Opened:
     Raises:
         UsageError: the name is malformed or unknown, the weights cannot be had, or the encoder cannot run it.
     """
-    from onellm_dist.model.towers import encoder_of
+    from onellm_dist.model.towers import convert_tower
 
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -48,7 +48,7 @@ def open_tower(spec: str) -> Opened:
     make = _timm if match["library"] == "timm" else _open_clip
     try:
         tower = make(match["name"], int(match["size"]) if match["size"] else None, weights)
-        config, state = encoder_of(tower)
+        config, state = convert_tower(tower)
     except OneLLMError as error:
         raise UsageError(f"--encoder {spec}: {error.what}", error.why, error.do) from None
     except Exception as error:  # whatever the library or its download raises

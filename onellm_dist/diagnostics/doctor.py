@@ -195,10 +195,10 @@ def check_attention() -> Finding:
     """The attention backend for packed sequences, and why it was picked."""
     import torch
 
-    from onellm_dist.model.attention import backend
+    from onellm_dist.model.kernels.select import select_backend
 
     try:
-        name, reason = backend()
+        name, reason = select_backend()
     except OneLLMError as error:
         return Finding("attention", "backend", "fail", error.what, error.do)
     if name == "sdpa" and torch.cuda.is_available():

@@ -15,23 +15,41 @@ EXPERT_INITS = ("separate", "copied")
 
 
 class OneLLMVisionConfig(PretrainedConfig):
-    """The encoder: a vision transformer. Defaults: CLIP ViT-L/14 of OpenAI; DINOv2 and others of timm and open_clip differ in the rest.
+    """The encoder: a vision transformer.
+
+    The defaults are CLIP ViT-L/14 of OpenAI. DINOv2, SigLIP and other towers of timm and open_clip
+    differ in the arguments behind `output_dim`.
 
     Args:
         width: D, channels of a token.
-        layers, heads: of the transformer.
-        mlp_ratio: hidden channels of a block's MLP, over `width`.
-        patch_size, image_size: pixels; positions are not interpolated. Pictures of another size are resized before the encoder.
+        layers: blocks of the transformer.
+        heads: H, attention heads.
+        mlp_ratio: hidden channels of a block's MLP, divided by `width`.
+        patch_size: side of a patch in pixels.
+        image_size: side of a picture in pixels. Positions are not interpolated: pictures of another
+            size are resized before the encoder.
         act: `quick_gelu` (x sigmoid(1.702 x), OpenAI's weights), `gelu`, `gelu_tanh` or `silu`.
-        output_dim: columns of CLIP's final projection, which OneLLM keeps and never uses; None: there is none.
-        class_token, registers: tokens before those of the patches (or of another modality).
-        positions: `all` (prefix and patches have one each), `patches` (added before the prefix is put there) or `none`.
-        patch_bias, qkv_bias: whether the maps have biases.
-        pre_norm, post_norm: LayerNorm before and after the blocks.
+        output_dim: columns of CLIP's final projection, which OneLLM keeps and never uses; None for
+            an encoder without one.
+        class_token: whether a class token stands before the patches (or the tokens of another
+            modality).
+        registers: number of registers before the patches.
+        positions: `all` (prefix and patches have positions), `patches` (added before the prefix is
+            put there) or `none`.
+        patch_bias: whether the patch embedding has a bias.
+        qkv_bias: whether queries, keys and values have biases.
+        pre_norm: whether a LayerNorm stands before the blocks.
+        post_norm: whether a LayerNorm stands behind the blocks.
         layer_scale: whether each branch of a block is scaled by a learned vector.
         mlp: `plain`, or `glu` (the first map's output is halved; act(first half) x second half).
-        norm_eps: of the LayerNorms.
-        image_mean, image_std: of the pixels that the encoder was trained on; None: CLIP's, as the modalities give them.
+        norm_eps: epsilon of the LayerNorms.
+        image_mean: mean of the pixels that the encoder was trained on, by channel; None: CLIP's, as
+            the modalities give them.
+        image_std: standard deviation of these pixels, by channel; None: CLIP's.
+        kwargs: as of transformers' PretrainedConfig.
+
+    Raises:
+        UsageError: an unknown form, or heads that do not divide the width.
     """
 
     model_type = "onellm_vision"
@@ -60,27 +78,30 @@ class OneLLMVisionConfig(PretrainedConfig):
         image_std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.width, self.layers, self.heads, self.mlp_ratio = width, layers, heads, mlp_ratio
-        self.patch_size, self.image_size, self.act, self.output_dim = (
-            patch_size,
-            image_size,
-            act,
-            output_dim,
-        )
-        self.class_token, self.registers, self.positions = class_token, registers, positions
-        self.patch_bias, self.qkv_bias, self.pre_norm, self.post_norm = (
-            patch_bias,
-            qkv_bias,
-            pre_norm,
-            post_norm,
-        )
-        self.layer_scale, self.mlp, self.norm_eps = layer_scale, mlp, norm_eps
+        self.width = width
+        self.layers = layers
+        self.heads = heads
+        self.mlp_ratio = mlp_ratio
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.act = act
+        self.output_dim = output_dim
+        self.class_token = class_token
+        self.registers = registers
+        self.positions = positions
+        self.patch_bias = patch_bias
+        self.qkv_bias = qkv_bias
+        self.pre_norm = pre_norm
+        self.post_norm = post_norm
+        self.layer_scale = layer_scale
+        self.mlp = mlp
+        self.norm_eps = norm_eps
         self.image_mean = None if image_mean is None else list(image_mean)
         self.image_std = None if image_std is None else list(image_std)
-        _choice("vision.act", act, ("quick_gelu", "gelu", "gelu_tanh", "silu"))
-        _choice("vision.positions", positions, ("all", "patches", "none"))
-        _choice("vision.mlp", mlp, ("plain", "glu"))
-        _divides("vision.heads", heads, "vision.width", width)
+        _check_choice("vision.act", act, ("quick_gelu", "gelu", "gelu_tanh", "silu"))
+        _check_choice("vision.positions", positions, ("all", "patches", "none"))
+        _check_choice("vision.mlp", mlp, ("plain", "glu"))
+        _check_divides("vision.heads", heads, "vision.width", width)
         super().__init__(**kwargs)
 
     @property
@@ -95,12 +116,12 @@ class OneLLMVisionConfig(PretrainedConfig):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the patches: the class token, registers."""
+        """P, tokens before the patches: the class token and the registers."""
         return int(self.class_token) + self.registers
 
     @property
     def clip(self) -> bool:
-        """Whether it is CLIP's own form, which checkpoint formats of CLIP can hold."""
+        """Whether the encoder has CLIP's own form, which checkpoint formats of CLIP can hold."""
         plain = OneLLMVisionConfig()
         own = (
             "class_token",
@@ -123,12 +144,19 @@ class OneLLMUPMConfig(PretrainedConfig):
     """The universal projection module (paper, section 3.2). Its width is the encoder's.
 
     Args:
-        experts: E projection experts of `blocks` transformer blocks each.
-        heads, ffn: of a block (ffn: hidden channels of its SwiGLU).
-        router: `soft` (sigmoid, normalised over experts), `constant` (1 / E) or `sparse` (the largest soft weight alone).
+        experts: E, projection experts.
+        blocks: transformer blocks of an expert.
+        heads: attention heads of a block.
+        ffn: hidden channels of a block's SwiGLU.
+        router: `soft` (sigmoid, normalised over experts), `constant` (1 / E) or `sparse` (the
+            largest soft weight alone).
         router_hidden: hidden channels of the router's MLP.
-        init: `separate` (each expert its own random weights, as the reference's code) or `copied` (all start as the
-            first one, as the paper's text says of experts grown from one).
+        init: `separate` (each expert has its own random weights, as in the reference's code) or
+            `copied` (all start as the first one, as the paper's text says of experts grown from one).
+        kwargs: as of transformers' PretrainedConfig.
+
+    Raises:
+        UsageError: an unknown router or initialisation.
     """
 
     model_type = "onellm_upm"
@@ -144,23 +172,35 @@ class OneLLMUPMConfig(PretrainedConfig):
         init: str = "separate",
         **kwargs: Any,
     ) -> None:
-        self.experts, self.blocks, self.heads, self.ffn = experts, blocks, heads, ffn
-        self.router, self.router_hidden, self.init = router, router_hidden, init
-        _choice("upm.router", router, ROUTERS)
-        _choice("upm.init", init, EXPERT_INITS)
+        self.experts = experts
+        self.blocks = blocks
+        self.heads = heads
+        self.ffn = ffn
+        self.router = router
+        self.router_hidden = router_hidden
+        self.init = init
+        _check_choice("upm.router", router, ROUTERS)
+        _check_choice("upm.init", init, EXPERT_INITS)
         super().__init__(**kwargs)
 
 
 class OneLLMConfig(PretrainedConfig):
-    """A whole OneLLM: encoder, UPM, any transformers causal LM, and the modalities it reads.
+    """A complete OneLLM: encoder, UPM, any causal LM of transformers, and the modalities it reads.
 
     Args:
-        vision, upm: the parts' configs (or mappings of their arguments).
-        text_config: config of the LLM (or a mapping with its `model_type`).
-        modalities: names of the modalities, all of the package where not given; kept in registry order.
+        vision: config of the encoder, or a mapping of its arguments.
+        upm: config of the UPM, or a mapping of its arguments.
+        text_config: config of the LLM, or a mapping with its `model_type`.
+        modalities: names of the modalities; default: all that the package has. They are kept in the
+            order of the modalities' own `order`.
+        kwargs: as of transformers' PretrainedConfig.
+
+    Raises:
+        UsageError: an unknown modality or LLM, or sizes that do not fit.
     """
 
     model_type = "onellm"
+    # transformers declares a plain dict, not a ClassVar.
     sub_configs = {"text_config": AutoConfig, "vision": OneLLMVisionConfig, "upm": OneLLMUPMConfig}  # noqa: RUF012
 
     def __init__(
@@ -174,38 +214,40 @@ class OneLLMConfig(PretrainedConfig):
         self.vision = (
             vision
             if isinstance(vision, OneLLMVisionConfig)
-            else OneLLMVisionConfig(**_arguments(vision))
+            else OneLLMVisionConfig(**_to_arguments(vision))
         )
-        self.upm = upm if isinstance(upm, OneLLMUPMConfig) else OneLLMUPMConfig(**_arguments(upm))
-        self.text_config = _text_config(text_config)
+        self.upm = (
+            upm if isinstance(upm, OneLLMUPMConfig) else OneLLMUPMConfig(**_to_arguments(upm))
+        )
+        self.text_config = _build_text_config(text_config)
         names = list(all_modalities()) if modalities is None else list(modalities)
         self.modalities = sorted(dict.fromkeys(names), key=lambda name: get_modality(name).order)
-        _divides("upm.heads", self.upm.heads, "vision.width", self.vision.width)
+        _check_divides("upm.heads", self.upm.heads, "vision.width", self.vision.width)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The LLM's config (transformers' generation reads vocabulary and cache sizes from it)."""
+        """The LLM's config, from which transformers' generation reads vocabulary and cache sizes."""
         return self.text_config
 
     @property
     def visual_modalities(self) -> list[str]:
-        """Names of those read by the encoder's own patch embedding."""
+        """Names of the modalities that the encoder's own patch embedding reads."""
         return [name for name in self.modalities if get_modality(name).visual]
 
     @property
     def tokenizer_modalities(self) -> list[str]:
-        """Names of those with a trainable tokenizer."""
+        """Names of the modalities with a trainable tokenizer."""
         return [name for name in self.modalities if not get_modality(name).visual]
 
 
-def _arguments(value: Any) -> dict[str, Any]:
+def _to_arguments(value: Any) -> dict[str, Any]:
     arguments = dict(value or {})
     arguments.pop("model_type", None)
     return arguments
 
 
-def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
+def _build_text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
     arguments = dict(value or {"model_type": "llama"})
@@ -219,18 +261,18 @@ def _text_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedC
     return CONFIG_MAPPING[kind](**arguments)
 
 
-def _choice(key: str, value: str, choices: Sequence[str]) -> None:
+def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UsageError(
             f"{key}={value!r}", "the model has no such form.", f"use one of: {', '.join(choices)}."
         )
 
 
-def _divides(key: str, value: int, whole_key: str, whole: int) -> None:
-    if whole % value:
+def _check_divides(key: str, value: int, total_key: str, total: int) -> None:
+    if total % value:
         raise UsageError(
-            f"{key}={value} does not divide {whole_key}={whole}",
-            "heads have whole channels.",
+            f"{key}={value} does not divide {total_key}={total}",
+            "every head has the same number of channels.",
             "choose a divisor.",
         )
 

@@ -1,11 +1,12 @@
-"""The shared encoder: a vision transformer over packed tokens, CLIP's by default (paper, section 3.2); weights: towers.py.
+"""The shared encoder: a vision transformer over packed tokens, CLIP's by default (paper, section 3.2).
 
-Every parameter is read in the forward of the module that owns it, so that ZeRO-3 gathers it there.
+Its weights come from `towers.py` or a checkpoint. Every parameter is read in the forward of the
+module that owns it, so that ZeRO-3 gathers it there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +14,20 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
-from onellm_dist.model.attention import SequenceLengths, device_tensor, packed_attention
+from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMVisionConfig
+from onellm_dist.model.sequence_lengths import SequenceLengths, to_device_tensor
 
 LAYER_NORM_EPS = 1e-5
-"""Of the LayerNorms around the encoder (CLIP's own)."""
+"""Epsilon of the LayerNorms around the encoder (CLIP's own)."""
 
 
 class PatchEmbedding(nn.Conv2d):
-    """Pictures to tokens: [n, 3, image, image] -> [n, patches, width], row by row."""
+    """Pictures to tokens, row by row.
+
+    Args:
+        config: config of the encoder.
+    """
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__(
@@ -33,12 +39,16 @@ class PatchEmbedding(nn.Conv2d):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[n, 3, image, image] -> [n, patches, width]; pixels are cast to the weights' dtype."""
+        """[n, 3, image, image] -> [n, patches, D]; pixels are cast to the weights' dtype."""
         return super().forward(images.to(self.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class PrefixTokens(nn.Module):
-    """Learned tokens put before those of every modality: the class token [D], or registers [R, D]."""
+    """Learned tokens put before those of every modality: the class token [D], or registers [R, D].
+
+    Args:
+        shape: shape of the parameter.
+    """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -52,19 +62,28 @@ class PrefixTokens(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned positions of a sequence of one fixed length."""
+    """Learned positions of sequences of one fixed length.
+
+    Args:
+        length: L.
+        width: D.
+    """
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(length, width))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[n, length, D] -> [n, length, D]."""
+        """[n, L, D] -> [n, L, D]."""
         return tokens + self.weight
 
 
 class LayerScale(nn.Module):
-    """A learned factor a channel (CaiT, DINOv2)."""
+    """One learned factor per channel (CaiT, DINOv2).
+
+    Args:
+        width: D.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +95,14 @@ class LayerScale(nn.Module):
 
 
 class VisualProjection(nn.Module):
-    """CLIP's final projection [D, output_dim]: kept so that checkpoints round-trip, never used by OneLLM."""
+    """CLIP's final projection [D, output_dim].
+
+    OneLLM never uses it; it is kept so that checkpoints round-trip.
+
+    Args:
+        width: D.
+        output_dim: columns.
+    """
 
     def __init__(self, width: int, output_dim: int) -> None:
         super().__init__()
@@ -84,7 +110,13 @@ class VisualProjection(nn.Module):
 
 
 class EncoderAttention(nn.Module):
-    """Bidirectional self-attention within each segment of a pack."""
+    """Bidirectional self-attention within each sequence of a pack.
+
+    Args:
+        width: D.
+        heads: H.
+        bias: whether queries, keys and values have biases.
+    """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -95,18 +127,26 @@ class EncoderAttention(nn.Module):
     def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         tokens, width = x.shape
-        q, k, v = (
-            self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)
-        )  # [T, H, D / H] each
-        return self.out(packed_attention(q, k, v, seq_lengths).reshape(tokens, width))
+        # q, k and v: [T, H, D/H] each.
+        q, k, v = self.qkv(x).reshape(tokens, 3, self.heads, width // self.heads).unbind(1)
+        attended = packed_attention(q, k, v, seq_lengths).reshape(tokens, width)
+        return cast(torch.Tensor, self.out(attended))
 
 
 class EncoderMLP(nn.Module):
-    """Linear, activation (gated in `glu`), linear."""
+    """Linear, activation (gated in form `glu`), linear.
+
+    Args:
+        width: D.
+        hidden: hidden channels.
+        act: activation, as in `OneLLMVisionConfig`.
+        form: `plain` or `glu`.
+    """
 
     def __init__(self, width: int, hidden: int, act: str, form: str = "plain") -> None:
         super().__init__()
-        self.act, self.gated = act, form == "glu"
+        self.act = act
+        self.gated = form == "glu"
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden // 2 if self.gated else hidden, width)
 
@@ -115,10 +155,10 @@ class EncoderMLP(nn.Module):
         x = self.up(x)
         if self.gated:
             x, other = x.chunk(2, dim=-1)
-            return self.down(self._activated(x) * other)
-        return self.down(self._activated(x))
+            return cast(torch.Tensor, self.down(self._activate(x) * other))
+        return cast(torch.Tensor, self.down(self._activate(x)))
 
-    def _activated(self, x: torch.Tensor) -> torch.Tensor:
+    def _activate(self, x: torch.Tensor) -> torch.Tensor:
         if self.act == "quick_gelu":
             return x * torch.sigmoid(1.702 * x)
         if self.act == "silu":
@@ -127,7 +167,11 @@ class EncoderMLP(nn.Module):
 
 
 class EncoderBlock(GradientCheckpointingLayer):
-    """A pre-norm transformer block."""
+    """A pre-norm transformer block.
+
+    Args:
+        config: config of the encoder.
+    """
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()
@@ -141,16 +185,23 @@ class EncoderBlock(GradientCheckpointingLayer):
     def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         x = x + self.ls_1(self.attn(self.ln_1(x), seq_lengths))
-        return x + self.ls_2(self.mlp(self.ln_2(x)))
+        return cast(torch.Tensor, x + self.ls_2(self.mlp(self.ln_2(x))))
 
 
 class Encoder(nn.Module):
-    """The vision transformer. `images` takes pictures, `prefix` and forward the tokens of any other modality."""
+    """The vision transformer.
+
+    `encode_images` takes pictures; `prepend_prefix` and `forward` take the tokens of any other
+    modality.
+
+    Args:
+        config: config of the encoder.
+    """
 
     class_token: Any
-    """PrefixTokens, or nothing."""
+    """PrefixTokens, or Identity in an encoder without a class token."""
     positions: Any
-    """Positions, or nothing."""
+    """Positions, or Identity in an encoder without learned positions."""
 
     def __init__(self, config: OneLLMVisionConfig) -> None:
         super().__init__()
@@ -175,34 +226,43 @@ class Encoder(nn.Module):
             self.proj = VisualProjection(config.width, config.output_dim)
 
     def forward(self, x: torch.Tensor, seq_lengths: SequenceLengths) -> torch.Tensor:
-        """Tokens with positions [T, D] -> [T, D]: ln_pre, the blocks, ln_post on every token (class tokens stay)."""
+        """Tokens with positions [T, D] -> [T, D].
+
+        It runs ln_pre, the blocks and ln_post on every token; class tokens stay in place.
+        """
         x = self.ln_pre(x)
         for block in self.blocks:
             x = block(x, seq_lengths)
-        return self.ln_post(x)
+        return cast(torch.Tensor, self.ln_post(x))
 
-    def prefix(self, tokens: torch.Tensor) -> torch.Tensor:
+    def prepend_prefix(self, tokens: torch.Tensor) -> torch.Tensor:
         """Class token and registers before the tokens: [n, L, D] -> [n, P + L, D]."""
-        return self.class_token(self.registers(tokens))
+        return cast(torch.Tensor, self.class_token(self.registers(tokens)))
 
-    def images(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch of images, as the encoder was trained on them, through everything: [n, 3, image, image] -> [n, P + patches, D]."""
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Run everything on images that are normalised as the encoder was trained.
+
+        [n, 3, image, image] -> [n, P + patches, D].
+        """
         x = self.patches(images)
         x = (
-            self.prefix(self.positions(x))
+            self.prepend_prefix(self.positions(x))
             if self.config.positions == "patches"
-            else self.positions(self.prefix(x))
+            else self.positions(self.prepend_prefix(x))
         )
         n, length, width = x.shape
-        return self(
-            x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)
-        ).reshape(n, length, width)
+        seq_lengths = SequenceLengths.from_lengths((length,) * n, device=x.device)
+        encoded: torch.Tensor = self(x.reshape(n * length, width), seq_lengths)
+        return encoded.reshape(n, length, width)
 
-    def pixels(self, frames: torch.Tensor) -> torch.Tensor:
-        """Frames as the modalities give them (CLIP's normalisation, 224 pixels) as this encoder was trained on them."""
+    def normalise_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames as the modalities give them, normalised and sized as this encoder was trained.
+
+        Modalities give CLIP's normalisation and 224 pixels: [n, 3, 224, 224] -> [n, 3, image, image].
+        """
         config = self.config
         if config.image_mean is not None and config.image_std is not None:
-            statistics = device_tensor(
+            statistics = to_device_tensor(
                 [CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std],
                 frames.device,
                 frames.dtype,

@@ -1,4 +1,4 @@
-"""Text after a spliced prompt: transformers' own generation, with the runs in the prefill alone."""
+"""Text after a prompt with media: transformers' own generation, with the spans in the prefill alone."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ import torch
 from transformers import GenerationConfig
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.padded import Spliced
+from onellm_dist.model.padded import PaddedInputs
 
 REFERENCE_SHORTFALL = 2
-"""Positions by which the reference's decoding falls short after a prefix (it counts 30 of the 32)."""
+"""Positions by which the reference's decoding falls short after a span: it counts 30 of the 32."""
 
 
 def generate_text(
     llm: Any,
     input_ids: torch.Tensor,
-    spliced: Spliced,
+    inputs: PaddedInputs,
     decode_offset: str,
     config: GenerationConfig,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Continue `input_ids` [B, S], whose prompt as the LLM reads it is `spliced`: [B, S + new] (more rows where several are asked for).
+    """Continue prompts: [B, S] -> [B, S + new], with more rows for several sequences a prompt.
+
+    Args:
+        llm: the causal LM.
+        input_ids: [B, S], the prompts' text.
+        inputs: the prompts as the LLM reads them.
+        decode_offset: `correct` or `reference`.
+        config: generation config.
+        options: further arguments of transformers' `generate`.
 
     Raises:
         UsageError: an unknown `decode_offset`, or an option that has no meaning here.
@@ -38,22 +46,26 @@ def generate_text(
         raise UsageError(
             "return_dict_in_generate is set", "generate returns token ids alone.", "leave it out."
         )
-    if decode_offset == "reference" and spliced.runs:
-        new = _generate_as_reference(llm, spliced, config, options)
+    if decode_offset == "reference" and inputs.span_positions:
+        new = _generate_like_reference(llm, inputs, config, options)
     else:
         new = llm.generate(
-            inputs_embeds=spliced.embeds,
-            attention_mask=spliced.mask,
+            inputs_embeds=inputs.embeds,
+            attention_mask=inputs.mask,
             generation_config=config,
             **options,
         )
     return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
 
 
-def _generate_as_reference(
-    llm: Any, spliced: Spliced, config: GenerationConfig, options: dict[str, Any]
+def _generate_like_reference(
+    llm: Any, inputs: PaddedInputs, config: GenerationConfig, options: dict[str, Any]
 ) -> torch.Tensor:
-    """The first token from a right prefill; the rest from a cache whose last two positions are gone."""
+    """The first token from a correct prefill; the rest from a cache without its last two positions.
+
+    Returns:
+        [B, new] token ids.
+    """
     if (config.num_return_sequences or 1) > 1 or (config.num_beams or 1) > 1:
         raise UsageError(
             "decode_offset=reference with beams or several sequences",
@@ -69,31 +81,34 @@ def _generate_as_reference(
         use_cache=True,
     )
     first = llm.generate(
-        inputs_embeds=spliced.embeds,
-        attention_mask=spliced.mask,
+        inputs_embeds=inputs.embeds,
+        attention_mask=inputs.mask,
         generation_config=prefill,
         **options,
     )
+    sequences: torch.Tensor = first.sequences
     if total == 1:
-        return first.sequences
+        return sequences
     cache = first.past_key_values
     cache.crop(-REFERENCE_SHORTFALL)
-    kept = spliced.mask.shape[1] - REFERENCE_SHORTFALL
+    kept = inputs.mask.shape[1] - REFERENCE_SHORTFALL
     # Ids of cached positions are never read; transformers only counts them.
-    ids = torch.cat(
-        [first.sequences.new_zeros((len(first.sequences), kept)), first.sequences], dim=1
-    )
-    mask = torch.cat([spliced.mask[:, :kept], spliced.mask.new_ones((len(ids), 1))], dim=1)
+    ids = torch.cat([sequences.new_zeros((len(sequences), kept)), sequences], dim=1)
+    mask = torch.cat([inputs.mask[:, :kept], inputs.mask.new_ones((len(ids), 1))], dim=1)
     decode = copy.deepcopy(config)
     decode.update(max_new_tokens=total - 1, min_new_tokens=max(least - 1, 0) or None)
-    new = llm.generate(
+    new: torch.Tensor = llm.generate(
         ids, attention_mask=mask, past_key_values=cache, generation_config=decode, **options
     )[:, kept:]
-    ends = (
-        [config.eos_token_id] if isinstance(config.eos_token_id, int) else config.eos_token_id or []
-    )
-    if ends:  # the second call does not know that a row ended with the first token
-        ended = torch.isin(first.sequences, torch.tensor(ends, device=new.device))
-        pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
-        new = torch.cat([new[:, :1], new[:, 1:].masked_fill(ended, pad)], dim=1)
-    return new
+    return _mask_ended(sequences, new, config)
+
+
+def _mask_ended(first: torch.Tensor, new: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """Pad rows that ended with their first token, which the second call does not know."""
+    ends = config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    if not ends:
+        return new
+    ended = torch.isin(first, torch.tensor(ends, device=new.device))
+    pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
+    return torch.cat([new[:, :1], new[:, 1:].masked_fill(ended, pad)], dim=1)

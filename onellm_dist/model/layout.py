@@ -1,4 +1,4 @@
-"""Where everything stands in the LLM's packed sequence: a pure function of text lengths and modalities."""
+"""Where everything stands in the LLM's packed sequence: a pure function of token counts and modalities."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import numpy as np
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.modalities import QUERY_TOKENS, SPAN_TOKENS
+from onellm_dist.packed import PackedBatch
+
+_DO = "fix the code that made this pack (see onellm_dist/packed.py)."
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """The LLM sequence of a pack, as indices into one table of rows.
 
-    The table is: the T_text text embeddings; then the modality tokens (30 a sample), modality by modality in the model's
-    order, samples in pack order; then start tag and end tag of every modality. A sample's sequence is its BOS, its spans
-    (start tag, 30 tokens, end tag), the rest of its text.
+    The table holds the T_text text embeddings; then the modality tokens, 30 a span, modality by
+    modality in the model's order and samples in the order of the pack; then start tag and end tag
+    of every modality. The sequence of a sample is its BOS, its media spans (start tag, 30 tokens,
+    end tag) and the rest of its text.
 
     Attributes:
-        lengths: [n] LLM positions of each sample.
-        counts: samples (rows of values) of each modality.
-        gather: [T] table row of each LLM position.
-        position_ids: [T] 0, 1, ... within each sample.
-        predictor: [T_text] LLM position whose logits predict this text token (its own for a BOS, which is never a target).
+        lengths: LLM positions of each of the n samples.
+        counts: spans of each modality, which is also its number of rows of values.
+        gather: [T], row of the table at each LLM position.
+        position_ids: [T], 0, 1, ... within each sample.
+        predictor: [T_text], LLM position whose logits predict each text token; for a BOS, which is
+            never a target, its own position.
     """
 
     lengths: tuple[int, ...]
@@ -34,79 +39,95 @@ class Layout:
     predictor: np.ndarray
 
     @classmethod
-    def of(
+    def build(
         cls,
         text_token_counts: Sequence[int],
         modalities: Sequence[Sequence[str]],
         known: Sequence[str],
-    ) -> Layout:
-        """The layout of a pack.
+    ) -> PackedLayout:
+        """Lay out a pack.
 
         Args:
             text_token_counts: text tokens of each sample, BOS included, each at least 1.
-            modalities: the spans of each sample, in their order.
+            modalities: modality of each span of each sample, in order.
             known: every modality of the model, in its order.
 
         Raises:
             OneLLMError: an empty text, an unknown modality, or lists of different lengths.
         """
-        _check(text_token_counts, modalities, known)
+        _check_arguments(text_token_counts, modalities, known)
         counts = {name: sum(list(spans).count(name) for spans in modalities) for name in known}
-        text = sum(text_token_counts)
-        starts = text + QUERY_TOKENS * np.cumsum(
-            [0, *counts.values()]
-        )  # first token row of each modality, then the tags
+        # The first token row of each modality, and behind the last one the first tag row.
+        starts = sum(text_token_counts) + QUERY_TOKENS * np.cumsum([0, *counts.values()])
         next_row = dict(zip(known, starts[:-1].tolist(), strict=True))
         tag_row = {name: int(starts[-1]) + 2 * i for i, name in enumerate(known)}
-
-        gather, position_ids, predictor, lengths = [], [], [], []
+        empty = np.empty(0, np.int64)
+        gather, position_ids, predictor, lengths = [empty], [empty], [empty], []
         text_start = llm_start = 0
         for length, spans in zip(text_token_counts, modalities, strict=True):
-            pieces = [np.array([text_start])]
+            gather.append(np.array([text_start]))
             for name in spans:
                 tokens = np.arange(next_row[name], next_row[name] + QUERY_TOKENS)
-                pieces += [np.array([tag_row[name]]), tokens, np.array([tag_row[name] + 1])]
+                gather += [np.array([tag_row[name]]), tokens, np.array([tag_row[name] + 1])]
                 next_row[name] += QUERY_TOKENS
-            pieces.append(np.arange(text_start + 1, text_start + length))
+            gather.append(np.arange(text_start + 1, text_start + length))
             total = length + SPAN_TOKENS * len(spans)
-            gather += pieces
             position_ids.append(np.arange(total))
-            own = np.concatenate(
-                [[llm_start + 1], np.arange(llm_start + total - length + 1, llm_start + total)]
-            )
-            predictor.append(own - 1)
+            text_rest = np.arange(llm_start + total - length + 1, llm_start + total)
+            predictor.append(np.concatenate([[llm_start + 1], text_rest]) - 1)
             lengths.append(total)
             text_start += length
             llm_start += total
-        return cls(
-            tuple(lengths),
-            counts,
-            *(
-                np.concatenate([np.empty(0, np.int64), *x])
-                for x in (gather, position_ids, predictor)
-            ),
-        )
+        rows, positions, predictors = map(np.concatenate, (gather, position_ids, predictor))
+        return cls(tuple(lengths), counts, rows, positions, predictors)
+
+    def check(self, batch: PackedBatch) -> None:
+        """Check that a pack's values and tokens are as many as this layout has places for.
+
+        Raises:
+            OneLLMError: the pack contradicts itself.
+        """
+        wrong = [
+            f"{name}: {len(value)} rows for {self.counts.get(name, 0)} spans"
+            for name, value in batch.values.items()
+            if len(value) != self.counts.get(name, 0)
+        ]
+        wrong += [
+            f"{name}: no values for {count} spans"
+            for name, count in self.counts.items()
+            if count and name not in batch.values
+        ]
+        if len(batch.input_ids) != len(self.predictor):
+            wrong.append(
+                f"{len(batch.input_ids)} text tokens for token counts that sum to "
+                f"{len(self.predictor)}"
+            )
+        if wrong:
+            raise OneLLMError(
+                f"the pack contradicts itself: {'; '.join(wrong)}",
+                "samples would be mixed up.",
+                _DO,
+            )
 
 
-def _check(
+def _check_arguments(
     text_token_counts: Sequence[int], modalities: Sequence[Sequence[str]], known: Sequence[str]
 ) -> None:
-    do = "mend whoever made this pack (see onellm_dist/packed.py)."
     if len(text_token_counts) != len(modalities):
         raise OneLLMError(
-            f"{len(text_token_counts)} text lengths but modalities of {len(modalities)} samples",
-            "they must be one a sample.",
-            do,
+            f"{len(text_token_counts)} token counts but modalities of {len(modalities)} samples",
+            "every sample needs one of each.",
+            _DO,
         )
     short = [i for i, length in enumerate(text_token_counts) if length < 1]
     if short:
         raise OneLLMError(
-            f"samples {short} of the pack have no text token", "a sequence starts with BOS.", do
+            f"samples {short} of the pack have no text token", "a sequence starts with BOS.", _DO
         )
     unknown = sorted({name for spans in modalities for name in spans} - set(known))
     if unknown:
         raise OneLLMError(
             f"the pack has {', '.join(unknown)}, which this model does not read",
             f"it reads {', '.join(known)}.",
-            do,
+            _DO,
         )

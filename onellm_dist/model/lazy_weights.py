@@ -1,4 +1,7 @@
-"""A model without its weights, and where they come from: read or drawn by parameter and by rows, so that nobody need hold all of them."""
+"""A model without its weights, and sources that read or draw them by parameter and by rows.
+
+No process has to hold all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,38 @@ from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.initialisation import drawn, drawn_as
+from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import (
     build_config,
     check_directory,
-    preset_processor,
-    smollm2_weights,
+    load_preset_processor,
+    load_smollm2_weights,
 )
 from onellm_dist.model.processing import OneLLMProcessor
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
-class Rows(Protocol):
-    """Something that has a parameter's values."""
+class RowSource(Protocol):
+    """Something that has the values of parameters."""
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Rows [first, end) along the first dimension."""
+        """Rows [first, end) of a parameter along its first dimension."""
 
 
-class Weights:
-    """The values of every parameter of a model, each from the source that has it."""
+class InitialWeights:
+    """The values with which every parameter of a model starts.
 
-    def __init__(self, default: Rows, llm: Rows | None = None) -> None:
-        self._default, self._llm = default, llm
+    Args:
+        default: source of all parameters.
+        llm: source of the LLM's parameters; default: `default`.
+    """
+
+    def __init__(self, default: RowSource, llm: RowSource | None = None) -> None:
+        self._default = default
+        self._llm = llm
         self._copies: dict[str, str] = {}
 
     def copy(self, copies: Mapping[str, str]) -> None:
@@ -53,8 +63,16 @@ class Weights:
 
 def open_model(
     *, path: Path | None, preset: str | None, seed: int
-) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor, Weights]:
-    """What `load_model` would load, with every parameter on the meta device and its weights still to be read.
+) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor, InitialWeights]:
+    """Open what `load_model` would load, with every parameter on the meta device.
+
+    Args:
+        path: a model directory; or
+        preset: a name of `presets.PRESETS`.
+        seed: seed of a preset's random weights.
+
+    Returns:
+        (the model, its processor, its weights, which are still to be read).
 
     Raises:
         UsageError: not exactly one of path and preset, or no OneLLM directory at `path`.
@@ -68,64 +86,80 @@ def open_model(
         )
     if path is not None:
         check_directory(path)
-        model = empty_model(OneLLMConfig.from_pretrained(path))
-        return model, OneLLMProcessor.from_pretrained(path), Weights(_directory(path, model))
-    model = empty_model(build_config(str(preset)))
-    llm = (
-        _Memory({f"llm.{name}": tensor for name, tensor in smollm2_weights().items()})
-        if preset == "smollm2-135m"
-        else None
-    )
-    return model, preset_processor(str(preset)), Weights(Drawn(model, seed), llm)
+        model = build_empty_model(OneLLMConfig.from_pretrained(path))
+        weights = InitialWeights(_open_directory(path, model))
+        return model, OneLLMProcessor.from_pretrained(path), weights
+    name = str(preset)
+    model = build_empty_model(build_config(name))
+    llm: RowSource | None = None
+    if name == "smollm2-135m":
+        llm = InMemoryWeights({f"llm.{key}": t for key, t in load_smollm2_weights().items()})
+    weights = InitialWeights(RandomWeights(model, seed), llm)
+    return model, load_preset_processor(name), weights
 
 
-def empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
-    """A model whose parameters are on the meta device and whose buffers (rotary frequencies) are real."""
+def build_empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
+    """A model whose parameters are on the meta device; its buffers (rotary frequencies) are real."""
     with init_empty_weights(include_buffers=False):
         model = OneLLMForConditionalGeneration(config)
-    model.tie_weights()  # registering them anew undid it
+    model.tie_weights()  # accelerate registers the parameters anew, which unties them
     return model
 
 
-class Drawn:
-    """Random weights. A parameter is drawn whole to give any of its rows."""
+class RandomWeights:
+    """Random weights. A parameter is drawn completely to give any of its rows.
+
+    Args:
+        model: the model that is filled; its own parameters may be replaced meanwhile.
+        seed: seed of all parameters.
+    """
 
     def __init__(self, model: OneLLMForConditionalGeneration, seed: int) -> None:
         with torch.device("meta"):
-            self._model = OneLLMForConditionalGeneration(
-                model.config
-            )  # `model`'s parameters will be replaced
+            self._model = OneLLMForConditionalGeneration(model.config)
         self._seed = seed
 
     @torch.no_grad()
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        return drawn(
-            drawn_as(name, self._model),
-            self._model.get_parameter(name).shape,
-            self._model,
-            self._seed,
-        )[first:end]
+        """Rows [first, end) of a parameter, fp32."""
+        shape = self._model.get_parameter(name).shape
+        drawn_name = get_drawn_name(name, self._model)
+        return draw_parameter(drawn_name, shape, self._model, self._seed)[first:end]
 
 
-class _Memory:
+class InMemoryWeights:
+    """The tensors of a state dict.
+
+    Args:
+        state: name -> tensor.
+    """
+
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
         self._state = state
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
+        """Rows [first, end) of a parameter: a view."""
         return self._state[name][first:end]
 
 
-class Files:
-    """Safetensors, memory-mapped."""
+class SafetensorsWeights:
+    """Weights in safetensors files, which are memory-mapped.
+
+    Args:
+        files: name of a weight -> the file that has it.
+    """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
         self._open: dict[Path, Any] = {}
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        return self._slice(name)[first:end]  # type: ignore[no-any-return]
+        """Rows [first, end) of a parameter, in the file's dtype."""
+        values: torch.Tensor = self._slice(name)[first:end]
+        return values
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
@@ -135,13 +169,12 @@ class Files:
         return self._open[path].get_slice(name)
 
 
-def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
-    if (
-        not (path / INDEX).is_file() and not (path / SINGLE).is_file()
-    ):  # saved by something older: read whole
-        return _Memory(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
-    files = files_of(path)
-    source = Files(files)
+def _open_directory(path: Path, model: OneLLMForConditionalGeneration) -> RowSource:
+    if not (path / INDEX).is_file() and not (path / SINGLE).is_file():
+        # Weights of an older format (.bin): transformers reads all of them.
+        return InMemoryWeights(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
+    files = find_weight_files(path)
+    source = SafetensorsWeights(files)
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     known = set(model.state_dict())
     groups: dict[str, Iterable[str]] = {
@@ -161,17 +194,21 @@ def _directory(path: Path, model: OneLLMForConditionalGeneration) -> Rows:
     return source
 
 
-def files_of(path: Path) -> dict[str, Path]:
-    """Name of a weight -> the file that has it."""
+def find_weight_files(path: Path) -> dict[str, Path]:
+    """Name of each weight of a model directory -> the safetensors file that has it.
+
+    Raises:
+        OneLLMError: a file is missing or cannot be read.
+    """
     try:
         if (path / INDEX).is_file():
             places = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
             absent = sorted({file for file in places.values() if not (path / file).is_file()})
             if absent:
                 raise OneLLMError(
-                    f"{path}: {', '.join(absent)} of {INDEX} are not there",
-                    "weights are missing.",
-                    "copy all of its files.",
+                    f"{path}: files that {INDEX} names are missing: {', '.join(absent)}",
+                    "they hold weights of the model.",
+                    "copy all files of the directory.",
                 )
             return {name: path / file for name, file in places.items()}
         with safe_open(path / SINGLE, framework="pt") as file:

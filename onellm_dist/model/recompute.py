@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward, and what is computed again there."""
+"""Activation checkpointing: what a block keeps for its backward, and what is recomputed there."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ MODES = ("none", "selective", "full")
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_grouped_mm", "_scaled_mm")
 
 
-def activation_checkpointing(model: Any, mode: str) -> None:
-    """Set what the blocks of encoder, UPM and LLM keep.
+def enable_activation_checkpointing(model: Any, mode: str) -> None:
+    """Set what the blocks of encoder, UPM and LLM keep for backward.
 
     Args:
         model: a OneLLM.
-        mode: `none` keeps everything. `selective` keeps the outputs of matrix products and of attention, and computes norms, activation
-            functions, rotations and casts again: most of the memory, hardly any work. `full` keeps a block's input alone: least
-            memory, one forward more.
+        mode: `none` keeps everything. `selective` keeps the outputs of matrix products and of
+            attention, and recomputes norms, activation functions, rotations and casts: it frees
+            most of the memory for little work. `full` keeps the input of each block alone: it needs
+            the least memory and one more forward.
     """
     if mode == "full":
         model.gradient_checkpointing_enable()
     elif mode == "selective":
         model.gradient_checkpointing_enable(
-            {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+            {"context_fn": partial(create_selective_checkpoint_contexts, _choose_policy)}
         )
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    name = (
-        operator.name().split("::")[-1].split(".")[0]
-        if isinstance(operator, torch._ops.OpOverload)
-        else str(operator)
-    )
+def _choose_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = str(operator)
+    if isinstance(operator, torch._ops.OpOverload):
+        name = operator.name().split("::")[-1].split(".")[0]
     kept = name in _PRODUCTS or "attn" in name or "attention" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

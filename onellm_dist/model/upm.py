@@ -1,20 +1,27 @@
-"""The universal projection module: experts of LLaMA-like blocks behind a router (paper, section 3.2 and Table 8)."""
+"""The universal projection module: experts of LLaMA-like blocks, mixed by a router (paper, section 3.2, Table 8)."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onellm_dist.model.attention import SequenceLengths, packed_attention
+from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMUPMConfig
+from onellm_dist.model.sequence_lengths import SequenceLengths
 
 RMS_NORM_EPS = 1e-5
 
 
 class UPMNorm(nn.Module):
-    """RMSNorm computed in fp32, cast back, then scaled."""
+    """RMSNorm, computed in fp32, cast back and then scaled.
+
+    Args:
+        width: D.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -23,13 +30,17 @@ class UPMNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)).to(
-            x.dtype
-        ) * self.weight
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS)
+        return (wide * scale).to(x.dtype) * self.weight
 
 
 class UPMAttention(nn.Module):
-    """Self-attention without mask and without positions within each segment; queries may be some rows only."""
+    """Self-attention within each sequence, without mask and without positions.
+
+    Args:
+        width: D.
+        heads: H.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -42,17 +53,23 @@ class UPMAttention(nn.Module):
     def forward(
         self, queries: torch.Tensor, x: torch.Tensor, seq_lengths: SequenceLengths
     ) -> torch.Tensor:
-        """Queries [Tq, D] over x [T, D] -> [Tq, D]."""
+        """Queries [T_q, D] over x [T, D] -> [T_q, D]; the queries may be some of the rows alone."""
         width = x.shape[1]
         q, k, v = (
             y.reshape(len(y), self.heads, width // self.heads)
             for y in (self.q(queries), self.k(x), self.v(x))
         )
-        return self.out(packed_attention(q, k, v, seq_lengths).reshape(len(queries), width))
+        attended = packed_attention(q, k, v, seq_lengths).reshape(len(queries), width)
+        return cast(torch.Tensor, self.out(attended))
 
 
 class UPMFeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU.
+
+    Args:
+        width: D.
+        hidden: hidden channels.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -62,11 +79,17 @@ class UPMFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, D]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
 
 
 class UPMBlock(GradientCheckpointingLayer):
-    """A pre-norm block; with `rows` it computes only these rows of its output."""
+    """A pre-norm transformer block.
+
+    Args:
+        width: D.
+        heads: H.
+        ffn: hidden channels of the SwiGLU.
+    """
 
     def __init__(self, width: int, heads: int, ffn: int) -> None:
         super().__init__()
@@ -78,19 +101,30 @@ class UPMBlock(GradientCheckpointingLayer):
     def forward(
         self, x: torch.Tensor, seq_lengths: SequenceLengths, rows: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[T, D] -> [T, D], or [len(rows), D]; `seq_lengths` then has the rows' lengths as its query lengths."""
+        """[T, D] -> [T, D]; with `rows`, [len(rows), D].
+
+        Args:
+            x: all sequences of the pack, end to end.
+            seq_lengths: where each sequence begins and ends. With `rows`, its query lengths count
+                the rows of each sequence.
+            rows: indices of the output rows that are computed; default: all.
+        """
         normed = self.attention_norm(x)
         if rows is None:
             x = x + self.attention(normed, normed, seq_lengths)
         else:
-            x = x.index_select(0, rows) + self.attention(
-                normed.index_select(0, rows), normed, seq_lengths
-            )
-        return x + self.feed_forward(self.ffn_norm(x))
+            queries = normed.index_select(0, rows)
+            x = x.index_select(0, rows) + self.attention(queries, normed, seq_lengths)
+        return cast(torch.Tensor, x + self.feed_forward(self.ffn_norm(x)))
 
 
 class Expert(nn.Module):
-    """One projection expert: blocks without a final norm; the last one computes the query rows alone."""
+    """One projection expert: blocks without a final norm; the last computes the query rows alone.
+
+    Args:
+        width: D.
+        config: config of the UPM.
+    """
 
     def __init__(self, width: int, config: OneLLMUPMConfig) -> None:
         super().__init__()
@@ -102,61 +136,84 @@ class Expert(nn.Module):
         self,
         x: torch.Tensor,
         seq_lengths: SequenceLengths,
-        last: SequenceLengths,
+        last_lengths: SequenceLengths,
         rows: torch.Tensor,
     ) -> torch.Tensor:
-        """[T, D] -> [len(rows), D]."""
+        """[T, D] -> [len(rows), D].
+
+        Args:
+            x: all sequences of the pack, end to end.
+            seq_lengths: where each sequence begins and ends.
+            last_lengths: the same for the last block, whose queries are `rows` alone.
+            rows: indices of the query rows.
+        """
         for block in self.blocks[:-1]:
             x = block(x, seq_lengths)
-        return self.blocks[-1](x, last, rows)
+        return cast(torch.Tensor, self.blocks[-1](x, last_lengths, rows))
 
 
 class UPM(nn.Module):
-    """All experts over one packed sequence, mixed by the routers' gates."""
+    """All experts over one packed sequence, mixed by the routers' weights.
+
+    Args:
+        width: D.
+        config: config of the UPM.
+    """
 
     def __init__(self, width: int, config: OneLLMUPMConfig) -> None:
         super().__init__()
         self.experts = nn.ModuleList(Expert(width, config) for _ in range(config.experts))
 
     def forward(
-        self, x: torch.Tensor, gates: torch.Tensor, lengths: tuple[int, ...], queries: int
+        self, x: torch.Tensor, router_weights: torch.Tensor, lengths: tuple[int, ...], queries: int
     ) -> torch.Tensor:
-        """The query rows of every segment, summed over experts.
+        """The query rows of every sequence, summed over experts.
 
         Args:
-            x: [T, D] packed seq_lengths, each with its `queries` query rows first.
-            gates: [n * queries, E] weight of each expert for each query row.
-            lengths: tokens of each of the n seq_lengths, queries included.
+            x: [T, D], packed sequences, each with its query rows first.
+            router_weights: [n * Q, E], weight of each expert for each query row.
+            lengths: tokens of each of the n sequences, queries included.
+            queries: Q.
 
         Returns:
-            [n * queries, D].
+            [n * Q, D].
         """
-        seq_lengths = SequenceLengths.of(lengths, device=x.device)
-        last = SequenceLengths.of((queries,) * len(lengths), lengths, device=x.device)
-        rows = (
-            last.cu_seqlens_k[:-1].long()[:, None] + torch.arange(queries, device=x.device)
-        ).flatten()
+        seq_lengths = SequenceLengths.from_lengths(lengths, device=x.device)
+        last_lengths = SequenceLengths.from_lengths(
+            (queries,) * len(lengths), lengths, device=x.device
+        )
+        starts = last_lengths.cu_seqlens_k[:-1].long()
+        rows = (starts[:, None] + torch.arange(queries, device=x.device)).flatten()
         mixed = [
-            gates[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last, rows)
+            router_weights[:, k : k + 1].to(x.dtype) * expert(x, seq_lengths, last_lengths, rows)
             for k, expert in enumerate(self.experts)
         ]
         return torch.stack(mixed).sum(0)
 
 
 class Router(nn.Module):
-    """The gate of one modality: an MLP on its query tokens, hence a constant [Q, E] for given weights."""
+    """The router of one modality: an MLP on its query tokens.
+
+    Its weights [Q, E] do not depend on the input: for given parameters they are constant.
+
+    Args:
+        width: D.
+        config: config of the UPM.
+    """
 
     def __init__(self, width: int, config: OneLLMUPMConfig) -> None:
         super().__init__()
-        self.kind, self.experts = config.router, config.experts
+        self.kind = config.router
+        self.experts = config.experts
         if self.kind != "constant":
             self.fc1 = nn.Linear(width, config.router_hidden)
             self.fc2 = nn.Linear(config.router_hidden, config.experts)
 
     def forward(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, D] -> gates [Q, E] fp32: sigmoid over its sum (the reference's code; the paper writes SoftMax).
+        """Query tokens [Q, D] -> router weights [Q, E], fp32.
 
-        `sparse` keeps the largest of them alone, unscaled; `constant` is 1 / E.
+        A `soft` router gives a sigmoid over its sum, as the reference's code does (the paper writes
+        SoftMax). `sparse` keeps the largest of these weights alone, unscaled. `constant` is 1 / E.
         """
         if self.kind == "constant":
             return torch.full(
@@ -165,12 +222,12 @@ class Router(nn.Module):
                 dtype=torch.float32,
                 device=queries.device,
             )
-        gates = torch.sigmoid(self.logits(queries).float())
-        gates = gates / gates.sum(-1, keepdim=True)
+        weights = torch.sigmoid(self.compute_logits(queries).float())
+        weights = weights / weights.sum(-1, keepdim=True)
         if self.kind == "sparse":
-            gates = gates * F.one_hot(gates.argmax(-1), self.experts)
-        return gates
+            weights = weights * F.one_hot(weights.argmax(-1), self.experts)
+        return weights
 
-    def logits(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, D] -> [Q, E] before the sigmoid."""
-        return self.fc2(F.gelu(self.fc1(queries)))
+    def compute_logits(self, queries: torch.Tensor) -> torch.Tensor:
+        """Query tokens [Q, D] -> [Q, E], before the sigmoid."""
+        return cast(torch.Tensor, self.fc2(F.gelu(self.fc1(queries))))

@@ -21,8 +21,8 @@ from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation
 from onellm_dist.modalities import all_modalities
-from onellm_dist.model.lazy_weights import Weights, open_model
-from onellm_dist.model.recompute import activation_checkpointing
+from onellm_dist.model.lazy_weights import InitialWeights, open_model
+from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.callbacks.best_model import BEST, Best
 from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.grace_period import GracePeriodWatch, grace_period_seconds
@@ -331,7 +331,7 @@ def _open_ledger(
     return ledger, marks, unreadable
 
 
-def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) -> set[str]:
+def _prepare_model(config: RunConfig, model: Any, weights: InitialWeights, plan: Plan) -> set[str]:
     """Freeze what does not train, take image's parts over, set recomputation. Returns the mixture's modalities."""
     present = {name for spans in plan.corpus.spans for name in spans}
     freeze_for_stage(
@@ -339,7 +339,7 @@ def _prepare_model(config: RunConfig, model: Any, weights: Weights, plan: Plan) 
     )
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
         weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
-    activation_checkpointing(model, config.train.activation_checkpointing)
+    enable_activation_checkpointing(model, config.train.activation_checkpointing)
     model.train()
     return present
 
@@ -361,7 +361,7 @@ def _engine_settings(config: RunConfig, dist: Distributed) -> EngineSettings:
 
 
 def _wrap(
-    model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: Weights
+    model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: InitialWeights
 ) -> Engine:
     groups = parameter_groups(model, config.optim.weight_decay)
     return engine_class(config.engine.name).wrap(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from onellm_dist.model.attention import device_tensor
+from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.distributed import Distributed
 
@@ -54,7 +54,7 @@ class StepTotals:
         self._sums[NOT_FINITE] += (~torch.isfinite(loss)).double()
         if batch.is_empty:
             return
-        kind = device_tensor(
+        kind = to_device_tensor(
             [self._kinds[modalities] for modalities in batch.modalities], self._sums.device
         )
         weight = batch.weights.double()[sample_index]

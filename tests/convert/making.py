@@ -18,7 +18,7 @@ from transformers import (
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, OneLLMProcessor
 from onellm_dist.model.configuration import OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.presets import load_toy_tokenizer
 
 DATA = Path(__file__).parent.parent / "fixtures" / "parity"
 Tensors = dict[str, torch.Tensor]
@@ -92,7 +92,7 @@ def onellm(
 
 def save_onellm(folder: Path, **arguments: object) -> Path:
     onellm(**arguments).save_pretrained(folder)  # type: ignore[arg-type]
-    OneLLMProcessor(toy_tokenizer()).save_pretrained(folder)
+    OneLLMProcessor(load_toy_tokenizer()).save_pretrained(folder)
     return folder
 
 

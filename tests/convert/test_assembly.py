@@ -16,7 +16,7 @@ from onellm_dist.convert.inspect import described, opened_any
 from onellm_dist.convert.verify import compare, verify_command
 from onellm_dist.modalities import get_modality
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.presets import load_toy_tokenizer
 
 SIZES = UPMSizes(experts=2, blocks=1, heads=4, ffn=96, router_hidden=48)
 IDS = torch.arange(3, 15)[None]
@@ -44,7 +44,7 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
     language, tower = llama(), clip()
     save_meta(tmp_path / "llama", language)
     tower.save_pretrained(tmp_path / "clip")
-    toy_tokenizer().save_pretrained(tmp_path / "words")
+    load_toy_tokenizer().save_pretrained(tmp_path / "words")
     modalities = ["image", "imu"]
     opened, record = assemble(
         tmp_path / "start",
@@ -144,11 +144,12 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert torch.equal(
         new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"]
     )
-    gates = after.projector("depth").router(after.projector("depth").queries())
+    gates = after.get_projector("depth").router(after.get_projector("depth").queries())
     if router == "soft":
         assert (gates[:, 2:] > 0.05).all(), "a new modality may use the new experts"
         assert (
-            after.projector("image").router(after.projector("image").queries())[:, 2:] < 1e-8
+            after.get_projector("image").router(after.get_projector("image").queries())[:, 2:]
+            < 1e-8
         ).all()
 
 

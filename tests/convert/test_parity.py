@@ -21,6 +21,7 @@ from onellm_dist.modalities.transforms.cloud_sampling import (
     sample_farthest_points,
 )
 from onellm_dist.model import OneLLMForConditionalGeneration
+from onellm_dist.model.modality_tokens import compute_features
 from onellm_dist.packed import PackedBatch
 
 TESTS = Path(__file__).parent.parent
@@ -92,8 +93,7 @@ def off(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 def features(model: OneLLMForConditionalGeneration, name: str, value: torch.Tensor) -> torch.Tensor:
     """What the encoder gives for a modality: [n, L + 1, D]."""
-    values = {m: model._value(m, value if m == name else None) for m in model.config.modalities}
-    return {**model._encode_visual(values), **model._encode_tokenized(values)}[name]
+    return compute_features(model, {name: value})[name]
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -102,14 +102,17 @@ def test_recorded_numbers(
     model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors, name: str
 ) -> None:
     tokens, _ = model.encode({name: inputs[name]})
-    projector = model.projector(name)
+    projector = model.get_projector(name)
     logits = model(inputs["examples"], **{f"{name}_values": inputs[name]}).logits
     assert (
         off(features(model, name, inputs[name]).mean(1), outputs[f"{name}.clip_out_mean"])
         < TOLERANCE
     )
     assert (
-        off(projector.router.logits(projector.queries())[None], outputs[f"{name}.router_logits30"])
+        off(
+            projector.router.compute_logits(projector.queries())[None],
+            outputs[f"{name}.router_logits30"],
+        )
         < TOLERANCE
     )
     assert off(tokens[name], outputs[f"{name}.modality_tokens"]) < TOLERANCE
@@ -149,7 +152,7 @@ def test_packed_logits_are_the_reference_s_too(
     pack = PackedBatch(
         ids.repeat(4), labels.repeat(4), (len(ids),) * 4, tuple(samples), values, torch.ones(4)
     )
-    logits, _, _ = model.packed_logits(pack)
+    logits, _, _ = model.compute_packed_logits(pack)
     reference = torch.cat(
         [outputs[f"{name}.logits_first256"][0, :-1] for name in (*RECORDED, "text")]
     )

@@ -17,8 +17,8 @@ from onellm_dist.convert.formats.reference import (
     convert_reference,
     name_from_reference,
 )
-from onellm_dist.model import OneLLMForConditionalGeneration, load_model, meta_model
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model import OneLLMForConditionalGeneration, build_meta_model, load_model
+from onellm_dist.model.presets import load_toy_tokenizer
 
 DATA = Path(__file__).parent.parent / "fixtures" / "parity"
 HEADS = {"encoder_heads": 4, "upm_heads": 4, "llm_heads": 4}
@@ -65,7 +65,7 @@ def test_safetensors_and_training_checkpoints_give_the_same(
 
 def test_a_tokenizer_makes_the_directory_whole(weights: Tensors, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "c.pth")
-    toy_tokenizer().save_pretrained(tmp_path / "words")
+    load_toy_tokenizer().save_pretrained(tmp_path / "words")
     assert not convert_reference(tmp_path / "c.pth", tmp_path / "alone", **HEADS).tokenizer
     with pytest.raises(UsageError, match="no tokenizer in"):
         load_model(path=tmp_path / "alone", preset=None, seed=0)
@@ -123,7 +123,7 @@ def test_nothing_is_overwritten(weights: Tensors, tmp_path: Path) -> None:
 
 def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
     """The 940 keys of OneLLM-7B: sizes are read from shapes, heads are 16, 16 and 32, and every key finds its parameter."""
-    model = meta_model("onellm-7b")
+    model = build_meta_model("onellm-7b")
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     keys = _keys_of_the_7b()
     shapes = {

@@ -160,7 +160,7 @@ def test_the_llm_of_a_onellm_as_hf(tmp_path: Path) -> None:
 
 def encoded(encoder: Encoder, image: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return encoder.images(image)
+        return encoder.encode_images(image)
 
 
 def test_open_clip_and_hf_clip_give_the_towers_own_outputs(tmp_path: Path) -> None:

@@ -1,23 +1,15 @@
-"""Packed attention against dense softmax, segment by segment."""
+"""Packed attention against dense softmax, sequence by sequence."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from packs import relative
 
-from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.model import attention
-from onellm_dist.model.attention import (
-    SequenceLengths,
-    backend,
-    llm_attention,
-    packed_attention,
-    varlen_attention,
-)
+from onellm_dist.model.attention import packed_attention, varlen_attention
+from onellm_dist.model.sequence_lengths import SequenceLengths
 
 
 def dense(
@@ -28,7 +20,7 @@ def dense(
     k_lengths: list[int],
     causal: bool,
 ) -> torch.Tensor:
-    """[T, H, D] by one softmax a segment and a head."""
+    """[T, H, D] by one softmax per sequence and head."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = []
     for a, b, c in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
@@ -62,7 +54,7 @@ def test_equals_dense_attention(
     k, v = (torch.randn(sum(k_lengths), kv_heads, 8, requires_grad=True) for _ in range(2))
     weight = torch.randn(sum(q_lengths), 4, 8)
     ours = packed_attention(
-        q, k, v, SequenceLengths.of(q_lengths, k_lengths, device=q.device), causal=causal
+        q, k, v, SequenceLengths.from_lengths(q_lengths, k_lengths, device=q.device), causal=causal
     )
     ours_grad = torch.autograd.grad((ours * weight).sum(), (q, k, v))
     reference = dense(q, k, v, q_lengths, k_lengths, causal)
@@ -74,7 +66,9 @@ def test_equals_dense_attention(
 def test_an_empty_pack_stays_in_the_graph() -> None:
     q, k, v = (torch.empty(0, 4, 8, requires_grad=True) for _ in range(3))
     for causal in (False, True):
-        out = packed_attention(q, k, v, SequenceLengths.of([], device=q.device), causal=causal)
+        out = packed_attention(
+            q, k, v, SequenceLengths.from_lengths([], device=q.device), causal=causal
+        )
         assert out.shape == (0, 4, 8)
         assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [(0, 4, 8)] * 3
 
@@ -97,7 +91,7 @@ def test_cumulative_lengths_say_the_same() -> None:
     assert torch.equal(
         out,
         packed_attention(
-            q, k, v, SequenceLengths.of([2, 7], device=q.device), causal=True, scale=0.5
+            q, k, v, SequenceLengths.from_lengths([2, 7], device=q.device), causal=True, scale=0.5
         ),
     )
     with pytest.raises(ValueError, match="longer than max_seqlen_q=6"):
@@ -109,50 +103,6 @@ def test_cumulative_lengths_say_the_same() -> None:
 def test_causal_attention_needs_equal_lengths() -> None:
     q, k = torch.randn(2, 1, 8), torch.randn(3, 1, 8)
     with pytest.raises(ValueError, match="equal query and key lengths"):
-        packed_attention(q, k, k, SequenceLengths.of([2], [3], device=q.device), causal=True)
-
-
-@pytest.mark.parametrize(
-    "option", [{"sliding_window": 4}, {"softcap": 30.0}, {"dropout": 0.1}, {"s_aux": torch.ones(4)}]
-)
-def test_llms_that_need_more_are_refused_rather_than_wrong(option: dict[str, object]) -> None:
-    q = torch.randn(1, 4, 6, 8)
-    with pytest.raises(OneLLMError, match="packed attention cannot do"):
-        llm_attention(
-            SimpleNamespace(),
-            q,
-            q,
-            q,
-            None,
-            seq_lengths=SequenceLengths.of([6], device=q.device),
-            **option,
-        )  # type: ignore[arg-type]
-
-
-def test_a_window_longer_than_every_sequence_changes_nothing() -> None:
-    q = torch.randn(1, 4, 6, 8)
-    seq_lengths = SequenceLengths.of([6], device=q.device)
-    plain, _ = llm_attention(SimpleNamespace(), q, q, q, None, seq_lengths=seq_lengths)  # type: ignore[arg-type]
-    windowed, _ = llm_attention(
-        SimpleNamespace(), q, q, q, None, seq_lengths=seq_lengths, sliding_window=6
-    )  # type: ignore[arg-type]
-    assert torch.equal(plain, windowed)
-
-
-def test_the_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend.cache_clear()
-    name, reason = backend()
-    assert name in ("flash3", "flash2", "varlen", "sdpa")
-    assert reason
-    if not torch.cuda.is_available():
-        assert (name, "no CUDA device" in reason) == ("sdpa", True)
-        monkeypatch.setenv(attention.BACKEND_VARIABLE, "flash2")
-        backend.cache_clear()
-        with pytest.raises(UsageError, match="no CUDA device"):
-            backend()
-    monkeypatch.setenv(attention.BACKEND_VARIABLE, "fast")
-    backend.cache_clear()
-    with pytest.raises(UsageError, match="no attention backend"):
-        backend()
-    monkeypatch.undo()
-    backend.cache_clear()
+        packed_attention(
+            q, k, k, SequenceLengths.from_lengths([2], [3], device=q.device), causal=True
+        )

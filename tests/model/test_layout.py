@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.model.layout import Layout
+from onellm_dist.model.layout import PackedLayout
 
 KNOWN = ("image", "video", "audio")
 SAMPLES = st.lists(
@@ -38,7 +38,7 @@ def test_every_position_is_where_a_walk_puts_it(samples: list[tuple[int, list[st
         places |= {row: len(walk) + p for p, row in enumerate(sequence)}
         walk += sequence
 
-    layout = Layout.of(lengths, runs, KNOWN)
+    layout = PackedLayout.build(lengths, runs, KNOWN)
     assert [table[g] for g in layout.gather] == walk
     assert layout.lengths == tuple(n + 32 * len(rs) for n, rs in samples)
     assert layout.position_ids.tolist() == [p for n in layout.lengths for p in range(n)]
@@ -51,7 +51,7 @@ def test_every_position_is_where_a_walk_puts_it(samples: list[tuple[int, list[st
 @pytest.mark.parametrize(
     ("lengths", "runs", "message"),
     [
-        ([3], [], "1 text lengths but modalities of 0"),
+        ([3], [], "1 token counts but modalities of 0"),
         ([2, 0], [[], []], r"samples \[1\]"),
         ([2], [["smell"]], "the pack has smell"),
     ],
@@ -60,4 +60,4 @@ def test_a_pack_that_cannot_be_is_refused(
     lengths: list[int], runs: list[list[str]], message: str
 ) -> None:
     with pytest.raises(OneLLMError, match=message):
-        Layout.of(lengths, runs, KNOWN)
+        PackedLayout.build(lengths, runs, KNOWN)

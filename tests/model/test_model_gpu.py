@@ -10,7 +10,9 @@ import torch
 from packs import empty_pack, make_pack, relative, small_model
 
 from onellm_dist.model import OneLLMForConditionalGeneration
-from onellm_dist.model.attention import SequenceLengths, backend, packed_attention
+from onellm_dist.model.attention import packed_attention
+from onellm_dist.model.kernels.select import select_backend
+from onellm_dist.model.sequence_lengths import SequenceLengths
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,8 +31,8 @@ RUNS, LENGTHS = [("image",), ("audio",), ("imu", "fmri"), (), ("point",)], [6, 9
 
 
 def needs_kernels() -> None:
-    if backend()[0] == "sdpa":
-        pytest.skip(f"no variable-length kernel here: {backend()[1]}")
+    if select_backend()[0] == "sdpa":
+        pytest.skip(f"no variable-length kernel here: {select_backend()[1]}")
 
 
 def kernels_of(run: Callable[[], Any]) -> list[str]:
@@ -59,7 +61,7 @@ def test_encoder_upm_and_llm_run_variable_length_kernels(
     x = torch.randn(sum(lengths), 32, device="cuda", dtype=torch.bfloat16)
     gates = torch.rand(90, 3, device="cuda")
     embeds = torch.randn(1, sum(lengths), 48, device="cuda", dtype=torch.bfloat16)
-    seq_lengths = SequenceLengths.of(lengths, device=x.device)
+    seq_lengths = SequenceLengths.from_lengths(lengths, device=x.device)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
     with torch.no_grad():
         assert len(kernels_of(lambda: model.encoder(x, seq_lengths))) >= 2
@@ -99,7 +101,7 @@ def test_kernels_agree_with_fp32(causal: bool, kv_heads: int) -> None:
     lengths = [5, 130, 1, 257, 64]
     q = torch.randn(sum(lengths), 8, 64, device="cuda")
     k, v = (torch.randn(sum(lengths), kv_heads, 64, device="cuda") for _ in range(2))
-    seq_lengths = SequenceLengths.of(lengths, device=q.device)
+    seq_lengths = SequenceLengths.from_lengths(lengths, device=q.device)
     wide = [x.clone().requires_grad_() for x in (q, k, v)]
     narrow = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     reference = packed_attention(*wide, seq_lengths, causal=causal)
@@ -119,7 +121,9 @@ def test_bf16_logits_agree_with_fp32() -> None:
     pack = make_pack(RUNS, LENGTHS).to("cuda")
     with torch.no_grad():
         assert (
-            relative(narrow.packed_logits(pack)[0].float(), wide.packed_logits(pack)[0])
+            relative(
+                narrow.compute_packed_logits(pack)[0].float(), wide.compute_packed_logits(pack)[0]
+            )
             < BF16_BOUND
         )
 
@@ -127,9 +131,9 @@ def test_bf16_logits_agree_with_fp32() -> None:
 def test_gpu_and_cpu_agree_in_fp32() -> None:
     model, pack = small_model(), make_pack(RUNS, LENGTHS)
     with torch.no_grad():
-        reference = model.packed_logits(pack)[0]
+        reference = model.compute_packed_logits(pack)[0]
         torch.backends.cuda.matmul.allow_tf32 = False
-        ours = model.cuda().packed_logits(pack.to("cuda"))[0].cpu()
+        ours = model.cuda().compute_packed_logits(pack.to("cuda"))[0].cpu()
     assert relative(ours, reference) < 1e-4
 
 

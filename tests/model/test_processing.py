@@ -11,12 +11,12 @@ from PIL import Image
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.model import OneLLMProcessor
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.presets import load_toy_tokenizer
 
 
 @pytest.fixture(scope="module")
 def processor() -> OneLLMProcessor:
-    return OneLLMProcessor(toy_tokenizer())
+    return OneLLMProcessor(load_toy_tokenizer())
 
 
 def test_prompts_begin_with_bos_and_are_padded_on_the_left(processor: OneLLMProcessor) -> None:

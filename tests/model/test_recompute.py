@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from onellm_dist.model import load_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.recompute import MODES, activation_checkpointing
+from onellm_dist.model.recompute import MODES, enable_activation_checkpointing
 
 FIELDS = (
     "arena",
@@ -43,7 +43,7 @@ def measured(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
     """(gradients, bytes kept between forward and backward, FLOPs of both)."""
     model: OneLLMForConditionalGeneration = load_model(path=None, preset="toy", seed=1)[0]
     model.train()
-    activation_checkpointing(model, mode)
+    enable_activation_checkpointing(model, mode)
     pack = make_pack([("image",), ("image",), ("imu",)], [40, 50, 60])
     before = allocated()
     with FlopCounterMode(display=False) as counter:

@@ -18,7 +18,7 @@ from onellm_dist.model import (
     load_model,
 )
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.presets import load_toy_tokenizer
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
@@ -109,4 +109,4 @@ def test_a_whole_directory(tmp_path: Path) -> None:
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert isinstance(AutoProcessor.from_pretrained(tmp_path), OneLLMProcessor)
     text = "a red circle"
-    assert processor.tokenizer(text)["input_ids"] == toy_tokenizer()(text)["input_ids"]
+    assert processor.tokenizer(text)["input_ids"] == load_toy_tokenizer()(text)["input_ids"]

@@ -17,11 +17,11 @@ from onellm_dist.data.costs import CostModel
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, build_config, load_model
-from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMUPMConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.towers import encoder_of
+from onellm_dist.model.sequence_lengths import SequenceLengths
+from onellm_dist.model.towers import convert_tower
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.optim.stages import freeze_for_stage
 
@@ -72,12 +72,12 @@ def timm_tower(name: str) -> Any:
 @pytest.mark.parametrize("name", TIMM)
 def test_equals_timms_own_forward(name: str) -> None:
     tower = timm_tower(name)
-    config, weights = encoder_of(tower)
+    config, weights = convert_tower(tower)
     encoder = Encoder(config)
     encoder.load_state_dict(weights)
     images = torch.randn(3, 3, TIMM[name]["img_size"], TIMM[name]["img_size"])
     with torch.no_grad():
-        theirs, ours = tower.forward_features(images), encoder.images(images)
+        theirs, ours = tower.forward_features(images), encoder.encode_images(images)
     assert ours.shape == theirs.shape == (3, config.prefix + config.patches, 48)
     assert relative(ours, theirs) < 1e-5
 
@@ -97,7 +97,7 @@ def test_equals_open_clips_own_forward(name: str) -> None:
         "output_dim": 48,
     }
     tower = shaken(VisionTransformer(**{**sizes, **OPEN_CLIP[name]}))
-    config, weights = encoder_of(tower)
+    config, weights = convert_tower(tower)
     encoder = Encoder(config)
     encoder.load_state_dict(weights)
     images = torch.randn(2, 3, config.image_size, config.image_size)
@@ -105,14 +105,14 @@ def test_equals_open_clips_own_forward(name: str) -> None:
         theirs = tower.transformer(tower._embeds(images))
         if config.post_norm:
             theirs = tower.ln_post(theirs)
-        ours = encoder.images(images)
+        ours = encoder.encode_images(images)
     assert config.post_norm == (name not in ("sin_cos", "pooler"))
     assert relative(ours, theirs) < 1e-5
 
 
 def test_the_real_dinov2_has_its_shapes_and_statistics() -> None:
     with torch.device("meta"):
-        config, weights = encoder_of(
+        config, weights = convert_tower(
             timm.create_model("vit_large_patch14_dinov2", pretrained=False, num_classes=0)
         )
         encoder = Encoder(config)
@@ -140,7 +140,7 @@ def test_the_real_dinov2_has_its_shapes_and_statistics() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: timm.create_model("resnet18"), "ResNet is no vision transformer"),
+        (lambda: timm.create_model("resnet18"), "ResNet is not a vision transformer"),
         (lambda: timm.create_model("vit_tiny_patch16_224", qk_norm=True), "q_norm, k_norm"),
         (
             lambda: timm.create_model(
@@ -164,29 +164,29 @@ def test_the_real_dinov2_has_its_shapes_and_statistics() -> None:
 )
 def test_what_the_encoder_cannot_run_is_refused(make: Any, says: str) -> None:
     if not says:
-        config, _ = encoder_of(make())
+        config, _ = convert_tower(make())
         assert not config.post_norm, "timm moves the norm behind the pooling"
         return
     with pytest.raises(OneLLMError, match=says):
-        encoder_of(make())
+        convert_tower(make())
 
 
 def test_pictures_are_given_as_the_encoder_was_trained_on_them() -> None:
-    config, _ = encoder_of(timm_tower("vit_large_patch14_dinov2"))
+    config, _ = convert_tower(timm_tower("vit_large_patch14_dinov2"))
     encoder = Encoder(config)
     pixels = torch.rand(2, 3, 224, 224)
     mean, std, own_mean, own_std = (
         torch.tensor(v)[:, None, None]
         for v in (CLIP_MEAN, CLIP_STD, config.image_mean, config.image_std)
     )
-    got = encoder.pixels((pixels - mean) / std)
+    got = encoder.normalise_frames((pixels - mean) / std)
     wanted = torch.nn.functional.interpolate(
         (pixels - own_mean) / own_std, (70, 70), mode="bicubic", antialias=True
     )
     assert relative(got, wanted) < 1e-5
-    assert encoder.pixels(torch.zeros(0, 3, 224, 224)).shape == (0, 3, 70, 70)
+    assert encoder.normalise_frames(torch.zeros(0, 3, 224, 224)).shape == (0, 3, 70, 70)
     clip = Encoder(build_config("toy").vision)
-    assert clip.pixels(pixels) is pixels
+    assert clip.normalise_frames(pixels) is pixels
 
 
 def one_of_each(names: list[str]) -> PackedBatch:
@@ -212,7 +212,7 @@ def one_of_each(names: list[str]) -> PackedBatch:
 @pytest.fixture(scope="module")
 def with_registers() -> Any:
     """The toy model around a DINOv2 with registers."""
-    vision, weights = encoder_of(timm_tower("vit_large_patch14_reg4_dinov2"))
+    vision, weights = convert_tower(timm_tower("vit_large_patch14_reg4_dinov2"))
     toy = build_config("toy")
     upm = OneLLMUPMConfig(experts=2, blocks=2, heads=4, ffn=64, router_hidden=64)
     model = OneLLMForConditionalGeneration(
@@ -236,7 +236,7 @@ def test_every_modality_goes_through_it_and_packing_changes_nothing(with_registe
                 batch.input_ids[rows], batch.labels[rows], (6,), ((name,),), values, torch.ones(1)
             )
             assert relative(model(packed=alone).nll, together[i]) < 1e-5
-    tokens = model.tokenizers["imu"](batch.values["imu"], model.encoder.prefix)
+    tokens = model.tokenizers["imu"](batch.values["imu"], model.encoder.prepend_prefix)
     assert tokens.shape == (1, 1 + 4 + 391, 48)
 
 
@@ -290,7 +290,10 @@ def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
     model, _ = load_model(path=tmp_path / "model", preset=None, seed=0)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert relative(model.encoder.images(images), tower.eval().forward_features(images)) < 1e-5
+        assert (
+            relative(model.encoder.encode_images(images), tower.eval().forward_features(images))
+            < 1e-5
+        )
         features = model.encode({"image": torch.randn(1, 3, 224, 224)})[0]["image"]
     assert features.shape == (1, 30, 128)
     assert model.config.vision.image_mean == [0.5, 0.5, 0.5]
@@ -303,16 +306,16 @@ def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
 
 
 def test_segments_of_any_lengths_share_a_pack() -> None:
-    config, weights = encoder_of(timm_tower("vit_giant_patch14_dinov2"))
+    config, weights = convert_tower(timm_tower("vit_giant_patch14_dinov2"))
     encoder = Encoder(config)
     encoder.load_state_dict(weights)
     lengths = [3, 17, 3]
     x = torch.randn(sum(lengths), 48)
     with torch.no_grad():
-        packed = encoder(x, SequenceLengths.of(lengths, device=x.device))
+        packed = encoder(x, SequenceLengths.from_lengths(lengths, device=x.device))
         alone = torch.cat(
             [
-                encoder(part, SequenceLengths.of([len(part)], device=x.device))
+                encoder(part, SequenceLengths.from_lengths([len(part)], device=x.device))
                 for part in x.split(lengths)
             ]
         )

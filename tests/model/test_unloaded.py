@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMProcessor, build_config, load_model
-from onellm_dist.model.lazy_weights import empty_model, open_model
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.lazy_weights import build_empty_model, open_model
+from onellm_dist.model.presets import load_toy_tokenizer
 
 
 def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, object]) -> bool:
@@ -34,7 +34,7 @@ def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, object])
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     small_model().save_pretrained(tmp_path / "model")
-    OneLLMProcessor(toy_tokenizer()).save_pretrained(tmp_path / "model")
+    OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -48,13 +48,13 @@ def test_copied_experts_are_drawn_as_the_first() -> None:
     config = build_config("toy")
     config.upm.init = "copied"
     from onellm_dist.model.initialisation import initialise
-    from onellm_dist.model.lazy_weights import Drawn, Weights
+    from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 
     model = OneLLMForConditionalGeneration(config)
     initialise(model, 4)
-    empty = empty_model(config)
-    assert same(model, (empty, None, Weights(Drawn(empty, 4))))
+    empty = build_empty_model(config)
+    assert same(model, (empty, None, InitialWeights(RandomWeights(empty, 4))))
 
 
 def test_a_directory_of_one_or_several_files(saved: Path) -> None:
@@ -69,14 +69,14 @@ def test_a_directory_of_one_or_several_files(saved: Path) -> None:
 def test_buffers_are_real_and_tied_weights_are_one() -> None:
     config = build_config("toy")
     config.text_config.tie_word_embeddings = True
-    empty = empty_model(config)
+    empty = build_empty_model(config)
     assert not any(b.is_meta for b in empty.buffers()) and list(empty.buffers())
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
 
 
 def test_seven_billion_weights_take_no_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = empty_model(build_config("onellm-7b"))
+    model = build_empty_model(build_config("onellm-7b"))
     assert sum(p.numel() for p in model.parameters()) > 7e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 

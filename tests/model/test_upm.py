@@ -7,8 +7,8 @@ import torch
 from packs import relative, small_model
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.configuration import OneLLMUPMConfig
+from onellm_dist.model.sequence_lengths import SequenceLengths
 
 
 def test_the_last_block_loses_nothing() -> None:
@@ -22,7 +22,7 @@ def test_the_last_block_loses_nothing() -> None:
         for expert in upm.experts:
             y = x
             for block in expert.blocks:
-                y = block(y, SequenceLengths.of(lengths, device=x.device))
+                y = block(y, SequenceLengths.from_lengths(lengths, device=x.device))
             whole.append(torch.cat([part[:30] for part in y.split(lengths)]))
         reference = sum(gates[:, k : k + 1] * y for k, y in enumerate(whole))
     assert relative(ours, reference) < 1e-6
@@ -30,7 +30,7 @@ def test_the_last_block_loses_nothing() -> None:
 
 def gates_of(router: str) -> torch.Tensor:
     model = small_model(router=router)
-    return model.projector("image").router(model.projector("image").queries()).detach()
+    return model.get_projector("image").router(model.get_projector("image").queries()).detach()
 
 
 def test_soft_gates_sum_to_one_and_differ_between_tokens() -> None:

@@ -25,9 +25,9 @@ from torch import nn
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.model.initialisation import initialise
-from onellm_dist.model.lazy_weights import Drawn, Weights, empty_model
+from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_empty_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.recompute import activation_checkpointing
+from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.base import EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
@@ -89,11 +89,11 @@ def state_of(model: nn.Module) -> State:
 
 def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[float]]:
     """What a job's engine makes of the same steps: exported weights, fp32 weights of what trains (whole), and losses."""
-    model = empty_model(tiny_config())
+    model = build_empty_model(tiny_config())
     freeze(model, job.get("stage", "align"))
-    activation_checkpointing(model, job.get("recompute", "none"))
+    enable_activation_checkpointing(model, job.get("recompute", "none"))
     model.train()
-    weights = Weights(Drawn(model, SEED))
+    weights = InitialWeights(RandomWeights(model, SEED))
     config = job.get("config", {})
     config = (
         load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))

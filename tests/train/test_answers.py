@@ -49,7 +49,7 @@ class Local:
 
     def logits(self, batch: PackedBatch) -> torch.Tensor:
         self.forwards += 1
-        values: torch.Tensor = self.model.packed_logits(batch)[0]
+        values: torch.Tensor = self.model.compute_packed_logits(batch)[0]
         return values
 
 

@@ -16,7 +16,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection, MixtureEntry
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.plan import Plan
-from onellm_dist.model.presets import toy_tokenizer
+from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.train.records.skipped_samples import Ledger, write_stream
 from onellm_dist.train.sample_log.command import samples_command
@@ -37,7 +37,7 @@ def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
         MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items()
     )
     section = DataSection(root=root, mixture=entries, global_batch=BATCH, new_phase=True)
-    return Plan.open(section, toy_tokenizer(), 3, (), show=False)
+    return Plan.open(section, load_toy_tokenizer(), 3, (), show=False)
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ def test_router_load_is_the_mean_gate_and_starvation_is_an_event(tmp_path: Path,
     out = toy(packed=pack_of(toy, ["image", "audio"], 5))
     load = watch.read()
     assert set(load) == {"image", "imu"}
-    assert load["image"] == pytest.approx(out.router["image"].mean(0).tolist())
+    assert load["image"] == pytest.approx(out.router_weights["image"].mean(0).tolist())
     assert sum(load["imu"]) == pytest.approx(1, abs=1e-5)
 
     dist = SimpleNamespace(gather=lambda value: [value, 3 * value], device=torch.device("cpu"))

@@ -181,9 +181,9 @@ def test_the_last_n_checkpoints_are_kept(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def toy() -> nn.Module:
-    from onellm_dist.model.presets import meta_model
+    from onellm_dist.model.presets import build_meta_model
 
-    return meta_model("toy")
+    return build_meta_model("toy")
 
 
 def trained(model: nn.Module) -> set[str]:

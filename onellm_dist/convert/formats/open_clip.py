@@ -19,7 +19,7 @@ from onellm_dist.convert.tensors.safetensors_files import read_folder, read_safe
 from onellm_dist.convert.tensors.writers import TensorFile
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder
-from onellm_dist.model.towers import name_from_open_clip
+from onellm_dist.model.towers import from_open_clip_name
 
 NAME, KIND = "open-clip", "encoder"
 CONFIG = "open_clip_config.json"
@@ -63,7 +63,7 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
     visual = {key: t for key, t in state.items() if key.startswith("visual.")}
     text = tuple(sorted(set(state) - set(visual)))  # the text tower: no part of OneLLM
     tensors, ignored, problems = fitted(
-        {key: (name_from_open_clip(key.removeprefix("visual.")), t) for key, t in visual.items()},
+        {key: (from_open_clip_name(key.removeprefix("visual.")), t) for key, t in visual.items()},
         wanted,
     )
     return Opened(

@@ -29,7 +29,7 @@ from onellm_dist.convert.tensors.parallel_files import merged, numbered_files
 from onellm_dist.convert.tensors.writers import TensorFile
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-from onellm_dist.model.towers import name_from_open_clip
+from onellm_dist.model.towers import from_open_clip_name
 
 NAME, KIND = "reference", "onellm"
 PREFIX = "llma."
@@ -83,7 +83,7 @@ _RULES: tuple[tuple[str, Callable[[_Match], str | None]], ...] = (
     ),
     (
         r"clip\.visual\.(.+)",
-        lambda m: f"encoder.{name}" if (name := name_from_open_clip(m[1])) else None,
+        lambda m: f"encoder.{name}" if (name := from_open_clip_name(m[1])) else None,
     ),
     (
         rf"conv1\.({'|'.join(_TOKENIZER)})\.(weight|bias)",

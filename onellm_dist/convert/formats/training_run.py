@@ -20,7 +20,7 @@ from onellm_dist.convert.formats import gguf, onellm
 from onellm_dist.convert.new_parameters import copied_projector, fresh_tensors
 from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
-from onellm_dist.model.presets import TOY_TOKENIZER, build_config, smollm2_gguf
+from onellm_dist.model.presets import TOY_TOKENIZER, build_config, find_smollm2_gguf
 
 NAME, KIND = "run", "onellm"
 MANIFEST, VERSIONS = "manifest.json", (1, 2)
@@ -239,7 +239,7 @@ def _preset(name: str, seed: int) -> Opened:
     tensors = fresh_tensors(config, seed)
     if name != "smollm2-135m":
         return Opened("preset", KIND, config, tensors, (), TOY_TOKENIZER)
-    llm = gguf.open_checkpoint(smollm2_gguf(), Options())
+    llm = gguf.open_checkpoint(find_smollm2_gguf(), Options())
     return Opened(
         "preset",
         KIND,

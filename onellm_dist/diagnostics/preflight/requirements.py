@@ -86,9 +86,9 @@ def parameters_of(config: RunConfig) -> tuple[int, int]:
 
 
 def _of_preset(preset: str) -> dict[str, int]:
-    from onellm_dist.model.presets import meta_model
+    from onellm_dist.model.presets import build_meta_model
 
-    return {name: p.numel() for name, p in meta_model(preset).named_parameters()}
+    return {name: p.numel() for name, p in build_meta_model(preset).named_parameters()}
 
 
 def _of_directory(path: Path) -> dict[str, int]:

@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD
-from onellm_dist.model.attention import SequenceLengths
 from onellm_dist.model.encoder import Encoder
+from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.render import render_sample
 from onellm_dist.testing.demo.toy_llm import cosine
@@ -172,7 +172,7 @@ def encode_patches(
     x = torch.cat([first, embedded], dim=1)
     n, length, width = x.shape
     return encoder(
-        x.reshape(n * length, width), SequenceLengths.of((length,) * n, device=x.device)
+        x.reshape(n * length, width), SequenceLengths.from_lengths((length,) * n, device=x.device)
     ).reshape(n, length, width)
 
 

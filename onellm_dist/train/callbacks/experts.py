@@ -30,7 +30,7 @@ class RouterWatch:
 
     def _note(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, PackedOutput):
-            self._gates = output.router
+            self._gates = output.router_weights
 
     def read(self) -> dict[str, list[float]]:
         """Modality -> mean gate of each expert, over the queries. Waits for the device once."""

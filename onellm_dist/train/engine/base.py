@@ -67,7 +67,7 @@ class PackedLoss(nn.Module):
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Any:
         """A pack -> (loss [] fp32: the sum, nll [N], sample_index [N]); `logits`: [N, V] of the supervised tokens instead."""
         if logits:
-            return self.model.packed_logits(batch)[0]
+            return self.model.compute_packed_logits(batch)[0]
         out = self.model(packed=batch)
         return out.loss, out.nll, out.sample_index
 

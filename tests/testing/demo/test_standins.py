@@ -46,7 +46,7 @@ def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
         )
     with torch.no_grad():
         ours = encode_patches(model.encoder, bank, np.arange(3), None, np.random.default_rng(0))
-        theirs = model.encoder.images(torch.stack(values))
+        theirs = model.encoder.encode_images(torch.stack(values))
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 

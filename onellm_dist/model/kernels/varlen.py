@@ -1,0 +1,59 @@
+"""torch's own variable-length attention, `torch.nn.attention.varlen.varlen_attn` (torch >= 2.11)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+
+from onellm_dist.model.kernels.base import VarlenKernel
+from onellm_dist.model.sequence_lengths import SequenceLengths
+
+
+@cache
+def load_varlen() -> VarlenKernel:
+    """`varlen_attn`, whatever form this torch has it in.
+
+    Raises:
+        ImportError: this torch has none.
+        AttributeError: its module has no `varlen_attn`.
+    """
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    parameters = inspect.signature(function).parameters
+
+    def kernel(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seq_lengths: SequenceLengths,
+        *,
+        causal: bool,
+        scale: float | None,
+    ) -> torch.Tensor:
+        options: dict[str, Any] = {}
+        if "window_size" not in parameters:  # the form of torch 2.10
+            options["is_causal"] = causal
+        elif causal:
+            options["window_size"] = (-1, 0)
+        if q.shape[1] != k.shape[1]:
+            if "enable_gqa" in parameters:
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        attended: torch.Tensor = function(
+            q.contiguous(),
+            k.contiguous(),
+            v.contiguous(),
+            seq_lengths.cu_seqlens_q,
+            seq_lengths.cu_seqlens_k,
+            seq_lengths.max_seqlen_q,
+            seq_lengths.max_seqlen_k,
+            scale=scale,
+            **options,
+        )
+        return attended
+
+    return kernel

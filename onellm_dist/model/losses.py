@@ -1,0 +1,69 @@
+"""Losses over supervised tokens, found by name: `train.loss` in a recipe picks one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from onellm_dist.common.errors import UsageError
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits [N, V] in the model's dtype, targets [N] int64) -> [N] fp32 loss of each supervised token."""
+DEFAULT_LOSS = "cross_entropy"
+_LOSSES: dict[str, TokenLoss] = {}
+
+
+def register_loss(name: str) -> Callable[[TokenLoss], TokenLoss]:
+    """Decorator: make a loss available under `name`.
+
+    Raises:
+        ValueError: another loss has this name.
+    """
+
+    def register(function: TokenLoss) -> TokenLoss:
+        if name in _LOSSES:
+            raise ValueError(f"loss {name!r} is registered already")
+        _LOSSES[name] = function
+        return function
+
+    return register
+
+
+def get_loss(name: str) -> TokenLoss:
+    """The loss of a registered name, or the function that `module:function` names.
+
+    Raises:
+        UsageError: no loss is registered under `name`, or the module or function does not exist.
+    """
+    if name in _LOSSES:
+        return _LOSSES[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise UsageError(
+            f"unknown loss {name!r}",
+            "nothing can be trained without a loss.",
+            f"use one of: {', '.join(list_losses())}; or module:function.",
+        )
+    try:
+        loss: TokenLoss = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"loss {name!r} cannot be imported: {error}",
+            "nothing can be trained without a loss.",
+            "check the module's path (PYTHONPATH) and the function's name.",
+        ) from error
+    return loss
+
+
+def list_losses() -> list[str]:
+    """Names of all registered losses, sorted."""
+    return sorted(_LOSSES)
+
+
+@register_loss(DEFAULT_LOSS)
+def compute_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in fp32: logits [N, V], targets [N] -> [N]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
