@@ -14,10 +14,10 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.sources.readers import json_stream
 from onellm_dist.shards.sources.readers.json_stream import (
     has_key,
-    read_places,
     read_rows,
-    row_groups,
-    scan,
+    read_rows_at,
+    scan_rows,
+    split_rows,
 )
 
 
@@ -62,23 +62,23 @@ def test_what_is_read_is_what_json_says(
     (tmp_path / "x.json").write_bytes(
         b"\xef\xbb\xbf" + text.encode() if style == "indented" else text.encode()
     )
-    groups = list(row_groups(tmp_path, "x.json", 7, key="rows"))
+    groups = list(split_rows(tmp_path, "x.json", 7, key="rows"))
     assert [g.count for g in groups] == [7] * 8 + [4]
     assert [i.value for g in groups for i in read_rows(tmp_path, g.description)] == values
     assert [i.number for i in read_rows(tmp_path, groups[2].description)] == list(range(14, 21))
     entries = [
         i
-        for g in row_groups(tmp_path, "x.json", 9, key="more")
+        for g in split_rows(tmp_path, "x.json", 9, key="more")
         for i in read_rows(tmp_path, g.description)
     ]
     assert {i.key: i.value for i in entries} == whole["more"]
     assert entries[3].where == "x.json[key 3é]"
-    places = [(n, row.start, row.end) for n, row in enumerate(scan(tmp_path / "x.json", "rows"))]
-    assert {i.number: i.value for i in read_places(tmp_path / "x.json", reversed(places))} == dict(
+    places = [(n, row.start, row.end) for n, row in enumerate(scan_rows(tmp_path / "x.json", "rows"))]
+    assert {i.number: i.value for i in read_rows_at(tmp_path / "x.json", reversed(places))} == dict(
         enumerate(values)
     )
-    entry = list(scan(tmp_path / "x.json", "more"))[5]
-    [found] = read_places(tmp_path / "x.json", [(5, entry.start, entry.end)], entries=True)
+    entry = list(scan_rows(tmp_path / "x.json", "more"))[5]
+    [found] = read_rows_at(tmp_path / "x.json", [(5, entry.start, entry.end)], entries=True)
     assert (found.key, found.value) == ("key 5é", values[5])
     assert has_key(tmp_path / "x.json", "more")
     assert not has_key(tmp_path / "x.json", "key 0é")
@@ -87,7 +87,7 @@ def test_what_is_read_is_what_json_says(
 def test_rows_are_counted_by_split(tmp_path: Path) -> None:
     rows = [{"s": "abc"[i % 3], "n": i % 4} for i in range(50)]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    groups = list(row_groups(tmp_path, "x.json", 10, count=lambda r: {r.value["s"]: r.value["n"]}))
+    groups = list(split_rows(tmp_path, "x.json", 10, count=lambda r: {r.value["s"]: r.value["n"]}))
     for split in "abc":
         mine = [g for g in groups if g.split == split]
         assert sum(g.count or 0 for g in mine) == sum(r["n"] for r in rows if r["s"] == split)
@@ -101,7 +101,7 @@ def test_rows_are_counted_by_split(tmp_path: Path) -> None:
 
 def test_lines(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": "é"}\nbroken\n{"a": 3}')
-    [group] = row_groups(tmp_path, "x.jsonl", 10)
+    [group] = split_rows(tmp_path, "x.jsonl", 10)
     assert [(i.number, i.value) for i in read_rows(tmp_path, group.description)] == [
         (0, {"a": 1}),
         (1, {"a": "é"}),
@@ -112,7 +112,7 @@ def test_lines(tmp_path: Path) -> None:
 
 def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"a": 1}\r\n{"a":\r2}\n\r\n{"a": 3}\r\n')
-    groups = list(row_groups(tmp_path, "x.jsonl", 2))
+    groups = list(split_rows(tmp_path, "x.jsonl", 2))
     assert [g.count for g in groups] == [2, 1]
     assert [
         (i.number, i.value["a"]) for g in groups for i in read_rows(tmp_path, g.description)
@@ -129,17 +129,17 @@ def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
 def test_what_is_broken_is_named_by_its_place(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(OneLLMError, match=r"x\.json: at byte \d+: "):
-        list(scan(tmp_path / "x.json", "rows" if text[0] == "{" else None))
+        list(scan_rows(tmp_path / "x.json", "rows" if text[0] == "{" else None))
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": []}')
     with pytest.raises(UsageError, match=r"x\.json has no key 'rows'"):
-        list(scan(tmp_path / "x.json", "rows"))
+        list(scan_rows(tmp_path / "x.json", "rows"))
     with pytest.raises(UsageError, match="no such file"):
-        list(scan(tmp_path / "y.json"))
+        list(scan_rows(tmp_path / "y.json"))
     (tmp_path / "x.json").write_text("[1, 2, 3]")
-    [group] = row_groups(tmp_path, "x.json", 10)
+    [group] = split_rows(tmp_path, "x.json", 10)
     (tmp_path / "x.json").write_text("[1, 2")
     with pytest.raises(OneLLMError, match="no rows any more"):
         list(read_rows(tmp_path, {**group.description, "start": 0}))
@@ -152,8 +152,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             file.write(f'{{"id": {i}, "text": "{"x" * 500}"}}{"," if i < 39_999 else ""}')
         file.write('], "rows": [1, 2]}')
     tracemalloc.start()
-    assert [r.value for r in scan(tmp_path / "x.json", "rows")] == [1, 2]
-    assert sum(g.count or 0 for g in row_groups(tmp_path, "x.json", 1000, key="images")) == 40_000
+    assert [r.value for r in scan_rows(tmp_path / "x.json", "rows")] == [1, 2]
+    assert sum(g.count or 0 for g in split_rows(tmp_path, "x.json", 1000, key="images")) == 40_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "x.json").stat().st_size > 20_000_000

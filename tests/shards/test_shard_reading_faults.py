@@ -15,7 +15,7 @@ from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import prepare as prepare_module
 from onellm_dist.shards.build.images import encode_again
 from onellm_dist.shards.build.prepare import _read
-from onellm_dist.shards.sources.base import BadSample
+from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.storage.paths import RemotePath, translate_store_errors
 
@@ -60,7 +60,7 @@ def test_a_fault_of_the_disk_is_tried_again_and_then_stops_the_build(error: OSEr
     assert _read(Failing(lambda: error, good=3)) == b"whole"
     with pytest.raises(OneLLMError, match=r", 3 times\.") as caught:
         _read(Failing(lambda: error))
-    assert not isinstance(caught.value, (BadSample, UsageError))
+    assert not isinstance(caught.value, (BadSampleError, UsageError))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_fault_of_the_disk_is_tried_again_and_then_stops_the_build(error: OSEr
 )
 def test_what_is_wrong_with_a_file_is_one_bad_sample(error: Exception) -> None:
     media = Failing(lambda: error)
-    with pytest.raises(BadSample, match=r"^(missing|unreadable) file: "):
+    with pytest.raises(BadSampleError, match=r"^(missing|unreadable) file: "):
         _read(media)
     assert media.tries == 1
 
@@ -99,7 +99,7 @@ def test_a_broken_tensor_file_is_one_bad_sample(tmp_path: Path, damage: str) -> 
     (tmp_path / "x.pt").write_bytes(
         {"struct": data[: len(data) // 2], "cut": data[:-40], "text": b"no tensor"}[damage]
     )
-    with pytest.raises(BadSample, match=r"unreadable \.pt: x"):
+    with pytest.raises(BadSampleError, match=r"unreadable \.pt: x"):
         TensorCloud(tmp_path / "x.pt", "x").read_bytes()
 
 
@@ -110,7 +110,7 @@ def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(
         raise TypeError("EXIF")
 
     monkeypatch.setattr("onellm_dist.shards.build.images.ImageOps.exif_transpose", broken)
-    with pytest.raises(BadSample, match="unreadable picture: TypeError: EXIF"):
+    with pytest.raises(BadSampleError, match="unreadable picture: TypeError: EXIF"):
         encode_again({"jpg": picture(1)}, frozenset({"jpg"}), None, 80)
 
 

@@ -16,7 +16,7 @@ from source_checks import built, decoded, photo, reasons, samples
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.sources.readers.depth_models import normals
+from onellm_dist.shards.sources.readers.depth_models import estimate_normals
 
 
 def grey_map(size: tuple[int, int] = (64, 48), kind: str = "PNG") -> bytes:
@@ -287,7 +287,7 @@ def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
         np.asarray(Image.open(io.BytesIO(samples(normal)["000000002"]["normal.png"]))) / 127.5 - 1
     )
     assert np.abs(np.linalg.norm(vectors, axis=-1) - 1).max() < 0.02
-    assert np.abs(vectors - normals(expected / 255, 0.5)).max() < 0.05
+    assert np.abs(vectors - estimate_normals(expected / 255, 0.5)).max() < 0.05
     # Distances: near and far change places.
     _, far = built(
         "cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3
@@ -328,8 +328,8 @@ def test_the_formula_of_normals() -> None:
     """A wall, a ramp that rises to the right, and a floor."""
     y, x = np.mgrid[:40, :60]
     inside = (slice(2, -2), slice(2, -2))
-    assert np.allclose(normals(np.full((40, 60), 0.3), 0.5)[inside], (0, 0, 1))
-    ramp = normals(x / 60, 0.75)[inside]  # height 0.75 * 40 * x / 60 = x / 2
+    assert np.allclose(estimate_normals(np.full((40, 60), 0.3), 0.5)[inside], (0, 0, 1))
+    ramp = estimate_normals(x / 60, 0.75)[inside]  # height 0.75 * 40 * x / 60 = x / 2
     assert np.allclose(ramp, np.array([-0.5, 0, 1]) / np.sqrt(1.25))
-    floor = normals(y / 40, 0.5)[inside]
+    floor = estimate_normals(y / 40, 0.5)[inside]
     assert np.allclose(floor, np.array([0, 0.5, 1]) / np.sqrt(1.25))

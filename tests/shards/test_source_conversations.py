@@ -28,7 +28,7 @@ from source_checks import (
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part
-from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.conversations import clean_turns
 
 SHORT = "Answer the question using a single word or phrase."
 
@@ -516,7 +516,11 @@ def test_audiocaps(tmp_path: Path) -> None:
 
 
 def test_turns_are_cleaned() -> None:
-    assert clean(turns("<image>\nWhat?", "It is <image>.")) == turns("What?", "It is <image>.")
-    assert clean([*turns("Q", "A"), {"from": "human", "value": "unanswered"}]) == turns("Q", "A")
+    assert clean_turns(turns("<image>\nWhat?", "It is <image>.")) == turns(
+        "What?", "It is <image>."
+    )
+    assert clean_turns([*turns("Q", "A"), {"from": "human", "value": "unanswered"}]) == turns(
+        "Q", "A"
+    )
     with pytest.raises(ValueError, match="turn 1 is a system turn"):
-        clean([{"from": "human", "value": "Q"}, {"from": "system", "value": "x"}])
+        clean_turns([{"from": "human", "value": "Q"}, {"from": "system", "value": "x"}])

@@ -19,8 +19,7 @@ from onellm_dist.shards.build.prepare import prepare
 from onellm_dist.shards.build.registry import complete_options, get_source
 from onellm_dist.shards.build.task import TooManyFailures
 from onellm_dist.shards.command import build_recipe
-from onellm_dist.shards.sources.laion400m import alt_caption
-from onellm_dist.shards.sources.readers.img2dataset import tar_raw_samples
+from onellm_dist.shards.sources.readers.img2dataset import choose_alt_text, read_tar_samples
 
 RECIPES = Path(__file__).parents[2] / "shards"
 
@@ -190,7 +189,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
         | {draw.randrange(len(data)) for _ in range(20)}
     ):
         tar.write_bytes(data[:cut])
-        found = list(tar_raw_samples(tmp_path / "in", description, ("jpg",), alt_caption))
+        found = list(read_tar_samples(tmp_path / "in", description, ("jpg",), choose_alt_text))
         outcomes = [prepare(c, ("image",), settings) for c in found]
         needed = (
             "jpg" if listed else "json"

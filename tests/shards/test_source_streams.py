@@ -15,22 +15,22 @@ import pytest
 from shard_worlds import write_tree
 
 from onellm_dist.shards.sources.readers import archives
-from onellm_dist.shards.sources.readers.archives import ArchiveIndex, entries
+from onellm_dist.shards.sources.readers.archives import ArchiveIndex, list_entries
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
     TSV,
     Dialect,
     RowRange,
+    find_row_ranges,
     read_header,
     read_rows,
-    row_ranges,
 )
 
 
 def all_rows(table: Path, dialect: Dialect, names: list[str], size: int) -> list[list[str]]:
     """Every row through ranges of `size`, each read by itself."""
     _, start = read_header(table, dialect)
-    ranges = list(row_ranges(table, dialect, size, start))
+    ranges = list(find_row_ranges(table, dialect, size, start))
     assert all(r.size == size for r in ranges[:-1])
     found = [list(read_rows(table, dialect, r, names)) for r in ranges]
     assert [len(f) for f in found] == [r.size for r in ranges]
@@ -65,7 +65,7 @@ def test_a_quote_that_is_never_closed_spoils_its_own_row_alone(tmp_path: Path) -
     for size in (1, 10, 1000):
         rows = [
             row
-            for r in row_ranges(tmp_path / "t.csv", CSV, size, start)
+            for r in find_row_ranges(tmp_path / "t.csv", CSV, size, start)
             for row in read_rows(tmp_path / "t.csv", CSV, r, ["a", "b"])
         ]
         assert [r.problem for r in rows] == ["unreadable row: a quote is opened and not closed"] + [
@@ -90,7 +90,7 @@ def test_planning_a_table_takes_the_same_memory_whatever_its_length(tmp_path: Pa
         )
         tracemalloc.start()
         assert (
-            sum(r.size for r in row_ranges(tmp_path / "t.csv", CSV, 5000, RowRange(8, 2, 0)))
+            sum(r.size for r in find_row_ranges(tmp_path / "t.csv", CSV, 5000, RowRange(8, 2, 0)))
             == count
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -121,7 +121,7 @@ def test_members_of_a_split_archive_come_out_as_they_went_in(
         check=True,
     )
     assert len(list(tmp_path.glob("a.z*"))) > 10
-    assert {e.name for e in entries(tmp_path / "a.zip")} == set(files)
+    assert {e.name for e in list_entries(tmp_path / "a.zip")} == set(files)
     monkeypatch.setattr(archives, "_CHUNK", 100)
     index = ArchiveIndex(tmp_path / "a.zip", (".flac",))
     assert len(index) == 25

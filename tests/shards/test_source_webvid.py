@@ -15,7 +15,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.task import TooManyFailures
 from onellm_dist.shards.command import build_recipe
-from onellm_dist.shards.sources.webvid import SOURCE, seconds
+from onellm_dist.shards.sources.webvid import SOURCE, parse_duration
 
 RECIPE = Path(__file__).parents[2] / "shards/webvid.yaml"
 HEADER = "videoid,contentUrl,duration,page_dir,name\n"
@@ -196,7 +196,7 @@ def test_other_csvs_and_empty_folders_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_durations(text: str, value: float | None) -> None:
-    assert seconds(text) == value
+    assert parse_duration(text) == value
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.sources.base import BadSample
+from onellm_dist.shards.sources.base import BadSampleError
 
 DEFAULT_QUALITY = 95
 STORED = "jpg"
@@ -37,7 +37,7 @@ def _opened(data: bytes) -> Image.Image:
     except (
         Exception
     ) as error:  # Pillow's decoders raise many kinds; each means that this picture cannot be read
-        raise BadSample(f"unreadable picture: {type(error).__name__}: {error}") from error
+        raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return picture
 
 
@@ -48,7 +48,7 @@ def encode_again(
     unless `quality` is given. EXIF's rotation is applied; other metadata is dropped.
 
     Raises:
-        BadSample: a picture cannot be read.
+        BadSampleError: a picture cannot be read.
     """
     result: dict[str, bytes] = {}
     for extension, data in parts.items():
@@ -65,7 +65,7 @@ def encode_again(
                 picture, resize if smaller else None, quality or DEFAULT_QUALITY
             )
         except Exception as error:  # a broken EXIF, a mode or a size that JPEG has not
-            raise BadSample(f"unreadable picture: {type(error).__name__}: {error}") from error
+            raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result
 
 
@@ -84,7 +84,7 @@ def dhash(data: bytes) -> int:
     """64 bits: is each of 8 x 8 grey cells darker than its right neighbour (Krawetz 2013, "Kind of Like That").
 
     Raises:
-        BadSample: the picture cannot be read.
+        BadSampleError: the picture cannot be read.
     """
     grey = np.asarray(
         _opened(data).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16

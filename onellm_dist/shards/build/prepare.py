@@ -21,7 +21,7 @@ from onellm_dist.shards.build.filters import dropped_by_hash, dropped_by_meta
 from onellm_dist.shards.build.images import dhash, encode_again, picture_extensions
 from onellm_dist.shards.build.settings import Settings
 from onellm_dist.shards.format.writer import check_names, check_parts
-from onellm_dist.shards.sources.base import BadSample, Media, RawSample
+from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
 
 PAUSES = (0.1, 0.5, 2.0)
 """Seconds before each further try to read a file."""
@@ -73,7 +73,7 @@ def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: Settings
     """
     try:
         if raw_sample.problem is not None:
-            raise BadSample(raw_sample.problem)
+            raise BadSampleError(raw_sample.problem)
         if raw_sample.skip is not None:
             raise _Skipped(raw_sample.skip)
         return _read_sample(raw_sample, modalities, settings)
@@ -125,13 +125,13 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
         where: file name for the reason, where it is not the raw_sample's own.
 
     Raises:
-        BadSample: not UTF-8, half a surrogate pair, or empty.
+        BadSampleError: not UTF-8, half a surrogate pair, or empty.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         stored = text.strip().encode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadSample(
+        raise BadSampleError(
             f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} at position {error.start}"
         ) from error
     except (
@@ -139,14 +139,14 @@ def caption_bytes(data: bytes | str, where: str = "") -> bytes:
     ) as error:  # tables are read with surrogateescape, so that one bad line spoils no other
         code = ord(error.object[error.start])
         if not 0xDC80 <= code <= 0xDCFF:
-            raise BadSample(
+            raise BadSampleError(
                 f"caption is no text: {where}half a surrogate pair, \\u{code:04x}, at character {error.start}"
             ) from error
-        raise BadSample(
+        raise BadSampleError(
             f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}"
         ) from error
     if not stored:
-        raise BadSample(f"empty caption{': ' + where.rstrip(': ') if where else ''}")
+        raise BadSampleError(f"empty caption{': ' + where.rstrip(': ') if where else ''}")
     return stored
 
 
@@ -154,20 +154,20 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     """A sample's `.json`.
 
     Raises:
-        BadSample: not a JSON object, or `parse_turns` refuses its `conversations` (an empty list means none).
+        BadSampleError: not a JSON object, or `parse_turns` refuses its `conversations` (an empty list means none).
     """
     try:
         meta = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"unreadable .json: {error}") from error
+        raise BadSampleError(f"unreadable .json: {error}") from error
     if not isinstance(meta, dict):
-        raise BadSample(f"unreadable .json: a {type(meta).__name__}, not an object")
+        raise BadSampleError(f"unreadable .json: a {type(meta).__name__}, not an object")
     conversations = meta.get("conversations")
     if conversations is not None and conversations != []:
         try:
             parse_turns(conversations)
         except TurnsError as error:
-            raise BadSample(f"malformed conversations: {error}") from error
+            raise BadSampleError(f"malformed conversations: {error}") from error
     return meta
 
 
@@ -189,7 +189,7 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
         try:
             parts["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
         except UnicodeEncodeError as error:
-            raise BadSample("table row is not UTF-8") from error
+            raise BadSampleError("table row is not UTF-8") from error
         parse_meta(parts["json"])
     if "txt" not in parts:
         caption = meta.get("caption", meta.get("captions"))
@@ -198,7 +198,7 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
             for one in captions:
                 caption_bytes(one, ".json: ")
         elif not meta.get("conversations"):
-            raise BadSample("no caption: neither a caption nor a conversation belongs to it")
+            raise BadSampleError("no caption: neither a caption nor a conversation belongs to it")
     return parts, meta
 
 
@@ -210,7 +210,7 @@ def _read(media: Media) -> bytes:
     """The bytes of a part.
 
     Raises:
-        BadSample: the file is not there, may not be read, or is not what it should be: that stays so.
+        BadSampleError: the file is not there, may not be read, or is not what it should be: that stays so.
         OneLLMError: the disk or the network failed, several times (what is stored must not depend on that), or a model is missing.
     """
     for pause in (*PAUSES, None):
@@ -227,7 +227,7 @@ def _read(media: Media) -> bytes:
         except (
             Exception
         ) as error:  # a name with a NUL, an archive or a tensor file that is broken in a new way
-            raise BadSample(
+            raise BadSampleError(
                 f"unreadable file: {_name(media)}: {type(error).__name__}: {error}"
             ) from error
     raise AssertionError("the last try returns or raises")
@@ -240,11 +240,11 @@ def _passing(error: OSError) -> bool:
     return error.errno not in _LASTING
 
 
-def _bad_file(media: Media, error: OSError) -> BadSample:
+def _bad_file(media: Media, error: OSError) -> BadSampleError:
     name = media if isinstance(media, Path) else error.filename or _name(media)
     if isinstance(error, FileNotFoundError):
-        return BadSample(f"missing file: {name}")
-    return BadSample(f"unreadable file: {name}: {error.strerror or error}")
+        return BadSampleError(f"missing file: {name}")
+    return BadSampleError(f"unreadable file: {name}: {error.strerror or error}")
 
 
 def _failing_disk(media: Media, error: OSError) -> OneLLMError:
@@ -262,6 +262,6 @@ def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any])
     try:
         modality.transform(modality.decode(slots, meta), train=False, rng=np.random.default_rng(0))
     except SampleError as error:
-        raise BadSample(f"unreadable {name}: {error.what}") from error
+        raise BadSampleError(f"unreadable {name}: {error.what}") from error
     except Exception as error:  # a decoder's surprise at a strange file is that file's fault: one bad sample, not a lost build
-        raise BadSample(f"unreadable {name}: {type(error).__name__}: {error}") from error
+        raise BadSampleError(f"unreadable {name}: {type(error).__name__}: {error}") from error

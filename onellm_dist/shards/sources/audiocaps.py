@@ -21,17 +21,17 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.readers.conversations import captioned
+from onellm_dist.shards.sources.readers.conversations import make_caption_turns
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
     RowRange,
+    find_row_ranges,
     read_header,
     read_rows,
-    row_ranges,
 )
-from onellm_dist.shards.sources.readers.media_files import below, need_file
-from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.media_files import require_file, resolve_below
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
 _COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 _SPLITS = ("train", "val", "test")
@@ -64,7 +64,7 @@ def plan(
     tables = [
         (
             s,
-            need_file(
+            require_file(
                 inputs,
                 annotations,
                 (f"{s}.csv", f"dataset/{s}.csv"),
@@ -75,7 +75,7 @@ def plan(
         for s in wanted
     ]
     for _, table in tables:
-        names, _ = read_header(below(inputs, table), CSV)
+        names, _ = read_header(resolve_below(inputs, table), CSV)
         if not set(_COLUMNS) <= set(names):
             raise UsageError(
                 f"{table} has the columns {', '.join(names)}.",
@@ -94,9 +94,9 @@ def plan(
     )
 
 
-def _groups(inputs: Path, split: str, table: str, pool: Pool) -> Iterator[InputSplit]:
-    names, start = read_header(below(inputs, table), CSV)
-    for found in row_ranges(below(inputs, table), CSV, _ROWS, start):
+def _groups(inputs: Path, split: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
+    names, start = read_header(resolve_below(inputs, table), CSV)
+    for found in find_row_ranges(resolve_below(inputs, table), CSV, _ROWS, start):
         description = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
         yield InputSplit(f"{table}:{found.line}", description, split, found.size)
 
@@ -105,9 +105,9 @@ def raw_samples(
     inputs: Path, description: SplitDescription, *, missing: str, **_: Any
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool = Pool.from_json(description["pool"])
+    pool = MediaPool.from_json(description["pool"])
     for line, row, problem in read_rows(
-        below(inputs, description["table"]),
+        resolve_below(inputs, description["table"]),
         CSV,
         RowRange(*description["range"]),
         description["names"],
@@ -130,7 +130,7 @@ def raw_samples(
         meta = {
             "youtube_id": row["youtube_id"],
             "start_time": row["start_time"],
-            "conversations": captioned("audio", row["caption"]),
+            "conversations": make_caption_turns("audio", row["caption"]),
         }
         yield RawSample(key, where, {suffix[1:]: media}, row["caption"], meta)
 

@@ -57,11 +57,11 @@ class Media(Protocol):
     """Where the bytes of one part come from: a Path, FileRange, or a source's own frozen dataclass with `read_bytes`."""
 
     def read_bytes(self) -> bytes:
-        """The whole part. Raises FileNotFoundError, another OSError, or BadSample (the reason to leave the sample out)."""
+        """The whole part. Raises FileNotFoundError, another OSError, or BadSampleError (the reason to leave the sample out)."""
         ...
 
 
-class BadSample(SampleError):
+class BadSampleError(SampleError):
     """Why a raw_sample is left out: `what` is the reason, one line, its kind before the first colon."""
 
 
@@ -78,7 +78,7 @@ class FileRange:
             file.seek(self.offset)
             data = file.read(self.size)
         if len(data) != self.size:
-            raise BadSample(
+            raise BadSampleError(
                 f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}"
             )
         return data

@@ -27,9 +27,9 @@ from onellm_dist.shards.sources.base import (
 )
 from onellm_dist.shards.sources.readers import json_stream
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
-from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, read_rows, row_ranges
-from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, find_row_ranges, read_rows
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
 SUFFIXES = (".npy", ".pt", ".ply")
 """Best first: NumPy is read fastest."""
@@ -80,11 +80,11 @@ def _table(inputs: Path, given: str | None) -> str:
     return found[0]
 
 
-def _groups(inputs: Path, table: str, pool: Pool) -> Iterator[InputSplit]:
+def _groups(inputs: Path, table: str, pool: MediaPool) -> Iterator[InputSplit]:
     if table.lower().endswith(".json"):
-        yield from json_stream.row_groups(inputs, table, _ROWS, pool=pool.to_json())
+        yield from json_stream.split_rows(inputs, table, _ROWS, pool=pool.to_json())
         return
-    for rows in row_ranges(inputs / table, CSV, _ROWS):
+    for rows in find_row_ranges(inputs / table, CSV, _ROWS):
         yield InputSplit(
             f"{table}:{rows.line}",
             {"table": table, "range": list(rows), "pool": pool.to_json()},
@@ -101,7 +101,7 @@ def raw_samples(
     missing: str,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool = Pool.from_json(description["pool"])
+    pool = MediaPool.from_json(description["pool"])
     rows = (
         _captions(inputs, description)
         if "table" in description
@@ -125,10 +125,10 @@ def raw_samples(
                 else RawSample(key, where, skip="media was not fetched")
             )
             continue
-        yield RawSample(key, where, cloud_parts(*found, uid), caption, meta)
+        yield RawSample(key, where, make_cloud_parts(*found, uid), caption, meta)
 
 
-def cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
+def make_cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
     """The part of a cloud's file: `.pt` becomes `.npy`, others stay as they are."""
     return {"npy": TensorCloud(media, f"{name}.pt")} if suffix == ".pt" else {suffix[1:]: media}
 

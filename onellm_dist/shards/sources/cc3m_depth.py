@@ -1,5 +1,5 @@
 """`onellm shards build cc3m-depth IN OUT`: CC3M pictures, each with its depth map (paper, Tab. 9; see map_pairs.py)."""
 
-from onellm_dist.shards.sources.readers.map_pairs import map_source
+from onellm_dist.shards.sources.readers.map_pairs import make_map_source
 
-SOURCE = map_source("depth")
+SOURCE = make_map_source("depth")

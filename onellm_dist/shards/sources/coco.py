@@ -8,23 +8,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.readers.conversations import captioned
-from onellm_dist.shards.sources.readers.json_stream import Item
-from onellm_dist.shards.sources.vqa import COCO_FOLDERS, coco_picture
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    AnnotationContext,
+    AnnotationSet,
+    require_text,
+)
+from onellm_dist.shards.sources.readers.coco_pictures import COCO_FOLDERS, find_coco_picture
+from onellm_dist.shards.sources.readers.conversations import make_caption_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem
 
 _LICENCE = "CC-BY 4.0 (captions); COCO's pictures under Flickr's terms"
 _KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def _caption(context: Context, item: Item) -> Sequence[Sample]:
+def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    caption, picture = text_of(row["caption"], "caption"), int(row["image_id"])
+    caption, picture = require_text(row["caption"], "caption"), int(row["image_id"])
     return [
-        Sample(
+        AnnotatedSample(
             str(row["id"]),
-            coco_picture(context, picture),
-            captioned("image", caption),
+            find_coco_picture(context, picture),
+            make_caption_turns("image", caption),
             caption,
             {"image_id": picture},
         )
@@ -43,14 +48,15 @@ def _sentences(row: Any, split: str) -> int:
     )
 
 
-def _picture(context: Context, item: Item) -> Sequence[Sample]:
+def _picture(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     if row["split"] not in _KARPATHY:
         raise ValueError(f"its split is {row['split']!r}, none of {', '.join(_KARPATHY)}")
-    media, meta = coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
-    texts = [(int(s["sentid"]), text_of(s["raw"], "a caption")) for s in row["sentences"]]
+    media, meta = find_coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
+    texts = [(int(s["sentid"]), require_text(s["raw"], "a caption")) for s in row["sentences"]]
     return [
-        Sample(f"{number}", media, captioned("image", text), text, meta) for number, text in texts
+        AnnotatedSample(f"{number}", media, make_caption_turns("image", text), text, meta)
+        for number, text in texts
     ]
 
 

@@ -27,16 +27,16 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.readers.conversations import captioned
-from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, Recorded, recording_of
+from onellm_dist.shards.sources.readers.conversations import make_caption_turns
+from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, Recorded, find_recording
 from onellm_dist.shards.sources.readers.json_stream import (
     has_key,
-    read_places,
     read_rows,
-    row_groups,
-    scan,
+    read_rows_at,
+    scan_rows,
+    split_rows,
 )
-from onellm_dist.shards.sources.readers.media_files import below
+from onellm_dist.shards.sources.readers.media_files import resolve_below
 
 _SECONDS = 2.0
 _GROUP = 1000
@@ -89,8 +89,8 @@ def plan(
             "they say which parts of the recordings are samples.",
             "name one: -o windows=FILE or -o narrations=FILE.",
         )
-    key = "videos" if has_key(below(inputs, told), "videos") else None
-    groups = row_groups(
+    key = "videos" if has_key(resolve_below(inputs, told), "videos") else None
+    groups = split_rows(
         inputs,
         told,
         _GROUP,
@@ -104,7 +104,7 @@ def plan(
 
 def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
     names = usual if chosen is None else (str(chosen),)
-    found = next((n for n in names if below(inputs, n).is_file()), None)
+    found = next((n for n in names if resolve_below(inputs, n).is_file()), None)
     if chosen is not None and found is None:
         raise UsageError(
             f"{chosen}: there is no such file.", "it lists the samples.", "check the path."
@@ -115,7 +115,7 @@ def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | N
 def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
     """Windows sorted by video (0.5M of them: some 200 MB); a video's recording is then read by one process."""
     found: dict[str, list[tuple[int, int, int]]] = {}
-    for number, row in enumerate(scan(below(inputs, name))):
+    for number, row in enumerate(scan_rows(resolve_below(inputs, name))):
         uid = row.value.get("video_uid") if isinstance(row.value, dict) else None
         found.setdefault(uid if isinstance(uid, str) else "", []).append(
             (number, row.start, row.end)
@@ -139,7 +139,7 @@ def _from_windows(
     inputs: Path, description: SplitDescription, *, imu: Path | None, min_samples: int, **_: Any
 ) -> Iterator[RawSample]:
     last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
-    for item in read_places(below(inputs, description["windows"]), description["rows"]):
+    for item in read_rows_at(resolve_below(inputs, description["windows"]), description["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
         if uid is None or times is None:
@@ -150,7 +150,7 @@ def _from_windows(
             )
             continue
         if last is None or last[0] != uid:
-            last = uid, recording_of(inputs if imu is None else below(inputs, imu), uid)
+            last = uid, find_recording(inputs if imu is None else resolve_below(inputs, imu), uid)
         yield _raw_sample(last[1], key, where, uid, times, row["text"], min_samples)
 
 
@@ -182,14 +182,14 @@ def _raw_sample(
         "video_uid": uid,
         "window_start": times[0],
         "window_end": times[1],
-        "conversations": captioned("imu", captions[0]),
+        "conversations": make_caption_turns("imu", captions[0]),
     }
     if len(captions) > 1:
         meta["caption"] = captions
     return RawSample(
         key,
         where,
-        {"imu.npy": ImuWindow(*found, *times, min_samples)},
+        {"imu.npy": CutImuWindow(*found, *times, min_samples)},
         captions[0] if len(captions) == 1 else None,
         meta,
     )
@@ -222,7 +222,7 @@ def _from_narrations(
         uid, video = item.key, item.value
         told = _narrated(video, passes)
         first = next(told, None)
-        found = recording_of(inputs if imu is None else below(inputs, imu), uid)
+        found = find_recording(inputs if imu is None else resolve_below(inputs, imu), uid)
         if first is None:
             yield RawSample(uid, f"{description['file']}[{uid}]", skip="a video without narrations")
             continue

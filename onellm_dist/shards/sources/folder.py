@@ -21,8 +21,8 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.readers.folder_files import side_file_raw_samples
-from onellm_dist.shards.sources.readers.folder_tables import find_table, table_raw_samples
+from onellm_dist.shards.sources.readers.folder_files import find_side_file_samples
+from onellm_dist.shards.sources.readers.folder_tables import find_table, read_table_samples
 
 _GROUP = 1000
 """Candidates a group."""
@@ -52,9 +52,9 @@ def find_raw_samples(
     root = inputs if inputs.is_dir() else inputs.parent
     table = captions or (find_table(inputs) if inputs.is_dir() else inputs)
     if table is not None:
-        found = table_raw_samples(table, root, wanted, caption_column, file_column)
+        found = read_table_samples(table, root, wanted, caption_column, file_column)
     else:
-        found = side_file_raw_samples(inputs, wanted)
+        found = find_side_file_samples(inputs, wanted)
     if not found[1]:
         ignored = f" ({'; '.join(found[2])})" if found[2] else ""
         raise UsageError(

@@ -1,6 +1,6 @@
 """`onellm shards build laion-coco IN OUT`: LAION-COCO as img2dataset downloaded it, with its synthetic captions.
 
-The usual recipe of img2dataset passes `--caption_col TEXT`, so that the tars' `.txt` is the alt text; what the set is for is `top_caption`,
+The usual recipe of img2dataset passes `--caption_col TEXT`, so that the tars' `.txt` is the alt text; what the set is for is `choose_top_caption`,
 which stands in the metadata where the download kept it (`--save_additional_columns`).
 """
 
@@ -13,51 +13,58 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.sources.base import (
-    BadSample,
+    BadSampleError,
     DatasetDescription,
     Option,
     RawSample,
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.laion400m import alt_caption, column
 from onellm_dist.shards.sources.readers.img2dataset import (
     UNFINISHED_OPTION,
-    Captions,
-    Text,
+    ChooseCaptions,
+    ReadText,
+    choose_alt_text,
+    find_column,
     find_tars,
-    tar_groups,
-    tar_raw_samples,
+    read_tar_samples,
+    split_tars,
 )
 
 CHOICES = ("top", "alt", "all")
 
 
-def top_caption(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
+def choose_top_caption(row: Mapping[str, Any], text: ReadText) -> Sequence[str | None]:
     """The synthetic caption that CLIP liked best."""
-    found = column(row, ("top_caption",))
+    found = find_column(row, ("top_caption",))
     if not isinstance(found, str):
-        raise BadSample(
+        raise BadSampleError(
             "no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)"
         )
     return [found]
 
 
-def all_captions(row: Mapping[str, Any], text: Text) -> Sequence[str | None]:
+def choose_all_captions(row: Mapping[str, Any], text: ReadText) -> Sequence[str | None]:
     """Every synthetic caption once, the best one first."""
-    found = column(row, ("all_captions",))
+    found = find_column(row, ("all_captions",))
     if (
         not isinstance(found, Sequence)
         or isinstance(found, str)
         or not all(isinstance(c, str) for c in found)
     ):
-        raise BadSample(
+        raise BadSampleError(
             "no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)"
         )
-    return [c for c in dict.fromkeys([*top_caption(row, text), *found]) if c and c.strip()] or [""]
+    return [
+        c for c in dict.fromkeys([*choose_top_caption(row, text), *found]) if c and c.strip()
+    ] or [""]
 
 
-_CAPTIONS: Mapping[str, Captions] = {"top": top_caption, "alt": alt_caption, "all": all_captions}
+_CAPTIONS: Mapping[str, ChooseCaptions] = {
+    "top": choose_top_caption,
+    "alt": choose_alt_text,
+    "all": choose_all_captions,
+}
 
 
 def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> DatasetDescription:
@@ -72,7 +79,7 @@ def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> DatasetDe
             "it is not known which text to take.",
             "choose one.",
         )
-    groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
+    groups, notes = split_tars(inputs, find_tars(inputs), unfinished)
     return DatasetDescription(("image",), groups, notes, {"caption": caption})
 
 
@@ -80,7 +87,7 @@ def raw_samples(
     inputs: Path, description: SplitDescription, *, unfinished: str, caption: str
 ) -> Iterator[RawSample]:
     """One tar's."""
-    return tar_raw_samples(
+    return read_tar_samples(
         inputs, description, get_modality("image").required_parts["image"], _CAPTIONS[caption]
     )
 

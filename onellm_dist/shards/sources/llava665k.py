@@ -19,16 +19,16 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.annotations import (
-    Context,
-    Sample,
-    media_folders,
-    row_raw_samples,
-    text_of,
+    AnnotatedSample,
+    AnnotationContext,
+    find_media_folders,
+    read_raw_samples,
+    require_text,
 )
-from onellm_dist.shards.sources.readers.conversations import clean
-from onellm_dist.shards.sources.readers.json_stream import Item, Row, read_rows, row_groups
-from onellm_dist.shards.sources.readers.media_files import need_file
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem, JsonRow, read_rows, split_rows
+from onellm_dist.shards.sources.readers.media_files import require_file
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
 _KINDS = ("image", "text")
@@ -60,19 +60,19 @@ def plan(
             "a dataset has one of them.",
             "build each into a folder of its own.",
         )
-    name = need_file(
+    name = require_file(
         inputs, annotations, ("llava_v1_5_mix665k.json",), "LLaVA's rows", "annotations"
     )
-    media_folders(inputs, media, ())
+    find_media_folders(inputs, media, ())
 
-    def count(row: Row) -> Mapping[str, int]:
+    def count(row: JsonRow) -> Mapping[str, int]:
         return {"train": int(_kind(row.value) == rows)}
 
     built = "with a picture" if rows == "image" else "of text alone"
     other = f"only the rows {built} are built; the others: -o rows={_KINDS[rows == 'image']}"
     return DatasetDescription(
         ("image",) if rows == "image" else (),
-        row_groups(inputs, name, _ROWS, count=count),
+        split_rows(inputs, name, _ROWS, count=count),
         (other,),
     )
 
@@ -87,28 +87,32 @@ def raw_samples(
     **options: Any,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    context = Context(inputs, media_folders(inputs, media, ()), description, options)
+    context = AnnotationContext(inputs, find_media_folders(inputs, media, ()), description, options)
     for item in read_rows(inputs, description):
         if _kind(item.value) == rows:
-            yield from row_raw_samples(lambda i: conversation(context, i, rows), item, 1, missing)
+            yield from read_raw_samples(
+                lambda i: read_conversation(context, i, rows), item, 1, missing
+            )
 
 
-def conversation(context: Context, item: Item, rows: str) -> Sequence[Sample]:
+def read_conversation(
+    context: AnnotationContext, item: JsonItem, rows: str
+) -> Sequence[AnnotatedSample]:
     """A row as a sample; ids are not unique in this file, so the row's number is the key."""
     row, key = item.value, f"{item.number:06d}"
     meta = {"id": str(row.get("id", ""))}
     if rows == "text":
-        return [Sample(key, {}, clean(row["conversations"], tags=False), meta=meta)]
-    name = text_of(row["image"], "image")
+        return [AnnotatedSample(key, {}, clean_turns(row["conversations"], tags=False), meta=meta)]
+    name = require_text(row["image"], "image")
     stem = str(PurePosixPath(name).with_suffix(""))
     names = dict.fromkeys(
         (name, f"{stem}.jpg", f"{stem}.png")
     )  # OCR-VQA's .gif are .jpg on most users' disks
     return [
-        Sample(
+        AnnotatedSample(
             key,
             context.media("image", *names),
-            clean(row["conversations"]),
+            clean_turns(row["conversations"]),
             meta={**meta, "image": name},
         )
     ]

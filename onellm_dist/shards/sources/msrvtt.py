@@ -10,9 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.readers.conversations import asked, captioned, question
-from onellm_dist.shards.sources.readers.json_stream import Item
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    AnnotationContext,
+    AnnotationSet,
+    require_text,
+)
+from onellm_dist.shards.sources.readers.conversations import (
+    make_caption_turns,
+    make_question,
+    make_turns,
+)
+from onellm_dist.shards.sources.readers.json_stream import JsonItem
 
 _FOLDERS = (
     "TrainValVideo",
@@ -27,28 +36,34 @@ _FOLDERS = (
 _LICENCE = "MSR-VTT: research only"
 
 
-def _caption(context: Context, item: Item) -> Sequence[Sample]:
+def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    caption, video = text_of(row["caption"], "caption"), text_of(row["video_id"], "video_id")
+    caption, video = (
+        require_text(row["caption"], "caption"),
+        require_text(row["video_id"], "video_id"),
+    )
     return [
-        Sample(
+        AnnotatedSample(
             f"{video}-{int(row['sen_id'])}",
             context.media("video", f"{video}.mp4"),
-            captioned("video", caption),
+            make_caption_turns("video", caption),
             caption,
             {"video_id": video},
         )
     ]
 
 
-def _question(context: Context, item: Item) -> Sequence[Sample]:
+def _question(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    turns = asked(
-        (question(text_of(row["question"], "question")), text_of(row["answer"], "answer"))
+    turns = make_turns(
+        (
+            make_question(require_text(row["question"], "question")),
+            require_text(row["answer"], "answer"),
+        )
     )
     video = f"video{int(row['video_id'])}"
     return [
-        Sample(
+        AnnotatedSample(
             str(row["id"]), context.media("video", f"{video}.mp4"), turns, meta={"video_id": video}
         )
     ]

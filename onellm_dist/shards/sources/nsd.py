@@ -7,9 +7,7 @@ the repetitions, fp32 [15724], with all five captions (training takes one each e
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,18 @@ from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.shards.sources.base import (
-    BadSample,
     DatasetDescription,
     FileRange,
     InputSplit,
-    Media,
     Option,
     RawSample,
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.readers.conversations import captioned
-from onellm_dist.shards.sources.readers.img2dataset import tar_members
-from onellm_dist.shards.sources.readers.media_files import below, need_file
+from onellm_dist.shards.sources.readers.conversations import make_caption_turns
+from onellm_dist.shards.sources.readers.fmri import MeanOfRepetitions
+from onellm_dist.shards.sources.readers.img2dataset import list_tar_members
+from onellm_dist.shards.sources.readers.media_files import require_file, resolve_below
 
 _CAPTIONS = (
     "COCO_73k_annots_curated.npy",
@@ -39,35 +36,6 @@ _CAPTIONS = (
     "../COCO_73k_annots_curated.npy",
 )
 _SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class MeanOfRepetitions:
-    """A sample's voxels as `.npy` [voxels] fp32."""
-
-    voxels: Media
-
-    def read_bytes(self) -> bytes:
-        """Averages over the first axis in fp64.
-
-        Raises:
-            BadSample: no array of numbers, not finite, or not [repetitions, voxels].
-        """
-        try:
-            array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()))
-        except BadSample:
-            raise
-        except SampleError as error:
-            raise BadSample(f"unreadable fMRI: {error.what}") from error
-        if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
-            raise BadSample(
-                f"unreadable fMRI: {array.dtype} of shape {array.shape}, not floats [repetitions, voxels]"
-            )
-        buffer = io.BytesIO()
-        np.save(
-            buffer, array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64).astype(np.float32)
-        )
-        return buffer.getvalue()
 
 
 def plan(
@@ -84,10 +52,10 @@ def plan(
             "it says which captions a sample has.",
             "choose one.",
         )
-    table = need_file(
+    table = require_file(
         inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions"
     )
-    _Captions(below(inputs, table))
+    _Captions(resolve_below(inputs, table))
     root = inputs / "webdataset_avg_split" if (inputs / "webdataset_avg_split").is_dir() else inputs
     tars = [
         (s, t)
@@ -167,8 +135,8 @@ def raw_samples(
     inputs: Path, description: SplitDescription, *, subject: int, captions: Path | None, texts: str
 ) -> Iterator[RawSample]:
     """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
-    table = _Captions(below(inputs, description["captions"]))
-    members, fault = tar_members(inputs / description["tar"])
+    table = _Captions(resolve_below(inputs, description["captions"]))
+    members, fault = list_tar_members(inputs / description["tar"])
     for key, parts in members.items():
         where, name = (
             f"{description['tar']}: {key}",
@@ -187,7 +155,10 @@ def raw_samples(
                 problem=f"empty caption: picture {picture} has none in {table.path.name}",
             )
             continue
-        meta: dict[str, Any] = {"coco73k": picture, "conversations": captioned("fmri", told[0])}
+        meta: dict[str, Any] = {
+            "coco73k": picture,
+            "conversations": make_caption_turns("fmri", told[0]),
+        }
         if texts == "all":
             meta["caption"] = told  # training takes another one each epoch
         media = {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}

@@ -24,7 +24,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY
 from onellm_dist.shards.sources.base import (
-    BadSample,
+    BadSampleError,
     DatasetDescription,
     Media,
     Option,
@@ -32,21 +32,21 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.nsd import MeanOfRepetitions
 from onellm_dist.shards.sources.readers.annotations import (
-    Context,
-    NotFetched,
-    Sample,
-    media_folders,
-    row_raw_samples,
-    text_of,
+    AnnotatedSample,
+    AnnotationContext,
+    MediaNotFetchedError,
+    find_media_folders,
+    read_raw_samples,
+    require_text,
 )
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
-from onellm_dist.shards.sources.readers.conversations import clean
-from onellm_dist.shards.sources.readers.imu_windows import ImuWindow, recording_of
-from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
-from onellm_dist.shards.sources.readers.media_files import first_file
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.fmri import MeanOfRepetitions
+from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, find_recording
+from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
+from onellm_dist.shards.sources.readers.media_files import find_first_file
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
 _ROOT = "InstructionTuning"
@@ -107,7 +107,7 @@ def plan(
             "every sample of a dataset has the same modalities, so each kind of row is built by itself.",
             "give -o modality=NAME, and build each that you want into a folder of its own.",
         )
-    media_folders(inputs, media, (_ROOT,))
+    find_media_folders(inputs, media, (_ROOT,))
     base = f"{_ROOT}/" if (inputs / _ROOT).is_dir() else ""
     listed = [f for f in FILES if f.modality == modality and (files is None or _chosen(f, files))]
     there = [f for f in listed if (inputs / f"{base}{f.name}").is_file()]
@@ -118,7 +118,7 @@ def plan(
             "nothing can be built without it.",
             "give the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
         )
-    groups = chain.from_iterable(row_groups(inputs, f"{base}{f.name}", _ROWS) for f in taken)
+    groups = chain.from_iterable(split_rows(inputs, f"{base}{f.name}", _ROWS) for f in taken)
     return DatasetDescription(
         () if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken))
     )
@@ -153,29 +153,31 @@ def raw_samples(
     **options: Any,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    context = Context(inputs, media_folders(inputs, media, (_ROOT,)), description, options)
+    context = AnnotationContext(
+        inputs, find_media_folders(inputs, media, (_ROOT,)), description, options
+    )
     for item in read_rows(inputs, description):
-        yield from row_raw_samples(lambda i: _sample(context, i, modality), item, 1, missing)
+        yield from read_raw_samples(lambda i: _sample(context, i, modality), item, 1, missing)
 
 
-def _sample(context: Context, item: Item, modality: str) -> Sequence[Sample]:
+def _sample(context: AnnotationContext, item: JsonItem, modality: str) -> Sequence[AnnotatedSample]:
     row, key = item.value, f"{PurePosixPath(context.description['file']).stem}-{item.number:07d}"
     text = modality == TEXT_ONLY
     meta: dict[str, Any] = {"id": str(row.get("id", ""))}
-    turns = clean(row["conversations"], tags=not text)
+    turns = clean_turns(row["conversations"], tags=not text)
     if text:
-        return [Sample(key, {}, turns, meta=meta)]
+        return [AnnotatedSample(key, {}, turns, meta=meta)]
     parts = (
         _imu(context, row, meta)
         if modality == "imu"
-        else _medium(context, modality, text_of(row["image"], "image"), meta)
+        else _medium(context, modality, require_text(row["image"], "image"), meta)
     )
     if modality in ("depth", "normal"):
         [(extension, file)] = context.media(
-            "image", *_names(text_of(row[f"{modality}_image"], f"{modality}_image"))
+            "image", *_names(require_text(row[f"{modality}_image"], f"{modality}_image"))
         ).items()
         parts[f"{modality}.{extension}"] = file
-    return [Sample(key, parts, turns, meta=meta)]
+    return [AnnotatedSample(key, parts, turns, meta=meta)]
 
 
 def _names(path: str) -> list[str]:
@@ -183,7 +185,9 @@ def _names(path: str) -> list[str]:
     return list(dict.fromkeys((path, path.rpartition(f"{_ROOT}/")[2])))
 
 
-def _medium(context: Context, modality: str, path: str, meta: dict[str, Any]) -> dict[str, Media]:
+def _medium(
+    context: AnnotationContext, modality: str, path: str, meta: dict[str, Any]
+) -> dict[str, Media]:
     """The part of any modality but IMU, from the row's `image`."""
     if modality == "point":
         return _cloud(context, path, meta)
@@ -202,7 +206,7 @@ def _medium(context: Context, modality: str, path: str, meta: dict[str, Any]) ->
     return context.media(modality, *_names(path), *others)
 
 
-def _cloud(context: Context, path: str, meta: dict[str, Any]) -> dict[str, Media]:
+def _cloud(context: AnnotationContext, path: str, meta: dict[str, Any]) -> dict[str, Media]:
     """A cloud from `.npy` or `.pt`, under the path's own name or as PointLLM calls it (`8192_npy/<id>_8192.npy`)."""
     uid = PurePosixPath(path).stem.removesuffix("_8192")
     meta["object_id"] = uid
@@ -218,10 +222,10 @@ def _cloud(context: Context, path: str, meta: dict[str, Any]) -> dict[str, Media
         for n in (f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.pt")
     ]
     if any(".." in PurePosixPath(n).parts for n in (path, *beside)):
-        raise BadSample(f"unreadable row: the file name {path} leads out of the folder")
-    file = first_file(context.folders, [*_names(path), *beside])
+        raise BadSampleError(f"unreadable row: the file name {path} leads out of the folder")
+    file = find_first_file(context.folders, [*_names(path), *beside])
     if file is None:
-        raise NotFetched(f"missing file: {path}")
+        raise MediaNotFetchedError(f"missing file: {path}")
     return (
         {"npy": TensorCloud(file, file.name)}
         if file.suffix == ".pt"
@@ -229,20 +233,25 @@ def _cloud(context: Context, path: str, meta: dict[str, Any]) -> dict[str, Media
     )
 
 
-def _imu(context: Context, row: Mapping[str, Any], meta: dict[str, Any]) -> dict[str, Media]:
+def _imu(
+    context: AnnotationContext, row: Mapping[str, Any], meta: dict[str, Any]
+) -> dict[str, Media]:
     """The row's window; `imu_path` is the folder of the recordings, or a recording."""
-    uid, path = text_of(row["video_uid"], "video_uid"), str(row.get("imu_path", "")).rstrip("/")
+    uid, path = (
+        require_text(row["video_uid"], "video_uid"),
+        str(row.get("imu_path", "")).rstrip("/"),
+    )
     window = float(row["window_start"]), float(row["window_end"])
     meta.update(video_uid=uid, window_start=window[0], window_end=window[1])
     folder = str(PurePosixPath(path).parent) if path.endswith((".npy", ".csv")) else path
     places = [*_names(folder), "imu", ""]
     if any(".." in PurePosixPath(n).parts for n in places):
-        raise BadSample(f"unreadable row: the path {path} leads out of the folder")
+        raise BadSampleError(f"unreadable row: the path {path} leads out of the folder")
     for root in context.folders:
         for name in places:
-            if (found := recording_of(root / name if name else root, uid)) is not None:
-                return {"imu.npy": ImuWindow(*found, *window, _MIN_SAMPLES)}
-    raise NotFetched(f"missing file: no recording of video {uid} in {path or 'IN'}")
+            if (found := find_recording(root / name if name else root, uid)) is not None:
+                return {"imu.npy": CutImuWindow(*found, *window, _MIN_SAMPLES)}
+    raise MediaNotFetchedError(f"missing file: no recording of video {uid} in {path or 'IN'}")
 
 
 SOURCE = Source(

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.readers.conversations import clean
-from onellm_dist.shards.sources.readers.json_stream import Item
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    AnnotationContext,
+    AnnotationSet,
+    require_text,
+)
+from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem
 
 _FILES = ("PointLLM_complex_instruction_70K.json", "PointLLM_brief_description_660K_filtered.json")
 
 
-def _conversation(context: Context, item: Item) -> Sequence[Sample]:
+def _conversation(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    uid = text_of(row["object_id"], "object_id")
+    uid = require_text(row["object_id"], "object_id")
     names = [f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.ply"]
     meta = {"object_id": uid, "conversation_type": str(row.get("conversation_type", ""))}
     return [
-        Sample(
+        AnnotatedSample(
             f"{uid}-{item.number:06d}",
             context.media("point", *names),
-            clean(row["conversations"]),
+            clean_turns(row["conversations"]),
             meta=meta,
         )
     ]

@@ -23,18 +23,22 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.annotations import (
-    Context,
-    Sample,
-    media_folders,
-    row_raw_samples,
-    text_of,
+    AnnotatedSample,
+    AnnotationContext,
+    find_media_folders,
+    read_raw_samples,
+    require_text,
 )
-from onellm_dist.shards.sources.readers.conversations import asked, region
-from onellm_dist.shards.sources.readers.json_stream import Item, scan
-from onellm_dist.shards.sources.readers.media_files import below, need_file, stamp
+from onellm_dist.shards.sources.readers.coco_pictures import find_coco_picture
+from onellm_dist.shards.sources.readers.conversations import make_region_prompt, make_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem, scan_rows
+from onellm_dist.shards.sources.readers.media_files import (
+    get_write_stamp,
+    require_file,
+    resolve_below,
+)
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.safe_pickle import load_plain
-from onellm_dist.shards.sources.vqa import coco_picture
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
 
 _REFS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
 _SPLITS = ("train", "val", "test", "testA", "testB")
@@ -44,7 +48,7 @@ _ROWS = 1000
 
 
 @lru_cache(maxsize=1)
-def _refs(path: Path, stamp: int) -> list[Any]:
+def _refs(path: Path, get_write_stamp: int) -> list[Any]:
     """The pickle's list (RefCOCO: 50,000 rows).
 
     Raises:
@@ -62,16 +66,16 @@ def _refs(path: Path, stamp: int) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _instances(
-    path: Path, stamp: int
+    path: Path, get_write_stamp: int
 ) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
     boxes = {
         int(r.value["id"]): tuple(float(v) for v in r.value["bbox"])
-        for r in scan(path, "annotations")
+        for r in scan_rows(path, "annotations")
     }
     return boxes, {
         int(r.value["id"]): (float(r.value["width"]), float(r.value["height"]))
-        for r in scan(path, "images")
+        for r in scan_rows(path, "images")
     }
 
 
@@ -96,15 +100,15 @@ def _source(name: str) -> Source:
     ) -> DatasetDescription:
         check_missing(missing)
         usual = [f"{folder}refs({by}).p" for by in _REFS[name] for folder in (f"{name}/", "")]
-        rows = need_file(inputs, refs, usual, f"{name}'s expressions", "refs")
-        boxes = need_file(
+        rows = require_file(inputs, refs, usual, f"{name}'s expressions", "refs")
+        boxes = require_file(
             inputs,
             instances,
             (f"{name}/instances.json", "instances.json"),
             f"{name}'s boxes",
             "instances",
         )
-        media_folders(inputs, media, _FOLDERS)
+        find_media_folders(inputs, media, _FOLDERS)
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in _SPLITS]:
             raise UsageError(
@@ -114,7 +118,12 @@ def _source(name: str) -> Source:
             )
         return DatasetDescription(
             ("image",),
-            _groups(_refs(below(inputs, rows), stamp(below(inputs, rows))), rows, boxes, wanted),
+            _groups(
+                _refs(resolve_below(inputs, rows), get_write_stamp(resolve_below(inputs, rows))),
+                rows,
+                boxes,
+                wanted,
+            ),
         )
 
     return Source(
@@ -152,35 +161,43 @@ def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> It
 def _raw_samples(
     inputs: Path, description: SplitDescription, *, media: Path | None, missing: str, **options: Any
 ) -> Iterator[RawSample]:
-    context = Context(inputs, media_folders(inputs, media, _FOLDERS), description, options)
-    path = below(inputs, description["refs"])
-    refs = _refs(path, stamp(path))
+    context = AnnotationContext(
+        inputs, find_media_folders(inputs, media, _FOLDERS), description, options
+    )
+    path = resolve_below(inputs, description["refs"])
+    refs = _refs(path, get_write_stamp(path))
     for number, ref in enumerate(
         refs[description["first"] : description["first"] + _ROWS], description["first"]
     ):
         planned = _count(ref, description["split"])
         if planned:
-            item = Item(f"{description['refs']}[{number}]", number, "", ref)
-            yield from row_raw_samples(lambda i: _expressions(context, i), item, planned, missing)
+            item = JsonItem(f"{description['refs']}[{number}]", number, "", ref)
+            yield from read_raw_samples(lambda i: _expressions(context, i), item, planned, missing)
 
 
-def _expressions(context: Context, item: Item) -> Sequence[Sample]:
+def _expressions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     ref = item.value
     if ref["split"] not in _SPLITS:
         raise ValueError(f"its split is {ref['split']!r}, none of {', '.join(_SPLITS)}")
-    instances = below(context.inputs, context.description["instances"])
-    boxes, sizes = _instances(instances, stamp(instances))
+    instances = resolve_below(context.inputs, context.description["instances"])
+    boxes, sizes = _instances(instances, get_write_stamp(instances))
     picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
     if box is None or picture not in sizes:
         raise ValueError(f"instances.json has no object {ref['ann_id']} or no picture {picture}")
     left, top, width, height = box
-    prompt, parts = region(left, top, width, height, sizes[picture]), coco_picture(context, picture)
+    prompt, parts = (
+        make_region_prompt(left, top, width, height, sizes[picture]),
+        find_coco_picture(context, picture),
+    )
     meta = {"image_id": picture, "ann_id": int(ref["ann_id"]), "ref_id": ref.get("ref_id")}
     told = [
-        (int(s["sent_id"]), text_of(s.get("raw") or s["sent"], "an expression"))
+        (int(s["sent_id"]), require_text(s.get("raw") or s["sent"], "an expression"))
         for s in ref["sentences"]
     ]
-    return [Sample(str(number), parts, asked((prompt, text)), meta=meta) for number, text in told]
+    return [
+        AnnotatedSample(str(number), parts, make_turns((prompt, text)), meta=meta)
+        for number, text in told
+    ]
 
 
 SOURCES = tuple(_source(name) for name in _REFS)

@@ -30,16 +30,16 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
-from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.conversations import clean_turns
 from onellm_dist.shards.sources.readers.delimited import (
     TSV,
     RowRange,
+    find_row_ranges,
     read_header,
     read_rows,
-    row_ranges,
 )
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
-from onellm_dist.shards.sources.readers.json_stream import row_groups
+from onellm_dist.shards.sources.readers.json_stream import split_rows
 from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
 
 _ROWS = 5000
@@ -107,7 +107,7 @@ def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
     stem = PurePosixPath(table).stem.lower()
     split = next((name for name, pattern in _SPLITS if pattern.search(stem)), "train")
     if table.lower().endswith(".json"):
-        yield from row_groups(folder, table, _ROWS, split=split)
+        yield from split_rows(folder, table, _ROWS, split=split)
         return
     names, start = read_header(folder / table, TSV)
     if not {"caption", "url"} <= set(names):
@@ -116,7 +116,7 @@ def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
             "the reference's lists are tab-separated and have the columns caption and url.",
             "remove other tables from IN, or use source folder for them.",
         )
-    for rows in row_ranges(folder / table, TSV, _ROWS, start):
+    for rows in find_row_ranges(folder / table, TSV, _ROWS, start):
         yield InputSplit(
             f"{table}:{rows.line}",
             {"table": table, "range": list(rows), "columns": names},
@@ -217,7 +217,7 @@ def _raw_sample(
     turns, caption = row.get("conversations"), row.get("caption")
     if problem is None and turns is not None:
         try:
-            meta["conversations"] = clean(turns)
+            meta["conversations"] = clean_turns(turns)
         except ValueError as error:
             problem = f"malformed conversations: {error}"
     elif problem is None and not isinstance(caption, str):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import DatasetDescription, RawSample, Source, SplitDescription
-from onellm_dist.shards.sources.readers.annotations import Sample, row_raw_samples
-from onellm_dist.shards.sources.readers.conversations import clean
-from onellm_dist.shards.sources.readers.json_stream import Item, read_rows, row_groups
+from onellm_dist.shards.sources.readers.annotations import AnnotatedSample, read_raw_samples
+from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
 
 _ROWS = 1000
 
@@ -35,22 +35,24 @@ def plan(inputs: Path, *, seed: int) -> DatasetDescription:
             "give the file, or its folder.",
         )
     root = inputs.parent if inputs.is_file() else inputs
-    return DatasetDescription((), (g for name in names for g in row_groups(root, name, _ROWS)))
+    return DatasetDescription((), (g for name in names for g in split_rows(root, name, _ROWS)))
 
 
 def raw_samples(inputs: Path, description: SplitDescription) -> Iterator[RawSample]:
     """Of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
     for item in read_rows(root, description):
-        yield from row_raw_samples(_conversation, item, 1, "fail")
+        yield from read_raw_samples(_conversation, item, 1, "fail")
 
 
-def _conversation(item: Item) -> Sequence[Sample]:
+def _conversation(item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     raw = row["messages"] if "messages" in row else row["conversations"]
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
     stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
-    return [Sample(f"{stem}-{item.number:07d}", {}, clean(raw, tags=False), meta=meta)]
+    return [
+        AnnotatedSample(f"{stem}-{item.number:07d}", {}, clean_turns(raw, tags=False), meta=meta)
+    ]
 
 
 SOURCE = Source(

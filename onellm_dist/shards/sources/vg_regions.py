@@ -13,14 +13,18 @@ from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.shards.sources.base import Option
-from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample
-from onellm_dist.shards.sources.readers.conversations import asked, region
-from onellm_dist.shards.sources.readers.json_stream import Item
-from onellm_dist.shards.sources.readers.media_files import stamp
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    AnnotationContext,
+    AnnotationSet,
+)
+from onellm_dist.shards.sources.readers.conversations import make_region_prompt, make_turns
+from onellm_dist.shards.sources.readers.json_stream import JsonItem
+from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 
 @lru_cache(maxsize=1)
-def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
+def _sizes(path: Path, get_write_stamp: int) -> Mapping[int, tuple[int, int]]:
     """Picture to (width, height)."""
     try:
         return {
@@ -35,11 +39,11 @@ def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
         ) from error
 
 
-def _regions(context: Context, item: Item) -> Sequence[Sample]:
+def _regions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["id"] if "id" in row else row["image_id"])
     sizes = context.partner("image_data")
-    size = _sizes(sizes, stamp(sizes)).get(number)
+    size = _sizes(sizes, get_write_stamp(sizes)).get(number)
     if size is None:
         raise ValueError(f"image_data.json has no picture {number}")
     told = [r for r in row["regions"] if str(r["phrase"]).strip()]
@@ -51,16 +55,23 @@ def _regions(context: Context, item: Item) -> Sequence[Sample]:
         if most < 1 or most >= len(told)
         else [told[i * len(told) // most] for i in range(most)]
     )
-    turns = asked(
+    turns = make_turns(
         *(
-            (region(r["x"], r["y"], r["width"], r["height"], size), str(r["phrase"]).strip())
+            (
+                make_region_prompt(r["x"], r["y"], r["width"], r["height"], size),
+                str(r["phrase"]).strip(),
+            )
             for r in chosen
         )
     )
     names = [
         f"{folder}{number}.{e}" for e in ("jpg", "png") for folder in ("VG_100K/", "VG_100K_2/", "")
     ]
-    return [Sample(str(number), context.media("image", *names), turns, meta={"image_id": number})]
+    return [
+        AnnotatedSample(
+            str(number), context.media("image", *names), turns, meta={"image_id": number}
+        )
+    ]
 
 
 SOURCE = AnnotationSet(

@@ -20,36 +20,28 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.shards.sources.base import Media
-from onellm_dist.shards.sources.readers.annotations import AnnotationSet, Context, Sample, text_of
-from onellm_dist.shards.sources.readers.conversations import (
-    asked,
-    choice,
-    letter,
-    most_common,
-    question,
+from onellm_dist.shards.sources.readers.annotations import (
+    AnnotatedSample,
+    AnnotationContext,
+    AnnotationSet,
+    require_text,
 )
-from onellm_dist.shards.sources.readers.json_stream import Item
-from onellm_dist.shards.sources.readers.media_files import stamp
+from onellm_dist.shards.sources.readers.coco_pictures import COCO_FOLDERS, find_coco_picture
+from onellm_dist.shards.sources.readers.conversations import (
+    find_most_common,
+    get_option_letter,
+    make_choice_question,
+    make_question,
+    make_turns,
+)
+from onellm_dist.shards.sources.readers.json_stream import JsonItem
+from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
-COCO_FOLDERS = ("coco", "images", "coco/images")
 _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
 
 
-def coco_picture(context: Context, number: int) -> dict[str, Media]:
-    """A picture of COCO by its number, of 2014 or 2017, train or val.
-
-    Raises:
-        NotFetched: it is not there.
-    """
-    names = [f"train2017/{number:012d}.jpg", f"val2017/{number:012d}.jpg"]
-    names += [f"{s}2014/COCO_{s}2014_{number:012d}.jpg" for s in ("train", "val")]
-    flat = [PurePosixPath(n).name for n in names]
-    return context.media("image", *names, *flat)
-
-
 @lru_cache(maxsize=2)
-def _questions(path: Path, stamp: int) -> Mapping[int, str]:
+def _questions(path: Path, get_write_stamp: int) -> Mapping[int, str]:
     """Question number to its text (VQAv2 train: 443,757)."""
     try:
         listed = json.loads(path.read_bytes())["questions"]
@@ -62,27 +54,34 @@ def _questions(path: Path, stamp: int) -> Mapping[int, str]:
         ) from error
 
 
-def _vqa(context: Context, item: Item) -> Sequence[Sample]:
+def _vqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["question_id"])
     questions = context.partner("questions")
-    text = _questions(questions, stamp(questions)).get(number)
+    text = _questions(questions, get_write_stamp(questions)).get(number)
     if text is None:
         raise ValueError(f"there is no question {number}")
     given = [answer for a in row["answers"] if (answer := str(a["answer"]).strip())]
-    answer = row.get("multiple_choice_answer") or most_common(given)
-    turns = asked((question(text), text_of(answer, "multiple_choice_answer")))
+    answer = row.get("multiple_choice_answer") or find_most_common(given)
+    turns = make_turns((make_question(text), require_text(answer, "multiple_choice_answer")))
     meta = {"question_id": number, "image_id": int(row["image_id"]), "answers": given}
-    return [Sample(f"{number}", coco_picture(context, int(row["image_id"])), turns, meta=meta)]
+    return [
+        AnnotatedSample(
+            f"{number}", find_coco_picture(context, int(row["image_id"])), turns, meta=meta
+        )
+    ]
 
 
-def _gqa(context: Context, item: Item) -> Sequence[Sample]:
+def _gqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    turns = asked(
-        (question(text_of(row["question"], "question")), text_of(row["answer"], "answer"))
+    turns = make_turns(
+        (
+            make_question(require_text(row["question"], "question")),
+            require_text(row["answer"], "answer"),
+        )
     )
     return [
-        Sample(
+        AnnotatedSample(
             item.key,
             context.media("image", f"{row['imageId']}.jpg"),
             turns,
@@ -91,13 +90,18 @@ def _gqa(context: Context, item: Item) -> Sequence[Sample]:
     ]
 
 
-def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
+def _aokvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    options = [text_of(c, "a choice") for c in row["choices"]]
+    options = [require_text(c, "a choice") for c in row["choices"]]
     right = int(row["correct_choice_idx"])
     if not 0 <= right < len(options):
         raise ValueError(f"correct_choice_idx is {right} of {len(options)} choices")
-    turns = asked((choice(text_of(row["question"], "question"), options), letter(right)))
+    turns = make_turns(
+        (
+            make_choice_question(require_text(row["question"], "question"), options),
+            get_option_letter(right),
+        )
+    )
     meta = {
         "question_id": str(row["question_id"]),
         "choices": options,
@@ -105,8 +109,11 @@ def _aokvqa(context: Context, item: Item) -> Sequence[Sample]:
     }
     meta["rationales"] = list(row.get("rationales", []))
     return [
-        Sample(
-            str(row["question_id"]), coco_picture(context, int(row["image_id"])), turns, meta=meta
+        AnnotatedSample(
+            str(row["question_id"]),
+            find_coco_picture(context, int(row["image_id"])),
+            turns,
+            meta=meta,
         )
     ]
 
@@ -118,13 +125,13 @@ def _books(row: Any, split: str) -> int:
     )
 
 
-def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:
+def _ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row, key = item.value, item.key
     questions, answers = row["questions"], row["answers"]
     if not questions or len(questions) != len(answers):
         raise ValueError(f"{len(questions)} questions and {len(answers)} answers")
     pairs = [
-        (question(text_of(q, "a question")), text_of(str(a), "an answer"))
+        (make_question(require_text(q, "a question")), require_text(str(a), "an answer"))
         for q, a in zip(questions, answers, strict=True)
     ]
     suffix = PurePosixPath(str(row.get("imageURL", ""))).suffix or ".jpg"
@@ -132,7 +139,7 @@ def _ocrvqa(context: Context, item: Item) -> Sequence[Sample]:
         (f"{key}{suffix}", f"{key}.jpg", f"{key}.png")
     )  # LLaVA's users turned the .gif into .jpg
     meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
-    return [Sample(key, context.media("image", *names), asked(*pairs), meta=meta)]
+    return [AnnotatedSample(key, context.media("image", *names), make_turns(*pairs), meta=meta)]
 
 
 def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:

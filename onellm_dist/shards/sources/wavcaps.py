@@ -26,9 +26,9 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.readers.json_stream import read_rows, row_groups
-from onellm_dist.shards.sources.readers.pool import Pool, find_media, find_pool
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.json_stream import read_rows, split_rows
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
 SOURCES = ("AudioSet_SL", "BBC_Sound_Effects", "FreeSound", "SoundBible")
 SUFFIXES = (".flac", ".wav")
@@ -63,7 +63,7 @@ def plan(
             "there are no captions.",
             "give the folder that has json_files/ in it.",
         )
-    pool, pools = find_pool(inputs, SUFFIXES), dict[str, Pool]()
+    pool, pools = find_pool(inputs, SUFFIXES), dict[str, MediaPool]()
     for name, found in tables.items():
         pools[name] = pool.of(name)
         if found and not pools[name]:
@@ -97,12 +97,12 @@ def _tables(inputs: Path, name: str) -> list[str]:
     ]
 
 
-def _groups(inputs: Path, name: str, table: str, pool: Pool) -> Iterator[InputSplit]:
+def _groups(inputs: Path, name: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
     with (inputs / table).open("rb") as file:
         key = (
             None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"
         )  # the set's first version: the list alone
-    yield from row_groups(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
+    yield from split_rows(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
 
 
 def raw_samples(
@@ -114,7 +114,7 @@ def raw_samples(
     missing: str,
 ) -> Iterator[RawSample]:
     """Of one range of rows."""
-    pool, name = Pool.from_json(description["pool"]), description["source"]
+    pool, name = MediaPool.from_json(description["pool"]), description["source"]
     listed = (
         _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset())
         if blacklist

@@ -28,46 +28,35 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
-from onellm_dist.shards.sources.laion400m import column
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
     RowRange,
+    find_row_ranges,
     read_header,
     read_rows,
-    row_ranges,
 )
 from onellm_dist.shards.sources.readers.img2dataset import (
     UNFINISHED_OPTION,
-    Text,
+    ReadText,
+    find_column,
     find_tars,
-    tar_groups,
-    tar_raw_samples,
+    read_tar_samples,
+    split_tars,
 )
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _COLUMNS = ("videoid", "page_dir", "name")
 _DURATION = re.compile(r"P(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:\.\d+)?)S)?)")
 _VALIDATION = re.compile(r"(?:^|_)(?:val|validation|test)(?:_|\.|$)", re.IGNORECASE)
-MISSING_OPTION = Option(
-    "fail",
-    "rows whose media is not there: fail (they are bad samples), or skip (a set that was fetched in part)",
-)
 
 
-def seconds(text: str) -> float | None:
+def parse_duration(text: str) -> float | None:
     """`PT00H01M11S` -> 71.0; None: it says nothing."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or match.lastindex is None:
         return None
     hours, minutes, rest = (float(v or 0) for v in match.groups())
     return 3600 * hours + 60 * minutes + rest
-
-
-def check_missing(choice: str) -> None:
-    """Raises UsageError where `missing` is no choice."""
-    if choice not in ("fail", "skip"):
-        raise UsageError(
-            f"missing={choice} is neither fail nor skip.", MISSING_OPTION.help + ".", "choose one."
-        )
 
 
 def plan(
@@ -83,7 +72,7 @@ def plan(
         raise UsageError(f"rows={rows} is below 1.", "a group has rows.", "the default is 5000.")
     tables = sorted(inputs.glob("*.csv"), key=lambda p: p.name)
     if not tables:
-        groups, notes = tar_groups(inputs, find_tars(inputs), unfinished)
+        groups, notes = split_tars(inputs, find_tars(inputs), unfinished)
         return DatasetDescription(("video",), groups, notes)
     headers = {}
     for table in tables:
@@ -107,7 +96,7 @@ def _row_groups(
     table: Path, names: Sequence[str], start: RowRange, rows: int
 ) -> Iterator[InputSplit]:
     split = "val" if _VALIDATION.search(table.stem) else "train"
-    for part in row_ranges(table, CSV, rows, start):
+    for part in find_row_ranges(table, CSV, rows, start):
         description = {"table": table.name, "columns": list(names), "range": list(part)}
         yield InputSplit(f"{table.name}:{part.line}", description, split, part.size)
 
@@ -123,7 +112,7 @@ def raw_samples(
 ) -> Iterator[RawSample]:
     """Of one range of rows, or of one tar."""
     if "tar" in description:
-        yield from tar_raw_samples(
+        yield from read_tar_samples(
             inputs, description, get_modality("video").required_parts["video"], _caption
         )
         return
@@ -151,12 +140,12 @@ def _meta(row: Mapping[str, str]) -> dict[str, Any]:
     meta: dict[str, Any] = {k: v for k, v in row.items() if v and k not in ("name", "contentUrl")}
     if row.get("contentUrl"):
         meta["url"] = row["contentUrl"]
-    length = seconds(row.get("duration", ""))
+    length = parse_duration(row.get("duration", ""))
     return meta if length is None else {**meta, "duration_seconds": length}
 
 
-def _caption(row: Mapping[str, Any], text: Text) -> list[str | None]:
-    found = column(row, ("caption", "name", "text"))
+def _caption(row: Mapping[str, Any], text: ReadText) -> list[str | None]:
+    found = find_column(row, ("caption", "name", "text"))
     return [found if isinstance(found, str) else text()]
 
 

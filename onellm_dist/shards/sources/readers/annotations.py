@@ -14,7 +14,7 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
-    BadSample,
+    BadSampleError,
     DatasetDescription,
     InputSplit,
     Media,
@@ -25,19 +25,19 @@ from onellm_dist.shards.sources.base import (
 )
 from onellm_dist.shards.sources.readers.conversations import Turn
 from onellm_dist.shards.sources.readers.json_stream import (
-    Item,
-    read_places,
+    JsonItem,
     read_rows,
-    row_groups,
-    scan,
+    read_rows_at,
+    scan_rows,
+    split_rows,
 )
 from onellm_dist.shards.sources.readers.media_files import (
-    below,
-    extension_for,
-    first_file,
-    need_file,
+    find_first_file,
+    get_extension,
+    require_file,
+    resolve_below,
 )
-from onellm_dist.shards.sources.webvid import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
 _JOINED = "in the sample of its medium's first row"
@@ -48,12 +48,12 @@ JOIN_OPTION = Option(
 )
 
 
-class NotFetched(BadSample):
+class MediaNotFetchedError(BadSampleError):
     """The medium is not there."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnnotatedSample:
     """What a row says."""
 
     key: str
@@ -64,7 +64,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Context:
+class AnnotationContext:
     """Where a row's media and the other files lie."""
 
     inputs: Path
@@ -74,23 +74,25 @@ class Context:
 
     def partner(self, name: str) -> Path:
         """Another file that the rows need."""
-        return below(self.inputs, self.description["partners"][name])
+        return resolve_below(self.inputs, self.description["partners"][name])
 
     def media(self, modality: str, *names: str) -> dict[str, Media]:
         """The part of the first of these files that is there.
 
         Raises:
-            NotFetched: none is.
-            BadSample: it is no medium of this modality, or its name leads out of the folders.
+            MediaNotFetchedError: none is.
+            BadSampleError: it is no medium of this modality, or its name leads out of the folders.
         """
         if any(".." in Path(name).parts for name in names):
-            raise BadSample(f"unreadable row: the file name {names[0]} leads out of the folder")
-        file = first_file(self.folders, names)
+            raise BadSampleError(
+                f"unreadable row: the file name {names[0]} leads out of the folder"
+            )
+        file = find_first_file(self.folders, names)
         if file is None:
-            raise NotFetched(f"missing file: {names[0]}")
-        extension = extension_for(modality, file.name)
+            raise MediaNotFetchedError(f"missing file: {names[0]}")
+        extension = get_extension(modality, file.name)
         if extension is None:
-            raise BadSample(f"unknown kind of file: {file.name} is not read as {modality}")
+            raise BadSampleError(f"unknown kind of file: {file.name} is not read as {modality}")
         return {extension: file}
 
 
@@ -103,7 +105,7 @@ class AnnotationSet:
     modality: str
     files: Mapping[str, Sequence[str]]
     """Split to the usual names of its file of rows; the first split is the one that is built where none is asked for."""
-    read: Callable[[Context, Item], Sequence[Sample]]
+    read: Callable[[AnnotationContext, JsonItem], Sequence[AnnotatedSample]]
     """A row to its samples. KeyError, TypeError, ValueError: it is no such row."""
     key: str | None = None
     """Where the rows stand in the file."""
@@ -177,25 +179,25 @@ class AnnotationSet:
                 "each has a file of its own.",
                 "build one split at a time.",
             )
-        media_folders(inputs, media, self.folders)
+        find_media_folders(inputs, media, self.folders)
         layout = [self._split(inputs, s, annotations, own) for s in wanted]
         return DatasetDescription((self.modality,), (g for groups in layout for g in groups))
 
     def _split(
         self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]
     ) -> Iterator[InputSplit]:
-        rows = need_file(
+        rows = require_file(
             inputs, annotations, self.files[split], f"{self.name}'s rows of {split}", "annotations"
         )
         partners = {
-            n: need_file(inputs, own.get(n), usual[split], what, n)
+            n: require_file(inputs, own.get(n), usual[split], what, n)
             for n, (what, usual) in self.partners.items()
         }
         if own.get("join"):
             return self._joined_groups(inputs, rows, split, partners)
         count = self.count
         samples = None if count is None else lambda row: {split: count(row.value, split)}
-        return row_groups(
+        return split_rows(
             inputs, rows, _ROWS, key=self.key, count=samples, split=split, partners=partners
         )
 
@@ -208,14 +210,16 @@ class AnnotationSet:
         missing: str,
         **options: Any,
     ) -> Iterator[RawSample]:
-        context = Context(inputs, media_folders(inputs, media, self.folders), description, options)
+        context = AnnotationContext(
+            inputs, find_media_folders(inputs, media, self.folders), description, options
+        )
         if "media" in description:
             yield from self._joined(context, missing)
             return
         for item in read_rows(inputs, description):
             planned = 1 if self.count is None else self.count(item.value, description["split"])
             if planned:
-                yield from row_raw_samples(lambda i: self.read(context, i), item, planned, missing)
+                yield from read_raw_samples(lambda i: self.read(context, i), item, planned, missing)
 
     def _joined_groups(
         self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]
@@ -223,7 +227,7 @@ class AnnotationSet:
         """Media in the order of their first rows, with the places of their rows (a million rows: some 200 MB while it is planned)."""
         assert self.medium is not None
         found, entries = dict[object, list[tuple[int, int, int]]](), False
-        for number, row in enumerate(scan(below(inputs, rows), self.key)):
+        for number, row in enumerate(scan_rows(resolve_below(inputs, rows), self.key)):
             try:
                 medium: object = str(self.medium(row.value))
             except (KeyError, TypeError, AttributeError):
@@ -242,15 +246,15 @@ class AnnotationSet:
             }
             yield InputSplit(f"{rows}:{some[0][0][0]}", description, split, sum(map(len, some)))
 
-    def _joined(self, context: Context, missing: str) -> Iterator[RawSample]:
+    def _joined(self, context: AnnotationContext, missing: str) -> Iterator[RawSample]:
         """A raw_sample for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
-        path = below(context.inputs, context.description["file"])
+        path = resolve_below(context.inputs, context.description["file"])
         for places in context.description["media"]:
-            rows = list(read_places(path, places, entries=context.description["entries"]))
+            rows = list(read_rows_at(path, places, entries=context.description["entries"]))
             found = [
                 c
                 for item in rows
-                for c in row_raw_samples(lambda i: self.read(context, i), item, 1, missing)
+                for c in read_raw_samples(lambda i: self.read(context, i), item, 1, missing)
             ]
             good = [c for c in found if c.problem is None and c.skip is None]
             for raw_sample in found:
@@ -275,7 +279,7 @@ def _merged(raw_samples: Sequence[RawSample]) -> RawSample:
     return replace(first, meta=meta)
 
 
-def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tuple[Path, ...]:
+def find_media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tuple[Path, ...]:
     """Where media are looked for: the user's folder, or those of the usual ones that are there, and IN itself.
 
     Raises:
@@ -283,7 +287,7 @@ def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tup
     """
     if media is None:
         return (*(f for name in usual if (f := inputs / name).is_dir()), inputs)
-    folder = below(inputs, media)
+    folder = resolve_below(inputs, media)
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: there is no such folder.", "media are looked for there.", "check -o media=."
@@ -291,8 +295,11 @@ def media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tup
     return (folder,)
 
 
-def row_raw_samples(
-    read: Callable[[Item], Sequence[Sample]], item: Item, planned: int, missing: str
+def read_raw_samples(
+    read: Callable[[JsonItem], Sequence[AnnotatedSample]],
+    item: JsonItem,
+    planned: int,
+    missing: str,
 ) -> Iterator[RawSample]:
     """The raw_samples of a row: its samples, or, where it cannot be used, as many bad ones as were planned for it.
 
@@ -315,9 +322,9 @@ def row_raw_samples(
             meta = {**sample.meta, "conversations": list(sample.conversations)}
             yield RawSample(sample.key, item.where, sample.parts, sample.caption, meta)
         return
-    except NotFetched as error:
+    except MediaNotFetchedError as error:
         problem, skip = (error.what, None) if missing == "fail" else (None, "media was not fetched")
-    except BadSample as error:
+    except BadSampleError as error:
         problem = error.what
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         problem = f"unreadable row: {f'no {error}' if isinstance(error, KeyError) else error}"
@@ -328,7 +335,7 @@ def row_raw_samples(
         )
 
 
-def text_of(value: Any, what: str) -> str:
+def require_text(value: Any, what: str) -> str:
     """A text that is not empty.
 
     Raises:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.sources.base import BadSample
+from onellm_dist.shards.sources.base import BadSampleError
 
 _END = struct.Struct("<4s4H2LH")
 _END64_PLACE = struct.Struct("<4sLQL")
@@ -78,35 +78,39 @@ class ArchiveMember:
         """The member's content.
 
         Raises:
-            BadSample: cut short, damaged, encrypted, or packed in a way that is not known.
+            BadSampleError: cut short, damaged, encrypted, or packed in a way that is not known.
             OSError: a volume cannot be read.
         """
         where = f"{self.stem} in {self.volumes[-1].name}"
         if self.flags & _ENCRYPTED:
-            raise BadSample(f"unreadable archive: {where} is encrypted")
+            raise BadSampleError(f"unreadable archive: {where} is encrypted")
         if self.method not in (_STORED, _DEFLATED):
-            raise BadSample(
+            raise BadSampleError(
                 f"unreadable archive: {where} is packed by method {self.method}; stored and deflated are read"
             )
         head = self._span(0, _LOCAL.size)
         if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
-            raise BadSample(f"unreadable archive: no header of {where} at offset {self.offset}")
+            raise BadSampleError(
+                f"unreadable archive: no header of {where} at offset {self.offset}"
+            )
         name_length, extra_length = _LOCAL.unpack(head)[-2:]
         data = self._span(_LOCAL.size, name_length + extra_length + self.packed)
         name, content = data[:name_length], data[name_length + extra_length :]
         if PurePosixPath(name.decode("utf-8", "replace")).stem != self.stem:
-            raise BadSample(
+            raise BadSampleError(
                 f"unreadable archive: another member than {where} lies at offset {self.offset}"
             )
         if len(content) != self.packed:
-            raise BadSample(f"truncated archive: {where} has {len(content)} of {self.packed} bytes")
+            raise BadSampleError(
+                f"truncated archive: {where} has {len(content)} of {self.packed} bytes"
+            )
         if self.method == _DEFLATED:
             try:
                 content = zlib.decompressobj(-15).decompress(content, self.size + 1)
             except zlib.error as error:
-                raise BadSample(f"unreadable archive: {where}: {error}") from error
+                raise BadSampleError(f"unreadable archive: {where}: {error}") from error
         if len(content) != self.size or zlib.crc32(content) != self.crc:
-            raise BadSample(f"unreadable archive: {where} fails its CRC-32")
+            raise BadSampleError(f"unreadable archive: {where} fails its CRC-32")
         return content
 
     def _span(self, start: int, size: int) -> bytes:
@@ -125,7 +129,7 @@ class ArchiveMember:
         return found
 
 
-def volumes_of(archive: Path) -> tuple[Path, ...]:
+def list_volumes(archive: Path) -> tuple[Path, ...]:
     """All volumes of an archive, `archive` (the .zip) last.
 
     Raises:
@@ -143,14 +147,14 @@ def volumes_of(archive: Path) -> tuple[Path, ...]:
     return (*volumes, archive)
 
 
-def entries(archive: Path) -> Iterator[Entry]:
+def list_entries(archive: Path) -> Iterator[Entry]:
     """The files of an archive, in the order of its directory; folders are left out.
 
     Raises:
         UsageError: no zip archive, cut short, or a volume is missing.
     """
     _, volume, offset, total = _directory_place(archive)
-    rest, buffer = volumes_of(archive)[volume:], b""
+    rest, buffer = list_volumes(archive)[volume:], b""
     source = _read_on(rest, offset)
     for _ in range(total):
         buffer = _filled(archive, buffer, source, _ENTRY.size)
@@ -272,9 +276,9 @@ class ArchiveIndex:
     """Where the members with certain suffixes lie, by the stem of their name (`a/b/7.flac`: `7`), whatever folder they are in."""
 
     def __init__(self, archive: Path, suffixes: Sequence[str]) -> None:
-        self.volumes, self.suffixes = volumes_of(archive), tuple(suffixes)
+        self.volumes, self.suffixes = list_volumes(archive), tuple(suffixes)
         rows = []
-        for entry in entries(archive):
+        for entry in list_entries(archive):
             name = PurePosixPath(entry.name)
             suffix = name.suffix.lower()
             if suffix in self.suffixes and not name.name.startswith("."):
@@ -316,7 +320,7 @@ def _index(archive: Path, size: int, suffixes: tuple[str, ...]) -> ArchiveIndex:
     return ArchiveIndex(archive, suffixes)
 
 
-def archive_index(archive: Path, suffixes: Sequence[str]) -> ArchiveIndex:
+def open_archive_index(archive: Path, suffixes: Sequence[str]) -> ArchiveIndex:
     """The archive's index, made once a process.
 
     Raises:

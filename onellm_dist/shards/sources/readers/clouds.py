@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onellm_dist.shards.sources.base import BadSample, Media
+from onellm_dist.shards.sources.base import BadSampleError, Media
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TensorCloud:
         """The `.npy` file.
 
         Raises:
-            BadSample: no tensor file (pickled code is never run), another shape or type of numbers.
+            BadSampleError: no tensor file (pickled code is never run), another shape or type of numbers.
         """
         import torch
 
@@ -32,17 +32,19 @@ class TensorCloud:
             raise
         except Exception as error:  # broken pickles and zips raise nearly anything (struct.error, AssertionError, ...)
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadSample(f"unreadable .pt: {self.where}: {first[:200]}") from error
+            raise BadSampleError(f"unreadable .pt: {self.where}: {first[:200]}") from error
         if not isinstance(value, torch.Tensor):
-            raise BadSample(
+            raise BadSampleError(
                 f"wrong type: {self.where} holds a {type(value).__name__}, not a tensor"
             )
         if not (value.is_floating_point() or value.dtype == torch.uint8):
-            raise BadSample(
+            raise BadSampleError(
                 f"wrong type: {self.where} holds {value.dtype}, not floating-point numbers"
             )
         if value.ndim != 2 or 6 not in value.shape:
-            raise BadSample(f"wrong shape: {self.where} holds {list(value.shape)}, not [6, points]")
+            raise BadSampleError(
+                f"wrong shape: {self.where} holds {list(value.shape)}, not [6, points]"
+            )
         if value.shape[0] == 6 and value.shape[1] != 6:
             value = value.t()
         buffer = io.BytesIO()

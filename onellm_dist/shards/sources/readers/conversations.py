@@ -34,7 +34,7 @@ Turn = dict[str, str]
 """`{"from": "human", "gpt", or in the first turn "system", "value": text}`."""
 
 
-def asked(*pairs: tuple[str, str]) -> list[Turn]:
+def make_turns(*pairs: tuple[str, str]) -> list[Turn]:
     """Questions and their answers as turns."""
     return [
         {"from": who, "value": text}
@@ -43,28 +43,32 @@ def asked(*pairs: tuple[str, str]) -> list[Turn]:
     ]
 
 
-def captioned(modality: str, caption: str) -> list[Turn]:
+def make_caption_turns(modality: str, caption: str) -> list[Turn]:
     """A caption as the answer to the paper's prompt for it."""
-    return asked((CAPTION_PROMPTS[modality], caption.strip()))
+    return make_turns((CAPTION_PROMPTS[modality], caption.strip()))
 
 
-def question(text: str) -> str:
+def make_question(text: str) -> str:
     """An open question with the paper's suffix: `{Question} Answer the question using a single word or phrase.`"""
     return f"{text.strip()} {SHORT_ANSWER}"
 
 
-def choice(text: str, options: Sequence[str]) -> str:
+def make_choice_question(text: str, options: Sequence[str]) -> str:
     """A question with options: `{Question} A. ... B. ... Answer with the option's letter from the given choices directly`."""
-    listed = " ".join(f"{letter(i)}. {option.strip()}" for i, option in enumerate(options))
+    listed = " ".join(
+        f"{get_option_letter(i)}. {option.strip()}" for i, option in enumerate(options)
+    )
     return f"{text.strip()} {listed} {OPTION_LETTER}"
 
 
-def letter(number: int) -> str:
+def get_option_letter(number: int) -> str:
     """0 -> A."""
     return chr(ord("A") + number)
 
 
-def region(left: float, top: float, width: float, height: float, size: tuple[float, float]) -> str:
+def make_region_prompt(
+    left: float, top: float, width: float, height: float, size: tuple[float, float]
+) -> str:
     """The prompt for a region, with its box as `[left, top, right, bottom]` in shares of the whole picture's width and height.
 
     Raises:
@@ -78,13 +82,13 @@ def region(left: float, top: float, width: float, height: float, size: tuple[flo
     return f"{REGION} [{', '.join(f'{min(1.0, max(0.0, c)):.2f}' for c in corners)}]"
 
 
-def most_common(answers: Iterable[str]) -> str:
+def find_most_common(answers: Iterable[str]) -> str:
     """The answer that most people gave; of several, the one given first."""
     given = list(answers)
     return max(given, key=given.count)
 
 
-def clean(raw: Any, *, tags: bool = True) -> list[Turn]:
+def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
     """A conversation of a dataset: speakers as `human` and `gpt`, and `system` in the first turn.
 
     Answers before the first question, of which ShareGPT has some, are dropped, and a last question without an answer too.

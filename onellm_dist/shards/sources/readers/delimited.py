@@ -45,7 +45,7 @@ class RowRange(NamedTuple):
     """Rows."""
 
 
-class Row(NamedTuple):
+class DelimitedRow(NamedTuple):
     """One row."""
 
     line: int
@@ -69,7 +69,7 @@ def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
     )
 
 
-def row_ranges(
+def find_row_ranges(
     table: Path, dialect: Dialect, rows: int, start: RowRange = RowRange(0, 1, 0)
 ) -> Iterator[RowRange]:
     """The table from `start` on in ranges of `rows` rows, blank lines not counted."""
@@ -88,7 +88,7 @@ def row_ranges(
 
 def read_rows(
     table: Path, dialect: Dialect, where: RowRange, names: Sequence[str]
-) -> Iterator[Row]:
+) -> Iterator[DelimitedRow]:
     """The rows of a range; one with too few or too many cells has a problem and no values.
 
     Args:
@@ -102,21 +102,21 @@ def read_rows(
             if number == where.size:
                 return
             if record.problem is not None:
-                yield Row(record.line, {}, record.problem)
+                yield DelimitedRow(record.line, {}, record.problem)
                 continue
             try:
                 cells = _cells(record.lines, dialect)
             except csv.Error as error:
-                yield Row(record.line, {}, f"unreadable row: {error}")
+                yield DelimitedRow(record.line, {}, f"unreadable row: {error}")
                 continue
             if len(cells) != len(names):
-                yield Row(
+                yield DelimitedRow(
                     record.line,
                     {},
                     f"unreadable row: {len(cells)} columns where the header has {len(names)}",
                 )
             else:
-                yield Row(record.line, dict(zip(names, cells, strict=True)))
+                yield DelimitedRow(record.line, dict(zip(names, cells, strict=True)))
 
 
 class _Record(NamedTuple):

@@ -22,8 +22,8 @@ from PIL import Image
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.pictures import decode_picture
-from onellm_dist.shards.sources.base import BadSample, Media
-from onellm_dist.shards.sources.readers.media_files import stamp
+from onellm_dist.shards.sources.base import BadSampleError, Media
+from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 _SCHARR = np.array([3.0, 10.0, 3.0]) / 16
 
@@ -39,21 +39,23 @@ class EstimatedMap:
     distance: bool = False
     """The model tells distances (metric models), not their inverse (DPT, MiDaS)."""
     strength: float = 0.5
-    """Of `normals`."""
+    """Of `estimate_normals`."""
     device: str = "cpu"
 
     def read_bytes(self) -> bytes:
         """Runs the model.
 
         Raises:
-            BadSample: the picture cannot be read, or its map is flat or not finite.
+            BadSampleError: the picture cannot be read, or its map is flat or not finite.
             UsageError: the model cannot be loaded.
         """
         picture = decode_picture(Part("jpg", self.picture.read_bytes()))
         nearness = _nearness(_estimate(self.model, self.device, picture), self.distance)
         array = np.round(nearness * 255).astype(np.uint8)
         if self.kind == "normal":
-            array = np.round((normals(nearness, self.strength) + 1) * 127.5).astype(np.uint8)
+            array = np.round((estimate_normals(nearness, self.strength) + 1) * 127.5).astype(
+                np.uint8
+            )
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "PNG")
         return buffer.getvalue()
@@ -121,7 +123,9 @@ def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
 def _estimate(folder: Path, device: str, picture: Image.Image) -> np.ndarray:
     """[height, width] fp64, at the picture's size (bicubic, as transformers' depth pipeline does it)."""
     with _one_thread():
-        processor, model = _load(folder, device, max(stamp(p) for p in (folder, *folder.iterdir())))
+        processor, model = _load(
+            folder, device, max(get_write_stamp(p) for p in (folder, *folder.iterdir()))
+        )
         with torch.inference_mode(), _on(device):
             found = model(
                 **processor(images=picture, return_tensors="pt").to(device)
@@ -172,19 +176,19 @@ def _nearness(values: np.ndarray, distance: bool) -> np.ndarray:
     """[H, W] in [0, 1]: 0 the farthest pixel, 1 the nearest.
 
     Raises:
-        BadSample: no pixel differs from another, or some are not finite.
+        BadSampleError: no pixel differs from another, or some are not finite.
     """
     if not np.isfinite(values).all():
-        raise BadSample("no usable map: the model's depth is not finite")
+        raise BadSampleError("no usable map: the model's depth is not finite")
     if distance:
         values = 1 / np.maximum(values, np.finfo(np.float32).eps)
     low, high = values.min(), values.max()
     if not high > low:
-        raise BadSample("no usable map: the model sees no depth in the picture")
+        raise BadSampleError("no usable map: the model sees no depth in the picture")
     return (values - low) / (high - low)
 
 
-def normals(nearness: np.ndarray, strength: float) -> np.ndarray:
+def estimate_normals(nearness: np.ndarray, strength: float) -> np.ndarray:
     """[H, W] nearness in [0, 1] -> [H, W, 3] unit vectors: x to the right, y up, z towards the viewer.
 
     The nearness is taken as a relief of height h = strength * min(H, W) * nearness (in pixels) over the picture plane, seen from

@@ -48,7 +48,7 @@ def select_parts(
 
 
 @dataclass
-class Groups:
+class FileGroups:
     """The files of a folder by stem (relative to it, with `/`)."""
 
     files: dict[str, dict[str, Path]] = field(default_factory=dict)
@@ -58,9 +58,9 @@ class Groups:
     """Suffix -> files that no modality reads."""
 
 
-def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
+def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
     """Goes through a folder, hidden files and folders left out, symbolic links followed."""
-    groups, seen = Groups(), set[str]()
+    groups, seen = FileGroups(), set[str]()
     for folder, folders, names in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(
@@ -86,7 +86,7 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> Groups:
     return groups
 
 
-def side_file_raw_samples(
+def find_side_file_samples(
     root: Path, wanted: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Layout A.

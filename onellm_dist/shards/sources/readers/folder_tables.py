@@ -45,7 +45,7 @@ _SURROGATES = "surrogateescape"  # bytes that are not UTF-8 survive as such, so 
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row: normalised column name to value, and where it stands."""
 
     values: Mapping[str, Any]
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Columns:
+class TableColumns:
     """Which column is what."""
 
     caption: str | None
@@ -69,12 +69,12 @@ class Columns:
         return {*self.slots, *([self.generic] if self.generic else [])}
 
 
-def normal(name: str) -> str:
+def normalise_column(name: str) -> str:
     """A column's name in lower case, with `_` for spaces and hyphens."""
     return name.strip().lower().replace(" ", "_").replace("-", "_")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[TableRow]:
     """The rows of a table, in order.
 
     Raises:
@@ -88,7 +88,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _delimited(path)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[TableRow]:
     with path.open(encoding="utf-8-sig", errors=_SURROGATES) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -96,10 +96,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 try:
                     yield _json_row(json.loads(line), where)
                 except ValueError as error:
-                    yield Row({}, where, f"unreadable row: {error}")
+                    yield TableRow({}, where, f"unreadable row: {error}")
 
 
-def _json_list(path: Path) -> Iterator[Row]:
+def _json_list(path: Path) -> Iterator[TableRow]:
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
@@ -118,13 +118,13 @@ def _json_list(path: Path) -> Iterator[Row]:
         yield _json_row(row, f"{path}[{number}]")
 
 
-def _json_row(row: Any, where: str) -> Row:
+def _json_row(row: Any, where: str) -> TableRow:
     if not isinstance(row, dict):
-        return Row({}, where, f"unreadable row: a {type(row).__name__}, not an object")
-    return Row({normal(k): v for k, v in row.items()}, where)
+        return TableRow({}, where, f"unreadable row: a {type(row).__name__}, not an object")
+    return TableRow({normalise_column(k): v for k, v in row.items()}, where)
 
 
-def _delimited(path: Path) -> Iterator[Row]:
+def _delimited(path: Path) -> Iterator[TableRow]:
     """CSV by RFC 4180; in a tab-separated file a quote is an ordinary character unless it encloses a whole field."""
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", errors=_SURROGATES, newline="") as file:
@@ -136,19 +136,21 @@ def _delimited(path: Path) -> Iterator[Row]:
             file, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
         )
         try:
-            header = [normal(_unquoted(name) if tabs else name) for name in next(reader, [])]
+            header = [
+                normalise_column(_unquoted(name) if tabs else name) for name in next(reader, [])
+            ]
             for cells in reader:
                 if not cells:
                     continue
                 where = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
-                    yield Row(
+                    yield TableRow(
                         {},
                         where,
                         f"unreadable row: {len(cells)} columns where the header has {len(header)}",
                     )
                     continue
-                yield Row(
+                yield TableRow(
                     dict(zip(header, (_unquoted(c) if tabs else c for c in cells), strict=True)),
                     where,
                 )
@@ -164,7 +166,7 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
 
 
-def find_columns(names: set[str], caption: str | None, file: str | None) -> Columns:
+def find_columns(names: set[str], caption: str | None, file: str | None) -> TableColumns:
     """What the columns of these (normalised) names are; `caption` and `file` are the user's own choice."""
     slots: dict[str, tuple[tuple[str, ...], ...]] = {}
     for modality in all_modalities().values():
@@ -175,7 +177,7 @@ def find_columns(names: set[str], caption: str | None, file: str | None) -> Colu
             for column in (slot + ending for ending in endings):
                 if column in names and column != file and accepted not in slots.get(column, ()):
                     slots[column] = (*slots.get(column, ()), accepted)
-    return Columns(
+    return TableColumns(
         caption if caption is not None else next((c for c in CAPTION_COLUMNS if c in names), None),
         file
         if file is not None
@@ -217,17 +219,18 @@ def _is_table(path: Path) -> bool:
             first = json.loads(head[0])
         except ValueError:
             return False
-        names = set(map(normal, first)) if isinstance(first, dict) else set[str]()
+        names = set(map(normalise_column, first)) if isinstance(first, dict) else set[str]()
     else:
         names = {
-            normal(_unquoted(c)) for c in head[0].replace("\t", ",").replace(";", ",").split(",")
+            normalise_column(_unquoted(c))
+            for c in head[0].replace("\t", ",").replace(";", ",").split(",")
         }
     columns = find_columns(names, None, None)
     return bool(columns.files) and (columns.caption is not None or "conversations" in names)
 
 
 def _file_parts(
-    row: Row, columns: Columns, folders: tuple[Path, ...]
+    row: TableRow, columns: TableColumns, folders: tuple[Path, ...]
 ) -> tuple[dict[str, Path], str | None]:
     """Part extension to file, and what is wrong."""
     found: dict[str, Path] = {}
@@ -281,7 +284,7 @@ def _siblings(found: dict[str, Path], modalities: tuple[str, ...]) -> None:
                 found[beside] = anchor.with_name(f"{split[0]}.{beside}")
 
 
-def table_raw_samples(
+def read_table_samples(
     table: Path,
     root: Path,
     wanted: tuple[str, ...] | None,
@@ -293,8 +296,8 @@ def table_raw_samples(
     names = {name for row in rows for name in row.values}
     columns = find_columns(
         names,
-        normal(caption_column) if caption_column else None,
-        normal(file_column) if file_column else None,
+        normalise_column(caption_column) if caption_column else None,
+        normalise_column(file_column) if file_column else None,
     )
     _require_columns(table, names, columns, wanted)
     folders = (table.parent, root)
@@ -313,7 +316,7 @@ def table_raw_samples(
 
 
 def _require_columns(
-    table: Path, names: set[str], columns: Columns, wanted: tuple[str, ...] | None
+    table: Path, names: set[str], columns: TableColumns, wanted: tuple[str, ...] | None
 ) -> None:
     shown = ", ".join(sorted(names)) or "none"
     if wanted != () and (not columns.files or not columns.files & names):
@@ -331,10 +334,10 @@ def _require_columns(
 
 
 def _row_raw_sample(
-    row: Row,
+    row: TableRow,
     found: dict[str, Path],
     problem: str | None,
-    columns: Columns,
+    columns: TableColumns,
     modalities: tuple[str, ...],
     root: Path,
     seen: Counter[str],
@@ -366,7 +369,9 @@ def _row_raw_sample(
     )
 
 
-def _key(row: Row, columns: Columns, found: Mapping[str, Path], root: Path, number: int) -> str:
+def _key(
+    row: TableRow, columns: TableColumns, found: Mapping[str, Path], root: Path, number: int
+) -> str:
     """The row's own key; else its first file's path without extension; else its number."""
     own = row.values.get(columns.key) if columns.key else None
     if isinstance(own, (str, int)) and str(own).strip():

@@ -33,9 +33,9 @@ UNFINISHED_OPTION = Option(
 _STATS = "_stats.json"
 _SHOWN = 5
 
-Text = Callable[[], str | None]
+ReadText = Callable[[], str | None]
 """Reads the sample's `.txt` from the tar; None: it has none."""
-Captions = Callable[[Mapping[str, Any], Text], Sequence[str | None]]
+ChooseCaptions = Callable[[Mapping[str, Any], ReadText], Sequence[str | None]]
 """(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none; several go to `.json` as a list."""
 
 
@@ -59,7 +59,7 @@ def find_tars(inputs: Path) -> list[str]:
     return tars
 
 
-def tar_groups(
+def split_tars(
     inputs: Path, tars: Sequence[str], unfinished: str
 ) -> tuple[Iterator[InputSplit], tuple[str, ...]]:
     """(a group for each tar, lines for the user). A row of the parquet is one raw_sample, so that its footer tells how many there are.
@@ -109,7 +109,7 @@ def tar_groups(
 
 def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSplit]:
     def rows(stem: tuple[str, bool]) -> int | None:
-        return parquet_length(inputs / f"{stem[0]}.parquet") if stem[1] else None
+        return count_parquet_rows(inputs / f"{stem[0]}.parquet") if stem[1] else None
 
     with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
         for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
@@ -117,8 +117,8 @@ def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSp
             yield InputSplit(f"{stem}.tar", description, count=count)
 
 
-def tar_raw_samples(
-    inputs: Path, description: SplitDescription, extensions: Sequence[str], captions: Captions
+def read_tar_samples(
+    inputs: Path, description: SplitDescription, extensions: Sequence[str], captions: ChooseCaptions
 ) -> Iterator[RawSample]:
     """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
 
@@ -129,14 +129,14 @@ def tar_raw_samples(
     Raises:
         OneLLMError: tar and parquet are not of one run, or the parquet cannot be read.
     """
-    members, fault = tar_members(inputs / description["tar"])
+    members, fault = list_tar_members(inputs / description["tar"])
     if description["parquet"] is None:
         rows: Iterator[tuple[dict[str, Any], str | None]] = (
             _row_of(key, parts) for key, parts in members.items()
         )
     else:
         _check_pair(inputs / description["tar"], inputs / description["parquet"], members)
-        rows = ((row, None) for row in parquet_rows(inputs / description["parquet"]))
+        rows = ((row, None) for row in read_parquet_rows(inputs / description["parquet"]))
     if description["parquet"] is None and fault is not None:
         yield RawSample(
             make_safe_key(description["tar"]), description["tar"], problem=fault
@@ -157,7 +157,7 @@ def tar_raw_samples(
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
     """Raises OneLLMError where the tar holds samples that the parquet does not list."""
-    lost = members.keys() - {str(row.get("key")) for row in parquet_rows(table, ["key"])}
+    lost = members.keys() - {str(row.get("key")) for row in read_parquet_rows(table, ["key"])}
     if lost:
         raise OneLLMError(
             f"{tar} holds {len(lost)} samples that {table.name} does not list, {min(lost)} the first.",
@@ -173,11 +173,11 @@ def _raw_sample(
     parts: Mapping[str, FileRange] | None,
     problem: str | None,
     extensions: Sequence[str],
-    captions: Captions,
+    captions: ChooseCaptions,
 ) -> RawSample:
     name, where = make_safe_key(f"{tar.rpartition('/')[0]}/{key}"), f"{tar}/{key}"
     status = row.get("status")
-    meta = {k: v for k, v in ((k, plain(v)) for k, v in row.items()) if v is not None}
+    meta = {k: v for k, v in ((k, to_plain_json(v)) for k, v in row.items()) if v is not None}
     if status not in (None, "success"):
         return RawSample(name, where, skip=str(status))
     extension = next((e for e in extensions if parts and e in parts), None)
@@ -224,7 +224,7 @@ def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], s
     return {**row, "key": key}, None
 
 
-def tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]:
+def list_tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]:
     """(key to extension to its bytes, why the tar cannot be read to its end).
 
     Only headers are read. A tar of 10,000 samples takes about 10 MB of memory.
@@ -253,7 +253,7 @@ def tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]
     return found, None
 
 
-def parquet_length(path: Path) -> int:
+def count_parquet_rows(path: Path) -> int:
     """Rows of a parquet file, from its footer.
 
     Raises:
@@ -269,7 +269,7 @@ def parquet_length(path: Path) -> int:
             raise _unreadable(path, error) from error
 
 
-def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file, 1000 in memory at a time.
 
     Args:
@@ -298,12 +298,28 @@ def _unreadable(path: Path, error: Exception) -> OneLLMError:
     )
 
 
-def plain(value: Any) -> Any:
+def to_plain_json(value: Any) -> Any:
     """A value of a parquet file as JSON has it; what JSON cannot say (NaN, empty) is None, dates and the like are texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_plain_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_plain_json(v) for v in value]
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+ALT_COLUMNS = ("caption", "text")
+"""In any case: img2dataset's own name, LAION's (`TEXT`)."""
+
+
+def find_column(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of these columns that has a value, whatever its case; None: none has."""
+    lower = {k.lower(): v for k, v in row.items() if v is not None}
+    return next((lower[n] for n in names if n in lower), None)
+
+
+def choose_alt_text(row: Mapping[str, Any], text: ReadText) -> list[str | None]:
+    """The alt text of a picture."""
+    found = find_column(row, ALT_COLUMNS)
+    return [found if isinstance(found, str) else text()]

@@ -13,8 +13,8 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
 from onellm_dist.modalities.io.imu import ImuRecording, read_recording
-from onellm_dist.shards.sources.base import BadSample
-from onellm_dist.shards.sources.readers.media_files import stamp
+from onellm_dist.shards.sources.base import BadSampleError
+from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 Recorded = tuple[Path, Path | None]
 """A recording and, of imu2clip's, its timestamps."""
@@ -22,7 +22,7 @@ _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
 
 
 @dataclass(frozen=True)
-class ImuWindow:
+class CutImuWindow:
     """The window as `.npy` [6, 400] fp32: accelerometer xyz, gyroscope xyz, 200 Hz; as many zeros at the end as samples are missing."""
 
     recording: Path
@@ -38,14 +38,17 @@ class ImuWindow:
         """Cuts and resamples as the modality does.
 
         Raises:
-            BadSample: the recording cannot be read, or has too few samples there.
+            BadSampleError: the recording cannot be read, or has too few samples there.
         """
         times = self.timestamps
         recording = _recording(
-            self.recording, times, stamp(self.recording), 0 if times is None else stamp(times)
+            self.recording,
+            times,
+            get_write_stamp(self.recording),
+            0 if times is None else get_write_stamp(times),
         )
         if isinstance(recording, str):
-            raise BadSample(recording)
+            raise BadSampleError(recording)
         assert recording.times is not None
         try:
             window = cut_window(
@@ -53,14 +56,14 @@ class ImuWindow:
             )
             count = window.signal.shape[1]
             if count < self.min_samples:
-                raise BadSample(
+                raise BadSampleError(
                     f"too few samples: the window {self.start:g} to {self.end:g} s has {count}, and min_samples={self.min_samples}"
                 )
             values = MODALITY.transform(window, train=False, rng=np.random.default_rng(0)).numpy()
-        except BadSample:
+        except BadSampleError:
             raise
         except SampleError as error:
-            raise BadSample(f"no usable window: {error.what}") from error
+            raise BadSampleError(f"no usable window: {error.what}") from error
         buffer = io.BytesIO()
         np.save(buffer, np.ascontiguousarray(values))
         return buffer.getvalue()
@@ -85,7 +88,7 @@ def _recording(
     return found
 
 
-def recording_of(folder: Path, uid: str) -> Recorded | None:
+def find_recording(folder: Path, uid: str) -> Recorded | None:
     """(recording, timestamps) of a video below a folder; None: it has none.
 
     imu2clip's pair of `.npy` goes before the raw `.csv`: it is read in a tenth of the time.

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.sources.base import InputSplit, SplitDescription
-from onellm_dist.shards.sources.readers.media_files import below
+from onellm_dist.shards.sources.readers.media_files import resolve_below
 
 _CHUNK = 1 << 20
 _LARGEST = 1 << 28
@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class Row(NamedTuple):
+class JsonRow(NamedTuple):
     """One row while a file is gone through."""
 
     start: int
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     """Parsed as Latin-1, so that characters are bytes: good for ASCII keys and values alone."""
 
 
-class _Scanner:
+class _JsonScanner:
     """A cursor in a JSON file. Its text is Latin-1, where a character is a byte: JSON's own characters are ASCII."""
 
     def __init__(self, file: IO[bytes], name: str) -> None:
@@ -101,7 +101,7 @@ class _Scanner:
                     return found
             self.more(max(_CHUNK, len(self.text) - self.at))
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[JsonRow]:
         """The elements or entries of the array or object that begins here; goes past it."""
         opening = self.peek()
         closing = {"[": "]", "{": "}"}.get(opening)
@@ -116,7 +116,7 @@ class _Scanner:
                     raise self.broken("a key that is no text")
                 self.take(":")
             found = self.value()
-            yield Row(start, self.offset, key, found)
+            yield JsonRow(start, self.offset, key, found)
             if self.peek() != closing:
                 self.take(",")
         self.take(closing)
@@ -150,7 +150,7 @@ class _Scanner:
         )
 
 
-def scan(path: Path, key: str | None = None) -> Iterator[Row]:
+def scan_rows(path: Path, key: str | None = None) -> Iterator[JsonRow]:
     """The rows of a file in order.
 
     Args:
@@ -182,15 +182,15 @@ def scan(path: Path, key: str | None = None) -> Iterator[Row]:
         yield from scanner.rows()
 
 
-def _scanner(file: IO[bytes], path: Path) -> _Scanner:
+def _scanner(file: IO[bytes], path: Path) -> _JsonScanner:
     """At the start of a file, behind its byte order mark."""
-    scanner = _Scanner(file, path.name)
+    scanner = _JsonScanner(file, path.name)
     scanner.more()
     scanner.at = 3 if scanner.text.startswith("\xef\xbb\xbf") else 0
     return scanner
 
 
-def _lines(file: IO[bytes]) -> Iterator[Row]:
+def _lines(file: IO[bytes]) -> Iterator[JsonRow]:
     offset = 0
     for line in file:
         if line.strip():
@@ -198,7 +198,7 @@ def _lines(file: IO[bytes]) -> Iterator[Row]:
                 value = _DECODER.decode(line.decode("latin-1").strip())
             except ValueError:
                 value = None
-            yield Row(offset, offset + len(line), "", value)
+            yield JsonRow(offset, offset + len(line), "", value)
         offset += len(line)
 
 
@@ -209,13 +209,13 @@ def has_key(path: Path, key: str) -> bool:
         return scanner.peek() == "{" and scanner.find(key)
 
 
-def row_groups(
+def split_rows(
     inputs: Path,
     name: str,
     rows: int,
     *,
     key: str | None = None,
-    count: Callable[[Row], Mapping[str, int]] | None = None,
+    count: Callable[[JsonRow], Mapping[str, int]] | None = None,
     split: str = "train",
     **description: Any,
 ) -> Iterator[InputSplit]:
@@ -229,7 +229,14 @@ def row_groups(
     Raises:
         UsageError, OneLLMError: as `scan`.
     """
-    path, start, end, first, number, held = below(inputs, name), -1, 0, 0, 0, dict[str, int]()
+    path, start, end, first, number, held = (
+        resolve_below(inputs, name),
+        -1,
+        0,
+        0,
+        0,
+        dict[str, int](),
+    )
     entries = False
 
     def groups() -> Iterator[InputSplit]:
@@ -244,7 +251,7 @@ def row_groups(
             }
             yield InputSplit(f"{name}:{first}", {**description, **place}, part, raw_samples)
 
-    for number, row in enumerate(scan(path, key)):
+    for number, row in enumerate(scan_rows(path, key)):
         if start < 0:
             start, first, entries = row.start, number, bool(row.key)
         for part, raw_samples in (count(row) if count is not None else {split: 1}).items():
@@ -257,7 +264,7 @@ def row_groups(
         yield from groups()
 
 
-class Item(NamedTuple):
+class JsonItem(NamedTuple):
     """One row as a source reads it."""
 
     where: str
@@ -268,13 +275,13 @@ class Item(NamedTuple):
     """None: a line that is no JSON."""
 
 
-def read_rows(inputs: Path, description: SplitDescription) -> Iterator[Item]:
+def read_rows(inputs: Path, description: SplitDescription) -> Iterator[JsonItem]:
     """A group's rows.
 
     Raises:
         OneLLMError: the file is not what it was when the build was planned.
     """
-    path = below(inputs, description["file"])
+    path = resolve_below(inputs, description["file"])
     with path.open("rb") as file:
         file.seek(description["start"])
         data = file.read(description["end"] - description["start"])
@@ -284,12 +291,12 @@ def read_rows(inputs: Path, description: SplitDescription) -> Iterator[Item]:
     except ValueError as error:
         raise _changed(path, description["start"], description["end"], error) from error
     for i, (key, value) in enumerate(found, description["first"]):
-        yield Item(f"{description['file']}[{key or i}]", i, key, value)
+        yield JsonItem(f"{description['file']}[{key or i}]", i, key, value)
 
 
-def read_places(
+def read_rows_at(
     path: Path, places: Iterable[Sequence[int]], *, entries: bool = False
-) -> Iterator[Item]:
+) -> Iterator[JsonItem]:
     """Single rows.
 
     Args:
@@ -306,7 +313,7 @@ def read_places(
                 [(key, value)] = _parsed(file.read(end - start), entries)
             except ValueError as error:
                 raise _changed(path, start, end, error) from error
-            yield Item(f"{path.name}[{key or number}]", number, key, value)
+            yield JsonItem(f"{path.name}[{key or number}]", number, key, value)
 
 
 def _changed(path: Path, start: int, end: int, error: ValueError) -> OneLLMError:

@@ -38,18 +38,18 @@ from onellm_dist.shards.sources.readers.delimited import (
     TSV,
     Dialect,
     RowRange,
+    find_row_ranges,
     read_header,
     read_rows,
-    row_ranges,
 )
 from onellm_dist.shards.sources.readers.depth_models import EstimatedMap, check_model
 from onellm_dist.shards.sources.readers.img2dataset import (
     UNFINISHED_OPTION,
     find_tars,
-    tar_groups,
-    tar_raw_samples,
+    read_tar_samples,
+    split_tars,
 )
-from onellm_dist.shards.sources.readers.media_files import below, picture_extension
+from onellm_dist.shards.sources.readers.media_files import get_picture_extension, resolve_below
 
 _ROWS = 2000
 _QUALITY = 95
@@ -83,7 +83,7 @@ class _Folders:
     maps: Path
 
 
-def map_source(kind: str) -> Source:
+def make_map_source(kind: str) -> Source:
     """The source of one kind of map: `depth` or `normal`."""
 
     def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
@@ -140,14 +140,14 @@ def map_source(kind: str) -> Source:
 
 def _folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _Folders:
     pictures = (
-        below(inputs, images)
+        resolve_below(inputs, images)
         if images is not None
         else inputs / "cc3m"
         if (inputs / "cc3m").is_dir()
         else inputs
     )
     if maps is not None:
-        return _Folders(pictures, below(inputs, maps))
+        return _Folders(pictures, resolve_below(inputs, maps))
     tree = next(
         (f for f in (inputs / f"cc3m_{kind}", inputs.parent / f"cc3m_{kind}") if f.is_dir()), None
     )
@@ -181,15 +181,15 @@ def _plan(
     else:
         attributes, notes = {}, [f"{kind} maps are looked for in {folders.maps}"]
     if captions is not None:
-        if not below(inputs, captions).is_file():
+        if not resolve_below(inputs, captions).is_file():
             raise UsageError(
-                f"{below(inputs, captions)}: there is no such file.",
+                f"{resolve_below(inputs, captions)}: there is no such file.",
                 "captions are read from it.",
                 "check -o captions=.",
             )
-        groups = _table_groups(below(inputs, captions))
+        groups = _table_groups(resolve_below(inputs, captions))
     elif next(iter(folders.pictures.glob("*.tar")), None) is not None:
-        groups, more = tar_groups(folders.pictures, find_tars(folders.pictures), unfinished)
+        groups, more = split_tars(folders.pictures, find_tars(folders.pictures), unfinished)
         notes += more
     else:
         groups = _tree_groups(folders)
@@ -202,7 +202,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(
         p.name
         for p in folder.iterdir()
-        if picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != "."
+        if get_picture_extension(p.name) and not p.name.lower().endswith(maps) and p.name[0] != "."
     )
 
 
@@ -245,7 +245,7 @@ def _table_groups(table: Path) -> Iterator[InputSplit]:
             "captions and local paths are read from the columns caption and url.",
             "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
         )
-    for found in row_ranges(table, dialect, _ROWS, start):
+    for found in find_row_ranges(table, dialect, _ROWS, start):
         yield InputSplit(
             f"{table.name}:{found.line}", {"range": list(found), "names": names}, count=found.size
         )
@@ -270,7 +270,7 @@ def _raw_samples(
 ) -> Iterator[RawSample]:
     folders = _folders(kind, inputs, images, maps)
     if "tar" in description:
-        for sample in tar_raw_samples(
+        for sample in read_tar_samples(
             folders.pictures,
             description,
             IMAGE_EXTENSIONS,
@@ -279,7 +279,7 @@ def _raw_samples(
             yield _with_map(kind, folders, model, description["tar"], sample)
         return
     if captions is not None:
-        table = below(inputs, captions)
+        table = resolve_below(inputs, captions)
         for row in read_rows(
             table, _dialect(table), RowRange(*description["range"]), description["names"]
         ):
@@ -336,7 +336,7 @@ def _raw_sample(
     caption: str | None,
     side: Path | None,
 ) -> RawSample:
-    stem, extension = name.rpartition(".")[0], picture_extension(name)
+    stem, extension = name.rpartition(".")[0], get_picture_extension(name)
     key = make_safe_key(stem or name)
     if extension is None:
         return RawSample(key, where, problem=f"unknown kind of file: {name} is no picture")
@@ -364,7 +364,7 @@ def _map_of(
     strength: float = 0.0,
 ) -> dict[str, Media] | None:
     """The parts `KIND.EXTENSION` and the picture's; None: there is no map."""
-    stem, extension = name.rpartition(".")[0], picture_extension(name) or ""
+    stem, extension = name.rpartition(".")[0], get_picture_extension(name) or ""
     if depth_model is not None:
         return {
             extension: picture,

@@ -9,12 +9,12 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
 
 
-def below(inputs: Path, path: Path | str) -> Path:
+def resolve_below(inputs: Path, path: Path | str) -> Path:
     """An option's path: relative to the input folder, unless it is absolute."""
     return Path(path) if Path(path).is_absolute() else inputs / str(path)
 
 
-def need_file(
+def require_file(
     inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
 ) -> str:
     """The name, relative to `inputs` (or absolute), of a file that a source cannot do without.
@@ -29,7 +29,7 @@ def need_file(
         UsageError: it is not there.
     """
     names = [str(path)] if path is not None else list(usual)
-    found = next((n for n in names if below(inputs, n).is_file()), None)
+    found = next((n for n in names if resolve_below(inputs, n).is_file()), None)
     if found is None:
         raise UsageError(
             f"{inputs}: no {' or '.join(names)} there ({what}).",
@@ -39,17 +39,17 @@ def need_file(
     return found
 
 
-def need_folder(
+def require_folder(
     inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
 ) -> Path:
-    """As `need_file`, for a folder; `"."` is the input folder itself.
+    """As `require_file`, for a folder; `"."` is the input folder itself.
 
     Raises:
         UsageError: it is not there.
     """
     names = [str(path)] if path is not None else list(usual)
     found = next(
-        (f for n in names if (f := inputs if n == "." else below(inputs, n)).is_dir()), None
+        (f for n in names if (f := inputs if n == "." else resolve_below(inputs, n)).is_dir()), None
     )
     if found is None:
         raise UsageError(
@@ -60,24 +60,24 @@ def need_folder(
     return found
 
 
-def extension_for(modality: str, name: str) -> str | None:
+def get_extension(modality: str, name: str) -> str | None:
     """The part extension of a file of a modality's first slot; None: not one that the modality reads."""
     suffix = PurePosixPath(name).suffix.lower().lstrip(".")
     accepted = next(iter(get_modality(modality).required_parts.values()))
     return suffix if suffix in accepted else None
 
 
-def picture_extension(name: str) -> str | None:
+def get_picture_extension(name: str) -> str | None:
     """`jpg` of `a/b.JPG`; None where it is no picture."""
-    return extension_for("image", name)
+    return get_extension("image", name)
 
 
-def first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
+def find_first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
     """The first of these names that is a file in one of these folders."""
     tried = list(names)
     return next((f for folder in folders for n in tried if (f := folder / n).is_file()), None)
 
 
-def stamp(path: Path) -> int:
+def get_write_stamp(path: Path) -> int:
     """Changes when a local file or folder is written: what a cache of its content is keyed by. 0 for remote ones."""
     return path.stat().st_mtime_ns if isinstance(path, Path) else 0

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.shards.sources.base import Media
-from onellm_dist.shards.sources.readers.archives import archive_index, volumes_of
+from onellm_dist.shards.sources.readers.archives import list_volumes, open_archive_index
 
 
 @dataclass(frozen=True)
-class Pool:
+class MediaPool:
     """Folders and archives, relative to the input, in sorted order."""
 
     folders: tuple[str, ...] = ()
@@ -23,14 +23,14 @@ class Pool:
         return {"folders": list(self.folders), "archives": list(self.archives)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Pool:
+    def from_json(cls, value: Mapping[str, Any]) -> MediaPool:
         """Inverse of `to_json`."""
         return cls(tuple(value["folders"]), tuple(value["archives"]))
 
-    def of(self, name: str) -> Pool:
+    def of(self, name: str) -> MediaPool:
         """What has `name` in its path, in any case."""
         word = name.lower()
-        return Pool(
+        return MediaPool(
             tuple(f for f in self.folders if word in f.lower()),
             tuple(a for a in self.archives if word in a.lower()),
         )
@@ -39,7 +39,7 @@ class Pool:
         return bool(self.folders or self.archives)
 
 
-def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) -> Pool:
+def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) -> MediaPool:
     """Every folder below `inputs` that holds a file with one of the suffixes, and every zip archive.
 
     Args:
@@ -58,12 +58,12 @@ def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) 
         elif suffix == ".zip":
             archives.add(path.relative_to(inputs).as_posix())
     for archive in archives:
-        volumes_of(inputs / archive)
-    return Pool(tuple(sorted(folders)), tuple(sorted(archives)))
+        list_volumes(inputs / archive)
+    return MediaPool(tuple(sorted(folders)), tuple(sorted(archives)))
 
 
 def find_media(
-    inputs: Path, pool: Pool, stems: Sequence[str], suffixes: Sequence[str]
+    inputs: Path, pool: MediaPool, stems: Sequence[str], suffixes: Sequence[str]
 ) -> tuple[str, Media] | None:
     """(suffix, media) of the first stem that is there: files before archives, suffixes in their order; None: none is.
 
@@ -76,7 +76,7 @@ def find_media(
                 if path.is_file():
                     return suffix, path
         for archive in pool.archives:
-            found = archive_index(inputs / archive, suffixes).find(stem)
+            found = open_archive_index(inputs / archive, suffixes).find(stem)
             if found is not None:
                 return found
     return None
