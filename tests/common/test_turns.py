@@ -13,7 +13,7 @@ from onellm_dist.data.text_parts import read_turns
 from onellm_dist.modalities import Part
 from onellm_dist.shards.build.prepare import parse_meta
 from onellm_dist.shards.format.index import count_text_bytes
-from onellm_dist.shards.sources.readers.conversations import clean
+from onellm_dist.shards.sources.readers.conversations import clean_turns
 
 HUMAN, GPT = {"from": "human", "value": "what is it"}, {"from": "gpt", "value": "a cube"}
 
@@ -55,7 +55,7 @@ def test_a_good_conversation_is_accepted_everywhere(turns: list[Any]) -> None:
     assert read_turns({"json": Part("json", stored(turns))}) == parsed
     assert parse_meta(stored(turns))["conversations"] == turns
     assert count_text_bytes(None, stored(turns)) == sum(len(turn.text.encode()) for turn in parsed)
-    assert clean(turns)
+    assert clean_turns(turns)
 
 
 @pytest.mark.parametrize(("turns", "says"), REFUSED.values(), ids=REFUSED)
@@ -71,7 +71,7 @@ def test_a_bad_conversation_is_refused_everywhere_with_one_message(turns: Any, s
     assert training.value.what == building.value.what
     assert count_text_bytes(None, stored(turns)) == 0
     with pytest.raises(TurnsError) as source:
-        clean(turns)
+        clean_turns(turns)
     assert str(source.value) == message
 
 
@@ -84,11 +84,11 @@ def test_roles_are_those_of_chat_templates() -> None:
 
 
 def test_sources_also_drop_what_no_question_precedes_or_no_answer_follows() -> None:
-    assert clean([GPT, HUMAN, GPT, HUMAN]) == [HUMAN, GPT]
+    assert clean_turns([GPT, HUMAN, GPT, HUMAN]) == [HUMAN, GPT]
     with pytest.raises(TurnsError, match="no answer to a question"):
-        clean([GPT])
+        clean_turns([GPT])
     with pytest.raises(TurnsError, match="turn 1 is an empty answer"):
-        clean([HUMAN, {"from": "gpt", "value": " "}])
+        clean_turns([HUMAN, {"from": "gpt", "value": " "}])
 
 
 def test_an_empty_list_of_turns_is_no_conversation() -> None:
