@@ -146,9 +146,9 @@ def measure_load(dist: Any, name: str, out: Path) -> dict[str, float]:
     with Peak() as drawn:
         engine, model_bytes = build(dist, name, "align", tiny=False)
     with Peak() as export:
-        weights = engine.whole_weights()
+        weights = engine.full_weights()
         if dist.is_rank_zero:
-            shapes = {n: (shape, dtype) for n, shape, dtype in engine.whole_shapes()}
+            shapes = {n: (shape, dtype) for n, shape, dtype in engine.full_weight_shapes()}
             write_weights(out, weights, shapes, file_bytes=60_000_000)
         for _ in weights:
             pass
@@ -191,6 +191,7 @@ def build(
     """(engine, bytes of the whole model in fp32)."""
     import torch
 
+    from onellm_dist.config.schema import OptimSection
     from onellm_dist.model.lazy_weights import (
         InitialWeights,
         RandomWeights,
@@ -198,8 +199,10 @@ def build(
         build_empty_model,
         find_weight_files,
     )
-    from onellm_dist.train.engine.base import EngineSettings
-    from onellm_dist.train.engine.select import engine_class
+    from onellm_dist.train.engine.fsdp.description import FsdpOptions
+    from onellm_dist.train.engine.select import get_engine
+    from onellm_dist.train.engine.settings import EngineSettings
+    from onellm_dist.train.optim.optimizers import make_optimizer
     from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
     torch.set_num_threads(1)
@@ -212,16 +215,15 @@ def build(
     size = sum(4 * p.numel() for p in model.parameters())
     given = ENGINES[name]
     settings = EngineSettings(
-        dist.world_size,
-        dist.device,
-        False,
-        (0.9, 0.95),
-        1e-8,
-        1.0,
-        json.loads(json.dumps(given or {})),
+        world_size=dist.world_size,
+        device=dist.device,
+        bf16=False,
+        optimizer=make_optimizer(OptimSection(lr=1e-4)),
+        grad_clip=1.0,
+        options=FsdpOptions() if given is None else json.loads(json.dumps(given)),
     )
-    kind = engine_class("fsdp" if given is None else "deepspeed")
-    return kind.wrap(model, parameter_groups(model, 0.1), settings, weights), size
+    engine = get_engine("fsdp" if given is None else "deepspeed").load()
+    return engine.wrap(model, parameter_groups(model, 0.1), settings, weights), size
 
 
 def config(tiny: bool) -> Any:

@@ -1,4 +1,4 @@
-"""What other packages add through entry points: modalities, sources, callbacks, benchmark tasks."""
+"""What other packages add through entry points: modalities, sources, callbacks, optimizers, benchmark tasks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from onellm_dist.common.errors import UsageError
 MODALITIES = "onellm_dist.modalities"
 SOURCES = "onellm_dist.sources"
 CALLBACKS = "onellm_dist.callbacks"
+OPTIMIZERS = "onellm_dist.optimizers"
 TASKS = "onellm_dist.tasks"
 
 

@@ -172,17 +172,21 @@ class TrainSection(Section):
 class OptimSection(Section):
     """`optim.*`: the optimizer and its learning-rate schedule."""
 
+    name: str = "adamw"
+    """The optimizer: `adamw`, `sgd`, or one that another package registers."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of an optimizer other than AdamW: `{momentum: 0.9, nesterov: false}` for `sgd`."""
     lr: float = Field(gt=0)
     """Peak learning rate, reached after the warm-up."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate at the end of the cosine schedule."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate at the end of a decaying schedule."""
+    schedule: str = "cosine"
     """Learning rate after the warm-up: `cosine` decays to `optim.min_lr`, `constant` stays at
     `optim.lr`."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0. Default: no warm-up."""
     decay_steps: int | None = Field(None, gt=0)
-    """Step at which the cosine schedule ends. Default: `train.steps`."""
+    """Step at which the schedule ends. Default: `train.steps`."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
     eps: float = 1e-8
@@ -210,17 +214,6 @@ class EngineSection(Section):
     """`fsdp` only: when gradients are reduced over the ranks. `micro_batch`: after each, so that a
     rank keeps only its shard of the gradients. `step`: once a step, which needs less traffic, but
     every rank keeps complete fp32 gradients of all trainable parameters."""
-
-    @model_validator(mode="after")
-    def _check_engine_keys(self) -> EngineSection:
-        if self.name == "deepspeed" and (
-            self.shard_ranks is not None or self.reduce_every != "micro_batch"
-        ):
-            raise ValueError(
-                "engine.shard_ranks and engine.reduce_every are for engine.name=fsdp "
-                "(DeepSpeed: zero_hpz_partition_size)"
-            )
-        return self
 
 
 class CheckpointSection(Section):

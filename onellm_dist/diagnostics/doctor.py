@@ -20,11 +20,10 @@ import psutil
 from packaging.requirements import Requirement
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
+from onellm_dist.train.engine.select import all_engines
 
 State = Literal["ok", "note", "warn", "fail"]
 GIB = 1 << 30
-SHM_PATTERN = "deepspeed_allreduce_buffer_*"
-"""Files of 66 MiB a CPU rank that DeepSpeed 0.19.8 leaves in /dev/shm."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,6 @@ def examine() -> Iterator[Finding]:
     yield from check_devices()
     yield check_attention()
     yield from check_launchers()
-    yield check_compiler()
     yield from check_host()
     yield check_shared_memory(Path("/dev/shm"))
     yield check_disk(Path.cwd())
@@ -159,7 +157,7 @@ def check_devices() -> Iterator[Finding]:
                 "devices",
                 "GPU",
                 "note",
-                "none: DeepSpeed runs on the CPU with gloo (DS_ACCELERATOR=cpu)",
+                "none: training runs on the CPU, with gloo",
             )
     else:
         for index in range(torch.cuda.device_count()):
@@ -247,34 +245,6 @@ def check_launchers(path: str | None = None) -> Iterator[Finding]:
     )
 
 
-def check_compiler() -> Finding:
-    """DeepSpeed compiles its CPU communication op at the first run on a machine without a GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        return Finding(
-            "launchers",
-            "C++ compiler",
-            "ok",
-            "not needed: DeepSpeed compiles nothing for ZeRO on GPUs",
-        )
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        return Finding(
-            "launchers",
-            "C++ compiler",
-            "fail",
-            "no g++",
-            "install g++: DeepSpeed compiles its CPU communication op once (70 s).",
-        )
-    return Finding(
-        "launchers",
-        "C++ compiler",
-        "ok",
-        f"{compiler} (DeepSpeed compiles its CPU communication op once, 70 s)",
-    )
-
-
 def check_host() -> Iterator[Finding]:
     """Memory, open files, threads, and whether the host can find itself."""
     memory = psutil.virtual_memory()
@@ -311,7 +281,7 @@ def check_host() -> Iterator[Finding]:
 
 
 def check_shared_memory(folder: Path) -> Finding:
-    """Free space, and what ended DeepSpeed ranks have left behind."""
+    """Free space, and the buffers that killed ranks left behind."""
     if not folder.is_dir():
         return Finding(
             "host",
@@ -320,19 +290,21 @@ def check_shared_memory(folder: Path) -> Finding:
             "not there",
             "mount a tmpfs: loader workers and CPU ranks share memory through it.",
         )
-    left = [p for p in folder.glob(SHM_PATTERN) if p.is_file()]
+    patterns = [e.shared_memory_pattern for e in all_engines().values() if e.shared_memory_pattern]
+    left = [p for pattern in patterns for p in folder.glob(pattern) if p.is_file()]
     mapped = _mapped_files(folder) if left else set()
     left = [p for p in left if str(p) not in mapped]
     free = shutil.disk_usage(folder).free
     detail = f"{free / GIB:.1f} GiB free"
     if left:
         size = sum(p.stat().st_blocks * 512 for p in left)
-        do = f"rm {folder}/{SHM_PATTERN} while no CPU rank runs."
+        names = " ".join(f"{folder}/{pattern}" for pattern in patterns)
+        do = f"rm {names} while no CPU rank runs."
         return Finding(
             "host",
             str(folder),
             "warn",
-            f"{detail}; {len(left)} buffers ({size / GIB:.2f} GiB) of ended DeepSpeed ranks",
+            f"{detail}; {len(left)} buffers ({size / GIB:.2f} GiB) of ranks that were killed",
             do,
         )
     if free < GIB:

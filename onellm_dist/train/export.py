@@ -52,7 +52,7 @@ def export_model(
     """
     partial = folder.with_name(f".{folder.name}.partial")
     failure = None
-    weights = engine.whole_weights()
+    weights = engine.full_weights()
     if dist.is_rank_zero:
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -117,7 +117,7 @@ def write_weights(
 
 
 def _shapes(engine: Engine) -> Shapes:
-    return {name: (tuple(shape), dtype) for name, shape, dtype in engine.whole_shapes()}
+    return {name: (tuple(shape), dtype) for name, shape, dtype in engine.full_weight_shapes()}
 
 
 def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -113,19 +113,16 @@ def _finish(run: Run, outcome: Outcome) -> int:
 
 def _check_before_ranks(config: RunConfig) -> None:
     """What can be refused in a second, before ranks spend ten on their imports."""
-    from onellm_dist.train.engine.deepspeed.config import complete, load_ds_config
+    from onellm_dist.train.engine.select import get_engine
+    from onellm_dist.train.optim.optimizers import check_optim
 
     if config.track.trackers:
         from onellm_dist.train.callbacks.trackers import check_trackers
 
         check_trackers(config.track)
 
-    if config.engine.name == "deepspeed":
-        complete(
-            load_ds_config(config.engine.config),
-            bf16=config.train.precision == "bf16",
-            grad_clip=config.optim.grad_clip,
-        )
+    get_engine(config.engine.name).check(config.engine, bf16=config.train.precision == "bf16")
+    check_optim(config.optim)
 
 
 def run_dir_of(recipe: Path, overrides: Sequence[str]) -> Path:

@@ -39,12 +39,13 @@ from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import load_state, read_manifest
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.engine.base import Engine, EngineSettings
-from onellm_dist.train.engine.deepspeed.config import load_ds_config
-from onellm_dist.train.engine.select import checked, engine_class
+from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.settings import EngineSettings, make_settings
 from onellm_dist.train.export import MODEL, export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.heartbeat import InFlight
+from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups, parts_of
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import EVENTS, Events, Metrics, drop_from
@@ -172,7 +173,8 @@ def build_run(config: RunConfig, dist: Distributed, exit_file: ExitFile, phases:
     Raises:
         UsageError: the recipe asks for something that is not there or cannot be.
     """
-    settings = _engine_settings(config, dist)
+    settings = make_settings(config, world_size=dist.world_size, device=dist.device)
+    check_optim(config.optim)
     check_trackers(config.track)
     lock = lock_directory(config.run.dir) if dist.is_rank_zero else None
     with phases.of("checkpoint"):
@@ -344,29 +346,12 @@ def _prepare_model(config: RunConfig, model: Any, weights: InitialWeights, plan:
     return present
 
 
-def _engine_settings(config: RunConfig, dist: Distributed) -> EngineSettings:
-    engine, optim = config.engine, config.optim
-    settings = EngineSettings(
-        dist.world_size,
-        dist.device,
-        config.train.precision == "bf16",
-        optim.betas,
-        optim.eps,
-        optim.grad_clip,
-        load_ds_config(engine.config) if engine.name == "deepspeed" else {},
-        shard_ranks=engine.shard_ranks,
-        reduce_every_micro_batch=engine.reduce_every == "micro_batch",
-    )
-    return checked(settings)
-
-
 def _wrap(
     model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: InitialWeights
 ) -> Engine:
     groups = parameter_groups(model, config.optim.weight_decay)
-    return engine_class(config.engine.name).wrap(
-        model, groups, replace(settings, parts=parts_of(model)), weights
-    )
+    engine = get_engine(config.engine.name).load()
+    return engine.wrap(model, groups, replace(settings, parts=parts_of(model)), weights)
 
 
 def _validation(
@@ -506,11 +491,7 @@ def _resume(folder: Path, engine: Engine, dist: Distributed, plan: Plan, events:
 
 
 def _tell_start(run: Run, resume: Path | None) -> None:
-    trained = sum(
-        p.ds_numel if hasattr(p, "ds_numel") else p.numel()
-        for p in run.model.parameters()
-        if p.requires_grad
-    )
+    trained = sum(run.engine.numel(p) for p in run.model.parameters() if p.requires_grad)
     origin = f"resumes {resume.name} (step {run.first_step})" if resume else "starts at step 0"
     run.events.write(
         "start",

@@ -112,12 +112,12 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     run.in_flight.beat("agree")
     values, norms = _agree(run, step, done), run.engine.grad_norms()
     loss = values.loss / run.plan.step(step, run.dist.world_size).global_valid_tokens
-    verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.whole)
+    verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.total)
     run.in_flight.beat("step")
     lr = learning_rate(step, run.config.optim, run.config.train.steps)
     applied = run.engine.step(lr, discard=verdict is not None)
     if applied:
-        run.guard.keep(loss, norms.whole)
+        run.guard.keep(loss, norms.total)
     else:
         _throw_away(
             run,
@@ -231,7 +231,7 @@ def _report(
         loss=values.loss / size.global_valid_tokens,
         loss_by_modality=values.nll,
         lr=lr,
-        grad_norm=norms.whole,
+        grad_norm=norms.total,
         grad_norm_by_part=norms.by_part,
         applied=applied,
         samples=size.samples,

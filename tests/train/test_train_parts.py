@@ -17,7 +17,7 @@ from onellm_dist.config.schema import OptimSection, RunConfig, StabilitySection
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import open_model
 from onellm_dist.train.checkpoint.state import checkpoint_name, newest_whole, prune
-from onellm_dist.train.engine.deepspeed.config import complete, load_ds_config, zero_stage
+from onellm_dist.train.engine.deepspeed.config import complete_config, load_ds_config, zero_stage
 from onellm_dist.train.export import write_weights
 from onellm_dist.train.optim.schedules import learning_rate
 from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups
@@ -103,7 +103,7 @@ def test_every_shipped_deepspeed_configuration_loads() -> None:
 
 
 def test_gradients_accumulate_in_fp32() -> None:
-    full = complete(load_ds_config(Path("zero3")), bf16=True, grad_clip=2.0)
+    full = complete_config(load_ds_config(Path("zero3")), bf16=True, grad_clip=2.0)
     assert full["data_types"]["grad_accum_dtype"] == "fp32"
     assert full["bf16"]["enabled"] and full["gradient_clipping"] == 2.0
 
@@ -112,9 +112,9 @@ def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
     from deepspeed.utils.config import get_timers_config
 
     own = load_ds_config(Path("zero3"))
-    assert not get_timers_config(complete(own, bf16=True, grad_clip=2.0)).enabled
+    assert not get_timers_config(complete_config(own, bf16=True, grad_clip=2.0)).enabled
     asked = {**own, "timers": {"throughput": {"enabled": True, "synchronized": False}}}
-    timers = get_timers_config(complete(asked, bf16=True, grad_clip=2.0))
+    timers = get_timers_config(complete_config(asked, bf16=True, grad_clip=2.0))
     assert timers.enabled and not timers.synchronized
 
 
@@ -150,7 +150,7 @@ def test_unknown_deepspeed_configuration_lists_the_known_ones() -> None:
 
 def test_bf16_without_zero_is_refused() -> None:
     with pytest.raises(UsageError, match="stage 0"):
-        complete({}, bf16=True, grad_clip=1.0)
+        complete_config({}, bf16=True, grad_clip=1.0)
 
 
 def whole_checkpoint(folder: Path, *, size: int = 3) -> None:

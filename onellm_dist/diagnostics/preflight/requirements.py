@@ -6,13 +6,11 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import RunConfig
 
-MASTER, MOMENTS, GRADIENT = 4, 8, 4
-"""Bytes a trainable parameter: fp32 weight, two Adam moments, fp32 gradient."""
+FP32_BYTES = 4
 FROZEN_IN_ALIGN = ("llm.", "encoder.")
 
 
@@ -38,26 +36,20 @@ def needs_of(config: RunConfig, world: int, *, gpus: bool) -> Needs:
     Raises:
         UsageError: the model or the engine's configuration is not there.
     """
-    from onellm_dist.train.engine.deepspeed.config import load_ds_config, zero_stage
+    from onellm_dist.train.engine.select import get_engine
+    from onellm_dist.train.optim.optimizers import make_optimizer
 
     total, trainable = parameters_of(config)
     width = 2 if config.train.precision == "bf16" else 4
-    settings: dict[str, Any] = (
-        load_ds_config(config.engine.config)
-        if config.engine.name == "deepspeed"
-        else {"zero_optimization": {"stage": 3}}
+    state = FP32_BYTES * (1 + len(make_optimizer(config.optim).state_keys))
+    per_parameter = get_engine(config.engine.name).parameter_bytes(
+        config.engine, world_size=world, compute_bytes=width, state_bytes=state
     )
-    zero = settings.get("zero_optimization", {})
-    stage = zero_stage(settings)
-    weights = total * width / (world if stage == 3 else 1)
-    gradients = trainable * GRADIENT / (world if stage >= 2 else 1)
-    optimizer = trainable * (MASTER + MOMENTS) / (world if stage >= 1 else 1)
-    offloaded = zero.get("offload_optimizer", {}).get("device") not in (None, "none")
-    on_device = weights + (0 if offloaded else gradients + optimizer)
-    on_host = gradients + optimizer if offloaded else 0.0
+    on_device = (total - trainable) * per_parameter.frozen + trainable * per_parameter.trainable
+    on_host = trainable * per_parameter.trainable_host
     if not gpus:
         on_device, on_host = 0.0, on_device + on_host
-    checkpoint = trainable * (MASTER + MOMENTS)
+    checkpoint = trainable * state
     return Needs(
         total,
         trainable,

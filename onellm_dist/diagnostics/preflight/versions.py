@@ -13,19 +13,25 @@ from typing import Any
 
 import onellm_dist
 from onellm_dist.diagnostics.preflight.options import Pretence
+from onellm_dist.train.engine.select import all_engines
 
-PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "onellm-dist")
+PACKAGES = tuple(
+    dict.fromkeys(
+        ("torch", *(p for e in all_engines().values() for p in e.packages))
+        + ("transformers", "numpy", "onellm-dist")
+    )
+)
 WATCHED = (
     "NCCL_",
     "GLOO_",
     "TORCH_",
-    "DS_",
     "OMP_",
     "CUDA_LAUNCH",
     "PYTORCH_",
     "HF_",
     "UCX_",
     "FI_",
+    *(prefix for engine in all_engines().values() for prefix in engine.environment_prefixes),
 )
 """Prefixes of variables that change how ranks talk or compute."""
 PER_NODE = ("TORCHELASTIC_", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")

@@ -22,26 +22,25 @@ from typing import Any
 import psutil
 
 from onellm_dist.config.schema import StabilitySection
+from onellm_dist.train.engine.select import all_engines
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
 
 HANGS, ALARM = "hangs", "alarm"
-WRAPPER = "deepspeed/utils/nvtx.py"
-"""DeepSpeed calls the wait of its gathers through a wrapper there: whoever called that counts."""
+WRAPPERS = tuple(file for engine in all_engines().values() for file in engine.wrapper_files)
+"""Files that wrap calls of any kind: whoever called them counts."""
 GRACE_S = 20.0
 """Seconds that the ranks have, after the alarm, to say what they are at; those that cannot are suspected."""
 LAST_RESORT_S = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
 IN_COLLECTIVE = (
     "torch/distributed/",
-    "deepspeed/comm/",
-    "deepspeed/runtime/comm/",
-    "deepspeed/runtime/zero/",
     "torch/cuda/",
     "onellm_dist/train/totals.py",
     "onellm_dist/train/engine/",
+    *(file for engine in all_engines().values() for file in engine.waiting_files),
 )
-"""A thread whose innermost Python frame is in such a file waits for other ranks (ZeRO-3 waits for its gathers in its own files: 0.19.8).
+"""A thread whose innermost Python frame is in such a file waits for other ranks.
 
 On a GPU collectives are queued, and a rank waits for them where the host next waits for the device: for a stream or an event (torch/cuda/),
 for the sums of the step, for the gradient norm (the engines read it)."""
@@ -212,7 +211,7 @@ def in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
 
 
 def _innermost_file(frame: FrameType) -> str:
-    while frame.f_code.co_filename.endswith(WRAPPER) and frame.f_back is not None:
+    while frame.f_code.co_filename.endswith(WRAPPERS) and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code.co_filename
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from onellm_dist.train.checkpoint.folder import tensor_name
-from onellm_dist.train.engine.base import STATE_KEYS, LocalRange
+from onellm_dist.train.engine.base import LocalRange
 
 
 class HostCopy:
@@ -24,12 +24,14 @@ class HostCopy:
         self._tried = False
         self._release: weakref.finalize[[int], HostCopy] | None = None
 
-    def take(self, ranges: Sequence[LocalRange]) -> dict[str, torch.Tensor]:
+    def take(
+        self, ranges: Sequence[LocalRange], state_keys: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
         """Name in the file -> [length] fp32, valid until the next call."""
         taken: dict[str, torch.Tensor] = {}
-        memory, at, on_gpu = self._of(len(STATE_KEYS) * sum(own.length for own in ranges)), 0, False
+        memory, at, on_gpu = self._of(len(state_keys) * sum(own.length for own in ranges)), 0, False
         for own in ranges:
-            for key in STATE_KEYS:
+            for key in state_keys:
                 values = own.read(key).detach()
                 if values.is_cuda and not on_gpu:
                     on_gpu = True
@@ -69,12 +71,12 @@ class HostCopy:
             self._release.atexit = False
 
 
-def live_state(ranges: Sequence[LocalRange]) -> dict[str, torch.Tensor]:
+def live_state(ranges: Sequence[LocalRange], state_keys: Sequence[str]) -> dict[str, torch.Tensor]:
     """Name in the file -> [length] fp32: the state itself, where the engine keeps it. Nothing may step while it is read."""
     return {
         tensor_name(own.name, own.start, key): own.read(key).detach()
         for own in ranges
-        for key in STATE_KEYS
+        for key in state_keys
     }
 
 

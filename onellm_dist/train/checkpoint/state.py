@@ -20,7 +20,8 @@ from onellm_dist.train.checkpoint.folder import (
 )
 from onellm_dist.train.checkpoint.writer import save_state
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.engine.base import STATE_KEYS, Engine, LocalRange
+from onellm_dist.train.engine.base import Engine, LocalRange
+from onellm_dist.train.optim.base import OptimizerComponent
 
 __all__ = [
     "checkpoint_name",
@@ -30,6 +31,9 @@ __all__ = [
     "read_manifest",
     "save_state",
 ]
+
+FIRST_OPTIMIZER = {"name": "adamw", "state_keys": ["exp_avg", "exp_avg_sq"]}
+"""The optimizer of checkpoints that do not name one: those of 0.1.0."""
 
 
 def load_state(folder: Path, engine: Engine, dist: Distributed) -> dict[str, Any]:
@@ -49,15 +53,34 @@ def load_state(folder: Path, engine: Engine, dist: Distributed) -> dict[str, Any
             "it cannot be resumed.",
             "give another checkpoint directory, or checkpoint.resume=auto.",
         )
+    check_optimizer(folder, manifest, engine.optimizer)
     _check_parameters(folder, manifest["parameters"], engine.ranges(), dist)
     with ExitStack() as stack:
         files = _Files(folder, stack)
         for own in engine.ranges():
             pieces = manifest["parameters"][own.name]["pieces"]
-            for key in STATE_KEYS:
+            for key in engine.state_keys:
                 own.write(key, files.read(own, pieces, key))
-    engine.restored(int(manifest["optimizer_steps"]))
+    engine.finish_restore(int(manifest["optimizer_steps"]))
     return manifest
+
+
+def check_optimizer(folder: Path, manifest: dict[str, Any], optimizer: OptimizerComponent) -> None:
+    """Refuse a checkpoint whose optimizer keeps other state than this run's.
+
+    Raises:
+        UsageError: another optimizer, or the same one with other state.
+    """
+    here = optimizer.describe()
+    saved = manifest.get("optimizer", FIRST_OPTIMIZER)
+    if saved != here:
+        raise UsageError(
+            f"checkpoint {folder} was written with optim.name={saved['name']} (state: "
+            f"{', '.join(saved['state_keys']) or 'none'}), and this run has optim.name={here['name']} "
+            f"(state: {', '.join(here['state_keys']) or 'none'})",
+            "one optimizer cannot continue with the state of another.",
+            "set optim.name and optim.options as they were, or start another run from the exported model (model.path).",
+        )
 
 
 def _check_parameters(

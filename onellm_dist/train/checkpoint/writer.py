@@ -162,8 +162,16 @@ def begin(
     if problem is not None:
         raise not_written(folder, problem)
     ranges = engine.ranges()
-    fixed = {**about, "optimizer_steps": engine.optimizer_steps}
-    tensors = live_state(ranges) if copy is None else copy.take(ranges)
+    fixed = {
+        **about,
+        "optimizer": engine.optimizer.describe(),
+        "optimizer_steps": engine.optimizer_steps,
+    }
+    tensors = (
+        live_state(ranges, engine.state_keys)
+        if copy is None
+        else copy.take(ranges, engine.state_keys)
+    )
     return Writing(folder, tensors, ranges, dist, lambda: {**fixed, **more()}, on_commit)
 
 

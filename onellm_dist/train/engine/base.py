@@ -1,71 +1,104 @@
-"""What the loop asks of an engine. One file beside this one is one engine; nothing else names DeepSpeed or FSDP."""
+"""What training asks of an engine. Each folder beside this file is one engine; no other room names its library."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from onellm_dist.packed import PackedBatch
 
+if TYPE_CHECKING:
+    from onellm_dist.train.engine.settings import EngineSettings
+    from onellm_dist.train.optim.base import OptimizerComponent
+
 MASTER = "master"
-STATE_KEYS = (MASTER, "exp_avg", "exp_avg_sq")
-"""What a checkpoint holds of every trainable element, each fp32."""
+"""State key of the fp32 weight; the other keys are the optimizer's."""
 
 
 @dataclass(frozen=True)
 class GradNorms:
     """Norms of a step's gradient, summed over the ranks, before clipping; the same on every rank."""
 
-    whole: float
-    """inf or nan where an element is not finite."""
+    total: float
+    """Norm of the whole gradient; inf or nan if an element is not finite."""
     by_part: dict[str, float] = field(default_factory=dict)
-    """Of each part that `EngineSettings.parts` names, alone; their squares add up to that of `whole`, but for what is in no part."""
+    """Norm of each part that `EngineSettings.parts` names. Their squares add up to that of `total`, except for parameters
+    that belong to no part."""
 
 
 class WeightSource(Protocol):
-    """Where the values of a model that is still on the meta device come from; every rank has one, with the same values."""
+    """Values for a model that is still on the meta device; every rank has one, with the same values."""
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Rows [first, end) of the parameter `name` along its first dimension (all of them where it has none), in any dtype."""
+        """Rows [first, end) of the parameter `name` along its first dimension, in any dtype; a scalar comes whole."""
 
 
 class LocalRange(ABC):
-    """The part of one trainable parameter whose fp32 weight and Adam moments this rank holds: a contiguous range."""
+    """The contiguous range of one trainable parameter whose fp32 weight and optimizer state this rank holds."""
 
     name: str
+    """Name of the parameter in the model."""
     shape: tuple[int, ...]
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     start: int
     """First element of the range in the flattened parameter."""
     length: int
+    """Number of elements."""
 
     @abstractmethod
     def read(self, key: str) -> torch.Tensor:
-        """[length] fp32: the current values of `key` (one of STATE_KEYS), where they lie (a view), or a copy beside them on the host."""
+        """Return the current values of a state key.
+
+        Args:
+            key: one of `Engine.state_keys`.
+
+        Returns:
+            [length] fp32: a view of the values where they lie, or a copy beside them on the host.
+        """
 
     @abstractmethod
     def write(self, key: str, values: torch.Tensor) -> None:
-        """Replace the values of `key` by `values` [length] fp32. `Engine.restored` must follow."""
+        """Replace the values of a state key; `Engine.finish_restore` must follow.
+
+        Args:
+            key: one of `Engine.state_keys`.
+            values: [length] fp32.
+        """
 
     @abstractmethod
     def gradient(self) -> torch.Tensor:
-        """[length], any floating dtype: the gradient summed over ranks; between the last backward of a step and `Engine.step`."""
+        """Return the gradient summed over ranks, [length], in any floating dtype.
+
+        Valid between the last backward pass of a step and `Engine.step`.
+        """
 
 
 class PackedLoss(nn.Module):
-    """The model with plain tensors as its output, so that the engines' hooks on outputs see them (a dataclass hides them)."""
+    """The model with plain tensors as its output: engines hook output tensors, and a dataclass would hide them.
+
+    Args:
+        model: a model that takes `packed=`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model: Any = model
 
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Any:
-        """A pack -> (loss [] fp32: the sum, nll [N], sample_index [N]); `logits`: [N, V] of the supervised tokens instead."""
+        """Run the model on a pack.
+
+        Args:
+            batch: a pack of T tokens, N of them supervised.
+            logits: return the logits of the supervised tokens, [N, V], instead.
+
+        Returns:
+            (loss [] fp32, summed over tokens; nll [N]; sample_index [N]).
+        """
         if logits:
             return self.model.compute_packed_logits(batch)[0]
         out = self.model(packed=batch)
@@ -73,9 +106,12 @@ class PackedLoss(nn.Module):
 
 
 class Engine(ABC):
-    """Shards a model over the ranks and steps it. `wrap` builds one; every method is called by all ranks together."""
+    """Shards a model over the ranks and steps it. `wrap` builds one; all ranks call every method together."""
 
     device: torch.device
+    """Where the model computes."""
+    optimizer: OptimizerComponent
+    """The optimizer, which names the state that it keeps."""
 
     @classmethod
     @abstractmethod
@@ -86,89 +122,97 @@ class Engine(ABC):
         settings: EngineSettings,
         weights: WeightSource | None = None,
     ) -> Engine:
-        """Shard `model`, whose frozen parameters have requires_grad False already. Its parameters may be replaced by others.
+        """Shard a model whose frozen parameters have requires_grad False already.
 
         Args:
-            model: takes `packed=`; its weights are the same on every rank, or it is on the meta device (its buffers are not).
+            model: takes `packed=`. Its weights are the same on every rank, or it is on the meta device (its buffers are
+                not). Its parameters may be replaced by others.
             groups: the optimizer's parameter groups (`params`, `weight_decay`).
-            weights: what a model on the meta device is filled from, parameter by parameter, so that no rank ever holds all of it.
+            settings: what the recipe says.
+            weights: fills a model on the meta device parameter by parameter, so that no rank ever holds all of it.
         """
+
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        """Keys of what a checkpoint holds of every trainable element, each fp32: `MASTER` and the optimizer's."""
+        return (MASTER, *self.optimizer.state_keys)
+
+    @staticmethod
+    def numel(parameter: torch.Tensor) -> int:
+        """Number of elements of a whole parameter of the model, of which this rank may hold a part."""
+        return parameter.numel()
 
     @abstractmethod
     def forward(
         self, batch: PackedBatch, *, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run one micro-batch; `last`: the optimizer step follows it. Returns what PackedLoss returns."""
+        """Run one micro-batch; returns what `PackedLoss` returns.
+
+        Args:
+            batch: this rank's pack.
+            last: whether the optimizer step follows this micro-batch.
+        """
 
     @abstractmethod
     def logits(self, batch: PackedBatch) -> torch.Tensor:
-        """[N, V] logits of the supervised tokens of a pack, by the same modules as `forward`; without gradient."""
+        """Return the logits of a pack's supervised tokens, [N, V], by the same modules as `forward`, without gradient."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        """Add the gradients of `sum over ranks and micro-steps of loss / global_valid_tokens`, exactly (no averaging over ranks)."""
+        """Add the gradient of `loss / global_valid_tokens`, summed (not averaged) over ranks and micro-batches."""
 
     @abstractmethod
     def grad_norms(self) -> GradNorms:
-        """Of the gradient that `step` is about to apply: after the last backward. Waits for the device."""
+        """Return the norms of the gradient that `step` is about to apply, after the last backward pass.
+
+        Waits for the device.
+        """
 
     @abstractmethod
     def step(self, lr: float, *, discard: bool = False) -> bool:
-        """Clip, and apply AdamW with this rate. With `discard`, or where the gradient is not finite, throw it away instead: weights,
-        moments and the count of steps stay as they are, bit for bit. Either way the gradient is gone.
+        """Clip the gradient and apply the optimizer. Either way the gradient is gone afterwards.
+
+        Args:
+            lr: learning rate of this step.
+            discard: skip the step. It is also skipped if the gradient is not finite. Weights, optimizer state and the
+                number of steps then stay as they are, bit for bit.
 
         Returns:
-            Whether it was applied; the same on every rank.
+            Whether the step was applied; the same on every rank.
         """
 
     @abstractmethod
     def ranges(self) -> list[LocalRange]:
-        """What this rank holds. Over all ranks every trainable element is held exactly once."""
+        """Return what this rank holds. Over all ranks every trainable element is held exactly once."""
 
     @property
     @abstractmethod
     def optimizer_steps(self) -> int:
-        """Steps applied so far (Adam's bias correction counts them)."""
+        """Number of steps applied so far (AdamW's bias correction counts them)."""
 
     @abstractmethod
-    def restored(self, optimizer_steps: int) -> None:
-        """After writing ranges: bring the weights the model computes with up to date, and set the count of steps."""
+    def finish_restore(self, optimizer_steps: int) -> None:
+        """After ranges were written: update the weights that the model computes with, and set the number of steps."""
 
     @property
     @abstractmethod
     def compute_dtype(self) -> torch.dtype:
-        """Of the weights that the model computes with."""
+        """The dtype of the weights that the model computes with."""
 
     @abstractmethod
-    def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each of `whole_weights`, in its order."""
+    def full_weight_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Return name, shape and dtype of each of `full_weights`, in its order."""
 
     @abstractmethod
-    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight and persistent buffer in turn, whole, in the dtype the model computes in: on the CPU on rank 0, a tensor on
-        the meta device elsewhere. Every rank must run it to its end. Tied weights come once.
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gather each weight and persistent buffer in turn, in the dtype that the model computes in.
+
+        Every rank must run it to its end. Tied weights come once.
+
+        Yields:
+            (name, tensor): on the CPU on rank 0; on the meta device on other ranks.
         """
 
     def gather_full_state(self) -> dict[str, torch.Tensor]:
-        """All of `whole_weights` at once: rank 0; {} elsewhere."""
-        return {name: tensor for name, tensor in self.whole_weights() if not tensor.is_meta}
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What the recipe says to an engine."""
-
-    world: int
-    device: torch.device
-    bf16: bool
-    betas: tuple[float, float]
-    eps: float
-    grad_clip: float
-    config: dict[str, object]
-    """The engine's own configuration (the DeepSpeed JSON; nothing for FSDP2)."""
-    shard_ranks: int | None = None
-    """FSDP2: ranks that a parameter is sharded over; groups of so many hold the same shards. None: all ranks."""
-    reduce_every_micro_batch: bool = True
-    """FSDP2: reduce gradients after every micro-step (a shard of them is kept), or once a step (all of them are kept, less traffic)."""
-    parts: Mapping[str, str] = field(default_factory=dict)
-    """Parameter name -> the part of the model whose gradient norm it counts in; parameters that are not named count in none."""
+        """Return all of `full_weights` at once on rank 0; {} elsewhere."""
+        return {name: tensor for name, tensor in self.full_weights() if not tensor.is_meta}

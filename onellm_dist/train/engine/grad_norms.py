@@ -1,4 +1,4 @@
-"""The norm of the gradient, whole and by part of the model, from the ranges that each rank holds."""
+"""Norms of the gradient, total and by part of the model, from the ranges that each rank holds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import nn
 
 from onellm_dist.train.engine.base import GradNorms, LocalRange
 
-AT_ONCE = 2**26
-"""Gradient elements looked at together (256 MiB): ZeRO-3 with an offloaded optimizer brings each from the host to the GPU (0.19.8)."""
+ELEMENTS_AT_ONCE = 2**26
+"""Gradient elements that are reduced together (256 MiB). An offloading engine may bring each of them from the host to the
+GPU first (ZeRO-3 with DeepSpeed 0.19.8 does)."""
 
 
 class PartNorms:
-    """Norms of the gradient, whole and by part.
+    """Computes the norms of the gradient, total and by part.
 
     Args:
         model: its trainable parameters are those of `ranges`, over all ranks.
-        parts: parameter name -> part; the same on every rank.
+        ranges: what this rank holds.
+        parts: parameter name to part; the same on every rank.
+        device: where the sums are reduced.
     """
 
     def __init__(
@@ -37,18 +40,18 @@ class PartNorms:
                 if p.requires_grad and name in parts
             }
         )
-        place = {name: i for i, name in enumerate(self.names)}
+        index = {name: i for i, name in enumerate(self.names)}
         held = [r for r in ranges if r.length]
-        self._batches = _batches(held)
-        self._place = torch.tensor(
-            [place[parts[r.name]] if r.name in parts else len(place) for r in held],
+        self._batches = _group_ranges(held)
+        self._device = device
+        self._part_of_range = torch.tensor(
+            [index[parts[r.name]] if r.name in parts else len(index) for r in held],
             dtype=torch.int64,
-        )
-        self._place, self._device = self._place.to(device), device
+        ).to(device)
 
     @torch.no_grad()
     def read(self) -> GradNorms:
-        """Of the gradient that the ranges hold now. Waits for the device. Called by all ranks."""
+        """Compute the norms of the gradient that the ranges hold now. Waits for the device. All ranks call it."""
         squares = self._squares().tolist()
         by_part = {
             name: math.sqrt(square) for name, square in zip(self.names, squares, strict=False)
@@ -56,28 +59,28 @@ class PartNorms:
         return GradNorms(math.sqrt(sum(squares)), by_part)
 
     def _squares(self) -> torch.Tensor:
-        """[parts + 1] fp64 on the device: sums over all ranks; the last is of what belongs to no part."""
+        """[parts + 1] fp64 on the device, summed over all ranks; the last sum is of what belongs to no part."""
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
         first = 0
-        for few in self._batches:
+        for batch in self._batches:
             norms = (
-                torch.stack(torch._foreach_norm([r.gradient().float() for r in few]))
+                torch.stack(torch._foreach_norm([r.gradient().float() for r in batch]))
                 .double()
                 .to(self._device)
             )
-            sums.index_add_(0, self._place[first : first + len(few)], norms.square())
-            first += len(few)
+            sums.index_add_(0, self._part_of_range[first : first + len(batch)], norms.square())
+            first += len(batch)
         dist.all_reduce(sums)
         return sums
 
 
-def _batches(ranges: Sequence[LocalRange]) -> list[list[LocalRange]]:
-    """In their order, each batch of at most `AT_ONCE` elements or of a single range."""
+def _group_ranges(ranges: Sequence[LocalRange]) -> list[list[LocalRange]]:
+    """Split ranges, in their order, into batches of at most `ELEMENTS_AT_ONCE` elements or of a single range."""
     found: list[list[LocalRange]] = []
-    size = AT_ONCE
+    size = ELEMENTS_AT_ONCE
     for one in ranges:
         size += one.length
-        if size > AT_ONCE:
+        if size > ELEMENTS_AT_ONCE:
             found.append([])
             size = one.length
         found[-1].append(one)

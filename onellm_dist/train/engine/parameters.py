@@ -1,4 +1,4 @@
-"""Parameters by name, for engines that put others in their place."""
+"""Parameters by name, for engines that replace them."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ import torch
 from torch import nn
 
 
-def named_groups(model: nn.Module, groups: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """The groups with names as their `params`: parameters are about to be replaced."""
+def name_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups with names as their `params`: parameters are about to be replaced."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]  # type: ignore[attr-defined]
+    return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
 
 
-def grouped(
+def fill_groups(
     groups: Sequence[dict[str, Any]], parameters: dict[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """What `named_groups` gave, with these parameters; names that are missing are left out."""
+    """Return the groups of `name_groups` with these parameters; names that are missing are left out."""
     return [
         {**group, "params": [parameters[n] for n in group["params"] if n in parameters]}
         for group in groups
     ]
 
 
-class Places:
-    """Where each parameter of a model is registered; tied ones have several places under one name."""
+class ParameterOwners:
+    """Which modules register each parameter of a model; tied parameters have several owners under one name.
+
+    Args:
+        model: the model; the parameters that it has now are kept alive.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
-                    self._places.setdefault(id(parameter), []).append((module, leaf))
-        # The parameters are held, so that no id is given out twice.
-        self._held = dict(model.named_parameters())
+                    self._owners.setdefault(id(parameter), []).append((module, leaf))
+        # The parameters are kept alive, so that no id is used twice.
+        self._original = dict(model.named_parameters())
 
-    def put(self, name: str, parameter: nn.Parameter) -> None:
-        """Register `parameter` wherever the one called `name` was when this was made."""
-        for module, leaf in self._places[id(self._held[name])]:
+    def replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Register `parameter` wherever the parameter `name` of the original model was registered."""
+        for module, leaf in self._owners[id(self._original[name])]:
             module._parameters[leaf] = parameter
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to the weights."""
+    """Yield the buffers that belong to the weights, by name."""
     transient = {
-        f"{p}.{n}".lstrip(".")
-        for p, m in model.named_modules()
-        for n in m._non_persistent_buffers_set
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
     }
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name not in transient)

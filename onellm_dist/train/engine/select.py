@@ -1,32 +1,39 @@
-"""The engine of a recipe's `engine.name`; its library is imported only then."""
+"""The engines of the package, by name. Importing this loads no engine's library."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from functools import cache
+
 from onellm_dist.common.errors import UsageError
-from onellm_dist.train.engine.base import Engine, EngineSettings
+from onellm_dist.train import engine as package
+from onellm_dist.train.engine.description import EngineDescription
 
 
-def engine_class(name: str) -> type[Engine]:
-    """`deepspeed` or `fsdp`."""
-    if name == "fsdp":
-        from onellm_dist.train.engine.fsdp.engine import FsdpEngine
+@cache
+def all_engines() -> dict[str, EngineDescription]:
+    """Name to description of every engine: each folder of `train/engine/` is one."""
+    found: dict[str, EngineDescription] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg:
+            module = importlib.import_module(f"{package.__name__}.{info.name}.description")
+            description: EngineDescription = module.DESCRIPTION
+            found[description.name] = description
+    return found
 
-        return FsdpEngine
-    from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
 
-    return DeepSpeedEngine
-
-
-def checked(settings: EngineSettings) -> EngineSettings:
-    """The settings, if the ranks fit them.
+def get_engine(name: str) -> EngineDescription:
+    """The engine that a recipe names in `engine.name`.
 
     Raises:
-        UsageError: hybrid sharding over groups that the ranks do not fill.
+        UsageError: there is no such engine.
     """
-    if settings.shard_ranks is not None and settings.world % settings.shard_ranks:
+    try:
+        return all_engines()[name]
+    except KeyError:
         raise UsageError(
-            f"engine.shard_ranks={settings.shard_ranks} does not divide the {settings.world} ranks of the run",
-            "every group of ranks holds a whole copy of the model.",
-            "set it to the ranks of a node, or leave it out to shard over all ranks.",
-        )
-    return settings
+            f"engine.name={name}: unknown engine",
+            "nothing can shard the model.",
+            f"use one of: {', '.join(all_engines())}.",
+        ) from None

@@ -1,0 +1,1 @@
+"""What trains, with which optimizer, at which learning rate."""

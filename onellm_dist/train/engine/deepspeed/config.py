@@ -1,4 +1,7 @@
-"""The DeepSpeed JSON: found by path or name, checked, and completed with what the recipe owns. Needs no DeepSpeed."""
+"""The DeepSpeed JSON: found by path or name, checked, and completed with what the recipe decides.
+
+Nothing here imports DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import ds_configs_dir
 
 DEFAULT = "zero3"
-OWNED = {
+RECIPE_KEYS = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "data.pack_llm_tokens and data.pack_encoder_tokens",
     "gradient_accumulation_steps": "data.global_batch",
@@ -20,23 +23,27 @@ OWNED = {
     "bf16": "train.precision",
     "fp16": "train.precision",
 }
-"""Keys that the recipe decides, and where."""
+"""Keys of the JSON that the recipe decides, and the recipe's own key for each."""
 
 
 def load_ds_config(name: Path | None) -> dict[str, Any]:
-    """The JSON at `name`: a file, or a name in `ds_configs/` (`zero3` where not given).
+    """Read a DeepSpeed JSON.
+
+    Args:
+        name: a file, or a name in `ds_configs/`; default: `zero3`.
 
     Raises:
-        UsageError: no such file, no JSON object, it sets what the recipe owns, or offloads where checkpoints cannot read.
+        UsageError: there is no such file, it is not a JSON object, it sets a key that the recipe decides, or it offloads
+            state to where checkpoints cannot read it.
     """
-    path = _find(Path(DEFAULT) if name is None else name)
+    path = _find_config(Path(DEFAULT) if name is None else name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path}: not JSON: {error}",
             "DeepSpeed cannot be configured.",
-            "mend the line it names.",
+            "fix the line that the message names.",
         ) from None
     if not isinstance(config, dict):
         raise UsageError(
@@ -44,7 +51,7 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
             "this file holds something else.",
             "start from one in ds_configs/.",
         )
-    taken = [f"{key} (set {OWNED[key]} instead)" for key in config if key in OWNED]
+    taken = [f"{key} (set {RECIPE_KEYS[key]} instead)" for key in config if key in RECIPE_KEYS]
     if taken:
         raise UsageError(
             f"{path}: the recipe decides {', '.join(taken)}",
@@ -56,30 +63,38 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """Checkpoints read weights and moments in memory, and those of the one optimizer that the engine hands to DeepSpeed."""
+    """Refuse offloading that checkpoints cannot read: they read state in memory, and that of one optimizer alone."""
     for key in ("offload_param", "offload_optimizer"):
-        asked = zero.get(key) or {}
-        if asked.get("device") == "nvme":
+        offload = zero.get(key) or {}
+        if offload.get("device") == "nvme":
             raise UsageError(
                 f"{path}: {key} to nvme",
                 "checkpoints read the state in memory.",
-                'take "device": "cpu".',
+                'set "device": "cpu".',
             )
-        if asked.get("ratio", 1.0) != 1.0:
+        if offload.get("ratio", 1.0) != 1.0:
             raise UsageError(
-                f"{path}: {key} with ratio {asked['ratio']}",
-                "DeepSpeed then steps the rest with a second optimizer of its own, whose moments no checkpoint would hold.",
-                'remove "ratio": all of the optimizer is offloaded.',
+                f"{path}: {key} with ratio {offload['ratio']}",
+                "DeepSpeed then steps the rest with a second optimizer, whose state no checkpoint would hold.",
+                'remove "ratio": the whole optimizer is offloaded.',
             )
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed configuration asks for."""
+    """Return the ZeRO stage that a DeepSpeed configuration asks for."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def complete(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> dict[str, Any]:
-    """`config` with the recipe's part filled in. Micro-steps are counted by the loop, so DeepSpeed is told of one.
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration keeps gradients and optimizer state in host memory."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device") not in (None, "none")
+
+
+def complete_config(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> dict[str, Any]:
+    """Return `config` with the recipe's part filled in.
+
+    The training loop counts micro-batches itself, so DeepSpeed is told of one per step.
 
     Raises:
         UsageError: bf16 without ZeRO (DeepSpeed 0.19 has no fp32 gradient accumulation there).
@@ -89,26 +104,28 @@ def complete(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> dict[st
         raise UsageError(
             "ZeRO stage 0 with train.precision=bf16",
             "DeepSpeed accumulates gradients in bf16 there, which loses small ones.",
-            "take engine.config=zero1 or higher, or train.precision=fp32.",
+            "set engine.config=zero1 or higher, or train.precision=fp32.",
         )
     full = {
         **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Without ZeRO DeepSpeed clips without telling the norm, and steps on NaN: the engine does both itself.
+        # Without ZeRO DeepSpeed does not report the norm that it clips by, and it steps on NaN: the engine does both.
         "gradient_clipping": grad_clip if stage else 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32", **config.get("data_types", {})},
         "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed knows AdamW alone; every optimizer of ours is elementwise, which is all that ZeRO needs.
+        "zero_allow_untested_optimizer": True,
     }
     full.setdefault("communication_data_type", "fp32")
-    # On by default, and then it synchronises the device before and after every forward and step; metrics.jsonl has the rate.
+    # The timer is on by default and synchronises the device around every forward and step; metrics.jsonl has the rate.
     timers = config.get("timers", {})
     full["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
     return full
 
 
-def _find(name: Path) -> Path:
+def _find_config(name: Path) -> Path:
     if name.is_file():
         return name
     known = ds_configs_dir()

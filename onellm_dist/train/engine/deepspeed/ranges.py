@@ -1,44 +1,42 @@
 """Which elements of which parameter this rank's optimizer holds, under each of DeepSpeed's optimizers (0.19.8).
 
-ZeRO-3 holds one equal range of every parameter, reached through what DeepSpeed's public `safe_*_local_*` functions call. ZeRO-1 and 2
-flatten a group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`). Without ZeRO every rank holds
-everything, and each claims an equal range.
+ZeRO-3 holds one equal range of every parameter, reached through what DeepSpeed's public `safe_*_local_*` functions call.
+ZeRO-1 and 2 flatten a group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`).
+Without ZeRO every rank holds everything, and each claims an equal range.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from onellm_dist.train.engine.base import MASTER, STATE_KEYS, LocalRange
+from onellm_dist.train.engine.base import MASTER, LocalRange
+from onellm_dist.train.optim.base import OptimizerComponent
 
-MOMENTS = STATE_KEYS[1:]
 
-
-def flat_partitions(engine: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The tensors that the optimizer really steps on this rank, in a fixed order."""
+def find_flat_partitions(engine: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the tensors that the optimizer really steps on this rank, in a fixed order."""
     zero = engine.optimizer
     for attribute in (
-        "fp32_partitioned_groups_flat",
-        "single_partition_of_fp32_groups",
-        "fp32_groups_flat_partition",
+        "fp32_partitioned_groups_flat",  # ZeRO-3
+        "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+        "fp32_groups_flat_partition",  # ZeRO-1 in bf16
     ):
-        if hasattr(zero, attribute):  # ZeRO-3; ZeRO-1 and 2; ZeRO-1 in bf16
+        if hasattr(zero, attribute):
             return list(getattr(zero, attribute))
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def create_optimizer_state(optimizer: torch.optim.Optimizer, flats: list[torch.Tensor]) -> None:
-    """Make Adam's state now, as its first step would: a fresh and a resumed run then look alike."""
+def add_optimizer_state(
+    component: OptimizerComponent, optimizer: torch.optim.Optimizer, flats: list[torch.Tensor]
+) -> None:
+    """Create the optimizer's state now, as its first step would: fresh and resumed runs then look alike."""
     for flat in flats:
-        if not optimizer.state[flat]:
-            optimizer.state[flat].update(
-                step=torch.zeros((), dtype=torch.float32, device=flat.device),
-                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-            )
+        component.add_state(optimizer.state[flat], flat)
 
 
 def local_ranges(
@@ -48,32 +46,33 @@ def local_ranges(
     flats: list[torch.Tensor],
     *,
     rank: int,
-    world: int,
+    world_size: int,
 ) -> list[LocalRange]:
-    """The ranges of this rank, in the order of the model's parameters; empty ones are left out."""
+    """Return this rank's ranges, in the order of the model's parameters; empty ones are left out."""
     found: list[LocalRange] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        own: LocalRange | None
         if hasattr(parameter, "ds_id"):
-            made: LocalRange | None = _Zero3Range(name, parameter, rank, world)
+            own = _Zero3Range(name, parameter, rank, world_size)
         elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
-            made = (
+            own = (
                 None
                 if mapping is None
                 else _FragmentRange(name, parameter, flats[mapping.param_group_index], optimizer)
             )
         else:
-            made = _WholeRange(name, parameter, optimizer, rank, world)
-        if made is not None and made.length > 0:
-            found.append(made)
+            own = _ReplicatedRange(name, parameter, optimizer, rank, world_size)
+        if own is not None and own.length > 0:
+            found.append(own)
     return found
 
 
 @torch.no_grad()
-def refresh_weights(engine: Any) -> None:
-    """Copy the fp32 weights into those the model computes with, as the end of a step does."""
+def refresh_weights(engine: Any, state_keys: Sequence[str]) -> None:
+    """Copy the fp32 weights into those that the model computes with, as the end of a step does."""
     zero = engine.optimizer
     if hasattr(zero, "update_lp_params"):  # ZeRO-1 and 2
         zero.update_lp_params()
@@ -85,24 +84,27 @@ def refresh_weights(engine: Any) -> None:
         zero.invalidate_secondary_tensor()
     # Without ZeRO the model computes with the very tensors that were written, but each rank wrote only its own range.
     elif torch.distributed.get_world_size() > 1:
-        _exchange_whole(engine)
+        _exchange_replicas(engine, state_keys)
 
 
 class _Zero3Range(LocalRange):
-    def __init__(self, name: str, parameter: Any, rank: int, world: int) -> None:
-        self.name, self.shape, self._parameter = name, tuple(parameter.ds_shape), parameter
+    def __init__(self, name: str, parameter: Any, rank: int, world_size: int) -> None:
+        self.name = name
+        self.shape = tuple(parameter.ds_shape)
+        self._parameter = parameter
         self._padded = parameter.partition_numel()
         self.start = min(rank * self._padded, parameter.ds_numel)
         self.length = min(self._padded, parameter.ds_numel - self.start)
 
     def read(self, key: str) -> torch.Tensor:
-        # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to the GPU, which it need not fit into.
-        whole, _ = self._parameter._z3_optimizer._get_fp32_opt_state_partition(
+        # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to the GPU, where it
+        # need not fit.
+        padded, _ = self._parameter._z3_optimizer._get_fp32_opt_state_partition(
             self._parameter,
             release_swap_buffers=True,
             optim_state_key=None if key == MASTER else key,
         )
-        found: torch.Tensor = whole.detach()[: self.length]
+        found: torch.Tensor = padded.detach()[: self.length]
         return found
 
     def write(self, key: str, values: torch.Tensor) -> None:
@@ -136,26 +138,24 @@ class _ViewRange(LocalRange):
 
 
 class _FragmentRange(_ViewRange):
+    """A parameter's fragment of this rank's flat partition (ZeRO-1 and 2)."""
+
     def __init__(
         self, name: str, parameter: Any, flat: torch.Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
         mapping = parameter._hp_mapping
-        self.name, self.shape, self._flat, self._optimizer = (
-            name,
-            tuple(parameter.shape),
-            flat,
-            optimizer,
-        )
+        self.name = name
+        self.shape = tuple(parameter.shape)
+        self.start = mapping.lp_fragment_address.start
+        self.length = mapping.lp_fragment_address.numel
         self._parameter = parameter
-        self.start, self.length = (
-            mapping.lp_fragment_address.start,
-            mapping.lp_fragment_address.numel,
-        )
-        self._at = mapping.hp_fragment_address.start
+        self._flat = flat
+        self._optimizer = optimizer
+        self._offset = mapping.hp_fragment_address.start
 
     def _view(self, key: str) -> torch.Tensor:
         source = self._flat if key == MASTER else self._optimizer.state[self._flat][key]
-        return source.detach().narrow(0, self._at, self.length)
+        return source.detach().narrow(0, self._offset, self.length)
 
     def gradient(self) -> torch.Tensor:
         found = (
@@ -167,7 +167,7 @@ class _FragmentRange(_ViewRange):
         return found if len(found) == self.length else found.narrow(0, self.start, self.length)
 
 
-class _WholeRange(_ViewRange):
+class _ReplicatedRange(_ViewRange):
     """Without ZeRO: rank r of n speaks for the r-th of n equal ranges."""
 
     def __init__(
@@ -176,16 +176,14 @@ class _WholeRange(_ViewRange):
         parameter: nn.Parameter,
         optimizer: torch.optim.Optimizer,
         rank: int,
-        world: int,
+        world_size: int,
     ) -> None:
-        self.name, self.shape, self._parameter, self._optimizer = (
-            name,
-            tuple(parameter.shape),
-            parameter,
-            optimizer,
-        )
-        self.start = rank * parameter.numel() // world
-        self.length = (rank + 1) * parameter.numel() // world - self.start
+        self.name = name
+        self.shape = tuple(parameter.shape)
+        self._parameter = parameter
+        self._optimizer = optimizer
+        self.start = rank * parameter.numel() // world_size
+        self.length = (rank + 1) * parameter.numel() // world_size - self.start
 
     def _view(self, key: str) -> torch.Tensor:
         source = self._parameter if key == MASTER else self._optimizer.state[self._parameter][key]
@@ -197,14 +195,16 @@ class _WholeRange(_ViewRange):
         return self._parameter.grad.detach().reshape(-1).narrow(0, self.start, self.length)
 
 
-def _exchange_whole(engine: Any) -> None:
-    """Give every rank the ranges that the others loaded: each sets what is not its own to zero, and the sum is the whole."""
+def _exchange_replicas(engine: Any, state_keys: Sequence[str]) -> None:
+    """Give every rank the ranges that the others loaded: each zeroes what is not its own, and the sum is complete."""
     optimizer = engine.optimizer
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    world_size = torch.distributed.get_world_size()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            first, end = rank * parameter.numel() // world, (rank + 1) * parameter.numel() // world
-            for tensor in (parameter, *(optimizer.state[parameter][key] for key in MOMENTS)):
+            first = rank * parameter.numel() // world_size
+            end = (rank + 1) * parameter.numel() // world_size
+            for tensor in (parameter, *(optimizer.state[parameter][key] for key in state_keys)):
                 flat = tensor.detach().view(-1)
                 flat[:first] = 0
                 flat[end:] = 0

@@ -1,11 +1,12 @@
 """Filling a model that is on the meta device, for DeepSpeed (seen with 0.19.8), which refuses meta tensors.
 
-Under ZeRO-3 each parameter is made, partitioned and let go before the next one is made, so that a rank holds its share and one whole
-parameter at most. The other stages keep whole weights on every rank anyway.
+Under ZeRO-3 each parameter is created, partitioned and freed before the next one is created, so that a rank holds its share
+and one whole parameter at most. The other stages keep whole weights on every rank anyway.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import distributed as dist
 from torch import nn
 
 from onellm_dist.train.engine.base import WeightSource
-from onellm_dist.train.engine.parameters import Places
+from onellm_dist.train.engine.parameters import ParameterOwners
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def fill_partitioned(
     device: torch.device,
     deepspeed: Any,
 ) -> None:
-    """ZeRO-3: what `zero.Init` does to a module's parameters when it is built, with values and one parameter at a time."""
+    """Fill a model for ZeRO-3: what `zero.Init` does when a module is built, with values and one parameter at a time."""
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
-    for parameter in _made(model, weights, dtype, torch.device("cpu")):
+    for parameter in _create_parameters(model, weights, dtype, torch.device("cpu")):
         init._convert_to_zero_parameters([parameter])
     for module in model.modules():  # `initialize` moves no module that has partitioned parameters
         for name, buffer in module._buffers.items():
@@ -36,21 +37,24 @@ def fill_partitioned(
 
 
 @torch.no_grad()
-def fill_whole(
+def fill_replicated(
     model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """ZeRO-0 to 2: every rank gets everything."""
-    for _ in _made(model, weights, dtype, device):
+    """Fill a model for ZeRO-0 to 2: every rank gets all weights."""
+    for _ in _create_parameters(model, weights, dtype, device):
         pass
 
 
-def _made(model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device) -> Any:
-    places = Places(model)
+def _create_parameters(
+    model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device
+) -> Iterator[nn.Parameter]:
+    """Replace each parameter by a real one, with its values on rank 0, which broadcasts them later; yield it."""
+    owners = ParameterOwners(model)
     for name, parameter in list(model.named_parameters()):
         values = torch.empty(parameter.shape, dtype=dtype, device=device)
         if dist.get_rank() == 0:
             values.copy_(weights.rows(name, 0, parameter.shape[0] if parameter.ndim else 0))
         filled = nn.Parameter(values, requires_grad=parameter.requires_grad)
         del values
-        places.put(name, filled)
+        owners.replace(name, filled)
         yield filled

@@ -1,7 +1,7 @@
-"""FSDP2 (`fully_shard`; seen with torch 2.15). The interface and the numbers of the DeepSpeed engine, without its JSON.
+"""FSDP2 (`fully_shard`; seen with torch 2.15): the interface and the numbers of the DeepSpeed engine, without its JSON.
 
-Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept in fp32. Frozen weights are sharded in
-the dtype the model computes in and have no optimizer state.
+Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept in fp32. Frozen weights
+are sharded in the dtype that the model computes in and have no optimizer state.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import (
-    Engine,
-    EngineSettings,
-    GradNorms,
-    LocalRange,
-    PackedLoss,
-    WeightSource,
-)
-from onellm_dist.train.engine.fsdp.ranges import MOMENTS, Replica, Shard, ShardRange, exchange
+from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
+from onellm_dist.train.engine.fsdp.ranges import Replica, Shard, ShardRange, exchange_replicas
 from onellm_dist.train.engine.grad_norms import PartNorms
-from onellm_dist.train.engine.parameters import Places, grouped, named_groups, persistent_buffers
+from onellm_dist.train.engine.parameters import (
+    ParameterOwners,
+    fill_groups,
+    name_groups,
+    persistent_buffers,
+)
+from onellm_dist.train.engine.settings import EngineSettings
 
-REPLICATE, SHARD = "replicate", "shard"
+REPLICATE = "replicate"
+SHARD = "shard"
 
 
 class FsdpEngine(Engine):
-    """torch's fused AdamW over plain views of the shards, as under DeepSpeed: the same kernel, the same three tensors of state."""
+    """torch's optimizers over plain views of the shards, as under DeepSpeed: the same kernels, the same state."""
 
     def __init__(
         self,
@@ -43,42 +43,29 @@ class FsdpEngine(Engine):
         settings: EngineSettings,
         mesh: DeviceMesh,
     ) -> None:
-        self._module, self._settings = module, settings
+        self._module = module
+        self._settings = settings
         self.device = settings.device
+        self.optimizer = settings.optimizer
         self._shards = [
-            Shard(n, p, first_row(p, mesh))
-            for n, p in module.model.named_parameters()
+            Shard(name, p, first_row(p, mesh))
+            for name, p in module.model.named_parameters()
             if p.requires_grad
         ]
-        # Ranks may hold nothing of a small parameter: there is nothing to step then.
+        # A rank may hold nothing of a small parameter; there is nothing to step then.
         self._values = {shard.name: shard.values for shard in self._shards if shard.values.numel()}
-        self._optimizer = torch.optim.AdamW(
-            grouped(groups, self._values),
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        for values in (
-            self._values.values()
-        ):  # as the first step would: a fresh and a resumed run then look alike
-            self._optimizer.state[values].update(
-                step=torch.zeros((), dtype=torch.float32, device=self.device),
-                **{key: torch.zeros_like(values, requires_grad=False) for key in MOMENTS},
-            )
+        self._torch_optimizer = settings.optimizer.build(fill_groups(groups, self._values))
+        for values in self._values.values():
+            settings.optimizer.add_state(self._torch_optimizer.state[values], values)
         self._steps = 0
-        self._replica = Replica(0, 1, None)
-        if REPLICATE in (mesh.mesh_dim_names or ()):
-            self._replica = Replica(
-                mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE)
-            )
-        made = [ShardRange(shard, self._optimizer, self._replica) for shard in self._shards]
-        self._ranges: list[LocalRange] = [r for r in made if r.length]
-        self._sound = torch.ones((), device=self.device)
-        """NaN where a loss of this step was not finite on this rank."""
+        self._replica = find_replica(mesh)
+        ranges = [ShardRange(s, self._torch_optimizer, self._replica) for s in self._shards]
+        self._ranges: list[LocalRange] = [r for r in ranges if r.length]
+        self._poison = torch.ones((), device=self.device)
+        """NaN if a loss of this step was not finite on this rank; otherwise 1."""
         self._norms = PartNorms(module.model, self._ranges, settings.parts, self.device)
-        self._known: GradNorms | None = None
-        """Of the gradient that `step` is about to apply, where it was asked for."""
+        self._known_norms: GradNorms | None = None
+        """Norms of the gradient that `step` is about to apply, if they were computed."""
 
     @classmethod
     def wrap(
@@ -88,9 +75,10 @@ class FsdpEngine(Engine):
         settings: EngineSettings,
         weights: WeightSource | None = None,
     ) -> FsdpEngine:
-        names = named_groups(model, groups)
-        dtype = torch.bfloat16 if settings.bf16 else torch.float32
+        names = name_groups(model, groups)
+        dtype = settings.compute_dtype
         for parameter in model.parameters():
+            # Master weights start from the rounded ones, as under ZeRO.
             parameter.data = parameter.data.to(dtype).to(
                 torch.float32 if parameter.requires_grad else dtype
             )
@@ -99,20 +87,23 @@ class FsdpEngine(Engine):
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         module = PackedLoss(model)
-        # A root that stayed gathered would go on with old weights after a forward without a backward (validation): shard it again too.
-        for unit in (*units(model), module):
-            made: Any = fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-            # The sum over ranks and no mean. gloo has no scaled sum, which the factor alone would ask for.
-            made.set_gradient_divide_factor(1.0)
-            made.set_force_sum_reduction_for_comms(True)
+        # The root is resharded too: if it stayed gathered after a forward pass without backward (validation), training
+        # would continue with old weights.
+        for unit in (*find_units(model), module):
+            sharded: Any = fully_shard(
+                unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True
+            )
+            # The sum over ranks, not the mean. gloo has no scaled sum, which the factor alone would ask for.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)
         if weights is not None:
-            fill(model, weights, mesh, dtype, settings.device)
+            fill_shards(model, weights, mesh, dtype, settings.device)
         return cls(module, names, settings, mesh)
 
     def forward(
         self, batch: PackedBatch, *, last: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not self._settings.reduce_every_micro_batch:
+        if not self._settings.options.reduce_every_micro_batch:
             self._module.set_requires_gradient_sync(last)
             self._module.set_is_last_backward(last)
         elif self._replica.count > 1:  # with hybrid sharding the groups meet once a step
@@ -126,25 +117,26 @@ class FsdpEngine(Engine):
         return values
 
     def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        # A loss that is not finite may have finite gradients: spoil them, so that the norm shows it on every rank.
-        sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-        self._sound = self._sound * sound
-        (loss * sound / global_valid_tokens).backward()
+        # A loss that is not finite may have finite gradients: poison them with NaN, so that the norm shows it everywhere.
+        poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self._poison = self._poison * poison
+        (loss * poison / global_valid_tokens).backward()
 
     @torch.no_grad()
     def grad_norms(self) -> GradNorms:
-        if self._ranges:  # dummies and skipped_samples may reach nothing that trains: what the loss says must be in the norm all the same
-            self._ranges[0].gradient().mul_(self._sound)
-        self._sound = torch.ones_like(self._sound)
+        if self._ranges:
+            # Empty and skipped samples may reach nothing that trains: the norm must show a loss that is not finite anyway.
+            self._ranges[0].gradient().mul_(self._poison)
+        self._poison = torch.ones_like(self._poison)
         for shard in self._shards:
             shard.attach()
-        self._known = self._norms.read()
-        return self._known
+        self._known_norms = self._norms.read()
+        return self._known_norms
 
     @torch.no_grad()
     def step(self, lr: float, *, discard: bool = False) -> bool:
-        norm = (self._known or self.grad_norms()).whole
-        self._known = None
+        norm = (self._known_norms or self.grad_norms()).total
+        self._known_norms = None
         applied = math.isfinite(norm) and not discard
         if applied:
             self._apply(lr, norm)
@@ -157,9 +149,9 @@ class FsdpEngine(Engine):
         clip = self._settings.grad_clip
         if clip and gradients and norm + 1e-6 > clip:
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))
-        for group in self._optimizer.param_groups:
+        for group in self._torch_optimizer.param_groups:
             group["lr"] = lr
-        self._optimizer.step()
+        self._torch_optimizer.step()
         self._steps += 1
 
     def ranges(self) -> list[LocalRange]:
@@ -169,57 +161,64 @@ class FsdpEngine(Engine):
     def optimizer_steps(self) -> int:
         return self._steps
 
-    def restored(self, optimizer_steps: int) -> None:
+    def finish_restore(self, optimizer_steps: int) -> None:
         self._steps = optimizer_steps
         for values in self._values.values():
-            self._optimizer.state[values]["step"].fill_(optimizer_steps)
-        exchange(
+            self.optimizer.set_steps(self._torch_optimizer.state[values], optimizer_steps)
+        exchange_replicas(
             [shard for shard in self._shards if shard.name in self._values],
-            self._optimizer,
+            self._torch_optimizer,
             self._replica,
+            self.optimizer.state_keys,
         )
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self._settings.bf16 else torch.float32
+        return self._settings.compute_dtype
 
-    def whole_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        found = [
-            (name, tuple(p.shape), self.compute_dtype)
-            for name, p in self._module.model.named_parameters()
-        ]
-        return found + [
-            (name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(self._module.model)
-        ]
+    def full_weight_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        model = self._module.model
+        found = [(name, tuple(p.shape), self.compute_dtype) for name, p in model.named_parameters()]
+        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(model)]
 
     @torch.no_grad()
-    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        main = dist.get_rank() == 0
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        is_rank_zero = dist.get_rank() == 0
         for name, parameter in self._module.model.named_parameters():
-            whole = parameter.detach().to(self.compute_dtype).full_tensor()
-            yield name, whole.cpu() if main else torch.empty_like(whole, device="meta")
+            full = parameter.detach().to(self.compute_dtype).full_tensor()
+            yield name, full.cpu() if is_rank_zero else torch.empty_like(full, device="meta")
         for name, buffer in persistent_buffers(self._module.model):
             yield (
                 name,
                 buffer.detach().to("cpu", copy=True)
-                if main
+                if is_rank_zero
                 else torch.empty_like(buffer, device="meta"),
             )
 
 
 def make_mesh(settings: EngineSettings) -> DeviceMesh:
-    """All ranks in a row, or with `shard_ranks` in rows of so many neighbours, each row holding a whole copy."""
-    kind, across = settings.device.type, settings.shard_ranks
-    if across is None or across == settings.world:
-        return init_device_mesh(kind, (settings.world,), mesh_dim_names=(SHARD,))
+    """All ranks in a row, or with `shard_ranks` in rows of that many neighbours, each row holding a full copy."""
+    device_type = settings.device.type
+    across = settings.options.shard_ranks
+    if across is None or across == settings.world_size:
+        return init_device_mesh(device_type, (settings.world_size,), mesh_dim_names=(SHARD,))
     return init_device_mesh(
-        kind, (settings.world // across, across), mesh_dim_names=(REPLICATE, SHARD)
+        device_type, (settings.world_size // across, across), mesh_dim_names=(REPLICATE, SHARD)
     )
 
 
-def units(model: Any) -> list[nn.Module]:
-    """The modules that are gathered and let go together, inner ones first: what the model and its parts call indivisible
-    (transformers' `_no_split_modules`), and embedding and head where their weights are not tied. The rest is gathered with the root.
+def find_replica(mesh: DeviceMesh) -> Replica:
+    """Which of the groups that hold the same shards this rank is in, by the mesh."""
+    if REPLICATE not in (mesh.mesh_dim_names or ()):
+        return Replica(0, 1, None)
+    return Replica(mesh.get_local_rank(REPLICATE), mesh.size(0), mesh.get_group(REPLICATE))
+
+
+def find_units(model: Any) -> list[nn.Module]:
+    """Return the modules that are gathered and freed together, inner ones first.
+
+    These are the modules that the model and its parts call indivisible (transformers' `_no_split_modules`), and embedding
+    and head if their weights are not tied. The rest is gathered with the root.
     """
     indivisible = {
         name
@@ -235,14 +234,15 @@ def units(model: Any) -> list[nn.Module]:
 
 
 def first_row(parameter: DTensor, mesh: DeviceMesh) -> int:
-    """The first row of this rank's shard: rows are dealt in equal chunks, the last ranks may get fewer or none."""
-    count, index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+    """First row of this rank's shard: rows are split into equal chunks, and the last ranks may get fewer or none."""
+    count = mesh.size(mesh.ndim - 1)
+    index = mesh.get_local_rank(mesh.ndim - 1)
     rows = parameter.shape[0]
     return min(index * -(-rows // count), rows)
 
 
 @torch.no_grad()
-def fill(
+def fill_shards(
     model: nn.Module,
     weights: WeightSource,
     mesh: DeviceMesh,
@@ -250,14 +250,14 @@ def fill(
     device: torch.device,
 ) -> None:
     """Give every shard its memory and its rows of the weights, rounded to `dtype` as ZeRO's weights are."""
-    places = Places(model)
+    owners = ParameterOwners(model)
     for name, parameter in list(model.named_parameters()):
         held: Any = parameter
         first = first_row(held, mesh)
         local = torch.empty(held._local_tensor.shape, dtype=held.dtype, device=device)
         if local.numel():
             local.copy_(weights.rows(name, first, first + len(local)).to(dtype))
-        whole = DTensor.from_local(
+        sharded = DTensor.from_local(
             local,
             held.device_mesh,
             held.placements,
@@ -265,4 +265,4 @@ def fill(
             shape=held.shape,
             stride=held.stride(),
         )
-        places.put(name, nn.Parameter(whole, requires_grad=held.requires_grad))
+        owners.replace(name, nn.Parameter(sharded, requires_grad=held.requires_grad))

@@ -51,7 +51,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_parts_are_right_whatever_is_looked_at_together(
     alone: None, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr(parts, "AT_ONCE", at_once)
+    monkeypatch.setattr(parts, "ELEMENTS_AT_ONCE", at_once)
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(3, 5), "b": nn.Linear(5, 2), "c": nn.Linear(2, 2)})
     gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
@@ -63,6 +63,6 @@ def test_parts_are_right_whatever_is_looked_at_together(
     for part in "ab":
         want = torch.cat([g.flatten() for n, g in gradients.items() if n[0] == part]).norm()
         assert found.by_part[part] == pytest.approx(float(want), rel=1e-6)
-    assert found.whole == pytest.approx(
+    assert found.total == pytest.approx(
         sum(float(g.square().sum()) for g in gradients.values()) ** 0.5, rel=1e-6
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slow
-BENCHMARK = Path(__file__).parent.parent.parent / "benchmarks" / "engines.py"
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "engines.py"
 ENGINES = ("zero3", "fsdp")
 
 

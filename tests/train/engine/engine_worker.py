@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from stand_in import StandIn, pack, sample, supervised
 
+from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.checkpoint.state import load_state, save_state
 from onellm_dist.train.distributed import Distributed, join, leave
-from onellm_dist.train.engine.base import Engine, EngineSettings
+from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
-from onellm_dist.train.engine.select import engine_class
+from onellm_dist.train.engine.fsdp.description import FsdpOptions
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.settings import EngineSettings
+from onellm_dist.train.optim.optimizers import make_optimizer
 from onellm_dist.train.optim.stages import parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
@@ -78,19 +82,16 @@ def new_engine(
         if not name.startswith("embedding")
     }
     settings = EngineSettings(
-        dist.world_size,
-        dist.device,
-        bf16,
-        (0.9, 0.95),
-        1e-8,
-        CLIP,
-        config,
+        world_size=dist.world_size,
+        device=dist.device,
+        bf16=bf16,
+        optimizer=make_optimizer(OptimSection(lr=LR, **job.get("optim", {}))),
+        grad_clip=CLIP,
+        options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
         parts=parts,
-        **job.get("fsdp", {}),
     )
-    return engine_class("fsdp" if "fsdp" in job else "deepspeed").wrap(
-        model, parameter_groups(model, DECAY), settings
-    )
+    engine = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
+    return engine.wrap(model, parameter_groups(model, DECAY), settings)
 
 
 def train(
@@ -126,18 +127,27 @@ def train(
             {
                 "loss": total.item() / global_valid_tokens,
                 "applied": applied,
-                "norm": norms.whole,
+                "norm": norms.total,
                 "parts": norms.by_part,
             }
         )
     return done
 
 
-def reference(stage: str, steps: range) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+def plain_optimizer(job: dict[str, Any], groups: Any) -> torch.optim.Optimizer:
+    """torch's own optimizer with the settings of a job."""
+    optim = job.get("optim", {})
+    if optim.get("name") == "sgd":
+        return torch.optim.SGD(groups, lr=LR, **optim["options"])
+    return torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+
+
+def reference(
+    job: dict[str, Any], steps: range
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """One process, plain torch, the whole global batch in one pack a sample. Weights, losses, norms of the gradient."""
-    model = new_model(stage)
-    groups = parameter_groups(model, DECAY)
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+    model = new_model(job.get("stage", "align"))
+    optimizer = plain_optimizer(job, parameter_groups(model, DECAY))
     losses, norms = [], []
     for step in steps:
         every = step_samples(step)
@@ -198,7 +208,7 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     straight = resumed.gather_full_state()
     if not dist.is_rank_zero:
         return {}
-    expected, losses, norms = reference(stage, range(8))
+    expected, losses, norms = reference(job, range(8))
     errors = update_error(before, ended, expected, trained)
     return {
         "losses": max(abs(a["loss"] - b) for a, b in zip(first + rest, losses, strict=True)),
@@ -239,7 +249,7 @@ def carry_on(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
     ended = engine.gather_full_state()
     if not dist.is_rank_zero:
         return {}
-    expected, right, _ = reference(stage, range(8))
+    expected, right, _ = reference(job, range(8))
     errors = update_error(
         before, ended, expected, {n for n, p in model.named_parameters() if p.requires_grad}
     )

@@ -22,6 +22,7 @@ from matrix_model import (
 )
 from torch import nn
 
+from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.model.initialisation import initialise
@@ -29,9 +30,11 @@ from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights, build_
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.distributed import Distributed, join, leave
-from onellm_dist.train.engine.base import EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
-from onellm_dist.train.engine.select import engine_class
+from onellm_dist.train.engine.fsdp.description import FsdpOptions
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.settings import EngineSettings
+from onellm_dist.train.optim.optimizers import make_optimizer
 from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
 LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
@@ -99,16 +102,14 @@ def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[
         load_ds_config(Path(config)) if isinstance(config, str) else json.loads(json.dumps(config))
     )
     settings = EngineSettings(
-        dist.world_size,
-        dist.device,
-        job.get("bf16", False),
-        BETAS,
-        EPS,
-        CLIP,
-        config,
-        **job.get("fsdp", {}),
+        world_size=dist.world_size,
+        device=dist.device,
+        bf16=job.get("bf16", False),
+        optimizer=make_optimizer(OptimSection(lr=LR, betas=BETAS, eps=EPS)),
+        grad_clip=CLIP,
+        options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
     )
-    kind = engine_class("fsdp" if "fsdp" in job else "deepspeed")
+    kind = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
     engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
     losses = []
     for step in range(job["steps"]):

@@ -351,7 +351,7 @@ def test_the_best_weights_are_never_without_their_record(
 ) -> None:
     """Killed while the weights of step 8 take the place of those of step 4: before, between or after the renames."""
     engine: Any = SimpleNamespace(
-        whole_weights=lambda: iter(()), whole_shapes=lambda: (), compute_dtype=torch.float32
+        full_weights=lambda: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
     )
     monkeypatch.setattr("onellm_dist.train.export._write_around", lambda *_: None)
     folder = tmp_path / "best"

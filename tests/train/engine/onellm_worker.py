@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.train.distributed import Distributed, join, leave
-from onellm_dist.train.engine.base import EngineSettings
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
-from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
+from onellm_dist.train.engine.select import get_engine
+from onellm_dist.train.engine.settings import EngineSettings
+from onellm_dist.train.optim.optimizers import make_optimizer
 from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
 
 LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
@@ -91,11 +93,15 @@ def sharded(
     dist: Distributed, config: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = new_model()
-    engine = DeepSpeedEngine.wrap(
-        model,
-        parameter_groups(model, DECAY),
-        EngineSettings(dist.world_size, dist.device, False, (0.9, 0.95), 1e-8, CLIP, config),
+    settings = EngineSettings(
+        world_size=dist.world_size,
+        device=dist.device,
+        bf16=False,
+        optimizer=make_optimizer(OptimSection(lr=LR)),
+        grad_clip=CLIP,
+        options=config,
     )
+    engine = get_engine("deepspeed").load().wrap(model, parameter_groups(model, DECAY), settings)
     losses = []
     for step in range(len(DEALT)):
         packs = step_packs(step)[dist.rank]

@@ -23,6 +23,7 @@ OFFLOAD: dict[str, Any] = {
         "offload_param": {"device": "cpu"},
     }
 }
+SGD = {"name": "sgd", "options": {"momentum": 0.9}}
 JOBS = (
     {"name": "zero0", "config": {}},
     {"name": "zero1", "config": "zero1"},
@@ -39,6 +40,9 @@ JOBS = (
     {"name": "fsdp_tune", "fsdp": {}, "stage": "tune"},
     {"name": "fsdp_bf16", "fsdp": {}, "bf16": True},
     {"name": "fsdp_reduced_once_bf16", "fsdp": {"reduce_every_micro_batch": False}, "bf16": True},
+    {"name": "zero3_sgd", "config": ZERO3, "optim": SGD},
+    {"name": "zero1_sgd", "config": "zero1", "optim": SGD},
+    {"name": "fsdp_sgd", "fsdp": {}, "optim": SGD},
 )
 FP32 = tuple(job["name"] for job in JOBS if not job.get("bf16"))
 pytestmark = pytest.mark.slow
@@ -141,6 +145,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_other_sizes_stages_and_engines(
         {"name": "fsdp", "fsdp": {}, "from": str(two[0] / "zero3")},
         {"name": "fsdp_tune", "fsdp": {}, "stage": "tune", "from": str(two[0] / "zero2_tune")},
         {"name": "back", "config": ZERO3, "from": str(two[0] / "fsdp")},
+        {"name": "sgd", "fsdp": {}, "optim": SGD, "from": str(two[0] / "zero3_sgd")},
+        {"name": "sgd_back", "config": ZERO3, "optim": SGD, "from": str(two[0] / "fsdp_sgd")},
     ]
     if ranks == 4:
         jobs.append({"name": "hybrid", "fsdp": {"shard_ranks": 2}, "from": str(two[0] / "zero3")})

@@ -1,0 +1,92 @@
+"""What an engine says about itself, so that no other room needs its library's names.
+
+A description imports neither torch nor the engine's library: the launching process, the doctor and the preflight check
+read it within milliseconds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from onellm_dist.config.schema import EngineSection
+    from onellm_dist.train.engine.base import Engine
+
+
+@dataclass(frozen=True)
+class ParameterBytes:
+    """Bytes that one rank holds per parameter of the whole model between steps; activations come on top."""
+
+    frozen: float
+    """On the device, per frozen parameter."""
+    trainable: float
+    """On the device, per trainable parameter: weight, gradient and optimizer state."""
+    trainable_host: float = 0.0
+    """In host memory, per trainable parameter, where the optimizer is offloaded."""
+
+
+class EngineDescription(ABC):
+    """One engine, described for the planner, the watchdog, the doctor, the preflight check and the configuration check.
+
+    Each engine is a folder in `train/engine/` whose `description.py` defines `DESCRIPTION`, an instance of a subclass.
+    """
+
+    name: ClassVar[str]
+    """The value of `engine.name`."""
+    packages: ClassVar[tuple[str, ...]]
+    """Distributions whose versions must agree on all nodes."""
+    environment_prefixes: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of environment variables that change how its library works."""
+    waiting_files: ClassVar[tuple[str, ...]] = ()
+    """Parts of source paths. A thread whose innermost Python frame is in such a file waits for other ranks."""
+    wrapper_files: ClassVar[tuple[str, ...]] = ()
+    """Ends of source paths. A frame in such a file stands for its caller: it wraps calls of any kind."""
+    shared_memory_pattern: ClassVar[str] = ""
+    """Glob pattern of files that processes of its library may leave in `/dev/shm` when they are killed."""
+
+    @abstractmethod
+    def load(self) -> type[Engine]:
+        """Import the engine's library and return the engine's class."""
+
+    @abstractmethod
+    def check(self, section: EngineSection, *, bf16: bool) -> None:
+        """Refuse a wrong `engine` section; called before any rank starts.
+
+        Args:
+            section: the recipe's `engine` section.
+            bf16: whether the model computes in bf16.
+
+        Raises:
+            UsageError: a key of another engine, or a configuration file that is missing or wrong.
+        """
+
+    @abstractmethod
+    def read_options(self, section: EngineSection, *, world_size: int) -> Any:
+        """What `EngineSettings.options` holds for this engine.
+
+        Raises:
+            UsageError: the section is wrong, or does not fit the number of ranks.
+        """
+
+    @abstractmethod
+    def parameter_bytes(
+        self,
+        section: EngineSection,
+        *,
+        world_size: int,
+        compute_bytes: int,
+        state_bytes: int,
+    ) -> ParameterBytes:
+        """Estimate what a rank holds per parameter.
+
+        Args:
+            section: the recipe's `engine` section.
+            world_size: number of ranks.
+            compute_bytes: size of a weight in the dtype that the model computes in (2 for bf16, 4 for fp32).
+            state_bytes: size of the fp32 weight and the optimizer state of one parameter (12 for AdamW).
+
+        Raises:
+            UsageError: the section is wrong.
+        """

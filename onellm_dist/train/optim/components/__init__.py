@@ -1,0 +1,1 @@
+"""The optimizers of the package, one file each; each defines `OPTIMIZER`."""

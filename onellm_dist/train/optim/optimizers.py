@@ -1,0 +1,82 @@
+"""Optimizers by name: `optim.name` picks one, and everyone else asks it for the state that it keeps.
+
+An optimizer is one file in `train/optim/components/`. One of another package is registered by an entry point of the group
+`onellm_dist.optimizers`, whose object is the class, or by a call of `register_optimizer` before the recipe is read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.plugins import OPTIMIZERS, load_plugins
+from onellm_dist.config.schema import OptimSection
+from onellm_dist.train.optim import components
+from onellm_dist.train.optim.base import OptimizerComponent
+from onellm_dist.train.optim.schedules import get_schedule
+
+_REGISTERED: dict[str, type[OptimizerComponent]] = {}
+
+
+def register_optimizer(component: type[OptimizerComponent]) -> type[OptimizerComponent]:
+    """Make an optimizer known by its name; usable as a decorator of its class.
+
+    Raises:
+        UsageError: another optimizer has that name.
+    """
+    known = _REGISTERED.get(component.name)
+    if known not in (None, component):
+        raise UsageError(
+            f"two optimizers are named {component.name}: {known} and {component}",
+            "optim.name would be ambiguous.",
+            "rename one of them.",
+        )
+    _REGISTERED[component.name] = component
+    return component
+
+
+def all_optimizers() -> dict[str, type[OptimizerComponent]]:
+    """Name to class of every optimizer: those of the package, of entry points, and registered ones.
+
+    Raises:
+        UsageError: two have the same name, or an entry point cannot be imported.
+    """
+    _load_components()
+    return dict(sorted(_REGISTERED.items()))
+
+
+def make_optimizer(optim: OptimSection) -> OptimizerComponent:
+    """The optimizer that a recipe names in `optim.name`, with its options checked.
+
+    Raises:
+        UsageError: there is no such optimizer, or its options are wrong.
+    """
+    known = all_optimizers()
+    if optim.name not in known:
+        raise UsageError(
+            f"optim.name={optim.name}: unknown optimizer",
+            "nothing can step the weights.",
+            f"use one of: {', '.join(known)}.",
+        )
+    return known[optim.name](optim)
+
+
+def check_optim(optim: OptimSection) -> None:
+    """Refuse a wrong `optim` section; called before any rank starts.
+
+    Raises:
+        UsageError: an unknown optimizer or schedule, or options that the optimizer does not have.
+    """
+    make_optimizer(optim)
+    get_schedule(optim.schedule)
+
+
+@cache
+def _load_components() -> None:
+    for info in pkgutil.iter_modules(components.__path__):
+        module = importlib.import_module(f"{components.__name__}.{info.name}")
+        register_optimizer(module.OPTIMIZER)
+    for component in load_plugins(OPTIMIZERS).values():
+        register_optimizer(component)
