@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import configure_logging
 from onellm_dist.launch.local import exit_by_signal, handle_termination, launch_local
 from onellm_dist.launch.ranks import Ranks, discover_ranks
 from onellm_dist.launch.slurm.environment import compute_port, expand_hosts, parse_tasks_per_node
@@ -138,6 +139,7 @@ def test_every_rank_done_is_zero(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_the_first_failing_rank_is_shown_and_the_rest_is_ended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configure_logging()
     monkeypatch.setattr("onellm_dist.launch.local.PATIENCE_S", 0.2)
     started = time.monotonic()
     body = (

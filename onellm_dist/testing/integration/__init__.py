@@ -1,1 +1,1 @@
-"""The real rehearsal: real media and a real pretrained LLM through the whole path (`make rehearse-real`)."""
+"""The integration run: real media and a real pretrained LLM, from files to answers."""

@@ -1,4 +1,4 @@
-"""`python -m onellm_dist.testing.integration --out integration_run` (= `make rehearse-real`)."""
+"""`python -m onellm_dist.testing.integration --out real_run` (`make integration`)."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ import sys
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.logging import configure_logging
 from onellm_dist.launch.local import exit_by_signal, handle_termination
-from onellm_dist.testing.integration.run import run_rehearsal
+from onellm_dist.testing.integration.run import run_integration
 
 
 def main() -> int:
-    """Parse the arguments and run; errors that a user can mend are three lines."""
+    """Parse the arguments and run; an error that a user can fix is printed in three lines."""
     parser = argparse.ArgumentParser(
         prog="python -m onellm_dist.testing.integration",
-        description="The whole path on real media and a real LLM.",
+        description="Shards, align, tune and answers on real media with a real pretrained LLM.",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("integration_run"),
-        help="folder of the rehearsal (default: integration_run)",
+        "--out", type=Path, default=Path("real_run"), help="folder of the run (default: real_run)"
     )
     parser.add_argument(
         "--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="ranks (default: 2)")
-    parser.add_argument("--new-tokens", type=int, default=24, help="longest answer (default: 24)")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default: 2)")
+    parser.add_argument(
+        "--new-tokens", type=int, default=24, help="tokens of the longest answer (default: 24)"
+    )
     parser.add_argument(
         "--preset",
         choices=["smollm2-135m", "toy"],
         default="smollm2-135m",
-        help="toy: only tries the phases, in a minute or two",
+        help="toy: only try the phases, with a tiny model, in a minute or two",
     )
     given = parser.parse_args()
-    handle_termination(exit_by_signal)  # what was started is ended too
+    configure_logging()
+    handle_termination(exit_by_signal)  # so that the child processes are ended too
     try:
-        return run_rehearsal(
+        return run_integration(
             given.out,
             steps=given.steps,
             ranks=given.ranks,
@@ -45,7 +46,7 @@ def main() -> int:
             preset=given.preset,
         )
     except OneLLMError as error:
-        print(f"rehearsal: {error}", file=sys.stderr)
+        print(f"integration run: {error}", file=sys.stderr)
         return error.exit_code
 
 

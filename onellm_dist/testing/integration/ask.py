@@ -1,7 +1,9 @@
-"""Many questions to one model, loaded once: `python -m onellm_dist.testing.integration.ask MODEL < questions.json`.
+"""Asks one model, loaded once, many questions.
 
-Reads a JSON list of `{"inputs": [[modality, file], ...], "prompt": ...}`, prints one JSON object a line for each answer.
-The same functions as `onellm generate`.
+    python -m onellm_dist.testing.integration.ask MODEL MAX_NEW_TOKENS < questions.json
+
+Reads a JSON list of `{"inputs": [[modality, file], ...], "prompt": ...}` and prints one JSON object
+per answer. It calls the same functions as `onellm generate`.
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ from typing import Any
 from onellm_dist.serving.generate import generate, placement, prompt_text, read_files
 
 
-def answers(
+def ask_questions(
     model_dir: Path, questions: Sequence[dict[str, Any]], max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Each question's answer as `generate.Answer`'s fields, in order."""
+    """Yield the fields of each question's `Answer`, in order.
+
+    Args:
+        model_dir: a onellm directory.
+        questions: `inputs` (pairs of modality and file) and `prompt` of each.
+        max_new_tokens: length of the longest answer.
+    """
     from onellm_dist.model.presets import load_model
 
     model, processor = load_model(path=model_dir, preset=None, seed=0, **placement(model_dir))
@@ -32,5 +40,5 @@ def answers(
 
 
 if __name__ == "__main__":
-    for answer in answers(Path(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2])):
+    for answer in ask_questions(Path(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2])):
         print(json.dumps(answer), flush=True)

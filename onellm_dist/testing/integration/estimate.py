@@ -1,4 +1,4 @@
-"""How much work a stage is, and how long this machine will take: printed before it starts."""
+"""The work of a stage in FLOPs, and the speed of this machine: how long a stage will take."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_TOKENS = 24
-"""Tokens of a caption, about."""
+"""Approximate tokens of a caption."""
 
 
-def step_flops(config: Any, samples: Mapping[str, int], *, tune: bool) -> float:
-    """FLOPs of one optimizer step over `samples` (modality -> samples), forward and backward.
+def compute_step_flops(config: Any, samples: Mapping[str, int], *, tune: bool) -> float:
+    """FLOPs of one optimizer step, forward and backward.
 
-    A matrix product of a token with P parameters is 2P forward, 2P for the input's gradient, 2P for the weights'.
-    Encoder: forward, and in align the input's gradient for what goes through a tokenizer. UPM: all three in align.
-    LLM: forward and input's gradient in align, all three in tune. Attention adds 4 * length * width a token and layer.
+    A matrix product of one token with P parameters is 2P forward, 2P for the gradient of its input
+    and 2P for the gradient of the weights. Encoder: forward, and in align also the gradient of the
+    input for modalities with a tokenizer of their own. UPM: all three in align, forward in tune.
+    LLM: forward and the gradient of the input in align, all three in tune. Attention adds
+    4 * length * width per token and layer.
 
     Args:
         config: a OneLLMConfig.
-        tune: the stage (align otherwise).
+        samples: number of samples of each modality.
+        tune: whether the stage is tune (align otherwise).
     """
     vision, upm, text = config.vision, config.upm, config.text_config
     encoder_block = (4 + 2 * vision.mlp_ratio) * vision.width**2
@@ -38,34 +41,30 @@ def step_flops(config: Any, samples: Mapping[str, int], *, tune: bool) -> float:
     total = 0.0
     for name, count in samples.items():
         modality = get_modality(name)
-        sequence = modality.tokens + 1
-        encoder = (
-            modality.encoder_tokens
-            * vision.layers
-            * (2 * encoder_block + 4 * sequence * vision.width)
-        )
-        mixer = (
-            modality.upm_tokens
-            * upm.experts
-            * upm.blocks
-            * (2 * upm_block + 4 * modality.upm_tokens * vision.width)
-        )
+        encoder_layer = 2 * encoder_block + 4 * (modality.tokens + 1) * vision.width
+        encoder = modality.encoder_tokens * vision.layers * encoder_layer
+        upm_layer = 2 * upm_block + 4 * modality.upm_tokens * vision.width
+        experts = modality.upm_tokens * upm.experts * upm.blocks * upm_layer
         llm = (SPAN_TOKENS + TEXT_TOKENS) * (
             2 * text.num_hidden_layers * llm_block + 2 * text.vocab_size * text.hidden_size
         )
         if tune:
-            total += count * (encoder + mixer + 3 * llm)
+            total += count * (encoder + experts + 3 * llm)
         else:
-            total += count * (encoder * (1 if modality.visual else 2) + 3 * mixer + 2 * llm)
+            total += count * (encoder * (1 if modality.visual else 2) + 3 * experts + 2 * llm)
         if not modality.visual and not tune:
-            total += (
-                count * 4 * QUERY_TOKENS * vision.width * text.hidden_size
-            )  # the projections: small, for completeness
+            # The projections are small; they are counted for completeness.
+            total += count * 4 * QUERY_TOKENS * vision.width * text.hidden_size
     return total
 
 
-def matmul_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of one thread's matrix product at the encoder's shapes."""
+def measure_matmul_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Measure the FLOP/s of one thread's matrix products at the encoder's shapes.
+
+    Args:
+        dtype: type of both matrices.
+        seconds: how long to measure.
+    """
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Peak memory of a process and everything it starts, shared pages counted once."""
+"""Peak memory of a process and everything it starts, with shared pages counted once."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ GIB = 1 << 30
 
 
 class PeakMemory:
-    """Samples the process tree in a thread while it is entered.
+    """Measures the process tree in a thread, from entering to leaving its `with` block.
 
-    Memory is the sum of the processes' PSS (proportional set size: a page that several share is split between them), so
-    shared memory counts once; RSS stands in where PSS may not be read.
+    Memory is the sum of the processes' PSS (proportional set size: a page that several processes
+    share is split between them), so shared memory counts once. Where PSS may not be read, RSS
+    replaces it.
 
     Args:
-        every: seconds between samples; a shorter peak can be missed.
-        pid: root of the tree; this process where not given.
+        every: seconds between measurements; a shorter peak can be missed.
+        pid: root of the tree; default: this process.
     """
 
     def __init__(self, every: float = 0.5, pid: int | None = None) -> None:
         self.every = every
         self.root = psutil.Process(os.getpid() if pid is None else pid)
         self.samples: list[tuple[float, int]] = []
-        """(time.monotonic(), bytes) of each sample."""
+        """(time.monotonic(), bytes) of each measurement."""
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+        self._thread = threading.Thread(target=self._measure, name="peak-memory", daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -44,27 +45,27 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
-    def peak(self, since: float = 0.0) -> int:
-        """Most bytes in any sample taken after `since` (a time.monotonic())."""
+    def get_peak(self, since: float = 0.0) -> int:
+        """Most bytes in any measurement after `since` (a time.monotonic())."""
         return max((size for at, size in self.samples if at >= since), default=0)
 
-    def _sample(self) -> None:
+    def _measure(self) -> None:
         while True:
-            self.samples.append((time.monotonic(), tree_bytes(self.root)))
+            self.samples.append((time.monotonic(), measure_tree(self.root)))
             if self._stop.wait(self.every):
                 return
 
 
-def tree_bytes(root: psutil.Process) -> int:
+def measure_tree(root: psutil.Process) -> int:
     """Bytes of a process and its descendants."""
     try:
         processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
-    return sum(_process_bytes(process) for process in processes)
+    return sum(_measure_process(process) for process in processes)
 
 
-def _process_bytes(process: psutil.Process) -> int:
+def _measure_process(process: psutil.Process) -> int:
     try:
         return int(process.memory_full_info().pss)
     except psutil.AccessDenied:
@@ -72,5 +73,5 @@ def _process_bytes(process: psutil.Process) -> int:
             return int(process.memory_info().rss)
         except psutil.Error:
             return 0
-    except psutil.Error:  # it ended meanwhile
+    except psutil.Error:  # it has ended meanwhile
         return 0

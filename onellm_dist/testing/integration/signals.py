@@ -1,4 +1,4 @@
-"""Sounds out of video files, motion logs and resting-state BOLD, brought into the forms that the modalities read."""
+"""Sounds, motion logs and resting-state BOLD, in the forms that the modalities read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ GRAVITY = 9.80665
 """m/s^2 of one g."""
 
 
-def soundtrack(video: bytes, start: float, seconds: float) -> bytes:
-    """A piece of a video's first audio stream as a 16-bit mono WAV.
+def cut_soundtrack(video: bytes, start: float, seconds: float) -> bytes:
+    """Cut a piece of a video's first audio stream, as a 16-bit mono WAV file.
+
+    Args:
+        video: the video file.
+        start: begin of the piece in seconds.
+        seconds: length of the piece.
 
     Raises:
         ValueError: the file has no sound there.
@@ -37,8 +42,14 @@ def soundtrack(video: bytes, start: float, seconds: float) -> bytes:
     return buffer.getvalue()
 
 
-def xsens_window(log: bytes, start: float, seconds: float) -> bytes:
-    """A window of an Xsens text log (m/s^2, rad/s; the rate stands in its header) as an Ego4D-style IMU CSV."""
+def cut_xsens_window(log: bytes, start: float, seconds: float) -> bytes:
+    """Cut a window of an Xsens text log, as an IMU CSV in Ego4D's form.
+
+    Args:
+        log: the log in m/s^2 and rad/s; its header names the rate.
+        start: begin of the window in seconds.
+        seconds: length of the window.
+    """
     lines = log.decode("ascii").splitlines()
     rate = next(
         float(line.split(":")[1].removesuffix("Hz"))
@@ -53,27 +64,37 @@ def xsens_window(log: bytes, start: float, seconds: float) -> bytes:
     column = {name: table[:, i] for i, name in enumerate(names)}
     accelerometer = np.stack([column[f"Acc_{axis}"] for axis in "XYZ"])
     gyroscope = np.stack([column[f"Gyr_{axis}"] for axis in "XYZ"])
-    return imu_csv(accelerometer, gyroscope, rate, start, seconds)
+    return format_imu_csv(accelerometer, gyroscope, rate, start, seconds)
 
 
-def ximu_window(log: bytes, rate: float, start: float, seconds: float) -> bytes:
-    """A window of an x-IMU CSV log (deg/s and g, converted to rad/s and m/s^2) as an Ego4D-style IMU CSV."""
+def cut_ximu_window(log: bytes, rate: float, start: float, seconds: float) -> bytes:
+    """Cut a window of an x-IMU CSV log, as an IMU CSV in Ego4D's form.
+
+    Args:
+        log: the log in deg/s and g, which are converted to rad/s and m/s^2.
+        rate: measurements per second.
+        start: begin of the window in seconds.
+        seconds: length of the window.
+    """
     table = np.array(
         [line.split(",") for line in log.decode("ascii").splitlines()[1:] if line.strip()],
         np.float64,
     )
-    return imu_csv(table[:, 4:7].T * GRAVITY, np.deg2rad(table[:, 1:4].T), rate, start, seconds)
+    accelerometer, gyroscope = table[:, 4:7].T * GRAVITY, np.deg2rad(table[:, 1:4].T)
+    return format_imu_csv(accelerometer, gyroscope, rate, start, seconds)
 
 
-def imu_csv(
+def format_imu_csv(
     accelerometer: np.ndarray, gyroscope: np.ndarray, rate: float, start: float, seconds: float
 ) -> bytes:
-    """A window in the columns of Ego4D's `v2/imu/<video_uid>.csv`, at the sensor's own rate.
+    """Format a window with the columns of Ego4D's `v2/imu/<video_uid>.csv`, at the sensor's rate.
 
     Args:
         accelerometer: [3, T] m/s^2.
         gyroscope: [3, T] rad/s.
-        rate: samples a second.
+        rate: measurements per second.
+        start: begin of the window in seconds.
+        seconds: length of the window.
 
     Raises:
         ValueError: the log ends before the window does.
@@ -81,10 +102,12 @@ def imu_csv(
     first, count = round(start * rate), round(seconds * rate)
     if first + count > accelerometer.shape[1]:
         raise ValueError(
-            f"the log has {accelerometer.shape[1] / rate:.1f} s, the window ends at {start + seconds} s"
+            f"the log has {accelerometer.shape[1] / rate:.1f} s, "
+            f"and the window ends at {start + seconds} s"
         )
     rows = [
-        "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"
+        "component_idx,component_timestamp_ms,canonical_timestamp_ms,"
+        "gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"
     ]
     for i in range(count):
         stamp = 1000 * i / rate
@@ -94,50 +117,61 @@ def imu_csv(
 
 
 def read_mgz(data: bytes) -> np.ndarray:
-    """A FreeSurfer MGZ of big-endian floats as [vertices, frames] fp32 (surface data: height and depth are 1).
+    """Read a FreeSurfer MGZ file of surface data (its height and depth are 1).
 
-    Format: FreeSurfer's `mri.h`/nibabel 5.4 `MGHHeader`: int32 version, width, height, depth, frames, type (3 is
-    float32); data from byte 284, frames last.
+    The format is that of FreeSurfer's `mri.h` and nibabel 5.4's `MGHHeader`: int32 version, width,
+    height, depth, frames and type (3 is float32), big-endian; data from byte 284, frames last.
+
+    Returns:
+        [vertices, frames] fp32.
 
     Raises:
-        ValueError: another version, type or size.
+        ValueError: the file has another version, type or size.
     """
     plain = gzip.decompress(data)
-    version, width, height, depth, frames, kind = (int(v) for v in np.frombuffer(plain[:24], ">i4"))
-    if version != 1 or kind != 3 or len(plain) < 284 + 4 * width * height * depth * frames:
+    header = np.frombuffer(plain[:24], ">i4")
+    version, width, height, depth, frames, dtype = (int(v) for v in header)
+    if version != 1 or dtype != 3 or len(plain) < 284 + 4 * width * height * depth * frames:
         raise ValueError("not an MGH file of float32")
     values = np.frombuffer(plain, ">f4", width * height * depth * frames, 284)
     return np.ascontiguousarray(values.reshape(frames, width * height * depth).T, np.float32)
 
 
-def bold_vector(
+def make_bold_vector(
     hemispheres: list[np.ndarray], voxels: int, frame: int, repetitions: int = 3
 ) -> np.ndarray:
-    """Real BOLD in the shape of an NSD sample: [repetitions, voxels] fp32.
+    """Bring real BOLD into the shape of an NSD sample.
 
-    NSD's vector holds the voxels of one subject's `nsdgeneral` region, which nothing public has. Stated plainly, this is
-    the first `voxels` cortical vertices with any signal (left hemisphere, then right), each z-scored over the scan;
-    consecutive volumes from `frame` on stand for NSD's repetitions of one picture.
+    NSD's vector has the voxels of one subject's `nsdgeneral` region, which no public file has. This
+    one has the first `voxels` cortical vertices with any signal (left hemisphere, then right), each
+    z-scored over the scan. Consecutive volumes replace NSD's repetitions of one picture.
 
     Args:
-        hemispheres: [vertices, frames] each.
+        hemispheres: [vertices, frames] of each hemisphere.
+        voxels: number of vertices to take.
+        frame: the first volume.
+        repetitions: number of volumes.
+
+    Returns:
+        [repetitions, voxels] fp32.
 
     Raises:
-        ValueError: too few vertices or frames.
+        ValueError: there are too few vertices or frames.
     """
     series = np.concatenate(hemispheres)
     deviation = series.std(1)
     alive = series[deviation > 0][:voxels]
     if len(alive) < voxels or frame + repetitions > series.shape[1]:
         raise ValueError(
-            f"{len(alive)} vertices with signal and {series.shape[1]} frames; {voxels} and {frame + repetitions} are needed"
+            f"{len(alive)} vertices with signal and {series.shape[1]} frames; "
+            f"{voxels} and {frame + repetitions} are needed"
         )
     z = (alive - alive.mean(1, keepdims=True)) / alive.std(1, keepdims=True)
     return np.ascontiguousarray(z[:, frame : frame + repetitions].T, np.float32)
 
 
-def npy(array: np.ndarray) -> bytes:
-    """The array as a `.npy` file."""
+def encode_npy(array: np.ndarray) -> bytes:
+    """Encode an array as a `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Packages by name: pip and apt-get for real, on packages made here."""
+"""Packages by name, through the real pip and apt-get, from packages made here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from onellm_dist.testing.integration.fetch import PackageCache, PackageUnavailable
+from onellm_dist.testing.integration.fetch import PackageCache, PackageUnavailableError
 
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes for the only index."""
+    """A folder that is pip's only index."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_media-1.0-py3-none-any.whl", "w") as wheel:
@@ -44,7 +44,7 @@ def test_a_wheel_is_downloaded_once_and_read_without_being_installed(
     lines: list[str] = []
     cache = PackageCache(tmp_path / "cache", log=lines.append)
     assert cache.read_pypi("tiny-media==1.0", "tiny_media/a.txt") == b"hello"
-    with pytest.raises(PackageUnavailable, match=r"no file tiny_media/b\.txt"):
+    with pytest.raises(PackageUnavailableError, match=r"no file tiny_media/b\.txt"):
         cache.read_pypi("tiny-media==1.0", "tiny_media/b.txt")
     assert lines == ["fetching tiny-media==1.0 from PyPI"]
     shutil.rmtree(index)
@@ -58,7 +58,9 @@ def test_a_package_that_pip_cannot_find_is_tried_once(index: Path, tmp_path: Pat
     lines: list[str] = []
     cache = PackageCache(tmp_path / "cache", log=lines.append)
     for _ in range(2):
-        with pytest.raises(PackageUnavailable, match=r"tiny-media==9\.9.*No matching distribution"):
+        with pytest.raises(
+            PackageUnavailableError, match=r"tiny-media==9\.9.*No matching distribution"
+        ):
             cache.read_pypi("tiny-media==9.9", "x")
     assert len(lines) == 1
 
@@ -70,7 +72,8 @@ def test_a_debian_package_is_unpacked_without_being_installed(
     tree = tmp_path / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN" / "control").write_text(
-        "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n"
+        "Package: tiny\nVersion: 1\nArchitecture: all\n"
+        "Maintainer: x <x@example.org>\nDescription: x\n"
     )
     (tree / "usr" / "share").mkdir(parents=True)
     (tree / "usr" / "share" / "crow.flac").write_bytes(b"caw")
@@ -88,9 +91,9 @@ def test_a_debian_package_is_unpacked_without_being_installed(
     monkeypatch.setenv("PATH", f"{apt.parent}{os.pathsep}{os.environ['PATH']}")
     cache = PackageCache(tmp_path / "cache")
     assert cache.read_debian("tiny", "usr/share/crow.flac") == b"caw"
-    with pytest.raises(PackageUnavailable, match="no file usr/share/dog"):
+    with pytest.raises(PackageUnavailableError, match="no file usr/share/dog"):
         cache.read_debian("tiny", "usr/share/dog.flac")
-    with pytest.raises(PackageUnavailable, match="Unable to locate other"):
+    with pytest.raises(PackageUnavailableError, match="Unable to locate other"):
         cache.debian("other")
 
 
@@ -98,5 +101,5 @@ def test_without_apt_debian_packages_are_unavailable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(PackageUnavailable, match="no apt-get here"):
+    with pytest.raises(PackageUnavailableError, match="no apt-get here"):
         PackageCache(tmp_path / "cache").read_debian("tiny", "x")

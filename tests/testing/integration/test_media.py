@@ -1,4 +1,4 @@
-"""The table of real media, and the folders that are written from it (what is fetched is tried by the rehearsal itself)."""
+"""The table of real media, and the folders written from it; the integration run fetches them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import pytest
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.testing.integration import media, signals
-from onellm_dist.testing.integration.fetch import PackageCache, PackageUnavailable
-from onellm_dist.testing.integration.media import Recipe
+from onellm_dist.testing.integration.fetch import PackageCache, PackageUnavailableError
+from onellm_dist.testing.integration.media_samples import MediaSample, list_samples
 
 
 def test_pypi_alone_gives_enough_of_every_modality() -> None:
-    recipes = list(media.recipes())
-    count = Counter(r.modality for r in recipes if r.source.startswith("PyPI"))
+    samples = list(list_samples())
+    count = Counter(r.modality for r in samples if r.source.startswith("PyPI"))
     assert set(count) == set(all_modalities()) and min(count.values()) >= media.FEWEST
-    assert len({(r.modality, r.key) for r in recipes}) == len(recipes)
+    assert len({(r.modality, r.key) for r in samples}) == len(samples)
     assert set(media.QUESTIONS) == set(all_modalities())
     assert all(
         r.caption[0].isupper() and r.caption.endswith(".") and r.licence and "." not in r.key
-        for r in recipes
+        for r in samples
     )
 
 
-def brain(key: str, values: np.ndarray | None) -> Recipe:
+def make_brain(key: str, values: np.ndarray | None) -> MediaSample:
     def make(cache: PackageCache) -> Mapping[str, bytes]:
         if values is None:
-            raise PackageUnavailable("brains==1: not to be had")
-        return {"npy": signals.npy(values)}
+            raise PackageUnavailableError("brains==1: not available")
+        return {"npy": signals.encode_npy(values)}
 
-    return Recipe("fmri", key, "A person at rest.", "PyPI brains==1", "BSD", make)
+    return MediaSample("fmri", key, "A person at rest.", "PyPI brains==1", "BSD", make)
 
 
 @pytest.fixture
@@ -44,21 +44,21 @@ def only_brains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media, "all_modalities", lambda: only)
 
 
-def offer(monkeypatch: pytest.MonkeyPatch, *recipes: Recipe) -> None:
-    def given() -> Iterator[Recipe]:
-        return iter(recipes)
+def offer(monkeypatch: pytest.MonkeyPatch, *samples: MediaSample) -> None:
+    def list_given() -> Iterator[MediaSample]:
+        return iter(samples)
 
-    monkeypatch.setattr(media, "recipes", given)
+    monkeypatch.setattr(media, "list_samples", list_given)
 
 
 def test_samples_are_written_with_text_and_provenance(
     only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     vector = np.random.default_rng(0).normal(size=(3, 15724)).astype(np.float32)
-    offer(monkeypatch, brain("a", vector), brain("b", vector), brain("c", None))
-    made, skipped = media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")
+    offer(monkeypatch, make_brain("a", vector), make_brain("b", vector), make_brain("c", None))
+    made, skipped = media.collect_media(PackageCache(tmp_path / "cache"), tmp_path / "out")
     assert made == {"fmri": ["a", "b"]}
-    assert skipped == ["fmri c: brains==1: not to be had"]
+    assert skipped == ["fmri c: brains==1: not available"]
     assert sorted(p.name for p in (tmp_path / "out" / "fmri").iterdir()) == [
         "a.json",
         "a.npy",
@@ -79,14 +79,14 @@ def test_too_few_samples_are_an_error_that_names_what_was_missing(
     only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     vector = np.zeros((3, 15724), np.float32)
-    offer(monkeypatch, brain("a", vector), brain("b", None))
+    offer(monkeypatch, make_brain("a", vector), make_brain("b", None))
     with pytest.raises(OneLLMError, match=r"fmri \(1\)[\s\S]*fmri b: brains==1"):
-        media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")
+        media.collect_media(PackageCache(tmp_path / "cache"), tmp_path / "out")
 
 
 def test_a_file_that_does_not_fit_its_modality_is_found_here(
     only_brains: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    offer(monkeypatch, brain("a", np.zeros((3, 10), np.float32)))
+    offer(monkeypatch, make_brain("a", np.zeros((3, 10), np.float32)))
     with pytest.raises(SampleError):
-        media.collect(PackageCache(tmp_path / "cache"), tmp_path / "out")
+        media.collect_media(PackageCache(tmp_path / "cache"), tmp_path / "out")

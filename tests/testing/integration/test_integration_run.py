@@ -1,4 +1,4 @@
-"""The rehearsal's own judgement: what it checks, what it measures, what it leaves alone."""
+"""The integration run: what it checks, what it measures, what it leaves alone."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ import torch
 from safetensors.torch import save_file
 
 from onellm_dist.common.errors import EXIT_FAILED, OneLLMError, UsageError
+from onellm_dist.common.logging import configure_logging
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.model.presets import build_config
-from onellm_dist.testing.integration import run as rehearsal
-from onellm_dist.testing.integration.estimate import step_flops
-from onellm_dist.testing.integration.memory import PeakMemory, tree_bytes
-from onellm_dist.testing.integration.report import checks, print_report
-from onellm_dist.testing.integration.weights import changed_shares, open_tensors
+from onellm_dist.testing.integration import phases
+from onellm_dist.testing.integration.estimate import compute_step_flops
+from onellm_dist.testing.integration.integration_run import IntegrationRun, start_group
+from onellm_dist.testing.integration.memory import PeakMemory, measure_tree
+from onellm_dist.testing.integration.report import check_facts, format_report
+from onellm_dist.testing.integration.run import REPORT, run_integration
+from onellm_dist.testing.integration.weights import compute_changed_shares, open_tensors
 
 MIB = 1 << 20
 NAMES = list(all_modalities())
 
 
-def good_facts() -> dict[str, Any]:
-    """What a rehearsal that ended well has found."""
+def make_good_facts() -> dict[str, Any]:
+    """The facts of a run that passes."""
     steps = [
         {"step": n, "loss": 5.0, "grad_norm": 1.0, "loss_by_modality": dict.fromkeys(NAMES, 5.0)}
         for n in range(3)
     ]
-    still = dict.fromkeys(("encoder", "llm", "projectors", "tokenizers", "upm"), 0.0)
+    unchanged = dict.fromkeys(("encoder", "llm", "projectors", "tokenizers", "upm"), 0.0)
     return {
         "media": {name: ["a", "b"] for name in NAMES},
         "phases": [{"phase": "align", "seconds": 61.0, "peak_gib": 9.0}],
         "align": steps,
         "tune": copy.deepcopy(steps),
         "weights_changed": {
-            "align": {**still, "projectors": 1.0, "tokenizers": 0.9, "upm": 1.0},
-            "tune": {**still, "llm": 1.0},
+            "align": {**unchanged, "projectors": 1.0, "tokenizers": 0.9, "upm": 1.0},
+            "tune": {**unchanged, "llm": 1.0},
         },
         "generate": [
             {"model": "tune", "inputs": [f"{n} a"], "prompt": "", "text": "x"} for n in NAMES
@@ -57,16 +60,16 @@ def good_facts() -> dict[str, Any]:
     }
 
 
-def failing(facts: dict[str, Any]) -> list[str]:
-    return [name for name, held in checks(facts, steps=3).items() if not held]
+def list_failures(facts: dict[str, Any]) -> list[str]:
+    return [name for name, held in check_facts(facts, steps=3).items() if not held]
 
 
-def test_a_good_rehearsal_passes_every_check() -> None:
-    assert failing(good_facts()) == []
+def test_a_good_run_passes_every_check() -> None:
+    assert list_failures(make_good_facts()) == []
 
 
 @pytest.mark.parametrize(
-    ("spoil", "word"),
+    ("break_facts", "word"),
     [
         (lambda f: f.update(peak_gib=20.1), "GiB"),
         (lambda f: f.update(error="align ended with exit code 1"), "no phase failed"),
@@ -76,28 +79,25 @@ def test_a_good_rehearsal_passes_every_check() -> None:
         (lambda f: f["align"][2].update(grad_norm=None), "align: 3 optimizer steps"),
         (
             lambda f: [s["loss_by_modality"].pop(NAMES[5]) for s in f["tune"]],
-            "tune: every modality",
+            "tune: trained on every modality",
         ),
         (lambda f: f["weights_changed"]["align"].update(llm=0.01), "align: everything else"),
-        (lambda f: f["weights_changed"]["tune"].update(llm=0.0), "tune: llm moved"),
+        (lambda f: f["weights_changed"]["tune"].update(llm=0.0), "tune: llm changed"),
         (lambda f: f["generate"].pop(), "generate"),
         (lambda f: f["generate"].pop(0), "generate"),
     ],
 )
-def test_each_fault_is_found(spoil: Any, word: str) -> None:
-    facts = good_facts()
-    spoil(facts)
-    assert [name for name in failing(facts) if word in name]
+def test_each_fault_is_found(break_facts: Any, word: str) -> None:
+    facts = make_good_facts()
+    break_facts(facts)
+    assert [name for name in list_failures(facts) if word in name]
 
 
-def test_the_table_shows_phases_losses_answers_and_checks(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    facts = good_facts()
-    facts["checks"] = checks(facts, steps=3)
+def test_the_report_shows_phases_losses_answers_and_checks() -> None:
+    facts = make_good_facts()
+    facts["checks"] = check_facts(facts, steps=3)
     facts["ok"] = False
-    print_report(facts)
-    out = capsys.readouterr().out
+    report = format_report(facts)
     for words in (
         "1 min 01 s",
         "12.0 GiB",
@@ -107,18 +107,19 @@ def test_the_table_shows_phases_losses_answers_and_checks(
         "yes at most 20 GiB",
         "FAILED",
     ):
-        assert words in out
+        assert words in report
 
 
-def test_a_rehearsal_that_fails_says_so_and_writes_its_report(
+def test_a_run_that_fails_says_so_and_writes_its_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(run: rehearsal.Rehearsal) -> None:
-        run.command("broken", [sys.executable, "-c", "print('half'); raise SystemExit(3)"])
+    def fail(run: IntegrationRun) -> None:
+        run.run_command("broken", [sys.executable, "-c", "print('half'); raise SystemExit(3)"])
 
-    monkeypatch.setattr(rehearsal, "_media", broken)
-    assert rehearsal.run_rehearsal(tmp_path / "out") == EXIT_FAILED
-    report = json.loads((tmp_path / "out" / "rehearsal.json").read_text())
+    configure_logging()
+    monkeypatch.setattr(phases, "fetch_media", fail)
+    assert run_integration(tmp_path / "out") == EXIT_FAILED
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
     assert (
         not report["ok"]
         and "exit code 3" in report["error"]
@@ -132,16 +133,16 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "media").mkdir()
     (tmp_path / "media" / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(UsageError, match="something else"):
-        rehearsal.run_rehearsal(tmp_path)
+        run_integration(tmp_path)
     assert (tmp_path / "media" / "holiday.jpg").is_file()
 
 
 def test_a_failed_command_shows_its_last_lines(tmp_path: Path) -> None:
-    with PeakMemory(every=60) as memory, pytest.raises(OneLLMError, match="line 99"):
-        code = "import sys\nfor n in range(100): print('line', n)\nsys.exit(7)"
-        rehearsal.Rehearsal(tmp_path, 3, 2, 8, "toy", memory).command(
-            "noisy", [sys.executable, "-c", code]
-        )
+    code = "import sys\nfor n in range(100): print('line', n)\nsys.exit(7)"
+    with PeakMemory(every=60) as memory:
+        run = IntegrationRun(tmp_path, 3, 2, 8, "toy", memory)
+        with pytest.raises(OneLLMError, match="line 99"):
+            run.run_command("noisy", [sys.executable, "-c", code])
 
 
 def test_leaving_early_ends_what_the_command_started() -> None:
@@ -149,53 +150,59 @@ def test_leaving_early_ends_what_the_command_started() -> None:
     code = (
         f"import subprocess, sys; p = subprocess.Popen({child}); print(p.pid, flush=True); p.wait()"
     )
-    with (
-        pytest.raises(KeyboardInterrupt),
-        rehearsal._process_group([sys.executable, "-c", code], dict(os.environ)) as process,
-    ):
-        assert process.stdout is not None
-        grandchild = psutil.Process(int(process.stdout.readline()))
-        raise KeyboardInterrupt
-    gone, alive = psutil.wait_procs([grandchild], timeout=5)
+    found: list[psutil.Process] = []
+
+    def leave_early() -> None:
+        with start_group([sys.executable, "-c", code], dict(os.environ)) as process:
+            assert process.stdout is not None
+            found.append(psutil.Process(int(process.stdout.readline())))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave_early()
+    gone, alive = psutil.wait_procs(found, timeout=5)
     assert gone and not alive
 
 
 def test_peak_memory_counts_children() -> None:
-    child = "import mmap,time; m = mmap.mmap(-1, 64 << 20); m.write(b'x' * (64 << 20)); print('up', flush=True); time.sleep(60)"
+    child = (
+        "import mmap, time; m = mmap.mmap(-1, 64 << 20); m.write(b'x' * (64 << 20));"
+        "print('up', flush=True); time.sleep(60)"
+    )
     with PeakMemory(every=0.05) as memory:
-        before = tree_bytes(memory.root)
+        before = measure_tree(memory.root)
         with subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"up\n"
             began = time.monotonic()
             until = began + 30
-            while not memory.peak(began) and time.monotonic() < until:
+            while not memory.get_peak(began) and time.monotonic() < until:
                 time.sleep(0.01)
             process.kill()
-        assert memory.peak(began) - before > 60 * MIB
+        assert memory.get_peak(began) - before > 60 * MIB
 
 
 def test_pages_that_two_processes_share_count_once() -> None:
     shared = mmap.mmap(-1, 64 * MIB)
     shared.write(b"x" * (64 * MIB))
-    alone = tree_bytes(psutil.Process())
-    told, tell = os.pipe()
+    alone = measure_tree(psutil.Process())
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:  # no Python clean-up here: this is a copy of the test process
         sum(shared[:: mmap.PAGESIZE])
-        os.write(tell, b"!")
+        os.write(writer, b"!")
         time.sleep(60)
         os._exit(0)
     try:
-        assert os.read(told, 1) == b"!"
-        assert tree_bytes(psutil.Process()) - alone < 32 * MIB
+        assert os.read(reader, 1) == b"!"
+        assert measure_tree(psutil.Process()) - alone < 32 * MIB
         assert psutil.Process(child).memory_info().rss > 64 * MIB, (
-            "by resident size it would have counted twice"
+            "its resident size would have counted twice"
         )
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        os.close(told)
-        os.close(tell)
+        os.close(reader)
+        os.close(writer)
 
 
 def test_flops_of_an_image_step_are_those_of_its_matrix_products() -> None:
@@ -209,10 +216,10 @@ def test_flops_of_an_image_step_are_those_of_its_matrix_products() -> None:
     upm = 287 * 3 * (2 * expert + 8 * 4 * 287 * 1024)
     head = 2 * 32000 * 4096
     text = llm * (2 * (6_738_415_616 - 2 * 32000 * 4096 - 65 * 4096) + head)
-    assert step_flops(config, {image: 1}, tune=False) == pytest.approx(
+    assert compute_step_flops(config, {image: 1}, tune=False) == pytest.approx(
         encoder + 3 * upm + 2 * text, rel=1e-3
     )
-    assert step_flops(config, {image: 2}, tune=True) == pytest.approx(
+    assert compute_step_flops(config, {image: 2}, tune=True) == pytest.approx(
         2 * (encoder + upm + 3 * text), rel=1e-3
     )
 
@@ -226,7 +233,7 @@ def test_changed_shares_see_single_elements_and_rounding(tmp_path: Path) -> None
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors")
     before, now = open_tensors(tmp_path / "before"), open_tensors(tmp_path / "after")
-    assert changed_shares(before, now) == {"llm": 0.5, "upm": 0.0}
+    assert compute_changed_shares(before, now) == {"llm": 0.5, "upm": 0.0}
     del now["upm.a"]
     with pytest.raises(ValueError, match=r"upm\.a"):
-        changed_shares(before, now)
+        compute_changed_shares(before, now)
