@@ -18,7 +18,7 @@ from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, Sample
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
-from onellm_dist.testing.integration.ask import answers
+from onellm_dist.testing.integration.ask import ask_questions
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ def test_many_questions_get_the_answers_that_the_command_gives(
         {"inputs": [], "prompt": "Hello?"},
         {"inputs": [[n, str(f)] for n, f in files.items()], "prompt": "What is it?"},
     ]
-    told = list(answers(model_dir, questions, max_new_tokens=6))
+    told = list(ask_questions(model_dir, questions, max_new_tokens=6))
     _, said, _ = run(
         [
             model_dir,
