@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from onellm_dist.common import run_files
+from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.train.records.metrics import StepReport, drop_from
 
 STARTUP_SECONDS = {
@@ -322,3 +324,9 @@ def _record_failed_start(run: RecordedRun) -> None:
         failed_step=622,
         offending_samples=["laion/00031.tar/000310099@0"],
     )
+
+
+def load_eventful_run(tmp_path_factory: pytest.TempPathFactory) -> RunFacts:
+    """The eventful run, recorded and loaded, for a fixture of tests that only read it."""
+    run = record_eventful_run(tmp_path_factory.mktemp("recorded") / "run")
+    return load_facts(run.directory, now=run.set_file_times())

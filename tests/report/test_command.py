@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from recorded_runs import RecordedRun
+from recorded_runs import RecordedRun, load_eventful_run
 
 from onellm_dist.common.errors import EXIT_DONE
 from onellm_dist.report.command import run_report
@@ -16,6 +16,11 @@ from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.findings.collect import collect_findings
 from onellm_dist.report.page import build_page
 from onellm_dist.report.summary import build_summary
+
+
+@pytest.fixture(scope="module")
+def eventful_run(tmp_path_factory: pytest.TempPathFactory) -> RunFacts:
+    return load_eventful_run(tmp_path_factory)
 
 
 def get_text(facts: RunFacts) -> str:

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded_runs import RecordedRun
+from recorded_runs import RecordedRun, load_eventful_run
 
 from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.findings.collect import collect_findings
+
+
+@pytest.fixture(scope="module")
+def eventful_run(tmp_path_factory: pytest.TempPathFactory) -> RunFacts:
+    return load_eventful_run(tmp_path_factory)
 
 
 def get_text(facts: RunFacts) -> str:

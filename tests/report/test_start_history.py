@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recorded_runs import STARTUP_SECONDS, RecordedRun
+from recorded_runs import STARTUP_SECONDS, RecordedRun, load_eventful_run
 
 from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.findings.collect import collect_findings
 from onellm_dist.report.page import build_page
 from onellm_dist.report.summary import build_summary
 from onellm_dist.train.records.metrics import drop_from
+
+
+@pytest.fixture(scope="module")
+def eventful_run(tmp_path_factory: pytest.TempPathFactory) -> RunFacts:
+    return load_eventful_run(tmp_path_factory)
 
 
 def test_every_start_has_its_reason_nodes_and_lost_steps(eventful_run: RunFacts) -> None:

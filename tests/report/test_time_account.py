@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recorded_runs import RecordedRun
+from recorded_runs import RecordedRun, load_eventful_run
 
 from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.findings.collect import collect_findings
 from onellm_dist.report.time_account import PARTS
+
+
+@pytest.fixture(scope="module")
+def eventful_run(tmp_path_factory: pytest.TempPathFactory) -> RunFacts:
+    return load_eventful_run(tmp_path_factory)
 
 
 def test_goodput_is_the_time_of_retained_steps_over_the_allocated_time(
