@@ -1,1 +1,1 @@
-"""`onellm doctor --distributed`: every node is looked at, and the links between them, before a model is built."""
+"""`onellm doctor --distributed`: check all nodes and their links before a model is built."""

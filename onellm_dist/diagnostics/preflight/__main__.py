@@ -1,8 +1,11 @@
-"""A local rank of `onellm doctor --distributed`; under a launcher, start `onellm_dist.cli doctor --distributed` instead."""
+"""A local rank of `onellm doctor --distributed`.
+
+Under a launcher, start `onellm_dist.cli doctor --distributed` instead.
+"""
 
 import sys
 
-from onellm_dist.diagnostics.preflight.run import options_from, run_preflight
+from onellm_dist.diagnostics.preflight.run import parse_options, run_preflight
 
 if __name__ == "__main__":
-    sys.exit(run_preflight(options_from(sys.argv[1])))
+    sys.exit(run_preflight(parse_options(sys.argv[1])))

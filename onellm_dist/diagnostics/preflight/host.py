@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from onellm_dist.diagnostics.preflight.options import Pretence
+from onellm_dist.diagnostics.preflight.options import SimulatedFaults
 
-MATMUL_CPU, MATMUL_GPU = 512, 8192
+MATMUL_SIZE = 8192
 ECC_FIELDS = (
     "index",
     "ecc.errors.uncorrected.volatile.total",
@@ -23,38 +23,41 @@ ECC_FIELDS = (
 )
 
 
-def host_facts(pretence: Pretence) -> dict[str, Any]:
-    """Bytes of memory and shared memory (`None` where there is no /dev/shm), open files allowed, cores."""
+def get_host_facts(simulated: SimulatedFaults) -> dict[str, Any]:
+    """Bytes of memory and shared memory (None without /dev/shm), open files allowed, cores."""
     memory = psutil.virtual_memory()
     shm = Path("/dev/shm")
+    shm_free = None
+    if shm.is_dir():
+        shm_free = simulated.free_bytes
+        if shm_free is None:
+            shm_free = shutil.disk_usage(shm).free
     return {
         "memory_free": memory.available,
         "memory_total": memory.total,
-        "shm_free": _free(shm, pretence) if shm.is_dir() else None,
+        "shm_free": shm_free,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "cores": len(os.sched_getaffinity(0)),
     }
 
 
-def _free(path: Path, pretence: Pretence) -> int:
-    return shutil.disk_usage(path).free if pretence.free_bytes is None else pretence.free_bytes
+def get_gpu_facts(local_rank: int) -> dict[str, Any] | None:
+    """This rank's GPU: name, bytes, FLOP/s of a product, and whether two products agree.
 
-
-def gpu_facts(local_rank: int) -> dict[str, Any] | None:
-    """This rank's GPU: name, bytes, FLOP/s of a product, and whether two products agree; None without GPUs.
-
-    `missing` is true where the node has fewer GPUs than ranks.
+    Returns:
+        None without GPUs; `missing` is true if the node has fewer GPUs than ranks.
     """
     import torch
 
     if not torch.cuda.is_available():
         return None
-    count, index = torch.cuda.device_count(), gpu_index(local_rank)
+    count = torch.cuda.device_count()
+    index = get_gpu_index(local_rank)
     if index >= count:
         return {"missing": True, "count": count}
     torch.cuda.set_device(index)
     free, total = torch.cuda.mem_get_info()
-    flops, same = product(torch.device("cuda", index), MATMUL_GPU, torch.bfloat16)
+    flops, same = measure_product(torch.device("cuda", index), MATMUL_SIZE, torch.bfloat16)
     return {
         "missing": False,
         "count": count,
@@ -67,15 +70,21 @@ def gpu_facts(local_rank: int) -> dict[str, Any] | None:
     }
 
 
-def gpu_index(local_rank: int) -> int:
-    """This rank's GPU among those that its process sees: its own, or the only one where each task is shown one (--gpus-per-task)."""
+def get_gpu_index(local_rank: int) -> int:
+    """This rank's GPU among those that its process sees.
+
+    With --gpus-per-task a process sees only its own one.
+    """
     import torch
 
     return 0 if torch.cuda.device_count() == 1 else local_rank
 
 
-def product(device: Any, size: int, dtype: Any, rounds: int = 8) -> tuple[float, bool]:
-    """FLOP/s of a matrix product [size, size], and whether it gives the same bits twice (a sick GPU may not)."""
+def measure_product(device: Any, size: int, dtype: Any, rounds: int = 8) -> tuple[float, bool]:
+    """FLOP/s of a matrix product [size, size], and whether it gives the same bits twice.
+
+    A faulty GPU may not repeat itself.
+    """
     import torch
 
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -88,7 +97,8 @@ def product(device: Any, size: int, dtype: Any, rounds: int = 8) -> tuple[float,
         again = a @ a
         _wait(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best, bool(torch.equal(first, again)) and bool(torch.isfinite(first).all())
+    same = bool(torch.equal(first, again)) and bool(torch.isfinite(first).all())
+    return 2 * size**3 / best, same
 
 
 def _wait(device: Any) -> None:
@@ -98,8 +108,8 @@ def _wait(device: Any) -> None:
         torch.cuda.synchronize(device)
 
 
-def ecc_facts() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU's memory errors; [] where it says nothing."""
+def get_ecc_facts() -> list[dict[str, str]]:
+    """What nvidia-smi reports about each GPU's memory errors; [] if it reports nothing."""
     command = ["nvidia-smi", f"--query-gpu={','.join(ECC_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
@@ -110,15 +120,10 @@ def ecc_facts() -> list[dict[str, str]]:
 
 def parse_ecc(text: str) -> list[dict[str, str]]:
     """`0, 0, No, 41` -> its fields by name; fields that the GPU does not have are left out."""
-    found = []
+    gpus = []
     for line in text.splitlines():
-        values = [v.strip() for v in line.split(",")]
+        values = [value.strip() for value in line.split(",")]
         if len(values) == len(ECC_FIELDS):
-            found.append(
-                {
-                    k: v
-                    for k, v in zip(ECC_FIELDS, values, strict=True)
-                    if v and not v.startswith(("[", "N/A"))
-                }
-            )
-    return found
+            fields = zip(ECC_FIELDS, values, strict=True)
+            gpus.append({k: v for k, v in fields if v and not v.startswith(("[", "N/A"))})
+    return gpus

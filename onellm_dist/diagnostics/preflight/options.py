@@ -1,4 +1,4 @@
-"""What a preflight is asked to do, and what a process pretends to be in a rehearsal of one."""
+"""What a preflight is asked to do, and which faults a process simulates in tests of it."""
 
 from __future__ import annotations
 
@@ -12,71 +12,74 @@ from pathlib import Path
 from onellm_dist.common.errors import UsageError
 
 PRETEND = "ONELLM_PREFLIGHT_PRETEND"
-"""A JSON object that makes this process look faulty, for tests and rehearsals: see Pretence."""
+"""A JSON object that makes this process look faulty, for tests: see `SimulatedFaults`."""
 ALL = "all-reduce of all ranks"
-"""The phase in which every rank takes part: its errors are of no single node."""
+"""The phase in which every rank takes part: its errors cannot be attributed to one node."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Limits and places; seconds, GB/s (10^9 bytes a second) and MB/s (10^6)."""
+class PreflightOptions:
+    """Limits and paths; seconds, GB/s (10^9 bytes per second) and MB/s (10^6)."""
 
     recipe: Path | None = None
     overrides: tuple[str, ...] = ()
     wait: float = 180.0
-    """How long ranks that have not come are waited for (imports over a cold network file system take minutes)."""
+    """How long to wait for ranks that have not joined (imports over a cold network file system take
+    minutes)."""
     limit: float = 60.0
-    """Longest time of each phase; a rank that is not through by then is named and left behind."""
+    """Longest time of each phase; a rank that has not finished by then is named and left behind."""
     max_skew: float = 2.0
-    """Largest difference between a node's clock and the nodes' median."""
+    """Largest difference in seconds between a node's clock and the nodes' median."""
     min_bandwidth: float = 0.0
-    """GB/s that an all-reduce between two nodes must reach; 0: a node is only compared with the others."""
+    """GB/s that an all-reduce between two nodes must reach; 0: nodes are only compared."""
     min_disk: float = 0.0
-    """MB/s that writing to the run directory must reach; 0: only compared."""
+    """MB/s that writing to the run directory must reach; 0: nodes are only compared."""
     megabytes: int = 0
     """Size of the all-reduced buffer; 0: 256 on GPUs, 16 on CPUs."""
     exclude_file: Path | None = None
+    """Where to write the bad nodes."""
     as_json: bool = False
 
 
 @dataclass(frozen=True)
-class Pretence:
+class SimulatedFaults:
     """What this process pretends; nothing by default."""
 
     node: str = ""
+    """Name of the node."""
     clock: float = 0.0
-    """Seconds that its clock is ahead."""
+    """Seconds by which its clock is ahead."""
     link_delay: float = 0.0
-    """Seconds that each of its all-reduces is late."""
+    """Seconds by which each of its all-reduces is late."""
     link_stuck: bool = False
     """Its all-reduces never begin."""
     free_bytes: int | None = None
     """Free space of every disk."""
     torch: str = ""
-    """Another version."""
+    """Version of torch."""
     stuck_in: str = ""
     """A phase that it never leaves."""
     gone_in: str = ""
     """A phase in which its process dies."""
 
 
-def pretence_of(env: Mapping[str, str] = os.environ) -> Pretence:
+def read_simulated_faults(env: Mapping[str, str] = os.environ) -> SimulatedFaults:
     """What the environment asks this process to pretend.
 
     Raises:
-        UsageError: the variable is set and no such object.
+        UsageError: the variable is set to something else.
     """
     text = env.get(PRETEND, "")
     try:
-        return Pretence(**json.loads(text)) if text else Pretence()
+        return SimulatedFaults(**json.loads(text)) if text else SimulatedFaults()
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"{PRETEND}={text!r}: {error}",
-            "it says what a process pretends in a rehearsal.",
+            "it says which faults a process simulates in tests.",
             f"unset {PRETEND}.",
         ) from None
 
 
-def node_name(pretence: Pretence, env: Mapping[str, str] = os.environ) -> str:
+def get_node_name(simulated: SimulatedFaults, env: Mapping[str, str] = os.environ) -> str:
     """This node as Slurm's --exclude knows it; its host name elsewhere."""
-    return pretence.node or env.get("SLURMD_NODENAME") or socket.gethostname()
+    return simulated.node or env.get("SLURMD_NODENAME") or socket.gethostname()

@@ -1,4 +1,7 @@
-"""Ranks that meet without waiting for those that do not come: a store, gates with a time limit, and work that may be left behind."""
+"""Ranks that meet without waiting for those that do not come.
+
+A store, meeting points with a time limit, and work that may be abandoned.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,23 @@ from typing import Any, TypeVar
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.launch.ranks import Ranks
 
 T = TypeVar("T")
 POLL_S = 0.05
 GRACE_S = 5.0
-"""How much longer than a phase's limit its end is waited for."""
+"""How much longer than a phase's limit its end is awaited."""
 
 
-class Meeting:
-    """One rank's end of the store. Rank 0 decides who takes part in what; nobody waits longer than told.
+class Rendezvous:
+    """One rank's connection to the store.
+
+    Rank 0 decides who takes part in what; nobody waits longer than asked to.
 
     Args:
+        ranks: this rank and the address of the store.
+        wait: seconds to wait for rank 0.
         agent: torchrun holds the store itself; rank 0 then only joins.
 
     Raises:
@@ -31,35 +39,41 @@ class Meeting:
     """
 
     def __init__(self, ranks: Ranks, wait: float, *, agent: bool = False) -> None:
-        self.rank, self.world = ranks.rank, ranks.world_size
-        self._place = (ranks.address, ranks.port, agent)
-        self._store = PrefixStore(
-            "preflight", self._connect(wait, hold=ranks.rank == 0 and not agent)
-        )
+        self.rank = ranks.rank
+        self._address = ranks.address
+        self._port = ranks.port
+        host = ranks.rank == 0 and not agent
+        self._store = PrefixStore("preflight", self._connect(wait, host=host))
 
-    def _connect(self, wait: float, *, hold: bool) -> TCPStore:
-        address, port, _ = self._place
+    def _connect(self, wait: float, *, host: bool) -> TCPStore:
         try:
             return TCPStore(
-                address, port, None, hold, timeout=timedelta(seconds=wait), wait_for_workers=False
+                self._address,
+                self._port,
+                None,
+                host,
+                timeout=timedelta(seconds=wait),
+                wait_for_workers=False,
             )
         except (DistError, RuntimeError) as error:
             raise OneLLMError(
-                f"rank 0 does not answer at {address}:{port} within {wait:.0f} s ({_first_line(error)})",
+                f"rank 0 does not answer at {self._address}:{self._port} within {wait:.0f} s "
+                f"({get_first_line(error)})",
                 "the ranks meet there.",
-                "see whether rank 0's node is up and reaches this one; MASTER_ADDR and MASTER_PORT name the place.",
+                "check that rank 0's node is up and reaches this one; MASTER_ADDR and MASTER_PORT "
+                "name the address.",
             ) from None
 
-    def another(self, wait: float) -> TCPStore:
-        """A second connection, for a process group: a blocked one holds its connection."""
-        return self._connect(wait, hold=False)
+    def open_connection(self, wait: float) -> TCPStore:
+        """A second connection, for a process group: a blocked one keeps its connection busy."""
+        return self._connect(wait, host=False)
 
     def put(self, key: str, value: Any) -> None:
         """Leave `value` (JSON) for others."""
         self._store.set(key, json.dumps(value))
 
     def get(self, key: str, wait: float) -> Any:
-        """What somebody left at `key`.
+        """Wait for the value that somebody leaves at `key`.
 
         Raises:
             TimeoutError: nobody did in time, or rank 0 is gone.
@@ -68,83 +82,83 @@ class Meeting:
         try:
             while not self._store.check([key]):
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"no word of {key!r} within {wait:.0f} s")
+                    raise TimeoutError(f"nothing at {key!r} within {wait:.0f} s")
                 time.sleep(POLL_S)
             return json.loads(self._store.get(key))
         except (DistError, RuntimeError) as error:
-            raise TimeoutError(f"rank 0 is gone ({_first_line(error)})") from None
+            raise TimeoutError(f"rank 0 is gone ({get_first_line(error)})") from None
 
     def collect(self, key: str, ranks: Iterable[int], wait: float) -> dict[int, Any]:
-        """What each of `ranks` left at `key/RANK` in time; those that left nothing are not in it."""
-        left, found = set(ranks), dict[int, Any]()
+        """What each rank leaves at `key/RANK` in time; ranks that left nothing are absent."""
+        left = set(ranks)
+        values = dict[int, Any]()
         deadline = time.monotonic() + wait
         while left:
             for rank in sorted(left):
                 if self._store.check([f"{key}/{rank}"]):
-                    found[rank] = json.loads(self._store.get(f"{key}/{rank}"))
-            left -= found.keys()
+                    values[rank] = json.loads(self._store.get(f"{key}/{rank}"))
+            left -= values.keys()
             if not left or time.monotonic() > deadline:
                 break
             time.sleep(POLL_S)
-        return found
+        return values
 
-    def gate(
+    def meet(
         self, phase: str, present: Collection[int], wait: float, *, fit: bool = True
     ) -> tuple[list[int], list[int]]:
-        """Everyone of `present` meets here.
+        """Meet all ranks of `present`.
 
         Args:
+            phase: name of the meeting point.
+            present: the ranks that are expected.
+            wait: seconds that the work before the meeting point may take.
             fit: whether this rank can take part in collectives.
 
         Returns:
-            The ranks that came in time (the others are left behind, also if they come later), and those of them that are fit.
+            The ranks that came in time (the others are left behind, even if they come later), and
+            those of them that are fit.
 
         Raises:
             TimeoutError: rank 0 is gone.
         """
         self.put(f"at/{phase}/{self.rank}", fit)
         if self.rank == 0:
-            came = self.collect(
-                f"at/{phase}", present, wait + 2 * GRACE_S
-            )  # work may take `wait` and one grace
-            self.put(
-                f"go/{phase}", [sorted(came), sorted(rank for rank, able in came.items() if able)]
-            )
-        came_in_time, able = self.get(
-            f"go/{phase}", 2 * wait + 5 * GRACE_S
-        )  # rank 0 may be late itself, and then waits
-        return came_in_time, able
+            # Work may take `wait` and one grace.
+            came = self.collect(f"at/{phase}", present, wait + 2 * GRACE_S)
+            able = sorted(rank for rank, is_fit in came.items() if is_fit)
+            self.put(f"go/{phase}", [sorted(came), able])
+        # Rank 0 may be late itself, and then waits.
+        came_in_time, fit_ranks = self.get(f"go/{phase}", 2 * wait + 5 * GRACE_S)
+        return came_in_time, fit_ranks
 
 
-class Overdue(Exception):
-    """Work that was not done in time; it goes on in its thread until the process ends."""
+class TimeLimitError(Exception):
+    """Work that did not finish in time; it continues in its thread until the process ends."""
 
 
-def within(limit: float, work: Callable[[], T]) -> T:
-    """`work()`, but at most `limit` seconds of it: a stuck file system or collective must not hold up the rest.
+def run_within(limit: float, work: Callable[[], T]) -> T:
+    """Run `work`, but wait for it at most `limit` seconds.
+
+    A stuck file system or collective must not hold up the rest.
 
     Raises:
-        Overdue: it is not done.
+        TimeLimitError: it did not finish.
         Exception: whatever `work` raised.
     """
-    box: list[tuple[T]] = []
-    failure: list[BaseException] = []
+    results: list[tuple[T]] = []
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            box.append((work(),))
-        except BaseException as error:  # handed to the caller below
-            failure.append(error)
+            results.append((work(),))
+        except BaseException as error:  # raised to the caller below
+            failures.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(limit)
-    if failure:
-        raise failure[0]
-    if not box:
-        raise Overdue(f"not done within {limit:.0f} s")
-    return box[0][0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeLimitError(f"not done within {limit:.0f} s")
+    return results[0][0]

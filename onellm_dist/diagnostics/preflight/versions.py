@@ -1,4 +1,4 @@
-"""What must be the same on every node: interpreter, libraries, our code, and the environment that libraries read."""
+"""What must be the same on every node: interpreter, libraries, our code, and the environment."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import onellm_dist
-from onellm_dist.diagnostics.preflight.options import Pretence
+from onellm_dist.diagnostics.preflight.options import SimulatedFaults
 from onellm_dist.train.engine.select import all_engines
 
-PACKAGES = tuple(
-    dict.fromkeys(
-        ("torch", *(p for e in all_engines().values() for p in e.packages))
-        + ("transformers", "numpy", "onellm-dist")
-    )
-)
-WATCHED = (
+PACKAGES = ("torch", "transformers", "numpy", "onellm-dist")
+"""Packages whose versions must agree, beside those of the engines."""
+PREFIXES = (
     "NCCL_",
     "GLOO_",
     "TORCH_",
@@ -31,60 +27,64 @@ WATCHED = (
     "HF_",
     "UCX_",
     "FI_",
-    *(prefix for engine in all_engines().values() for prefix in engine.environment_prefixes),
 )
-"""Prefixes of variables that change how ranks talk or compute."""
+"""Prefixes of variables that change how ranks communicate or compute, beside those of the
+engines."""
 PER_NODE = ("TORCHELASTIC_", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-"""Of those, what may differ between nodes by right."""
+"""Of those, the variables that may differ between nodes."""
 
 
-def versions(pretence: Pretence) -> dict[str, str]:
-    """Name -> version; a package that is not there is `none`."""
-    found = {"python": platform.python_version(), "onellm_dist's code": code_digest()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
-    found["git commit"] = git_commit()
+def get_versions(simulated: SimulatedFaults) -> dict[str, str]:
+    """Name -> version; `none` for a package that is not installed."""
     import torch
 
-    found["torch"] = pretence.torch or torch.__version__
+    versions = {"python": platform.python_version(), "onellm_dist's code": compute_code_digest()}
+    engines = [name for engine in all_engines().values() for name in engine.packages]
+    for name in dict.fromkeys((*PACKAGES, *engines)):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    versions["git commit"] = get_git_commit()
+    versions["torch"] = simulated.torch or torch.__version__
     if torch.cuda.is_available():
-        found["CUDA"] = str(torch.version.cuda)
+        versions["CUDA"] = str(torch.version.cuda)
         if torch.distributed.is_nccl_available():
-            found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
+            versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return versions
 
 
-def environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The watched variables."""
+def get_environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that should be the same on all nodes."""
+    engines = [name for engine in all_engines().values() for name in engine.environment_prefixes]
+    prefixes = (*PREFIXES, *engines)
     return {
-        k: v for k, v in sorted(env.items()) if k.startswith(WATCHED) and not k.startswith(PER_NODE)
+        name: value
+        for name, value in sorted(env.items())
+        if name.startswith(prefixes) and not name.startswith(PER_NODE)
     }
 
 
-def code_digest(package: Path | None = None) -> str:
-    """Twelve digits that change with any source file of the package: a node with an older copy is found without git."""
+def compute_code_digest(package: Path | None = None) -> str:
+    """Twelve hex digits that change with any source file of the package.
+
+    They find a node with an older copy without git.
+
+    Args:
+        package: a folder; default: this package's.
+    """
     package = Path(onellm_dist.__file__).parent if package is None else package
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(
-            path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-        )
+        name = path.relative_to(package).as_posix().encode()
+        digest.update(name + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def git_commit() -> str:
-    """The checkout's commit, or `none` where the package was installed."""
-    command = [
-        "git",
-        "-C",
-        str(Path(onellm_dist.__file__).parent),
-        "rev-parse",
-        "--short=12",
-        "HEAD",
-    ]
+def get_git_commit() -> str:
+    """The checkout's commit, or `none` if the package was installed."""
+    folder = str(Path(onellm_dist.__file__).parent)
+    command = ["git", "-C", folder, "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -92,13 +92,19 @@ def git_commit() -> str:
     return done.stdout.strip() or "none"
 
 
-def odd_ones(by_node: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Name -> value -> nodes, for every name whose value is not the same on all nodes; the commonest value first."""
-    found: dict[str, dict[str, list[str]]] = {}
+def find_differences(
+    by_node: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, list[str]]]:
+    """Names whose value is not the same on all nodes.
+
+    Returns:
+        Name -> value -> nodes, the most common value first.
+    """
+    differences: dict[str, dict[str, list[str]]] = {}
     for name in sorted({name for values in by_node.values() for name in values}):
         groups: dict[str, list[str]] = {}
         for node, values in by_node.items():
             groups.setdefault(str(values.get(name, "not set")), []).append(node)
         if len(groups) > 1:
-            found[name] = dict(sorted(groups.items(), key=lambda item: -len(item[1])))
-    return found
+            differences[name] = dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+    return differences

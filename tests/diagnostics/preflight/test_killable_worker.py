@@ -1,4 +1,4 @@
-"""Work in processes that are killed when it hangs."""
+"""Work in processes that are killed if it hangs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onellm_dist.diagnostics.preflight.attempts import Tries
-from onellm_dist.diagnostics.preflight.rendezvous import Overdue
+from onellm_dist.diagnostics.preflight.killable_worker import KillableWorker
+from onellm_dist.diagnostics.preflight.rendezvous import TimeLimitError
 
 
 def work(name: str, ranks: Sequence[int]) -> float:
@@ -35,24 +35,24 @@ def children(process: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def test_what_hangs_crashes_or_raises_does_not_keep_the_next_try() -> None:
+def test_work_that_hangs_crashes_or_raises_does_not_affect_the_next() -> None:
     before = set(children(os.getpid()))
-    tries = Tries(work)
+    worker = KillableWorker(work)
     (server,) = set(children(os.getpid())) - before
     try:
-        assert tries.do("well", [1, 2], 60) == 3.0
-        with pytest.raises(Overdue):
-            tries.do("hang", [0], 0.001)  # also before it has begun
-        assert tries.do("well", [4], 60) == 4.0
+        assert worker.run("well", [1, 2], 60) == 3.0
+        with pytest.raises(TimeLimitError):
+            worker.run("hang", [0], 0.001)  # also before it has begun
+        assert worker.run("well", [4], 60) == 4.0
         deadline = time.monotonic() + 30
         while any(alive(process) for process in children(server)):
             assert time.monotonic() < deadline, "the one that hung is still there"
             time.sleep(0.01)
         with pytest.raises(RuntimeError, match="SIGKILL"):
-            tries.do("crash", [0], 60)
+            worker.run("crash", [0], 60)
         with pytest.raises(RuntimeError, match=r"^no route$"):
-            tries.do("raise", [0], 60)
-        assert tries.do("well", [5], 60) == 5.0
+            worker.run("raise", [0], 60)
+        assert worker.run("well", [5], 60) == 5.0
     finally:
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)

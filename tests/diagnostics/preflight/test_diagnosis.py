@@ -1,4 +1,4 @@
-"""What the preflight makes of what the ranks found."""
+"""What the preflight concludes from what the ranks reported."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ import pytest
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.load import load_config
-from onellm_dist.diagnostics.preflight.diagnosis import GIB, Findings, excluded, judge
-from onellm_dist.diagnostics.preflight.disks import write_probe
+from onellm_dist.diagnostics.preflight.diagnosis.diagnose import find_faults, get_excluded_nodes
+from onellm_dist.diagnostics.preflight.diagnosis.fault import GIB
+from onellm_dist.diagnostics.preflight.diagnosis.reports import NodeReports
+from onellm_dist.diagnostics.preflight.disks import probe_disk
 from onellm_dist.diagnostics.preflight.host import parse_ecc
-from onellm_dist.diagnostics.preflight.links import rounds_of
+from onellm_dist.diagnostics.preflight.links import make_rounds
 from onellm_dist.diagnostics.preflight.options import (
     ALL,
     PRETEND,
-    Options,
-    Pretence,
-    node_name,
-    pretence_of,
+    PreflightOptions,
+    SimulatedFaults,
+    get_node_name,
+    read_simulated_faults,
 )
-from onellm_dist.diagnostics.preflight.requirements import needs_of
-from onellm_dist.diagnostics.preflight.run import expected_nodes
-from onellm_dist.diagnostics.preflight.table import text_of
-from onellm_dist.diagnostics.preflight.versions import code_digest, environment, odd_ones
+from onellm_dist.diagnostics.preflight.resource_needs import estimate_needs
+from onellm_dist.diagnostics.preflight.result import format_result
+from onellm_dist.diagnostics.preflight.run import get_expected_nodes
+from onellm_dist.diagnostics.preflight.versions import (
+    compute_code_digest,
+    find_differences,
+    get_environment,
+)
 
 NODES = ("a", "b", "c", "d")
 
 
-def report(rank: int, **changes: Any) -> dict[str, Any]:
+def make_report(rank: int, **changes: Any) -> dict[str, Any]:
     node = NODES[rank]
     gpu = {
         "missing": False,
@@ -69,9 +75,9 @@ def report(rank: int, **changes: Any) -> dict[str, Any]:
     }
 
 
-def findings(changes: dict[int, dict[str, Any]], **more: Any) -> Findings:
-    reports = {rank: report(rank, **changes.get(rank, {})) for rank in range(len(NODES))}
-    return Findings(
+def make_reports(changes: dict[int, dict[str, Any]], **more: Any) -> NodeReports:
+    reports = {rank: make_report(rank, **changes.get(rank, {})) for rank in range(len(NODES))}
+    return NodeReports(
         {node: [i] for i, node in enumerate(NODES)},
         reports,
         more.pop("missing", {}),
@@ -80,31 +86,31 @@ def findings(changes: dict[int, dict[str, Any]], **more: Any) -> Findings:
     )
 
 
-def gpu(**changes: Any) -> dict[str, Any]:
-    return {"gpu": {**report(0)["gpu"], **changes}}
+def change_gpu(**changes: Any) -> dict[str, Any]:
+    return {"gpu": {**make_report(0)["gpu"], **changes}}
 
 
-def links(speed: float) -> dict[str, Any]:
+def set_link_speed(speed: float) -> dict[str, Any]:
     return {"pairs": [{"with": other, "speed": speed} for other in "abd"]}
 
 
-def test_well_nodes_have_no_faults() -> None:
-    assert judge(findings({}), Options()) == []
+def test_healthy_nodes_have_no_faults() -> None:
+    assert find_faults(make_reports({}), PreflightOptions()) == []
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (gpu(flops=100e12), "100 TFLOP/s, the median is 250"),
-        (gpu(repeatable=False), "other bits"),
-        (gpu(free=60 * GIB), "taken by somebody else"),
-        (gpu(missing=True, count=4), "has no GPU: the node shows 4"),
+        (change_gpu(flops=100e12), "100 TFLOP/s, the median is 250"),
+        (change_gpu(repeatable=False), "other bits"),
+        (change_gpu(free=60 * GIB), "used by another process"),
+        (change_gpu(missing=True, count=4), "has no GPU: the node shows 4"),
         ({"gpu": None}, "sees no GPU, others do"),
         (
             {"ecc": [{"index": "3", "ecc.errors.uncorrected.volatile.total": "2"}]},
             "GPU 3: 2 memory errors",
         ),
-        (links(1e9), "the nodes' median is 20"),
+        (set_link_speed(1e9), "the nodes' median is 20"),
         (
             {"pairs": [{"with": "a", "error": "timed out"}, {"with": "b", "error": "timed out"}]},
             "no all-reduce with any of its partners",
@@ -134,115 +140,127 @@ def test_well_nodes_have_no_faults() -> None:
 def test_a_fault_of_one_node_is_its_own_and_excludes_it_alone(
     changes: dict[str, Any], words: str
 ) -> None:
-    found = findings({2: changes})
-    faults = judge(found, Options())
+    found = make_reports({2: changes})
+    faults = find_faults(found, PreflightOptions())
     assert [fault.node for fault in faults if words in fault.what] == ["c"], faults
-    assert excluded(found, faults) == ["c"]
-    assert words in text_of(found, faults, ["c"], 3.0) and "--exclude=c" in text_of(
+    assert get_excluded_nodes(found, faults) == ["c"]
+    assert words in format_result(found, faults, ["c"], 3.0) and "--exclude=c" in format_result(
         found, faults, ["c"], 3.0
     )
 
 
-def test_ranks_that_are_shown_the_same_gpu_are_told() -> None:
+def test_ranks_that_see_the_same_gpu_are_named() -> None:
     """A node of two ranks; each process sees one GPU."""
     for uuids, faulty in ((("x", "y"), []), (("x", "x"), ["a"])):
         reports = {
             r: {
-                **report(0),
+                **make_report(0),
                 "rank": r,
-                "gpu": {**report(0)["gpu"], "count": 1, "uuid": uuids[r]},
+                "gpu": {**make_report(0)["gpu"], "count": 1, "uuid": uuids[r]},
                 "pairs": [],
             }
             for r in range(2)
         }
-        faults = judge(Findings({"a": [0, 1]}, reports, {}), Options())
+        faults = find_faults(NodeReports({"a": [0, 1]}, reports, {}), PreflightOptions())
         assert [
             fault.node for fault in faults if "ranks 0, 1 have the same GPU" in fault.what
         ] == faulty, faults
 
 
-def directories(*groups: str, **errors: dict[str, str]) -> list[str]:
-    """Excluded nodes where run.dir is one directory for the nodes of each group; letters are nodes."""
+def exclude_by_directories(*groups: str, **errors: dict[str, str]) -> list[str]:
+    """Excluded nodes if run.dir is one directory for each group; letters are nodes."""
     changes: dict[int, dict[str, Any]] = {}
     for node in "".join(groups):
         changes[NODES.index(node)] = {
             "sees": list(next(group for group in groups if node in group)),
             "errors": errors.get(node, {}),
         }
-    found = Findings(
+    found = NodeReports(
         {node: [NODES.index(node)] for node in sorted("".join(groups))},
-        {i: report(i, **c) for i, c in changes.items()},
+        {i: make_report(i, **c) for i, c in changes.items()},
         {},
     )
-    faults = [fault for fault in judge(found, Options()) if "all-reduce" not in fault.what]
+    faults = [
+        fault for fault in find_faults(found, PreflightOptions()) if "all-reduce" not in fault.what
+    ]
     assert len(groups) == 1 or any(
         "run.dir" in fault.what or "shared" in fault.what for fault in faults
     )
-    return excluded(found, faults)
+    return get_excluded_nodes(found, faults)
 
 
-def test_the_node_without_the_mount_is_told_also_where_it_is_rank_0s() -> None:
-    assert directories("abcd") == []
-    assert directories("bcd", "a") == ["a"] and directories("abd", "c") == ["c"], (
-        "the largest group has the right one"
-    )
-    assert directories("bcd", "a", a={"shared": "Read-only file system"}) == ["a"]
-    assert directories("ab", "cd") == [] and directories("a", "b", "c", "d") == [], (
-        "nobody shares: no node's fault"
-    )
-    assert directories("a", "b") == [], "two suspects"
+def test_the_node_without_the_mount_is_named_even_if_it_is_that_of_rank_0() -> None:
+    assert exclude_by_directories("abcd") == []
+    assert exclude_by_directories("bcd", "a") == ["a"] and exclude_by_directories("abd", "c") == [
+        "c"
+    ], "the largest group has the right one"
+    assert exclude_by_directories("bcd", "a", a={"shared": "Read-only file system"}) == ["a"]
+    assert (
+        exclude_by_directories("ab", "cd") == []
+        and exclude_by_directories("a", "b", "c", "d") == []
+    ), "nobody shares: no node is the cause"
+    assert exclude_by_directories("a", "b") == [], "either may be wrong"
 
 
-def test_what_all_nodes_have_excludes_none() -> None:
+def test_a_fault_of_all_nodes_excludes_none() -> None:
     full = {rank: {"disk": {"free": 0, "error": "No space left on device"}} for rank in range(4)}
-    found = findings(full)
-    faults = judge(found, Options())
-    assert len([f for f in faults if f.state == "fail"]) == 4 and excluded(found, faults) == []
-
-
-def test_of_two_nodes_the_slow_one_cannot_be_told_and_none_is_excluded() -> None:
-    reports = {
-        rank: report(rank, pairs=[{"with": "ab"[1 - rank], "speed": 1e9}]) for rank in (0, 1)
-    }
-    found = Findings({"a": [0], "b": [1]}, reports, {}, skews={"a": 20.0, "b": -20.0})
-    faults = judge(found, Options(min_bandwidth=10))
-    assert sorted({f.node for f in faults}) == ["a", "b"] and excluded(found, faults) == []
-    assert any("cannot be told" in f.what and "40.00 s" in f.what for f in faults)
-    assert not judge(Findings({"a": [0], "b": [1]}, reports, {}), Options()), (
-        "and without a wanted figure nothing is slow"
+    found = make_reports(full)
+    faults = find_faults(found, PreflightOptions())
+    assert (
+        len([f for f in faults if f.state == "fail"]) == 4
+        and get_excluded_nodes(found, faults) == []
     )
 
 
-def test_absolute_limits_are_kept_too() -> None:
-    found = findings({}, skews={"a": 0.0, "b": 0.0, "c": -3.0, "d": 0.0})
-    assert [f.node for f in judge(found, Options(max_skew=2))] == ["c"] and judge(
-        found, Options(max_skew=4)
-    ) == []
-    assert {f.node for f in judge(findings({}), Options(min_bandwidth=50))} == set(NODES)
-    assert {f.node for f in judge(findings({}), Options(min_disk=2000))} == set(NODES)
+def test_of_two_nodes_the_slow_one_is_unknown_and_none_is_excluded() -> None:
+    reports = {
+        rank: make_report(rank, pairs=[{"with": "ab"[1 - rank], "speed": 1e9}]) for rank in (0, 1)
+    }
+    found = NodeReports({"a": [0], "b": [1]}, reports, {}, skews={"a": 20.0, "b": -20.0})
+    faults = find_faults(found, PreflightOptions(min_bandwidth=10))
+    assert (
+        sorted({f.node for f in faults}) == ["a", "b"] and get_excluded_nodes(found, faults) == []
+    )
+    assert any("cannot be determined" in f.what and "40.00 s" in f.what for f in faults)
+    assert not find_faults(NodeReports({"a": [0], "b": [1]}, reports, {}), PreflightOptions()), (
+        "without a limit nothing is slow"
+    )
 
 
-def test_an_all_reduce_of_all_ranks_that_hangs_is_told_once_and_excludes_none() -> None:
-    found = findings({rank: {"errors": {ALL: "not done within 65 s"}} for rank in (0, 1, 2)})
-    faults = judge(found, Options())
+def test_absolute_limits_are_checked_too() -> None:
+    found = make_reports({}, skews={"a": 0.0, "b": 0.0, "c": -3.0, "d": 0.0})
+    assert [f.node for f in find_faults(found, PreflightOptions(max_skew=2))] == [
+        "c"
+    ] and find_faults(found, PreflightOptions(max_skew=4)) == []
+    assert {
+        f.node for f in find_faults(make_reports({}), PreflightOptions(min_bandwidth=50))
+    } == set(NODES)
+    assert {f.node for f in find_faults(make_reports({}), PreflightOptions(min_disk=2000))} == set(
+        NODES
+    )
+
+
+def test_an_all_reduce_of_all_ranks_that_hangs_is_reported_once_and_excludes_none() -> None:
+    found = make_reports({rank: {"errors": {ALL: "not done within 65 s"}} for rank in (0, 1, 2)})
+    faults = find_faults(found, PreflightOptions())
     assert (
         [f.node for f in faults] == [""]
         and "rank 0 and 2 more" in faults[0].what
-        and excluded(found, faults) == []
+        and get_excluded_nodes(found, faults) == []
     )
 
 
-def test_a_pair_that_fails_alone_is_no_nodes_fault() -> None:
+def test_a_pair_that_fails_alone_is_not_attributed_to_a_node() -> None:
     broken = {
         0: {"pairs": [{"with": "b", "error": "refused"}, {"with": "c", "speed": 20e9}]},
         1: {"pairs": [{"with": "a", "error": "refused"}, {"with": "d", "speed": 20e9}]},
     }
-    faults = judge(findings(broken), Options())
+    faults = find_faults(make_reports(broken), PreflightOptions())
     assert [f.node for f in faults] == [""] and "between a and b" in faults[0].what
 
 
-def test_an_environment_that_differs_is_a_warning_and_no_nodes_fault() -> None:
-    faults = judge(findings({1: {"environment": {}}}), Options())
+def test_an_environment_that_differs_is_a_warning_about_no_node() -> None:
+    faults = find_faults(make_reports({1: {"environment": {}}}), PreflightOptions())
     assert [(f.state, f.node) for f in faults] == [("warn", "")] and "NCCL_DEBUG" in faults[0].what
 
 
@@ -255,7 +273,9 @@ def test_needs_of_the_recipe_are_compared_with_what_is_free() -> None:
         "checkpoint": GIB,
         "disk": 2000 * GIB,
     }
-    text = " | ".join(f.what for f in judge(findings({}, needs=needs), Options()))
+    text = " | ".join(
+        f.what for f in find_faults(make_reports({}, needs=needs), PreflightOptions())
+    )
     assert (
         "GiB of GPU memory free, the recipe needs 90" in text
         and "checkpoints and the model need about 2000" in text
@@ -265,23 +285,23 @@ def test_needs_of_the_recipe_are_compared_with_what_is_free() -> None:
 
 def test_needs_are_the_sum_of_weights_gradients_and_optimizer_state() -> None:
     align = load_config(Path("stage1_image"), ["model.preset=onellm-7b"])
-    needs = needs_of(align, 16, gpus=True)
+    needs = estimate_needs(align, 16, gpus=True)
     assert needs.parameters == pytest.approx(7.6e9, rel=0.05) and needs.trainable < 1e9
     assert needs.checkpoint == 12 * needs.trainable
     assert needs.gpu == pytest.approx((2 * needs.parameters + 16 * needs.trainable) / 16)
     tune = load_config(Path("tune"), ["model.preset=onellm-7b"])
-    assert needs_of(tune, 16, gpus=True).trainable == pytest.approx(6.74e9, rel=0.01)
-    on_cpu = needs_of(align, 16, gpus=False)
+    assert estimate_needs(tune, 16, gpus=True).trainable == pytest.approx(6.74e9, rel=0.01)
+    on_cpu = estimate_needs(align, 16, gpus=False)
     assert on_cpu.gpu == 0 and on_cpu.host == needs.gpu
     with pytest.raises(UsageError, match="no model in"):
-        needs_of(load_config(Path("stage1_image"), ["model.path=/nowhere"]), 16, gpus=True)
+        estimate_needs(load_config(Path("stage1_image"), ["model.path=/nowhere"]), 16, gpus=True)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 17])
-def test_every_node_gets_partners_and_no_two_at_once(count: int) -> None:
+def test_every_node_gets_partners_but_one_at_a_time(count: int) -> None:
     nodes = [f"n{i}" for i in range(count)]
     met: dict[str, set[str]] = {node: set() for node in nodes}
-    for pairs in rounds_of(nodes):
+    for pairs in make_rounds(nodes):
         busy = [node for pair in pairs for node in pair]
         assert len(busy) == len(set(busy)) and set(busy) <= set(nodes)
         for a, b in pairs:
@@ -291,34 +311,34 @@ def test_every_node_gets_partners_and_no_two_at_once(count: int) -> None:
 
 
 def test_one_node_alone_has_no_pairs() -> None:
-    assert [pair for pairs in rounds_of(["a"]) for pair in pairs] == []
+    assert [pair for pairs in make_rounds(["a"]) for pair in pairs] == []
 
 
 def test_versions_that_differ_are_grouped_by_value() -> None:
-    found = odd_ones(
+    found = find_differences(
         {"a": {"torch": "1", "x": "1"}, "b": {"torch": "1"}, "c": {"torch": "2", "x": "1"}}
     )
     assert found == {
         "torch": {"1": ["a", "b"], "2": ["c"]},
         "x": {"1": ["a", "c"], "not set": ["b"]},
     }
-    assert environment({"NCCL_DEBUG": "1", "HOME": "/", "NCCL_SOCKET_IFNAME": "eth0"}) == {
+    assert get_environment({"NCCL_DEBUG": "1", "HOME": "/", "NCCL_SOCKET_IFNAME": "eth0"}) == {
         "NCCL_DEBUG": "1"
     }
 
 
 def test_a_changed_source_file_changes_the_digest(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
-    before = code_digest(tmp_path)
+    before = compute_code_digest(tmp_path)
     (tmp_path / "a.py").write_text("x = 2\n")
-    assert len(before) == 12 and code_digest(tmp_path) != before
+    assert len(before) == 12 and compute_code_digest(tmp_path) != before
 
 
-def test_a_disk_that_is_full_or_no_folder_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    assert "MB free" in write_probe(tmp_path, "a", Pretence(free_bytes=1000))["error"]
+def test_a_full_disk_or_a_file_in_its_place_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    assert "MB free" in probe_disk(tmp_path, "a", SimulatedFaults(free_bytes=1000))["error"]
     (tmp_path / "file").write_text("")
-    assert "error" in write_probe(tmp_path / "file" / "run", "a", Pretence())
-    found = write_probe(tmp_path / "run", "a", Pretence(), size=1 << 20)
+    assert "error" in probe_disk(tmp_path / "file" / "run", "a", SimulatedFaults())
+    found = probe_disk(tmp_path / "run", "a", SimulatedFaults(), size=1 << 20)
     assert (
         found["write"] > 0
         and found["read"] > 0
@@ -339,10 +359,16 @@ def test_nvidia_smi_without_ecc_says_nothing() -> None:
     ]
 
 
-def test_nodes_are_known_by_slurms_names() -> None:
+def test_nodes_have_the_names_that_slurm_gives_them() -> None:
     step = {"SLURM_STEP_NODELIST": "gpu[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
-    assert expected_nodes(step) == {0: "gpu1", 1: "gpu1", 2: "gpu2"} and expected_nodes({}) == {}
-    assert node_name(Pretence(), {"SLURMD_NODENAME": "gpu1"}) == "gpu1"
-    assert pretence_of({PRETEND: '{"node": "x"}'}).node == "x" and pretence_of({}) == Pretence()
-    with pytest.raises(UsageError, match="pretends"):
-        pretence_of({PRETEND: '{"nod": 1}'})
+    assert (
+        get_expected_nodes(step) == {0: "gpu1", 1: "gpu1", 2: "gpu2"}
+        and get_expected_nodes({}) == {}
+    )
+    assert get_node_name(SimulatedFaults(), {"SLURMD_NODENAME": "gpu1"}) == "gpu1"
+    assert (
+        read_simulated_faults({PRETEND: '{"node": "x"}'}).node == "x"
+        and read_simulated_faults({}) == SimulatedFaults()
+    )
+    with pytest.raises(UsageError, match="simulates"):
+        read_simulated_faults({PRETEND: '{"nod": 1}'})
