@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from onellm_dist.diagnostics.check_result import GIB, CheckResult
+from onellm_dist.diagnostics.nccl import get_nccl_version
 from onellm_dist.train.engine.select import all_engines
 
 ENOUGH_OPEN_FILES = 4096
@@ -56,8 +57,8 @@ def _check_gpus() -> Iterator[CheckResult]:
             f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, compute {gpu.major}.{gpu.minor}, "
             f"CUDA {torch.version.cuda}",
         )
-    if torch.distributed.is_nccl_available():
-        version = ".".join(str(v) for v in torch.cuda.nccl.version())
+    version = get_nccl_version()
+    if version:
         yield CheckResult("devices", "NCCL", "ok", version)
     else:
         yield CheckResult(

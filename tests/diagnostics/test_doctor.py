@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import mmap
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_left_over_buffers_are_counted_and_those_in_use_are_not(tmp_path: Path) 
 def test_launchers_that_are_missing_fail_but_slurm_and_pdsh_are_optional(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(software_checks.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     states = {f.name: f.state for f in software_checks.check_launchers(str(tmp_path))}
     assert states == {"deepspeed": "fail", "torchrun": "fail", "pdsh": "note", "Slurm": "note"}

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from onellm_dist.common.errors import EXIT_FAILED
 from onellm_dist.config.schema import RunConfig

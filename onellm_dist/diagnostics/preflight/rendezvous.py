@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]  # not in its __all__
+from torch.distributed.distributed_c10d import PrefixStore
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.diagnostics.error_text import get_first_line

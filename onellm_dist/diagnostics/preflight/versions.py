@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onellm_dist
+from onellm_dist.diagnostics.nccl import get_nccl_version
 from onellm_dist.diagnostics.preflight.options import SimulatedFaults
 from onellm_dist.train.engine.select import all_engines
 
@@ -49,8 +50,8 @@ def get_versions(simulated: SimulatedFaults) -> dict[str, str]:
     versions["torch"] = simulated.torch or torch.__version__
     if torch.cuda.is_available():
         versions["CUDA"] = str(torch.version.cuda)
-        if torch.distributed.is_nccl_available():
-            versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        if nccl := get_nccl_version():
+            versions["NCCL"] = nccl
     return versions
 
 
