@@ -99,7 +99,7 @@ class RankProbe:
     def check_shared_directory(self, config: RunConfig) -> None:
         """Find out which nodes' files this node sees in `run.dir`.
 
-        This tells which node has another directory, even if it is rank 0's.
+        This shows which node has another directory, even if it is rank 0's node.
         """
         name = f"{TOKEN}-{os.environ.get('SLURM_JOB_ID', '')}{self.ranks.port}"
         own = config.run.dir / f"{name}-{self.ranks.rank}"
