@@ -94,7 +94,7 @@ def modalities() -> list[str]:
 
 def make_datasets(root: Path, samples: int) -> int:
     """Writes the simulated datasets; returns how many shards they have."""
-    from onellm_dist.data.token_counts import token_count_path
+    from onellm_dist.data.token_counts import get_token_count_path
     from onellm_dist.shards.format.dataset import Dataset, Manifest, ShardInfo
     from onellm_dist.shards.format.index import get_index_path
 
@@ -111,13 +111,13 @@ def make_datasets(root: Path, samples: int) -> int:
         )
         (dataset.root / "shards").mkdir(parents=True)
         (dataset.root / "manifest.json").write_bytes(dataset.manifest.to_bytes())
-        (dataset.root / "lengths" / fingerprint).mkdir(parents=True)
-        original = dataset.root / "lengths.npy"
+        (dataset.root / "token_counts" / fingerprint).mkdir(parents=True)
+        original = dataset.root / "token_counts.npy"
         np.save(original, text_token_counts(number))
         for info in infos:
             dataset.tar_path(info).touch()
             get_index_path(dataset.tar_path(info)).touch()
-            os.link(original, token_count_path(dataset, info, fingerprint))
+            os.link(original, get_token_count_path(dataset, info, fingerprint))
         total += count
     return total
 
@@ -172,7 +172,7 @@ def measure(root: Path) -> dict[str, float]:
 
 def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, float, int]]:
     """(ms, CPU ms, fullest micro-batch over the mean, micro-steps) of steps far apart, so that most meet other shards."""
-    from onellm_dist.data.costs import CostModel, llm_tokens
+    from onellm_dist.data.costs import CostModel, count_llm_tokens
 
     model = CostModel()
     media = [
@@ -188,7 +188,9 @@ def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, flo
             text = np.asarray([s.text_tokens for s in micro.samples])
             work = np.asarray([media[s.dataset] for s in micro.samples])
             costs.append(
-                model.samples(work, llm_tokens(text, np.ones(len(text), dtype=np.int64))).sum()
+                model.samples(
+                    work, count_llm_tokens(text, np.ones(len(text), dtype=np.int64))
+                ).sum()
             )
         yield wall * 1e3, cpu * 1e3, max(costs) / float(np.mean(costs)), len(own)
 

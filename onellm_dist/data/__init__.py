@@ -1,0 +1,1 @@
+"""The data plane: what is read in which step, and how it is packed."""

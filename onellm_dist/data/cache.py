@@ -1,8 +1,10 @@
-"""The node-local cache of remote shards (`data.cache_dir`): chunks of tars, bounded in size, shared by the node's processes.
+"""The node-local cache of remote shards (`data.cache_dir`).
 
-Whoever wants to write takes the folder's lock, so that the size is counted and never passes the limit; readers take no lock.
-A chunk appears whole (renamed into place); one that went bad on the disk is found by the index's CRC-32 of the part that
-was wanted, and is fetched again. What was used longest ago is evicted first, a tenth of the limit at a time.
+It holds chunks of tars, is bounded in size, and is shared by all processes of the node. Writers
+take the folder's lock, so the size is counted and never exceeds the limit; readers take no lock. A
+chunk is written under a temporary name and renamed, so it appears complete. If a chunk goes bad on
+the disk, the CRC-32 in the index reveals it when a part is read, and the chunk is fetched again.
+The least recently used chunks are evicted first, a tenth of the limit at a time.
 """
 
 from __future__ import annotations
@@ -15,33 +17,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import STAGED, staged_path
 
 CHUNK = 4 << 20
-"""Bytes of a chunk; the last one of a tar is shorter."""
+"""Bytes of a chunk; the last chunk of a tar is shorter."""
 _TOUCH_SECONDS = 60.0
-"""A chunk's time of use is noted this often at most."""
-_ASIDE = ".aside"
+"""A chunk's time of use is updated at most this often."""
 
 
 class ChunkCache:
     """Chunks by key, in a folder.
 
     Args:
-        folder: on a disk of this node; made where it is not there.
-        limit: most bytes.
+        folder: a folder on a disk of this node; it is created if necessary.
+        limit: maximum size in bytes.
 
     Raises:
-        UsageError: the folder cannot be written, or the limit is less than a few chunks.
+        UsageError: the folder is not writable, or the limit is below four chunks.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         if limit < 4 * CHUNK:
             raise UsageError(
                 f"data.cache_gb={limit / 1e9:g} is less than {4 * CHUNK} bytes",
-                "it would hold nothing.",
-                "give it more.",
+                "the cache could hold nothing.",
+                "raise it.",
             )
-        self._chunks, self._lock, self._used = folder / "chunks", folder / "lock", folder / "used"
+        self._chunks = folder / "chunks"
+        self._lock = folder / "lock"
+        self._used = folder / "used"
         self._limit = limit
         try:
             self._chunks.mkdir(parents=True, exist_ok=True)
@@ -49,73 +53,80 @@ class ChunkCache:
         except OSError as error:
             raise UsageError(
                 f"data.cache_dir={folder}: {error.strerror or error}",
-                "remote shards are to be kept there.",
-                "give a folder that this user may write, or take the key out.",
+                "remote shards are to be cached there.",
+                "use a folder that this user can write to, or remove the key.",
             ) from error
 
     def get(self, key: str, start: int, end: int) -> bytes | None:
-        """Bytes start .. end - 1 of a chunk, or None where the cache does not have them."""
-        path = self._path(key)
+        """Return the bytes [start, end) of a chunk, or None if the cache does not have them."""
+        path = self._get_path(key)
         try:
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 data = os.pread(file.fileno(), end - start, start)
             if time.time() - stat.st_mtime > _TOUCH_SECONDS:
                 os.utime(path)
-        except OSError:  # not there, or evicted just now
+        except OSError:  # never stored, or evicted meanwhile
             return None
         return data if len(data) == end - start else None
 
     def put(self, key: str, data: bytes) -> bool:
-        """Keeps a chunk, and evicts others for it. False: the disk is full or failing; the cache goes on without it."""
-        path = self._path(key)
+        """Store a chunk, evicting others if necessary.
+
+        Returns:
+            False if the disk is full or failing; the run continues without the cached chunk.
+        """
+        path = self._get_path(key)
         try:
-            with self._locked():
+            with self._hold_lock():
                 if not path.exists():
                     self._write(path, data)
         except OSError:
             with contextlib.suppress(OSError):
-                path.with_name(path.name + _ASIDE).unlink(missing_ok=True)
+                staged_path(path).unlink(missing_ok=True)
             return False
         return True
 
-    def _write(self, path: Path, data: bytes) -> None:
-        used = self._count()
-        if used is None or used + len(data) > self._limit:
-            used = self._evict(len(data))
-        self._used.write_text(
-            ""
-        )  # not known until it is written again: after a kill here the next one counts anew
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_name(path.name + _ASIDE)
-        aside.write_bytes(data)
-        aside.replace(path)
-        self._used.write_text(str(used + len(data)))
-
-    def forget(self, key: str) -> None:
-        """Removes a chunk that proved wrong."""
-        with contextlib.suppress(OSError), self._locked():
-            self._path(key).unlink(missing_ok=True)
+    def remove(self, key: str) -> None:
+        """Remove a chunk that proved to be wrong."""
+        with contextlib.suppress(OSError), self._hold_lock():
+            self._get_path(key).unlink(missing_ok=True)
             self._used.unlink(missing_ok=True)
 
-    def bytes_used(self) -> int:
-        """Bytes of all chunks, counted on the disk."""
-        return sum(size for _, size, path in self._entries() if path.suffix != _ASIDE)
+    def count_bytes(self) -> int:
+        """Return the size of all chunks on the disk."""
+        return sum(size for _, size, path in self._list_files() if path.suffix != STAGED)
 
-    def _path(self, key: str) -> Path:
+    def _write(self, path: Path, data: bytes) -> None:
+        # Not `write_atomic`: a cache need not survive a power failure, and syncing every chunk to
+        # the disk would make reading wait.
+        used = self._read_used()
+        if used is None or used + len(data) > self._limit:
+            used = self._evict(len(data))
+        self._used.write_text("")  # unknown until rewritten: after a kill the next writer recounts
+        path.parent.mkdir(exist_ok=True)
+        staged = staged_path(path)
+        staged.write_bytes(data)
+        staged.replace(path)
+        self._used.write_text(str(used + len(data)))
+
+    def _get_path(self, key: str) -> Path:
         return self._chunks / key[:2] / key
 
-    def _count(self) -> int | None:
+    def _read_used(self) -> int | None:
         try:
             return int(self._used.read_text())
         except (OSError, ValueError):
             return None
 
     def _evict(self, room: int) -> int:
-        """Makes `room`; the oldest go until a tenth of the limit is free too, where anything must go at all."""
+        """Make `room` bytes of space, and return the bytes in use.
+
+        If anything must go, the oldest chunks go until a tenth of the limit is free as well.
+        """
         entries = []
-        for entry in sorted(self._entries()):
-            if entry[2].suffix == _ASIDE:  # nobody else is writing now: a killed process left it
+        for entry in sorted(self._list_files()):
+            if entry[2].suffix == STAGED:  # left by a killed process: the lock excludes others
                 entry[2].unlink(missing_ok=True)
             else:
                 entries.append(entry)
@@ -129,8 +140,8 @@ class ChunkCache:
             used -= size
         return used
 
-    def _entries(self) -> Iterator[tuple[float, int, Path]]:
-        """(time of use, bytes, path) of every file."""
+    def _list_files(self) -> Iterator[tuple[float, int, Path]]:
+        """Yield (time of use, bytes, path) of every file."""
         for folder in os.scandir(self._chunks):
             for entry in os.scandir(folder):
                 with contextlib.suppress(FileNotFoundError):
@@ -138,7 +149,7 @@ class ChunkCache:
                     yield stat.st_mtime, stat.st_size, Path(entry.path)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _hold_lock(self) -> Iterator[None]:
         descriptor = os.open(self._lock, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

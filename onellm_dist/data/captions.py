@@ -1,4 +1,7 @@
-"""Which caption of a sample with several is read in which epoch: a pure function of run seed, sample and epoch, never of a worker."""
+"""Which caption of a sample with several is read in which epoch.
+
+The choice is a pure function of run seed, sample and epoch; it never depends on a worker.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,23 @@ from onellm_dist.data.order import derive_key, hash_words
 Ints = NDArray[np.int64]
 
 
-def chosen_captions(
+def choose_captions(
     seed: int, dataset: str, shard: str, rows: Ints, epochs: Ints, counts: Ints
 ) -> Ints:
-    """The caption that each sample is read with, [k] in 0 .. counts - 1, about evenly over the epochs (the reference draws at random).
+    """Choose a caption for each of k samples of one shard, about evenly over the epochs.
+
+    (The reference draws captions at random.)
 
     Args:
-        dataset, shard: their names; with `rows` [k] they are the samples.
-        epochs: [k], how often the dataset had been gone through before.
-        counts: [k], captions of each sample, at least 1.
+        seed: the run's seed.
+        dataset: name of the dataset.
+        shard: name of the shard.
+        rows: [k] rows of the samples in the shard's index.
+        epochs: [k] how many times the dataset had been read completely before.
+        counts: [k] number of captions of each sample, at least 1.
+
+    Returns:
+        [k] indices, each in 0 .. counts - 1.
     """
     chosen = np.zeros_like(rows)
     for epoch in np.unique(epochs[counts > 1]).tolist():

@@ -1,4 +1,4 @@
-"""The corpus: the datasets of a recipe, how their texts are encoded, and which modalities they have.
+"""The corpus: the datasets of a recipe, how their texts are encoded, and their modalities.
 
 A corpus says what can be read. The plan (plan.py) says which of it is read in which step; the
 reader (reader.py) needs the corpus alone.
@@ -14,15 +14,15 @@ import numpy as np
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
-from onellm_dist.data.captions import chosen_captions
+from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.micro_batch import SampleRef
-from onellm_dist.data.retry import index_with_retries
+from onellm_dist.data.retry import open_index_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import (
     TokenCounts,
     build_token_counts,
-    missing_token_counts,
-    token_count_path,
+    find_missing_token_counts,
+    get_token_count_path,
 )
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
@@ -117,7 +117,7 @@ class Corpus:
     def sample_id(self, ref: SampleRef) -> str:
         """Return a sample's id, `dataset/shard-name/key@epoch`."""
         dataset, shard = self.shard_of(ref)
-        key = index_with_retries(dataset, shard).key(ref.row)
+        key = open_index_with_retries(dataset, shard).key(ref.row)
         return f"{dataset.name}/{shard.name}/{key}@{ref.epoch}"
 
     def sample_ids(self, refs: Sequence[SampleRef]) -> list[str]:
@@ -131,7 +131,7 @@ class Corpus:
         """Return which of its `count` captions a sample is read with in its epoch."""
         one = np.ones(1, dtype=np.int64)
         dataset, shard = self.shard_of(ref)
-        chosen = chosen_captions(
+        chosen = choose_captions(
             self.seed, dataset.name, shard.name, one * ref.row, one * ref.epoch, one * count
         )
         return int(chosen[0])
@@ -207,11 +207,11 @@ def _check_dataset(
 def _require_token_counts(
     datasets: Sequence[Dataset], text_encoder: TextEncoder, split: str
 ) -> None:
-    missing = missing_token_counts(datasets, text_encoder.fingerprint, split)
+    missing = find_missing_token_counts(datasets, text_encoder.fingerprint, split)
     if missing:
         dataset, shard = missing[0]
         raise UsageError(
-            f"{token_count_path(dataset, shard, text_encoder.fingerprint)}: no such file "
+            f"{get_token_count_path(dataset, shard, text_encoder.fingerprint)}: no such file "
             f"({len(missing)} shards have no token counts)",
             "plans are computed from them.",
             "let rank 0 count first, on a disk that all ranks share (set ONELLM_CACHE if the "

@@ -1,4 +1,7 @@
-"""The loader: micro-batches of one rank in order, read ahead by worker processes that never change what is read."""
+"""The loader: micro-batches of one rank in order, read ahead by worker processes.
+
+The number of workers never changes what is read.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,25 @@ from onellm_dist.data.reader import Reader
 from onellm_dist.packed import PackedBatch
 
 IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a cluster sends to every process of a job: the training process decides, its workers go on reading."""
+"""Signals that a cluster sends to every process of a job. The training process decides what they
+mean; its workers keep reading."""
 
 
 class Loader:
-    """Iterates (MicroBatch, PackedBatch) over steps first_step .. last_step - 1 of one rank. Use it as a context manager.
+    """Iterates over the (MicroBatch, PackedBatch) pairs of one rank. Use it as a context manager.
 
     Args:
         plan: the run's plan.
         world_size: number of ranks.
         rank: this rank.
-        first_step: the first step, 0 for a new run.
-        last_step: the step behind the last one.
-        workers: reading processes, 0: this one; the recipe's `data.workers` where not given.
-        skipped_samples: see Reader.
-        pin: page-locked batches; where there is a GPU, if not given.
+        first_step: first step to load; 0 for a new run.
+        last_step: the step after the last one to load.
+        workers: number of reading processes; 0 reads in this one. Default: `data.workers`.
+        skipped_samples: sample id to reason, of samples that are not tried again (see Reader).
+        pin: whether batches are page-locked; default: if there is a GPU.
 
-    Raises (while iterating):
-        OneLLMError: whatever the plan or the reader raises, also in a worker.
+    Raises:
+        OneLLMError: while iterating; whatever the plan or the reader raises, also in a worker.
     """
 
     def __init__(
@@ -53,41 +57,41 @@ class Loader:
     ) -> None:
         self._workers = plan.config.workers if workers is None else workers
         self._loader: DataLoader[Any] = DataLoader(
-            _Micros(Reader(plan.corpus, skipped_samples)),
+            _MicroBatches(Reader(plan.corpus, skipped_samples)),
             sampler=_Schedule(
                 plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
             ),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=plan.config.prefetch if self._workers else None,
-            collate_fn=_as_is,
+            collate_fn=_return_unchanged,
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # of its own: starting workers must not draw from the run's generator
+            # its own generator: starting workers must not draw from the run's
+            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available() if pin is None else pin,
         )
-        self._running: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
-        self._running = iter(self._loader)
-        atexit.register(
-            self.close
-        )  # before multiprocessing's own, which would wait for workers that nobody told to end
+        self._iterator = iter(self._loader)
+        # Runs before multiprocessing's own exit handler, which would wait for the workers forever.
+        atexit.register(self.close)
         try:
-            while self._running is not None:
+            while self._iterator is not None:
                 try:
-                    micro, outcome = next(self._running)
+                    micro, batch = next(self._iterator)
                 except StopIteration:
                     return
-                if isinstance(outcome, OneLLMError):
-                    raise outcome
-                yield micro, outcome
+                if isinstance(batch, OneLLMError):
+                    raise batch
+                yield micro, batch
         finally:
             self.close()
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._running = None  # torch ends the workers when their iterator goes
+        """End the worker processes."""
+        self._iterator = None  # torch ends the workers when their iterator is deleted
         atexit.unregister(self.close)
 
     def __enter__(self) -> Loader:
@@ -102,20 +106,26 @@ class Loader:
         self.close()
 
 
-class _Schedule:
-    """The micro-steps of one rank in order, each with the one that the same worker will get next; torch's word is sampler.
+class _Task(NamedTuple):
+    """What a worker is asked for: a micro-batch, and the one it will be asked for next."""
 
-    (torch 2.15 hands items to workers in turn. Where it does not, bytes are fetched ahead in vain, and the batches are the same.)
+    micro: MicroBatch
+    ahead: MicroBatch | None
+
+
+class _Schedule:
+    """The tasks of one rank in order (what torch calls a sampler).
+
+    torch 2.15 gives items to workers in turn, so the next task of a worker is known. If that
+    changes, bytes are fetched ahead in vain, but the batches stay the same.
     """
 
     def __init__(self, plan: Plan, world_size: int, rank: int, steps: range, workers: int) -> None:
-        self._plan, self._world_size, self._rank, self._steps, self._workers = (
-            plan,
-            world_size,
-            rank,
-            steps,
-            workers,
-        )
+        self._plan = plan
+        self._world_size = world_size
+        self._rank = rank
+        self._steps = steps
+        self._workers = workers
 
     def __iter__(self) -> Iterator[_Task]:
         waiting: deque[MicroBatch] = deque()
@@ -128,13 +138,8 @@ class _Schedule:
             yield _Task(waiting.popleft(), None)
 
 
-class _Task(NamedTuple):
-    micro: MicroBatch
-    ahead: MicroBatch | None
-
-
-class _Micros(Dataset[Any]):
-    """A map from task to batch. An error is handed over as a value: torch would wrap its message in a trace."""
+class _MicroBatches(Dataset[Any]):
+    """A map from task to batch; errors are returned, because torch would wrap their message."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -147,7 +152,7 @@ class _Micros(Dataset[Any]):
             return micro, error
 
 
-def _as_is(item: Any) -> Any:
+def _return_unchanged(item: Any) -> Any:
     return item
 
 

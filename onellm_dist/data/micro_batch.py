@@ -56,7 +56,7 @@ class SampleTable(NamedTuple):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass of one rank. Every rank that computes the plan gets the same."""
+    """One forward and backward pass of one rank, the same for every rank that computes the plan."""
 
     step: int
     """Index of the optimizer step; the first step is 0."""
@@ -67,7 +67,7 @@ class MicroBatch:
     count: int
     """Micro-batches of this step; the same for every rank."""
     samples: tuple[SampleRef, ...]
-    """Samples in pack order. Empty: the rank received no samples and runs one token of zero weight."""
+    """Samples in pack order; an empty micro-batch runs one token of zero weight instead."""
     global_valid_tokens: int
     """Supervised tokens of the whole global batch by the plan, skipped samples included."""
 
@@ -83,7 +83,7 @@ class MicroBatch:
 
 
 class _RankMicroBatches(Sequence[tuple[MicroBatch, ...]]):
-    """[world_size][count] micro-batches; those of a rank are built when they are first asked for."""
+    """[world_size][count] micro-batches; a rank's are built when they are first asked for."""
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan = plan

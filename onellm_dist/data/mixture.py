@@ -1,9 +1,10 @@
-"""The mixture: position of the stream -> (dataset, position within that dataset), by counters and not by chance.
+"""The mixture: from a position in the stream to (dataset, position within it), without randomness.
 
-Weights become fractions n_j / D with one denominator; a period of D positions in which dataset j occurs n_j times is
-computed once and repeated for ever, so any position is found without replaying the stream. Within the period Tijdeman's
-rule (The chairman assignment problem, 1980) keeps the count of every prefix within 1 - 1/(2m - 2) < 1 samples of weight x
-length for m datasets. (Greedy largest-deficit reaches 1.29 with 8 weights.)
+Weights become fractions n_j / D with a common denominator. A period of D positions, in which
+dataset j occurs n_j times, is computed once and repeated forever, so any position is found without
+replaying the stream. Within the period, Tijdeman's rule (The chairman assignment problem, 1980)
+keeps the count of every prefix within 1 - 1/(2m - 2) < 1 samples of weight x length for m
+datasets. (Choosing the largest deficit greedily is off by up to 1.29 with 8 weights.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXACT_PERIOD = 1 << 20
-"""Weights whose common denominator is at most this are taken exactly (as the decimal numbers they are written as)."""
+"""Weights with a common denominator up to this are used exactly, as the decimal numbers written."""
 COARSE_PERIOD = 1 << 16
-"""Other weights are rounded to this denominator; none becomes less than 1."""
+"""Other weights are rounded to this denominator, but never below 1."""
 
 Ints = NDArray[np.int64]
 
@@ -28,54 +29,73 @@ class Mixture:
     """An endless interleaving of m datasets by weight.
 
     Args:
-        weights: positive, relative to each other; at least one.
+        weights: positive weights, relative to each other; at least one.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        self._fill(quantise(weights))
+        self._fill(quantize_weights(weights))
 
     @classmethod
-    def of_counts(cls, counts: Sequence[int]) -> Mixture:
-        """The mixture with these counts in a period, as `counts` gives them."""
-        made = cls.__new__(cls)
-        made._fill(list(counts))
-        return made
+    def from_counts(cls, counts: Sequence[int]) -> Mixture:
+        """Build the mixture with these counts per period (the attribute `counts`)."""
+        mixture = cls.__new__(cls)
+        mixture._fill(list(counts))
+        return mixture
 
     def _fill(self, counts: list[int]) -> None:
         self.counts = counts
-        """Occurrences of each dataset in a period."""
+        """How often each dataset occurs in a period."""
         self.period = sum(self.counts)
-        """D, the common denominator: dataset j has exactly counts[j] / D of the stream."""
-        self._sequence = np.asarray(tijdeman(self.counts), dtype=np.int64)
-        self._seen = np.empty(
-            self.period, dtype=np.int64
-        )  # earlier occurrences of the same dataset in the period
+        """D, the common denominator: dataset j is exactly counts[j] / D of the stream."""
+        self._sequence = np.asarray(build_sequence(self.counts), dtype=np.int64)
+        # earlier occurrences of the same dataset in the period
+        self._earlier = np.empty(self.period, dtype=np.int64)
         for dataset in range(len(self.counts)):
             here = self._sequence == dataset
-            self._seen[here] = np.arange(self.counts[dataset])
+            self._earlier[here] = np.arange(self.counts[dataset])
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
-        """[n] positions of the stream -> [n] datasets and [n] positions within each dataset's own order."""
-        turn, place = positions // self.period, positions % self.period
-        dataset = self._sequence[place]
-        return dataset, turn * np.asarray(self.counts, dtype=np.int64)[dataset] + self._seen[place]
+        """Find the samples at positions of the stream.
 
-    def positions(self, dataset: int, index: Ints) -> Ints:
-        """[n] positions of a dataset's own order ([n] int64) -> [n] positions of the stream: the inverse of `locate`."""
-        turn, nth = index // self.counts[dataset], index % self.counts[dataset]
-        return turn * self.period + np.flatnonzero(self._sequence == dataset)[nth]
+        Args:
+            positions: [n] positions of the stream.
 
-    def taken(self, length: int) -> list[int]:
-        """How often each dataset occurs in the first `length` positions."""
-        turns, rest = divmod(length, self.period)
-        begun = np.bincount(self._sequence[:rest], minlength=len(self.counts)).tolist()
-        return [turns * count + more for count, more in zip(self.counts, begun, strict=True)]
+        Returns:
+            [n] datasets, and [n] positions within each dataset's own order.
+        """
+        period, offset = positions // self.period, positions % self.period
+        dataset = self._sequence[offset]
+        counts = np.asarray(self.counts, dtype=np.int64)
+        return dataset, period * counts[dataset] + self._earlier[offset]
+
+    def find_positions(self, dataset: int, index: Ints) -> Ints:
+        """Find where samples of a dataset occur in the stream: the inverse of `locate`.
+
+        Args:
+            dataset: index of the dataset.
+            index: [n] positions within the dataset's own order.
+
+        Returns:
+            [n] positions of the stream.
+        """
+        period, nth = index // self.counts[dataset], index % self.counts[dataset]
+        return period * self.period + np.flatnonzero(self._sequence == dataset)[nth]
+
+    def count_taken(self, length: int) -> list[int]:
+        """Return how often each dataset occurs in the first `length` positions."""
+        periods, rest = divmod(length, self.period)
+        partial = np.bincount(self._sequence[:rest], minlength=len(self.counts)).tolist()
+        return [periods * count + more for count, more in zip(self.counts, partial, strict=True)]
 
 
-def quantise(weights: Sequence[float]) -> list[int]:
-    """Integers in the ratio of the weights: exact where their common denominator allows, else rounded to COARSE_PERIOD.
+def quantize_weights(weights: Sequence[float]) -> list[int]:
+    """Return integers in the ratio of the weights.
 
-    Rounding is by largest remainder, and every weight keeps at least 1, so that no dataset is lost.
+    They are exact if the common denominator allows it. Otherwise they are rounded to COARSE_PERIOD
+    by largest remainder, and every weight keeps at least 1, so that no dataset is lost.
+
+    Raises:
+        ValueError: there is no weight, or one is not positive.
     """
     exact = [Fraction(str(weight)) for weight in weights]
     if not exact or any(weight <= 0 for weight in exact):
@@ -94,39 +114,40 @@ def _round_to(counts: list[int], period: int) -> list[int]:
     by_remainder = sorted(range(len(counts)), key=lambda j: (-remainder[j], j))
     for j in by_remainder[: max(0, period - sum(rounded))]:
         rounded[j] += 1
-    while sum(rounded) > period:  # the floor of 1 overshot: the largest gives
+    while sum(rounded) > period:  # raising weights to 1 exceeded it: take from the largest
         rounded[rounded.index(max(rounded))] -= 1
     return rounded
 
 
-def tijdeman(counts: Sequence[int]) -> list[int]:
-    """The period: counts[j] times j, every prefix as even as the module's docstring says.
+def build_sequence(counts: Sequence[int]) -> list[int]:
+    """Build one period by Tijdeman's rule: counts[j] times j, with every prefix evenly mixed.
 
-    The rule "among the j with w_j k - c_j >= 1/(2m-2) take the least (c_j + 1 - 1/(2m-2)) / w_j" is earliest deadline
-    first: occurrence c of j may stand from position k = ceil((c + e) / w_j) on and must by floor((c + 1 - e) / w_j), with
-    e = 1/(2m-2). So it is done with a heap, in whole numbers, O(D log m).
+    The rule "among the j with w_j k - c_j >= 1/(2m-2), take the one with the smallest
+    (c_j + 1 - 1/(2m-2)) / w_j" is earliest deadline first: occurrence c of j may take positions
+    from k = ceil((c + e) / w_j) on and must take one by floor((c + 1 - e) / w_j), where
+    e = 1/(2m-2). It is therefore computed with a heap, in integers, in O(D log m).
     """
     m, period = len(counts), sum(counts)
     if m == 1:
         return [0] * period
     scale = 2 * m - 2
 
-    def window(j: int, c: int) -> tuple[int, int]:
-        below = scale * counts[j]
-        return -(-(scale * c + 1) * period // below), (scale * (c + 1) - 1) * period // below
+    def compute_window(j: int, c: int) -> tuple[int, int]:
+        divisor = scale * counts[j]
+        return -(-(scale * c + 1) * period // divisor), (scale * (c + 1) - 1) * period // divisor
 
     done = [0] * m
-    waiting = [(window(j, 0)[0], j) for j in range(m)]
+    waiting = [(compute_window(j, 0)[0], j) for j in range(m)]
     heapq.heapify(waiting)
     ready: list[tuple[int, int]] = []
     sequence: list[int] = []
     for k in range(1, period + 1):
         while waiting and waiting[0][0] <= k:
             j = heapq.heappop(waiting)[1]
-            heapq.heappush(ready, (window(j, done[j])[1], j))
+            heapq.heappush(ready, (compute_window(j, done[j])[1], j))
         j = heapq.heappop(ready)[1]
         sequence.append(j)
         done[j] += 1
         if done[j] < counts[j]:
-            heapq.heappush(waiting, (window(j, done[j])[0], j))
+            heapq.heappush(waiting, (compute_window(j, done[j])[0], j))
     return sequence

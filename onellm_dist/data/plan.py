@@ -1,4 +1,4 @@
-"""The plan: what every rank does in every step, as a pure function of (seed, mixture, shards, step).
+"""The plan: what every rank does in a step, as a pure function of (seed, mixture, shards, step).
 
 The samples of a step do not depend on the number of ranks; only their grouping into micro-batches
 does. Every rank computes the same plan without communication, and the whole state of the data is
@@ -18,12 +18,17 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.corpus import Corpus
-from onellm_dist.data.costs import CostModel, llm_tokens
+from onellm_dist.data.costs import CostModel, count_llm_tokens
 from onellm_dist.data.micro_batch import BatchTotals, SampleRef, SampleTable, StepPlan
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
-from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
-from onellm_dist.data.phases import DataPhase, consumed, go_on, shards_fingerprint
+from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
+from onellm_dist.data.phases import (
+    DataPhase,
+    compute_shards_fingerprint,
+    continue_phases,
+    count_consumed,
+)
 
 Ints = NDArray[np.int64]
 KEPT_STEPS = 16
@@ -96,12 +101,14 @@ class Plan:
             Whether a new data phase begins.
 
         Raises:
-            UsageError: see `phases.go_on`.
+            UsageError: see `phases.continue_phases`.
         """
         if not history:
             return False
-        self.data_phases = go_on(history, self._data_phase(), step, allow_new=self.config.new_phase)
-        before = consumed(self.data_phases[:-1], self.data_phases[-1].start)
+        self.data_phases = continue_phases(
+            history, self._data_phase(), step, allow_new=self.config.new_phase
+        )
+        before = count_consumed(self.data_phases[:-1], self.data_phases[-1].start)
         self._offsets = np.asarray(
             [before.get(dataset.name, 0) for dataset in self.corpus.datasets], dtype=np.int64
         )
@@ -119,7 +126,7 @@ class Plan:
             self.config.global_batch,
             corpus.text_encoder.fingerprint,
             dict(zip(names, self.mixture.counts, strict=True)),
-            dict(zip(names, map(shards_fingerprint, corpus.shards), strict=True)),
+            dict(zip(names, map(compute_shards_fingerprint, corpus.shards), strict=True)),
         )
 
     def samples(self, step: int) -> tuple[SampleRef, ...]:
@@ -193,21 +200,21 @@ class Plan:
             np.diff(dataset[by_shard], prepend=-1) | np.diff(shard[by_shard], prepend=-1)
         )
         for here in np.split(by_shard, starts[1:]):
-            counts[here] = self.corpus.token_counts.at(
+            counts[here] = self.corpus.token_counts.get(
                 int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here]
             )
         return SampleTable(dataset, shard, row, epoch, counts[:, 0], counts[:, 1])
 
     def _assign(self, step: int, world_size: int) -> StepPlan:
         table = self._table(step)
-        llm = llm_tokens(table.text_tokens, self._span_count[table.dataset])
+        llm = count_llm_tokens(table.text_tokens, self._span_count[table.dataset])
         sizes = ItemSizes(
             llm,
             self._encoder_tokens[table.dataset],
             self._costs.samples(self._media_cost[table.dataset], llm),
         )
         budget = TokenBudget(self.config.pack_llm_tokens, self.config.pack_encoder_tokens)
-        over = too_large(sizes, budget)
+        over = find_too_large(sizes, budget)
         if over is not None:
             raise self._too_large(
                 table.refs(np.asarray([over]))[0], int(sizes.llm[over]), int(sizes.encoder[over])

@@ -1,4 +1,4 @@
-"""Reading so that a passing fault (a network disk, a torn read) is none."""
+"""Reading with retries, so that a transient fault (a network disk, a torn read) does no harm."""
 
 from __future__ import annotations
 
@@ -13,38 +13,44 @@ from onellm_dist.shards.format.index import SampleSpan, ShardIndex, read_parts, 
 
 T = TypeVar("T")
 PAUSES = (0.1, 0.5, 2.0)
-"""Seconds before each further try."""
+"""Seconds before each retry."""
 
 
-def read_with_retries(
+def read_parts_with_retries(
     dataset: Dataset, shard: ShardInfo, row: int, extensions: Collection[str] | None = None
 ) -> dict[str, Part]:
-    """`read_parts`, tried again after a failure of the operating system or of a checksum.
+    """Read the parts of a sample; retry after an error of the operating system or a bad checksum.
+
+    Args:
+        dataset: the dataset.
+        shard: one of its shards.
+        row: row of the sample in the shard's index.
+        extensions: the parts to read; default: all.
 
     Raises:
-        SampleError: it failed every time (with the OSError as its `__cause__`, where it was one).
-        OneLLMError: the shard's index cannot be used.
+        SampleError: every attempt failed (an OSError is its `__cause__`).
+        OneLLMError: the shard's index is unusable.
     """
-    return _retried(lambda: read_parts(dataset, shard, row, extensions))
+    return _retry(lambda: read_parts(dataset, shard, row, extensions))
 
 
-def span_with_retries(
+def read_span_with_retries(
     dataset: Dataset, shard: ShardInfo, row: int, span: SampleSpan
 ) -> dict[str, Part]:
-    """`read_with_retries` of a sample whose place is known already; raises the same."""
-    return _retried(lambda: read_span(dataset, shard, row, span))
+    """Read a sample whose position is already known; raises like `read_parts_with_retries`."""
+    return _retry(lambda: read_span(dataset, shard, row, span))
 
 
-def index_with_retries(dataset: Dataset, shard: ShardInfo) -> ShardIndex:
-    """`Dataset.index`, tried again after a failure of the operating system.
+def open_index_with_retries(dataset: Dataset, shard: ShardInfo) -> ShardIndex:
+    """Open a shard's index; retry after an error of the operating system.
 
     Raises:
         OneLLMError: the index is missing, damaged or stale.
     """
-    return _retried(lambda: dataset.index(shard))
+    return _retry(lambda: dataset.index(shard))
 
 
-def _retried(action: Callable[[], T]) -> T:
+def _retry(action: Callable[[], T]) -> T:
     for pause in PAUSES:
         try:
             return action()

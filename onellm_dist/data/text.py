@@ -1,13 +1,13 @@
-"""The text of a sample as token ids and labels, in the three text formats.
+r"""The text of a sample as token ids and labels, in the three text formats.
 
 `caption`: BOS, caption, EOS; everything but BOS is supervised (the reference's pretraining). If a
 sample has several captions, captions.py chooses one.
 
 `conversation`: the reference's instruction format, encoded as one string with BOS and EOS:
 
-    {HEADER}### Human: {question}\\n### Assistant: {answer}\\n### Human: ...\\n###
+    {HEADER}### Human: {question}\n### Assistant: {answer}\n### Human: ...\n###
 
-Each answer with its end, " {answer}\\n###", is supervised. A system turn replaces the header.
+Each answer with its end, " {answer}\n###", is supervised. A system turn replaces the header.
 
 `chat`: the LLM's own chat template (chat.py), with BOS. Each answer is supervised together with
 the token with which the template ends it.

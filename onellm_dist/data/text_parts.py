@@ -98,7 +98,7 @@ def _without_tag(text: str) -> str:
 
 
 def _require_valid(text: str) -> None:
-    """Refuse half a surrogate pair: JSON may contain "\\ud83d" alone; no tokenizer accepts it."""
+    """Refuse half a surrogate pair, which JSON can contain but no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,7 @@
-"""The validation set: the first samples of another split, in the shares of the mixture, the same for every world and all along the run."""
+"""The validation set: the first samples of another split, in the shares of the mixture.
+
+It is the same for any number of ranks and throughout the run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.shards.format.dataset import open_dataset
 
 
-def open_validation(
+def open_validation_plan(
     config: DataSection,
     tokenizer: Any,
     seed: int,
@@ -20,12 +23,21 @@ def open_validation(
     build_counts: bool = True,
     sizes: tuple[int, int] | None = None,
 ) -> Plan:
-    """A plan whose step 0 is the whole validation set of `data.validation`, in packed micro-batches, without augmentation.
+    """Open a plan whose step 0 is the complete validation set, without augmentation.
 
-    Datasets of the mixture that do not have the split are left out.
+    Datasets of the mixture that lack the split are left out.
+
+    Args:
+        config: the run's `data` section, with `data.validation`.
+        tokenizer: the processor's (fast) tokenizer.
+        seed: the run's seed.
+        modalities: names of the model's modalities.
+        build_counts: False on ranks that wait until another rank has counted tokens.
+        sizes: image patches and prefix tokens of the encoder; default: CLIP ViT-L/14's.
 
     Raises:
-        UsageError: no dataset has the split, or one has fewer samples than its share of the set; see also `Plan.open`.
+        UsageError: no dataset has the split, or one has fewer samples than its share of the set;
+            see also `Corpus.open`.
     """
     wanted = config.validation
     if wanted is None:
@@ -39,7 +51,8 @@ def open_validation(
         raise UsageError(
             f"data.validation.split={wanted.split}: no dataset of the mixture has this split",
             "there is nothing to validate on.",
-            "build the datasets with a validation split, name another one, or take data.validation out.",
+            "build the datasets with a validation split, use another split, or remove "
+            "data.validation.",
         )
     section = config.model_copy(
         update={"mixture": entries, "global_batch": wanted.samples, "augment": False}
@@ -53,18 +66,18 @@ def open_validation(
         build_counts=build_counts,
         sizes=sizes,
     )
-    _check_sizes(plan, wanted)
+    _check_dataset_sizes(plan, wanted)
     return plan
 
 
-def _check_sizes(plan: Plan, wanted: ValidationSection) -> None:
-    counts = plan.mixture.taken(wanted.samples)
+def _check_dataset_sizes(plan: Plan, wanted: ValidationSection) -> None:
+    counts = plan.mixture.count_taken(wanted.samples)
     for dataset, count in zip(plan.corpus.datasets, counts, strict=True):
-        there = dataset.samples(wanted.split)
-        if count > there:
+        present = dataset.samples(wanted.split)
+        if count > present:
             raise UsageError(
-                f"data.validation.samples={wanted.samples} takes {count} samples of dataset {dataset.name}; "
-                f"its split {wanted.split!r} has {there}",
+                f"data.validation.samples={wanted.samples} takes {count} samples of dataset "
+                f"{dataset.name}; its split {wanted.split!r} has {present}",
                 "samples would count twice.",
-                f"set data.validation.samples to {wanted.samples * there // count} or less.",
+                f"set data.validation.samples to {wanted.samples * present // count} or less.",
             )

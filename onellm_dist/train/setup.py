@@ -19,7 +19,7 @@ from onellm_dist.data.loader import Loader
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
-from onellm_dist.data.validation import open_validation
+from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import InitialWeights, open_model
 from onellm_dist.model.recompute import enable_activation_checkpointing
@@ -194,7 +194,7 @@ def build_run(config: RunConfig, dist: Distributed, exit_file: ExitFile, phases:
         sizes = model.config.vision.patches, model.config.vision.prefix
         plan = _main_first(dist, partial(Plan.open, *opening, sizes=sizes))
         validation = (
-            _main_first(dist, partial(open_validation, *opening, sizes=sizes))
+            _main_first(dist, partial(open_validation_plan, *opening, sizes=sizes))
             if config.data.validation
             else None
         )

@@ -21,7 +21,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data.loader import IGNORED_SIGNALS, Loader
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
-from onellm_dist.data.token_counts import token_count_path
+from onellm_dist.data.token_counts import get_token_count_path
 from onellm_dist.packed import PackedBatch
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
@@ -227,11 +227,11 @@ def test_leaving_early_ends_the_workers(root: Path) -> None:
 def test_a_reader_error_arrives_as_it_is(tmp_path: Path, workers: int) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
+    path = get_token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
     np.save(path, np.load(path) + 1)
     with pytest.raises(OneLLMError) as info:
         run(open_plan(tmp_path, {"talk": 1}, global_batch=7), 1, 0, workers)
-    assert info.value.what.startswith("stale sidecar")
+    assert info.value.what.startswith("stale token counts")
     assert "Traceback" not in str(info.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onellm_dist.data.mixture import COARSE_PERIOD, Mixture, quantise, tijdeman
+from onellm_dist.data.mixture import COARSE_PERIOD, Mixture, build_sequence, quantize_weights
 
 
 def worst_deviation(mixture: Mixture, length: int) -> float:
@@ -70,18 +70,18 @@ def test_positions_are_found_without_replay(counts: list[int], at: list[int]) ->
     ],
 )
 def test_decimal_weights_are_exact(weights: list[float], counts: list[int]) -> None:
-    assert quantise(weights) == counts
+    assert quantize_weights(weights) == counts
 
 
 def test_a_tiny_weight_is_not_lost() -> None:
-    counts = quantise([1e9, 1.0, 0.3333333333])
+    counts = quantize_weights([1e9, 1.0, 0.3333333333])
     assert sum(counts) == COARSE_PERIOD
     assert counts[1:] == [1, 1]
 
 
 def test_the_period_has_the_counts() -> None:
     counts = [7, 3, 11, 1]
-    sequence = tijdeman(counts)
+    sequence = build_sequence(counts)
     assert [sequence.count(j) for j in range(4)] == counts
 
 
@@ -97,4 +97,4 @@ def test_eight_weights_stay_under_the_bound_that_greedy_breaks() -> None:
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0]])
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="above 0"):
-        quantise(weights)
+        quantize_weights(weights)

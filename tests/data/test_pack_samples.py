@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onellm_dist.data.costs import CostModel, llm_tokens
-from onellm_dist.data.packing import ItemSizes, TokenBudget, pack, too_large
+from onellm_dist.data.costs import CostModel, count_llm_tokens
+from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
 from onellm_dist.modalities import all_modalities
 
 SAMPLE = st.tuples(st.integers(1, 50), st.integers(0, 90), st.integers(1, 10_000))
@@ -52,9 +52,9 @@ def test_fewer_samples_than_ranks_leaves_ranks_without() -> None:
 
 def test_a_sample_larger_than_a_cap_is_found() -> None:
     loads = loads_of([(5, 5, 1), (5, 50, 1), (50, 5, 1)])
-    assert too_large(loads, TokenBudget(60, 60)) is None
-    assert too_large(loads, TokenBudget(60, 20)) == 1
-    assert too_large(loads, TokenBudget(20, 60)) == 2
+    assert find_too_large(loads, TokenBudget(60, 60)) is None
+    assert find_too_large(loads, TokenBudget(60, 20)) == 1
+    assert find_too_large(loads, TokenBudget(20, 60)) == 2
 
 
 def eight_modalities(
@@ -63,7 +63,7 @@ def eight_modalities(
     kinds, model = list(all_modalities().values()), CostModel()
     which = np.arange(n) % len(kinds)
     text = np.clip(rng.lognormal(2.8, 0.6, n).astype(np.int64) + 2, 3, 96)
-    llm = llm_tokens(text, np.ones(n, dtype=np.int64))
+    llm = count_llm_tokens(text, np.ones(n, dtype=np.int64))
     media = np.asarray([model.media([kind]) for kind in kinds])[which]
     encoder = np.asarray([kind.encoder_tokens for kind in kinds])[which]
     return ItemSizes(llm, encoder, model.samples(media, llm)), TokenBudget(4096, cap_encoder)

@@ -15,7 +15,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.data.corpus import open_datasets
 from onellm_dist.data.micro_batch import SampleRef
 from onellm_dist.data.plan import Plan
-from onellm_dist.data.token_counts import token_count_path
+from onellm_dist.data.token_counts import get_token_count_path
 from onellm_dist.modalities import SPAN_TOKENS
 from onellm_dist.shards.format.writer import DatasetWriter
 
@@ -236,7 +236,7 @@ def test_a_sample_larger_than_a_micro_batch_is_named(
         open_plan(root, MIXTURE, **keys).step(0, 2)
 
 
-def test_lengths_come_from_the_text(root: Path) -> None:
+def test_token_counts_come_from_the_text(root: Path) -> None:
     plan = open_plan(root, {"talk": 1}, global_batch=11)
     by_name = {plan.corpus.sample_id(ref).split("/")[-1]: ref for ref in plan.samples(0)}
     words = len(
@@ -285,7 +285,7 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> None:
+def test_ranks_that_do_not_count_refuse_missing_token_counts(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 9)
     config = section(tmp_path, {"talk": 1})
     with pytest.raises(UsageError, match="2 shards have no token counts"):
@@ -294,7 +294,7 @@ def test_ranks_that_do_not_measure_refuse_a_missing_sidecar(tmp_path: Path) -> N
     assert Plan.open(config, tokenizer(), 0, ["image"], build_counts=False).digest(
         0
     ) == first.digest(0)
-    assert token_count_path(
+    assert get_token_count_path(
         dataset, dataset.shards()[0], first.corpus.text_encoder.fingerprint
     ).exists()
 

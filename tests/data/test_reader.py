@@ -17,7 +17,7 @@ from onellm_dist.data import retry
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.token_counts import token_count_path
+from onellm_dist.data.token_counts import get_token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards.format import index as index_module
@@ -325,13 +325,14 @@ def test_a_text_that_cannot_be_read_is_a_planned_tombstone(tmp_path: Path) -> No
 def test_a_text_of_another_length_than_planned_stops(tmp_path: Path) -> None:
     dataset = write(tmp_path, "talk", [], 7)
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
-    path = token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
+    path = get_token_count_path(dataset, dataset.shards()[0], plan.corpus.text_encoder.fingerprint)
     pairs = np.load(path)
     pairs[4] += 1
     np.save(path, pairs)
     stale = open_plan(tmp_path, {"talk": 1}, global_batch=7)
     with pytest.raises(
-        OneLLMError, match=rf"stale sidecar .*{path.name}: sample talk/train-000000/talk-0004@0"
+        OneLLMError,
+        match=rf"stale token counts .*{path.name}: sample talk/train-000000/talk-0004@0",
     ):
         batch_of(stale)
 

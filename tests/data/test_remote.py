@@ -47,7 +47,7 @@ def memory(local: Path) -> Iterator[str]:
     """The datasets in a bucket of their own of fsspec's memory file system."""
     fs, bucket = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
     for path in local.rglob("*"):
-        if path.is_file() and "lengths" not in path.parts:
+        if path.is_file() and "token_counts" not in path.parts:
             fs.pipe_file(f"{bucket}/{path.relative_to(local)}", path.read_bytes())
     yield f"memory:/{bucket}"
     fs.rm(bucket, recursive=True)
@@ -123,7 +123,7 @@ def test_manifest_and_indexes_are_copied_once(
     batches_of(plan_of(memory))
     copies = sorted(path.name for path in (own_cache / "remote").rglob("*") if path.is_file())
     assert sum(name.endswith(".tar.index") for name in copies) == 2 + 4 + 2
-    assert not any(name.endswith((".tar", ".aside")) for name in copies)
+    assert not any(name.endswith((".tar", ".staged")) for name in copies)
     fetched: list[str] = []
     monkeypatch.setattr(RemoteFolder, "fetch", lambda self, name, target: fetched.append(name))
     batches_of(plan_of(memory))
@@ -151,17 +151,17 @@ def test_near_ranges_are_read_as_one_and_ahead(
 
 
 def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onellm_dist.data import readahead
+    from onellm_dist.data import read_ahead
 
-    monkeypatch.setattr(readahead, "GAP", -1)  # a fetch a sample
+    monkeypatch.setattr(read_ahead, "GAP", -1)  # a fetch a sample
     plan = plan_of(memory)
     reader, (first, *_) = Reader(plan.corpus), plan.step(0, 1).ranks[0]
-    ahead = readahead.ReadAhead(None, limit=25_000)
-    spans = reader._spans(first.samples, {})
+    ahead = read_ahead.ReadAhead(None, limit=25_000)
+    spans = reader._locate_all(first.samples, {})
     assert sum(span.end - span.start for span in spans) > 25_000
-    ahead.ask(spans)
+    ahead.request(spans)
     assert 0 < ahead._bytes <= 25_000
-    found = [ahead.take(span) for span in spans]
+    found = [ahead.load(span) for span in spans]
     assert found[0] == spans[0].dataset.read_tar(spans[0].shard, spans[0].start, spans[0].end)
     assert found[-1] is None
     assert ahead._bytes == 0
@@ -219,12 +219,12 @@ def test_a_warm_cache_reads_nothing_remote(
     assert requests.ranges == []
 
 
-def test_lengths_beside_the_remote_shards_are_used(
+def test_token_counts_beside_the_remote_shards_are_used(
     local: Path, memory: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan_of(local)  # writes the sidecars
+    plan_of(local)  # writes the token counts
     fs = fsspec.filesystem("memory")
-    for path in local.rglob("lengths/*/*.npy"):
+    for path in local.rglob("token_counts/*/*.npy"):
         fs.pipe_file(
             f"{memory.removeprefix('memory:/')}/{path.relative_to(local)}", path.read_bytes()
         )
@@ -272,7 +272,7 @@ def s3(local: Path) -> Iterator[str]:
     client = boto3.client("s3")
     client.create_bucket(Bucket="sets")
     for path in local.rglob("*"):
-        if path.is_file() and "lengths" not in path.parts:
+        if path.is_file() and "token_counts" not in path.parts:
             client.upload_file(str(path), "sets", f"all/{path.relative_to(local)}")
     yield "s3://sets/all"
     running.stop()

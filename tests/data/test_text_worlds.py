@@ -18,7 +18,7 @@ from data_worlds import open_plan, png, section, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.data.captions import chosen_captions
+from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
@@ -121,19 +121,19 @@ def read(
 
 def test_captions_are_chosen_evenly_and_by_sample_and_epoch_alone() -> None:
     rows, epochs = np.repeat(np.arange(50), 60), np.tile(np.arange(60), 50)
-    chosen = chosen_captions(0, "d", "s", rows, epochs, np.full(3000, 3))
+    chosen = choose_captions(0, "d", "s", rows, epochs, np.full(3000, 3))
     assert [900 < count < 1100 for count in np.bincount(chosen)] == [True] * 3
-    one = chosen_captions(0, "d", "s", rows[77:78], epochs[77:78], np.asarray([3]))
+    one = choose_captions(0, "d", "s", rows[77:78], epochs[77:78], np.asarray([3]))
     assert one.tolist() == chosen[77:78].tolist()
     for seed, dataset, shard in ((1, "d", "s"), (0, "e", "s"), (0, "d", "t")):
         assert (
             0.2
             < (
-                chosen_captions(seed, dataset, shard, rows, epochs, np.full(3000, 3)) == chosen
+                choose_captions(seed, dataset, shard, rows, epochs, np.full(3000, 3)) == chosen
             ).mean()
             < 0.5
         )
-    assert not chosen_captions(0, "d", "s", rows, epochs, np.ones(3000, dtype=np.int64)).any()
+    assert not choose_captions(0, "d", "s", rows, epochs, np.ones(3000, dtype=np.int64)).any()
 
 
 def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length(
@@ -169,18 +169,18 @@ def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length
     }
 
 
-def test_a_sidecar_of_several_captions_that_is_not_of_this_shard_is_named(root: Path) -> None:
+def test_counts_of_several_captions_of_another_shard_are_named(root: Path) -> None:
     plan = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16)
-    sidecar = next(
-        p for p in (root / "many" / "lengths").glob("*/*.npy") if np.load(p).shape[1] == 3
+    path = next(
+        p for p in (root / "many" / "token_counts").glob("*/*.npy") if np.load(p).shape[1] == 3
     )
-    whole = sidecar.read_bytes()
+    whole = path.read_bytes()
     try:
-        np.save(sidecar, np.load(sidecar)[1:])
-        with pytest.raises(OneLLMError, match="not of this shard"):
+        np.save(path, np.load(path)[1:])
+        with pytest.raises(OneLLMError, match="does not belong to this shard"):
             plan.samples(0)
     finally:
-        sidecar.write_bytes(whole)
+        path.write_bytes(whole)
 
 
 def chatty() -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from onellm_dist.config.schema import DataSection, MixtureEntry, ValidationSection
-from onellm_dist.data.validation import open_validation
+from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.evaluation.captioning import caption_split
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
@@ -75,7 +75,7 @@ def told(
         workers=0,
         **budget,  # type: ignore[arg-type]
     )
-    plan = open_validation(data, tokenizer, 0, list(model.config.modalities))
+    plan = open_validation_plan(data, tokenizer, 0, list(model.config.modalities))
     dist = SimpleNamespace(
         rank=rank,
         world_size=size,

@@ -75,7 +75,7 @@ def test_places_are_inverted(counts: list[int]) -> None:
     epochs = np.asarray([0, 1, 5])
     for shard, count in enumerate(counts):
         for row in {0, count // 2, count - 1} if count else set():
-            places = order.locate(order.positions(shard, row, epochs))
+            places = order.locate(order.find_positions(shard, row, epochs))
             assert (
                 places.epoch.tolist(),
                 set(places.shard.tolist()),

@@ -30,7 +30,7 @@ class Validation:
     """Validates when it is due; every method is called by all ranks together.
 
     Args:
-        plan: its step 0 is the validation set (`data.validation.open_validation`).
+        plan: its step 0 is the validation set (`data.validation.open_validation_plan`).
         model: the model inside the engine, to be told that it does not train meanwhile.
         first_step: lines of later steps, left by a start that went further than its last checkpoint, are dropped.
         steps: of the whole run; the last one is validated too.

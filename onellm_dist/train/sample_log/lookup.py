@@ -22,7 +22,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
-from onellm_dist.data.phases import DataPhase, consumed, shards_fingerprint
+from onellm_dist.data.phases import DataPhase, compute_shards_fingerprint, count_consumed
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 MANY_SHARDS = 200
@@ -106,8 +106,8 @@ class RunStream:
             _Stretch(
                 data_phase,
                 end,
-                Mixture.of_counts(list(data_phase.counts.values())),
-                consumed(data_phases[:number], data_phase.start),
+                Mixture.from_counts(list(data_phase.counts.values())),
+                count_consumed(data_phases[:number], data_phase.start),
             )
             for number, (data_phase, end) in enumerate(
                 zip(data_phases, [*starts[1:], self.steps], strict=True)
@@ -171,15 +171,15 @@ class RunStream:
                 stretch.data_phase.global_batch,
                 stretch.before.get(sample.dataset, 0),
             )
-            taken = stretch.mixture.taken((stretch.end - stretch.data_phase.start) * n)[j]
+            taken = stretch.mixture.count_taken((stretch.end - stretch.data_phase.start) * n)[j]
             epochs = np.arange(
                 first // order.size, (first + taken - 1) // order.size + 1, dtype=np.int64
             )
-            positions = order.positions(sample.shard, sample.row, epochs)
+            positions = order.find_positions(sample.shard, sample.row, epochs)
             inside = (positions >= first) & (positions < first + taken)
             steps = (
                 stretch.data_phase.start
-                + stretch.mixture.positions(j, positions[inside] - first) // n
+                + stretch.mixture.find_positions(j, positions[inside] - first) // n
             )
             found += [
                 Use(step, epoch, sample)
@@ -260,7 +260,7 @@ class RunStream:
                 )
             dataset = open_dataset(self._places[name])
             shards = dataset.shards(data_phase.split)
-            if shards_fingerprint(shards) != data_phase.shards[name]:
+            if compute_shards_fingerprint(shards) != data_phase.shards[name]:
                 raise OneLLMError(
                     f"dataset {self._places[name]}: its shards are not those that the run reads",
                     "the same places hold other samples now, so the answer would be wrong.",

@@ -39,7 +39,7 @@ def test_what_was_put_is_got_by_range(tmp_path: Path) -> None:
     assert cache.get(key(1), 0, SIZE) == chunk(1)
     assert cache.get(key(1), 17, 400) == chunk(1)[17:400]
     assert ChunkCache(tmp_path / "node", 10 * SIZE).get(key(1), 0, 5) == chunk(1)[:5]
-    cache.forget(key(1))
+    cache.remove(key(1))
     assert cache.get(key(1), 0, 10) is None
 
 
@@ -61,11 +61,11 @@ def test_the_limit_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
     assert cache.get(key(0), 0, 1) is not None  # used just now: the youngest
     for number in range(10, 25):
         cache.put(key(number), chunk(number))
-        assert cache.bytes_used() <= 10 * SIZE
+        assert cache.count_bytes() <= 10 * SIZE
         if number == 10:
             assert cache.get(key(0), 0, SIZE) == chunk(0)
             assert cache.get(key(1), 0, 1) is None
-    assert cache.bytes_used() >= 8 * SIZE
+    assert cache.count_bytes() >= 8 * SIZE
 
 
 def work(folder: Path, seed: int, seconds: float) -> None:
@@ -81,7 +81,7 @@ def work(folder: Path, seed: int, seconds: float) -> None:
         if found is None:
             cache.put(key(number), chunk(number))
         elif draw.random() < 0.05:
-            cache.forget(key(number))
+            cache.remove(key(number))
 
 
 @pytest.mark.slow
@@ -102,13 +102,13 @@ def test_processes_share_it_and_kills_leave_it_sound(
         time.sleep(draw.uniform(0.02, 0.15))
         os.kill(victim.pid or 0, signal.SIGKILL)
         victim.join()
-        assert watching.bytes_used() <= 10 * SIZE
+        assert watching.count_bytes() <= 10 * SIZE
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0
     for number in range(100, 120):  # room is made again, leftovers of the killed included
         watching.put(key(number), chunk(number))
-    assert watching.bytes_used() <= 10 * SIZE
+    assert watching.count_bytes() <= 10 * SIZE
 
 
 def test_a_full_disk_only_means_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

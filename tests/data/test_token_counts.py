@@ -1,4 +1,4 @@
-"""Length sidecars: measured once, whole or absent, of this shard and this tokenizer."""
+"""The token-count cache: counted once, complete or absent, for this shard and this tokenizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data import token_counts as token_counts_module
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import (
+    FOLDER,
     UNREADABLE,
     TokenCounts,
     build_token_counts,
-    token_count_path,
+    get_token_count_path,
 )
 from onellm_dist.modalities import Part
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
@@ -34,20 +35,20 @@ def encoder(text_format: str = "caption", tokens: int = 96) -> TextEncoder:
     return TextEncoder(tokenizer(), text_format, tokens)  # type: ignore[arg-type]
 
 
-def whole(lengths: TokenCounts, shard: int, samples: int) -> Any:
-    """[n, 2] lengths of every row of a shard of the first dataset, in epoch 0."""
-    return lengths.at(0, shard, np.arange(samples), np.zeros(samples, dtype=np.int64))
+def read_all(counts: TokenCounts, shard: int, samples: int) -> Any:
+    """[n, 2] token counts of every row of a shard of the first dataset, in epoch 0."""
+    return counts.get(0, shard, np.arange(samples), np.zeros(samples, dtype=np.int64))
 
 
 @pytest.mark.parametrize("text_format", ["caption", "conversation"])
-def test_lengths_are_those_of_the_texts(talk: Dataset, text_format: str) -> None:
+def test_counts_are_those_of_the_texts(talk: Dataset, text_format: str) -> None:
     text = encoder(text_format)
     assert build_token_counts([talk], text, show=False) == 17
-    lengths = TokenCounts([talk], text.fingerprint, "train", seed=0)
+    counts = TokenCounts([talk], text.fingerprint, "train", seed=0)
     for number, shard in enumerate(talk.shards()):
         for row in range(shard.samples):
             ids, labels = text.encode(read_parts(talk, shard, row))
-            assert whole(lengths, number, shard.samples)[row].tolist() == [
+            assert read_all(counts, number, shard.samples)[row].tolist() == [
                 len(ids),
                 sum(label >= 0 for label in labels),
             ]
@@ -58,32 +59,32 @@ def test_they_are_measured_once(talk: Dataset) -> None:
     build_token_counts([talk], text, show=False)
     assert build_token_counts([talk], text, show=False) == 0
     assert build_token_counts([talk], encoder(tokens=5), show=False) == 17
-    token_count_path(talk, talk.shards()[1], text.fingerprint).unlink()
+    get_token_count_path(talk, talk.shards()[1], text.fingerprint).unlink()
     assert build_token_counts([talk], text, show=False) == 7
 
 
 @pytest.mark.slow
-def test_processes_measure_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_count_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
     build_token_counts([talk], text, show=False)
-    paths = [token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()]
+    paths = [get_token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()]
     alone = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
     packed, pickled = Dataset.__reduce__, list[Dataset]()
     monkeypatch.setattr(Dataset, "__reduce__", lambda self: pickled.append(self) or packed(self))
     assert build_token_counts([talk], text, workers=2, show=False) == 17
-    assert len(pickled) <= 2  # once a process, not once a shard
+    assert len(pickled) <= 2  # once per process, not once per shard
     assert [path.read_bytes() for path in paths] == alone
-    assert not list(talk.root.rglob("*.tmp"))
+    assert not list(talk.root.rglob("*.staged"))
 
 
-def test_a_rebuilt_shard_is_measured_again(tmp_path: Path, talk: Dataset) -> None:
+def test_a_rebuilt_shard_is_counted_again(tmp_path: Path, talk: Dataset) -> None:
     text = encoder()
     build_token_counts([talk], text, show=False)
     other = write(tmp_path / "again", "talk", [], 16)
     other_root = other.root
-    (talk.root / "lengths").rename(other_root / "lengths")
+    (talk.root / FOLDER).rename(other_root / FOLDER)
     again = open_dataset(other_root)
     same = sum(a.sha256 == b.sha256 for a, b in zip(talk.shards(), again.shards(), strict=True))
     assert same == 2
@@ -97,10 +98,10 @@ def with_captions(root: Path, captions: list[bytes]) -> Dataset:
     return open_dataset(root / "some")
 
 
-def test_text_that_cannot_be_read_is_marked_and_the_rest_is_measured(tmp_path: Path) -> None:
+def test_text_that_cannot_be_read_is_marked_and_the_rest_is_counted(tmp_path: Path) -> None:
     dataset, text = with_captions(tmp_path, [b"a red cube", b"caf\xe9", b"a"]), encoder()
     build_token_counts([dataset], text, show=False)
-    pairs = whole(TokenCounts([dataset], text.fingerprint, "train", seed=0), 0, 3)
+    pairs = read_all(TokenCounts([dataset], text.fingerprint, "train", seed=0), 0, 3)
     assert pairs.tolist() == [[5, 4], list(UNREADABLE), [3, 2]]
 
 
@@ -110,7 +111,7 @@ def test_a_shard_without_any_such_text_is_refused(talk: Dataset, tmp_path: Path)
         UsageError, match=r"none of its 3 samples has text for data.text_format=conversation"
     ):
         build_token_counts([talk, dataset], encoder("conversation"), show=False)
-    assert not token_count_path(
+    assert not get_token_count_path(
         dataset, dataset.shards()[0], encoder("conversation").fingerprint
     ).exists()
 
@@ -121,25 +122,27 @@ def test_a_disk_fault_is_not_recorded(talk: Dataset, monkeypatch: pytest.MonkeyP
     def failing(dataset: Dataset, *rest: object) -> dict[str, Part]:
         raise SampleError("dataset talk: Input/output error.") from OSError(5, "Input/output error")
 
-    monkeypatch.setattr(token_counts_module, "read_with_retries", failing)
+    monkeypatch.setattr(token_counts_module, "read_parts_with_retries", failing)
     with pytest.raises(OneLLMError, match="Input/output error"):
         build_token_counts([talk], encoder(), show=False)
     assert not list(talk.root.rglob("*.npy"))
 
 
-def test_a_damaged_sidecar_is_named(talk: Dataset) -> None:
+def test_a_damaged_file_is_named(talk: Dataset) -> None:
     text = encoder()
     build_token_counts([talk], text, show=False)
-    first, second = (token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()[:2])
+    first, second = (
+        get_token_count_path(talk, shard, text.fingerprint) for shard in talk.shards()[:2]
+    )
     first.write_bytes(b"no array")
     np.save(second, np.zeros((3, 2), dtype=np.uint16))
     for number, path in enumerate((first, second)):
         with pytest.raises(OneLLMError, match=path.name):
-            whole(TokenCounts([talk], text.fingerprint, "train", seed=0), number, 1)
+            read_all(TokenCounts([talk], text.fingerprint, "train", seed=0), number, 1)
 
 
 @pytest.mark.parametrize("variable", ["ONELLM_CACHE", "XDG_CACHE_HOME"])
-def test_lengths_of_a_read_only_dataset_lie_in_the_cache(
+def test_counts_of_a_read_only_dataset_go_to_the_cache(
     talk: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     monkeypatch.delenv("ONELLM_CACHE", raising=False)
@@ -147,24 +150,24 @@ def test_lengths_of_a_read_only_dataset_lie_in_the_cache(
     monkeypatch.setattr(token_counts_module.os, "access", lambda path, mode: path != talk.root)
     text = encoder()
     assert build_token_counts([talk], text, show=False) == 17
-    assert not (talk.root / "lengths").exists()
-    assert len(list((tmp_path / "cache").rglob("lengths/talk/*/*.npy"))) == 3
+    assert not (talk.root / FOLDER).exists()
+    assert len(list((tmp_path / "cache").rglob("token_counts/talk/*/*.npy"))) == 3
     assert build_token_counts([talk], text, show=False) == 0
-    assert len(whole(TokenCounts([talk], text.fingerprint, "train", seed=0), 0, 7)) == 7
+    assert len(read_all(TokenCounts([talk], text.fingerprint, "train", seed=0), 0, 7)) == 7
 
 
 def test_the_cache_is_bounded(talk: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     text = encoder()
     build_token_counts([talk], text, show=False)
-    monkeypatch.setattr(token_counts_module, "CACHE_BYTES", 1)
-    lengths = TokenCounts([talk], text.fingerprint, "train", seed=0)
-    assert [len(whole(lengths, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [
+    monkeypatch.setattr(token_counts_module, "MAX_MEMORY", 1)
+    counts = TokenCounts([talk], text.fingerprint, "train", seed=0)
+    assert [len(read_all(counts, n, count)) for n, count in ((0, 7), (1, 7), (2, 3), (0, 7))] == [
         7,
         7,
         3,
         7,
     ]
-    assert len(lengths._kept) == 1
+    assert len(counts._kept) == 1
 
 
 def test_all_memory_of_the_cache_is_counted(tmp_path: Path) -> None:
@@ -177,15 +180,15 @@ def test_all_memory_of_the_cache_is_counted(tmp_path: Path) -> None:
             )
     dataset, text = open_dataset(tmp_path / "many"), encoder()
     build_token_counts([dataset], text, show=False)
-    lengths = TokenCounts([dataset], text.fingerprint, "train", seed=0)
+    counts = TokenCounts([dataset], text.fingerprint, "train", seed=0)
     for number in range(3):
-        whole(lengths, number, 4)
+        read_all(counts, number, 4)
     held = [
         array
-        for texts in lengths._kept.values()
-        for array in (texts.pairs, texts.starts)
+        for texts in counts._kept.values()
+        for array in (texts.counts, texts.starts)
         if array is not None
     ]
-    assert lengths._bytes == sum(
+    assert counts._bytes == sum(
         (array if array.base is None else array.base).nbytes for array in held
     )

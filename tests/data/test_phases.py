@@ -136,7 +136,7 @@ def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
 
 def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> None:
     before = open_plan(root, FIRST)
-    with pytest.raises(UsageError, match=r"run\.seed is 1, and the checkpoint's 0"):
+    with pytest.raises(UsageError, match=r"run\.seed is 1, and the checkpoint's is 0"):
         open_plan(root, FIRST, seed=1, new_phase=True).follow(before.data_phases, 6)
     for name, count, kinds in (("pic", 41, ["image"]), ("imu", 25, ["imu"]), ("talk", 11, [])):
         write(tmp_path, name, kinds, count)
@@ -154,6 +154,6 @@ def test_a_step_before_the_segment_is_not_in_its_plan(root: Path) -> None:
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=8), length=st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_what_a_prefix_took_is_counted_without_replay(counts: list[int], length: int) -> None:
-    mixture = Mixture.of_counts(counts)
+    mixture = Mixture.from_counts(counts)
     dataset, _ = mixture.locate(np.arange(length))
-    assert mixture.taken(length) == [int((dataset == j).sum()) for j in range(len(counts))]
+    assert mixture.count_taken(length) == [int((dataset == j).sum()) for j in range(len(counts))]

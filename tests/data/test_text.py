@@ -269,7 +269,7 @@ def test_tokenizers_that_cannot_serve_are_refused() -> None:
         TextEncoder(tokenizer(), "caption", 1)
 
 
-def test_the_fingerprint_follows_what_lengths_depend_on() -> None:
+def test_the_fingerprint_follows_what_token_counts_depend_on() -> None:
     prints = {
         TextEncoder(tok, text_format, length).fingerprint
         for tok in (tokenizer(), sentencepiece_like())
