@@ -1,1 +1,1 @@
-"""A throw-away Slurm of several nodes on one machine, and the rehearsal of a job script under it."""
+"""A throw-away Slurm of several nodes on one machine, and the rehearsal of a job under it."""

@@ -1,7 +1,9 @@
-"""A throw-away Slurm: own munge, controller and nodes, each node a host of its own (`namespaces.py`), all files in one folder.
+"""A throw-away Slurm with its own munge, controller and nodes.
 
-Nothing outside that folder is read or written, no other Slurm is touched (`SLURM_CONF` is set for our own commands only), and nothing is
-left when the process that made it ends, even by SIGKILL: then the folder alone stays, and the next cluster removes it.
+Each node is a host of its own (`namespaces.py`), and all files are in one folder. Nothing outside
+that folder is read or written, and no other Slurm is touched: `SLURM_CONF` is set for our own
+commands only. Nothing is left when the process that made it ends. After a SIGKILL, only the folder
+remains, and the next cluster removes it.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from onellm_dist.testing.slurm_cluster.config import (
     CONTROLLER,
     FAKE_GPUS,
     PREFIX_LENGTH,
-    address,
-    hosts_file,
-    node_names,
-    slurm_conf,
+    format_hosts,
+    format_slurm_conf,
+    get_address,
+    make_node_names,
 )
-from onellm_dist.testing.slurm_cluster.folders import OWNER, claim_folder, remove_stale
-from onellm_dist.testing.slurm_cluster.namespaces import Host, pids_of
-from onellm_dist.testing.slurm_cluster.requirements import check_needs, find_tool
-from onellm_dist.testing.slurm_cluster.ssh import boot_lines, write_ssh
+from onellm_dist.testing.slurm_cluster.folders import OWNER, make_folder, remove_stale_folders
+from onellm_dist.testing.slurm_cluster.namespaces import Host, list_pids
+from onellm_dist.testing.slurm_cluster.requirements import check_requirements, find_tool
+from onellm_dist.testing.slurm_cluster.ssh import format_boot_lines, write_ssh_files
 
 START_S = 90.0
 COMMAND_S = 60.0
@@ -61,37 +63,58 @@ FINISHED = {
     "BOOT_FAIL",
     "DEADLINE",
 }
+"""States of a job that has ended for good."""
+MUNGE_FILES = ("key", "socket", "pid", "log", "seed")
+BOOT_HEAD = """\
+ip link add switch type bridge
+ip addr add {address}/{prefix} dev switch
+ip link set switch up
+{munged} &
+until [ -S {root}/munge.socket ]; do sleep 0.05; done
+{slurmctld} -D &
+wait
+"""
+BOOT_NODE = """\
+until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
+ip addr add {address}/{prefix} dev eth0
+ip link set eth0 up
+{sshd}{slurmd} -D -N {name} &
+wait
+"""
 
 
 class Cluster:
-    """A Slurm of `nodes` nodes for the time of a `with` block.
+    """A Slurm of several nodes for the time of a `with` block.
 
     Args:
-        nodes: hosts that run jobs, named n1, n2, ...
+        nodes: number of hosts that run jobs; they are named n1, n2, ...
         grace_s: seconds between USR1 and TERM when a job is preempted.
-        ssh: run sshd on every node, and let `ssh NODE` work from every other without questions.
+        ssh: whether every node runs sshd, so that `ssh NODE` works from every other one.
 
     Raises:
-        OneLLMError: this machine cannot run one (what is missing is said), or it did not come up.
+        OneLLMError: no Slurm can run on this machine (the error says why), or it did not start.
     """
 
     def __init__(self, nodes: int = 2, *, grace_s: int = 30, ssh: bool = False) -> None:
-        self.nodes = node_names(nodes)
-        self._grace_s, self._ssh = grace_s, ssh
-        self._hosts: dict[str, Host] = {}
-        self._before: dict[int, Any] = {}
+        self.nodes = make_node_names(nodes)
         self.root = Path("/nonexistent")
-        """The folder of everything of this cluster, while it is up."""
+        """The folder of all files of the cluster, while it is up."""
         self.env: dict[str, str] = {}
+        """Environment variables of the cluster's commands and jobs."""
+        self._grace_s = grace_s
+        self._ssh = ssh
+        self._hosts: dict[str, Host] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Cluster:
-        check_needs(ssh=self._ssh)
-        remove_stale()
-        self.root = claim_folder()
+        check_requirements(ssh=self._ssh)
+        remove_stale_folders()
+        self.root = make_folder()
         try:
             if threading.current_thread() is threading.main_thread():
-                self._before = handle_termination(_interrupt)
+                self._handlers = handle_termination(_interrupt)
             self._write_files()
+            self.env = self._make_environment()
             self._start_head()
             for name in self.nodes:
                 self.start_node(name)
@@ -116,70 +139,54 @@ class Cluster:
         self._hosts.clear()
         if (self.root / OWNER).is_file():
             shutil.rmtree(self.root, ignore_errors=True)
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._handlers.clear()
 
     def _write_files(self) -> None:
-        for name in ("state", "tmp", *(f"spool-{node}" for node in self.nodes)):
+        for name in ("state", "tmp", "gpus", *(f"spool-{node}" for node in self.nodes)):
             (self.root / name).mkdir()
-        memory_mb = psutil.virtual_memory().total >> 20
-        (self.root / "slurm.conf").write_text(
-            slurm_conf(self.root, self.nodes, grace_s=self._grace_s, memory_mb=memory_mb)
-        )
-        (self.root / "gpus").mkdir()
         for i in range(FAKE_GPUS):
             (self.root / "gpus" / f"gpu{i}").touch()
-        (self.root / "gres.conf").write_text(
-            f"Name=gpu File={self.root}/gpus/gpu[0-{FAKE_GPUS - 1}]\n"
-        )
-        (self.root / "hosts").write_text(hosts_file(self.nodes))
+        memory_mb = psutil.virtual_memory().total >> 20
+        conf = format_slurm_conf(self.root, self.nodes, grace_s=self._grace_s, memory_mb=memory_mb)
+        gpus = f"Name=gpu File={self.root}/gpus/gpu[0-{FAKE_GPUS - 1}]\n"
+        (self.root / "slurm.conf").write_text(conf)
+        (self.root / "gres.conf").write_text(gpus)
+        (self.root / "hosts").write_text(format_hosts(self.nodes))
         key = self.root / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
+        if self._ssh:
+            write_ssh_files(self.root, self.nodes)
+
+    def _make_environment(self) -> dict[str, str]:
+        """This process's environment without the settings of another Slurm."""
         tools = str(Path(sys.executable).parent)
-        path = os.pathsep.join(
-            [
-                tools,
-                *(p for p in os.environ.get("PATH", "").split(os.pathsep) if p != tools),
-                "/usr/sbin",
-                "/sbin",
-            ]
-        )
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("SLURM_", "SBATCH_", "SQUEUE_", "SALLOC_", "SCANCEL_"))
-        }
-        self.env = {
+        folders = os.environ.get("PATH", "").split(os.pathsep)
+        path = [tools, *(folder for folder in folders if folder != tools), "/usr/sbin", "/sbin"]
+        others = ("SLURM_", "SBATCH_", "SQUEUE_", "SALLOC_", "SCANCEL_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+        return {
             **kept,
             "SLURM_CONF": str(self.root / "slurm.conf"),
             "TMPDIR": str(self.root / "tmp"),
-            "PATH": path,
+            "PATH": os.pathsep.join(path),
         }
-        if self._ssh:
-            write_ssh(self.root, self.nodes)
 
     def _start_head(self) -> None:
         munged = f"{find_tool('munged')} --foreground --force --num-threads=2"
-        files = " ".join(
-            f"--{o}={self.root}/munge.{f}"
-            for o, f in (
-                ("key-file", "key"),
-                ("socket", "socket"),
-                ("pid-file", "pid"),
-                ("log-file", "log"),
-                ("seed-file", "seed"),
-            )
+        for name in MUNGE_FILES:
+            option = name if name == "socket" else f"{name}-file"
+            munged += f" --{option}={self.root}/munge.{name}"
+        boot = BOOT_HEAD.format(
+            address=get_address(0),
+            prefix=PREFIX_LENGTH,
+            munged=munged,
+            root=self.root,
+            slurmctld=find_tool("slurmctld"),
         )
-        boot = (
-            f"ip link add switch type bridge\nip addr add {address(0)}/{PREFIX_LENGTH} dev switch\nip link set switch up\n"
-            f"{munged} {files} &\nuntil [ -S {self.root}/munge.socket ]; do sleep 0.05; done\n"
-            f"{find_tool('slurmctld')} -D &\nwait\n"
-        )
-        self._hosts[CONTROLLER] = Host(
-            CONTROLLER, boot, hosts=self.root / "hosts", log=self.root / "head.log", env=self.env
-        )
+        self._hosts[CONTROLLER] = self._make_host(CONTROLLER, boot)
         self._wait_until(
             lambda: self.run("scontrol", "ping", check=False).stdout.count("UP") == 1,
             START_S,
@@ -187,76 +194,77 @@ class Cluster:
         )
 
     def start_node(self, name: str) -> None:
-        """Bring a node up, at first or after `lose_node`."""
-        place = self.nodes.index(name) + 1
-        sshd = boot_lines(self.root, name) if self._ssh else ""
-        boot = (
-            "until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done\n"
-            f"ip addr add {address(place)}/{PREFIX_LENGTH} dev eth0\nip link set eth0 up\n{sshd}"
-            f"{find_tool('slurmd')} -D -N {name} &\nwait\n"
+        """Start a node, for the first time or after `lose_node`."""
+        index = self.nodes.index(name) + 1
+        boot = BOOT_NODE.format(
+            address=get_address(index),
+            prefix=PREFIX_LENGTH,
+            sshd=format_boot_lines(self.root, name) if self._ssh else "",
+            slurmd=find_tool("slurmd"),
+            name=name,
         )
-        host = Host(
-            name, boot, hosts=self.root / "hosts", log=self.root / f"{name}.log", env=self.env
-        )
+        host = self._make_host(name, boot)
         self._hosts[name] = host
-        plug = f"plug{place}-{host.pid()}"  # a lost node's plug may still be there for a moment
-        add = [
-            "ip",
-            "link",
-            "add",
-            plug,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            str(host.pid()),
-        ]
+        pid = host.find_pid()
+        plug = f"plug{index}-{pid}"  # the plug of a lost node may still be there for a moment
+        peer = f"peer name eth0 netns {pid}"
         head = self._hosts[CONTROLLER]
-        for command in (add, ["ip", "link", "set", plug, "master", "switch", "up"]):
-            subprocess.run(head.enter(command, network_only=True), check=True, timeout=COMMAND_S)
+        for command in (
+            f"ip link add {plug} type veth {peer}",
+            f"ip link set {plug} master switch up",
+        ):
+            entered = head.enter(command.split(), network_only=True)
+            subprocess.run(entered, check=True, timeout=COMMAND_S)
+
+    def _make_host(self, name: str, boot: str) -> Host:
+        log = self.root / f"{name}.log"
+        return Host(name, boot, hosts=self.root / "hosts", log=log, env=self.env)
 
     def wait_for_nodes(self, names: Sequence[str]) -> None:
-        """Until these nodes are idle.
+        """Wait until these nodes are idle.
 
         Raises:
-            OneLLMError: they do not become so.
+            OneLLMError: they do not become idle in time.
         """
         self._wait_until(
-            lambda: all(self.node_states().get(name) == "idle" for name in names),
+            lambda: all(self.get_node_states().get(name) == "idle" for name in names),
             START_S,
             "the nodes are not idle",
         )
 
     def wait_for_messages(self) -> None:
-        """Until the controller has no message under way, for `MESSAGES_S` at most.
+        """Wait until the controller has no pending message, for `MESSAGES_S` at most.
 
-        What it could not tell a lost node it tells it again a minute later (Slurm 22.05): a step that has the old one's number by then, for
-        its job was requeued, is ended by it.
+        A message that did not reach a lost node is sent again a minute later (Slurm 22.05). It then
+        ends whatever step has the number of the old one, for instance that of the requeued job.
         """
         deadline = time.monotonic() + MESSAGES_S
-        while self._messages() and time.monotonic() < deadline:
+        while self._count_messages() and time.monotonic() < deadline:
             time.sleep(0.5)
 
-    def _messages(self) -> int:
+    def _count_messages(self) -> int:
         text = self.run("sdiag", check=False).stdout
-        return sum(
-            int(count)
-            for count in re.findall(r"^Agent (?:queue size|count): *(\d+)", text, re.MULTILINE)
-        )
+        counts = re.findall(r"^Agent (?:queue size|count): *(\d+)", text, re.MULTILINE)
+        return sum(map(int, counts))
 
     def is_up(self, name: str) -> bool:
         """Whether a node runs."""
-        return name in self._hosts and self._hosts[name].alive
+        return name in self._hosts and self._hosts[name].is_alive
 
     def lose_node(self, name: str) -> None:
         """End a node as a power cut does: every process on it, at once."""
         self._hosts.pop(name).kill()
 
-    def on_node(self, name: str, command: Sequence[str]) -> list[str]:
-        """`command` so that it runs on a node (with `self.env`)."""
+    def enter_node(self, name: str, command: Sequence[str]) -> list[str]:
+        """Extend a command so that it runs on a node (use it with `self.env`)."""
         return self._hosts[name].enter(command)
+
+    def enter_head(self, command: Sequence[str]) -> list[str]:
+        """Extend a command so that it reaches the controller, and still sees this machine's files.
+
+        Use it with `self.env`.
+        """
+        return self._hosts[CONTROLLER].enter(command, network_only=True)
 
     def run(
         self,
@@ -265,16 +273,20 @@ class Cluster:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        """A command of Slurm (`squeue`, `sbatch`, ...) against this cluster.
+        """Run a command of Slurm (`squeue`, `sbatch`, ...) against this cluster.
+
+        Args:
+            command: the command.
+            check: whether a failure raises an error.
+            cwd: its working directory.
+            env: environment variables besides the cluster's.
 
         Raises:
             OneLLMError: it failed, and `check` is set.
         """
-        entered = self.enter_command(command)
-        here = {**self.env, **(env or {})}
         done = subprocess.run(
-            entered,
-            env=here,
+            self.enter_head(command),
+            env={**self.env, **(env or {})},
             cwd=cwd,
             capture_output=True,
             text=True,
@@ -289,10 +301,6 @@ class Cluster:
             )
         return done
 
-    def enter_command(self, command: Sequence[str]) -> list[str]:
-        """`command` so that it reaches the controller (with `self.env`); it sees this machine's files."""
-        return self._hosts[CONTROLLER].enter(command, network_only=True)
-
     def submit(
         self,
         script: Path,
@@ -300,48 +308,59 @@ class Cluster:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> int:
-        """`sbatch`; returns the job's number."""
+        """Submit a job script by `sbatch`.
+
+        Args:
+            script: the script.
+            options: further options of sbatch.
+            cwd: working directory of the job.
+            env: environment variables besides the cluster's.
+
+        Returns:
+            The id of the job.
+        """
         done = self.run("sbatch", "--parsable", *options, str(script), cwd=cwd, env=env)
         return int(done.stdout.strip().split(";")[0])
 
-    def job(self, number: int) -> dict[str, str]:
-        """What `scontrol show job` says of it (`JOB_FIELDS`)."""
+    def show_job(self, number: int) -> dict[str, str]:
+        """Get the `JOB_FIELDS` of a job from `scontrol show job`."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(number)).stdout
         found = dict(item.split("=", 1) for item in text.split() if "=" in item)
         return {key: found.get(key, "") for key in JOB_FIELDS}
 
-    def node_states(self) -> dict[str, str]:
-        """Node -> idle, mixed, allocated, down, ..."""
-        text = self.run(
-            "sinfo", "--noheader", "--Node", "--partition=normal", "--format=%N %T", check=False
-        ).stdout
-        return {name: state for name, state in (line.split() for line in text.splitlines())}
+    def get_node_states(self) -> dict[str, str]:
+        """Get the state of every node: idle, mixed, allocated, down, ..."""
+        options = ("--noheader", "--Node", "--partition=normal", "--format=%N %T")
+        text = self.run("sinfo", *options, check=False).stdout
+        states: dict[str, str] = {}
+        for line in text.splitlines():
+            name, state = line.split()
+            states[name] = state
+        return states
 
-    def pids(self, node: str) -> list[int]:
-        """Processes of a node, as seen from outside."""
-        return pids_of(os.readlink(f"/proc/{self._hosts[node].pid()}/ns/pid"))
+    def list_pids(self, node: str) -> list[int]:
+        """List the processes of a node, as seen from outside."""
+        return list_pids(os.readlink(f"/proc/{self._hosts[node].find_pid()}/ns/pid"))
 
-    def _wait_until(self, true: Callable[[], bool], patience_s: float, otherwise: str) -> None:
+    def _wait_until(self, condition: Callable[[], bool], patience_s: float, otherwise: str) -> None:
         deadline = time.monotonic() + patience_s
-        while not true():
-            dead = [name for name, host in self._hosts.items() if not host.alive]
+        while not condition():
+            dead = [name for name, host in self._hosts.items() if not host.is_alive]
             if dead or time.monotonic() > deadline:
-                logs = "\n".join(_tail(path) for path in sorted(self.root.glob("*.log")))
+                ended = f" (ended: {', '.join(dead)})" if dead else ""
                 raise OneLLMError(
-                    f"the throw-away Slurm did not come up: {otherwise}{' (ended: ' + ', '.join(dead) + ')' if dead else ''}",
-                    logs,
-                    "`onellm doctor` says what this machine has.",
+                    f"the throw-away Slurm did not start: {otherwise}{ended}",
+                    "\n".join(_read_tail(path) for path in sorted(self.root.glob("*.log"))),
+                    "`onellm doctor` shows what this machine has.",
                 )
             time.sleep(0.1)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
-    """TERM and HUP unwind like Ctrl-C does, so that the `with` block cleans up."""
+    """Unwind on TERM and HUP as on Ctrl-C, so that the `with` block cleans up."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-def _tail(path: Path, lines: int = 5) -> str:
-    return "\n".join(
-        f"{path.name}: {line}"
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-    )
+def _read_tail(path: Path, lines: int = 5) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(f"{path.name}: {line}" for line in text.splitlines()[-lines:])

@@ -1,4 +1,4 @@
-"""`slurm.conf` and its like for the throw-away cluster. Seen to work with Slurm 22.05.8 (Debian 12)."""
+"""The configuration files of the throw-away cluster; they work with Slurm 22.05.8 (Debian 12)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,39 @@ from pathlib import Path
 CONTROLLER = "head"
 NETWORK = "10.77.0"
 PREFIX_LENGTH = 24
-CONTROLLER_PORT, NODE_PORT = 16817, 16818
-"""Not Slurm's usual ports; and in a network of their own, where nobody else listens."""
-FAKE_GPUS, FAKE_CPUS = 16, 64
-"""What each node says it has, so that job scripts for real nodes are accepted; nothing is bound to it."""
+CONTROLLER_PORT = 16817
+NODE_PORT = 16818
+"""Not Slurm's usual ports, and in a network of their own, where nobody else listens."""
+FAKE_GPUS = 16
+FAKE_CPUS = 64
+"""What each node claims to have, so that job scripts for real nodes are accepted. Nothing is bound
+to it."""
 
 
-def address(place: int) -> str:
-    """Of the controller (place 0) or the n-th node (from 1)."""
-    return f"{NETWORK}.{place + 1}"
+def get_address(index: int) -> str:
+    """Address of the controller (index 0) or of the n-th node (from 1)."""
+    return f"{NETWORK}.{index + 1}"
 
 
-def node_names(count: int) -> list[str]:
-    """n1, n2, ..."""
+def make_node_names(count: int) -> list[str]:
+    """Make the names of the nodes: n1, n2, ..."""
     return [f"n{i + 1}" for i in range(count)]
 
 
-def slurm_conf(root: Path, nodes: Sequence[str], *, grace_s: int, memory_mb: int) -> str:
-    """The configuration of a cluster that lives in `root`.
+def format_slurm_conf(root: Path, nodes: Sequence[str], *, grace_s: int, memory_mb: int) -> str:
+    """Format the `slurm.conf` of a cluster.
 
-    Two partitions hold all nodes: jobs of `urgent` preempt those of `normal`, which then have `grace_s` seconds after USR1.
+    Two partitions have all nodes. Jobs of `urgent` preempt those of `normal`.
+
+    Args:
+        root: folder of all files of the cluster.
+        nodes: names of the nodes.
+        grace_s: seconds between the USR1 and the end of a preempted job.
+        memory_mb: memory of each node.
     """
     fixed = {
         "ClusterName": "rehearsal",
-        "SlurmctldHost": f"{CONTROLLER}({address(0)})",
+        "SlurmctldHost": f"{CONTROLLER}({get_address(0)})",
         "SlurmctldPort": CONTROLLER_PORT,
         "SlurmdPort": NODE_PORT,
         "SlurmUser": "root",
@@ -67,18 +76,17 @@ def slurm_conf(root: Path, nodes: Sequence[str], *, grace_s: int, memory_mb: int
     lines = [f"{key}={value}" for key, value in fixed.items()]
     size = f"CPUs={FAKE_CPUS} RealMemory={memory_mb} Gres=gpu:{FAKE_GPUS}"
     lines += [
-        f"NodeName={name} NodeAddr={address(i + 1)} {size} State=UNKNOWN"
+        f"NodeName={name} NodeAddr={get_address(i + 1)} {size} State=UNKNOWN"
         for i, name in enumerate(nodes)
     ]
-    names = ",".join(nodes)
-    lines.append(
-        f"PartitionName=normal Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace_s}"
-    )
-    lines.append(f"PartitionName=urgent Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10")
+    common = f"Nodes={','.join(nodes)} MaxTime=INFINITE State=UP"
+    lines.append(f"PartitionName=normal {common} Default=YES PriorityTier=1 GraceTime={grace_s}")
+    lines.append(f"PartitionName=urgent {common} PriorityTier=10")
     return "\n".join(lines) + "\n"
 
 
-def hosts_file(nodes: Sequence[str]) -> str:
-    """`/etc/hosts` of every host of the cluster."""
-    lines = ["127.0.0.1 localhost", f"{address(0)} {CONTROLLER}"]
-    return "\n".join([*lines, *(f"{address(i + 1)} {name}" for i, name in enumerate(nodes))]) + "\n"
+def format_hosts(nodes: Sequence[str]) -> str:
+    """Format the `/etc/hosts` of every host of the cluster."""
+    lines = ["127.0.0.1 localhost", f"{get_address(0)} {CONTROLLER}"]
+    lines += [f"{get_address(i + 1)} {name}" for i, name in enumerate(nodes)]
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,8 @@
-"""Folders of throw-away clusters: each names the process that owns it, so that what a killed one left is found and removed."""
+"""The folders of throw-away clusters.
+
+Each folder names the process that owns it, so that a folder whose owner was killed is found and
+removed.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +18,33 @@ PREFIX = "onellm-slurm-"
 OWNER = "owner.json"
 
 
-def claim_folder() -> Path:
-    """A new folder that belongs to this process."""
+def make_folder() -> Path:
+    """Make a new folder that belongs to this process."""
     root = Path(tempfile.mkdtemp(prefix=PREFIX))
-    root.chmod(0o755)  # munge refuses a socket below a folder that others cannot pass
-    (root / OWNER).write_text(
-        json.dumps({"pid": os.getpid(), "started": psutil.Process().create_time()})
-    )
+    root.chmod(0o755)  # munge refuses a socket below a folder that others cannot enter
+    owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    (root / OWNER).write_text(json.dumps(owner))
     return root
 
 
-def remove_stale() -> list[Path]:
-    """Remove the folders whose owner is gone (its processes went with it). Returns them."""
-    gone = [root for root in Path(tempfile.gettempdir()).glob(f"{PREFIX}*") if _owner_is_gone(root)]
-    for root in gone:
-        shutil.rmtree(root, ignore_errors=True)
-    return gone
+def remove_stale_folders() -> list[Path]:
+    """Remove the folders whose owner is gone; its processes ended with it.
+
+    Returns:
+        The removed folders.
+    """
+    folders = Path(tempfile.gettempdir()).glob(f"{PREFIX}*")
+    stale = [folder for folder in folders if _is_stale(folder)]
+    for folder in stale:
+        shutil.rmtree(folder, ignore_errors=True)
+    return stale
 
 
-def _owner_is_gone(root: Path) -> bool:
+def _is_stale(folder: Path) -> bool:
     try:
-        owner = json.loads((root / OWNER).read_text(encoding="utf-8"))
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         return bool(abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
     except (OSError, ValueError, KeyError):
-        return False  # being made just now, or not ours to judge
+        return False  # it is just being made, or is not one of ours

@@ -1,4 +1,7 @@
-"""The throw-away Slurm: it runs job scripts as a cluster does, and leaves nothing behind, however it ends. The ranks are stand-ins."""
+"""The throw-away Slurm: it runs job scripts as a cluster does, and leaves nothing behind.
+
+The ranks are small shell scripts.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,37 @@ from typing import Any
 import pytest
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.launch.slurm.job import SlurmJob
+from onellm_dist.launch.slurm.job import STARTERS, SlurmJob
 from onellm_dist.launch.slurm.script import render
-from onellm_dist.testing.slurm_cluster import requirements as needs
+from onellm_dist.testing.slurm_cluster import requirements
 from onellm_dist.testing.slurm_cluster.cluster import Cluster
 from onellm_dist.testing.slurm_cluster.folders import PREFIX
-from onellm_dist.testing.slurm_cluster.job import RunningJob
-from onellm_dist.testing.slurm_cluster.requirements import what_is_missing
+from onellm_dist.testing.slurm_cluster.running_job import RunningJob
 
-MISSING = what_is_missing(ssh=True)
+MISSING = requirements.find_missing(ssh=True)
 needs_slurm = pytest.mark.skipif(bool(MISSING), reason=f"no throw-away Slurm here: {MISSING}")
 PATIENCE_S = 120.0
 
-STAND_IN = """#!/bin/bash
-# In place of `python -m onellm_dist.train`: rank 0 ends as the next line of `plan` in the run directory says. Anything else is Python.
+FAKE_RANK = """#!/bin/bash
+# In place of `python -m onellm_dist.train`: rank 0 ends as the next line of `plan` in the run
+# directory says. Anything else is run by Python.
 for word in "$@"; do
     [ "$word" != onellm_dist.train ] || train=1
     [ "${word#run.dir=}" = "$word" ] || run="${word#run.dir=}"
 done
 [ -n "${train:-}" ] || exec PYTHON "$@"
 [ "$SLURM_PROCID" = 0 ] || { touch "$run/met.$SLURM_PROCID"; while :; do sleep 0.1; done; }
-# As real ranks do, they meet first: Slurm (22.05) does not end a task that it is only just starting.
-until [ "$(ls "$run" | grep -c '^met')" -ge "$((SLURM_STEP_NUM_TASKS - 1))" ]; do sleep 0.05; done; rm -f "$run"/met.*
+# As real ranks do, they meet first: Slurm (22.05) does not end a task that is only just starting.
+until [ "$(ls "$run" | grep -c '^met')" -ge "$((SLURM_STEP_NUM_TASKS - 1))" ]; do sleep 0.05; done
+rm -f "$run"/met.*
 line=$(head -n 1 "$run/plan"); sed -i 1d "$run/plan"
 case "$line" in
-    wait) trap 'exit 143' TERM; touch "$run/waits"; until [ -e "$run/stop" ]; do sleep 0.1; done
-        echo '{"status": "preempted", "steps_done": 7, "reason": "stop"}' >"$run/exit.json"; exit 75 ;;
+    wait)
+        trap 'exit 143' TERM
+        touch "$run/waits"
+        until [ -e "$run/stop" ]; do sleep 0.1; done
+        echo '{"status": "preempted", "steps_done": 7, "reason": "stop"}' >"$run/exit.json"
+        exit 75 ;;
     vanish) exit 9 ;;
     *) echo "$line" >"$run/exit.json"; exit 1 ;;
 esac
@@ -58,9 +66,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 APPTAINER = """#!/bin/bash
-# In place of apptainer: leaves its own options out and runs the command here.
+# In place of apptainer: drops its options and runs the command here.
 [ "$1" = exec ] && shift
-while [ "${1#--}" != "$1" ]; do case "$1" in --bind | --pwd) shift 2 ;; *) shift ;; esac; done
+while [ "${1#--}" != "$1" ]; do
+    case "$1" in --bind | --pwd) shift 2 ;; *) shift ;; esac
+done
 [ "$1" = "an image.sif" ] && shift && exec "$@"
 """
 
@@ -73,10 +83,10 @@ def submit(
     env: dict[str, str] | None = None,
     **fields: Any,
 ) -> RunningJob:
-    """A job of two nodes with a stand-in rank each, whose starts end as `plan` says."""
-    stand_in = folder / "stand_in"
-    stand_in.write_text(STAND_IN.replace("PYTHON", sys.executable))
-    stand_in.chmod(0o755)
+    """A job of two nodes with a fake rank each, whose starts end as `plan` says."""
+    python = folder / "python"
+    python.write_text(FAKE_RANK.replace("PYTHON", sys.executable))
+    python.chmod(0o755)
     run_dir = folder / "run"
     run_dir.mkdir()
     (run_dir / "plan").write_text("\n".join(plan) + "\n")
@@ -86,7 +96,7 @@ def submit(
         overrides=(f"run.dir={run_dir}",),
         gpus_per_node=1,
         name="job",
-        python=str(stand_in),
+        python=str(python),
         time=time,
         grace_period_s=1 if time == "10" else 50,
         **{"nodes": (2, 2), "ranks_per_node": 1, **fields},
@@ -98,14 +108,14 @@ def submit(
     )
 
 
-def failed(step: int, *suspects: str) -> str:
+def format_failure(step: int, *samples: str) -> str:
     return json.dumps(
         {
             "status": "failed",
             "steps_done": step,
             "failed_step": step,
             "reason": "boom",
-            "offending_samples": suspects,
+            "offending_samples": samples,
         }
     )
 
@@ -115,7 +125,7 @@ def failed(step: int, *suspects: str) -> str:
 def test_slurm_accepts_every_rendered_script(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for starter in ("srun", "torchrun", "deepspeed"):
+    for starter in STARTERS:
         job = SlurmJob(
             recipe="x",
             run_dir=Path("r"),
@@ -123,9 +133,9 @@ def test_slurm_accepts_every_rendered_script(
             gpus_per_node=8,
             ranks_per_node=8,
             starter=starter,
-        )  # type: ignore[arg-type]
+        )
         tried = subprocess.run(
-            cluster.enter_command(["sbatch", "--test-only"]),
+            cluster.enter_head(["sbatch", "--test-only"]),
             input=render(job),
             env=cluster.env,
             capture_output=True,
@@ -137,16 +147,21 @@ def test_slurm_accepts_every_rendered_script(
 
 @needs_slurm
 @pytest.mark.slow
-def test_the_same_step_twice_halts_and_the_log_names_the_suspects(
+def test_the_same_step_twice_halts_and_the_log_names_the_samples(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    job = submit(cluster, tmp_path, failed(5, "image/a/1@0"), failed(5, "image/a/1@0"))
+    job = submit(
+        cluster, tmp_path, format_failure(5, "image/a/1@0"), format_failure(5, "image/a/1@0")
+    )
     job.wait_for_requeue(1)
-    assert cluster.job(job.number)["JobState"] == "PENDING"  # it backs off
-    job.hurry()
+    assert cluster.show_job(job.number)["JobState"] == "PENDING"  # it backs off
+    job.start_soon()
     assert job.wait_for_end() == "FAILED"
-    assert "two starts failed at step 5" in job.tail() and "image/a/1@0" in job.tail()
-    assert [(a.restart_count, a.status, a.action, a.nodes) for a in job.attempts()] == [
+    assert (
+        "two starts failed at step 5" in job.read_log_tail()
+        and "image/a/1@0" in job.read_log_tail()
+    )
+    assert [(a.restart_count, a.status, a.action, a.nodes) for a in job.read_attempts()] == [
         (0, "failed", "requeue", ("n1", "n2")),
         (1, "failed", "halt", ("n1", "n2")),
     ]
@@ -170,7 +185,7 @@ def test_a_container_runs_the_same(cluster: Cluster, tmp_path: Path, starter: st
         starter=starter,
     )
     assert job.wait_for_end() == "COMPLETED"
-    assert [a.status for a in job.attempts()] == ["done"]
+    assert [a.status for a in job.read_attempts()] == ["done"]
 
 
 @needs_slurm
@@ -186,11 +201,11 @@ def test_a_job_of_several_ranks_a_node_comes_back_on_fewer_nodes(
         cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
         job.wait_for_requeue(1)
         (tmp_path / "run" / "stop").unlink()
-        job.hurry()
+        job.start_soon()
         assert job.wait_for_end() == "COMPLETED"
     finally:
         cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    assert [(a.status, a.nodes) for a in job.attempts()] == [
+    assert [(a.status, a.nodes) for a in job.read_attempts()] == [
         ("preempted", ("n1", "n2")),
         ("done", ("n1",)),
     ]
@@ -205,7 +220,7 @@ def test_wrong_usage_ends_at_once(cluster: Cluster, tmp_path: Path) -> None:
         json.dumps({"status": "usage", "steps_done": None, "reason": "unknown key"}),
     )
     assert job.wait_for_end() == "FAILED"
-    assert cluster.job(job.number)["ExitCode"] == "2:0" and job.restarts() == 0
+    assert cluster.show_job(job.number)["ExitCode"] == "2:0" and job.count_restarts() == 0
 
 
 @needs_slurm
@@ -217,15 +232,17 @@ def test_usr1_to_the_script_stops_the_ranks_and_requeues_but_scancel_ends_it(
     wait_for(tmp_path / "run" / "waits")
     cluster.run("scancel", "--signal=USR1", "--batch", str(job.number))
     job.wait_for_requeue(1)
-    assert job.attempts()[0].status == "preempted" and job.attempts()[0].action == "requeue"
+    assert (
+        job.read_attempts()[0].status == "preempted" and job.read_attempts()[0].action == "requeue"
+    )
     (tmp_path / "run" / "waits").unlink()
     (tmp_path / "run" / "stop").unlink()
-    job.hurry()
+    job.start_soon()
     wait_for(tmp_path / "run" / "waits")
     cluster.run("scancel", str(job.number))
     assert job.wait_for_end() == "CANCELLED"
     time.sleep(2)
-    assert cluster.job(job.number)["JobState"] == "CANCELLED" and job.restarts() == 1
+    assert cluster.show_job(job.number)["JobState"] == "CANCELLED" and job.count_restarts() == 1
 
 
 @needs_slurm
@@ -242,9 +259,9 @@ def test_the_time_limit_is_announced_and_the_job_comes_back(
     )
     job.wait_for_requeue(1)
     (tmp_path / "run" / "stop").unlink(missing_ok=True)
-    job.hurry()
+    job.start_soon()
     assert job.wait_for_end() == "COMPLETED"
-    assert [a.status for a in job.attempts()] == ["preempted", "done"]
+    assert [a.status for a in job.read_attempts()] == ["preempted", "done"]
 
 
 def wait_for(path: Path) -> None:
@@ -254,35 +271,40 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-HEED = ("env", "--default-signal=INT")
-"""A shell that runs the tests in the background lets its children ignore Ctrl-C."""
+WITH_SIGINT = ("env", "--default-signal=INT")
+"""If a shell runs the tests in the background, its children ignore Ctrl-C otherwise."""
 
-OWNER = """
+OWNER = '''
 import sys, time
 from pathlib import Path
 from onellm_dist.testing.slurm_cluster.cluster import Cluster
-JOB = "#!/bin/bash\\n#SBATCH --nodes=2 --output=/dev/null\\nsrun --nodes=2 bash -c 'touch /dev/shm/MARK; setsid sleep 600 & sleep 600'\\n"
+JOB = """#!/bin/bash
+#SBATCH --nodes=2 --output=/dev/null
+srun --nodes=2 bash -c 'touch /dev/shm/MARK; setsid sleep 600 & sleep 600'
+"""
 with Cluster(2, ssh=True) as cluster:
     script = cluster.root / "job.sh"
     script.write_text(JOB)
     cluster.submit(script)
     def sleeps(node):
-        return any("sleep" in Path(f"/proc/{pid}/cmdline").read_text() for pid in cluster.pids(node))
+        pids = cluster.list_pids(node)
+        return any("sleep" in Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
     while not all(sleeps(node) for node in cluster.nodes):
         time.sleep(0.1)
     Path(sys.argv[1]).write_text(str(cluster.root))
     HOW
-"""
+'''
 
 
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["failure", "interrupt", "term", "kill"])
 def test_nothing_is_left(how: str, tmp_path: Path) -> None:
-    """Of a cluster with a job on it, whose owner fails, is interrupted, terminated or killed."""
-    told, mark = tmp_path / "root", f"mark-{uuid.uuid4()}"
+    """The owner of a cluster with a job fails, is interrupted, terminated or killed."""
+    root_file = tmp_path / "root"
+    mark = f"mark-{uuid.uuid4()}"
     last = "raise RuntimeError('a fault')" if how == "failure" else "time.sleep(600)"
-    # Another Slurm's settings must not be taken for ours.
+    # The settings of another Slurm must not be taken for ours.
     env = {
         **os.environ,
         "SLURM_CONF": "/no/such/slurm.conf",
@@ -291,29 +313,31 @@ def test_nothing_is_left(how: str, tmp_path: Path) -> None:
     }
     code = OWNER.replace("MARK", mark).replace("HOW", last)
     owner = subprocess.Popen(
-        [*HEED, sys.executable, "-c", code, str(told)], env=env, stderr=subprocess.DEVNULL
+        [*WITH_SIGINT, sys.executable, "-c", code, str(root_file)],
+        env=env,
+        stderr=subprocess.DEVNULL,
     )
-    wait_for(told)
-    root = told.read_text()
+    wait_for(root_file)
+    root = root_file.read_text()
     if how != "failure":
-        assert processes_of(root)
+        assert list_processes(root)
         owner.send_signal(
             {"interrupt": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}[how]
         )
     assert owner.wait(timeout=PATIENCE_S) != 0
     deadline = time.monotonic() + 20
-    while (left := processes_of(root)) and time.monotonic() < deadline:
+    while (left := list_processes(root)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
     assert root not in Path("/proc/mounts").read_text()
     assert not Path("/dev/shm", mark).exists()
-    if how == "kill":  # its folder alone stays, till the next one comes
+    if how == "kill":  # only its folder stays, until the next cluster
         with Cluster(1):
             pass
     assert not Path(root).exists()
 
 
-def processes_of(root: str) -> list[int]:
+def list_processes(root: str) -> list[int]:
     """Processes whose environment or command line names the cluster's folder."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -329,11 +353,11 @@ def test_without_root_or_packages_it_says_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = set(Path(tempfile.gettempdir()).glob(f"{PREFIX}*"))
-    monkeypatch.setattr(needs, "_PATH", str(tmp_path))
+    monkeypatch.setattr(requirements, "_PATH", str(tmp_path))
     with pytest.raises(OneLLMError, match="slurm-wlm") as error:
-        needs.check_needs()
+        requirements.check_requirements()
     assert "make slurm" in error.value.do
-    for tool in needs.PACKAGES:
+    for tool in requirements.PACKAGES:
         (tmp_path / tool).write_text("")
         (tmp_path / tool).chmod(0o755)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
