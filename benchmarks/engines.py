@@ -180,7 +180,7 @@ def measure_steps(dist: Any, name: str, out: Path) -> dict[str, float]:
             train_step(engine, step)
     gc.collect()
     with Peak() as save:
-        save_state(out / "checkpoint", engine, dist, {"step": STEPS})
+        save_state(out / "checkpoint", engine, dist, {"steps_done": STEPS})
     trained = sum(dist.gather(sum(r.length for r in engine.ranges())))
     return {"state": state, "peak": peak.growth, "save": save.growth, "trained_weights": trained}
 

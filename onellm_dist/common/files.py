@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,35 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def replace_folder(staged: Path, folder: Path) -> None:
+    """Rename a complete, synced folder to `folder`, which may exist.
+
+    A folder of that name is moved aside first and removed last; `restore_folder` brings it back if
+    the process was killed in between.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    backup = _backup_path(folder)
+    shutil.rmtree(backup, ignore_errors=True)
+    if folder.exists():
+        folder.rename(backup)
+    staged.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(backup, ignore_errors=True)
+
+
+def restore_folder(folder: Path) -> None:
+    """Undo a `replace_folder` that was interrupted before the new folder had its name."""
+    backup = _backup_path(folder)
+    if backup.is_dir() and not folder.exists():
+        backup.rename(folder)
+
+
+def _backup_path(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.before")
 
 
 def sha256_file(path: Path) -> str:

@@ -1,6 +1,7 @@
-"""The end of a run: the whole model as a `save_pretrained` directory, which the next stage's `model.path` names.
+"""The trained model as a `save_pretrained` directory, which the next stage's `model.path` names.
 
-Weights arrive from the engine one by one and go to the disk one by one: rank 0 holds the largest of them, never all.
+Weights arrive from the engine one by one and go to the disk one by one: rank 0 holds the largest of
+them, never all.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import IO, Any
 import torch
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
-MODEL = "model"
 FILE_BYTES = 5_000_000_000
 """Largest weights file, as transformers' own default was; a larger tensor gets a file of its own."""
 _DTYPES = {
@@ -31,6 +31,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name to (shape, dtype) of every tensor."""
 
 
 def export_model(
@@ -39,13 +40,19 @@ def export_model(
     model: Any,
     processor: Any,
     dist: Distributed,
-    beside: Mapping[str, str] = MappingProxyType({}),
+    extra_files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write the trained model and its processor to `folder`, whole or not at all. Called by all ranks; rank 0 writes.
+    """Write the trained model and its processor to `folder`, completely or not at all.
+
+    All ranks call it together; rank 0 writes.
 
     Args:
-        model: the transformers model whose weights the engine holds; only its class and config are used.
-        beside: name -> text of small files that belong to it (rank 0's count).
+        folder: the directory, which may exist.
+        engine: holds the weights.
+        model: the transformers model; only its class and config are used.
+        processor: saved beside the weights.
+        dist: the ranks.
+        extra_files: name to text of small files that belong to the model (rank 0's count).
 
     Raises:
         OneLLMError: rank 0 could not write; every rank raises.
@@ -57,25 +64,24 @@ def export_model(
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_around(partial, model, processor, engine.compute_dtype)
-            write_weights(partial, weights, _shapes(engine))
-            for name, text in beside.items():
+            _write_configs(partial, model, processor, engine.compute_dtype)
+            write_weights(partial, weights, _get_shapes(engine))
+            for name, text in extra_files.items():
                 (partial / name).write_text(text, encoding="utf-8")
             for path in partial.iterdir():
                 sync(path)
-            _replace(partial, folder)
+            replace_folder(partial, folder)
         except OSError as error:
             failure = str(error)
-    for (
-        _
-    ) in weights:  # the other ranks, and rank 0 after a failure: the collectives go on to the end
+    # The other ranks, and rank 0 after a failure, run the collectives to their end.
+    for _ in weights:
         pass
     failure = dist.broadcast(failure)
     if failure is not None:
         raise OneLLMError(
             f"the model could not be written to {folder}: {failure}",
-            "the run has no export.",
-            "make room, and start the run again.",
+            "the run has no exported model.",
+            "free disk space, and start the run again.",
         )
 
 
@@ -85,13 +91,16 @@ def write_weights(
     shapes: Shapes,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """`model.safetensors`, or several files with an index, as transformers names them.
+    """Write `model.safetensors`, or several files with an index, as transformers names them.
 
     Args:
+        folder: the directory.
         weights: each of `shapes`, in the same order; held one at a time.
+        shapes: what will come.
+        file_bytes: largest file.
     """
-    files = _files(shapes, file_bytes)
-    places: dict[str, str] = {}
+    files = _split_files(shapes, file_bytes)
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = (
             "model.safetensors"
@@ -104,77 +113,55 @@ def write_weights(
                 name, tensor = next(weights)
                 if name != wanted or tuple(tensor.shape) != shapes[name][0]:
                     raise RuntimeError(
-                        f"the engine gave {name} {list(tensor.shape)} where {wanted} was due"
+                        f"the engine yielded {name} {list(tensor.shape)}, expected {wanted}"
                     )
                 out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
-        total = sum(_size(*shape) for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        total = sum(_count_bytes(*shape) for shape in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
 
 
-def _shapes(engine: Engine) -> Shapes:
+def _get_shapes(engine: Engine) -> Shapes:
     return {name: (tuple(shape), dtype) for name, shape, dtype in engine.full_weight_shapes()}
 
 
-def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _files(shapes: Shapes, file_bytes: int) -> list[list[str]]:
+def _split_files(shapes: Shapes, file_bytes: int) -> list[list[str]]:
     files: list[list[str]] = [[]]
     used = 0
     for name, shape in shapes.items():
-        if files[-1] and used + _size(*shape) > file_bytes:
+        if files[-1] and used + _count_bytes(*shape) > file_bytes:
             files.append([])
             used = 0
         files[-1].append(name)
-        used += _size(*shape)
+        used += _count_bytes(*shape)
     return files
 
 
 def _write_header(out: IO[bytes], shapes: Shapes) -> None:
-    """The start of a safetensors file: length, JSON of dtypes, shapes and places, padded to 8 bytes."""
+    """Write the start of a safetensors file: length, and JSON that is padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for name, (shape, dtype) in shapes.items():
-        end = at + _size(shape, dtype)
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
-        at = end
+        end = offset + _count_bytes(shape, dtype)
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
 
 
-def _write_around(folder: Path, model: Any, processor: Any, dtype: torch.dtype) -> None:
-    """Config, generation config and processor: what `save_pretrained` writes beside the weights."""
+def _write_configs(folder: Path, model: Any, processor: Any, dtype: torch.dtype) -> None:
+    """Write config, generation config and processor: what `save_pretrained` adds to the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-
-
-def restore_export(folder: Path) -> None:
-    """Give back its name to an export that was being replaced when a start was killed. Rank 0 calls it."""
-    before = _displaced(folder)
-    if before.is_dir() and not folder.exists():
-        before.rename(folder)
-
-
-def _displaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.before")
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Give `partial` the name `folder`, which another export may have."""
-    before = _displaced(folder)
-    shutil.rmtree(before, ignore_errors=True)
-    if folder.exists():
-        folder.rename(before)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)

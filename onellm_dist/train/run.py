@@ -84,7 +84,7 @@ def _train(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> int:
         dist = join(ranks, config.stability)
     with Watchdog(config.run.dir, dist.rank, dist.world_size, config.stability, exit_file):
         run = build_run(config, dist, exit_file, phases)
-        exit_file.last_act = run.checkpoints.linger
+        exit_file.last_act = run.checkpoints.drain
         return _finish(run, train(run))
 
 

@@ -14,6 +14,7 @@ import torch
 from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import repair_last_line
+from onellm_dist.common.run_files import MODEL
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.micro_batch import MicroBatch
@@ -33,16 +34,17 @@ from onellm_dist.train.callbacks.startup_timing import Phases
 from onellm_dist.train.callbacks.telemetry import Telemetry
 from onellm_dist.train.callbacks.trackers import Trackers, check_trackers
 from onellm_dist.train.callbacks.validation import VALIDATION, Validation
+from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.inherit import take_over
-from onellm_dist.train.checkpoint.resume import Found, find_checkpoint
+from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
 from onellm_dist.train.checkpoint.source import describe_source
-from onellm_dist.train.checkpoint.state import load_state, read_manifest
+from onellm_dist.train.checkpoint.state import load_state
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
-from onellm_dist.train.export import MODEL, export_model
+from onellm_dist.train.export import export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.optim.optimizers import check_optim
@@ -280,7 +282,7 @@ def build_run(config: RunConfig, dist: Distributed, exit_file: ExitFile, phases:
 
 
 def _open_records(
-    config: RunConfig, dist: Distributed, plan: Plan, exit_file: ExitFile, found: Found
+    config: RunConfig, dist: Distributed, plan: Plan, exit_file: ExitFile, found: ResumeTarget
 ) -> Events:
     """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
     if dist.is_rank_zero:
@@ -414,7 +416,7 @@ def _follow(plan: Plan, resume: Path) -> bool:
     manifest = read_manifest(resume) or {}
     return plan.follow(
         [DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())],
-        int(manifest.get("step", 0)),
+        get_steps_done(manifest),
     )
 
 
@@ -435,7 +437,6 @@ def _open_metrics(
 def _about(config: RunConfig, plan: Plan, guard: Guard, step: int) -> dict[str, Any]:
     """What a checkpoint's manifest says beside the state."""
     return {
-        "step": step,
         "stage": config.train.stage,
         "plan": plan.fingerprint(),
         "onellm_dist": __version__,
@@ -446,8 +447,8 @@ def _about(config: RunConfig, plan: Plan, guard: Guard, step: int) -> dict[str, 
     }
 
 
-def _tell_passed_over(events: Events, found: Found) -> None:
-    for name, problem in found.passed_over:
+def _tell_passed_over(events: Events, found: ResumeTarget) -> None:
+    for name, problem in found.damaged:
         events.write(
             "checkpoint_damaged",
             folder=name,
@@ -483,11 +484,11 @@ def _resume(folder: Path, engine: Engine, dist: Distributed, plan: Plan, events:
     ):  # written before 0.2, when nothing was refused
         events.write(
             "plan_changed",
-            step=manifest["step"],
+            step=get_steps_done(manifest),
             checkpoint=folder.name,
-            say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {manifest['step']} on",
+            say=f"WARNING: mixture, shards, seed or batch are not those of {folder}: other samples come from step {get_steps_done(manifest)} on",
         )
-    return int(manifest["step"])
+    return get_steps_done(manifest)
 
 
 def _tell_start(run: Run, resume: Path | None) -> None:

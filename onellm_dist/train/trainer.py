@@ -58,7 +58,7 @@ def train(run: Run) -> Outcome:
             run.in_flight.rest("checkpoint")
             roll_back(run, back)
     run.in_flight.rest("checkpoint")
-    run.checkpoints.settle()
+    run.checkpoints.wait()
     if outcome.status == "done":
         run.in_flight.rest("export")
         run.export()
@@ -88,7 +88,7 @@ def _end_of_step(run: Run, done: int, values: StepValues) -> bool:
     """Validation and checkpoint, where they are due after `done` steps. Returns whether the run stops here."""
     steps = run.config.train.steps
     if values.write_failed:
-        run.checkpoints.settle()  # raises on every rank
+        run.checkpoints.wait()  # raises on every rank
     preempted = values.stop and done < steps
     if run.validation is not None and run.validation.due(done) and not preempted:
         run.in_flight.rest("validation")
@@ -173,7 +173,7 @@ def _agree(run: Run, step: int, done: _Pass) -> StepValues:
         new_skipped_samples=new_skipped_samples,
         stop=run.stop.asked(),
         write_failed=run.checkpoints.failed,
-        save=run.checkpoints.overdue,
+        save=run.checkpoints.is_overdue,
     )
     return done.totals.read()
 

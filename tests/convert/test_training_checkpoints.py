@@ -86,7 +86,7 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(
         words in card
-        for words in ("- step: 10", "- stage: align", "loss of the last step: 2.5", "abc")
+        for words in ("- steps done: 10", "- stage: align", "loss of the last step: 2.5", "abc")
     )
     lines = "\n".join(described(opened_any(tmp_path / "run", Options())))
     assert f"world size: {ranks}" in lines

@@ -332,7 +332,7 @@ def test_too_many_roll_backs_and_nothing_left_to_mark_stop_the_run(tmp_path: Pat
     )
     marks = Marks(tmp_path, main=True)
     run: Any = SimpleNamespace(
-        checkpoints=SimpleNamespace(settle=lambda: None),
+        checkpoints=SimpleNamespace(wait=lambda: None),
         config=SimpleNamespace(stability=StabilitySection(max_rollbacks=0)),
         marks=marks,
     )

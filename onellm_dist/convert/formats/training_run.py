@@ -67,16 +67,17 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         {name: trained.get(name, tensor) for name, tensor in base.tensors.items()},
         options.dtype or dtype,
     )
+    steps_done = manifest.get("steps_done", manifest.get("step"))
     notes = {
-        "step": manifest.get("step"),
+        "steps done": steps_done,
         "stage": manifest.get("stage"),
-        "world size": manifest.get("world"),
+        "world size": manifest.get("world_size", manifest.get("world")),
         "optimizer steps": manifest.get("optimizer_steps"),
         "precision": precision or "unknown (fp32 taken)",
         "trained tensors": f"{len(trained)} of {len(wanted)}",
         "seed": manifest.get("seed"),
         "plan": manifest.get("plan"),
-        **_figures(run, manifest.get("step")),
+        **_figures(run, steps_done),
     }
     return Opened(
         NAME,

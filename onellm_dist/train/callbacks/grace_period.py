@@ -40,7 +40,7 @@ class GracePeriodWatch:
         """Write the event, and the warning where it is due."""
         self._tell(event, say=say, **fields)
         if event == "checkpoint":
-            self._compare(int(fields["step"]), float(fields["seconds"]))
+            self._compare(int(fields["steps_done"]), float(fields["seconds"]))
 
     def _compare(self, step: int, seconds: float) -> None:
         if self._grace_period is None or seconds <= self._grace_period:

@@ -1,0 +1,1 @@
+"""Checkpoints of the trainable state: written by ranges, read at any number of ranks."""

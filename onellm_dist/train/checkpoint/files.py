@@ -1,7 +1,8 @@
-"""The files of a checkpoint: written and hashed in one pass, verified in bounded memory, the work dealt over the ranks.
+"""The files of a checkpoint: written and hashed in one pass, verified in bounded memory.
 
-The format is safetensors' (an eight-byte length, a JSON header, the tensors one behind the other). It is written here and not by the
-library so that each byte is hashed on its way to the disk, in chunks during which a thread that trains goes on.
+The format is safetensors' (an eight-byte length, a JSON header, the tensors end to end). It is
+written here and not by the library so that each byte is hashed on its way to the disk, in blocks
+between which a training thread runs.
 """
 
 from __future__ import annotations
@@ -15,103 +16,93 @@ from typing import NamedTuple
 
 import torch
 
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import sha256_file, sync
 from onellm_dist.train.distributed import Distributed
 
-CHUNK = 8 << 20
-"""Bytes written or read at a time."""
-ALIGN = 8
+BLOCK_BYTES = 8 << 20
+"""Bytes written at a time."""
+ALIGNMENT = 8
 
 
-class Written(NamedTuple):
-    """A file on the disk."""
+class FileRecord(NamedTuple):
+    """What a manifest records of a file."""
 
     size: int
+    """Bytes."""
     sha256: str
+    """Hex digest."""
 
 
 class AbandonedError(Exception):
-    """The write was given up: another rank failed."""
+    """The write was abandoned because another rank failed."""
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], abandon: threading.Event | None = None
-) -> Written:
+) -> FileRecord:
     """Write fp32 tensors as a safetensors file and force it to the disk.
 
     Args:
-        tensors: name -> [n] fp32, contiguous; those on a GPU come to the host one at a time.
-        abandon: looked at between chunks.
+        path: the file.
+        tensors: name to contiguous fp32 tensor [n]; those on a GPU come to the host one at a time.
+        abandon: checked between blocks.
 
     Raises:
-        OSError: a full disk, or one that went away.
+        OSError: the disk is full, or went away.
         AbandonedError: `abandon` was set.
     """
     header: dict[str, object] = {}
-    at = 0
+    offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name} is {tensor.dtype}, not fp32")
-        end = at + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
+        end = offset + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-(len(text) + 8) % ALIGN)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as out:
         for data in (
             memoryview(len(text).to_bytes(8, "little") + text),
-            *(_bytes_of(t) for t in tensors.values() if t.numel()),
+            *(_get_bytes(t) for t in tensors.values() if t.numel()),
         ):
-            for start in range(0, len(data), CHUNK):
+            for start in range(0, len(data), BLOCK_BYTES):
                 if abandon is not None and abandon.is_set():
                     raise AbandonedError
-                piece = data[start : start + CHUNK]
-                out.write(piece)
-                digest.update(piece)
-                size += len(piece)
+                block = data[start : start + BLOCK_BYTES]
+                out.write(block)
+                digest.update(block)
+                size += len(block)
     sync(path)
-    return Written(size, digest.hexdigest())
+    return FileRecord(size, digest.hexdigest())
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _get_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.cpu().contiguous().numpy().data.cast("B")
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces.
+def find_damage(expected: Sequence[tuple[Path, FileRecord]], dist: Distributed) -> list[str]:
+    """Describe what is wrong with files; each is read once, by one of the ranks.
 
-    Raises:
-        OSError: it cannot be read.
+    All ranks call it and get the same answer. At the world size that wrote a checkpoint, rank r
+    reads the file of rank r, which is the one that it loads afterwards.
     """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+    own = [_check_file(path, record) for path, record in expected[dist.rank :: dist.world_size]]
+    gathered = dist.gather([problem for problem in own if problem])
+    return sorted(problem for problems in gathered for problem in problems)
 
 
-def damaged(expected: Sequence[tuple[Path, Written]], dist: Distributed) -> list[str]:
-    """What is wrong with files, each read once by one of the ranks. Called by all ranks; the same answer on each.
-
-    At the world size that wrote a checkpoint, rank r reads the file of rank r, which is the one it loads afterwards.
-    """
-    found = [_problem(path, right) for path, right in expected[dist.rank :: dist.world_size]]
-    return sorted(problem for part in dist.gather([p for p in found if p]) for problem in part)
-
-
-def _problem(path: Path, right: Written) -> str:
+def _check_file(path: Path, record: FileRecord) -> str:
+    """What is wrong with one file; "" if nothing is."""
     try:
         size = path.stat().st_size
-        if size != right.size:
-            return f"{path.name} has {size} of {right.size} bytes"
-        digest = sha256_of(path)
+        if size != record.size:
+            return f"{path.name} has {size} of {record.size} bytes"
+        digest = sha256_file(path)
     except OSError as error:
         return f"{path.name}: {error}"
-    return (
-        ""
-        if digest == right.sha256
-        else f"{path.name} has sha256 {digest[:16]}..., the manifest says {right.sha256[:16]}..."
-    )
+    if digest == record.sha256:
+        return ""
+    return f"{path.name} has sha256 {digest[:16]}..., the manifest says {record.sha256[:16]}..."

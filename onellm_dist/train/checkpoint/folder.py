@@ -1,14 +1,20 @@
-"""Checkpoints of the trainable state, elastic: written by ranges, read by ranges, at any number of ranks and by any engine.
+"""The folder of a checkpoint: its format, its name, and how many checkpoints stay.
 
-A checkpoint is a folder `step-00000100` (100 steps are done; step index 100 comes next):
+Checkpoints hold the trainable state and are elastic: written by ranges, and read by ranges at any
+number of ranks and by any engine. A checkpoint is a folder `step-00000100` (100 steps are done; the
+step of index 100 comes next):
 
-    rank-00000.safetensors   what rank 0 held: `<parameter>:<start>:<key>` -> [length] fp32, key one of master, exp_avg, exp_avg_sq
+    rank-00000.safetensors   what rank 0 held: `<parameter>:<start>:<key>` -> [length] fp32, key one
+                             of `master` and the optimizer's state keys (`exp_avg`, `exp_avg_sq`)
     rank-00001.safetensors   ...
-    manifest.json            version, step, optimizer_steps, when it was written (seconds since 1970), what the run adds, every file's
-                             size and SHA-256 (since version 2), every parameter's shape and pieces
+    manifest.json            version, steps_done, optimizer_steps, optimizer (name and state keys),
+                             when it was written (seconds since 1970), what the run adds, every
+                             file's size and SHA-256 (since version 2), every parameter's shape and
+                             pieces
 
-It is written as `.step-00000100.partial`, synced file by file, and renamed when whole (checkpoint_writer.py). Frozen weights are not in
-it: they come from `model.path` or `model.preset` again (checkpoint_source.py).
+It is written as `.step-00000100.partial`, synced file by file, and renamed when it is complete
+(writer.py). Frozen weights are not in it: they come from `model.path` or `model.preset` again
+(source.py). Checkpoints of 0.1.0 have `step` instead of `steps_done`, and name no optimizer.
 """
 
 from __future__ import annotations
@@ -22,53 +28,72 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import restore_folder
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST, CHECKPOINT_PREFIX
-from onellm_dist.train.checkpoint.files import Written
+from onellm_dist.train.checkpoint.files import FileRecord
 
 VERSION = 2
-READABLE = (1, 2)
+READABLE_VERSIONS = (1, 2)
 """Version 1 had no checksums."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a whole checkpoint, or None: missing, of an unknown version, or a file is missing or cut short."""
+    """Read the manifest of a checkpoint.
+
+    Returns:
+        None if the checkpoint is not complete (its manifest is missing or of an unknown version, or
+        one of its files is missing or cut short); otherwise the manifest.
+    """
     try:
         manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
-        whole = manifest["version"] in READABLE and all(
+        complete = manifest["version"] in READABLE_VERSIONS and all(
             (folder / n).stat().st_size == size for n, size in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if whole else None
+    return manifest if complete else None
 
 
-def recorded_files(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path, Written]]:
-    """The files of a checkpoint as its manifest records them; none where it has no checksums."""
+def get_steps_done(manifest: dict[str, Any]) -> int:
+    """Number of steps that a checkpoint's manifest records; 0.1.0 called it `step`."""
+    return int(manifest["steps_done"] if "steps_done" in manifest else manifest.get("step", 0))
+
+
+def get_file_records(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path, FileRecord]]:
+    """The files of a checkpoint as its manifest records them; none if it has no checksums."""
     digests = manifest.get("sha256", {})
     return [
-        (folder / name, Written(size, digests[name]))
+        (folder / name, FileRecord(size, digests[name]))
         for name, size in manifest["files"].items()
         if name in digests
     ]
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` steps."""
-    return f"{CHECKPOINT_PREFIX}{step:08d}"
+def checkpoint_name(steps_done: int) -> str:
+    """Folder name of the checkpoint after this number of steps."""
+    return f"{CHECKPOINT_PREFIX}{steps_done:08d}"
 
 
-def step_of(folder: Path) -> int:
-    """Steps done, by a checkpoint's folder name."""
+def parse_name(folder: Path) -> int:
+    """Number of steps done, by a checkpoint's folder name."""
     return int(folder.name.removeprefix(CHECKPOINT_PREFIX))
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint in `checkpoints` that is whole, as far as its manifest and the sizes of its files tell."""
-    return next(
-        (folder for folder in reversed(folders(checkpoints)) if read_manifest(folder) is not None),
-        None,
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Every folder that is named like a checkpoint, the oldest first."""
+    return sorted(
+        (
+            folder
+            for folder in checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
+            if folder.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+        ),
+        key=parse_name,
     )
+
+
+def tensor_name(parameter: str, start: int, key: str) -> str:
+    """Name of a range of a parameter in a checkpoint's files."""
+    return f"{parameter}:{start}:{key}"
 
 
 def prune(
@@ -77,95 +102,71 @@ def prune(
     keep_every: int | None = None,
     keep_every_hours: float | None = None,
 ) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and what unfinished writes left.
+    """Remove all but the newest `keep` complete checkpoints, and what unfinished writes left.
 
-    One that is cut short, as far as manifest and sizes tell, is not counted: it goes if it is older than those that stay. One whose
-    checksums alone are wrong is moved aside by whoever finds that out (a start, a roll-back).
+    A checkpoint that is cut short, as far as manifest and sizes show, is not counted, and is removed
+    if it is older than those that stay. One that only has wrong checksums is moved aside by whoever
+    finds that out (a start, a rollback).
 
     Args:
-        keep_every: those whose step is a multiple of it stay for ever.
-        keep_every_hours: so do the first whole one, and then one whenever so many hours lie between it and the last that stayed so.
+        checkpoints: the folder of all checkpoints.
+        keep: how many of the newest complete ones stay.
+        keep_every: checkpoints whose number of steps is a multiple of this stay for ever.
+        keep_every_hours: the first complete checkpoint stays for ever, and then one whenever this
+            many hours lie between it and the last that stayed for this reason.
     """
-    every = folders(checkpoints)
-    newest = list(
-        islice((folder for folder in reversed(every) if read_manifest(folder) is not None), keep)
-    )
-    oldest = step_of(newest[-1]) if newest else 0
-    lasting = {
+    found = list_checkpoints(checkpoints)
+    newest = list(islice((f for f in reversed(found) if read_manifest(f) is not None), keep))
+    oldest = parse_name(newest[-1]) if newest else 0
+    permanent = {
         folder
-        for folder in every
-        if keep_every and step_of(folder) and step_of(folder) % keep_every == 0
+        for folder in found
+        if keep_every and parse_name(folder) and parse_name(folder) % keep_every == 0
     }
     if keep_every_hours is not None:
-        lasting |= _hours_apart(every, keep_every_hours)
-    for folder in every:
-        if step_of(folder) < oldest and folder not in lasting:
+        permanent |= _select_by_hours(found, keep_every_hours)
+    for folder in found:
+        if parse_name(folder) < oldest and folder not in permanent:
             shutil.rmtree(folder, ignore_errors=True)
-    for partial in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    _remove_partial(checkpoints)
 
 
-def _hours_apart(every: Sequence[Path], hours: float) -> set[Path]:
-    """What stays of these, the oldest first, by when they were written; a state before the first step does not."""
-    found = set[Path]()
+def _select_by_hours(found: Sequence[Path], hours: float) -> set[Path]:
+    """Which checkpoints stay by the time of their writing; a state before the first step does not.
+
+    Args:
+        found: checkpoints, the oldest first.
+        hours: least time between two that stay.
+    """
+    kept = set[Path]()
     last = -math.inf
-    for folder in every:
+    for folder in found:
         manifest = folder / CHECKPOINT_MANIFEST
-        written = _written(folder, manifest.stat().st_mtime) if manifest.exists() else None
-        if written is not None and step_of(folder) and written - last >= 3600 * hours:
-            found.add(folder)
+        written = _read_time(folder, manifest.stat().st_mtime) if manifest.exists() else None
+        if written is not None and parse_name(folder) and written - last >= 3600 * hours:
+            kept.add(folder)
             last = written
-    return found
+    return kept
 
 
 @cache
-def _written(folder: Path, changed: float) -> float | None:
-    """When a whole checkpoint was written; the manifest's own time where it does not say. Each is read once a process: they are long."""
+def _read_time(folder: Path, modified: float) -> float | None:
+    """When a complete checkpoint was written; `modified` if its manifest does not say.
+
+    Each manifest is read once per process: manifests are long.
+    """
     manifest = read_manifest(folder)
-    return None if manifest is None else float(manifest.get("written", changed))
+    return None if manifest is None else float(manifest.get("written", modified))
 
 
-def folders(checkpoints: Path) -> list[Path]:
-    """Every folder that is named like a checkpoint, the oldest first."""
-    return sorted(
-        (
-            f
-            for f in checkpoints.glob(f"{CHECKPOINT_PREFIX}*")
-            if f.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
-        ),
-        key=step_of,
-    )
+def recover_checkpoints(checkpoints: Path) -> None:
+    """Give checkpoints back their names that a killed start was replacing; remove unfinished ones."""
+    for backup in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
+        restore_folder(backup.with_name(backup.name[1:].removesuffix(".before")))
+        shutil.rmtree(backup, ignore_errors=True)
+    _remove_partial(checkpoints)
 
 
-def tensor_name(name: str, start: int, key: str) -> str:
-    """How a range of a parameter is called in a checkpoint's files."""
-    return f"{name}:{start}:{key}"
-
-
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a whole, synced folder its name. What has that name goes first, and comes back (`restore_displaced`) if a kill falls between."""
-    before = _displaced(folder)
-    shutil.rmtree(before, ignore_errors=True)
-    if (
-        folder.exists()
-    ):  # a run that came back to an older checkpoint passes this step a second time
-        folder.rename(before)
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def restore_displaced(checkpoints: Path) -> None:
-    """Give back their names to checkpoints that were being replaced when a start was killed, and remove unfinished ones."""
-    for before in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
-        folder = before.with_name(before.name[1:].removesuffix(".before"))
-        if not folder.exists():
-            before.rename(folder)
-        else:
-            shutil.rmtree(before, ignore_errors=True)
+def _remove_partial(checkpoints: Path) -> None:
     for partial in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _displaced(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.before")

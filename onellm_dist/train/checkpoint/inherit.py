@@ -14,8 +14,8 @@ from typing import Any
 
 from onellm_dist.common.files import sync
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.checkpoint.folder import read_manifest
-from onellm_dist.train.checkpoint.resume import Found
+from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
+from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.records.applied_resumes import note_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, is_own
 from onellm_dist.train.records.skipped_samples import MARKS
@@ -24,7 +24,7 @@ TAKEN_OVER = "skipped_samples-ranks-source.jsonl"
 """Read back with every rank's own file."""
 
 
-def take_over(config: RunConfig, found: Found) -> None:
+def take_over(config: RunConfig, found: ResumeTarget) -> None:
     """Where this start goes on from another run's checkpoint, its ledger; and the record that `checkpoint.resume` was obeyed. By rank 0."""
     run_dir, wanted = config.run.dir, config.checkpoint.resume
     source = None if found.folder is None else found.folder.resolve().parent
@@ -34,14 +34,14 @@ def take_over(config: RunConfig, found: Found) -> None:
         and source.name == CHECKPOINTS
         and not is_own(run_dir / CHECKPOINTS, found.folder)
     ):
-        step = int((read_manifest(found.folder) or {}).get("step", 0))
+        step = get_steps_done(read_manifest(found.folder) or {})
         count = inherit_ledger(source.parent / LEDGER, run_dir / LEDGER, step)
         if count:
             print(
                 f"{run_dir}: {count} samples that were out of the run of {found.folder} stay out",
                 flush=True,
             )
-    if found.again:
+    if found.already_applied:
         print(
             f"checkpoint.resume={wanted} was obeyed by an earlier start of this job: the run goes on",
             flush=True,

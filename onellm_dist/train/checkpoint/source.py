@@ -1,8 +1,9 @@
-"""Where the frozen weights of a run came from: checkpoints hold the trainable state alone, and go on only over the same frozen weights.
+"""Where the frozen weights of a run came from: a checkpoint resumes only over the same ones.
 
-The manifest's `frozen` is `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
-`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Files that still have size and time are not read again;
-a copy elsewhere is hashed, the files dealt over the ranks.
+Checkpoints hold the trainable state alone. The manifest's `frozen` is
+`{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
+`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Files that still have
+their size and time are not read again; a copy elsewhere is hashed, each file by one of the ranks.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.checkpoint.files import Written, damaged, sha256_of
+from onellm_dist.train.checkpoint.files import FileRecord, find_damage
 from onellm_dist.train.distributed import Distributed
 
 PATTERNS = ("*.safetensors", "config.json")
-"""What the frozen weights depend on."""
+"""Files that the frozen weights depend on."""
 
 
 def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The manifest's `frozen`: hashes every weight file of `model.path` once (seconds a 10 GB; done in the background).
+    """Build the manifest's `frozen`.
+
+    It hashes every weight file of `model.path` once (seconds per 10 GB, in the background).
 
     Args:
+        config: the recipe.
         known: what an earlier checkpoint says; files of the same size and time are taken from it.
 
     Raises:
@@ -33,14 +38,14 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
         return {"preset": model.preset, "seed": config.run.seed}
     before: dict[str, list[Any]] = (known or {}).get("files", {})
     files: dict[str, list[Any]] = {}
-    for path in _weight_files(model.path):
+    for path in _list_weight_files(model.path):
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         old = before.get(path.name)
-        digest = old[2] if old is not None and old[:2] == stamp else sha256_of(path)
+        digest = old[2] if old is not None and old[:2] == stamp else sha256_file(path)
         after = path.stat()
         if [after.st_size, after.st_mtime_ns] != stamp:
-            raise OSError(f"{path} was changed while the run that reads it goes on")
+            raise OSError(f"{path} was changed while the run that reads it is running")
         files[path.name] = [*stamp, digest]
     return {"path": str(model.path.resolve()), "files": files}
 
@@ -48,37 +53,39 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
 def check_source(
     folder: Path, manifest: dict[str, Any], config: RunConfig, dist: Distributed
 ) -> None:
-    """Refuse to go on from `folder` over other frozen weights than it was trained with. Called by all ranks.
+    """Refuse to resume `folder` over other frozen weights than it was trained with.
+
+    All ranks call it together.
 
     Raises:
-        UsageError: another preset, seed or other files.
+        UsageError: another preset, another seed, or other files.
     """
     frozen = manifest.get("frozen")
     if frozen is None:  # version 1 did not record it
         return
-    problem = _other_preset(frozen, config) or _other_files(frozen, config, dist)
+    problem = _compare_preset(frozen, config) or _compare_files(frozen, config, dist)
     if problem:
+        key = "path" if "path" in frozen else "preset"
         raise UsageError(
             f"checkpoint {folder} was trained over other frozen weights: {problem}",
             "a checkpoint holds only what trains; over other frozen weights it means nothing.",
-            f"give model.{'path' if 'path' in frozen else 'preset'}={frozen.get('path') or frozen['preset']} as then, or another run.dir.",
+            f"set model.{key}={frozen.get('path') or frozen['preset']} as then, or another run.dir.",
         )
 
 
-def _other_preset(frozen: dict[str, Any], config: RunConfig) -> str:
+def _compare_preset(frozen: dict[str, Any], config: RunConfig) -> str:
     if "preset" not in frozen:
         return ""
     model = config.model
     if model.preset != frozen["preset"]:
-        return f"model.preset was {frozen['preset']}, now {f'model.path={model.path}' if model.preset is None else model.preset}"
-    return (
-        ""
-        if config.run.seed == frozen["seed"]
-        else f"run.seed was {frozen['seed']}, now {config.run.seed}"
-    )
+        now = f"model.path={model.path}" if model.preset is None else model.preset
+        return f"model.preset was {frozen['preset']}, now {now}"
+    if config.run.seed != frozen["seed"]:
+        return f"run.seed was {frozen['seed']}, now {config.run.seed}"
+    return ""
 
 
-def _other_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed) -> str:
+def _compare_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed) -> str:
     if "files" not in frozen:
         return ""
     root = config.model.path
@@ -89,16 +96,15 @@ def _other_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed) -
     problem, doubtful = dist.broadcast((problem, doubtful))
     if problem:
         return problem
-    found = damaged(
-        [(root / name, Written(there[name][0], there[name][2])) for name in doubtful], dist
-    )
-    return f"in {root}: {'; '.join(found[:3])}" if found else ""
+    records = [(root / name, FileRecord(there[name][0], there[name][2])) for name in doubtful]
+    damage = find_damage(records, dist)
+    return f"in {root}: {'; '.join(damage[:3])}" if damage else ""
 
 
 def _compare_stamps(root: Path, there: dict[str, list[Any]]) -> tuple[str, list[str]]:
-    """(what is surely wrong, the files that must be hashed to know)."""
+    """(what is certainly wrong, the files that must be hashed to know)."""
     try:
-        here = {path.name: path.stat() for path in _weight_files(root)}
+        here = {path.name: path.stat() for path in _list_weight_files(root)}
     except OSError as error:
         return str(error), []
     if here.keys() != there.keys():
@@ -108,7 +114,7 @@ def _compare_stamps(root: Path, there: dict[str, list[Any]]) -> tuple[str, list[
     ]
 
 
-def _weight_files(root: Path) -> list[Path]:
+def _list_weight_files(root: Path) -> list[Path]:
     found = sorted({path for pattern in PATTERNS for path in root.glob(pattern)})
     if not found:
         raise OneLLMError(

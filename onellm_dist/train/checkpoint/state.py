@@ -1,4 +1,4 @@
-"""Checkpoints of the trainable state: `save_state` and `load_state`. checkpoint_folder.py has the format, checkpoint_writer.py writes."""
+"""Reading a checkpoint into an engine: at any number of ranks, from any engine, range by range."""
 
 from __future__ import annotations
 
@@ -11,52 +11,37 @@ import torch
 from safetensors import safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.train.checkpoint.folder import (
-    checkpoint_name,
-    newest_whole,
-    prune,
-    read_manifest,
-    tensor_name,
-)
-from onellm_dist.train.checkpoint.writer import save_state
+from onellm_dist.train.checkpoint.folder import read_manifest, tensor_name
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, LocalRange
 from onellm_dist.train.optim.base import OptimizerComponent
-
-__all__ = [
-    "checkpoint_name",
-    "load_state",
-    "newest_whole",
-    "prune",
-    "read_manifest",
-    "save_state",
-]
 
 FIRST_OPTIMIZER = {"name": "adamw", "state_keys": ["exp_avg", "exp_avg_sq"]}
 """The optimizer of checkpoints that do not name one: those of 0.1.0."""
 
 
 def load_state(folder: Path, engine: Engine, dist: Distributed) -> dict[str, Any]:
-    """Read this rank's ranges from a checkpoint of any world size. Called by all ranks.
+    """Read this rank's ranges from a checkpoint of any world size. All ranks call it.
 
     Returns:
         The manifest.
 
     Raises:
-        UsageError: the checkpoint's parameters are not the ones that train here.
-        OneLLMError: it is not whole.
+        UsageError: the checkpoint's parameters are not those that train here, or its optimizer is
+            not this run's.
+        OneLLMError: the checkpoint is not complete.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise OneLLMError(
-            f"checkpoint {folder} is not whole",
+            f"checkpoint {folder} is not complete",
             "it cannot be resumed.",
-            "give another checkpoint directory, or checkpoint.resume=auto.",
+            "give another checkpoint directory, or set checkpoint.resume=auto.",
         )
     check_optimizer(folder, manifest, engine.optimizer)
     _check_parameters(folder, manifest["parameters"], engine.ranges(), dist)
     with ExitStack() as stack:
-        files = _Files(folder, stack)
+        files = _CheckpointFiles(folder, stack)
         for own in engine.ranges():
             pieces = manifest["parameters"][own.name]["pieces"]
             for key in engine.state_keys:
@@ -76,10 +61,11 @@ def check_optimizer(folder: Path, manifest: dict[str, Any], optimizer: Optimizer
     if saved != here:
         raise UsageError(
             f"checkpoint {folder} was written with optim.name={saved['name']} (state: "
-            f"{', '.join(saved['state_keys']) or 'none'}), and this run has optim.name={here['name']} "
-            f"(state: {', '.join(here['state_keys']) or 'none'})",
-            "one optimizer cannot continue with the state of another.",
-            "set optim.name and optim.options as they were, or start another run from the exported model (model.path).",
+            f"{', '.join(saved['state_keys']) or 'none'}), and this run has "
+            f"optim.name={here['name']} (state: {', '.join(here['state_keys']) or 'none'})",
+            "an optimizer cannot continue with the state of another.",
+            "set optim.name and optim.options as they were, or start another run from the "
+            "exported model (model.path).",
         )
 
 
@@ -99,34 +85,39 @@ def _check_parameters(
         | {n for n in here.keys() & there.keys() if tuple(here[n]) != there[n]}
     )
     raise UsageError(
-        f"checkpoint {folder} holds other trainable parameters than this run: {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}",
+        f"checkpoint {folder} holds other trainable parameters than this run: "
+        f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}",
         "it is from another stage, mixture or model.",
-        "give another run.dir, or restore the recipe it was written with (config.yaml beside the checkpoints).",
+        "set another run.dir, or restore the recipe that it was written with (config.yaml beside "
+        "the checkpoints).",
     )
 
 
-class _Files:
-    """The checkpoint's files, opened when first needed (memory-mapped: only the ranges asked for are read)."""
+class _CheckpointFiles:
+    """A checkpoint's files, opened on first use and memory-mapped: only wanted ranges are read."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder, self._stack, self._open = folder, stack, dict[str, Any]()
+        self._folder = folder
+        self._stack = stack
+        self._open = dict[str, Any]()
 
     def read(
         self, own: LocalRange, pieces: Sequence[tuple[int, int, str]], key: str
     ) -> torch.Tensor:
+        """[own.length] fp32: the values of `own`, from all pieces (start, length, file) of it."""
         values = torch.empty(own.length, dtype=torch.float32)
         missing = own.length
         for start, length, file in pieces:
-            first, end = max(start, own.start), min(start + length, own.start + own.length)
+            first = max(start, own.start)
+            end = min(start + length, own.start + own.length)
             if first >= end:
                 continue
             if file not in self._open:
                 self._open[file] = self._stack.enter_context(
                     safe_open(self._folder / file, framework="pt")
                 )
-            values[first - own.start : end - own.start] = self._open[file].get_slice(
-                tensor_name(own.name, start, key)
-            )[first - start : end - start]
+            piece = self._open[file].get_slice(tensor_name(own.name, start, key))
+            values[first - own.start : end - own.start] = piece[first - start : end - start]
             missing -= end - first
         if missing:
             raise OneLLMError(

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import IO
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.run_files import CHECKPOINT_PREFIX
+from onellm_dist.common.files import restore_folder
+from onellm_dist.common.run_files import CHECKPOINT_PREFIX, MODEL
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import BEST
 from onellm_dist.train.callbacks.profiler import FOLDER as PROFILES
 from onellm_dist.train.callbacks.sample_generation import SAMPLES
 from onellm_dist.train.callbacks.trackers import FOLDER as TRACKERS
 from onellm_dist.train.callbacks.validation import VALIDATION
-from onellm_dist.train.export import MODEL, restore_export
 from onellm_dist.train.records.metrics import EVENTS, METRICS, TENSORBOARD
 
 CHECKPOINTS, LEDGER, CONFIG, LOCK = "checkpoints", "ledger", "config.yaml", ".lock"
@@ -63,7 +63,7 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     """
     run_dir = config.run.dir
     for name in (MODEL, BEST):
-        restore_export(run_dir / name)
+        restore_folder(run_dir / name)
     names = (
         CHECKPOINTS,
         LEDGER,

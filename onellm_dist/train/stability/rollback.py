@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import repair_last_line
-from onellm_dist.train.checkpoint.files import damaged
+from onellm_dist.train.checkpoint.files import find_damage
 from onellm_dist.train.checkpoint.folder import (
     checkpoint_name,
-    folders,
+    get_file_records,
+    get_steps_done,
+    list_checkpoints,
     read_manifest,
-    recorded_files,
 )
 from onellm_dist.train.checkpoint.state import load_state
 from onellm_dist.train.distributed import Distributed
@@ -106,7 +107,7 @@ def roll_back(run: Run, back: RollBackError) -> None:
     Raises:
         OneLLMError: too many roll-backs, nothing left to mark, or no checkpoint.
     """
-    run.checkpoints.settle()
+    run.checkpoints.wait()
     allowed = run.config.stability.max_rollbacks
     if run.marks.rollbacks >= allowed:
         raise OneLLMError(
@@ -124,7 +125,7 @@ def roll_back(run: Run, back: RollBackError) -> None:
         )
     run.ledger.known.update(run.marks.known)
     manifest = load_state(folder, run.engine, run.dist)
-    run.restart_at(int(manifest["step"]), manifest.get("guard", {}))
+    run.restart_at(get_steps_done(manifest), manifest.get("guard", {}))
     run.events.write(
         "rollback",
         step=back.step,
@@ -144,13 +145,13 @@ def last_good(run: Run) -> Path:
     """The newest checkpoint whose files have their checksums; damaged ones are moved to `before-.../`, as a start does."""
     root = run.config.run.dir / CHECKPOINTS
     candidates = run.dist.broadcast(
-        [f for f in reversed(folders(root)) if read_manifest(f) is not None]
+        [f for f in reversed(list_checkpoints(root)) if read_manifest(f) is not None]
         if run.dist.is_rank_zero
         else []
     )
     for folder in candidates:
         manifest = read_manifest(folder) or {}
-        problems = damaged(recorded_files(folder, manifest), run.dist)
+        problems = find_damage(get_file_records(folder, manifest), run.dist)
         if not problems:
             return folder
         if run.dist.is_rank_zero:  # it must not count among those that stay, nor be taken again

@@ -16,30 +16,28 @@ import torch
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import replace_folder, restore_folder, sha256_file
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.callbacks.best_model import Best
 from onellm_dist.train.checkpoint.files import (
-    CHUNK,
+    BLOCK_BYTES,
     AbandonedError,
-    Written,
-    damaged,
-    sha256_of,
+    FileRecord,
+    find_damage,
     write_tensors,
 )
 from onellm_dist.train.checkpoint.folder import (
     checkpoint_name,
-    folders,
+    get_file_records,
+    list_checkpoints,
+    parse_name,
     prune,
-    put_in_place,
     read_manifest,
-    recorded_files,
-    restore_displaced,
-    step_of,
+    recover_checkpoints,
 )
 from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.checkpoint.source import check_source, describe_source
-from onellm_dist.train.export import restore_export
 from onellm_dist.train.stability.rollback import last_good
 
 
@@ -90,15 +88,15 @@ def config(run_dir: Path, **keys: Any) -> RunConfig:
 
 def test_files_are_safetensors_and_hashed_on_their_way(tmp_path: Path) -> None:
     tensors = {
-        "a:0:master": torch.randn(CHUNK // 4 + 7),
+        "a:0:master": torch.randn(BLOCK_BYTES // 4 + 7),
         "b:3:exp_avg": torch.arange(5.0),
         "none:0:master": torch.zeros(0),
     }
     path = tmp_path / "x.safetensors"
     written = write_tensors(path, tensors)
     assert (
-        written == Written(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        and sha256_of(path) == written.sha256
+        written == FileRecord(path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        and sha256_file(path) == written.sha256
     )
     back = load_file(path)
     assert back.keys() == tensors.keys() and all(
@@ -119,11 +117,11 @@ def test_a_write_can_be_given_up_and_takes_fp32_alone(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(b"abc")
-    good = Written(3, hashlib.sha256(b"abc").hexdigest())
-    assert damaged([(tmp_path / "good", good)], ALONE) == []
+    good = FileRecord(3, hashlib.sha256(b"abc").hexdigest())
+    assert find_damage([(tmp_path / "good", good)], ALONE) == []
     (tmp_path / "flipped").write_bytes(b"abd")
     (tmp_path / "short").write_bytes(b"ab")
-    found = damaged([(tmp_path / name, good) for name in ("flipped", "short", "gone")], ALONE)
+    found = find_damage([(tmp_path / name, good) for name in ("flipped", "short", "gone")], ALONE)
     assert [problem.split()[0].rstrip(":") for problem in found] == ["flipped", "gone", "short"]
     assert "sha256" in found[0] and "2 of 3 bytes" in found[2]
 
@@ -137,12 +135,12 @@ def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_
     (root / f".{checkpoint_name(13)}.partial").mkdir()
     found = find_checkpoint(config(tmp_path), root, ALONE)
     assert found.folder == root / checkpoint_name(9)
-    assert [name for name, _ in found.passed_over] == [
+    assert [name for name, _ in found.damaged] == [
         checkpoint_name(12),
         checkpoint_name(11),
         checkpoint_name(10),
     ]
-    assert "sha256" in found.passed_over[2][1]
+    assert "sha256" in found.damaged[2][1]
     assert not list(root.glob(".*.partial"))
     assert find_checkpoint(config(tmp_path, resume="never"), root, ALONE).folder is None
     with pytest.raises(UsageError, match="sha256"):
@@ -160,7 +158,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(tmp_path: P
 def test_checkpoints_of_version_1_are_read_and_later_ones_are_not(tmp_path: Path) -> None:
     old = checkpoint(tmp_path / "checkpoints" / checkpoint_name(3), version=1)
     manifest = read_manifest(old)
-    assert manifest is not None and recorded_files(old, manifest) == []
+    assert manifest is not None and get_file_records(old, manifest) == []
     assert find_checkpoint(config(tmp_path), old.parent, ALONE).folder == old
     assert read_manifest(checkpoint(tmp_path / "later", version=3)) is None
 
@@ -169,7 +167,7 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
     for step in (0, 10, 20, 25, 30, 35, 100000000):
         checkpoint(tmp_path / checkpoint_name(step))
     prune(tmp_path, 2, keep_every=20)
-    assert [folder.name for folder in folders(tmp_path)] == [
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
         checkpoint_name(20),
         checkpoint_name(35),
         "step-100000000",
@@ -182,11 +180,11 @@ def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
         checkpoint(tmp_path / checkpoint_name(10 * number), written=1e9 + 2400 * number)
         prune(tmp_path, 2, keep_every_hours=2)
     kept = [10, 40, 70, 100]
-    assert [folder.name for folder in folders(tmp_path)] == [
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
         checkpoint_name(step) for step in (*kept, 110)
     ]
     prune(tmp_path, 1, keep_every=20)
-    assert [folder.name for folder in folders(tmp_path)] == [
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
         checkpoint_name(step) for step in (40, 100, 110)
     ], "no hours asked for"
 
@@ -198,23 +196,23 @@ def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(
         folder = checkpoint(tmp_path / checkpoint_name(1 + number))
         os.utime(folder / CHECKPOINT_MANIFEST, times=(1e9 + 1800 * number,) * 2)
     prune(tmp_path, 1, keep_every_hours=1)
-    assert [step_of(folder) for folder in folders(tmp_path)] == [1, 3, 5, 6]
+    assert [parse_name(folder) for folder in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
 
 
 def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) -> None:
     for step in (300, 350, 400):
         checkpoint(tmp_path / checkpoint_name(step), said=b"abcd" if step == 400 else None)
     prune(tmp_path, 1)
-    assert [folder.name for folder in folders(tmp_path)] == [
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [
         checkpoint_name(350),
         checkpoint_name(400),
     ]
     checkpoint(tmp_path / checkpoint_name(450))
     prune(tmp_path, 1)
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [checkpoint_name(450)]
     (tmp_path / checkpoint_name(450) / CHECKPOINT_MANIFEST).unlink()
     prune(tmp_path, 1)
-    assert [folder.name for folder in folders(tmp_path)] == [checkpoint_name(450)]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [checkpoint_name(450)]
 
 
 def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Path) -> None:
@@ -229,7 +227,8 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
         ("checkpoint_damaged", checkpoint_name(10))
     ]
     assert (
-        folders(root) == [good] and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
+        list_checkpoints(root) == [good]
+        and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
     )
     (good / "rank-00000.safetensors").write_bytes(b"abd")
     with pytest.raises(OneLLMError, match="no whole checkpoint"):
@@ -261,11 +260,11 @@ def test_a_checkpoint_that_replaces_one_is_never_neither(
     renames = {"before": 0, "between": 1, "after": 2}[cut]
     killed_after(renames, monkeypatch)
     try:
-        put_in_place(partial, folder)
+        replace_folder(partial, folder)
     except KeyboardInterrupt:
         assert cut != "after"
     monkeypatch.undo()
-    restore_displaced(tmp_path)
+    recover_checkpoints(tmp_path)
     assert (folder / "rank-00000.safetensors").read_bytes() == (
         b"new" if cut == "after" else b"old"
     )
@@ -311,7 +310,7 @@ def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.Mo
     own = config(tmp_path, model={"path": str(tmp_path)})
     known = describe_source(own)
     monkeypatch.setattr(
-        "onellm_dist.train.checkpoint.source.sha256_of", lambda path: pytest.fail("hashed")
+        "onellm_dist.train.checkpoint.source.sha256_file", lambda path: pytest.fail("hashed")
     )
     assert describe_source(own, known) == known
 
@@ -353,7 +352,7 @@ def test_the_best_weights_are_never_without_their_record(
     engine: Any = SimpleNamespace(
         full_weights=lambda: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
     )
-    monkeypatch.setattr("onellm_dist.train.export._write_around", lambda *_: None)
+    monkeypatch.setattr("onellm_dist.train.export._write_configs", lambda *_: None)
     folder = tmp_path / "best"
 
     def best() -> Best:
@@ -364,5 +363,24 @@ def test_the_best_weights_are_never_without_their_record(
     with pytest.raises(KeyboardInterrupt) if renames < 2 else nullcontext():
         best().note(8, 2.0)
     monkeypatch.undo()
-    restore_export(folder)
+    restore_folder(folder)
     assert best().loss == (3.0 if renames < 2 else 2.0) and (folder / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
+    checkpoint(tmp_path / checkpoint_name(9))
+    checkpoint(tmp_path / checkpoint_name(10))
+    checkpoint(tmp_path / checkpoint_name(11), said=b"abcd")  # cut short
+    (tmp_path / checkpoint_name(12)).mkdir()
+    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+    complete = [f.name for f in list_checkpoints(tmp_path) if read_manifest(f) is not None]
+    assert complete == [checkpoint_name(9), checkpoint_name(10)]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_the_last_n_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (2, 10, 4):
+        checkpoint(tmp_path / checkpoint_name(step))
+    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+    prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_name(4), checkpoint_name(10)]

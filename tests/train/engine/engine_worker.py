@@ -15,7 +15,8 @@ from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
 from onellm_dist.launch.ranks import discover_ranks
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.checkpoint.state import load_state, save_state
+from onellm_dist.train.checkpoint.state import load_state
+from onellm_dist.train.checkpoint.writer import save_state
 from onellm_dist.train.distributed import Distributed, join, leave
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
@@ -190,7 +191,7 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     engine = new_engine(dist, model, job, bf16)
     folder = out / name
     first = train(engine, dist, range(0, 5))
-    save_state(folder, engine, dist, {"step": 5})
+    save_state(folder, engine, dist, {"steps_done": 5})
     rest = train(engine, dist, range(5, 8))
     ended = engine.gather_full_state()
     spoilt = train(engine, dist, range(8, 9), spoil=8) + train(engine, dist, range(8, 9), dead=8)

@@ -168,7 +168,8 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
     """Four steps under FSDP2, and two that resume from a checkpoint of the first two: the same weights, bit for bit."""
     from stand_in import StandIn, pack, sample, supervised
 
-    from onellm_dist.train.checkpoint.state import load_state, save_state
+    from onellm_dist.train.checkpoint.state import load_state
+    from onellm_dist.train.checkpoint.writer import save_state
     from onellm_dist.train.distributed import Distributed
     from onellm_dist.train.engine.base import Engine
     from onellm_dist.train.engine.fsdp.description import FsdpOptions
@@ -201,7 +202,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
 
     engine = build()
     train(engine, range(2))
-    save_state(folder, engine, ranks, {"step": 2})
+    save_state(folder, engine, ranks, {"steps_done": 2})
     straight = train(engine, range(2, 4))
     resumed = build()
     load_state(folder, resumed, ranks)
