@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stand_in import pack, sample
+from small_model import pack, sample
 
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST

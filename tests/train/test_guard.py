@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import pack, sample
+from small_model import pack, sample
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.schema import StabilitySection

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from stand_in import pack, sample
+from small_model import pack, sample
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection, MixtureEntry

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from stand_in import pack, sample
+from small_model import pack, sample
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST

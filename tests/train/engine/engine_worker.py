@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stand_in import StandIn, pack, sample, supervised
+from small_model import SmallModel, pack, sample, supervised
 
 from onellm_dist.config.schema import OptimSection
 from onellm_dist.launch.local import end_with_parent
@@ -58,9 +58,9 @@ def deal(step: int, world: int) -> list[list[list[PackedBatch]]]:
     return [p + [[]] * (count - len(p)) for p in packs]
 
 
-def new_model(stage: str) -> StandIn:
+def new_model(stage: str) -> SmallModel:
     torch.manual_seed(7)
-    model = StandIn()
+    model = SmallModel()
     for name, parameter in model.named_parameters():
         trained = (
             name.startswith(("branches", "upm"))
@@ -72,7 +72,7 @@ def new_model(stage: str) -> StandIn:
 
 
 def new_engine(
-    dist: Distributed, model: StandIn, job: dict[str, Any], bf16: bool = False
+    dist: Distributed, model: SmallModel, job: dict[str, Any], bf16: bool = False
 ) -> Engine:
     """`job`: `config` is a DeepSpeed JSON or its name; or `fsdp` says what FSDP2 takes."""
     config = job.get("config", {})

@@ -15,7 +15,7 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 ZERO3: dict[str, Any] = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}
 }
-"""Parameters above 100 elements are sharded: the stand-in is small."""
+"""Parameters above 100 elements are sharded: the test model is small."""
 OFFLOAD: dict[str, Any] = {
     "zero_optimization": {
         **ZERO3["zero_optimization"],

@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 def train_and_resume(folder: Path, optim: OptimSection) -> None:
     """Four steps under FSDP2, and two that resume from a checkpoint of the first two: the same weights, bit for bit."""
-    from stand_in import StandIn, pack, sample, supervised
+    from small_model import SmallModel, pack, sample, supervised
 
     from onellm_dist.train.checkpoint.state import load_state
     from onellm_dist.train.checkpoint.writer import save_state
@@ -181,7 +181,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
 
     def build() -> Engine:
         torch.manual_seed(0)
-        model = StandIn()
+        model = SmallModel()
         settings = EngineSettings(
             world_size=1,
             device=ranks.device,

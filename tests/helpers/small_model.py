@@ -33,7 +33,7 @@ class Tower(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-class StandIn(nn.Module):
+class SmallModel(nn.Module):
     """Two branches -> frozen tower -> trained tower -> frozen or trained tied language part."""
 
     def __init__(self) -> None:

@@ -1,0 +1,148 @@
+"""Names of libraries, of engines and of modalities stay in the rooms that are for them.
+
+An engine, a kernel or a modality is added or replaced in one place only as long as no other file
+knows its name. What counts as naming: an import, an identifier, an attribute, a string. Docstrings
+and comments may name anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from onellm_dist.modalities import all_modalities
+
+PACKAGE = Path(__file__).parents[1] / "onellm_dist"
+IMPORTS: dict[str, tuple[str, ...]] = {
+    "deepspeed": ("train/engine/deepspeed/",),
+    "torch.distributed.fsdp": ("train/engine/fsdp/",),
+    "flash_attn": ("model/attention.py", "model/kernels/"),
+    "flash_attn_interface": ("model/attention.py", "model/kernels/"),
+    "webdataset": ("shards/",),
+    "pyarrow": ("shards/sources/readers/",),
+    "braceexpand": ("shards/format/",),
+    "fsspec": ("shards/storage/",),
+    "av": ("modalities/io/", "shards/", "testing/integration/"),
+    "soundfile": ("modalities/", "shards/sources/", "testing/integration/"),
+    "scipy": ("modalities/",),
+    "open_clip": ("convert/",),
+    "gguf": ("convert/",),
+    "accelerate": ("model/", "train/callbacks/"),
+    "torch.utils.tensorboard": ("train/",),
+    "rich": ("common/", "diagnostics/", "cli/"),
+    "typer": ("cli/",),
+}
+"""Library -> where it may be imported; elsewhere it is reached through what is there."""
+ENGINE_NAMES = re.compile(r"deepspeed|\bds_|_ds_|fsdp|fully_shard|\bZeRO\b", re.IGNORECASE)
+ENGINE_ROOM = "train/engine/"
+NAMES_AN_ENGINE: dict[str, str] = {
+    "config/schema.py": "`engine.name`: the names that a recipe may give, as data",
+    "common/resources.py": "`ds_configs/` is a folder of the checkout that users edit",
+    "convert/": "checkpoint formats, which other programs write too, have the libraries' names",
+    "launch/": "`deepspeed` is also a launcher of ranks, beside torchrun and srun",
+    "cli/": "the launcher, as an option and in examples",
+    "train/run.py": "the launcher, in the example of the usage message",
+    "diagnostics/": "the launcher: whether it is installed, and the file of variables it reads",
+    "testing/": "whole runs that are started by the launcher, with its environment",
+}
+"""Files and folders that name an engine all the same -> why."""
+MODALITY_ROOMS = ("modalities/", "convert/", "shards/sources/", "testing/")
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def modules() -> dict[str, Path]:
+    """Path inside the package -> file."""
+    return {
+        str(path.relative_to(PACKAGE)): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if "_shipped" not in path.parts
+    }
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """Dotted names of everything that a module imports, at any depth of its functions."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def strings_of(tree: ast.Module) -> Iterator[str]:
+    """Every string of a module but the docstrings of modules, classes, functions and fields."""
+    docstrings = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ):
+            yield node.value
+
+
+def identifiers_of(tree: ast.Module) -> Iterator[str]:
+    """Every name, attribute, argument, keyword, class and function of a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield node.arg or ""
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+
+
+@pytest.mark.parametrize("library", IMPORTS)
+def test_a_library_is_imported_in_its_rooms_alone(library: str) -> None:
+    outside = [
+        name
+        for name, path in modules().items()
+        if not name.startswith(IMPORTS[library])
+        and any(f"{imported}.".startswith(f"{library}.") for imported in imports_of(parse(path)))
+    ]
+    assert outside == []
+
+
+def engine_names() -> dict[str, set[str]]:
+    """File -> what in it names an engine."""
+    found: dict[str, set[str]] = {}
+    for name, path in modules().items():
+        tree = parse(path)
+        texts = [*imports_of(tree), *identifiers_of(tree), *strings_of(tree)]
+        named = {text for text in texts if ENGINE_NAMES.search(text)}
+        if named:
+            found[name] = named
+    return found
+
+
+def test_engines_are_named_in_their_room_alone() -> None:
+    rooms = (ENGINE_ROOM, *NAMES_AN_ENGINE)
+    assert {name: t for name, t in engine_names().items() if not name.startswith(rooms)} == {}
+
+
+def test_every_exception_is_still_needed() -> None:
+    named = engine_names()
+    assert [room for room in NAMES_AN_ENGINE if not any(n.startswith(room) for n in named)] == []
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modalities_are_named_in_their_rooms_alone(name: str) -> None:
+    """Recipes name them too, outside the package."""
+    if not name.startswith(MODALITY_ROOMS):
+        assert not set(strings_of(parse(modules()[name]))) & set(all_modalities())
