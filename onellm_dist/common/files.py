@@ -100,17 +100,18 @@ def _backup_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks of 4 MiB.
+def sha256_file(*paths: Path) -> str:
+    """Hex SHA-256 of a file, or of several end to end, read in blocks of 4 MiB.
 
     Raises:
         OSError: the file cannot be read.
     """
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                digest.update(block[:count])
     return digest.hexdigest()
 
 

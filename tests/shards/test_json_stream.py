@@ -141,7 +141,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[1, 2, 3]")
     [group] = split_rows(tmp_path, "x.json", 10)
     (tmp_path / "x.json").write_text("[1, 2")
-    with pytest.raises(OneLLMError, match="no rows any more"):
+    with pytest.raises(OneLLMError, match="are not rows any more"):
         list(read_rows(tmp_path, {**group.description, "start": 0}))
 
 

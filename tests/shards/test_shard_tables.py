@@ -250,7 +250,7 @@ def test_bad_json_lines(tmp_path: Path) -> None:
     assert list(captions(dataset)) == ["media/0"]
     kinds = [q.reason.split(":")[0] for q in report.quarantined]
     assert kinds == ["unreadable row"] * 3 + [
-        "caption is no text",
+        "caption is not text",
         "caption is not UTF-8",
         "table row is not UTF-8",
         "no caption",
@@ -263,7 +263,7 @@ def test_bad_json_lines(tmp_path: Path) -> None:
         ({"t.csv": "a,b\n1,2\n"}, {"captions": "t.csv"}, "no column names a file"),
         ({"t.csv": "file,b\n1,2\n"}, {"captions": "t.csv"}, "no column holds captions"),
         ({"t.csv": ""}, {"captions": "t.csv"}, "columns: none"),
-        ({"t.json": "{}"}, {"captions": "t.json"}, "no JSON list"),
+        ({"t.json": "{}"}, {"captions": "t.json"}, "not a JSON list"),
         ({"t.json": "[{"}, {"captions": "t.json"}, "cannot be read"),
         (
             {"t.csv": "file,caption\nx.jpg,y\n"},

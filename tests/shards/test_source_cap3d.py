@@ -215,7 +215,7 @@ def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
         "pictures/x.zip": b"",
     }
     write_tree(tmp_path / "in", {TABLE: csv_of(CAPTIONS[:1]), **files})
-    with pytest.raises(UsageError, match=r"x.zip is no readable zip archive"):
+    with pytest.raises(UsageError, match=r"x.zip is not a readable zip archive"):
         build_dataset("cap3d", tmp_path / "in", tmp_path / "out")
     _, dataset = built("cap3d", tmp_path / "in", tmp_path / "out", clouds="old")
     assert samples(dataset)[UIDS[0]]["npy"] == npy(cloud(64, seed=1))

@@ -302,11 +302,11 @@ def test_a_model_that_is_none_is_refused_before_anything_is_built(tmp_path: Path
     from transformers import ViTConfig
 
     inputs = parallel(tmp_path / "in", "depth")
-    with pytest.raises(UsageError, match=r"no transformers model lies there"):
+    with pytest.raises(UsageError, match=r"there is no transformers model"):
         built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path))
     ViTConfig().save_pretrained(tmp_path / "vit")
     (tmp_path / "vit/model.safetensors").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"a vit model estimates no depth"):
+    with pytest.raises(UsageError, match=r"a vit model does not estimate depth"):
         built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
 
 

@@ -133,7 +133,7 @@ def test_bad_windows_are_left_out_with_their_reasons(tmp_path: Path) -> None:
         6: "empty caption",
         7: "unreadable row",
         8: "unreadable row",
-        9: "caption is no text: a int",
+        9: "caption is not text: a int",
     }
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}

@@ -231,7 +231,7 @@ def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
     assert found["0000001"].startswith("unreadable image")
     assert found["0000002"] == "empty caption"
     assert found["0000003"].startswith("unreadable image")
-    assert found["0000004"] == "missing sample: the parquet lists it, the tar has not"
+    assert found["0000004"] == "missing sample: the parquet lists it, the tar does not have it"
     assert found["0000005"].startswith("missing part: none of .jpg")
 
 
@@ -245,7 +245,7 @@ def test_a_tar_beside_another_runs_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OneLLMError, match=r"00000\.parquet: "):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no tar there"):
+    with pytest.raises(UsageError, match="has no tar"):
         build_dataset("laion400m", tmp_path / "empty", tmp_path / "out")
 
 

@@ -251,7 +251,7 @@ def test_ocrvqa(tmp_path: Path) -> None:
         "dataset_json-0004": "unreadable row: 2 questions and 1 answers",
         "dataset_json-0005": "unreadable row: a int, not an object",
     }
-    with pytest.raises(UsageError, match="there is no dev"):
+    with pytest.raises(UsageError, match="there is no split dev"):
         built("ocrvqa", inputs, tmp_path / "dev", splits="dev")
 
 

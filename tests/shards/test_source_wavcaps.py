@@ -284,7 +284,7 @@ def test_a_json_that_is_cut_short_is_an_error_that_names_its_place(tmp_path: Pat
     path = tmp_path / "in/json_files/FreeSound/fsd_final.json"
     path.write_text(path.read_text()[:-120])
     with pytest.raises(
-        Exception, match=r"fsd_final.json: at byte \d+: .*\nthe rows behind this place"
+        Exception, match=r"fsd_final.json: at byte \d+: .*\nthe rows after this place"
     ):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
     path.write_text('{"rows": []}')
@@ -305,7 +305,7 @@ def test_a_missing_volume_is_named(tmp_path: Path) -> None:
     (tmp_path / "in/Zip_files/FreeSound/FreeSound.z01").unlink()
     with pytest.raises(
         UsageError,
-        match=r"FreeSound.z01: there is no such file, and FreeSound.zip is split into \d volumes",
+        match=r"FreeSound.z01: there is no such file; FreeSound.zip is split into \d volumes",
     ):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
 
@@ -345,7 +345,7 @@ def test_what_is_no_wavcaps_is_refused(tmp_path: Path) -> None:
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out", options={"sources": "Clotho"})
     write_tree(tmp_path / "in", {"Zip_files/SoundBible/SoundBible.zip": b"no zip"})
     with pytest.raises(
-        UsageError, match=r"SoundBible\.zip is no readable zip archive: it has no end record"
+        UsageError, match=r"SoundBible\.zip is not a readable zip archive: it has no end record"
     ):
         build_dataset(
             "wavcaps", tmp_path / "in", tmp_path / "out", options={"sources": "SoundBible"}

@@ -180,7 +180,7 @@ def test_other_csvs_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a.csv is empty"):
         build_dataset("webvid", tmp_path / "empty", tmp_path / "out")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match="no tar there"):
+    with pytest.raises(UsageError, match="has no tar"):
         build_dataset("webvid", tmp_path / "none", tmp_path / "out")
 
 

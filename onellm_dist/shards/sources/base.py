@@ -1,41 +1,53 @@
-"""The contract of a source: one module (or package) of this folder is one source, found by its `SOURCE`.
+"""The contract of a source: one module (or package) of this folder, found by its `SOURCE`.
 
-A source says what there is, and where its bytes lie; the builder (shards/command.py) does everything else: it reads, checks,
-filters, de-duplicates, cuts shards, shares the work among processes, resumes, and keeps account of what was left out.
+A source says which samples a data set has and where their bytes lie. The builder (`shards/build/`)
+does everything else: it reads, checks, filters and de-duplicates samples, cuts shards, shares the
+work among processes, resumes, and records what was left out.
 
-    SOURCE = Source(name="laion400m", summary="...", plan=plan, raw_samples=raw_samples, options={...}, licence="...")
+    SOURCE = Source(name="laion400m", summary="...", plan=plan, raw_samples=raw_samples, ...)
 
-    def plan(inputs: Path, *, seed: int, **options) -> DatasetDescription       # once a build: what there is, in an order that never changes
-    def raw_samples(inputs: Path, description: SplitDescription, **options) -> Iterator[RawSample]    # of one group, in its order
+    def plan(inputs: Path, *, seed: int, **options) -> DatasetDescription:
+        # called once per build: what there is, in an order that never changes
 
-*Groups.* A InputSplit is a stretch of the input that can be read by itself, of about 1,000 to 10,000 samples: one img2dataset
-tar, rows 20,000 to 30,000 of a CSV (with the byte offset of its first row, so that no process reads the rows before it). Its
-`description` is JSON and holds all that `raw_samples` needs, paths relative to `inputs`; it is stored in the plan file. List groups in
-sorted order, never in that of the file system. `count` is the exact number of raw_samples, bad ones included, where that is
-known without reading the group; None: the builder goes through the group once and counts.
+    def raw_samples(
+        inputs: Path, description: SplitDescription, **options
+    ) -> Iterator[RawSample]:
+        # the samples of one input split, in their order
 
-*Candidates* of equal description and options must be equal, in every process and on every machine: no clock, no `hash()`, no order of
-sets. They are made lazily (a generator): do not read media to list them. They must be picklable. What is known to be bad is
-still yielded: with `problem` where it is a failure (a row that cannot be parsed, a missing file), which goes to quarantine.jsonl
-and counts toward `max_failures`; with `skip` where it is left out knowingly (`status failed_to_download`, a blacklist,
-a split that is not wanted), which is only counted by reason. Keep reasons short with the kind before the first colon:
-`missing file: videos/a/1.mp4`. Keys are unique in the dataset (a repeated key is a failure of the later one).
+*Input splits.* An InputSplit is a part of the input that can be read by itself, of about 1,000 to
+10,000 samples: one img2dataset tar, or rows 20,000 to 30,000 of a CSV (with the byte offset of the
+first row, so that no process reads the rows before it). Its `description` is JSON and holds
+everything that `raw_samples` needs, with paths relative to `inputs`; it is stored in the plan file.
+List input splits in sorted order, never in that of the file system. `count` is the exact number of
+raw samples, bad ones included, if it is known without reading the split. If it is None, the builder
+reads the split once to count them.
 
-*Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath` (shards/storage/paths.py) with the same
-methods. Use only these of it: `/`, name, stem, suffix, parent, open("rb" or text), read_bytes, read_text, exists, is_file,
-is_dir, iterdir, glob, rglob, stat().st_size. Make neither a `Path(...)` nor a `str` of it to open a file. What several groups
-share (a caption table) is cached a process with functools.lru_cache on `inputs` (hashable). `options` arrive complete and of
-the right type, the source's own and no others.
+*Raw samples* of equal description and options must be equal, in every process and on every machine:
+no clock, no `hash()`, no order of sets. They are made lazily, by a generator; do not read media to
+list them. They must be picklable. A sample that is known to be bad is yielded too. Set `problem` if
+it is a failure (a row that cannot be parsed, a missing file): the sample goes to quarantine.jsonl
+and counts toward `max_failures`. Set `skip` if it is left out on purpose (`status
+failed_to_download`, a blacklist, a split that is not wanted): it is only counted, by reason. Keep
+reasons short, with their category before the first colon: `missing file: videos/a/1.mp4`. Keys are
+unique in the data set; a repeated key is a failure of the later sample.
 
-*Text.* `caption` becomes `.txt`. `meta` becomes `.json` (sorted keys): `conversations` goes there, `caption` too where a sample
-has several texts; anything else that is worth keeping (url, similarity, window). The builder's filters read `meta`,
-whatever the case of the key: `url`, `nsfw`, `punsafe`, `pwatermark`, `similarity`, `width`, `height`, `sha256`. Parts named
-`txt` and `json` in `parts` are stored as they are instead (`caption` and `meta` go before them).
+*Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath`
+(shards/storage/paths.py) with the same methods. Use only these: `/`, name, stem, suffix, parent,
+open("rb" or text), read_bytes, read_text, exists, is_file, is_dir, iterdir, glob, rglob,
+stat().st_size. Do not convert it with `Path(...)` or `str` to open a file. Data that several splits
+share (a caption table) is cached per process with functools.lru_cache on `inputs`, which is
+hashable. `options` arrive complete and converted, the source's own and no others.
 
-A source that makes its data itself (toyworld) has `build` instead of `plan` and `raw_samples`:
-`build(inputs, out, *, workers, seed, **options)` writes one dataset into `out`, or several in subfolders of it, and returns a
-BuildReport. `out` is a new, empty staging folder: `build_dataset` renames it when the function returns, and removes it when it
-raises.
+*Text.* `caption` becomes `.txt`. `meta` becomes `.json` (sorted keys): `conversations` goes there,
+`caption` too if a sample has several texts, and anything else that is worth keeping (url,
+similarity, window). The builder's filters read these keys of `meta`, in upper or lower case: `url`,
+`nsfw`, `punsafe`, `pwatermark`, `similarity`, `width`, `height`, `sha256`. Parts that are called
+`txt` and `json` are stored as they are, unless `caption` and `meta` are given too.
+
+A source that generates its data (toyworld) has `build` instead of `plan` and `raw_samples`:
+`build(inputs, out, *, workers, seed, **options)` writes one data set into `out`, or several in
+subfolders of it, and returns a BuildReport. `out` is a new, empty staging folder. `build_dataset`
+renames it when the function returns, and removes it when the function raises.
 """
 
 from __future__ import annotations
@@ -49,25 +61,38 @@ from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.shards.storage.paths import translate_store_errors
 
 SplitDescription = Mapping[str, Any]
-"""What `raw_samples` needs to find the samples of one InputSplit: JSON values, paths relative to the inputs."""
+"""What `raw_samples` needs to find the samples of one InputSplit.
+
+JSON values; paths are relative to the inputs."""
 
 
 @runtime_checkable
 class Media(Protocol):
-    """Where the bytes of one part come from: a Path, FileRange, or a source's own frozen dataclass with `read_bytes`."""
+    """Where the bytes of one part come from.
+
+    A Path, a FileRange, or a source's own frozen dataclass with `read_bytes`.
+    """
 
     def read_bytes(self) -> bytes:
-        """The whole part. Raises FileNotFoundError, another OSError, or BadSampleError (the reason to leave the sample out)."""
+        """Read the complete part.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+            BadSampleError: the content cannot be used; the sample is left out for this reason.
+        """
         ...
 
 
 class BadSampleError(SampleError):
-    """Why a raw_sample is left out: `what` is the reason, one line, its kind before the first colon."""
+    """Why a sample is left out.
+
+    `what` is the reason in one line, with its category before the first colon.
+    """
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """Some bytes of a file: a member of an uncompressed tar."""
+    """A range of bytes of a file, such as a member of an uncompressed tar."""
 
     path: Path
     offset: int
@@ -79,7 +104,8 @@ class FileRange:
             data = file.read(self.size)
         if len(data) != self.size:
             raise BadSampleError(
-                f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes at offset {self.offset}"
+                f"truncated file: {self.path.name} has {len(data)} of {self.size} bytes "
+                f"at offset {self.offset}"
             )
         return data
 
@@ -89,32 +115,32 @@ class RawSample:
     """One sample before it is read."""
 
     key: str
-    """Unique in the dataset; no dot behind its last slash (`naming.make_safe_key` makes one of a path)."""
+    """Unique in the data set; no dot after the last slash (`make_safe_key` makes one of a path)."""
     where: str
-    """What the user looks for when it is bad: a file, a table's line (`a.csv:17`), a tar's member."""
+    """Where the user finds a bad sample: a file, a line of a table (`a.csv:17`), a tar member."""
     parts: Mapping[str, Media] = field(default_factory=dict)
-    """Part extension (lower-case: `jpg`, `depth.png`) to where its bytes come from; `txt` and `json` are text, others media."""
+    """Extension to media: lower-case (`jpg`, `depth.png`); `txt` and `json` are text."""
     caption: str | None = None
-    """Goes to `.txt`."""
+    """The text that goes to `.txt`."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """Goes to `.json`."""
+    """The values that go to `.json`."""
     problem: str | None = None
-    """Already known to be bad: quarantined with this reason, counts as a failure."""
+    """Why the sample is already known to be bad: it is quarantined and counts as a failure."""
     skip: str | None = None
-    """Left out knowingly: counted by reason, no failure."""
+    """Why the sample is left out on purpose: it is counted by reason and is not a failure."""
 
 
 @dataclass(frozen=True)
 class InputSplit:
-    """A stretch of the input that is read by itself."""
+    """A part of the input that is read by itself."""
 
     name: str
-    """For messages and the plan: `00017.tar`, `results_2M_train.csv:20001`."""
+    """Name in messages and in the plan: `00017.tar`, `results_2M_train.csv:20001`."""
     description: SplitDescription
-    """JSON; all that `raw_samples` needs."""
+    """Everything that `raw_samples` needs, as JSON."""
     split: str = "train"
     count: int | None = None
-    """Its raw_samples, bad and skipped ones included; None: not known before it was read."""
+    """Number of raw samples, bad and skipped ones included; None: unknown until it is read."""
 
 
 @dataclass(frozen=True)
@@ -122,42 +148,42 @@ class DatasetDescription:
     """What a source found in its input."""
 
     modalities: tuple[str, ...]
-    """Every sample has exactly these; () is text only."""
+    """The modalities that every sample has; () for text alone."""
     input_splits: Iterable[InputSplit]
-    """In an order that depends on the input and the options alone."""
+    """The parts of the input, in an order that depends on input and options alone."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    """For the manifest (JSON)."""
+    """Values for the manifest, as JSON."""
+
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a source, as the command line and dataset recipes give it."""
+    """One option of a source, given on the command line or in a dataset recipe."""
 
     default: Any
     help: str
     kind: type = str
-    """str, int, float, bool, or Path. A text (from a command line) is converted to it."""
+    """str, int, float, bool or Path. Text from a command line is converted to it."""
 
     def convert(self, name: str, value: Any) -> Any:
-        """`value` as this option's type; None stays None where that is the default.
+        """Convert a value to this option's type; None stays None if that is the default.
+
+        Args:
+            name: the option's name, for the error.
+            value: what the user gave.
 
         Raises:
-            UsageError: it cannot be converted.
+            UsageError: the value cannot be converted.
         """
         if value is None and self.default is None:
             return None
         try:
             if self.kind is bool and not isinstance(value, bool):
-                return {
-                    "true": True,
-                    "yes": True,
-                    "1": True,
-                    "false": False,
-                    "no": False,
-                    "0": False,
-                }[str(value).lower()]
+                return _BOOLEANS[str(value).lower()]
             if self.kind is int and isinstance(value, float) and not value.is_integer():
                 raise ValueError
             return self.kind(value)
@@ -171,7 +197,7 @@ class Option:
 
 @dataclass(frozen=True)
 class QuarantinedSample:
-    """One sample that was left out, with the reason."""
+    """A sample that was left out as bad, with the reason."""
 
     key: str
     file: str
@@ -180,34 +206,40 @@ class QuarantinedSample:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What was built."""
+    """The result of a build."""
 
     samples: int
     quarantined: tuple[QuarantinedSample, ...] = ()
-    """The bad samples; of very many, the first 100,000 (quarantine.jsonl has them all)."""
+    """Bad samples, at most the first 100,000; quarantine.jsonl lists all of them."""
     notes: tuple[str, ...] = ()
     """Lines for the user, such as files that were ignored."""
     failures: int = 0
-    """All bad samples."""
+    """Number of bad samples."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of input that shards are built from: `plan` and `raw_samples`, or `build`."""
+    """A format of input that shards are built from: `plan` and `raw_samples`, or `build`."""
 
     name: str
     summary: str
     build: Callable[..., BuildReport | None] | None = None
-    """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options); None returned: nothing to report."""
+    """(inputs: Path | None, out: Path, *, workers: int, seed: int, **options) -> report or None."""
     plan: Callable[..., DatasetDescription] | None = None
-    """(inputs: Path, *, seed: int, **options) -> DatasetDescription. Raises UsageError where the input is not what the source reads."""
+    """(inputs: Path, *, seed: int, **options) -> DatasetDescription.
+
+    Raises UsageError if the input is not what the source reads."""
     raw_samples: Callable[..., Iterator[RawSample]] | None = None
-    """(inputs: Path, description: SplitDescription, **options) -> the group's raw_samples. An error other than OSError and
-    OneLLMError is a fault of the source."""
+    """(inputs: Path, description: SplitDescription, **options) -> the split's raw samples.
+
+    An exception other than OSError and OneLLMError is a bug of the source."""
     options: Mapping[str, Option] = field(default_factory=dict)
-    """Its own. Every planned source also has the builder's (shards/build/settings.py): name, licence, check, max_failures,
-    max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw, max_punsafe, max_pwatermark, ..."""
+    """The source's own options.
+
+    Every planned source also has the builder's (shards/build/settings.py): name, licence, check,
+    max_failures, max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw,
+    max_punsafe, max_pwatermark, ..."""
     licence: str = "unknown"
-    """Of the manifest, where the user gives none."""
+    """The licence in the manifest, unless the user gives one."""
     needs_input: bool = True
-    """False: `inputs` is None (generated data)."""
+    """Whether there is an input; if false, `inputs` is None (generated data)."""

@@ -61,7 +61,7 @@ def _picture(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSa
 
 
 SOURCES = tuple(
-    s.source()
+    s.make_source()
     for s in (
         AnnotationSet(
             "coco",

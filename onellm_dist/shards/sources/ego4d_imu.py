@@ -28,7 +28,11 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.conversations import make_caption_turns
-from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, Recorded, find_recording
+from onellm_dist.shards.sources.readers.imu_windows import (
+    CutImuWindow,
+    RecordingFiles,
+    find_recording,
+)
 from onellm_dist.shards.sources.readers.json_stream import (
     has_key,
     read_rows,
@@ -138,7 +142,7 @@ def raw_samples(inputs: Path, description: SplitDescription, **options: Any) -> 
 def _from_windows(
     inputs: Path, description: SplitDescription, *, imu: Path | None, min_samples: int, **_: Any
 ) -> Iterator[RawSample]:
-    last: tuple[str, Recorded | None] | None = None  # a group's windows are of one video
+    last: tuple[str, RecordingFiles | None] | None = None  # a group's windows are of one video
     for item in read_rows_at(resolve_below(inputs, description["windows"]), description["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
         uid, times = _window(row)
@@ -164,7 +168,7 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
 
 
 def _raw_sample(
-    found: Recorded | None,
+    found: RecordingFiles | None,
     key: str,
     where: str,
     uid: str,
@@ -174,7 +178,7 @@ def _raw_sample(
 ) -> RawSample:
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
-        return RawSample(key, where, problem=f"caption is no text: a {type(text).__name__}")
+        return RawSample(key, where, problem=f"caption is not text: a {type(text).__name__}")
     if found is None:
         return RawSample(key, where, problem=f"missing file: no recording of video {uid}")
     captions = [clean_narration(t) for t in texts]

@@ -111,7 +111,7 @@ def read_conversation(
     return [
         AnnotatedSample(
             key,
-            context.media("image", *names),
+            context.find_media("image", *names),
             clean_turns(row["conversations"]),
             meta={**meta, "image": name},
         )

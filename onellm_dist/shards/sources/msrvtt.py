@@ -45,7 +45,7 @@ def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSa
     return [
         AnnotatedSample(
             f"{video}-{int(row['sen_id'])}",
-            context.media("video", f"{video}.mp4"),
+            context.find_media("video", f"{video}.mp4"),
             make_caption_turns("video", caption),
             caption,
             {"video_id": video},
@@ -64,13 +64,16 @@ def _question(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedS
     video = f"video{int(row['video_id'])}"
     return [
         AnnotatedSample(
-            str(row["id"]), context.media("video", f"{video}.mp4"), turns, meta={"video_id": video}
+            str(row["id"]),
+            context.find_media("video", f"{video}.mp4"),
+            turns,
+            meta={"video_id": video},
         )
     ]
 
 
 SOURCES = tuple(
-    s.source()
+    s.make_source()
     for s in (
         AnnotationSet(
             "msrvtt",

@@ -173,7 +173,7 @@ def _sample(context: AnnotationContext, item: JsonItem, modality: str) -> Sequen
         else _medium(context, modality, require_text(row["image"], "image"), meta)
     )
     if modality in ("depth", "normal"):
-        [(extension, file)] = context.media(
+        [(extension, file)] = context.find_media(
             "image", *_names(require_text(row[f"{modality}_image"], f"{modality}_image"))
         ).items()
         parts[f"{modality}.{extension}"] = file
@@ -192,10 +192,10 @@ def _medium(
     if modality == "point":
         return _cloud(context, path, meta)
     if modality in ("depth", "normal"):
-        return context.media("image", *_names(path))
+        return context.find_media("image", *_names(path))
     meta["media"] = path
     if modality == "fmri":
-        [(_, file)] = context.media("fmri", *_names(path)).items()
+        [(_, file)] = context.find_media("fmri", *_names(path)).items()
         return {"fmri.npy": MeanOfRepetitions(file)}
     stems = [str(PurePosixPath(n).with_suffix("")) for n in _names(path)]
     others = [
@@ -203,7 +203,7 @@ def _medium(
         for s in stems
         for e in next(iter(get_modality(modality).required_parts.values()))
     ]
-    return context.media(modality, *_names(path), *others)
+    return context.find_media(modality, *_names(path), *others)
 
 
 def _cloud(context: AnnotationContext, path: str, meta: dict[str, Any]) -> dict[str, Media]:
@@ -229,7 +229,7 @@ def _cloud(context: AnnotationContext, path: str, meta: dict[str, Any]) -> dict[
     return (
         {"npy": TensorCloud(file, file.name)}
         if file.suffix == ".pt"
-        else context.media("point", *_names(path), *beside)
+        else context.find_media("point", *_names(path), *beside)
     )
 
 

@@ -28,7 +28,7 @@ def _conversation(context: AnnotationContext, item: JsonItem) -> Sequence[Annota
     return [
         AnnotatedSample(
             f"{uid}-{item.number:06d}",
-            context.media("point", *names),
+            context.find_media("point", *names),
             clean_turns(row["conversations"]),
             meta=meta,
         )
@@ -43,4 +43,4 @@ SOURCE = AnnotationSet(
     _conversation,
     folders=("8192_npy", "objaverse_data", "data/objaverse_data"),
     licence="CC-BY-NC-SA 4.0 (conversations); objects under their own licences",
-).source()
+).make_source()

@@ -48,7 +48,7 @@ _ROWS = 1000
 
 
 @lru_cache(maxsize=1)
-def _refs(path: Path, get_write_stamp: int) -> list[Any]:
+def _refs(path: Path, stamp: int) -> list[Any]:
     """The pickle's list (RefCOCO: 50,000 rows).
 
     Raises:
@@ -66,7 +66,7 @@ def _refs(path: Path, get_write_stamp: int) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def _instances(
-    path: Path, get_write_stamp: int
+    path: Path, stamp: int
 ) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
     boxes = {

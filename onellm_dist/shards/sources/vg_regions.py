@@ -24,7 +24,7 @@ from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 
 @lru_cache(maxsize=1)
-def _sizes(path: Path, get_write_stamp: int) -> Mapping[int, tuple[int, int]]:
+def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
     """Picture to (width, height)."""
     try:
         return {
@@ -42,7 +42,7 @@ def _sizes(path: Path, get_write_stamp: int) -> Mapping[int, tuple[int, int]]:
 def _regions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["id"] if "id" in row else row["image_id"])
-    sizes = context.partner("image_data")
+    sizes = context.resolve_partner("image_data")
     size = _sizes(sizes, get_write_stamp(sizes)).get(number)
     if size is None:
         raise ValueError(f"image_data.json has no picture {number}")
@@ -69,7 +69,7 @@ def _regions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSa
     ]
     return [
         AnnotatedSample(
-            str(number), context.media("image", *names), turns, meta={"image_id": number}
+            str(number), context.find_media("image", *names), turns, meta={"image_id": number}
         )
     ]
 
@@ -93,4 +93,4 @@ SOURCE = AnnotationSet(
         )
     },
     licence="CC-BY 4.0",
-).source()
+).make_source()

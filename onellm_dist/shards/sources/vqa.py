@@ -41,7 +41,7 @@ _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
 
 
 @lru_cache(maxsize=2)
-def _questions(path: Path, get_write_stamp: int) -> Mapping[int, str]:
+def _questions(path: Path, stamp: int) -> Mapping[int, str]:
     """Question number to its text (VQAv2 train: 443,757)."""
     try:
         listed = json.loads(path.read_bytes())["questions"]
@@ -57,7 +57,7 @@ def _questions(path: Path, get_write_stamp: int) -> Mapping[int, str]:
 def _vqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["question_id"])
-    questions = context.partner("questions")
+    questions = context.resolve_partner("questions")
     text = _questions(questions, get_write_stamp(questions)).get(number)
     if text is None:
         raise ValueError(f"there is no question {number}")
@@ -83,7 +83,7 @@ def _gqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample
     return [
         AnnotatedSample(
             item.key,
-            context.media("image", f"{row['imageId']}.jpg"),
+            context.find_media("image", f"{row['imageId']}.jpg"),
             turns,
             meta={"image_id": str(row["imageId"])},
         )
@@ -139,7 +139,9 @@ def _ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSam
         (f"{key}{suffix}", f"{key}.jpg", f"{key}.png")
     )  # LLaVA's users turned the .gif into .jpg
     meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
-    return [AnnotatedSample(key, context.media("image", *names), make_turns(*pairs), meta=meta)]
+    return [
+        AnnotatedSample(key, context.find_media("image", *names), make_turns(*pairs), meta=meta)
+    ]
 
 
 def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
@@ -177,7 +179,7 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
 
 
 SOURCES = tuple(
-    s.source()
+    s.make_source()
     for s in (
         _asked(
             "vqav2", "VQAv2", "v2_", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"

@@ -65,7 +65,7 @@ def plan(
         )
     pool, pools = find_pool(inputs, SUFFIXES), dict[str, MediaPool]()
     for name, found in tables.items():
-        pools[name] = pool.of(name)
+        pools[name] = pool.filter_by_name(name)
         if found and not pools[name]:
             raise UsageError(
                 f"{inputs}: {found[0]} is there, and no folder of .flac and no .zip has {name} in its path.",

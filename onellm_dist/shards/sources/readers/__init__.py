@@ -1,0 +1,1 @@
+"""Readers of input formats that several sources share; they import no source."""

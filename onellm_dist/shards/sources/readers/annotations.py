@@ -1,13 +1,15 @@
-"""Annotation files of questions and captions about media: what their sources share.
+"""What the sources of questions and captions about media share.
 
-An AnnotationSet says which file has the rows, where the media lie and how a row becomes samples; its source does the rest:
-rows are read by byte range (json_stream.py), a row that is not as it should be is one bad sample.
+An AnnotationSet says which file has the rows, where the media lie, and how a row becomes samples.
+Its source does the rest: rows are read by byte range (json_stream.py), and a row that cannot be
+used is one bad sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +43,25 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 
 _ROWS = 1000
 _JOINED = "in the sample of its medium's first row"
+"""Why a row is skipped whose medium has a sample already."""
 JOIN_OPTION = Option(
     False,
-    "all rows of a medium in one sample: questions as turns of one conversation, captions as a list",
+    "all rows of a medium in one sample: questions as turns of a conversation, captions as a list",
     bool,
 )
 
 
 class MediaNotFetchedError(BadSampleError):
-    """The medium is not there."""
+    """The medium is missing."""
 
 
 @dataclass(frozen=True)
 class AnnotatedSample:
-    """What a row says."""
+    """What a row says about one sample."""
 
     key: str
     parts: Mapping[str, Media]
+    """Extension to media."""
     conversations: Sequence[Turn]
     caption: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -65,23 +69,27 @@ class AnnotatedSample:
 
 @dataclass(frozen=True)
 class AnnotationContext:
-    """Where a row's media and the other files lie."""
+    """Where the media of rows and other files lie."""
 
     inputs: Path
     folders: tuple[Path, ...]
     description: SplitDescription
     options: Mapping[str, Any]
 
-    def partner(self, name: str) -> Path:
-        """Another file that the rows need."""
+    def resolve_partner(self, name: str) -> Path:
+        """Resolve the path of another file that the rows need."""
         return resolve_below(self.inputs, self.description["partners"][name])
 
-    def media(self, modality: str, *names: str) -> dict[str, Media]:
-        """The part of the first of these files that is there.
+    def find_media(self, modality: str, *names: str) -> dict[str, Media]:
+        """Find the first of these files that exists.
+
+        Returns:
+            Its extension to the file.
 
         Raises:
-            MediaNotFetchedError: none is.
-            BadSampleError: it is no medium of this modality, or its name leads out of the folders.
+            MediaNotFetchedError: none of them exists.
+            BadSampleError: the file is not media of this modality, or a name leads out of the
+                folders.
         """
         if any(".." in Path(name).parts for name in names):
             raise BadSampleError(
@@ -98,31 +106,33 @@ class AnnotationContext:
 
 @dataclass(frozen=True)
 class AnnotationSet:
-    """One dataset of annotations."""
+    """A dataset of annotations."""
 
     name: str
     summary: str
     modality: str
     files: Mapping[str, Sequence[str]]
-    """Split to the usual names of its file of rows; the first split is the one that is built where none is asked for."""
+    """Split to the usual names of its file of rows; the first split is built by default."""
     read: Callable[[AnnotationContext, JsonItem], Sequence[AnnotatedSample]]
-    """A row to its samples. KeyError, TypeError, ValueError: it is no such row."""
+    """Makes samples of a row; KeyError, TypeError or ValueError means: a malformed row."""
     key: str | None = None
-    """Where the rows stand in the file."""
+    """The key under which the rows stand in the file; None: the file itself is the list."""
     folders: Sequence[str] = ()
     """The usual folders of the media, besides IN itself."""
     partners: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = field(default_factory=dict)
-    """Option to (what the file is, its usual names by split): other files that the rows need."""
+    """Other files that the rows need: option to (what the file is, its usual names by split)."""
     options: Mapping[str, Option] = field(default_factory=dict)
     licence: str = "unknown"
     count: Callable[[Any, str], int] | None = None
-    """(row, split) -> its samples in that split, where it has not just one; it sees non-ASCII texts garbled."""
+    """(row, split) -> number of its samples in that split; None: always one.
+
+    Text that is not ASCII is garbled here (see `JsonRow`)."""
 
     medium: Callable[[Any], object] | None = None
-    """A row to the name of its medium (ASCII), where several rows are about one: they can be joined then."""
+    """Row to the name of its medium (ASCII), if rows about the same medium can be joined."""
 
-    def source(self) -> Source:
-        """The builder's source."""
+    def make_source(self) -> Source:
+        """Make the source that the builder uses."""
         options = {
             "annotations": Option(
                 None,
@@ -130,7 +140,7 @@ class AnnotationSet:
                 Path,
             ),
             **{
-                n: Option(None, f"{what}, if it does not lie under its usual name", Path)
+                n: Option(None, f"{what}, if it does not have its usual name", Path)
                 for n, (what, _) in self.partners.items()
             },
             "media": Option(
@@ -139,7 +149,8 @@ class AnnotationSet:
                 Path,
             ),
             "splits": Option(
-                next(iter(self.files)), f"what is built, by comma, of {', '.join(self.files)}"
+                next(iter(self.files)),
+                f"what is built, separated by commas: {', '.join(self.files)}",
             ),
             "missing": MISSING_OPTION,
             **({"join": JOIN_OPTION} if self.medium is not None else {}),
@@ -169,21 +180,21 @@ class AnnotationSet:
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in self.files]:
             raise UsageError(
-                f"splits={splits}: there is no {unknown[0]}.",
-                f"{self.name} has others.",
+                f"splits={splits}: there is no split {unknown[0]}.",
+                f"{self.name} does not have it.",
                 f"use {', '.join(self.files)}.",
             )
         if annotations is not None and len(wanted) > 1:
             raise UsageError(
                 f"one file is named for the splits {splits}.",
-                "each has a file of its own.",
+                "each split has a file of its own.",
                 "build one split at a time.",
             )
         find_media_folders(inputs, media, self.folders)
-        layout = [self._split(inputs, s, annotations, own) for s in wanted]
-        return DatasetDescription((self.modality,), (g for groups in layout for g in groups))
+        parts = [self._make_splits(inputs, s, annotations, own) for s in wanted]
+        return DatasetDescription((self.modality,), chain.from_iterable(parts))
 
-    def _split(
+    def _make_splits(
         self, inputs: Path, split: str, annotations: Path | None, own: Mapping[str, Any]
     ) -> Iterator[InputSplit]:
         rows = require_file(
@@ -194,7 +205,7 @@ class AnnotationSet:
             for n, (what, usual) in self.partners.items()
         }
         if own.get("join"):
-            return self._joined_groups(inputs, rows, split, partners)
+            return self._make_joined_splits(inputs, rows, split, partners)
         count = self.count
         samples = None if count is None else lambda row: {split: count(row.value, split)}
         return split_rows(
@@ -214,24 +225,27 @@ class AnnotationSet:
             inputs, find_media_folders(inputs, media, self.folders), description, options
         )
         if "media" in description:
-            yield from self._joined(context, missing)
+            yield from self._read_joined(context, missing)
             return
         for item in read_rows(inputs, description):
             planned = 1 if self.count is None else self.count(item.value, description["split"])
             if planned:
                 yield from read_raw_samples(lambda i: self.read(context, i), item, planned, missing)
 
-    def _joined_groups(
+    def _make_joined_splits(
         self, inputs: Path, rows: str, split: str, partners: Mapping[str, str]
     ) -> Iterator[InputSplit]:
-        """Media in the order of their first rows, with the places of their rows (a million rows: some 200 MB while it is planned)."""
+        """Media in the order of their first rows, with the places of their rows.
+
+        Planning takes about 200 MB for a million rows.
+        """
         assert self.medium is not None
         found, entries = dict[object, list[tuple[int, int, int]]](), False
         for number, row in enumerate(scan_rows(resolve_below(inputs, rows), self.key)):
             try:
                 medium: object = str(self.medium(row.value))
             except (KeyError, TypeError, AttributeError):
-                medium = number  # alone: it is said to be bad when it is read
+                medium = number  # alone: it is reported as bad when it is read
             found.setdefault(medium, []).append((number, row.start, row.end))
             entries = bool(row.key)
         listed = list(found.values())
@@ -246,8 +260,11 @@ class AnnotationSet:
             }
             yield InputSplit(f"{rows}:{some[0][0][0]}", description, split, sum(map(len, some)))
 
-    def _joined(self, context: AnnotationContext, missing: str) -> Iterator[RawSample]:
-        """A raw_sample for each row: a medium's sample stands for its first good one, the other good ones are left out knowingly."""
+    def _read_joined(self, context: AnnotationContext, missing: str) -> Iterator[RawSample]:
+        """Yield a raw sample for each row.
+
+        The sample of a medium stands for its first good row; its other good rows are skipped.
+        """
         path = resolve_below(context.inputs, context.description["file"])
         for places in context.description["media"]:
             rows = list(read_rows_at(path, places, entries=context.description["entries"]))
@@ -261,17 +278,17 @@ class AnnotationSet:
                 if raw_sample.problem is not None or raw_sample.skip is not None:
                     yield raw_sample
                 elif raw_sample is good[0]:
-                    yield _merged(good)
+                    yield _merge_rows(good)
                 else:
                     yield replace(raw_sample, parts={}, skip=_JOINED)
 
 
-def _merged(raw_samples: Sequence[RawSample]) -> RawSample:
-    """One sample of several about one medium; `rows` in its `.json` are their keys."""
+def _merge_rows(raw_samples: Sequence[RawSample]) -> RawSample:
+    """Merge the samples of one medium; `rows` in the `.json` lists their keys."""
     first = raw_samples[0]
     captions = [c.caption for c in raw_samples if c.caption is not None]
     meta: dict[str, Any] = {**first.meta, "rows": [c.key for c in raw_samples]}
-    if captions:  # each conversation is the same question about the medium
+    if captions:  # each conversation asks the same about the medium
         return replace(first, caption=None, meta={**meta, "caption": captions})
     differing = [k for k in first.meta if any(c.meta.get(k) != first.meta[k] for c in raw_samples)]
     meta.update({k: [c.meta.get(k) for c in raw_samples] for k in differing})
@@ -280,17 +297,25 @@ def _merged(raw_samples: Sequence[RawSample]) -> RawSample:
 
 
 def find_media_folders(inputs: Path, media: Path | None, usual: Sequence[str]) -> tuple[Path, ...]:
-    """Where media are looked for: the user's folder, or those of the usual ones that are there, and IN itself.
+    """Find the folders where media are searched.
+
+    Args:
+        inputs: the input folder.
+        media: the user's choice.
+        usual: the usual folders, relative to `inputs`.
+
+    Returns:
+        The user's folder, or those of the usual ones that exist, and `inputs` itself.
 
     Raises:
-        UsageError: the user's folder is not there.
+        UsageError: the user's folder does not exist.
     """
     if media is None:
         return (*(f for name in usual if (f := inputs / name).is_dir()), inputs)
     folder = resolve_below(inputs, media)
     if not folder.is_dir():
         raise UsageError(
-            f"{folder}: there is no such folder.", "media are looked for there.", "check -o media=."
+            f"{folder}: there is no such folder.", "media are searched there.", "check -o media=."
         )
     return (folder,)
 
@@ -301,10 +326,13 @@ def read_raw_samples(
     planned: int,
     missing: str,
 ) -> Iterator[RawSample]:
-    """The raw_samples of a row: its samples, or, where it cannot be used, as many bad ones as were planned for it.
+    """Read the raw samples of a row; a row that cannot be used makes as many bad ones as planned.
 
     Args:
-        missing: "fail": a medium that is not there makes a bad sample; "skip": one that is left out knowingly.
+        read: makes samples of a row.
+        item: the row.
+        planned: how many samples the plan counted.
+        missing: what a missing medium makes: "fail": a bad sample; "skip": a skipped one.
     """
     problem: str | None = None
     skip: str | None = None
@@ -336,10 +364,10 @@ def read_raw_samples(
 
 
 def require_text(value: Any, what: str) -> str:
-    """A text that is not empty.
+    """Return a text without the white space around it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a text, or is empty.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{what} is {value!r}, not a text")

@@ -1,8 +1,12 @@
-"""Members of zip archives read where they lie, split archives (`x.z01, x.z02, ..., x.zip`) too: nothing is unpacked or joined.
+"""Members of zip archives, read where they lie; also of split archives (`x.z01`, ..., `x.zip`).
 
-The layout is PKWARE's APPNOTE 6.3 with zip64, as Info-ZIP's `zip -s` writes split archives: offsets count from the start of a volume,
-and what does not fit goes on in the next one. The standard library's zipfile reads archives of one volume only (Python 3.11), and
-reads the whole directory for every member; here a process keeps about 40 bytes a member.
+Nothing is unpacked or joined. The format is PKWARE's APPNOTE 6.3 with zip64, as Info-ZIP's `zip -s`
+writes split archives: offsets count from the start of a volume, and what does not fit continues in
+the next one.
+
+This is written by hand because the standard library's zipfile (Python 3.11) reads archives of one
+volume only, and reads the complete directory for every member; here a process keeps about 40 bytes
+per member.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ _END64_PLACE = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
-_STORED, _DEFLATED = 0, 8
+_STORED = 0
+_DEFLATED = 8
 _ENCRYPTED = 1
 _CHUNK = 1 << 20
 _ROW = np.dtype(
@@ -45,16 +50,18 @@ _ROW = np.dtype(
 )
 
 
-class Entry(NamedTuple):
-    """A member, as the archive's directory has it."""
+class ArchiveEntry(NamedTuple):
+    """A member, as the archive's directory describes it."""
 
     name: str
     volume: int
-    """From 0: x.z01 is 0, x.zip the last."""
+    """Number of the volume, from 0: x.z01 is 0, x.zip the last."""
     offset: int
-    """Of its local header in that volume."""
+    """Byte offset of its local header in that volume."""
     packed: int
+    """Bytes in the archive."""
     size: int
+    """Bytes when unpacked."""
     method: int
     crc: int
     flags: int
@@ -62,10 +69,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class ArchiveMember:
-    """One member: read by byte range, unpacked in memory, checked against its CRC-32."""
+    """A member: read by byte range, unpacked in memory, checked against its CRC-32."""
 
     volumes: tuple[Path, ...]
-    """From the one where the member begins to the last."""
+    """The volumes from the one where the member begins to the last."""
     stem: str
     offset: int
     packed: int
@@ -75,10 +82,11 @@ class ArchiveMember:
     flags: int = 0
 
     def read_bytes(self) -> bytes:
-        """The member's content.
+        """Read the member's content.
 
         Raises:
-            BadSampleError: cut short, damaged, encrypted, or packed in a way that is not known.
+            BadSampleError: the member is cut short, damaged, encrypted, or packed by an unknown
+                method.
             OSError: a volume cannot be read.
         """
         where = f"{self.stem} in {self.volumes[-1].name}"
@@ -86,15 +94,16 @@ class ArchiveMember:
             raise BadSampleError(f"unreadable archive: {where} is encrypted")
         if self.method not in (_STORED, _DEFLATED):
             raise BadSampleError(
-                f"unreadable archive: {where} is packed by method {self.method}; stored and deflated are read"
+                f"unreadable archive: {where} is packed by method {self.method}; "
+                f"stored and deflated are supported"
             )
-        head = self._span(0, _LOCAL.size)
+        head = self._read_span(0, _LOCAL.size)
         if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
             raise BadSampleError(
                 f"unreadable archive: no header of {where} at offset {self.offset}"
             )
         name_length, extra_length = _LOCAL.unpack(head)[-2:]
-        data = self._span(_LOCAL.size, name_length + extra_length + self.packed)
+        data = self._read_span(_LOCAL.size, name_length + extra_length + self.packed)
         name, content = data[:name_length], data[name_length + extra_length :]
         if PurePosixPath(name.decode("utf-8", "replace")).stem != self.stem:
             raise BadSampleError(
@@ -113,8 +122,8 @@ class ArchiveMember:
             raise BadSampleError(f"unreadable archive: {where} fails its CRC-32")
         return content
 
-    def _span(self, start: int, size: int) -> bytes:
-        """`size` bytes from `start` behind the local header's first byte, over the ends of volumes."""
+    def _read_span(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start` after the local header's first byte, across volumes."""
         found, place = b"", self.offset + start
         for volume in self.volumes:
             with volume.open("rb") as file:
@@ -130,68 +139,52 @@ class ArchiveMember:
 
 
 def list_volumes(archive: Path) -> tuple[Path, ...]:
-    """All volumes of an archive, `archive` (the .zip) last.
+    """List the volumes of an archive, `archive` (the .zip) last.
 
     Raises:
-        UsageError: no zip archive, cut short, or a volume is missing.
+        UsageError: the file is not a zip archive or is cut short, or a volume is missing.
     """
-    count = _directory_place(archive)[0]
+    count = _find_directory(archive)[0]
     volumes = tuple(archive.parent / f"{archive.stem}.z{number:02d}" for number in range(1, count))
     for volume in volumes:
         if not volume.is_file():
             raise UsageError(
-                f"{volume}: there is no such file, and {archive.name} is split into {count} volumes.",
+                f"{volume}: there is no such file; {archive.name} is split into {count} volumes.",
                 "members that lie in it cannot be read.",
-                "fetch it and put it beside the others.",
+                "download it and put it beside the others.",
             )
     return (*volumes, archive)
 
 
-def list_entries(archive: Path) -> Iterator[Entry]:
-    """The files of an archive, in the order of its directory; folders are left out.
+def list_entries(archive: Path) -> Iterator[ArchiveEntry]:
+    """List the files of an archive, in the order of its directory; folders are left out.
 
     Raises:
-        UsageError: no zip archive, cut short, or a volume is missing.
+        UsageError: the file is not a zip archive or is cut short, or a volume is missing.
     """
-    _, volume, offset, total = _directory_place(archive)
+    _, volume, offset, total = _find_directory(archive)
     rest, buffer = list_volumes(archive)[volume:], b""
-    source = _read_on(rest, offset)
+    source = _read_from(rest, offset)
     for _ in range(total):
-        buffer = _filled(archive, buffer, source, _ENTRY.size)
+        buffer = _fill_buffer(archive, buffer, source, _ENTRY.size)
         fields = _ENTRY.unpack(buffer[: _ENTRY.size])
         if fields[0] != b"PK\x01\x02":
-            raise _no_archive(archive, "its directory is damaged")
-        (
-            _,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            size,
-            name_len,
-            extra_len,
-            comment_len,
-            disk,
-            _,
-            _,
-            at,
-        ) = fields
+            raise _archive_error(archive, "its directory is damaged")
+        flags, method = fields[3:5]
+        crc, packed, size, name_len, extra_len, comment_len, disk = fields[7:14]
+        at = fields[16]
         length = _ENTRY.size + name_len + extra_len + comment_len
-        buffer = _filled(archive, buffer, source, length)
+        buffer = _fill_buffer(archive, buffer, source, length)
         name = buffer[_ENTRY.size : _ENTRY.size + name_len].decode("utf-8", "replace")
         extra = buffer[_ENTRY.size + name_len : length - comment_len]
-        size, packed, at, disk = _large(extra, size, packed, at, disk)
+        size, packed, at, disk = _apply_zip64(extra, size, packed, at, disk)
         buffer = buffer[length:]
         if not name.endswith("/"):
-            yield Entry(name, disk, at, packed, size, method, crc, flags)
+            yield ArchiveEntry(name, disk, at, packed, size, method, crc, flags)
 
 
-def _read_on(volumes: Sequence[Path], offset: int) -> Iterator[bytes]:
-    """The bytes from `offset` of the first volume on."""
+def _read_from(volumes: Sequence[Path], offset: int) -> Iterator[bytes]:
+    """Yield the bytes from `offset` of the first volume to the end of the last."""
     for volume in volumes:
         with volume.open("rb") as file:
             file.seek(offset)
@@ -200,19 +193,19 @@ def _read_on(volumes: Sequence[Path], offset: int) -> Iterator[bytes]:
         offset = 0
 
 
-def _filled(archive: Path, buffer: bytes, source: Iterator[bytes], length: int) -> bytes:
+def _fill_buffer(archive: Path, buffer: bytes, source: Iterator[bytes], length: int) -> bytes:
     while len(buffer) < length:
         more = next(source, None)
         if more is None:
-            raise _no_archive(archive, "its directory is cut short")
+            raise _archive_error(archive, "its directory is cut short")
         buffer += more
     return buffer
 
 
-def _large(
+def _apply_zip64(
     extra: bytes, size: int, packed: int, offset: int, disk: int
 ) -> tuple[int, int, int, int]:
-    """The values with those of the zip64 extra field put in, where they did not fit."""
+    """Replace the values that did not fit by those of the zip64 extra field."""
     place = 0
     while place + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, place)
@@ -235,8 +228,8 @@ def _large(
     return size, packed, offset, disk
 
 
-def _directory_place(archive: Path) -> tuple[int, int, int, int]:
-    """(volumes, the volume where the directory begins, its offset there, its entries)."""
+def _find_directory(archive: Path) -> tuple[int, int, int, int]:
+    """(number of volumes, volume where the directory begins, its offset there, its entries)."""
     total = archive.stat().st_size
     with archive.open("rb") as file:
         file.seek(max(0, total - (1 << 16) - _END.size - _END64_PLACE.size - _END64.size))
@@ -244,12 +237,12 @@ def _directory_place(archive: Path) -> tuple[int, int, int, int]:
         tail = file.read()
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or at + _END.size > len(tail):
-        raise _no_archive(archive, "it has no end record")
+        raise _archive_error(archive, "it has no end record")
     _, disk, first, _, count, _, offset, _ = _END.unpack_from(tail, at)
     place = at - _END64_PLACE.size
     if place >= 0 and tail[place : place + 4] == b"PK\x06\x07":
         _, _, end64, _ = _END64_PLACE.unpack_from(tail, place)
-        # In the last volume as a rule; elsewhere (it may be split off) the 16-bit numbers above would have to do.
+        # As a rule it is in the last volume. If it is split off, the 16-bit numbers above are used.
         if (
             base <= end64 <= base + len(tail) - _END64.size
             and tail[end64 - base : end64 - base + 4] == b"PK\x06\x06"
@@ -258,40 +251,41 @@ def _directory_place(archive: Path) -> tuple[int, int, int, int]:
     return disk + 1, first, offset, count
 
 
-def _no_archive(archive: Path, why: str) -> UsageError:
+def _archive_error(archive: Path, why: str) -> UsageError:
     return UsageError(
-        f"{archive} is no readable zip archive: {why}.",
+        f"{archive} is not a readable zip archive: {why}.",
         "its members cannot be found.",
-        "fetch it again.",
+        "download it again.",
     )
 
 
-def _hash(stem: str) -> int:
+def _hash_stem(stem: str) -> int:
     return int.from_bytes(
         hashlib.blake2b(stem.encode("utf-8", "replace"), digest_size=8).digest(), "little"
     )
 
 
 class ArchiveIndex:
-    """Where the members with certain suffixes lie, by the stem of their name (`a/b/7.flac`: `7`), whatever folder they are in."""
+    """Where the members with certain suffixes lie, by the stem of their name.
+
+    The stem of `a/b/7.flac` is `7`; folders do not matter.
+
+    Args:
+        archive: the .zip, the last volume.
+        suffixes: the suffixes of media, with the dot, the preferred first.
+    """
 
     def __init__(self, archive: Path, suffixes: Sequence[str]) -> None:
-        self.volumes, self.suffixes = list_volumes(archive), tuple(suffixes)
+        self.volumes = list_volumes(archive)
+        self.suffixes = tuple(suffixes)
         rows = []
         for entry in list_entries(archive):
             name = PurePosixPath(entry.name)
             suffix = name.suffix.lower()
             if suffix in self.suffixes and not name.name.startswith("."):
-                where = (
-                    entry.offset,
-                    entry.packed,
-                    entry.size,
-                    entry.crc,
-                    entry.volume,
-                    entry.method,
-                    entry.flags,
-                )
-                rows.append((_hash(name.stem), *where, self.suffixes.index(suffix)))
+                place = (entry.offset, entry.packed, entry.size)
+                how = (entry.crc, entry.volume, entry.method, entry.flags)
+                rows.append((_hash_stem(name.stem), *place, *how, self.suffixes.index(suffix)))
         self.rows: NDArray[np.void] = np.array(rows, _ROW)
         self.rows.sort(order="stem", kind="stable")
 
@@ -299,8 +293,12 @@ class ArchiveIndex:
         return len(self.rows)
 
     def find(self, stem: str) -> tuple[str, ArchiveMember] | None:
-        """(suffix, member) of this stem, of the suffix named first where it has several; None: it is not there."""
-        wanted = np.uint64(_hash(stem))
+        """Find the member of a stem; if it has several suffixes, that of the preferred one.
+
+        Returns:
+            Suffix and member; None if there is none.
+        """
+        wanted = np.uint64(_hash_stem(stem))
         low, high = (
             int(np.searchsorted(self.rows["stem"], wanted, side)) for side in ("left", "right")
         )
@@ -315,15 +313,15 @@ class ArchiveIndex:
         )
 
 
-@cache  # a bound would make a set of many archives parse them anew for every sample
-def _index(archive: Path, size: int, suffixes: tuple[str, ...]) -> ArchiveIndex:
+@cache  # with a bound, a dataset of many archives would parse them again for every sample
+def _load_index(archive: Path, size: int, suffixes: tuple[str, ...]) -> ArchiveIndex:
     return ArchiveIndex(archive, suffixes)
 
 
 def open_archive_index(archive: Path, suffixes: Sequence[str]) -> ArchiveIndex:
-    """The archive's index, made once a process.
+    """Open the archive's index, which is made once per process.
 
     Raises:
-        UsageError: no zip archive, cut short, or a volume is missing.
+        UsageError: the file is not a zip archive or is cut short, or a volume is missing.
     """
-    return _index(archive, archive.stat().st_size, tuple(suffixes))
+    return _load_index(archive, archive.stat().st_size, tuple(suffixes))

@@ -1,4 +1,7 @@
-"""Point clouds that torch.save wrote, as `.npy`: Cap3D's `.pt` files are tensors [6, 16384] (x, y, z, red, green, blue)."""
+"""Point clouds that torch.save wrote, as `.npy`.
+
+Cap3D's `.pt` files are tensors [6, 16384]: x, y, z, red, green, blue.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from onellm_dist.shards.sources.base import BadSampleError, Media
 
 @dataclass(frozen=True)
 class TensorCloud:
-    """A `.pt` cloud of any media as `.npy` [N, 6] fp32."""
+    """A `.pt` cloud as `.npy` [N, 6] fp32."""
 
     source: Media
     where: str
+    """Its name in messages."""
 
     def read_bytes(self) -> bytes:
-        """The `.npy` file.
+        """Return the `.npy` file.
 
         Raises:
-            BadSampleError: no tensor file (pickled code is never run), another shape or type of numbers.
+            BadSampleError: the file is not a tensor (pickled code is never run), or has another
+                shape or type of numbers.
         """
         import torch
 
@@ -30,7 +35,7 @@ class TensorCloud:
             value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except MemoryError:
             raise
-        except Exception as error:  # broken pickles and zips raise nearly anything (struct.error, AssertionError, ...)
+        except Exception as error:  # broken pickles and zips raise nearly anything
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadSampleError(f"unreadable .pt: {self.where}: {first[:200]}") from error
         if not isinstance(value, torch.Tensor):

@@ -12,12 +12,12 @@ COCO_FOLDERS = ("coco", "images", "coco/images")
 
 
 def find_coco_picture(context: AnnotationContext, number: int) -> dict[str, Media]:
-    """A picture of COCO by its number, of 2014 or 2017, train or val.
+    """Find a picture of COCO by its number, of 2014 or 2017, train or val.
 
     Raises:
-        NotFetched: it is not there.
+        MediaNotFetchedError: the picture is missing.
     """
     names = [f"train2017/{number:012d}.jpg", f"val2017/{number:012d}.jpg"]
     names += [f"{s}2014/COCO_{s}2014_{number:012d}.jpg" for s in ("train", "val")]
     flat = [PurePosixPath(n).name for n in names]
-    return context.media("image", *names, *flat)
+    return context.find_media("image", *names, *flat)

@@ -8,20 +8,18 @@ from typing import Any
 
 from onellm_dist.common.turns import TurnsError, parse_turns
 
+_CAPTION = "Provide a one-sentence caption for the provided {}."
 CAPTION_PROMPTS: Mapping[str, str] = {
-    **{
-        name: f"Provide a one-sentence caption for the provided {called}."
-        for name, called in (
-            ("image", "image"),
-            ("video", "video"),
-            ("audio", "audio"),
-            ("point", "point cloud"),
-        )
-    },
+    "image": _CAPTION.format("image"),
+    "video": _CAPTION.format("video"),
+    "audio": _CAPTION.format("audio"),
+    "point": _CAPTION.format("point cloud"),
     "imu": "Describe the motion.",
     "fmri": "Describe the scene based on fMRI data.",
 }
-"""Modality to the prompt whose answer is a caption (of point clouds: Table 11's; their training data has prompts of its own)."""
+"""Modality to the prompt whose answer is a caption.
+
+That of point clouds is Table 11's; their training data has prompts of its own."""
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly"
 REGION = "Provide a short description for this region."
@@ -31,11 +29,11 @@ _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
 
 Turn = dict[str, str]
-"""`{"from": "human", "gpt", or in the first turn "system", "value": text}`."""
+"""`{"from": speaker, "value": text}`; the speaker is human, gpt or, in the first turn, system."""
 
 
 def make_turns(*pairs: tuple[str, str]) -> list[Turn]:
-    """Questions and their answers as turns."""
+    """Make turns of questions and their answers."""
     return [
         {"from": who, "value": text}
         for pair in pairs
@@ -44,17 +42,17 @@ def make_turns(*pairs: tuple[str, str]) -> list[Turn]:
 
 
 def make_caption_turns(modality: str, caption: str) -> list[Turn]:
-    """A caption as the answer to the paper's prompt for it."""
+    """Make turns of a caption: it answers the paper's prompt for captions."""
     return make_turns((CAPTION_PROMPTS[modality], caption.strip()))
 
 
 def make_question(text: str) -> str:
-    """An open question with the paper's suffix: `{Question} Answer the question using a single word or phrase.`"""
+    """Make an open question with the paper's suffix, which asks for a word or phrase."""
     return f"{text.strip()} {SHORT_ANSWER}"
 
 
 def make_choice_question(text: str, options: Sequence[str]) -> str:
-    """A question with options: `{Question} A. ... B. ... Answer with the option's letter from the given choices directly`."""
+    """Make a question with options: `{question} A. ... B. ...`, then the request for a letter."""
     listed = " ".join(
         f"{get_option_letter(i)}. {option.strip()}" for i, option in enumerate(options)
     )
@@ -62,17 +60,26 @@ def make_choice_question(text: str, options: Sequence[str]) -> str:
 
 
 def get_option_letter(number: int) -> str:
-    """0 -> A."""
+    """Get the letter of an option: 0 is A."""
     return chr(ord("A") + number)
 
 
 def make_region_prompt(
     left: float, top: float, width: float, height: float, size: tuple[float, float]
 ) -> str:
-    """The prompt for a region, with its box as `[left, top, right, bottom]` in shares of the whole picture's width and height.
+    """Make the prompt for a region.
+
+    Its box is written as `[left, top, right, bottom]` in shares of the picture's width and height.
+
+    Args:
+        left: left edge in pixels.
+        top: top edge in pixels.
+        width: of the box in pixels.
+        height: of the box in pixels.
+        size: (width, height) of the picture in pixels.
 
     Raises:
-        ValueError: the box is empty, or the picture is.
+        ValueError: the box or the picture is empty.
     """
     if not (min(size) > 0 and width > 0 and height > 0):
         raise ValueError(
@@ -83,19 +90,22 @@ def make_region_prompt(
 
 
 def find_most_common(answers: Iterable[str]) -> str:
-    """The answer that most people gave; of several, the one given first."""
+    """Find the most frequent answer; of several, the one given first."""
     given = list(answers)
     return max(given, key=given.count)
 
 
 def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
-    """A conversation of a dataset: speakers as `human` and `gpt`, and `system` in the first turn.
+    """Convert a conversation of a dataset to the speakers `human`, `gpt` and `system`.
 
-    Answers before the first question, of which ShareGPT has some, are dropped, and a last question without an answer too.
+    Answers before the first question, of which ShareGPT has some, are dropped; so is a last
+    question without an answer.
 
     Args:
-        tags: take media tags (`<image>`, `<point>`) from the start and the end of a turn: the medium stands before the text
-            anyhow. False for texts without media, where `<video>` is a web page's.
+        raw: the conversation as the dataset has it.
+        tags: whether to remove media tags (`<image>`, `<point>`) from the start and the end of a
+            turn, because the medium stands before the text anyway. Use False for texts without
+            media, where `<video>` belongs to a web page.
 
     Raises:
         TurnsError: `parse_turns` refuses it, an answer is empty, or no question is answered.

@@ -1,7 +1,11 @@
-"""Rows of large CSV and TSV tables, reached by byte offset: no process reads the rows before its own, and no table is held in memory.
+"""Rows of large CSV and TSV tables, reached by byte offset.
 
-A row may run over several lines where a field is quoted. A quote that is not closed within 64 lines spoils its own line alone: what
-follows is read as rows again.
+No process reads the rows before its own, and no table is held in memory. A row may span several
+lines if a field is quoted. A quote that is not closed within 64 lines makes its own line unreadable
+and no other: the lines after it are read as rows again.
+
+This is written by hand because csv.reader, pandas and pyarrow do not tell the byte offset at which
+a row begins, and one unclosed quote makes them swallow the rest of the table.
 """
 
 from __future__ import annotations
@@ -17,51 +21,64 @@ from typing import IO, NamedTuple
 from onellm_dist.common.errors import UsageError
 
 _LONGEST = 64
-"""Lines of one row."""
+"""Most lines of one row."""
 _BOM = b"\xef\xbb\xbf"
-_ERRORS = "surrogateescape"  # bytes that are not UTF-8 survive as such, so that one bad row spoils no other
+_ERRORS = "surrogateescape"
+"""Bytes that are not UTF-8 are kept as they are, so that one bad row affects no other."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How cells are told apart."""
+    """How the cells of a row are separated."""
 
     delimiter: str = ","
     quoted: bool = True
-    """Quotes as in RFC 4180. False: a quote is an ordinary character unless it encloses a whole cell, and a row is a line."""
+    """Whether quotes are those of RFC 4180.
+
+    If false, a row is a line, and a quote is an ordinary character unless it encloses a cell."""
 
 
-CSV, TSV = Dialect(), Dialect("\t", quoted=False)
+CSV = Dialect()
+TSV = Dialect("\t", quoted=False)
 
 
 class RowRange(NamedTuple):
     """Consecutive rows of a table."""
 
     offset: int
-    """Byte at which the first one begins."""
+    """Byte offset of the first row."""
     line: int
-    """Its line, from 1."""
+    """Line number of the first row, from 1."""
     size: int
-    """Rows."""
+    """Number of rows."""
+
+
+_TABLE_START = RowRange(0, 1, 0)
 
 
 class DelimitedRow(NamedTuple):
-    """One row."""
+    """One row of a table."""
 
     line: int
+    """Its line number, from 1."""
     values: Mapping[str, str]
+    """Column to cell; empty if there is a problem."""
     problem: str | None = None
+    """Why the row cannot be read."""
 
 
 def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
-    """(names of the columns, where the rows begin; its size is 0).
+    """Read the first row of a table.
+
+    Returns:
+        The names of the columns, and where the rows begin (a range of size 0).
 
     Raises:
         UsageError: the table is empty.
     """
     with table.open("rb") as file:
-        for first in _records(file, dialect, 0, 1):
-            names = _cells(first.lines, dialect)
+        for first in _read_records(file, dialect, 0, 1):
+            names = _split_cells(first.lines, dialect)
             after = first.offset + sum(map(len, first.lines))
             return [n.strip() for n in names], RowRange(after, first.line + len(first.lines), 0)
     raise UsageError(
@@ -70,12 +87,19 @@ def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
 
 
 def find_row_ranges(
-    table: Path, dialect: Dialect, rows: int, start: RowRange = RowRange(0, 1, 0)
+    table: Path, dialect: Dialect, rows: int, start: RowRange = _TABLE_START
 ) -> Iterator[RowRange]:
-    """The table from `start` on in ranges of `rows` rows, blank lines not counted."""
+    """Divide a table into ranges of rows; blank lines do not count.
+
+    Args:
+        table: the file.
+        dialect: its format.
+        rows: rows per range.
+        start: where the rows begin (`read_header` returns it).
+    """
     first, count = start, 0
     with table.open("rb") as file:
-        for record in _records(file, dialect, start.offset, start.line):
+        for record in _read_records(file, dialect, start.offset, start.line):
             if count == rows:
                 yield RowRange(first.offset, first.line, count)
                 first, count = RowRange(record.offset, record.line, 0), 0
@@ -89,14 +113,17 @@ def find_row_ranges(
 def read_rows(
     table: Path, dialect: Dialect, where: RowRange, names: Sequence[str]
 ) -> Iterator[DelimitedRow]:
-    """The rows of a range; one with too few or too many cells has a problem and no values.
+    """Read the rows of a range; a row with too few or too many cells has a problem and no values.
 
     Args:
-        names: of the columns, in order.
+        table: the file.
+        dialect: its format.
+        where: the range.
+        names: the columns, in order.
     """
     with (
         table.open("rb") as file,
-        closing(_records(file, dialect, where.offset, where.line)) as records,
+        closing(_read_records(file, dialect, where.offset, where.line)) as records,
     ):
         for number, record in enumerate(records):
             if number == where.size:
@@ -105,7 +132,7 @@ def read_rows(
                 yield DelimitedRow(record.line, {}, record.problem)
                 continue
             try:
-                cells = _cells(record.lines, dialect)
+                cells = _split_cells(record.lines, dialect)
             except csv.Error as error:
                 yield DelimitedRow(record.line, {}, f"unreadable row: {error}")
                 continue
@@ -126,11 +153,11 @@ class _Record(NamedTuple):
     problem: str | None = None
 
 
-class _Unclosed(Exception):
-    """A quoted field goes on for too long."""
+class _UnclosedQuoteError(Exception):
+    """A quoted field has more than `_LONGEST` lines."""
 
 
-def _records(
+def _read_records(
     file: IO[bytes], dialect: Dialect, offset: int, line: int
 ) -> Generator[_Record, None, None]:
     file.seek(offset)
@@ -141,17 +168,17 @@ def _records(
             lines = [text[len(_BOM) :]]
             begin = len(_BOM)
         if dialect.quoted and b'"' in text:
-            lines, problem = _quoted(lines[0], file, waiting, dialect)
+            lines, problem = _read_quoted(lines[0], file, waiting, dialect)
         offset = begin + sum(map(len, lines))
         line += len(lines)
         if lines[0].strip(b"\r\n"):
             yield _Record(begin, number, lines, problem)
 
 
-def _quoted(
+def _read_quoted(
     first: bytes, file: IO[bytes], waiting: deque[bytes], dialect: Dialect
 ) -> tuple[list[bytes], str | None]:
-    """The lines of the row that begins with `first`, and what is wrong with it."""
+    """The lines of the row that begins with `first`, and what is wrong with the row."""
     taken = [first]
 
     def feed() -> Iterator[str]:
@@ -161,12 +188,12 @@ def _quoted(
             if more:
                 taken.append(more)
             if not more or len(taken) > _LONGEST:
-                raise _Unclosed
+                raise _UnclosedQuoteError
             yield more.decode("utf-8", _ERRORS)
 
     try:
         next(csv.reader(feed(), delimiter=dialect.delimiter))
-    except _Unclosed:
+    except _UnclosedQuoteError:
         waiting.extendleft(reversed(taken[1:]))
         return [first], "unreadable row: a quote is opened and not closed"
     except csv.Error as error:
@@ -174,12 +201,12 @@ def _quoted(
     return taken, None
 
 
-def _cells(lines: Sequence[bytes], dialect: Dialect) -> list[str]:
+def _split_cells(lines: Sequence[bytes], dialect: Dialect) -> list[str]:
     texts = [part.decode("utf-8", _ERRORS) for part in lines]
     if dialect.quoted:
         return next(csv.reader(iter(texts), delimiter=dialect.delimiter), [])
-    return [_unquoted(cell) for cell in texts[0].rstrip("\r\n").split(dialect.delimiter)]
+    return [_unquote(cell) for cell in texts[0].rstrip("\r\n").split(dialect.delimiter)]
 
 
-def _unquoted(cell: str) -> str:
+def _unquote(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell

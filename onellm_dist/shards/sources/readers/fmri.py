@@ -15,15 +15,15 @@ from onellm_dist.shards.sources.base import BadSampleError, Media
 
 @dataclass(frozen=True)
 class MeanOfRepetitions:
-    """A sample's voxels as `.npy` [voxels] fp32."""
+    """A sample's voxels, averaged over repetitions, as `.npy` [voxels] fp32."""
 
     voxels: Media
 
     def read_bytes(self) -> bytes:
-        """Averages over the first axis in fp64.
+        """Average over the first axis in fp64.
 
         Raises:
-            BadSampleError: no array of numbers, not finite, or not [repetitions, voxels].
+            BadSampleError: the content is not an array of finite floats [repetitions, voxels].
         """
         try:
             array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()))
@@ -33,10 +33,10 @@ class MeanOfRepetitions:
             raise BadSampleError(f"unreadable fMRI: {error.what}") from error
         if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
             raise BadSampleError(
-                f"unreadable fMRI: {array.dtype} of shape {array.shape}, not floats [repetitions, voxels]"
+                f"unreadable fMRI: {array.dtype} of shape {array.shape}, "
+                f"not floats [repetitions, voxels]"
             )
         buffer = io.BytesIO()
-        np.save(
-            buffer, array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64).astype(np.float32)
-        )
+        mean = array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64)
+        np.save(buffer, mean.astype(np.float32))
         return buffer.getvalue()

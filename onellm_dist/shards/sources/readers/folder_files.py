@@ -1,8 +1,9 @@
-"""Folder layout A: media with captions in side files. Also the naming rules that both layouts share.
+"""Folders of media with captions in side files, and the naming rules of folders.
 
-A sample is all files of one folder with the same stem: `cats/01.jpg` + `cats/01.txt`, or `a.jpg` + `a.depth.png` + `a.json`.
-The extension of a file is the longest one that any modality knows and that its lower-cased name ends with (`depth.png`
-before `png`); the rest is the stem, and may hold dots.
+A sample is all files of one folder with the same stem: `cats/01.jpg` and `cats/01.txt`, or `a.jpg`,
+`a.depth.png` and `a.json`. The extension of a file is the longest one that any modality knows and
+that the lower-cased name ends with (`depth.png` before `png`). The rest of the name is the stem,
+and may contain dots.
 """
 
 from __future__ import annotations
@@ -28,17 +29,23 @@ from onellm_dist.shards.sources.base import RawSample
 def select_parts(
     found: Mapping[str, Path], modalities: Sequence[str]
 ) -> tuple[dict[str, Path], str | None]:
-    """The files that the modalities take, and what is wrong with them (None: nothing)."""
+    """Select the files that the modalities read.
+
+    Args:
+        found: extension to file.
+        modalities: names of modalities.
+
+    Returns:
+        Extension to selected file, and what is wrong (None: nothing).
+    """
     chosen: dict[str, Path] = {}
     for name in modalities:
         modality = get_modality(name)
-        for slot, accepted in get_modality_parts(modality).items():
+        for role, accepted in get_modality_parts(modality).items():
             fitting = [e for e in accepted if e in found]
             if len(fitting) > 1:
-                return (
-                    chosen,
-                    f"ambiguous: {' and '.join(found[e].name for e in fitting)} are both a {slot} file for {name}",
-                )
+                names = " and ".join(found[e].name for e in fitting)
+                return chosen, f"ambiguous: {names} are both a {role} file for {name}"
             chosen.update({e: found[e] for e in fitting})
         try:
             modality.match(set(found))
@@ -49,17 +56,25 @@ def select_parts(
 
 @dataclass
 class FileGroups:
-    """The files of a folder by stem (relative to it, with `/`)."""
+    """The files of a folder, grouped by stem."""
 
     files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    """Stem (relative to the folder, with `/`) to extension to file."""
     clashes: dict[str, str] = field(default_factory=dict)
-    """Stem -> two files that would be the same part."""
+    """Stem to a message about two files that would be the same part."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Suffix -> files that no modality reads."""
+    """Suffix to the number of files that no modality reads."""
 
 
 def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
-    """Goes through a folder, hidden files and folders left out, symbolic links followed."""
+    """Group the files of a folder and its subfolders by stem.
+
+    Hidden files and folders are left out; symbolic links are followed.
+
+    Args:
+        root: the folder.
+        skip: files to leave out.
+    """
     groups, seen = FileGroups(), set[str]()
     for folder, folders, names in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
@@ -89,13 +104,14 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
 def find_side_file_samples(
     root: Path, wanted: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
-    """Layout A.
+    """Find the samples of a folder whose captions are in side files.
 
     Args:
-        wanted: the modalities, or None to infer them.
+        root: the folder.
+        wanted: the modalities; None to infer them.
 
     Returns:
-        (modalities, raw_samples sorted by key, notes on what was ignored).
+        Modalities, raw samples sorted by key, and notes on files that were ignored.
     """
     groups = group_files(root)
     media = {
@@ -115,7 +131,7 @@ def find_side_file_samples(
         if wanted and media[stem] and not media[stem].keys() & useful:
             groups.ignored.update(f".{e}" for e in files)
             continue
-        raw_samples.append(_raw_sample(stem, files, wanted, groups.clashes.get(stem)))
+        raw_samples.append(_make_raw_sample(stem, files, wanted, groups.clashes.get(stem)))
     notes = (
         [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"]
         if groups.ignored
@@ -128,7 +144,7 @@ def find_side_file_samples(
     )
 
 
-def _raw_sample(
+def _make_raw_sample(
     stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None
 ) -> RawSample:
     texts = {e: files[e] for e in TEXT_EXTENSIONS if e in files}

@@ -1,7 +1,9 @@
-"""Tars of img2dataset 1.47 and video2dataset: `00000.tar` beside `00000.parquet` (a row for each attempt) and `00000_stats.json`.
+"""Tars of img2dataset 1.47 and video2dataset.
 
-Both tools write the stats file last: a tar without one is unfinished. img2dataset leaves failed downloads out of the tar;
-video2dataset writes their `.txt` and `.json` without media. Both say so in the column `status`.
+`00000.tar` lies beside `00000.parquet` (a row for each attempt) and `00000_stats.json`. Both tools
+write the stats file last, so a tar without one is unfinished. img2dataset leaves failed downloads
+out of the tar; video2dataset writes their `.txt` and `.json` without media. In both the column
+`status` says so.
 """
 
 from __future__ import annotations
@@ -28,19 +30,25 @@ from onellm_dist.shards.sources.base import (
 UNFINISHED = ("refuse", "skip", "take")
 UNFINISHED_OPTION = Option(
     "refuse",
-    "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is whole in them",
+    "tars without _stats.json (not downloaded to the end): refuse, skip, or take what is complete "
+    "in them",
 )
 _STATS = "_stats.json"
 _SHOWN = 5
 
 ReadText = Callable[[], str | None]
-"""Reads the sample's `.txt` from the tar; None: it has none."""
+"""Reads the sample's `.txt` from the tar; None if it has none."""
 ChooseCaptions = Callable[[Mapping[str, Any], ReadText], Sequence[str | None]]
-"""(metadata, the tar's .txt) -> the captions of a sample, [None] where there is none; several go to `.json` as a list."""
+"""(metadata, reader of the .txt) -> captions of a sample; [None] if there is none.
+
+Several captions go to `.json` as a list."""
 
 
 def find_tars(inputs: Path) -> list[str]:
-    """The tars below a folder, relative to it, sorted.
+    """Find the tars below a folder.
+
+    Returns:
+        Their names relative to the folder, sorted.
 
     Raises:
         UsageError: there is none.
@@ -52,9 +60,9 @@ def find_tars(inputs: Path) -> list[str]:
     )
     if not tars:
         raise UsageError(
-            f"{inputs}: no tar there.",
+            f"{inputs} has no tar.",
             "there is nothing to build from.",
-            "give img2dataset's or video2dataset's output folder.",
+            "name the output folder of img2dataset or video2dataset.",
         )
     return tars
 
@@ -62,10 +70,20 @@ def find_tars(inputs: Path) -> list[str]:
 def split_tars(
     inputs: Path, tars: Sequence[str], unfinished: str
 ) -> tuple[Iterator[InputSplit], tuple[str, ...]]:
-    """(a group for each tar, lines for the user). A row of the parquet is one raw_sample, so that its footer tells how many there are.
+    """Make an input split of each tar.
+
+    A row of the parquet is one raw sample, so its footer says how many there are.
+
+    Args:
+        inputs: the input folder.
+        tars: names relative to it.
+        unfinished: the option `unfinished`.
+
+    Returns:
+        The input splits, and notes for the user.
 
     Raises:
-        UsageError: unfinished tars, where they are refused; an unknown choice; none left.
+        UsageError: tars are unfinished and refused, the choice is unknown, or no tar is left.
     """
     if unfinished not in UNFINISHED:
         raise UsageError(
@@ -73,46 +91,42 @@ def split_tars(
             UNFINISHED_OPTION.help + ".",
             "choose one.",
         )
-    whole = {
+    complete = {
         p.relative_to(inputs).as_posix().removesuffix(_STATS) for p in inputs.rglob(f"*{_STATS}")
     }
     parquets = {
         p.relative_to(inputs).as_posix().removesuffix(".parquet") for p in inputs.rglob("*.parquet")
     }
     stems = [t.removesuffix(".tar") for t in tars]
-    bad = [s for s in stems if s not in whole]
-    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN]) + (
-        f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-    )
+    bad = [s for s in stems if s not in complete]
+    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN])
+    if len(bad) > _SHOWN:
+        named += f" and {len(bad) - _SHOWN} more"
     if bad and unfinished == "refuse":
         raise UsageError(
             f"{inputs}: {len(bad)} of {len(stems)} tars are unfinished (no {_STATS}): {named}.",
             "the download was stopped, or is still running: samples would be missing.",
-            "download them to the end (incremental_mode does), or give -o unfinished=skip or -o unfinished=take.",
+            "download them to the end (incremental_mode does), or use -o unfinished=skip or "
+            "-o unfinished=take.",
         )
-    wanted = stems if unfinished == "take" else [s for s in stems if s in whole]
+    wanted = stems if unfinished == "take" else [s for s in stems if s in complete]
     if not wanted:
         raise UsageError(
             f"{inputs}: every tar is unfinished (no {_STATS}).",
             "nothing is left to build from.",
             "download them to the end.",
         )
-    notes = (
-        (
-            f"unfinished tars ({'left out' if unfinished == 'skip' else 'taken as far as they go'}): {named}",
-        )
-        if bad
-        else ()
-    )
-    return _groups(inputs, [(s, s in parquets and s in whole) for s in wanted]), notes
+    done = "left out" if unfinished == "skip" else "taken as far as they go"
+    notes = (f"unfinished tars ({done}): {named}",) if bad else ()
+    return _make_splits(inputs, [(s, s in parquets and s in complete) for s in wanted]), notes
 
 
-def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSplit]:
-    def rows(stem: tuple[str, bool]) -> int | None:
+def _make_splits(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSplit]:
+    def count_rows(stem: tuple[str, bool]) -> int | None:
         return count_parquet_rows(inputs / f"{stem[0]}.parquet") if stem[1] else None
 
-    with ThreadPoolExecutor(8) as pool:  # a request each where the input is remote
-        for (stem, listed), count in zip(stems, pool.map(rows, stems), strict=True):
+    with ThreadPoolExecutor(8) as pool:  # one request each if the input is remote
+        for (stem, listed), count in zip(stems, pool.map(count_rows, stems), strict=True):
             description = {"tar": f"{stem}.tar", "parquet": f"{stem}.parquet" if listed else None}
             yield InputSplit(f"{stem}.tar", description, count=count)
 
@@ -120,53 +134,50 @@ def _groups(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSp
 def read_tar_samples(
     inputs: Path, description: SplitDescription, extensions: Sequence[str], captions: ChooseCaptions
 ) -> Iterator[RawSample]:
-    """A tar's samples in the order of its parquet (without one: of the tar); failed downloads are skipped by their status.
+    """Read a tar's samples in the order of its parquet, or of the tar if it has none.
+
+    Failed downloads are skipped, with their status as the reason.
 
     Args:
-        extensions: of the media, the preferred first.
+        inputs: the input folder.
+        description: of the input split.
+        extensions: extensions of the media, the preferred first.
         captions: chooses the captions of a sample.
 
     Raises:
-        OneLLMError: tar and parquet are not of one run, or the parquet cannot be read.
+        OneLLMError: tar and parquet are of different downloads, or the parquet cannot be read.
     """
     members, fault = list_tar_members(inputs / description["tar"])
     if description["parquet"] is None:
         rows: Iterator[tuple[dict[str, Any], str | None]] = (
-            _row_of(key, parts) for key, parts in members.items()
+            _read_row(key, parts) for key, parts in members.items()
         )
     else:
         _check_pair(inputs / description["tar"], inputs / description["parquet"], members)
         rows = ((row, None) for row in read_parquet_rows(inputs / description["parquet"]))
     if description["parquet"] is None and fault is not None:
-        yield RawSample(
-            make_safe_key(description["tar"]), description["tar"], problem=fault
-        )  # nothing else tells how many samples are lost
+        # Nothing else says how many samples are lost.
+        yield RawSample(make_safe_key(description["tar"]), description["tar"], problem=fault)
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
-        yield _raw_sample(
-            description["tar"],
-            key,
-            row,
-            parts,
-            problem or (fault if parts is None else None),
-            extensions,
-            captions,
-        )
+        wrong = problem or (fault if parts is None else None)
+        yield _make_raw_sample(description["tar"], key, row, parts, wrong, extensions, captions)
 
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
-    """Raises OneLLMError where the tar holds samples that the parquet does not list."""
+    """Raise OneLLMError if the tar holds samples that the parquet does not list."""
     lost = members.keys() - {str(row.get("key")) for row in read_parquet_rows(table, ["key"])}
     if lost:
         raise OneLLMError(
-            f"{tar} holds {len(lost)} samples that {table.name} does not list, {min(lost)} the first.",
-            "the two are of different runs of the download, and the samples' metadata would be wrong or lost.",
-            "fetch both again, or remove the parquet to use the .json in the tar.",
+            f"{tar} holds {len(lost)} samples that {table.name} does not list, "
+            f"{min(lost)} the first.",
+            "the two are of different downloads, and the samples' metadata would be wrong or lost.",
+            "download both again, or remove the parquet to use the .json in the tar.",
         )
 
 
-def _raw_sample(
+def _make_raw_sample(
     tar: str,
     key: str,
     row: Mapping[str, Any],
@@ -182,34 +193,29 @@ def _raw_sample(
         return RawSample(name, where, skip=str(status))
     extension = next((e for e in extensions if parts and e in parts), None)
     if problem is None and parts is None:
-        problem = "missing sample: the parquet lists it, the tar has not"
+        problem = "missing sample: the parquet lists it, the tar does not have it"
     elif problem is None and extension is None:
         problem = f"missing part: none of {', '.join('.' + e for e in extensions)}"
     if problem is not None or parts is None or extension is None:
         return RawSample(name, where, problem=problem)
+
+    def read_text() -> str | None:
+        text = parts.get("txt")
+        return None if text is None else text.read_bytes().decode("utf-8", "surrogateescape")
+
     try:
-        chosen = captions(
-            row,
-            lambda: (
-                parts["txt"].read_bytes().decode("utf-8", "surrogateescape")
-                if "txt" in parts
-                else None
-            ),
-        )
+        chosen = captions(row, read_text)
     except OneLLMError as error:  # a tar that ends inside the text
         return RawSample(name, where, problem=error.what)
-    if len(chosen) > 1:  # which one is read is chosen anew in each epoch
-        meta = {
-            **meta,
-            "caption": list(chosen),
-            **({"alt_text": meta["caption"]} if "caption" in meta else {}),
-        }
+    if len(chosen) > 1:  # which of them is read is chosen anew in each epoch
+        alt_text = {"alt_text": meta["caption"]} if "caption" in meta else {}
+        meta = {**meta, "caption": list(chosen), **alt_text}
         return RawSample(name, where, {extension: parts[extension]}, meta=meta)
     lost = "no caption: neither the metadata nor a .txt has one" if chosen[0] is None else None
     return RawSample(name, where, {extension: parts[extension]}, chosen[0], meta, lost)
 
 
-def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], str | None]:
+def _read_row(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], str | None]:
     """(metadata, what is wrong) of a sample, from its `.json` in the tar."""
     if "json" not in parts:
         return {"key": key}, None
@@ -225,28 +231,30 @@ def _row_of(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any], s
 
 
 def list_tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]:
-    """(key to extension to its bytes, why the tar cannot be read to its end).
+    """List the members of a tar.
 
     Only headers are read. A tar of 10,000 samples takes about 10 MB of memory.
+
+    Returns:
+        Key to extension to bytes; and why the tar cannot be read to its end (None: it can).
     """
     found: dict[str, dict[str, FileRange]] = {}
     try:
         with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # or every header stays in memory
+                # type: the stubs lack the attribute. Emptied, or every header stays in memory.
+                archive.members = []  # type: ignore[attr-defined]
                 names = split_name(member.name) if member.isreg() else None
                 if names is not None:
-                    found.setdefault(names[0], {})[names[1]] = FileRange(
-                        tar, member.offset_data, member.size
-                    )
+                    place = FileRange(tar, member.offset_data, member.size)
+                    found.setdefault(names[0], {})[names[1]] = place
             file.seek(archive.offset)
             end = file.read(BLOCK)
-            if len(end) < BLOCK or any(
-                end
-            ):  # Python's tarfile (3.11) takes both for the end of the archive
-                return (
-                    found,
-                    f"truncated tar: {tar.name} has neither a header nor an end marker at offset {archive.offset}",
+            # Python's tarfile (3.11) takes both for the end of the archive.
+            if len(end) < BLOCK or any(end):
+                return found, (
+                    f"truncated tar: {tar.name} has neither a header nor an end marker "
+                    f"at offset {archive.offset}"
                 )
     except (tarfile.TarError, EOFError) as error:
         return found, f"truncated tar: {tar.name} cannot be read to its end ({error})"
@@ -254,10 +262,10 @@ def list_tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | 
 
 
 def count_parquet_rows(path: Path) -> int:
-    """Rows of a parquet file, from its footer.
+    """Count the rows of a parquet file by its footer.
 
     Raises:
-        OneLLMError: it cannot be read.
+        OneLLMError: the file cannot be read.
     """
     import pyarrow
     from pyarrow import parquet
@@ -266,17 +274,18 @@ def count_parquet_rows(path: Path) -> int:
         try:
             return int(parquet.ParquetFile(file).metadata.num_rows)
         except (pyarrow.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise _parquet_error(path, error) from error
 
 
 def read_parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, 1000 in memory at a time.
+    """Read the rows of a parquet file, with 1000 in memory at a time.
 
     Args:
-        columns: only these; all if not given.
+        path: the file.
+        columns: the wanted columns; None: all.
 
     Raises:
-        OneLLMError: it cannot be read.
+        OneLLMError: the file cannot be read.
     """
     import pyarrow
     from pyarrow import parquet
@@ -286,20 +295,20 @@ def read_parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Itera
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000, columns=columns):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise _parquet_error(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> OneLLMError:
+def _parquet_error(path: Path, error: Exception) -> OneLLMError:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return OneLLMError(
         f"{path}: {first}",
-        "the rows of its tar are not known.",
-        "fetch it again, or remove it to use the .json in the tar.",
+        "the rows of its tar are unknown.",
+        "download it again, or remove it to use the .json in the tar.",
     )
 
 
 def to_plain_json(value: Any) -> Any:
-    """A value of a parquet file as JSON has it; what JSON cannot say (NaN, empty) is None, dates and the like are texts."""
+    """Convert a value of a parquet file to JSON: NaN becomes None, a date becomes text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -310,16 +319,16 @@ def to_plain_json(value: Any) -> Any:
 
 
 ALT_COLUMNS = ("caption", "text")
-"""In any case: img2dataset's own name, LAION's (`TEXT`)."""
+"""Columns of the alt text, in upper or lower case: img2dataset's name and LAION's (`TEXT`)."""
 
 
 def find_column(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of these columns that has a value, whatever its case; None: none has."""
+    """Get the first of these columns that has a value, in upper or lower case; None: none has."""
     lower = {k.lower(): v for k, v in row.items() if v is not None}
     return next((lower[n] for n in names if n in lower), None)
 
 
 def choose_alt_text(row: Mapping[str, Any], text: ReadText) -> list[str | None]:
-    """The alt text of a picture."""
+    """Choose the alt text of a picture: the column, else the tar's `.txt`."""
     found = find_column(row, ALT_COLUMNS)
     return [found if isinstance(found, str) else text()]

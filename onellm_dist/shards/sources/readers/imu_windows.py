@@ -1,4 +1,7 @@
-"""Two-second windows of Ego4D's inertial recordings, cut and resampled once, when shards are built."""
+"""Two-second windows of Ego4D's inertial recordings.
+
+They are cut and resampled once, when shards are built.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,37 @@ from onellm_dist.modalities.io.imu import ImuRecording, read_recording
 from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
-Recorded = tuple[Path, Path | None]
-"""A recording and, of imu2clip's, its timestamps."""
+RecordingFiles = tuple[Path, Path | None]
+"""A recording and, if imu2clip made it, its timestamps."""
 _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
 
 
 @dataclass(frozen=True)
 class CutImuWindow:
-    """The window as `.npy` [6, 400] fp32: accelerometer xyz, gyroscope xyz, 200 Hz; as many zeros at the end as samples are missing."""
+    """A window as `.npy` [6, 400] fp32 at 200 Hz: accelerometer xyz, gyroscope xyz.
+
+    Missing samples at the end are zeros.
+    """
 
     recording: Path
     """Ego4D's `<uid>.csv`, or imu2clip's `<uid>.npy`."""
     timestamps: Path | None
     """imu2clip's `<uid>_timestamps.npy`."""
     start: float
-    """Seconds of the video."""
+    """Start in seconds of the video."""
     end: float
+    """End in seconds of the video."""
     min_samples: int
+    """Samples below which the window is bad."""
 
     def read_bytes(self) -> bytes:
-        """Cuts and resamples as the modality does.
+        """Cut and resample as the modality does.
 
         Raises:
-            BadSampleError: the recording cannot be read, or has too few samples there.
+            BadSampleError: the recording cannot be read, or has too few samples in the window.
         """
         times = self.timestamps
-        recording = _recording(
+        recording = _load_recording(
             self.recording,
             times,
             get_write_stamp(self.recording),
@@ -57,7 +65,8 @@ class CutImuWindow:
             count = window.signal.shape[1]
             if count < self.min_samples:
                 raise BadSampleError(
-                    f"too few samples: the window {self.start:g} to {self.end:g} s has {count}, and min_samples={self.min_samples}"
+                    f"too few samples: the window {self.start:g} to {self.end:g} s has {count}, "
+                    f"and min_samples={self.min_samples}"
                 )
             values = MODALITY.transform(window, train=False, rng=np.random.default_rng(0)).numpy()
         except BadSampleError:
@@ -70,10 +79,13 @@ class CutImuWindow:
 
 
 @lru_cache(maxsize=2)
-def _recording(
+def _load_recording(
     path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int
 ) -> ImuRecording | str:
-    """A video's whole recording (1 hour: 35 MB), or why it cannot be used; its windows follow each other in the plan."""
+    """A video's complete recording (1 hour: 35 MB), or why it cannot be used.
+
+    The cache is small because the windows of a recording follow each other in the plan.
+    """
     try:
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
         found = read_recording(Part(f"imu{path.suffix}", path.read_bytes()), times)
@@ -88,10 +100,11 @@ def _recording(
     return found
 
 
-def find_recording(folder: Path, uid: str) -> Recorded | None:
-    """(recording, timestamps) of a video below a folder; None: it has none.
+def find_recording(folder: Path, uid: str) -> RecordingFiles | None:
+    """Find the recording of a video below a folder; None if there is none.
 
-    imu2clip's pair of `.npy` goes before the raw `.csv`: it is read in a tenth of the time.
+    imu2clip's pair of `.npy` files is preferred to the raw `.csv`: reading it takes a tenth of the
+    time.
     """
     for place in _FOLDERS:
         signal, times = folder / f"{place}{uid}.npy", folder / f"{place}{uid}_timestamps.npy"

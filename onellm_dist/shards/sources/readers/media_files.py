@@ -1,4 +1,4 @@
-"""Finding the files that annotation lists name."""
+"""Finding the files that annotations name."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from onellm_dist.modalities import get_modality
 
 
 def resolve_below(inputs: Path, path: Path | str) -> Path:
-    """An option's path: relative to the input folder, unless it is absolute."""
+    """Resolve the path of an option: relative to the input folder unless it is absolute."""
     return Path(path) if Path(path).is_absolute() else inputs / str(path)
 
 
 def require_file(
     inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
 ) -> str:
-    """The name, relative to `inputs` (or absolute), of a file that a source cannot do without.
+    """Find a file that a source cannot do without.
 
     Args:
+        inputs: the input folder.
         path: the user's choice.
-        usual: where it lies else; the first that is there.
-        what: what it is, for the error.
-        option: which option names it.
+        usual: the usual names, of which the first that exists is taken if there is no choice.
+        what: what the file is, for the error.
+        option: the option that names it.
+
+    Returns:
+        Its name relative to `inputs`, or absolute.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: there is no such file.
     """
     names = [str(path)] if path is not None else list(usual)
     found = next((n for n in names if resolve_below(inputs, n).is_file()), None)
@@ -42,10 +46,17 @@ def require_file(
 def require_folder(
     inputs: Path, path: Path | str | None, usual: Iterable[str], what: str, option: str
 ) -> Path:
-    """As `require_file`, for a folder; `"."` is the input folder itself.
+    """Find a folder that a source cannot do without; `"."` is the input folder itself.
+
+    Args:
+        inputs: the input folder.
+        path: the user's choice.
+        usual: the usual names, of which the first that exists is taken if there is no choice.
+        what: what the folder is, for the error.
+        option: the option that names it.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: there is no such folder.
     """
     names = [str(path)] if path is not None else list(usual)
     found = next(
@@ -61,23 +72,26 @@ def require_folder(
 
 
 def get_extension(modality: str, name: str) -> str | None:
-    """The part extension of a file of a modality's first slot; None: not one that the modality reads."""
+    """Get the part extension of a file of a modality; None if the modality does not read it."""
     suffix = PurePosixPath(name).suffix.lower().lstrip(".")
     accepted = next(iter(get_modality(modality).required_parts.values()))
     return suffix if suffix in accepted else None
 
 
 def get_picture_extension(name: str) -> str | None:
-    """`jpg` of `a/b.JPG`; None where it is no picture."""
+    """Get `jpg` from `a/b.JPG`; None if the file is not a picture."""
     return get_extension("image", name)
 
 
 def find_first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
-    """The first of these names that is a file in one of these folders."""
+    """Find the first of these names that is a file in one of these folders."""
     tried = list(names)
     return next((f for folder in folders for n in tried if (f := folder / n).is_file()), None)
 
 
 def get_write_stamp(path: Path) -> int:
-    """Changes when a local file or folder is written: what a cache of its content is keyed by. 0 for remote ones."""
+    """Get a number that changes when a local file or folder is written; 0 for a remote one.
+
+    Caches of a file's content are keyed by it.
+    """
     return path.stat().st_mtime_ns if isinstance(path, Path) else 0

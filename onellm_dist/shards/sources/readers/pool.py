@@ -1,4 +1,4 @@
-"""Media that are named by an id alone: where `ID.flac` lies, in whatever folders and zip archives (split ones too) a user has them."""
+"""Media that are named by an id alone: finding `ID.flac` in the folders and zips of a user."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from onellm_dist.shards.sources.readers.archives import list_volumes, open_archi
 
 @dataclass(frozen=True)
 class MediaPool:
-    """Folders and archives, relative to the input, in sorted order."""
+    """Folders and archives that may hold media, relative to the input, sorted."""
 
     folders: tuple[str, ...] = ()
     archives: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, list[str]]:
-        """For a group's description."""
+        """Convert to JSON, for an input split's description."""
         return {"folders": list(self.folders), "archives": list(self.archives)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MediaPool:
-        """Inverse of `to_json`."""
+        """Convert from the result of `to_json`."""
         return cls(tuple(value["folders"]), tuple(value["archives"]))
 
-    def of(self, name: str) -> MediaPool:
-        """What has `name` in its path, in any case."""
+    def filter_by_name(self, name: str) -> MediaPool:
+        """Keep what has `name` in its path, in upper or lower case."""
         word = name.lower()
         return MediaPool(
             tuple(f for f in self.folders if word in f.lower()),
@@ -40,10 +40,12 @@ class MediaPool:
 
 
 def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) -> MediaPool:
-    """Every folder below `inputs` that holds a file with one of the suffixes, and every zip archive.
+    """Find every folder that holds a file with one of the suffixes, and every zip archive.
 
     Args:
-        folder: look there alone, relative to `inputs`.
+        inputs: the input folder.
+        suffixes: of media, with the dot.
+        folder: search this folder alone, relative to `inputs`.
 
     Raises:
         UsageError: an archive cannot be read, or a volume of it is missing.
@@ -65,9 +67,12 @@ def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) 
 def find_media(
     inputs: Path, pool: MediaPool, stems: Sequence[str], suffixes: Sequence[str]
 ) -> tuple[str, Media] | None:
-    """(suffix, media) of the first stem that is there: files before archives, suffixes in their order; None: none is.
+    """Find the first of these stems: files before archives, suffixes in their order.
 
-    Memory: about 40 bytes a member of the pool's archives, once a process.
+    This takes about 40 bytes of memory per member of the pool's archives, once per process.
+
+    Returns:
+        The suffix and the media; None if no stem is found.
     """
     for stem in stems:
         for suffix in suffixes:
