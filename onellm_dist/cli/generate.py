@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,23 +34,24 @@ def generate(
 
     Example: onellm generate runs/tune/model --image cat.jpg "What is this?"
     """
-    from onellm_dist.serving.generate import generate_command
+    from onellm_dist.serving.generate import answer_files
 
-    given = [(name, path) for name, paths in files.items() for path in paths or ()]
-    raise typer.Exit(
-        generate_command(
-            model,
-            prompt,
-            given,
-            order=order,
-            prompt_format=prompt_format,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            decode_offset=decode_offset,
-        )
+    answer = answer_files(
+        model,
+        prompt,
+        [(name, path) for name, paths in files.items() for path in paths or ()],
+        order=order,
+        prompt_format=prompt_format,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        decode_offset=decode_offset,
     )
+    typer.echo(answer.text)
+    if sys.stderr.isatty():
+        ending = f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})"
+        typer.echo(ending, err=True)
 
 
 def with_modality_options(function: Any) -> Any:

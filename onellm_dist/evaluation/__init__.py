@@ -1,0 +1,1 @@
+"""What a model can do: answers to the samples of test splits, and their scores."""

@@ -1,8 +1,10 @@
-"""Captions of a dataset's test splits, in batches: shards and a model in, one JSON line a sample out.
+"""Captions of a dataset's test splits, in batches: shards and a model in, JSON lines out.
 
-    python -m onellm_dist.evaluation.captioning MODEL OUT.jsonl DATASET... [--splits test_seen,test_held_out] [--limit 120]
+    python -m onellm_dist.evaluation.captioning MODEL OUT.jsonl DATASET...
+        [--splits test_seen,test_held_out] [--limit 120]
 
-The question is the one in the sample's conversation; decoding is greedy and ends at EOS or at the reference's stop string.
+The question is that of the sample's conversation. Decoding is greedy and ends at EOS or at the
+reference's stop string. The output has one line per sample.
 """
 
 from __future__ import annotations
@@ -34,38 +36,40 @@ from onellm_dist.shards.format.index import read_parts
 
 BATCH = 20
 NEW_TOKENS = 24
-LONGEST_PROMPT = 4096
+"""Maximum length of a caption, in tokens."""
+MAX_PROMPT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Question:
-    """One sample of a test split.
-
-    Attributes:
-        prompt: all text before the answer, as training lays it out.
-        values: modality -> model input, fp32.
-        reference: the right answer.
-    """
+    """One sample of a test split."""
 
     key: str
+    """Key of the sample."""
     prompt: str
+    """All text before the answer, as training lays it out."""
     values: dict[str, torch.Tensor]
+    """Modality to model input, fp32."""
     reference: str
+    """The correct answer."""
 
 
-def questions(
+def read_questions(
     dataset: Dataset, split: str, limit: int | None = None, *, ask: bool = True
 ) -> Iterator[Question]:
-    """The samples of a split, with evaluation transforms.
+    """Read the samples of a split, with the evaluation transforms.
 
     Args:
-        limit: most samples.
-        ask: pose the sample's question in the conversation format; false: an empty prompt, which asks for the caption.
+        dataset: the dataset.
+        split: its split.
+        limit: maximum number of samples; default: all.
+        ask: whether to ask the sample's question in the conversation format; False leaves the
+            prompt empty, which asks for the caption.
 
     Raises:
-        SampleError: a sample cannot be read (a test set has no sample to spare).
+        SampleError: a sample cannot be read; a test set must be complete.
     """
-    kinds = [get_modality(name) for name in dataset.modalities]
+    modalities = [get_modality(name) for name in dataset.modalities]
     rows = ((shard, row) for shard in dataset.shards(split) for row in range(shard.samples))
     for number, (shard, row) in enumerate(rows):
         if limit is not None and number >= limit:
@@ -73,17 +77,17 @@ def questions(
         parts = read_parts(dataset, shard, row)
         meta = read_meta(parts)
         values = {}
-        for kind in kinds:
-            raw = kind.decode(
-                {slot: parts[extension] for slot, extension in kind.match(parts).items()}, meta
-            )
-            values[kind.name] = kind.transform(raw, train=False, rng=np.random.default_rng(0))
-        prompt, reference = _first_exchange(parts) if ask else ("", read_caption(parts))
+        for modality in modalities:
+            media = {role: parts[extension] for role, extension in modality.match(parts).items()}
+            raw = modality.decode(media, meta)
+            rng = np.random.default_rng(0)
+            values[modality.name] = modality.transform(raw, train=False, rng=rng)
+        prompt, reference = _build_exchange(parts) if ask else ("", read_caption(parts))
         yield Question(dataset.index(shard).key(row), prompt, values, reference)
 
 
-def _first_exchange(parts: dict[str, Part]) -> tuple[str, str]:
-    """The text up to the first answer, and that answer."""
+def _build_exchange(parts: dict[str, Part]) -> tuple[str, str]:
+    """Return the text up to the first answer, and that answer."""
     text, turns = render_opening(read_turns(parts))
     for turn in turns:
         if turn.role == "assistant":
@@ -93,34 +97,35 @@ def _first_exchange(parts: dict[str, Part]) -> tuple[str, str]:
 
 
 @torch.inference_mode()
-def answer(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
-    """Greedy answers to questions that have the same prompt and the same modalities, as one batch."""
-    encoder = TextEncoder(tokenizer, "caption", LONGEST_PROMPT)
-    ids, _ = encoder.encode({"txt": Part("txt", asked[0].prompt.encode())})
-    prompt = torch.tensor(
-        [ids[:-1]] * len(asked), device=model.device
-    )  # without the EOS of a caption
+def generate_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
+    """Answer questions with the same prompt and the same modalities greedily, as one batch."""
+    encoder = TextEncoder(tokenizer, "caption", MAX_PROMPT_TOKENS)
+    ids, _ = encoder.encode({"txt": Part("txt", questions[0].prompt.encode())})
+    ids = ids[:-1]  # without the EOS of a caption
+    prompt = torch.tensor([ids] * len(questions), device=model.device)
     values = {
-        f"{name}_values": torch.stack([q.values[name] for q in asked]).to(model.device)
-        for name in asked[0].values
+        f"{name}_values": torch.stack([q.values[name] for q in questions]).to(model.device)
+        for name in questions[0].values
     }
     eos = tokenizer.eos_token_id
-    stop = _stop_ids(tokenizer)
     out = model.generate(
         prompt,
         torch.ones_like(prompt),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        eos_token_id=[eos, *stop],
+        eos_token_id=[eos, *_get_stop_ids(tokenizer)],
         pad_token_id=eos,
         **values,
     )
-    said = tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
-    return [text.split(STOP)[0].strip() for text in said]
+    texts = tokenizer.batch_decode(out[:, prompt.shape[1] :], skip_special_tokens=True)
+    return [text.split(STOP)[0].strip() for text in texts]
 
 
-def _stop_ids(tokenizer: Any) -> list[int]:
-    """The stop string's token, where it is one in the place that training supervises (after a line break)."""
+def _get_stop_ids(tokenizer: Any) -> list[int]:
+    """Return the stop string's token, if it is one token where training supervises it.
+
+    That is after a line break.
+    """
     ids = tokenizer(f"\n{STOP}", add_special_tokens=False).input_ids
     last = tokenizer.decode(ids[-1:])
     return [ids[-1]] if last.strip() == STOP else []
@@ -136,18 +141,29 @@ def caption_split(
     ask: bool = True,
     batch: int = BATCH,
 ) -> Iterator[Caption]:
-    """Answers for a split, in its order."""
+    """Caption the samples of a split, in its order.
+
+    Args:
+        model: a OneLLMForConditionalGeneration.
+        tokenizer: its tokenizer.
+        dataset: the dataset.
+        split: its split.
+        limit: maximum number of samples; default: all.
+        ask: see `read_questions`.
+        batch: samples per batch.
+    """
     name = "+".join(dataset.modalities)
     waiting: list[Question] = []
 
     def flush() -> Iterator[Caption]:
         for _, group in groupby(waiting, key=lambda q: q.prompt):
-            same = list(group)
-            for question, said in zip(same, answer(model, tokenizer, same), strict=True):
-                yield Caption(question.key, name, split, question.reference, said)
+            questions = list(group)
+            answers = generate_answers(model, tokenizer, questions)
+            for question, answer in zip(questions, answers, strict=True):
+                yield Caption(question.key, name, split, question.reference, answer)
         waiting.clear()
 
-    for question in questions(dataset, split, limit, ask=ask):
+    for question in read_questions(dataset, split, limit, ask=ask):
         waiting.append(question)
         if len(waiting) == batch:
             yield from flush()
@@ -163,10 +179,18 @@ def caption_datasets(
     limit: int | None = None,
     ask: bool = True,
 ) -> None:
-    """Caption splits of datasets with a saved model, a JSON line a sample.
+    """Caption splits of datasets with a saved model, and write one JSON line per sample.
+
+    Args:
+        model_path: directory of the saved model.
+        datasets: folders of the datasets.
+        out: the file to write.
+        splits: the splits to caption; every dataset must have them.
+        limit: maximum number of samples per split; default: all.
+        ask: see `read_questions`.
 
     Raises:
-        UsageError: no model, no dataset, or a dataset without one of the splits.
+        UsageError: the model, a dataset or a split does not exist.
     """
     from onellm_dist.model.presets import load_model
 
@@ -191,12 +215,12 @@ def caption_datasets(
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """What `caption_datasets` wrote."""
+    """Read the file that `caption_datasets` wrote."""
     return [Caption(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see the module's first lines."""
+    """Run the command line that the module's docstring shows."""
     parser = argparse.ArgumentParser(
         prog="python -m onellm_dist.evaluation.captioning",
         description=__doc__.splitlines()[0] if __doc__ else "",
@@ -205,11 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
     parser.add_argument("--splits", default="test_seen,test_held_out")
-    parser.add_argument("--limit", type=int, default=None, help="samples of a split")
+    parser.add_argument("--limit", type=int, default=None, help="maximum samples per split")
     parser.add_argument(
         "--no-question",
         action="store_true",
-        help="empty prompt: ask for the caption, as align trains it",
+        help="leave the prompt empty to ask for the caption, as align trains it",
     )
     given = parser.parse_args(arguments)
     caption_datasets(

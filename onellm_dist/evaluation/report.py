@@ -1,4 +1,4 @@
-"""The table of results: a modality's scores by split, beside its own shuffled control and chance."""
+"""The table of results: scores by modality and split, beside a shuffled control and chance."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ from typing import Any
 from onellm_dist.evaluation.scorers.captions import (
     Interval,
     Scores,
-    chance,
+    compute_chance,
     exact_match,
-    score,
-    shuffled_control,
+    score_captions,
+    score_shuffled,
+)
+
+HEADINGS = (
+    "modality",
+    "split",
+    "n",
+    "exact match",
+    "token F1",
+    "shuffled EM",
+    "shuffled F1",
+    "chance EM/F1",
+    "beats",
+    "example",
 )
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One sample's generated caption and its reference."""
+    """The generated caption of one sample, and its reference."""
 
     key: str
+    """Key of the sample in its dataset."""
     modality: str
+    """The sample's modality combination."""
     split: str
+    """The split the sample belongs to."""
     reference: str
+    """The correct caption."""
     prediction: str
+    """What the model generated."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,18 @@ class SplitResult:
     """Scores of one modality on one split."""
 
     own: Scores
+    """Scores with the samples' own inputs."""
     shuffled: Scores
+    """Scores if every sample is given another sample's input."""
     chance: tuple[float, float]
-    """(exact match, token F1) of a caption drawn evenly from all of the modality's."""
+    """(exact match, token F1) of a caption drawn evenly from all captions of the modality."""
     example: Caption
+    """A typical answer."""
 
     @property
     def beats_control(self) -> bool:
-        """Token F1's whole 95% interval lies above the shuffled control's."""
-        return self.own.token_f1.above(self.shuffled.token_f1)
+        """Whether the 95% interval of token F1 lies entirely above the shuffled control's."""
+        return self.own.token_f1.is_above(self.shuffled.token_f1)
 
 
 @dataclass(frozen=True)
@@ -51,92 +72,77 @@ class ModalityResult:
     splits: Mapping[str, SplitResult]
 
 
-def summarise(
+def summarize_captions(
     captions: Sequence[Caption], candidates: Mapping[str, Sequence[str]]
 ) -> list[ModalityResult]:
-    """Score captions by modality and split, in the order in which these first come.
+    """Score captions by modality and split, in the order of their first appearance.
 
     Args:
-        captions: what the model said.
-        candidates: modality -> every caption that the modality can have (chance draws from these).
+        captions: what the model generated.
+        candidates: modality to every caption it can have; chance draws from these.
     """
-    modalities = list(dict.fromkeys(c.modality for c in captions))
+    by_split: dict[str, dict[str, list[Caption]]] = {}
+    for caption in captions:
+        by_split.setdefault(caption.modality, {}).setdefault(caption.split, []).append(caption)
     return [
         ModalityResult(
-            m,
-            {
-                s: _split([c for c in captions if c.modality == m and c.split == s], candidates[m])
-                for s in dict.fromkeys(c.split for c in captions if c.modality == m)
-            },
+            modality,
+            {split: _score_split(own, candidates[modality]) for split, own in splits.items()},
         )
-        for m in modalities
+        for modality, splits in by_split.items()
     ]
 
 
-def _split(captions: Sequence[Caption], candidates: Sequence[str]) -> SplitResult:
-    predictions, references = [c.prediction for c in captions], [c.reference for c in captions]
-    # The example is the first right caption where most are right, else the first wrong one: it shows what is usual.
+def _score_split(captions: Sequence[Caption], candidates: Sequence[str]) -> SplitResult:
+    predictions = [c.prediction for c in captions]
+    references = [c.reference for c in captions]
+    # The example is typical: the first correct caption if most are correct, else the first wrong.
     matches = [bool(exact_match(p, r)) for p, r in zip(predictions, references, strict=True)]
-    usual = sum(matches) * 2 >= len(matches)
+    typical = sum(matches) * 2 >= len(matches)
     example = next(
-        (c for c, right in zip(captions, matches, strict=True) if right == usual), captions[0]
+        (c for c, right in zip(captions, matches, strict=True) if right == typical), captions[0]
     )
     return SplitResult(
-        score(predictions, references),
-        shuffled_control(predictions, references),
-        chance(references, candidates),
-        example,
+        own=score_captions(predictions, references),
+        shuffled=score_shuffled(predictions, references),
+        chance=compute_chance(references, candidates),
+        example=example,
     )
 
 
-def as_text(results: Sequence[ModalityResult]) -> str:
-    """The table for a terminal."""
-    head = [
-        "modality",
-        "split",
-        "n",
-        "exact match",
-        "token F1",
-        "shuffled EM",
-        "shuffled F1",
-        "chance EM/F1",
-        "beats",
-        "example",
+def format_table(results: Sequence[ModalityResult]) -> str:
+    """Return the table of results for a terminal."""
+    rows = [
+        list(HEADINGS),
+        *(_format_row(m.modality, s, r) for m in results for s, r in m.splits.items()),
     ]
-    rows = [head]
-    for result in results:
-        for name, r in result.splits.items():
-            right = exact_match(r.example.prediction, r.example.reference)
-            example = repr(r.example.prediction) + (
-                "" if right else f" for {r.example.reference!r}"
-            )
-            own = [str(r.own.n), str(r.own.exact_match), str(r.own.token_f1)]
-            control = [
-                str(r.shuffled.exact_match),
-                str(r.shuffled.token_f1),
-                f"{r.chance[0]:.3f}/{r.chance[1]:.2f}",
-            ]
-            rows.append(
-                [
-                    result.modality,
-                    name.removeprefix("test_"),
-                    *own,
-                    *control,
-                    "yes" if r.beats_control else "NO",
-                    example,
-                ]
-            )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS) - 1)]
     return "\n".join(
-        "  ".join(
-            [*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]
-        ).rstrip()
-        for row in rows
+        "  ".join([*map(str.ljust, row[:-1], widths), row[-1]]).rstrip() for row in rows
     )
 
 
-def as_json(results: Sequence[ModalityResult]) -> list[dict[str, Any]]:
-    """The table for a program."""
+def _format_row(modality: str, split: str, result: SplitResult) -> list[str]:
+    own, shuffled, example = result.own, result.shuffled, result.example
+    shown = repr(example.prediction)
+    if not exact_match(example.prediction, example.reference):
+        shown += f" for {example.reference!r}"
+    return [
+        modality,
+        split.removeprefix("test_"),
+        str(own.n),
+        str(own.exact_match),
+        str(own.token_f1),
+        str(shuffled.exact_match),
+        str(shuffled.token_f1),
+        f"{result.chance[0]:.3f}/{result.chance[1]:.2f}",
+        "yes" if result.beats_control else "NO",
+        shown,
+    ]
+
+
+def to_json_rows(results: Sequence[ModalityResult]) -> list[dict[str, Any]]:
+    """Return the table of results as JSON objects, one per modality and split."""
 
     def interval(i: Interval) -> dict[str, float]:
         return {"mean": i.mean, "low": i.low, "high": i.high}

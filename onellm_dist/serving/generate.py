@@ -1,12 +1,15 @@
-"""`onellm generate`: files of any modalities and a prompt in, text out.
+"""Generation for `onellm generate`: files of any modalities and a prompt in, text out.
 
 Prompt formats (`--format`):
-    conversation  the reference's instruction format: its header, `### Human: {prompt}`, `### Assistant:` (what tune trains)
+    conversation  the reference's instruction format: its header, `### Human: {prompt}`, and
+                  `### Assistant:` (what tune trains)
     chat          the LLM's own chat template (what tune trains with data.text_format=chat)
-    raw           BOS, the inputs, then the prompt as it is; an empty prompt asks for a caption (what align trains)
-    auto          conversation where there is a prompt, else raw
+    raw           BOS, the media, then the prompt unchanged; an empty prompt asks for a caption
+                  (what align trains)
+    auto          conversation if there is a prompt, else raw
 
-Decoding ends at EOS, at the stop string `###` (in `chat`: at the template's end of an answer), or after `max_new_tokens`.
+Decoding ends at EOS, at the stop string `###` (in `chat`: at the template's end of an answer), or
+after `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -19,15 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
+from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.turns import ConversationTurn
-from onellm_dist.data.text import (
-    HEADER,
-    STOP,
-    TextEncoder,
-    render_answer_prefix,
-    render_turn,
-)
+from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
 from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
 
 if TYPE_CHECKING:
@@ -35,29 +32,27 @@ if TYPE_CHECKING:
 
 FORMATS = ("auto", "conversation", "chat", "raw")
 OFFSETS = ("correct", "reference")
+Ending = Literal["eos", "stop string", "length"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
-
-    Attributes:
-        text: without special tokens, cut at the stop string.
-        tokens: new tokens, the ones that ended it included.
-        ended: why it stopped.
-        seconds: of generation, without loading.
-    """
+    """What the model generated."""
 
     text: str
+    """The answer without special tokens, cut at the stop string."""
     tokens: int
-    ended: Literal["eos", "stop string", "length"]
+    """Number of new tokens, including those that ended the answer."""
+    ended: Ending
+    """What ended the answer."""
     seconds: float
+    """Duration of the generation, without loading the model."""
 
 
-def generate_command(
+def answer_files(
     model: Path,
     prompt: str,
-    given: Sequence[tuple[str, Path]],
+    files: Sequence[tuple[str, Path]],
     *,
     order: str = "",
     prompt_format: str = "auto",
@@ -66,14 +61,29 @@ def generate_command(
     top_p: float = 0.75,
     seed: int = 1,
     decode_offset: str = "correct",
-) -> int:
-    """Print the answer on stdout (and, on a terminal, how it ended on stderr).
+) -> Answer:
+    """Load a model and let it answer a prompt about files.
 
-    Files are read before the model is loaded, so that a bad one is reported at once.
+    The files are read before the model is loaded, so that a bad one is reported at once.
+
+    Args:
+        model: a directory of a saved model.
+        prompt: the question; empty asks for a caption.
+        files: (modality, file) pairs.
+        order: order of the media in the sequence, as modalities separated by commas; default: the
+            model's own.
+        prompt_format: one of FORMATS.
+        max_new_tokens: maximum length of the answer.
+        temperature: 0 decodes greedily; otherwise nucleus sampling with `top_p`.
+        top_p: probability mass of the nucleus.
+        seed: seed of the sampling.
+        decode_offset: `correct`, or `reference` for the reference's cache, which is two positions
+            short.
 
     Raises:
-        UsageError: no such model, file, format or order, or nothing was asked.
-        SampleError: a file is no readable media of its modality.
+        UsageError: the model, a file, the format or the order does not exist, or there is neither
+            a prompt nor a file.
+        SampleError: a file is not readable media of its modality.
     """
     if decode_offset not in OFFSETS:
         raise UsageError(
@@ -81,8 +91,8 @@ def generate_command(
             "there is no such mode.",
             f"use {' or '.join(OFFSETS)}.",
         )
-    text = prompt_text(prompt, prompt_format)
-    if not prompt and not given:
+    text = build_prompt(prompt, prompt_format)
+    if not prompt and not files:
         raise UsageError(
             "neither a prompt nor a file was given",
             "there is nothing to answer.",
@@ -90,22 +100,22 @@ def generate_command(
         )
     if not (model / "config.json").is_file():
         raise UsageError(
-            f"{model}: no onellm directory",
+            f"{model}: not the directory of a saved model",
             "it has no config.json.",
-            "give what training exported: RUN_DIR/model.",
+            "give the directory that training exported: RUN_DIR/model.",
         )
-    arrangement = run_order(order, [name for name, _ in given])
-    values = read_files(given)
+    media_order = parse_order(order, [name for name, _ in files])
+    values = read_files(files)
 
     from onellm_dist.model.presets import load_model
 
-    network, processor = load_model(path=model, preset=None, seed=seed, **placement(model))
-    answer = generate(
+    network, processor = load_model(path=model, preset=None, seed=seed, **choose_dtype(model))
+    return generate(
         network,
         processor.tokenizer,
         text,
         values,
-        modality_order=arrangement,
+        modality_order=media_order,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -113,20 +123,13 @@ def generate_command(
         decode_offset=decode_offset,
         chat=prompt_format == "chat",
     )
-    print(answer.text)
-    if sys.stderr.isatty():
-        print(
-            f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})",
-            file=sys.stderr,
-        )
-    return EXIT_DONE
 
 
-def prompt_text(prompt: str, prompt_format: str) -> str:
-    """The text behind BOS in one of FORMATS.
+def build_prompt(prompt: str, prompt_format: str) -> str:
+    """Return the text after BOS in one of FORMATS.
 
     Raises:
-        UsageError: an unknown format, or a conversation without a prompt.
+        UsageError: the format is unknown, or a conversation has no prompt.
     """
     if prompt_format not in FORMATS:
         raise UsageError(
@@ -140,23 +143,23 @@ def prompt_text(prompt: str, prompt_format: str) -> str:
         raise UsageError(
             f"--format {prompt_format} without a prompt",
             "a conversation starts with a question.",
-            "give the prompt.",
+            "give a prompt.",
         )
-    if prompt_format == "chat":  # the tokenizer's template is applied once it is there
+    if prompt_format == "chat":  # the template is applied once the tokenizer is loaded
         return prompt
     return HEADER + render_turn(ConversationTurn("user", prompt)) + render_answer_prefix()
 
 
-def run_order(order: str, names: Sequence[str]) -> list[str] | None:
-    """The modalities in the order that `--order` asks for; None for the model's own order.
+def parse_order(order: str, names: Sequence[str]) -> list[str] | None:
+    """Return the modalities in the order that `--order` asks for; None for the model's own order.
 
     Raises:
         UsageError: a modality is given twice, or the order does not name each one once.
     """
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
-            f"several files of modality {', '.join(twice)}",
-            "the model reads one input a modality.",
+            f"several files of modality {', '.join(repeated)}",
+            "the model reads one file per modality.",
             "give one file for each.",
         )
     if not order:
@@ -164,18 +167,21 @@ def run_order(order: str, names: Sequence[str]) -> list[str] | None:
     wanted = [name.strip() for name in order.split(",")]
     if sorted(wanted) != sorted(names):
         raise UsageError(
-            f"--order {order}: the inputs given are {', '.join(names) or 'none'}",
-            "each must be named once.",
-            "name them by comma.",
+            f"--order {order}: the modalities given are {', '.join(names) or 'none'}",
+            "the order must name each of them once.",
+            "separate them by commas.",
         )
     return wanted
 
 
 def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
-    """Files to model inputs with the evaluation transforms: modality -> [1, *value_shape] fp32.
+    """Read files as model inputs, with the evaluation transforms.
+
+    Returns:
+        Modality to [1, *value_shape] fp32.
 
     Raises:
-        UsageError: a file is not there, or no modality has this name.
+        UsageError: a file or a modality does not exist.
         SampleError: a file cannot be decoded; the message begins with its name.
     """
     import numpy as np
@@ -188,7 +194,7 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
                 f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
             )
         try:
-            raw = modality.decode(modality.read_parts(path), _side_json(path))
+            raw = modality.decode(modality.read_parts(path), _read_sidecar_json(path))
             values[name] = modality.transform(raw, train=False, rng=np.random.default_rng(0))[None]
         except SampleError as error:
             message = error.what if str(path) in error.what else f"{path}: {error.what}"
@@ -197,36 +203,41 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
             raise OneLLMError(
                 f"{path}: {error.strerror or error}",
                 "the file cannot be read.",
-                "check its permissions and disk.",
+                "check its permissions and the disk.",
             ) from error
     return values
 
 
-def _side_json(path: Path) -> Mapping[str, Any]:
-    """The object in `<stem>.json` beside a file, as a sample of a dataset has it; empty where there is none."""
-    side = path.with_name(f"{path.name.split('.', 1)[0]}.json")
-    if not side.is_file():
+def _read_sidecar_json(path: Path) -> Mapping[str, Any]:
+    """Return the object in `<stem>.json` beside a file, like a sample's `.json`; else nothing."""
+    sidecar = path.with_name(f"{path.name.split('.', 1)[0]}.json")
+    if not sidecar.is_file():
         return {}
     try:
-        meta = json.loads(side.read_text(encoding="utf-8"))
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SampleError(
-            f"{side}: no JSON: {error}", f"it describes {path.name}.", "mend it, or move it away."
+            f"{sidecar}: not JSON: {error}",
+            f"it describes {path.name}.",
+            "fix it, or move it away.",
         ) from None
     return meta if isinstance(meta, dict) else {}
 
 
-def placement(model: Path) -> dict[str, Any]:
-    """`dtype` for loading a directory: 16 bits on a GPU; on a CPU fp32, or bf16 where it was saved so and the CPU computes in it."""
+def choose_dtype(model: Path) -> dict[str, Any]:
+    """Return the keyword argument `dtype` with which a saved model is loaded.
+
+    On a GPU it is a 16-bit type. On a CPU it is fp32, or bf16 if the model was saved in bf16 and
+    the CPU computes in bf16.
+    """
     import torch
 
     if torch.cuda.is_available():
         return {"dtype": torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     saved = config.get("dtype", config.get("torch_dtype"))
-    able: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in every torch that is supported
+    # `get_capabilities` does not exist in every supported torch
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     hardware = able.get("avx512_bf16") or able.get("amx_bf16")
     return {"dtype": torch.bfloat16 if saved == "bfloat16" and hardware else torch.float32}
 
@@ -245,52 +256,39 @@ def generate(
     decode_offset: str = "correct",
     chat: bool = False,
 ) -> Answer:
-    """Continue `text` after BOS and the runs of `values`, on the model's device.
+    """Continue `text` after BOS and the media spans, on the model's device.
 
     Args:
         model: a OneLLMForConditionalGeneration.
         tokenizer: its fast tokenizer.
-        text: as `prompt_text` gives it.
-        values: modality -> [1, *value_shape].
-        chat: `text` is the question, to be put into the LLM's chat template.
-        temperature: 0 is greedy; otherwise nucleus sampling with `top_p`.
+        text: the prompt, as `build_prompt` returns it.
+        values: modality to [1, *value_shape].
+        modality_order: order of the media spans; default: the model's own.
+        max_new_tokens: maximum length of the answer.
+        temperature: 0 decodes greedily; otherwise nucleus sampling with `top_p`.
+        top_p: probability mass of the nucleus.
+        seed: seed of the sampling.
+        decode_offset: one of OFFSETS.
+        chat: whether `text` is a question to put into the LLM's chat template.
 
     Raises:
-        UsageError: prompt, runs and new tokens are longer than the LLM's context, or the model lacks a modality.
+        UsageError: prompt, media spans and new tokens exceed the LLM's context, or the model lacks
+            a modality.
     """
     import torch
     from transformers import StoppingCriteriaList
 
     encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
-    ids = (
-        torch.tensor([encoder.encode_prompt([ConversationTurn("user", text)])])
-        if encoder
-        else prompt_ids(tokenizer, text)
-    ).to(model.device)
-    if missing := [name for name in values if name not in model.config.modalities]:
-        raise UsageError(
-            f"the model has no modality {', '.join(missing)}",
-            "it cannot read the file.",
-            "use a model that was trained on it.",
-        )
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
-    length = ids.shape[1] + SPAN_TOKENS * len(values) + max_new_tokens
-    if context is not None and length > context:
-        raise UsageError(
-            f"prompt, inputs and new tokens make {length} positions",
-            f"the LLM has {context}.",
-            "shorten the prompt or --max-new-tokens.",
-        )
-    ends = encoder.end_ids if encoder else [tokenizer.eos_token_id]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    if encoder:
+        ids = torch.tensor([encoder.encode_prompt([ConversationTurn("user", text)])])
+    else:
+        ids = encode_prompt(tokenizer, text)
+    _check_inputs(model, ids.shape[1], list(values), max_new_tokens)
+    end_ids = encoder.end_ids if encoder else [tokenizer.eos_token_id]
     stop = None if chat else _StopString(tokenizer)
     torch.manual_seed(seed)
     model.eval()
+    ids = ids.to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
@@ -299,27 +297,26 @@ def generate(
             modality_order=modality_order,
             decode_offset=decode_offset,
             max_new_tokens=max_new_tokens,
-            eos_token_id=ends if chat else ends[0],
-            pad_token_id=pad,
+            eos_token_id=end_ids if chat else end_ids[0],
+            pad_token_id=_get_pad_id(tokenizer),
             stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            **sampling,
+            **_get_sampling_options(temperature, top_p),
             **{f"{name}_values": value.to(model.device) for name, value in values.items()},
         )
+    seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
-    said = tokenizer.decode(new, skip_special_tokens=True)
-    ended: Literal["eos", "stop string", "length"] = (
-        "eos" if set(ends) & set(new) else "stop string" if stop and STOP in said else "length"
-    )
-    return Answer(
-        (said.split(STOP)[0] if stop else said).strip(),
-        len(new),
-        ended,
-        time.perf_counter() - started,
-    )
+    decoded = tokenizer.decode(new, skip_special_tokens=True)
+    ended: Ending = "length"
+    if set(end_ids) & set(new):
+        ended = "eos"
+    elif stop and STOP in decoded:
+        ended = "stop string"
+    answer = decoded.split(STOP)[0] if stop else decoded
+    return Answer(text=answer.strip(), tokens=len(new), ended=ended, seconds=seconds)
 
 
-def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
-    """[1, S] int64 token ids of BOS and `text`, exactly as training encodes them."""
+def encode_prompt(tokenizer: Any, text: str) -> torch.Tensor:
+    """Return the [1, S] int64 ids of BOS and `text`, exactly as training encodes them."""
     import torch
 
     encoder = TextEncoder(tokenizer, "caption", sys.maxsize)
@@ -327,13 +324,43 @@ def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor([ids[:-1]])  # without the caption's EOS
 
 
+def _check_inputs(
+    model: Any, prompt_tokens: int, modalities: Sequence[str], max_new_tokens: int
+) -> None:
+    if missing := [name for name in modalities if name not in model.config.modalities]:
+        raise UsageError(
+            f"the model does not have the modality {', '.join(missing)}",
+            "it cannot read the file.",
+            "use a model that was trained on it.",
+        )
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    length = prompt_tokens + SPAN_TOKENS * len(modalities) + max_new_tokens
+    if context is not None and length > context:
+        raise UsageError(
+            f"prompt, media and new tokens take {length} positions",
+            f"the LLM has {context}.",
+            "shorten the prompt or --max-new-tokens.",
+        )
+
+
+def _get_pad_id(tokenizer: Any) -> int:
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def _get_sampling_options(temperature: float, top_p: float) -> dict[str, Any]:
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    return {"do_sample": False}
+
+
 class _StopString:
-    """Ends generation when the new text holds the stop string (transformers' StoppingCriteria protocol)."""
+    """Ends generation when new text contains the stop string (a transformers StoppingCriteria)."""
 
     TAIL_TOKENS = 8
 
     def __init__(self, tokenizer: Any) -> None:
-        self.text, self.tokenizer = STOP, tokenizer
+        self.tokenizer = tokenizer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         import torch
@@ -341,4 +368,4 @@ class _StopString:
         tails = self.tokenizer.batch_decode(
             input_ids[:, -self.TAIL_TOKENS :].tolist(), skip_special_tokens=True
         )
-        return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)
+        return torch.tensor([STOP in tail for tail in tails], device=input_ids.device)

@@ -9,11 +9,11 @@ import torch
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.evaluation.captioning import (
-    answer,
     caption_datasets,
     caption_split,
-    questions,
+    generate_answers,
     read_captions,
+    read_questions,
 )
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards import open_dataset
@@ -43,7 +43,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
     dataset = open_dataset(toy / "imu")
-    asked = list(questions(dataset, "test_held_out"))
+    asked = list(read_questions(dataset, "test_held_out"))
     assert len(asked) == 3
     first = asked[0]
     assert first.prompt.endswith("### Human: Describe the motion.\n### Assistant:")
@@ -51,7 +51,7 @@ def test_questions_are_laid_out_as_training_does(toy: Path) -> None:
     said = world.parse_caption("imu", first.reference)
     assert tuple(said.values()) in world.get_held_out("imu")
     assert first.values["imu"].shape == (6, 400)
-    assert [q.prompt for q in questions(dataset, "test_seen", limit=2, ask=False)] == ["", ""]
+    assert [q.prompt for q in read_questions(dataset, "test_seen", limit=2, ask=False)] == ["", ""]
 
 
 def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None
     model, processor = load_model(path=model_path, preset=None, seed=0)
     model.eval()
     dataset = open_dataset(toy / "image")
-    asked = list(questions(dataset, "test_seen"))
-    together = answer(model, processor.tokenizer, asked)
-    assert together == [answer(model, processor.tokenizer, [q])[0] for q in asked]
+    asked = list(read_questions(dataset, "test_seen"))
+    together = generate_answers(model, processor.tokenizer, asked)
+    assert together == [generate_answers(model, processor.tokenizer, [q])[0] for q in asked]
     assert [
         c.prediction
         for c in caption_split(model, processor.tokenizer, dataset, "test_seen", batch=2)
@@ -104,8 +104,8 @@ def test_an_answer_ends_at_the_stop_string(toy: Path, model_path: Path) -> None:
             assert tokenizer.decode(script[:stop]) == " red\n###" and max_new_tokens >= len(script)
             return torch.cat([ids, torch.tensor([script[:stop]] * len(ids))], dim=1)
 
-    asked = list(questions(open_dataset(toy / "image"), "test_seen"))
-    assert answer(Scripted(), tokenizer, asked) == ["red"] * 3
+    asked = list(read_questions(open_dataset(toy / "image"), "test_seen"))
+    assert generate_answers(Scripted(), tokenizer, asked) == ["red"] * 3
 
 
 def test_router_weights_sum_to_one(model_path: Path) -> None:
@@ -147,7 +147,9 @@ def test_corpus_documents_hold_no_held_out_combination() -> None:
         )
     )
     held = {
-        world.make_caption(m, world.to_attributes(m, c)) for m in world.MODALITIES for c in world.get_held_out(m)
+        world.make_caption(m, world.to_attributes(m, c))
+        for m in world.MODALITIES
+        for c in world.get_held_out(m)
     }
     texts = [
         processor.tokenizer.decode([t for t in row if t > 2]).strip() for row in labels.tolist()

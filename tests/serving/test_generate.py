@@ -99,10 +99,10 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(
         name: (1, *all_modalities()[name].value_shape)
     }
     answer = g.generate(
-        model, processor.tokenizer, g.prompt_text("What is it?", "auto"), values, max_new_tokens=5
+        model, processor.tokenizer, g.build_prompt("What is it?", "auto"), values, max_new_tokens=5
     )
     assert 1 <= answer.tokens <= 5 and g.STOP not in answer.text
-    ids = g.prompt_ids(processor.tokenizer, "x")
+    ids = g.encode_prompt(processor.tokenizer, "x")
     with torch.inference_mode():
         given = model(ids, **{f"{name}_values": values[name]}).logits[0, -1]
         other = model(ids, **{f"{name}_values": torch.zeros_like(values[name])}).logits[0, -1]
@@ -154,8 +154,8 @@ def test_the_reference_offset_gives_the_same_first_token_and_another_rest(
 ) -> None:
     model, processor = loaded
     values = g.read_files([("audio", media["audio"])])
-    text = g.prompt_text("What do you hear?", "conversation")
-    ids = g.prompt_ids(processor.tokenizer, text)
+    text = g.build_prompt("What do you hear?", "conversation")
+    ids = g.encode_prompt(processor.tokenizer, text)
     new = {
         mode: model.generate(
             ids,
@@ -179,13 +179,15 @@ def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -
     trained, labels = TextEncoder(tokenizer, "conversation", 10_000).encode(
         {"json": Part("json", conversation)}
     )
-    prompt = g.prompt_ids(tokenizer, g.prompt_text("What is it?", "auto"))[0].tolist()
+    prompt = g.encode_prompt(tokenizer, g.build_prompt("What is it?", "auto"))[0].tolist()
     answer_at = next(i for i, label in enumerate(labels) if label >= 0)
     assert trained[:answer_at] == prompt, (
         "the prompt is what stood before the first supervised token"
     )
-    assert g.prompt_ids(tokenizer, g.prompt_text("", "auto")).tolist() == [[tokenizer.bos_token_id]]
-    assert g.prompt_ids(tokenizer, g.prompt_text("red", "raw"))[0, 0] == tokenizer.bos_token_id
+    assert g.encode_prompt(tokenizer, g.build_prompt("", "auto")).tolist() == [
+        [tokenizer.bos_token_id]
+    ]
+    assert g.encode_prompt(tokenizer, g.build_prompt("red", "raw"))[0, 0] == tokenizer.bos_token_id
 
 
 class Scripted(torch.nn.Module):
@@ -298,7 +300,7 @@ def test_a_cpu_computes_in_bf16_only_where_the_model_was_saved_so(
                 lambda able=able: {"avx512_bf16": able},
                 raising=False,
             )
-            found[saved, able] = g.placement(tmp_path)["dtype"]
+            found[saved, able] = g.choose_dtype(tmp_path)["dtype"]
     assert found.pop(("bfloat16", True)) == torch.bfloat16
     assert set(found.values()) == {torch.float32}
 

@@ -1,0 +1,1 @@
+"""Scorers: from predictions and references to numbers with intervals."""

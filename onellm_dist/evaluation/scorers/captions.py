@@ -1,7 +1,7 @@
-"""Scores of generated captions, with 95% intervals, a shuffled-input control and chance.
+"""Scores of generated captions: 95% intervals, a shuffled-input control, and chance.
 
-Exact match and token F1 are those of SQuAD (Rajpurkar et al. 2016, section 6.1), over lower-cased words. The interval of a
-proportion is Wilson's (1927); that of a mean is the percentile bootstrap.
+Exact match and token F1 are those of SQuAD (Rajpurkar et al. 2016, section 6.1), over lower-case
+words. Proportions have Wilson's interval (1927), means the percentile bootstrap.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ import numpy as np
 _Z95 = 1.959963984540054
 
 
-def normalise(text: str) -> str:
-    """Lower case, punctuation removed, single spaces."""
+def normalize_text(text: str) -> str:
+    """Return a text in lower case, without punctuation, with single spaces."""
     return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1.0 where the two are the same after `normalise`, else 0.0."""
-    return float(normalise(prediction) == normalise(reference))
+    """Return 1.0 if both texts are the same after `normalize_text`, else 0.0."""
+    return float(normalize_text(prediction) == normalize_text(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over the bag of words; 1.0 for two empty texts."""
-    predicted, wanted = (
-        Counter(normalise(prediction).split()),
-        Counter(normalise(reference).split()),
-    )
+    """Return the harmonic mean of precision and recall over words; 1.0 for two empty texts."""
+    predicted = Counter(normalize_text(prediction).split())
+    wanted = Counter(normalize_text(reference).split())
     if not predicted and not wanted:
         return 1.0
     common = sum((predicted & wanted).values())
@@ -46,16 +44,16 @@ class Interval:
     low: float
     high: float
 
-    def above(self, other: Interval) -> bool:
-        """True where the whole interval lies above the whole other one."""
+    def is_above(self, other: Interval) -> bool:
+        """Return whether the whole interval lies above the whole other one."""
         return self.low > other.high
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def wilson(successes: float, n: int) -> Interval:
-    """Wilson's score interval of a proportion.
+def wilson_interval(successes: float, n: int) -> Interval:
+    """Return Wilson's score interval of a proportion.
 
     Raises:
         ValueError: n < 1.
@@ -69,10 +67,10 @@ def wilson(successes: float, n: int) -> Interval:
 
 
 def bootstrap_mean(values: Sequence[float], *, seed: int = 0, resamples: int = 4000) -> Interval:
-    """Percentile bootstrap interval of the mean.
+    """Return the mean with its percentile bootstrap interval.
 
     Raises:
-        ValueError: no values.
+        ValueError: there are no values.
     """
     if not len(values):
         raise ValueError("an interval needs at least one sample")
@@ -92,23 +90,25 @@ class Scores:
     token_f1: Interval
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> Scores:
-    """Scores of predictions against references of the same order.
+def score_captions(predictions: Sequence[str], references: Sequence[str]) -> Scores:
+    """Score predictions against references in the same order.
 
     Raises:
-        ValueError: different lengths, or nothing to score.
+        ValueError: the numbers differ, or there is nothing to score.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
     pairs = list(zip(predictions, references, strict=True))
     matches = sum(exact_match(p, r) for p, r in pairs)
     return Scores(
-        len(pairs), wilson(matches, len(pairs)), bootstrap_mean([token_f1(p, r) for p, r in pairs])
+        n=len(pairs),
+        exact_match=wilson_interval(matches, len(pairs)),
+        token_f1=bootstrap_mean([token_f1(p, r) for p, r in pairs]),
     )
 
 
-def derangement(n: int, seed: int) -> list[int]:
-    """A random cyclic permutation of n >= 2 places: no place keeps its own (Sattolo 1986).
+def draw_derangement(n: int, seed: int) -> list[int]:
+    """Draw a cyclic permutation of n >= 2 places: no place keeps its own (Sattolo 1986).
 
     Raises:
         ValueError: n < 2.
@@ -123,20 +123,21 @@ def derangement(n: int, seed: int) -> list[int]:
     return order
 
 
-def shuffled_control(
+def score_shuffled(
     predictions: Sequence[str], references: Sequence[str], *, seed: int = 0
 ) -> Scores:
-    """Scores where every sample is given another sample's input.
+    """Score the control in which every sample is given another sample's input.
 
-    The prompt is the same for every sample and decoding is greedy, so the caption made from sample j's input is the prediction
-    we already have for j; it is scored against the reference of i. The model is not run again.
+    The prompt is the same for every sample and decoding is greedy, so the caption for sample j's
+    input is the prediction that already exists for j; it is scored against the reference of i. The
+    model is not run again.
     """
-    order = derangement(len(references), seed)
-    return score([predictions[j] for j in order], references)
+    order = draw_derangement(len(references), seed)
+    return score_captions([predictions[j] for j in order], references)
 
 
-def chance(references: Sequence[str], candidates: Sequence[str]) -> tuple[float, float]:
-    """Expected (exact match, token F1) of a caption drawn evenly from `candidates`."""
+def compute_chance(references: Sequence[str], candidates: Sequence[str]) -> tuple[float, float]:
+    """Return the expected (exact match, token F1) of a caption drawn evenly from `candidates`."""
     counts = Counter(references)
     em = f1 = 0.0
     for reference, times in counts.items():

@@ -16,7 +16,7 @@ import torch
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
 from onellm_dist.common.progress import seconds_text
 from onellm_dist.evaluation.captioning import read_captions
-from onellm_dist.evaluation.report import ModalityResult, as_json, as_text, summarise
+from onellm_dist.evaluation.report import ModalityResult, to_json_rows, format_table, summarize_captions
 from onellm_dist.launch.local import exit_by_signal, find_free_port, handle_termination
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.evidence import collect_report, resumed_at
@@ -95,11 +95,11 @@ def run_demo(out: Path, full: bool = False) -> int:
         if table.start():
             stage(demo, table, journal)
             table.end()
-    results = summarise(read_captions(demo.out / "captions.jsonl"), _every_caption())
+    results = summarize_captions(read_captions(demo.out / "captions.jsonl"), _every_caption())
     if table.start():
         _write_results(demo, results, table)
         table.end()
-    print(as_text(results))
+    print(format_table(results))
     print(f"\nreport: {demo.out / 'report.html'}   all in {seconds_text(table.taken)}")
     return _verdict(results)
 
@@ -272,9 +272,9 @@ def _every_caption() -> dict[str, list[str]]:
 
 
 def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetable) -> None:
-    (demo.out / "table.txt").write_text(as_text(results) + "\n", encoding="utf-8")
+    (demo.out / "table.txt").write_text(format_table(results) + "\n", encoding="utf-8")
     (demo.out / "results.json").write_text(
-        json.dumps({"seconds": table.taken, "results": as_json(results)}, indent=1),
+        json.dumps({"seconds": table.taken, "results": to_json_rows(results)}, indent=1),
         encoding="utf-8",
     )
     collect_report(

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.serving.generate import generate, placement, prompt_text, read_files
+from onellm_dist.serving.generate import build_prompt, choose_dtype, generate, read_files
 
 
 def ask_questions(
@@ -30,10 +30,10 @@ def ask_questions(
     """
     from onellm_dist.model.presets import load_model
 
-    model, processor = load_model(path=model_dir, preset=None, seed=0, **placement(model_dir))
+    model, processor = load_model(path=model_dir, preset=None, seed=0, **choose_dtype(model_dir))
     for question in questions:
         values = read_files([(name, Path(file)) for name, file in question["inputs"]])
-        text = prompt_text(question["prompt"], "auto")
+        text = build_prompt(question["prompt"], "auto")
         yield asdict(
             generate(model, processor.tokenizer, text, values, max_new_tokens=max_new_tokens)
         )

@@ -8,7 +8,7 @@ import pytest
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.config.load import load_config
-from onellm_dist.evaluation.report import Caption, summarise
+from onellm_dist.evaluation.report import Caption, summarize_captions
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.journal import claim
 from onellm_dist.testing.demo.run import RUNS, STEPS, Demo, _stages, _training_command, _verdict
@@ -87,6 +87,6 @@ def test_the_verdict_fails_a_model_that_does_not_read_its_input(
     every = [world.make_caption("imu", world.to_attributes("imu", c)) for c in world.list_combinations("imu")]
     right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
     parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]
-    assert _verdict(summarise(right, {"imu": every})) == EXIT_DONE
-    assert _verdict(summarise([*right, *parrot], {"imu": every})) == EXIT_FAILED
+    assert _verdict(summarize_captions(right, {"imu": every})) == EXIT_DONE
+    assert _verdict(summarize_captions([*right, *parrot], {"imu": every})) == EXIT_FAILED
     assert "imu (test_held_out)" in capsys.readouterr().err

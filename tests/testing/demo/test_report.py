@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from onellm_dist.common.html.charts import line_chart, router_chart, smooth, thin
-from onellm_dist.evaluation.report import Caption, as_json, as_text, summarise
+from onellm_dist.evaluation.report import Caption, to_json_rows, format_table, summarize_captions
 from onellm_dist.testing.demo.report import Curve, Report, Sample, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
@@ -64,19 +64,19 @@ CANDIDATES = {
 
 
 def test_table_tells_a_reader_from_a_parrot() -> None:
-    (image,) = summarise(captions(), CANDIDATES)
+    (image,) = summarize_captions(captions(), CANDIDATES)
     seen, held_out = image.splits["test_seen"], image.splits["test_held_out"]
     assert (seen.own.exact_match.mean, seen.beats_control) == (1.0, True)
     assert (held_out.own.exact_match.mean, held_out.beats_control) == (0.0, False)
     assert seen.chance[0] == pytest.approx(1 / 9)
     assert seen.example.prediction == seen.example.reference
-    text = as_text([image])
+    text = format_table([image])
     assert "1.00 [0.92, 1.00]" in text and re.search(r"held_out .* NO ", text)
-    assert [row["beats_control"] for row in as_json([image])] == [True, False]
+    assert [row["beats_control"] for row in to_json_rows([image])] == [True, False]
 
 
 def test_report_is_one_whole_page(tmp_path: Path) -> None:
-    results = summarise(captions(), CANDIDATES)
+    results = summarize_captions(captions(), CANDIDATES)
     picture = Image.new("RGB", (960, 300), (200, 30, 40))
     router = {"image": [[0.2, 0.3, 0.5]] * 30, "audio": [[0.4, 0.4, 0.2]] * 30}
     falling = [(float(i), 3 - i / 100) for i in range(200)]

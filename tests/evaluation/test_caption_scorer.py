@@ -8,19 +8,19 @@ import pytest
 from onellm_dist.evaluation.scorers.captions import (
     Interval,
     bootstrap_mean,
-    chance,
-    derangement,
+    compute_chance,
+    draw_derangement,
     exact_match,
-    normalise,
-    score,
-    shuffled_control,
+    normalize_text,
+    score_captions,
+    score_shuffled,
     token_f1,
-    wilson,
+    wilson_interval,
 )
 
 
 def test_normalise_ignores_case_punctuation_and_spaces() -> None:
-    assert normalise("  A red,  Circle. ") == "a red circle"
+    assert normalize_text("  A red,  Circle. ") == "a red circle"
     assert exact_match("A red circle.", "a  red circle") == 1.0
     assert exact_match("a red square", "a red circle") == 0.0
 
@@ -49,13 +49,13 @@ def test_wilson_known_values() -> None:
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
     ]:
-        interval = wilson(successes, n)
+        interval = wilson_interval(successes, n)
         assert (interval.low, interval.high) == (
             pytest.approx(low, abs=5e-5),
             pytest.approx(high, abs=5e-5),
         )
     with pytest.raises(ValueError, match="at least one"):
-        wilson(0, 0)
+        wilson_interval(0, 0)
 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
@@ -69,31 +69,34 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
 
 
 def test_above_needs_the_whole_interval() -> None:
-    assert Interval(0.8, 0.7, 0.9).above(Interval(0.5, 0.4, 0.69))
-    assert not Interval(0.8, 0.7, 0.9).above(Interval(0.5, 0.4, 0.7))
+    assert Interval(0.8, 0.7, 0.9).is_above(Interval(0.5, 0.4, 0.69))
+    assert not Interval(0.8, 0.7, 0.9).is_above(Interval(0.5, 0.4, 0.7))
 
 
 @pytest.mark.parametrize("n", [2, 3, 100])
 def test_derangement_moves_every_place(n: int) -> None:
-    order = derangement(n, seed=n)
+    order = draw_derangement(n, seed=n)
     assert sorted(order) == list(range(n))
     assert all(i != j for i, j in enumerate(order))
     with pytest.raises(ValueError, match="two places"):
-        derangement(1, 0)
+        draw_derangement(1, 0)
 
 
 def test_control_tells_reading_from_guessing() -> None:
     references = [f"{a} {b}" for a in "xyz" for b in "uvw"] * 12
-    reads, guesses = score(references, references), score(["x u"] * len(references), references)
+    reads, guesses = (
+        score_captions(references, references),
+        score_captions(["x u"] * len(references), references),
+    )
     assert reads.exact_match.mean == 1.0
-    assert reads.token_f1.above(shuffled_control(references, references).token_f1)
+    assert reads.token_f1.is_above(score_shuffled(references, references).token_f1)
     # A model that says one thing whatever it is given is exactly as good on shuffled inputs.
-    assert shuffled_control(["x u"] * len(references), references) == guesses
+    assert score_shuffled(["x u"] * len(references), references) == guesses
 
 
 def test_chance_is_the_mean_over_candidates() -> None:
     candidates = ["a b", "a c", "d e", "d c"]
-    exact, f1 = chance(["a b", "a b", "d c"], candidates)
+    exact, f1 = compute_chance(["a b", "a b", "d c"], candidates)
     assert exact == pytest.approx(0.25)
     # "a b": 1, .5, 0, 0 -> .375 ; "d c": 0, .5, .5, 1 -> .5
     assert f1 == pytest.approx((0.375 * 2 + 0.5) / 3)
@@ -101,4 +104,4 @@ def test_chance_is_the_mean_over_candidates() -> None:
 
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="1 predictions for 2"):
-        score(["a"], ["a", "b"])
+        score_captions(["a"], ["a", "b"])
