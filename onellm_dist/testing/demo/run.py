@@ -16,7 +16,12 @@ import torch
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError
 from onellm_dist.common.progress import seconds_text
 from onellm_dist.evaluation.captioning import read_captions
-from onellm_dist.evaluation.report import ModalityResult, to_json_rows, format_table, summarize_captions
+from onellm_dist.evaluation.report import (
+    ModalityResult,
+    format_table,
+    summarize_captions,
+    to_json_rows,
+)
 from onellm_dist.launch.local import exit_by_signal, find_free_port, handle_termination
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.evidence import collect_report, resumed_at

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from onellm_dist.common.html.charts import line_chart, router_chart, smooth, thin
-from onellm_dist.evaluation.report import Caption, to_json_rows, format_table, summarize_captions
+from onellm_dist.evaluation.report import Caption, format_table, summarize_captions, to_json_rows
 from onellm_dist.testing.demo.report import Curve, Report, Sample, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
