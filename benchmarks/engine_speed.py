@@ -130,14 +130,14 @@ def plain_step() -> Callable[[Any], None]:
 
     from onellm_dist.model.initialisation import initialise
     from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-    from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
+    from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
     model = OneLLMForConditionalGeneration(config(tiny=False))
     initialise(model, 0)
     freeze_for_stage(model, "tune", ["image"])
     model.train()
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
+        build_parameter_groups(model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True
     )
     trained = [p for p in model.parameters() if p.requires_grad]
 

@@ -203,7 +203,7 @@ def build(
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.engine.settings import EngineSettings
     from onellm_dist.train.optim.optimizers import make_optimizer
-    from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
+    from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
     torch.set_num_threads(1)
     model = build_empty_model(config(tiny))
@@ -223,7 +223,7 @@ def build(
         options=FsdpOptions() if given is None else json.loads(json.dumps(given)),
     )
     engine = get_engine("fsdp" if given is None else "deepspeed").load()
-    return engine.wrap(model, parameter_groups(model, 0.1), settings, weights), size
+    return engine.wrap(model, build_parameter_groups(model, 0.1), settings, weights), size
 
 
 def config(tiny: bool) -> Any:

@@ -22,7 +22,8 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
 FILE_BYTES = 5_000_000_000
-"""Largest weights file, as transformers' own default was; a larger tensor gets a file of its own."""
+"""Largest weights file, as transformers' own default was; a larger tensor gets a file of its
+own."""
 _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",

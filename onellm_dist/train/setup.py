@@ -48,7 +48,12 @@ from onellm_dist.train.export import export_model
 from onellm_dist.train.flops import FlopCounter, StepSize, peak_flops
 from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.optim.optimizers import check_optim
-from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups, parts_of
+from onellm_dist.train.optim.stages import (
+    build_parameter_groups,
+    find_copies,
+    freeze_for_stage,
+    map_parts,
+)
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import EVENTS, Events, Metrics, drop_from
 from onellm_dist.train.records.run_directory import (
@@ -342,7 +347,7 @@ def _prepare_model(config: RunConfig, model: Any, weights: InitialWeights, plan:
         model, config.train.stage, present, encoder=config.train.encoder == "trainable"
     )
     if config.model.init_from_image:  # at a resume the checkpoint overwrites what trains; the copies that are frozen are not in it
-        weights.copy(copies_of(model, next(iter(all_modalities())), config.model.init_from_image))
+        weights.copy(find_copies(model, next(iter(all_modalities())), config.model.init_from_image))
     enable_activation_checkpointing(model, config.train.activation_checkpointing)
     model.train()
     return present
@@ -351,9 +356,9 @@ def _prepare_model(config: RunConfig, model: Any, weights: InitialWeights, plan:
 def _wrap(
     model: torch.nn.Module, config: RunConfig, settings: EngineSettings, weights: InitialWeights
 ) -> Engine:
-    groups = parameter_groups(model, config.optim.weight_decay)
+    groups = build_parameter_groups(model, config.optim.weight_decay)
     engine = get_engine(config.engine.name).load()
-    return engine.wrap(model, groups, replace(settings, parts=parts_of(model)), weights)
+    return engine.wrap(model, groups, replace(settings, parts=map_parts(model)), weights)
 
 
 def _validation(

@@ -11,7 +11,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import GradNorms
-from onellm_dist.train.optim.schedules import learning_rate
+from onellm_dist.train.optim.schedules import compute_learning_rate
 from onellm_dist.train.records.metrics import StepReport
 from onellm_dist.train.setup import Run
 from onellm_dist.train.stability.checks import Verdict
@@ -114,7 +114,7 @@ def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues,
     loss = values.loss / run.plan.step(step, run.dist.world_size).global_valid_tokens
     verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.total)
     run.in_flight.beat("step")
-    lr = learning_rate(step, run.config.optim, run.config.train.steps)
+    lr = compute_learning_rate(step, run.config.optim, run.config.train.steps)
     applied = run.engine.step(lr, discard=verdict is not None)
     if applied:
         run.guard.keep(loss, norms.total)

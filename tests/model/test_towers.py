@@ -261,9 +261,13 @@ def test_the_encoder_trains_or_does_not(with_registers: Any, trains: bool) -> No
 
 
 def test_the_plan_counts_the_tokens_that_it_makes() -> None:
-    image, imu = (get_modality(name).with_encoder(patches=196, prefix_tokens=5) for name in ("image", "imu"))
+    image, imu = (
+        get_modality(name).with_encoder(patches=196, prefix_tokens=5) for name in ("image", "imu")
+    )
     assert (image.encoder_tokens, image.upm_tokens, imu.encoder_tokens) == (201, 231, 396)
-    assert get_modality("video").with_encoder(patches=196, prefix_tokens=5).encoder_tokens == 15 * 201
+    assert (
+        get_modality("video").with_encoder(patches=196, prefix_tokens=5).encoder_tokens == 15 * 201
+    )
     assert get_modality("image").encoder_tokens == 257
     assert CostModel().media([image]) < CostModel().media([get_modality("image")])
     assert image.value_shape == get_modality("image").value_shape

@@ -14,7 +14,7 @@ from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.slurm.attempts import append_attempt, make_attempt
-from onellm_dist.train.checkpoint.folder import checkpoint_name
+from onellm_dist.train.checkpoint.folder import make_checkpoint_name
 from onellm_dist.train.checkpoint.inherit import inherit_ledger, take_over
 from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.records.applied_resumes import note_obeyed, was_obeyed
@@ -33,7 +33,7 @@ ALONE: Any = SimpleNamespace(
 
 
 def checkpoint(run_dir: Path, step: int) -> Path:
-    folder = run_dir / CHECKPOINTS / checkpoint_name(step)
+    folder = run_dir / CHECKPOINTS / make_checkpoint_name(step)
     folder.mkdir(parents=True)
     (folder / CHECKPOINT_MANIFEST).write_text(
         json.dumps({"version": 2, "step": step, "files": {}, "sha256": {}})
@@ -166,9 +166,9 @@ def test_the_ledger_beside_a_checkpoint_of_another_run_is_the_one_that_is_taken_
     assert start(config(run_dir, str(source))) == source
     assert Ledger(run_dir / LEDGER, 0).known.keys() == {"a@0"}
     checkpoint(run_dir, 7)
-    assert start(config(run_dir, str(run_dir / CHECKPOINTS / checkpoint_name(7)))) is not None, (
-        "its own: nothing to take over"
-    )
+    assert (
+        start(config(run_dir, str(run_dir / CHECKPOINTS / make_checkpoint_name(7)))) is not None
+    ), "its own: nothing to take over"
 
 
 @pytest.mark.parametrize(

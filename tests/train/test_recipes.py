@@ -13,7 +13,7 @@ from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.modalities import all_modalities
 from onellm_dist.train.engine.deepspeed.config import load_ds_config
-from onellm_dist.train.optim.schedules import learning_rate
+from onellm_dist.train.optim.schedules import compute_learning_rate
 
 NAMES = sorted(
     str(path.relative_to(recipes_dir()).with_suffix("")) for path in recipes_dir().rglob("*.yaml")
@@ -78,7 +78,7 @@ def test_the_papers_runs_have_the_papers_figures(name: str) -> None:
     assert (optim.betas, optim.grad_clip, config.train.precision) == ((0.9, 0.95), 2.0, "bf16")
     assert steps * paper["batch"] == pytest.approx(paper["samples"], rel=0.001)
     assert optim.warmup_steps == pytest.approx(paper["warmup"], abs=1)
-    rates = [learning_rate(step, optim, steps) for step in range(steps)]
+    rates = [compute_learning_rate(step, optim, steps) for step in range(steps)]
     assert max(rates) == pytest.approx(optim.lr) and rates[0] < optim.lr / 100
     if optim.decay_steps == steps:
         assert rates[-1] == pytest.approx(optim.min_lr, abs=1e-4 * optim.lr)

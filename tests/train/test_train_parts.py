@@ -11,7 +11,7 @@ from small_model import pack, sample
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig, StabilitySection
-from onellm_dist.train.checkpoint.folder import checkpoint_name, list_checkpoints
+from onellm_dist.train.checkpoint.folder import list_checkpoints, make_checkpoint_name
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.metrics import drop_from
 from onellm_dist.train.records.run_directory import lock_directory, prepare_directory
@@ -104,23 +104,23 @@ def test_one_start_of_a_run_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_start_from_nothing_moves_an_earlier_run_aside(tmp_path: Path) -> None:
-    whole_checkpoint(tmp_path / "checkpoints" / checkpoint_name(4))
+    whole_checkpoint(tmp_path / "checkpoints" / make_checkpoint_name(4))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     prepare_directory(run_config(tmp_path), None)
     assert not list((tmp_path / "checkpoints").iterdir())
-    assert [p.name for p in tmp_path.glob("before-*/checkpoints/*")] == [checkpoint_name(4)]
+    assert [p.name for p in tmp_path.glob("before-*/checkpoints/*")] == [make_checkpoint_name(4)]
     assert not (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "config.yaml").exists()
 
 
 def test_a_start_from_an_older_checkpoint_moves_the_newer_ones_aside(tmp_path: Path) -> None:
     for step in (4, 8, 12):
-        whole_checkpoint(tmp_path / "checkpoints" / checkpoint_name(step))
-    prepare_directory(run_config(tmp_path), tmp_path / "checkpoints" / checkpoint_name(4))
+        whole_checkpoint(tmp_path / "checkpoints" / make_checkpoint_name(step))
+    prepare_directory(run_config(tmp_path), tmp_path / "checkpoints" / make_checkpoint_name(4))
     assert list_checkpoints(tmp_path / "checkpoints") == [
-        tmp_path / "checkpoints" / checkpoint_name(4)
+        tmp_path / "checkpoints" / make_checkpoint_name(4)
     ]
     assert sorted(p.name for p in tmp_path.glob("before-*/*")) == [
-        checkpoint_name(8),
-        checkpoint_name(12),
+        make_checkpoint_name(8),
+        make_checkpoint_name(12),
     ]

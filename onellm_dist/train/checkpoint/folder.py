@@ -69,7 +69,7 @@ def get_file_records(folder: Path, manifest: dict[str, Any]) -> list[tuple[Path,
     ]
 
 
-def checkpoint_name(steps_done: int) -> str:
+def make_checkpoint_name(steps_done: int) -> str:
     """Folder name of the checkpoint after this number of steps."""
     return f"{CHECKPOINT_PREFIX}{steps_done:08d}"
 
@@ -91,7 +91,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     )
 
 
-def tensor_name(parameter: str, start: int, key: str) -> str:
+def make_tensor_name(parameter: str, start: int, key: str) -> str:
     """Name of a range of a parameter in a checkpoint's files."""
     return f"{parameter}:{start}:{key}"
 
@@ -104,9 +104,9 @@ def prune(
 ) -> None:
     """Remove all but the newest `keep` complete checkpoints, and what unfinished writes left.
 
-    A checkpoint that is cut short, as far as manifest and sizes show, is not counted, and is removed
-    if it is older than those that stay. One that only has wrong checksums is moved aside by whoever
-    finds that out (a start, a rollback).
+    A checkpoint that is cut short, as far as manifest and sizes show, is not counted, and is
+    removed if it is older than those that stay. One that only has wrong checksums is moved aside by
+    whoever finds that out (a start, a rollback).
 
     Args:
         checkpoints: the folder of all checkpoints.
@@ -160,7 +160,7 @@ def _read_time(folder: Path, modified: float) -> float | None:
 
 
 def recover_checkpoints(checkpoints: Path) -> None:
-    """Give checkpoints back their names that a killed start was replacing; remove unfinished ones."""
+    """Restore checkpoints that a killed start was replacing; remove unfinished ones."""
     for backup in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
         restore_folder(backup.with_name(backup.name[1:].removesuffix(".before")))
         shutil.rmtree(backup, ignore_errors=True)

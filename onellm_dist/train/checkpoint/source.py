@@ -2,8 +2,9 @@
 
 Checkpoints hold the trainable state alone. The manifest's `frozen` is
 `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
-`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Files that still have
-their size and time are not read again; a copy elsewhere is hashed, each file by one of the ranks.
+`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Files that still
+have their size and time are not read again; a copy elsewhere is hashed, each file by one of the
+ranks.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def check_source(
         raise UsageError(
             f"checkpoint {folder} was trained over other frozen weights: {problem}",
             "a checkpoint holds only what trains; over other frozen weights it means nothing.",
-            f"set model.{key}={frozen.get('path') or frozen['preset']} as then, or another run.dir.",
+            f"set model.{key}={frozen.get('path') or frozen['preset']} again, or another run.dir.",
         )
 
 

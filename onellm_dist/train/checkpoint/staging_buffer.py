@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from onellm_dist.train.checkpoint.folder import tensor_name
+from onellm_dist.train.checkpoint.folder import make_tensor_name
 from onellm_dist.train.engine.base import LocalRange
 
 
@@ -46,7 +46,7 @@ class StagingBuffer:
                     self._lock_pages()
                 copy = memory[offset : offset + own.length]
                 copy.copy_(values, non_blocking=on_gpu)
-                loaded[tensor_name(own.name, own.start, key)] = copy
+                loaded[make_tensor_name(own.name, own.start, key)] = copy
                 offset += own.length
         if on_gpu:
             torch.cuda.synchronize()
@@ -89,7 +89,7 @@ def read_live_state(
         Name in the checkpoint's file to [length] fp32.
     """
     return {
-        tensor_name(own.name, own.start, key): own.read(key).detach()
+        make_tensor_name(own.name, own.start, key): own.read(key).detach()
         for own in ranges
         for key in state_keys
     }

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.train.checkpoint.folder import read_manifest, tensor_name
+from onellm_dist.train.checkpoint.folder import make_tensor_name, read_manifest
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, LocalRange
 from onellm_dist.train.optim.base import OptimizerComponent
@@ -81,7 +81,7 @@ def _check_parameters(
     if here == there:
         return
     wrong = sorted(
-        {n for n in here.keys() ^ there.keys()}
+        set(here.keys() ^ there.keys())
         | {n for n in here.keys() & there.keys() if tuple(here[n]) != there[n]}
     )
     raise UsageError(
@@ -116,7 +116,7 @@ class _CheckpointFiles:
                 self._open[file] = self._stack.enter_context(
                     safe_open(self._folder / file, framework="pt")
                 )
-            piece = self._open[file].get_slice(tensor_name(own.name, start, key))
+            piece = self._open[file].get_slice(make_tensor_name(own.name, start, key))
             values[first - own.start : end - own.start] = piece[first - start : end - start]
             missing -= end - first
         if missing:

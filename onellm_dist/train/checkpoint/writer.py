@@ -25,7 +25,7 @@ from onellm_dist.common.files import replace_folder, sync, write_atomic
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import CheckpointSection
 from onellm_dist.train.checkpoint.files import AbandonedError, write_tensors
-from onellm_dist.train.checkpoint.folder import VERSION, checkpoint_name, prune
+from onellm_dist.train.checkpoint.folder import VERSION, make_checkpoint_name, prune
 from onellm_dist.train.checkpoint.staging_buffer import StagingBuffer, read_live_state
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine, LocalRange
@@ -60,7 +60,7 @@ class SaveHandle:
         on_commit: OnCommit | None = None,
     ) -> None:
         self.folder = folder
-        self.partial = partial_path(folder)
+        self.partial = get_partial_path(folder)
         self.copied_at = time.perf_counter()
         self.error: str | None = None
         self.abandon = threading.Event()
@@ -96,7 +96,7 @@ class SaveHandle:
             "sha256": record.sha256,
             "ranges": self._ranges,
         }
-        write_atomic(_part_path(self.partial, self._dist.rank), json.dumps(part))
+        write_atomic(_get_part_path(self.partial, self._dist.rank), json.dumps(part))
 
     def _commit(self) -> None:
         more = self._describe()
@@ -117,14 +117,14 @@ class SaveHandle:
         }
         write_atomic(self.partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
         for rank in range(self._dist.world_size):
-            _part_path(self.partial, rank).unlink()
+            _get_part_path(self.partial, rank).unlink()
         sync(self.partial)
         replace_folder(self.partial, self.folder)
         if self._on_commit is not None:
             self._on_commit(self, sum(p["size"] for p in parts))
 
     def _wait_for_part(self, rank: int) -> dict[str, Any]:
-        path = _part_path(self.partial, rank)
+        path = _get_part_path(self.partial, rank)
         while not path.exists():
             if self.abandon.wait(POLL_S):
                 raise AbandonedError
@@ -159,8 +159,8 @@ def start_save(
     problem = None
     if dist.is_rank_zero:
         try:
-            shutil.rmtree(partial_path(folder), ignore_errors=True)
-            partial_path(folder).mkdir(parents=True)
+            shutil.rmtree(get_partial_path(folder), ignore_errors=True)
+            get_partial_path(folder).mkdir(parents=True)
         except OSError as error:
             problem = f"rank 0: {error}"
     problem = dist.broadcast(problem)
@@ -304,7 +304,7 @@ class Checkpoints:
             )
 
         self._pending = start_save(
-            self._folder / checkpoint_name(steps_done),
+            self._folder / make_checkpoint_name(steps_done),
             None if wait else self._buffer,
             self._engine,
             self._dist,
@@ -342,7 +342,7 @@ class Checkpoints:
         return {"frozen": self._frozen}
 
 
-def partial_path(folder: Path) -> Path:
+def get_partial_path(folder: Path) -> Path:
     """Where a checkpoint is written until it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
@@ -356,5 +356,5 @@ def _make_error(folder: Path, problem: str) -> OneLLMError:
     )
 
 
-def _part_path(partial: Path, rank: int) -> Path:
+def _get_part_path(partial: Path, rank: int) -> Path:
     return partial / f"rank-{rank:05d}.json"

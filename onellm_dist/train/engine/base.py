@@ -1,4 +1,7 @@
-"""What training asks of an engine. Each folder beside this file is one engine; no other room names its library."""
+"""What training asks of an engine.
+
+Each folder beside this file is one engine; no other part of the package names its library.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,24 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class GradNorms:
-    """Norms of a step's gradient, summed over the ranks, before clipping; the same on every rank."""
+    """Norms of a step's gradient over all ranks, before clipping; the same on every rank."""
 
     total: float
     """Norm of the whole gradient; inf or nan if an element is not finite."""
     by_part: dict[str, float] = field(default_factory=dict)
-    """Norm of each part that `EngineSettings.parts` names. Their squares add up to that of `total`, except for parameters
-    that belong to no part."""
+    """Norm of each part that `EngineSettings.parts` names. Their squares add up to that of `total`,
+    except for parameters that belong to no part."""
 
 
 class WeightSource(Protocol):
-    """Values for a model that is still on the meta device; every rank has one, with the same values."""
+    """Values for a model on the meta device; every rank has a source, with the same values."""
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Rows [first, end) of the parameter `name` along its first dimension, in any dtype; a scalar comes whole."""
+        """Read rows [first, end) of the parameter `name`, in any dtype; a scalar comes whole."""
 
 
 class LocalRange(ABC):
-    """The contiguous range of one trainable parameter whose fp32 weight and optimizer state this rank holds."""
+    """A contiguous range of a trainable parameter, whose weight and state this rank holds."""
 
     name: str
     """Name of the parameter in the model."""
@@ -79,7 +82,9 @@ class LocalRange(ABC):
 
 
 class PackedLoss(nn.Module):
-    """The model with plain tensors as its output: engines hook output tensors, and a dataclass would hide them.
+    """The model with plain tensors as its output.
+
+    Engines hook output tensors, and a dataclass would hide them.
 
     Args:
         model: a model that takes `packed=`.
@@ -106,7 +111,10 @@ class PackedLoss(nn.Module):
 
 
 class Engine(ABC):
-    """Shards a model over the ranks and steps it. `wrap` builds one; all ranks call every method together."""
+    """Shards a model over the ranks and steps it.
+
+    `wrap` builds one; all ranks call every method together.
+    """
 
     device: torch.device
     """Where the model computes."""
@@ -125,21 +133,22 @@ class Engine(ABC):
         """Shard a model whose frozen parameters have requires_grad False already.
 
         Args:
-            model: takes `packed=`. Its weights are the same on every rank, or it is on the meta device (its buffers are
-                not). Its parameters may be replaced by others.
+            model: takes `packed=`. Its weights are the same on every rank, or it is on the meta
+                device (its buffers are not). Its parameters may be replaced by others.
             groups: the optimizer's parameter groups (`params`, `weight_decay`).
             settings: what the recipe says.
-            weights: fills a model on the meta device parameter by parameter, so that no rank ever holds all of it.
+            weights: fills a model on the meta device parameter by parameter, so that no rank ever
+                holds all of it.
         """
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """Keys of what a checkpoint holds of every trainable element, each fp32: `MASTER` and the optimizer's."""
+        """Keys of the fp32 values that a checkpoint holds per trainable element."""
         return (MASTER, *self.optimizer.state_keys)
 
     @staticmethod
     def numel(parameter: torch.Tensor) -> int:
-        """Number of elements of a whole parameter of the model, of which this rank may hold a part."""
+        """Number of elements of a parameter of the model, of which this rank may hold a part."""
         return parameter.numel()
 
     @abstractmethod
@@ -155,15 +164,21 @@ class Engine(ABC):
 
     @abstractmethod
     def logits(self, batch: PackedBatch) -> torch.Tensor:
-        """Return the logits of a pack's supervised tokens, [N, V], by the same modules as `forward`, without gradient."""
+        """Return the logits of a pack's supervised tokens, [N, V], without gradient.
+
+        They are computed by the same modules as in `forward`.
+        """
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        """Add the gradient of `loss / global_valid_tokens`, summed (not averaged) over ranks and micro-batches."""
+        """Add the gradient of `loss / global_valid_tokens`.
+
+        Over ranks and micro-batches gradients are summed, not averaged.
+        """
 
     @abstractmethod
     def grad_norms(self) -> GradNorms:
-        """Return the norms of the gradient that `step` is about to apply, after the last backward pass.
+        """Return the norms of the gradient that `step` is about to apply.
 
         Waits for the device.
         """
@@ -174,8 +189,8 @@ class Engine(ABC):
 
         Args:
             lr: learning rate of this step.
-            discard: skip the step. It is also skipped if the gradient is not finite. Weights, optimizer state and the
-                number of steps then stay as they are, bit for bit.
+            discard: skip the step. It is also skipped if the gradient is not finite. Weights,
+                optimizer state and the number of steps then stay as they are, bit for bit.
 
         Returns:
             Whether the step was applied; the same on every rank.
@@ -183,7 +198,7 @@ class Engine(ABC):
 
     @abstractmethod
     def ranges(self) -> list[LocalRange]:
-        """Return what this rank holds. Over all ranks every trainable element is held exactly once."""
+        """Return what this rank holds; over all ranks, every trainable element is held once."""
 
     @property
     @abstractmethod
@@ -192,7 +207,10 @@ class Engine(ABC):
 
     @abstractmethod
     def finish_restore(self, optimizer_steps: int) -> None:
-        """After ranges were written: update the weights that the model computes with, and set the number of steps."""
+        """Follow up on written ranges.
+
+        Update the weights that the model computes with, and set the number of applied steps.
+        """
 
     @property
     @abstractmethod
@@ -205,9 +223,10 @@ class Engine(ABC):
 
     @abstractmethod
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Gather each weight and persistent buffer in turn, in the dtype that the model computes in.
+        """Gather each weight and persistent buffer in turn.
 
-        Every rank must run it to its end. Tied weights come once.
+        They come in the dtype that the model computes in, tied weights once. Every rank must run
+        the iterator to its end.
 
         Yields:
             (name, tensor): on the CPU on rank 0; on the meta device on other ranks.

@@ -1,7 +1,7 @@
 """What an engine says about itself, so that no other room needs its library's names.
 
-A description imports neither torch nor the engine's library: the launching process, the doctor and the preflight check
-read it within milliseconds.
+A description imports neither torch nor the engine's library: the launching process, the doctor and
+the preflight check read it within milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParameterBytes:
-    """Bytes that one rank holds per parameter of the whole model between steps; activations come on top."""
+    """Bytes that one rank holds between steps, per parameter of the whole model.
+
+    Activations come on top.
+    """
 
     frozen: float
     """On the device, per frozen parameter."""
@@ -28,9 +31,10 @@ class ParameterBytes:
 
 
 class EngineDescription(ABC):
-    """One engine, described for the planner, the watchdog, the doctor, the preflight check and the configuration check.
+    """One engine, described for planner, watchdog, doctor, preflight and configuration check.
 
-    Each engine is a folder in `train/engine/` whose `description.py` defines `DESCRIPTION`, an instance of a subclass.
+    Each engine is a folder in `train/engine/` whose `description.py` defines `DESCRIPTION`, an
+    instance of a subclass.
     """
 
     name: ClassVar[str]
@@ -40,11 +44,14 @@ class EngineDescription(ABC):
     environment_prefixes: ClassVar[tuple[str, ...]] = ()
     """Prefixes of environment variables that change how its library works."""
     waiting_files: ClassVar[tuple[str, ...]] = ()
-    """Parts of source paths. A thread whose innermost Python frame is in such a file waits for other ranks."""
+    """Parts of source paths. A thread whose innermost Python frame is in such a file waits for
+    other ranks."""
     wrapper_files: ClassVar[tuple[str, ...]] = ()
-    """Ends of source paths. A frame in such a file stands for its caller: it wraps calls of any kind."""
+    """Ends of source paths. A frame in such a file stands for its caller: it wraps calls of any
+    kind."""
     shared_memory_pattern: ClassVar[str] = ""
-    """Glob pattern of files that processes of its library may leave in `/dev/shm` when they are killed."""
+    """Glob pattern of files that processes of its library may leave in `/dev/shm` when they are
+    killed."""
 
     @abstractmethod
     def load(self) -> type[Engine]:
@@ -84,8 +91,10 @@ class EngineDescription(ABC):
         Args:
             section: the recipe's `engine` section.
             world_size: number of ranks.
-            compute_bytes: size of a weight in the dtype that the model computes in (2 for bf16, 4 for fp32).
-            state_bytes: size of the fp32 weight and the optimizer state of one parameter (12 for AdamW).
+            compute_bytes: size of a weight in the dtype that the model computes in (2 for bf16, 4
+                for fp32).
+            state_bytes: size of the fp32 weight and the optimizer state of one parameter (12 for
+                AdamW).
 
         Raises:
             UsageError: the section is wrong.

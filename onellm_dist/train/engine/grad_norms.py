@@ -12,8 +12,8 @@ from torch import nn
 from onellm_dist.train.engine.base import GradNorms, LocalRange
 
 ELEMENTS_AT_ONCE = 2**26
-"""Gradient elements that are reduced together (256 MiB). An offloading engine may bring each of them from the host to the
-GPU first (ZeRO-3 with DeepSpeed 0.19.8 does)."""
+"""Gradient elements that are reduced together (256 MiB). An offloading engine may bring each of
+them from the host to the GPU first (ZeRO-3 with DeepSpeed 0.19.8 does)."""
 
 
 class PartNorms:
@@ -51,7 +51,10 @@ class PartNorms:
 
     @torch.no_grad()
     def read(self) -> GradNorms:
-        """Compute the norms of the gradient that the ranges hold now. Waits for the device. All ranks call it."""
+        """Compute the norms of the gradient that the ranges hold now.
+
+        All ranks call it; it waits for the device.
+        """
         squares = self._squares().tolist()
         by_part = {
             name: math.sqrt(square) for name, square in zip(self.names, squares, strict=False)
@@ -59,7 +62,7 @@ class PartNorms:
         return GradNorms(math.sqrt(sum(squares)), by_part)
 
     def _squares(self) -> torch.Tensor:
-        """[parts + 1] fp64 on the device, summed over all ranks; the last sum is of what belongs to no part."""
+        """[parts + 1] fp64, summed over all ranks; the last sum is of what belongs to no part."""
         sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self._device)
         first = 0
         for batch in self._batches:
@@ -75,7 +78,7 @@ class PartNorms:
 
 
 def _group_ranges(ranges: Sequence[LocalRange]) -> list[list[LocalRange]]:
-    """Split ranges, in their order, into batches of at most `ELEMENTS_AT_ONCE` elements or of a single range."""
+    """Split ranges into batches of at most `ELEMENTS_AT_ONCE` elements or of a single range."""
     found: list[list[LocalRange]] = []
     size = ELEMENTS_AT_ONCE
     for one in ranges:

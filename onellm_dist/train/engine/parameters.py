@@ -10,7 +10,7 @@ from torch import nn
 
 
 def name_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups with names as their `params`: parameters are about to be replaced."""
+    """Return the groups with names as `params`, for parameters that are about to be replaced."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
 
@@ -18,7 +18,7 @@ def name_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict
 def fill_groups(
     groups: Sequence[dict[str, Any]], parameters: dict[str, nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Return the groups of `name_groups` with these parameters; names that are missing are left out."""
+    """Return groups of `name_groups` with parameters as `params`; missing names are left out."""
     return [
         {**group, "params": [parameters[n] for n in group["params"] if n in parameters]}
         for group in groups
@@ -26,7 +26,7 @@ def fill_groups(
 
 
 class ParameterOwners:
-    """Which modules register each parameter of a model; tied parameters have several owners under one name.
+    """Which modules register each parameter of a model; tied parameters have several owners.
 
     Args:
         model: the model; the parameters that it has now are kept alive.
@@ -42,12 +42,12 @@ class ParameterOwners:
         self._original = dict(model.named_parameters())
 
     def replace(self, name: str, parameter: nn.Parameter) -> None:
-        """Register `parameter` wherever the parameter `name` of the original model was registered."""
+        """Register `parameter` wherever the original parameter `name` was registered."""
         for module, leaf in self._owners[id(self._original[name])]:
             module._parameters[leaf] = parameter
 
 
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def list_persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that belong to the weights, by name."""
     transient = {
         f"{prefix}.{name}".lstrip(".")

@@ -28,7 +28,8 @@ class EngineSettings:
     options: Any
     """What the engine's own description read from the recipe (`EngineDescription.read_options`)."""
     parts: Mapping[str, str] = field(default_factory=dict)
-    """Parameter name to the part of the model whose gradient norm it counts towards; other parameters count towards none."""
+    """Parameter name to the part of the model whose gradient norm it counts towards; other
+    parameters count towards none."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -46,7 +47,8 @@ def make_settings(
     """The settings of a recipe for this many ranks.
 
     Raises:
-        UsageError: the engine's or the optimizer's section is wrong, or does not fit the number of ranks.
+        UsageError: the engine's or the optimizer's section is wrong, or does not fit the number of
+            ranks.
     """
     bf16 = config.train.precision == "bf16"
     description = get_engine(config.engine.name)

@@ -1,4 +1,4 @@
-"""What an optimizer is to engines and checkpoints: a name, a builder, and the state that it keeps."""
+"""What engines and checkpoints ask of an optimizer: a name, a builder, its state."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class NoOptions(BaseModel):
 
 
 class OptimizerComponent(ABC):
-    """An elementwise optimizer: how it is built, and which state it keeps of every trainable element.
+    """An elementwise optimizer: how it is built, and which state it keeps per trainable element.
 
-    Elementwise means that the update of an element depends on the weight, gradient and state of that element alone. Each
-    rank may then step the ranges that it holds, and any number of ranks continues a checkpoint. (LAMB, Muon and Shampoo
-    are not elementwise.)
+    Elementwise means that the update of an element depends on the weight, gradient and state of
+    that element alone. Each rank may then step the ranges that it holds, and any number of ranks
+    continues a checkpoint. (LAMB, Muon and Shampoo are not elementwise.)
 
     Args:
         optim: the recipe's `optim` section.
 
     Raises:
-        UsageError: the section sets a key that this optimizer does not read, or `optim.options` is wrong.
+        UsageError: the section sets a key that this optimizer does not read, or `optim.options` is
+            wrong.
     """
 
     name: ClassVar[str]
@@ -45,9 +46,11 @@ class OptimizerComponent(ABC):
     options_model: ClassVar[type[BaseModel]] = NoOptions
     """What `optim.options` may hold."""
     counts_steps: ClassVar[bool] = False
-    """Whether its state has a number of steps, `step` (fp32, []), beside the state of the elements."""
+    """Whether its state has a number of steps, `step` (fp32, []), beside the state of the
+    elements."""
     state_keys: tuple[str, ...] = ()
-    """Names of its state tensors, each fp32 and of the shape of the parameter, as torch's optimizer names them."""
+    """Names of its state tensors, each fp32 and of the shape of the parameter, as torch's optimizer
+    names them."""
 
     def __init__(self, optim: OptimSection) -> None:
         self.optim = optim
@@ -69,7 +72,10 @@ class OptimizerComponent(ABC):
         """
 
     def add_state(self, state: MutableMapping[str, Any], values: torch.Tensor) -> None:
-        """Add to `state` what the first step would create for `values`, so that fresh and resumed runs look alike."""
+        """Add to `state` what the first step would create for `values`.
+
+        Fresh and resumed runs then look alike.
+        """
         import torch
 
         if self.counts_steps and state.get("step") is None:

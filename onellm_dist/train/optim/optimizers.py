@@ -1,7 +1,8 @@
-"""Optimizers by name: `optim.name` picks one, and everyone else asks it for the state that it keeps.
+"""Optimizers by name: `optim.name` picks one, which tells everyone else the state it keeps.
 
-An optimizer is one file in `train/optim/components/`. One of another package is registered by an entry point of the group
-`onellm_dist.optimizers`, whose object is the class, or by a call of `register_optimizer` before the recipe is read.
+An optimizer is one file in `train/optim/components/`. One of another package is registered by an
+entry point of the group `onellm_dist.optimizers`, whose object is the class, or by a call of
+`register_optimizer` before the recipe is read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rates: a linear warm-up, then a schedule that is picked by name (paper, appendix C.1)."""
+"""Learning rates: a linear warm-up, then a schedule by name (paper, appendix C.1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import OptimSection
 
 Schedule = Callable[[OptimSection, float], float]
-"""(`optim` section, share of the way from the end of the warm-up to the end of the decay, 0 to 1) -> learning rate."""
+"""(`optim` section, share of the way from the end of the warm-up to the end of the decay, 0 to 1)
+-> learning rate."""
 
 _SCHEDULES: dict[str, Schedule] = {}
 
@@ -39,11 +40,12 @@ def get_schedule(name: str) -> Schedule:
     return _SCHEDULES[name]
 
 
-def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
+def compute_learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
     """The learning rate of an optimizer step.
 
     Args:
-        step: index of the optimizer step; the first is 0, and of w warm-up steps it has 1/w of the rate, not zero.
+        step: index of the optimizer step; the first is 0, and of w warm-up steps it has 1/w of the
+            rate, not zero.
         optim: the recipe's `optim` section.
         total_steps: where the decay ends unless `optim.decay_steps` says otherwise.
 
@@ -58,13 +60,13 @@ def learning_rate(step: int, optim: OptimSection, total_steps: int) -> float:
 
 
 @register_schedule("cosine")
-def cosine_rate(optim: OptimSection, progress: float) -> float:
+def compute_cosine_rate(optim: OptimSection, progress: float) -> float:
     """Fall from `optim.lr` to `optim.min_lr` along half a cosine."""
     share = 0.5 * (1 + math.cos(math.pi * progress))
     return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
 @register_schedule("constant")
-def constant_rate(optim: OptimSection, progress: float) -> float:
+def compute_constant_rate(optim: OptimSection, progress: float) -> float:
     """Stay at `optim.lr`."""
     return optim.lr

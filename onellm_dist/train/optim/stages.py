@@ -1,4 +1,7 @@
-"""What trains in a stage, what is frozen, and which weights decay (paper, section 3.3; the reference froze nothing)."""
+"""What trains in a stage, what is frozen, and which weights decay (paper, section 3.3).
+
+The reference implementation froze nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,27 @@ from torch import nn
 from onellm_dist.common.errors import UsageError
 
 ALIGN_ROOTS = ("tokenizers", "projectors", "upm")
-"""Trained in `align`: the modality tokenizers, the per-modality projections, queries, router and tags, and the experts."""
+"""Trained in `align`: the modality tokenizers; the per-modality projections, queries, router and
+tags; and the experts."""
 TUNE_ROOTS = ("llm",)
+"""Trained in `tune`."""
 
 
 def freeze_for_stage(
     model: nn.Module, stage: str, modalities: Collection[str], *, encoder: bool = False
 ) -> None:
-    """Set requires_grad of every parameter for `stage`.
+    """Set requires_grad of every parameter for a stage.
 
-    In `align`, the parts of modalities that the mixture does not have stay frozen: they cannot learn, would only decay,
-    and their optimizer state is large (fMRI's tokenizer alone has 129 M weights).
+    In `align`, the parts of modalities that the mixture does not have stay frozen. They cannot
+    learn, would only decay, and their optimizer state is large (fMRI's tokenizer alone has 129 M
+    weights).
 
     Args:
-        model: has `tokenizers`, `projectors` (one child a modality), `upm`, `encoder` and `llm`.
+        model: has `tokenizers`, `projectors` (one child per modality), `upm`, `encoder` and `llm`.
         stage: `align` or `tune`.
         modalities: those of the mixture.
-        encoder: it trains in `align` too (all of it but CLIP's final projection, which nothing computes with).
+        encoder: whether the encoder trains in `align` too (all of it but CLIP's final projection,
+            which nothing computes with).
 
     Raises:
         UsageError: nothing would train.
@@ -36,22 +43,27 @@ def freeze_for_stage(
         roots = (*roots, "encoder")
     known = set(model.get_submodule("projectors")._modules)
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        owner = parts[1] if parts[0] in ("tokenizers", "projectors") and parts[1] in known else None
-        unused = parts[:2] == ["encoder", "proj"]
+        path = name.split(".")
+        owner = path[1] if path[0] in ("tokenizers", "projectors") and path[1] in known else None
+        is_unused = path[:2] == ["encoder", "proj"]
         parameter.requires_grad_(
-            parts[0] in roots and (owner is None or owner in modalities) and not unused
+            path[0] in roots and (owner is None or owner in modalities) and not is_unused
         )
     if not modalities and stage == "align":
         raise UsageError(
             "no dataset of the mixture has a modality",
             "in the stage align nothing could train on text alone.",
-            "give data.mixture a dataset with a modality, or train.stage=tune.",
+            "add a dataset with a modality to data.mixture, or set train.stage=tune.",
         )
 
 
-def parts_of(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> the part whose gradient norm is told: a modality for its tokenizer and projector, else `upm`, `llm`, `encoder`."""
+def map_parts(model: nn.Module) -> dict[str, str]:
+    """Assign every parameter to the part of the model whose gradient norm is recorded.
+
+    Returns:
+        Parameter name to part: a modality for its tokenizer and projector; otherwise `upm`, `llm`
+        or `encoder`.
+    """
     found = {}
     for name, _ in model.named_parameters():
         root, owner, *_ = name.split(".")
@@ -59,12 +71,13 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters as two groups: with decay, and without (biases and RMSNorm weights, as the reference does).
+def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split the trainable parameters into two groups, with and without weight decay.
 
-    LayerNorm weights, tags, queries and learned positions decay, as in the reference.
+    Biases and RMSNorm weights do not decay. LayerNorm weights, tags, queries and learned positions
+    do, as in the reference implementation.
     """
-    exempt = {id(p) for p in _without_decay(model)}
+    exempt = {id(p) for p in _list_exempt(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
@@ -73,41 +86,49 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [group for group in groups if group["params"]]
 
 
-def _without_decay(model: nn.Module) -> Iterable[nn.Parameter]:
+def _list_exempt(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Yield the parameters that do not decay."""
     for module in model.modules():
-        # There is an RMSNorm class a model family (LlamaRMSNorm, ..., our UPMNorm); they have no bias, LayerNorms do.
+        # Each model family has its own RMSNorm class (LlamaRMSNorm, ..., our UPMNorm). They have no
+        # bias, and LayerNorms do.
         own = dict(module.named_parameters(recurse=False))
-        rms = (
+        is_rms_norm = (
             "norm" in type(module).__name__.lower()
             and list(own) == ["weight"]
             and not isinstance(module, nn.LayerNorm)
         )
         for name, parameter in own.items():
-            if name == "bias" or name.endswith("_bias") or rms:
+            if name == "bias" or name.endswith("_bias") or is_rms_norm:
                 yield parameter
 
 
-def copies_of(model: nn.Module, source: str, modalities: Iterable[str]) -> dict[str, str]:
-    """Which parameters start as copies: `modalities` take `source`'s projections, queries, router and tags (paper, section 3.3).
+def find_copies(model: nn.Module, source: str, modalities: Iterable[str]) -> dict[str, str]:
+    """Find the parameters that start as copies of another modality's (paper, section 3.3).
+
+    Args:
+        model: has `projectors`, one child per modality.
+        source: the modality whose projections, queries, router and tags are copied.
+        modalities: those that take the copies.
 
     Returns:
-        Name of a parameter -> name of the one whose values it takes.
+        Name of a parameter to the name of the parameter whose values it takes.
 
     Raises:
-        UsageError: the model does not have one of them.
+        UsageError: the model does not have one of the modalities.
     """
     projectors: Any = model.get_submodule("projectors")
-    given = dict(projectors.named_children())
+    known = dict(projectors.named_children())
     copies: dict[str, str] = {}
     for name in modalities:
-        if name not in given or source not in given:
+        if name not in known or source not in known:
+            missing = name if name not in known else source
             raise UsageError(
-                f"model.init_from_image: the model has no modality {name if name not in given else source}",
+                f"model.init_from_image: the model has no modality {missing}",
                 "there is nothing to copy.",
-                f"name some of: {', '.join(given)}.",
+                f"name some of: {', '.join(known)}.",
             )
         copies |= {
             f"projectors.{name}.{key}": f"projectors.{source}.{key}"
-            for key, _ in given[source].named_parameters()
+            for key, _ in known[source].named_parameters()
         }
     return copies

@@ -17,10 +17,10 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.train.checkpoint.files import find_damage
 from onellm_dist.train.checkpoint.folder import (
-    checkpoint_name,
     get_file_records,
     get_steps_done,
     list_checkpoints,
+    make_checkpoint_name,
     read_manifest,
 )
 from onellm_dist.train.checkpoint.state import load_state
@@ -176,5 +176,5 @@ def needs_a_start(run: Run) -> bool:
     """
     if run.guard.policy != "rollback":
         return False
-    own = run.config.run.dir / CHECKPOINTS / checkpoint_name(run.first_step)
+    own = run.config.run.dir / CHECKPOINTS / make_checkpoint_name(run.first_step)
     return run.dist.broadcast(read_manifest(own) is None if run.dist.is_rank_zero else True)

@@ -28,9 +28,9 @@ from onellm_dist.train.checkpoint.files import (
     write_tensors,
 )
 from onellm_dist.train.checkpoint.folder import (
-    checkpoint_name,
     get_file_records,
     list_checkpoints,
+    make_checkpoint_name,
     parse_name,
     prune,
     read_manifest,
@@ -128,35 +128,35 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
 
 def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    checkpoint(root / checkpoint_name(9))
-    checkpoint(root / checkpoint_name(10), said=b"abd")
-    checkpoint(root / checkpoint_name(11), said=b"abcd")
-    (root / checkpoint_name(12)).mkdir()
-    (root / f".{checkpoint_name(13)}.partial").mkdir()
+    checkpoint(root / make_checkpoint_name(9))
+    checkpoint(root / make_checkpoint_name(10), said=b"abd")
+    checkpoint(root / make_checkpoint_name(11), said=b"abcd")
+    (root / make_checkpoint_name(12)).mkdir()
+    (root / f".{make_checkpoint_name(13)}.partial").mkdir()
     found = find_checkpoint(config(tmp_path), root, ALONE)
-    assert found.folder == root / checkpoint_name(9)
+    assert found.folder == root / make_checkpoint_name(9)
     assert [name for name, _ in found.damaged] == [
-        checkpoint_name(12),
-        checkpoint_name(11),
-        checkpoint_name(10),
+        make_checkpoint_name(12),
+        make_checkpoint_name(11),
+        make_checkpoint_name(10),
     ]
     assert "sha256" in found.damaged[2][1]
     assert not list(root.glob(".*.partial"))
     assert find_checkpoint(config(tmp_path, resume="never"), root, ALONE).folder is None
     with pytest.raises(UsageError, match="sha256"):
-        find_checkpoint(config(tmp_path, resume=str(root / checkpoint_name(10))), root, ALONE)
+        find_checkpoint(config(tmp_path, resume=str(root / make_checkpoint_name(10))), root, ALONE)
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     assert find_checkpoint(config(tmp_path), root, ALONE).folder is None
-    checkpoint(root / checkpoint_name(9), said=b"abd")
+    checkpoint(root / make_checkpoint_name(9), said=b"abd")
     with pytest.raises(OneLLMError, match="every checkpoint"):
         find_checkpoint(config(tmp_path), root, ALONE)
 
 
 def test_checkpoints_of_version_1_are_read_and_later_ones_are_not(tmp_path: Path) -> None:
-    old = checkpoint(tmp_path / "checkpoints" / checkpoint_name(3), version=1)
+    old = checkpoint(tmp_path / "checkpoints" / make_checkpoint_name(3), version=1)
     manifest = read_manifest(old)
     assert manifest is not None and get_file_records(old, manifest) == []
     assert find_checkpoint(config(tmp_path), old.parent, ALONE).folder == old
@@ -165,11 +165,11 @@ def test_checkpoints_of_version_1_are_read_and_later_ones_are_not(tmp_path: Path
 
 def test_some_stay_for_ever(tmp_path: Path) -> None:
     for step in (0, 10, 20, 25, 30, 35, 100000000):
-        checkpoint(tmp_path / checkpoint_name(step))
+        checkpoint(tmp_path / make_checkpoint_name(step))
     prune(tmp_path, 2, keep_every=20)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [
-        checkpoint_name(20),
-        checkpoint_name(35),
+        make_checkpoint_name(20),
+        make_checkpoint_name(35),
         "step-100000000",
     ]
 
@@ -177,15 +177,15 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
 def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
     """Pruned after each, as a run does: written 40 minutes apart, one of every two hours stays, and none of those goes later."""
     for number in range(12):
-        checkpoint(tmp_path / checkpoint_name(10 * number), written=1e9 + 2400 * number)
+        checkpoint(tmp_path / make_checkpoint_name(10 * number), written=1e9 + 2400 * number)
         prune(tmp_path, 2, keep_every_hours=2)
     kept = [10, 40, 70, 100]
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [
-        checkpoint_name(step) for step in (*kept, 110)
+        make_checkpoint_name(step) for step in (*kept, 110)
     ]
     prune(tmp_path, 1, keep_every=20)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [
-        checkpoint_name(step) for step in (40, 100, 110)
+        make_checkpoint_name(step) for step in (40, 100, 110)
     ], "no hours asked for"
 
 
@@ -193,7 +193,7 @@ def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(
     tmp_path: Path,
 ) -> None:
     for number in range(6):
-        folder = checkpoint(tmp_path / checkpoint_name(1 + number))
+        folder = checkpoint(tmp_path / make_checkpoint_name(1 + number))
         os.utime(folder / CHECKPOINT_MANIFEST, times=(1e9 + 1800 * number,) * 2)
     prune(tmp_path, 1, keep_every_hours=1)
     assert [parse_name(folder) for folder in list_checkpoints(tmp_path)] == [1, 3, 5, 6]
@@ -201,34 +201,34 @@ def test_one_that_does_not_say_when_it_was_written_is_as_old_as_its_manifest(
 
 def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) -> None:
     for step in (300, 350, 400):
-        checkpoint(tmp_path / checkpoint_name(step), said=b"abcd" if step == 400 else None)
+        checkpoint(tmp_path / make_checkpoint_name(step), said=b"abcd" if step == 400 else None)
     prune(tmp_path, 1)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [
-        checkpoint_name(350),
-        checkpoint_name(400),
+        make_checkpoint_name(350),
+        make_checkpoint_name(400),
     ]
-    checkpoint(tmp_path / checkpoint_name(450))
+    checkpoint(tmp_path / make_checkpoint_name(450))
     prune(tmp_path, 1)
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == [checkpoint_name(450)]
-    (tmp_path / checkpoint_name(450) / CHECKPOINT_MANIFEST).unlink()
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [make_checkpoint_name(450)]
+    (tmp_path / make_checkpoint_name(450) / CHECKPOINT_MANIFEST).unlink()
     prune(tmp_path, 1)
-    assert [folder.name for folder in list_checkpoints(tmp_path)] == [checkpoint_name(450)]
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == [make_checkpoint_name(450)]
 
 
 def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    good = checkpoint(root / checkpoint_name(9))
-    checkpoint(root / checkpoint_name(10), said=b"abd")
+    good = checkpoint(root / make_checkpoint_name(9))
+    checkpoint(root / make_checkpoint_name(10), said=b"abd")
     told: list[dict[str, Any]] = []
     events = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
     run: Any = SimpleNamespace(config=config(tmp_path), dist=ALONE, events=events)
     assert last_good(run) == good
     assert [(line["event"], line["folder"]) for line in told] == [
-        ("checkpoint_damaged", checkpoint_name(10))
+        ("checkpoint_damaged", make_checkpoint_name(10))
     ]
     assert (
         list_checkpoints(root) == [good]
-        and len(list(tmp_path.glob(f"before-*/{checkpoint_name(10)}"))) == 1
+        and len(list(tmp_path.glob(f"before-*/{make_checkpoint_name(10)}"))) == 1
     )
     (good / "rank-00000.safetensors").write_bytes(b"abd")
     with pytest.raises(OneLLMError, match="no whole checkpoint"):
@@ -254,8 +254,8 @@ def test_a_checkpoint_that_replaces_one_is_never_neither(
 ) -> None:
     """Killed before, between or after the two renames: the old one or the new one is there."""
     folder, partial = (
-        checkpoint(tmp_path / checkpoint_name(4), data=b"old"),
-        checkpoint(tmp_path / f".{checkpoint_name(4)}.partial", data=b"new"),
+        checkpoint(tmp_path / make_checkpoint_name(4), data=b"old"),
+        checkpoint(tmp_path / f".{make_checkpoint_name(4)}.partial", data=b"new"),
     )
     renames = {"before": 0, "between": 1, "after": 2}[cut]
     killed_after(renames, monkeypatch)
@@ -368,19 +368,22 @@ def test_the_best_weights_are_never_without_their_record(
 
 
 def test_a_checkpoint_that_is_cut_short_is_not_complete(tmp_path: Path) -> None:
-    checkpoint(tmp_path / checkpoint_name(9))
-    checkpoint(tmp_path / checkpoint_name(10))
-    checkpoint(tmp_path / checkpoint_name(11), said=b"abcd")  # cut short
-    (tmp_path / checkpoint_name(12)).mkdir()
-    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+    checkpoint(tmp_path / make_checkpoint_name(9))
+    checkpoint(tmp_path / make_checkpoint_name(10))
+    checkpoint(tmp_path / make_checkpoint_name(11), said=b"abcd")  # cut short
+    (tmp_path / make_checkpoint_name(12)).mkdir()
+    (tmp_path / f".{make_checkpoint_name(13)}.partial").mkdir()
     complete = [f.name for f in list_checkpoints(tmp_path) if read_manifest(f) is not None]
-    assert complete == [checkpoint_name(9), checkpoint_name(10)]
+    assert complete == [make_checkpoint_name(9), make_checkpoint_name(10)]
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_the_last_n_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (2, 10, 4):
-        checkpoint(tmp_path / checkpoint_name(step))
-    (tmp_path / f".{checkpoint_name(13)}.partial").mkdir()
+        checkpoint(tmp_path / make_checkpoint_name(step))
+    (tmp_path / f".{make_checkpoint_name(13)}.partial").mkdir()
     prune(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint_name(4), checkpoint_name(10)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        make_checkpoint_name(4),
+        make_checkpoint_name(10),
+    ]

@@ -24,7 +24,7 @@ from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import parameter_groups
+from onellm_dist.train.optim.stages import build_parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
 STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10, 11), ("a",)))
@@ -92,7 +92,7 @@ def new_engine(
         parts=parts,
     )
     engine = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
-    return engine.wrap(model, parameter_groups(model, DECAY), settings)
+    return engine.wrap(model, build_parameter_groups(model, DECAY), settings)
 
 
 def train(
@@ -148,7 +148,7 @@ def reference(
 ) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """One process, plain torch, the whole global batch in one pack a sample. Weights, losses, norms of the gradient."""
     model = new_model(job.get("stage", "align"))
-    optimizer = plain_optimizer(job, parameter_groups(model, DECAY))
+    optimizer = plain_optimizer(job, build_parameter_groups(model, DECAY))
     losses, norms = [], []
     for step in steps:
         every = step_samples(step)

@@ -35,7 +35,7 @@ from onellm_dist.train.engine.fsdp.description import FsdpOptions
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
+from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
 LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
 State = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
     freeze(model, stage)
     model.train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
+    optimizer = torch.optim.AdamW(build_parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
     found: dict[str, Any] = {0: state_of(model), "losses": [], "trained": list(trained)}
     for step in range(max(steps)):
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[
         options=FsdpOptions(**job["fsdp"]) if "fsdp" in job else config,
     )
     kind = get_engine("fsdp" if "fsdp" in job else "deepspeed").load()
-    engine = kind.wrap(model, parameter_groups(model, DECAY), settings, weights)
+    engine = kind.wrap(model, build_parameter_groups(model, DECAY), settings, weights)
     losses = []
     for step in range(job["steps"]):
         mine = assigned(step, dist.world_size, job["accumulate"])[dist.rank]

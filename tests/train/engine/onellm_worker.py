@@ -21,7 +21,7 @@ from onellm_dist.train.engine.deepspeed.config import load_ds_config
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings
 from onellm_dist.train.optim.optimizers import make_optimizer
-from onellm_dist.train.optim.stages import freeze_for_stage, parameter_groups
+from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_stage
 
 LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
 MIXTURE = ("image", "audio", "imu")
@@ -101,7 +101,9 @@ def sharded(
         grad_clip=CLIP,
         options=config,
     )
-    engine = get_engine("deepspeed").load().wrap(model, parameter_groups(model, DECAY), settings)
+    engine = (
+        get_engine("deepspeed").load().wrap(model, build_parameter_groups(model, DECAY), settings)
+    )
     losses = []
     for step in range(len(DEALT)):
         packs = step_packs(step)[dist.rank]
@@ -122,7 +124,7 @@ def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8
+        build_parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8
     )
     losses = []
     for step in range(len(DEALT)):

@@ -8,12 +8,16 @@ import pytest
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import ds_configs_dir
-from onellm_dist.train.engine.deepspeed.config import complete_config, load_ds_config, zero_stage
+from onellm_dist.train.engine.deepspeed.config import (
+    complete_config,
+    get_zero_stage,
+    load_ds_config,
+)
 
 
 def test_every_shipped_deepspeed_configuration_loads() -> None:
     stages = {
-        path.stem: zero_stage(load_ds_config(Path(path.stem)))
+        path.stem: get_zero_stage(load_ds_config(Path(path.stem)))
         for path in ds_configs_dir().glob("*.json")
     }
     assert stages == {

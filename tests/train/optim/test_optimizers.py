@@ -148,7 +148,7 @@ def test_a_schedule_is_one_function() -> None:
 
     section = OptimSection(lr=1.0, schedule="linear", warmup_steps=2)
     check_optim(section)
-    rates = [schedules.learning_rate(step, section, 6) for step in range(6)]
+    rates = [schedules.compute_learning_rate(step, section, 6) for step in range(6)]
     assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
@@ -175,7 +175,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
     from onellm_dist.train.engine.fsdp.description import FsdpOptions
     from onellm_dist.train.engine.select import get_engine
     from onellm_dist.train.engine.settings import EngineSettings
-    from onellm_dist.train.optim.stages import parameter_groups
+    from onellm_dist.train.optim.stages import build_parameter_groups
 
     ranks = Distributed(0, 1, 1, torch.device("cpu"))
 
@@ -190,7 +190,7 @@ def train_and_resume(folder: Path, optim: OptimSection) -> None:
             grad_clip=1.0,
             options=FsdpOptions(),
         )
-        return get_engine("fsdp").load().wrap(model, parameter_groups(model, 0.1), settings)
+        return get_engine("fsdp").load().wrap(model, build_parameter_groups(model, 0.1), settings)
 
     def train(engine: Engine, steps: range) -> dict[str, torch.Tensor]:
         for step in steps:

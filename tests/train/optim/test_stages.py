@@ -9,7 +9,7 @@ from torch import nn
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import open_model
-from onellm_dist.train.optim.stages import copies_of, freeze_for_stage, parameter_groups
+from onellm_dist.train.optim.stages import build_parameter_groups, find_copies, freeze_for_stage
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_align_on_text_alone_is_refused(toy: nn.Module) -> None:
 
 def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
     freeze_for_stage(toy, "align", set(all_modalities()))
-    groups = parameter_groups(toy, 0.1)
+    groups = build_parameter_groups(toy, 0.1)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     names = {id(p): n for n, p in toy.named_parameters()}
     spared = {names[id(p)] for p in groups[1]["params"]}  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
 def test_new_modalities_start_from_image() -> None:
     model, _, weights = open_model(path=None, preset="toy", seed=0)
     before = {n: weights.rows(n, 0, p.shape[0]) for n, p in model.named_parameters()}
-    copies = copies_of(model, "image", ["audio", "point"])
+    copies = find_copies(model, "image", ["audio", "point"])
     assert copies and all(n.startswith(("projectors.audio.", "projectors.point.")) for n in copies)
     weights.copy(copies)
     for name, parameter in model.named_parameters():
@@ -73,4 +73,4 @@ def test_new_modalities_start_from_image() -> None:
         source = name.replace(f".{owner}.", ".image.", 1) if name in copies else name
         assert torch.equal(weights.rows(name, 0, parameter.shape[0]), before[source])
     with pytest.raises(UsageError, match="smell"):
-        copies_of(model, "image", ["smell"])
+        find_copies(model, "image", ["smell"])

@@ -33,8 +33,8 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
         name: a file, or a name in `ds_configs/`; default: `zero3`.
 
     Raises:
-        UsageError: there is no such file, it is not a JSON object, it sets a key that the recipe decides, or it offloads
-            state to where checkpoints cannot read it.
+        UsageError: there is no such file, it is not a JSON object, it sets a key that the recipe
+            decides, or it offloads state to where checkpoints cannot read it.
     """
     path = _find_config(Path(DEFAULT) if name is None else name)
     try:
@@ -63,7 +63,7 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:
-    """Refuse offloading that checkpoints cannot read: they read state in memory, and that of one optimizer alone."""
+    """Refuse offloading that checkpoints cannot read: they read one optimizer's state in memory."""
     for key in ("offload_param", "offload_optimizer"):
         offload = zero.get(key) or {}
         if offload.get("device") == "nvme":
@@ -75,17 +75,17 @@ def _check_offload(path: Path, zero: dict[str, Any]) -> None:
         if offload.get("ratio", 1.0) != 1.0:
             raise UsageError(
                 f"{path}: {key} with ratio {offload['ratio']}",
-                "DeepSpeed then steps the rest with a second optimizer, whose state no checkpoint would hold.",
+                "DeepSpeed steps the rest with a second optimizer, which checkpoints would miss.",
                 'remove "ratio": the whole optimizer is offloaded.',
             )
 
 
-def zero_stage(config: dict[str, Any]) -> int:
+def get_zero_stage(config: dict[str, Any]) -> int:
     """Return the ZeRO stage that a DeepSpeed configuration asks for."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def offloads_optimizer(config: dict[str, Any]) -> bool:
+def is_optimizer_offloaded(config: dict[str, Any]) -> bool:
     """Whether a DeepSpeed configuration keeps gradients and optimizer state in host memory."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device") not in (None, "none")
@@ -99,7 +99,7 @@ def complete_config(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> 
     Raises:
         UsageError: bf16 without ZeRO (DeepSpeed 0.19 has no fp32 gradient accumulation there).
     """
-    stage = zero_stage(config)
+    stage = get_zero_stage(config)
     if bf16 and stage == 0:
         raise UsageError(
             "ZeRO stage 0 with train.precision=bf16",
@@ -110,16 +110,19 @@ def complete_config(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> 
         **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # Without ZeRO DeepSpeed does not report the norm that it clips by, and it steps on NaN: the engine does both.
+        # Without ZeRO DeepSpeed does not report the norm that it clips by, and it steps on NaN: the
+        # engine does both.
         "gradient_clipping": grad_clip if stage else 0.0,
         "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32", **config.get("data_types", {})},
         "zero_force_ds_cpu_optimizer": False,
-        # DeepSpeed knows AdamW alone; every optimizer of ours is elementwise, which is all that ZeRO needs.
+        # DeepSpeed knows AdamW alone; every optimizer of ours is elementwise, which is all that
+        # ZeRO needs.
         "zero_allow_untested_optimizer": True,
     }
     full.setdefault("communication_data_type", "fp32")
-    # The timer is on by default and synchronises the device around every forward and step; metrics.jsonl has the rate.
+    # The timer is on by default and synchronises the device around every forward and step;
+    # metrics.jsonl has the rate.
     timers = config.get("timers", {})
     full["timers"] = {**timers, "throughput": {"enabled": False, **timers.get("throughput", {})}}
     return full

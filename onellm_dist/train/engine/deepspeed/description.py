@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.train.engine.deepspeed.config import (
     complete_config,
+    get_zero_stage,
+    is_optimizer_offloaded,
     load_ds_config,
-    offloads_optimizer,
-    zero_stage,
 )
 from onellm_dist.train.engine.description import EngineDescription, ParameterBytes
 
@@ -60,11 +60,11 @@ class DeepSpeedDescription(EngineDescription):
         state_bytes: int,
     ) -> ParameterBytes:
         config = load_ds_config(section.config)
-        stage = zero_stage(config)
+        stage = get_zero_stage(config)
         weight = compute_bytes / (world_size if stage == 3 else 1)
         gradient = GRADIENT_BYTES / (world_size if stage >= 2 else 1)
         state = state_bytes / (world_size if stage >= 1 else 1)
-        if offloads_optimizer(config):
+        if is_optimizer_offloaded(config):
             return ParameterBytes(weight, weight, gradient + state)
         return ParameterBytes(weight, weight + gradient + state)
 

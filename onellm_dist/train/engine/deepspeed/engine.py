@@ -1,4 +1,7 @@
-"""ZeRO stages 0 to 3 through DeepSpeed (seen with 0.19.8); each default that does not fit is corrected with a reason."""
+"""ZeRO stages 0 to 3 through DeepSpeed (seen with 0.19.8).
+
+Where a default of DeepSpeed does not fit, the code that corrects it says why.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,25 @@ from torch import nn
 
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
-from onellm_dist.train.engine.deepspeed.config import complete_config, zero_stage
+from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
 from onellm_dist.train.engine.deepspeed.ranges import (
     add_optimizer_state,
     find_flat_partitions,
-    local_ranges,
+    find_local_ranges,
     refresh_weights,
 )
 from onellm_dist.train.engine.deepspeed.weights import fill_partitioned, fill_replicated
 from onellm_dist.train.engine.grad_norms import PartNorms
-from onellm_dist.train.engine.parameters import fill_groups, name_groups, persistent_buffers
+from onellm_dist.train.engine.parameters import fill_groups, list_persistent_buffers, name_groups
 from onellm_dist.train.engine.settings import EngineSettings
 
 
 class DeepSpeedEngine(Engine):
     """One torch optimizer for every ZeRO stage, handed to DeepSpeed as the client's.
 
-    DeepSpeed's own CPUAdam is compiled at run time and rounds differently from its GPU twin. torch's optimizers are there
-    everywhere, and their state is plain tensors, which makes resumes exact.
+    DeepSpeed's own CPUAdam is compiled at run time and rounds differently from its GPU twin.
+    torch's optimizers are there everywhere, and their state is plain tensors, which makes resumes
+    exact.
     """
 
     def __init__(
@@ -44,12 +48,12 @@ class DeepSpeedEngine(Engine):
         self._module = module
         self._torch_optimizer = optimizer
         self._settings = settings
-        self._stage = zero_stage(settings.options)
+        self._stage = get_zero_stage(settings.options)
         self.device = settings.device
         self.optimizer = settings.optimizer
         self._flats = find_flat_partitions(engine, optimizer)
         add_optimizer_state(settings.optimizer, optimizer, self._flats)
-        self._ranges = local_ranges(
+        self._ranges = find_local_ranges(
             engine,
             module.model,
             optimizer,
@@ -78,7 +82,7 @@ class DeepSpeedEngine(Engine):
         if weights is not None:
             names = name_groups(model, groups)
             dtype = settings.compute_dtype
-            if zero_stage(config) == 3:
+            if get_zero_stage(config) == 3:
                 fill_partitioned(model, weights, config, dtype, settings.device, deepspeed)
             else:
                 fill_replicated(model, weights, dtype, settings.device)
@@ -106,12 +110,14 @@ class DeepSpeedEngine(Engine):
         return values
 
     def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        # A loss that is not finite may still have finite gradients (an infinite cross-entropy, or a pack of empty or
-        # skipped samples that reaches nothing that trains). Poison the probe's gradient with NaN, so that every rank sees
-        # a norm that is not finite and skips the step, without a message between ranks.
+        # A loss that is not finite may still have finite gradients (an infinite cross-entropy, or a
+        # pack of empty or skipped samples that reaches nothing that trains). Poison the probe's
+        # gradient with NaN, so that every rank sees a norm that is not finite and skips the step,
+        # without a message between ranks.
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         handle = self._probe.register_hook(lambda gradient: gradient * poison)
-        # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would divide once more.
+        # DeepSpeed averages over ranks; the factor turns that into the sum. scale_wrt_gas would
+        # divide once more.
         self._engine.backward(
             loss * poison * (self._settings.world_size / global_valid_tokens), scale_wrt_gas=False
         )
@@ -164,7 +170,9 @@ class DeepSpeedEngine(Engine):
             (name, tuple(getattr(p, "ds_shape", p.shape)), self.compute_dtype)
             for name, p in model.named_parameters()
         ]
-        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(model)]
+        return found + [
+            (name, tuple(b.shape), b.dtype) for name, b in list_persistent_buffers(model)
+        ]
 
     @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -179,7 +187,7 @@ class DeepSpeedEngine(Engine):
                     else torch.empty_like(parameter, device="meta")
                 )
             yield name, full
-        for name, buffer in persistent_buffers(self._module.model):
+        for name, buffer in list_persistent_buffers(self._module.model):
             yield (
                 name,
                 buffer.detach().to("cpu", copy=True)
@@ -192,8 +200,9 @@ class DeepSpeedEngine(Engine):
 def suspend_steps(optimizer: Any) -> Iterator[None]:
     """Make `optimizer.step` do nothing while the context is open.
 
-    DeepSpeed has no call that discards a finite gradient. Around the steps of the optimizer that it was handed, every ZeRO
-    stage clears the gradient and copies the fp32 weights, here unchanged, into those that the model computes with.
+    DeepSpeed has no call that discards a finite gradient. Around the steps of the optimizer that it
+    was handed, every ZeRO stage clears the gradient and copies the fp32 weights, here unchanged,
+    into those that the model computes with.
     """
     optimizer.step = lambda: None  # hides the method of the class
     try:
@@ -203,10 +212,11 @@ def suspend_steps(optimizer: Any) -> Iterator[None]:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed, quiet, on the CPU where there is no GPU, and without the operator that training never calls.
+    """Import DeepSpeed, quiet, and on the CPU where there is no GPU.
 
-    Its shared-memory all-reduce serves inference alone (0.19.8: only `inference_all_reduce` uses it), takes 70 s to compile
-    on a fresh machine, and leaves 66 MiB a rank in /dev/shm when a run is killed.
+    Its shared-memory all-reduce is switched off. It serves inference alone (0.19.8: only
+    `inference_all_reduce` uses it), takes 70 s to compile on a fresh machine, and leaves 66 MiB per
+    rank in /dev/shm when a run is killed.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -215,7 +225,8 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger, set_log_level_from_string
 
     set_log_level_from_string("warning")
-    # Two warnings that do not concern us: PackedLoss returns plain tensors, and optimizers of ours are elementwise.
+    # Two warnings that do not concern us: PackedLoss returns plain tensors, and optimizers of ours
+    # are elementwise.
     quiet = ("unknown inputs or outputs type", "untested optimizer")
     logger.addFilter(lambda record: not any(words in record.getMessage() for words in quiet))
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,8 +1,9 @@
-"""Which elements of which parameter this rank's optimizer holds, under each of DeepSpeed's optimizers (0.19.8).
+"""Which elements this rank's optimizer holds, under each of DeepSpeed's optimizers (0.19.8).
 
-ZeRO-3 holds one equal range of every parameter, reached through what DeepSpeed's public `safe_*_local_*` functions call.
-ZeRO-1 and 2 flatten a group, cut it into equal partitions and record where each parameter lies in them (`_hp_mapping`).
-Without ZeRO every rank holds everything, and each claims an equal range.
+ZeRO-3 holds one equal range of every parameter, reached through what DeepSpeed's public
+`safe_*_local_*` functions call. ZeRO-1 and 2 flatten a group, cut it into equal partitions and
+record where each parameter lies in them (`_hp_mapping`). Without ZeRO every rank holds everything,
+and each claims an equal range.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def find_flat_partitions(engine: Any, optimizer: torch.optim.Optimizer) -> list[
 def add_optimizer_state(
     component: OptimizerComponent, optimizer: torch.optim.Optimizer, flats: list[torch.Tensor]
 ) -> None:
-    """Create the optimizer's state now, as its first step would: fresh and resumed runs then look alike."""
+    """Create the optimizer's state as its first step would: fresh and resumed runs look alike."""
     for flat in flats:
         component.add_state(optimizer.state[flat], flat)
 
 
-def local_ranges(
+def find_local_ranges(
     engine: Any,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -48,7 +49,7 @@ def local_ranges(
     rank: int,
     world_size: int,
 ) -> list[LocalRange]:
-    """Return this rank's ranges, in the order of the model's parameters; empty ones are left out."""
+    """Return this rank's ranges, in the order of the parameters; empty ones are left out."""
     found: list[LocalRange] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -82,7 +83,8 @@ def refresh_weights(engine: Any, state_keys: Sequence[str]) -> None:
         if len(zero.persistent_parameters) > 0:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         zero.invalidate_secondary_tensor()
-    # Without ZeRO the model computes with the very tensors that were written, but each rank wrote only its own range.
+    # Without ZeRO the model computes with the very tensors that were written, but each rank wrote
+    # only its own range.
     elif torch.distributed.get_world_size() > 1:
         _exchange_replicas(engine, state_keys)
 
@@ -97,8 +99,8 @@ class _Zero3Range(LocalRange):
         self.length = min(self._padded, parameter.ds_numel - self.start)
 
     def read(self, key: str) -> torch.Tensor:
-        # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to the GPU, where it
-        # need not fit.
+        # What DeepSpeed's public `safe_get_local_*` return, before they bring an offloaded state to
+        # the GPU, where it need not fit.
         padded, _ = self._parameter._z3_optimizer._get_fp32_opt_state_partition(
             self._parameter,
             release_swap_buffers=True,
@@ -120,7 +122,8 @@ class _Zero3Range(LocalRange):
     def gradient(self) -> torch.Tensor:
         from deepspeed.utils import safe_get_local_grad
 
-        return safe_get_local_grad(self._parameter)[: self.length]
+        found: torch.Tensor = safe_get_local_grad(self._parameter)[: self.length]
+        return found
 
 
 class _ViewRange(LocalRange):
@@ -158,7 +161,7 @@ class _FragmentRange(_ViewRange):
         return source.detach().narrow(0, self._offset, self.length)
 
     def gradient(self) -> torch.Tensor:
-        found = (
+        found: torch.Tensor = (
             self._parameter._hp_mapping.get_lp_grad_fragment(self._parameter._index_in_param_group)
             .detach()
             .view(-1)
@@ -196,7 +199,10 @@ class _ReplicatedRange(_ViewRange):
 
 
 def _exchange_replicas(engine: Any, state_keys: Sequence[str]) -> None:
-    """Give every rank the ranges that the others loaded: each zeroes what is not its own, and the sum is complete."""
+    """Give every rank the ranges that the others loaded.
+
+    Each rank zeroes what is not its own, and the sum over ranks is complete.
+    """
     optimizer = engine.optimizer
     rank = torch.distributed.get_rank()
     world_size = torch.distributed.get_world_size()

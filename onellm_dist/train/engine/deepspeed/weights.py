@@ -1,7 +1,8 @@
-"""Filling a model that is on the meta device, for DeepSpeed (seen with 0.19.8), which refuses meta tensors.
+"""Filling a model on the meta device for DeepSpeed, which refuses meta tensors (0.19.8).
 
-Under ZeRO-3 each parameter is created, partitioned and freed before the next one is created, so that a rank holds its share
-and one whole parameter at most. The other stages keep whole weights on every rank anyway.
+Under ZeRO-3 each parameter is created, partitioned and freed before the next one is created, so
+that a rank holds its share and one whole parameter at most. The other stages keep whole weights on
+every rank anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def fill_partitioned(
     device: torch.device,
     deepspeed: Any,
 ) -> None:
-    """Fill a model for ZeRO-3: what `zero.Init` does when a module is built, with values and one parameter at a time."""
+    """Fill a model for ZeRO-3, as `zero.Init` does when a module is built.
+
+    Here parameters have values, and there is one of them at a time.
+    """
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=config, dtype=dtype)
     for parameter in _create_parameters(model, weights, dtype, torch.device("cpu")):
         init._convert_to_zero_parameters([parameter])
@@ -48,7 +52,7 @@ def fill_replicated(
 def _create_parameters(
     model: nn.Module, weights: WeightSource, dtype: torch.dtype, device: torch.device
 ) -> Iterator[nn.Parameter]:
-    """Replace each parameter by a real one, with its values on rank 0, which broadcasts them later; yield it."""
+    """Replace each parameter by a real one and yield it; rank 0 alone gives it values."""
     owners = ParameterOwners(model)
     for name, parameter in list(model.named_parameters()):
         values = torch.empty(parameter.shape, dtype=dtype, device=device)

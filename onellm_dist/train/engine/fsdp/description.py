@@ -21,10 +21,11 @@ class FsdpOptions:
     """What the recipe says to FSDP2."""
 
     shard_ranks: int | None = None
-    """Ranks that a parameter is sharded over; every group of this many ranks holds a full copy. None: all ranks."""
+    """Ranks that a parameter is sharded over; every group of this many ranks holds a full copy.
+    None: all ranks."""
     reduce_every_micro_batch: bool = True
-    """Whether gradients are reduced after every micro-batch (a rank keeps its shard of them) or once per step (a rank
-    keeps all of them, with less traffic)."""
+    """Whether gradients are reduced after every micro-batch (a rank keeps its shard of them) or
+    once per step (a rank keeps all of them, with less traffic)."""
 
 
 class FsdpDescription(EngineDescription):

@@ -1,7 +1,10 @@
-"""FSDP2 (`fully_shard`; seen with torch 2.15): the interface and the numbers of the DeepSpeed engine, without its JSON.
+"""FSDP2 (`fully_shard`; seen with torch 2.15).
 
-Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept in fp32. Frozen weights
-are sharded in the dtype that the model computes in and have no optimizer state.
+It has the interface and the numbers of the DeepSpeed engine, without its JSON.
+
+Trained weights are fp32 shards that are cast when they are gathered; gradients are reduced and kept
+in fp32. Frozen weights are sharded in the dtype that the model computes in and have no optimizer
+state.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from onellm_dist.train.engine.grad_norms import PartNorms
 from onellm_dist.train.engine.parameters import (
     ParameterOwners,
     fill_groups,
+    list_persistent_buffers,
     name_groups,
-    persistent_buffers,
 )
 from onellm_dist.train.engine.settings import EngineSettings
 
@@ -34,7 +37,7 @@ SHARD = "shard"
 
 
 class FsdpEngine(Engine):
-    """torch's optimizers over plain views of the shards, as under DeepSpeed: the same kernels, the same state."""
+    """torch's optimizers over plain views of the shards: kernels and state are those of ZeRO."""
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class FsdpEngine(Engine):
         self.device = settings.device
         self.optimizer = settings.optimizer
         self._shards = [
-            Shard(name, p, first_row(p, mesh))
+            Shard(name, p, find_first_row(p, mesh))
             for name, p in module.model.named_parameters()
             if p.requires_grad
         ]
@@ -87,13 +90,14 @@ class FsdpEngine(Engine):
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         module = PackedLoss(model)
-        # The root is resharded too: if it stayed gathered after a forward pass without backward (validation), training
-        # would continue with old weights.
+        # The root is resharded too: if it stayed gathered after a forward pass without backward
+        # (validation), training would continue with old weights.
         for unit in (*find_units(model), module):
             sharded: Any = fully_shard(
                 unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True
             )
-            # The sum over ranks, not the mean. gloo has no scaled sum, which the factor alone would ask for.
+            # The sum over ranks, not the mean. gloo has no scaled sum, which the factor alone would
+            # ask for.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         if weights is not None:
@@ -117,7 +121,8 @@ class FsdpEngine(Engine):
         return values
 
     def backward(self, loss: torch.Tensor, global_valid_tokens: int) -> None:
-        # A loss that is not finite may have finite gradients: poison them with NaN, so that the norm shows it everywhere.
+        # A loss that is not finite may have finite gradients: poison them with NaN, so that the
+        # norm shows it everywhere.
         poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
         self._poison = self._poison * poison
         (loss * poison / global_valid_tokens).backward()
@@ -125,7 +130,8 @@ class FsdpEngine(Engine):
     @torch.no_grad()
     def grad_norms(self) -> GradNorms:
         if self._ranges:
-            # Empty and skipped samples may reach nothing that trains: the norm must show a loss that is not finite anyway.
+            # Empty and skipped samples may reach nothing that trains: the norm must show a loss
+            # that is not finite anyway.
             self._ranges[0].gradient().mul_(self._poison)
         self._poison = torch.ones_like(self._poison)
         for shard in self._shards:
@@ -179,7 +185,9 @@ class FsdpEngine(Engine):
     def full_weight_shapes(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         model = self._module.model
         found = [(name, tuple(p.shape), self.compute_dtype) for name, p in model.named_parameters()]
-        return found + [(name, tuple(b.shape), b.dtype) for name, b in persistent_buffers(model)]
+        return found + [
+            (name, tuple(b.shape), b.dtype) for name, b in list_persistent_buffers(model)
+        ]
 
     @torch.no_grad()
     def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -187,7 +195,7 @@ class FsdpEngine(Engine):
         for name, parameter in self._module.model.named_parameters():
             full = parameter.detach().to(self.compute_dtype).full_tensor()
             yield name, full.cpu() if is_rank_zero else torch.empty_like(full, device="meta")
-        for name, buffer in persistent_buffers(self._module.model):
+        for name, buffer in list_persistent_buffers(self._module.model):
             yield (
                 name,
                 buffer.detach().to("cpu", copy=True)
@@ -197,7 +205,10 @@ class FsdpEngine(Engine):
 
 
 def make_mesh(settings: EngineSettings) -> DeviceMesh:
-    """All ranks in a row, or with `shard_ranks` in rows of that many neighbours, each row holding a full copy."""
+    """Put all ranks in a row, or with `shard_ranks` in rows of that many neighbours.
+
+    Each row holds a full copy of the model.
+    """
     device_type = settings.device.type
     across = settings.options.shard_ranks
     if across is None or across == settings.world_size:
@@ -217,8 +228,9 @@ def find_replica(mesh: DeviceMesh) -> Replica:
 def find_units(model: Any) -> list[nn.Module]:
     """Return the modules that are gathered and freed together, inner ones first.
 
-    These are the modules that the model and its parts call indivisible (transformers' `_no_split_modules`), and embedding
-    and head if their weights are not tied. The rest is gathered with the root.
+    These are the modules that the model and its parts call indivisible (transformers'
+    `_no_split_modules`), and embedding and head if their weights are not tied. The rest is gathered
+    with the root.
     """
     indivisible = {
         name
@@ -233,8 +245,11 @@ def find_units(model: Any) -> list[nn.Module]:
     return found
 
 
-def first_row(parameter: DTensor, mesh: DeviceMesh) -> int:
-    """First row of this rank's shard: rows are split into equal chunks, and the last ranks may get fewer or none."""
+def find_first_row(parameter: DTensor, mesh: DeviceMesh) -> int:
+    """First row of this rank's shard.
+
+    Rows are split into equal chunks; the last ranks may get fewer or none.
+    """
     count = mesh.size(mesh.ndim - 1)
     index = mesh.get_local_rank(mesh.ndim - 1)
     rows = parameter.shape[0]
@@ -249,11 +264,11 @@ def fill_shards(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give every shard its memory and its rows of the weights, rounded to `dtype` as ZeRO's weights are."""
+    """Give every shard its memory and its rows of the weights, rounded to `dtype` as under ZeRO."""
     owners = ParameterOwners(model)
     for name, parameter in list(model.named_parameters()):
         held: Any = parameter
-        first = first_row(held, mesh)
+        first = find_first_row(held, mesh)
         local = torch.empty(held._local_tensor.shape, dtype=held.dtype, device=device)
         if local.numel():
             local.copy_(weights.rows(name, first, first + len(local)).to(dtype))

@@ -1,7 +1,7 @@
-"""What a rank holds under FSDP2: a shard of each parameter along its first dimension, hence a contiguous range of it.
+"""What a rank holds under FSDP2: a shard of each parameter, which is a contiguous range of it.
 
-With hybrid sharding several ranks hold the same shard. Each speaks for an equal part of it, so that every element is held
-exactly once.
+With hybrid sharding several ranks hold the same shard. Each speaks for an equal part of it, so that
+every element is held exactly once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Replica:
 
 
 class Shard:
-    """This rank's shard of one trainable parameter, as a plain tensor: DTensors would cost the optimizer time.
+    """This rank's shard of one trainable parameter, as a plain tensor.
+
+    DTensors would cost the optimizer time.
 
     Args:
         name: the parameter's name in the model.
@@ -47,12 +49,18 @@ class Shard:
         self.values = nn.Parameter(self.local())
 
     def local(self) -> torch.Tensor:
-        """Return the shard's memory. FSDP2 may move it: it pads shards of unequal size at the first forward pass."""
+        """Return the shard's memory.
+
+        FSDP2 may move it: it pads shards of unequal size at the first forward pass.
+        """
         found: torch.Tensor = self.parameter.detach()._local_tensor
         return found
 
     def attach(self) -> None:
-        """Show the optimizer the shard and its gradient; a missing one is zero, so that decay and momentum still apply."""
+        """Show the optimizer the shard and its gradient.
+
+        A missing gradient is zero, so that decay and momentum still apply.
+        """
         self.values.data = self.local()
         grad = self.parameter.grad
         self.values.grad = (
@@ -79,7 +87,7 @@ class ShardRange(LocalRange):
     def __init__(self, shard: Shard, optimizer: torch.optim.Optimizer, replica: Replica) -> None:
         self._shard = shard
         self._optimizer = optimizer
-        self._offset, end = replica_bounds(shard.values.numel(), replica)
+        self._offset, end = get_replica_bounds(shard.values.numel(), replica)
         self.name = shard.name
         self.shape = shard.shape
         self.start = shard.start + self._offset
@@ -106,7 +114,7 @@ class ShardRange(LocalRange):
         return tensor.detach().view(-1).narrow(0, self._offset, self.length)
 
 
-def replica_bounds(length: int, replica: Replica) -> tuple[int, int]:
+def get_replica_bounds(length: int, replica: Replica) -> tuple[int, int]:
     """First and last (exclusive) of a shard's `length` elements that a replica speaks for."""
     return replica.index * length // replica.count, (replica.index + 1) * length // replica.count
 
@@ -118,11 +126,14 @@ def exchange_replicas(
     replica: Replica,
     state_keys: Sequence[str],
 ) -> None:
-    """Give every replica what the others loaded: each zeroes what it does not speak for, and the sum is complete."""
+    """Give every replica what the others loaded.
+
+    Each replica zeroes what it does not speak for, and the sum over replicas is complete.
+    """
     if replica.group is None:
         return
     for shard in shards:
-        first, end = replica_bounds(shard.values.numel(), replica)
+        first, end = get_replica_bounds(shard.values.numel(), replica)
         state = optimizer.state[shard.values]
         for tensor in (shard.local(), *(state[key] for key in state_keys)):
             flat = tensor.view(-1)

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum; weight decay is added to the gradient (L2), as in torch."""
+"""Stochastic gradient descent with momentum; weight decay is added to the gradient (L2)."""
 
 from __future__ import annotations
 
