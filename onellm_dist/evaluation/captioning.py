@@ -1,10 +1,10 @@
 """Captions of a dataset's test splits, in batches: shards and a model in, JSON lines out.
 
     python -m onellm_dist.evaluation.captioning MODEL OUT.jsonl DATASET...
-        [--splits test_seen,test_held_out] [--limit 120]
+        [--task toy-captions] [--splits test_seen,test_held_out] [--limit 120]
 
-The question is that of the sample's conversation. Decoding is greedy and ends at EOS or at the
-reference's stop string. The output has one line per sample.
+The task says which splits are asked, with which question, and how long an answer may be. Decoding
+is greedy and ends at EOS or at the reference's stop string. The output has one line per sample.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from onellm_dist.data.text import (
 )
 from onellm_dist.data.text_parts import read_caption, read_meta, read_turns
 from onellm_dist.evaluation.report import Caption
+from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.index import read_parts
@@ -97,7 +98,9 @@ def _build_exchange(parts: dict[str, Part]) -> tuple[str, str]:
 
 
 @torch.inference_mode()
-def generate_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[str]:
+def generate_answers(
+    model: Any, tokenizer: Any, questions: Sequence[Question], *, new_tokens: int = NEW_TOKENS
+) -> list[str]:
     """Answer questions with the same prompt and the same modalities greedily, as one batch."""
     encoder = TextEncoder(tokenizer, "caption", MAX_PROMPT_TOKENS)
     ids, _ = encoder.encode({"txt": Part("txt", questions[0].prompt.encode())})
@@ -111,7 +114,7 @@ def generate_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) 
     out = model.generate(
         prompt,
         torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=[eos, *_get_stop_ids(tokenizer)],
         pad_token_id=eos,
@@ -140,6 +143,7 @@ def caption_split(
     limit: int | None = None,
     ask: bool = True,
     batch: int = BATCH,
+    new_tokens: int = NEW_TOKENS,
 ) -> Iterator[Caption]:
     """Caption the samples of a split, in its order.
 
@@ -151,6 +155,7 @@ def caption_split(
         limit: maximum number of samples; default: all.
         ask: see `read_questions`.
         batch: samples per batch.
+        new_tokens: maximum length of a caption, in tokens.
     """
     name = "+".join(dataset.modalities)
     waiting: list[Question] = []
@@ -158,7 +163,7 @@ def caption_split(
     def flush() -> Iterator[Caption]:
         for _, group in groupby(waiting, key=lambda q: q.prompt):
             questions = list(group)
-            answers = generate_answers(model, tokenizer, questions)
+            answers = generate_answers(model, tokenizer, questions, new_tokens=new_tokens)
             for question, answer in zip(questions, answers, strict=True):
                 yield Caption(question.key, name, split, question.reference, answer)
         waiting.clear()
@@ -178,6 +183,7 @@ def caption_datasets(
     splits: Sequence[str],
     limit: int | None = None,
     ask: bool = True,
+    new_tokens: int = NEW_TOKENS,
 ) -> None:
     """Caption splits of datasets with a saved model, and write one JSON line per sample.
 
@@ -188,6 +194,7 @@ def caption_datasets(
         splits: the splits to caption; every dataset must have them.
         limit: maximum number of samples per split; default: all.
         ask: see `read_questions`.
+        new_tokens: maximum length of a caption, in tokens.
 
     Raises:
         UsageError: the model, a dataset or a split does not exist.
@@ -207,7 +214,13 @@ def caption_datasets(
             bar.note("+".join(dataset.modalities))
             for split in splits:
                 for caption in caption_split(
-                    model, processor.tokenizer, dataset, split, limit=limit, ask=ask
+                    model,
+                    processor.tokenizer,
+                    dataset,
+                    split,
+                    limit=limit,
+                    ask=ask,
+                    new_tokens=new_tokens,
                 ):
                     file.write(json.dumps(asdict(caption)) + "\n")
                     file.flush()
@@ -228,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("datasets", type=Path, nargs="+")
-    parser.add_argument("--splits", default="test_seen,test_held_out")
+    parser.add_argument("--task", default="toy-captions", help="what is asked (toy-captions)")
+    parser.add_argument("--splits", default=None, help="default: those of the task")
     parser.add_argument("--limit", type=int, default=None, help="maximum samples per split")
     parser.add_argument(
         "--no-question",
@@ -236,13 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="leave the prompt empty to ask for the caption, as align trains it",
     )
     given = parser.parse_args(arguments)
+    task = get_task(given.task)
     caption_datasets(
         given.model,
         given.datasets,
         given.out,
-        splits=given.splits.split(","),
+        splits=given.splits.split(",") if given.splits else task.splits,
         limit=given.limit,
-        ask=not given.no_question,
+        ask=task.ask and not given.no_question,
+        new_tokens=task.new_tokens,
     )
     return 0
 

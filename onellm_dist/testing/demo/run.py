@@ -19,9 +19,9 @@ from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.report import (
     ModalityResult,
     format_table,
-    summarize_captions,
     to_json_rows,
 )
+from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.launch.local import exit_by_signal, find_free_port, handle_termination
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.testing.demo.evidence import collect_report, resumed_at
@@ -100,7 +100,7 @@ def run_demo(out: Path, full: bool = False) -> int:
         if table.start():
             stage(demo, table, journal)
             table.end()
-    results = summarize_captions(read_captions(demo.out / "captions.jsonl"), _every_caption())
+    results = get_task("toy-captions").score(read_captions(demo.out / "captions.jsonl"))
     if table.start():
         _write_results(demo, results, table)
         table.end()
@@ -266,14 +266,6 @@ def _caption(demo: Demo, table: Timetable, _: Journal) -> None:
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: order.index(json.loads(line)["modality"]))
     (demo.out / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _every_caption() -> dict[str, list[str]]:
-    """Modality -> all captions it can have."""
-    return {
-        m: [world.make_caption(m, world.to_attributes(m, c)) for c in world.list_combinations(m)]
-        for m in world.MODALITIES
-    }
 
 
 def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetable) -> None:
