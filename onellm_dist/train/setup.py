@@ -35,7 +35,7 @@ from onellm_dist.train.callbacks.telemetry import Telemetry
 from onellm_dist.train.callbacks.trackers import Trackers, check_trackers
 from onellm_dist.train.callbacks.validation import VALIDATION, Validation
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
-from onellm_dist.train.checkpoint.inherit import take_over
+from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import load_state
@@ -292,7 +292,7 @@ def _open_records(
     """From here on the run directory is this start's: its events, and what `exit.json` and the watchdog say of its samples."""
     if dist.is_rank_zero:
         prepare_directory(config, found.folder)
-        take_over(config, found)
+        apply_resume(config, found)
         repair_last_line(config.run.dir / EVENTS)
         write_stream(
             config.run.dir / LEDGER,

@@ -15,7 +15,7 @@ from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.slurm.attempts import append_attempt, make_attempt
 from onellm_dist.train.checkpoint.folder import make_checkpoint_name
-from onellm_dist.train.checkpoint.inherit import inherit_ledger, take_over
+from onellm_dist.train.checkpoint.inherit import apply_resume, inherit_samples
 from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.records.applied_resumes import note_obeyed, was_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, prepare_directory
@@ -58,7 +58,7 @@ def start(own: RunConfig) -> Path | None:
     """What rank 0 of a start does with its directory; the checkpoint it goes on from."""
     found = find_checkpoint(own, own.run.dir / CHECKPOINTS, ALONE)
     prepare_directory(own, found.folder)
-    take_over(own, found)
+    apply_resume(own, found)
     return found.folder
 
 
@@ -139,7 +139,7 @@ def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
         skipped_sample(4, "b@0", rollback=1) + skipped_sample(9, "c@0", rollback=2)
     )
     for _ in range(2):
-        assert inherit_ledger(source, own, 9) == 2
+        assert inherit_samples(source, own, 9) == 2
         marks = Marks(own, main=True)
         assert (
             Ledger(own, 0).known.keys() == {"a@0", "b@0"}
@@ -147,8 +147,8 @@ def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
             and marks.rollbacks == 1
         )
     third = tmp_path / "third" / LEDGER
-    assert inherit_ledger(own, third, 9) == 2 and Ledger(third, 0).known.keys() == {"a@0", "b@0"}
-    assert inherit_ledger(tmp_path / "none", tmp_path / "fresh", 9) == 0 and not list(
+    assert inherit_samples(own, third, 9) == 2 and Ledger(third, 0).known.keys() == {"a@0", "b@0"}
+    assert inherit_samples(tmp_path / "none", tmp_path / "fresh", 9) == 0 and not list(
         (tmp_path / "fresh").iterdir()
     )
 

@@ -1,7 +1,9 @@
-"""What a run takes over beside the weights when it goes on from another run's checkpoint: the samples that were out by then.
+"""What a run inherits beside the weights when it resumes another run's checkpoint.
 
-`ledger/skipped_samples-ranks-source.jsonl`: that run's unreadable samples up to the checkpoint's step; its guard's marks go to this run's own.
-What was found later is not taken: the weights have not met it, and it is found again where it still holds.
+It inherits the samples that were out of that run by then. Its unreadable samples up to the
+checkpoint go to `skipped_samples-ranks-source.jsonl`, and the samples that its rollbacks excluded go
+to this run's own excluded samples. What was found later is not inherited: the weights have not met
+it, and it is found again where it still holds.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.common.files import sync
+from onellm_dist.common.files import sync, write_atomic
+from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget
@@ -20,59 +23,66 @@ from onellm_dist.train.records.applied_resumes import note_obeyed
 from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, is_own
 from onellm_dist.train.records.skipped_samples import MARKS
 
-TAKEN_OVER = "skipped_samples-ranks-source.jsonl"
+log = get_logger(__name__)
+INHERITED = "skipped_samples-ranks-source.jsonl"
 """Read back with every rank's own file."""
 
 
-def take_over(config: RunConfig, found: ResumeTarget) -> None:
-    """Where this start goes on from another run's checkpoint, its ledger; and the record that `checkpoint.resume` was obeyed. By rank 0."""
-    run_dir, wanted = config.run.dir, config.checkpoint.resume
-    source = None if found.folder is None else found.folder.resolve().parent
+def apply_resume(config: RunConfig, target: ResumeTarget) -> None:
+    """Inherit the samples of another run's checkpoint, and record that `checkpoint.resume` applied.
+
+    Rank 0 calls it, before the sample log is opened.
+    """
+    run_dir = config.run.dir
+    wanted = config.checkpoint.resume
+    source = None if target.folder is None else target.folder.resolve().parent
     if (
-        found.folder is not None
+        target.folder is not None
         and source is not None
         and source.name == CHECKPOINTS
-        and not is_own(run_dir / CHECKPOINTS, found.folder)
+        and not is_own(run_dir / CHECKPOINTS, target.folder)
     ):
-        step = get_steps_done(read_manifest(found.folder) or {})
-        count = inherit_ledger(source.parent / LEDGER, run_dir / LEDGER, step)
+        steps_done = get_steps_done(read_manifest(target.folder) or {})
+        count = inherit_samples(source.parent / LEDGER, run_dir / LEDGER, steps_done)
         if count:
-            print(
-                f"{run_dir}: {count} samples that were out of the run of {found.folder} stay out",
-                flush=True,
-            )
-    if found.already_applied:
-        print(
-            f"checkpoint.resume={wanted} was obeyed by an earlier start of this job: the run goes on",
-            flush=True,
-        )
+            log.info("%s: %d samples that %s left out stay out", run_dir, count, target.folder)
+    if target.already_applied:
+        log.info("checkpoint.resume=%s: applied by an earlier start of this job", wanted)
     elif wanted != "auto":
         note_obeyed(run_dir, wanted, os.environ)
 
 
-def inherit_ledger(source: Path, own: Path, step: int) -> int:
-    """Take over what the ledger `source` says of the first `step` steps. Done twice it is the same. Rank 0 calls it.
+def inherit_samples(source: Path, own: Path, steps_done: int) -> int:
+    """Inherit what the sample log `source` says of the first steps. A second call changes nothing.
+
+    Args:
+        source: the sample log of the other run.
+        own: the sample log of this run.
+        steps_done: number of steps that the checkpoint has done.
 
     Returns:
-        How many samples were taken over.
+        How many samples were inherited.
     """
-    skipped_samples: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, dict[str, Any]] = {}
     for path in sorted(source.glob("skipped_samples-rank*.jsonl")):
         if path.name != MARKS:
-            skipped_samples |= {
-                entry["sample_id"]: entry for entry in _entries(path) if entry["step"] < step
+            skipped |= {
+                entry["sample_id"]: entry
+                for entry in _read_entries(path)
+                if entry["step"] < steps_done
             }
-    marks = [entry for entry in _entries(source / MARKS) if entry["step"] < step]
+    excluded = [entry for entry in _read_entries(source / MARKS) if entry["step"] < steps_done]
     own.mkdir(parents=True, exist_ok=True)
-    kept = _entries(own / MARKS)
+    kept = _read_entries(own / MARKS)
     known = {entry["sample_id"] for entry in kept}
-    _replace(own / TAKEN_OVER, list(skipped_samples.values()))
-    _replace(own / MARKS, kept + [entry for entry in marks if entry["sample_id"] not in known])
+    new = [entry for entry in excluded if entry["sample_id"] not in known]
+    _write_entries(own / INHERITED, list(skipped.values()))
+    _write_entries(own / MARKS, kept + new)
     sync(own)
-    return len(skipped_samples) + len(marks)
+    return len(skipped) + len(excluded)
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
+def _read_entries(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -84,12 +94,6 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _replace(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    if not entries and not path.exists():
-        return
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(entry) + "\n" for entry in entries)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(path)
+def _write_entries(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    if entries or path.exists():
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in entries))
