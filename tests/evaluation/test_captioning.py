@@ -19,8 +19,13 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.testing.demo.evidence import resumed_at, router_weights, run_curve, sample_pictures
-from onellm_dist.testing.demo.toy_llm import LLMRecipe, composition_score, pretrain_llm
+from onellm_dist.testing.demo.report_data import (
+    compute_router_weights,
+    draw_samples,
+    list_resumes,
+    make_curve,
+)
+from onellm_dist.testing.demo.toy_llm import LLMPretraining, pretrain_llm, score_composition
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: P
     captions = read_captions(out)
     assert len({(c.modality, c.split, c.key) for c in captions}) == len(captions) == 2 * 2 * 3
     assert {c.modality for c in captions} == {"image", "imu"}
-    shown = sample_pictures(toy, captions, count=2)
+    shown = draw_samples(toy, captions, count=2)
     assert [s.modality for s in shown] == ["image", "image", "imu", "imu"]
     assert all(s.split == "test_held_out" and min(s.picture.size) > 50 for s in shown)
     with pytest.raises(UsageError, match="no split 'nonsense'"):
@@ -109,7 +114,7 @@ def test_an_answer_ends_at_the_stop_string(toy: Path, model_path: Path) -> None:
 
 
 def test_router_weights_sum_to_one(model_path: Path) -> None:
-    weights = router_weights(model_path)
+    weights = compute_router_weights(model_path)
     assert list(weights) == list(world.MODALITIES)
     assert all(abs(sum(row) - 1) < 1e-5 for rows in weights.values() for row in rows)
     assert {(len(rows), len(rows[0])) for rows in weights.values()} == {(30, 3)}
@@ -121,7 +126,7 @@ def test_a_curve_marks_the_resume() -> None:
         for i in range(2)
     ]
     events = [{"event": "start", "first_step": 0}, {"event": "start", "first_step": 1}]
-    curve = run_curve("x", metrics, events)
+    curve = make_curve("x", metrics, events)
     assert curve.loss == [(0.0, 2.0), (1.0, 1.0)] and curve.marks == {1.0: "killed, resumed"}
     assert curve.by_modality["b"] == [(0.0, 3.0)]
 
@@ -129,21 +134,23 @@ def test_a_curve_marks_the_resume() -> None:
 @pytest.mark.slow
 def test_a_short_pretraining_teaches_the_llm_to_write_what_it_is_told() -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
-    before = composition_score(model.llm, processor.tokenizer, samples=40)
+    before = score_composition(model.llm, processor.tokenizer, samples=40)
     losses = pretrain_llm(
-        model.llm, processor.tokenizer, LLMRecipe(steps=60, batch=32, conversations=0.0)
+        model.llm, processor.tokenizer, LLMPretraining(steps=60, batch=32, conversations=0.0)
     )
     assert losses[-1] < 0.3 * losses[0]
-    assert before < 0.05 and composition_score(model.llm, processor.tokenizer, samples=40) > 0.3
+    assert before < 0.05 and score_composition(model.llm, processor.tokenizer, samples=40) > 0.3
 
 
 def test_corpus_documents_hold_no_held_out_combination() -> None:
-    from onellm_dist.testing.demo.toy_llm import Documents
+    from onellm_dist.testing.demo.toy_llm import ToyDocuments
 
     _, processor = load_model(path=None, preset="toy", seed=0)
     ids, labels = next(
         iter(
-            Documents(processor.tokenizer, LLMRecipe(batch=200, conversations=0.0, words_first=1.0))
+            ToyDocuments(
+                processor.tokenizer, LLMPretraining(batch=200, conversations=0.0, words_first=1.0)
+            )
         )
     )
     held = {
@@ -166,6 +173,6 @@ def test_a_resume_is_read_from_the_events(tmp_path: Path) -> None:
     ]
     events = tmp_path / "events.jsonl"
     events.write_text("\n".join(lines[:2]) + "\n")
-    assert resumed_at(tmp_path) == []
+    assert list_resumes(tmp_path) == []
     events.write_text("\n".join(lines) + "\n")
-    assert resumed_at(tmp_path) == [8]
+    assert list_resumes(tmp_path) == [8]

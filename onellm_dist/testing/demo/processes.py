@@ -1,4 +1,4 @@
-"""The demo's child processes: public commands, their output in log files, their progress read from there, and a kill."""
+"""The demo's child processes: public commands, their progress read from log files, and a kill."""
 
 from __future__ import annotations
 
@@ -16,40 +16,42 @@ import psutil
 
 from onellm_dist.common.errors import OneLLMError
 
-_PROGRESS = r"(\d+)/(\d+)"
-_TAIL_BYTES = 4096
-_LOOK_SECONDS = 0.5
+COUNT = r"(\d+)/(\d+)"
+TAIL_BYTES = 4096
+POLL_S = 0.5
 
 
 @dataclass
-class Job:
-    """One command.
+class DemoProcess:
+    """One command of the demo.
 
     Attributes:
-        name: what people read.
+        name: name for people.
         command: its words.
-        log: where its output goes (appended).
-        environment: variables beside the parent's.
-        counted: pattern of its output whose two groups are what is done and the whole.
-        kill_at: share of its progress at which the whole process tree gets SIGKILL; None: it is let alone.
+        log: file for its output, which is appended.
+        environment: variables besides the parent's.
+        count_pattern: pattern in its output; its two groups are what is done, and the whole.
+        kill_at: share of its progress at which the whole process tree gets SIGKILL; None: never.
+        process: the running process; None before it is started.
+        killed: whether it was killed on purpose.
     """
 
     name: str
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
-    counted: str = _PROGRESS
+    count_pattern: str = COUNT
     kill_at: float | None = None
     process: subprocess.Popen[bytes] | None = None
     killed: bool = False
     _out: IO[bytes] | None = None
-    _from: int = 0
+    _log_start: int = 0
 
     def start(self) -> None:
-        """Start it, in a session of its own: what it starts is found by its process tree."""
+        """Start it in a session of its own; what it starts is found by its process tree."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self._out = self.log.open("ab")
-        self._from = self._out.tell()
+        self._log_start = self._out.tell()
         self._out.write(f"$ {' '.join(self.command)}\n".encode())
         self._out.flush()
         self.process = subprocess.Popen(
@@ -60,23 +62,23 @@ class Job:
             start_new_session=True,
         )
 
-    def progress(self) -> float:
-        """Share done, by the last count in the output of this start; 0 before there is one."""
+    def read_progress(self) -> float:
+        """Read the share that is done from the last count in its output; 0 if there is none."""
         with self.log.open("rb") as file:
-            file.seek(max(self._from, self.log.stat().st_size - _TAIL_BYTES))
-            found = re.findall(self.counted, file.read().decode("utf-8", errors="replace"))
-        done, total = map(int, found[-1]) if found else (0, 1)
+            file.seek(max(self._log_start, self.log.stat().st_size - TAIL_BYTES))
+            text = file.read().decode("utf-8", errors="replace")
+        counts = re.findall(self.count_pattern, text)
+        done, total = map(int, counts[-1]) if counts else (0, 1)
         return min(1.0, done / total) if total else 0.0
 
     def poll(self) -> int | None:
-        """The exit code, or None while it runs; kills the tree when `kill_at` is reached."""
+        """Get the exit code, or None while it runs; kill its tree when `kill_at` is reached."""
         assert self.process is not None
-        code = self.process.poll()
         if (
-            code is None
+            self.process.poll() is None
             and self.kill_at is not None
             and not self.killed
-            and self.progress() >= self.kill_at
+            and self.read_progress() >= self.kill_at
         ):
             kill_tree(self.process.pid)
             self.process.wait()
@@ -87,61 +89,66 @@ class Job:
             self._out = None
         return code
 
-    def tail(self, lines: int = 25) -> str:
-        """The last lines of the output."""
-        return "\n".join(
-            self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-        )
+    def read_tail(self, lines: int = 25) -> str:
+        """Read the last lines of its output."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
 
 
 def kill_tree(pid: int) -> int:
-    """SIGKILL a process and everything it started, wherever they moved; returns how many were hit."""
+    """Kill a process and everything it started by SIGKILL; returns how many were killed."""
     try:
         root = psutil.Process(pid)
         family = [*root.children(recursive=True), root]
     except psutil.NoSuchProcess:
         return 0
-    hit = 0
+    killed = 0
     for process in family:
         try:
             process.send_signal(signal.SIGKILL)
-            hit += 1
+            killed += 1
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(family, timeout=20)
-    return hit
+    return killed
 
 
-def run_lanes(lanes: Sequence[Sequence[Job]], tell: Callable[[Sequence[Job]], None]) -> None:
-    """Run lanes side by side, the jobs of a lane one after the other; `tell(running)` is called twice a second.
+def run_lanes(
+    lanes: Sequence[Sequence[DemoProcess]], on_progress: Callable[[Sequence[DemoProcess]], None]
+) -> None:
+    """Run lanes side by side; the processes of a lane run one after the other.
 
-    A job that was killed on purpose counts as ended.
+    A process that was killed on purpose counts as finished.
+
+    Args:
+        lanes: the processes.
+        on_progress: called twice a second with the running processes.
 
     Raises:
-        OneLLMError: a job failed; the others are stopped.
+        OneLLMError: a process failed; the others are stopped.
     """
     waiting = [list(lane) for lane in lanes]
-    running: dict[int, Job] = {}
+    running: dict[int, DemoProcess] = {}
     try:
         while running or any(waiting):
             for number, lane in enumerate(waiting):
                 if number not in running and lane:
                     running[number] = lane.pop(0)
                     running[number].start()
-            for number, job in list(running.items()):
-                code = job.poll()
+            for number, child in list(running.items()):
+                code = child.poll()
                 if code is None:
                     continue
                 del running[number]
-                if code != 0 and not job.killed:
+                if code != 0 and not child.killed:
                     raise OneLLMError(
-                        f"{job.name} failed (exit code {code}):\n{job.tail()}",
-                        "the demo cannot go on.",
-                        f"see {job.log} for everything it said.",
+                        f"{child.name} failed (exit code {code}):\n{child.read_tail()}",
+                        "the demo cannot continue.",
+                        f"see {child.log} for all of its output.",
                     )
-            tell(list(running.values()))
-            time.sleep(_LOOK_SECONDS)
+            on_progress(list(running.values()))
+            time.sleep(POLL_S)
     finally:
-        for job in running.values():
-            if job.process is not None:
-                kill_tree(job.process.pid)
+        for child in running.values():
+            if child.process is not None:
+                kill_tree(child.process.pid)

@@ -1,4 +1,4 @@
-"""How long the demo will take: predicted before it starts, corrected while it runs, one line on the terminal."""
+"""How long the demo takes: predicted before it starts, and corrected on one line while it runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from onellm_dist.common.progress import seconds_text
 from onellm_dist.testing.demo.journal import Journal
 
 REFERENCE_SPEED_S = 0.20
-"""What `measure_speed` takes on one idle core of the machine that the stages' seconds were measured on (AMD EPYC, Zen 5, 2025)."""
-_PLAIN_SECONDS = 15.0
+"""Seconds that `measure_slowdown` measures on one idle core of the reference machine, on which the
+seconds of the stages were measured (AMD EPYC, Zen 5, 2025)."""
+PLAIN_SECONDS = 15.0
+"""Seconds between two lines where the output is not a terminal."""
+LEAST_SHARE = 0.02
+"""Below this share of a stage, its measured rate says nothing yet."""
+LEAST_PREDICTED_S = 30
+"""Finished stages of fewer predicted seconds say nothing about the later ones."""
 
 
-def measure_speed() -> float:
-    """How many times slower one core of this machine is than the reference: a small transformer block, forward and backward."""
+def measure_slowdown() -> float:
+    """Measure how many times slower one core of this machine is than one of the reference machine.
+
+    The work is a small transformer block, forward and backward.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -38,35 +47,39 @@ def measure_speed() -> float:
 
 
 @dataclass
-class Stage:
-    """A row of the time table."""
+class DemoStage:
+    """A row of the timetable."""
 
     name: str
     predicted: float
-    """Seconds."""
+    """Predicted seconds."""
     taken: float | None = None
-    """Seconds; None until it has ended."""
+    """Seconds that it took; None until it has finished."""
 
 
 class Timetable:
     """The stages in their order, and the progress line of the one that runs.
 
     Args:
-        journal: knows the stages that an earlier start ended, and is told of those that end.
+        stages: the stages of the demo.
+        journal: knows the stages that an earlier start finished, and records the others.
+        out: where the lines are written; default: stderr.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], journal: Journal, out: TextIO | None = None
+        self, stages: Sequence[DemoStage], journal: Journal, out: TextIO | None = None
     ) -> None:
         self.stages = list(stages)
-        self._out, self._journal = out or sys.stderr, journal
         for stage in self.stages:
             stage.taken = journal.seconds.get(stage.name)
+        self._journal = journal
+        self._out = out or sys.stderr
         self._current = -1
-        self._started = self._last_line = 0.0
+        self._started = 0.0
+        self._last_line = 0.0
 
     def show(self) -> None:
-        """Print the whole table."""
+        """Print the whole timetable."""
         for stage in self.stages:
             when = "done" if stage.taken is not None else f"about {seconds_text(stage.predicted)}"
             print(f"  {stage.name:<34} {when}", file=self._out)
@@ -75,65 +88,79 @@ class Timetable:
 
     @property
     def taken(self) -> float:
-        """Seconds of the stages that ended, in this start or in one before (of a stage that was taken up again: since then)."""
+        """Seconds of the finished stages, in this start and earlier ones.
+
+        Of a stage that was interrupted, only its last attempt counts.
+        """
         return sum(stage.taken or 0.0 for stage in self.stages)
 
-    def start(self) -> bool:
-        """The next stage begins; False where an earlier start ended it."""
+    def start_stage(self) -> bool:
+        """Start the next stage; returns False if an earlier start finished it."""
         self._current += 1
         if self.stages[self._current].taken is not None:
             return False
-        self._started, self._last_line = time.monotonic(), 0.0
-        self.tell(0.0)
+        self._started = time.monotonic()
+        self._last_line = 0.0
+        self.show_progress(0.0)
         return True
 
-    def end(self) -> None:
-        """The stage is over."""
+    def finish_stage(self) -> None:
+        """Finish the current stage."""
         stage = self.stages[self._current]
         stage.taken = time.monotonic() - self._started
-        self._journal.ended(stage.name, stage.taken)
+        self._journal.record_stage(stage.name, stage.taken)
+        taken, predicted = seconds_text(stage.taken), seconds_text(stage.predicted)
         self._print(
-            f"{self._head()} done in {seconds_text(stage.taken)} (about {seconds_text(stage.predicted)} was expected)",
-            last=True,
+            f"{self._format_head()} done in {taken} (expected: about {predicted})", last=True
         )
 
-    def tell(self, share: float, doing: str = "") -> None:
-        """Show the line: what runs, its share done, the seconds left of it and of all."""
+    def show_progress(self, share: float, doing: str = "") -> None:
+        """Show the progress line.
+
+        Args:
+            share: share of the current stage that is done.
+            doing: what is running.
+        """
         now = time.monotonic()
-        terminal = self._out.isatty()
-        if not terminal and now - self._last_line < _PLAIN_SECONDS:
+        is_terminal = self._out.isatty()
+        if not is_terminal and now - self._last_line < PLAIN_SECONDS:
             return
         self._last_line = now
-        here, everything = self.left(share, now - self._started)
+        here, everything = self.estimate_left(share, now - self._started)
         what = f": {doing}" if doing else ""
-        line = f"{self._head()}{what}, {100 * share:.0f}%, {seconds_text(here)} left here, {seconds_text(everything)} in all"
-        self._print(line, last=not terminal)
+        line = (
+            f"{self._format_head()}{what}, {100 * share:.0f}%, {seconds_text(here)} left here, "
+            f"{seconds_text(everything)} in all"
+        )
+        self._print(line, last=not is_terminal)
 
-    def left(self, share: float, elapsed: float) -> tuple[float, float]:
-        """Seconds left of this stage and of all, given the share that is done.
+    def estimate_left(self, share: float, elapsed: float) -> tuple[float, float]:
+        """Estimate the seconds left.
 
-        The prediction counts fully at the start of a stage and the measured rate at its end; later stages are stretched as
-        those that ended were.
+        At the start of a stage only the prediction counts, at its end only the measured rate. Later
+        stages are stretched as much as the finished ones were.
+
+        Args:
+            share: share of the current stage that is done.
+            elapsed: seconds since its start.
+
+        Returns:
+            Seconds left of the current stage, and of the whole demo.
         """
-        stage = self.stages[self._current]
-        by_plan = max(0.0, stage.predicted * self._stretch() * (1 - share))
-        here = (
-            by_plan
-            if share <= 0.02
-            else (1 - share) * by_plan + share * (elapsed / share * (1 - share))
-        )
-        later = (
-            sum(s.predicted for s in self.stages[self._current + 1 :] if s.taken is None)
-            * self._stretch()
-        )
-        return here, here + later
+        stretch = self._compute_stretch()
+        here = max(0.0, self.stages[self._current].predicted * stretch * (1 - share))
+        if share > LEAST_SHARE:
+            here = (1 - share) * here + share * (elapsed / share * (1 - share))
+        later = self.stages[self._current + 1 :]
+        return here, here + sum(s.predicted for s in later if s.taken is None) * stretch
 
-    def _stretch(self) -> float:
-        done = [s for s in self.stages if s.taken is not None]
-        predicted = sum(s.predicted for s in done)
-        return sum(s.taken or 0.0 for s in done) / predicted if predicted > 30 else 1.0
+    def _compute_stretch(self) -> float:
+        finished = [s for s in self.stages if s.taken is not None]
+        predicted = sum(s.predicted for s in finished)
+        taken = sum(s.taken or 0.0 for s in finished)
+        return taken / predicted if predicted > LEAST_PREDICTED_S else 1.0
 
-    def _head(self) -> str:
+    def _format_head(self) -> str:
         return f"[{self._current + 1}/{len(self.stages)}] {self.stages[self._current].name}"
 
     def _print(self, line: str, *, last: bool) -> None:

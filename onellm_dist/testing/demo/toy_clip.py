@@ -1,9 +1,11 @@
-"""The stand-in for CLIP: the toy preset's encoder, pretrained on image and caption pairs of the toy world, then frozen.
+"""The toy CLIP: the toy preset's encoder, pretrained on images and captions of the toy world.
 
-What a prototype needed before align could learn from it: batches of which half differ only in what is hard to see,
-BatchNorm before the contrastive head, 2-D sin-cos positions to start from. What makes it quick on a CPU: most background patches are
-left out until the last steps (FLIP, Li et al. 2023, section 3), query and key maps start equal, so that a patch first looks
-at its neighbours (Trockman and Kolter 2023), and Muon for the matrices. Pooling, BatchNorm, head and text side are thrown away.
+Align could learn from it only with: batches of which half differ only in what is hard to see,
+BatchNorm before the contrastive head, and 2-D sin-cos positions to start from. It is quick on a CPU
+because most background patches are left out until the last steps (FLIP, Li et al. 2023, section 3),
+because query and key maps start equal, so that a patch first looks at its neighbours (Trockman and
+Kolter 2023), and because Muon trains the matrices. Pooling, BatchNorm, head and text side are
+discarded; then the encoder is frozen.
 """
 
 from __future__ import annotations
@@ -26,18 +28,20 @@ from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.sequence_lengths import SequenceLengths
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.render import render_sample
-from onellm_dist.testing.demo.toy_llm import cosine
+from onellm_dist.testing.demo.toy_llm import compute_cosine_rate
 
 MODALITY = "image"
-PATCH, GRID = 14, 16
+PATCH = 14
+GRID = 16
 PATCH_VALUES = 3 * PATCH * PATCH
-_BUSY = 24
-"""A patch with a pixel this far (of 255) from the image's usual colour shows something."""
+BUSY = 24
+"""A patch shows something if a pixel differs so much (of 255) from the image's usual patch."""
+TEST_BATCH = 64
 
 
 @dataclass(frozen=True)
-class ClipRecipe:
-    """How the stand-in CLIP is pretrained."""
+class ClipPretraining:
+    """How the toy CLIP is pretrained."""
 
     images: int = 26_000
     """Images seen."""
@@ -53,19 +57,32 @@ class ClipRecipe:
     warmup: int = 30
     seed: int = 0
 
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self.images // self.batch
+
 
 class ImageBank:
-    """Toy images as patches in memory, with captions and what a hard batch shares.
+    """Toy images as patches in memory, with captions and what a hard batch has in common.
 
     Attributes:
-        patches: [n, 256, 588] uint8, channel-major within a patch as the encoder's patch embedding reads them.
-        busy: [n, 256] bool, the patch shows something.
+        patches: [n, 256, 588] uint8, channel-major within a patch, as the encoder's patch embedding
+            reads them.
+        busy: [n, 256] bool, whether the patch shows something.
         captions: [n].
-        kinds: [n] index of the caption among the different ones.
+        caption_ids: [n] index of the caption among the different ones.
+        groups: indices of the images of each colour and size.
+
+    Args:
+        split: split of the toy world.
+        count: number of images.
+        seed: seed of the toy world.
+        on_image: called with the number of images rendered.
     """
 
     def __init__(
-        self, split: str, count: int, seed: int, tell: Callable[[int], None] | None = None
+        self, split: str, count: int, seed: int, on_image: Callable[[int], None] | None = None
     ) -> None:
         self.patches = np.empty((count, GRID * GRID, PATCH_VALUES), dtype=np.uint8)
         self.busy = np.empty((count, GRID * GRID), dtype=bool)
@@ -73,21 +90,28 @@ class ImageBank:
         groups: dict[tuple[str, ...], list[int]] = {}
         for i in range(count):
             sample = render_sample(MODALITY, split, i, seed)
-            patches = to_patches(
-                np.asarray(Image.open(io.BytesIO(sample.parts["jpg"])).convert("RGB"))
-            )
+            picture = Image.open(io.BytesIO(sample.parts["jpg"])).convert("RGB")
+            patches = to_patches(np.asarray(picture))
             usual = np.median(patches, axis=0)
-            self.patches[i], self.busy[i] = patches, (np.abs(patches - usual) > _BUSY).any(axis=1)
+            self.patches[i] = patches
+            self.busy[i] = (np.abs(patches - usual) > BUSY).any(axis=1)
             self.captions.append(sample.caption)
             groups.setdefault((sample.attributes["color"], sample.attributes["size"]), []).append(i)
-            if tell is not None:
-                tell(i + 1)
-        self.groups = [np.array(g) for g in groups.values()]
-        names = {caption: k for k, caption in enumerate(sorted(set(self.captions)))}
-        self.kinds = torch.tensor([names[c] for c in self.captions])
+            if on_image is not None:
+                on_image(i + 1)
+        self.groups = [np.array(group) for group in groups.values()]
+        different = {caption: k for k, caption in enumerate(sorted(set(self.captions)))}
+        self.caption_ids = torch.tensor([different[caption] for caption in self.captions])
 
-    def hard_batches(self, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        """Endless index batches; half of each shares colour and size, so that shape and place must be seen."""
+    def draw_hard_batches(self, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Draw batches of image indices without end.
+
+        Half of each batch has one colour and size, so that shape and place must be seen.
+
+        Args:
+            batch: images of a batch.
+            rng: source of the draw.
+        """
         while True:
             group = self.groups[int(rng.integers(len(self.groups)))]
             alike = rng.choice(group, min(batch // 2, len(group)), replace=False)
@@ -95,13 +119,21 @@ class ImageBank:
 
 
 def to_patches(picture: np.ndarray) -> np.ndarray:
-    """[224, 224, 3] uint8 -> [256, 588]."""
+    """Cut a picture [224, 224, 3] uint8 into patches [256, 588]."""
     grid = picture.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 4, 1, 3)
     return grid.reshape(GRID * GRID, PATCH_VALUES)
 
 
 class ContrastiveHead(nn.Module):
-    """Everything that is thrown away: mean pooling, BatchNorm and a linear map for images, a bag of words for captions."""
+    """What is discarded after pretraining.
+
+    Images go through mean pooling, BatchNorm and a linear map, captions through a bag of words.
+
+    Args:
+        width: width of the encoder.
+        vocabulary: number of tokens.
+        dimension: size of the joint space.
+    """
 
     def __init__(self, width: int, vocabulary: int, dimension: int = 64) -> None:
         super().__init__()
@@ -110,16 +142,29 @@ class ContrastiveHead(nn.Module):
         self.words = nn.EmbeddingBag(vocabulary, dimension, mode="mean")
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    def logits(self, tokens: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """Features [B, L + 1, D] and caption ids [C, S] -> [B, C]."""
+    def compute_logits(self, tokens: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Compare images with captions.
+
+        Args:
+            tokens: [B, L + 1, D], features of images.
+            texts: [C, S], token ids of captions.
+
+        Returns:
+            [B, C] logits.
+        """
         images = F.normalize(self.image(self.norm(tokens[:, 1:].mean(dim=1))), dim=-1)
         captions = F.normalize(self.words(texts), dim=-1)
         return self.log_scale.exp().clamp(max=100.0) * images @ captions.T
 
 
-def contrastive_loss(logits: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric loss for logits [B, B]; pairs of one caption (kinds [B]) are all right answers."""
-    right = (kinds[:, None] == kinds[None]).float()
+def compute_contrastive_loss(logits: torch.Tensor, caption_ids: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric loss; all pairs with the same caption are right answers.
+
+    Args:
+        logits: [B, B].
+        caption_ids: [B], index of each caption among the different ones.
+    """
+    right = (caption_ids[:, None] == caption_ids[None]).float()
     by_image = -(F.log_softmax(logits, dim=1) * right / right.sum(dim=1, keepdim=True)).sum(dim=1)
     by_text = -(F.log_softmax(logits, dim=0) * right / right.sum(dim=0, keepdim=True)).sum(dim=0)
     return (by_image.mean() + by_text.mean()) / 2
@@ -127,9 +172,9 @@ def contrastive_loss(logits: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def prepare_encoder(encoder: Encoder, generator: torch.Generator) -> None:
-    """Set what a small encoder starts better from: sin-cos positions, equal query and key maps."""
+    """Give a small encoder a better start: sin-cos positions, and equal query and key maps."""
     width = encoder.class_token.weight.shape[0]
-    encoder.positions.weight.copy_(sincos_positions(width))
+    encoder.positions.weight.copy_(make_sincos_positions(width))
     for block in encoder.blocks:
         attention: Any = block.attn
         size = width // attention.heads
@@ -139,31 +184,44 @@ def prepare_encoder(encoder: Encoder, generator: torch.Generator) -> None:
                 attention.qkv.weight[start + head * size : start + (head + 1) * size] = maps
 
 
-def sincos_positions(width: int) -> torch.Tensor:
-    """[257, width]: zeros for the class token; half of the channels for the row, half for the column (Chen et al. 2021)."""
+def make_sincos_positions(width: int) -> torch.Tensor:
+    """Make 2-D sin-cos positions (Chen et al. 2021).
+
+    Half of the channels are for the row, half for the column. The class token has zeros.
+
+    Returns:
+        [257, width].
+    """
     rates = 10000.0 ** -(torch.arange(width // 4) / (width / 4))
     angles = torch.arange(GRID)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     rows, columns = line[:, None].expand(GRID, GRID, -1), line[None].expand(GRID, GRID, -1)
-    return torch.cat(
-        [torch.zeros(1, width), torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, width)]
-    )
+    grid = torch.cat([rows, columns], dim=-1).reshape(GRID * GRID, width)
+    return torch.cat([torch.zeros(1, width), grid])
 
 
 def encode_patches(
     encoder: Encoder, bank: ImageBank, rows: np.ndarray, kept: int | None, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Features [B, L + 1, D] of images of the bank; `kept` patches of each, or all of them."""
+    """Encode images of the bank.
+
+    Args:
+        encoder: the encoder.
+        bank: the images.
+        rows: indices of the images.
+        kept: patches of each image to keep; None: all.
+        rng: source of the choice among patches that show nothing.
+
+    Returns:
+        [B, L + 1, D] features.
+    """
     pixels = bank.patches[rows]
-    if kept is None:
-        chosen = torch.arange(GRID * GRID).expand(len(rows), -1)
-    else:
+    chosen = torch.arange(GRID * GRID).expand(len(rows), -1)
+    if kept is not None:
         wanted = bank.busy[rows] + 0.9 * rng.random((len(rows), GRID * GRID))
         picked = np.argpartition(-wanted, kept - 1, axis=1)[:, :kept]
-        pixels, chosen = (
-            np.take_along_axis(pixels, picked[..., None], axis=1),
-            torch.from_numpy(picked),
-        )
+        pixels = np.take_along_axis(pixels, picked[..., None], axis=1)
+        chosen = torch.from_numpy(picked)
     mean, std = (torch.tensor(v).repeat_interleave(PATCH * PATCH) for v in (CLIP_MEAN, CLIP_STD))
     values = (torch.from_numpy(pixels).float() / 255 - mean) / std
     positions = encoder.positions.weight
@@ -171,42 +229,53 @@ def encode_patches(
     first = (encoder.class_token.weight + positions[0]).expand(len(rows), 1, -1)
     x = torch.cat([first, embedded], dim=1)
     n, length, width = x.shape
-    return encoder(
-        x.reshape(n * length, width), SequenceLengths.from_lengths((length,) * n, device=x.device)
-    ).reshape(n, length, width)
+    lengths = SequenceLengths.from_lengths((length,) * n, device=x.device)
+    features: torch.Tensor = encoder(x.reshape(n * length, width), lengths)
+    return features.reshape(n, length, width)
 
 
-def caption_ids(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> torch.Tensor:
-    """[n, S] ids of captions of equal length (a modality's all are)."""
+def tokenize_captions(tokenizer: PreTrainedTokenizerFast, captions: Sequence[str]) -> torch.Tensor:
+    """Token ids [n, S] of captions of one modality, which all have the same length."""
     return torch.tensor(tokenizer(list(captions), add_special_tokens=False).input_ids)
 
 
 def pretrain_clip(
     encoder: Encoder,
     tokenizer: PreTrainedTokenizerFast,
-    recipe: ClipRecipe,
+    recipe: ClipPretraining,
     bank: ImageBank,
-    tell: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[ContrastiveHead, list[float]]:
-    """Train `encoder` in place; returns the head (for `top1`) and the loss of every step. `tell(step, loss)` after each."""
+    """Train `encoder` in place.
+
+    Args:
+        encoder: the encoder.
+        tokenizer: tokenizer of the captions.
+        recipe: how it is pretrained.
+        bank: its images.
+        on_step: called with the steps done and the loss after each step.
+
+    Returns:
+        The head (for `measure_top1`), and the loss of every step.
+    """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     prepare_encoder(encoder, torch.Generator().manual_seed(recipe.seed))
     encoder.requires_grad_(True)
     head = ContrastiveHead(encoder.class_token.weight.shape[0], len(tokenizer))
-    optimizers = _optimizers(encoder, head, recipe)
+    optimizers = _make_optimizers(encoder, head, recipe)
     parameters = [*encoder.parameters(), *head.parameters()]
-    texts = caption_ids(tokenizer, bank.captions)
-    steps, losses = steps_of(recipe), []
+    texts = tokenize_captions(tokenizer, bank.captions)
+    steps, losses = recipe.steps, []
     encoder.train()
-    for step, rows in zip(range(steps), bank.hard_batches(recipe.batch, rng), strict=False):
+    for step, rows in zip(range(steps), bank.draw_hard_batches(recipe.batch, rng), strict=False):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * cosine(step, steps, recipe.warmup)
-        features = encode_patches(
-            encoder, bank, rows, recipe.kept if step < steps * (1 - recipe.whole) else None, rng
-        )
-        loss = contrastive_loss(head.logits(features, texts[rows]), bank.kinds[rows])
+                group["lr"] = group["peak"] * compute_cosine_rate(step, steps, recipe.warmup)
+        kept = recipe.kept if step < steps * (1 - recipe.whole) else None
+        features = encode_patches(encoder, bank, rows, kept, rng)
+        logits = head.compute_logits(features, texts[rows])
+        loss = compute_contrastive_loss(logits, bank.caption_ids[rows])
         encoder.zero_grad()
         head.zero_grad()
         loss.backward()
@@ -214,19 +283,14 @@ def pretrain_clip(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
-        if tell is not None:
-            tell(step + 1, losses[-1])
+        if on_step is not None:
+            on_step(step + 1, losses[-1])
     encoder.requires_grad_(False)
     return head, losses
 
 
-def steps_of(recipe: ClipRecipe) -> int:
-    """Optimizer steps of the recipe."""
-    return recipe.images // recipe.batch
-
-
-def _optimizers(
-    encoder: Encoder, head: nn.Module, recipe: ClipRecipe
+def _make_optimizers(
+    encoder: Encoder, head: nn.Module, recipe: ClipPretraining
 ) -> list[torch.optim.Optimizer]:
     matrices = [
         p for name, p in encoder.named_parameters() if name.startswith("blocks.") and p.ndim == 2
@@ -246,7 +310,7 @@ def _optimizers(
 
 
 @torch.inference_mode()
-def top1(
+def measure_top1(
     encoder: Encoder,
     head: ContrastiveHead,
     tokenizer: PreTrainedTokenizerFast,
@@ -255,36 +319,55 @@ def top1(
     batches: int = 4,
     seed: int = 7,
 ) -> float:
-    """Share of images whose own caption scores highest within a hard batch of 64, every patch kept."""
+    """Share of images whose own caption scores highest within a hard batch, with every patch kept.
+
+    Args:
+        encoder: the encoder.
+        head: the head it was trained with.
+        tokenizer: tokenizer of the captions.
+        bank: the images.
+        batches: number of batches.
+        seed: seed of their draw.
+    """
     rng = np.random.default_rng(seed)
-    texts = caption_ids(tokenizer, bank.captions)
+    texts = tokenize_captions(tokenizer, bank.captions)
     head.eval()
     encoder.eval()
     right = total = 0
-    for rows, _ in zip(bank.hard_batches(64, rng), range(batches), strict=False):
-        best = head.logits(encode_patches(encoder, bank, rows, None, rng), texts[rows]).argmax(
-            dim=1
-        )
-        right += int((bank.kinds[rows][best] == bank.kinds[rows]).sum())
+    for rows, _ in zip(bank.draw_hard_batches(TEST_BATCH, rng), range(batches), strict=False):
+        logits = head.compute_logits(encode_patches(encoder, bank, rows, None, rng), texts[rows])
+        found, wanted = bank.caption_ids[rows][logits.argmax(dim=1)], bank.caption_ids[rows]
+        right += int((found == wanted).sum())
         total += len(rows)
     return right / total
 
 
 @torch.inference_mode()
-def zero_shot(
+def measure_zero_shot(
     encoder: Encoder, head: ContrastiveHead, tokenizer: PreTrainedTokenizerFast, bank: ImageBank
 ) -> float:
-    """Share of images whose own caption scores highest among all captions of the modality, held-out ones included."""
-    every = [
-        world.make_caption(MODALITY, world.to_attributes(MODALITY, c)) for c in world.list_combinations(MODALITY)
+    """Share of images whose own caption scores highest among all captions of the modality.
+
+    The captions include the held-out ones.
+
+    Args:
+        encoder: the encoder.
+        head: the head it was trained with.
+        tokenizer: tokenizer of the captions.
+        bank: the images.
+    """
+    captions = [
+        world.make_caption(MODALITY, world.to_attributes(MODALITY, combination))
+        for combination in world.list_combinations(MODALITY)
     ]
-    texts = caption_ids(tokenizer, every)
+    texts = tokenize_captions(tokenizer, captions)
     rng = np.random.default_rng(0)
     head.eval()
     encoder.eval()
     right = 0
-    for start in range(0, len(bank.captions), 64):
-        rows = np.arange(start, min(start + 64, len(bank.captions)))
-        best = head.logits(encode_patches(encoder, bank, rows, None, rng), texts).argmax(dim=1)
-        right += sum(every[b] == bank.captions[i] for b, i in zip(best.tolist(), rows, strict=True))
+    for start in range(0, len(bank.captions), TEST_BATCH):
+        rows = np.arange(start, min(start + TEST_BATCH, len(bank.captions)))
+        features = encode_patches(encoder, bank, rows, None, rng)
+        best = head.compute_logits(features, texts).argmax(dim=1).tolist()
+        right += sum(captions[b] == bank.captions[i] for b, i in zip(best, rows, strict=True))
     return right / len(bank.captions)

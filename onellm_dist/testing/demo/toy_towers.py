@@ -1,7 +1,7 @@
-"""Pretrains the stand-in towers and puts them into a OneLLM directory, which the recipes take as `model.path`.
+"""Pretrains the toy towers and assembles a OneLLM directory, which recipes take as `model.path`.
 
-python -m onellm_dist.testing.demo.toy_towers clip OUT.pt [key=value ...]      keys of ClipRecipe
-python -m onellm_dist.testing.demo.toy_towers llm OUT.pt [key=value ...]       keys of LLMRecipe
+python -m onellm_dist.testing.demo.toy_towers clip OUT.pt [key=value ...]   keys of ClipPretraining
+python -m onellm_dist.testing.demo.toy_towers llm OUT.pt [key=value ...]    keys of LLMPretraining
 python -m onellm_dist.testing.demo.toy_towers assemble CLIP.pt LLM.pt OUT
 """
 
@@ -18,99 +18,120 @@ import torch
 import yaml
 from transformers import LlamaForCausalLM
 
-from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.model.presets import load_model
 from onellm_dist.testing.demo.toy_clip import (
-    ClipRecipe,
+    ClipPretraining,
     ImageBank,
+    measure_top1,
+    measure_zero_shot,
     pretrain_clip,
-    steps_of,
-    top1,
-    zero_shot,
 )
-from onellm_dist.testing.demo.toy_llm import LLMRecipe, composition_score, pretrain_llm
+from onellm_dist.testing.demo.toy_llm import LLMPretraining, pretrain_llm, score_composition
 
 PRESET = "toy"
 LEAST_TOP1 = 0.95
-"""With a weak CLIP (0.75) align never learned shapes; with this it did."""
+"""With a weak CLIP (0.75) align never learned shapes; with this one it did."""
 LEAST_COMPOSITION = 0.9
 
-Recipe = TypeVar("Recipe", ClipRecipe, LLMRecipe)
+Pretraining = TypeVar("Pretraining", ClipPretraining, LLMPretraining)
 
 
-def make_clip(out: Path, recipe: ClipRecipe) -> dict[str, Any]:
-    """Pretrain the encoder; writes its state dict to `out` and what was reached to `out` with the suffix .json.
+def make_clip(out: Path, recipe: ClipPretraining) -> dict[str, Any]:
+    """Pretrain the encoder.
+
+    Args:
+        out: file for its state dict; the results are written beside it with the suffix .json.
+        recipe: how it is pretrained.
+
+    Returns:
+        The results.
 
     Raises:
-        OneLLMError: it does not tell hard batches apart: align would not learn from it.
+        OneLLMError: it does not tell the images of hard batches apart, so align would not learn.
     """
     model, processor = load_model(path=None, preset=PRESET, seed=recipe.seed)
-    with progress(recipe.bank, "Stand-in CLIP: rendering", unit="images") as bar:
+    with progress(recipe.bank, "Toy CLIP: rendering", unit="images") as bar:
         bank = ImageBank("pretrain", recipe.bank, recipe.seed, lambda done: bar.advance())
-    losses: list[float] = []
-    with progress(steps_of(recipe), "Stand-in CLIP", unit="steps") as bar:
+    with progress(recipe.steps, "Toy CLIP", unit="steps") as bar:
 
-        def tell(step: int, loss: float) -> None:
-            losses.append(loss)
+        def show(step: int, loss: float) -> None:
             bar.note(f"loss {loss:.3f}")
             bar.advance()
 
-        head, _ = pretrain_clip(model.encoder, processor.tokenizer, recipe, bank, tell)
+        head, losses = pretrain_clip(model.encoder, processor.tokenizer, recipe, bank, show)
     fresh = ImageBank("pretrain", 1000, recipe.seed + 1)
     held_out = ImageBank("test_held_out", 240, recipe.seed + 1)
-    told_apart = top1(model.encoder, head, processor.tokenizer, fresh)
-    reached = {
-        "images": steps_of(recipe) * recipe.batch,
-        "top1_hard_batches": told_apart,
-        "zero_shot_held_out": zero_shot(model.encoder, head, processor.tokenizer, held_out),
+    top1 = measure_top1(model.encoder, head, processor.tokenizer, fresh)
+    results = {
+        "images": recipe.steps * recipe.batch,
+        "top1_hard_batches": top1,
+        "zero_shot_held_out": measure_zero_shot(model.encoder, head, processor.tokenizer, held_out),
         "loss": losses,
     }
-    _write(out, model.encoder.state_dict(), reached)
-    if told_apart < LEAST_TOP1:
+    _write_tower(out, model.encoder.state_dict(), results)
+    if top1 < LEAST_TOP1:
         raise OneLLMError(
-            f"the stand-in CLIP reached a top-1 of {told_apart:.2f} on hard batches, less than {LEAST_TOP1}",
+            f"the toy CLIP reached a top-1 of {top1:.2f} on hard batches; {LEAST_TOP1} is needed",
             "align learns no shapes from a weak encoder.",
-            "give it more images (images=...).",
+            "pretrain it on more images (images=...).",
         )
-    return reached
+    return results
 
 
-def make_llm(out: Path, recipe: LLMRecipe) -> dict[str, Any]:
-    """Pretrain the LLM; writes its state dict to `out` and what was reached to `out` with the suffix .json.
+def make_llm(out: Path, recipe: LLMPretraining) -> dict[str, Any]:
+    """Pretrain the LLM.
+
+    Args:
+        out: file for its state dict; the results are written beside it with the suffix .json.
+        recipe: how it is pretrained.
+
+    Returns:
+        The results.
 
     Raises:
-        OneLLMError: it does not write captions from attribute words: modality tokens could not steer it.
+        OneLLMError: it does not write captions from attribute words, so modality tokens could not
+            steer it.
     """
     model, processor = load_model(path=None, preset=PRESET, seed=recipe.seed)
     text_config: Any = model.config.text_config
     llm: Any = LlamaForCausalLM(text_config)
     llm.load_state_dict(model.llm.state_dict())
-    with progress(recipe.steps, "Stand-in LLM", unit="steps") as bar:
+    with progress(recipe.steps, "Toy LLM", unit="steps") as bar:
 
-        def tell(step: int, loss: float) -> None:
+        def show(step: int, loss: float) -> None:
             bar.note(f"loss {loss:.3f}")
             bar.advance()
 
-        losses = pretrain_llm(llm, processor.tokenizer, recipe, tell)
-    composed = composition_score(llm, processor.tokenizer)
-    reached = {
+        losses = pretrain_llm(llm, processor.tokenizer, recipe, show)
+    composition = score_composition(llm, processor.tokenizer)
+    results = {
         "documents": recipe.steps * recipe.batch,
-        "held_out_from_words": composed,
+        "held_out_from_words": composition,
         "loss": losses,
     }
-    _write(out, llm.state_dict(), reached)
-    if composed < LEAST_COMPOSITION:
+    _write_tower(out, llm.state_dict(), results)
+    if composition < LEAST_COMPOSITION:
         raise OneLLMError(
-            f"the stand-in LLM writes {composed:.2f} of the held-out captions from their words, less than {LEAST_COMPOSITION}",
+            f"the toy LLM writes {composition:.2f} of the held-out captions from their words; "
+            f"{LEAST_COMPOSITION} is needed",
             "modality tokens could not steer it.",
-            "give it more steps (steps=...).",
+            "pretrain it for more steps (steps=...).",
         )
-    return reached
+    return results
 
 
 def assemble(clip: Path, llm: Path, out: Path) -> None:
-    """A OneLLM directory of the toy preset with these towers; everything between them is random (seed 0)."""
+    """Write a OneLLM directory of the toy preset with these towers.
+
+    Everything between the towers is random (seed 0).
+
+    Args:
+        clip: state dict of the encoder.
+        llm: state dict of the LLM.
+        out: the directory.
+    """
     model, processor = load_model(path=None, preset=PRESET, seed=0)
     model.encoder.load_state_dict(torch.load(clip, weights_only=True))
     model.llm.load_state_dict(torch.load(llm, weights_only=True))
@@ -118,40 +139,45 @@ def assemble(clip: Path, llm: Path, out: Path) -> None:
     processor.save_pretrained(out)
 
 
-def reached_by(weights: Path) -> dict[str, Any]:
-    """What `make_clip` or `make_llm` wrote beside its weights."""
-    return dict(json.loads(weights.with_suffix(".json").read_text(encoding="utf-8")))
-
-
-def _write(out: Path, state: dict[str, torch.Tensor], reached: dict[str, Any]) -> None:
+def _write_tower(out: Path, state: dict[str, torch.Tensor], results: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, out)
-    out.with_suffix(".json").write_text(json.dumps(reached), encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(results), encoding="utf-8")
 
 
-def _recipe(default: Recipe, overrides: Sequence[str]) -> Recipe:
-    known = {f.name for f in dataclasses.fields(default)}
+def override(default: Pretraining, overrides: Sequence[str]) -> Pretraining:
+    """Change fields by key=value, with values in YAML.
+
+    Args:
+        default: the defaults.
+        overrides: key=value.
+
+    Raises:
+        UsageError: there is no field of that name.
+    """
+    fields = {field.name for field in dataclasses.fields(default)}
     values = {}
     for item in overrides:
         key, _, text = item.partition("=")
-        if key not in known:
+        if key not in fields:
             raise UsageError(
                 f"unknown key {key!r}",
                 "nothing was started.",
-                f"use any of: {', '.join(sorted(known))}.",
+                f"use any of: {', '.join(sorted(fields))}.",
             )
         values[key] = yaml.safe_load(text)
     return dataclasses.replace(default, **values)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; see the module's first lines."""
+    """Run the command line that the module's docstring describes."""
     try:
         match arguments:
             case ["clip", out, *overrides]:
-                print(_short(make_clip(Path(out), _recipe(ClipRecipe(), overrides))))
+                recipe = override(ClipPretraining(), overrides)
+                print(_format_results(make_clip(Path(out), recipe)))
             case ["llm", out, *overrides]:
-                print(_short(make_llm(Path(out), _recipe(LLMRecipe(), overrides))))
+                print(_format_results(make_llm(Path(out), override(LLMPretraining(), overrides))))
             case ["assemble", clip, llm, out]:
                 assemble(Path(clip), Path(llm), Path(out))
             case _:
@@ -163,12 +189,12 @@ def main(arguments: Sequence[str]) -> int:
     except OneLLMError as error:
         print(f"onellm: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return EXIT_DONE
 
 
-def _short(reached: dict[str, Any]) -> str:
+def _format_results(results: dict[str, Any]) -> str:
     return ", ".join(
-        f"{key} {value:.3g}" for key, value in reached.items() if not isinstance(value, list)
+        f"{key} {value:.3g}" for key, value in results.items() if not isinstance(value, list)
     )
 
 

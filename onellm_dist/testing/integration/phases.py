@@ -19,6 +19,7 @@ from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.testing.integration.fetch import PackageCache
 from onellm_dist.testing.integration.integration_run import IntegrationRun
 from onellm_dist.testing.integration.media import QUESTIONS, collect_media
+from onellm_dist.testing.jsonl import read_json_lines
 
 SEED = 0
 GLOBAL_BATCH = 8
@@ -137,9 +138,7 @@ def train(run: IntegrationRun, stage: str) -> None:
     command = [launcher, "--num_accelerators", str(run.ranks)]
     command += ["--master_port", str(find_free_port()), "--module", "onellm_dist.train"]
     run.run_command(stage, [*command, f"real/{stage}", *overrides], ranks=run.ranks, show=True)
-    metrics = run.out / stage / run_files.METRICS
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    run.facts[stage] = [json.loads(line) for line in lines]
+    run.facts[stage] = read_json_lines(run.out / stage / run_files.METRICS)
 
 
 def generate_answers(run: IntegrationRun) -> None:

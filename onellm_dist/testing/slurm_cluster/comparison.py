@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.run_files import METRICS
+from onellm_dist.testing.jsonl import read_json_lines
 
 LOSS_TOLERANCE = 1e-4
 """Largest absolute difference between the losses of a step.
@@ -35,11 +35,7 @@ class RunComparison:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of `metrics.jsonl`, without one that is just being written."""
-    try:
-        text = (run_dir / METRICS).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.split("\n")[:-1] if line]
+    return read_json_lines(run_dir / METRICS)
 
 
 def compare_runs(run_dir: Path, undisturbed: Path) -> RunComparison:

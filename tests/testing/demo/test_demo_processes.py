@@ -1,4 +1,4 @@
-"""Lanes of child processes: order, progress read from output, failure, and a kill that leaves nothing behind."""
+"""Lanes of child processes: order, progress, failure, and a kill that leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import psutil
 import pytest
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.testing.demo.journal import claim
-from onellm_dist.testing.demo.processes import Job, kill_tree, run_lanes
-from onellm_dist.testing.demo.timetable import Stage, Timetable, measure_speed
+from onellm_dist.testing.demo.journal import open_journal
+from onellm_dist.testing.demo.processes import DemoProcess, kill_tree, run_lanes
+from onellm_dist.testing.demo.timetable import DemoStage, Timetable, measure_slowdown
 
 
-def python(tmp_path: Path, name: str, code: str, **options: float) -> Job:
-    return Job(
+def make_process(tmp_path: Path, name: str, code: str, **options: float) -> DemoProcess:
+    return DemoProcess(
         name,
         [sys.executable, "-u", "-c", code],
         tmp_path / f"{name}.log",
@@ -26,11 +26,13 @@ def python(tmp_path: Path, name: str, code: str, **options: float) -> Job:
     )
 
 
-def test_lanes_run_side_by_side_and_jobs_of_a_lane_in_order(tmp_path: Path) -> None:
-    mark = "import time, pathlib; pathlib.Path(r'{}').write_text(str(time.monotonic())); time.sleep({})"
+def test_lanes_run_side_by_side_and_processes_of_a_lane_in_order(tmp_path: Path) -> None:
+    mark = (
+        "import time, pathlib; pathlib.Path(r'{}').write_text(str(time.monotonic()));time.sleep({})"
+    )
     files = [tmp_path / n for n in ("a", "b", "c")]
     a, b, c = (
-        python(tmp_path, f.name, mark.format(f, s))
+        make_process(tmp_path, f.name, mark.format(f, s))
         for f, s in zip(files, (0.4, 0.0, 0.0), strict=True)
     )
     seen: set[tuple[str, ...]] = set()
@@ -41,21 +43,21 @@ def test_lanes_run_side_by_side_and_jobs_of_a_lane_in_order(tmp_path: Path) -> N
 
 
 def test_progress_is_the_last_count_of_this_start(tmp_path: Path) -> None:
-    job = python(tmp_path, "count", "print('step 30/40'); import time; time.sleep(30)")
+    job = make_process(tmp_path, "count", "print('step 30/40'); import time; time.sleep(30)")
     job.log.write_text("step 40/40\n")
     job.start()
     assert job.process is not None
     deadline = time.monotonic() + 20
-    while job.progress() != 0.75:
+    while job.read_progress() != 0.75:
         assert time.monotonic() < deadline
-        assert job.progress() in (0.0, 0.75)
+        assert job.read_progress() in (0.0, 0.75)
         time.sleep(0.05)
     assert kill_tree(job.process.pid) == 1
 
 
-def test_a_failure_says_what_the_job_said_and_stops_the_others(tmp_path: Path) -> None:
-    bad = python(tmp_path, "bad", "print('the disk is full'); raise SystemExit(3)")
-    long = python(tmp_path, "long", "import time; time.sleep(60)")
+def test_a_failure_shows_the_output_and_stops_the_others(tmp_path: Path) -> None:
+    bad = make_process(tmp_path, "bad", "print('the disk is full'); raise SystemExit(3)")
+    long = make_process(tmp_path, "long", "import time; time.sleep(60)")
     started = time.monotonic()
     with pytest.raises(OneLLMError, match=r"bad failed \(exit code 3\)[\s\S]*the disk is full"):
         run_lanes([[bad], [long]], lambda running: None)
@@ -65,14 +67,17 @@ def test_a_failure_says_what_the_job_said_and_stops_the_others(tmp_path: Path) -
     assert time.monotonic() - started < 50
 
 
-def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
-    start = "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'], start_new_session=True); "
+def test_the_kill_includes_grandchildren(tmp_path: Path) -> None:
+    start = (
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'],"
+        " start_new_session=True); "
+    )
     grandchild = f"import subprocess, sys, time; {start}"
     code = (
         grandchild
         + "print(p.pid); [(print(f'step {i}/100'), time.sleep(0.05)) for i in range(100)]"
     )
-    job = python(tmp_path, "family", code, kill_at=0.1)
+    job = make_process(tmp_path, "family", code, kill_at=0.1)
     run_lanes([[job]], lambda running: None)
     assert job.killed
     text = job.log.read_text()
@@ -84,33 +89,39 @@ def test_the_kill_takes_grandchildren_along(tmp_path: Path) -> None:
 def test_the_time_left_follows_what_was_measured(tmp_path: Path) -> None:
     out = io.StringIO()
     table = Timetable(
-        [Stage("a", 100.0), Stage("b", 50.0), Stage("c", 50.0)], claim(tmp_path, full=False), out
+        [DemoStage("a", 100.0), DemoStage("b", 50.0), DemoStage("c", 50.0)],
+        open_journal(tmp_path, full=False),
+        out,
     )
-    table.start()
-    assert table.left(0.0, 0.0) == (100.0, 200.0)
-    here, everything = table.left(
+    table.start_stage()
+    assert table.estimate_left(0.0, 0.0) == (100.0, 200.0)
+    here, everything = table.estimate_left(
         0.5, 100.0
     )  # twice as slow as predicted: 50 by the plan, 100 by the rate
     assert here == pytest.approx(75.0) and everything == pytest.approx(175.0)
-    table.end()
+    table.finish_stage()
     table.stages[0].taken = 200.0
-    table.start()
-    assert table.left(0.0, 0.0) == (100.0, 200.0)  # the rest is stretched by two
+    table.start_stage()
+    assert table.estimate_left(0.0, 0.0) == (100.0, 200.0)  # the rest is stretched by two
     assert "[1/3] a" in out.getvalue() and "[2/3] b" in out.getvalue()
 
 
-def test_a_demo_that_was_ended_goes_on_with_the_stage_it_was_in(tmp_path: Path) -> None:
+def test_an_interrupted_demo_resumes_with_its_unfinished_stage(tmp_path: Path) -> None:
     out = io.StringIO()
-    first = Timetable([Stage("a", 100.0), Stage("b", 50.0)], claim(tmp_path, full=True), out)
-    assert first.start()
-    first.end()
-    assert first.start()  # and here it is ended
-    again = Timetable([Stage("a", 100.0), Stage("b", 50.0)], claim(tmp_path, full=True), out)
+    first = Timetable(
+        [DemoStage("a", 100.0), DemoStage("b", 50.0)], open_journal(tmp_path, full=True), out
+    )
+    assert first.start_stage()
+    first.finish_stage()
+    assert first.start_stage()  # and here it is interrupted
+    again = Timetable(
+        [DemoStage("a", 100.0), DemoStage("b", 50.0)], open_journal(tmp_path, full=True), out
+    )
     again.show()
-    assert not again.start() and again.start()
+    assert not again.start_stage() and again.start_stage()
     assert again.taken == first.taken
     assert re.search(r"a +done\n +b +about 50 s\n +all +about 50 s", out.getvalue())
 
 
-def test_speed_is_a_positive_ratio() -> None:
-    assert 0.05 < measure_speed() < 200
+def test_the_slowdown_is_a_positive_ratio() -> None:
+    assert 0.05 < measure_slowdown() < 200

@@ -1,4 +1,4 @@
-"""The demo's commands are ones that the package takes, its sizes keep the promises of the toy world, its verdict is honest."""
+"""The demo's commands are valid, its sizes keep the toy world's promises, its result is honest."""
 
 from __future__ import annotations
 
@@ -7,39 +7,42 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.common.logging import configure_logging
 from onellm_dist.config.load import load_config
 from onellm_dist.evaluation.report import Caption, summarize_captions
 from onellm_dist.shards.sources.toyworld import world
-from onellm_dist.testing.demo.journal import claim
-from onellm_dist.testing.demo.run import RUNS, STEPS, Demo, _stages, _training_command, _verdict
-from onellm_dist.testing.demo.scale import FULL, QUICK, Scale
-from onellm_dist.testing.demo.toy_clip import ClipRecipe
-from onellm_dist.testing.demo.toy_llm import LLMRecipe
-from onellm_dist.testing.demo.toy_towers import _recipe
+from onellm_dist.testing.demo.journal import open_journal
+from onellm_dist.testing.demo.layout import RUNS, Demo
+from onellm_dist.testing.demo.run import get_exit_code, make_stages
+from onellm_dist.testing.demo.scale import FULL, QUICK, DemoScale
+from onellm_dist.testing.demo.stages import STEP_COUNT, make_training_command
+from onellm_dist.testing.demo.toy_clip import ClipPretraining
+from onellm_dist.testing.demo.toy_llm import LLMPretraining
+from onellm_dist.testing.demo.toy_towers import override
 
 MINUTES = 25
 
 
 @pytest.mark.parametrize("scale", [QUICK, FULL], ids=["quick", "full"])
-def test_every_stage_is_a_recipe_that_is_accepted(scale: Scale, tmp_path: Path) -> None:
+def test_every_stage_is_a_recipe_that_is_accepted(scale: DemoScale, tmp_path: Path) -> None:
     demo = Demo(tmp_path, scale, ranks=2)
     sources = []
-    for name, training in zip(RUNS, scale.stages, strict=True):
-        command = _training_command(demo, name, training)
+    for name, run in zip(RUNS, scale.runs, strict=True):
+        command = make_training_command(demo, name, run)
         assert command[1:3] == ["--num_accelerators", "2"] and command[5:7] == [
             "--module",
             "onellm_dist.train",
         ]
         config = load_config(Path(command[7]), command[8:])
-        assert config.train.steps == training.steps and config.run.dir == demo.run_dir(name)
+        assert config.train.steps == run.steps and config.run.dir == demo.run_dir(name)
         assert config.train.stage == ("tune" if name == "tune" else "align")
         assert config.checkpoint.every <= config.train.steps // 2
         sources.append(config.model.path)
         assert {str(entry.path) for entry in config.data.mixture} <= set(world.MODALITIES)
     assert sources == [
         demo.towers,
-        demo.run_dir("align_image") / "model",
-        demo.run_dir("align_all") / "model",
+        demo.model("align_image"),
+        demo.model("align_all"),
     ]
     assert set(load_config(Path("toy/align_all")).model.init_from_image) == set(
         world.MODALITIES
@@ -47,46 +50,54 @@ def test_every_stage_is_a_recipe_that_is_accepted(scale: Scale, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("scale", [QUICK, FULL], ids=["quick", "full"])
-def test_sizes_keep_the_promises(scale: Scale) -> None:
+def test_sizes_keep_the_promises(scale: DemoScale) -> None:
     assert scale.test >= 100 and set(scale.train) == set(world.MODALITIES)
-    _recipe(ClipRecipe(), scale.clip)
-    _recipe(LLMRecipe(), scale.llm)
+    override(ClipPretraining(), scale.clip)
+    override(LLMPretraining(), scale.llm)
 
 
 def test_the_quick_demo_is_predicted_to_end_in_time(tmp_path: Path) -> None:
     assert (
-        sum(stage.predicted for stage in _stages(Demo(tmp_path, QUICK, 2), slow=1.0)) < MINUTES * 60
+        sum(stage.predicted for stage in make_stages(Demo(tmp_path, QUICK, 2), slowdown=1.0))
+        < MINUTES * 60
     )
 
 
 def test_progress_of_training_is_not_taken_from_other_counts() -> None:
     import re
 
-    said = "Measuring text lengths: 4000/4000 (100%) sample\nLoading weights: 256/256\nstep 10/160  loss 0.6 (image 0.6)\n"
-    assert re.findall(STEPS, said) == [("10", "160")]
+    output = (
+        "Counting tokens: 4000/4000 (100%) sample\nLoading weights: 256/256\n"
+        "step 10/160  loss 0.6 (image 0.6)\n"
+    )
+    assert re.findall(STEP_COUNT, output) == [("10", "160")]
 
 
-def test_only_a_demo_of_the_same_size_is_taken_up_again(tmp_path: Path) -> None:
+def test_only_a_demo_of_the_same_size_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
-        claim(tmp_path, full=False)
-    begun = claim(tmp_path / "new", full=False)
+        open_journal(tmp_path, full=False)
+    begun = open_journal(tmp_path / "new", full=False)
     begun.killed = True
-    begun.ended("towers", 12.5)
-    assert claim(tmp_path / "new", full=False) == begun
+    begun.record_stage("towers", 12.5)
+    assert open_journal(tmp_path / "new", full=False) == begun
     with pytest.raises(UsageError, match="holds the quick demo"):
-        claim(tmp_path / "new", full=True)
+        open_journal(tmp_path / "new", full=True)
     (tmp_path / "new" / "demo.json").write_text('{"full"')
     with pytest.raises(UsageError, match="not a demo's record"):
-        claim(tmp_path / "new", full=False)
+        open_journal(tmp_path / "new", full=False)
 
 
-def test_the_verdict_fails_a_model_that_does_not_read_its_input(
+def test_a_model_that_does_not_read_its_input_fails(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    every = [world.make_caption("imu", world.to_attributes("imu", c)) for c in world.list_combinations("imu")]
+    configure_logging()
+    every = [
+        world.make_caption("imu", world.to_attributes("imu", c))
+        for c in world.list_combinations("imu")
+    ]
     right = [Caption(str(i), "imu", "test_seen", text, text) for i, text in enumerate(every * 2)]
     parrot = [Caption(c.key, "imu", "test_held_out", c.reference, every[0]) for c in right]
-    assert _verdict(summarize_captions(right, {"imu": every})) == EXIT_DONE
-    assert _verdict(summarize_captions([*right, *parrot], {"imu": every})) == EXIT_FAILED
+    assert get_exit_code(summarize_captions(right, {"imu": every})) == EXIT_DONE
+    assert get_exit_code(summarize_captions([*right, *parrot], {"imu": every})) == EXIT_FAILED
     assert "imu (test_held_out)" in capsys.readouterr().err

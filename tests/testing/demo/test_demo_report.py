@@ -1,4 +1,4 @@
-"""The report is one well-formed page with its pictures inside, and the table says what the captions say."""
+"""The report is one well-formed page with its pictures inside, and the table is right."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from PIL import Image
 
 from onellm_dist.common.html.charts import line_chart, router_chart, smooth, thin
 from onellm_dist.evaluation.report import Caption, format_table, summarize_captions, to_json_rows
-from onellm_dist.testing.demo.report import Curve, Report, Sample, write_report
+from onellm_dist.testing.demo.report import Curve, DemoReport, ShownSample, write_report
 
 VOID = {"meta", "img", "br", "link", "input"}
 
 
 class Checker(HTMLParser):
-    """Fails on a tag that closes another one; gathers what a page loads."""
+    """Fails on a tag that closes another one; collects what a page loads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
-def captions() -> list[Caption]:
+def make_captions() -> list[Caption]:
     colours, shapes = ["red", "green", "blue"], ["circle", "square", "star"]
     made = []
     for split, right in (("test_seen", 1.0), ("test_held_out", 0.0)):
@@ -63,8 +63,8 @@ CANDIDATES = {
 }
 
 
-def test_table_tells_a_reader_from_a_parrot() -> None:
-    (image,) = summarize_captions(captions(), CANDIDATES)
+def test_table_distinguishes_a_reader_from_a_parrot() -> None:
+    (image,) = summarize_captions(make_captions(), CANDIDATES)
     seen, held_out = image.splits["test_seen"], image.splits["test_held_out"]
     assert (seen.own.exact_match.mean, seen.beats_control) == (1.0, True)
     assert (held_out.own.exact_match.mean, held_out.beats_control) == (0.0, False)
@@ -75,18 +75,18 @@ def test_table_tells_a_reader_from_a_parrot() -> None:
     assert [row["beats_control"] for row in to_json_rows([image])] == [True, False]
 
 
-def test_report_is_one_whole_page(tmp_path: Path) -> None:
-    results = summarize_captions(captions(), CANDIDATES)
+def test_report_is_one_complete_page(tmp_path: Path) -> None:
+    results = summarize_captions(make_captions(), CANDIDATES)
     picture = Image.new("RGB", (960, 300), (200, 30, 40))
     router = {"image": [[0.2, 0.3, 0.5]] * 30, "audio": [[0.4, 0.4, 0.2]] * 30}
     falling = [(float(i), 3 - i / 100) for i in range(200)]
-    report = Report(
+    report = DemoReport(
         title="toy <world>",
         facts={"samples": "12 & more"},
         results=results,
         curves=[Curve("align image", falling, {"image": falling}, {50: "killed"})],
         routers={"after align": router},
-        samples=[Sample("image", picture, "a red star", "a red star", "test_held_out")],
+        samples=[ShownSample("image", picture, "a red star", "a red star", "test_held_out")],
         timetable=[("shards", 60, 58.2)],
     )
     path = tmp_path / "report.html"

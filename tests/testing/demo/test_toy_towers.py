@@ -1,4 +1,4 @@
-"""The stand-in CLIP: patches are the encoder's own, the loss knows duplicates, a short pretraining learns; towers assemble."""
+"""The toy CLIP: its patches are the encoder's, its loss knows duplicates, and it learns."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.shards.sources.toyworld import world
 from onellm_dist.shards.sources.toyworld.render import render_sample
 from onellm_dist.testing.demo.toy_clip import (
-    ClipRecipe,
+    ClipPretraining,
     ContrastiveHead,
     ImageBank,
-    contrastive_loss,
+    compute_contrastive_loss,
     encode_patches,
+    make_sincos_positions,
+    measure_top1,
     prepare_encoder,
     pretrain_clip,
-    sincos_positions,
-    top1,
 )
 from onellm_dist.testing.demo.toy_towers import assemble
 
@@ -35,7 +35,7 @@ def bank() -> ImageBank:
 
 
 def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
-    """Pretraining sees exactly what align will see: the encoder's forward over the modality's evaluation transform."""
+    """Pretraining sees exactly what align sees: the encoder over the modality's transform."""
     model, _ = load_model(path=None, preset="toy", seed=1)
     modality = get_modality("image")
     values = []
@@ -50,7 +50,7 @@ def test_patches_and_positions_are_the_encoders_own(bank: ImageBank) -> None:
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
 
 
-def test_kept_patches_hold_everything_that_shows_something(bank: ImageBank) -> None:
+def test_kept_patches_include_everything_that_shows_something(bank: ImageBank) -> None:
     assert int(bank.busy.sum(axis=1).min()) >= 3
     model, _ = load_model(path=None, preset="toy", seed=1)
     busy = int(bank.busy[7].sum())
@@ -63,29 +63,34 @@ def test_kept_patches_hold_everything_that_shows_something(bank: ImageBank) -> N
 
 
 def test_half_of_a_hard_batch_shares_colour_and_size(bank: ImageBank) -> None:
-    rows = next(bank.hard_batches(8, np.random.default_rng(0)))
+    rows = next(bank.draw_hard_batches(8, np.random.default_rng(0)))
     assert len(rows) == 8
-    said = [world.parse_caption("image", bank.captions[i]) for i in rows[:4]]
-    assert len({(s["color"], s["size"]) for s in said}) == 1
+    captions = [world.parse_caption("image", bank.captions[i]) for i in rows[:4]]
+    assert len({(s["color"], s["size"]) for s in captions}) == 1
 
 
 def test_bank_holds_no_held_out_combination(bank: ImageBank) -> None:
-    held = {world.make_caption("image", world.to_attributes("image", c)) for c in world.get_held_out("image")}
+    held = {
+        world.make_caption("image", world.to_attributes("image", c))
+        for c in world.get_held_out("image")
+    }
     assert not held & set(bank.captions)
 
 
 def test_contrastive_loss_counts_every_pair_of_one_caption_as_right() -> None:
     flat = torch.zeros(4, 4)
-    assert contrastive_loss(flat, torch.tensor([0, 1, 2, 3])).item() == pytest.approx(math.log(4))
-    kinds = torch.tensor([0, 0, 1, 2])
-    right = (kinds[:, None] == kinds[None]).float()
-    # Twins share the probability: the best that can be reached for them is log 2.
-    best = contrastive_loss(50 * right, kinds).item()
+    assert compute_contrastive_loss(flat, torch.tensor([0, 1, 2, 3])).item() == pytest.approx(
+        math.log(4)
+    )
+    caption_ids = torch.tensor([0, 0, 1, 2])
+    right = (caption_ids[:, None] == caption_ids[None]).float()
+    # Two equal captions share the probability: the best that they can reach is log 2.
+    best = compute_contrastive_loss(50 * right, caption_ids).item()
     assert best == pytest.approx(math.log(2) / 2, abs=1e-6)
 
 
 def test_positions_of_patches_differ_and_neighbours_are_alike() -> None:
-    positions = sincos_positions(96)
+    positions = make_sincos_positions(96)
     assert positions.shape == (257, 96) and float(positions[0].abs().sum()) == 0
     likeness = positions[1:] @ positions[1:].T
     here = 8 * 16 + 8
@@ -96,7 +101,7 @@ def test_positions_of_patches_differ_and_neighbours_are_alike() -> None:
     )
 
 
-def test_towers_come_back_out_of_the_assembled_model(tmp_path: Path) -> None:
+def test_the_assembled_model_has_the_towers(tmp_path: Path) -> None:
     model, _ = load_model(path=None, preset="toy", seed=11)
     prepare_encoder(model.encoder, torch.Generator().manual_seed(0))
     torch.save(model.encoder.state_dict(), tmp_path / "clip.pt")
@@ -114,14 +119,14 @@ def test_towers_come_back_out_of_the_assembled_model(tmp_path: Path) -> None:
 def test_a_short_pretraining_tells_images_apart(bank: ImageBank) -> None:
     model, processor = load_model(path=None, preset="toy", seed=0)
     untrained = ContrastiveHead(96, len(processor.tokenizer))
-    before = top1(model.encoder, untrained, processor.tokenizer, bank, batches=2)
+    before = measure_top1(model.encoder, untrained, processor.tokenizer, bank, batches=2)
     head, losses = pretrain_clip(
         model.encoder,
         processor.tokenizer,
-        ClipRecipe(images=2560, bank=250, whole=0.6, warmup=10),
+        ClipPretraining(images=2560, bank=250, whole=0.6, warmup=10),
         bank,
     )
-    after = top1(model.encoder, head, processor.tokenizer, bank, batches=2)
+    after = measure_top1(model.encoder, head, processor.tokenizer, bank, batches=2)
     assert losses[-1] < 0.8 * losses[0]
     assert before < 0.1 and after > before + 0.1, f"{before} {after} {losses}"
     assert not any(p.requires_grad for p in model.encoder.parameters())
