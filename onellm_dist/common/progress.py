@@ -1,14 +1,15 @@
-"""Progress for people: a bar with ETA on a terminal, plain lines elsewhere (log files, Slurm output, CI).
+"""Progress for people: a bar with an ETA on a terminal, plain lines elsewhere (log files, CI).
 
     for sample in progress(samples, "Checking media"):          # length from len(), or pass total=
         ...
 
     with progress(5000, "Building shards", unit="sample") as bar:   # a number: advance it yourself
         bar.advance()                # or bar.advance(16)
-        bar.note("3 quarantined")    # shown behind the figures until the next note
+        bar.note("3 quarantined")    # shown after the numbers until the next note
 
-`total=None` counts without an ETA. `enabled=False` is silent (ranks above 0, tests). Bars may be nested. Everything goes
-to stderr, so that a command's output stays clean. Plain lines come at most every `every` seconds, and once at the end.
+`total=None` counts without an ETA, and `enabled=False` is silent (for ranks other than 0, and for
+tests). Bars may be nested. Everything goes to stderr, so that a command's output stays clean.
+Plain lines appear at most every `every` seconds, and once at the end.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from rich.progress import Progress as RichProgress
 
 T = TypeVar("T")
 PLAIN_SECONDS = 10.0
+"""Seconds between plain lines."""
 
 
-def seconds_text(seconds: float) -> str:
-    """Seconds as people write them: `8 s`, `3 min 20 s`, `2 h 05 min`."""
+def format_seconds(seconds: float) -> str:
+    """Format a duration for people: `8 s`, `3 min 20 s`, `2 h 05 min`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -46,7 +48,10 @@ def seconds_text(seconds: float) -> str:
 
 
 class _Terminal:
-    """The one live display of the process; nested bars are further lines of it (rich allows one display at a time)."""
+    """The one live display of the process; nested bars are further lines of it.
+
+    (rich allows one live display at a time.)
+    """
 
     _lock = threading.Lock()
     _display: RichProgress | None = None
@@ -81,7 +86,10 @@ class _Terminal:
 
 
 class Progress(Generic[T]):
-    """One running task; made by `progress()`. A context manager, and iterable where it was given an iterable."""
+    """One running task, made by `progress()`.
+
+    It is a context manager, and can be iterated over if it was given an iterable.
+    """
 
     def __init__(
         self,
@@ -92,8 +100,14 @@ class Progress(Generic[T]):
         enabled: bool,
         every: float,
     ) -> None:
-        self.description, self.total, self.done = description, total, 0
-        self._items, self._unit, self._enabled, self._every = items, unit, enabled, every
+        self.description = description
+        self.total = total
+        self.done = 0
+        """Number of things done so far."""
+        self._items = items
+        self._unit = unit
+        self._enabled = enabled
+        self._every = every
         self._note = ""
         self._display: RichProgress | None = None
         self._task = TaskID(0)
@@ -115,12 +129,12 @@ class Progress(Generic[T]):
         trace: TracebackType | None,
     ) -> None:
         if self._display is not None:
-            # The finished line stays on the screen: rich prints the last state when the display stops.
+            # The finished line stays visible: rich prints the last state when the display stops.
             self._display.stop_task(self._task)
             self._display = None
             _Terminal.release()
         elif self._enabled:
-            self._line(ended="stopped" if kind else "done")
+            self._print_line(ended="stopped" if kind else "done")
 
     def __iter__(self) -> Iterator[T]:
         with self:
@@ -129,30 +143,32 @@ class Progress(Generic[T]):
                 self.advance()
 
     def advance(self, count: int = 1) -> None:
-        """`count` more are done."""
+        """Record that `count` more things are done."""
         self.done += count
         if self._display is not None:
             self._display.update(self._task, completed=self.done)
         elif self._enabled and time.monotonic() - self._last_line >= self._every:
-            self._line()
+            self._print_line()
 
     def note(self, text: str) -> None:
-        """A few words behind the figures, until the next note."""
+        """Show a few words after the numbers until the next note."""
         self._note = text
         if self._display is not None:
             self._display.update(self._task, note=text)
 
-    def _line(self, ended: str = "") -> None:
+    def _print_line(self, ended: str = "") -> None:
         now = time.monotonic()
-        elapsed, self._last_line = now - self._started, now
+        elapsed = now - self._started
+        self._last_line = now
         of = f"/{self.total} ({100 * self.done / self.total:.0f}%)" if self.total else ""
         words = [f"{self.description}: {self.done}{of} {self._unit}".rstrip()]
         if self.done and elapsed > 0:
             words.append(f"{self.done / elapsed:.3g}/s")
         if ended:
-            words.append(f"{ended} after {seconds_text(elapsed)}")
+            words.append(f"{ended} after {format_seconds(elapsed)}")
         elif self.total and self.done:
-            words.append(f"ETA {seconds_text(elapsed * (self.total - self.done) / self.done)}")
+            left = elapsed * (self.total - self.done) / self.done
+            words.append(f"ETA {format_seconds(left)}")
         print(", ".join([*words, self._note] if self._note else words), file=sys.stderr, flush=True)
 
 
@@ -185,15 +201,16 @@ def progress(
     enabled: bool = True,
     every: float = PLAIN_SECONDS,
 ) -> Progress[Any]:
-    """A progress display over `work`.
+    """Show progress over `work`.
 
     Args:
-        work: an iterable to go through, or the number of things to do (then use `with` and `advance`); None: unknown.
-        description: what is being done, e.g. "Building shards".
-        total: how many, where `work` is an iterable without a length.
-        unit: what is counted ("sample"), shown behind the number.
-        enabled: false is silent.
-        every: seconds between plain lines where stderr is no terminal.
+        work: an iterable to go through, or the number of things to do (then use `with` and
+            `advance`); None if the number is unknown.
+        description: what is being done, such as "Building shards".
+        total: number of things to do if `work` is an iterable without a length.
+        unit: what is counted ("sample"), shown after the number.
+        enabled: False shows nothing.
+        every: seconds between plain lines if stderr is not a terminal.
     """
     if work is None or isinstance(work, int):
         return Progress((), work if total is None else total, description, unit, enabled, every)

@@ -1,4 +1,7 @@
-"""Where the files that users read and edit lie: the checkout's top-level folders, or their copies in the wheel."""
+"""Folders that users read and edit, and the user's cache.
+
+The folders are those at the top of the checkout, or their copies in the wheel.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +11,32 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _folder(name: str) -> Path:
+def _find_folder(name: str) -> Path:
     installed = _PACKAGE / "_shipped" / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
 def recipes_dir() -> Path:
-    """`launch/recipes/`: a run each."""
-    return _folder("launch") / "recipes"
+    """Return `launch/recipes/`, with one file per run."""
+    return _find_folder("launch") / "recipes"
 
 
 def ds_configs_dir() -> Path:
-    """`ds_configs/`: the DeepSpeed JSON files."""
-    return _folder("ds_configs")
+    """Return `ds_configs/`, with the DeepSpeed JSON files."""
+    return _find_folder("ds_configs")
 
 
 def shard_recipes_dir() -> Path:
-    """`shards/`: one dataset recipe a dataset."""
-    return _folder("shards")
+    """Return `shards/`, with one recipe per dataset."""
+    return _find_folder("shards")
 
 
 def user_cache() -> Path:
-    """What may be made again: `$ONELLM_CACHE`, or `$XDG_CACHE_HOME/onellm_dist`, or `~/.cache/onellm_dist`."""
+    """Return the folder for what can be recomputed.
+
+    It is `$ONELLM_CACHE`, `$XDG_CACHE_HOME/onellm_dist` or `~/.cache/onellm_dist`.
+    """
     own = os.environ.get("ONELLM_CACHE")
-    return (
-        Path(own)
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"
-    )
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onellm_dist"

@@ -1,19 +1,27 @@
-"""Line charts, stacked bars and heat maps as inline SVG: no library, no network, light and dark screens."""
+"""Line charts, stacked bars and heat maps as inline SVG, for light and dark screens.
+
+They are drawn by hand because a report must work as one file, without a library, a script or a
+network.
+"""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#009988")
-"""Paul Tol's colour-blind safe colours; a modality keeps its colour through the whole page."""
+"""Paul Tol's colour-blind safe colours; a modality has the same colour on the whole page."""
 
+Point = tuple[float, float]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 14, 14, 34
+"""Margins of a line chart, in pixels."""
+_NOTHING = '<p class="none">nothing was recorded</p>'
 
 
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers that span [low, high], about `wanted` of them."""
+def choose_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Return about `wanted` round numbers that span [low, high]."""
     if high <= low:
         return [low]
     raw = (high - low) / wanted
@@ -23,8 +31,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """A round number as an axis shows it: 150000 -> 150k."""
+def format_short(value: float) -> str:
+    """Format a round number for an axis: 150000 becomes 150k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * size or (abs(value) >= size > 1e3):
             return f"{value / size:g}{letter}"
@@ -32,7 +40,7 @@ def short(value: float) -> str:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over `window` values (fewer at the start)."""
+    """Return the trailing mean over `window` values (fewer at the start)."""
     out, total = [], 0.0
     for i, value in enumerate(values):
         total += value
@@ -42,28 +50,52 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     return out
 
 
-def thin(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
-    """At most `most` points, evenly chosen, the last one kept."""
+def thin(points: Sequence[Point], most: int = 400) -> list[Point]:
+    """Return at most `most` points, evenly spaced, including the last one."""
     if len(points) <= most:
         return list(points)
     stride = len(points) / most
     return [points[int(i * stride)] for i in range(most - 1)] + [points[-1]]
 
 
-def extremes(points: Sequence[tuple[float, float]], most: int = 800) -> list[tuple[float, float]]:
-    """At most `most` points: the lowest and the highest of each stretch, so that no spike is lost, and the last one."""
+def keep_extremes(points: Sequence[Point], most: int = 800) -> list[Point]:
+    """Return at most `most` points without losing a spike.
+
+    They are the lowest and the highest point of each stretch, and the last one.
+    """
     if len(points) <= most:
         return list(points)
     length = -(-2 * len(points) // (most - 1))
-    found = list[tuple[float, float]]()
+    kept = list[Point]()
     for i in range(0, len(points), length):
         stretch = points[i : i + length]
-        found += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return found if found[-1] == points[-1] else [*found, points[-1]]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
 
-def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]],
+@dataclass(frozen=True)
+class _Axes:
+    """The area of a line chart, from data to pixels."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    width: int
+    height: int
+
+    def to_x(self, x: float) -> float:
+        """Return the pixel of an x value."""
+        return _LEFT + (x - self.x0) / (self.x1 - self.x0) * (self.width - _LEFT - _RIGHT)
+
+    def to_y(self, y: float) -> float:
+        """Return the pixel of a y value; values above the axis are drawn at its edge."""
+        share = (min(y, self.y1) - self.y0) / (self.y1 - self.y0)
+        return self.height - _BOTTOM - share * (self.height - _TOP - _BOTTOM)
+
+
+def draw_line_chart(
+    series: Mapping[str, Sequence[Point]],
     *,
     x_label: str,
     y_label: str,
@@ -76,18 +108,50 @@ def line_chart(
     width: int = 640,
     height: int = 260,
 ) -> str:
-    """An SVG line chart, a line a series.
+    """Draw a line chart with one line per series.
 
     Args:
-        marks: labelled vertical lines at an x.
-        pale: series drawn thin behind the others, with every spike and without a key.
+        series: name to (x, y) points.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        colours: name to colour; default: PALETTE in order.
+        marks: x to the label of a vertical line there.
+        pale: series drawn thin behind the others, with every spike and without a legend entry.
         dots: series whose points are marked.
-        ceiling: the axis ends here at most; what is above is drawn at the edge.
-        from_zero: the y axis has 0 in it.
+        ceiling: maximum of the y axis; values above are drawn at the edge.
+        from_zero: whether the y axis includes 0.
+        width: width of the drawing, in pixels.
+        height: height of the drawing, in pixels.
+
+    Returns:
+        The SVG element, followed by its legend.
     """
     points = [p for line in series.values() for p in line]
     if not points:
-        return '<p class="none">nothing was recorded</p>'
+        return _NOTHING
+    axes = _build_axes(points, ceiling, from_zero=from_zero, width=width, height=height)
+    chosen = _choose_colours(list(series), colours)
+    label = f"{html.escape(y_label)} by {html.escape(x_label)}"
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">',
+        *_draw_grid(axes),
+        *_draw_marks(axes, marks or {}),
+    ]
+    for name in sorted(series, key=lambda name: name not in pale):
+        parts += _draw_line(
+            axes, name, series[name], chosen[name], pale=name in pale, dots=name in dots
+        )
+    parts.append(
+        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
+        f'<text transform="rotate(-90)" x="{-height / 2}" y="12" text-anchor="middle">'
+        f"{html.escape(y_label)}</text></svg>"
+    )
+    return "".join(parts) + draw_legend([name for name in series if name not in pale], chosen)
+
+
+def _build_axes(
+    points: Sequence[Point], ceiling: float | None, *, from_zero: bool, width: int, height: int
+) -> _Axes:
     x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
     lowest, highest = min(p[1] for p in points), max(p[1] for p in points)
     highest = highest if ceiling is None else max(lowest, min(highest, ceiling))
@@ -97,128 +161,136 @@ def line_chart(
         if from_zero
         else (lowest - margin, highest + margin)
     )
-    x1 = x1 if x1 > x0 else x0 + 1
-
-    def px(x: float) -> float:
-        return _LEFT + (x - x0) / (x1 - x0) * (width - _LEFT - _RIGHT)
-
-    def py(y: float) -> float:
-        return height - _BOTTOM - (min(y, y1) - y0) / (y1 - y0) * (height - _TOP - _BOTTOM)
-
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(y_label)} by {html.escape(x_label)}">'
-    ]
-    for tick in ticks(y0, y1):
-        parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
-        )
-    for tick in ticks(x0, x1):
-        parts.append(
-            f'<text x="{px(tick):.1f}" y="{height - _BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
-        )
-    for x, label in (marks or {}).items():
-        parts.append(
-            f'<line class="mark" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"/>'
-        )
-        parts.append(f'<text x="{px(x) + 4:.1f}" y="{_TOP + 10}">{html.escape(label)}</text>')
-    chosen = {
-        name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(series)
-    }
-    for name in sorted(series, key=lambda name: name not in pale):
-        line = extremes(series[name]) if name in pale else thin(series[name])
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
-        stroke = 'stroke-width="1" stroke-opacity="0.35"' if name in pale else 'stroke-width="1.6"'
-        title = f"<title>{html.escape(name)}</title>"
-        parts.append(
-            f'<polyline fill="none" stroke="{chosen[name]}" {stroke} points="{path}">{title}</polyline>'
-        )
-        if name in dots or len(line) == 1:
-            parts += [
-                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.4" fill="{chosen[name]}">{title}</circle>'
-                for x, y in line
-            ]
-    parts.append(
-        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
-    )
-    parts.append(
-        f'<text transform="rotate(-90)" x="{-height / 2}" y="12" text-anchor="middle">{html.escape(y_label)}</text></svg>'
-    )
-    return "".join(parts) + legend([name for name in series if name not in pale], chosen)
+    return _Axes(x0, x1 if x1 > x0 else x0 + 1, y0, y1, width, height)
 
 
-def legend(names: Sequence[str], colours: Mapping[str, str] | None = None) -> str:
-    """Coloured keys for the lines of a chart; nothing for a single line."""
+def _choose_colours(names: Sequence[str], colours: Mapping[str, str] | None) -> dict[str, str]:
+    return {n: (colours or {}).get(n, PALETTE[i % len(PALETTE)]) for i, n in enumerate(names)}
+
+
+def _draw_grid(axes: _Axes) -> Iterator[str]:
+    right, bottom = axes.width - _RIGHT, axes.height - _BOTTOM
+    for tick in choose_ticks(axes.y0, axes.y1):
+        y = axes.to_y(tick)
+        yield f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        text = format_short(tick)
+        yield f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>'
+    for tick in choose_ticks(axes.x0, axes.x1):
+        x, text = axes.to_x(tick), format_short(tick)
+        yield f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>'
+
+
+def _draw_marks(axes: _Axes, marks: Mapping[float, str]) -> Iterator[str]:
+    for position, label in marks.items():
+        x, bottom = axes.to_x(position), axes.height - _BOTTOM
+        yield f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>'
+        yield f'<text x="{x + 4:.1f}" y="{_TOP + 10}">{html.escape(label)}</text>'
+
+
+def _draw_line(
+    axes: _Axes, name: str, points: Sequence[Point], colour: str, *, pale: bool, dots: bool
+) -> Iterator[str]:
+    line = keep_extremes(points) if pale else thin(points)
+    path = " ".join(f"{axes.to_x(x):.1f},{axes.to_y(y):.1f}" for x, y in line)
+    stroke = 'stroke-width="1" stroke-opacity="0.35"' if pale else 'stroke-width="1.6"'
+    title = f"<title>{html.escape(name)}</title>"
+    yield f'<polyline fill="none" stroke="{colour}" {stroke} points="{path}">{title}</polyline>'
+    if dots or len(line) == 1:
+        for x, y in line:
+            centre = f'cx="{axes.to_x(x):.1f}" cy="{axes.to_y(y):.1f}"'
+            yield f'<circle {centre} r="2.4" fill="{colour}">{title}</circle>'
+
+
+def draw_legend(names: Sequence[str], colours: Mapping[str, str] | None = None) -> str:
+    """Draw the legend of a chart; empty for a single line.
+
+    Args:
+        names: names of the lines.
+        colours: name to colour; default: PALETTE in order.
+    """
     if len(names) < 2:
         return ""
-    chosen = {
-        name: (colours or {}).get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(names)
-    }
-    keys = [
+    entries = [
         f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
-        for name, colour in chosen.items()
+        for name, colour in _choose_colours(names, colours).items()
     ]
-    return f'<p class="legend">{"".join(keys)}</p>'
+    return f'<p class="legend">{"".join(entries)}</p>'
 
 
-def stacked_bars(
+_BAR_LEFT, _BAR_HEIGHT, _BAR_GAP, _BAR_WIDTH = 150, 18, 8, 960
+
+
+def draw_stacked_bars(
     rows: Sequence[tuple[str, Mapping[str, float]]],
     colours: Mapping[str, str],
     *,
     unit: str,
     keys: Mapping[str, str] | None = None,
 ) -> str:
-    """Horizontal bars, one a row, each made of its parts; a part keeps its place and colour in every bar.
+    """Draw horizontal bars, one per row, each made of parts in a fixed order and colour.
 
     Args:
-        rows: (label, part -> length in `unit`).
-        colours: part -> colour, in the order of the parts.
-        keys: part -> what the legend says, where that is not its name.
+        rows: (label, part to length in `unit`).
+        colours: part to colour, in the order of the parts.
+        unit: unit of the lengths.
+        keys: part to its name in the legend; default: the part itself.
+
+    Returns:
+        The SVG element, followed by its legend.
     """
     longest = max((sum(parts.values()) for _, parts in rows), default=0.0)
     if longest <= 0:
-        return '<p class="none">nothing was recorded</p>'
-    left, bar, gap, width = 150, 18, 8, 960
-    height = len(rows) * (bar + gap) + 26
-    out = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="stacked bars in {html.escape(unit)}">'
-    ]
-    scale = (width - left - 110) / longest
-    for tick in ticks(0.0, longest):
-        x = left + tick * scale
+        return _NOTHING
+    height = len(rows) * (_BAR_HEIGHT + _BAR_GAP) + 26
+    scale = (_BAR_WIDTH - _BAR_LEFT - 110) / longest
+    unit = html.escape(unit)
+    names = {part: (keys or {}).get(part, part) for part in colours}
+    label = f"stacked bars in {unit}"
+    out = [f'<svg viewBox="0 0 {_BAR_WIDTH} {height}" role="img" aria-label="{label}">']
+    for tick in choose_ticks(0.0, longest):
+        x = _BAR_LEFT + tick * scale
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 22}"/>')
         out.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>')
-    for i, (label, parts) in enumerate(rows):
-        y, x = i * (bar + gap) + 4, float(left)
-        out.append(
-            f'<text x="{left - 8}" y="{y + bar - 5}" text-anchor="end">{html.escape(label)}</text>'
-        )
-        for name, colour in colours.items():
-            value = parts.get(name, 0.0)
-            if value > 0:
-                title = f"<title>{html.escape((keys or {}).get(name, name))}: {value:.3g} {html.escape(unit)}</title>"
-                out.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{max(0.5, value * scale):.1f}" height="{bar}" fill="{colour}">{title}</rect>'
-                )
-                x += value * scale
-        out.append(
-            f'<text x="{x + 6:.1f}" y="{y + bar - 5}">{sum(parts.values()):.3g} {html.escape(unit)}</text>'
-        )
+    for i, (row, parts) in enumerate(rows):
+        y = i * (_BAR_HEIGHT + _BAR_GAP) + 4
+        out += _draw_bar(row, parts, y, scale, unit, colours, names)
     shown = {
-        (keys or {}).get(n, n): c
-        for n, c in colours.items()
-        if any(parts.get(n, 0.0) > 0 for _, parts in rows)
+        names[part]: colour
+        for part, colour in colours.items()
+        if any(parts.get(part, 0.0) > 0 for _, parts in rows)
     }
-    return "".join(out) + "</svg>" + legend(list(shown), shown)
+    return "".join(out) + "</svg>" + draw_legend(list(shown), shown)
 
 
-def router_chart(weights: Mapping[str, Sequence[Sequence[float]]], *, cell: int = 14) -> str:
-    """Routing weights as a heat map: a row an expert within each modality, a column a query; the mean at the right.
+def _draw_bar(
+    row: str,
+    parts: Mapping[str, float],
+    y: int,
+    scale: float,
+    unit: str,
+    colours: Mapping[str, str],
+    names: Mapping[str, str],
+) -> Iterator[str]:
+    x, base = float(_BAR_LEFT), y + _BAR_HEIGHT - 5
+    yield f'<text x="{_BAR_LEFT - 8}" y="{base}" text-anchor="end">{html.escape(row)}</text>'
+    for part, colour in colours.items():
+        value = parts.get(part, 0.0)
+        if value > 0:
+            title = f"<title>{html.escape(names[part])}: {value:.3g} {unit}</title>"
+            box = f'x="{x:.1f}" y="{y}" width="{max(0.5, value * scale):.1f}"'
+            yield f'<rect {box} height="{_BAR_HEIGHT}" fill="{colour}">{title}</rect>'
+            x += value * scale
+    yield f'<text x="{x + 6:.1f}" y="{base}">{sum(parts.values()):.3g} {unit}</text>'
+
+
+def draw_router_chart(weights: Mapping[str, Sequence[Sequence[float]]], *, cell: int = 14) -> str:
+    """Draw router weights as a heat map: experts as rows per modality, queries as columns.
+
+    The mean over the queries stands at the right of each row.
 
     Args:
-        weights: modality -> [Q][E], each row summing to 1.
+        weights: modality to [Q][E], each row summing to 1.
+        cell: size of a cell, in pixels.
     """
     if not weights:
         return '<p class="none">no router weights were recorded</p>'
@@ -227,33 +299,41 @@ def router_chart(weights: Mapping[str, Sequence[Sequence[float]]], *, cell: int 
     width, height = left + queries * cell + 70, len(weights) * (experts * cell + gap) + 20
     values = [w for rows in weights.values() for row in rows for w in row]
     low, high = min(values), max(values)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="routing weight by modality, expert and query">'
-    ]
+    label = "router weight by modality, expert and query"
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">']
     for m, (name, rows) in enumerate(weights.items()):
         top = m * (experts * cell + gap) + 4
+        middle = top + experts * cell / 2 + 4
         parts.append(
-            f'<text x="{left - 30}" y="{top + experts * cell / 2 + 4}" text-anchor="end">{html.escape(name)}</text>'
+            f'<text x="{left - 30}" y="{middle}" text-anchor="end">{html.escape(name)}</text>'
         )
         for e in range(experts):
-            y = top + e * cell
-            parts.append(
-                f'<text x="{left - 6}" y="{y + cell - 3}" text-anchor="end">e{e + 1}</text>'
-            )
-            for q in range(queries):
-                share = (rows[q][e] - low) / (high - low) if high > low else 0.5
-                x = left + q * cell
-                title = f"<title>{html.escape(name)}, expert {e + 1}, query {q + 1}: {rows[q][e]:.3f}</title>"
-                fill = f'fill="#4477aa" fill-opacity="{0.08 + 0.92 * share:.3f}"'
-                parts.append(
-                    f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" {fill}>{title}</rect>'
-                )
-            mean = sum(row[e] for row in rows) / queries
-            parts.append(
-                f'<text x="{left + queries * cell + 8}" y="{y + cell - 3}">{mean:.3f}</text>'
-            )
+            expert = [row[e] for row in rows]
+            parts += _draw_expert(name, e, expert, (low, high), left, top + e * cell, cell)
     axis = f"query (mean over queries at the right; weights from {low:.2f} to {high:.2f})"
-    parts.append(
-        f'<text x="{left + queries * cell / 2}" y="{height - 4}" text-anchor="middle">{axis}</text></svg>'
-    )
+    centre = left + queries * cell / 2
+    parts.append(f'<text x="{centre}" y="{height - 4}" text-anchor="middle">{axis}</text></svg>')
     return "".join(parts)
+
+
+def _draw_expert(
+    modality: str,
+    expert: int,
+    weights: Sequence[float],
+    limits: tuple[float, float],
+    left: int,
+    y: int,
+    cell: int,
+) -> Iterator[str]:
+    """Draw one row of the heat map: an expert's weight for every query."""
+    low, high = limits
+    base = y + cell - 3
+    yield f'<text x="{left - 6}" y="{base}" text-anchor="end">e{expert + 1}</text>'
+    for q, weight in enumerate(weights):
+        share = (weight - low) / (high - low) if high > low else 0.5
+        about = f"{html.escape(modality)}, expert {expert + 1}, query {q + 1}: {weight:.3f}"
+        fill = f'fill="#4477aa" fill-opacity="{0.08 + 0.92 * share:.3f}"'
+        box = f'x="{left + q * cell}" y="{y}" width="{cell - 1}" height="{cell - 1}"'
+        yield f"<rect {box} {fill}><title>{about}</title></rect>"
+    mean = sum(weights) / len(weights)
+    yield f'<text x="{left + len(weights) * cell + 8}" y="{base}">{mean:.3f}</text>'

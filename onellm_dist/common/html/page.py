@@ -1,4 +1,4 @@
-"""A static HTML page that holds all it shows: no script, no network, light and dark screens."""
+"""A static HTML page that contains all it shows, without scripts, for light and dark screens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from onellm_dist.common.files import write_atomic
 
 STYLE = """
 :root{--fg:#1b1f24;--bg:#fff;--dim:#667;--line:#d8dce2;--soft:#f5f6f8}
-@media(prefers-color-scheme:dark){:root{--fg:#e8eaed;--bg:#15181c;--dim:#9aa4b2;--line:#343a42;--soft:#1e2328}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1080px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2.4rem;border-top:1px solid var(--line);padding-top:1rem}
+@media(prefers-color-scheme:dark){:root{--fg:#e8eaed;--bg:#15181c;--dim:#9aa4b2;--line:#343a42;
+--soft:#1e2328}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:1080px;
+margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem}
+h2{font-size:1.2rem;margin-top:2.4rem;border-top:1px solid var(--line);padding-top:1rem}
 h3{font-size:1rem;margin:1.2rem 0 .4rem}
 table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
@@ -26,25 +29,37 @@ svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 3}
 """.strip()
 
 
-def html_page(title: str, body: Iterable[str], *, style: str = "") -> str:
-    """A whole page; `body` is HTML, `title` is text, `style` is CSS beside the common one."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}{style}</style></head><body>{"".join(body)}</body></html>\n'
+def build_page(title: str, body: Iterable[str], *, style: str = "") -> str:
+    """Build a complete page.
+
+    Args:
+        title: the title, as text.
+        body: pieces of HTML.
+        style: CSS in addition to the common style sheet.
+    """
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style>"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+    )
 
 
-def html_table(
+def build_table(
     head: Sequence[str],
     rows: Iterable[Sequence[object]],
     *,
     right: Collection[int] = (),
     html: Collection[int] = (),
 ) -> str:
-    """A table.
+    """Build a table.
 
     Args:
-        head: one heading a column; no heading line where all are empty.
-        right: columns whose cells stand at the right (numbers).
-        html: columns whose cells are HTML already; all else is escaped.
+        head: one heading per column; no heading line if all are empty.
+        rows: the cells of each row; integers get thousands separators.
+        right: columns that are aligned to the right (numbers).
+        html: columns whose cells are HTML already; all others are escaped.
     """
 
     def cell(tag: str, column: int, value: object) -> str:
@@ -66,7 +81,7 @@ def html_table(
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write the page: under its name it is whole or not there."""
+    """Write a page atomically, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Captions may hold half of a surrogate pair.
+    # Captions may contain half a surrogate pair.
     write_atomic(path, page.encode("utf-8", errors="replace"))
