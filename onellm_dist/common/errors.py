@@ -1,4 +1,4 @@
-"""Errors that users read: what was wrong, why it matters, what to do; and the exit codes of every command."""
+"""Errors that users read (what was wrong, why it matters, what to do), and the exit codes."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ class OneLLMError(Exception):
     exit_code = EXIT_FAILED
 
     def __init__(self, what: str, why: str = "", do: str = "") -> None:
-        self.what, self.why, self.do = what, why, do
+        self.what = what
+        self.why = why
+        self.do = do
         super().__init__("\n".join(line for line in (what, why, do) if line))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own pickling would pass the joined message as `what` (loader workers send errors this way).
+        # Exception's own pickling would pass the joined message as `what`; loader workers send
+        # errors this way.
         return type(self), (self.what, self.why, self.do)
 
 
@@ -44,4 +47,4 @@ class UsageError(OneLLMError):
 
 
 class SampleError(OneLLMError):
-    """One sample cannot be read or decoded; the message names dataset, shard and key where they are known."""
+    """One sample cannot be read; the message names dataset, shard and key if they are known."""

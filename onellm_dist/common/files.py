@@ -1,4 +1,4 @@
-"""Files that survive a crash: the one atomic write, forced syncs, checksums, and repair of JSON lines."""
+"""Files that survive a crash: the one atomic write, syncs, checksums, repair of JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other packages add through entry points: modalities, sources, callbacks, optimizers, benchmark tasks."""
+"""Entry points: modalities, sources, callbacks, optimizers and tasks of other packages."""
 
 from __future__ import annotations
 

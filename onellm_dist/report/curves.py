@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from onellm_dist.common.html.charts import line_chart
+from onellm_dist.common.html.charts import draw_line_chart
 from onellm_dist.report.entries import Entry, to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.starts import Start
@@ -38,7 +38,7 @@ def draw_loss(facts: RunFacts) -> str:
     ]
     if validation:
         series["validation"] = validation
-    total = line_chart(
+    total = draw_line_chart(
         series,
         x_label=X_LABEL,
         y_label="loss per token",
@@ -51,7 +51,7 @@ def draw_loss(facts: RunFacts) -> str:
     modalities = sorted({name for line in steps for name in line.get("loss_by_modality") or ()})
     if len(modalities) < 2:
         return total
-    parts = line_chart(
+    parts = draw_line_chart(
         {name: curve for name in modalities if (curve := _get_loss_curve(steps, name))},
         x_label=X_LABEL,
         y_label="loss per token",
@@ -77,7 +77,7 @@ def draw_rates(facts: RunFacts) -> str:
         series = {"each step": points}
         if key != "lr":
             series["mean"] = _smooth(points)
-        chart = line_chart(
+        chart = draw_line_chart(
             series,
             x_label=X_LABEL,
             y_label=unit,
@@ -116,7 +116,7 @@ def draw_router_load(steps: Sequence[Entry]) -> Iterator[str]:
             ]
             for expert in range(max(len(row) for _, row in rows))
         }
-        chart = line_chart(series, x_label=X_LABEL, y_label="routing weight", height=180)
+        chart = draw_line_chart(series, x_label=X_LABEL, y_label="routing weight", height=180)
         cells.append(f"<div><h3>{escape(name)}</h3>{chart}</div>")
     yield f'<h2>Router load</h2><div class="two">{"".join(cells)}</div>'
 

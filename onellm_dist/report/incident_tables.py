@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from onellm_dist.common.html.page import html_table
+from onellm_dist.common.html.page import build_html_table
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.incidents import SLOW_FACTOR, Incidents, describe_event
@@ -48,7 +48,7 @@ def draw_incidents(facts: RunFacts) -> Iterator[str]:
         if len(table.rows) > SHOWN_ROWS:
             more = f" ({SHOWN_ROWS} of {len(table.rows):,}, {table.order})"
         yield f"<h3>{escape(table.title)}{more}</h3>"
-        yield f'<div class="narrow">{html_table(table.head, table.rows[:SHOWN_ROWS])}</div>'
+        yield f'<div class="narrow">{build_html_table(table.head, table.rows[:SHOWN_ROWS])}</div>'
     if absent:
         yield f'<p class="small">None recorded: {escape(", ".join(absent))}.</p>'
     if facts.records.moved_aside:

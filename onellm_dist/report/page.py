@@ -7,8 +7,8 @@ from html import escape
 
 import yaml
 
-from onellm_dist.common.html.page import html_page
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.html.page import build_html_page
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.curves import draw_loss, draw_rates, draw_router_load
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
@@ -55,7 +55,7 @@ def build_page(facts: RunFacts, summary: RunSummary, findings: Sequence[Finding]
         f'<ul class="look">{items}</ul>',
         *_draw_sections(facts, summary),
     ]
-    return html_page(f"run {name}", body, style=STYLE)
+    return build_html_page(f"run {name}", body, style=STYLE)
 
 
 def _draw_sections(facts: RunFacts, summary: RunSummary) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _draw_tiles(summary: RunSummary) -> str:
     wanted = f" / {summary.steps_wanted:,}" if summary.steps_wanted else ""
     tiles = {"steps done": f"{summary.steps_done:,}{wanted}"}
     if summary.eta_seconds is not None:
-        tiles["time left at this rate"] = seconds_text(summary.eta_seconds)
+        tiles["time left at this rate"] = format_seconds(summary.eta_seconds)
     tiles |= {
         "loss, last steps": _format_or_dash(summary.loss, ".4f"),
         "goodput": _format_or_dash(summary.goodput, ".1%"),

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from onellm_dist.common.html.charts import stacked_bars
-from onellm_dist.common.html.page import html_table
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.html.charts import draw_stacked_bars
+from onellm_dist.common.html.page import build_html_table
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.starts import STARTUP_PARTS, Start, compute_resume_seconds
 from onellm_dist.report.summary import RunSummary
@@ -48,7 +48,7 @@ def draw_time(facts: RunFacts, summary: RunSummary) -> Iterator[str]:
         yield '<p class="none">nothing was recorded</p>'
         return
     share = {name: 100 * seconds / account.allocated for name, seconds in account.parts.items()}
-    yield stacked_bars([("allocated time", share)], PART_COLOURS, unit="%", keys=LABELS)
+    yield draw_stacked_bars([("allocated time", share)], PART_COLOURS, unit="%", keys=LABELS)
     rows = [
         (LABELS[name], f"{share[name]:.1f}%", _format_hours(account.parts[name]))
         for name in PARTS
@@ -56,12 +56,14 @@ def draw_time(facts: RunFacts, summary: RunSummary) -> Iterator[str]:
     ]
     rows.append(("allocated", "100.0%", _format_hours(account.allocated)))
     on_gpus = any(s.device.startswith("cuda") for s in facts.starts)
-    yield html_table(("", "share", "GPU hours" if on_gpus else "rank hours"), rows, right=(1, 2))
+    yield build_html_table(
+        ("", "share", "GPU hours" if on_gpus else "rank hours"), rows, right=(1, 2)
+    )
     goodput = "–" if summary.goodput is None else f"{summary.goodput:.1%}"
     yield f'<p><b>Goodput {goodput}.</b> <span class="small">{escape(DEFINITION)}</span></p>'
     text = (
-        f"Wall-clock time {seconds_text(account.wall)}, of which "
-        f"{seconds_text(account.queued)} between starts."
+        f"Wall-clock time {format_seconds(account.wall)}, of which "
+        f"{format_seconds(account.queued)} between starts."
     )
     if account.estimated:
         text += (
@@ -83,7 +85,7 @@ def draw_starts(starts: Sequence[Start]) -> str:
         "lost steps",
         "how it ended",
     )
-    return html_table(head, [_build_row(s) for s in starts], right=(0, 2, 5, 6), html=(1, 7))
+    return build_html_table(head, [_build_row(s) for s in starts], right=(0, 2, 5, 6), html=(1, 7))
 
 
 def _build_row(start: Start) -> tuple[object, ...]:
@@ -95,13 +97,13 @@ def _build_row(start: Start) -> tuple[object, ...]:
     lost = "0"
     if start.lost_steps:
         about = "" if start.lost_known else "≈ "
-        lost = f"{about}{start.lost_steps} ({seconds_text(start.lost_seconds)})"
+        lost = f"{about}{start.lost_steps} ({format_seconds(start.lost_seconds)})"
     status = escape(start.status)
     nodes = f'<div class="small">{escape(start.node_list)}</div>' if start.node_list else ""
     return (
         start.number,
         f'<span class="day">{format_time(start.begin)}</span>',
-        seconds_text(start.seconds),
+        format_seconds(start.seconds),
         f"{start.job}{restart}" if start.job else "–",
         f"{start.nodes or '–'} / {start.world_size}",
         steps,
@@ -127,13 +129,13 @@ def draw_startup(starts: Sequence[Start]) -> Iterator[str]:
         )
         for s in shown
     ]
-    yield stacked_bars(bars, STARTUP_COLOURS, unit="s", keys=STARTUP_LABELS)
+    yield draw_stacked_bars(bars, STARTUP_COLOURS, unit="s", keys=STARTUP_LABELS)
     names = [STARTUP_LABELS[part].split(" (")[0].split(",")[0] for part in STARTUP_PARTS]
     head = ["start", *names, "all, s"]
     rows = [_build_startup_row(s) for s in shown]
     if len(timed) > 2:
         rows.append(_build_median_row(timed[1:]))
-    yield html_table(head, rows, right=range(1, len(head)))
+    yield build_html_table(head, rows, right=range(1, len(head)))
     yield (
         '<p class="small">Seconds until the first new step was done. The bars begin when nodes '
         "were allocated; the table includes the wait for them, which begins at the end of the "

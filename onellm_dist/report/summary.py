@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
@@ -155,7 +155,7 @@ def _format_progress(summary: RunSummary) -> str:
     if summary.data_wait is not None:
         parts.append(f"data wait {summary.data_wait:.1%}")
     if summary.eta_seconds is not None:
-        parts.append(f"ETA {seconds_text(summary.eta_seconds)}")
+        parts.append(f"ETA {format_seconds(summary.eta_seconds)}")
     return "  ".join(parts)
 
 
@@ -170,14 +170,14 @@ def _format_starts(starts: Sequence[Start]) -> list[str]:
             else f"steps {start.first_step} to {start.steps_done}"
         )
         line = (
-            f"  start {start.number}: {seconds_text(start.seconds)} on "
+            f"  start {start.number}: {format_seconds(start.seconds)} on "
             f"{format_count(start.world_size, 'rank')}, {steps}; {start.status}"
         )
         if start.lost_steps:
             line += f", {format_count(start.lost_steps, 'lost step')}"
         resume = compute_resume_seconds(start)
         if resume is not None:
-            line += f", first step after {seconds_text(resume)}"
+            line += f", first step after {format_seconds(resume)}"
         lines.append(line)
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from onellm_dist.common.html.charts import legend, ticks
+from onellm_dist.common.html.charts import choose_ticks, draw_legend
 from onellm_dist.report.starts import Start
 from onellm_dist.report.time_account import split_seconds
 from onellm_dist.report.wording import format_count
@@ -44,7 +44,7 @@ def draw_timeline(starts: Sequence[Start], *, width: int = 960, height: int = 15
         'aria-label="the starts of the run on a time axis">'
     ]
     size, unit = next(((s, u) for s, u in _UNITS if duration >= 2 * s), _UNITS[-1])
-    for tick in ticks(0.0, duration / size, 8):
+    for tick in choose_ticks(0.0, duration / size, 8):
         x = _LEFT + tick * size * scale
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{ground}"/>')
         out.append(
@@ -64,7 +64,7 @@ def _draw_legend(starts: Sequence[Start], duration: float) -> str:
         shown["failed, not ended yet"] = PART_COLOURS["failed"]
     if any(split_seconds(s)["other"] > 0.02 * duration for s in starts):
         shown["everything else"] = PART_COLOURS["other"]
-    return legend(list(shown), shown)
+    return draw_legend(list(shown), shown)
 
 
 def _draw_block(start: Start, x: float, scale: float, ground: float, height: float) -> list[str]:

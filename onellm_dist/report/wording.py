@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 
 
 def format_count(number: int, one: str, many: str | None = None) -> str:
@@ -14,7 +14,7 @@ def format_count(number: int, one: str, many: str | None = None) -> str:
 
 def format_duration(seconds: float) -> str:
     """Seconds for people, short ones with their fractions."""
-    return f"{seconds:.2g} s" if seconds < 10 else seconds_text(seconds)
+    return f"{seconds:.2g} s" if seconds < 10 else format_seconds(seconds)
 
 
 def format_time(seconds: float) -> str:

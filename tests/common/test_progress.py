@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from onellm_dist.common.progress import progress, seconds_text
+from onellm_dist.common.progress import format_seconds, progress
 
 
 def test_plain_lines_tell_share_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,4 +69,4 @@ def test_bars_nest_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ("seconds", "text"), [(-1, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
 )
 def test_seconds_as_people_write_them(seconds: float, text: str) -> None:
-    assert seconds_text(seconds) == text
+    assert format_seconds(seconds) == text

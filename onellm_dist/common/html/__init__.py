@@ -1,0 +1,1 @@
+"""Reports as static HTML: pages, tables and charts."""

@@ -29,7 +29,7 @@ svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 3}
 """.strip()
 
 
-def build_page(title: str, body: Iterable[str], *, style: str = "") -> str:
+def build_html_page(title: str, body: Iterable[str], *, style: str = "") -> str:
     """Build a complete page.
 
     Args:
@@ -46,7 +46,7 @@ def build_page(title: str, body: Iterable[str], *, style: str = "") -> str:
     )
 
 
-def build_table(
+def build_html_table(
     head: Sequence[str],
     rows: Iterable[Sequence[object]],
     *,

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import MIN_STEPS, Finding
@@ -43,7 +43,7 @@ def check_lost_steps(facts: RunFacts) -> Iterator[Finding]:
     seconds = sum(s.lost_seconds for s in facts.starts)
     every = facts.records.get_setting("checkpoint", "every")
     text = (
-        f"{format_count(lost, 'step was', 'steps were')} lost ({seconds_text(seconds)}): done "
+        f"{format_count(lost, 'step was', 'steps were')} lost ({format_seconds(seconds)}): done "
         "after the last checkpoint before a restart or a rollback."
     )
     best = _compute_best_interval(facts)
@@ -103,7 +103,7 @@ def check_speed(facts: RunFacts) -> Iterator[Finding]:
         yield Finding(
             "warn",
             f"{format_count(len(incidents.slow_steps), 'step')} took more than {SLOW_FACTOR:g} "
-            f"medians{why}: {seconds_text(incidents.slow_excess)} above the median in all; the "
+            f"medians{why}: {format_seconds(incidents.slow_excess)} above the median in all; the "
             f"worst, step {worst.step}, took {worst.seconds:.3g} s.",
         )
     for start in facts.starts[-1:]:
@@ -175,8 +175,8 @@ def check_resumes(facts: RunFacts) -> Iterator[Finding]:
             median = statistics.median(seconds for seconds, _ in resumes)
             yield Finding(
                 "note",
-                f"Resuming took {seconds_text(median)} (median of {len(resumes)}); in the longest "
-                f"resume, {part.replace('_', ' ')} took {seconds_text(seconds)}.",
+                f"Resuming took {format_seconds(median)} (median of {len(resumes)}); in the longest "
+                f"resume, {part.replace('_', ' ')} took {format_seconds(seconds)}.",
             )
     sizes = {s.world_size for s in facts.starts if s.first_step is not None}
     if len(sizes) > 1:

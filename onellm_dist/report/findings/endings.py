@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.launch.slurm.environment import expand_hosts
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
@@ -50,7 +50,7 @@ def _check_silence(facts: RunFacts, last: Start) -> Iterator[Finding]:
     if quiet > max(60.0, 10 * typical):
         yield Finding(
             "bad",
-            f"A process holds the run but has written nothing for {seconds_text(quiet)} "
+            f"A process holds the run but has written nothing for {format_seconds(quiet)} "
             f"(a step takes {typical:.3g} s): it may hang.",
         )
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
-from onellm_dist.common.html.charts import short, ticks
-from onellm_dist.common.html.page import html_page, html_table, write_page
+from onellm_dist.common.html.charts import choose_ticks, format_short
+from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import QUARANTINE
@@ -66,12 +66,12 @@ def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
     middle = f"median {np.median(data):.4g}, mean {data.mean():.4g}"
     text = escape(f"{data.size:,} values, least {low:.4g}, {middle}, greatest {high:.4g} {unit}")
     svg = [f'<svg class="histogram" viewBox="0 0 {width} {height}" role="img" aria-label="{text}">']
-    for tick in (t for t in ticks(0, top, 3) if t == int(t)):
+    for tick in (t for t in choose_ticks(0, top, 3) if t == int(t)):
         svg.append(
             f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
         )
         svg.append(
-            f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+            f'<text x="{left - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{format_short(tick)}</text>'
         )
     for i, count in enumerate(counts.tolist()):
         start, end = across(float(edges[i])), across(float(edges[i + 1]))
@@ -81,9 +81,9 @@ def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
             f'<rect x="{start:.1f}" y="{up(count):.1f}" width="{max(1.0, end - start - 1):.1f}" height="{floor - up(count):.1f}">'
             f"<title>{label}</title></rect>"
         )
-    for tick in (t for t in ticks(low, high, 8) if not whole or t == int(t)):
+    for tick in (t for t in choose_ticks(low, high, 8) if not whole or t == int(t)):
         svg.append(
-            f'<text x="{across(tick):.1f}" y="{floor + 14}" text-anchor="middle">{short(tick)}</text>'
+            f'<text x="{across(tick):.1f}" y="{floor + 14}" text-anchor="middle">{format_short(tick)}</text>'
         )
     svg.append(
         f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>'
@@ -125,7 +125,7 @@ def _lead(dataset: Dataset) -> str:
             if not isinstance(v, (dict, list))
         ),
     ]
-    return f'<p class="lead">{escape(what)}</p>{html_table(("", ""), rows)}'
+    return f'<p class="lead">{escape(what)}</p>{build_html_table(("", ""), rows)}'
 
 
 def _drawn_how(modalities: Sequence[str]) -> list[str]:
@@ -147,7 +147,7 @@ def _splits(dataset: Dataset) -> str:
         )
         for s in dataset.splits
     ]
-    return html_table(("split", "samples", "shards", "size"), rows, right=(1, 2, 3))
+    return build_html_table(("split", "samples", "shards", "size"), rows, right=(1, 2, 3))
 
 
 def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str, Any]) -> str:
@@ -169,7 +169,7 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
         for p, n in sorted(counts.items())
     ]
     columns = 4 if any(row[3] for row in rows) else 3
-    return html_table(
+    return build_html_table(
         ("part", "what it is", "samples that have it", "mean size")[:columns],
         [r[:columns] for r in rows],
         right=(2, 3),
@@ -194,13 +194,17 @@ def _left_out(root: Path, statistics: Mapping[str, Any]) -> str:
         f"<p>{sum(kinds.values()):,} bad{of}"
         + (f"; each is named in {QUARANTINE}.</p>" if kinds else ".</p>")
     ]
-    html += [html_table(("why", "samples", "the first one"), bad_rows, right=(1,))] if kinds else []
+    html += (
+        [build_html_table(("why", "samples", "the first one"), bad_rows, right=(1,))]
+        if kinds
+        else []
+    )
     known = statistics.get("left_out", {})
     if known:
         html.append(
             "<p>Left out as asked (filters, duplicates, failed downloads, other splits):</p>"
         )
-        html.append(html_table(("why", "samples"), Counter(known).most_common(), right=(1,)))
+        html.append(build_html_table(("why", "samples"), Counter(known).most_common(), right=(1,)))
     return "".join(html)
 
 
@@ -253,9 +257,9 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
         ]
         html += [
             f"<h2>{len(rows)} texts drawn at random</h2>",
-            html_table(("sample", "text"), rows, html=(1,)),
+            build_html_table(("sample", "text"), rows, html=(1,)),
         ]
-    return html_page(dataset.name, html, style=_STYLE)
+    return build_html_page(dataset.name, html, style=_STYLE)
 
 
 def page_command(root: Path, out: Path, *, previews: int, seed: int) -> int:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onellm_dist.common.html.charts import line_chart, router_chart, smooth
-from onellm_dist.common.html.page import html_page, write_page
+from onellm_dist.common.html.charts import draw_line_chart, draw_router_chart, smooth
+from onellm_dist.common.html.page import build_html_page, write_page
 from onellm_dist.evaluation.report import ModalityResult
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def write_report(path: Path, report: DemoReport) -> None:
         report: the contents.
     """
     routers = [
-        f"<h3>{html.escape(stage)}</h3>{router_chart(weights)}"
+        f"<h3>{html.escape(stage)}</h3>{draw_router_chart(weights)}"
         for stage, weights in report.routers.items()
     ]
     body = [
@@ -116,7 +116,7 @@ def write_report(path: Path, report: DemoReport) -> None:
         "<h2>Time</h2>",
         _format_timetable(report.timetable),
     ]
-    write_page(path, html_page(report.title, body, style=STYLE))
+    write_page(path, build_html_page(report.title, body, style=STYLE))
 
 
 def encode_picture(picture: Image.Image, *, widest: int = PICTURE_WIDTH) -> str:
@@ -199,7 +199,7 @@ def _draw_lines(
     marks: Mapping[float, str] | None = None,
 ) -> str:
     smoothed = {name: _smooth_line(line, window) for name, line in lines.items()}
-    return line_chart(
+    return draw_line_chart(
         smoothed, x_label="optimizer step", y_label="loss per token", marks=marks or {}
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
 from onellm_dist.common.logging import get_logger
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.evaluation.captioning import read_captions
 from onellm_dist.evaluation.report import ModalityResult, format_table, to_json_rows
 from onellm_dist.evaluation.tasks import get_task
@@ -74,7 +74,7 @@ def run_demo(out: Path, full: bool = False) -> int:
         _write_results(demo, results, table)
         table.finish_stage()
     logger.info("%s", format_table(results))
-    logger.info("\nreport: %s   all in %s", demo.report, seconds_text(table.taken))
+    logger.info("\nreport: %s   all in %s", demo.report, format_seconds(table.taken))
     return get_exit_code(results)
 
 

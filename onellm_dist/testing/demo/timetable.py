@@ -11,7 +11,7 @@ from typing import TextIO
 import torch
 from torch import nn
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.testing.demo.journal import Journal
 
 REFERENCE_SPEED_S = 0.20
@@ -81,10 +81,10 @@ class Timetable:
     def show(self) -> None:
         """Print the whole timetable."""
         for stage in self.stages:
-            when = "done" if stage.taken is not None else f"about {seconds_text(stage.predicted)}"
+            when = "done" if stage.taken is not None else f"about {format_seconds(stage.predicted)}"
             print(f"  {stage.name:<34} {when}", file=self._out)
         left = sum(s.predicted for s in self.stages if s.taken is None)
-        print(f"  {'all':<34} about {seconds_text(left)}", file=self._out, flush=True)
+        print(f"  {'all':<34} about {format_seconds(left)}", file=self._out, flush=True)
 
     @property
     def taken(self) -> float:
@@ -109,7 +109,7 @@ class Timetable:
         stage = self.stages[self._current]
         stage.taken = time.monotonic() - self._started
         self._journal.record_stage(stage.name, stage.taken)
-        taken, predicted = seconds_text(stage.taken), seconds_text(stage.predicted)
+        taken, predicted = format_seconds(stage.taken), format_seconds(stage.predicted)
         self._print(
             f"{self._format_head()} done in {taken} (expected: about {predicted})", last=True
         )
@@ -129,8 +129,8 @@ class Timetable:
         here, everything = self.estimate_left(share, now - self._started)
         what = f": {doing}" if doing else ""
         line = (
-            f"{self._format_head()}{what}, {100 * share:.0f}%, {seconds_text(here)} left here, "
-            f"{seconds_text(everything)} in all"
+            f"{self._format_head()}{what}, {100 * share:.0f}%, {format_seconds(here)} left here, "
+            f"{format_seconds(everything)} in all"
         )
         self._print(line, last=not is_terminal)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.testing.integration.fetch import PackageCache
@@ -107,7 +107,7 @@ def estimate_time(run: IntegrationRun) -> None:
     run.log(
         f"a step is {flops['align'] / 1e12:.0f} TFLOP in align and {flops['tune'] / 1e12:.0f} in "
         f"tune: {run.steps} + {run.steps} steps on {run.ranks} ranks take at least "
-        f"{seconds_text(sum(seconds.values()))}"
+        f"{format_seconds(sum(seconds.values()))}"
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 from onellm_dist.modalities import all_modalities
 from onellm_dist.testing.integration.media import FEWEST
 
@@ -68,17 +68,17 @@ def _check_stage(facts: Mapping[str, Any], stage: str, steps: int) -> dict[str, 
 def format_report(facts: Mapping[str, Any]) -> str:
     """Format the results of a run as plain text."""
     phases = [
-        (p["phase"], seconds_text(p["seconds"]), f"{p['peak_gib']:.1f} GiB")
+        (p["phase"], format_seconds(p["seconds"]), f"{p['peak_gib']:.1f} GiB")
         for p in facts["phases"]
     ]
-    whole = ("all", seconds_text(facts["seconds"]), f"{facts['peak_gib']:.1f} GiB")
+    whole = ("all", format_seconds(facts["seconds"]), f"{facts['peak_gib']:.1f} GiB")
     blocks = [_format_table(("phase", "time", "peak memory"), [*phases, whole])]
     blocks += [_format_losses(stage, facts[stage]) for stage in TRAINED if facts.get(stage)]
     if facts.get("generate"):
         blocks.append(_format_answers(facts["generate"]))
     checks = [f"{'yes' if held else 'NO ':4}{name}" for name, held in facts["checks"].items()]
     ending = "The integration run passed" if facts["ok"] else "The integration run FAILED"
-    seconds, peak = seconds_text(facts["seconds"]), facts["peak_gib"]
+    seconds, peak = format_seconds(facts["seconds"]), facts["peak_gib"]
     blocks.append("\n".join(checks))
     blocks.append(f"{ending}: {seconds}, {peak:.1f} GiB at most.")
     return "\n" + "\n\n".join(blocks)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onellm_dist.common.progress import seconds_text
+from onellm_dist.common.progress import format_seconds
 
 if TYPE_CHECKING:
     from onellm_dist.train.callbacks.trackers import Trackers
@@ -155,7 +155,7 @@ class Metrics:
         mfu = "" if report.mfu is None else f"  MFU {100 * report.mfu:.1f}%"
         return (
             f"step {report.step + 1}/{self._steps}  loss {report.loss:.4f} ({kinds})  lr {report.lr:.2e}  |g| {report.grad_norm:.2f}  "
-            f"{rate:,.0f} tokens/s{mfu}  ETA {seconds_text(left)}{skipped}"
+            f"{rate:,.0f} tokens/s{mfu}  ETA {format_seconds(left)}{skipped}"
         )
 
 

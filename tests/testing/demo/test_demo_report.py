@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from onellm_dist.common.html.charts import line_chart, router_chart, smooth, thin
+from onellm_dist.common.html.charts import draw_line_chart, draw_router_chart, smooth, thin
 from onellm_dist.evaluation.report import Caption, format_table, summarize_captions, to_json_rows
 from onellm_dist.testing.demo.report import Curve, DemoReport, ShownSample, write_report
 
@@ -116,7 +116,7 @@ def test_report_is_one_complete_page(tmp_path: Path) -> None:
 
 
 def test_line_chart_scales_to_its_points() -> None:
-    chart = line_chart({"a": [(0, 0.0), (10, 2.0)]}, x_label="step", y_label="loss")
+    chart = draw_line_chart({"a": [(0, 0.0), (10, 2.0)]}, x_label="step", y_label="loss")
     (points,) = re.findall(r'points="([^"]+)"', chart)
     (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points.split())
     width, height = map(int, re.findall(r'viewBox="0 0 (\d+) (\d+)"', chart)[0])
@@ -126,7 +126,7 @@ def test_line_chart_scales_to_its_points() -> None:
     assert (
         0.8 * height < y0 < height and 0 < y1 < 0.2 * height
     )  # zero at the bottom, the largest value near the top
-    assert "nothing was recorded" in line_chart({}, x_label="step", y_label="loss")
+    assert "nothing was recorded" in draw_line_chart({}, x_label="step", y_label="loss")
 
 
 def test_smooth_and_thin() -> None:
@@ -137,5 +137,5 @@ def test_smooth_and_thin() -> None:
 
 
 def test_router_chart_shows_every_weight() -> None:
-    chart = router_chart({"imu": [[0.25, 0.75], [0.5, 0.5]]})
+    chart = draw_router_chart({"imu": [[0.25, 0.75], [0.5, 0.5]]})
     assert "expert 2, query 1: 0.750" in chart and ">0.375<" in chart and ">0.625<" in chart
