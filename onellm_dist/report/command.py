@@ -9,7 +9,7 @@ from onellm_dist.common.errors import EXIT_DONE, UsageError
 from onellm_dist.common.html.page import write_page
 from onellm_dist.report.facts import load_facts
 from onellm_dist.report.findings.collect import collect_findings
-from onellm_dist.report.page import build_html_page
+from onellm_dist.report.page import build_page
 from onellm_dist.report.summary import build_summary, summary_to_json, summary_to_text
 
 PAGE = "report.html"
@@ -38,7 +38,7 @@ def run_report(run: Path, out: Path | None, *, as_json: bool) -> int:
             return EXIT_DONE
     path = out or run / PAGE
     try:
-        write_page(path, build_html_page(facts, summary, findings))
+        write_page(path, build_page(facts, summary, findings))
     except OSError as error:
         raise UsageError(
             f"{path}: {error.strerror}.", "the page cannot be written.", "choose another --out."
