@@ -1,10 +1,13 @@
-"""A small model with the traits that make engines stumble: frozen parts, branches a rank may not need, tied embeddings."""
+"""A small model with what makes engines stumble.
+
+It has frozen parts, branches that a rank may not need, and tied embeddings.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
@@ -19,7 +22,8 @@ class Branch(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n = x.shape[0]
-        return self.proj(self.conv(x.unsqueeze(1)).reshape(n, self.proj.in_features))
+        out: torch.Tensor = self.proj(self.conv(x.unsqueeze(1)).reshape(n, self.proj.in_features))
+        return out
 
 
 class Tower(nn.Module):
@@ -30,7 +34,8 @@ class Tower(nn.Module):
         self.down = nn.Linear(3 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        out: torch.Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
+        return out
 
 
 class SmallModel(nn.Module):
@@ -68,7 +73,7 @@ class SmallModel(nn.Module):
         target = packed.labels[1:]
         keep = (target != IGNORE).nonzero().flatten()
         logits = self.head(hidden[:-1][keep])
-        nll = F.cross_entropy(logits.float(), target[keep], reduction="none")
+        nll = functional.cross_entropy(logits.float(), target[keep], reduction="none")
         index = sample[1:][keep]
         loss = (nll * packed.weights[index]).sum() + 0.0 * logits.sum() + 0.0 * hidden.sum()
         return PackedOutput(loss=loss, nll=nll.detach(), sample_index=index)
@@ -90,7 +95,7 @@ def sample(index: int, names: tuple[str, ...]) -> PackedBatch:
 
 
 def pack(samples: list[PackedBatch]) -> PackedBatch:
-    """Several samples as one pack; none: the dummy token."""
+    """Several samples as one pack; none: an empty micro-batch."""
     if not samples:
         empty = {"a": torch.zeros(0, 10), "b": torch.zeros(0, 7)}
         return PackedBatch(

@@ -16,7 +16,7 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 
 class Runs:
-    """Runs of `recipe` over the toy world's `modalities`: fp32, constant rate of 1e-3; other keys as `train__steps=3`."""
+    """Runs of a recipe over the toy world: fp32, a constant rate of 1e-3, keys as `train__steps=3`."""
 
     def __init__(
         self,
@@ -78,4 +78,4 @@ class Runs:
 
     def exported(self, name: str) -> dict[str, Tensor]:
         with safe_open(self.root / name / "model" / "model.safetensors", "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)

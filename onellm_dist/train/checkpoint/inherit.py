@@ -1,9 +1,9 @@
 """What a run inherits beside the weights when it resumes another run's checkpoint.
 
-It inherits the samples that were out of that run by then. Its unreadable samples up to the
-checkpoint go to `skipped_samples-ranks-source.jsonl`, and the samples that its rollbacks excluded go
-to this run's own excluded samples. What was found later is not inherited: the weights have not met
-it, and it is found again where it still holds.
+It inherits the samples that were out of that run by then. Unreadable samples up to the checkpoint
+go to `skipped_samples-ranks-source.jsonl`, and the samples that its rollbacks excluded go to this
+run's own excluded samples. What was found later is not inherited: the weights have not met it,
+and it is found again where it still holds.
 """
 
 from __future__ import annotations

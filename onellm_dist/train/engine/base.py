@@ -126,7 +126,7 @@ class Engine(ABC):
     def wrap(
         cls,
         model: nn.Module,
-        groups: Sequence[dict[str, object]],
+        groups: Sequence[dict[str, Any]],
         settings: EngineSettings,
         weights: WeightSource | None = None,
     ) -> Engine:

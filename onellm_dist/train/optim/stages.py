@@ -71,7 +71,7 @@ def map_parts(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into two groups, with and without weight decay.
 
     Biases and RMSNorm weights do not decay. LayerNorm weights, tags, queries and learned positions
@@ -79,7 +79,7 @@ def build_parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[s
     """
     exempt = {id(p) for p in _list_exempt(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if id(p) not in exempt], "weight_decay": weight_decay},
         {"params": [p for p in trained if id(p) in exempt], "weight_decay": 0.0},
     ]

@@ -1,4 +1,4 @@
-"""A checkpoint on the disk: files written and hashed, verified, passed over, kept, put in place; frozen weights by reference."""
+"""Checkpoints on the disk: written, hashed, verified, kept, replaced; frozen weights by name."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_some_stay_for_ever(tmp_path: Path) -> None:
 
 
 def test_one_stays_for_every_so_many_hours(tmp_path: Path) -> None:
-    """Pruned after each, as a run does: written 40 minutes apart, one of every two hours stays, and none of those goes later."""
+    """Written 40 minutes apart and pruned after each: one of every two hours stays for good."""
     for number in range(12):
         checkpoint(tmp_path / make_checkpoint_name(10 * number), written=1e9 + 2400 * number)
         prune(tmp_path, 2, keep_every_hours=2)
@@ -237,7 +237,8 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
 
 def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is killed when it comes to its next rename after this many."""
-    rename, done = Path.rename, []
+    rename = Path.rename
+    done: list[Path] = []
 
     def counted(self: Path, target: Path) -> Path:
         if len(done) == renames:
@@ -348,7 +349,7 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(
 def test_the_best_weights_are_never_without_their_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
-    """Killed while the weights of step 8 take the place of those of step 4: before, between or after the renames."""
+    """Killed while the weights of step 8 replace those of step 4, around each of the renames."""
     engine: Any = SimpleNamespace(
         full_weights=lambda: iter(()), full_weight_shapes=lambda: (), compute_dtype=torch.float32
     )

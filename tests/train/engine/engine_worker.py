@@ -1,4 +1,7 @@
-"""Run by test_engine.py, once a rank: many checks of one engine in one launch; rank 0 prints them as one JSON line."""
+"""Run by test_engine.py on every rank: many checks of several engines in one launch.
+
+Rank 0 writes what was found to `found.json`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from onellm_dist.train.optim.stages import build_parameter_groups
 
 LR, CLIP, DECAY = 1e-3, 0.5, 0.1
 STEPS = (((0, 1, 2), ("a",)), ((3, 4), ("a",)), ((5, 6, 7), ("b",)), ((8, 9, 10, 11), ("a",)))
-"""Step -> sample numbers and the modalities of the step; in the mixed step rank 0 gets only a, rank 1 only b."""
+"""Step modulo 4 -> sample numbers and the modalities of the step; step 0 is mixed."""
 
 
 def step_samples(step: int) -> list[PackedBatch]:
@@ -44,15 +47,19 @@ def step_samples(step: int) -> list[PackedBatch]:
     return [sample(1000 * step + n, names) for n in numbers]
 
 
-def deal(step: int, world: int) -> list[list[list[PackedBatch]]]:
-    """[rank][micro-step] -> samples. Step 0: modality a on rank 0, b on the last rank; other steps in turn, two a pack."""
+def assign_samples(step: int, world_size: int) -> list[list[list[PackedBatch]]]:
+    """[rank][micro-batch] -> samples, two in a pack.
+
+    In step 0 rank 0 gets only modality a and the last rank only b; in other steps samples take
+    turns.
+    """
     every = step_samples(step)
-    if step == 0 and world > 1:
-        ranks: list[list[PackedBatch]] = [[] for _ in range(world)]
+    if step == 0 and world_size > 1:
+        ranks: list[list[PackedBatch]] = [[] for _ in range(world_size)]
         for one in every:
-            ranks[world - 1 if one.modalities[0] == ("b",) else 0].append(one)
+            ranks[world_size - 1 if one.modalities[0] == ("b",) else 0].append(one)
     else:
-        ranks = [every[r::world] for r in range(world)]
+        ranks = [every[r::world_size] for r in range(world_size)]
     packs = [[own[i : i + 2] for i in range(0, len(own), 2)] for own in ranks]
     count = max(len(p) for p in packs)
     return [p + [[]] * (count - len(p)) for p in packs]
@@ -74,7 +81,7 @@ def new_model(stage: str) -> SmallModel:
 def new_engine(
     dist: Distributed, model: SmallModel, job: dict[str, Any], bf16: bool = False
 ) -> Engine:
-    """`job`: `config` is a DeepSpeed JSON or its name; or `fsdp` says what FSDP2 takes."""
+    """Wrap a model: the job's `config` is a DeepSpeed JSON or its name; `fsdp` has FSDP2's keys."""
     config = job.get("config", {})
     config = load_ds_config(Path(config)) if isinstance(config, str) else copy.deepcopy(config)
     parts = {
@@ -99,27 +106,34 @@ def train(
     engine: Engine,
     dist: Distributed,
     steps: range,
-    spoil: int = -1,
-    dead: int = -1,
+    poisoned: int = -1,
+    poisoned_empty: int = -1,
     discard: int = -1,
 ) -> list[dict[str, Any]]:
-    """Args:
-    spoil: a step in which the loss of one rank's first micro-step is not finite.
-    dead: a step that gets one more micro-step, a dummy on every rank, whose loss is not finite.
-    discard: a sound step that is thrown away.
+    """Train some steps.
+
+    Args:
+        engine: steps the model.
+        dist: the ranks.
+        steps: indices of the steps.
+        poisoned: a step in which the loss of one rank's first micro-batch is not finite.
+        poisoned_empty: a step that gets one more micro-batch, empty on every rank, whose loss is
+            not finite.
+        discard: a good step that is skipped.
     """
     done = []
     for step in steps:
-        assigned = deal(step, dist.world_size)[dist.rank] + [[]] * (step == dead)
+        assigned = assign_samples(step, dist.world_size)[dist.rank]
+        assigned += [[]] * (step == poisoned_empty)
         global_valid_tokens = sum(supervised(s) for s in step_samples(step))
         total = torch.zeros(1)
         for index, samples in enumerate(assigned):
-            lost = step == dead and index == len(assigned) - 1
+            is_poisoned = step == poisoned_empty and index == len(assigned) - 1
             batch = pack(samples)
-            if spoil == step and dist.rank == dist.world_size - 1 and index == 0:
+            if poisoned == step and dist.rank == dist.world_size - 1 and index == 0:
                 batch.weights.fill_(float("inf"))
             loss, _, _ = engine.forward(batch, last=index == len(assigned) - 1)
-            engine.backward(loss * float("nan") if lost else loss, global_valid_tokens)
+            engine.backward(loss * float("nan") if is_poisoned else loss, global_valid_tokens)
             total += loss.detach().float()
         dist.sum(total)
         norms = engine.grad_norms()
@@ -136,7 +150,7 @@ def train(
 
 
 def plain_optimizer(job: dict[str, Any], groups: Any) -> torch.optim.Optimizer:
-    """torch's own optimizer with the settings of a job."""
+    """torch's own optimizer, with the settings of a job."""
     optim = job.get("optim", {})
     if optim.get("name") == "sgd":
         return torch.optim.SGD(groups, lr=LR, **optim["options"])
@@ -146,7 +160,11 @@ def plain_optimizer(job: dict[str, Any], groups: Any) -> torch.optim.Optimizer:
 def reference(
     job: dict[str, Any], steps: range
 ) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
-    """One process, plain torch, the whole global batch in one pack a sample. Weights, losses, norms of the gradient."""
+    """Train with plain torch in one process, each sample a pack.
+
+    Returns:
+        (weights, losses, norms of the gradient).
+    """
     model = new_model(job.get("stage", "align"))
     optimizer = plain_optimizer(job, build_parameter_groups(model, DECAY))
     losses, norms = [], []
@@ -194,7 +212,8 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     save_state(folder, engine, dist, {"steps_done": 5})
     rest = train(engine, dist, range(5, 8))
     ended = engine.gather_full_state()
-    spoilt = train(engine, dist, range(8, 9), spoil=8) + train(engine, dist, range(8, 9), dead=8)
+    poisoned = train(engine, dist, range(8, 9), poisoned=8)
+    poisoned += train(engine, dist, range(8, 9), poisoned_empty=8)
     kept = engine.gather_full_state()
     discarded = train(engine, dist, range(8, 9), discard=8)
     still, count = engine.gather_full_state(), engine.optimizer_steps
@@ -214,7 +233,7 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": max(abs(a["loss"] - b) for a, b in zip(first + rest, losses, strict=True)),
         "update_error": max(errors.values()),
-        "worst": max(errors, key=errors.get),
+        "worst": max(errors, key=lambda name: errors[name]),
         "frozen": all(
             torch.equal(ended[n].float(), before[n].to(ended[n].dtype).float())
             for n in before
@@ -224,8 +243,8 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
         "resume_identical": all(torch.equal(ended[n], second[n]) for n in before),
         "resume_losses": max(abs(a["loss"] - b["loss"]) for a, b in zip(again, rest, strict=True)),
         "steps": steps,
-        "spoilt_applied": any(step["applied"] for step in spoilt),
-        "spoilt_kept": all(torch.equal(ended[n], kept[n]) for n in before),
+        "poisoned_applied": any(step["applied"] for step in poisoned),
+        "poisoned_kept": all(torch.equal(ended[n], kept[n]) for n in before),
         "discarded_applied": any(step["applied"] for step in discarded),
         "discarded_steps": count,
         "discarded_kept": all(torch.equal(ended[n], still[n]) for n in before),
@@ -238,8 +257,8 @@ def check(dist: Distributed, out: Path, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def carry_on(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
-    """Steps 5 to 7 from a checkpoint that another number of ranks under another engine or ZeRO stage wrote."""
+def resume(dist: Distributed, job: dict[str, Any]) -> dict[str, Any]:
+    """Train steps 5 to 7 from a checkpoint of another number of ranks, engine or ZeRO stage."""
     stage = job.get("stage", "align")
     before = {n: p.detach().clone() for n, p in new_model(stage).named_parameters()}
     model = new_model(stage)
@@ -270,7 +289,7 @@ def main() -> None:
     out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     found = {}
     for job in jobs:
-        found[job["name"]] = carry_on(dist, job) if "from" in job else check(dist, out, job)
+        found[job["name"]] = resume(dist, job) if "from" in job else check(dist, out, job)
     if dist.is_rank_zero:
         (out / "found.json").write_text(json.dumps(found))
     leave()

@@ -1,4 +1,7 @@
-"""A tiny OneLLM, steps of samples for it with modalities absent here and there, and how they are assigned to ranks and micro-steps."""
+"""A tiny OneLLM, and steps of samples for it.
+
+Modalities are absent here and there; samples are assigned to ranks and micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,18 @@ from onellm_dist.packed import IGNORE, PackedBatch
 
 MODALITIES = ("image", "depth", "imu")
 VOCABULARY, TOKENS, SEED = 64, 6, 5
-STEP_KINDS: tuple[tuple[str, ...], ...] = (
+STEP_MODALITIES: tuple[tuple[str, ...], ...] = (
     ("imu", "depth", "image", "depth", "image", "image", "imu", "image"),
     ("image",) * 8,
     ("imu", "imu", "imu", "image", "image", "image", "", "image"),
     ("depth", "imu", "depth", "imu", "depth", "imu", "depth", "depth"),
     ("depth",) * 5,
 )
-"""Step modulo 5 -> the modality of each sample ("": text alone). No step but the first has all of them; the last samples, and so the last
-micro-steps, lack some even there; five samples leave ranks without one."""
+"""Step modulo 5 -> the modality of each sample ("": text alone).
+
+No step but the first has all of them. The last samples, and so the last micro-batches, lack some
+even there; five samples leave ranks without one.
+"""
 
 
 def tiny_config() -> OneLLMConfig:
@@ -46,18 +52,18 @@ def tiny_config() -> OneLLMConfig:
     )
 
 
-def step_kinds(step: int) -> tuple[str, ...]:
-    return STEP_KINDS[step % len(STEP_KINDS)]
+def get_step_modalities(step: int) -> tuple[str, ...]:
+    return STEP_MODALITIES[step % len(STEP_MODALITIES)]
 
 
 def global_valid_tokens(step: int) -> int:
     """Supervised tokens of a step."""
-    return (TOKENS - 1) * len(step_kinds(step))
+    return (TOKENS - 1) * len(get_step_modalities(step))
 
 
 def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
-    """Samples `numbers` of a step in one pack; none: the dummy token."""
-    names = [step_kinds(step)[n] for n in numbers]
+    """Samples `numbers` of a step in one pack; none: an empty micro-batch."""
+    names = [get_step_modalities(step)[n] for n in numbers]
     drawn = {n: torch.Generator().manual_seed(1000 * step + n) for n in numbers}
     values = {}
     for modality in MODALITIES:
@@ -94,9 +100,15 @@ def make_pack(step: int, numbers: Sequence[int]) -> PackedBatch:
     )
 
 
-def assigned(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
-    """[rank][micro-step] -> sample numbers. `accumulate` packs a rank, in order; None: no packing, a micro-step a sample."""
-    count = len(step_kinds(step))
+def assign_samples(step: int, ranks: int, accumulate: int | None) -> list[list[list[int]]]:
+    """[rank][micro-batch] -> sample numbers.
+
+    Args:
+        step: index of the step.
+        ranks: number of ranks.
+        accumulate: micro-batches per rank, filled in order; None: a micro-batch per sample.
+    """
+    count = len(get_step_modalities(step))
     own = [list(range(rank, count, ranks)) for rank in range(ranks)]
     micro = max(map(len, own)) if accumulate is None else accumulate
     size = [-(-len(numbers) // micro) or 1 for numbers in own]

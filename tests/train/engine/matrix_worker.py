@@ -1,4 +1,7 @@
-"""Run by test_engine_matrix.py, once a rank: many engine configurations train the tiny OneLLM in turn, each against plain torch."""
+"""Run by test_engine_matrix.py on every rank.
+
+Many engine configurations train the tiny OneLLM in turn; each is compared with plain torch.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from deepspeed.utils import groups as deepspeed_groups
 from matrix_model import (
     MODALITIES,
     SEED,
-    assigned,
+    assign_samples,
+    get_step_modalities,
     global_valid_tokens,
     make_pack,
-    step_kinds,
     tiny_config,
 )
 from torch import nn
@@ -39,59 +42,70 @@ from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_st
 
 LR, CLIP, DECAY, BETAS, EPS = 2e-3, 2.0, 0.1, (0.9, 0.95), 1e-8
 State = dict[str, torch.Tensor]
+Reference = dict[Any, Any]
+"""Number of steps -> weights; `losses`; `trained`: names of what trains."""
 
 
-def plain(stage: str, steps: tuple[int, ...]) -> dict[str, Any]:
-    """One process, plain torch, sample by sample. Weights before, and after each of `steps` steps; the loss of every step."""
+def train_plain(stage: str, steps: tuple[int, ...]) -> Reference:
+    """Train with plain torch in one process, sample by sample.
+
+    Returns:
+        The weights before (key 0) and after each number of `steps`; the loss of every step.
+    """
     model = OneLLMForConditionalGeneration(tiny_config())
     initialise(model, SEED)
     freeze(model, stage)
     model.train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(build_parameter_groups(model, DECAY), lr=LR, betas=BETAS, eps=EPS)
-    found: dict[str, Any] = {0: state_of(model), "losses": [], "trained": list(trained)}
+    found: Reference = {0: copy_weights(model), "losses": [], "trained": list(trained)}
     for step in range(max(steps)):
         optimizer.zero_grad()
         total = 0.0
-        for number in range(len(step_kinds(step))):
+        for number in range(len(get_step_modalities(step))):
             loss = model(packed=make_pack(step, [number])).loss / global_valid_tokens(step)
             loss.backward()
             total += float(loss.detach())
-        for (
-            parameter
-        ) in trained.values():  # a modality that is absent has gradient zero (DESIGN, section 4)
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
+        for parameter in trained.values():
+            if parameter.grad is None:  # a modality that is absent has gradient zero
+                parameter.grad = torch.zeros_like(parameter)
         nn.utils.clip_grad_norm_(trained.values(), CLIP)
         optimizer.step()
         found["losses"].append(total)
         if step + 1 in steps:
-            found[step + 1] = state_of(model)
+            found[step + 1] = copy_weights(model)
     return found
 
 
 def freeze(model: nn.Module, stage: str) -> None:
-    """`encoder` is align with the encoder trained too."""
+    """Set what trains; the stage `encoder` is `align` with the encoder trained too."""
     freeze_for_stage(
         model, "tune" if stage == "tune" else "align", MODALITIES, encoder=stage == "encoder"
     )
 
 
-def counted(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """What of a weight has a gradient: a key bias has none in truth (it shifts all scores of a query alike), Adam moves it by noise."""
+def select_trained(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return what of a weight has a gradient.
+
+    The gradient of a key bias is zero in truth (it shifts all scores of a query alike), and AdamW
+    moves it by noise.
+    """
     if not name.endswith("attn.qkv.bias"):
         return tensor
     q, _, v = tensor.chunk(3)
     return torch.cat([q, v])
 
 
-def state_of(model: nn.Module) -> State:
+def copy_weights(model: nn.Module) -> State:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[float]]:
-    """What a job's engine makes of the same steps: exported weights, fp32 weights of what trains (whole), and losses."""
+def train_sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[float]]:
+    """Train the same steps under a job's engine.
+
+    Returns:
+        (exported weights, full fp32 weights of what trains, losses).
+    """
     model = build_empty_model(tiny_config())
     freeze(model, job.get("stage", "align"))
     enable_activation_checkpointing(model, job.get("recompute", "none"))
@@ -113,7 +127,7 @@ def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[
     engine = kind.wrap(model, build_parameter_groups(model, DECAY), settings, weights)
     losses = []
     for step in range(job["steps"]):
-        mine = assigned(step, dist.world_size, job["accumulate"])[dist.rank]
+        mine = assign_samples(step, dist.world_size, job["accumulate"])[dist.rank]
         total = torch.zeros(1, dtype=torch.float64)
         for i, numbers in enumerate(mine):
             loss, _, _ = engine.forward(make_pack(step, numbers), last=i == len(mine) - 1)
@@ -122,7 +136,7 @@ def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[
         dist.sum(total)
         assert engine.step(LR)
         losses.append(total.item() / global_valid_tokens(step))
-    masters = {}
+    masters: State = {}
     for rank, ranges in enumerate(
         dist.gather([(r.name, r.shape, r.start, r.read("master").clone()) for r in engine.ranges()])
     ):
@@ -135,11 +149,15 @@ def sharded(dist: Distributed, job: dict[str, Any]) -> tuple[State, State, list[
 
 
 def compare(
-    job: dict[str, Any], state: State, masters: State, losses: list[float], right: dict[str, Any]
+    job: dict[str, Any], state: State, masters: State, losses: list[float], right: Reference
 ) -> dict[str, Any]:
     before, after, trained = right[0], right[job["steps"]], right["trained"]
-    gap = sum(float(counted(n, masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
-    update = sum(float(counted(n, after[n] - before[n]).square().sum()) for n in trained) ** 0.5
+    gap = (
+        sum(float(select_trained(n, masters[n] - after[n]).square().sum()) for n in trained) ** 0.5
+    )
+    update = (
+        sum(float(select_trained(n, after[n] - before[n]).square().sum()) for n in trained) ** 0.5
+    )
     groups = {
         n.rsplit(".", 2)[0] if n.startswith("upm") else ".".join(n.split(".")[:3]) for n in trained
     }
@@ -156,7 +174,7 @@ def compare(
         "frozen": [
             n for n in before if n not in trained and not torch.equal(state[n], before[n].to(dtype))
         ],
-        "whole": all(bool(torch.isfinite(m).all()) for m in masters.values())
+        "complete": all(bool(torch.isfinite(m).all()) for m in masters.values())
         and set(masters) == set(trained),
         "exported": all(torch.equal(state[n], masters[n].to(dtype)) for n in trained),
         "losses": losses,
@@ -172,11 +190,13 @@ def main() -> None:
     out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     file = Path(sys.argv[3])
     if dist.is_rank_zero and not file.exists():
-        torch.save({stage: plain(stage, (20, 32)) for stage in ("align", "tune", "encoder")}, file)
+        torch.save(
+            {stage: train_plain(stage, (20, 32)) for stage in ("align", "tune", "encoder")}, file
+        )
     found = {}
     for job in jobs:
         started = time.perf_counter()
-        result = sharded(dist, job)
+        result = train_sharded(dist, job)
         # DeepSpeed makes hpZ's groups once a process; here the next job may want them too.
         deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         if dist.is_rank_zero:

@@ -1,4 +1,4 @@
-"""Run by test_unbalanced.py, once a rank: the toy OneLLM where rank 0 is assigned only images and rank 1 only audio."""
+"""Run by test_unbalanced.py on every rank: the toy OneLLM with unbalanced modalities."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ from onellm_dist.train.optim.stages import build_parameter_groups, freeze_for_st
 
 LR, CLIP, DECAY, TOKENS = 1e-3, 2.0, 0.1, 6
 MIXTURE = ("image", "audio", "imu")
-DEALT: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
+ASSIGNED: tuple[tuple[list[list[str]], list[list[str]]], ...] = (
     ([["image", "image"], ["image"]], [["audio"]]),
     ([["image"]], [["image", "image"]]),
     ([["image"], ["image"]], []),
     ([["image"]], [["audio"]]),
 )
-"""Step -> what rank 0 and what rank 1 are assigned, in packs. IMU is in the mixture and comes in no step; audio is absent for two."""
+"""Step -> packs of rank 0 and of rank 1.
+
+IMU is in the mixture and comes in no step; audio is absent for two steps.
+"""
 
 
 def make_pack(names: list[str], number: int) -> PackedBatch:
-    """One sample of each name, drawn from `number`; none: the dummy token."""
+    """One sample of each name, drawn from `number`; none: an empty micro-batch."""
     generator = torch.Generator().manual_seed(number)
     kinds = all_modalities()
     values = {
@@ -68,14 +71,14 @@ def make_pack(names: list[str], number: int) -> PackedBatch:
 
 
 def step_packs(step: int) -> list[list[PackedBatch]]:
-    """[rank][micro-step], the shorter rank filled up with dummies."""
-    count = max(len(rank) for rank in DEALT[step])
+    """[rank][micro-batch]; the shorter rank is filled up with empty ones."""
+    count = max(len(rank) for rank in ASSIGNED[step])
     return [
         [
             make_pack(names, 100 * step + 10 * r + i)
             for i, names in enumerate([*rank, *[[]] * (count - len(rank))])
         ]
-        for r, rank in enumerate(DEALT[step])
+        for r, rank in enumerate(ASSIGNED[step])
     ]
 
 
@@ -84,12 +87,14 @@ def global_valid_tokens(step: int) -> int:
 
 
 def new_model() -> torch.nn.Module:
+    model: torch.nn.Module
     model, _ = load_model(path=None, preset="toy", seed=3)
     freeze_for_stage(model, "align", MIXTURE)
-    return model.train()
+    model.train()
+    return model
 
 
-def sharded(
+def train_sharded(
     dist: Distributed, config: dict[str, Any]
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = new_model()
@@ -105,7 +110,7 @@ def sharded(
         get_engine("deepspeed").load().wrap(model, build_parameter_groups(model, DECAY), settings)
     )
     losses = []
-    for step in range(len(DEALT)):
+    for step in range(len(ASSIGNED)):
         packs = step_packs(step)[dist.rank]
         total = torch.zeros(1)
         for i, pack in enumerate(packs):
@@ -118,8 +123,8 @@ def sharded(
     return engine.gather_full_state(), losses
 
 
-def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
-    """Plain torch over every pack of every rank. A modality that is absent has gradient zero (DESIGN, section 4)."""
+def train_plain() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float]]:
+    """Train with plain torch on every pack of every rank; absent modalities have zero gradient."""
     model = new_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -127,7 +132,7 @@ def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], lis
         build_parameter_groups(model, DECAY), lr=LR, betas=(0.9, 0.95), eps=1e-8
     )
     losses = []
-    for step in range(len(DEALT)):
+    for step in range(len(ASSIGNED)):
         optimizer.zero_grad()
         total = 0.0
         for pack in (pack for rank in step_packs(step) for pack in rank if not pack.is_empty):
@@ -171,9 +176,9 @@ def main() -> None:
     dist = join(ranks)
     results = {}
     for name in sys.argv[2:]:
-        results[name] = sharded(dist, load_ds_config(Path(name)))
+        results[name] = train_sharded(dist, load_ds_config(Path(name)))
     if dist.is_rank_zero:
-        right = one_process()
+        right = train_plain()
         found = {name: compare(state, losses, right) for name, (state, losses) in results.items()}
         (Path(sys.argv[1]) / "found.json").write_text(json.dumps(found))
     leave()

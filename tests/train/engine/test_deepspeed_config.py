@@ -54,11 +54,13 @@ def test_deepspeed_does_not_time_each_forward_unless_asked() -> None:
         ("[]", "JSON object"),
         ('{"optimizer": {}, "bf16": {}}', "optimizer .* bf16"),
         (
-            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}',
+            '{"zero_optimization": {"stage": 3, '
+            '"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}',
             "offload_param to nvme",
         ),
         (
-            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}',
+            '{"zero_optimization": {"stage": 3, '
+            '"offload_optimizer": {"device": "cpu", "ratio": 0.3}}}',
             "ratio 0.3",
         ),
     ],

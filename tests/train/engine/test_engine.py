@@ -1,4 +1,8 @@
-"""Both engines behind their interface, on several ranks: exact gradients whatever a rank is assigned, skipped steps, elastic resumes."""
+"""Both engines behind their interface, on several ranks.
+
+Gradients are exact whatever a rank is assigned, skipped steps leave no trace, checkpoints resume at
+another number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -94,16 +98,16 @@ def test_a_resumed_run_ends_bit_identical(two: tuple[Path, dict[str, Any]], name
 def test_a_loss_that_is_not_finite_on_one_rank_changes_nothing_anywhere(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
-    """Nor does one on all ranks whose gradient reaches nothing that trains: a last micro-step of dummies."""
-    assert not two[1][name]["spoilt_applied"]
-    assert two[1][name]["spoilt_kept"]
+    """Nor does a last micro-batch that is empty on all ranks and reaches nothing that trains."""
+    assert not two[1][name]["poisoned_applied"]
+    assert two[1][name]["poisoned_kept"]
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_a_sound_step_that_is_thrown_away_leaves_no_trace(
+def test_a_good_step_that_is_skipped_leaves_no_trace(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
-    """Neither in the weights nor in what follows: moments, the count of steps and gradients of the next step are as if it had not been."""
+    """Neither in the weights nor in what follows: state, count of steps, next gradients."""
     found = two[1][name]
     assert not found["discarded_applied"]
     assert found["discarded_steps"] == 8
@@ -119,7 +123,7 @@ def test_the_norm_is_that_of_one_process_with_all_samples(
 
 
 @pytest.mark.parametrize("name", [job["name"] for job in JOBS])
-def test_norms_of_the_parts_add_up_to_the_whole(
+def test_norms_of_the_parts_add_up_to_the_total(
     two: tuple[Path, dict[str, Any]], name: str
 ) -> None:
     found = two[1][name]
@@ -127,17 +131,17 @@ def test_norms_of_the_parts_add_up_to_the_whole(
     for norm, parts in zip(found["norms"], found["parts"], strict=True):
         assert set(parts) == trained
         assert all(value > 0 for value in parts.values())
-        whole = sum(value**2 for value in parts.values()) ** 0.5
+        total = sum(value**2 for value in parts.values()) ** 0.5
         assert (
-            whole < norm if "tune" in name else whole == pytest.approx(norm, rel=1e-5)
+            total < norm if "tune" in name else total == pytest.approx(norm, rel=1e-5)
         )  # the embedding is in no part
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_a_checkpoint_of_two_ranks_goes_on_at_other_sizes_stages_and_engines(
+def test_a_checkpoint_of_two_ranks_resumes_at_other_sizes_stages_and_engines(
     two: tuple[Path, dict[str, Any]], tmp_path: Path, ranks: int
 ) -> None:
-    jobs = [
+    jobs: list[dict[str, Any]] = [
         {"name": "zero3", "config": ZERO3, "from": str(two[0] / "zero2")},
         {"name": "zero1", "config": "zero1", "from": str(two[0] / "zero3")},
         {"name": "zero0", "config": {}, "from": str(two[0] / "zero3")},

@@ -1,8 +1,9 @@
-"""Every engine at 1 to 4 ranks, with every accumulation, packed and unpacked, gives the updates of plain single-process torch.
+"""Every engine gives the updates of plain torch in one process.
 
-A tiny OneLLM trains 20 steps at a constant rate of 2e-3 in two parameter groups, fp32; modalities are absent from whole steps and from last
-micro-steps; the loss falls by a fifth. Key biases, whose true gradient is zero, are left out where the encoder trains; LLaMA and the UPM
-have none.
+It does so at 1 to 4 ranks, with every accumulation, packed and unpacked. A tiny OneLLM trains 20
+steps at a constant rate of 2e-3 in two parameter groups, fp32; modalities are absent from whole
+steps and from last micro-batches; the loss falls by a fifth. Key biases, whose true gradient is
+zero, are left out where the encoder trains; LLaMA and the UPM have none.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def check_numbers(one: dict[str, Any], bf16: bool) -> None:
 def check_weights(one: dict[str, Any]) -> None:
     assert one["unmoved"] == []
     assert one["frozen"] == []
-    assert one["whole"]
+    assert one["complete"]
     assert one["exported"]
 
 
@@ -141,7 +142,7 @@ def test_fp32_follows_plain_torch(found: dict[int, dict[str, Any]], ranks: int, 
 def test_bf16_stays_within_its_bound_of_fp32(
     found: dict[int, dict[str, Any]], ranks: int, name: str
 ) -> None:
-    """Losses of 20 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%, for every engine)."""
+    """Losses of 20 steps within 1%, the update within 15% of fp32's (seen: 0.3% and 7%)."""
     check_numbers(found[ranks][name], bf16=True)
 
 

@@ -1,4 +1,4 @@
-"""What a rank holds at 1 and 4 ranks (benchmarks/engines.py): never the whole model, a quarter of the state."""
+"""What a rank holds at 1 and 4 ranks: never the whole model, and a quarter of the state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_no_rank_ever_holds_the_whole_model(found: dict[str, Any], engine: str) -> None:
-    """Peak growth while a frozen model of 146 MB is drawn or read and sharded over 4 ranks, and while rank 0 writes all of it."""
+    """Peak growth while a frozen model of 146 MB is drawn, read, sharded and exported."""
     one = found[engine]["4"]
     assert one["model_bytes"] > 140e6
     assert one["load"] < 0.5 * one["model_bytes"]

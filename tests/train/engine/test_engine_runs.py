@@ -1,4 +1,7 @@
-"""Whole runs that change engine and number of ranks between checkpoints; what they export, and what their checkpoints convert to."""
+"""Runs that change engine and number of ranks between checkpoints.
+
+Also what they export, and what their checkpoints convert to.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """ZeRO-3 on 4 ranks, all steps; FSDP2 on 3 ranks (torchrun) from its first; FSDP2 on 2 (deepspeed) from those; ZeRO-2 on 1 back."""
+    """Four runs, each of the last three from a checkpoint of the one before.
+
+    ZeRO-3 on 4 ranks; FSDP2 on 3 ranks (torchrun); FSDP2 on 2 ranks (deepspeed); ZeRO-2 on 1 rank.
+    """
     made = Runs(
         tmp_path_factory.mktemp("engines"),
         ("image", "imu"),
@@ -64,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.parametrize(("name", "first"), [("fsdp_3", 1), ("fsdp_2", 2), ("zero2_1", 3)])
-def test_a_run_goes_on_under_another_engine_with_the_same_numbers(
+def test_a_run_resumes_under_another_engine_with_the_same_numbers(
     runs: Runs, name: str, first: int
 ) -> None:
     there, here = runs.metrics("zero3_4"), runs.metrics(name)
@@ -85,7 +91,7 @@ def test_a_run_goes_on_under_another_engine_with_the_same_numbers(
 def test_a_checkpoint_converts_to_what_the_run_gathered(
     runs: Runs, name: str, tmp_path: Path
 ) -> None:
-    """ZeRO-3 saved at 4 ranks, FSDP2 saved at 3: `onellm convert` gives the safetensors of the run's own export."""
+    """`onellm convert` gives the weights that the run exported (ZeRO-3 on 4 ranks, FSDP2 on 3)."""
     opened, _ = convert("run", runs.root / name, tmp_path / "out", quiet=True)
     exported, found = (
         load_file(folder / "model.safetensors")

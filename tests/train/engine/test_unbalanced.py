@@ -1,4 +1,7 @@
-"""The toy OneLLM under ZeRO-2 and ZeRO-3, rank 0 assigned only images, rank 1 only audio, then no audio for two steps, IMU never."""
+"""The toy OneLLM under ZeRO-2 and ZeRO-3 with unbalanced modalities.
+
+Rank 0 gets only images and rank 1 only audio; then audio is absent for two steps; IMU never comes.
+"""
 
 from __future__ import annotations
 

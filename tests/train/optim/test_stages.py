@@ -54,10 +54,10 @@ def test_biases_and_rms_norms_do_not_decay(toy: nn.Module) -> None:
     groups = build_parameter_groups(toy, 0.1)
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
     names = {id(p): n for n, p in toy.named_parameters()}
-    spared = {names[id(p)] for p in groups[1]["params"]}  # type: ignore[attr-defined]
+    spared = {names[id(p)] for p in groups[1]["params"]}
     assert {n for n in trained(toy) if n.endswith("bias")} <= spared
     assert any("upm" in n and "norm" in n for n in spared)
-    assert sum(len(g["params"]) for g in groups) == len(trained(toy))  # type: ignore[arg-type]
+    assert sum(len(g["params"]) for g in groups) == len(trained(toy))
     layer_norms = {f"{n}.weight" for n, m in toy.named_modules() if isinstance(m, nn.LayerNorm)}
     assert not layer_norms & spared
 

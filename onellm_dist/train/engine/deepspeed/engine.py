@@ -73,7 +73,7 @@ class DeepSpeedEngine(Engine):
     def wrap(
         cls,
         model: nn.Module,
-        groups: Sequence[dict[str, object]],
+        groups: Sequence[dict[str, Any]],
         settings: EngineSettings,
         weights: WeightSource | None = None,
     ) -> DeepSpeedEngine:

@@ -42,7 +42,7 @@ class FsdpEngine(Engine):
     def __init__(
         self,
         module: Any,
-        groups: Sequence[dict[str, object]],
+        groups: Sequence[dict[str, Any]],
         settings: EngineSettings,
         mesh: DeviceMesh,
     ) -> None:
@@ -74,7 +74,7 @@ class FsdpEngine(Engine):
     def wrap(
         cls,
         model: nn.Module,
-        groups: Sequence[dict[str, object]],
+        groups: Sequence[dict[str, Any]],
         settings: EngineSettings,
         weights: WeightSource | None = None,
     ) -> FsdpEngine:
