@@ -1,4 +1,4 @@
-"""The Makefile's targets, as far as they can be seen without running them."""
+"""The Makefile's targets, checked without running them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onellm_dist.cli import launch_options as options
 from onellm_dist.cli.help import format_examples
 from onellm_dist.common.errors import UsageError
 
@@ -18,20 +19,40 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 """Holds commands of `onellm` itself: it is added to the main app without a name."""
 
-Recipe = Annotated[
-    Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
-]
-Starter = Annotated[
-    str, typer.Option("--with", help="What starts the ranks: srun, torchrun or deepspeed (pdsh).")
-]
-Settings = Annotated[
+Overrides = Annotated[
     list[str] | None,
+    typer.Argument(help="Keys of the recipe to change (with --distributed).", metavar="KEY=VALUE"),
+]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="Check every node and the links between them.")
+]
+CheckedRecipe = Annotated[
+    Path | None, typer.Option(help="Also check what this recipe needs: run.dir, data and memory.")
+]
+LocalRanks = Annotated[
+    int | None,
+    typer.Option(min=1, help="Local ranks to start if no launcher started this process."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ExcludeFile = Annotated[
+    Path | None, typer.Option(help="File for the bad nodes, in the form of Slurm's --exclude.")
+]
+MaxSkew = Annotated[
+    float, typer.Option(min=0, help="Seconds that a clock may differ from the nodes' median.")
+]
+MinBandwidth = Annotated[
+    float,
     typer.Option(
-        "--set",
-        help="A key of the recipe to change, with its value in YAML (repeatable).",
-        metavar="KEY=VALUE",
+        min=0,
+        help="GB/s that an all-reduce between two nodes must reach; 0: only compare the nodes.",
     ),
 ]
+MinDisk = Annotated[
+    float,
+    typer.Option(min=0, help="MB/s that writing to run.dir must reach; 0: only compare the nodes."),
+]
+Wait = Annotated[float, typer.Option(min=1, help="Seconds to wait for ranks that have not joined.")]
+Limit = Annotated[float, typer.Option(min=1, help="Seconds that each check may take.")]
 
 
 @app.command(
@@ -42,59 +63,27 @@ Settings = Annotated[
     )
 )
 def doctor(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Keys of the recipe to change (with --distributed).", metavar="KEY=VALUE"
-        ),
-    ] = None,
-    distributed: Annotated[
-        bool, typer.Option("--distributed", help="Check every node and the links between them.")
-    ] = False,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Also check what this recipe needs: its run.dir, data and memory."),
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Local ranks to start if no launcher started this process."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    exclude_file: Annotated[
-        Path | None,
-        typer.Option(help="File to write the bad nodes to, in the form of Slurm's --exclude."),
-    ] = None,
-    max_skew: Annotated[
-        float,
-        typer.Option(min=0, help="Seconds that a clock may differ from the median of the nodes."),
-    ] = 2.0,
-    min_bandwidth: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="GB/s that an all-reduce between two nodes must reach; 0: only compare the nodes.",
-        ),
-    ] = 0.0,
-    min_disk: Annotated[
-        float,
-        typer.Option(
-            min=0, help="MB/s that writing to run.dir must reach; 0: only compare the nodes."
-        ),
-    ] = 0.0,
-    wait: Annotated[
-        float, typer.Option(min=1, help="Seconds to wait for ranks that have not joined.")
-    ] = 180.0,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds that each check may take.")] = 60.0,
+    overrides: Overrides = None,
+    distributed: Distributed = False,
+    recipe: CheckedRecipe = None,
+    ranks: LocalRanks = None,
+    as_json: AsJson = False,
+    exclude_file: ExcludeFile = None,
+    max_skew: MaxSkew = 2.0,
+    min_bandwidth: MinBandwidth = 0.0,
+    min_disk: MinDisk = 0.0,
+    wait: Wait = 180.0,
+    limit: Limit = 60.0,
 ) -> None:
     """Check this machine, or every node of a job: versions, attention kernels, GPUs, launchers.
 
     It says what was found and what would go wrong in a run.
     """
     if distributed:
-        from onellm_dist.diagnostics.preflight.options import PreflightOptions
+        from onellm_dist.diagnostics.preflight.options import Options
         from onellm_dist.diagnostics.preflight.run import run_preflight
 
-        options = PreflightOptions(
+        preflight = Options(
             recipe=recipe,
             overrides=tuple(overrides or ()),
             wait=wait,
@@ -105,7 +94,7 @@ def doctor(
             exclude_file=exclude_file,
             as_json=as_json,
         )
-        raise typer.Exit(run_preflight(options, local_ranks=ranks))
+        raise typer.Exit(run_preflight(preflight, local_ranks=ranks))
     if overrides or recipe:
         raise UsageError(
             f"{' '.join(overrides or [str(recipe)])}: a recipe is only checked with --distributed",
@@ -125,70 +114,28 @@ def doctor(
     )
 )
 def launch(
-    recipe: Recipe,
-    nodes: Annotated[str, typer.Option(help="Number of nodes: 2, or 1-4 for up to four.")] = "1",
-    gpus_per_node: Annotated[
-        int, typer.Option(min=0, help="GPUs on each node; also the ranks on each node.")
-    ] = 8,
-    ranks_per_node: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Ranks on each node, for runs on CPUs.", show_default="--gpus-per-node"
-        ),
-    ] = None,
-    starter: Starter = "srun",
-    settings: Settings = None,
-    time: Annotated[str, typer.Option(help="Time limit, as Slurm writes it.")] = "24:00:00",
-    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
-    qos: Annotated[str | None, typer.Option(help="Slurm quality of service.")] = None,
-    exclude: Annotated[
-        str | None, typer.Option(help="Nodes to avoid, as Slurm writes lists: gpu07,gpu12.")
-    ] = None,
-    cpus_per_rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Cores of each rank, to share nodes.", show_default="whole nodes"),
-    ] = None,
-    container: Annotated[
-        str | None, typer.Option(help="Container image in which the ranks run.")
-    ] = None,
-    container_runtime: Annotated[str, typer.Option(help="pyxis (Enroot) or apptainer.")] = "pyxis",
-    mount: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A folder that the container sees, besides the run's and the data's (repeatable)."
-        ),
-    ] = None,
-    max_requeues: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Failures in a row, without a new checkpoint, after which the job halts."
-        ),
-    ] = 5,
-    grace_period: Annotated[
-        int,
-        typer.Option(
-            help="Seconds before the time limit at which the job is asked to stop; the last "
-            "checkpoint must fit in."
-        ),
-    ] = 300,
-    preflight: Annotated[
-        bool, typer.Option(help="Check every node before the ranks start, and avoid bad ones.")
-    ] = False,
-    job_name: Annotated[
-        str | None, typer.Option(help="Name of the job.", show_default="the recipe's name")
-    ] = None,
-    python: Annotated[
-        str | None,
-        typer.Option(help="The Python interpreter on the nodes.", show_default="this one"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write.", show_default="stdout, or RUN_DIR/job.sbatch with --submit"
-        ),
-    ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Submit the job script.")] = False,
+    recipe: options.Recipe,
+    nodes: options.Nodes = "1",
+    gpus_per_node: options.GpusPerNode = 8,
+    ranks_per_node: options.RanksPerNode = None,
+    starter: options.StarterOption = "srun",
+    settings: options.Settings = None,
+    time: options.TimeLimit = "24:00:00",
+    partition: options.Partition = None,
+    account: options.Account = None,
+    qos: options.Qos = None,
+    exclude: options.Exclude = None,
+    cpus_per_rank: options.CpusPerRank = None,
+    container: options.Container = None,
+    container_runtime: options.Runtime = "pyxis",
+    mount: options.Mounts = None,
+    max_requeues: options.MaxRequeues = 5,
+    grace_period: options.GracePeriod = 300,
+    preflight: options.Preflight = False,
+    job_name: options.JobName = None,
+    python: options.Python = None,
+    out: options.ScriptFile = None,
+    submit: options.Submit = False,
 ) -> None:
     """Render a Slurm job script for a recipe, check it, and submit it with --submit.
 
@@ -244,17 +191,15 @@ def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
         print(f"submit it: sbatch {path}")
 
 
-@app.command(
-    epilog=format_examples("onellm rehearse stage1_image --nodes 2 --ranks-per-node 2"),
-)
+@app.command(epilog=format_examples("onellm rehearse stage1_image --nodes 2 --ranks-per-node 2"))
 def rehearse(
-    recipe: Recipe = Path("toy/align_image"),
+    recipe: options.Recipe = Path("toy/align_image"),
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the throw-away Slurm.")] = 2,
     ranks_per_node: Annotated[
         int, typer.Option(min=1, help="Ranks on each node; all share this machine's cores.")
     ] = 2,
-    starter: Starter = "srun",
-    settings: Settings = None,
+    starter: options.StarterOption = "srun",
+    settings: options.Settings = None,
     preflight: Annotated[
         bool, typer.Option(help="Rehearse the job script with the preflight in it.")
     ] = False,

@@ -1,4 +1,4 @@
-"""The command as a user meets it: help with an example everywhere, three-line errors, exit codes."""
+"""The command as a user meets it: help with an example everywhere, short errors, exit codes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import pytest
 
 COMMANDS = [
     "demo",
-    "doctor",
     "train",
     "report",
     "samples",
+    "doctor",
+    "launch",
+    "rehearse",
     "generate",
     "shards build",
     "shards index",
     "shards verify",
+    "shards repair",
+    "shards stats",
+    "shards preview",
 ]
 
 
-def onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "onellm_dist.cli", *arguments],
         capture_output=True,
@@ -33,16 +38,27 @@ def onellm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    done = onellm(*command.split(), "--help")
+    done = run_onellm(*command.split(), "--help")
     assert done.returncode == 0
     assert f"onellm {command}" in " ".join(done.stdout.split())
     assert "Example" in done.stdout
 
 
+def test_help_shows_every_default() -> None:
+    """Square brackets are markup to typer: a default in them would be swallowed."""
+    shown = " ".join(run_onellm("launch", "--help").stdout.replace("│", " ").split())
+    for default in ("pyxis", "24:00:00", "300", "5", "srun"):
+        assert f"[default: {default}]" in shown
+
+
+def test_the_shell_can_complete_commands() -> None:
+    assert "--install-completion" in run_onellm("--help").stdout
+
+
 def test_generate_has_an_option_for_every_modality() -> None:
     from onellm_dist.modalities import all_modalities
 
-    shown = onellm("generate", "--help").stdout
+    shown = run_onellm("generate", "--help").stdout
     assert all(f"--{name}" in shown for name in all_modalities())
 
 
@@ -51,13 +67,13 @@ def test_generate_has_an_option_for_every_modality() -> None:
     [["trai"], ["train"], ["shards", "build"], ["generate"], ["doctor", "a=b"], ["--nope"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
-    assert onellm(*arguments).returncode == 2
+    assert run_onellm(*arguments).returncode == 2
 
 
 def test_errors_are_what_why_and_what_to_do(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train: {stage: align, stepz: 3}\n")
-    done = onellm("train", str(recipe))
+    done = run_onellm("train", str(recipe))
     assert done.returncode == 2
     assert "did you mean train.steps?" in done.stderr
     assert "nothing was started" in done.stderr
@@ -65,7 +81,7 @@ def test_errors_are_what_why_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_missing_model_is_a_usage_error(tmp_path: Path) -> None:
-    done = onellm("generate", str(tmp_path / "no_model"), "hello")
+    done = run_onellm("generate", str(tmp_path / "no_model"), "hello")
     assert done.returncode == 2
     assert "no_model" in done.stderr
     assert "Traceback" not in done.stderr

@@ -96,7 +96,7 @@ def format_container_function(job: SlurmJob) -> str:
 def _format_srun(job: SlurmJob, tasks_per_node: int, *, kill_on_bad_exit: bool) -> str:
     """The first lines of a step on all nodes.
 
-    Slurm must be told the tasks again, because the step may have other numbers than the job.
+    The tasks are given to Slurm again, because the step may have other numbers than the job.
     """
     tasks = '"$SLURM_JOB_NUM_NODES"'
     if tasks_per_node > 1:

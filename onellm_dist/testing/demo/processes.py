@@ -50,8 +50,8 @@ class DemoProcess:
     def start(self) -> None:
         """Start it in a session of its own; what it starts is found by its process tree."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         self._out = self.log.open("ab")
-        self._log_start = self._out.tell()
         self._out.write(f"$ {' '.join(self.command)}\n".encode())
         self._out.flush()
         self.process = subprocess.Popen(

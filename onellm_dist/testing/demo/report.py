@@ -38,7 +38,7 @@ COLUMNS = (
     "shuffled EM",
     "shuffled F1",
     "chance EM / F1",
-    "beats its control",
+    "better than its control",
     "example",
 )
 PICTURE_WIDTH = 480

@@ -41,7 +41,7 @@ def run_demo(out: Path, full: bool = False) -> int:
         full: whether to train three times as many steps.
 
     Returns:
-        0, or 1 if a modality does not beat its control with shuffled inputs.
+        0, or 1 if a modality is no better than its control with shuffled inputs.
 
     Raises:
         UsageError: `out` holds something else, or a demo of the other size.
@@ -115,7 +115,7 @@ def _write_results(demo: Demo, results: Sequence[ModalityResult], table: Timetab
 
 
 def get_exit_code(results: Sequence[ModalityResult]) -> int:
-    """0 if every modality beats its control on every split, else 1."""
+    """0 if every modality is better than its control on every split, else 1."""
     failed = [
         f"{result.modality} ({name})"
         for result in results

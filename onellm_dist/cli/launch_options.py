@@ -1,0 +1,79 @@
+"""The options of `onellm launch` and `onellm rehearse`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[
+    Path, typer.Argument(help="A recipe file, or the name of one that ships (stage1_image).")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A key of the recipe to change, with its value in YAML (repeatable).",
+        metavar="KEY=VALUE",
+    ),
+]
+StarterOption = Annotated[
+    str, typer.Option("--with", help="What starts the ranks: srun, torchrun or deepspeed (pdsh).")
+]
+Nodes = Annotated[str, typer.Option(help="Number of nodes: 2, or 1-4 for up to four.")]
+GpusPerNode = Annotated[
+    int, typer.Option(min=0, help="GPUs on each node; also the ranks on each node.")
+]
+RanksPerNode = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Ranks on each node, for runs on CPUs.", show_default="--gpus-per-node"
+    ),
+]
+TimeLimit = Annotated[str, typer.Option(help="Time limit, as Slurm writes it.")]
+Partition = Annotated[str | None, typer.Option(help="Slurm partition.")]
+Account = Annotated[str | None, typer.Option(help="Slurm account.")]
+Qos = Annotated[str | None, typer.Option(help="Slurm quality of service.")]
+Exclude = Annotated[
+    str | None, typer.Option(help="Nodes to avoid, as Slurm writes lists: gpu07,gpu12.")
+]
+CpusPerRank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cores of each rank, to share nodes.", show_default="whole nodes"),
+]
+Container = Annotated[str | None, typer.Option(help="Container image in which the ranks run.")]
+Runtime = Annotated[str, typer.Option(help="pyxis (Enroot) or apptainer.")]
+Mounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A folder that the container sees, besides the run's and the data's (repeatable)."
+    ),
+]
+MaxRequeues = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Failures in a row, without a new checkpoint, after which the job halts."
+    ),
+]
+GracePeriod = Annotated[
+    int,
+    typer.Option(
+        help="Seconds before the time limit at which the job is asked to stop; the last "
+        "checkpoint must fit in."
+    ),
+]
+Preflight = Annotated[
+    bool, typer.Option(help="Check every node before the ranks start, and avoid bad ones.")
+]
+JobName = Annotated[
+    str | None, typer.Option(help="Name of the job.", show_default="the recipe's name")
+]
+Python = Annotated[
+    str | None, typer.Option(help="The Python interpreter on the nodes.", show_default="this one")
+]
+ScriptFile = Annotated[
+    Path | None,
+    typer.Option(help="File to write.", show_default="stdout, or RUN_DIR/job.sbatch with --submit"),
+]
+Submit = Annotated[bool, typer.Option("--submit", help="Submit the job script.")]
