@@ -80,10 +80,10 @@ def doctor(
     It says what was found and what would go wrong in a run.
     """
     if distributed:
-        from onellm_dist.diagnostics.preflight.options import Options
+        from onellm_dist.diagnostics.preflight.options import PreflightOptions
         from onellm_dist.diagnostics.preflight.run import run_preflight
 
-        preflight = Options(
+        preflight = PreflightOptions(
             recipe=recipe,
             overrides=tuple(overrides or ()),
             wait=wait,
