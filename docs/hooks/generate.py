@@ -139,13 +139,27 @@ def sources() -> str:
         rows = [(f"`{n}`", o.help, f"`{o.default}`") for n, o in source.options.items()]
         text = source.summary
         options = table(("option", "meaning", "default"), rows) if rows else ""
-        parts.append(f"## {name}\n\n{text}\n\n{options}")
+        parts.append(f"### `{name}`\n\n{text}.\n\n{options}")
     return "\n".join(parts)
+
+
+def metrics() -> str:
+    """Every metric of a step, from the list that the run itself uses."""
+    from onellm_dist.train.records import metrics as records
+
+    if isinstance(records.METRICS, str):
+        return ""
+    rows = [
+        (f"`{m.name}`", m.type, m.unit, m.meaning, "yes" if m.charted else "")
+        for m in records.METRICS
+    ]
+    return table(("field", "type", "unit", "meaning", "charted"), rows)
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "recipe-keys": recipe_keys,
+    "metrics": metrics,
     "modalities": modalities,
     "sources": sources,
 }

@@ -92,7 +92,7 @@ def convert_assemble(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="A CLIP of any format; or timm:NAME, open-clip:NAME (docs/conversion.md)."
+            help="A CLIP of any format; or timm:NAME, open-clip:NAME (docs/howto/conversion.md)."
         ),
     ] = None,
     base: Annotated[Path | None, typer.Option(help="A onellm model to extend instead.")] = None,

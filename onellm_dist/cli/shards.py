@@ -32,7 +32,7 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help="A source (toyworld, folder, webvid, ...; docs/data.md), or a dataset recipe (YAML)."
+            help="A source (toyworld, folder, webvid, ...; docs/reference/sources.md), or a dataset recipe (YAML)."
         ),
     ],
     paths: Annotated[

@@ -1,8 +1,9 @@
-"""What docs/data.md says about adding a dataset, done literally: its example is built, verified, previewed and trained from."""
+"""The source of docs/howto/source.md is built, verified, previewed and trained from."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -15,7 +16,7 @@ from onellm_dist.cli import main
 from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import registry as catalogue
 
-PAGE = Path(__file__).parents[2] / "docs/data.md"
+PAGE = Path(__file__).parents[2] / "docs/howto/source.md"
 
 
 @pytest.fixture
@@ -81,18 +82,18 @@ def test_the_pages_commands(
         "id,species,place\na1,blackbird,garden\na2,wren,forest\n"
     )
     commands = re.findall(
-        r"`(onellm shards (?:build birdsong|verify shards/birdsong|preview shards/birdsong)[^`]*)`",
+        r"^onellm (shards (?:build|verify|preview) .*data/birdsong.*)$",
         PAGE.read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
-    lines = [c.split()[1:] for c in commands if "IN OUT" not in c]
-    assert [line[1] for line in lines] == ["build", "verify", "preview"]
-    build, verify, preview = lines
-    for line in (build, [w for w in build if w != "--dry-run"], verify, preview):
+    lines = [shlex.split(command, comments=True) for command in commands]
+    assert [line[1] for line in lines] == ["build", "build", "verify", "preview"]
+    for line in lines:
         with pytest.raises(SystemExit) as stop:
             main(line)
         assert stop.value.code == 0
         if "--dry-run" in line:
-            assert not (tmp_path / "shards").exists()
+            assert not (tmp_path / "data").exists()
     assert "blackbird" in (tmp_path / "birds.html").read_text()
-    assert "manifest.json" in all_bytes(tmp_path / "shards/birdsong")
+    assert "manifest.json" in all_bytes(tmp_path / "data/birdsong")
     assert "nothing was written" in capsys.readouterr().out

@@ -106,7 +106,7 @@ def source_help(source: Source) -> str:
         ]
     lines += [
         "",
-        "Flags of the command itself: onellm shards build --help. What IN must look like: docs/data.md; recipes: shards/*.yaml.",
+        "Flags of the command itself: onellm shards build --help. What IN must look like: docs/reference/sources.md; recipes: shards/*.yaml.",
     ]
     return "\n".join(lines)
 
