@@ -195,7 +195,7 @@ def test_a_set_that_was_fetched_in_part_or_not_at_all(tmp_path: Path) -> None:
     _, dataset = built("cap3d", tmp_path / "in", tmp_path / "out", missing="skip")
     assert list(samples(dataset)) == UIDS[:1]
     write_tree(tmp_path / "captions", {TABLE: csv_of(CAPTIONS)})
-    with pytest.raises(UsageError, match="there are captions and no clouds"):
+    with pytest.raises(UsageError, match="there are captions but no clouds"):
         build_dataset("cap3d", tmp_path / "captions", tmp_path / "x")
     write_tree(tmp_path / "in", {"Cap3D_human.csv": csv_of(CAPTIONS)})
     with pytest.raises(UsageError, match="has 2 tables"):
@@ -219,7 +219,7 @@ def test_the_clouds_may_be_looked_for_in_one_folder(tmp_path: Path) -> None:
         build_dataset("cap3d", tmp_path / "in", tmp_path / "out")
     _, dataset = built("cap3d", tmp_path / "in", tmp_path / "out", clouds="old")
     assert samples(dataset)[UIDS[0]]["npy"] == npy(cloud(64, seed=1))
-    with pytest.raises(UsageError, match=r"in/pict: no .npy, .pt, .ply or .zip there"):
+    with pytest.raises(UsageError, match=r"in/pict has no .npy, .pt, .ply or .zip"):
         build_dataset("cap3d", tmp_path / "in", tmp_path / "none", options={"clouds": "pict"})
 
 

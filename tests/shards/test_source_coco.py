@@ -128,7 +128,7 @@ def test_karpathys_splits(tmp_path: Path) -> None:
     assert reasons(report) == {
         "dataset_coco_json-4": "unreadable row: a caption is 8, not a text",
         "dataset_coco_json-4-1": "unreadable row: a caption is 8, not a text",
-        "dataset_coco_json-5": "unreadable row: its split is 'none', none of train, restval, val, test",
+        "dataset_coco_json-5": "unreadable row: its split is 'none', not one of train, restval, val, test",
     }
 
 

@@ -205,7 +205,7 @@ def test_msrvtts_test_split_is_left_out_and_said(tmp_path: Path) -> None:
     assert not any("test" in k for k in samples(dataset))
     assert any(n.startswith("WARNING: video/msrvtt_vqa_test.json left out") for n in report.notes)
     assert any(
-        n.startswith("not there: video/msrvtt_cap_test.json, video/msrvtt_vqa_val.json")
+        n.startswith("missing: video/msrvtt_cap_test.json, video/msrvtt_vqa_val.json")
         for n in report.notes
     )
     report, dataset = built(

@@ -230,7 +230,7 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
         tmp_path / "maps", {"a.csv": "caption\turl\nx\tother/1.jpg\n", "other/1.jpg": photo()}
     )
     with pytest.raises(
-        TooManyFailures, match=r"nothing says where the depth map of other/1.jpg lies"
+        TooManyFailures, match=r"nothing says where the depth map of other/1.jpg is"
     ):
         build_dataset(
             "reference-lists", tmp_path / "maps", tmp_path / "c", options={"modality": "depth"}
@@ -243,7 +243,7 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
         ({}, "needs -o modality=NAME"),
         ({"modality": "imu"}, "use source ego4d-imu"),
         ({"modality": "smell"}, "smell"),
-        ({"modality": "image", "replace": "a"}, "'a' is no OLD=NEW"),
+        ({"modality": "image", "replace": "a"}, "'a' is not OLD=NEW"),
     ],
 )
 def test_wrong_options(tmp_path: Path, options: dict[str, str], message: str) -> None:
@@ -259,7 +259,7 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
             "reference-lists", tmp_path / "in", tmp_path / "out", options={"modality": "image"}
         )
     (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match=r"no .csv, .tsv, .json there"):
+    with pytest.raises(UsageError, match=r"has no .csv, .tsv, .json"):
         build_dataset(
             "reference-lists", tmp_path / "none", tmp_path / "out", options={"modality": "image"}
         )

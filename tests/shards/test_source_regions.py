@@ -163,7 +163,7 @@ def test_bad_expressions(tmp_path: Path) -> None:
         "a str, not an object",
         "an expression is ' ', not a text",
         "an expression is ' ', not a text",
-        "its split is 'nosplit', none of train, val, test, testA, testB",
+        "its split is 'nosplit', not one of train, val, test, testA, testB",
     ]
     with pytest.raises(OneLLMError, match="are bad"):
         built("refcoco", tmp_path / "in", tmp_path / "none")

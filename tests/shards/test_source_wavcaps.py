@@ -341,7 +341,7 @@ def test_what_is_no_wavcaps_is_refused(tmp_path: Path) -> None:
         UsageError, match=r"no folder of .flac and no .zip has AudioSet_SL in its path"
     ):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UsageError, match="one of them is none of"):
+    with pytest.raises(UsageError, match="one of them is not among"):
         build_dataset("wavcaps", tmp_path / "in", tmp_path / "out", options={"sources": "Clotho"})
     write_tree(tmp_path / "in", {"Zip_files/SoundBible/SoundBible.zip": b"no zip"})
     with pytest.raises(

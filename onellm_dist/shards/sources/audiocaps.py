@@ -1,7 +1,10 @@
-"""`onellm shards build audiocaps IN OUT`: AudioCaps' {train,val,test}.csv (audiocap_id,youtube_id,start_time,caption) and the clips.
+"""`onellm shards build audiocaps IN OUT`: AudioCaps' tables of captions and the clips.
 
-Clips of ten seconds are found by name in any folder or zip archive below IN: `<youtube_id>_<start_time>`, `Y<youtube_id>`, `<audiocap_id>`,
-AudioSet's `<youtube_id>_<start>_<end>` in milliseconds, or `<youtube_id>`, as .wav, .flac, .mp3, .ogg, .opus, .m4a or .aac.
+The tables are {train,val,test}.csv with the columns audiocap_id, youtube_id, start_time, caption.
+Clips of ten seconds are found by name in any folder or zip archive below IN:
+`<youtube_id>_<start_time>`, `Y<youtube_id>`, `<audiocap_id>`, AudioSet's
+`<youtube_id>_<start>_<end>` in milliseconds, or `<youtube_id>`, as .wav, .flac, .mp3, .ogg, .opus,
+.m4a or .aac.
 """
 
 from __future__ import annotations
@@ -39,17 +42,17 @@ _ROWS = 1000
 _CLIP_SECONDS = 10
 
 
-def _suffixes() -> tuple[str, ...]:
+def _get_suffixes() -> tuple[str, ...]:
     return tuple(f".{e}" for e in next(iter(get_modality("audio").required_parts.values())))
 
 
 def plan(
     inputs: Path, *, seed: int, annotations: Path | None, splits: str, missing: str
 ) -> DatasetDescription:
-    """Ranges of the tables' rows.
+    """Divide the tables into ranges of rows.
 
     Raises:
-        UsageError: a table or the clips are not there.
+        UsageError: a table or the clips are missing.
     """
     check_missing(missing)
     wanted = [s.strip() for s in splits.split(",")]
@@ -57,7 +60,8 @@ def plan(
         annotations is not None and len(wanted) > 1
     ):
         raise UsageError(
-            f"splits={splits}: {f'there is no {unknown[0]}' if unknown else 'one table is named for several'}.",
+            f"splits={splits}: "
+            f"{f'no split {unknown[0]}' if unknown else 'one table is named for several'}.",
             "each split has a table of its own.",
             f"use {', '.join(_SPLITS)}.",
         )
@@ -79,22 +83,22 @@ def plan(
         if not set(_COLUMNS) <= set(names):
             raise UsageError(
                 f"{table} has the columns {', '.join(names)}.",
-                "it is no table of AudioCaps.",
-                f"it has {', '.join(_COLUMNS)}.",
+                "it is not a table of AudioCaps.",
+                f"AudioCaps' tables have {', '.join(_COLUMNS)}.",
             )
-    pool = find_pool(inputs, _suffixes())
+    pool = find_pool(inputs, _get_suffixes())
     if not pool:
         raise UsageError(
-            f"{inputs}: no {', '.join(_suffixes())} or .zip there.",
-            "there are captions and no clips.",
-            "fetch the clips too.",
+            f"{inputs} has no {', '.join(_get_suffixes())} or .zip.",
+            "there are captions but no clips.",
+            "download the clips too.",
         )
     return DatasetDescription(
-        ("audio",), (g for s, t in tables for g in _groups(inputs, s, t, pool))
+        ("audio",), (g for s, t in tables for g in _make_splits(inputs, s, t, pool))
     )
 
 
-def _groups(inputs: Path, split: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
+def _make_splits(inputs: Path, split: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
     names, start = read_header(resolve_below(inputs, table), CSV)
     for found in find_row_ranges(resolve_below(inputs, table), CSV, _ROWS, start):
         description = {"table": table, "names": names, "range": list(found), "pool": pool.to_json()}
@@ -104,7 +108,7 @@ def _groups(inputs: Path, split: str, table: str, pool: MediaPool) -> Iterator[I
 def raw_samples(
     inputs: Path, description: SplitDescription, *, missing: str, **_: Any
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     pool = MediaPool.from_json(description["pool"])
     for line, row, problem in read_rows(
         resolve_below(inputs, description["table"]),
@@ -117,7 +121,7 @@ def raw_samples(
             yield RawSample(f"row-{line:07d}", where, problem=problem)
             continue
         key = make_safe_key(row["audiocap_id"].strip() or f"row-{line:07d}")
-        found = find_media(inputs, pool, _stems(row), _suffixes())
+        found = find_media(inputs, pool, _list_stems(row), _get_suffixes())
         if found is None:
             lost = f"missing file: no clip of {row['youtube_id']} at {row['start_time']} s"
             yield (
@@ -135,8 +139,8 @@ def raw_samples(
         yield RawSample(key, where, {suffix[1:]: media}, row["caption"], meta)
 
 
-def _stems(row: Mapping[str, str]) -> list[str]:
-    """What a clip may be called, most telling first."""
+def _list_stems(row: Mapping[str, str]) -> list[str]:
+    """Names that a clip may have, the most specific first."""
     video, start = row["youtube_id"].strip(), row["start_time"].strip()
     stems = [f"{prefix}{video}_{start}" for prefix in ("", "Y")]
     if start.replace(".", "", 1).isdecimal():
@@ -150,12 +154,12 @@ def _stems(row: Mapping[str, str]) -> list[str]:
 
 SOURCE = Source(
     "audiocaps",
-    "AudioCaps: {train,val,test}.csv and the clips, by any of their usual names; a sample each caption",
+    "AudioCaps: {train,val,test}.csv and the clips under any usual name; one sample per caption",
     plan=plan,
     raw_samples=raw_samples,
     options={
         "annotations": Option(None, "the table, if it is not train.csv", Path),
-        "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),
+        "splits": Option("train", f"what is built, separated by commas: {', '.join(_SPLITS)}"),
         "missing": MISSING_OPTION,
     },
     licence="MIT (captions); clips under YouTube's terms",

@@ -1,11 +1,13 @@
-"""`onellm shards build cap3d IN OUT`: Cap3D's captions of Objaverse with its point clouds, or PointLLM's copy of both.
+"""`onellm shards build cap3d IN OUT`: Cap3D's captions of Objaverse with its point clouds.
 
-Cap3D_automated_Objaverse_full.csv                  uid,caption without a header
-<anywhere>/<uid>.ply | .pt | .npy                   unpacked clouds of 16,384 coloured points, and/or
-PointCloud_zips/compressed_pcs_00.zip, ...          the archives as they were downloaded (members are found by name)
+Two forms are read, Cap3D's own and PointLLM's copy:
 
-PointLLM_brief_description_660K_filtered.json       [{object_id, conversation_type, conversations}]
-8192_npy/<object_id>_8192.npy                       [8192, 6]: x, y, z, then red, green, blue in [0, 1]
+    Cap3D_automated_Objaverse_full.csv          uid,caption without a header
+    <anywhere>/<uid>.ply | .pt | .npy           unpacked clouds of 16,384 coloured points, and/or
+    PointCloud_zips/compressed_pcs_00.zip, ...  the archives as downloaded (members found by name)
+
+    PointLLM_brief_description_660K_filtered.json   [{object_id, conversation_type, conversations}]
+    8192_npy/<object_id>_8192.npy                   [8192, 6]: x, y, z, red, green, blue in [0, 1]
 """
 
 from __future__ import annotations
@@ -32,32 +34,32 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
 SUFFIXES = (".npy", ".pt", ".ply")
-"""Best first: NumPy is read fastest."""
+"""The preferred first: NumPy is read fastest."""
 _ROWS = 2000
 
 
 def plan(
     inputs: Path, *, seed: int, captions: str | None, clouds: str | None, missing: str
 ) -> DatasetDescription:
-    """Ranges of the table's rows.
+    """Divide the table into ranges of rows.
 
     Raises:
-        UsageError: no table or several, or no clouds.
+        UsageError: there is no table or several, or there are no clouds.
     """
     check_missing(missing)
-    table = _table(inputs, captions)
+    table = _find_table(inputs, captions)
     pool = find_pool(inputs, SUFFIXES, clouds)
     if not pool:
         where = inputs if clouds is None else inputs / clouds
         raise UsageError(
-            f"{where}: no {', '.join(SUFFIXES)} or .zip there.",
-            "there are captions and no clouds.",
-            "fetch the clouds too.",
+            f"{where} has no {', '.join(SUFFIXES)} or .zip.",
+            "there are captions but no clouds.",
+            "download the clouds too.",
         )
-    return DatasetDescription(("point",), _groups(inputs, table, pool))
+    return DatasetDescription(("point",), _make_splits(inputs, table, pool))
 
 
-def _table(inputs: Path, given: str | None) -> str:
+def _find_table(inputs: Path, given: str | None) -> str:
     if given is not None:
         if not (inputs / given).is_file():
             raise UsageError(
@@ -72,15 +74,17 @@ def _table(inputs: Path, given: str | None) -> str:
         for p in sorted(inputs.glob(pattern), key=lambda p: p.name)
     ]
     if len(found) != 1:
+        there = f"{len(found)} tables: {', '.join(found)}" if found else "no table"
         raise UsageError(
-            f"{inputs} has {'no table' if not found else f'{len(found)} tables: ' + ', '.join(found)}.",
-            "captions stand in Cap3D_automated_Objaverse_full.csv or PointLLM_brief_description_660K_filtered.json.",
+            f"{inputs} has {there}.",
+            "captions are in Cap3D_automated_Objaverse_full.csv or "
+            "PointLLM_brief_description_660K_filtered.json.",
             "put one there, or name it: -o captions=FILE (relative to IN).",
         )
     return found[0]
 
 
-def _groups(inputs: Path, table: str, pool: MediaPool) -> Iterator[InputSplit]:
+def _make_splits(inputs: Path, table: str, pool: MediaPool) -> Iterator[InputSplit]:
     if table.lower().endswith(".json"):
         yield from json_stream.split_rows(inputs, table, _ROWS, pool=pool.to_json())
         return
@@ -100,19 +104,15 @@ def raw_samples(
     clouds: str | None,
     missing: str,
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     pool = MediaPool.from_json(description["pool"])
     rows = (
-        _captions(inputs, description)
+        _read_captions(inputs, description)
         if "table" in description
-        else _conversations(inputs, description)
+        else _read_conversations(inputs, description)
     )
     for where, uid, caption, meta, problem in rows:
-        key = (
-            make_safe_key(uid)
-            if uid
-            else make_safe_key(where.replace(":", "-").replace("[", "-").rstrip("]"))
-        )
+        key = make_safe_key(uid or where.replace(":", "-").replace("[", "-").rstrip("]"))
         if problem is not None:
             yield RawSample(key, where, problem=problem)
             continue
@@ -129,15 +129,15 @@ def raw_samples(
 
 
 def make_cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
-    """The part of a cloud's file: `.pt` becomes `.npy`, others stay as they are."""
+    """Make the part of a cloud's file: `.pt` becomes `.npy`, others stay as they are."""
     return {"npy": TensorCloud(media, f"{name}.pt")} if suffix == ".pt" else {suffix[1:]: media}
 
 
-_Found = tuple[str, str, str | None, Mapping[str, Any], str | None]
-"""where, uid, caption, metadata, problem."""
+_CloudRow = tuple[str, str, str | None, Mapping[str, Any], str | None]
+"""Place, uid, caption, metadata, problem."""
 
 
-def _captions(inputs: Path, description: SplitDescription) -> Iterator[_Found]:
+def _read_captions(inputs: Path, description: SplitDescription) -> Iterator[_CloudRow]:
     for line, row, problem in read_rows(
         inputs / description["table"], CSV, RowRange(*description["range"]), ("uid", "caption")
     ):
@@ -154,13 +154,13 @@ def _captions(inputs: Path, description: SplitDescription) -> Iterator[_Found]:
         )
 
 
-def _conversations(inputs: Path, description: SplitDescription) -> Iterator[_Found]:
+def _read_conversations(inputs: Path, description: SplitDescription) -> Iterator[_CloudRow]:
     for where, _, _, row in json_stream.read_rows(inputs, description):
         uid = row.get("object_id") if isinstance(row, dict) else None
         if not isinstance(uid, str) or not uid or "/" in uid:
             yield where, "", None, {}, "unreadable row: no object_id"
             continue
-        answer = _answer(row.get("conversations"))
+        answer = _get_answer(row.get("conversations"))
         meta = {k: v for k, v in row.items() if k != "conversations"}
         yield (
             where,
@@ -173,8 +173,8 @@ def _conversations(inputs: Path, description: SplitDescription) -> Iterator[_Fou
         )
 
 
-def _answer(turns: Any) -> str | None:
-    """The description: the answer to the one question."""
+def _get_answer(turns: Any) -> str | None:
+    """The description of the object: the answer to the only question."""
     if (
         not isinstance(turns, list)
         or len(turns) != 2
@@ -191,14 +191,16 @@ def _answer(turns: Any) -> str | None:
 
 SOURCE = Source(
     name="cap3d",
-    summary="Cap3D: headerless CSV with .ply, .pt or .npy clouds or their zips; PointLLM's copy: JSON with 8192_npy",
+    summary="Cap3D: CSV without header and .ply, .pt or .npy clouds or their zips; "
+    "or PointLLM's copy: JSON and 8192_npy",
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "captions": Option(None, "the table, relative to IN, where there are several"),
+        "captions": Option(None, "the table, relative to IN, if there are several"),
         "clouds": Option(
             None,
-            "the folder of the clouds and their zips, relative to IN; all of IN (pictures' zips too) if not given",
+            "the folder of the clouds and their zips, relative to IN; "
+            "default: all of IN, also zips of pictures",
         ),
         "missing": MISSING_OPTION,
     },

@@ -1,4 +1,7 @@
-"""`onellm shards build cc3m-normal IN OUT`: CC3M pictures, each with its normal map (paper, Tab. 9; see map_pairs.py)."""
+"""`onellm shards build cc3m-normal IN OUT`: CC3M pictures with normal maps (paper, Tab. 9).
+
+The inputs are described in readers/map_pairs.py.
+"""
 
 from onellm_dist.shards.sources.readers.map_pairs import make_map_source
 

@@ -1,6 +1,7 @@
-"""`onellm shards build coco | coco-karpathy IN OUT`: COCO's captions; each of a picture's five is a sample (paper: COCO Cap).
+"""`onellm shards build coco | coco-karpathy IN OUT`: COCO's captions (paper: COCO Cap).
 
-`coco` reads captions_{train,val}{2017,2014}.json, `coco-karpathy` Karpathy's dataset_coco.json (its `restval` belongs to train).
+Each of a picture's five captions is a sample. `coco` reads captions_{train,val}{2017,2014}.json,
+`coco-karpathy` reads Karpathy's dataset_coco.json (its `restval` belongs to train).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LICENCE = "CC-BY 4.0 (captions); COCO's pictures under Flickr's terms"
 _KARPATHY = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
-def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     caption, picture = require_text(row["caption"], "caption"), int(row["image_id"])
     return [
@@ -36,22 +37,20 @@ def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSa
     ]
 
 
-def _sentences(row: Any, split: str) -> int:
-    """Captions of a picture of the split; a row that is none counts once in train, so that it is seen."""
+def _count_captions(row: Any, split: str) -> int:
+    """Captions of a picture in the split. A malformed row counts in train, to be reported."""
     if not isinstance(row, dict) or row.get("split") not in _KARPATHY:
         return int(split == "train")
+    if _KARPATHY[row["split"]] != split:
+        return 0
     listed = row.get("sentences")
-    return (
-        max(1, len(listed) if isinstance(listed, list) else 0)
-        if _KARPATHY[row["split"]] == split
-        else 0
-    )
+    return max(1, len(listed) if isinstance(listed, list) else 0)
 
 
-def _picture(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_picture(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     if row["split"] not in _KARPATHY:
-        raise ValueError(f"its split is {row['split']!r}, none of {', '.join(_KARPATHY)}")
+        raise ValueError(f"its split is {row['split']!r}, not one of {', '.join(_KARPATHY)}")
     media, meta = find_coco_picture(context, int(row["cocoid"])), {"image_id": int(row["cocoid"])}
     texts = [(int(s["sentid"]), require_text(s["raw"], "a caption")) for s in row["sentences"]]
     return [
@@ -65,7 +64,7 @@ SOURCES = tuple(
     for s in (
         AnnotationSet(
             "coco",
-            "COCO's captions_{train,val}{2017,2014}.json and its pictures; a sample each caption",
+            "COCO's captions_{train,val}{2017,2014}.json and pictures; one sample per caption",
             "image",
             {
                 s: tuple(
@@ -75,7 +74,7 @@ SOURCES = tuple(
                 )
                 for s in ("train", "val")
             },
-            _caption,
+            _read_caption,
             key="annotations",
             medium=lambda row: row["image_id"],
             folders=COCO_FOLDERS,
@@ -83,7 +82,7 @@ SOURCES = tuple(
         ),
         AnnotationSet(
             "coco-karpathy",
-            "COCO's captions in Karpathy's splits (dataset_coco.json); a sample each caption",
+            "COCO's captions in Karpathy's splits (dataset_coco.json); one sample per caption",
             "image",
             dict.fromkeys(
                 ("train", "val", "test"),
@@ -93,11 +92,11 @@ SOURCES = tuple(
                     "annotations/dataset_coco.json",
                 ),
             ),
-            _picture,
+            _read_picture,
             key="images",
             folders=COCO_FOLDERS,
             licence=_LICENCE,
-            count=_sentences,
+            count=_count_captions,
         ),
     )
 )

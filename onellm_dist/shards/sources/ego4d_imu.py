@@ -1,14 +1,17 @@
-"""`onellm shards build ego4d-imu IN OUT`: two seconds of the camera wearer's motion with a narration (paper, Tab. 9).
+"""`onellm shards build ego4d-imu IN OUT`: two seconds of the camera wearer's motion, narrated.
 
-IN holds recordings, raw (`v2/imu/<video_uid>.csv`) or as imu2clip's script leaves them (`<video_uid>.npy` with
-`<video_uid>_timestamps.npy`, in `v2/processed_imu/`, `processed_imu/`, `imu/` or IN itself), and one of
+This is the paper's IMU data (Tab. 9). IN holds recordings, raw (`v2/imu/<video_uid>.csv`) or as
+imu2clip's script leaves them (`<video_uid>.npy` with `<video_uid>_timestamps.npy`, in
+`v2/processed_imu/`, `processed_imu/`, `imu/` or IN itself), and one of
 
-- a list of windows, `[{video_uid, window_start, window_end, text}]` in seconds (the reference's window_idx_train.json);
-  of a `text` that is a list, training takes one each epoch, as the reference;
-- Ego4D's `narration.json`: a window of two seconds around each narration, not before the video's start.
+- a list of windows, `[{video_uid, window_start, window_end, text}]` in seconds (the reference's
+  window_idx_train.json). If `text` is a list, training takes one of it in each epoch, as the
+  reference does;
+- Ego4D's `narration.json`: a window of two seconds around each narration, not before the video's
+  start.
 
-Narrations are cleaned: `#C C ` and `#C` (the camera wearer) and `#O ` (another person) go, `#unsure` becomes "something".
-Samples come video by video, so that each recording is read once.
+Narrations are cleaned: `#C C ` and `#C` (the camera wearer) and `#O ` (another person) are removed,
+and `#unsure` becomes "something". Samples come video by video, so that each recording is read once.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from onellm_dist.shards.sources.readers.json_stream import (
 from onellm_dist.shards.sources.readers.media_files import resolve_below
 
 _SECONDS = 2.0
-_GROUP = 1000
+_SPLIT_ROWS = 1000
 _USUAL_WINDOWS = ("window_idx_train.json", "v2/window_idx_train.json")
 _USUAL_NARRATIONS = (
     "narration.json",
@@ -57,17 +60,17 @@ _UNSURE = re.compile(r"#unsure", re.IGNORECASE)
 
 
 def clean_narration(text: str) -> str:
-    """A narration without Ego4D's marks: `#C C picks #unsure` -> `picks something`."""
+    """Remove Ego4D's marks from a narration: `#C C picks #unsure` becomes `picks something`."""
     return _UNSURE.sub("something", _MARK.sub("", text)).strip()
 
 
 def plan(
     inputs: Path, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
 ) -> DatasetDescription:
-    """Windows by video, from either list.
+    """List windows by video, from either list.
 
     Raises:
-        UsageError: neither list is there, or an option is wrong.
+        UsageError: neither list exists, or an option is wrong.
     """
     if passes not in ("1", "2", "both"):
         raise UsageError(
@@ -77,36 +80,36 @@ def plan(
         )
     if windows is not None and narrations is not None:
         raise UsageError(
-            "both windows and narrations are given.",
+            "both windows and narrations are named.",
             "each is a list of samples.",
-            "give one of them.",
+            "name one of them.",
         )
-    listed = None if narrations is not None else _first(inputs, windows, _USUAL_WINDOWS)
+    listed = None if narrations is not None else _find_list(inputs, windows, _USUAL_WINDOWS)
     if listed is not None:
         return DatasetDescription(
-            ("imu",), _window_groups(inputs, listed), (f"windows of {listed}",)
+            ("imu",), _split_windows(inputs, listed), (f"windows of {listed}",)
         )
-    told = _first(inputs, narrations, _USUAL_NARRATIONS)
+    told = _find_list(inputs, narrations, _USUAL_NARRATIONS)
     if told is None:
         raise UsageError(
-            f"{inputs}: neither {_USUAL_WINDOWS[0]} nor {_USUAL_NARRATIONS[0]} there.",
+            f"{inputs} has neither {_USUAL_WINDOWS[0]} nor {_USUAL_NARRATIONS[0]}.",
             "they say which parts of the recordings are samples.",
             "name one: -o windows=FILE or -o narrations=FILE.",
         )
     key = "videos" if has_key(resolve_below(inputs, told), "videos") else None
-    groups = split_rows(
+    splits = split_rows(
         inputs,
         told,
-        _GROUP,
+        _SPLIT_ROWS,
         key=key,
-        count=lambda row: {"train": sum(1 for _ in _narrated(row.value, passes)) or 1},
+        count=lambda row: {"train": sum(1 for _ in _list_narrations(row.value, passes)) or 1},
     )
     return DatasetDescription(
-        ("imu",), groups, (f"windows of {_SECONDS:g} s around the narrations of {told}",)
+        ("imu",), splits, (f"windows of {_SECONDS:g} s around the narrations of {told}",)
     )
 
 
-def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
+def _find_list(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | None:
     names = usual if chosen is None else (str(chosen),)
     found = next((n for n in names if resolve_below(inputs, n).is_file()), None)
     if chosen is not None and found is None:
@@ -116,8 +119,11 @@ def _first(inputs: Path, chosen: Path | None, usual: tuple[str, ...]) -> str | N
     return found
 
 
-def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
-    """Windows sorted by video (0.5M of them: some 200 MB); a video's recording is then read by one process."""
+def _split_windows(inputs: Path, name: str) -> Iterator[InputSplit]:
+    """Input splits of windows sorted by video, so that one process reads a video's recording.
+
+    This takes about 200 MB for 0.5M windows.
+    """
     found: dict[str, list[tuple[int, int, int]]] = {}
     for number, row in enumerate(scan_rows(resolve_below(inputs, name))):
         uid = row.value.get("video_uid") if isinstance(row.value, dict) else None
@@ -125,27 +131,29 @@ def _window_groups(inputs: Path, name: str) -> Iterator[InputSplit]:
             (number, row.start, row.end)
         )
     for uid, rows in sorted(found.items()):
-        for first in range(0, len(rows), _GROUP):
-            some = rows[first : first + _GROUP]
+        for first in range(0, len(rows), _SPLIT_ROWS):
+            some = rows[first : first + _SPLIT_ROWS]
             yield InputSplit(
                 f"{name}:{uid}:{first}", {"windows": name, "rows": some}, count=len(some)
             )
 
 
 def raw_samples(inputs: Path, description: SplitDescription, **options: Any) -> Iterator[RawSample]:
-    """The group's windows."""
+    """Read the samples of one input split."""
     if "windows" in description:
-        return _from_windows(inputs, description, **options)
-    return _from_narrations(inputs, description, **options)
+        return _read_windows(inputs, description, **options)
+    return _read_narrations(inputs, description, **options)
 
 
-def _from_windows(
+def _read_windows(
     inputs: Path, description: SplitDescription, *, imu: Path | None, min_samples: int, **_: Any
 ) -> Iterator[RawSample]:
-    last: tuple[str, RecordingFiles | None] | None = None  # a group's windows are of one video
+    last: tuple[str, RecordingFiles | None] | None = (
+        None  # the windows of an input split are of one video
+    )
     for item in read_rows_at(resolve_below(inputs, description["windows"]), description["rows"]):
         row, where, key = item.value, item.where, f"window-{item.number:07d}"
-        uid, times = _window(row)
+        uid, times = _parse_window(row)
         if uid is None or times is None:
             yield RawSample(
                 key,
@@ -155,10 +163,10 @@ def _from_windows(
             continue
         if last is None or last[0] != uid:
             last = uid, find_recording(inputs if imu is None else resolve_below(inputs, imu), uid)
-        yield _raw_sample(last[1], key, where, uid, times, row["text"], min_samples)
+        yield _make_raw_sample(last[1], key, where, uid, times, row["text"], min_samples)
 
 
-def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
+def _parse_window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
     if not isinstance(row, dict) or not isinstance(row.get("video_uid"), str) or "text" not in row:
         return None, None
     try:
@@ -167,7 +175,7 @@ def _window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
         return None, None
 
 
-def _raw_sample(
+def _make_raw_sample(
     found: RecordingFiles | None,
     key: str,
     where: str,
@@ -199,20 +207,20 @@ def _raw_sample(
     )
 
 
-def _narrated(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """(pass, number in it, narration) of a video of narration.json."""
+def _list_narrations(video: Any, passes: str) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """Yield (pass, number in the pass, narration) for a video of narration.json."""
     for name in _PASSES:
-        told = (
+        written = (
             video.get(name)
             if isinstance(video, dict) and (passes == "both" or name.endswith(passes))
             else None
         )
-        listed = told.get("narrations") if isinstance(told, dict) else None
+        listed = written.get("narrations") if isinstance(written, dict) else None
         for number, narration in enumerate(listed if isinstance(listed, list) else []):
             yield name, number, narration if isinstance(narration, dict) else {}
 
 
-def _from_narrations(
+def _read_narrations(
     inputs: Path,
     description: SplitDescription,
     *,
@@ -224,13 +232,13 @@ def _from_narrations(
 ) -> Iterator[RawSample]:
     for item in read_rows(inputs, description):
         uid, video = item.key, item.value
-        told = _narrated(video, passes)
-        first = next(told, None)
+        narrations = _list_narrations(video, passes)
+        first = next(narrations, None)
         found = find_recording(inputs if imu is None else resolve_below(inputs, imu), uid)
         if first is None:
             yield RawSample(uid, f"{description['file']}[{uid}]", skip="a video without narrations")
             continue
-        for name, number, narration in (first, *told):
+        for name, number, narration in (first, *narrations):
             where = f"{description['file']}[{uid}][{name}][{number}]"
             key = f"{uid}-{name[-1]}-{number:05d}"
             text, second = narration.get("narration_text"), narration.get("timestamp_sec")
@@ -244,31 +252,32 @@ def _from_narrations(
                 yield RawSample(key, where, skip="about another person (#O)")
             else:
                 start = max(0.0, float(second) - _SECONDS / 2)
-                yield _raw_sample(
+                yield _make_raw_sample(
                     found, key, where, uid, (start, start + _SECONDS), text, min_samples
                 )
 
 
 SOURCE = Source(
     "ego4d-imu",
-    "Ego4D's inertial recordings (csv, or imu2clip's npy), cut by a list of windows or around narrations",
+    "Ego4D's inertial recordings (csv, or imu2clip's npy), cut by a list of windows or around "
+    "narrations",
     plan=plan,
     raw_samples=raw_samples,
     options={
         "windows": Option(
-            None, "the list of windows; IN/window_idx_train.json where it is there", Path
+            None, "the list of windows; default: IN/window_idx_train.json if it exists", Path
         ),
         "narrations": Option(
             None,
-            "narration.json, to make windows of two seconds from; else IN/narration.json",
+            "narration.json, to make windows of two seconds from; default: IN/narration.json",
             Path,
         ),
-        "imu": Option(None, "the folder of the recordings, if they do not lie in IN", Path),
-        "passes": Option("both", "narrations: of the first narrator (1), the second (2), or both"),
-        "others": Option(True, "narrations: keep those about another person (#O)", bool),
+        "imu": Option(None, "the folder of the recordings, if it is not IN", Path),
+        "passes": Option("both", "narrations of the first narrator (1), the second (2), or both"),
+        "others": Option(True, "whether to keep narrations about another person (#O)", bool),
         "min_samples": Option(
             10,
-            "samples below which a window is left out as bad; below 10 it always is, as in the reference",
+            "samples below which a window is bad; below 10 it always is, as in the reference",
             int,
         ),
     },

@@ -1,7 +1,8 @@
-"""`onellm shards build folder IN OUT`: a folder of media with captions in side files or in a table.
+"""`onellm shards build folder IN OUT`: a folder of media with captions in side files or a table.
 
-IN is a folder (a table at its top level is found by its columns; else captions are side files), or the table itself.
-The rules of names and columns stand in folder_files.py, folder_tables.py, and for users in shards/README.md.
+IN is a folder or a table. A table at the folder's top level is found by its columns; without one,
+captions are read from side files. The rules of names and columns are in readers/folder_files.py and
+readers/folder_tables.py, and for users in shards/README.md.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from onellm_dist.shards.sources.base import (
 from onellm_dist.shards.sources.readers.folder_files import find_side_file_samples
 from onellm_dist.shards.sources.readers.folder_tables import find_table, read_table_samples
 
-_GROUP = 1000
-"""Candidates a group."""
+_SPLIT_SAMPLES = 1000
+"""Raw samples per input split."""
 
 
 def find_raw_samples(
@@ -35,10 +36,20 @@ def find_raw_samples(
     caption_column: str | None,
     file_column: str | None,
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
-    """(modalities, raw_samples in their order on disk, notes) of an input folder or table.
+    """Find the samples of an input folder or table.
+
+    Args:
+        inputs: the folder or table.
+        captions: the user's table.
+        modality: the user's modalities; None to infer them.
+        caption_column: the user's column of captions.
+        file_column: the user's column of files.
+
+    Returns:
+        Modalities, raw samples in their order on disk, and notes.
 
     Raises:
-        UsageError: nothing usable there, or a choice that the user must make.
+        UsageError: nothing there can be used, or the user must make a choice.
     """
     wanted = parse_modalities(modality) if modality is not None else None
     if captions is not None and not captions.is_file() and (inputs / captions).is_file():
@@ -76,7 +87,7 @@ def plan(
     split: str,
     shuffle: bool,
 ) -> DatasetDescription:
-    """Lists the folder; the raw_samples themselves go to the plan, so that what is found later has the same order.
+    """List the folder; the raw samples go to the plan, so that files may be added meanwhile.
 
     Raises:
         UsageError: the input or an option cannot be used.
@@ -90,26 +101,26 @@ def plan(
     )
     if shuffle:
         random.Random(seed).shuffle(found)
-    groups = (
+    splits = (
         InputSplit(
             f"{inputs.name}:{first + 1}",
-            {"raw_samples": [_packed(c) for c in found[first : first + _GROUP]]},
+            {"raw_samples": [_to_json(c) for c in found[first : first + _SPLIT_SAMPLES]]},
             split,
-            len(found[first : first + _GROUP]),
+            len(found[first : first + _SPLIT_SAMPLES]),
         )
-        for first in range(0, len(found), _GROUP)
+        for first in range(0, len(found), _SPLIT_SAMPLES)
     )
-    return DatasetDescription(modalities, groups, tuple(notes))
+    return DatasetDescription(modalities, splits, tuple(notes))
 
 
 def raw_samples(inputs: Path, description: SplitDescription, **_: Any) -> Iterator[RawSample]:
-    """The raw_samples that stand in the plan."""
+    """Return the raw samples that the plan lists."""
     for packed in description["raw_samples"]:
         yield RawSample(**{**packed, "parts": {e: Path(p) for e, p in packed["parts"].items()}})
 
 
-def _packed(raw_sample: RawSample) -> dict[str, Any]:
-    """As JSON values."""
+def _to_json(raw_sample: RawSample) -> dict[str, Any]:
+    """Convert a raw sample to JSON values."""
     return {
         **{k: v for k, v in vars(raw_sample).items() if v is not None},
         "parts": {e: str(p) for e, p in raw_sample.parts.items()},
@@ -124,16 +135,17 @@ SOURCE = Source(
     options={
         "modality": Option(
             None,
-            "what the media are (image; image,audio for samples with both; text for text alone); inferred if not given",
+            "what the media are (image; image,audio for samples with both; text for text alone); "
+            "default: inferred",
         ),
         "captions": Option(
-            None, "the table of files and captions, where it is not found by itself", Path
+            None, "the table of files and captions, if it is not found by itself", Path
         ),
         "caption_column": Option(None, "the table's column of captions"),
         "file_column": Option(None, "the table's column of files"),
         "split": Option("train", "the split that the samples go to"),
         "shuffle": Option(
-            False, "write in random order (by the seed) instead of sorted by key", bool
+            False, "write in random order (by the seed) instead of sorting by key", bool
         ),
     },
 )

@@ -1,7 +1,9 @@
-"""`onellm shards build laion400m IN OUT`: LAION-400M (or Re-LAION, COYO, ...) as img2dataset downloaded it: tars with parquet and stats.
+"""`onellm shards build laion400m IN OUT`: LAION-400M, Re-LAION or COYO as img2dataset stores it.
 
-The caption is the alt text: img2dataset's column `caption` (`--caption_col TEXT`), else `TEXT` among the additional columns, else the
-tar's `.txt`. All other columns go to `.json`, where the builder's filters read `NSFW`, `similarity`, `punsafe`, `pwatermark`, `url`.
+The input is tars with parquet and stats. The caption is the alt text: img2dataset's column
+`caption` (`--caption_col TEXT`), else `TEXT` among the additional columns, else the tar's `.txt`.
+All other columns go to `.json`, where the builder's filters read `NSFW`, `similarity`, `punsafe`,
+`pwatermark` and `url`.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ from onellm_dist.shards.sources.readers.img2dataset import (
 
 
 def plan(inputs: Path, *, seed: int, unfinished: str) -> DatasetDescription:
-    """A group for each tar.
+    """Make an input split of each tar.
 
     Raises:
-        UsageError: no tars, or unfinished ones.
+        UsageError: there are no tars, or unfinished ones.
     """
-    groups, notes = split_tars(inputs, find_tars(inputs), unfinished)
-    return DatasetDescription(("image",), groups, notes)
+    splits, notes = split_tars(inputs, find_tars(inputs), unfinished)
+    return DatasetDescription(("image",), splits, notes)
 
 
 def raw_samples(
     inputs: Path, description: SplitDescription, *, unfinished: str
 ) -> Iterator[RawSample]:
-    """One tar's."""
+    """Read the samples of one tar."""
     return read_tar_samples(
         inputs, description, get_modality("image").required_parts["image"], choose_alt_text
     )

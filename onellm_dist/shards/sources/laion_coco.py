@@ -1,7 +1,8 @@
-"""`onellm shards build laion-coco IN OUT`: LAION-COCO as img2dataset downloaded it, with its synthetic captions.
+"""`onellm shards build laion-coco IN OUT`: LAION-COCO as img2dataset stores it.
 
-The usual recipe of img2dataset passes `--caption_col TEXT`, so that the tars' `.txt` is the alt text; what the set is for is `choose_top_caption`,
-which stands in the metadata where the download kept it (`--save_additional_columns`).
+The usual recipe of img2dataset passes `--caption_col TEXT`, so that the tars' `.txt` is the alt
+text. The dataset's purpose is `top_caption`, a synthetic caption, which is in the metadata if the
+download kept it (`--save_additional_columns`).
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ CHOICES = ("top", "alt", "all")
 
 
 def choose_top_caption(row: Mapping[str, Any], text: ReadText) -> Sequence[str | None]:
-    """The synthetic caption that CLIP liked best."""
+    """Choose the synthetic caption that CLIP ranks first."""
     found = find_column(row, ("top_caption",))
     if not isinstance(found, str):
         raise BadSampleError(
-            "no caption: the metadata has no top_caption (download with save_additional_columns, or take caption=alt)"
+            "no caption: the metadata has no top_caption "
+            "(download with save_additional_columns, or use caption=alt)"
         )
     return [found]
 
 
 def choose_all_captions(row: Mapping[str, Any], text: ReadText) -> Sequence[str | None]:
-    """Every synthetic caption once, the best one first."""
+    """Choose every synthetic caption once, the best one first."""
     found = find_column(row, ("all_captions",))
     if (
         not isinstance(found, Sequence)
@@ -53,7 +55,8 @@ def choose_all_captions(row: Mapping[str, Any], text: ReadText) -> Sequence[str 
         or not all(isinstance(c, str) for c in found)
     ):
         raise BadSampleError(
-            "no caption: the metadata has no list all_captions (download with save_additional_columns, or take caption=alt)"
+            "no caption: the metadata has no list all_captions "
+            "(download with save_additional_columns, or use caption=alt)"
         )
     return [
         c for c in dict.fromkeys([*choose_top_caption(row, text), *found]) if c and c.strip()
@@ -68,25 +71,25 @@ _CAPTIONS: Mapping[str, ChooseCaptions] = {
 
 
 def plan(inputs: Path, *, seed: int, unfinished: str, caption: str) -> DatasetDescription:
-    """A group for each tar.
+    """Make an input split of each tar.
 
     Raises:
-        UsageError: no tars, unfinished ones, or a choice that there is not.
+        UsageError: there are no tars, or unfinished ones, or the choice is unknown.
     """
     if caption not in CHOICES:
         raise UsageError(
             f"caption={caption} is none of {', '.join(CHOICES)}.",
-            "it is not known which text to take.",
+            "it says which text is used.",
             "choose one.",
         )
-    groups, notes = split_tars(inputs, find_tars(inputs), unfinished)
-    return DatasetDescription(("image",), groups, notes, {"caption": caption})
+    splits, notes = split_tars(inputs, find_tars(inputs), unfinished)
+    return DatasetDescription(("image",), splits, notes, {"caption": caption})
 
 
 def raw_samples(
     inputs: Path, description: SplitDescription, *, unfinished: str, caption: str
 ) -> Iterator[RawSample]:
-    """One tar's."""
+    """Read the samples of one tar."""
     return read_tar_samples(
         inputs, description, get_modality("image").required_parts["image"], _CAPTIONS[caption]
     )
@@ -100,7 +103,8 @@ SOURCE = Source(
     options={
         "caption": Option(
             "top",
-            "top: top_caption; alt: the alt text; all: all_captions as a list, one of which is read in an epoch",
+            "top: top_caption; alt: the alt text; all: all_captions as a list, of which each epoch "
+            "reads one",
         ),
         "unfinished": UNFINISHED_OPTION,
     },

@@ -1,7 +1,8 @@
-"""`onellm shards build llava665k IN OUT`: LLaVA-1.5's llava_v1_5_mix665k.json, its pictures or (rows=text) its rows without a picture.
+"""`onellm shards build llava665k IN OUT`: LLaVA-1.5's llava_v1_5_mix665k.json.
 
-A dataset's samples all have the same modalities, so the two kinds of rows are two datasets: build both. IN is LLaVA's `playground/data`:
-coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2.
+All samples of a dataset have the same modalities, so rows with a picture (rows=image) and rows
+without (rows=text) are two datasets: build both. IN is LLaVA's `playground/data`: coco/train2017,
+gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from onellm_dist.shards.sources.readers.media_files import require_file
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
-_KINDS = ("image", "text")
+_ROW_TYPES = ("image", "text")
 
 
-def _kind(row: Any) -> str:
-    """A row that is none counts as a picture's, so that it is seen."""
+def _get_row_type(row: Any) -> str:
+    """Tell rows with pictures from rows of text; a malformed one counts as a picture's."""
     return "text" if isinstance(row, dict) and not row.get("image") else "image"
 
 
@@ -48,16 +49,16 @@ def plan(
     rows: str,
     missing: str,
 ) -> DatasetDescription:
-    """Ranges of the file's rows of one kind.
+    """Divide the rows with pictures, or those without, into ranges.
 
     Raises:
-        UsageError: the file is not there, or an option is wrong.
+        UsageError: the file is missing, or an option is wrong.
     """
     check_missing(missing)
-    if rows not in _KINDS:
+    if rows not in _ROW_TYPES:
         raise UsageError(
             f"rows={rows} is neither image nor text.",
-            "a dataset has one of them.",
+            "a dataset has one of the two.",
             "build each into a folder of its own.",
         )
     name = require_file(
@@ -65,14 +66,14 @@ def plan(
     )
     find_media_folders(inputs, media, ())
 
-    def count(row: JsonRow) -> Mapping[str, int]:
-        return {"train": int(_kind(row.value) == rows)}
+    def count_samples(row: JsonRow) -> Mapping[str, int]:
+        return {"train": int(_get_row_type(row.value) == rows)}
 
     built = "with a picture" if rows == "image" else "of text alone"
-    other = f"only the rows {built} are built; the others: -o rows={_KINDS[rows == 'image']}"
+    other = f"only the rows {built} are built; the others: -o rows={_ROW_TYPES[rows == 'image']}"
     return DatasetDescription(
         ("image",) if rows == "image" else (),
-        split_rows(inputs, name, _ROWS, count=count),
+        split_rows(inputs, name, _ROWS, count=count_samples),
         (other,),
     )
 
@@ -86,10 +87,10 @@ def raw_samples(
     missing: str,
     **options: Any,
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     context = AnnotationContext(inputs, find_media_folders(inputs, media, ()), description, options)
     for item in read_rows(inputs, description):
-        if _kind(item.value) == rows:
+        if _get_row_type(item.value) == rows:
             yield from read_raw_samples(
                 lambda i: read_conversation(context, i, rows), item, 1, missing
             )
@@ -98,16 +99,15 @@ def raw_samples(
 def read_conversation(
     context: AnnotationContext, item: JsonItem, rows: str
 ) -> Sequence[AnnotatedSample]:
-    """A row as a sample; ids are not unique in this file, so the row's number is the key."""
+    """Make a sample of a row; its number is the key, because ids are not unique in this file."""
     row, key = item.value, f"{item.number:06d}"
     meta = {"id": str(row.get("id", ""))}
     if rows == "text":
         return [AnnotatedSample(key, {}, clean_turns(row["conversations"], tags=False), meta=meta)]
     name = require_text(row["image"], "image")
     stem = str(PurePosixPath(name).with_suffix(""))
-    names = dict.fromkeys(
-        (name, f"{stem}.jpg", f"{stem}.png")
-    )  # OCR-VQA's .gif are .jpg on most users' disks
+    # OCR-VQA's .gif are .jpg on most users' disks.
+    names = dict.fromkeys((name, f"{stem}.jpg", f"{stem}.png"))
     return [
         AnnotatedSample(
             key,
@@ -120,7 +120,7 @@ def read_conversation(
 
 SOURCE = Source(
     "llava665k",
-    "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, or (rows=text) those without",
+    "LLaVA-1.5's llava_v1_5_mix665k.json: rows with a picture, or (rows=text) rows without",
     plan=plan,
     raw_samples=raw_samples,
     options={

@@ -1,9 +1,13 @@
-"""`onellm shards build msrvtt | msrvtt-qa IN OUT`: MSR-VTT's captions and questions, a sample each, with the paper's prompts (Table 10).
+"""`onellm shards build msrvtt | msrvtt-qa IN OUT`: MSR-VTT's captions and questions.
 
-`msrvtt` reads train_val_videodatainfo.json (its 7,010 videos: the reference trains on both parts) and test_videodatainfo.json;
-`msrvtt-qa` reads {train,val,test}_qa.json. The videos lie as `video0.mp4` in TrainValVideo/, TestVideo/ or any of the usual folders.
-A video is stored with each of its 20 captions (and each question), as the reference has it: 20 times the videos' bytes. `join=true`
-stores it once, with all of them.
+The prompts are the paper's (Table 10). `msrvtt` reads train_val_videodatainfo.json (its 7,010
+videos: the reference trains on both parts) and test_videodatainfo.json; `msrvtt-qa` reads
+{train,val,test}_qa.json. The videos are called `video0.mp4`, ..., in TrainValVideo/, TestVideo/ or
+any of the usual folders.
+
+One sample is one caption or question, as in the reference. A video is stored with each of its 20
+captions and each question, which takes 20 times the videos' bytes. `join=true` stores it once, with
+all of them.
 """
 
 from __future__ import annotations
@@ -36,12 +40,10 @@ _FOLDERS = (
 _LICENCE = "MSR-VTT: research only"
 
 
-def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    caption, video = (
-        require_text(row["caption"], "caption"),
-        require_text(row["video_id"], "video_id"),
-    )
+    caption = require_text(row["caption"], "caption")
+    video = require_text(row["video_id"], "video_id")
     return [
         AnnotatedSample(
             f"{video}-{int(row['sen_id'])}",
@@ -53,14 +55,10 @@ def _caption(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSa
     ]
 
 
-def _question(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_question(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
-    turns = make_turns(
-        (
-            make_question(require_text(row["question"], "question")),
-            require_text(row["answer"], "answer"),
-        )
-    )
+    question = make_question(require_text(row["question"], "question"))
+    turns = make_turns((question, require_text(row["answer"], "answer")))
     video = f"video{int(row['video_id'])}"
     return [
         AnnotatedSample(
@@ -77,7 +75,7 @@ SOURCES = tuple(
     for s in (
         AnnotationSet(
             "msrvtt",
-            "MSR-VTT's captions: {train_val,test}_videodatainfo.json and the videos; a sample each caption",
+            "MSR-VTT's {train_val,test}_videodatainfo.json and videos; one sample per caption",
             "video",
             {
                 s: tuple(
@@ -86,7 +84,7 @@ SOURCES = tuple(
                 )
                 for s, name in (("train", "train_val"), ("test", "test"))
             },
-            _caption,
+            _read_caption,
             key="sentences",
             medium=lambda row: row["video_id"],
             folders=_FOLDERS,
@@ -100,7 +98,7 @@ SOURCES = tuple(
                 s: tuple(f"{folder}{s}_qa.json" for folder in ("", "MSRVTT-QA/", "annotations/"))
                 for s in ("train", "val", "test")
             },
-            _question,
+            _read_question,
             medium=lambda row: row["video_id"],
             folders=_FOLDERS,
             licence=_LICENCE,

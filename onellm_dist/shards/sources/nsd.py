@@ -1,8 +1,10 @@
-"""`onellm shards build nsd IN OUT`: fMRI of NSD's subject 1 with captions of the pictures that were seen (paper, Tab. 9).
+"""`onellm shards build nsd IN OUT`: fMRI of NSD's subject 1 with captions of the pictures seen.
 
-IN is MindEye's tree: `webdataset_avg_split/{train,val,test}/{train,val,test}_subj01_*.tar` (or that folder itself), each sample with
-`.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and `COCO_73k_annots_curated.npy` [73000, 5] of text. Stored is the mean over
-the repetitions, fp32 [15724], with all five captions (training takes one each epoch), or with the first.
+This is the paper's fMRI data (Tab. 9). IN is MindEye's tree:
+`webdataset_avg_split/{train,val,test}/{train,val,test}_subj01_*.tar` (or that folder itself), each
+sample with `.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and
+`COCO_73k_annots_curated.npy` [73000, 5] of text. Stored is the mean over the repetitions, fp32
+[15724], with all five captions (training takes one in each epoch) or with the first.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ _SPLITS = ("train", "val", "test")
 def plan(
     inputs: Path, *, seed: int, subject: int, captions: Path | None, texts: str
 ) -> DatasetDescription:
-    """One group a tar.
+    """Make an input split of each tar.
 
     Raises:
-        UsageError: no tars of the subject, or no captions.
+        UsageError: there are no tars of the subject, or no captions.
     """
     if texts not in ("all", "first"):
         raise UsageError(
@@ -55,36 +57,39 @@ def plan(
     table = require_file(
         inputs, captions, _CAPTIONS, "the captions of NSD's 73,000 pictures", "captions"
     )
-    _Captions(resolve_below(inputs, table))
+    _CaptionTable(resolve_below(inputs, table))
     root = inputs / "webdataset_avg_split" if (inputs / "webdataset_avg_split").is_dir() else inputs
     tars = [
         (s, t)
         for s in _SPLITS
-        for t in sorted((root / s).glob(f"{s}_subj{subject:02d}_*.tar"), key=_number)
+        for t in sorted((root / s).glob(f"{s}_subj{subject:02d}_*.tar"), key=_get_tar_number)
     ]
     if not tars:
         raise UsageError(
-            f"{inputs}: no train/train_subj{subject:02d}_*.tar there.",
+            f"{inputs} has no train/train_subj{subject:02d}_*.tar.",
             "fMRI is read from MindEye's tars.",
-            "give the folder that holds webdataset_avg_split/, and see -o subject=.",
+            "name the folder that holds webdataset_avg_split/, and check -o subject=.",
         )
     name = "webdataset_avg_split/" if root != inputs else ""
-    groups = (
+    splits = (
         InputSplit(t.name, {"tar": f"{name}{s}/{t.name}", "captions": table}, s) for s, t in tars
     )
     return DatasetDescription(
-        ("fmri",), groups, (f"{len(tars)} tars of subject {subject}",), {"subject": subject}
+        ("fmri",), splits, (f"{len(tars)} tars of subject {subject}",), {"subject": subject}
     )
 
 
-def _number(tar: Path) -> tuple[int, str]:
-    """`train_subj01_2.tar` before `train_subj01_10.tar`."""
+def _get_tar_number(tar: Path) -> tuple[int, str]:
+    """Sort key that puts `train_subj01_2.tar` before `train_subj01_10.tar`."""
     tail = tar.stem.rpartition("_")[2]
     return (int(tail) if tail.isdecimal() else -1), tar.name
 
 
-class _Captions:
-    """A `.npy` [pictures, 5] of text, read row by row (whole it takes 365 MB; mapped, a change of the file would be a crash)."""
+class _CaptionTable:
+    """A `.npy` [pictures, 5] of text, read row by row.
+
+    The complete table takes 365 MB. Memory-mapped, it would crash the process if the file changed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,19 +103,19 @@ class _Captions:
                 self.shape, fortran, self.dtype = read(file)
                 self.start = file.tell()
         except (ValueError, KeyError) as error:
-            raise self._unusable(f"it is no .npy ({error})") from error
+            raise self._make_error(f"it is not a .npy ({error})") from error
         if len(self.shape) != 2 or self.dtype.kind not in "US" or fortran:
-            raise self._unusable(f"it is an array of {self.dtype}, shape {self.shape}")
+            raise self._make_error(f"it is an array of {self.dtype}, shape {self.shape}")
 
-    def _unusable(self, why: str) -> UsageError:
+    def _make_error(self, why: str) -> UsageError:
         return UsageError(
             f"{self.path}: {why}.",
             "captions are looked up in it.",
             "it must be text [pictures, 5], without pickled objects.",
         )
 
-    def row(self, number: int) -> list[str]:
-        """The captions of a picture.
+    def read_row(self, number: int) -> list[str]:
+        """Read the captions of a picture.
 
         Raises:
             OneLLMError: the file is cut short.
@@ -123,7 +128,7 @@ class _Captions:
             raise OneLLMError(
                 f"{self.path} ends before row {number}.",
                 "captions are looked up in it.",
-                "fetch it again.",
+                "download it again.",
             )
         return [
             (t.decode() if isinstance(t, bytes) else str(t)).strip()
@@ -134,21 +139,22 @@ class _Captions:
 def raw_samples(
     inputs: Path, description: SplitDescription, *, subject: int, captions: Path | None, texts: str
 ) -> Iterator[RawSample]:
-    """The samples of a tar, in its order; of one that is cut short, those before the cut and then a bad one."""
-    table = _Captions(resolve_below(inputs, description["captions"]))
+    """Read the samples of a tar, in its order; if it is cut short, a bad sample follows."""
+    table = _CaptionTable(resolve_below(inputs, description["captions"]))
     members, fault = list_tar_members(inputs / description["tar"])
     for key, parts in members.items():
         where, name = (
             f"{description['tar']}: {key}",
             f"{Path(description['tar']).stem}-{Path(key).name}",
         )
-        found = _looked_up(table, parts)
+        found = _look_up_captions(table, parts)
         if isinstance(found, str):
             yield RawSample(name, where, problem=found)
             continue
-        picture, told = found
-        told = [t for t in told if t]  # curated away, as MindEye takes one that is not empty
-        if not told:
+        picture, captions_of_picture = found
+        # Empty ones were curated away; MindEye takes one that is not empty.
+        texts_given = [t for t in captions_of_picture if t]
+        if not texts_given:
             yield RawSample(
                 name,
                 where,
@@ -157,19 +163,20 @@ def raw_samples(
             continue
         meta: dict[str, Any] = {
             "coco73k": picture,
-            "conversations": make_caption_turns("fmri", told[0]),
+            "conversations": make_caption_turns("fmri", texts_given[0]),
         }
         if texts == "all":
-            meta["caption"] = told  # training takes another one each epoch
+            meta["caption"] = texts_given  # training takes another one in each epoch
         media = {"fmri.npy": MeanOfRepetitions(parts["nsdgeneral.npy"])}
-        yield RawSample(name, where, media, told[0] if texts == "first" else None, meta)
+        yield RawSample(name, where, media, texts_given[0] if texts == "first" else None, meta)
     if fault is not None:
-        yield RawSample(
-            f"{Path(description['tar']).stem}-end", description["tar"], problem=fault
-        )  # nothing tells how many samples are lost
+        # Nothing says how many samples are lost.
+        yield RawSample(f"{Path(description['tar']).stem}-end", description["tar"], problem=fault)
 
 
-def _looked_up(table: _Captions, parts: Mapping[str, FileRange]) -> tuple[int, list[str]] | str:
+def _look_up_captions(
+    table: _CaptionTable, parts: Mapping[str, FileRange]
+) -> tuple[int, list[str]] | str:
     """(the picture's number, its captions), or what is wrong."""
     missing = [e for e in ("nsdgeneral.npy", "coco73k.npy") if e not in parts]
     if missing:
@@ -179,8 +186,11 @@ def _looked_up(table: _Captions, parts: Mapping[str, FileRange]) -> tuple[int, l
     except SampleError as error:
         return f"unreadable coco73k.npy: {error.what}"
     if number.size != 1 or not 0 <= int(number[0]) < table.shape[0]:
-        return f"no such picture: coco73k is {number.tolist()[:3]}, and there are captions of {table.shape[0]}"
-    return int(number[0]), table.row(int(number[0]))
+        return (
+            f"no such picture: coco73k is {number.tolist()[:3]}, and there are captions of "
+            f"{table.shape[0]}"
+        )
+    return int(number[0]), table.read_row(int(number[0]))
 
 
 SOURCE = Source(
@@ -189,13 +199,14 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "captions": Option(None, "COCO_73k_annots_curated.npy, if it does not lie in IN", Path),
+        "captions": Option(None, "COCO_73k_annots_curated.npy, if it is not in IN", Path),
         "subject": Option(
             1, "NSD's subject; the model's tokenizer is made for subject 1 (15,724 voxels)", int
         ),
         "texts": Option(
             "all",
-            "captions of a sample: all five (training takes one each epoch, as the reference), or the first",
+            "captions of a sample: all five (training takes one in each epoch, "
+            "as the reference does), or the first",
         ),
     },
     licence="NSD Data Access Agreement",

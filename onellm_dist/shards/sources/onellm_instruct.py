@@ -1,16 +1,20 @@
-"""`onellm shards build onellm-instruct IN OUT -o modality=NAME`: OneLLM's own instruction data (csuhan/OneLLM_InstructionTuning).
+"""`onellm shards build onellm-instruct IN OUT -o modality=NAME`: OneLLM's own instruction data.
 
-IN is `InstructionTuning/`, or the folder that holds it. Every sample of a dataset has the same modalities, so each of image, text, video,
-audio, point, depth, normal, imu and fmri is a dataset of its own: nine builds, recipes shards/onellm_instruct_*.yaml. Rows are
-{id, image, conversations}, where `image` is the path of any medium; depth and normal add `depth_image` and `normal_image`, IMU has
-`imu_path, video_uid, window_start, window_end`; the text rows have no medium.
+IN is `InstructionTuning/` of csuhan/OneLLM_InstructionTuning, or the folder that contains it. All
+samples of a dataset have the same modalities, so each of image, text, video, audio, point, depth,
+normal, imu and fmri is a dataset of its own: nine builds, recipes shards/onellm_instruct_*.yaml.
+Rows are {id, image, conversations}, where `image` is the path of any medium. Depth and normal add
+`depth_image` and `normal_image`; IMU has `imu_path, video_uid, window_start, window_end`; the rows
+of text have no medium.
 
-What is known to be wrong with these files, and what is done about it:
+Known defects of these files, and what is done about them:
 
-- Paths start at `InstructionTuning/` while the documentation puts that below `datasets/`: a path is looked for whole, and from behind
-  `InstructionTuning/`, in IN and in IN/InstructionTuning.
-- The reference reads point clouds from 6 x N `.pt` files, its documentation names `8192_npy`: whichever is there is taken, as [N, 6].
-- MSR-VTT's test videos stand in the reference's training list: they are left out, unless `include_test` is true.
+- Paths start at `InstructionTuning/`, while the documentation puts that below `datasets/`. A path
+  is searched as it is and from after `InstructionTuning/`, in IN and in IN/InstructionTuning.
+- The reference reads point clouds from 6 x N `.pt` files, its documentation names `8192_npy`.
+  Whichever exists is taken, as [N, 6].
+- MSR-VTT's test videos are in the reference's training list. They are left out unless
+  `include_test` is true.
 """
 
 from __future__ import annotations
@@ -51,38 +55,40 @@ from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, che
 _ROWS = 1000
 _ROOT = "InstructionTuning"
 _MIN_SAMPLES = 10
-"""Of an IMU window, as in the reference."""
+"""Least samples of an IMU window, as in the reference."""
 
 
-class _File(NamedTuple):
+class _InstructionFile(NamedTuple):
+    """A file of the tree."""
+
     name: str
     modality: str
     test: bool = False
-    """Of a benchmark's test split."""
+    """Whether it is a benchmark's test split."""
 
 
 FILES = (
-    _File("audio/audiocap_train.json", "audio"),
-    _File("audio/audio_conversation.json", "audio"),
-    _File("depth_normal/llava_instruct_50k_depth.json", "depth"),
-    _File("depth_normal/llava_instruct_50k_normal.json", "normal"),
-    _File("fmri/fmri_fixed_train.json", "fmri"),
-    _File("image/cococap_train.json", "image"),
-    _File("image/llava_v1_5_mix665k_image.json", "image"),
-    _File("image/llava_v1_5_mix665k_text.json", TEXT_ONLY),
-    _File("imu/imu_fixed_50k.json", "imu"),
-    _File("point/pointllm_70k.json", "point"),
-    _File("video/msrvtt_cap_trainval.json", "video"),
-    _File("video/msrvtt_cap_test.json", "video", test=True),
-    _File("video/msrvtt_vqa_train.json", "video"),
-    _File("video/msrvtt_vqa_val.json", "video"),
-    _File("video/msrvtt_vqa_test.json", "video", test=True),
-    _File("video/video_complex_reasoning_10k.json", "video"),
-    _File("video/video_conversation_10k.json", "video"),
-    _File("video/video_detail_10k.json", "video"),
+    _InstructionFile("audio/audiocap_train.json", "audio"),
+    _InstructionFile("audio/audio_conversation.json", "audio"),
+    _InstructionFile("depth_normal/llava_instruct_50k_depth.json", "depth"),
+    _InstructionFile("depth_normal/llava_instruct_50k_normal.json", "normal"),
+    _InstructionFile("fmri/fmri_fixed_train.json", "fmri"),
+    _InstructionFile("image/cococap_train.json", "image"),
+    _InstructionFile("image/llava_v1_5_mix665k_image.json", "image"),
+    _InstructionFile("image/llava_v1_5_mix665k_text.json", TEXT_ONLY),
+    _InstructionFile("imu/imu_fixed_50k.json", "imu"),
+    _InstructionFile("point/pointllm_70k.json", "point"),
+    _InstructionFile("video/msrvtt_cap_trainval.json", "video"),
+    _InstructionFile("video/msrvtt_cap_test.json", "video", test=True),
+    _InstructionFile("video/msrvtt_vqa_train.json", "video"),
+    _InstructionFile("video/msrvtt_vqa_val.json", "video"),
+    _InstructionFile("video/msrvtt_vqa_test.json", "video", test=True),
+    _InstructionFile("video/video_complex_reasoning_10k.json", "video"),
+    _InstructionFile("video/video_conversation_10k.json", "video"),
+    _InstructionFile("video/video_detail_10k.json", "video"),
 )
 """The files of the tree; a training run of the reference reads them all."""
-_KINDS = tuple(dict.fromkeys(f.modality for f in FILES))
+_MODALITIES = tuple(dict.fromkeys(f.modality for f in FILES))
 
 
 def plan(
@@ -95,52 +101,64 @@ def plan(
     include_test: bool,
     missing: str,
 ) -> DatasetDescription:
-    """Ranges of the rows of one modality's files.
+    """Divide the files of one modality into ranges of rows.
 
     Raises:
-        UsageError: no modality chosen, or none of its files there.
+        UsageError: no modality is chosen, or none of its files exists.
     """
     check_missing(missing)
-    if modality not in _KINDS:
+    if modality not in _MODALITIES:
         raise UsageError(
-            f"modality={modality} is none of {', '.join(_KINDS)}.",
-            "every sample of a dataset has the same modalities, so each kind of row is built by itself.",
-            "give -o modality=NAME, and build each that you want into a folder of its own.",
+            f"modality={modality} is not one of {', '.join(_MODALITIES)}.",
+            "all samples of a dataset have the same modalities, so each is built by itself.",
+            "use -o modality=NAME, and build each into a folder of its own.",
         )
     find_media_folders(inputs, media, (_ROOT,))
     base = f"{_ROOT}/" if (inputs / _ROOT).is_dir() else ""
-    listed = [f for f in FILES if f.modality == modality and (files is None or _chosen(f, files))]
-    there = [f for f in listed if (inputs / f"{base}{f.name}").is_file()]
-    taken = [f for f in there if include_test or not f.test]
+    wanted = [
+        f for f in FILES if f.modality == modality and (files is None or _is_chosen(f, files))
+    ]
+    existing = [f for f in wanted if (inputs / f"{base}{f.name}").is_file()]
+    taken = [f for f in existing if include_test or not f.test]
     if not taken:
         raise UsageError(
-            f"{inputs}: no {' or '.join(f.name for f in listed) or f'file called {files}'} there.",
+            f"{inputs} has no {' or '.join(f.name for f in wanted) or f'file called {files}'}.",
             "nothing can be built without it.",
-            "give the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
+            "name the folder InstructionTuning of csuhan/OneLLM_InstructionTuning as IN.",
         )
-    groups = chain.from_iterable(split_rows(inputs, f"{base}{f.name}", _ROWS) for f in taken)
+    splits = chain.from_iterable(split_rows(inputs, f"{base}{f.name}", _ROWS) for f in taken)
     return DatasetDescription(
-        () if modality == TEXT_ONLY else (modality,), groups, tuple(_notes(listed, there, taken))
+        () if modality == TEXT_ONLY else (modality,),
+        splits,
+        tuple(_make_notes(wanted, existing, taken)),
     )
 
 
-def _chosen(file: _File, files: str) -> bool:
+def _is_chosen(file: _InstructionFile, files: str) -> bool:
     return PurePosixPath(file.name).stem in {
         PurePosixPath(f.strip()).stem for f in files.split(",")
     }
 
 
-def _notes(
-    listed: Sequence[_File], there: Sequence[_File], taken: Sequence[_File]
+def _make_notes(
+    wanted: Sequence[_InstructionFile],
+    existing: Sequence[_InstructionFile],
+    taken: Sequence[_InstructionFile],
 ) -> Iterator[str]:
-    if absent := [f.name for f in listed if f not in there]:
-        yield f"not there: {', '.join(absent)}"
-    if tests := [f.name for f in there if f.test]:
+    if absent := [f.name for f in wanted if f not in existing]:
+        yield f"missing: {', '.join(absent)}"
+    if tests := [f.name for f in existing if f.test]:
         names = ", ".join(tests)
         if any(f.test for f in taken):
-            yield f"WARNING: {names} are MSR-VTT's TEST split, and are in this training set because include_test=true"
+            yield (
+                f"WARNING: {names} are MSR-VTT's TEST split, and are in this training set because "
+                f"include_test=true"
+            )
         else:
-            yield f"WARNING: {names} left out: the reference trains on MSR-VTT's TEST split; -o include_test=true does so too"
+            yield (
+                f"WARNING: {names} left out: the reference trains on MSR-VTT's TEST split; "
+                f"-o include_test=true does so too"
+            )
 
 
 def raw_samples(
@@ -152,15 +170,17 @@ def raw_samples(
     missing: str,
     **options: Any,
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     context = AnnotationContext(
         inputs, find_media_folders(inputs, media, (_ROOT,)), description, options
     )
     for item in read_rows(inputs, description):
-        yield from read_raw_samples(lambda i: _sample(context, i, modality), item, 1, missing)
+        yield from read_raw_samples(lambda i: _read_sample(context, i, modality), item, 1, missing)
 
 
-def _sample(context: AnnotationContext, item: JsonItem, modality: str) -> Sequence[AnnotatedSample]:
+def _read_sample(
+    context: AnnotationContext, item: JsonItem, modality: str
+) -> Sequence[AnnotatedSample]:
     row, key = item.value, f"{PurePosixPath(context.description['file']).stem}-{item.number:07d}"
     text = modality == TEXT_ONLY
     meta: dict[str, Any] = {"id": str(row.get("id", ""))}
@@ -168,83 +188,77 @@ def _sample(context: AnnotationContext, item: JsonItem, modality: str) -> Sequen
     if text:
         return [AnnotatedSample(key, {}, turns, meta=meta)]
     parts = (
-        _imu(context, row, meta)
+        _find_window(context, row, meta)
         if modality == "imu"
-        else _medium(context, modality, require_text(row["image"], "image"), meta)
+        else _find_medium(context, modality, require_text(row["image"], "image"), meta)
     )
     if modality in ("depth", "normal"):
         [(extension, file)] = context.find_media(
-            "image", *_names(require_text(row[f"{modality}_image"], f"{modality}_image"))
+            "image", *_list_names(require_text(row[f"{modality}_image"], f"{modality}_image"))
         ).items()
         parts[f"{modality}.{extension}"] = file
     return [AnnotatedSample(key, parts, turns, meta=meta)]
 
 
-def _names(path: str) -> list[str]:
-    """Where a path of the files may lead to: as it is, and from behind `InstructionTuning/`."""
+def _list_names(path: str) -> list[str]:
+    """Names that a path of the files may have: as it is, and from after `InstructionTuning/`."""
     return list(dict.fromkeys((path, path.rpartition(f"{_ROOT}/")[2])))
 
 
-def _medium(
+def _find_medium(
     context: AnnotationContext, modality: str, path: str, meta: dict[str, Any]
 ) -> dict[str, Media]:
-    """The part of any modality but IMU, from the row's `image`."""
+    """The part that the row's `image` names, of any modality but IMU."""
     if modality == "point":
-        return _cloud(context, path, meta)
+        return _find_cloud(context, path, meta)
     if modality in ("depth", "normal"):
-        return context.find_media("image", *_names(path))
+        return context.find_media("image", *_list_names(path))
     meta["media"] = path
     if modality == "fmri":
-        [(_, file)] = context.find_media("fmri", *_names(path)).items()
+        [(_, file)] = context.find_media("fmri", *_list_names(path)).items()
         return {"fmri.npy": MeanOfRepetitions(file)}
-    stems = [str(PurePosixPath(n).with_suffix("")) for n in _names(path)]
+    stems = [str(PurePosixPath(n).with_suffix("")) for n in _list_names(path)]
     others = [
         f"{s}.{e}"
         for s in stems
         for e in next(iter(get_modality(modality).required_parts.values()))
     ]
-    return context.find_media(modality, *_names(path), *others)
+    return context.find_media(modality, *_list_names(path), *others)
 
 
-def _cloud(context: AnnotationContext, path: str, meta: dict[str, Any]) -> dict[str, Media]:
-    """A cloud from `.npy` or `.pt`, under the path's own name or as PointLLM calls it (`8192_npy/<id>_8192.npy`)."""
+def _find_cloud(context: AnnotationContext, path: str, meta: dict[str, Any]) -> dict[str, Media]:
+    """A cloud (`.npy`, `.pt`) by its path or PointLLM's name (`8192_npy/<id>_8192.npy`)."""
     uid = PurePosixPath(path).stem.removesuffix("_8192")
     meta["object_id"] = uid
-    folders = [str(PurePosixPath(n).parent) for n in _names(path)]
+    folders = [str(PurePosixPath(n).parent) for n in _list_names(path)]
+    neighbours = (f"{PurePosixPath(f).parent}/8192_npy" for f in folders)
     beside = [
         f"{f}/{n}"
-        for f in (
-            *folders,
-            *(f"{PurePosixPath(f).parent}/8192_npy" for f in folders),
-            "point/8192_npy",
-            "8192_npy",
-        )
+        for f in (*folders, *neighbours, "point/8192_npy", "8192_npy")
         for n in (f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.pt")
     ]
     if any(".." in PurePosixPath(n).parts for n in (path, *beside)):
         raise BadSampleError(f"unreadable row: the file name {path} leads out of the folder")
-    file = find_first_file(context.folders, [*_names(path), *beside])
+    file = find_first_file(context.folders, [*_list_names(path), *beside])
     if file is None:
         raise MediaNotFetchedError(f"missing file: {path}")
     return (
         {"npy": TensorCloud(file, file.name)}
         if file.suffix == ".pt"
-        else context.find_media("point", *_names(path), *beside)
+        else context.find_media("point", *_list_names(path), *beside)
     )
 
 
-def _imu(
+def _find_window(
     context: AnnotationContext, row: Mapping[str, Any], meta: dict[str, Any]
 ) -> dict[str, Media]:
     """The row's window; `imu_path` is the folder of the recordings, or a recording."""
-    uid, path = (
-        require_text(row["video_uid"], "video_uid"),
-        str(row.get("imu_path", "")).rstrip("/"),
-    )
+    uid = require_text(row["video_uid"], "video_uid")
+    path = str(row.get("imu_path", "")).rstrip("/")
     window = float(row["window_start"]), float(row["window_end"])
     meta.update(video_uid=uid, window_start=window[0], window_end=window[1])
     folder = str(PurePosixPath(path).parent) if path.endswith((".npy", ".csv")) else path
-    places = [*_names(folder), "imu", ""]
+    places = [*_list_names(folder), "imu", ""]
     if any(".." in PurePosixPath(n).parts for n in places):
         raise BadSampleError(f"unreadable row: the path {path} leads out of the folder")
     for root in context.folders:
@@ -256,15 +270,18 @@ def _imu(
 
 SOURCE = Source(
     "onellm-instruct",
-    "OneLLM's InstructionTuning/ files, one modality at a time (-o modality=image|text|video|audio|point|depth|normal|imu|fmri)",
+    "OneLLM's InstructionTuning/ files, one modality at a time "
+    "(-o modality=image|text|video|audio|point|depth|normal|imu|fmri)",
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "modality": Option(None, f"which rows are built, of {', '.join(_KINDS)}"),
-        "files": Option(None, "only these files of the modality, by comma (cococap_train)"),
-        "media": Option(None, "the folder where the rows' paths begin, if it is not IN", Path),
+        "modality": Option(None, f"required: which rows are built: {', '.join(_MODALITIES)}"),
+        "files": Option(
+            None, "only these files of the modality, separated by commas (cococap_train)"
+        ),
+        "media": Option(None, "the folder at which the rows' paths begin, if it is not IN", Path),
         "include_test": Option(
-            False, "take MSR-VTT's test split too, as the reference's training list does", bool
+            False, "use MSR-VTT's test split too, as the reference's training list does", bool
         ),
         "missing": MISSING_OPTION,
     },

@@ -1,7 +1,9 @@
-"""`onellm shards build pointllm IN OUT`: PointLLM's conversations about Objaverse's point clouds, with its own prompts.
+"""`onellm shards build pointllm IN OUT`: PointLLM's conversations about Objaverse's point clouds.
 
-IN holds PointLLM_complex_instruction_70K.json (or PointLLM_brief_description_660K_filtered.json, of which `cap3d` makes captions) and
-8192_npy/<object_id>_8192.npy. Rows: {object_id, conversation_type, conversations}; the `<point>` before a question is taken out.
+IN holds 8192_npy/<object_id>_8192.npy and PointLLM_complex_instruction_70K.json (or
+PointLLM_brief_description_660K_filtered.json, of which `cap3d` makes captions). Rows are
+{object_id, conversation_type, conversations}, with PointLLM's own prompts. The `<point>` before a
+question is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from onellm_dist.shards.sources.readers.json_stream import JsonItem
 _FILES = ("PointLLM_complex_instruction_70K.json", "PointLLM_brief_description_660K_filtered.json")
 
 
-def _conversation(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_conversation(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     uid = require_text(row["object_id"], "object_id")
     names = [f"{uid}_8192.npy", f"{uid}.npy", f"{uid}.ply"]
@@ -40,7 +42,7 @@ SOURCE = AnnotationSet(
     "PointLLM's conversations (70K complex, or 660K brief) with 8192_npy/",
     "point",
     {"train": tuple(f"{folder}{name}" for name in _FILES for folder in ("", "anno_data/"))},
-    _conversation,
+    _read_conversation,
     folders=("8192_npy", "objaverse_data", "data/objaverse_data"),
     licence="CC-BY-NC-SA 4.0 (conversations); objects under their own licences",
 ).make_source()

@@ -1,9 +1,9 @@
-"""`onellm shards build refcoco | refcoco+ | refcocog IN OUT`: expressions that refer to a region of a COCO picture, a sample each.
+"""`onellm shards build refcoco | refcoco+ | refcocog IN OUT`: expressions that refer to a region.
 
-IN is the REFER tool's `data/` (`refcoco/refs(unc).p`, `refcoco/instances.json`, `images/mscoco/images/train2014/`), or one dataset's
-folder in it.
-The pickle is read by an unpickler that knows plain values only. The prompt is the paper's (Table 10) with the box, in shares of the
-whole picture.
+One sample is an expression with its COCO picture. IN is the REFER tool's `data/`
+(`refcoco/refs(unc).p`, `refcoco/instances.json`, `images/mscoco/images/train2014/`), or one
+dataset's folder in it. The pickle is read by an unpickler that accepts plain values only. The
+prompt is the paper's (Table 10), with the box in shares of the picture's width and height.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from onellm_dist.shards.sources.readers.safe_pickle import load_plain
 _REFS = {"refcoco": ("unc", "google"), "refcoco+": ("unc",), "refcocog": ("umd", "google")}
 _SPLITS = ("train", "val", "test", "testA", "testB")
 _FOLDERS = ("images/mscoco/images", "images", "coco", "../images/mscoco/images")
-"""The last one: where IN is one dataset's folder of REFER's data."""
+"""Usual folders of the pictures; the last is right if IN is one dataset's folder."""
 _ROWS = 1000
 
 
 @lru_cache(maxsize=1)
-def _refs(path: Path, stamp: int) -> list[Any]:
-    """The pickle's list (RefCOCO: 50,000 rows).
+def _load_refs(path: Path, stamp: int) -> list[Any]:
+    """Load the pickle's list (RefCOCO: 50,000 rows).
 
     Raises:
-        UsageError: it holds no list.
+        UsageError: the pickle does not hold a list.
     """
     refs = load_plain(path)
     if not isinstance(refs, list):
@@ -65,7 +65,7 @@ def _refs(path: Path, stamp: int) -> list[Any]:
 
 
 @lru_cache(maxsize=1)
-def _instances(
+def _load_instances(
     path: Path, stamp: int
 ) -> tuple[Mapping[int, Sequence[float]], Mapping[int, tuple[float, float]]]:
     """(object to its box [left, top, width, height], picture to (width, height))."""
@@ -79,15 +79,17 @@ def _instances(
     }
 
 
-def _count(ref: Any, split: str) -> int:
-    """Expressions of a row in a split; one that is no row counts once in train, so that it is seen."""
+def _count_expressions(ref: Any, split: str) -> int:
+    """Expressions of a row in a split. A malformed row counts in train, to be reported."""
     if not isinstance(ref, dict) or ref.get("split") not in _SPLITS:
         return int(split == "train")
-    told = ref.get("sentences")
-    return max(1, len(told) if isinstance(told, list) else 0) if ref["split"] == split else 0
+    if ref["split"] != split:
+        return 0
+    listed = ref.get("sentences")
+    return max(1, len(listed) if isinstance(listed, list) else 0)
 
 
-def _source(name: str) -> Source:
+def _make_source(name: str) -> Source:
     def plan(
         inputs: Path,
         *,
@@ -112,14 +114,16 @@ def _source(name: str) -> Source:
         wanted = [s.strip() for s in splits.split(",")]
         if unknown := [s for s in wanted if s not in _SPLITS]:
             raise UsageError(
-                f"splits={splits}: there is no {unknown[0]}.",
-                f"{name} has others.",
+                f"splits={splits}: there is no split {unknown[0]}.",
+                f"{name} does not have it.",
                 f"use {', '.join(_SPLITS)}.",
             )
         return DatasetDescription(
             ("image",),
-            _groups(
-                _refs(resolve_below(inputs, rows), get_write_stamp(resolve_below(inputs, rows))),
+            _make_splits(
+                _load_refs(
+                    resolve_below(inputs, rows), get_write_stamp(resolve_below(inputs, rows))
+                ),
                 rows,
                 boxes,
                 wanted,
@@ -128,28 +132,30 @@ def _source(name: str) -> Source:
 
     return Source(
         name,
-        f"{name}: refs(...).p, instances.json and COCO's pictures of 2014; a sample each expression",
+        f"{name}: refs(...).p, instances.json and COCO's 2014 pictures; one sample per expression",
         plan=plan,
         raw_samples=_raw_samples,
         options={
             "refs": Option(
                 None, f"the pickle of expressions, if it is not refs({_REFS[name][0]}).p", Path
             ),
-            "instances": Option(None, "instances.json, if it does not lie beside", Path),
+            "instances": Option(None, "instances.json, if it is not beside the pickle", Path),
             "media": Option(
-                None, "the folder that holds train2014/, if it is none of the usual ones", Path
+                None, "the folder that contains train2014/, if it is not a usual one", Path
             ),
-            "splits": Option("train", f"what is built, by comma, of {', '.join(_SPLITS)}"),
+            "splits": Option("train", f"what is built, separated by commas: {', '.join(_SPLITS)}"),
             "missing": MISSING_OPTION,
         },
         licence="RefCOCO: research only; COCO's pictures under Flickr's terms",
     )
 
 
-def _groups(refs: list[Any], rows: str, boxes: str, splits: Sequence[str]) -> Iterator[InputSplit]:
+def _make_splits(
+    refs: list[Any], rows: str, boxes: str, splits: Sequence[str]
+) -> Iterator[InputSplit]:
     for split in splits:
         for first in range(0, len(refs), _ROWS):
-            count = sum(_count(r, split) for r in refs[first : first + _ROWS])
+            count = sum(_count_expressions(r, split) for r in refs[first : first + _ROWS])
             yield InputSplit(
                 f"{rows}:{first}",
                 {"refs": rows, "instances": boxes, "first": first, "split": split},
@@ -165,39 +171,39 @@ def _raw_samples(
         inputs, find_media_folders(inputs, media, _FOLDERS), description, options
     )
     path = resolve_below(inputs, description["refs"])
-    refs = _refs(path, get_write_stamp(path))
+    refs = _load_refs(path, get_write_stamp(path))
     for number, ref in enumerate(
         refs[description["first"] : description["first"] + _ROWS], description["first"]
     ):
-        planned = _count(ref, description["split"])
+        planned = _count_expressions(ref, description["split"])
         if planned:
             item = JsonItem(f"{description['refs']}[{number}]", number, "", ref)
-            yield from read_raw_samples(lambda i: _expressions(context, i), item, planned, missing)
+            yield from read_raw_samples(
+                lambda i: _read_expressions(context, i), item, planned, missing
+            )
 
 
-def _expressions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_expressions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     ref = item.value
     if ref["split"] not in _SPLITS:
-        raise ValueError(f"its split is {ref['split']!r}, none of {', '.join(_SPLITS)}")
+        raise ValueError(f"its split is {ref['split']!r}, not one of {', '.join(_SPLITS)}")
     instances = resolve_below(context.inputs, context.description["instances"])
-    boxes, sizes = _instances(instances, get_write_stamp(instances))
+    boxes, sizes = _load_instances(instances, get_write_stamp(instances))
     picture, box = int(ref["image_id"]), boxes.get(int(ref["ann_id"]))
     if box is None or picture not in sizes:
         raise ValueError(f"instances.json has no object {ref['ann_id']} or no picture {picture}")
     left, top, width, height = box
-    prompt, parts = (
-        make_region_prompt(left, top, width, height, sizes[picture]),
-        find_coco_picture(context, picture),
-    )
+    prompt = make_region_prompt(left, top, width, height, sizes[picture])
+    parts = find_coco_picture(context, picture)
     meta = {"image_id": picture, "ann_id": int(ref["ann_id"]), "ref_id": ref.get("ref_id")}
-    told = [
+    expressions = [
         (int(s["sent_id"]), require_text(s.get("raw") or s["sent"], "an expression"))
         for s in ref["sentences"]
     ]
     return [
         AnnotatedSample(str(number), parts, make_turns((prompt, text)), meta=meta)
-        for number, text in told
+        for number, text in expressions
     ]
 
 
-SOURCES = tuple(_source(name) for name in _REFS)
+SOURCES = tuple(_make_source(name) for name in _REFS)

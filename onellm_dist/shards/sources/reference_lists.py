@@ -1,12 +1,15 @@
-"""`onellm shards build reference-lists IN OUT -o modality=NAME`: the lists that OneLLM's own code trains from.
+"""`onellm shards build reference-lists IN OUT -o modality=NAME`: the lists of OneLLM's own code.
 
-    *.csv, *.tsv    tab-separated, with the columns `caption` and `url` in any order (pretraining, all modalities but IMU)
-    *.json          a list of {id, image, conversations} (instruction tuning; `image` is the path for every modality, `depth_image` or
-                    `normal_image` the map's), or of {image or url, caption}
+    *.csv, *.tsv    tab-separated, with the columns `caption` and `url` in any order
+                    (pretraining, all modalities but IMU)
+    *.json          a list of {id, image, conversations} (instruction tuning; `image` is the path
+                    for every modality, `depth_image` or `normal_image` that of the map), or of
+                    {image or url, caption}
 
-IN is a list or a folder of lists. Paths start at `root`; parts of them are replaced as told, which turns the authors' storage into
-the user's (`cluster:s3://laion=/data/laion`). A depth or normal map without a column of its own lies where the picture's path has
-`/cc3m_depth/` or `/cc3m_normal/` for `/cc3m/`. IMU windows: source ego4d-imu.
+IN is a list or a folder of lists. Paths start at `root`. Parts of them can be replaced, which turns
+the authors' storage into the user's (`cluster:s3://laion=/data/laion`). A depth or normal map
+without a column of its own is searched where the picture's path has `/cc3m_depth/` or
+`/cc3m_normal/` for `/cc3m/`. For IMU windows use the source ego4d-imu.
 """
 
 from __future__ import annotations
@@ -61,32 +64,34 @@ def plan(
     replace: str | None,
     maps: str,
 ) -> DatasetDescription:
-    """Ranges of the lists' rows.
+    """Divide the lists into ranges of rows.
 
     Raises:
-        UsageError: no modality given, no list there, or one without the columns that are needed.
+        UsageError: no modality is named, there is no list, or one lacks a column that is needed.
     """
     if modality is None:
         raise UsageError(
             "reference-lists needs -o modality=NAME.",
             "the lists do not say what their files are.",
-            "for example image.",
+            "for example -o modality=image.",
         )
     if modality == "imu":
         raise UsageError(
-            "reference-lists reads no IMU windows.",
+            "reference-lists does not read IMU windows.",
             "they are cut from whole recordings.",
             "use source ego4d-imu (IN: the folder of window_idx_train.json).",
         )
     modalities = () if modality == TEXT_ONLY else (get_modality(modality).name,)
-    _replacements(replace)
-    _replacements(maps)
-    folder, tables = _tables(inputs)
-    return DatasetDescription(modalities, chain.from_iterable(_groups(folder, t) for t in tables))
+    _parse_replacements(replace)
+    _parse_replacements(maps)
+    folder, tables = _list_tables(inputs)
+    return DatasetDescription(
+        modalities, chain.from_iterable(_make_splits(folder, t) for t in tables)
+    )
 
 
-def _tables(inputs: Path) -> tuple[Path, list[str]]:
-    """(the lists' folder, their names in it)."""
+def _list_tables(inputs: Path) -> tuple[Path, list[str]]:
+    """The folder of the lists, and their names in it."""
     if inputs.is_file():
         return inputs.parent, [inputs.name]
     found = sorted(
@@ -96,14 +101,14 @@ def _tables(inputs: Path) -> tuple[Path, list[str]]:
     )
     if not found:
         raise UsageError(
-            f"{inputs}: no {', '.join(_TABLES)} there.",
+            f"{inputs} has no {', '.join(_TABLES)}.",
             "there is nothing to build from.",
-            "give the lists' folder.",
+            "name the folder of the lists.",
         )
     return inputs, found
 
 
-def _groups(folder: Path, table: str) -> Iterator[InputSplit]:
+def _make_splits(folder: Path, table: str) -> Iterator[InputSplit]:
     stem = PurePosixPath(table).stem.lower()
     split = next((name for name, pattern in _SPLITS if pattern.search(stem)), "train")
     if table.lower().endswith(".json"):
@@ -134,26 +139,27 @@ def raw_samples(
     replace: str | None,
     maps: str,
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     folder = inputs.parent if inputs.is_file() else inputs
     start = to_storage_path(root) if root is not None else folder
-    kind = None if modality == TEXT_ONLY else get_modality(modality)
-    for number, where, row, problem in _rows(folder, description):
-        key = make_safe_key(
-            f"{PurePosixPath(description.get('table', description.get('file'))).with_suffix('')}/{number:09d}"
-        )
+    chosen = None if modality == TEXT_ONLY else get_modality(modality)
+    for number, where, row, problem in _read_table(folder, description):
+        table = PurePosixPath(description.get("table", description.get("file")))
+        key = make_safe_key(f"{table.with_suffix('')}/{number:09d}")
         parts, wrong = (
             ({}, problem)
-            if problem or kind is None
-            else _parts(row, kind, start, _replacements(replace), _replacements(maps))
+            if problem or chosen is None
+            else _make_parts(
+                row, chosen, start, _parse_replacements(replace), _parse_replacements(maps)
+            )
         )
-        yield _raw_sample(key, where, row, parts, wrong)
+        yield _make_raw_sample(key, where, row, parts, wrong)
 
 
-def _rows(
+def _read_table(
     folder: Path, description: SplitDescription
 ) -> Iterator[tuple[int, str, Mapping[str, Any], str | None]]:
-    """(number, place, values, what is wrong)."""
+    """Yield (number, place, values, what is wrong) of each row."""
     if "columns" in description:
         table = description["table"]
         for line, values, problem in read_rows(
@@ -170,9 +176,9 @@ def _rows(
         yield number, where, row if problem is None else {}, problem
 
 
-def _parts(
+def _make_parts(
     row: Mapping[str, Any],
-    kind: Modality,
+    modality: Modality,
     root: StoragePath,
     replace: Sequence[tuple[str, str]],
     maps: Sequence[tuple[str, str]],
@@ -181,24 +187,24 @@ def _parts(
     name = next((row[k] for k in _MEDIA_KEYS if row.get(k)), None)
     if not isinstance(name, str):
         return {}, "unreadable row: it names no file"
-    wanted = {next(iter(kind.required_parts)): name}
-    if kind.name in _MAPS:
-        beside = row.get(f"{kind.name}_image") or _replaced(
-            name, [(a, b) for a, b in maps if kind.name in b]
+    wanted = {next(iter(modality.required_parts)): name}
+    if modality.name in _MAPS:
+        beside = row.get(f"{modality.name}_image") or _replace_parts(
+            name, [(a, b) for a, b in maps if modality.name in b]
         )
         if not isinstance(beside, str) or beside == name:
-            return {}, f"missing file: nothing says where the {kind.name} map of {name} lies"
-        wanted = {kind.name: beside, "image": name}
+            return {}, f"missing file: nothing says where the {modality.name} map of {name} is"
+        wanted = {modality.name: beside, "image": name}
     found: dict[str, Media] = {}
-    for slot, path in wanted.items():
-        file = _placed(root, _replaced(path, replace))
+    for role, path in wanted.items():
+        file = _resolve_path(root, _replace_parts(path, replace))
         suffix = file.suffix.lower().lstrip(".")
-        if kind.name == "point" and suffix == "pt":
+        if modality.name == "point" and suffix == "pt":
             found["npy"] = TensorCloud(file, file.name)
             continue
         extension = next(
-            (e for e in kind.required_parts[slot] if e.endswith(f".{suffix}")),
-            suffix if suffix in kind.required_parts[slot] else None,
+            (e for e in modality.required_parts[role] if e.endswith(f".{suffix}")),
+            suffix if suffix in modality.required_parts[role] else None,
         )
         if not suffix or extension is None:
             return {}, f"unknown kind of file: {path}"
@@ -206,7 +212,7 @@ def _parts(
     return found, None
 
 
-def _raw_sample(
+def _make_raw_sample(
     key: str, where: str, row: Mapping[str, Any], parts: Mapping[str, Media], problem: str | None
 ) -> RawSample:
     meta = {
@@ -227,29 +233,29 @@ def _raw_sample(
     )
 
 
-def _placed(root: StoragePath, path: str) -> StoragePath:
+def _resolve_path(root: StoragePath, path: str) -> StoragePath:
     return to_storage_path(path) if "://" in path or path.startswith("/") else root / path
 
 
-def _replaced(path: str, pairs: Sequence[tuple[str, str]]) -> str:
+def _replace_parts(path: str, pairs: Sequence[tuple[str, str]]) -> str:
     for old, new in pairs:
         path = path.replace(old, new)
     return path
 
 
-def _replacements(text: str | None) -> list[tuple[str, str]]:
-    """`A=B,C=D` as pairs.
+def _parse_replacements(text: str | None) -> list[tuple[str, str]]:
+    """Parse `A=B,C=D` into pairs.
 
     Raises:
-        UsageError: a pair without `=`.
+        UsageError: a pair has no `=`.
     """
     pairs = []
     for pair in (text or "").split(","):
         old, equals, new = pair.partition("=")
         if pair and (not equals or not old):
             raise UsageError(
-                f"{pair!r} is no OLD=NEW.",
-                "it says what is replaced in the lists' paths.",
+                f"{pair!r} is not OLD=NEW.",
+                "it says what to replace in the lists' paths.",
                 "write replace=OLD=NEW,OLD=NEW",
             )
         if pair:
@@ -259,21 +265,21 @@ def _replacements(text: str | None) -> list[tuple[str, str]]:
 
 SOURCE = Source(
     name="reference-lists",
-    summary="the lists of OneLLM's own code: tab-separated caption and url, or JSON with conversations",
+    summary="lists of OneLLM's own code: tab-separated caption and url, or JSON with conversations",
     plan=plan,
     raw_samples=raw_samples,
     options={
         "modality": Option(
             None,
-            "what the files are (image, video, audio, point, depth, normal, fmri), or text; needed",
+            "required: what the files are (image, video, audio, point, depth, normal, fmri, text)",
         ),
         "root": Option(
-            None, "where relative paths start, a folder or a URL; the lists' folder if not given"
+            None, "where relative paths start, a folder or a URL; default: the folder of the lists"
         ),
-        "replace": Option(None, "what is replaced in paths: OLD=NEW, several by comma"),
+        "replace": Option(None, "what to replace in paths: OLD=NEW, several separated by commas"),
         "maps": Option(
             "/cc3m/=/cc3m_depth/,/cc3m/=/cc3m_normal/",
-            "from a picture's path to its map's: OLD=NEW, NEW has depth or normal in it",
+            "from the path of a picture to that of its map: OLD=NEW, NEW contains depth or normal",
         ),
     },
 )

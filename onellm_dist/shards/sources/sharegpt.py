@@ -1,6 +1,7 @@
-"""`onellm shards build sharegpt IN OUT`: conversations without media, in ShareGPT's form: {id, conversations: [{from, value}]}.
+"""`onellm shards build sharegpt IN OUT`: conversations without media, as ShareGPT stores them.
 
-IN is one .json or .jsonl, or a folder of them. Speakers may be human/gpt or user/assistant, turns {from, value} or {role, content}.
+IN is one .json or .jsonl, or a folder of them, with rows {id, conversations: [{from, value}]}.
+Speakers may be human/gpt or user/assistant, turns {from, value} or {role, content}.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ _ROWS = 1000
 
 
 def plan(inputs: Path, *, seed: int) -> DatasetDescription:
-    """Ranges of the files' rows.
+    """Divide the files into ranges of rows.
 
     Raises:
-        UsageError: no such file there.
+        UsageError: there is no such file.
     """
     names = (
         [inputs.name]
@@ -30,22 +31,22 @@ def plan(inputs: Path, *, seed: int) -> DatasetDescription:
     )
     if not names:
         raise UsageError(
-            f"{inputs}: no .json or .jsonl there.",
+            f"{inputs} has no .json or .jsonl.",
             "there is nothing to build from.",
-            "give the file, or its folder.",
+            "name the file, or its folder.",
         )
     root = inputs.parent if inputs.is_file() else inputs
     return DatasetDescription((), (g for name in names for g in split_rows(root, name, _ROWS)))
 
 
 def raw_samples(inputs: Path, description: SplitDescription) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
     for item in read_rows(root, description):
-        yield from read_raw_samples(_conversation, item, 1, "fail")
+        yield from read_raw_samples(_read_conversation, item, 1, "fail")
 
 
-def _conversation(item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_conversation(item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     raw = row["messages"] if "messages" in row else row["conversations"]
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}

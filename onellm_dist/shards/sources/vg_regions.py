@@ -1,7 +1,9 @@
-"""`onellm shards build vg IN OUT`: Visual Genome's region descriptions, a picture with some of its regions a sample.
+"""`onellm shards build vg IN OUT`: Visual Genome's region descriptions.
 
-IN holds region_descriptions.json (108,077 pictures, 5.4M regions; read by byte range), image_data.json (the pictures' sizes), VG_100K/
-and VG_100K_2/. A region's prompt is the paper's (Table 10) with the box, in shares of the whole picture.
+One sample is a picture with some of its regions. IN holds region_descriptions.json (108,077
+pictures, 5.4M regions; read by byte range), image_data.json (the pictures' sizes), VG_100K/ and
+VG_100K_2/. A region's prompt is the paper's (Table 10), with the box in shares of the picture's
+width and height.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 
 @lru_cache(maxsize=1)
-def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
-    """Picture to (width, height)."""
+def _load_sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
+    """Number of a picture to its (width, height)."""
     try:
         return {
             int(i.get("image_id", i.get("id"))): (int(i["width"]), int(i["height"]))
@@ -35,25 +37,25 @@ def _sizes(path: Path, stamp: int) -> Mapping[int, tuple[int, int]]:
         raise OneLLMError(
             f"{path}: {error}",
             "boxes cannot be scaled.",
-            "fetch the file again; it may be cut short.",
+            "download the file again; it may be cut short.",
         ) from error
 
 
-def _regions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_regions(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["id"] if "id" in row else row["image_id"])
     sizes = context.resolve_partner("image_data")
-    size = _sizes(sizes, get_write_stamp(sizes)).get(number)
+    size = _load_sizes(sizes, get_write_stamp(sizes)).get(number)
     if size is None:
         raise ValueError(f"image_data.json has no picture {number}")
-    told = [r for r in row["regions"] if str(r["phrase"]).strip()]
-    if not told:
+    described = [r for r in row["regions"] if str(r["phrase"]).strip()]
+    if not described:
         raise ValueError("no region has a phrase")
     most = int(context.options["regions"])
     chosen = (
-        told
-        if most < 1 or most >= len(told)
-        else [told[i * len(told) // most] for i in range(most)]
+        described
+        if most < 1 or most >= len(described)
+        else [described[i * len(described) // most] for i in range(most)]
     )
     turns = make_turns(
         *(
@@ -79,7 +81,7 @@ SOURCE = AnnotationSet(
     "Visual Genome's region_descriptions.json with VG_100K/ and VG_100K_2/",
     "image",
     {"train": ("region_descriptions.json", "annotations/region_descriptions.json")},
-    _regions,
+    _read_regions,
     folders=("vg", "images"),
     partners={
         "image_data": (
@@ -89,7 +91,7 @@ SOURCE = AnnotationSet(
     },
     options={
         "regions": Option(
-            10, "regions of a picture, evenly spread over its list; 0: all (about 50)", int
+            10, "regions per picture, spread evenly over its list; 0: all (about 50)", int
         )
     },
     licence="CC-BY 4.0",

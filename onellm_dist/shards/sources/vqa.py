@@ -1,14 +1,19 @@
-"""`onellm shards build vqav2 | okvqa | gqa | aokvqa | ocrvqa IN OUT`: questions about pictures, with the paper's prompts (Table 10).
+"""`onellm shards build vqav2 | okvqa | gqa | aokvqa | ocrvqa IN OUT`: questions about pictures.
 
-| source | IN (beside the pictures) | a sample |
+The prompts are the paper's (Table 10). Besides the pictures, IN holds:
+
+| source | annotations (for the split train) | one sample is |
 |---|---|---|
-| vqav2 | v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json | a question; the most common of ten answers |
-| okvqa | OpenEnded_mscoco_train2014_questions.json, mscoco_train2014_annotations.json | the same |
+| vqav2 | v2_OpenEnded_mscoco_train2014_questions.json, | a question with the most common of |
+| | v2_mscoco_train2014_annotations.json | its ten answers |
+| okvqa | OpenEnded_mscoco_train2014_questions.json, | the same |
+| | mscoco_train2014_annotations.json | |
 | gqa | train_balanced_questions.json | a question |
-| aokvqa | aokvqa_v1p0_train.json | a question with its four options; the answer is a letter |
+| aokvqa | aokvqa_v1p0_train.json | a question with four options and a letter as answer |
 | ocrvqa | dataset.json | a book cover with all its questions |
 
-COCO's pictures may be those of 2014 (`train2014/COCO_train2014_000000000009.jpg`) or of 2017 (`train2017/000000000009.jpg`).
+COCO's pictures may be those of 2014 (`train2014/COCO_train2014_000000000009.jpg`) or of 2017
+(`train2017/000000000009.jpg`).
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ _BOOK_SPLITS = {1: "train", 2: "val", 3: "test"}
 
 
 @lru_cache(maxsize=2)
-def _questions(path: Path, stamp: int) -> Mapping[int, str]:
+def _load_questions(path: Path, stamp: int) -> Mapping[int, str]:
     """Question number to its text (VQAv2 train: 443,757)."""
     try:
         listed = json.loads(path.read_bytes())["questions"]
@@ -49,16 +54,16 @@ def _questions(path: Path, stamp: int) -> Mapping[int, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise OneLLMError(
             f"{path}: {error}",
-            "no question can be told.",
-            "fetch the file again; it may be cut short.",
+            "the text of the questions is missing.",
+            "download the file again; it may be cut short.",
         ) from error
 
 
-def _vqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_vqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     number = int(row["question_id"])
     questions = context.resolve_partner("questions")
-    text = _questions(questions, get_write_stamp(questions)).get(number)
+    text = _load_questions(questions, get_write_stamp(questions)).get(number)
     if text is None:
         raise ValueError(f"there is no question {number}")
     given = [answer for a in row["answers"] if (answer := str(a["answer"]).strip())]
@@ -72,7 +77,7 @@ def _vqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample
     ]
 
 
-def _gqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_gqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     turns = make_turns(
         (
@@ -90,7 +95,7 @@ def _gqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample
     ]
 
 
-def _aokvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_aokvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row = item.value
     options = [require_text(c, "a choice") for c in row["choices"]]
     right = int(row["correct_choice_idx"])
@@ -118,14 +123,14 @@ def _aokvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSam
     ]
 
 
-def _books(row: Any, split: str) -> int:
-    """1 where the cover belongs to the split; rows that are none count as train's, so that they are seen."""
+def _count_covers(row: Any, split: str) -> int:
+    """1 if the cover belongs to the split. A malformed row counts in train, to be reported."""
     return int(
         (_BOOK_SPLITS.get(row.get("split", 0)) if isinstance(row, dict) else "train") == split
     )
 
 
-def _ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSample]:
     row, key = item.value, item.key
     questions, answers = row["questions"], row["answers"]
     if not questions or len(questions) != len(answers):
@@ -135,17 +140,16 @@ def _ocrvqa(context: AnnotationContext, item: JsonItem) -> Sequence[AnnotatedSam
         for q, a in zip(questions, answers, strict=True)
     ]
     suffix = PurePosixPath(str(row.get("imageURL", ""))).suffix or ".jpg"
-    names = dict.fromkeys(
-        (f"{key}{suffix}", f"{key}.jpg", f"{key}.png")
-    )  # LLaVA's users turned the .gif into .jpg
+    # LLaVA's users converted the .gif to .jpg.
+    names = dict.fromkeys((f"{key}{suffix}", f"{key}.jpg", f"{key}.png"))
     meta = {k: row[k] for k in ("title", "authorName", "genre") if row.get(k)}
     return [
         AnnotatedSample(key, context.find_media("image", *names), make_turns(*pairs), meta=meta)
     ]
 
 
-def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
-    """A set in VQA's format: a file of questions, one of annotations."""
+def _make_vqa_set(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
+    """Make a dataset in VQA's format: a file of questions and a file of annotations."""
     splits = ("train", "val")
     return AnnotationSet(
         name,
@@ -158,7 +162,7 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
             )
             for s in splits
         },
-        _vqa,
+        _read_vqa,
         key="annotations",
         folders=COCO_FOLDERS,
         medium=lambda row: row["image_id"],
@@ -181,10 +185,10 @@ def _asked(name: str, called: str, prefix: str, licence: str) -> AnnotationSet:
 SOURCES = tuple(
     s.make_source()
     for s in (
-        _asked(
+        _make_vqa_set(
             "vqav2", "VQAv2", "v2_", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"
         ),
-        _asked(
+        _make_vqa_set(
             "okvqa", "OK-VQA", "", "CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms"
         ),
         AnnotationSet(
@@ -195,7 +199,7 @@ SOURCES = tuple(
                 s: (f"{s}_balanced_questions.json", f"questions/{s}_balanced_questions.json")
                 for s in ("train", "val")
             },
-            _gqa,
+            _read_gqa,
             medium=lambda row: row["imageId"],
             folders=("images", "gqa/images"),
             licence="CC-BY 4.0",
@@ -208,18 +212,18 @@ SOURCES = tuple(
                 s: (f"aokvqa_v1p0_{s}.json", f"aokvqa/aokvqa_v1p0_{s}.json")
                 for s in ("train", "val")
             },
-            _aokvqa,
+            _read_aokvqa,
             medium=lambda row: row["image_id"],
             folders=COCO_FOLDERS,
             licence="CC-BY 4.0 (annotations); COCO's pictures under Flickr's terms",
         ),
         AnnotationSet(
             "ocrvqa",
-            "OCR-VQA: dataset.json and images/ of book covers; all questions of a cover are one sample",
+            "OCR-VQA: dataset.json and images/; one sample is a book cover with all questions",
             "image",
             dict.fromkeys(_BOOK_SPLITS.values(), ("dataset.json",)),
-            _ocrvqa,
-            count=_books,
+            _read_ocrvqa,
+            count=_count_covers,
             folders=("images", "ocr_vqa/images"),
             licence="OCR-VQA: research only",
         ),

@@ -1,11 +1,13 @@
-"""`onellm shards build wavcaps IN OUT`: WavCaps as its repository on the Hub is laid out.
+"""`onellm shards build wavcaps IN OUT`: WavCaps in the folders of its repository on the Hub.
 
-    json_files/{AudioSet_SL,BBC_Sound_Effects,FreeSound,SoundBible}/*.json      {"num_captions_per_audio": 1, "data": [{id, caption, ...}]}
-    json_files/blacklist/blacklist_exclude_*.json                               {"AudioSet": [ids], "FreeSound": [ids]}
-    Zip_files/<source>/<source>.z01, ..., <source>.zip                          split archives, read where they lie, and/or
-    <any folder with the source's name in its path>/<id>.flac                   the unpacked files
+    json_files/<source>/*.json                      {"data": [{id, caption, ...}]}
+    json_files/blacklist/blacklist_exclude_*.json   {"AudioSet": [ids], "FreeSound": [ids]}
+    Zip_files/<source>/<source>.z01, ..., .zip      split archives, read where they lie, and/or
+    <folder with the source's name>/<id>.flac       the unpacked files
 
-AudioSet's ids carry a leading `Y` and the suffix `.wav`; they are found with and without. Fields that only some sources have go to `.json`.
+Sources are AudioSet_SL, BBC_Sound_Effects, FreeSound and SoundBible. AudioSet's ids have a leading
+`Y` and the suffix `.wav`; files are found with and without them. Fields that only some sources have
+go to `.json`.
 """
 
 from __future__ import annotations
@@ -32,63 +34,70 @@ from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_
 
 SOURCES = ("AudioSet_SL", "BBC_Sound_Effects", "FreeSound", "SoundBible")
 SUFFIXES = (".flac", ".wav")
-_JSON, _ROWS = "json_files", 2000
+_JSON = "json_files"
+_ROWS = 2000
 _ENDINGS = (".wav", ".flac", ".mp3")
 _YOUTUBE = 11
-"""Characters of a YouTube id."""
+"""Length of a YouTube id."""
 
 
 def plan(
     inputs: Path, *, seed: int, blacklist: str | None, sources: str | None, missing: str
 ) -> DatasetDescription:
-    """Ranges of the rows of each source's JSON.
+    """Divide the JSON of each source into ranges of rows.
 
     Raises:
-        UsageError: no JSON or no audio of a source, an unknown source, or no such blacklist.
+        UsageError: a source has no JSON or no audio, a source is unknown, or there is no such
+            blacklist.
     """
     check_missing(missing)
     wanted = SOURCES if sources is None else tuple(s.strip() for s in sources.split(","))
     if not set(wanted) <= set(SOURCES):
         raise UsageError(
-            f"sources={sources}: one of them is none of {', '.join(SOURCES)}.",
+            f"sources={sources}: one of them is not among {', '.join(SOURCES)}.",
             "it is not in WavCaps.",
             "correct it.",
         )
     if blacklist is not None:
-        _blacklist(inputs, blacklist)
-    tables = {name: _tables(inputs, name) for name in wanted}
+        _load_blacklist(inputs, blacklist)
+    tables = {name: _list_tables(inputs, name) for name in wanted}
     if not any(tables.values()):
         raise UsageError(
-            f"{inputs / _JSON}: no JSON of {', '.join(wanted)} there.",
+            f"{inputs / _JSON} has no JSON of {', '.join(wanted)}.",
             "there are no captions.",
-            "give the folder that has json_files/ in it.",
+            "name the folder that contains json_files/.",
         )
     pool, pools = find_pool(inputs, SUFFIXES), dict[str, MediaPool]()
     for name, found in tables.items():
         pools[name] = pool.filter_by_name(name)
         if found and not pools[name]:
             raise UsageError(
-                f"{inputs}: {found[0]} is there, and no folder of .flac and no .zip has {name} in its path.",
+                f"{inputs}: there is {found[0]}, but no folder of .flac and no .zip has {name} "
+                f"in its path.",
                 "captions have no audio.",
-                f"fetch Zip_files/{name}, or leave the source out: -o sources={','.join(s for s in wanted if s != name)}",
+                f"download Zip_files/{name}, or leave the source out: "
+                f"-o sources={','.join(s for s in wanted if s != name)}",
             )
     notes = tuple(
-        f"no {_JSON}/{name}: that source is left out" for name, found in tables.items() if not found
+        f"no {_JSON}/{name}: this source is left out" for name, found in tables.items() if not found
     )
     if blacklist is None:
         notes += (
             "no blacklist: clips of AudioCaps' and Clotho's test sets may be among the samples",
         )
-    groups = chain.from_iterable(
-        _groups(inputs, name, table, pools[name])
+    splits = chain.from_iterable(
+        _make_splits(inputs, name, table, pools[name])
         for name, found in tables.items()
         for table in found
     )
-    return DatasetDescription(("audio",), groups, notes, {"blacklist": blacklist})
+    return DatasetDescription(("audio",), splits, notes, {"blacklist": blacklist})
 
 
-def _tables(inputs: Path, name: str) -> list[str]:
-    """The JSON files of a source; `x_2s.json` (clips of 2 s and more) is left out beside `x.json`, which has them all."""
+def _list_tables(inputs: Path, name: str) -> list[str]:
+    """The JSON files of a source.
+
+    `x_2s.json` (clips of 2 s and more) is left out if there is `x.json`, which has all clips.
+    """
     found = sorted(p.relative_to(inputs).as_posix() for p in (inputs / _JSON / name).glob("*.json"))
     return [
         f
@@ -97,11 +106,11 @@ def _tables(inputs: Path, name: str) -> list[str]:
     ]
 
 
-def _groups(inputs: Path, name: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
+def _make_splits(inputs: Path, name: str, table: str, pool: MediaPool) -> Iterator[InputSplit]:
     with (inputs / table).open("rb") as file:
-        key = (
-            None if file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[") else "data"
-        )  # the set's first version: the list alone
+        # The first version of the dataset has the list alone.
+        is_list = file.read(100).lstrip(b"\xef\xbb\xbf \r\n").startswith(b"[")
+    key = None if is_list else "data"
     yield from split_rows(inputs, table, _ROWS, key=key, source=name, pool=pool.to_json())
 
 
@@ -113,10 +122,10 @@ def raw_samples(
     sources: str | None,
     missing: str,
 ) -> Iterator[RawSample]:
-    """Of one range of rows."""
+    """Read the samples of one range of rows."""
     pool, name = MediaPool.from_json(description["pool"]), description["source"]
     listed = (
-        _blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset())
+        _load_blacklist(inputs, blacklist).get(name.removesuffix("_SL"), frozenset())
         if blacklist
         else frozenset()
     )
@@ -125,7 +134,7 @@ def raw_samples(
         if not isinstance(identity, (str, int)) or not str(identity).strip():
             yield RawSample(f"{name}/row-{number:09d}", where, problem="unreadable row: no id")
             continue
-        stems = _stems(name, str(identity))
+        stems = _list_stems(name, str(identity))
         key = make_safe_key(f"{name}/{stems[0]}")
         if not listed.isdisjoint(stems):
             yield RawSample(key, where, skip="blacklist")
@@ -146,8 +155,8 @@ def raw_samples(
         )
 
 
-def _stems(source: str, identity: str) -> tuple[str, ...]:
-    """The names that the file of an id may have, its own first."""
+def _list_stems(source: str, identity: str) -> tuple[str, ...]:
+    """Names that the file of an id may have, its own first."""
     stem = next((identity[: -len(e)] for e in _ENDINGS if identity.lower().endswith(e)), identity)
     if source.startswith("AudioSet"):
         if len(stem) == _YOUTUBE:
@@ -158,11 +167,11 @@ def _stems(source: str, identity: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=2)
-def _blacklist(inputs: Path, name: str) -> Mapping[str, frozenset[str]]:
+def _load_blacklist(inputs: Path, name: str) -> Mapping[str, frozenset[str]]:
     """Source (`AudioSet`, `FreeSound`) to the stems that are left out.
 
     Raises:
-        UsageError: no such file, or another content.
+        UsageError: there is no such file, or it is not a blacklist.
     """
     path = inputs / name
     try:
@@ -170,17 +179,17 @@ def _blacklist(inputs: Path, name: str) -> Mapping[str, frozenset[str]]:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: {error}",
-            "what is in evaluation sets would be trained on.",
+            "samples of evaluation sets would be trained on.",
             "check the option blacklist (relative to IN).",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
         raise UsageError(
-            f"{path} is no object of lists.",
-            "it is no blacklist of WavCaps.",
+            f"{path} is not an object of lists.",
+            "it is not a blacklist of WavCaps.",
             "use one of json_files/blacklist/.",
         )
     return {
-        k.removesuffix("_SL"): frozenset(s for v in ids for s in _stems(k, str(v)))
+        k.removesuffix("_SL"): frozenset(s for v in ids for s in _list_stems(k, str(v)))
         for k, ids in content.items()
     }
 
@@ -192,9 +201,11 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={
         "blacklist": Option(
-            None, "a file of WavCaps' json_files/blacklist/, relative to IN: its clips are left out"
+            None, "a file of json_files/blacklist/, relative to IN, whose clips are left out"
         ),
-        "sources": Option(None, f"only these, by comma: {', '.join(SOURCES)}"),
+        "sources": Option(
+            None, f"what is built, separated by commas: {', '.join(SOURCES)}; default: all"
+        ),
         "missing": MISSING_OPTION,
     },
     licence="WavCaps: academic use only; clips under their own licences",

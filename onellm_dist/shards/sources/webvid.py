@@ -1,12 +1,13 @@
-"""`onellm shards build webvid IN OUT`: WebVid as a CSV with a tree of videos, or as video2dataset's tars.
+"""`onellm shards build webvid IN OUT`: WebVid, as a CSV with a tree of videos or as tars.
 
-    results_2M_train.csv                    videoid,contentUrl,duration,page_dir,name (+ results_2M_val.csv: split val)
+    results_2M_train.csv            videoid,contentUrl,duration,page_dir,name
+    results_2M_val.csv              the same, split val
     videos/<page_dir>/<videoid>.mp4
 
-    00000.tar, 00000.parquet, 00000_stats.json      of video2dataset: {key}.mp4/.txt/.json
+    00000.tar, 00000.parquet, 00000_stats.json      video2dataset's: {key}.mp4, .txt, .json
 
-The CSV's durations (`PT00H00M11S`) are sometimes wrong: they are kept as they stand, with their value in seconds where they can be read,
-and decide nothing.
+The CSV's durations (`PT00H00M11S`) are sometimes wrong. They are stored as they are, with their
+value in seconds if it can be read, and decide nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ _VALIDATION = re.compile(r"(?:^|_)(?:val|validation|test)(?:_|\.|$)", re.IGNOREC
 
 
 def parse_duration(text: str) -> float | None:
-    """`PT00H01M11S` -> 71.0; None: it says nothing."""
+    """Convert `PT00H01M11S` to 71.0 seconds; None if the text is not a duration."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or match.lastindex is None:
         return None
@@ -62,37 +63,39 @@ def parse_duration(text: str) -> float | None:
 def plan(
     inputs: Path, *, seed: int, rows: int, videos: str, missing: str, unfinished: str
 ) -> DatasetDescription:
-    """Ranges of the CSVs' rows, or a group for each tar.
+    """Divide the CSVs into ranges of rows, or make an input split of each tar.
 
     Raises:
-        UsageError: neither a CSV of WebVid nor tars there.
+        UsageError: there is neither a CSV of WebVid nor a tar.
     """
     check_missing(missing)
     if rows < 1:
-        raise UsageError(f"rows={rows} is below 1.", "a group has rows.", "the default is 5000.")
+        raise UsageError(
+            f"rows={rows} is below 1.", "an input split has rows.", "the default is 5000."
+        )
     tables = sorted(inputs.glob("*.csv"), key=lambda p: p.name)
     if not tables:
-        groups, notes = split_tars(inputs, find_tars(inputs), unfinished)
-        return DatasetDescription(("video",), groups, notes)
+        splits, notes = split_tars(inputs, find_tars(inputs), unfinished)
+        return DatasetDescription(("video",), splits, notes)
     headers = {}
     for table in tables:
         names, start = read_header(table, CSV)
         if not set(_COLUMNS) <= set(names):
             raise UsageError(
                 f"{table}: its columns are {', '.join(names)}.",
-                f"WebVid's have {', '.join(_COLUMNS)}, and without them media and captions cannot be found.",
+                f"WebVid's have {', '.join(_COLUMNS)}: they say where media and captions are.",
                 "remove other CSVs from this folder.",
             )
         headers[table.name] = (names, start)
     return DatasetDescription(
         ("video",),
         chain.from_iterable(
-            _row_groups(inputs / t, names, start, rows) for t, (names, start) in headers.items()
+            _split_table(inputs / t, names, start, rows) for t, (names, start) in headers.items()
         ),
     )
 
 
-def _row_groups(
+def _split_table(
     table: Path, names: Sequence[str], start: RowRange, rows: int
 ) -> Iterator[InputSplit]:
     split = "val" if _VALIDATION.search(table.stem) else "train"
@@ -110,10 +113,10 @@ def raw_samples(
     missing: str,
     unfinished: str,
 ) -> Iterator[RawSample]:
-    """Of one range of rows, or of one tar."""
+    """Read the samples of one range of rows, or of one tar."""
     if "tar" in description:
         yield from read_tar_samples(
-            inputs, description, get_modality("video").required_parts["video"], _caption
+            inputs, description, get_modality("video").required_parts["video"], _choose_caption
         )
         return
     for line, row, problem in read_rows(
@@ -132,11 +135,11 @@ def raw_samples(
         file = inputs / videos / row["page_dir"] / f"{name}.mp4"
         skip = "media was not fetched" if missing == "skip" and not file.is_file() else None
         yield RawSample(
-            make_safe_key(name), where, {"mp4": file}, row["name"], _meta(row), skip=skip
+            make_safe_key(name), where, {"mp4": file}, row["name"], _make_meta(row), skip=skip
         )
 
 
-def _meta(row: Mapping[str, str]) -> dict[str, Any]:
+def _make_meta(row: Mapping[str, str]) -> dict[str, Any]:
     meta: dict[str, Any] = {k: v for k, v in row.items() if v and k not in ("name", "contentUrl")}
     if row.get("contentUrl"):
         meta["url"] = row["contentUrl"]
@@ -144,7 +147,7 @@ def _meta(row: Mapping[str, str]) -> dict[str, Any]:
     return meta if length is None else {**meta, "duration_seconds": length}
 
 
-def _caption(row: Mapping[str, Any], text: ReadText) -> list[str | None]:
+def _choose_caption(row: Mapping[str, Any], text: ReadText) -> list[str | None]:
     found = find_column(row, ("caption", "name", "text"))
     return [found if isinstance(found, str) else text()]
 
@@ -155,9 +158,9 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     options={
-        "rows": Option(5000, "rows of a CSV that are planned together", int),
+        "rows": Option(5000, "rows of a CSV per input split", int),
         "videos": Option(
-            "videos", "the folder of the page_dir folders, relative to IN (. : IN itself)"
+            "videos", "the folder of the page_dir folders, relative to IN (. is IN itself)"
         ),
         "missing": MISSING_OPTION,
         "unfinished": UNFINISHED_OPTION,

@@ -1,28 +1,29 @@
-"""What cc3m-depth and cc3m-normal share: pictures, their captions and the maps of them, found in the layouts that tools leave.
+"""What cc3m-depth and cc3m-normal share: pictures, their captions, and maps of the pictures.
 
-Pictures and captions: img2dataset's tars, or a folder tree with `x.jpg` and `x.txt` (its `files` output), or a table with the columns
-`caption` and `url`, where `url` is a local path (the reference's cc3m.csv). Maps, for the picture `00012/000120001.jpg` (of a tar:
-`00012.tar/000120001.jpg`):
+Pictures and captions come from img2dataset's tars, from a folder tree with `x.jpg` and `x.txt` (its
+`files` output), or from a table with the columns `caption` and `url`, where `url` is a local path
+(the reference's cc3m.csv). Maps of the picture `00012/000120001.jpg` (of a tar:
+`00012.tar/000120001.jpg`) are found in three ways:
 
-    parallel tree   cc3m_depth/00012/000120001.jpg (.png, ...)      the reference's: `/cc3m/` -> `/cc3m_depth/`
-    Omnidata        000120001_depth.png, in the same subfolder of the maps' folder or at its top; square, from the picture's middle
-    made here       by a depth model, where one is given
+| | |
+|---|---|
+| parallel tree | cc3m_depth/00012/000120001.jpg (.png, ...), as the reference has them |
+| Omnidata | 000120001_depth.png in the same subfolder of the maps' folder, or at its top |
+| made here | by a depth model, if one is named |
 
-Omnidata's maps are of the centre square of a picture, so the picture is cut to it too (its own `x_rgb.png` is used where it lies
-beside the map).
+Omnidata's maps show the centre square of a picture, so the picture is cut to it too. If its own
+`x_rgb.png` lies beside the map, that is used instead.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.modalities import Part
-from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
@@ -33,6 +34,7 @@ from onellm_dist.shards.sources.base import (
     Source,
     SplitDescription,
 )
+from onellm_dist.shards.sources.readers.centre_square import CentreSquare
 from onellm_dist.shards.sources.readers.delimited import (
     CSV,
     TSV,
@@ -52,39 +54,22 @@ from onellm_dist.shards.sources.readers.img2dataset import (
 from onellm_dist.shards.sources.readers.media_files import get_picture_extension, resolve_below
 
 _ROWS = 2000
-_QUALITY = 95
 
 
 @dataclass(frozen=True)
-class CentreSquare:
-    """The middle square of a picture as JPEG: what Omnidata's demo shows its model (Resize, then CenterCrop)."""
-
-    picture: Media
-
-    def read_bytes(self) -> bytes:
-        """JPEG, quality 95; the square is not resized.
-
-        Raises:
-            SampleError: the picture cannot be read.
-        """
-        picture = decode_picture(Part("jpg", self.picture.read_bytes()))
-        side = min(picture.size)
-        left, top = ((length - side) // 2 for length in picture.size)
-        buffer = io.BytesIO()
-        picture.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=_QUALITY)
-        return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class _Folders:
-    """Where things lie."""
+class _MapFolders:
+    """Where pictures and maps lie."""
 
     pictures: Path
     maps: Path
 
 
 def make_map_source(kind: str) -> Source:
-    """The source of one kind of map: `depth` or `normal`."""
+    """Make the source of one kind of map.
+
+    Args:
+        kind: `depth` or `normal`.
+    """
 
     def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
         return _plan(kind, inputs, **options)
@@ -96,16 +81,17 @@ def make_map_source(kind: str) -> Source:
 
     options = {
         "images": Option(
-            None, "the folder of the pictures; IN/cc3m where there is one, else IN", Path
+            None, "the folder of the pictures; default: IN/cc3m if it exists, else IN", Path
         ),
         "maps": Option(
             None,
-            f"the folder of the maps; IN/cc3m_{kind} where there is one, else that of the pictures",
+            f"the folder of the maps; default: IN/cc3m_{kind}, else the pictures' folder",
             Path,
         ),
         "captions": Option(
             None,
-            "a table with the columns caption and url (a local path); without it x.txt is the caption of x.jpg",
+            "a table with the columns caption and url (a local path); "
+            "default: x.txt is the caption of x.jpg",
             Path,
         ),
         "depth_model": Option(
@@ -114,12 +100,14 @@ def make_map_source(kind: str) -> Source:
             Path,
         ),
         "depth_is_distance": Option(
-            False, "depth_model tells distances (metric models), not inverse depth as DPT", bool
+            False,
+            "depth_model estimates distances (metric models), not inverse depth as DPT does",
+            bool,
         ),
         "unfinished": UNFINISHED_OPTION,
         "device": Option(
             "cpu",
-            "where depth_model runs: cpu, or cuda (its bytes differ from those of a CPU in a few pixels)",
+            "where depth_model runs: cpu, or cuda (a few pixels differ from those of a CPU)",
         ),
     }
     if kind == "normal":
@@ -130,7 +118,8 @@ def make_map_source(kind: str) -> Source:
         )
     return Source(
         f"cc3m-{kind}",
-        f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here (-o depth_model=DIR)",
+        f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here "
+        f"(-o depth_model=DIR)",
         plan=plan,
         raw_samples=raw_samples,
         options=options,
@@ -138,20 +127,17 @@ def make_map_source(kind: str) -> Source:
     )
 
 
-def _folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _Folders:
-    pictures = (
-        resolve_below(inputs, images)
-        if images is not None
-        else inputs / "cc3m"
-        if (inputs / "cc3m").is_dir()
-        else inputs
-    )
+def _find_folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _MapFolders:
+    if images is not None:
+        pictures = resolve_below(inputs, images)
+    else:
+        pictures = inputs / "cc3m" if (inputs / "cc3m").is_dir() else inputs
     if maps is not None:
-        return _Folders(pictures, resolve_below(inputs, maps))
+        return _MapFolders(pictures, resolve_below(inputs, maps))
     tree = next(
         (f for f in (inputs / f"cc3m_{kind}", inputs.parent / f"cc3m_{kind}") if f.is_dir()), None
     )
-    return _Folders(pictures, tree if tree is not None else pictures)
+    return _MapFolders(pictures, tree if tree is not None else pictures)
 
 
 def _plan(
@@ -165,21 +151,22 @@ def _plan(
     unfinished: str,
     **_: Any,
 ) -> DatasetDescription:
-    folders = _folders(kind, inputs, images, maps)
+    folders = _find_folders(kind, inputs, images, maps)
     for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
         if not folder.is_dir():
             raise UsageError(
                 f"{folder}: there is no such folder.",
-                "pictures or maps are looked for there.",
+                "pictures or maps are searched there.",
                 "see -o images= and -o maps=.",
             )
     if depth_model is not None:
         attributes = check_model(depth_model)
         notes = [
-            f"{kind} maps are made by {attributes['depth_model']} (weights {attributes['depth_model_sha256'][:12]})"
+            f"{kind} maps are made by {attributes['depth_model']} "
+            f"(weights {attributes['depth_model_sha256'][:12]})"
         ]
     else:
-        attributes, notes = {}, [f"{kind} maps are looked for in {folders.maps}"]
+        attributes, notes = {}, [f"{kind} maps are searched in {folders.maps}"]
     if captions is not None:
         if not resolve_below(inputs, captions).is_file():
             raise UsageError(
@@ -187,17 +174,17 @@ def _plan(
                 "captions are read from it.",
                 "check -o captions=.",
             )
-        groups = _table_groups(resolve_below(inputs, captions))
+        splits = _split_table(resolve_below(inputs, captions))
     elif next(iter(folders.pictures.glob("*.tar")), None) is not None:
-        groups, more = split_tars(folders.pictures, find_tars(folders.pictures), unfinished)
+        splits, more = split_tars(folders.pictures, find_tars(folders.pictures), unfinished)
         notes += more
     else:
-        groups = _tree_groups(folders)
-    return DatasetDescription((kind,), groups, tuple(notes), attributes)
+        splits = _split_tree(folders)
+    return DatasetDescription((kind,), splits, tuple(notes), attributes)
 
 
-def _names(folder: Path) -> list[str]:
-    """The pictures of one folder, sorted; maps that lie among them are none."""
+def _list_pictures(folder: Path) -> list[str]:
+    """The pictures of one folder, sorted, without maps that lie among them."""
     maps = tuple(f"_{m}.png" for m in ("depth", "normal", "rgb"))
     return sorted(
         p.name
@@ -206,24 +193,25 @@ def _names(folder: Path) -> list[str]:
     )
 
 
-def _subfolders(folder: Path) -> Iterator[tuple[str, Path]]:
-    """(relative name, folder) of a folder and all below it, sorted."""
+def _walk_folders(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield relative name and path of a folder and of all folders below it, sorted."""
     waiting = [("", folder)]
     while waiting:
         name, here = waiting.pop()
         yield name, here
         inside = sorted(p.name for p in here.iterdir() if p.name[0] != "." and p.is_dir())
-        waiting += [(f"{name}{below_}/", here / below_) for below_ in reversed(inside)]
+        waiting += [(f"{name}{child}/", here / child) for child in reversed(inside)]
 
 
-def _tree_groups(folders: _Folders) -> Iterator[InputSplit]:
-    """The pictures of every folder, by name: others may come while shards are built. Maps in folders of their own below the
-    pictures' are none.
+def _split_tree(folders: _MapFolders) -> Iterator[InputSplit]:
+    """Input splits that name the pictures of every folder, because files may be added meanwhile.
+
+    Folders of maps below the pictures' folder are left out.
     """
-    for name, folder in _subfolders(folders.pictures):
+    for name, folder in _walk_folders(folders.pictures):
         if name and (folder.name in ("cc3m_depth", "cc3m_normal") or folder == folders.maps):
             continue
-        names = _names(folder)
+        names = _list_pictures(folder)
         for first in range(0, len(names), _ROWS):
             rows = names[first : first + _ROWS]
             yield InputSplit(
@@ -231,19 +219,20 @@ def _tree_groups(folders: _Folders) -> Iterator[InputSplit]:
             )
 
 
-def _table_groups(table: Path) -> Iterator[InputSplit]:
-    """Rows of a table with the columns `caption` and `url`.
+def _split_table(table: Path) -> Iterator[InputSplit]:
+    """Input splits of a table with the columns `caption` and `url`.
 
     Raises:
-        UsageError: it has other columns.
+        UsageError: the table has other columns.
     """
-    dialect = _dialect(table)
+    dialect = _detect_dialect(table)
     names, start = read_header(table, dialect)
     if not {"caption", "url"} <= set(names):
         raise UsageError(
             f"{table} has the columns {', '.join(names)}.",
             "captions and local paths are read from the columns caption and url.",
-            "rename them. A table of web addresses (Google's TSV) is what img2dataset downloads from: give its output as IN instead.",
+            "rename them. If it is a table of web addresses (Google's TSV), download with "
+            "img2dataset, and name its output as IN.",
         )
     for found in find_row_ranges(table, dialect, _ROWS, start):
         yield InputSplit(
@@ -251,8 +240,8 @@ def _table_groups(table: Path) -> Iterator[InputSplit]:
         )
 
 
-def _dialect(table: Path) -> Dialect:
-    """The reference's .csv are tab-separated."""
+def _detect_dialect(table: Path) -> Dialect:
+    """Tell tabs from commas: the reference's .csv files are tab-separated."""
     with table.open("rb") as file:
         return TSV if b"\t" in file.readline() else CSV
 
@@ -268,7 +257,7 @@ def _raw_samples(
     unfinished: str,
     **model: Any,
 ) -> Iterator[RawSample]:
-    folders = _folders(kind, inputs, images, maps)
+    folders = _find_folders(kind, inputs, images, maps)
     if "tar" in description:
         for sample in read_tar_samples(
             folders.pictures,
@@ -276,19 +265,19 @@ def _raw_samples(
             IMAGE_EXTENSIONS,
             lambda row, text: [text() or row.get("caption")],
         ):
-            yield _with_map(kind, folders, model, description["tar"], sample)
+            yield _add_map(kind, folders, model, description["tar"], sample)
         return
     if captions is not None:
         table = resolve_below(inputs, captions)
         for row in read_rows(
-            table, _dialect(table), RowRange(*description["range"]), description["names"]
+            table, _detect_dialect(table), RowRange(*description["range"]), description["names"]
         ):
             where = f"{table.name}:{row.line}"
             if row.problem is not None:
                 yield RawSample(f"row-{row.line:09d}", where, problem=row.problem)
                 continue
-            name = _below_pictures(row.values["url"], folders.pictures)
-            yield _raw_sample(kind, folders, model, name, where, row.values["caption"], None)
+            name = _strip_pictures_folder(row.values["url"], folders.pictures)
+            yield _make_raw_sample(kind, folders, model, name, where, row.values["caption"], None)
         return
     folder = (
         folders.pictures / description["folder"].rstrip("/")
@@ -297,20 +286,20 @@ def _raw_samples(
     )
     for file in description["names"]:
         name = description["folder"] + file
-        yield _raw_sample(
+        yield _make_raw_sample(
             kind, folders, model, name, name, None, folder / f"{file.rpartition('.')[0]}.txt"
         )
 
 
-def _with_map(
-    kind: str, folders: _Folders, model: Mapping[str, Any], tar: str, sample: RawSample
+def _add_map(
+    kind: str, folders: _MapFolders, model: Mapping[str, Any], tar: str, sample: RawSample
 ) -> RawSample:
-    """A tar's sample with its map."""
+    """Add the map to a tar's sample."""
     if sample.problem is not None or sample.skip is not None:
         return sample
     [(extension, picture)] = sample.parts.items()
     name = f"{tar.removesuffix('.tar')}/{sample.key.rpartition('/')[2]}.{extension}"
-    found = _map_of(kind, folders, name, picture, **model)
+    found = _find_map(kind, folders, name, picture, **model)
     if found is None:
         return replace(
             sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
@@ -318,8 +307,11 @@ def _with_map(
     return replace(sample, parts=found)
 
 
-def _below_pictures(url: str, pictures: Path) -> str:
-    """A table's path (`/mnt/data/cc3m/00000/1.jpg`, `datasets/cc3m/00000/1.jpg`, `00000/1.jpg`) relative to the pictures' folder."""
+def _strip_pictures_folder(url: str, pictures: Path) -> str:
+    """A path of a table relative to the pictures' folder.
+
+    It may be `/mnt/data/cc3m/00000/1.jpg`, `datasets/cc3m/00000/1.jpg` or `00000/1.jpg`.
+    """
     path = url.strip()
     root = f"{pictures}/"
     if path.startswith(root):
@@ -327,9 +319,9 @@ def _below_pictures(url: str, pictures: Path) -> str:
     return path.rpartition("/cc3m/")[2].removeprefix("cc3m/").lstrip("/")
 
 
-def _raw_sample(
+def _make_raw_sample(
     kind: str,
-    folders: _Folders,
+    folders: _MapFolders,
     model: Mapping[str, Any],
     name: str,
     where: str,
@@ -339,9 +331,9 @@ def _raw_sample(
     stem, extension = name.rpartition(".")[0], get_picture_extension(name)
     key = make_safe_key(stem or name)
     if extension is None:
-        return RawSample(key, where, problem=f"unknown kind of file: {name} is no picture")
+        return RawSample(key, where, problem=f"unknown kind of file: {name} is not a picture")
     picture: Media = folders.pictures / name
-    found = _map_of(kind, folders, name, picture, **model)
+    found = _find_map(kind, folders, name, picture, **model)
     if found is None:
         return RawSample(
             key, where, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
@@ -352,9 +344,9 @@ def _raw_sample(
     return RawSample(key, where, parts, caption)
 
 
-def _map_of(
+def _find_map(
     kind: str,
-    folders: _Folders,
+    folders: _MapFolders,
     name: str,
     picture: Media,
     *,
@@ -363,7 +355,7 @@ def _map_of(
     device: str,
     strength: float = 0.0,
 ) -> dict[str, Media] | None:
-    """The parts `KIND.EXTENSION` and the picture's; None: there is no map."""
+    """The parts of the picture and its map (`KIND.EXTENSION`); None if there is no map."""
     stem, extension = name.rpartition(".")[0], get_picture_extension(name) or ""
     if depth_model is not None:
         return {

@@ -1,0 +1,35 @@
+"""The middle square of a picture, for maps that show only that."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+from onellm_dist.modalities import Part
+from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.shards.sources.base import Media
+
+_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class CentreSquare:
+    """The middle square of a picture as JPEG.
+
+    Omnidata's demo shows its model this square (Resize, then CenterCrop).
+    """
+
+    picture: Media
+
+    def read_bytes(self) -> bytes:
+        """Cut out the square as JPEG of quality 95; it is not resized.
+
+        Raises:
+            SampleError: the picture cannot be read.
+        """
+        picture = decode_picture(Part("jpg", self.picture.read_bytes()))
+        side = min(picture.size)
+        left, top = ((length - side) // 2 for length in picture.size)
+        buffer = io.BytesIO()
+        picture.crop((left, top, left + side, top + side)).save(buffer, "JPEG", quality=_QUALITY)
+        return buffer.getvalue()
