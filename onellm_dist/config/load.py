@@ -1,4 +1,4 @@
-"""Loads a recipe: YAML plus `key=value` overrides, validated before anything starts.
+"""Reading a recipe: YAML plus `key=value` overrides, validated before anything starts.
 
 All problems are reported at once. An unknown key is refused with the most similar known name, a
 key of 0.1.0 with its name today.

@@ -117,7 +117,7 @@ class _Schedule:
     """The tasks of one rank in order (what torch calls a sampler).
 
     torch 2.15 gives items to workers in turn, so the next task of a worker is known. If that
-    changes, bytes are fetched ahead in vain, but the batches stay the same.
+    changes, reading ahead saves nothing, but the batches stay the same.
     """
 
     def __init__(self, plan: Plan, world_size: int, rank: int, steps: range, workers: int) -> None:

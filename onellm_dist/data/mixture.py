@@ -133,8 +133,8 @@ def build_sequence(counts: Sequence[int]) -> list[int]:
     scale = 2 * m - 2
 
     def compute_window(j: int, c: int) -> tuple[int, int]:
-        divisor = scale * counts[j]
-        return -(-(scale * c + 1) * period // divisor), (scale * (c + 1) - 1) * period // divisor
+        scaled = scale * counts[j]
+        return -(-(scale * c + 1) * period // scaled), (scale * (c + 1) - 1) * period // scaled
 
     done = [0] * m
     waiting = [(compute_window(j, 0)[0], j) for j in range(m)]

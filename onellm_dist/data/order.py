@@ -186,11 +186,11 @@ class Order:
         key = np.empty(len(epochs), dtype=np.uint64)
         for i, number in enumerate(epochs.tolist()):
             epoch = self._get_epoch(number)
-            slot = int(np.flatnonzero(epoch.shards == shard)[0])
-            block = slot // BLOCK_SHARDS
+            place = int(np.flatnonzero(epoch.shards == shard)[0])
+            block = place // BLOCK_SHARDS
             start[i], key[i] = epoch.block_starts[block], epoch.block_keys[block]
             size[i] = epoch.block_starts[block + 1] - start[i]
-            offset[i] = epoch.starts[slot] + row - start[i]
+            offset[i] = epoch.starts[place] + row - start[i]
         return epochs * self.size + start + unpermute(offset, size, key)
 
     def _locate_in(self, epoch: _Epoch, offsets: Ints) -> tuple[Ints, Ints]:
@@ -199,8 +199,8 @@ class Order:
         start = epoch.block_starts[block]
         size = epoch.block_starts[block + 1] - start
         shuffled = start + permute(offsets - start, size, epoch.block_keys[block])
-        slot = np.searchsorted(epoch.starts, shuffled, side="right") - 1
-        return epoch.shards[slot], shuffled - epoch.starts[slot]
+        place = np.searchsorted(epoch.starts, shuffled, side="right") - 1
+        return epoch.shards[place], shuffled - epoch.starts[place]
 
     def _get_epoch(self, number: int) -> _Epoch:
         known = self._epochs.get(number)

@@ -93,7 +93,7 @@ def continue_phases(
         raise UsageError(
             f"the recipe's data is not that of the checkpoint at step {step}: "
             f"{'; '.join(_list_changes(last, now))}",
-            "a resumed run reads the same samples as an uninterrupted one, unless told otherwise.",
+            "a resumed run reads the same samples as an uninterrupted one.",
             "restore these keys, or add data.new_phase=true to begin a new data phase at step "
             f"{step}.",
         )

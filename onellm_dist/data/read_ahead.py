@@ -1,4 +1,4 @@
-"""Reading ahead within one process: threads fetch remote ranges, the kernel is told of local ones.
+"""Reading ahead within one process: threads fetch remote ranges, the kernel local ones.
 
 Neighbouring ranges of a remote shard are fetched together; with a cache, complete chunks are
 fetched and kept on the node's disk. The amount of data held is bounded. Whatever was not fetched

@@ -243,7 +243,7 @@ class Reader:
 
 @contextlib.contextmanager
 def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
-    """Turn a decoder's unexpected exception into a SampleError: the file is to blame.
+    """Turn a decoder's unexpected exception into a SampleError: the file is bad.
 
     Lack of memory and disk errors are the machine's fault and become a OneLLMError. A
     StopIteration must not escape: whoever iterates over batches would take it for the end.

@@ -121,7 +121,8 @@ class TokenCounts:
         first = texts.starts[rows]
         names = self._datasets[dataset].name, self._shards[dataset][shard].name
         captions = texts.starts[rows + 1] - first
-        return texts.counts[first + choose_captions(self._seed, *names, rows, epochs, captions)]
+        chosen = first + choose_captions(self._seed, *names, rows, epochs, captions)
+        return np.asarray(texts.counts[chosen])
 
     def _get_shard(self, dataset: int, shard: int) -> _ShardCounts:
         kept = self._kept.get((dataset, shard))

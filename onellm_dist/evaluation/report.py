@@ -24,7 +24,7 @@ HEADINGS = (
     "shuffled EM",
     "shuffled F1",
     "chance EM/F1",
-    "beats",
+    "above control",
     "example",
 )
 

@@ -1,4 +1,4 @@
-"""The progress helper, where stderr is no terminal and where it is."""
+"""Progress displays with and without a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onellm_dist.common.progress import format_seconds, progress
 
 
-def test_plain_lines_tell_share_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_show_share_rate_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(4, "Building", unit="samples", every=0.0) as bar:
         bar.advance()
         bar.note("1 bad")
@@ -32,9 +32,13 @@ def test_iterating_gives_the_items_and_one_line_at_the_end(
 
 
 def test_an_error_is_not_reported_as_done(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), progress(2, "Work") as bar:
-        bar.advance()
-        raise ZeroDivisionError
+    def fail_after_one() -> None:
+        with progress(2, "Work") as bar:
+            bar.advance()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_after_one()
     assert "Work: 1/2 (50%)" in (text := capsys.readouterr().err)
     assert "stopped after" in text
 

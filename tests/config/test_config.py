@@ -1,4 +1,4 @@
-"""A recipe is read whole, overridden by key, and refused with every problem at once."""
+"""A recipe is read, overridden by key, and refused with all problems at once."""
 
 from __future__ import annotations
 

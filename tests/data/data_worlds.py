@@ -1,4 +1,4 @@
-"""Small real datasets for the data-plane tests: real media bytes in real tars, with the toy tokenizer."""
+"""Small datasets for the data tests: real media bytes in real tars, with the toy tokenizer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def png(rng: np.random.Generator, side: int = 24) -> bytes:
 
 
 def media(modality: str, rng: np.random.Generator) -> dict[str, bytes]:
-    """Parts of one sample of these modalities: image, imu, fmri."""
+    """Parts of one sample with the modality image, imu or fmri."""
     if modality == "image":
         return {"png": png(rng)}
     return {f"{modality}.npy": npy(rng.standard_normal(SHAPES[modality]).astype(np.float32))}
@@ -71,7 +71,7 @@ def write(
     broken: Sequence[int] = (),
     split: str = "train",
 ) -> Dataset:
-    """A dataset `root/name`; the media of samples in `broken` are bytes that no decoder knows."""
+    """A dataset `root/name`; samples in `broken` have media that no decoder can read."""
     with DatasetWriter(
         root / name, name=name, modalities=tuple(modalities), max_samples=per_shard
     ) as writer:
@@ -92,7 +92,7 @@ def write(
     return open_dataset(root / name)
 
 
-def section(root: Path, mixture: dict[str, float], **keys: Any) -> DataSection:
+def section(root: Path | str, mixture: dict[str, float], **keys: Any) -> DataSection:
     entries = tuple(
         MixtureEntry(path=Path(name), weight=weight) for name, weight in mixture.items()
     )

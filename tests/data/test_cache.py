@@ -1,4 +1,4 @@
-"""The node-local cache: whole chunks or none, never more than its limit, safe between processes, kills and full disks."""
+"""The node-local cache: complete chunks, never above its limit, safe from kills and full disks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chunk(number: int) -> bytes:
     return random.Random(number).randbytes(SIZE)
 
 
-def test_what_was_put_is_got_by_range(tmp_path: Path) -> None:
+def test_chunks_are_read_by_range(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path / "node", 10 * SIZE)
     assert cache.get(key(1), 0, 10) is None
     assert cache.put(key(1), chunk(1))
@@ -52,13 +52,13 @@ def test_a_chunk_that_is_cut_short_counts_as_missing(tmp_path: Path) -> None:
     assert cache.get(key(1), 100, 300) == chunk(1)[100:300]
 
 
-def test_the_limit_holds_and_the_oldest_go_first(tmp_path: Path) -> None:
+def test_the_limit_holds_and_the_oldest_chunks_go_first(tmp_path: Path) -> None:
     cache = ChunkCache(tmp_path, 10 * SIZE)
     for number in range(10):
         cache.put(key(number), chunk(number))
         path = tmp_path / "chunks" / key(number)[:2] / key(number)
         os.utime(path, (number, number))
-    assert cache.get(key(0), 0, 1) is not None  # used just now: the youngest
+    assert cache.get(key(0), 0, 1) is not None  # used just now: the most recent
     for number in range(10, 25):
         cache.put(key(number), chunk(number))
         assert cache.count_bytes() <= 10 * SIZE
@@ -85,10 +85,10 @@ def work(folder: Path, seed: int, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_it_and_kills_leave_it_sound(
+def test_processes_share_it_and_kills_leave_it_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four processes at once, one of them killed again and again: never a wrong chunk, never more than the limit."""
+    """Four processes at once, one killed repeatedly: never a wrong chunk, never above the limit."""
     ChunkCache(tmp_path, 10 * SIZE)
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=work, args=(tmp_path, seed, 4.0)) for seed in range(3)]
@@ -106,7 +106,7 @@ def test_processes_share_it_and_kills_leave_it_sound(
     for worker in workers:
         worker.join(30)
         assert worker.exitcode == 0
-    for number in range(100, 120):  # room is made again, leftovers of the killed included
+    for number in range(100, 120):  # space is freed again, including what killed processes left
         watching.put(key(number), chunk(number))
     assert watching.count_bytes() <= 10 * SIZE
 

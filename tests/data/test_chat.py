@@ -1,4 +1,4 @@
-"""Conversations in the LLM's own chat template: its very ids, its answers and nothing else, and templates that cannot tell them."""
+"""Conversations in the LLM's own chat template: its exact ids, its answers and nothing else."""
 
 from __future__ import annotations
 
@@ -23,22 +23,31 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_MARKED = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
     "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}"
     "{% else %}{{ raise_exception('no system turns here') }}{% endif %}{% endfor %}"
 )
-FORGETS = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
-"""Leaves out every answer but the last, as templates of reasoning models do with thoughts."""
+FORGETS = (
+    "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}"
+    "{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+"""Drops every answer but the last, as templates of reasoning models drop thoughts."""
 THINKS = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ENDLESS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+ENDLESS = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def chatty(template: str, *, bos: str = "<s>") -> PreTrainedTokenizerFast:
@@ -110,7 +119,7 @@ def test_the_two_ways_to_find_answers_agree() -> None:
 def test_a_system_turn_is_the_templates_and_is_not_supervised() -> None:
     tok = chatty(CHATML)
     ids, labels = TextEncoder(tok, "chat", 2018).encode(talk("what", "a cube", system="Be brief."))
-    assert tok.decode(ids[1:]).startswith(
+    assert str(tok.decode(ids[1:])).startswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user"
     )
     assert supervised(tok, labels) == ["a cube<|im_end|>"]
@@ -119,10 +128,13 @@ def test_a_system_turn_is_the_templates_and_is_not_supervised() -> None:
 
 
 def test_a_token_that_opens_turns_is_not_taken_for_the_beginning_of_the_text() -> None:
-    """SmolLM2's BOS is <|im_start|>: the media stand behind a BOS of their own, not between <|im_start|> and the role."""
+    """SmolLM2's BOS is <|im_start|>.
+
+    The media follow a BOS of their own and do not stand between <|im_start|> and the role.
+    """
     tok = chatty(CHATML, bos="<|im_start|>")
     ids, _ = TextEncoder(tok, "chat", 2018).encode(talk("what", "a cube"))
-    assert tok.decode(ids).startswith("<|im_start|><|im_start|>user")
+    assert str(tok.decode(ids)).startswith("<|im_start|><|im_start|>user")
 
 
 @pytest.mark.parametrize(
@@ -131,16 +143,14 @@ def test_a_token_that_opens_turns_is_not_taken_for_the_beginning_of_the_text() -
         (FORGETS, "changes the turns before turn"),
         (
             THINKS,
-            "between the prompt and the answer in turn 1 its chat template writes '<think></think>'",
+            "prompt and the answer in turn 1 its chat template writes '<think></think>'",
         ),
         (ENDLESS, "nothing after the answer in turn 1"),
         (None, "has no chat template"),
     ],
     ids=["forgets", "thinks", "endless", "none"],
 )
-def test_templates_that_cannot_be_supervised_exactly_are_refused_before_anything_starts(
-    template: Any, says: str
-) -> None:
+def test_templates_that_cannot_be_supervised_exactly_are_refused(template: Any, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         TextEncoder(chatty(template), "chat", 2018)
 
@@ -166,14 +176,17 @@ def test_tokens_across_the_border_of_an_answer_are_refused() -> None:
         bos_token="<s>",
         eos_token="</s>",
     )
-    tok.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}:{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    tok.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}:"
+        "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
     encoder = TextEncoder(tok, "chat", 2018)
     assert supervised(tok, encoder.encode(talk("q", "q"))[1]) == ["q </s>"]
     with pytest.raises(SampleError, match="one token of ':a'"):
         encoder.encode(talk("q", "a"))
 
 
-def test_encoders_are_sent_to_workers() -> None:
+def test_encoders_can_be_sent_to_workers() -> None:
     encoder = TextEncoder(chatty(CHATML), "chat", 60)
     again = pickle.loads(pickle.dumps(encoder))
     assert again.encode(talk(*VALUES)) == encoder.encode(talk(*VALUES))
@@ -194,7 +207,7 @@ def test_a_prompt_ends_where_the_answer_begins() -> None:
 @pytest.mark.parametrize(
     "template", [CHATML, CHATML_MARKED, LLAMA2], ids=["chatml", "chatml_marked", "llama2"]
 )
-def test_generation_goes_on_where_training_supervises(template: str) -> None:
+def test_generation_continues_where_training_supervises(template: str) -> None:
     tok = chatty(template)
     encoder = TextEncoder(tok, "chat", 2018)
     ids, labels = encoder.encode(talk("what is it", "a cube"))

@@ -1,4 +1,4 @@
-"""The order of one dataset is a permutation an epoch, seeded, local, and found from the position alone."""
+"""The order of a dataset: a permutation per epoch, seeded, local, found from the position alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onellm_dist.data.order import BLOCK_SHARDS, Order, derive_key, permute
 
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=60).filter(sum)
 PINNED = [[0, 0, 0, 0, 1, 71428571428], [3, 0, 2, 1, 1, 3], [1, 0, 1, 0, 2, 3]]
-"""Epochs, shards and rows of test_an_order_never_changes."""
+"""Epochs, shards and rows that `test_an_order_never_changes` expects."""
 KEYS = st.integers(0, 2**64 - 1)
 
 
@@ -62,7 +62,10 @@ def test_neighbours_come_from_one_block_of_shards() -> None:
 
 
 def test_rows_spread_evenly_over_a_block() -> None:
-    """Where row 0 of a shard lands, over 400 keys, in quarters of the epoch: chi-square with 3 degrees, 0.1% point 16.3."""
+    """Where row 0 of a shard lands, over 400 keys, in quarters of the epoch.
+
+    The 0.1% point of chi-square with 3 degrees of freedom is 16.3.
+    """
     quarters = np.zeros(4)
     for key in range(400):
         places = Order([25] * 4, derive_key("spread", key)).locate(np.arange(100))
@@ -71,7 +74,7 @@ def test_rows_spread_evenly_over_a_block() -> None:
 
 
 def test_neighbouring_pairs_are_not_kept() -> None:
-    """Rows that follow each other on disk follow each other in the stream no more often than chance (1 in 1000) would have it."""
+    """Neighbours on disk are neighbours in the stream no more often than by chance (1 in 1000)."""
     kept = [
         (
             np.diff(
@@ -85,7 +88,7 @@ def test_neighbouring_pairs_are_not_kept() -> None:
 
 
 def test_an_order_never_changes() -> None:
-    """Runs are resumed by other versions of this program and of numpy: these numbers may not move."""
+    """Runs are resumed by other versions of this program and of numpy: numbers must not change."""
     places = Order([3, 5, 2, 4], derive_key("order", 0, "image")).locate(
         np.asarray([0, 1, 2, 13, 14, 10**12])
     )

@@ -1,4 +1,4 @@
-"""Packing: every sample once, budget held, ranks in step, balanced, deterministic."""
+"""Packing: every sample once, within the budgets, balanced, deterministic."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def loads_of(samples: list[tuple[int, int, int]]) -> ItemSizes:
     encoder=st.integers(90, 400),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sample_once_within_the_caps_and_ranks_in_step(
+def test_every_sample_once_within_the_budgets_and_as_many_micro_batches_a_rank(
     samples: list[tuple[int, int, int]], world: int, llm: int, encoder: int
 ) -> None:
     loads, budget = loads_of(samples), TokenBudget(llm, encoder)
@@ -45,12 +45,12 @@ def test_every_sample_once_within_the_caps_and_ranks_in_step(
     ]
 
 
-def test_fewer_samples_than_ranks_leaves_ranks_without() -> None:
+def test_fewer_samples_than_ranks_leave_ranks_empty() -> None:
     assigned = pack(loads_of([(5, 5, 5), (5, 5, 5)]), TokenBudget(10, 10), 5)
     assert sorted(len(packs[0]) for packs in assigned) == [0, 0, 0, 1, 1]
 
 
-def test_a_sample_larger_than_a_cap_is_found() -> None:
+def test_a_sample_larger_than_a_budget_is_found() -> None:
     loads = loads_of([(5, 5, 1), (5, 50, 1), (50, 5, 1)])
     assert find_too_large(loads, TokenBudget(60, 60)) is None
     assert find_too_large(loads, TokenBudget(60, 20)) == 1
@@ -72,7 +72,7 @@ def eight_modalities(
 @pytest.mark.parametrize("world", [16, 8])
 @pytest.mark.parametrize("encoder", [16_384, 65_536])
 def test_stage_one_is_balanced(world: int, encoder: int) -> None:
-    """Global batch 5120, eight modalities: the fullest micro-batch costs at most 1.10 times the mean, with few micro-steps."""
+    """Batch 5120 of eight modalities: the fullest micro-batch costs at most 1.10 x the mean."""
     for seed in range(3):
         loads, budget = eight_modalities(np.random.default_rng(seed), 5120, encoder)
         assigned = pack(loads, budget, world)
@@ -82,7 +82,7 @@ def test_stage_one_is_balanced(world: int, encoder: int) -> None:
         assert len(assigned[0]) <= 1.12 * fewest + 1
 
 
-def test_ranks_of_a_micro_step_and_totals_of_ranks_are_alike() -> None:
+def test_ranks_of_a_micro_batch_and_totals_of_ranks_are_similar() -> None:
     loads, budget = eight_modalities(np.random.default_rng(5), 2048, 16_384)
     assigned = pack(loads, budget, 8)
     costs = np.asarray([[loads.cost[members].sum() for members in packs] for packs in assigned])

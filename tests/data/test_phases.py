@@ -1,4 +1,4 @@
-"""A mixture changed mid-run: datasets go on where they stopped, at any world, and nothing changes unasked."""
+"""A mixture changed mid-run: datasets continue where they stopped, and only if asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **keys: object) -> Plan:
-    """As a start that reads the checkpoint `before` wrote after `step` steps."""
+def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **keys: Any) -> Plan:
+    """The plan of a start that resumes the checkpoint of `before` after `step` steps."""
     history = [
         DataPhase.from_json(raw)
         for raw in json.loads(json.dumps([s.to_json() for s in before.data_phases]))
@@ -43,7 +44,7 @@ def resumed(root: Path, before: Plan, step: int, mixture: dict[str, float], **ke
 
 
 def orders(root: Path, count: int) -> dict[str, list[tuple[int, int, int]]]:
-    """The first places of every dataset's own order."""
+    """The first samples of every dataset's own order."""
     found = {}
     for name in ("pic", "imu", "talk", "other"):
         plan = open_plan(root, {name: 1.0}, global_batch=count)
@@ -51,8 +52,8 @@ def orders(root: Path, count: int) -> dict[str, list[tuple[int, int, int]]]:
     return found
 
 
-def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
-    """Three changes: shares, a dataset that joins, one that leaves and comes back, and another batch size."""
+def test_every_dataset_continues_where_it_stopped(root: Path) -> None:
+    """Changes of shares and batch size; a dataset joins, another leaves and comes back."""
     pieces = [
         (0, 5, FIRST, 12),
         (5, 9, {"pic": 1.0, "talk": 3.0}, 12),
@@ -76,7 +77,7 @@ def test_every_dataset_goes_on_where_it_stopped(root: Path) -> None:
 
 
 def test_kills_around_a_change_leave_one_stream(root: Path) -> None:
-    """Random kills, worlds and older checkpoints; the change comes at step 8, wherever a start resumes after it."""
+    """Random kills, numbers of ranks and older checkpoints; the mixture changes at step 8."""
     second, draw = {"pic": 1.0, "other": 2.0}, random.Random(4)
     first = open_plan(root, FIRST)
     whole = resumed(root, first, 8, second)
@@ -120,10 +121,11 @@ def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
         in info.value.what
     )
     assert "data.new_phase=true" in info.value.do
-    for keys, words in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"global_batch": 10}, r"data\.global_batch was 12 and is 10"),
         ({"max_text_tokens": 20}, "max_text_tokens"),
-    ):
+    )
+    for keys, words in changes:
         with pytest.raises(UsageError, match=words):
             open_plan(root, FIRST, **keys).follow(before.data_phases, 6)
     same = open_plan(
@@ -134,7 +136,7 @@ def test_a_change_is_refused_unless_asked_for(root: Path) -> None:
     assert [same.digest(step) for step in (6, 7)] == [before.digest(step) for step in (6, 7)]
 
 
-def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> None:
+def test_what_no_data_phase_can_express_is_refused(root: Path, tmp_path: Path) -> None:
     before = open_plan(root, FIRST)
     with pytest.raises(UsageError, match=r"run\.seed is 1, and the checkpoint's is 0"):
         open_plan(root, FIRST, seed=1, new_phase=True).follow(before.data_phases, 6)
@@ -144,7 +146,7 @@ def test_what_no_segment_can_carry_is_refused(root: Path, tmp_path: Path) -> Non
         open_plan(tmp_path, FIRST, new_phase=True).follow(before.data_phases, 6)
 
 
-def test_a_step_before_the_segment_is_not_in_its_plan(root: Path) -> None:
+def test_a_step_before_the_data_phase_is_not_in_its_plan(root: Path) -> None:
     plan = resumed(root, open_plan(root, FIRST), 8, {"pic": 1.0})
     with pytest.raises(ValueError, match="step 7 lies before 8"):
         plan.samples(7)

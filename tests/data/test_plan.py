@@ -1,4 +1,4 @@
-"""The plan is a pure function of seed, mixture, shards and step, whatever the world; its errors name what to mend."""
+"""The plan: a pure function of seed, mixture, shards and step, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_samples_of_a_step_do_not_depend_on_the_world(root: Path) -> None:
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_ranks(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     for step in range(4):
         expected = Counter(plan.samples(step))
@@ -49,8 +49,8 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(root: Path) -> None:
             )
 
 
-def test_any_history_of_stops_and_worlds_gives_one_stream(root: Path) -> None:
-    """Twenty starts of random worlds, each killed at a random step and begun again where its last checkpoint was."""
+def test_any_history_of_stops_and_ranks_gives_one_stream(root: Path) -> None:
+    """Twenty starts on random numbers of ranks, each killed at a random step and resumed."""
     whole, draw = open_plan(root, MIXTURE, global_batch=16), random.Random(0)
     applied: dict[int, str] = {}
     step = 0
@@ -80,7 +80,7 @@ def test_steps_may_be_asked_in_any_order(root: Path) -> None:
     ]
 
 
-def test_every_sample_comes_once_an_epoch(root: Path) -> None:
+def test_every_sample_comes_once_per_epoch(root: Path) -> None:
     plan = open_plan(root, {"imu": 1}, global_batch=5)
     names = [plan.corpus.sample_id(ref) for step in range(10) for ref in plan.samples(step)]
     assert len(set(names)) == 50
@@ -99,7 +99,7 @@ def test_the_mixture_is_kept_at_every_step(root: Path) -> None:
             assert abs(counts[dataset] - share * 12 * (step + 1)) < 1
 
 
-def test_micro_steps_are_numbered_and_within_the_caps(root: Path) -> None:
+def test_micro_batches_are_numbered_and_within_the_budgets(root: Path) -> None:
     plan = open_plan(root, MIXTURE, pack_llm_tokens=160, pack_encoder_tokens=900)
     ranks = plan.step(3, 2).ranks
     assert len({len(rank) for rank in ranks}) == 1
@@ -129,7 +129,7 @@ def test_micro_steps_are_numbered_and_within_the_caps(root: Path) -> None:
             )
 
 
-def test_ranks_without_samples_run_dummies(root: Path) -> None:
+def test_ranks_without_samples_get_empty_micro_batches(root: Path) -> None:
     ranks = open_plan(root, MIXTURE, global_batch=3).step(0, 8).ranks
     assert [len(rank) for rank in ranks] == [1] * 8
     assert sum(rank[0].is_empty for rank in ranks) == 5
@@ -140,7 +140,7 @@ def test_totals_and_digest_of_a_step_are_those_of_its_micro_batches(
     root: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     """They come from arrays: no SampleRef is built for them."""
-    config = {"pack_llm_tokens": 160, "pack_encoder_tokens": 900}
+    config: dict[str, Any] = {"pack_llm_tokens": 160, "pack_encoder_tokens": 900}
     expected, plan = (open_plan(root, MIXTURE, **config) for _ in range(2))
     micro_batches = [m for rank in expected.step(3, world_size).ranks for m in rank]
     refs = [ref for micro in micro_batches for ref in micro.samples]
@@ -249,7 +249,7 @@ def test_token_counts_come_from_the_text(root: Path) -> None:
     )
 
 
-def test_problems_of_the_mixture_are_told_all_at_once(root: Path) -> None:
+def test_all_problems_of_the_mixture_are_reported_at_once(root: Path) -> None:
     with pytest.raises(UsageError) as info:
         open_datasets(
             section(root, {"pic": 1, "nowhere": 1, "imu": float("inf")}), ["image", "imu"]
@@ -299,7 +299,7 @@ def test_ranks_that_do_not_count_refuse_missing_token_counts(tmp_path: Path) -> 
     ).exists()
 
 
-def test_a_step_whose_texts_cannot_be_read_has_a_divisor(tmp_path: Path) -> None:
+def test_the_loss_of_a_step_without_readable_texts_is_divided_by_one(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "bad", name="bad", modalities=()) as writer:
         writer.add("train", "only", {"txt": b"\xff"})
     assert open_plan(tmp_path, {"bad": 1}, global_batch=2).step(0, 1).global_valid_tokens == 1

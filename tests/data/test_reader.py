@@ -1,4 +1,4 @@
-"""MicroBatch to PackedBatch: what is read, seeded augmentation, retries, skipped_samples, stale sidecars."""
+"""MicroBatch to PackedBatch: reading, seeded augmentation, retries, skipped samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def texts(batch: PackedBatch) -> list[list[int]]:
     return [piece.tolist() for piece in batch.input_ids.split(list(batch.text_token_counts))]
 
 
-def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
+def test_a_batch_holds_what_the_plan_names(root: Path) -> None:
     plan = open_plan(root, MIXTURE, augment=False, pack_llm_tokens=4096, pack_encoder_tokens=20_000)
     micro = plan.step(0, 1).ranks[0][0]
     batch = Reader(plan.corpus).read(micro)
@@ -66,7 +66,7 @@ def test_a_batch_holds_what_the_plan_named(root: Path) -> None:
         assert ids == plan.corpus.text_encoder.encode(parts)[0]
         for name in spans:
             kind = plan.corpus.modalities[name]
-            found = {slot: parts[extension] for slot, extension in kind.match(parts).items()}
+            found = {role: parts[extension] for role, extension in kind.match(parts).items()}
             expected = kind.transform(
                 kind.decode(found, {}), train=False, rng=np.random.default_rng(0)
             )
@@ -102,7 +102,7 @@ def test_augmentation_depends_on_sample_epoch_and_seed_alone(root: Path) -> None
     assert all(changed)
 
 
-def test_a_dummy_is_one_bos_of_no_weight(root: Path) -> None:
+def test_an_empty_micro_batch_is_one_bos_of_zero_weight(root: Path) -> None:
     plan = open_plan(root, MIXTURE, global_batch=1)
     micro = next(rank[0] for rank in plan.step(0, 2).ranks if rank[0].is_empty)
     batch = Reader(plan.corpus).read(micro)
@@ -122,7 +122,7 @@ def test_a_dummy_is_one_bos_of_no_weight(root: Path) -> None:
     }
 
 
-def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_path: Path) -> None:
+def test_a_corrupt_sample_is_skipped_and_nothing_replaces_it(tmp_path: Path) -> None:
     write(tmp_path, "pic", ["image"], 20, broken=[9])
     write(tmp_path / "whole", "pic", ["image"], 20)
     plan, whole = (
@@ -147,20 +147,20 @@ def test_a_corrupt_sample_becomes_a_tombstone_and_nothing_takes_its_place(tmp_pa
     assert (labels == IGNORE).all()
 
 
-SURPRISES = [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")]
+UNEXPECTED = [StopIteration(), struct.error("cut"), RecursionError(), AssertionError("odd")]
 
 
 @pytest.mark.parametrize(
-    "error", SURPRISES, ids=["StopIteration", "struct", "RecursionError", "AssertionError"]
+    "error", UNEXPECTED, ids=["StopIteration", "struct", "RecursionError", "AssertionError"]
 )
-def test_a_decoders_surprise_becomes_a_tombstone(
+def test_an_unexpected_exception_of_a_decoder_skips_the_sample(
     root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
     expected = batch_of(plan)
     decode, calls = plan.corpus.modalities["image"].decode, iter([error])
 
-    def surprised(*given: object) -> object:
+    def failing_once(*given: object) -> object:
         for once in calls:
             raise once
         return decode(*given)  # type: ignore[arg-type]
@@ -168,7 +168,10 @@ def test_a_decoders_surprise_becomes_a_tombstone(
     monkeypatch.setitem(
         vars(plan.corpus),
         "modalities",
-        {**plan.corpus.modalities, "image": _Decoding(plan.corpus.modalities["image"], surprised)},
+        {
+            **plan.corpus.modalities,
+            "image": _Decoding(plan.corpus.modalities["image"], failing_once),
+        },
     )
     batch = batch_of(plan)
     assert batch.sample_ids == expected.sample_ids
@@ -187,7 +190,7 @@ def test_a_decoders_surprise_becomes_a_tombstone(
         RuntimeError("can't allocate memory"),
     ],
 )
-def test_a_fault_of_the_machine_is_no_tombstone(
+def test_a_fault_of_the_machine_skips_no_sample(
     root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     plan = open_plan(root, {"pic": 1}, global_batch=4)
@@ -215,9 +218,7 @@ class _Decoding:
         return getattr(self._kind, name)
 
 
-def test_a_flipped_byte_becomes_a_tombstone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flipped_byte_skips_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0,))
     dataset = write(tmp_path, "imu", ["imu"], 7)
     plan = open_plan(tmp_path, {"imu": 1}, global_batch=7)
@@ -234,7 +235,7 @@ def test_a_flipped_byte_becomes_a_tombstone(
 
 
 class FailingReads:
-    """Reads of one row fail a number of times, then work."""
+    """Reads of one row that fail a number of times and then work."""
 
     def __init__(self, row: int, times: int, error: OSError) -> None:
         self.row, self.times, self.error, self.calls = row, times, error, 0
@@ -247,7 +248,7 @@ class FailingReads:
         return index_module.read_span(dataset, shard, row, *rest)  # type: ignore[arg-type]
 
 
-def test_a_read_that_fails_once_is_no_tombstone(
+def test_a_read_that_fails_once_skips_no_sample(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
@@ -267,9 +268,7 @@ def test_a_read_that_fails_once_is_no_tombstone(
     }
 
 
-def test_an_index_that_fails_once_stops_nothing(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_fails_once_does_no_harm(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "PAUSES", (0.0,))
     plan, failures = open_plan(root, {"talk": 1}, global_batch=11), [1, 1]
     expected = plan.corpus.sample_ids(plan.samples(0))
@@ -283,13 +282,13 @@ def test_an_index_that_fails_once_stops_nothing(
 
     monkeypatch.setattr(type(plan.corpus.datasets[0]), "index", index)
     with pytest.raises(OneLLMError, match="no index"):
-        plan.corpus.sample_id(plan.samples(0)[0])  # twice in a row is one time too many here
+        plan.corpus.sample_id(plan.samples(0)[0])  # fails again, without a retry
     failures.append(1)
     assert plan.corpus.sample_ids(plan.samples(0)) == expected
     assert not failures
 
 
-def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
+def test_a_reader_can_be_pickled(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     micro = plan.step(1, 2).ranks[1][0]
     here, there = (
@@ -301,7 +300,7 @@ def test_a_reader_travels_to_a_fresh_process(root: Path) -> None:
     assert all(torch.equal(here.values[name], there.values[name]) for name in here.values)
 
 
-def test_tombstones_of_an_earlier_start_are_not_tried_again(root: Path) -> None:
+def test_samples_skipped_by_an_earlier_start_are_not_tried_again(root: Path) -> None:
     plan = open_plan(root, MIXTURE)
     name = plan.corpus.sample_ids(plan.step(0, 1).ranks[0][0].samples)[2]
     batch = batch_of(plan, skipped_samples={name: "the disk was lost"})
@@ -309,7 +308,7 @@ def test_tombstones_of_an_earlier_start_are_not_tried_again(root: Path) -> None:
     assert batch.weights[2] == 0
 
 
-def test_a_text_that_cannot_be_read_is_a_planned_tombstone(tmp_path: Path) -> None:
+def test_a_text_that_cannot_be_read_is_planned_as_a_skipped_sample(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "some", name="some", modalities=()) as writer:
         for number, text in enumerate([b"a red cube", b"caf\xe9", b"a"]):
             writer.add("train", f"k{number}", {"txt": text})
@@ -342,11 +341,11 @@ def test_a_tar_of_another_build_stops(tmp_path: Path) -> None:
     plan = open_plan(tmp_path, {"talk": 1}, global_batch=7)
     with dataset.tar_path(dataset.shards()[0]).open("ab") as file:
         file.write(b"more")
+    datasets = [open_dataset(dataset.root)]
+    corpus = Corpus(datasets, plan.config, plan.corpus.text_encoder, 0, ["image"])
+    rebuilt = Plan(corpus)
     with pytest.raises(OneLLMError, match="not of one piece"):
-        corpus = Corpus(
-            [open_dataset(dataset.root)], plan.config, plan.corpus.text_encoder, 0, ["image"]
-        )
-        batch_of(Plan(corpus))
+        batch_of(rebuilt)
 
 
 def test_conversations_are_read_with_their_labels(root: Path) -> None:

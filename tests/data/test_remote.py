@@ -1,4 +1,4 @@
-"""Datasets behind URLs: the same batches as from the disk, read by range and ahead, cached, healed, and clear when they fail."""
+"""Datasets behind URLs: the same batches as from disk, read ahead by range, cached, repaired."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def memory(local: Path) -> Iterator[str]:
-    """The datasets in a bucket of their own of fsspec's memory file system."""
+    """The datasets in a bucket of fsspec's memory file system."""
     fs, bucket = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
     for path in local.rglob("*"):
         if path.is_file() and "token_counts" not in path.parts:
@@ -56,7 +56,7 @@ def memory(local: Path) -> Iterator[str]:
 def plan_of(root: Path | str, **keys: Any) -> Plan:
     return Plan.open(
         section(root, MIXTURE, **keys), tokenizer(), 0, ("image", "imu", "fmri"), show=False
-    )  # type: ignore[arg-type]
+    )
 
 
 def batches_of(plan: Plan, *, workers: int = 0, steps: int = 3) -> list[PackedBatch]:
@@ -77,7 +77,7 @@ def assert_same(found: list[PackedBatch], expected: list[PackedBatch]) -> None:
 
 
 class Requests:
-    """Counts and spoils what is asked of the remote side."""
+    """Records the requests to the remote side, and lets some of them fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ranges: list[tuple[str, int, int]] = []
@@ -139,7 +139,7 @@ def test_a_damaged_copy_of_an_index_is_fetched_again(memory: str, own_cache: Pat
     assert [plan_of(memory).digest(step) for step in range(3)] == expected
 
 
-def test_near_ranges_are_read_as_one_and_ahead(
+def test_neighbouring_ranges_are_read_together_and_ahead(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(memory, global_batch=40, pack_llm_tokens=8192, pack_encoder_tokens=40_000)
@@ -147,13 +147,15 @@ def test_near_ranges_are_read_as_one_and_ahead(
     batches = batches_of(plan, steps=1)
     samples = sum(len(batch.sample_ids) for batch in batches)
     assert samples == 40
-    assert len(requests.ranges) <= 10, "8 small shards: a request each, as their samples lie close"
+    assert len(requests.ranges) <= 10, (
+        "8 small shards: one request each, because their samples lie close together"
+    )
 
 
-def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from onellm_dist.data import read_ahead
 
-    monkeypatch.setattr(read_ahead, "GAP", -1)  # a fetch a sample
+    monkeypatch.setattr(read_ahead, "GAP", -1)  # one fetch per sample
     plan = plan_of(memory)
     reader, (first, *_) = Reader(plan.corpus), plan.step(0, 1).ranks[0]
     ahead = read_ahead.ReadAhead(None, limit=25_000)
@@ -167,7 +169,7 @@ def test_what_is_held_is_bounded(memory: str, monkeypatch: pytest.MonkeyPatch) -
     assert ahead._bytes == 0
 
 
-def test_a_read_that_fails_once_is_no_tombstone(
+def test_a_remote_read_that_fails_once_skips_no_sample(
     local: Path, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, expected = plan_of(memory), batches_of(plan_of(local))
@@ -181,7 +183,7 @@ def test_a_read_that_fails_once_is_no_tombstone(
     )
 
 
-def test_a_read_that_always_fails_is_a_tombstone_with_its_reason(
+def test_a_read_that_always_fails_skips_the_sample_with_its_reason(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(memory)
@@ -231,7 +233,7 @@ def test_token_counts_beside_the_remote_shards_are_used(
     requests = Requests(monkeypatch)
     plan = Plan.open(
         section(memory, MIXTURE), tokenizer(), 0, ("image", "imu"), show=False, build_counts=False
-    )  # type: ignore[arg-type]
+    )
     assert plan.samples(0) == plan_of(local).samples(0)
     assert requests.ranges == []
 
@@ -243,7 +245,7 @@ def test_errors_of_opening_are_plain(memory: str) -> None:
         open_dataset("nonsense://bucket/pic")
 
 
-def test_a_shard_that_is_not_there_is_an_error_and_no_tombstone(memory: str) -> None:
+def test_a_missing_shard_is_an_error_and_skips_no_sample(memory: str) -> None:
     plan = plan_of(memory)
     fsspec.filesystem("memory").rm(
         f"{memory.removeprefix('memory:/')}/talk/shards/train-000001.tar.index"
@@ -281,7 +283,10 @@ def s3(local: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_an_s3_bucket_gives_the_stream_of_the_disk(local: Path, s3: str, tmp_path: Path) -> None:
-    """With and without a cache, in this process and in forked workers (which must not use its connections)."""
+    """With and without a cache, in this process and in forked workers.
+
+    Workers must not use the connections of their parent.
+    """
     expected = batches_of(plan_of(local))
     assert_same(batches_of(plan_of(s3)), expected)
     assert_same(

@@ -1,7 +1,8 @@
-"""The promise of the data plane, whole: eight modalities, packing, 200 steps - one digest, whatever the world, workers, faults and kills.
+"""The promise of the data plane: one digest for any number of ranks, workers, faults and kills.
 
-Decoding is not what is tested here, so the eight modalities are made tiny: a value is four numbers drawn from the part's
-bytes and the sample's own generator. Everything else is real: tars, indexes, plan, loader, worker processes, kills.
+Eight modalities are packed for 200 steps. Decoding is not tested here, so the modalities are tiny:
+a value is four numbers drawn from the part's bytes and the sample's own generator. Everything else
+is real: tars, indexes, plan, loader, worker processes, kills.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def tiny_modalities() -> Iterator[None]:
 
 
 def decode(self: Modality, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> int:
-    data = b"".join(parts[slot].data for slot in sorted(parts))
+    data = b"".join(parts[role].data for role in sorted(parts))
     if data.startswith(b"no media"):
         raise SampleError("no media", "a test.", "nothing.")
     return zlib.crc32(data)
@@ -67,7 +68,7 @@ def transform(self: Modality, raw: int, *, train: bool, rng: np.random.Generator
 
 
 def build(root: Path, *, broken: bool) -> Path:
-    """A dataset a modality; where `broken`, one sample has bytes that fail their CRC-32, one is no media."""
+    """One dataset per modality; if `broken`, one sample fails its CRC-32 and one is not media."""
     for number, (name, kind) in enumerate(all_modalities().items()):
         with DatasetWriter(root / name, name=name, modalities=(name,), max_samples=17) as writer:
             for sample in range(60 + 7 * number):
@@ -108,7 +109,7 @@ def plan_of(root: Path) -> Plan:
 
 
 class Stream:
-    """What was read, by step: sample id -> (weight, values, text)."""
+    """What was read, by step: sample id to (weight, values, text)."""
 
     def __init__(self) -> None:
         self.steps: dict[int, dict[str, tuple[float, tuple[float, ...], tuple[int, ...]]]] = {}
@@ -156,7 +157,7 @@ def planned_digest(plan: Plan) -> str:
 
 @pytest.fixture
 def reads_fail_once(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, int]]:
-    """Every seventh place of every tar fails the first time that a process reads it."""
+    """Every seventh read of every tar fails the first time in each process."""
     met: Counter[tuple[str, str, int]] = Counter()
     original = Dataset.read_tar
 
@@ -171,10 +172,10 @@ def reads_fail_once(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str, 
     return met
 
 
-def test_one_digest_for_every_world_and_number_of_workers(
+def test_one_digest_for_any_number_of_ranks_and_workers(
     sound: Path, broken: Path, reads_fail_once: Counter[Any]
 ) -> None:
-    """With corrupt samples and reads that fail once: the ids of the undisturbed stream, and one set of skipped_samples."""
+    """With corrupt samples and reads that fail once: the same ids and skipped samples."""
     plan = plan_of(broken)
     expected = planned_digest(plan_of(sound))
     whole = read_all(plan, 1, 0)
@@ -186,7 +187,7 @@ def test_one_digest_for_every_world_and_number_of_workers(
         "video/train-000000/video-0005",
     }
     assert sum(count > 1 for count in reads_fail_once.values()) > 20, (
-        "many reads failed, and none of them for good"
+        "many reads failed, and none of them permanently"
     )
     for world in WORLDS:
         for workers in WORKERS:
@@ -198,22 +199,22 @@ def test_one_digest_for_every_world_and_number_of_workers(
             assert stream.skipped_samples == whole.skipped_samples
 
 
-def test_the_undisturbed_stream_has_no_tombstone(sound: Path, broken: Path) -> None:
+def test_the_undisturbed_stream_skips_no_sample(sound: Path, broken: Path) -> None:
     plan = plan_of(sound)
-    stream, spoiled = read_all(plan, 3, 1), read_all(plan_of(broken), 3, 0)
-    assert stream.digest() == planned_digest(plan) == spoiled.digest()
+    stream, damaged = read_all(plan, 3, 1), read_all(plan_of(broken), 3, 0)
+    assert stream.digest() == planned_digest(plan) == damaged.digest()
     assert stream.skipped_samples == set()
     differing = {
         n
         for step in stream.steps
         for n in stream.steps[step]
-        if stream.steps[step][n] != spoiled.steps[step][n]
+        if stream.steps[step][n] != damaged.steps[step][n]
     }
-    assert differing == spoiled.skipped_samples, "no other sample was touched"
+    assert differing == damaged.skipped_samples, "no other sample was touched"
 
 
 def one_start(root: Path, log: Path, first: int, world: int, workers: int) -> None:
-    """All ranks of a start, in lockstep; a line of the log is written when a step is done by all."""
+    """All ranks of a start, in lockstep; the log gets a line when all have done a step."""
     os.setsid()
     plan = plan_of(root)
     loaders = [iter(Loader(plan, world, rank, first, STEPS, workers)) for rank in range(world)]
@@ -232,7 +233,10 @@ def one_start(root: Path, log: Path, first: int, world: int, workers: int) -> No
 
 
 def histories(root: Path, folder: Path, seed: int, kills: int) -> tuple[dict[int, list[str]], int]:
-    """A run that is killed with SIGKILL at random moments and resumed at random checkpoints and worlds; (step -> ids, kills)."""
+    """A run that is killed at random moments and resumed on random numbers of ranks.
+
+    Returns the ids of every step, and the number of kills.
+    """
     draw, context, applied = (
         random.Random(seed),
         multiprocessing.get_context("fork"),
@@ -273,14 +277,14 @@ def digest_of(applied: Mapping[int, list[str]]) -> str:
     ).hexdigest()
 
 
-def test_five_kills_and_changes_of_world_leave_one_digest(sound: Path, tmp_path: Path) -> None:
+def test_five_kills_and_changes_of_ranks_leave_one_digest(sound: Path, tmp_path: Path) -> None:
     applied, kills = histories(sound, tmp_path, seed=0, kills=5)
     assert kills == 5
     assert digest_of(applied) == planned_digest(plan_of(sound))
 
 
 @pytest.mark.soak
-def test_twenty_kills_and_changes_of_world_leave_one_digest(broken: Path, tmp_path: Path) -> None:
+def test_twenty_kills_and_changes_of_ranks_leave_one_digest(broken: Path, tmp_path: Path) -> None:
     for seed in range(1, 4):
         folder = tmp_path / str(seed)
         folder.mkdir()

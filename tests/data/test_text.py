@@ -31,7 +31,7 @@ def talk_parts(*values: str) -> dict[str, Part]:
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """A tokenizer of LLaMA's kind: words carry the space before them, and one is put before the text."""
+    """A tokenizer like LLaMA's: words carry the space before them, and a text begins with one."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
@@ -47,7 +47,7 @@ def sentencepiece_like() -> PreTrainedTokenizerFast:
 
 
 def supervised(labels: list[int]) -> list[list[int]]:
-    """The runs of supervised labels."""
+    """The sequences of supervised labels that follow each other."""
     runs: list[list[int]] = []
     for before, label in zip([IGNORE, *labels], labels, strict=False):
         if label != IGNORE:
@@ -85,7 +85,7 @@ def test_an_empty_caption_teaches_the_end() -> None:
     )
 
 
-def test_txt_goes_before_json_and_json_serves_where_there_is_no_txt() -> None:
+def test_txt_precedes_json_and_json_is_used_without_txt() -> None:
     tok = tokenizer()
     meta = {"json": Part("json", b'{"caption": "a blue sphere"}')}
     assert encode(meta, tok, "caption", 96) == encode(
@@ -120,7 +120,8 @@ def test_the_conversation_is_the_references_prompt() -> None:
     assert (
         text
         == HEADER
-        + "### Human: what is it\n### Assistant: a cube\n### Human: which colour\n### Assistant: red\n### "
+        + "### Human: what is it\n### Assistant: a cube\n"
+        + "### Human: which colour\n### Assistant: red\n### "
     )
     assert [text[a:b] for a, b in answers] == [" a cube\n###", " red\n###"]
     assert HEADER.endswith("answers to the human's questions.\n\n")
@@ -143,7 +144,10 @@ def test_a_conversation_is_one_string_with_bos_and_eos(make: Any) -> None:
 
 @pytest.mark.parametrize("make", [tokenizer, sentencepiece_like])
 def test_answers_and_their_end_are_supervised_and_nothing_else(make: Any) -> None:
-    """Repeated answers, answers inside questions, answers that begin with a digit: a search for the sub-list gets these wrong."""
+    """Repeated answers, answers inside questions, answers that begin with a digit.
+
+    Searching for the ids of an answer gets these wrong.
+    """
     tok = make()
     values = ("a red cube", "42", "is it 42", "a red cube", "a red cube", "a red cube")
     _, labels = encode(talk_parts(*values), tok, "conversation", 2018)
@@ -161,7 +165,7 @@ def test_answers_and_their_end_are_supervised_and_nothing_else(make: Any) -> Non
 )
 @settings(max_examples=150, deadline=None)
 def test_supervised_tokens_decode_to_the_answers(values: list[str]) -> None:
-    """Any Unicode; the toy tokenizer works on bytes, so decoding gives the very text."""
+    """Any Unicode; the toy tokenizer works on bytes, so decoding gives the exact text."""
     tok = tokenizer()
     values = values[: len(values) // 2 * 2]
     ids, labels = encode(talk_parts(*values), tok, "conversation", 100_000)
@@ -172,7 +176,7 @@ def test_supervised_tokens_decode_to_the_answers(values: list[str]) -> None:
     assert len(ids) == len(labels)
 
 
-def test_a_system_turn_stands_in_place_of_the_header_and_roles_are_read_too() -> None:
+def test_a_system_turn_replaces_the_header_and_roles_are_read_too() -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "what"},

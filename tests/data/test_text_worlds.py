@@ -1,4 +1,4 @@
-"""Whole paths from shards to packs: caption lists over epochs, the chat template, text alone, joint audio and video, in one mixture."""
+"""From shards to packs: caption lists, chat templates, text alone, audio with video."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def texts(batch: PackedBatch) -> list[tuple[list[int], list[int]]]:
 def read(
     plan: Plan, steps: Sequence[int], world: int = 1, workers: int = 0
 ) -> dict[str, tuple[list[int], list[int]]]:
-    """Sample id (with its epoch) -> ids and labels, read by a loader."""
+    """Sample id (with its epoch) to ids and labels, read by a loader."""
     found: dict[str, tuple[list[int], list[int]]] = {}
     for rank in range(world):
         with Loader(plan, world, rank, steps[0], steps[-1] + 1, workers) as loader:
@@ -139,7 +139,7 @@ def test_captions_are_chosen_evenly_and_by_sample_and_epoch_alone() -> None:
 def test_of_several_captions_every_epoch_takes_one_and_the_plan_knows_its_length(
     root: Path,
 ) -> None:
-    """16 samples, 8 epochs: the reader stops at a length that is not the plan's, so each text read is the one planned."""
+    """16 samples, 8 epochs: the reader checks lengths, so each text read is the one planned."""
     plan = open_plan(root, {"many": 1}, modalities=MODALITIES, global_batch=16, augment=False)
     once = read(plan, range(8))
     assert len(once) == 16 * 8

@@ -54,7 +54,7 @@ def test_counts_are_those_of_the_texts(talk: Dataset, text_format: str) -> None:
             ]
 
 
-def test_they_are_measured_once(talk: Dataset) -> None:
+def test_they_are_counted_once(talk: Dataset) -> None:
     text = encoder()
     build_token_counts([talk], text, show=False)
     assert build_token_counts([talk], text, show=False) == 0
@@ -71,8 +71,13 @@ def test_processes_count_the_same(talk: Dataset, monkeypatch: pytest.MonkeyPatch
     alone = [path.read_bytes() for path in paths]
     for path in paths:
         path.unlink()
-    packed, pickled = Dataset.__reduce__, list[Dataset]()
-    monkeypatch.setattr(Dataset, "__reduce__", lambda self: pickled.append(self) or packed(self))
+    reduce, pickled = Dataset.__reduce__, list[Dataset]()
+
+    def record(dataset: Dataset) -> Any:
+        pickled.append(dataset)
+        return reduce(dataset)
+
+    monkeypatch.setattr(Dataset, "__reduce__", record)
     assert build_token_counts([talk], text, workers=2, show=False) == 17
     assert len(pickled) <= 2  # once per process, not once per shard
     assert [path.read_bytes() for path in paths] == alone
@@ -147,7 +152,7 @@ def test_counts_of_a_read_only_dataset_go_to_the_cache(
 ) -> None:
     monkeypatch.delenv("ONELLM_CACHE", raising=False)
     monkeypatch.setenv(variable, str(tmp_path / "cache"))
-    monkeypatch.setattr(token_counts_module.os, "access", lambda path, mode: path != talk.root)
+    monkeypatch.setattr("os.access", lambda path, mode: path != talk.root)
     text = encoder()
     assert build_token_counts([talk], text, show=False) == 17
     assert not (talk.root / FOLDER).exists()

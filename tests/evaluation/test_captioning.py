@@ -1,8 +1,9 @@
-"""Captioning of a dataset: the right prompt, every sample once, answers cut at the stop string; the evidence page's parts."""
+"""Captioning of a dataset: the right prompt, every sample once, answers cut at the stop string."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: P
 
 
 def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None:
-    model, processor = load_model(path=model_path, preset=None, seed=0)
+    loaded, processor = load_model(path=model_path, preset=None, seed=0)
+    model: Any = loaded
     model.eval()
     dataset = open_dataset(toy / "image")
     asked = list(read_questions(dataset, "test_seen"))
@@ -88,7 +90,7 @@ def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None
 
 
 def test_an_answer_ends_at_the_stop_string(toy: Path, model_path: Path) -> None:
-    """A fixed next token for every position: the model writes ' red', line break, '###' and would go on."""
+    """The model generates ' red', a line break and '###', and would continue."""
     _, processor = load_model(path=model_path, preset=None, seed=0)
     tokenizer = processor.tokenizer
     script = tokenizer(" red\n### Human", add_special_tokens=False).input_ids

@@ -15,6 +15,7 @@ from PIL import Image
 
 from onellm_dist.cli import main as cli
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SampleError, UsageError
+from onellm_dist.data.text import STOP
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
@@ -101,7 +102,7 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(
     answer = g.generate(
         model, processor.tokenizer, g.build_prompt("What is it?", "auto"), values, max_new_tokens=5
     )
-    assert 1 <= answer.tokens <= 5 and g.STOP not in answer.text
+    assert 1 <= answer.tokens <= 5 and STOP not in answer.text
     ids = g.encode_prompt(processor.tokenizer, "x")
     with torch.inference_mode():
         given = model(ids, **{f"{name}_values": values[name]}).logits[0, -1]
@@ -175,15 +176,16 @@ def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -
     from onellm_dist.modalities import Part
 
     tokenizer = loaded[1].tokenizer
-    conversation = b'{"conversations": [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "a cone"}]}'
+    conversation = (
+        b'{"conversations": [{"from": "human", "value": "What is it?"},'
+        b' {"from": "gpt", "value": "a cone"}]}'
+    )
     trained, labels = TextEncoder(tokenizer, "conversation", 10_000).encode(
         {"json": Part("json", conversation)}
     )
     prompt = g.encode_prompt(tokenizer, g.build_prompt("What is it?", "auto"))[0].tolist()
     answer_at = next(i for i, label in enumerate(labels) if label >= 0)
-    assert trained[:answer_at] == prompt, (
-        "the prompt is what stood before the first supervised token"
-    )
+    assert trained[:answer_at] == prompt, "the prompt is what precedes the first supervised token"
     assert g.encode_prompt(tokenizer, g.build_prompt("", "auto")).tolist() == [
         [tokenizer.bos_token_id]
     ]
@@ -191,7 +193,7 @@ def test_prompts_are_encoded_as_training_encodes_them(loaded: tuple[Any, Any]) -
 
 
 class Scripted(torch.nn.Module):
-    """Says given tokens one by one, whatever it reads, until a criterion or EOS ends it."""
+    """A model that generates given tokens until a criterion or EOS ends it."""
 
     def __init__(self, config: Any, script: list[int]) -> None:
         super().__init__()
@@ -263,7 +265,7 @@ def test_what_is_refused_before_the_model_is_loaded(
             assert len(err.strip().splitlines()) >= 3, "what, why, what to do"
 
 
-def test_a_broken_side_file_is_named(media: dict[str, Path], tmp_path: Path) -> None:
+def test_a_broken_json_beside_a_file_is_named(media: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(media["image"].read_bytes())
     (tmp_path / "cat.json").write_text("{")
     with pytest.raises(SampleError, match=r"cat\.json"):
@@ -309,11 +311,11 @@ def test_many_questions_get_the_answers_that_the_command_gives(
     model_dir: Path, media: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"image": media["image"], "audio": media["audio"]}
-    questions = [
+    questions: list[dict[str, Any]] = [
         {"inputs": [], "prompt": "Hello?"},
         {"inputs": [[n, str(f)] for n, f in files.items()], "prompt": "What is it?"},
     ]
-    told = list(ask_questions(model_dir, questions, max_new_tokens=6))
+    answers = list(ask_questions(model_dir, questions, max_new_tokens=6))
     _, said, _ = run(
         [
             model_dir,
@@ -324,4 +326,6 @@ def test_many_questions_get_the_answers_that_the_command_gives(
         ],
         capsys,
     )
-    assert len(told) == 2 and told[1]["text"] == said.strip() and told[0]["tokens"] <= 6
+    assert len(answers) == 2
+    assert answers[1]["text"] == said.strip()
+    assert answers[0]["tokens"] <= 6
