@@ -66,9 +66,7 @@ def test_done_and_usage_end_the_job(history: History) -> None:
         0,
     )
     history.begin()
-    assert not (
-        history.run_dir / "exit.json"
-    ).exists()  # else an older end would be taken for this one
+    assert not (history.run_dir / "exit.json").exists()  # otherwise an older end would count
     assert history.end(status=2) == ("halt", 0, 2)
     assert history.start({"status": "usage", "steps_done": None, "reason": "unknown key"}) == (
         "halt",
@@ -128,13 +126,13 @@ def test_the_same_step_twice_halts_and_names_the_offending_samples(history: Hist
     )
 
 
-def test_the_same_step_after_it_was_passed_is_no_loop(history: History) -> None:
+def test_the_same_step_after_progress_beyond_it_is_not_a_crash_loop(history: History) -> None:
     assert failed(history, 10)[0] == "requeue"
     assert preempted(history, 20)[0] == "requeue"
     assert failed(history, 10)[0] == "requeue"
 
 
-def test_failing_before_the_first_step_has_the_limit_alone(history: History) -> None:
+def test_failures_before_the_first_step_are_only_limited_in_number(history: History) -> None:
     assert history.start(status=1) == ("requeue", 60, 1)
     assert history.start({"status": "failed", "steps_done": None, "reason": "no route to n2"}) == (
         "requeue",
@@ -171,7 +169,7 @@ def test_ranks_that_vanish_are_placed_by_their_metrics(
     assert read_attempts(history.run_dir)[-1].failed_step == 5
 
 
-def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_starts_metrics(
+def test_starts_that_never_reached_training_ignore_the_metrics_of_earlier_ones(
     history: History,
 ) -> None:
     history.begin()
@@ -189,7 +187,7 @@ def test_launches_that_never_came_to_training_are_not_placed_by_an_earlier_start
     ]
 
 
-def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_resumed(
+def test_two_failures_between_the_same_steps_halt_but_not_right_after_a_resume(
     history: History,
 ) -> None:
     resumed = {
@@ -206,7 +204,7 @@ def test_failing_between_the_same_steps_twice_halts_but_not_at_the_step_that_it_
     )
 
 
-def test_a_stop_that_found_no_time_for_a_checkpoint_is_no_failure(history: History) -> None:
+def test_a_stop_without_time_for_a_checkpoint_is_not_a_failure(history: History) -> None:
     assert history.start(status=143, stop=1.0, most=0) == ("requeue", 15, 75)
     found = {"status": "failed", "steps_done": 4, "reason": "SIGTERM after the file: ended at once"}
     assert history.start(found, status=143, stop=1.0, most=0) == ("requeue", 15, 75)
@@ -304,7 +302,7 @@ def test_the_ranks_of_a_start_are_recorded(
     assert read_attempts(history.run_dir)[-1].ranks == 16
 
 
-def test_a_line_cut_short_is_passed_over(history: History) -> None:
+def test_an_incomplete_line_is_ignored(history: History) -> None:
     preempted(history, 3)
     with (history.run_dir / ATTEMPTS).open("a") as out:
         out.write('{"job_id": "7", "resta')
