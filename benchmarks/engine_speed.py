@@ -1,14 +1,16 @@
 """Time of an optimizer step by engine, over plain torch on the same cores at the same moment.
 
-    python benchmarks/engine_speed.py                              # every engine at 1 and 4 ranks, CPU, gloo; ten minutes
+    python benchmarks/engine_speed.py                     # every engine at 1 and 4 ranks, ten min
     python benchmarks/engine_speed.py --engines zero3 fsdp --ranks 2 --json found.json
 
-Every rank has two models: one under the engine, and a whole one that plain torch trains on the same packs, alone, with the same AdamW and
-without a word to other ranks. Their steps take turns, so both meet the same load of the machine; the figure is the median of the ratios of
-neighbours, with its quartiles. 1 would be an engine that costs nothing; below 1 is possible, for it steps a share of the optimizer only.
+Every rank has two models: one under the engine, and a whole one that plain torch trains on the
+same packs, alone, with the same AdamW and no communication. Their steps take turns, so both meet
+the same load of the machine. The figure is the median of the ratios of neighbouring steps, with
+its quartiles. 1 would be an engine that costs nothing; below 1 is possible, since an engine steps
+a share of the optimizer only.
 
-The model is that of engines.py (36 million weights, fp32, `tune`: the LLM trains). `--tokens` in a pack decide how much there is to compute
-for each byte that is sent.
+The model is that of engines.py (36 million weights, fp32, `tune`: the LLM trains). `--tokens` per
+pack decide how much there is to compute for each byte that is sent.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ TOKENS = 512
 
 
 def main() -> int:
-    """Runs every engine at every number of ranks and prints a table."""
+    """Run every engine at every number of ranks and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +58,8 @@ def main() -> int:
                 found[name][ranks] = ratios
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 print(
-                    f"{name:>14} {ranks:>5}  {middle:>10.2f}  {low:.2f} to {high:.2f}  {plain:>7.2f}",
+                    f"{name:>14} {ranks:>5}  {middle:>10.2f}  {low:.2f} to {high:.2f}  "
+                    f"{plain:>7.2f}",
                     flush=True,
                 )
     if arguments.json:
@@ -65,7 +68,7 @@ def main() -> int:
 
 
 def launch(out: Path, ranks: int, name: str, tokens: int) -> tuple[list[float], float]:
-    """Ratios of neighbouring steps, and the median seconds of plain torch's, both of rank 0."""
+    """Return ratios of neighbouring steps and the median seconds of plain torch's, of rank 0."""
     from onellm_dist.launch.local import launch_local
 
     out.mkdir(parents=True)
@@ -87,7 +90,7 @@ def launch(out: Path, ranks: int, name: str, tokens: int) -> tuple[list[float], 
 
 
 def worker(out: Path, name: str, tokens: int) -> None:
-    """One rank. Never returns."""
+    """Be one rank; never returns."""
     import torch
 
     from onellm_dist.launch.local import end_with_parent
@@ -125,7 +128,7 @@ def worker(out: Path, name: str, tokens: int) -> None:
 
 
 def plain_step() -> Callable[[Any], None]:
-    """A step of plain torch over a whole model of this rank's own."""
+    """Build a step of plain torch over a whole model of this rank's own."""
     import torch
 
     from onellm_dist.model.initialisation import initialise

@@ -1,18 +1,22 @@
-"""Memory of each engine, as ratios: what a rank holds between steps, and its peaks. (Time: engine_speed.py.)
+"""Memory of each engine, as ratios: what a rank holds between steps, and its peaks.
 
-    python benchmarks/engines.py                                   # every engine at 1 and 4 ranks, CPU, gloo; some minutes
+    python benchmarks/engines.py                                   # 1 and 4 ranks, CPU, minutes
     python benchmarks/engines.py --engines zero3 fsdp --ranks 1 4 --json found.json
 
-A OneLLM whose LLM of 36 million weights outweighs everything else, fp32. Two measures of memory, both growth of this process's anonymous
-memory over what it had before the model was built (malloc returns what is freed: see `malloc_environment`):
+The model is a OneLLM in fp32 whose LLM of 36 million weights outweighs everything else. All
+measures are growth of this process's anonymous memory over what it had before the model was built
+(malloc returns what is freed: see `malloc_environment`):
 
-    load    peak while an `align` model is built (LLM frozen, drawn or read), over the bytes of the whole model
-    state   held after a step of `tune` (LLM trains): weights, Adam's moments, what the engine keeps beside them; over the same at 1 rank,
-            and over plain torch's weights and moments (12 bytes a weight)
-    peak    within the step, over plain torch's weights, gradients and moments (16 bytes a weight)
+    load    peak while an `align` model is built (LLM frozen, random or read from files), over the
+            bytes of the whole model
+    state   held after a step of `tune` (the LLM trains): weights, optimizer state and what the
+            engine keeps beside them; over the same at 1 rank, and over plain torch's weights and
+            state (12 bytes per weight)
+    peak    within the step, over plain torch's weights, gradients and state (16 bytes per weight)
     save    peak while a checkpoint is written that training waits for, over what the rank holds
 
-The limit (issue 4): at 4 ranks a rank holds at most 0.35 of the single rank's state under ZeRO-3.
+Limit: at 4 ranks a rank holds at most 0.35 of the single rank's state under ZeRO-3. Times are in
+engine_speed.py.
 """
 
 from __future__ import annotations
@@ -54,7 +58,11 @@ SHARDS_WEIGHTS = ("zero3", "zero3_offload", "fsdp")
 
 
 def main() -> int:
-    """Runs every engine at every number of ranks and prints a table; 1 where the limit is missed."""
+    """Run every engine at every number of ranks and print a table.
+
+    Returns:
+        1 if the limit is missed.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,9 +84,10 @@ def main() -> int:
 
 
 def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
-    """The table; 1 where a limit is missed."""
+    """Print the table; return 1 if the limit is missed."""
     print(
-        f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  save/state  export/model"
+        f"{'engine':>14} ranks  load/model  state/own at 1  state/plain  peak/plain  save/state"
+        "  export/model"
     )
     missed = 0
     for name, by_ranks in found.items():
@@ -87,15 +96,19 @@ def report(found: dict[str, dict[int, dict[str, float]]]) -> int:
             model, trained = m["model_bytes"], m["trained_weights"]
             own = m["state"] / one["state"] if one else float("nan")
             print(
-                f"{name:>14} {ranks:>5}  {m['load'] / model:>10.3f}  {own:>14.3f}  {m['state'] / (12 * trained):>11.3f}"
-                f"  {m['peak'] / (16 * trained):>10.3f}  {m['save'] / m['state']:>10.3f}  {m['export'] / model:>12.3f}"
+                f"{name:>14} {ranks:>5}  {m['load'] / model:>10.3f}  {own:>14.3f}  "
+                f"{m['state'] / (12 * trained):>11.3f}  {m['peak'] / (16 * trained):>10.3f}  "
+                f"{m['save'] / m['state']:>10.3f}  {m['export'] / model:>12.3f}"
             )
             missed += name in SHARDS_WEIGHTS and ranks == 4 and own > LIMIT
     return int(missed > 0)
 
 
 def malloc_environment() -> dict[str, str]:
-    """Glibc gives back what is freed from 64 kB on: without it a peak of the past looks like memory that is held."""
+    """Make glibc return freed blocks of 64 kB and more.
+
+    Otherwise a peak of the past looks like memory that is still held.
+    """
     return {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -104,7 +117,7 @@ def malloc_environment() -> dict[str, str]:
 
 
 def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
-    """Measures of an engine; of the rank that needed most."""
+    """Measure an engine; each figure is that of the rank that needed most."""
     from onellm_dist.launch.local import launch_local
 
     out.mkdir(parents=True)
@@ -121,7 +134,7 @@ def launch(out: Path, ranks: int, name: str) -> dict[str, float]:
 
 
 def worker(out: Path, name: str) -> None:
-    """One rank. Never returns."""
+    """Be one rank; never returns."""
     from onellm_dist.launch.local import end_with_parent
     from onellm_dist.launch.ranks import discover_ranks
     from onellm_dist.train.distributed import join, leave
@@ -140,7 +153,7 @@ def worker(out: Path, name: str) -> None:
 
 
 def measure_load(dist: Any, name: str, out: Path) -> dict[str, float]:
-    """Peak growth while a mostly frozen model is drawn at random, exported, and read from the files of that."""
+    """Peak growth while a mostly frozen model is drawn at random, exported, and read again."""
     from onellm_dist.train.export import write_weights
 
     with Peak() as drawn:
@@ -188,7 +201,7 @@ def measure_steps(dist: Any, name: str, out: Path) -> dict[str, float]:
 def build(
     dist: Any, name: str, stage: str, *, tiny: bool, folder: Path | None = None
 ) -> tuple[Any, int]:
-    """(engine, bytes of the whole model in fp32)."""
+    """Return (engine, bytes of the whole model in fp32)."""
     import torch
 
     from onellm_dist.config.schema import OptimSection
@@ -227,7 +240,7 @@ def build(
 
 
 def config(tiny: bool) -> Any:
-    """The model: the tiny one has the same parts."""
+    """The model's configuration; the tiny one has the same parts."""
     from transformers import LlamaConfig
 
     from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
@@ -251,14 +264,14 @@ def config(tiny: bool) -> Any:
 
 
 def train_step(engine: Any, step: int) -> None:
-    """Two texts and an image in one pack."""
+    """Train on two texts and an image in one pack."""
     loss, _, _ = engine.forward(make_pack(step, 64), last=True)
     engine.backward(loss, 62)
     assert engine.step(1e-4)
 
 
 def make_pack(number: int, tokens: int) -> Any:
-    """Two texts of `tokens` in all, an image before the first."""
+    """Pack two texts of `tokens` in all, with an image before the first."""
     import torch
 
     from onellm_dist.packed import IGNORE, PackedBatch
@@ -272,7 +285,11 @@ def make_pack(number: int, tokens: int) -> Any:
 
 
 class Peak(AbstractContextManager["Peak"]):
-    """The largest anonymous memory seen within, over `base` (or what there was at its start), looked at every 2 ms."""
+    """The largest growth of anonymous memory within the context, sampled every 2 ms.
+
+    Args:
+        base: growth is counted from here; default: what there is at the start.
+    """
 
     def __init__(self, base: int | None = None) -> None:
         self._base = anonymous() if base is None else base
@@ -294,11 +311,11 @@ class Peak(AbstractContextManager["Peak"]):
 
 
 def anonymous() -> int:
-    """Bytes of this process's anonymous resident memory: no file's pages, no library's."""
+    """Bytes of this process's anonymous resident memory, without pages of files and libraries."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this kernel does not tell RssAnon")
+    raise RuntimeError("this kernel does not report RssAnon")
 
 
 if __name__ == "__main__":

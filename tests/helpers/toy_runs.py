@@ -16,7 +16,7 @@ from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 
 class Runs:
-    """Runs of a recipe over the toy world: fp32, a constant rate of 1e-3, keys as `train__steps=3`."""
+    """Runs of a recipe over the toy world: fp32, constant rate 1e-3, keys as `train__steps=3`."""
 
     def __init__(
         self,
