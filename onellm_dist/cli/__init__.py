@@ -5,6 +5,7 @@ It only wires: each command imports its room when it is called, so that `--help`
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import NoReturn
 
@@ -38,6 +39,10 @@ def main(argv: list[str] | None = None) -> NoReturn:
         argv: the arguments; default: those of the process.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # A locale such as ISO-8859-1 has no character for much of what a model may answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # `generate` has an option per modality. Importing the modalities takes time, which other
     # commands do not spend.
     wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.common.logging import get_logger
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
@@ -44,8 +44,18 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
 
     Returns:
         0, or the exit code of the first rank that failed (1 if a signal ended it).
+
+    Raises:
+        UsageError: `logs` cannot be created.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{logs} cannot be created: {error.strerror or error}",
+            "the ranks' output and everything else of the run goes there.",
+            "choose a run.dir where you may write.",
+        ) from None
     group = _LocalRanks(command, ranks, logs)
     before = {number: signal.signal(number, group.forward) for number in FORWARDED}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,24 @@ def test_a_missing_model_is_a_usage_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no_model" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_narrow_locale_ends_no_command() -> None:
+    """An answer with characters that the terminal's encoding lacks is shown, not refused."""
+    code = "from onellm_dist.cli import main\nimport sys\nmain(sys.argv[1:])"
+    env = {**os.environ, "PYTHONIOENCODING": "iso-8859-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "\u732b.yaml"],
+        env=env, capture_output=True, text=True, encoding="iso-8859-1", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "\\u732b.yaml" in done.stderr
+
+
+def test_a_run_directory_that_cannot_be_created_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = onellm(
+        "train", "toy/align_image", f"run.dir={tmp_path / 'file' / 'run'}", "launch.ranks=2"
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be created" in done.stderr
