@@ -102,7 +102,7 @@ def test_a_narrow_locale_ends_no_command() -> None:
 
 def test_a_run_directory_that_cannot_be_created_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = onellm(
+    done = run_onellm(
         "train", "toy/align_image", f"run.dir={tmp_path / 'file' / 'run'}", "launch.ranks=2"
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
