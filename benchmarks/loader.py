@@ -1,15 +1,20 @@
-"""Samples a second on one core from JPEG shards: our reader beside a bare loop (the limit), webdataset's pipeline and Energon's loader.
+"""Samples per second and core from JPEG shards: our reader beside a bare loop and two peers.
 
-    python benchmarks/loader.py                    # 2,000 JPEGs of 500 x 400, about a minute on an idle core
+    python benchmarks/loader.py                    # 2,000 JPEGs of 500 x 400, about a minute
     python benchmarks/loader.py --samples 500 --rounds 3
 
-Every contender reads the same shards in one process with one thread, tokenises the same captions and ends in the same float
-tensors. The bare loop is the fastest decoder and resize of the project (modalities/image.py) over files in order, with no
-shards, plan, checksum or packing around it. Peers run twice: with their usual Pillow transform (`torchvision.transforms`:
-what people write), and with our own decoder and resize, so that only the pipeline differs. Contenders take turns in small
-rounds, timed by CPU time, and the median of the ratios to the bare loop of the same round is printed: cores may be shared.
-Limits (issue 3): ours at least 0.9 of the bare loop, and above both peers' own pipelines (the rows with Pillow). The rows with our
-decoder show what plan, index, checksums and packing cost: those pipelines check no bytes and promise no order.
+The peers are webdataset's pipeline and Energon's loader. Every contender reads the same shards in
+one process with one thread, tokenizes the same captions and produces the same float tensors. The
+bare loop is the limit: the fastest decoder and resize of the project over files in order, without
+shards, plan, checksums or packing. Peers run twice: with their usual Pillow transform
+(`torchvision.transforms`, what people write), and with our decoder and resize, so that only the
+pipeline differs.
+
+Contenders take turns in small rounds, timed by CPU time, and the median of the ratios to the bare
+loop of the same round is printed, because cores may be shared. Limits: ours at least 0.9 of the
+bare loop, and above both peers' own pipelines (the rows with Pillow). The rows with our decoder
+show what plan, index, checksums and packing cost: those pipelines check no bytes and promise no
+order.
 """
 
 from __future__ import annotations
@@ -35,14 +40,14 @@ NAME = "image"
 
 
 def main() -> int:
-    """Prints a table; 1 where a limit is missed."""
+    """Print a table; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
-        "--batches", type=int, default=6, help=f"batches of {BATCH} samples a round"
+        "--batches", type=int, default=6, help=f"batches of {BATCH} samples per round"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -50,12 +55,12 @@ def main() -> int:
         root = Path(folder)
         make_shards(root, arguments.samples)
         contenders = {
-            "bare loop": bare(root),
-            "onellm_dist": ours(root),
-            "webdataset, Pillow": webdataset(root, theirs),
-            "webdataset, our decoder": webdataset(root, our_pixels),
+            "bare loop": run_bare_loop(root),
+            "onellm_dist": run_ours(root),
+            "webdataset, Pillow": run_webdataset(root, transform_theirs),
+            "webdataset, our decoder": run_webdataset(root, transform_ours),
         }
-        contenders |= energon(root)
+        contenders |= run_energon(root)
         rates = measure(contenders, arguments.rounds, arguments.batches)
     return report(rates)
 
@@ -63,7 +68,7 @@ def main() -> int:
 def measure(
     contenders: dict[str, Iterator[int]], rounds: int, batches: int
 ) -> dict[str, list[float]]:
-    """Samples a CPU second of each contender, round by round; the first round only warms up."""
+    """Return each contender's samples per CPU second, round by round, after a warm-up round."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         names = list(contenders)
@@ -76,7 +81,7 @@ def measure(
 
 
 def report(rates: dict[str, list[float]]) -> int:
-    """The table, and whether the limits hold."""
+    """Print the table; return 1 if a limit is missed."""
     bare_rates = rates["bare loop"]
     ratios = {
         name: statistics.median(a / b for a, b in zip(own, bare_rates, strict=True))
@@ -89,24 +94,29 @@ def report(rates: dict[str, list[float]]) -> int:
     ratios.pop("bare loop")
     peers = [ratio for name, ratio in ratios.items() if name.endswith("Pillow")]
     met = ours_ratio >= LIMIT and all(ours_ratio > ratio for ratio in peers)
+    outcome = "met" if met else "MISSED"
     print(
-        f"limits: ours >= {LIMIT} of the bare loop and above every peer as it is used: {'met' if met else 'MISSED'}"
+        f"limits: ours >= {LIMIT} of the bare loop and above every peer's own pipeline: {outcome}"
     )
     return 0 if met else 1
 
 
 def make_shards(root: Path, samples: int) -> None:
-    """Our dataset; its tars are plain WebDataset tars, which the peers read."""
+    """Write our dataset; its tars are plain WebDataset tars, which the peers can read."""
     from onellm_dist.shards.format.writer import DatasetWriter
 
     draw = np.random.default_rng(0)
     with DatasetWriter(root / NAME, name=NAME, modalities=(NAME,), max_samples=PER_SHARD) as writer:
         for number in range(samples):
-            writer.add("train", f"{number:06d}", {"jpg": jpeg(draw), "txt": caption(draw).encode()})
+            writer.add(
+                "train",
+                f"{number:06d}",
+                {"jpg": make_jpeg(draw), "txt": make_caption(draw).encode()},
+            )
 
 
-def jpeg(draw: np.random.Generator) -> bytes:
-    """A photo-like picture: smooth shapes with fine grain, quality 90, 4:2:0 (about 60 kB)."""
+def make_jpeg(draw: np.random.Generator) -> bytes:
+    """Make a photo-like picture: smooth shapes, fine grain, quality 90, 4:2:0 (about 60 kB)."""
     rough = Image.fromarray(draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)).resize(
         (WIDTH, HEIGHT), Image.Resampling.BICUBIC
     )
@@ -118,7 +128,8 @@ def jpeg(draw: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def caption(draw: np.random.Generator) -> str:
+def make_caption(draw: np.random.Generator) -> str:
+    """Make a caption of 6 to 23 words."""
     words = [
         "a",
         "red",
@@ -138,7 +149,8 @@ def caption(draw: np.random.Generator) -> str:
     return " ".join(words[i] for i in draw.integers(0, len(words), int(draw.integers(6, 24))))
 
 
-def tokenizer() -> Any:
+def load_tokenizer() -> Any:
+    """Load the toy tokenizer."""
     from transformers import AutoTokenizer
 
     import onellm_dist
@@ -148,15 +160,11 @@ def tokenizer() -> Any:
     )
 
 
-def our_pixels(data: bytes) -> torch.Tensor:
-    """The project's fastest decoder and resize, with a random crop."""
+def transform_ours(data: bytes) -> torch.Tensor:
+    """Decode and crop at random with the project's fastest decoder and resize."""
     from onellm_dist.modalities.base import Part
-    from onellm_dist.modalities.io.pictures import (
-        choose_crop_box,
-        crop_train,
-        decode_picture,
-        normalise,
-    )
+    from onellm_dist.modalities.io.pictures import decode_picture
+    from onellm_dist.modalities.transforms.crops import choose_crop_box, crop_train, normalise
 
     picture = decode_picture(Part("jpg", data))
     return normalise(crop_train(picture, choose_crop_box(*picture.size, DRAW)))
@@ -165,8 +173,8 @@ def our_pixels(data: bytes) -> torch.Tensor:
 DRAW = np.random.default_rng(1)
 
 
-def theirs(data: bytes) -> torch.Tensor:
-    """What the reference does, and most people: Pillow and torchvision.transforms."""
+def transform_theirs(data: bytes) -> torch.Tensor:
+    """Decode and crop with Pillow and torchvision.transforms, as the reference does."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 
@@ -186,14 +194,16 @@ def theirs(data: bytes) -> torch.Tensor:
 _THEIRS: Callable[[Any], torch.Tensor] | None = None
 
 
-def bare(root: Path) -> Iterator[int]:
-    """The limit: bytes in memory's order of the files, decoded, resized, tokenised, stacked."""
+def run_bare_loop(root: Path) -> Iterator[int]:
+    """Read files in order, decode, resize, tokenize and stack: the limit."""
     from onellm_dist.data.text import TextEncoder
     from onellm_dist.modalities.base import Part
     from onellm_dist.shards.format.dataset import open_dataset
     from onellm_dist.shards.format.index import read_parts
 
-    encoder, dataset, files = TextEncoder(tokenizer(), "caption", 96), open_dataset(root / NAME), []
+    encoder = TextEncoder(load_tokenizer(), "caption", 96)
+    dataset = open_dataset(root / NAME)
+    files: list[tuple[Path, bytes]] = []
     folder = root / "files"
     folder.mkdir()
     for shard in dataset.shards():
@@ -205,14 +215,14 @@ def bare(root: Path) -> Iterator[int]:
     endless = itertools.cycle(files)
     while True:
         chosen = list(itertools.islice(endless, BATCH))
-        torch.stack([our_pixels(path.read_bytes()) for path, _ in chosen])
+        torch.stack([transform_ours(path.read_bytes()) for path, _ in chosen])
         texts = [encoder.encode({"txt": Part("txt", text)}) for _, text in chosen]
         torch.tensor([token for ids, _ in texts for token in ids])
         yield len(chosen)
 
 
-def ours(root: Path) -> Iterator[int]:
-    """Plan, index, byte ranges, checksums, seeded augmentation and packing, in this process (no workers)."""
+def run_ours(root: Path) -> Iterator[int]:
+    """Read with plan, index, checksums, seeded augmentation and packing, without workers."""
     from onellm_dist.config.schema import DataSection, MixtureEntry
     from onellm_dist.data.loader import Loader
     from onellm_dist.data.plan import Plan
@@ -220,17 +230,17 @@ def ours(root: Path) -> Iterator[int]:
     mixture = (MixtureEntry(path=Path(NAME)),)
     budget = {"pack_llm_tokens": BATCH * 96, "pack_encoder_tokens": BATCH * 257}
     config = DataSection(root=root, mixture=mixture, global_batch=20 * BATCH, **budget)
-    plan = Plan.open(config, tokenizer(), 0, (NAME,), show=False)
+    plan = Plan.open(config, load_tokenizer(), 0, (NAME,), show=False)
     with Loader(plan, 1, 0, 0, 10**9, 0, pin=False) as loader:
         for _, batch in loader:
             yield len(batch.sample_ids)
 
 
-def webdataset(root: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
-    """Webdataset's own pipeline: shuffled shards, a shuffle buffer, decode, batch; captions padded by the tokenizer, as is usual."""
+def run_webdataset(root: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
+    """Read with webdataset: shuffled shards, a shuffle buffer, decode, batch, padded captions."""
     import webdataset as wds
 
-    words = tokenizer()
+    words = load_tokenizer()
     words.pad_token = words.pad_token or words.eos_token
     urls = sorted(str(path) for path in (root / NAME / "shards").glob("*.tar"))
     source = wds.WebDataset(
@@ -245,8 +255,8 @@ def webdataset(root: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[
         yield len(images)
 
 
-def energon(root: Path) -> dict[str, Iterator[int]]:
-    """Energon's loader where megatron-energon is installed; it reads our dataset through its own metadata (`onellm shards energon`)."""
+def run_energon(root: Path) -> dict[str, Iterator[int]]:
+    """Read with Energon's loader, if megatron-energon is installed, through its own metadata."""
     try:
         import megatron.energon as peer
     except ImportError:
@@ -256,17 +266,19 @@ def energon(root: Path) -> dict[str, Iterator[int]]:
 
     write_energon(root / NAME)
     return {
-        "Energon, Pillow": _energon(peer, root / NAME, theirs),
-        "Energon, our decoder": _energon(peer, root / NAME, our_pixels),
+        "Energon, Pillow": _iterate_energon(peer, root / NAME, transform_theirs),
+        "Energon, our decoder": _iterate_energon(peer, root / NAME, transform_ours),
     }
 
 
-def _energon(peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]) -> Iterator[int]:
+def _iterate_energon(
+    peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]
+) -> Iterator[int]:
     class Task(peer.DefaultTaskEncoder):
-        decoder = None  # bytes, decoded below as for the others
-        cookers = (peer.Cooker(peer.stateless(_as_is)),)
+        decoder = None  # bytes; they are decoded below, as for the others
+        cookers = (peer.Cooker(peer.stateless(_return_unchanged)),)
 
-    words = tokenizer()
+    words = load_tokenizer()
     words.pad_token = words.pad_token or words.eos_token
     config = peer.WorkerConfig(rank=0, world_size=1, num_workers=0)
     dataset = peer.get_train_dataset(
@@ -286,7 +298,7 @@ def _energon(peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]) -
         yield len(chosen)
 
 
-def _as_is(sample: Any) -> Any:
+def _return_unchanged(sample: Any) -> Any:
     return sample
 
 

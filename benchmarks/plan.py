@@ -1,12 +1,13 @@
-"""Planning at scale: time to open a mixture, memory, time to plan a step, balance of its packs, from 1e6 to 4e8 samples.
+"""Planning at scale: time and memory to open a mixture and plan a step, for 1e6 to 4e8 samples.
 
-    python benchmarks/plan.py                      # four sizes, about a minute, needs 82,800 inodes of temporary space
+    python benchmarks/plan.py             # four sizes, about a minute, 82,800 temporary inodes
     python benchmarks/plan.py --samples 1000000
 
-The mixture has one dataset a modality, equal weights; one of them has all the samples named (9,662 a shard, as LAION-400M
-in 41,400 shards), the others 600,000 each. Manifests, file lists and length sidecars are real; the tars and indexes are
-empty files, which planning does not read. Every size runs in a process of its own. Limits (issue 3): planning under 50 ms,
-opening under 5 s and 500 MB, fullest micro-batch at most 1.10 times the mean.
+The mixture has one dataset per modality with equal weights. One of them has all the samples named
+(9,662 per shard, like LAION-400M in 41,400 shards), the others 600,000 each. Manifests, file lists
+and token counts are real; the tars and indexes are empty files, which planning does not read. Every
+size runs in its own process. Limits: planning under 50 ms, opening under 5 s and 500 MB, fullest
+micro-batch at most 1.10 times the mean.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ if TYPE_CHECKING:
     from onellm_dist.data.text import TextEncoder
 
 LIMIT_MS, LIMIT_OPEN_S, LIMIT_MB, LIMIT_BALANCE = 50.0, 5.0, 500.0, 1.10
-GLOBAL_BATCH, WORLD, STEPS = 5120, 16, 200
+GLOBAL_BATCH, WORLD_SIZE, STEPS = 5120, 16, 200
 PER_SHARD, OTHERS = 9662, 600_000
 SIZES = (1_000_000, 10_000_000, 100_000_000, 400_000_000)
 
 
 def main() -> int:
-    """Runs every size and prints a table; 1 where a limit is missed."""
+    """Run every size and print a table; return 1 if a limit is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +47,8 @@ def main() -> int:
         print(json.dumps(measure(arguments.one)))
         return 0
     print(
-        f"global batch {GLOBAL_BATCH}, {WORLD} ranks, {STEPS} steps; in brackets: the part of the limit that was used"
+        f"global batch {GLOBAL_BATCH}, {WORLD_SIZE} ranks, {STEPS} steps; "
+        "in parentheses: share of the limit"
     )
     columns = (
         ("samples", 11),
@@ -58,7 +60,7 @@ def main() -> int:
         ("CPU 99%", 8),
         ("fullest/mean", 13),
     )
-    print(" ".join(f"{name:>{width}}" for name, width in columns), "micro-steps")
+    print(" ".join(f"{name:>{width}}" for name, width in columns), "micro-batches")
     met = True
     for samples in arguments.samples:
         with tempfile.TemporaryDirectory() as folder:
@@ -73,34 +75,34 @@ def main() -> int:
             and r["p99_ms"] < LIMIT_MS
             and r["balance"] <= LIMIT_BALANCE
         )
-        opened, memory = (
-            f"{r['open_s']:.2f} ({r['open_s'] / LIMIT_OPEN_S:.2f})",
-            f"{r['mb']:.0f} ({r['mb'] / LIMIT_MB:.2f})",
-        )
+        opened = f"{r['open_s']:.2f} ({r['open_s'] / LIMIT_OPEN_S:.2f})"
+        memory = f"{r['mb']:.0f} ({r['mb'] / LIMIT_MB:.2f})"
         slowest = f"{r['p99_ms']:.1f} ({r['p99_ms'] / LIMIT_MS:.2f})"
         print(
-            f"{samples:>11,} {shards:>7,} {opened:>14} {memory:>12} {r['median_ms']:>9.1f} {slowest:>13} {r['cpu_p99_ms']:>8.1f}"
-            f" {r['balance']:>13.3f} {r['micro_batches']:>11.1f}",
+            f"{samples:>11,} {shards:>7,} {opened:>14} {memory:>12} {r['median_ms']:>9.1f} "
+            f"{slowest:>13} {r['cpu_p99_ms']:>8.1f} {r['balance']:>13.3f} "
+            f"{r['micro_batches']:>11.1f}",
             flush=True,
         )
     return 0 if met else 1
 
 
-def modalities() -> list[str]:
+def list_modalities() -> list[str]:
+    """Return the names of all modalities."""
     from onellm_dist.modalities import all_modalities
 
     return list(all_modalities())
 
 
 def make_datasets(root: Path, samples: int) -> int:
-    """Writes the simulated datasets; returns how many shards they have."""
+    """Write the simulated datasets; return their number of shards."""
     from onellm_dist.data.token_counts import get_token_count_path
     from onellm_dist.shards.format.dataset import Dataset, Manifest, ShardInfo
     from onellm_dist.shards.format.index import get_index_path
 
-    fingerprint = encoder().fingerprint
+    fingerprint = build_encoder().fingerprint
     total = 0
-    for number, name in enumerate(modalities()):
+    for number, name in enumerate(list_modalities()):
         count = -(-(samples if number == 0 else OTHERS) // PER_SHARD)
         infos = tuple(
             ShardInfo(f"shards/train-{i:06d}.tar", "train", PER_SHARD, 0, f"{i:064x}"[::-1])
@@ -113,7 +115,7 @@ def make_datasets(root: Path, samples: int) -> int:
         (dataset.root / "manifest.json").write_bytes(dataset.manifest.to_bytes())
         (dataset.root / "token_counts" / fingerprint).mkdir(parents=True)
         original = dataset.root / "token_counts.npy"
-        np.save(original, text_token_counts(number))
+        np.save(original, draw_token_counts(number))
         for info in infos:
             dataset.tar_path(info).touch()
             get_index_path(dataset.tar_path(info)).touch()
@@ -122,15 +124,16 @@ def make_datasets(root: Path, samples: int) -> int:
     return total
 
 
-def text_token_counts(seed: int) -> np.ndarray:
-    """[PER_SHARD, 2] lengths of web captions: log-normal about 16 tokens, cut at 96."""
+def draw_token_counts(seed: int) -> np.ndarray:
+    """[PER_SHARD, 2] token counts of web captions: log-normal about 16 tokens, cut at 96."""
     tokens = np.clip(
         np.random.default_rng(seed).lognormal(2.8, 0.6, PER_SHARD).astype(np.uint16) + 2, 3, 96
     )
     return np.stack([tokens, tokens - 1], axis=1).astype(np.uint16)
 
 
-def encoder() -> TextEncoder:
+def build_encoder() -> TextEncoder:
+    """Build an encoder of captions with the toy tokenizer."""
     from transformers import AutoTokenizer
 
     import onellm_dist
@@ -141,22 +144,22 @@ def encoder() -> TextEncoder:
 
 
 def measure(root: Path) -> dict[str, float]:
-    """Opens and plans; times in ms unless named, memory in MB over what the imports took."""
+    """Open and plan; times in ms unless named otherwise, memory in MB beyond the imports."""
     import psutil
 
     from onellm_dist.config.schema import DataSection, MixtureEntry
     from onellm_dist.data.corpus import Corpus, open_datasets
     from onellm_dist.data.plan import Plan
 
-    encode, names = encoder(), modalities()
+    text_encoder, names = build_encoder(), list_modalities()
     config = DataSection(
         root=root,
         mixture=tuple(MixtureEntry(path=Path(name)) for name in names),
         global_batch=GLOBAL_BATCH,
     )
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
-    plan = Plan(Corpus(open_datasets(config, names), config, encode, 0, names))
-    plan.step(0, WORLD)
+    plan = Plan(Corpus(open_datasets(config, names), config, text_encoder, 0, names))
+    plan.step(0, WORLD_SIZE)
     opened = time.perf_counter() - started
     times, cpu, ratios, counts = zip(*plan_steps(plan, names), strict=True)
     return {
@@ -171,7 +174,11 @@ def measure(root: Path) -> dict[str, float]:
 
 
 def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, float, int]]:
-    """(ms, CPU ms, fullest micro-batch over the mean, micro-steps) of steps far apart, so that most meet other shards."""
+    """Plan steps far apart, so that most of them use other shards.
+
+    Yields:
+        Milliseconds, CPU milliseconds, fullest micro-batch over the mean, and micro-batches.
+    """
     from onellm_dist.data.costs import CostModel, count_llm_tokens
 
     model = CostModel()
@@ -180,7 +187,7 @@ def plan_steps(plan: Plan, names: list[str]) -> Iterator[tuple[float, float, flo
     ]
     for step in [*range(1, STEPS // 2), *range(1000, 1000 + STEPS // 2)]:
         wall, cpu = time.perf_counter(), time.process_time()
-        assigned = plan.step(step, WORLD)
+        assigned = plan.step(step, WORLD_SIZE)
         own = assigned.ranks[0]
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         costs = []
