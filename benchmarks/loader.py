@@ -199,7 +199,7 @@ def run_bare_loop(root: Path) -> Iterator[int]:
     from onellm_dist.data.text import TextEncoder
     from onellm_dist.modalities.base import Part
     from onellm_dist.shards.format.dataset import open_dataset
-    from onellm_dist.shards.format.index import read_parts
+    from onellm_dist.shards.format.parts import read_parts
 
     encoder = TextEncoder(load_tokenizer(), "caption", 96)
     dataset = open_dataset(root / NAME)

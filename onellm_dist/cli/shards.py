@@ -17,14 +17,14 @@ class _BuildCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if all(a.startswith("-") for a in args):  # no source is named: nothing to import
             return super().parse_args(ctx, args)
-        from onellm_dist.shards.build.arguments import expanded, source_help, source_in
+        from onellm_dist.shards.build.arguments import expand_source_flags, format_source_help, find_source
 
-        source = source_in(args)
+        source = find_source(args)
         if source is not None and "--help" in args:
-            print(source_help(source))
+            print(format_source_help(source))
             ctx.exit()
         own = [flag for parameter in self.get_params(ctx) for flag in parameter.opts]
-        return super().parse_args(ctx, expanded(args, own))
+        return super().parse_args(ctx, expand_source_flags(args, own))
 
 
 @app.command("build", cls=_BuildCommand)
@@ -159,9 +159,9 @@ def shards_stats(
 
     Example: onellm shards stats toy/audio --out audio.html
     """
-    from onellm_dist.shards.tools.preview import page_command
+    from onellm_dist.shards.tools.preview import preview_command
 
-    raise typer.Exit(page_command(dataset, out, previews=0, seed=seed))
+    raise typer.Exit(preview_command(dataset, out, previews=0, seed=seed))
 
 
 @app.command("preview")
@@ -175,9 +175,9 @@ def shards_preview(
 
     Example: onellm shards preview toy/depth -n 40
     """
-    from onellm_dist.shards.tools.preview import page_command
+    from onellm_dist.shards.tools.preview import preview_command
 
-    raise typer.Exit(page_command(dataset, out, previews=samples, seed=seed))
+    raise typer.Exit(preview_command(dataset, out, previews=samples, seed=seed))
 
 
 @app.command("energon")

@@ -29,7 +29,7 @@ from onellm_dist.data.token_counts import UNREADABLE, get_token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.shards.format.index import SampleSpan, extract_parts, get_parts_span
+from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_parts_span
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import TypeVar
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
-from onellm_dist.shards.format.index import SampleSpan, ShardIndex, read_parts, read_span
+from onellm_dist.shards.format.index import ShardIndex
+from onellm_dist.shards.format.parts import SampleSpan, read_parts, read_span
 
 T = TypeVar("T")
 PAUSES = (0.1, 0.5, 2.0)

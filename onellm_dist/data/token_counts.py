@@ -39,7 +39,7 @@ from onellm_dist.data.retry import open_index_with_retries, read_parts_with_retr
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
-from onellm_dist.shards.format.index import SampleSpan, extract_parts, get_sample_span
+from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_sample_span
 
 UNREADABLE = (1, 0)
 """Counts of a sample whose text could not be read or does not fit the text format: it is planned

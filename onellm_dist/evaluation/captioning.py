@@ -33,7 +33,7 @@ from onellm_dist.evaluation.report import Caption
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 
 BATCH = 20
 NEW_TOKENS = 24

@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
-from onellm_dist.shards.build.arguments import source_help
-from onellm_dist.shards.build.builder import Request, build_planned, dry_run
+from onellm_dist.shards.build.arguments import format_source_help
+from onellm_dist.shards.build.builder import BuildRequest, build_planned, dry_run
 from onellm_dist.shards.build.registry import complete_options, get_source
-from onellm_dist.shards.build.staging import QUARANTINE, staged
-from onellm_dist.shards.build.workers import Task
-from onellm_dist.shards.format.names import dataset_name, parse_modalities
+from onellm_dist.shards.build.staging import QUARANTINE, open_staging_folder
+from onellm_dist.shards.build.workers import ArrayTask
+from onellm_dist.shards.format.names import make_dataset_name, parse_modalities
 from onellm_dist.shards.sources.base import BuildReport, Source
 from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
-from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 
 def build_dataset(
@@ -31,7 +31,7 @@ def build_dataset(
     seed: int = 0,
     overwrite: bool = False,
     restart: bool = False,
-    task: Task | None = None,
+    task: ArrayTask | None = None,
 ) -> BuildReport:
     """Builds a dataset folder (or, for `toyworld`, a folder of them); `output` appears only when it is whole.
 
@@ -62,13 +62,13 @@ def build_dataset(
         raise UsageError(
             f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more."
         )
-    own, settings = complete_options(kind, options or {}, name=dataset_name(where))
+    own, settings = complete_options(kind, options or {}, name=make_dataset_name(where))
     try:
         if settings is not None:
             assert what is not None
-            request = Request(kind, what, where, seed, own, settings)
+            request = BuildRequest(kind, what, where, seed, own, settings)
             return build_planned(
-                request, workers=workers, overwrite=overwrite, restart=restart, task=task or Task()
+                request, workers=workers, overwrite=overwrite, restart=restart, task=task or ArrayTask()
             )
         if not isinstance(where, Path):
             raise UsageError(
@@ -77,7 +77,7 @@ def build_dataset(
                 "build locally and copy the folder.",
             )
         assert kind.build is not None
-        with staged(where, overwrite=overwrite) as folder:
+        with open_staging_folder(where, overwrite=overwrite) as folder:
             report = kind.build(what, folder, workers=workers, seed=seed, **own)
     except OSError as error:
         raise OneLLMError(
@@ -126,7 +126,7 @@ def build_recipe(
         UsageError: no readable recipe, or a key that is not understood.
     """
     values, options = read_recipe(recipe, **overrides)
-    return Path(values["out"]), _build(values, options, overwrite=overwrite, task=Task())
+    return Path(values["out"]), _build(values, options, overwrite=overwrite, task=ArrayTask())
 
 
 def _build(
@@ -135,7 +135,7 @@ def _build(
     *,
     overwrite: bool,
     restart: bool = False,
-    task: Task,
+    task: ArrayTask,
 ) -> BuildReport:
     return build_dataset(
         values["source"],
@@ -208,7 +208,7 @@ def build_command(
     Raises:
         OneLLMError: as `build_dataset`.
     """
-    number = Task.parse(task)
+    number = ArrayTask.parse(task)
     if source.endswith((".yaml", ".yml")):
         given: dict[str, Any] = dict(zip(("out", "inputs"), reversed(paths), strict=False))
         given.update(
@@ -218,7 +218,7 @@ def build_command(
     else:
         kind = get_source(source)
         if "help" in options:
-            print(source_help(kind))
+            print(format_source_help(kind))
             return EXIT_DONE
         expected = 2 if kind.needs_input else 1
         if len(paths) != expected:
@@ -251,13 +251,13 @@ def _dry_run(values: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     kind = get_source(values["source"])
     inputs = _inputs(kind, values.get("inputs"))
     own, settings = complete_options(
-        kind, options, name=dataset_name(to_storage_path(values["out"]))
+        kind, options, name=make_dataset_name(to_storage_path(values["out"]))
     )
     if settings is None or inputs is None:
         raise UsageError(
             f"source {kind.name!r} has no dry run.", "it makes its data as it writes.", "build it."
         )
-    request = Request(
+    request = BuildRequest(
         kind, inputs, to_storage_path(values["out"]), int(values.get("seed", 0)), own, settings
     )
     return dry_run(request, workers=int(values.get("workers", 1)))
@@ -285,7 +285,7 @@ def index_command(
     """
     wanted = parse_modalities(",".join(modalities)) if modalities else None
     for path in paths:
-        done = index_path(path, modalities=wanted, workers=workers, again=again)
+        done = index_existing_shards(path, modalities=wanted, workers=workers, again=again)
         where = (
             f"; it is a dataset now ({done.manifest})"
             if done.manifest

@@ -20,9 +20,10 @@ from onellm_dist.data.reader import Reader
 from onellm_dist.data.token_counts import get_token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.packed import IGNORE, PackedBatch
-from onellm_dist.shards.format import index as index_module
+from onellm_dist.shards.format import parts as parts_module
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
-from onellm_dist.shards.format.index import ShardIndex, read_parts
+from onellm_dist.shards.format.index import ShardIndex
+from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.writer import DatasetWriter
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}
@@ -245,7 +246,7 @@ class FailingReads:
             self.calls += 1
             if self.calls <= self.times:
                 raise SampleError("a fault") from self.error
-        return index_module.read_span(dataset, shard, row, *rest)  # type: ignore[arg-type]
+        return parts_module.read_span(dataset, shard, row, *rest)  # type: ignore[arg-type]
 
 
 def test_a_read_that_fails_once_skips_no_sample(

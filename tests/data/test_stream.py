@@ -33,7 +33,7 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.modalities import all_modalities
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.writer import DatasetWriter
 
 STEPS, BATCH = 200, 12

@@ -22,7 +22,7 @@ from onellm_dist.data.token_counts import (
 )
 from onellm_dist.modalities import Part
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.writer import DatasetWriter
 
 

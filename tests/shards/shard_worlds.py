@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.writer import DatasetWriter
 
 

@@ -11,8 +11,8 @@ from shard_worlds import contents, picture, write_tree
 from onellm_dist.cli import main
 from onellm_dist.common.errors import EXIT_DONE, EXIT_USAGE
 from onellm_dist.shards import open_dataset
-from onellm_dist.shards.build.arguments import expanded
-from onellm_dist.shards.build.registry import all_sources, options_of
+from onellm_dist.shards.build.arguments import expand_source_flags
+from onellm_dist.shards.build.registry import all_sources, get_options
 
 OWN = ("--option", "-o", "--workers", "--seed", "--overwrite", "--task", "--dry-run", "--help")
 
@@ -103,7 +103,7 @@ def test_what_flags_become() -> None:
         "no",
         "--seed=3",
     ]
-    assert expanded(line, OWN) == [
+    assert expand_source_flags(line, OWN) == [
         "--overwrite",
         "cc3m-depth",
         "IN",
@@ -118,8 +118,8 @@ def test_what_flags_become() -> None:
         "check=no",
         "--seed=3",
     ]
-    assert expanded(["nosource", "--depth-model", "x"], OWN) == ["nosource", "--depth-model", "x"]
-    assert expanded(["folder", "--", "--split"], OWN) == ["folder", "--", "--split"]
+    assert expand_source_flags(["nosource", "--depth-model", "x"], OWN) == ["nosource", "--depth-model", "x"]
+    assert expand_source_flags(["folder", "--", "--split"], OWN) == ["folder", "--", "--split"]
 
 
 @pytest.mark.parametrize("name", sorted(all_sources()))
@@ -129,7 +129,7 @@ def test_the_help_of_every_source_explains_every_option(
     assert code(["shards", "build", name, "--help"]) == EXIT_DONE
     said = capsys.readouterr().out
     flat = " ".join(said.split())
-    for option, value in options_of(all_sources()[name]).items():
+    for option, value in get_options(all_sources()[name]).items():
         assert f"--{option.replace('_', '-')}" in said
         assert " ".join(value.help.split()) in flat
     assert max(map(len, said.splitlines())) <= 140
@@ -146,7 +146,7 @@ def test_the_page_on_sources_explains_every_option() -> None:
     missing = [
         (s.name, o)
         for s in all_sources().values()
-        for o in options_of(s)
+        for o in get_options(s)
         if f"`{o}`" not in page and f"`{o}=" not in page
     ]
     assert not missing

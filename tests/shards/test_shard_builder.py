@@ -22,12 +22,12 @@ from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import task as unit
-from onellm_dist.shards.build.duplicates import duplicates
+from onellm_dist.shards.build.duplicates import find_duplicates
 from onellm_dist.shards.build.task import ROW, TooManyFailures
-from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.command import build_command, summary
 from onellm_dist.shards.sources.base import FileRange
-from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 from onellm_dist.shards.tools.verify import verify_dataset
 
 
@@ -174,7 +174,7 @@ def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_pat
             if any((looks[i] ^ looks[j]).bit_count() <= distance for j in range(i))
         }
         for capacity in (1000, 150):
-            found = duplicates(
+            found = find_duplicates(
                 lambda: iter(units),
                 keys=False,
                 dedup="perceptual",
@@ -193,7 +193,7 @@ def test_what_goes_for_its_key_takes_no_media_with_it(tmp_path: Path) -> None:
         [1, 2, 2, 2],
     )
     for dedup in ("exact", "perceptual"):
-        found = duplicates(
+        found = find_duplicates(
             lambda: iter([(0, rows)]), keys=True, dedup=dedup, distance=0, scratch=tmp_path
         )
         assert found == {0: {1: "key", 3: "exact"}}
@@ -229,9 +229,9 @@ def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
     assert (len(whole.quarantined), whole.failures) == (20, 20)
     monkeypatch.setattr(unit, "LISTED", 7)
     build(
-        inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(0, 2)
+        inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=ArrayTask(0, 2)
     )  # the others' are taken from their records
-    report = build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=Task(1, 2))
+    report = build(inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=ArrayTask(1, 2))
     assert (report.quarantined, report.failures) == (whole.quarantined[:7], 20)
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
     assert [json.loads(line)["key"] for line in (tmp_path / "out/quarantine.jsonl").open()] == [
@@ -303,9 +303,9 @@ def test_a_remote_store_gets_the_same_bytes(tmp_path: Path) -> None:
     store = fsspec.filesystem("memory")
     for path in inputs.iterdir():
         store.pipe_file(f"/lake/in/{path.name}", path.read_bytes())
-    build("memory://lake/in", "memory://lake/out", task=Task(0, 2))  # type: ignore[arg-type]
+    build("memory://lake/in", "memory://lake/out", task=ArrayTask(0, 2))  # type: ignore[arg-type]
     assert not store.exists("/lake/out/manifest.json")
-    build("memory://lake/in", "memory://lake/out", task=Task(1, 2))  # type: ignore[arg-type]
+    build("memory://lake/in", "memory://lake/out", task=ArrayTask(1, 2))  # type: ignore[arg-type]
     assert {
         k.removeprefix("/lake/out/"): store.cat(k) for k in store.find("/lake/out")
     } == all_bytes(tmp_path / "out")
@@ -362,11 +362,11 @@ def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) ->
     with pytest.raises(
         UsageError, match=r"excludes 1 single samples, shards/train-000002\.tar/k050"
     ):
-        index_path(tmp_path / "out", modalities=())
+        index_existing_shards(tmp_path / "out", modalities=())
     (tmp_path / "out/.nv-meta/split.yaml").write_text(
         yaml.safe_dump({**split, "exclude": ["shards/train-{000002..000007}.tar"]})
     )
-    index_path(tmp_path / "out", modalities=())
+    index_existing_shards(tmp_path / "out", modalities=())
     dataset = open_dataset(tmp_path / "out")
     assert {s: [i.path for i in dataset.shards(s)] for s in dataset.splits} == {
         "train": names[:1],

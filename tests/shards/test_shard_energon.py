@@ -21,7 +21,7 @@ from shard_worlds import all_bytes, contents, picture, write_tree
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.energon import ENERGON_VERSION
-from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ def test_energon_prepare_writes_what_we_write(ours: Dataset, tmp_path: Path) -> 
 
 def test_we_read_what_it_prepared(ours: Dataset, tmp_path: Path) -> None:
     root = prepared(ours, tmp_path / "prepared")
-    index_path(root, modalities=("image",))
+    index_existing_shards(root, modalities=("image",))
     dataset = open_dataset(root)
     assert dataset.splits == ours.splits
     for split in dataset.splits:

@@ -19,7 +19,7 @@ from shard_worlds import all_bytes, picture, write_tree
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import registry as catalogue
-from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.sources.base import RawSample, SplitDescription
 
 
@@ -139,7 +139,7 @@ def test_a_late_rank_of_srun_finds_nothing_to_do(
 def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "alone")
-    first = build(inputs, tmp_path / "out", task=Task(1, 3))
+    first = build(inputs, tmp_path / "out", task=ArrayTask(1, 3))
     assert "put together by the process that ends last" in first.notes[0]
     assert not (tmp_path / "out").exists()
     assert sorted(p.stem for p in (tmp_path / ".out.building/done").glob("*.json")) == [
@@ -147,17 +147,17 @@ def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
         "000004",
         "000007",
     ]
-    build(inputs, tmp_path / "out", task=Task(0, 3))
-    assert build(inputs, tmp_path / "out", task=Task(2, 3)).samples == 56
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 3))
+    assert build(inputs, tmp_path / "out", task=ArrayTask(2, 3)).samples == 56
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone")
-    assert "had finished already" in build(inputs, tmp_path / "out", task=Task(1, 3)).notes[0]
+    assert "had finished already" in build(inputs, tmp_path / "out", task=ArrayTask(1, 3)).notes[0]
     with pytest.raises(UsageError, match="INDEX/COUNT"):
-        Task.parse("3/3")
+        ArrayTask.parse("3/3")
 
 
 def test_another_request_does_not_go_on_with_an_unfinished_build(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     with pytest.raises(UsageError, match="max_samples: 8 then, 9 now"):
         build(inputs, tmp_path / "out", max_samples=9)
     report = build(inputs, tmp_path / "out", max_samples=9, overwrite=True)
@@ -167,7 +167,7 @@ def test_another_request_does_not_go_on_with_an_unfinished_build(tmp_path: Path)
 
 def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     (inputs / "rows.txt").write_text("a:b\n")
     with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
         build(inputs, tmp_path / "out")
@@ -187,7 +187,7 @@ def test_an_input_that_grew_is_noticed_too(
         if description["first"] == grown:
             yield RawSample(f"one more in {grown}", "rows.txt", caption="more")
 
-    build(inputs, tmp_path / "out", limit=limit, task=Task(2, 9))
+    build(inputs, tmp_path / "out", limit=limit, task=ArrayTask(2, 9))
     monkeypatch.setattr(
         catalogue, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)}
     )

@@ -12,7 +12,7 @@ from shard_worlds import picture, sound, write_tree
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.tools.preview import histogram, page, page_command
+from onellm_dist.shards.tools.preview import draw_histogram, page, preview_command
 
 
 class _Balanced(HTMLParser):
@@ -53,7 +53,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
         tmp_path / "set",
         options={"max_samples": 5, "licence": "CC0-1.0"},
     )
-    assert page_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
+    assert preview_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
     stats = checked((tmp_path / "stats.html").read_text())
     for words in (
         "CC0-1.0",
@@ -69,7 +69,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert drawn == page(tmp_path / "set", previews=6)
     assert "bytes; open it" in capsys.readouterr().out
     with pytest.raises(UsageError, match="cannot be written"):
-        page_command(tmp_path / "set", tmp_path / "stats.html/x.html", previews=0, seed=0)
+        preview_command(tmp_path / "set", tmp_path / "stats.html/x.html", previews=0, seed=0)
 
 
 def test_durations_are_measured(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_durations_are_measured(tmp_path: Path) -> None:
 
 
 def test_a_histogram_counts_every_value() -> None:
-    html = histogram([1.0] * 5 + [3.0], "s")
+    html = draw_histogram([1.0] * 5 + [3.0], "s")
     assert sum(int(n) for n in re.findall(r" s: (\d+)</title>", html)) == 6
-    assert histogram([], "s") == "<p>no values</p>"
+    assert draw_histogram([], "s") == "<p>no values</p>"
 
 
 def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from shard_worlds import contents, text_dataset
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.shards.format.dataset import Manifest, ShardInfo, open_dataset
-from onellm_dist.shards.format.index import ShardIndex, count_text_bytes, get_index_path, read_parts
+from onellm_dist.shards.format.index import ShardIndex, count_text_bytes, get_index_path
+from onellm_dist.shards.format.parts import read_parts
 
 SAMPLES = {
     f"k{i}": {"bin": bytes([i]) * (700 * i), "json": b"{}", "txt": b"text %d" % i} for i in range(5)
@@ -116,7 +117,7 @@ def test_spans_cover_the_tar_without_gaps(tmp_path: Path) -> None:
     data = dataset.tar_path(dataset.shards()[0]).read_bytes()
     assert not any(data[spans[-1][1] :])
     assert index.keys() == list(SAMPLES)
-    assert index.kinds() == {frozenset({"bin", "json", "txt"}): (5, 0)}
+    assert index.extension_sets() == {frozenset({"bin", "json", "txt"}): (5, 0)}
 
 
 def test_kinds_of_samples_that_differ(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_kinds_of_samples_that_differ(tmp_path: Path) -> None:
         tmp_path / "set",
         {"a": {"txt": b""}, "b": {"json": b""}, "c": {"txt": b""}, "d": {"txt": b"", "json": b""}},
     )
-    kinds = dataset.index(dataset.shards()[0]).kinds()
+    kinds = dataset.index(dataset.shards()[0]).extension_sets()
     assert kinds == {
         frozenset({"txt"}): (2, 0),
         frozenset({"json"}): (1, 1),

@@ -13,7 +13,7 @@ from shard_worlds import contents, picture, write_tree
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset, open_dataset
 from onellm_dist.shards.build import prepare as prepare_module
-from onellm_dist.shards.build.images import encode_again
+from onellm_dist.shards.build.images import reencode_pictures
 from onellm_dist.shards.build.prepare import _read
 from onellm_dist.shards.sources.base import BadSampleError
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
@@ -111,7 +111,7 @@ def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(
 
     monkeypatch.setattr("onellm_dist.shards.build.images.ImageOps.exif_transpose", broken)
     with pytest.raises(BadSampleError, match="unreadable picture: TypeError: EXIF"):
-        encode_again({"jpg": picture(1)}, frozenset({"jpg"}), None, 80)
+        reencode_pictures({"jpg": picture(1)}, frozenset({"jpg"}), None, 80)
 
 
 def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from shard_worlds import all_bytes, contents, foreign_tar, text_dataset
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.index import get_index_path
-from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 from onellm_dist.shards.tools.repair import repair_command, repair_dataset
 from onellm_dist.shards.tools.verify import verify_dataset
 
@@ -102,7 +102,7 @@ def test_a_missing_tar_leaves_the_manifest(dataset: Dataset) -> None:
 def test_a_key_in_two_shards_stays_in_the_first(tmp_path: Path) -> None:
     for i, text in enumerate((b"first", b"second")):
         foreign_tar(tmp_path / f"{i}.tar", [("same.txt", text), (f"own{i}.txt", b"x")])
-    index_path(tmp_path, modalities=())
+    index_existing_shards(tmp_path, modalities=())
     assert repaired(tmp_path) == {
         "same": {"txt": b"first"},
         "own0": {"txt": b"x"},
@@ -118,7 +118,7 @@ def test_a_key_in_two_shards_stays_in_the_first(tmp_path: Path) -> None:
 
 def test_a_tar_that_was_replaced_by_another_whole_one_is_taken(tmp_path: Path) -> None:
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"old")])
-    index_path(tmp_path, modalities=())
+    index_existing_shards(tmp_path, modalities=())
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"new"), ("b.txt", b"x" * 20000)])
     assert set(repaired(tmp_path)) == {"a", "b"}
 

@@ -18,8 +18,8 @@ from onellm_dist.shards.build import builder
 from onellm_dist.shards.build import plan as planning
 from onellm_dist.shards.build import task as unit
 from onellm_dist.shards.build import workers as crew
-from onellm_dist.shards.build.staging import lock, locked
-from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.build.staging import lock, lock_folder
+from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.format import energon
 from onellm_dist.shards.storage.paths import RemotePath
 
@@ -53,12 +53,12 @@ def stop_at(
 
 def test_restart_begins_the_same_anew_and_overwrite_goes_on(tmp_path: Path) -> None:
     inputs, unfinished = rows_input(tmp_path / "in"), tmp_path / ".out.building"
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     write_tree(
         tmp_path / "in", {"rows.txt": (inputs / "rows.txt").read_text().replace("caption", "title")}
     )
     build(
-        inputs, tmp_path / "out", task=Task(1, 4), overwrite=True
+        inputs, tmp_path / "out", task=ArrayTask(1, 4), overwrite=True
     )  # processes called alike share one build
     assert len(list(unfinished.glob("done/*.json"))) == 6
     build(inputs, tmp_path / "new")
@@ -71,11 +71,11 @@ def test_restart_begins_the_same_anew_and_overwrite_goes_on(tmp_path: Path) -> N
 
 def test_restart_is_for_one_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, unfinished = rows_input(tmp_path / "in"), tmp_path / ".out.building"
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     with pytest.raises(UsageError, match="--restart is given to one of several"):
-        build(inputs, tmp_path / "out", restart=True, task=Task(0, 2))
+        build(inputs, tmp_path / "out", restart=True, task=ArrayTask(0, 2))
     with (
-        locked(unfinished, tmp_path / "out", shared=True),
+        lock_folder(unfinished, tmp_path / "out", shared=True),
         pytest.raises(UsageError, match="is being built by another process"),
     ):
         build(inputs, tmp_path / "out", restart=True)
@@ -90,13 +90,13 @@ def test_a_plan_of_another_version_is_replaced_where_asked(
 ) -> None:
     inputs = rows_input(tmp_path / "in")
     monkeypatch.setattr(planning, "VERSION", planning.VERSION - 1)
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     monkeypatch.undo()
     known_rows(monkeypatch)
     with pytest.raises(UsageError, match=r"plan of version 2.*\n.*\n.*--overwrite"):
         build(inputs, tmp_path / "out")
     with (
-        locked(tmp_path / ".out.building", tmp_path / "out", shared=True),
+        lock_folder(tmp_path / ".out.building", tmp_path / "out", shared=True),
         pytest.raises(UsageError, match="plan of version 2"),
     ):
         build(inputs, tmp_path / "out", overwrite=True)  # somebody is at work on it
@@ -106,7 +106,7 @@ def test_a_plan_of_another_version_is_replaced_where_asked(
 def test_a_changed_denylist_is_another_build(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
     (tmp_path / "deny").write_text("http://caption number 4\n")
-    build(inputs, tmp_path / "out", denylist=tmp_path / "deny", task=Task(0, 2))
+    build(inputs, tmp_path / "out", denylist=tmp_path / "deny", task=ArrayTask(0, 2))
     (tmp_path / "deny").write_text("http://caption number 4\nhttp://caption number 5\n")
     with pytest.raises(UsageError, match=r"asked for otherwise \(denylist_sha256: "):
         build(inputs, tmp_path / "out", denylist=tmp_path / "deny")
@@ -142,20 +142,20 @@ def test_who_comes_between_the_last_rename_and_the_tidying_builds_nothing(
     stop_at(monkeypatch, builder, "_removed")
     with pytest.raises(Killed):
         build(inputs, tmp_path / "out")
-    work = builder._Work(1, True, False, Task(), None)
+    work = builder._Work(1, True, False, ArrayTask(), None)
     plan = planning.load_plan(unfinished)
     assert plan is not None
     request = builder.Request(
         ROWS, inputs, tmp_path / "out", plan.seed, plan.options, plan.settings
     )
     with (
-        locked(unfinished, tmp_path / "out", shared=True),
-        locked(unfinished, tmp_path / "out", shared=True) as descriptor,
+        lock_folder(unfinished, tmp_path / "out", shared=True),
+        lock_folder(unfinished, tmp_path / "out", shared=True) as descriptor,
     ):
         assert (
             builder._plan_there(request, unfinished, descriptor, work) is not None
         )  # the other is about to remove it
-    with locked(unfinished, tmp_path / "out", shared=True) as descriptor:
+    with lock_folder(unfinished, tmp_path / "out", shared=True) as descriptor:
         assert builder._plan_there(request, unfinished, descriptor, work) is None
         assert lock(descriptor, shared=True)
     assert not (unfinished / "plan.json").exists()
@@ -165,7 +165,7 @@ def test_who_comes_between_the_last_rename_and_the_tidying_builds_nothing(
 def test_a_plan_without_its_folders_is_gone_on_with(tmp_path: Path, lost: str) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "alone")
-    build(inputs, tmp_path / "out", task=Task(0, 2))
+    build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     shutil.rmtree(tmp_path / ".out.building/done")
     shutil.rmtree(tmp_path / f".out.building/{lost}", ignore_errors=True)
     build(inputs, tmp_path / "out")

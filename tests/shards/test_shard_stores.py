@@ -17,7 +17,7 @@ from source_checks import cloud, film, npy, photo, tone
 from source_trees import downloaded
 
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.build.workers import ArrayTask
 
 
 def laion_tree(root: Path) -> Path:
@@ -112,7 +112,7 @@ def check_store(tmp_path: Path, url: str, source: str) -> None:
     build_dataset(source, inputs, f"{url}/sent", options=options)
     assert without_folders(stored(f"{url}/sent")) == expected
     for number in range(2):
-        build_dataset(source, f"{url}/in", f"{url}/shared", options=options, task=Task(number, 2))
+        build_dataset(source, f"{url}/in", f"{url}/shared", options=options, task=ArrayTask(number, 2))
     assert without_folders(stored(f"{url}/shared")) == expected
 
 

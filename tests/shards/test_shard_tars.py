@@ -17,9 +17,10 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.html.page import write_page
 from onellm_dist.shards import open_dataset
 from onellm_dist.shards.command import index_command
-from onellm_dist.shards.format.index import ShardIndex, get_index_path, index_tar
+from onellm_dist.shards.format.index import ShardIndex, get_index_path
+from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.tars import TarError, scan_tar
-from onellm_dist.shards.tools.index_existing import index_path
+from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 IMG2DATASET = [
     (f"{key}{e}", data)
@@ -34,7 +35,7 @@ def test_img2dataset_tars_become_a_dataset_in_place(tmp_path: Path) -> None:
         for i in range(2)
     ]
     before = [t.read_bytes() for t in tars]
-    done = index_path(tmp_path, licence="CC-BY-4.0")
+    done = index_existing_shards(tmp_path, licence="CC-BY-4.0")
     assert (done.tars, done.samples) == (2, 4)
     dataset = open_dataset(tmp_path)
     assert (dataset.modalities, dataset.manifest.text, dataset.manifest.licence) == (
@@ -56,7 +57,7 @@ def test_half_a_surrogate_pair_costs_no_tar(tmp_path: Path) -> None:
         tmp_path / "0.tar",
         [("a.jpg", picture(1)), ("a.json", b'{"caption": "a\\ud83d"}'), *IMG2DATASET],
     )
-    assert index_path(tmp_path).samples == 3
+    assert index_existing_shards(tmp_path).samples == 3
     write_page(
         tmp_path / "x.html", json.loads(contents(open_dataset(tar.parent))["a"]["json"])["caption"]
     )
@@ -219,12 +220,12 @@ def test_splits_come_from_names(tmp_path: Path) -> None:
         foreign_tar(
             tmp_path / f"{name}.tar", [(f"k{i}.nsdgeneral.npy", array((3, 4))), (f"k{i}.txt", b"x")]
         )
-    assert index_path(tmp_path, modalities=("fmri",)).samples == 6
+    assert index_existing_shards(tmp_path, modalities=("fmri",)).samples == 6
     dataset = open_dataset(tmp_path)
     assert {s.name: s.split for split in dataset.splits for s in dataset.shards(split)} == {
         n.replace("/", "__"): s for n, s in names.items()
     }
-    index_path(tmp_path, modalities=("fmri",), split="all")
+    index_existing_shards(tmp_path, modalities=("fmri",), split="all")
     assert open_dataset(tmp_path).splits == ("all",)
 
 
@@ -232,7 +233,7 @@ def test_no_two_shards_have_one_name(tmp_path: Path) -> None:
     for i, name in enumerate(("a/b", "a__b")):
         foreign_tar(tmp_path / f"{name}.tar", [(f"k{i}.txt", b"x")])
     with pytest.raises(UsageError, match=r"a/b\.tar, a__b\.tar"):
-        index_path(tmp_path, modalities=())
+        index_existing_shards(tmp_path, modalities=())
 
 
 def test_all_bad_tars_are_reported_and_no_manifest_is_written(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_all_bad_tars_are_reported_and_no_manifest_is_written(tmp_path: Path) ->
     (tmp_path / "1.tar").write_bytes(b"")
     (tmp_path / "2.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:900])
     with pytest.raises(OneLLMError, match=r"1\.tar(.|\n)*2\.tar(.|\n)*2 of 3 tars") as caught:
-        index_path(tmp_path)
+        index_existing_shards(tmp_path)
     assert caught.value.exit_code == 1
     assert sorted(all_bytes(tmp_path)) == ["0.tar", "0.tar.index", "1.tar", "2.tar"]
 
@@ -248,17 +249,17 @@ def test_all_bad_tars_are_reported_and_no_manifest_is_written(tmp_path: Path) ->
 def test_every_sample_must_have_the_modalitys_parts(tmp_path: Path) -> None:
     foreign_tar(tmp_path / "0.tar", [*IMG2DATASET, ("lonely.txt", b"x")])
     with pytest.raises(OneLLMError, match=r"0\.tar, key lonely, at offset \d+: no image part"):
-        index_path(tmp_path)
+        index_existing_shards(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
 def test_an_extension_of_several_modalities_must_be_told(tmp_path: Path) -> None:
     foreign_tar(tmp_path / "0.tar", [("a.npy", array((6, 400))), ("a.txt", b"x")])
     with pytest.raises(UsageError, match="modality=NAME") as caught:
-        index_path(tmp_path)
+        index_existing_shards(tmp_path)
     assert "imu" in caught.value.what
     assert "fmri" in caught.value.what
-    assert index_path(tmp_path, modalities=("imu",)).samples == 1
+    assert index_existing_shards(tmp_path, modalities=("imu",)).samples == 1
     assert open_dataset(tmp_path).modalities == ("imu",)
 
 
@@ -269,20 +270,20 @@ def test_a_builders_manifest_is_kept_and_its_indexes_are_made_again(tmp_path: Pa
     whole = all_bytes(dataset.root)
     for path in dataset.root.rglob("*.index"):
         path.unlink()
-    index_path(dataset.root)
+    index_existing_shards(dataset.root)
     assert all_bytes(dataset.root) == whole
     other = text_dataset(tmp_path / "other", {"z": {"txt": b"another"}})
     tar = dataset.tar_path(dataset.shards()[0])
     tar.write_bytes(other.tar_path(other.shards()[0]).read_bytes())
     with pytest.raises(OneLLMError, match="not of one piece"):
-        index_path(dataset.root)
+        index_existing_shards(dataset.root)
 
 
 def test_tars_whose_index_fits_are_not_read_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tars = [foreign_tar(tmp_path / f"{i}.tar", IMG2DATASET) for i in range(6)]
-    assert index_path(tmp_path, again=False).kept == 0
+    assert index_existing_shards(tmp_path, again=False).kept == 0
     before = all_bytes(tmp_path)
     data = bytearray(get_index_path(tars[0]).read_bytes())
     data[-100] ^= 1
@@ -296,14 +297,14 @@ def test_tars_whose_index_fits_are_not_read_again(
         in capsys.readouterr().out
     )
     assert all_bytes(tmp_path) == before
-    assert index_path(tmp_path).kept == 0
+    assert index_existing_shards(tmp_path).kept == 0
 
 
 def test_nothing_to_index(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no \.tar below"):
-        index_path(tmp_path)
+        index_existing_shards(tmp_path)
     with pytest.raises(UsageError, match="no such file"):
-        index_path(tmp_path / "x.tar")
+        index_existing_shards(tmp_path / "x.tar")
 
 
 def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,6 +320,6 @@ def test_two_workers_index_the_same(tmp_path: Path) -> None:
     for name in ("a", "b"):
         for i in range(4):
             foreign_tar(tmp_path / name / f"{i}.tar", [(f"{i}{n}", d) for n, d in IMG2DATASET])
-    index_path(tmp_path / "a", name="x")
-    index_path(tmp_path / "b", name="x", workers=2)
+    index_existing_shards(tmp_path / "a", name="x")
+    index_existing_shards(tmp_path / "b", name="x", workers=2)
     assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")

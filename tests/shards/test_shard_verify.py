@@ -14,11 +14,12 @@ from shard_worlds import all_bytes, foreign_tar, picture, text_dataset, write_tr
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.dataset import Dataset
-from onellm_dist.shards.format.index import get_index_path, index_tar
+from onellm_dist.shards.format.index import get_index_path
+from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
-from onellm_dist.shards.tools.index_existing import index_path
-from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
-from onellm_dist.shards.tools.verify import Problem, verify_command, verify_dataset
+from onellm_dist.shards.tools.index_existing import index_existing_shards
+from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, StoragePath, hash_keys
+from onellm_dist.shards.tools.verify import ShardProblem, verify_command, verify_dataset
 
 SAMPLES = {f"k{i}": {"bin": bytes(range(256)) * (i + 1), "txt": b"text %d" % i} for i in range(4)}
 FIRST = "shards/train-000000.tar"
@@ -30,7 +31,7 @@ def dataset(tmp_path: Path) -> Dataset:
     return text_dataset(tmp_path / "set", SAMPLES, max_samples=2)
 
 
-def only(problems: list[Problem]) -> Problem:
+def only(problems: list[ShardProblem]) -> ShardProblem:
     assert len(problems) == 1, problems
     return problems[0]
 
@@ -153,7 +154,7 @@ def test_an_index_made_again_for_another_tar_is_stale(dataset: Dataset) -> None:
 def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
     for name in ("0", "1"):
         foreign_tar(tmp_path / f"{name}.tar", [("same.txt", b"x"), (f"own{name}.txt", b"x")])
-    index_path(tmp_path, modalities=())
+    index_existing_shards(tmp_path, modalities=())
     problem = only(verify_dataset(tmp_path))
     assert (problem.shard, problem.key, problem.what) == (
         "1.tar",
@@ -174,9 +175,9 @@ def test_repeated_keys_are_those_that_a_dictionary_finds(tmp_path: Path, capacit
     ]
     first: dict[str, StoragePath] = {}
     expected = []
-    with KeyBook(sum(map(len, shards)), tmp_path, capacity) as book:
+    with RepeatedKeyFinder(sum(map(len, shards)), tmp_path, capacity) as book:
         for number, keys in enumerate(shards):
-            book.add(number, hashes_of(keys))
+            book.add(number, hash_keys(keys))
             for row, key in enumerate(keys):
                 if first.setdefault(key, StoragePath(number, row)) != (number, row):
                     expected.append((first[key], StoragePath(number, row)))
@@ -191,7 +192,7 @@ def test_the_memory_of_verify_does_not_grow_with_the_samples(tmp_path: Path) -> 
     peaks = []
     for shards in (50, 200):
         tracemalloc.start()
-        with KeyBook(shards * 1000, tmp_path, 10_000) as book:
+        with RepeatedKeyFinder(shards * 1000, tmp_path, 10_000) as book:
             for shard in range(shards):
                 book.add(
                     shard,

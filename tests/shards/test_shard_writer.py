@@ -15,7 +15,8 @@ from webdataset.tariterators import base_plus_ext
 
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.shards import open_dataset
-from onellm_dist.shards.format.index import get_index_path, index_tar
+from onellm_dist.shards.format.index import get_index_path
+from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
 
 SAMPLES = {

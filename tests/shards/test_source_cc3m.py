@@ -15,7 +15,7 @@ from source_checks import built, decoded, photo, reasons, samples
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.workers import Task
+from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.sources.readers.depth_models import estimate_normals
 
 
@@ -105,7 +105,7 @@ def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) 
         inputs,
         tmp_path / "out",
         options={"name": "same", "max_samples": 2},
-        task=Task(0, 2),
+        task=ArrayTask(0, 2),
     )  # the first and the last shard
     for new in ("cc3m/00000/0.jpg", "cc3m/00000/000000002b.jpg"):
         (inputs / new).write_bytes(photo())

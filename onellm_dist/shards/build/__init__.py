@@ -1,0 +1,1 @@
+"""The builder: from the samples that a source lists to a dataset."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.build.registry import all_sources, options_of
+from onellm_dist.shards.build.registry import all_sources, get_options
 from onellm_dist.shards.build.settings import OPTIONS
 from onellm_dist.shards.sources.base import Option, Source
 
@@ -16,7 +16,7 @@ _TRUTHS = ("true", "false", "yes", "no", "1", "0")
 _WIDTH = 120
 
 
-def source_in(arguments: Sequence[str]) -> Source | None:
+def find_source(arguments: Sequence[str]) -> Source | None:
     """The source that a command line names, itself or by a recipe; None: neither (or there is no such thing, which is said later)."""
     named = next((a for a in arguments if not a.startswith("-")), "")
     if named.endswith((".yaml", ".yml")) and Path(named).is_file():
@@ -30,7 +30,7 @@ def source_in(arguments: Sequence[str]) -> Source | None:
     return all_sources().get(named) if named else None
 
 
-def expanded(arguments: Sequence[str], own: Sequence[str]) -> list[str]:
+def expand_source_flags(arguments: Sequence[str], own: Sequence[str]) -> list[str]:
     """The command line with every `--name value` of the source's options as `--option name=value`.
 
     Args:
@@ -39,8 +39,8 @@ def expanded(arguments: Sequence[str], own: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a flag that neither the command nor the source has, or one without its value.
     """
-    source = source_in(arguments)
-    known = options_of(source) if source is not None else {}
+    source = find_source(arguments)
+    known = get_options(source) if source is not None else {}
     result, left = list[str](), list(arguments)
     while left:
         argument = left.pop(0)
@@ -84,7 +84,7 @@ def _unknown(
     )
 
 
-def source_help(source: Source) -> str:
+def format_source_help(source: Source) -> str:
     """What `onellm shards build SOURCE --help` prints."""
     inputs = "IN OUT" if source.needs_input else "OUT"
     lines = [

@@ -25,30 +25,30 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.files import STAGED
 from onellm_dist.common.progress import progress
-from onellm_dist.shards.build.finish import all_records, finish, quarantine_bytes
+from onellm_dist.shards.build.finish import read_all_records, finish, format_quarantine
 from onellm_dist.shards.build.plan import (
     PLAN,
     OtherVersion,
-    Plan,
-    as_request,
-    json_options,
+    BuildPlan,
+    make_request_json,
+    to_json_options,
     load_plan,
     make_plan,
     save_plan,
 )
 from onellm_dist.shards.build.prepare import prepare
-from onellm_dist.shards.build.settings import Settings
+from onellm_dist.shards.build.settings import BuildSettings
 from onellm_dist.shards.build.staging import (
     clear,
-    failed_quarantine,
+    get_failed_quarantine_path,
     lock,
-    locked,
-    put_in_place,
+    lock_folder,
+    replace_output,
     refuse_output,
-    staging_of,
+    get_staging_folder,
 )
-from onellm_dist.shards.build.task import BUILT, DONE, Account, Job, NothingLeft, TooManyFailures
-from onellm_dist.shards.build.workers import LEASES, Lease, Task, build_units, lease
+from onellm_dist.shards.build.task import BUILT, DONE, BuildCounts, BuildJob, NothingLeft, TooManyFailures
+from onellm_dist.shards.build.workers import LEASES, Lease, ArrayTask, build_shard_tasks, lease
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest
 from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.sources.base import BuildReport, RawSample, Source
@@ -61,7 +61,7 @@ _TRIED = 64
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What the user asked for."""
 
     source: Source
@@ -69,12 +69,12 @@ class Request:
     out: StoragePath
     seed: int
     options: Mapping[str, Any]
-    settings: Settings
+    settings: BuildSettings
 
     def to_json(self) -> dict[str, Any]:
         """As `Plan.request`."""
-        options = json_options(self.options)
-        return as_request(
+        options = to_json_options(self.options)
+        return make_request_json(
             self.source.name,
             str(self.inputs),
             self.seed,
@@ -91,7 +91,7 @@ class _Work:
     workers: int
     overwrite: bool
     restart: bool
-    task: Task
+    task: ArrayTask
     before: object
     """What stood under the manifest's name when this process began (`_identity`)."""
 
@@ -101,7 +101,7 @@ class _Late(Exception):
 
 
 def build_planned(
-    request: Request, *, workers: int, overwrite: bool, task: Task, restart: bool = False
+    request: BuildRequest, *, workers: int, overwrite: bool, task: ArrayTask, restart: bool = False
 ) -> BuildReport:
     """Builds a planned source's dataset, or this process's share of it.
 
@@ -139,10 +139,10 @@ def build_planned(
         )  # the build's folder went while this process worked in it
 
 
-def _build_local(request: Request, out: Path, work: _Work) -> BuildReport:
+def _build_local(request: BuildRequest, out: Path, work: _Work) -> BuildReport:
     refuse_output(out, overwrite=work.overwrite)
-    base = staging_of(out)
-    with locked(base, out, shared=True) as descriptor, _tidied(base, descriptor):
+    base = get_staging_folder(out)
+    with lock_folder(base, out, shared=True) as descriptor, _tidied(base, descriptor):
         if work.restart:
             if not lock(descriptor, shared=False):
                 raise UsageError(
@@ -155,7 +155,7 @@ def _build_local(request: Request, out: Path, work: _Work) -> BuildReport:
         return _build(request, base, base / _SCRATCH, descriptor, work)
 
 
-def _build_remote(request: Request, work: _Work) -> BuildReport:
+def _build_remote(request: BuildRequest, work: _Work) -> BuildReport:
     base, manifest = request.out / ".building", request.out / MANIFEST
     if work.restart:
         _removed(base)
@@ -168,7 +168,7 @@ def _build_remote(request: Request, work: _Work) -> BuildReport:
         return _build(request, base, Path(scratch), None, work)
 
 
-def _finished_before(request: Request, base: StoragePath) -> BuildReport:
+def _finished_before(request: BuildRequest, base: StoragePath) -> BuildReport:
     """The manifest is the last that is written, so all that a process which was killed behind it left is the build's folder.
 
     Raises:
@@ -201,18 +201,18 @@ def _removed(base: StoragePath) -> None:
 
 
 def _build(
-    request: Request, base: StoragePath, scratch: Path, descriptor: int | None, work: _Work
+    request: BuildRequest, base: StoragePath, scratch: Path, descriptor: int | None, work: _Work
 ) -> BuildReport:
     plan = _planned(request, base, descriptor, work)
-    job = Job(plan, base, scratch, request.inputs, request.options)
-    account = Account(plan.total, plan.settings.max_failures)
+    job = BuildJob(plan, base, scratch, request.inputs, request.options)
+    account = BuildCounts(plan.total, plan.settings.max_failures)
     try:
         with progress(plan.total, f"Building {plan.settings.name}", unit="samples") as bar:
-            build_units(job, workers=work.workers, task=work.task, bar=bar, account=account)
+            build_shard_tasks(job, workers=work.workers, task=work.task, bar=bar, account=account)
         with _alone(base):
             if not (base / PLAN).exists():
                 return BuildReport(0, notes=("finished by another process",))
-            built = all_records(job)
+            built = read_all_records(job)
             if built is None:
                 note = "this process's part is done; the dataset is put together by the process that ends last (or by the next call)"
                 return BuildReport(account.written, tuple(account.bad), (note,), account.failures)
@@ -226,16 +226,16 @@ def _build(
                 ):  # of a process that was killed while it wrote
                     left.unlink()
                 write(base / _PLACING, b"")
-                put_in_place(final, Path(os.path.abspath(str(request.out))))
+                replace_output(final, Path(os.path.abspath(str(request.out))))
             _removed(base)
             return BuildReport(done.samples, done.quarantined, done.notes, done.failures)
     except NothingLeft:
         remove_tree(base / DONE)  # nothing to go on from
         raise
     except TooManyFailures as error:
-        data = quarantine_bytes(error.bad)
+        data = format_quarantine(error.bad)
         write(
-            failed_quarantine(Path(os.path.abspath(request.out)))
+            get_failed_quarantine_path(Path(os.path.abspath(request.out)))
             if isinstance(request.out, Path)
             else request.out / "quarantine.jsonl",
             data,
@@ -244,7 +244,7 @@ def _build(
         raise
 
 
-def _energon(request: Request, final: StoragePath, manifest: Manifest, scratch: Path) -> None:
+def _energon(request: BuildRequest, final: StoragePath, manifest: Manifest, scratch: Path) -> None:
     """Megatron-Energon's files, or none of them (an earlier process may have been asked for them)."""
     if request.settings.energon:
         write_energon(final, manifest, scratch)
@@ -254,7 +254,7 @@ def _energon(request: Request, final: StoragePath, manifest: Manifest, scratch: 
         (final / f"{shard.path}.idx").unlink(missing_ok=True)
 
 
-def _one_of_several(task: Task) -> bool:
+def _one_of_several(task: ArrayTask) -> bool:
     """Whether this is a process of an array or of one srun. (A late one of them has nothing to do.)"""
     return task.count > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
@@ -307,7 +307,7 @@ def _still_ours(base: Path, descriptor: int) -> bool:
         return False
 
 
-def _planned(request: Request, base: StoragePath, descriptor: int | None, work: _Work) -> Plan:
+def _planned(request: BuildRequest, base: StoragePath, descriptor: int | None, work: _Work) -> BuildPlan:
     """The plan in `base`, made by the first process that comes.
 
     Raises:
@@ -346,8 +346,8 @@ def _planned(request: Request, base: StoragePath, descriptor: int | None, work: 
 
 
 def _plan_there(
-    request: Request, base: StoragePath, descriptor: int | None, work: _Work
-) -> Plan | None:
+    request: BuildRequest, base: StoragePath, descriptor: int | None, work: _Work
+) -> BuildPlan | None:
     """The plan of the unfinished build, if it can be gone on with; None: there is none, or it was removed.
 
     Raises:
@@ -398,7 +398,7 @@ def _emptied(base: StoragePath) -> None:
             entry.unlink()
 
 
-def _other_build(plan: Plan, request: Request) -> UsageError:
+def _other_build(plan: BuildPlan, request: BuildRequest) -> UsageError:
     old, new = plan.request(), request.to_json()
     keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     differences = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in keys)
@@ -409,7 +409,7 @@ def _other_build(plan: Plan, request: Request) -> UsageError:
     )
 
 
-def dry_run(request: Request, *, workers: int) -> str:
+def dry_run(request: BuildRequest, *, workers: int) -> str:
     """What a build would do, from the plan and the first raw_samples of some units; nothing is written."""
     plan, groups = make_plan(
         request.source,
@@ -421,7 +421,7 @@ def dry_run(request: Request, *, workers: int) -> str:
     )
     with tempfile.TemporaryDirectory(prefix="onellm-") as folder:
         save_plan(Path(folder), plan, groups)
-        job = Job(plan, Path(folder), Path(folder), request.inputs, request.options)
+        job = BuildJob(plan, Path(folder), Path(folder), request.inputs, request.options)
         chosen = plan.units[:: max(1, len(plan.units) // 8)][:8]
         tried: list[RawSample] = [
             c for u in chosen for c in islice(job.raw_samples(u), _TRIED // len(chosen))

@@ -31,7 +31,7 @@ Rows = Callable[[], Iterator[tuple[int, NDArray[np.void]]]]
 """(unit, [samples] of dtype ROW) of every unit, in plan order; may be gone through several times."""
 
 
-def duplicates(
+def find_duplicates(
     rows: Rows, *, keys: bool, dedup: str, distance: int, scratch: Path, capacity: int = BUCKET
 ) -> dict[int, dict[int, str]]:
     """ShardTask -> row -> why it repeats an earlier sample: `key`, `exact` or `perceptual`.
@@ -111,7 +111,7 @@ def _buckets(
     """All entries but those of `gone`, those of equal `a` in the same bucket, sorted by (a, b, place)."""
     count = min(_MOST_FILES, -(-total // capacity))
     if count <= 1:
-        yield sorted_entries(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of, gone)]))
+        yield sort_entries(np.concatenate([np.empty(0, ENTRY), *_entries(rows, of, gone)]))
         return
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         names = [Path(folder, str(i)) for i in range(count)]
@@ -125,10 +125,10 @@ def _buckets(
                 for i in np.unique(number).tolist():
                     files[i].write(entries[number == i].tobytes())
         for name in names:
-            yield sorted_entries(np.fromfile(name, ENTRY))
+            yield sort_entries(np.fromfile(name, ENTRY))
 
 
-def sorted_entries(entries: NDArray[np.void]) -> NDArray[np.void]:
+def sort_entries(entries: NDArray[np.void]) -> NDArray[np.void]:
     """[n] of dtype ENTRY, by hash, then by place."""
     return entries[np.lexsort((entries["place"], entries["b"], entries["a"]))]
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.shards.build.settings import Settings
+from onellm_dist.shards.build.settings import BuildSettings
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -25,7 +25,7 @@ def read_denylist(path: Path) -> frozenset[str]:
         )
 
 
-def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
+def filter_by_meta(meta: Mapping[str, Any], settings: BuildSettings) -> str | None:
     """Why the settings leave a sample with this metadata out; None: they keep it."""
     values = {k.lower(): v for k, v in meta.items()}
     if settings.denylist is not None:
@@ -51,7 +51,7 @@ def dropped_by_meta(meta: Mapping[str, Any], settings: Settings) -> str | None:
     return None
 
 
-def dropped_by_hash(digests: Iterable[str], settings: Settings) -> str | None:
+def filter_by_hash(digests: Iterable[str], settings: BuildSettings) -> str | None:
     """Why the settings leave media with these SHA-256 (hex) out."""
     if settings.denylist is not None and not read_denylist(settings.denylist).isdisjoint(digests):
         return "denylist"

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from onellm_dist.common.files import sync, unique_name
 from onellm_dist.common.progress import progress
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.shards.build.duplicates import duplicates
+from onellm_dist.shards.build.duplicates import find_duplicates
 from onellm_dist.shards.build.staging import QUARANTINE
 from onellm_dist.shards.build.task import (
     BUILT,
     DUPLICATE_KEY,
-    Account,
-    Job,
-    Record,
+    BuildCounts,
+    BuildJob,
+    TaskRecord,
     read_record,
     read_rows,
 )
@@ -50,19 +50,19 @@ class _Move(NamedTuple):
     """Rows that repeat earlier samples."""
 
 
-class Built(NamedTuple):
+class BuiltTasks(NamedTuple):
     """What all units together made, before duplicate keys are known."""
 
-    records: list[Record]
+    records: list[TaskRecord]
     """Without their bad samples."""
-    account: Account
+    account: BuildCounts
     kinds: Counter[str]
     """Bad samples by the reason's first words."""
     quarantine: Path
     """A local file of all bad samples, in plan order."""
 
 
-class Finished(NamedTuple):
+class FinishedDataset(NamedTuple):
     """What the dataset became."""
 
     samples: int
@@ -74,7 +74,7 @@ class Finished(NamedTuple):
     """Not written yet: it says that the dataset is whole."""
 
 
-def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finished:
+def finish(job: BuildJob, built: BuiltTasks, final: StoragePath, *, workers: int) -> FinishedDataset:
     """Puts the dataset together in `final`, all but its manifest.
 
     Raises:
@@ -107,7 +107,7 @@ def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finis
     kinds = built.kinds + Counter(_kind(q) for q in bad_keys)
     if account.failures:
         with built.quarantine.open("ab") as file:
-            file.write(quarantine_bytes(bad_keys))
+            file.write(format_quarantine(bad_keys))
             file.flush()
             os.fsync(file.fileno())
         put(built.quarantine, final / QUARANTINE)
@@ -121,16 +121,16 @@ def finish(job: Job, built: Built, final: StoragePath, *, workers: int) -> Finis
     )
     skipped = _skipped(records, repeated)
     notes = (*plan.notes, *(f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()))
-    return Finished(
+    return FinishedDataset(
         sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest
     )
 
 
-def all_records(job: Job) -> Built | None:
+def read_all_records(job: BuildJob) -> BuiltTasks | None:
     """The done records of all units, in plan order; None: some are missing."""
     records, account, kinds = (
-        list[Record](),
-        Account(job.plan.total, job.plan.settings.max_failures),
+        list[TaskRecord](),
+        BuildCounts(job.plan.total, job.plan.settings.max_failures),
         Counter[str](),
     )
     own = job.scratch / unique_name()
@@ -142,40 +142,40 @@ def all_records(job: Job) -> Built | None:
                 return None
             account.take(record)
             kinds.update(_kind(q) for q in record.quarantined)
-            file.write(quarantine_bytes(record.quarantined))
+            file.write(format_quarantine(record.quarantined))
             records.append(replace(record, quarantined=()))
-    return Built(records, account, kinds, own / QUARANTINE)
+    return BuiltTasks(records, account, kinds, own / QUARANTINE)
 
 
 def _kind(bad: QuarantinedSample) -> str:
     return bad.reason.split(":")[0]
 
 
-def quarantine_bytes(bad: Sequence[QuarantinedSample]) -> bytes:
+def format_quarantine(bad: Sequence[QuarantinedSample]) -> bytes:
     """One JSON object a line: key, file, reason."""
     return "".join(
         json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad
     ).encode("ascii")
 
 
-def _repeated(job: Job) -> dict[int, dict[int, str]]:
+def _repeated(job: BuildJob) -> dict[int, dict[int, str]]:
     settings = job.plan.settings
 
     def rows() -> Iterator[tuple[int, NDArray[np.void]]]:
         for unit in job.plan.units:
             yield unit.number, read_rows(job.base, unit.number)
 
-    return duplicates(
+    return find_duplicates(
         rows, keys=True, dedup=settings.dedup, distance=settings.dedup_distance, scratch=job.scratch
     )
 
 
-def _named(job: Job, record: Record, row: int) -> QuarantinedSample:
+def _named(job: BuildJob, record: TaskRecord, row: int) -> QuarantinedSample:
     """The quarantine's line for a sample of a built shard (one with rows to drop stays where it was built)."""
     for info in record.shards:
         if row < info.samples:
             built = job.base / BUILT / Path(info.path).name
-            with _local(job, index_path_of_place(built)) as index:
+            with _local(job, get_index_path(built)) as index:
                 return QuarantinedSample(
                     ShardIndex(index).key(row), f"{info.path}, row {row}", DUPLICATE_KEY
                 )
@@ -183,13 +183,13 @@ def _named(job: Job, record: Record, row: int) -> QuarantinedSample:
     raise AssertionError("a row beyond the unit's shards")
 
 
-def index_path_of_place(tar: StoragePath) -> StoragePath:
+def get_index_path(tar: StoragePath) -> StoragePath:
     """`x.tar` -> `x.tar.index`, local or remote."""
     return tar.with_name(f"{tar.name}.index")
 
 
 @contextmanager
-def _local(job: Job, place: StoragePath) -> Iterator[Path]:
+def _local(job: BuildJob, place: StoragePath) -> Iterator[Path]:
     """A file as a local one: itself, or a copy for the time being."""
     if isinstance(place, Path):
         yield place
@@ -204,7 +204,7 @@ def _local(job: Job, place: StoragePath) -> Iterator[Path]:
         copy.unlink()
 
 
-def _moves(record: Record, repeated: Mapping[int, str]) -> Iterator[_Move]:
+def _moves(record: TaskRecord, repeated: Mapping[int, str]) -> Iterator[_Move]:
     first = 0
     for info in record.shards:
         yield _Move(
@@ -215,7 +215,7 @@ def _moves(record: Record, repeated: Mapping[int, str]) -> Iterator[_Move]:
 
 
 def _settled(
-    job: Job, moves: list[_Move], final: StoragePath, workers: int
+    job: BuildJob, moves: list[_Move], final: StoragePath, workers: int
 ) -> Iterator[ShardInfo | None]:
     """Each shard as it stands in `final`; None: nothing of it is left."""
     with progress(
@@ -233,17 +233,17 @@ def _settled(
             bar.advance()
 
 
-def _settle(job: Job, shard: _Move, final: StoragePath) -> ShardInfo | None:
+def _settle(job: BuildJob, shard: _Move, final: StoragePath) -> ShardInfo | None:
     info, name = shard.info, Path(shard.info.path).name
     built, target = job.base / BUILT / name, final / info.path
     note = job.base / BUILT / f"{name}.settled"
     if not shard.drop:
-        move(index_path_of_place(built), index_path_of_place(target))
+        move(get_index_path(built), get_index_path(target))
         move(built, target)
         return info
     if note.exists():
         return _noted(note.read_bytes())
-    with _local(job, index_path_of_place(built)) as index_file, _local(job, built) as tar:
+    with _local(job, get_index_path(built)) as index_file, _local(job, built) as tar:
         kept = _without(job, tar, ShardIndex(index_file), shard, target)
     write(note, json.dumps(None if kept is None else vars(kept)).encode())
     return kept
@@ -255,7 +255,7 @@ def _noted(data: bytes) -> ShardInfo | None:
 
 
 def _without(
-    job: Job, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath
+    job: BuildJob, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath
 ) -> ShardInfo | None:
     """Writes the shard without the rows that go; the built one stays until the build's folder is removed."""
     drop = set(shard.drop)
@@ -274,12 +274,12 @@ def _without(
                 parts[extension] = file.read(place.size)
             writer.add(index.key(row), parts)
     info = writer.close()
-    put(get_index_path(own / tar.name), index_path_of_place(target))
+    put(get_index_path(own / tar.name), get_index_path(target))
     put(own / tar.name, target)
     return info
 
 
-def _skipped(records: list[Record], repeated: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
+def _skipped(records: list[TaskRecord], repeated: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for record in records:
         counts.update(record.skipped)
@@ -290,7 +290,7 @@ def _skipped(records: list[Record], repeated: Mapping[int, Mapping[int, str]]) -
 
 
 def _statistics(
-    records: list[Record],
+    records: list[TaskRecord],
     manifest: Manifest,
     kinds: Counter[str],
     repeated: Mapping[int, Mapping[int, str]],

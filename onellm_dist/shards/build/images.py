@@ -16,7 +16,7 @@ STORED = "jpg"
 """Extension of pictures that were encoded again."""
 
 
-def picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
+def get_picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
     """Parts that are a whole sample's picture: of modalities with one slot, which takes JPEG.
 
     A picture that a second part (a depth map) is aligned to is none, since both would have to change.
@@ -41,7 +41,7 @@ def _opened(data: bytes) -> Image.Image:
     return picture
 
 
-def encode_again(
+def reencode_pictures(
     parts: Mapping[str, bytes], pictures: frozenset[str], resize: int | None, quality: int | None
 ) -> dict[str, bytes]:
     """The parts with their pictures as JPEG, the shorter side at most `resize`; a picture that is small enough stays as it is
@@ -80,7 +80,7 @@ def _as_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def dhash(data: bytes) -> int:
+def compute_dhash(data: bytes) -> int:
     """64 bits: is each of 8 x 8 grey cells darker than its right neighbour (Krawetz 2013, "Kind of Like That").
 
     Raises:

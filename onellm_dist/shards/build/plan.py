@@ -1,125 +1,126 @@
-"""The plan of a build: which raw_samples go to which output shard, written once and read by every process.
+"""The plan of a build: which raw samples go to which output shard.
 
-`plan.json` holds the settings and the table of groups, `groups.jsonl` a group's description a line (reached by byte offset, so that
-a folder's million file names are not parsed by every process). A ShardTask is one output shard: a range of `max_samples`
-consecutive raw_samples of one split. Which raw_samples they are follows from the plan alone, so any process can build any unit.
+It is written once and read by every process. `plan.json` holds the settings and the table of input
+splits, `input_splits.jsonl` the description of one input split a line. A line is reached by byte
+offset, so that no process parses the million file names of a folder that others work on.
+
+A ShardTask is one output shard: `max_samples` consecutive raw samples of one split. Which ones they
+are follows from the plan alone, so any process can build any shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.progress import progress
-from onellm_dist.shards.build.images import picture_extensions
-from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.sources.base import (
-    DatasetDescription,
-    InputSplit,
-    RawSample,
-    Source,
-    SplitDescription,
-)
-from onellm_dist.shards.storage.paths import StoragePath, write
+from onellm_dist.shards.build.settings import BuildSettings
+from onellm_dist.shards.sources.base import RawSample
+from onellm_dist.shards.storage.paths import StoragePath, write_file
 
-PLAN, GROUPS = "plan.json", "groups.jsonl"
-VERSION = 3
-"""2: the settings have max_pwatermark. 3: groups of a picture tree hold names, and the denylist's SHA-256 is kept."""
+PLAN = "plan.json"
+INPUT_SPLITS = "input_splits.jsonl"
+VERSION = 4
+"""2: the settings have max_pwatermark. 3: input splits of a picture tree hold names, and the
+denylist's SHA-256 is kept. 4: `input_splits` (was `groups`)."""
 
 
-class GroupRow(NamedTuple):
-    """A group in the plan's table."""
+class PlannedSplit(NamedTuple):
+    """An input split in the plan's table."""
 
     name: str
     split: str
     samples: int
+    """Raw samples, bad ones included."""
     offset: int
-    """Of its description in groups.jsonl."""
+    """Where its description starts in input_splits.jsonl."""
     length: int
+    """Bytes of its description."""
 
 
-class Piece(NamedTuple):
-    """Candidates start .. stop - 1 of a group."""
+class SplitRange(NamedTuple):
+    """Raw samples start .. stop - 1 of an input split."""
 
-    group: int
+    input_split: int
+    """Its position in the plan's table."""
     start: int
     stop: int
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One output shard."""
+    """One output shard to be built."""
 
     number: int
-    """StoragePath in the plan."""
+    """Position in the plan."""
     split: str
     shard: int
-    """Number in its split."""
-    pieces: tuple[Piece, ...]
+    """Number of the shard in its split."""
+    ranges: tuple[SplitRange, ...]
 
     @property
     def raw_samples(self) -> int:
-        """How many it has, bad ones included."""
-        return sum(p.stop - p.start for p in self.pieces)
+        """The number of its raw samples, bad ones included."""
+        return sum(r.stop - r.start for r in self.ranges)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that decides the output's bytes, beside the input's bytes."""
+class BuildPlan:
+    """Everything beside the bytes of the input that determines the bytes of the output."""
 
     source: str
     inputs: str
     seed: int
     options: Mapping[str, Any]
-    """The source's own, as JSON values."""
-    settings: Settings
+    """The source's own options, as JSON values."""
+    settings: BuildSettings
     modalities: tuple[str, ...]
     notes: tuple[str, ...]
     attributes: Mapping[str, Any]
-    groups: tuple[GroupRow, ...]
+    input_splits: tuple[PlannedSplit, ...]
     denylist_sha256: str | None = None
-    """Of the denylist's bytes: a changed list is another build."""
+    """Digest of the denylist's bytes: a changed list makes another build."""
 
     @cached_property
-    def units(self) -> tuple[ShardTask, ...]:
-        """All output shards, in plan order: splits in order of first appearance, raw_samples in the groups' order."""
-        units: list[ShardTask] = []
-        for split in dict.fromkeys(g.split for g in self.groups):
-            open_pieces, held, shard = list[Piece](), 0, 0
-            for number, group in enumerate(self.groups):
+    def tasks(self) -> tuple[ShardTask, ...]:
+        """All output shards, in plan order.
+
+        Splits come in order of first appearance, raw samples in the order of the input splits.
+        """
+        tasks: list[ShardTask] = []
+        for split in dict.fromkeys(s.split for s in self.input_splits):
+            ranges, held, shard = list[SplitRange](), 0, 0
+            for number, row in enumerate(self.input_splits):
                 start = 0
-                while group.split == split and start < group.samples:
-                    stop = min(group.samples, start + self.settings.max_samples - held)
-                    open_pieces.append(Piece(number, start, stop))
+                while row.split == split and start < row.samples:
+                    stop = min(row.samples, start + self.settings.max_samples - held)
+                    ranges.append(SplitRange(number, start, stop))
                     held += stop - start
                     start = stop
                     if held == self.settings.max_samples:
-                        units.append(ShardTask(len(units), split, shard, tuple(open_pieces)))
-                        open_pieces, held, shard = [], 0, shard + 1
-            if open_pieces:
-                units.append(ShardTask(len(units), split, shard, tuple(open_pieces)))
-        return tuple(units)
+                        tasks.append(ShardTask(len(tasks), split, shard, tuple(ranges)))
+                        ranges, held, shard = [], 0, shard + 1
+            if ranges:
+                tasks.append(ShardTask(len(tasks), split, shard, tuple(ranges)))
+        return tuple(tasks)
 
     @cached_property
     def total(self) -> int:
-        """Candidates."""
-        return sum(g.samples for g in self.groups)
+        """The number of raw samples."""
+        return sum(s.samples for s in self.input_splits)
 
-    def request(self) -> dict[str, Any]:
-        """What the user asked for; a build is resumed only by an equal request."""
-        return as_request(
+    def get_request(self) -> dict[str, Any]:
+        """Return what the user asked for; a build is resumed by an equal request only."""
+        return make_request_json(
             self.source, self.inputs, self.seed, self.options, self.settings, self.denylist_sha256
         )
 
     def to_bytes(self) -> bytes:
-        """plan.json."""
+        """Make plan.json."""
         head = {
             "version": VERSION,
             "source": self.source,
@@ -132,22 +133,22 @@ class Plan:
             "attributes": dict(self.attributes),
             "denylist_sha256": self.denylist_sha256,
         }
-        lines = ",\n".join("  " + json.dumps(g) for g in self.groups)
-        return (
-            json.dumps(head, sort_keys=True)[:-1] + ', "groups": [\n' + lines + "\n]}\n"
-        ).encode("ascii")
+        lines = ",\n".join("  " + json.dumps(s) for s in self.input_splits)
+        text = json.dumps(head, sort_keys=True)[:-1] + ', "input_splits": [\n' + lines + "\n]}\n"
+        return text.encode("ascii")
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
-        """Parses plan.json.
+    def from_bytes(cls, data: bytes) -> BuildPlan:
+        """Parse plan.json.
 
         Raises:
-            OtherVersion: of another version.
+            OtherVersion: it has another version.
         """
         raw = json.loads(data)
         if raw["version"] != VERSION:
             raise OtherVersion(
-                f"the unfinished build has a plan of version {raw['version']}; this program makes {VERSION}.",
+                f"the unfinished build has a plan of version {raw['version']}; "
+                f"this program makes {VERSION}.",
                 "it cannot be continued.",
                 "finish it with the program that began it, or start again with --overwrite.",
             )
@@ -156,17 +157,20 @@ class Plan:
             raw["inputs"],
             raw["seed"],
             raw["options"],
-            Settings.from_json(raw["settings"]),
+            BuildSettings.from_json(raw["settings"]),
             tuple(raw["modalities"]),
             tuple(raw["notes"]),
             raw["attributes"],
-            tuple(GroupRow(*g) for g in raw["groups"]),
+            tuple(PlannedSplit(*s) for s in raw["input_splits"]),
             raw["denylist_sha256"],
         )
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of plan.json: done records carry it, so that none of another plan is taken for this one's."""
+        """Hex SHA-256 of plan.json.
+
+        Task records carry it, so that a record of another plan is not taken for one of this plan.
+        """
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
@@ -174,15 +178,18 @@ class OtherVersion(UsageError):
     """A plan of another version of this program."""
 
 
-def as_request(
+def make_request_json(
     source: str,
     inputs: str,
     seed: int,
     options: Mapping[str, Any],
-    settings: Settings,
+    settings: BuildSettings,
     denylist_sha256: str | None,
 ) -> dict[str, Any]:
-    """What decides the samples of a build (`energon` only adds files, and may change while it is unfinished)."""
+    """Return what determines the samples of a build.
+
+    `energon` is not part of it: it only adds files, and may change while a build is unfinished.
+    """
     kept = {k: v for k, v in settings.to_json().items() if k != "energon"}
     return {
         "source": source,
@@ -194,177 +201,73 @@ def as_request(
     }
 
 
-def json_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A source's options as JSON values (paths become texts)."""
+def to_json_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a source's options to JSON values: paths become texts."""
     return {
         k: v if isinstance(v, (str, int, float, bool, type(None))) else str(v)
         for k, v in options.items()
     }
 
 
-def make_plan(
-    source: Source,
-    inputs: StoragePath,
-    *,
-    seed: int,
-    options: Mapping[str, Any],
-    settings: Settings,
-    workers: int,
-) -> tuple[Plan, bytes]:
-    """(the plan, the bytes of groups.jsonl).
+def save_plan(folder: StoragePath, plan: BuildPlan, descriptions: bytes) -> None:
+    """Write input_splits.jsonl, and plan.json last: where it exists, both are complete."""
+    write_file(folder / INPUT_SPLITS, descriptions)
+    write_file(folder / PLAN, plan.to_bytes())
+
+
+def load_plan(folder: StoragePath) -> BuildPlan | None:
+    """Load the plan of an unfinished build; None: there is none.
 
     Raises:
-        UsageError: the input is not what the source reads, or has nothing in it; `dedup` compares what its samples do not have.
-    """
-    assert source.plan is not None
-    described: DatasetDescription = source.plan(inputs, seed=seed, **options)
-    if settings.dedup == "perceptual" and not picture_extensions(described.modalities):
-        raise UsageError(
-            f"dedup=perceptual, and samples of {', '.join(described.modalities) or 'text'} have no picture of their own.",
-            "near copies are found by the picture that a whole sample is; without one all samples would look alike.",
-            "use dedup=exact.",
-        )
-    groups = _counted(
-        source, inputs, list(_until(described.input_splits, settings.limit)), options, workers
-    )
-    groups = [g for g in _limited(groups, settings.limit) if g.count]
-    if not groups:
-        raise UsageError(
-            f"{inputs}: source {source.name!r} found no samples there.",
-            "there is nothing to build from.",
-            "check the path.",
-        )
-    rows, lines, offset = list[GroupRow](), list[bytes](), 0
-    for group in groups:
-        line = json.dumps(group.description, sort_keys=True).encode("ascii") + b"\n"
-        rows.append(GroupRow(group.name, group.split, group.count or 0, offset, len(line)))
-        lines.append(line)
-        offset += len(line)
-    plan = Plan(
-        source.name,
-        str(inputs),
-        seed,
-        json_options(options),
-        settings,
-        described.modalities,
-        described.notes,
-        dict(described.attributes),
-        tuple(rows),
-        settings.denylist_sha256(),
-    )
-    return plan, b"".join(lines)
-
-
-def _until(groups: Iterable[InputSplit], limit: int | None) -> Iterator[InputSplit]:
-    """No more groups than hold `limit` raw_samples for certain."""
-    known = 0
-    for group in groups:
-        yield group
-        known += group.count or 0
-        if limit is not None and known >= limit:
-            return
-
-
-def _limited(groups: Sequence[InputSplit], limit: int | None) -> Iterator[InputSplit]:
-    left = limit
-    for group in groups:
-        if left is None:
-            yield group
-        else:
-            yield replace(group, count=min(left, group.count or 0))
-            left -= min(left, group.count or 0)
-
-
-def _counted(
-    source: Source,
-    inputs: StoragePath,
-    groups: list[InputSplit],
-    options: Mapping[str, Any],
-    workers: int,
-) -> list[InputSplit]:
-    """Every group with its count; those that do not know it are gone through."""
-    unknown = [i for i, g in enumerate(groups) if g.count is None]
-    if not unknown:
-        return groups
-    jobs = [(source.name, inputs, groups[i].description, dict(options)) for i in unknown]
-    with progress(len(jobs), "Counting samples", unit="groups") as bar:
-        if workers == 1 or len(jobs) < 2 * workers:
-            for i, job in zip(unknown, jobs, strict=True):
-                groups[i] = replace(groups[i], count=count_group(*job))
-                bar.advance()
-        else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for i, count in zip(
-                    unknown,
-                    pool.map(count_group, *zip(*jobs, strict=True), chunksize=4),
-                    strict=True,
-                ):
-                    groups[i] = replace(groups[i], count=count)
-                    bar.advance()
-    return groups
-
-
-def count_group(
-    source: str, inputs: StoragePath, description: SplitDescription, options: Mapping[str, Any]
-) -> int:
-    """Candidates of one group, by going through it."""
-    from onellm_dist.shards.build.registry import get_source
-
-    raw_samples = get_source(source).raw_samples
-    assert raw_samples is not None
-    return sum(1 for _ in raw_samples(inputs, description, **options))
-
-
-def save_plan(folder: StoragePath, plan: Plan, groups: bytes) -> None:
-    """Writes groups.jsonl, and plan.json last: where it stands, both are whole."""
-    write(folder / GROUPS, groups)
-    write(folder / PLAN, plan.to_bytes())
-
-
-def load_plan(folder: StoragePath) -> Plan | None:
-    """The plan of an unfinished build; None: there is none.
-
-    Raises:
-        OtherVersion: it is one of another version.
+        OtherVersion: it has another version.
     """
     try:
-        return Plan.from_bytes((folder / PLAN).read_bytes())
+        return BuildPlan.from_bytes((folder / PLAN).read_bytes())
     except FileNotFoundError:
         return None
 
 
-def unit_raw_samples(
-    unit: ShardTask,
-    plan: Plan,
+def read_raw_samples(
+    task: ShardTask,
+    plan: BuildPlan,
     folder: StoragePath,
     inputs: StoragePath,
     options: Mapping[str, Any],
     raw_samples: Callable[..., Iterator[RawSample]],
 ) -> Iterator[RawSample]:
-    """The unit's raw_samples, in order.
+    """Yield the raw samples of a task, in order.
+
+    Args:
+        task: one of the plan's.
+        plan: the plan of the build.
+        folder: where the plan lies.
+        inputs: the input of the build.
+        options: the source's own options.
+        raw_samples: the source's function.
 
     Raises:
-        OneLLMError: a group has fewer or more raw_samples than when the plan was made.
+        OneLLMError: an input split has fewer or more raw samples than when the plan was made.
     """
-    with (folder / GROUPS).open("rb") as file:
-        for piece in unit.pieces:
-            group = plan.groups[piece.group]
-            file.seek(group.offset)
-            description = json.loads(file.read(group.length))
+    with (folder / INPUT_SPLITS).open("rb") as file:
+        for part in task.ranges:
+            planned = plan.input_splits[part.input_split]
+            file.seek(planned.offset)
+            description = json.loads(file.read(planned.length))
             seen = 0
             rows = raw_samples(inputs, description, **options)
             for seen, raw_sample in enumerate(rows, 1):
-                if seen > piece.start:
+                if seen > part.start:
                     yield raw_sample
-                if seen == piece.stop:
+                if seen == part.stop:
                     break
-            whole = piece.stop == group.samples and (
-                plan.settings.limit is None or piece.group < len(plan.groups) - 1
+            to_its_end = part.stop == planned.samples and (
+                plan.settings.limit is None or part.input_split < len(plan.input_splits) - 1
             )
-            if seen < piece.stop or (whole and next(rows, None) is not None):
+            if seen < part.stop or (to_its_end and next(rows, None) is not None):
                 raise OneLLMError(
-                    f"{group.name}: it has {seen if seen < piece.stop else 'more'} samples where there were {group.samples} when the "
-                    "build was planned.",
-                    "the input changed under the builder, so shards built before and after would not fit together.",
-                    "put the input back, or begin anew with --restart.",
+                    f"{planned.name}: it has {seen if seen < part.stop else 'more'} samples; when "
+                    f"the build was planned it had {planned.samples}.",
+                    "the input changed under the builder, so shards built before and after would "
+                    "not fit together.",
+                    "restore the input, or begin anew with --restart.",
                 )

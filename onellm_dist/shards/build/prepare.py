@@ -17,9 +17,9 @@ from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.build.filters import dropped_by_hash, dropped_by_meta
-from onellm_dist.shards.build.images import dhash, encode_again, picture_extensions
-from onellm_dist.shards.build.settings import Settings
+from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
+from onellm_dist.shards.build.images import compute_dhash, reencode_pictures, get_picture_extensions
+from onellm_dist.shards.build.settings import BuildSettings
 from onellm_dist.shards.format.writer import check_names, check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
 
@@ -45,7 +45,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
 """Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>"), which differ from run to run."""
 
 
-class Outcome(NamedTuple):
+class PreparedSample(NamedTuple):
     """What became of a raw_sample."""
 
     key: str
@@ -65,7 +65,7 @@ class _Skipped(Exception):
     """Left out knowingly."""
 
 
-def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: Settings) -> Outcome:
+def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings) -> PreparedSample:
     """Reads a raw_sample, filters it, encodes it again where asked, and decodes its media once as training would.
 
     Raises:
@@ -78,47 +78,47 @@ def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: Settings
             raise _Skipped(raw_sample.skip)
         return _read_sample(raw_sample, modalities, settings)
     except _Skipped as reason:
-        return Outcome(raw_sample.key, raw_sample.where, reason=str(reason), skipped=True)
+        return PreparedSample(raw_sample.key, raw_sample.where, reason=str(reason), skipped=True)
     except SampleError as error:
-        return Outcome(raw_sample.key, raw_sample.where, reason=_ADDRESS.sub("", error.what))
+        return PreparedSample(raw_sample.key, raw_sample.where, reason=_ADDRESS.sub("", error.what))
 
 
-def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: Settings) -> Outcome:
+def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings) -> PreparedSample:
     parts, meta = _texts(raw_sample)
-    if (reason := dropped_by_meta(meta, settings)) is not None:
+    if (reason := filter_by_meta(meta, settings)) is not None:
         raise _Skipped(reason)
     for extension, media in raw_sample.parts.items():
         if extension not in parts:
             parts[extension] = _read(media)
     media_parts = {e: d for e, d in parts.items() if e not in TEXT_EXTENSIONS}
     content, look = bytes(16), 0
-    pictures = picture_extensions(modalities)
+    pictures = get_picture_extensions(modalities)
     if settings.dedup != "none" or settings.denylist is not None:
         digests = {e: hashlib.sha256(d).hexdigest() for e, d in media_parts.items()}
-        if (reason := dropped_by_hash(digests.values(), settings)) is not None:
+        if (reason := filter_by_hash(digests.values(), settings)) is not None:
             raise _Skipped(reason)
-        content = content_hash(
+        content = hash_content(
             digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()}
         )
     if settings.dedup == "perceptual":
-        look = next((dhash(media_parts[e]) for e in sorted(media_parts) if e in pictures), 0)
+        look = next((compute_dhash(media_parts[e]) for e in sorted(media_parts) if e in pictures), 0)
     if settings.resize is not None or settings.quality is not None:
-        parts = encode_again(parts, pictures, settings.resize, settings.quality)
+        parts = reencode_pictures(parts, pictures, settings.resize, settings.quality)
     where = f"dataset {settings.name}, key {raw_sample.key!r}"
     check_names(where, raw_sample.key, parts)
     check_parts(where, (get_modality(m) for m in modalities), parts)
     if settings.check:
         for name in modalities:
             _check_media(name, parts, meta)
-    return Outcome(raw_sample.key, raw_sample.where, parts, content=content, look=look)
+    return PreparedSample(raw_sample.key, raw_sample.where, parts, content=content, look=look)
 
 
-def content_hash(digests: Mapping[str, str]) -> bytes:
+def hash_content(digests: Mapping[str, str]) -> bytes:
     """16 bytes of a sample's parts, from their SHA-256 by extension."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).digest()[:16]
 
 
-def caption_bytes(data: bytes | str, where: str = "") -> bytes:
+def encode_caption(data: bytes | str, where: str = "") -> bytes:
     """A caption as it is stored: UTF-8 without byte order mark and surrounding white space.
 
     Args:
@@ -175,9 +175,9 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The sample's text parts as they are stored, and its `.json` as a value."""
     parts: dict[str, bytes] = {}
     if raw_sample.caption is not None:
-        parts["txt"] = caption_bytes(raw_sample.caption)
+        parts["txt"] = encode_caption(raw_sample.caption)
     elif "txt" in raw_sample.parts:
-        parts["txt"] = caption_bytes(
+        parts["txt"] = encode_caption(
             _read(raw_sample.parts["txt"]), f"{_name(raw_sample.parts['txt'])}: "
         )
     meta: dict[str, Any] = {}
@@ -196,7 +196,7 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
         captions: list[Any] = caption if isinstance(caption, list) else [caption]
         if captions and all(isinstance(one, str) for one in captions):
             for one in captions:
-                caption_bytes(one, ".json: ")
+                encode_caption(one, ".json: ")
         elif not meta.get("conversations"):
             raise BadSampleError("no caption: neither a caption nor a conversation belongs to it")
     return parts, meta

@@ -11,7 +11,7 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import sources as sources_folder
-from onellm_dist.shards.build.settings import OPTIONS, Settings
+from onellm_dist.shards.build.settings import OPTIONS, BuildSettings
 from onellm_dist.shards.sources.base import Option, Source
 
 
@@ -44,14 +44,14 @@ def get_source(name: str) -> Source:
     return known[name]
 
 
-def options_of(source: Source) -> dict[str, Option]:
+def get_options(source: Source) -> dict[str, Option]:
     """A source's own options and, where the builder does the work, the builder's."""
     return {**source.options, **(OPTIONS if source.plan is not None else {})}
 
 
 def complete_options(
     source: Source, given: Mapping[str, Any], *, name: str
-) -> tuple[dict[str, Any], Settings | None]:
+) -> tuple[dict[str, Any], BuildSettings | None]:
     """The source's own options, complete and converted, and the builder's settings (None: the source builds by itself).
 
     Args:
@@ -61,7 +61,7 @@ def complete_options(
     Raises:
         UsageError: an option that there is not, or of another type.
     """
-    known = options_of(source)
+    known = get_options(source)
     for option in given:
         if option not in known:
             close = difflib.get_close_matches(option, known, n=1)
@@ -76,5 +76,5 @@ def complete_options(
     if source.plan is None:
         return values, None
     values["licence"] = values["licence"] or source.licence
-    settings = Settings(**{n: values[n] for n in OPTIONS})
+    settings = BuildSettings(**{n: values[n] for n in OPTIONS})
     return {n: values[n] for n in source.options}, settings

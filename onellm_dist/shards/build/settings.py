@@ -70,7 +70,7 @@ OPTIONS: Mapping[str, Option] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """The values of OPTIONS; checked."""
 
     name: str
@@ -151,7 +151,7 @@ class Settings:
         )
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+    def from_json(cls, values: Mapping[str, Any]) -> BuildSettings:
         """The settings of a plan file."""
         denylist = values["denylist"]
         return cls(**{**values, "denylist": None if denylist is None else Path(denylist)})

@@ -17,13 +17,13 @@ from onellm_dist.shards.format.writer import refuse_occupied
 QUARANTINE = "quarantine.jsonl"
 
 
-def failed_quarantine(out: Path) -> Path:
+def get_failed_quarantine_path(out: Path) -> Path:
     """Where the list of bad samples lies after a build that was given up (nothing else of it is kept)."""
     return out.with_name(f"{out.name}.{QUARANTINE}")
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
+def open_staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yields an empty staging folder beside `out`, and renames it to `out` when the block ends without an error.
 
     An error removes it, except for its quarantine file, which becomes `<out>.quarantine.jsonl`. What a killed builder left
@@ -34,21 +34,21 @@ def staged(out: Path, *, overwrite: bool) -> Iterator[Path]:
         UsageError: `out` is occupied, or another builder is working on it.
     """
     out = Path(os.path.abspath(out))
-    staging = staging_of(out)
+    staging = get_staging_folder(out)
     refuse_output(out, overwrite=overwrite)
-    with locked(staging, out, shared=False):
+    with lock_folder(staging, out, shared=False):
         clear(staging)
         try:
             yield staging
         except BaseException:
             with suppress(FileNotFoundError):
-                (staging / QUARANTINE).replace(failed_quarantine(out))
+                (staging / QUARANTINE).replace(get_failed_quarantine_path(out))
             shutil.rmtree(staging)
             raise
-        put_in_place(staging, out)
+        replace_output(staging, out)
 
 
-def staging_of(out: Path) -> Path:
+def get_staging_folder(out: Path) -> Path:
     """The folder where `out` is built."""
     return out.with_name(f".{out.name}.building")
 
@@ -62,7 +62,7 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
         refuse_occupied(out)
 
 
-def put_in_place(folder: Path, out: Path) -> None:
+def replace_output(folder: Path, out: Path) -> None:
     """Renames a finished folder to `out`, in place of what stood there."""
     replaced = out.with_name(f".{out.name}.replaced")
     if out.exists() and any(out.iterdir()):
@@ -71,7 +71,7 @@ def put_in_place(folder: Path, out: Path) -> None:
     folder.replace(out)
     sync(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    failed_quarantine(out).unlink(missing_ok=True)
+    get_failed_quarantine_path(out).unlink(missing_ok=True)
 
 
 def is_built_here(path: Path) -> bool:
@@ -90,7 +90,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 @contextmanager
-def locked(staging: Path, out: Path, *, shared: bool) -> Iterator[int]:
+def lock_folder(staging: Path, out: Path, *, shared: bool) -> Iterator[int]:
     """Makes the staging folder and locks it: alone, or together with others that build the same. Yields the lock's descriptor.
 
     Raises:

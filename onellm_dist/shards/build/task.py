@@ -1,6 +1,7 @@
-"""Builds one unit of the plan: its raw_samples become one output shard (more where `max_bytes` cuts it) and a done record.
+"""Build one shard task: its raw samples become one output shard and a record.
 
-The bytes depend on the plan, the unit and the input alone: not on who builds it, when, or beside whom.
+(They become several shards if `max_bytes` cuts it.) The bytes depend on the plan, the task and the
+input alone: not on who builds it, when, or beside whom.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,91 +21,100 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import unique_name
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.shards.build.plan import Plan, ShardTask, unit_raw_samples
-from onellm_dist.shards.build.prepare import Outcome, prepare
+from onellm_dist.shards.build.plan import BuildPlan, ShardTask, read_raw_samples
+from onellm_dist.shards.build.prepare import PreparedSample, prepare_sample
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.format.writer import shard_path
+from onellm_dist.shards.format.writer import get_shard_path
 from onellm_dist.shards.sources.base import QuarantinedSample, RawSample
-from onellm_dist.shards.storage.paths import StoragePath, put, write
+from onellm_dist.shards.storage.paths import StoragePath, store_file, write_file
 
-BUILT, DONE = "built", "done"
-ROW = np.dtype([("key", "<u8", 2), ("content", "<u8", 2), ("look", "<u8")])
+BUILT = "built"
+"""Folder of the finished shards of an unfinished build."""
+DONE = "done"
+"""Folder of the task records of an unfinished build."""
+ROW = np.dtype([("key", "<u8", 2), ("content", "<u8", 2), ("picture", "<u8")])
 """A written sample in `done/N.npy`: hashes of its key and of its media, dHash of its picture."""
 LISTED = 100_000
-"""Bad samples that a process holds by name (about 40 MB); quarantine.jsonl has them all."""
+"""Bad samples that a process keeps by name (about 40 MB); quarantine.jsonl has them all."""
 DUPLICATE_KEY = "duplicate key: an earlier sample has it"
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """What every process of a build needs to know."""
 
-    plan: Plan
+    plan: BuildPlan
     base: StoragePath
-    """The unfinished build: plan, claims, done records, built shards."""
+    """The folder of the unfinished build: plan, leases, task records, built shards."""
     scratch: Path
-    """A local folder where shards are written; below `base` where that is local."""
+    """A local folder where shards are written; it lies below `base` if that is local."""
     inputs: StoragePath
     options: Mapping[str, Any]
 
-    def raw_samples(self, unit: ShardTask) -> Iterator[RawSample]:
-        """The unit's raw_samples, in order."""
-        list_group = get_source(self.plan.source).raw_samples
-        assert list_group is not None
-        return unit_raw_samples(unit, self.plan, self.base, self.inputs, self.options, list_group)
+    def read_raw_samples(self, task: ShardTask) -> Iterator[RawSample]:
+        """Yield the raw samples of a task, in order."""
+        list_split = get_source(self.plan.source).raw_samples
+        assert list_split is not None
+        return read_raw_samples(task, self.plan, self.base, self.inputs, self.options, list_split)
 
-    def prepared(self, unit: ShardTask) -> Iterator[Outcome]:
-        """The unit's raw_samples prepared in this process."""
-        return (
-            prepare(c, self.plan.modalities, self.plan.settings) for c in self.raw_samples(unit)
-        )
+    def prepare(self, task: ShardTask) -> Iterator[PreparedSample]:
+        """Yield the raw samples of a task, prepared in this process."""
+        plan = self.plan
+        for raw_sample in self.read_raw_samples(task):
+            yield prepare_sample(raw_sample, plan.modalities, plan.settings)
 
 
 @dataclass
-class Account:
-    """Counts bad samples, and gives the build up when there are too many."""
+class BuildCounts:
+    """Counts the samples of a build, and gives the build up when too many are bad."""
 
     total: int
+    """Raw samples of the plan."""
     max_failures: float
+    """The largest share of bad samples that is allowed."""
     seen: int = 0
     written: int = 0
     skipped: int = 0
+    """Left out knowingly."""
     failures: int = 0
     """Bad samples."""
     bad: list[QuarantinedSample] = field(default_factory=list)
-    """The first LISTED of them."""
+    """The first LISTED bad samples."""
 
-    def take(self, record: Record) -> None:
-        """A finished unit of somebody else's."""
+    def add_record(self, record: TaskRecord) -> None:
+        """Count a task that another process finished."""
         self.seen += record.raw_samples
         self.written += sum(s.samples for s in record.shards)
         self.skipped += sum(record.skipped.values())
-        self.note(record.quarantined)
+        self.add_bad(record.quarantined)
 
-    def note(self, bad: Sequence[QuarantinedSample]) -> None:
-        """Some bad samples."""
+    def add_bad(self, bad: Sequence[QuarantinedSample]) -> None:
+        """Count some bad samples."""
         self.failures += len(bad)
         self.bad += bad[: max(0, LISTED - len(self.bad))]
 
     def check(self) -> None:
-        """Raises TooManyFailures where more are bad than may be of all that will be seen."""
-        if self.failures > allowed(self.max_failures, self.total):
+        """Check that no more samples are bad than may be bad of all.
+
+        Raises:
+            TooManyFailures: more are.
+        """
+        if self.failures > count_allowed_failures(self.max_failures, self.total):
             raise TooManyFailures(self.bad, self.seen, self.total, self.max_failures, self.failures)
 
     def check_end(self) -> None:
-        """The same when all was seen; those that were left out knowingly do not count as samples then.
+        """Check the same when all was seen. Samples that were left out knowingly do not count then.
 
         Raises:
-            TooManyFailures: too many are bad, or all.
+            TooManyFailures: too many samples are bad, or all are.
             NothingLeft: the filters left nothing.
         """
         samples = self.seen - self.skipped
-        if self.failures > allowed(self.max_failures, samples) or (
-            self.failures and not self.written
-        ):
+        allowed = count_allowed_failures(self.max_failures, samples)
+        if self.failures > allowed or (self.failures and not self.written):
             raise TooManyFailures(self.bad, self.seen, samples, self.max_failures, self.failures)
         if not self.written:
             raise NothingLeft(
@@ -115,30 +125,34 @@ class Account:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What stands in `done/N.json`."""
+class TaskRecord:
+    """`done/N.json`: what became of a task."""
 
-    unit: int
+    task: int
+    """Number of the task."""
     plan: str
+    """Digest of the plan."""
     raw_samples: int
     shards: tuple[ShardInfo, ...]
     """Paths as in the manifest; the files lie below `built/` until the build is finished."""
     text: tuple[str, ...]
+    """Which of `.txt` and `.json` every sample has."""
     quarantined: tuple[QuarantinedSample, ...]
     skipped: Mapping[str, int]
+    """Reason to the number of samples that were left out knowingly for it."""
     parts: Mapping[str, tuple[int, int]]
     """Extension to (parts, bytes)."""
 
     def to_bytes(self) -> bytes:
-        """The done record."""
+        """Make the JSON of the record."""
         return json.dumps(asdict(self), sort_keys=True).encode("ascii")
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Record:
-        """Parses a done record."""
+    def from_bytes(cls, data: bytes) -> TaskRecord:
+        """Parse the JSON of a record."""
         raw = json.loads(data)
         return cls(
-            raw["unit"],
+            raw["task"],
             raw["plan"],
             raw["raw_samples"],
             tuple(ShardInfo(**s) for s in raw["shards"]),
@@ -149,124 +163,154 @@ class Record:
         )
 
 
-def key_hash(key: str) -> bytes:
-    """16 bytes of a key."""
+def hash_key(key: str) -> bytes:
+    """Hash a key to 16 bytes."""
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 
-class _Shards:
-    """The unit's tars; a new one begins where the next sample would take the content beyond `max_bytes`."""
+class _TaskShards:
+    """The tars of a task. A new one begins where a sample would take the content beyond `max_bytes`."""
 
-    def __init__(self, job: Job, unit: ShardTask) -> None:
-        self.job, self.unit = job, unit
+    def __init__(self, job: BuildJob, task: ShardTask) -> None:
+        self.job = job
+        self.task = task
         self.done: list[ShardInfo] = []
         self.current: ShardWriter | None = None
 
     def add(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Append a sample."""
         size = sum(map(len, parts.values()))
-        if (
-            self.current is not None
-            and self.current.content + size > self.job.plan.settings.max_bytes
-        ):
+        max_bytes = self.job.plan.settings.max_bytes
+        if self.current is not None and self.current.content + size > max_bytes:
             self.close()
         if self.current is None:
-            path = shard_path(self.unit.split, self.unit.shard, len(self.done))
-            own = (
-                self.job.scratch / unique_name()
-            )  # a builder that was thought dead may still be writing this shard
+            path = get_shard_path(self.task.split, self.task.shard, len(self.done))
+            # A builder that seemed dead may still be writing this shard: it has another folder.
+            own = self.job.scratch / unique_name()
             own.mkdir(parents=True, exist_ok=True)
-            self.current = ShardWriter(own / Path(path).name, path=path, split=self.unit.split)
+            self.current = ShardWriter(own / Path(path).name, path=path, split=self.task.split)
         self.current.add(key, parts)
 
     def close(self) -> None:
+        """End the open tar, and move it and its index to `built/`."""
         if self.current is not None:
             info = self.current.close()
             local = self.current.target
             built = self.job.base / BUILT
-            put(get_index_path(local), built / get_index_path(local).name)
-            put(local, built / local.name)
+            store_file(get_index_path(local), built / get_index_path(local).name)
+            store_file(local, built / local.name)
             self.done.append(info)
             self.current = None
 
     def abandon(self) -> None:
+        """Remove the open tar."""
         if self.current is not None:
             self.current.abandon()
             self.current = None
 
 
-def build_unit(unit: ShardTask, job: Job, outcomes: Iterator[Outcome], account: Account) -> Record:
-    """Writes the unit's shards and its done record.
+class _TaskWriter:
+    """Writes the samples of a task, and gathers its record."""
+
+    def __init__(self, job: BuildJob, task: ShardTask, counts: BuildCounts) -> None:
+        self.job = job
+        self.task = task
+        self.counts = counts
+        self.shards = _TaskShards(job, task)
+        self.keys: set[str] = set()
+        self.rows: list[bytes] = []
+        self.bad: list[QuarantinedSample] = []
+        self.skipped: Counter[str] = Counter()
+        self.parts: dict[str, tuple[int, int]] = {}
+        self.text = set(TEXT_EXTENSIONS)
+
+    def add(self, sample: PreparedSample) -> None:
+        """Write a sample, or note why it is left out."""
+        self.counts.seen += 1
+        if sample.parts is not None and sample.key not in self.keys:
+            self._write(sample, sample.parts)
+            self.counts.written += 1
+        elif sample.skipped:
+            self.skipped[sample.reason] += 1
+            self.counts.skipped += 1
+        else:
+            reason = sample.reason or DUPLICATE_KEY
+            self.bad.append(QuarantinedSample(sample.key, sample.where, reason))
+            self.counts.add_bad(self.bad[-1:])
+            self.counts.check()
+
+    def _write(self, sample: PreparedSample, parts: Mapping[str, bytes]) -> None:
+        self.shards.add(sample.key, parts)
+        self.keys.add(sample.key)
+        picture = sample.picture_hash.to_bytes(8, "little")
+        self.rows.append(hash_key(sample.key) + sample.content_hash + picture)
+        self.text &= parts.keys()
+        for extension, data in parts.items():
+            count, size = self.parts.get(extension, (0, 0))
+            self.parts[extension] = (count + 1, size + len(data))
+
+    def save(self) -> TaskRecord:
+        """Write the record and the rows of hashes of a task whose shards are closed."""
+        record = TaskRecord(
+            self.task.number,
+            self.job.plan.digest,
+            self.task.raw_samples,
+            tuple(self.shards.done),
+            tuple(e for e in TEXT_EXTENSIONS if e in self.text),
+            tuple(self.bad),
+            dict(sorted(self.skipped.items())),
+            dict(sorted(self.parts.items())),
+        )
+        buffer = io.BytesIO()
+        np.save(buffer, np.frombuffer(b"".join(self.rows), ROW))
+        folder = self.job.base / DONE
+        write_file(folder / f"{self.task.number:06d}.npy", buffer.getvalue())
+        write_file(folder / f"{self.task.number:06d}.json", record.to_bytes())
+        return record
+
+
+def build_shard_task(
+    task: ShardTask, job: BuildJob, samples: Iterable[PreparedSample], counts: BuildCounts
+) -> TaskRecord:
+    """Write the shards of a task and its record.
+
+    Args:
+        task: one of the plan's.
+        job: the build.
+        samples: the task's samples, prepared.
+        counts: they are counted here.
 
     Raises:
-        TooManyFailures: `account` says so; nothing of the unit stays.
+        TooManyFailures: too many samples are bad; nothing of the task is kept.
     """
-    shards, keys, rows = _Shards(job, unit), set[str](), list[bytes]()
-    bad, skipped, parts, text = (
-        list[QuarantinedSample](),
-        Counter[str](),
-        dict[str, tuple[int, int]](),
-        set(TEXT_EXTENSIONS),
-    )
+    writer = _TaskWriter(job, task, counts)
     try:
-        for outcome in outcomes:
-            account.seen += 1
-            if outcome.parts is not None and outcome.key not in keys:
-                shards.add(outcome.key, outcome.parts)
-                keys.add(outcome.key)
-                rows.append(
-                    key_hash(outcome.key) + outcome.content + outcome.look.to_bytes(8, "little")
-                )
-                text &= outcome.parts.keys()
-                for extension, data in outcome.parts.items():
-                    count, size = parts.get(extension, (0, 0))
-                    parts[extension] = (count + 1, size + len(data))
-                account.written += 1
-            elif outcome.skipped:
-                skipped[outcome.reason] += 1
-                account.skipped += 1
-            else:
-                bad.append(
-                    QuarantinedSample(outcome.key, outcome.where, outcome.reason or DUPLICATE_KEY)
-                )
-                account.note(bad[-1:])
-                account.check()
-        shards.close()
+        for sample in samples:
+            writer.add(sample)
+        writer.shards.close()
     except BaseException:
-        shards.abandon()
+        writer.shards.abandon()
         raise
-    record = Record(
-        unit.number,
-        job.plan.digest,
-        unit.raw_samples,
-        tuple(shards.done),
-        tuple(e for e in TEXT_EXTENSIONS if e in text),
-        tuple(bad),
-        dict(sorted(skipped.items())),
-        dict(sorted(parts.items())),
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, np.frombuffer(b"".join(rows), ROW))
-    write(job.base / DONE / f"{unit.number:06d}.npy", buffer.getvalue())
-    write(job.base / DONE / f"{unit.number:06d}.json", record.to_bytes())
-    return record
+    return writer.save()
 
 
-def read_record(base: StoragePath, unit: ShardTask, plan: Plan) -> Record | None:
-    """A unit's done record; None: it is not built, or its files are not there in full."""
+def read_record(base: StoragePath, task: ShardTask, plan: BuildPlan) -> TaskRecord | None:
+    """Read the record of a task; None: it is not built, or the record is incomplete."""
     try:
-        record = Record.from_bytes((base / DONE / f"{unit.number:06d}.json").read_bytes())
+        record = TaskRecord.from_bytes((base / DONE / f"{task.number:06d}.json").read_bytes())
     except (FileNotFoundError, ValueError, KeyError):
         return None
     return record if record.plan == plan.digest else None
 
 
-def read_rows(base: StoragePath, unit: int) -> NDArray[np.void]:
-    """[samples] of dtype ROW: the unit's samples in the order of its shards."""
-    return np.load(io.BytesIO((base / DONE / f"{unit:06d}.npy").read_bytes()))  # type: ignore[no-any-return]
+def read_rows(base: StoragePath, task: int) -> NDArray[np.void]:
+    """Read the hashes of a task's samples, [samples] of dtype ROW, in the order of its shards."""
+    rows: NDArray[np.void] = np.load(io.BytesIO((base / DONE / f"{task:06d}.npy").read_bytes()))
+    return rows
 
 
-def allowed(max_failures: float, total: int) -> int:
-    """How many of `total` may be bad."""
+def count_allowed_failures(max_failures: float, total: int) -> int:
+    """Return how many of `total` samples may be bad."""
     return int(max_failures * total + 1e-9)  # 0.29 * 100 is 28.999...
 
 
@@ -275,7 +319,15 @@ class NothingLeft(OneLLMError):
 
 
 class TooManyFailures(OneLLMError):
-    """The build was given up; `bad` has what was found until then (the first LISTED of `failures`)."""
+    """The build was given up.
+
+    Args:
+        bad: the first LISTED bad samples that were found until then.
+        seen: raw samples that were read.
+        total: raw samples of the plan.
+        max_failures: the share of bad samples that is allowed.
+        failures: bad samples.
+    """
 
     def __init__(
         self,
@@ -285,21 +337,22 @@ class TooManyFailures(OneLLMError):
         max_failures: float,
         failures: int,
     ) -> None:
-        self.bad, self.seen, self.total, self.max_failures, self.failures = (
-            list(bad),
-            seen,
-            total,
-            max_failures,
-            failures,
-        )
+        self.bad = list(bad)
+        self.seen = seen
+        self.total = total
+        self.max_failures = max_failures
+        self.failures = failures
+        allowed = count_allowed_failures(max_failures, total)
         shown = "\n".join(f"  {q.file}: {q.reason}" for q in bad[:5])
+        more = f"\n  and {failures - 5} more" if failures > 5 else ""
         super().__init__(
             f"{failures} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
-            f"{allowed(max_failures, total)} of all {total}:\n{shown}"
-            + (f"\n  and {failures - 5} more" if failures > 5 else ""),
+            f"{allowed} of all {total}:\n{shown}{more}",
             "so many failures mean a wrong input rather than a few broken files; nothing was built.",
-            "repair them (listed in OUT.quarantine.jsonl), or allow more: -o max_failures=0.2",
+            "repair the samples (listed in OUT.quarantine.jsonl), or allow more: "
+            "-o max_failures=0.2",
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the arguments, so that worker processes can raise it."""
         return type(self), (self.bad, self.seen, self.total, self.max_failures, self.failures)

@@ -1,8 +1,9 @@
-"""Who builds which unit: processes on one machine, and any number of machines that share the output.
+"""Who builds which shard task: a worker pool on one machine, any number of machines that share it.
 
-A unit is claimed by a lock on its file (released by the system when its holder dies, however it dies), or by its number where
-`task` says that this process is one of several (`Task`). Two builders of one unit would write the same bytes, so a file system
-without locks costs work and nothing else.
+A process leases a task by locking its file (the system releases the lock when the process dies,
+however it dies), or owns it by its number where an `ArrayTask` says that the process is one of
+several. Two builders of one task would write the same bytes, so a file system without locks costs
+work and nothing else.
 """
 
 from __future__ import annotations
@@ -23,32 +24,42 @@ from pathlib import Path
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import Progress
 from onellm_dist.shards.build.plan import ShardTask
-from onellm_dist.shards.build.prepare import Outcome, prepare
-from onellm_dist.shards.build.settings import Settings
-from onellm_dist.shards.build.task import Account, Job, Record, build_unit, read_record
+from onellm_dist.shards.build.prepare import PreparedSample, prepare_sample
+from onellm_dist.shards.build.settings import BuildSettings
+from onellm_dist.shards.build.task import (
+    BuildCounts,
+    BuildJob,
+    TaskRecord,
+    build_shard_task,
+    read_record,
+)
 from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.storage.paths import StoragePath
 
-LEASES = "claims"
+LEASES = "leases"
+"""Folder of the lock files of an unfinished build."""
 _CHUNK = 8
-"""Candidates a worker gets at once, where workers share a unit."""
+"""Raw samples that a worker receives at once where workers share a task."""
 _WINDOW = 4
-"""Chunks in flight a worker: bounds the memory of samples that wait for their turn."""
+"""Chunks a worker that may be pending: it bounds the memory of samples that wait to be written."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """This process is number `index` of `count` (a Slurm array's tasks, srun's ranks): it builds every `count`-th unit."""
+class ArrayTask:
+    """This process is number `index` of `count`, and builds every `count`-th shard task.
+
+    The processes may be tasks of a Slurm array, or ranks of one srun.
+    """
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Task:
-        """`3/16` -> number 3 of 0 .. 15.
+    def parse(cls, text: str) -> ArrayTask:
+        """Parse `3/16`: number 3 of 0 .. 15.
 
         Raises:
-            UsageError: anything else.
+            UsageError: the text is anything else.
         """
         index, slash, count = text.partition("/")
         if not slash or not index.isdecimal() or not count.isdecimal() or int(index) >= int(count):
@@ -61,20 +72,24 @@ class Task:
 
 
 class Lease:
-    """A held lease; `release` gives it back."""
+    """A lease that this process holds, until `release`."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """The unit is done, or given up."""
+        """Give the lease back: the task is done, or given up."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def lease(base: StoragePath, name: str, *, wait_for_it: bool = False) -> Lease | None:
-    """Locks `base/claims/name`; None: somebody else holds it. In a remote store every lease is granted."""
+def acquire_lease(base: StoragePath, name: str, *, wait_for_it: bool = False) -> Lease | None:
+    """Lock `base/leases/name`.
+
+    Returns:
+        None if another process holds the lease. In a remote store every lease is granted.
+    """
     if not isinstance(base, Path):
         return Lease(None)
     descriptor = os.open(base / LEASES / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -83,31 +98,38 @@ def lease(base: StoragePath, name: str, *, wait_for_it: bool = False) -> Lease |
     except BlockingIOError:
         os.close(descriptor)
         return None
-    except OSError:  # no locks here: the worst is that a unit is built twice, to the same bytes
+    except OSError:  # no locks here: at worst a task is built twice, to the same bytes
         pass
     return Lease(descriptor)
 
 
-def build_units(
-    job: Job, *, workers: int, task: Task, bar: Progress[object], account: Account
+def build_shard_tasks(
+    job: BuildJob, *, workers: int, task: ArrayTask, bar: Progress[object], counts: BuildCounts
 ) -> None:
-    """Builds every unit that is not done and that nobody else is building.
+    """Build every shard task that is not done and that no other process is building.
+
+    Args:
+        job: the build.
+        workers: processes.
+        task: this process's share.
+        bar: the progress bar, in raw samples.
+        counts: all samples are counted here.
 
     Raises:
         TooManyFailures: too many samples are bad.
         OneLLMError: a worker process died, or the input changed.
     """
     pending = list[ShardTask]()
-    for unit in job.plan.units:
-        record = read_record(job.base, unit, job.plan)
+    for one in job.plan.tasks:
+        record = read_record(job.base, one, job.plan)
         if record is not None:
-            account.take(record)
-            bar.advance(unit.raw_samples)
-        elif unit.number % task.count == task.index:
-            pending.append(unit)
-    account.check()
+            counts.add_record(record)
+            bar.advance(one.raw_samples)
+        elif one.number % task.count == task.index:
+            pending.append(one)
+    counts.check()
     if workers == 1:
-        _one_by_one(job, pending, bar, account, job.prepared)
+        _build_in_turn(job, pending, bar, counts, job.prepare)
         return
     # spawn: forking a process that has torch's threads can hang the child.
     context = multiprocessing.get_context("spawn")
@@ -116,63 +138,68 @@ def build_units(
     ) as pool:
         try:
             if len(pending) >= 2 * workers:
-                _unit_each(job, pending, bar, account, pool, workers)
+                _build_in_parallel(job, pending, bar, counts, pool, workers)
             else:
                 settings, modalities = job.plan.settings, job.plan.modalities
-                _one_by_one(
+                _build_in_turn(
                     job,
                     pending,
                     bar,
-                    account,
-                    lambda u: _shared(job.raw_samples(u), modalities, settings, pool, workers),
+                    counts,
+                    lambda one: _prepare_in_pool(
+                        job.read_raw_samples(one), modalities, settings, pool, workers
+                    ),
                 )
         except BrokenProcessPool as error:
             raise OneLLMError(
-                "a builder's worker process died (killed, out of memory, or crashed in a decoder).",
+                "a worker process of the builder died (killed, out of memory, or crashed in a "
+                "decoder).",
                 "its samples would be missing.",
-                "run again with --workers 1 to see where, or with fewer workers to save memory; finished shards are kept.",
+                "run again with --workers 1 to see where, or with fewer workers to save memory; "
+                "finished shards are kept.",
             ) from error
 
 
-def _one_by_one(
-    job: Job,
-    units: Iterable[ShardTask],
+def _build_in_turn(
+    job: BuildJob,
+    tasks: Iterable[ShardTask],
     bar: Progress[object],
-    account: Account,
-    outcomes: Callable[[ShardTask], Iterator[Outcome]],
+    counts: BuildCounts,
+    prepare: Callable[[ShardTask], Iterator[PreparedSample]],
 ) -> None:
-    for unit in units:
-        held = lease(job.base, f"{unit.number:06d}")
-        if held is None:
+    """Build one task after the other in this process."""
+    for task in tasks:
+        lease = acquire_lease(job.base, f"{task.number:06d}")
+        if lease is None:
             continue
         try:
-            if (
-                read_record(job.base, unit, job.plan) is None
-            ):  # somebody may have finished it since the list was made
-                build_unit(unit, job, _counted(outcomes(unit), bar, account), account)
+            # Another process may have finished it since the list was made.
+            if read_record(job.base, task, job.plan) is None:
+                samples = _show_progress(prepare(task), bar, counts)
+                build_shard_task(task, job, samples, counts)
         finally:
-            held.release()
+            lease.release()
 
 
-def _counted(
-    outcomes: Iterator[Outcome], bar: Progress[object], account: Account
-) -> Iterator[Outcome]:
-    for outcome in outcomes:
-        yield outcome
+def _show_progress(
+    samples: Iterator[PreparedSample], bar: Progress[object], counts: BuildCounts
+) -> Iterator[PreparedSample]:
+    for sample in samples:
+        yield sample
         bar.advance()
-        if account.failures:
-            bar.note(f"{account.failures} bad")
+        if counts.failures:
+            bar.note(f"{counts.failures} bad")
 
 
-def _shared(
+def _prepare_in_pool(
     raw_samples: Iterator[RawSample],
     modalities: tuple[str, ...],
-    settings: Settings,
+    settings: BuildSettings,
     pool: ProcessPoolExecutor,
     workers: int,
-) -> Iterator[Outcome]:
-    """The unit's outcomes in order, prepared by all workers together."""
-    waiting: deque[Future[list[Outcome]]] = deque()
+) -> Iterator[PreparedSample]:
+    """Yield the samples of one task in order, prepared by all workers together."""
+    waiting: deque[Future[list[PreparedSample]]] = deque()
     try:
         for chunk in iter(lambda: list(islice(raw_samples, _CHUNK)), []):
             waiting.append(pool.submit(_prepare_chunk, chunk, modalities, settings))
@@ -186,28 +213,28 @@ def _shared(
 
 
 def _prepare_chunk(
-    chunk: list[RawSample], modalities: tuple[str, ...], settings: Settings
-) -> list[Outcome]:
-    return [prepare(c, modalities, settings) for c in chunk]
+    chunk: list[RawSample], modalities: tuple[str, ...], settings: BuildSettings
+) -> list[PreparedSample]:
+    return [prepare_sample(raw_sample, modalities, settings) for raw_sample in chunk]
 
 
-def _unit_each(
-    job: Job,
-    units: list[ShardTask],
+def _build_in_parallel(
+    job: BuildJob,
+    tasks: list[ShardTask],
     bar: Progress[object],
-    account: Account,
+    counts: BuildCounts,
     pool: ProcessPoolExecutor,
     workers: int,
 ) -> None:
-    """Each worker builds whole units; this process holds their claims."""
-    running: dict[Future[Record], Lease] = {}
-    left = iter(units)
+    """Let each worker build whole tasks; this process holds their leases."""
+    running: dict[Future[TaskRecord], Lease] = {}
+    left = iter(tasks)
     try:
         while True:
-            for unit in left:
-                held = lease(job.base, f"{unit.number:06d}")
-                if held is not None:
-                    running[pool.submit(_build_in_worker, unit)] = held
+            for task in left:
+                lease = acquire_lease(job.base, f"{task.number:06d}")
+                if lease is not None:
+                    running[pool.submit(_build_in_worker, task)] = lease
                 if len(running) == workers:
                     break
             if not running:
@@ -215,43 +242,41 @@ def _unit_each(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 running.pop(future).release()
                 record = future.result()
-                account.take(record)
+                counts.add_record(record)
                 bar.advance(record.raw_samples)
-                bar.note(f"{account.failures} bad" if account.failures else "")
-                account.check()
+                bar.note(f"{counts.failures} bad" if counts.failures else "")
+                counts.check()
     finally:
-        for future, held in running.items():
+        for future, lease in running.items():
             future.cancel()
-            held.release()
+            lease.release()
 
 
-_jobs: list[Job] = []
-"""In a worker process: the one it works for."""
+_jobs: list[BuildJob] = []
+"""In a worker process: the build that it works for."""
 
 
-def _start_worker(job: Job) -> None:
+def _start_worker(job: BuildJob) -> None:
     _jobs.append(job)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
-    torch.set_num_threads(
-        1
-    )  # torch's own threads would fight over the cores that the workers share
+    # torch's own threads would compete for the cores that the workers share.
+    torch.set_num_threads(1)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers to go."""
+    """End this process with its parent, which after a kill cannot end its workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def _build_in_worker(unit: ShardTask) -> Record:
+def _build_in_worker(task: ShardTask) -> TaskRecord:
     job = _jobs[0]
-    done = read_record(job.base, unit, job.plan)
+    done = read_record(job.base, task, job.plan)
     if done is not None:
         return done
-    return build_unit(
-        unit, job, job.prepared(unit), Account(job.plan.total, job.plan.settings.max_failures)
-    )
+    counts = BuildCounts(job.plan.total, job.plan.settings.max_failures)
+    return build_shard_task(task, job, job.prepare(task), counts)

@@ -1,7 +1,9 @@
-"""Writes one shard: a WebDataset tar and its index, byte for byte what `webdataset.TarWriter` (1.0.2) writes, and faster.
+"""Write one shard: a WebDataset tar and its index.
 
-Nearly all headers are of one kind (a short ASCII name), so they are filled in from a template; others are made by the standard
-library's tarfile as PAX, as webdataset does. Content is gathered into large writes, and hashed as it goes.
+The tar equals what `webdataset.TarWriter` (1.0.2) writes, byte for byte, and is written faster.
+Nearly all headers have the same form (a short ASCII name), so they are filled in from a template;
+the others are made by the standard library's tarfile as PAX, as webdataset does. Content is
+gathered into large writes, and hashed on the way.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from onellm_dist.shards.format.index import (
 )
 
 BLOCK = 512
+"""Bytes of a tar header; contents are padded to a multiple of it."""
 OWNER = "onellm"
 MODE = 0o444
 _RECORD = 20 * BLOCK
@@ -31,35 +34,47 @@ _RECORD = 20 * BLOCK
 _GATHER = 1 << 20
 """Bytes handed to the file and to SHA-256 at once."""
 _LARGEST = 8**11
-"""Sizes from here on do not fit a plain header's octal field."""
+"""Sizes from here on do not fit the octal field of a plain header."""
 _ZEROS = bytes(_RECORD)
 
 
-def header(name: str, size: int) -> bytes:
-    """The tar header of a regular file: time 0, owner `onellm` with id 0, mode 0444; with PAX headers before it where needed."""
+def make_header(name: str, size: int) -> bytes:
+    """Make the tar header of a regular file: time 0, owner `onellm` with id 0, mode 0444.
+
+    PAX headers precede it where the name or the size needs them.
+    """
     if size < _LARGEST and len(name) <= tarfile.LENGTH_NAME and name.isascii():
         block = _HEAD + b"%011o\0" % size + _MIDDLE
         block = name.encode("ascii").ljust(tarfile.LENGTH_NAME, b"\0") + block
         # The checksum field counts as spaces; the template has them.
         return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime, info.uname, info.gname = size, MODE, 0, OWNER, OWNER
+    info = _make_info(name)
+    info.size = size
     return info.tobuf(tarfile.PAX_FORMAT, tarfile.ENCODING, "surrogateescape")
 
 
-def _template() -> tuple[bytes, bytes]:
-    """What stands between name and size, and behind the size, in a header (checksum field as spaces)."""
-    info = tarfile.TarInfo("x")
-    info.mode, info.mtime, info.uname, info.gname = MODE, 0, OWNER, OWNER
-    block = info.tobuf(tarfile.PAX_FORMAT)
+def _make_info(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.mode = MODE
+    info.mtime = 0
+    info.uname = OWNER
+    info.gname = OWNER
+    return info
+
+
+def _make_template() -> tuple[bytes, bytes]:
+    """Make what stands before and behind the size in a header (the checksum field as spaces)."""
+    block = _make_info("x").tobuf(tarfile.PAX_FORMAT)
     return block[100:124], block[136:148] + b" " * 8 + block[156:]
 
 
-_HEAD, _MIDDLE = _template()
+_HEAD, _MIDDLE = _make_template()
 
 
 class ShardWriter:
-    """One tar, written aside; `close` writes its index, syncs both and renames them.
+    """One tar that is being written under a temporary name.
+
+    `close` writes its index, forces both to the disk and renames them.
 
     Args:
         target: the tar's final path.
@@ -68,10 +83,12 @@ class ShardWriter:
     """
 
     def __init__(self, target: Path, *, path: str, split: str) -> None:
-        self.target, self.path, self.split = target, path, split
+        self.target = target
+        self.path = path
+        self.split = split
         self.samples = 0
         self.content = 0
-        """Bytes of all parts until now."""
+        """Bytes of all parts so far."""
         self._rows = IndexRows()
         self._file = staged_path(target).open("wb", buffering=0)
         self._digest = hashlib.sha256()
@@ -80,12 +97,15 @@ class ShardWriter:
         self._offset = 0
 
     def add(self, key: str, parts: Mapping[str, bytes]) -> None:
-        """Appends a sample, parts sorted by extension. The names are the caller's care (`writer.check_names`)."""
+        """Append a sample, its parts sorted by extension.
+
+        The names must be valid: the caller has checked them (`writer.check_names`).
+        """
         start, places = self._offset, {}
         for extension in sorted(parts):
             content = parts[extension]
             size = len(content)
-            self._write(header(f"{key}.{extension}", size))
+            self._write(make_header(f"{key}.{extension}", size))
             places[extension] = PartLocation(self._offset, size, zlib.crc32(content))
             self._write(content)
             if size % BLOCK:
@@ -103,14 +123,15 @@ class ShardWriter:
 
     def _flush(self) -> None:
         data = b"".join(self._pieces)
-        self._pieces, self._gathered = [], 0
+        self._pieces = []
+        self._gathered = 0
         self._digest.update(data)
         view = memoryview(data)
-        while view:  # an unbuffered write may take less than it was given
+        while view:  # an unbuffered write may take less than it is given
             view = view[self._file.write(view) :]
 
     def close(self) -> ShardInfo:
-        """Ends the tar; afterwards tar and index are whole under their names."""
+        """End the tar. Afterwards tar and index are complete under their names."""
         end = self._offset
         self._write(_ZEROS[: 2 * BLOCK])
         self._write(_ZEROS[: -self._offset % _RECORD])
@@ -118,21 +139,19 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         digest = self._digest.hexdigest()
-        write_index(
-            self.target,
-            pack_index(
-                self._rows,
-                tar_name=self.target.name,
-                tar_bytes=self._offset,
-                tar_sha256=digest,
-                end=end,
-            ),
+        index = pack_index(
+            self._rows,
+            tar_name=self.target.name,
+            tar_bytes=self._offset,
+            tar_sha256=digest,
+            end=end,
         )
+        write_index(self.target, index)
         staged_path(self.target).replace(self.target)
         sync(self.target.parent)
         return ShardInfo(self.path, self.split, self.samples, self._offset, digest)
 
     def abandon(self) -> None:
-        """Removes what was written."""
+        """Remove what was written."""
         self._file.close()
         staged_path(self.target).unlink(missing_ok=True)

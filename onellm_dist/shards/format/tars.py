@@ -1,24 +1,29 @@
-"""Reading the structure of a WebDataset tar: names, keys, offsets and checksums, with every fault named by its place."""
+"""Read the structure of a WebDataset tar: names, keys, offsets and checksums.
+
+Every fault is reported with its place: tar, key, offset.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tarfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.format.index import IndexRows, PartLocation, count_text_bytes
 
 BLOCK = 512
+"""Bytes of a tar header; contents are padded to a multiple of it."""
 _CHUNK = 1 << 20
 # webdataset 1.0.2, tariterators.base_plus_ext: the key runs to the first dot of the base name.
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-# webdataset 1.0.2, tar_file_iterator's skip_meta: members under such names are no samples.
+# webdataset 1.0.2, tar_file_iterator's skip_meta: members of such names belong to no sample.
 _META = re.compile(r"__[^/]*__($|/)")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
@@ -29,26 +34,29 @@ class TarError(OneLLMError):
     Args:
         tar: the file.
         how: what is wrong with it.
-        key, offset: where, as far as it is known.
+        key: the sample at fault, if known.
+        offset: the byte at fault, if known.
     """
 
     def __init__(
         self, tar: Path, how: str, key: str | None = None, offset: int | None = None
     ) -> None:
-        self.tar, self.how, self.key, self.offset = tar, how, key, offset
-        place = "".join(
-            [
-                f", key {key}" if key is not None else "",
-                f", at offset {offset}" if offset is not None else "",
-            ]
-        )
+        self.tar = tar
+        self.how = how
+        self.key = key
+        self.offset = offset
+        where = f", key {key}" if key is not None else ""
+        where += f", at offset {offset}" if offset is not None else ""
         super().__init__(
-            f"{tar}{place}: {how}.",
+            f"{tar}{where}: {how}.",
             "the shard would lose or mix up samples.",
             "fetch or write the tar again (the tool that writes it may still be running).",
         )
 
-    def __reduce__(self) -> tuple[type[TarError], tuple[Path, str, str | None, int | None]]:  # type: ignore[override]
+    def __reduce__(  # type: ignore[override]  # an exception is pickled by its constructor's arguments
+        self,
+    ) -> tuple[type[TarError], tuple[Path, str, str | None, int | None]]:
+        """Pickle by the arguments, so that worker processes can raise it."""
         return type(self), (self.tar, self.how, self.key, self.offset)
 
 
@@ -58,140 +66,135 @@ class TarScan:
 
     rows: IndexRows
     bytes: int
+    """Size of the file."""
     sha256: str
+    """Hex digest of the file."""
     end: int
     """Offset of the end-of-archive marker."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A tar member's (key, lower-cased extension) by WebDataset's rule; None: not part of a sample."""
+    """Split the name of a tar member into key and lower-cased extension, by WebDataset's rule.
+
+    Returns:
+        None if the member belongs to no sample.
+    """
     if _META.match(name):
         return None
     match = _NAME.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def scan_tar(path: Path) -> TarScan:
-    """Reads a whole tar and returns its rows.
+    """Read a whole tar and return its rows.
 
     Raises:
-        TarError: not a tar, compressed, truncated, a damaged header, a duplicate key or part, a name that is not UTF-8, or
-            no sample at all.
+        TarError: the file is not a tar, is compressed or truncated, has a damaged header, a key or
+            part twice or a name that is not UTF-8, or holds no sample.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                rows, end = _Scanner(path, file).run(tar)
+                rows, end = _TarScanner(path, file).run(tar)
         except tarfile.TarError as error:
-            raise _unreadable(path, file, error) from error
+            raise _make_unreadable_error(path, file, error) from error
         _check_end(path, file, end, rows)
         size = file.seek(0, 2)
     if not rows.keys:
         raise TarError(path, "it holds no sample (no regular file named KEY.EXTENSION)")
-    return TarScan(rows, size, sha256_of(path), end)
+    return TarScan(rows, size, sha256_file(path), end)
 
 
 def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
-    """(the samples of a tar as far as it can be read, why it cannot be read farther; None: it is whole).
+    """Read the samples of a tar as far as it can be read.
 
-    The last one may lack parts, where a damaged header hid them; none behind it are among them.
+    Returns:
+        The samples, and why the tar cannot be read farther (None: it is intact). The last sample
+        may lack parts if a damaged header hid them; no sample behind it is included.
     """
     try:
         return scan_tar(path).rows, None
     except TarError as error:
         how = error.how
     with path.open("rb") as file:
-        scanner = _Scanner(path, file)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                scanner.run(tar)
-        except (TarError, tarfile.TarError):
-            pass  # what was closed until then is whole
+        scanner = _TarScanner(path, file)
+        # The samples that were closed before the error are intact.
+        with (
+            suppress(TarError, tarfile.TarError),
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
+            scanner.run(tar)
     return scanner.rows, how
 
 
-class _Scanner:
-    """Groups members into samples while going through the tar once."""
+class _TarScanner:
+    """Groups the members of a tar into samples, in one pass."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file, self.rows = path, file, IndexRows()
+        self.path = path
+        self.file = file
+        self.rows = IndexRows()
         self.first_at: dict[str, int] = {}
         self.key: str | None = None
         self.parts: dict[str, PartLocation] = {}
         self.texts: dict[str, bytes] = {}
 
     def run(self, tar: tarfile.TarFile) -> tuple[IndexRows, int]:
+        """Read all members; return the rows and the offset behind the last one."""
         try:
             for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or every header of a large tar stays in memory
+                # Otherwise every header of a large tar stays in memory.
+                tar.members = []  # type: ignore[attr-defined]  # typeshed does not list it
                 names = split_name(member.name) if member.isreg() else None
                 if names is not None:
-                    self.take(member, *names)
+                    self.add_part(member, *names)
         except tarfile.TarError as error:
-            raise TarError(
-                self.path, f"it is truncated or damaged ({error})", self.key, tar.offset
-            ) from error
+            how = f"it is truncated or damaged ({error})"
+            raise TarError(self.path, how, self.key, tar.offset) from error
         self.close_sample()
         return self.rows, tar.offset
 
-    def take(self, member: tarfile.TarInfo, key: str, extension: str) -> None:
-        """One part."""
+    def add_part(self, member: tarfile.TarInfo, key: str, extension: str) -> None:
+        """Add one part to the open sample, or open the next sample with it."""
+        self.check_member(member, key, extension)
+        if key != self.key:
+            self.close_sample()
+            if key in self.first_at:
+                how = f"duplicate key: its first sample starts at offset {self.first_at[key]}"
+                raise TarError(self.path, how, key, member.offset)
+            self.key = key
+            self.first_at[key] = member.offset
+        elif extension in self.parts:
+            offset = self.parts[extension].offset
+            how = f"duplicate part .{extension}: the other begins at offset {offset}"
+            raise TarError(self.path, how, key, member.offset)
+        self.parts[extension] = self.read_part(member, key, extension)
+
+    def check_member(self, member: tarfile.TarInfo, key: str, extension: str) -> None:
+        """Refuse a member that no index can describe."""
         try:
             key.encode()
             extension.encode()
         except UnicodeEncodeError:
-            raise TarError(
-                self.path, f"the member name {member.name!a} is not UTF-8", None, member.offset
-            ) from None
+            how = f"the member name {member.name!a} is not UTF-8"
+            raise TarError(self.path, how, None, member.offset) from None
         if member.issparse():
-            raise TarError(
-                self.path,
-                f"part .{extension} is stored as a sparse file, which has no byte range",
-                key,
-                member.offset,
-            )
-        if key != self.key:
-            self.close_sample()
-            if key in self.first_at:
-                raise TarError(
-                    self.path,
-                    f"duplicate key: it already stands at offset {self.first_at[key]}",
-                    key,
-                    member.offset,
-                )
-            self.key, self.first_at[key] = key, member.offset
-        elif extension in self.parts:
-            raise TarError(
-                self.path,
-                f"duplicate part .{extension}: the other begins at offset {self.parts[extension].offset}",
-                key,
-                member.offset,
-            )
-        self.parts[extension] = self.checksum(member, key, extension)
+            how = f"part .{extension} is stored as a sparse file, which has no byte range"
+            raise TarError(self.path, how, key, member.offset)
 
-    def checksum(self, member: tarfile.TarInfo, key: str, extension: str) -> PartLocation:
+    def read_part(self, member: tarfile.TarInfo, key: str, extension: str) -> PartLocation:
+        """Read a part's content for its CRC-32, and keep it if it is text."""
         self.file.seek(member.offset_data)
         crc, left, kept = 0, member.size, bytearray()
         while left > 0:
             chunk = self.file.read(min(left, _CHUNK))
             if not chunk:
-                raise TarError(
-                    self.path,
-                    f"truncated: part .{extension} has {member.size - left} of its {member.size} bytes",
-                    key,
-                    member.offset_data,
-                )
-            crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+                read = member.size - left
+                how = f"truncated: part .{extension} has {read} of its {member.size} bytes"
+                raise TarError(self.path, how, key, member.offset_data)
+            crc = zlib.crc32(chunk, crc)
+            left -= len(chunk)
             if extension in TEXT_EXTENSIONS:
                 kept += chunk
         if extension in TEXT_EXTENSIONS:
@@ -199,26 +202,34 @@ class _Scanner:
         return PartLocation(member.offset_data, member.size, crc)
 
     def close_sample(self) -> None:
+        """Append the open sample to the rows."""
         if self.key is not None:
-            length = count_text_bytes(self.texts.get("txt"), self.texts.get("json"))
-            self.rows.add(self.key, self.first_at[self.key], self.parts, length)
-        self.key, self.parts, self.texts = None, {}, {}
+            text_bytes = count_text_bytes(self.texts.get("txt"), self.texts.get("json"))
+            self.rows.add(self.key, self.first_at[self.key], self.parts, text_bytes)
+        self.key = None
+        self.parts = {}
+        self.texts = {}
 
 
-def _unreadable(path: Path, file: BinaryIO, error: tarfile.TarError) -> TarError:
+def _make_unreadable_error(path: Path, file: BinaryIO, error: tarfile.TarError) -> TarError:
     file.seek(0)
     head = file.read(8)
-    for magic, kind in _COMPRESSED.items():
+    for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             return TarError(
                 path,
-                f"it is compressed ({kind}); samples of a compressed tar cannot be reached by byte range: unpack it first",
+                f"it is compressed ({name}); samples of a compressed tar cannot be reached by "
+                "byte range: unpack it first",
             )
     return TarError(path, "it is empty" if not head else f"it is not a tar ({error})", None, 0)
 
 
 def _check_end(path: Path, file: BinaryIO, end: int, rows: IndexRows) -> None:
-    """Python's tarfile (3.11) takes a damaged header, or the file's end without a marker, as the end of the archive."""
+    """Check what follows the last member.
+
+    Python's tarfile (3.11) takes a damaged header, or the end of a file without a marker, as the
+    end of the archive.
+    """
     last = rows.keys[-1] if rows.keys else None
     file.seek(end)
     block = file.read(BLOCK)
@@ -228,9 +239,8 @@ def _check_end(path: Path, file: BinaryIO, end: int, rows: IndexRows) -> None:
         raise TarError(path, f"damaged: no valid header follows the sample {last!r}", last, end)
     while chunk := file.read(_CHUNK):
         if any(chunk):
-            raise TarError(
-                path,
-                "there is data behind the end-of-archive marker (two tars joined?), which tar readers do not see",
-                last,
-                end,
+            how = (
+                "data follows the end-of-archive marker (two tars joined?), "
+                "and tar readers do not see it"
             )
+            raise TarError(path, how, last, end)

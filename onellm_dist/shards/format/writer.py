@@ -1,7 +1,8 @@
-"""Writes a dataset from one process: tars, an index beside each, the manifest last (the builder shares the work out instead).
+"""Write a dataset from one process: tars, an index beside each, and the manifest last.
 
-Everything is written aside, synced and renamed, so a file under its final name is whole, and a folder with a manifest is a
-whole dataset. Tars have a fixed time and owner: the same samples give the same bytes.
+(The builder shares the same work among processes.) Every file is written under a temporary name,
+forced to the disk and renamed, so a file under its final name is complete, and so is a folder with
+a manifest. Tars have a fixed time and owner: the same samples give the same bytes.
 """
 
 from __future__ import annotations
@@ -29,43 +30,54 @@ from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import split_name
 
 MAX_SAMPLES = 10_000
+"""Most samples a shard, by default."""
 MAX_BYTES = 1 << 30
+"""Most bytes of content a shard, by default."""
 _NAME = re.compile(r"\w[\w.-]*")
 _SPLIT = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_OURS = re.compile(
-    rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?(?:{re.escape(STAGED)})?"
+_SHARD_FILE = re.compile(
+    rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?"
+    rf"(?:(?:\.[\w.-]+)?{re.escape(STAGED)})?"
 )
+"""A file that a writer of this program makes, complete or temporary."""
 
 
 def check_name(name: str) -> None:
-    """Raises UsageError where a dataset cannot have this name."""
+    """Check that a dataset can have this name.
+
+    Raises:
+        UsageError: it has characters that a name cannot have.
+    """
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"dataset name {name!r} has other characters than letters, digits and ._-, or begins with one of . and -",
-            "it is part of every sample's id.",
+            f"dataset name {name!r} has characters other than letters, digits and ._-, or begins "
+            "with . or -",
+            "it is part of the id of every sample.",
             "choose another.",
         )
 
 
 class DatasetWriter:
-    """Writes one dataset folder. A context manager: leaving it writes the manifest, leaving it by an error does not.
+    """Writes one dataset folder.
+
+    It is a context manager: leaving it writes the manifest, leaving it by an error does not.
 
         with DatasetWriter(Path("cats"), name="cats", modalities=("image",)) as writer:
             writer.add("train", "cat-0001", {"jpg": jpeg_bytes, "txt": b"a black cat"})
 
     Args:
-        root: the folder; it must not exist or be empty.
+        root: the folder; it must be absent or empty.
         name: the dataset's name in sample ids; letters, digits and `._-`.
-        modalities: what every sample has; () is text only.
+        modalities: what every sample has; () is text alone.
         licence: goes to the manifest.
-        source: what makes the dataset, goes to the manifest.
+        source: what makes the dataset; goes to the manifest.
         attributes: anything else for the manifest (JSON values).
-        max_samples, max_bytes: a shard is closed when it has this many samples, or when the next sample would take the
-            parts' bytes beyond `max_bytes`.
+        max_samples: a shard is closed when it has this many samples.
+        max_bytes: a shard is closed when the next sample would take its content beyond this.
 
     Raises:
-        UsageError: the folder holds something already.
+        UsageError: the folder already holds something.
     """
 
     def __init__(
@@ -87,10 +99,15 @@ class DatasetWriter:
                 "a shard holds samples.",
                 "raise them.",
             )
-        self.root, self.name, self.modalities = Path(root), name, tuple(modalities)
+        self.root = Path(root)
+        self.name = name
+        self.modalities = tuple(modalities)
         self._checks = [get_modality(m) for m in self.modalities]
-        self._licence, self._source, self._attributes = licence, source, dict(attributes or {})
-        self._max_samples, self._max_bytes = max_samples, max_bytes
+        self._licence = licence
+        self._source = source
+        self._attributes = dict(attributes or {})
+        self._max_samples = max_samples
+        self._max_bytes = max_bytes
         refuse_occupied(self.root)
         (self.root / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
         self._open: dict[str, ShardWriter] = {}
@@ -100,6 +117,7 @@ class DatasetWriter:
         self._text = set(TEXT_EXTENSIONS)
 
     def __enter__(self) -> DatasetWriter:
+        """Return the writer."""
         return self
 
     def __exit__(
@@ -108,21 +126,24 @@ class DatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Finish the dataset, or after an error abandon it."""
         if kind is None:
             self.finish()
         else:
             self.abandon()
 
     def add(self, split: str, key: str, parts: Mapping[str, bytes]) -> None:
-        """Appends one sample.
+        """Append one sample.
 
         Args:
             split: "train" or any other name.
-            key: unique in the dataset, no dot behind its last slash (WebDataset cuts names at the first dot).
+            key: unique in the dataset, without a dot behind its last slash (WebDataset cuts names
+                at the first dot).
             parts: lower-case extension to content; it must have what the modalities need.
 
         Raises:
-            SampleError: a key or extension that a WebDataset tar cannot hold, a key used before, or a missing part.
+            SampleError: a WebDataset tar cannot hold the key or an extension, the key was used
+                before, or a part is missing.
         """
         self._check(split, key, parts)
         size = sum(len(p) for p in parts.values())
@@ -133,23 +154,23 @@ class DatasetWriter:
             self._shards.append(shard.close())
             shard = None
         if shard is None:
-            number = self._counts.get(split, 0)
-            self._counts[split] = number + 1
-            shard = self._open[split] = self._new_shard(split, number)
+            shard = self._open[split] = self._open_shard(split)
         shard.add(key, parts)
         self._keys.add(key)
         self._text &= parts.keys()
 
-    def _new_shard(self, split: str, number: int) -> ShardWriter:
-        path = shard_path(split, number)
+    def _open_shard(self, split: str) -> ShardWriter:
+        number = self._counts.get(split, 0)
+        self._counts[split] = number + 1
+        path = get_shard_path(split, number)
         return ShardWriter(self.root / path, path=path, split=split)
 
     def _check(self, split: str, key: str, parts: Mapping[str, bytes]) -> None:
         where = f"dataset {self.name}, key {key!r}"
         if not _SPLIT.fullmatch(split):
             raise SampleError(
-                f"{where}: split {split!r} has other characters than letters, digits, _ and -.",
-                "it names the tar.",
+                f"{where}: split {split!r} has characters other than letters, digits, _ and -.",
+                "it is part of the name of a tar.",
                 "rename it.",
             )
         check_names(where, key, parts)
@@ -162,7 +183,7 @@ class DatasetWriter:
         check_parts(where, self._checks, parts)
 
     def finish(self) -> Dataset:
-        """Closes the shards, writes the manifest, and opens the dataset.
+        """Close the shards, write the manifest, and open the dataset.
 
         Raises:
             UsageError: no sample was added.
@@ -170,7 +191,7 @@ class DatasetWriter:
         if not self._keys:
             self.abandon()
             raise UsageError(
-                f"dataset {self.name} ({self.root}) got no sample.",
+                f"dataset {self.name} ({self.root}) received no sample.",
                 "an empty dataset cannot be read.",
                 "check the inputs.",
             )
@@ -190,14 +211,18 @@ class DatasetWriter:
         return open_dataset(self.root)
 
     def abandon(self) -> None:
-        """Drops the open shards; the folder stays without a manifest and is recognised as half-written."""
+        """Remove the open shards. The folder keeps no manifest and is recognised as incomplete."""
         for shard in self._open.values():
             shard.abandon()
         self._open = {}
 
 
 def refuse_occupied(root: Path) -> None:
-    """Raises UsageError where `root` is not absent or an empty folder; says what lies there."""
+    """Check that `root` is absent or an empty folder.
+
+    Raises:
+        UsageError: it is not; the message says what lies there.
+    """
     if not root.exists():
         return
     if not root.is_dir():
@@ -212,22 +237,22 @@ def refuse_occupied(root: Path) -> None:
             "choose another output, or give --overwrite.",
         )
     if names == [SHARD_FOLDER] and all(
-        _OURS.fullmatch(p.name) for p in (root / SHARD_FOLDER).iterdir()
+        _SHARD_FILE.fullmatch(p.name) for p in (root / SHARD_FOLDER).iterdir()
     ):
         raise UsageError(
-            f"{root} is a half-written dataset ({SHARD_FOLDER}/ without {MANIFEST}).",
+            f"{root} is an incomplete dataset ({SHARD_FOLDER}/ without {MANIFEST}).",
             "its builder was stopped, or is still running.",
             "remove the folder, or give --overwrite, or choose another output.",
         )
     raise UsageError(
         f"{root} is not empty ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}).",
-        "what lies there is no dataset of this program and would be mixed with it.",
+        "what lies there is not a dataset of this program and would be mixed with it.",
         "choose an empty or new folder.",
     )
 
 
-def _printable(text: str) -> bool:
-    """UTF-8 (a file's name need not be) without control characters."""
+def _is_printable(text: str) -> bool:
+    """Check for UTF-8 (which a file name need not be) without control characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -235,21 +260,33 @@ def _printable(text: str) -> bool:
     return _CONTROL.search(text) is None
 
 
-def shard_path(split: str, number: int, piece: int = 0) -> str:
-    """A shard's path in the dataset; `piece`: where `max_bytes` cut a shard of the builder's plan in several."""
-    return f"{SHARD_FOLDER}/{split}-{number:06d}{f'_{piece:02d}' if piece else ''}.tar"
+def get_shard_path(split: str, number: int, piece: int = 0) -> str:
+    """Return the path of a shard in the dataset.
+
+    Args:
+        split: its split.
+        number: its number in the split.
+        piece: which piece it is of a planned shard that `max_bytes` cut into several.
+    """
+    suffix = f"_{piece:02d}" if piece else ""
+    return f"{SHARD_FOLDER}/{split}-{number:06d}{suffix}.tar"
 
 
 def check_names(where: str, key: str, parts: Collection[str]) -> None:
-    """Raises SampleError where a WebDataset tar cannot hold this key with these extensions."""
+    """Check that a WebDataset tar can hold this key with these extensions.
+
+    Raises:
+        SampleError: it cannot; `where` begins the message.
+    """
     if not parts:
         raise SampleError(
             f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one."
         )
     components = key.split("/")
-    if not _printable(key) or key.startswith("__") or any(c in ("", ".", "..") for c in components):
+    invalid = any(c in ("", ".", "..") for c in components)
+    if not _is_printable(key) or key.startswith("__") or invalid:
         raise SampleError(
-            f"{where}: no key of a WebDataset tar.",
+            f"{where}: a WebDataset tar cannot hold this key.",
             "readers would skip it or read another name.",
             "use plain relative names.",
         )
@@ -258,17 +295,22 @@ def check_names(where: str, key: str, parts: Collection[str]) -> None:
             not extension
             or split_name(f"{key}.{extension}") != (key, extension)
             or extension.startswith(("_", "."))
-            or not _printable(extension)
+            or not _is_printable(extension)
         ):
             raise SampleError(
-                f"{where}, part {extension!r}: a reader of the tar would not find it under this name.",
-                "a key has no dot behind its last slash; an extension is lower-case and starts with a letter or digit.",
+                f"{where}, part {extension!r}: a reader of the tar would not find it by this name.",
+                "a key has no dot behind its last slash; an extension is lower-case and starts "
+                "with a letter or digit.",
                 "rename it (a dot in a key may become _).",
             )
 
 
 def check_parts(where: str, modalities: Iterable[Modality], parts: Collection[str]) -> None:
-    """Raises SampleError where a modality lacks a part."""
+    """Check that the parts are what the modalities need.
+
+    Raises:
+        SampleError: a part is missing; `where` begins the message.
+    """
     for modality in modalities:
         try:
             modality.match(set(parts))

@@ -1,10 +1,15 @@
-"""Local and remote files alike: a `Path`, or a `RemotePath` on any fsspec file system (`s3://`, `gs://`, `memory://`)."""
+"""Local and remote files through one interface.
+
+A `StoragePath` is a `Path`, or a `RemotePath` on any fsspec file system (`s3://`, `gs://`,
+`memory://`).
+"""
 
 from __future__ import annotations
 
 import errno
 import fnmatch
 import io
+import os
 import posixpath
 import shutil
 from collections.abc import Iterator
@@ -14,22 +19,23 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import staged_path, sync, write_atomic
+from onellm_dist.common.files import atomic_path, sync, write_atomic
 
 if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
 
 
 @dataclass(frozen=True)
-class Stat:
-    """What `stat` says of a remote file."""
+class RemoteStat:
+    """What `stat` reports of a remote file."""
 
     st_size: int
+    """Bytes."""
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A file or folder of a remote store, with those of pathlib's methods that sources and the builder use."""
+    """A file or folder of a remote store, with the methods of pathlib that the builder uses."""
 
     url: str
 
@@ -43,41 +49,51 @@ class RemotePath:
     def _key(self) -> str:
         return cast("str", self._fs._strip_protocol(self.url))
 
-    def _made(self, key: str) -> RemotePath:
+    def _with_key(self, key: str) -> RemotePath:
         return RemotePath(f"{self.url.split('://', 1)[0]}://{key.lstrip('/')}")
 
     def __str__(self) -> str:
+        """The URL."""
         return self.url
 
     def __truediv__(self, name: str) -> RemotePath:
+        """The path of an entry below this one."""
         return RemotePath(f"{self.url.rstrip('/')}/{name}")
 
     def __lt__(self, other: RemotePath) -> bool:
+        """Order by URL."""
         return self.url < other.url
 
     @property
     def name(self) -> str:
+        """The last component."""
         return posixpath.basename(self.url.rstrip("/"))
 
     @property
     def stem(self) -> str:
+        """The last component without its suffix."""
         return posixpath.splitext(self.name)[0]
 
     @property
     def suffix(self) -> str:
+        """What stands behind the last dot of the name, dot included."""
         return posixpath.splitext(self.name)[1]
 
     @property
     def parent(self) -> RemotePath:
+        """The folder that holds this."""
         return RemotePath(self.url.rstrip("/").rsplit("/", 1)[0])
 
     def with_name(self, name: str) -> RemotePath:
+        """Return the path of another entry of the same folder."""
         return self.parent / name
 
     def relative_to(self, other: RemotePath) -> Path:
+        """Return this path relative to a folder above it."""
         return Path(posixpath.relpath(self._key, other._key))
 
     def open(self, mode: str = "r", **options: Any) -> IO[Any]:
+        """Open the file, as text (UTF-8) or with a `b` in the mode as bytes."""
         if "b" in mode:
             return cast("IO[Any]", self._fs.open(self._key, mode))
         return io.TextIOWrapper(
@@ -85,6 +101,11 @@ class RemotePath:
         )
 
     def read_bytes(self) -> bytes:
+        """Read the whole file.
+
+        Raises:
+            OSError: it cannot be read; FileNotFoundError if it does not exist.
+        """
         try:
             with translate_store_errors(self):
                 return cast("bytes", self._fs.cat_file(self._key))
@@ -92,52 +113,59 @@ class RemotePath:
             raise FileNotFoundError(errno.ENOENT, "No such file", self.url) from error
 
     def read_text(self, encoding: str = "utf-8") -> str:
+        """Read the whole file as text."""
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
+        """Write the whole file in one put, and return its size."""
         self._fs.pipe_file(self._key, data)
         return len(data)
 
     def exists(self) -> bool:
+        """Check that there is a file or folder of this name."""
         return bool(self._fs.exists(self._key))
 
     def is_file(self) -> bool:
+        """Check that there is a file of this name."""
         return bool(self._fs.isfile(self._key))
 
     def is_dir(self) -> bool:
+        """Check that there is a folder of this name."""
         return bool(self._fs.isdir(self._key))
 
-    def stat(self) -> Stat:
-        return Stat(int(self._fs.info(self._key)["size"]))
+    def stat(self) -> RemoteStat:
+        """Return the size of the file."""
+        return RemoteStat(int(self._fs.info(self._key)["size"]))
 
     def iterdir(self) -> Iterator[RemotePath]:
+        """Yield the entries of the folder, sorted."""
         for entry in sorted(e.rstrip("/") for e in self._fs.ls(self._key, detail=False)):
             if posixpath.basename(entry):
-                yield self._made(entry)
+                yield self._with_key(entry)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        yield from (
-            self._made(k) for k in sorted(self._fs.glob(f"{self._key.rstrip('/')}/{pattern}"))
-        )
+        """Yield the paths below this folder that match a pattern, sorted."""
+        for key in sorted(self._fs.glob(f"{self._key.rstrip('/')}/{pattern}")):
+            yield self._with_key(key)
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        yield from (
-            self._made(k)
-            for k in sorted(self._fs.find(self._key))
-            if fnmatch.fnmatch(posixpath.basename(k), pattern)
-        )
+        """Yield the files at any depth whose name matches a pattern, sorted."""
+        for key in sorted(self._fs.find(self._key)):
+            if fnmatch.fnmatch(posixpath.basename(key), pattern):
+                yield self._with_key(key)
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Remove the file."""
         if not missing_ok or self.exists():
             self._fs.rm_file(self._key)
 
     def remove_tree(self) -> None:
-        """Removes the folder with everything in it."""
+        """Remove the folder with everything in it."""
         if self.exists():
             self._fs.rm(self._key, recursive=True)
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
-        """Object stores have no folders; file systems do."""
+        """Make the folder. Object stores have no folders; file systems do."""
         self._fs.makedirs(self._key, exist_ok=True)
 
 
@@ -145,91 +173,120 @@ StoragePath = Path | RemotePath
 
 
 @contextmanager
-def translate_store_errors(place: StoragePath) -> Iterator[None]:
-    """Errors of a store's own kinds (aiohttp's, botocore's) and those without a number become OSErrors: the network failed."""
+def translate_store_errors(path: StoragePath) -> Iterator[None]:
+    """Raise a store's own errors (aiohttp's, botocore's) and OSErrors without a number as EIO.
+
+    Whoever reads from a store then sees a network fault as an OSError of that kind.
+    """
     try:
         yield
     except Exception as error:
-        told = isinstance(error, (FileNotFoundError, PermissionError)) or (
+        clear = isinstance(error, (FileNotFoundError, PermissionError)) or (
             isinstance(error, OSError) and error.errno is not None
         )
-        if told or isinstance(place, Path):
+        if clear or isinstance(path, Path):
             raise
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(place)) from error
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(path)) from error
 
 
 def to_storage_path(text: str | Path | RemotePath) -> StoragePath:
-    """A path, or for `scheme://...` a RemotePath.
+    """Return a Path, or a RemotePath for `scheme://...`.
 
     Raises:
-        UsageError: no such kind of store, or its library is not installed.
+        UsageError: no such kind of store exists, or its library is not installed.
     """
     if isinstance(text, RemotePath):
         return text
-    whole = str(text)
-    if "://" not in whole:
-        # Path("s3://bucket") has become "s3:/bucket" where a command line made a Path of it.
-        scheme, slash, rest = whole.partition(":/")
+    url = str(text)
+    if "://" not in url:
+        # A command line that makes a Path of "s3://bucket" passes "s3:/bucket".
+        scheme, slash, rest = url.partition(":/")
         if not slash or not scheme.isalnum() or len(scheme) < 2:
             return Path(text)
-        whole = f"{scheme}://{rest.lstrip('/')}"
-    if whole.startswith("file://"):
-        return Path(whole.removeprefix("file://"))
+        url = f"{scheme}://{rest.lstrip('/')}"
+    if url.startswith("file://"):
+        return Path(url.removeprefix("file://"))
     try:
-        found = RemotePath(whole)
+        found = RemotePath(url)
         _ = found._fs
     except (ImportError, ValueError) as error:
         raise UsageError(
-            f"{whole}: {error}",
+            f"{url}: {error}",
             "the store cannot be reached.",
             "install the fsspec library of this store (s3fs, gcsfs).",
         ) from error
     return found
 
 
-def write(target: StoragePath, data: bytes) -> None:
-    """Writes a whole file: locally aside, synced and renamed; remotely in one put."""
+def read_range(path: Path | str, start: int, end: int) -> bytes:
+    """Read bytes start .. end - 1 of a local file; fewer only if it ends before.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return _pread(descriptor, end - start, start)
+    finally:
+        os.close(descriptor)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Read up to `size` bytes, fewer at the end of the file (one pread stops at 2 GiB on Linux)."""
+    pieces: list[bytes] = []
+    while size > 0:
+        piece = os.pread(descriptor, size, offset)
+        if not piece:
+            break
+        pieces.append(piece)
+        size -= len(piece)
+        offset += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def write_file(target: StoragePath, data: bytes) -> None:
+    """Write a file so that it appears complete: atomically on a disk, in one put in a store."""
     if isinstance(target, Path):
         write_atomic(target, data)
     else:
         target.write_bytes(data)
 
 
-def move(source: StoragePath, target: StoragePath) -> None:
-    """Renames a file within one store; repeating it after it was done is no error."""
+def move_file(source: StoragePath, target: StoragePath) -> None:
+    """Rename a file within one store. Repeating a rename that was done is no error."""
     if not source.exists() and target.exists():
         return
     if isinstance(source, Path) and isinstance(target, Path):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
-    else:
-        assert isinstance(source, RemotePath)
-        assert isinstance(target, RemotePath)
-        try:
-            source._fs.mv(source._key, target._key)
-        except FileNotFoundError:  # another process that finishes the same build moved it meanwhile
-            if not target.exists():
-                raise
+        return
+    assert isinstance(source, RemotePath)
+    assert isinstance(target, RemotePath)
+    try:
+        source._fs.mv(source._key, target._key)
+    except FileNotFoundError:  # another process that finishes the same build has moved it
+        if not target.exists():
+            raise
 
 
-def put(source: Path, target: StoragePath) -> None:
-    """Moves a local file to where it belongs."""
-    if isinstance(target, Path):
-        device = source.stat().st_dev  # first: where both folders are gone, none is made again
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if device == target.parent.stat().st_dev:
-            source.replace(target)
-        else:
-            shutil.copyfile(source, staged_path(target))
-            staged_path(target).replace(target)
-        sync(target.parent)
-    else:
+def store_file(source: Path, target: StoragePath) -> None:
+    """Move a local file to its final place, on a disk or in a store."""
+    if not isinstance(target, Path):
         target._fs.put_file(str(source), target._key)
         source.unlink()
+        return
+    device = source.stat().st_dev  # first: if both folders are gone, none is made again
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if device == target.parent.stat().st_dev:
+        source.replace(target)
+        sync(target.parent)
+    else:
+        with atomic_path(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def remove_tree(folder: StoragePath) -> None:
-    """Removes a folder with everything in it, where it is there."""
+    """Remove a folder with everything in it, if it exists."""
     if isinstance(folder, RemotePath):
         folder.remove_tree()
     elif folder.exists():

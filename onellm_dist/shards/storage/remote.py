@@ -1,7 +1,8 @@
 """A folder behind a URL (s3://, gs://, http://, memory:// ...), read by byte range through fsspec.
 
-Credentials and endpoints come from where the protocol's own tools take them (`AWS_*`, `~/.aws`, `~/.config/fsspec/`): no
-recipe holds a secret. fsspec's file systems are not safe to use after a fork, so each process opens its own.
+Credentials and endpoints come from where the tools of the protocol take them (`AWS_*`, `~/.aws`,
+`~/.config/fsspec/`), so no recipe holds a secret. fsspec's file systems are not safe to use after a
+fork, so each process opens its own.
 """
 
 from __future__ import annotations
@@ -10,30 +11,31 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from onellm_dist.common.errors import UsageError
 
 T = TypeVar("T")
 
 
-def is_url(place: object) -> bool:
-    """Whether a dataset's place is a URL and not a local path."""
-    return isinstance(place, str) and "://" in place
+def is_url(location: object) -> bool:
+    """Check whether the location of a dataset is a URL rather than a local path."""
+    return isinstance(location, str) and "://" in location
 
 
 class RemoteFolder:
-    """The files below one URL. May be pickled and forked."""
+    """The files below one URL. It may be pickled and forked."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._opened: tuple[int, Any, str] | None = None
 
     def __reduce__(self) -> tuple[type[RemoteFolder], tuple[str]]:
+        """Pickle the URL alone; whoever unpickles it opens the store anew."""
         return RemoteFolder, (self.url,)
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes start .. end - 1 of a file; fewer only where it ends before.
+        """Read bytes start .. end - 1 of a file; fewer only if it ends before.
 
         Raises:
             OSError: they cannot be read.
@@ -41,31 +43,42 @@ class RemoteFolder:
         data = self._call(name, lambda fs, path: fs.cat_file(path, start=start, end=end))
         if len(data) > end - start:
             raise OSError(
-                f"{self.url}/{name}: the server sends whole files and not the byte range asked for"
+                f"{self.url}/{name}: the server sends whole files instead of the requested bytes"
             )
         return data
 
-    def read_whole(self, name: str) -> bytes:
-        """A whole (small) file.
+    def read_file(self, name: str) -> bytes:
+        """Read a whole (small) file.
 
         Raises:
-            OSError: it cannot be read; FileNotFoundError where it is not there.
+            OSError: it cannot be read; FileNotFoundError if it does not exist.
         """
         return self._call(name, lambda fs, path: fs.cat_file(path))
 
-    def size(self, name: str) -> int:
-        """Bytes of a file.
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading from its start to its end.
 
         Raises:
-            OSError: it is not there, or nobody says how large it is.
+            OSError: it cannot be opened.
+        """
+        return self._call(name, lambda fs, path: cast("IO[bytes]", fs.open(path, "rb")))
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file.
+
+        Raises:
+            OSError: the file does not exist, or the server does not report its size.
         """
         size = self._call(name, lambda fs, path: fs.info(path)["size"])
         if size is None:
-            raise OSError(f"{self.url}/{name}: the server does not say how large it is")
+            raise OSError(f"{self.url}/{name}: the server does not report its size")
         return int(size)
 
     def names(self, folder: str) -> set[str]:
-        """Names of the files in a folder below; none where there is no such folder, or the protocol cannot list (http)."""
+        """Return the names of the files in a folder below.
+
+        The set is empty if there is no such folder, or if the protocol cannot list (http).
+        """
         try:
             found = self._call(folder, lambda fs, path: fs.ls(path, detail=False, refresh=True))
         except (FileNotFoundError, NotADirectoryError):
@@ -73,40 +86,42 @@ class RemoteFolder:
         return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in found}
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copies a file to `target`, which appears whole.
+        """Copy a file to `target`, which appears complete.
 
         Raises:
-            OSError: it cannot be read, or not be written.
+            OSError: the file cannot be read, or `target` cannot be written.
         """
-        data = self.read_whole(name)
+        data = self.read_file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_copy(target, data)
+        write_cached(target, data)
 
     def _call(self, name: str, action: Callable[[Any, str], T]) -> T:
-        fs, base = self._file_system()
+        fs, base = self._get_file_system()
         try:
             return action(fs, f"{base}/{name}" if name else base)
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # aiohttp's and botocore's own; whoever retries knows OSError alone
+        except Exception as error:  # aiohttp's and botocore's own; callers retry OSErrors alone
             raise OSError(f"{self.url}/{name}: {type(error).__name__}: {error}") from error
 
-    def _file_system(self) -> tuple[Any, str]:
+    def _get_file_system(self) -> tuple[Any, str]:
         if self._opened is None or self._opened[0] != os.getpid():
             self._opened = (os.getpid(), *_open(self.url))
         return self._opened[1:]
 
 
-def write_copy(target: Path, data: bytes) -> None:
-    """Writes `data` aside and renames it; several processes may write the same copy at once."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.aside")
+def write_cached(target: Path, data: bytes) -> None:
+    """Write a copy in the user's cache: renamed into place, but not forced to the disk.
+
+    Several threads and processes may write the same copy at once. A copy is checked when it is
+    opened and can be fetched again, so it needs no sync (`write_atomic` would force one a file).
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        aside.write_bytes(data)
-        aside.replace(target)
+        temporary.write_bytes(data)
+        temporary.replace(target)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -119,10 +134,11 @@ def _open(url: str) -> tuple[Any, str]:
         raise UsageError(
             f"{url}: {error}",
             "fsspec reads each protocol through a package of its own.",
-            "pip install 'onellm-dist[remote]'",
+            "install the package that the message names (the extra `remote` of this package has "
+            "those for S3 and http).",
         ) from error
     except ValueError as error:
         raise UsageError(
-            f"{url}: {error}", "nothing can be read from it.", "check the protocol in front of ://."
+            f"{url}: {error}", "nothing can be read from it.", "check the protocol before ://."
         ) from error
     return fs, str(path).rstrip("/")

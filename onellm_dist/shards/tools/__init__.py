@@ -1,0 +1,1 @@
+"""Tools for finished datasets: index, verify, repair, show, export."""

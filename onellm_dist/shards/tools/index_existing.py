@@ -16,9 +16,10 @@ from onellm_dist.common.progress import progress
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import MANIFEST, Dataset, Manifest, ShardInfo
-from onellm_dist.shards.format.energon import energon_splits
-from onellm_dist.shards.format.index import ShardIndex, get_index_path, try_index_tar
-from onellm_dist.shards.format.names import dataset_name, infer_modalities
+from onellm_dist.shards.format.energon import read_energon_splits
+from onellm_dist.shards.format.index import ShardIndex, get_index_path
+from onellm_dist.shards.format.index_tar import try_index_tar
+from onellm_dist.shards.format.names import make_dataset_name, infer_modalities
 
 SOURCE_NAME = "index"
 """The `source` of a manifest that was made for tars of others."""
@@ -27,7 +28,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Adopted:
+class IndexedShards:
     """What was indexed."""
 
     tars: int
@@ -38,7 +39,7 @@ class Adopted:
     """Tars whose index fitted already."""
 
 
-def index_path(
+def index_existing_shards(
     path: Path,
     *,
     modalities: Sequence[str] | None = None,
@@ -47,7 +48,7 @@ def index_path(
     licence: str = "unknown",
     workers: int = 1,
     again: bool = True,
-) -> Adopted:
+) -> IndexedShards:
     """Indexes one tar, or all tars below a folder; a folder gets a manifest too and is a dataset then. Tars are only read.
 
     A folder that has a manifest of `onellm shards build` gets its indexes again, and keeps the manifest.
@@ -69,7 +70,7 @@ def index_path(
     """
     if path.is_file():
         _index_all([path], workers=1)
-        return Adopted(1, ShardIndex(get_index_path(path)).samples, None)
+        return IndexedShards(1, ShardIndex(get_index_path(path)).samples, None)
     if not path.is_dir():
         raise UsageError(
             f"{path}: there is no such file or folder.",
@@ -87,10 +88,10 @@ def index_path(
     _index_all(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
         _compare(path, old)
-        return Adopted(len(tars), sum(s.samples for s in old.shards), path / MANIFEST, kept)
+        return IndexedShards(len(tars), sum(s.samples for s in old.shards), path / MANIFEST, kept)
     manifest = _manifest(path, tars, modalities, name, split, licence)
     write_atomic(path / MANIFEST, manifest.to_bytes())
-    return Adopted(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST, kept)
+    return IndexedShards(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST, kept)
 
 
 def _fits(tar: Path) -> bool:
@@ -104,7 +105,7 @@ def _fits(tar: Path) -> bool:
     return (
         (index.tar_name, index.tar_bytes) == (tar.name, written.st_size)
         and made >= written.st_mtime_ns
-        and index.body_is_whole()
+        and index.is_body_intact()
     )
 
 
@@ -159,7 +160,7 @@ def _manifest(
 ) -> Manifest:
     shards, kinds = list[ShardInfo](), Counter[frozenset[str]]()
     example: dict[frozenset[str], tuple[Path, str, int]] = {}
-    prepared = energon_splits(root)
+    prepared = read_energon_splits(root)
     for tar in tars:
         relative = tar.relative_to(root).as_posix()
         if prepared is not None and relative not in prepared:
@@ -170,7 +171,7 @@ def _manifest(
             prepared[relative] if prepared is not None else named.group(1) if named else "train"
         )
         shards.append(ShardInfo(relative, own, index.samples, index.tar_bytes, index.tar_sha256))
-        for kind, (count, row) in index.kinds().items():
+        for kind, (count, row) in index.extension_sets().items():
             kinds[kind] += count
             example.setdefault(kind, (tar, index.key(row), index.span(row)[0]))
     names = Counter(s.name for s in shards)
@@ -190,7 +191,7 @@ def _manifest(
         _require(kind, count, example[kind], modalities)
     text = tuple(e for e in TEXT_EXTENSIONS if all(e in kind for kind in kinds))
     return Manifest(
-        name or dataset_name(root), tuple(modalities), text, licence, SOURCE_NAME, tuple(shards)
+        name or make_dataset_name(root), tuple(modalities), text, licence, SOURCE_NAME, tuple(shards)
     )
 
 

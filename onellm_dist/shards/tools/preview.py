@@ -21,7 +21,7 @@ from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.names import get_modality_parts
-from onellm_dist.shards.tools.preview_samples import TIMED, Look, figure, text_of
+from onellm_dist.shards.tools.preview_samples import TIMED, DatasetOverview, render_sample, render_text
 
 _PROBED = 200
 """Samples whose duration is measured."""
@@ -42,7 +42,7 @@ _TEXT_PARTS = {
 }
 
 
-def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
+def draw_histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
     """An SVG histogram with scales on both axes, and a line with the least, median, mean and greatest value.
 
     Whole numbers that are few have a bar each.
@@ -94,7 +94,7 @@ def histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> str:
     return f"{''.join(svg)}<p>{text}</p>"
 
 
-def size_of(count: float) -> str:
+def format_size(count: float) -> str:
     """Bytes as people say them: 20.5 KB, 1.2 GB (powers of 1000)."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
         if count >= limit:
@@ -143,7 +143,7 @@ def _splits(dataset: Dataset) -> str:
             s,
             dataset.samples(s),
             len(dataset.shards(s)),
-            size_of(sum(i.bytes for i in dataset.shards(s))),
+            format_size(sum(i.bytes for i in dataset.shards(s))),
         )
         for s in dataset.splits
     ]
@@ -162,7 +162,7 @@ def _parts(dataset: Dataset, counts: Mapping[str, int], statistics: Mapping[str,
 
     def mean(part: str) -> str:
         found = noted.get(part, {})
-        return size_of(found["bytes"] / found["count"]) if found.get("count") else ""
+        return format_size(found["bytes"] / found["count"]) if found.get("count") else ""
 
     rows = [
         (f".{p}", roles.get(p, "stored, not read in training"), n, mean(p))
@@ -229,7 +229,7 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
         UsageError: there is no dataset.
     """
     dataset = open_dataset(root)
-    look, statistics = Look(dataset, seed), _statistics(root)
+    look, statistics = DatasetOverview(dataset, seed), _statistics(root)
     part = (
         f" ({len(look.seen)} of {look.all} shards, evenly spread)"
         if len(look.seen) < look.all
@@ -242,17 +242,17 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
         html.append(f'<div class="gallery">{"".join(figure(dataset, *s) for s in shown)}</div>')
     html += ["<h2>Splits</h2>", _splits(dataset)]
     html += [f"<h2>What a sample holds{part}</h2>", _parts(dataset, look.counts, statistics)]
-    html += [f"<h2>Length of the texts{part}</h2>", histogram(look.lengths, "bytes")]
+    html += [f"<h2>Length of the texts{part}</h2>", draw_histogram(look.lengths, "bytes")]
     if any(e.rsplit(".", 1)[-1] in TIMED for e in look.counts):
         durations = look.durations(_PROBED)
         html += [
             f"<h2>Duration of {len(durations)} samples drawn at random</h2>",
-            histogram(durations, "s"),
+            draw_histogram(durations, "s"),
         ]
     html += ["<h2>What was left out</h2>", _left_out(root, statistics)]
     if not previews:
         rows = [
-            (f"{s.name}/{dataset.index(s).key(r)}", text_of(dataset, s, r))
+            (f"{s.name}/{dataset.index(s).key(r)}", render_text(dataset, s, r))
             for s, r in look.rows(_EXAMPLES)
         ]
         html += [
@@ -262,7 +262,7 @@ def page(root: Path, *, previews: int, seed: int = 0) -> str:
     return build_html_page(dataset.name, html, style=_STYLE)
 
 
-def page_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
+def preview_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
     """`onellm shards stats` (`previews` 0) and `onellm shards preview`. Returns the exit code.
 
     Raises:

@@ -19,7 +19,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 
 _SHARDS = 200
 """Shards whose indexes are looked at, evenly spread; the page says so where there are more."""
@@ -31,7 +31,7 @@ _WIDTH = 448
 _SPEAKERS = {"user": "Q", "assistant": "A", "system": "System"}
 
 
-class Look:
+class DatasetOverview:
     """What the page needs of a dataset, gathered once."""
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -44,7 +44,7 @@ class Look:
         for shard in self.seen:
             index = dataset.index(shard)
             lengths.append(index.all_text_bytes())
-            for kind, (count, _) in index.kinds().items():
+            for kind, (count, _) in index.extension_sets().items():
                 self.counts.update(dict.fromkeys(kind, count))
         self.lengths = np.concatenate(lengths)
         self._ends = list(accumulate(s.samples for s in self.seen))
@@ -68,7 +68,7 @@ class Look:
         ]
 
 
-def sample_text(parts: dict[str, Part]) -> str:
+def format_text(parts: dict[str, Part]) -> str:
     """What a sample says, as HTML: its captions, or its conversation with a turn a line."""
     if "txt" in parts:
         return escape(parts["txt"].data.decode(errors="replace"))
@@ -112,15 +112,15 @@ def _seconds(parts: dict[str, Part]) -> float | None:
         return None
 
 
-def text_of(dataset: Dataset, shard: ShardInfo, row: int) -> str:
+def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
     """A sample's text as HTML, or why it cannot be read."""
     try:
-        return sample_text(read_parts(dataset, shard, row))
+        return format_text(read_parts(dataset, shard, row))
     except OneLLMError as error:
         return f'<span class="wrong">cannot be read: {escape(error.what)}</span>'
 
 
-def figure(dataset: Dataset, shard: ShardInfo, row: int) -> str:
+def render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
     """A figure of one sample: each of its modalities as people look at it, and its text."""
     pictures = []
     try:
@@ -135,7 +135,7 @@ def figure(dataset: Dataset, shard: ShardInfo, row: int) -> str:
             pictures.append(
                 f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
             )
-        text = sample_text(parts)
+        text = format_text(parts)
     except OneLLMError as error:
         text = f'<span class="wrong">cannot be drawn: {escape(error.what)}</span>'
     key = f"{escape(shard.name)}/{escape(dataset.index(shard).key(row))}"

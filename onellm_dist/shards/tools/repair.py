@@ -28,20 +28,21 @@ from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError
 from onellm_dist.common.files import STAGED, write_atomic
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.build.finish import quarantine_bytes
+from onellm_dist.shards.build.finish import format_quarantine
 from onellm_dist.shards.format.dataset import (
     MANIFEST,
     SHARD_FOLDER,
     Manifest,
     ShardInfo,
-    no_dataset,
+    explain_missing_dataset,
 )
 from onellm_dist.shards.format.energon import META, write_energon
-from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path, index_tar
+from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path
+from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.format.tars import salvage_tar, sha256_of
+from onellm_dist.shards.format.tars import salvage_tar, sha256_file
 from onellm_dist.shards.sources.base import QuarantinedSample
-from onellm_dist.shards.tools.repeated_keys import KeyBook, hashes_of
+from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, hash_keys
 
 DAMAGED = ".damaged"
 REPAIRED = "repaired.jsonl"
@@ -65,7 +66,7 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
     try:
         manifest = Manifest.from_bytes((root / MANIFEST).read_bytes(), root / MANIFEST)
     except OSError as error:
-        raise no_dataset(root) from error
+        raise explain_missing_dataset(root) from error
     done, lost, shards = list[str](), list[QuarantinedSample](), list[ShardInfo]()
     whole, repeated = _surveyed(root, manifest, workers)
     for number, shard in enumerate(manifest.shards):
@@ -84,7 +85,7 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         done.append(f"{path.relative_to(root)}: left over from a writer that was stopped; removed")
     if lost:
         old = (root / REPAIRED).read_bytes() if (root / REPAIRED).exists() else b""
-        write_atomic(root / REPAIRED, old + quarantine_bytes(lost))
+        write_atomic(root / REPAIRED, old + format_quarantine(lost))
     if tuple(shards) != manifest.shards:
         write_atomic(root / MANIFEST, replace(manifest, shards=tuple(shards)).to_bytes())
     if done and (root / META).is_dir():
@@ -100,7 +101,7 @@ def _surveyed(
     Every byte is read once here. Memory does not grow with the number of samples (`KeyBook`).
     """
     whole, repeated = list[bool](), dict[int, dict[int, str]]()
-    with KeyBook(sum(s.samples for s in manifest.shards)) as book:
+    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as book:
         with progress(
             len(manifest.shards), f"Looking through {manifest.name}", unit="shards"
         ) as bar:
@@ -132,14 +133,14 @@ def _each_survey(root: Path, manifest: Manifest, workers: int) -> Iterator[_Surv
 def _survey(root: Path, manifest: Manifest, shard: ShardInfo) -> _Survey:
     tar = root / shard.path
     there = tar.is_file()
-    whole = there and sha256_of(tar) == shard.sha256
+    whole = there and sha256_file(tar) == shard.sha256
     found = enumerate(_samples(tar, _trusted_index(tar, shard), whole)) if there else ()
     good = [
         (row, key)
         for row, (key, parts, fault) in found
         if fault is None and _lacking(manifest, parts) is None
     ]
-    return whole, hashes_of([key for _, key in good]), [row for row, _ in good]
+    return whole, hash_keys([key for _, key in good]), [row for row, _ in good]
 
 
 def _mended(
@@ -170,7 +171,7 @@ def _mended(
             faults.append(QuarantinedSample(key, shard.path, reason))
     if not faults and not whole and salvage_tar(tar)[1] is None:
         index_tar(tar)  # headers or padding changed, or it is another tar: every sample is good
-        info = ShardInfo(shard.path, shard.split, len(order), tar.stat().st_size, sha256_of(tar))
+        info = ShardInfo(shard.path, shard.split, len(order), tar.stat().st_size, sha256_file(tar))
         done.append(
             f"{shard.path}: taken as it is now ({info.samples} samples, {shard.samples} before); index and manifest say so"
         )
@@ -178,7 +179,7 @@ def _mended(
     if not faults and whole:
         if (
             index is None
-            or not index.body_is_whole()
+            or not index.is_body_intact()
             or index.tar_sha256 != shard.sha256
             or index.samples != len(order)
         ):
@@ -195,7 +196,7 @@ def _index_of(tar: Path) -> ShardIndex | None:
         index = ShardIndex(get_index_path(tar))
     except (OSError, OneLLMError):
         return None
-    return index if index.body_is_whole() else None
+    return index if index.is_body_intact() else None
 
 
 def _trusted_index(tar: Path, shard: ShardInfo) -> ShardIndex | None:

@@ -12,8 +12,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.shards.build.duplicates import ENTRY, sorted_entries
-from onellm_dist.shards.build.task import key_hash
+from onellm_dist.shards.build.duplicates import ENTRY, sort_entries
+from onellm_dist.shards.build.task import hash_key
 
 CAPACITY = 1 << 22
 """Entries sorted at once: 100 MB, and about twice that while they are sorted."""
@@ -27,12 +27,12 @@ class StoragePath(NamedTuple):
     row: int
 
 
-def hashes_of(keys: Sequence[str]) -> NDArray[np.uint64]:
+def hash_keys(keys: Sequence[str]) -> NDArray[np.uint64]:
     """[n, 2]: 128 bits of each key."""
-    return np.frombuffer(b"".join(map(key_hash, keys)), "<u8").reshape(-1, 2)
+    return np.frombuffer(b"".join(map(hash_key, keys)), "<u8").reshape(-1, 2)
 
 
-class KeyBook:
+class RepeatedKeyFinder:
     """Takes the keys of every shard, then tells which repeat an earlier one. To be used as a context: it may hold files.
 
     Memory: `capacity` entries at a time (up to 512 x `capacity` samples), however many there are. Disk, beyond `capacity`
@@ -57,7 +57,7 @@ class KeyBook:
                 self._stack.enter_context((scratch / str(i)).open("w+b")) for i in range(count)
             ]
 
-    def __enter__(self) -> KeyBook:
+    def __enter__(self) -> RepeatedKeyFinder:
         return self
 
     def __exit__(
@@ -86,7 +86,7 @@ class KeyBook:
 
     def repeats(self) -> list[tuple[StoragePath, StoragePath]]:
         """(the first sample with a key, a later one with the same), by the later one's place."""
-        found = [pair for bucket in self._buckets() for pair in _repeats(sorted_entries(bucket))]
+        found = [pair for bucket in self._buckets() for pair in _repeats(sort_entries(bucket))]
         return sorted(found, key=lambda pair: pair[1])
 
     def _buckets(self) -> Iterator[NDArray[np.void]]:

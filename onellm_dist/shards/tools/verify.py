@@ -18,14 +18,14 @@ from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, Sampl
 from onellm_dist.common.files import STAGED
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, no_dataset
+from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, explain_missing_dataset
 from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, get_index_path
-from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_of
-from onellm_dist.shards.tools.repeated_keys import KeyBook, StoragePath, hashes_of
+from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_file
+from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, StoragePath, hash_keys
 
 
 @dataclass(frozen=True)
-class Problem:
+class ShardProblem:
     """One fault."""
 
     shard: str
@@ -41,7 +41,7 @@ class Problem:
         return f"{self.shard}{key}{offset}: {self.what}"
 
 
-def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
+def verify_dataset(path: Path, *, workers: int = 1) -> list[ShardProblem]:
     """Checks a dataset: flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray files.
 
     Memory does not grow with the number of samples (`KeyBook` says how much); a shard's rows are held for each worker.
@@ -60,9 +60,9 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
     try:
         manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
     except OSError as error:
-        raise no_dataset(path) from error
-    problems, count = dict[int, list[Problem]](), 0
-    with KeyBook(sum(s.samples for s in manifest.shards)) as book:
+        raise explain_missing_dataset(path) from error
+    problems, count = dict[int, list[ShardProblem]](), 0
+    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as book:
         with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
             for number, (found, keys) in enumerate(_each_shard(path, manifest, workers)):
                 if found:
@@ -80,16 +80,16 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[Problem]:
 
 def _repeated_keys(
     root: Path, manifest: Manifest, repeats: Sequence[tuple[StoragePath, StoragePath]]
-) -> Iterator[tuple[int, list[Problem]]]:
+) -> Iterator[tuple[int, list[ShardProblem]]]:
     """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
     for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
         shard = manifest.shards[number]
-        rows = shard_rows(root / shard.path)
+        rows = read_shard_rows(root / shard.path)
         keys = rows.keys if rows is not None else []
         yield (
             number,
             [
-                Problem(
+                ShardProblem(
                     shard.path,
                     f"duplicate key: it stands in {manifest.shards[first.shard].path} too",
                     keys[later.row],
@@ -100,7 +100,7 @@ def _repeated_keys(
         )
 
 
-def shard_rows(tar: Path) -> IndexRows | None:
+def read_shard_rows(tar: Path) -> IndexRows | None:
     """What a tar holds by its own structure, or where that is broken, by its index; None: neither can be read."""
     try:
         return scan_tar(tar).rows
@@ -111,7 +111,7 @@ def shard_rows(tar: Path) -> IndexRows | None:
 
 def _each_shard(
     root: Path, manifest: Manifest, workers: int
-) -> Iterator[tuple[list[Problem], NDArray[np.uint64]]]:
+) -> Iterator[tuple[list[ShardProblem], NDArray[np.uint64]]]:
     arguments = (
         [root] * len(manifest.shards),
         manifest.shards,
@@ -127,30 +127,30 @@ def _each_shard(
 
 def verify_shard(
     root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
-) -> tuple[list[Problem], NDArray[np.uint64]]:
+) -> tuple[list[ShardProblem], NDArray[np.uint64]]:
     """(faults, [samples, 2] hashes of the keys) of one shard."""
     if not (root / shard.path).is_file():
-        return [Problem(shard.path, "missing: the manifest lists it")], hashes_of([])
+        return [ShardProblem(shard.path, "missing: the manifest lists it")], hash_keys([])
     try:
         problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
     except OSError as error:
         return [
-            Problem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")
-        ], hashes_of([])
-    return problems, hashes_of(keys)
+            ShardProblem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")
+        ], hash_keys([])
+    return problems, hash_keys(keys)
 
 
 def _verify_tar(
     tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
-) -> tuple[list[Problem], list[str]]:
-    problems: list[Problem] = []
+) -> tuple[list[ShardProblem], list[str]]:
+    problems: list[ShardProblem] = []
     index = _usable_index(tar, shard, problems)
     try:
         scan = scan_tar(tar)
         rows, digest = scan.rows, scan.sha256
     except TarError as error:
-        problems.append(Problem(shard.path, error.how, error.key, error.offset))
-        rows, digest = None, sha256_of(tar)
+        problems.append(ShardProblem(shard.path, error.how, error.key, error.offset))
+        rows, digest = None, sha256_file(tar)
     if index is not None:
         in_index = _rows_of(index)
         problems += (
@@ -163,7 +163,7 @@ def _verify_tar(
         problems += _missing_parts(shard.path, rows, modalities, text)
     if digest != shard.sha256 and not problems:
         problems.append(
-            Problem(
+            ShardProblem(
                 shard.path,
                 f"SHA-256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}... (every part is whole: headers or padding changed)",
             )
@@ -171,31 +171,31 @@ def _verify_tar(
     return list(dict.fromkeys(problems)), rows.keys if rows is not None else []
 
 
-def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[Problem]) -> ShardIndex | None:
+def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[ShardProblem]) -> ShardIndex | None:
     name = f"{shard.path if shard is not None else tar.name}.index"
     try:
         index = ShardIndex(get_index_path(tar))
     except FileNotFoundError:
-        problems.append(Problem(name, "missing index"))
+        problems.append(ShardProblem(name, "missing index"))
         return None
     except OneLLMError as error:
-        problems.append(Problem(name, error.what))
+        problems.append(ShardProblem(name, error.what))
         return None
-    if not index.body_is_whole():
-        problems.append(Problem(name, "damaged index: its columns fail their CRC-32"))
+    if not index.is_body_intact():
+        problems.append(ShardProblem(name, "damaged index: its columns fail their CRC-32"))
         return None
     if shard is None:
         return index
     if index.tar_sha256 != shard.sha256:
         problems.append(
-            Problem(
+            ShardProblem(
                 name,
                 f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...",
             )
         )
     elif index.samples != shard.samples:
         problems.append(
-            Problem(
+            ShardProblem(
                 name,
                 f"stale index: it has {index.samples} samples, the manifest says {shard.samples}",
             )
@@ -210,13 +210,13 @@ def _rows_of(index: ShardIndex) -> IndexRows:
     return rows
 
 
-def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Problem]:
+def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[ShardProblem]:
     """Where a tar that can be read through differs from its index."""
     in_tar = dict(zip(tar.keys, tar.parts, strict=True))
     for key, expected in zip(index.keys, index.parts, strict=True):
         found = in_tar.pop(key, None)
         if found is None:
-            yield Problem(
+            yield ShardProblem(
                 shard,
                 "missing sample: the index has it, the tar has not",
                 key,
@@ -225,7 +225,7 @@ def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Probl
             continue
         for extension, place in expected.items():
             if extension not in found:
-                yield Problem(
+                yield ShardProblem(
                     shard,
                     f"missing part .{extension}: the index has it, the tar has not",
                     key,
@@ -233,7 +233,7 @@ def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Probl
                 )
             elif found[extension][:2] != place[:2]:
                 now = found[extension]
-                yield Problem(
+                yield ShardProblem(
                     shard,
                     f"stale index: part .{extension} lies at {now.offset} ({now.size} bytes)",
                     key,
@@ -242,16 +242,16 @@ def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Probl
             elif found[extension].crc32 != place.crc32:
                 yield _flipped(shard, key, extension, place)
         for extension in found.keys() - expected.keys():
-            yield Problem(
+            yield ShardProblem(
                 shard, f"stale index: part .{extension} is not in it", key, found[extension].offset
             )
     for key, found in in_tar.items():
-        yield Problem(
+        yield ShardProblem(
             shard, "stale index: the sample is not in it", key, next(iter(found.values())).offset
         )
 
 
-def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
+def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[ShardProblem]:
     """Each part by its place in the index, where the tar's own structure is broken."""
     with tar.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -260,7 +260,7 @@ def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
                 file.seek(place.offset)
                 if place.offset + place.size > size:
                     there = max(0, size - place.offset)
-                    yield Problem(
+                    yield ShardProblem(
                         shard,
                         f"truncated: part .{extension} has {there} of its {place.size} bytes",
                         key,
@@ -270,8 +270,8 @@ def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[Problem]:
                     yield _flipped(shard, key, extension, place)
 
 
-def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> Problem:
-    return Problem(
+def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> ShardProblem:
+    return ShardProblem(
         shard,
         f"part .{extension} ({place.size} bytes) fails its CRC-32: bytes were changed",
         key,
@@ -281,17 +281,17 @@ def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> Probl
 
 def _missing_parts(
     shard: str, rows: IndexRows, modalities: Sequence[str], text: Sequence[str]
-) -> Iterator[Problem]:
+) -> Iterator[ShardProblem]:
     checks = [get_modality(name) for name in modalities]
     for key, start, parts in zip(rows.keys, rows.starts, rows.parts, strict=True):
         for modality in checks:
             try:
                 modality.match(set(parts))
             except SampleError as error:
-                yield Problem(shard, f"missing part: {error.what}", key, start)
+                yield ShardProblem(shard, f"missing part: {error.what}", key, start)
         for extension in text:
             if extension not in parts:
-                yield Problem(
+                yield ShardProblem(
                     shard,
                     f"missing part .{extension}: the manifest says that every sample has one",
                     key,
@@ -299,7 +299,7 @@ def _missing_parts(
                 )
 
 
-def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
+def _stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
     listed = {p for s in manifest.shards for p in (s.path, str(get_index_path(Path(s.path))))}
     problems = []
     for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
@@ -307,10 +307,10 @@ def _stray_files(root: Path, manifest: Manifest) -> list[Problem]:
             relative = (PurePosixPath(folder) / entry.name).as_posix()
             if entry.name.endswith(STAGED):
                 problems.append(
-                    Problem(relative, "left over from a writer that was stopped; it may be removed")
+                    ShardProblem(relative, "left over from a writer that was stopped; it may be removed")
                 )
             elif entry.name.endswith((".tar", ".tar.index")) and relative not in listed:
-                problems.append(Problem(relative, "not in the manifest: nothing reads it"))
+                problems.append(ShardProblem(relative, "not in the manifest: nothing reads it"))
     return problems
 
 

@@ -1,0 +1,39 @@
+"""Index an existing WebDataset tar without rewriting it; the worker processes need no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.shards.format.index import pack_index, write_index
+from onellm_dist.shards.format.tars import scan_tar
+
+
+def index_tar(path: Path) -> Path:
+    """Index a tar, which is only read, and return the path of the index.
+
+    Raises:
+        OneLLMError: the file is not a tar, or is truncated, damaged or compressed, or has a key or
+            a part twice. The message names tar, key and offset. No index is written, and an older
+            one stays as it was.
+    """
+    scan = scan_tar(path)
+    data = pack_index(
+        scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end
+    )
+    return write_index(path, data)
+
+
+def try_index_tar(path: Path) -> OneLLMError | None:
+    """Index a tar, and return the error instead of raising it."""
+    try:
+        index_tar(path)
+    except OneLLMError as error:
+        return error
+    except OSError as error:
+        return OneLLMError(
+            f"{error.filename or path}: {error.strerror or error}.",
+            "the tar is not indexed.",
+            "check the disk and its permissions; the index is written beside the tar.",
+        )
+    return None
