@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onellm_dist.shards.command import build_dataset
+    from onellm_dist.shards.build.build_dataset import build_dataset
     from onellm_dist.shards.format.dataset import open_dataset
+    from onellm_dist.shards.tools.webdataset_pipeline import as_webdataset
 
-__all__ = ["build_dataset", "open_dataset"]
+__all__ = ["as_webdataset", "build_dataset", "open_dataset"]
 
 _HOMES = {
-    "build_dataset": "onellm_dist.shards.command",
+    "as_webdataset": "onellm_dist.shards.tools.webdataset_pipeline",
+    "build_dataset": "onellm_dist.shards.build.build_dataset",
     "open_dataset": "onellm_dist.shards.format.dataset",
 }
 """Public name to the module that defines it, imported when the name is first used."""

@@ -10,7 +10,7 @@ import pytest
 from shard_worlds import split_arguments, write_tree
 
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.build import registry
 from onellm_dist.shards.sources.base import (
     BuildReport,
     DatasetDescription,
@@ -59,8 +59,8 @@ ROWS = Source(
 
 def known_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the source `rows` known."""
-    known = {**catalogue.all_sources(), "rows": ROWS}
-    monkeypatch.setattr(catalogue, "all_sources", lambda: known)
+    known = {**registry.all_sources(), "rows": ROWS}
+    monkeypatch.setattr(registry, "all_sources", lambda: known)
 
 
 def rows_input(folder: Path, count: int = 60) -> Path:

@@ -14,7 +14,7 @@ from source_checks import decoded, reasons, samples, tone
 
 from onellm_dist.cli import main
 from onellm_dist.shards import build_dataset, open_dataset
-from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.build import registry
 
 PAGE = Path(__file__).parents[2] / "docs/howto/source.md"
 
@@ -31,8 +31,8 @@ def _birdsong(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("onellm_dist.shards.sources.birdsong")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(code[1], module.__dict__)
-    known = {**catalogue.all_sources(), "birdsong": module.SOURCE}
-    monkeypatch.setattr(catalogue, "all_sources", lambda: known)
+    known = {**registry.all_sources(), "birdsong": module.SOURCE}
+    monkeypatch.setattr(registry, "all_sources", lambda: known)
     monkeypatch.setattr("onellm_dist.shards.build.arguments.all_sources", lambda: known)
 
 

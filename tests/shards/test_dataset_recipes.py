@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from onellm_dist.shards.build.recipe import read_recipe
 from onellm_dist.shards.build.registry import all_sources, complete_options, get_source
-from onellm_dist.shards.command import read_recipe
 
 FOLDER = Path(__file__).parents[2] / "shards"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -118,7 +118,11 @@ def test_what_flags_become() -> None:
         "check=no",
         "--seed=3",
     ]
-    assert expand_source_flags(["nosource", "--depth-model", "x"], OWN) == ["nosource", "--depth-model", "x"]
+    assert expand_source_flags(["nosource", "--depth-model", "x"], OWN) == [
+        "nosource",
+        "--depth-model",
+        "x",
+    ]
     assert expand_source_flags(["folder", "--", "--split"], OWN) == ["folder", "--", "--split"]
 
 

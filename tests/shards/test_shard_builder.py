@@ -21,11 +21,12 @@ from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset, open_dataset
-from onellm_dist.shards.build import task as unit
+from onellm_dist.shards.build import task as task_module
+from onellm_dist.shards.build.build_dataset import format_summary
 from onellm_dist.shards.build.duplicates import find_duplicates
-from onellm_dist.shards.build.task import ROW, TooManyFailures
+from onellm_dist.shards.build.task import ROW, TooManyFailuresError
 from onellm_dist.shards.build.workers import ArrayTask
-from onellm_dist.shards.command import build_command, summary
+from onellm_dist.shards.command import build_command
 from onellm_dist.shards.sources.base import FileRange
 from onellm_dist.shards.tools.index_existing import index_existing_shards
 from onellm_dist.shards.tools.verify import verify_dataset
@@ -39,17 +40,21 @@ def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what is left out
 
 
-def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
     report = build(rows_input(tmp_path / "in"), tmp_path / "out")
     reasons = {"k007": "empty caption", "k003": "duplicate key: an earlier sample has it"}
     assert {q.key: q.reason for q in report.quarantined} == reasons
     assert report.samples == 56
-    assert "left out knowingly: 1 x not wanted" in summary(report, tmp_path / "out")
+    assert "left out knowingly: 1 x not wanted" in format_summary(report, tmp_path / "out")
     found = contents(open_dataset(tmp_path / "out"))
     assert found["k003"]["txt"] == b"caption number 3"
     assert json.loads(found["k003"]["json"]) == {"url": "http://caption number 3"}
-    told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["raw_samples"], told["samples"], told["left_out"]) == (
+    found_statistics = json.loads((tmp_path / "out/statistics.json").read_text())
+    assert (
+        found_statistics["raw_samples"],
+        found_statistics["samples"],
+        found_statistics["left_out"],
+    ) == (
         60,
         56,
         {"duplicate: exact": 1, "not wanted": 1},
@@ -106,7 +111,7 @@ def test_duplicates_and_filters(
     assert list(contents(open_dataset(tmp_path / "out"))) == kept
 
 
-def test_the_denylist_knows_urls_and_hashes(tmp_path: Path) -> None:
+def test_the_denylist_has_urls_and_hashes(tmp_path: Path) -> None:
     inputs = pictures(tmp_path / "in")
     denied = hashlib.sha256((inputs / "p3.jpg").read_bytes()).hexdigest().upper()
     (tmp_path / "deny.txt").write_text(f"# takedowns\nhttp://x/p0.jpg\n{denied}\n")
@@ -156,26 +161,26 @@ def test_a_picture_with_a_depth_map_keeps_its_size(tmp_path: Path) -> None:
 def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_path: Path) -> None:
     """Random hashes with planted neighbours at 0 to 6 bits; buckets smaller than the data."""
     draw = random.Random(0)
-    looks = [draw.getrandbits(64) for _ in range(300)]
+    hashes = [draw.getrandbits(64) for _ in range(300)]
     for _ in range(300):
-        near = draw.choice(looks)
+        near = draw.choice(hashes)
         for bit in draw.sample(range(64), draw.randint(0, 6)):
             near ^= 1 << bit
-        looks.append(near)
-    draw.shuffle(looks)
-    rows = np.zeros(len(looks), ROW)
-    rows["look"] = looks
-    rows["content"] = np.arange(2 * len(looks)).reshape(-1, 2)
-    units = [(u, rows[u * 100 : u * 100 + 100]) for u in range(6)]
+        hashes.append(near)
+    draw.shuffle(hashes)
+    rows = np.zeros(len(hashes), ROW)
+    rows["picture"] = hashes
+    rows["content"] = np.arange(2 * len(hashes)).reshape(-1, 2)
+    tasks = [(u, rows[u * 100 : u * 100 + 100]) for u in range(6)]
     for distance in range(4):
         expected = {
             (i // 100, i % 100)
             for i in range(600)
-            if any((looks[i] ^ looks[j]).bit_count() <= distance for j in range(i))
+            if any((hashes[i] ^ hashes[j]).bit_count() <= distance for j in range(i))
         }
         for capacity in (1000, 150):
             found = find_duplicates(
-                lambda: iter(units),
+                lambda: iter(tasks),
                 keys=False,
                 dedup="perceptual",
                 distance=distance,
@@ -185,9 +190,9 @@ def test_near_pictures_are_found_as_a_comparison_of_all_pairs_finds_them(tmp_pat
             assert {(u, r) for u, rs in found.items() for r in rs} == expected
 
 
-def test_what_goes_for_its_key_takes_no_media_with_it(tmp_path: Path) -> None:
+def test_a_sample_dropped_for_its_key_drops_no_equal_media(tmp_path: Path) -> None:
     rows = np.zeros(4, ROW)
-    rows["key"], rows["content"], rows["look"] = (
+    rows["key"], rows["content"], rows["picture"] = (
         [[1, 0], [1, 0], [2, 0], [3, 0]],
         [[5, 5], [6, 6], [6, 6], [6, 6]],
         [1, 2, 2, 2],
@@ -227,7 +232,7 @@ def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
     inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})
     whole = build(inputs, tmp_path / "whole", max_failures=0.5, dedup="none")
     assert (len(whole.quarantined), whole.failures) == (20, 20)
-    monkeypatch.setattr(unit, "LISTED", 7)
+    monkeypatch.setattr(task_module, "LISTED", 7)
     build(
         inputs, tmp_path / "out", max_failures=0.5, dedup="none", task=ArrayTask(0, 2)
     )  # the others' are taken from their records
@@ -237,10 +242,11 @@ def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
     assert [json.loads(line)["key"] for line in (tmp_path / "out/quarantine.jsonl").open()] == [
         f"k{i}" for i in range(2, 60, 3)
     ]
-    assert f"left out: 20 (all in {tmp_path}/out/quarantine.jsonl); of the first 7:" in summary(
-        report, tmp_path / "out"
+    assert (
+        f"left out: 20 (all in {tmp_path}/out/quarantine.jsonl); of the first 7:"
+        in format_summary(report, tmp_path / "out")
     )
-    with pytest.raises(TooManyFailures, match="13 of the first") as caught:
+    with pytest.raises(TooManyFailuresError, match="13 of the first") as caught:
         build(inputs, tmp_path / "given_up", max_failures=0.2, dedup="none")
     assert len(caught.value.bad) == 7
 
@@ -248,7 +254,7 @@ def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
 def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:
     lines = [f"k{i}:{'' if i % 6 == 5 else 'text'}" for i in range(60)]
     inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})
-    with pytest.raises(TooManyFailures, match="7 of the first 42 samples are bad"):
+    with pytest.raises(TooManyFailuresError, match="7 of the first 42 samples are bad"):
         build(inputs, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["in", "out.quarantine.jsonl"]
 
@@ -268,7 +274,7 @@ def test_shards_are_cut_by_bytes(tmp_path: Path) -> None:
     assert verify_dataset(tmp_path / "out") == []
 
 
-def test_a_dry_run_tells_and_writes_nothing(
+def test_a_dry_run_reports_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = pictures(tmp_path / "in")
@@ -286,13 +292,13 @@ def test_a_dry_run_tells_and_writes_nothing(
         == 0
     )
     text = capsys.readouterr().out
-    told = (
-        "1 groups, 6 raw_samples of image",
+    expected = (
+        "1 input splits, 6 raw samples of image",
         "2 shards or more (train: 2)",
         "tried 6: 5 good, about",
         "p1.jpg: unreadable image",
     )
-    for line in (*told, "nothing was written"):
+    for line in (*expected, "nothing was written"):
         assert line in text
     assert os.listdir(tmp_path) == ["in"]
 
@@ -360,7 +366,7 @@ def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) ->
     }
     (tmp_path / "out/.nv-meta/split.yaml").write_text(yaml.safe_dump(split))
     with pytest.raises(
-        UsageError, match=r"excludes 1 single samples, shards/train-000002\.tar/k050"
+        UsageError, match=r"excludes 1 single samples, of which shards/train-000002\.tar/k050 is"
     ):
         index_existing_shards(tmp_path / "out", modalities=())
     (tmp_path / "out/.nv-meta/split.yaml").write_text(

@@ -16,8 +16,10 @@ from shard_worlds import all_bytes, array, contents, picture, sound, split_argum
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_command, build_recipe, summary
+from onellm_dist.shards.build.build_dataset import format_summary
+from onellm_dist.shards.build.recipe import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
+from onellm_dist.shards.command import build_command
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render_sample
@@ -193,7 +195,7 @@ REASONS = {
     "turns": "malformed conversations: ",
     "nothing": "no caption: neither a caption nor a conversation",
     "same": "ambiguous: same.",
-    "__odd__": "dataset out, key '__odd__': no key of a WebDataset tar",
+    "__odd__": "dataset out, key '__odd__': a WebDataset tar cannot hold this key",
 }
 
 
@@ -217,7 +219,7 @@ def test_every_bad_sample_is_left_out_with_its_reason(tmp_path: Path) -> None:
     assert next(line["file"] for line in lines if line["key"] == "corrupt").endswith(
         "in/corrupt.jpg"
     )
-    text = summary(report, tmp_path / "out")
+    text = format_summary(report, tmp_path / "out")
     assert f"left out: {len(REASONS)}" in text
     assert "2 x unreadable image" in text
 
@@ -227,7 +229,7 @@ def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
     for i in (3, 7, 11):
         files[f"{i:02d}.jpg"] = b"broken"
     with pytest.raises(
-        TooManyFailures,
+        TooManyFailuresError,
         match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20(.|\n)*03\.jpg: unreadable image",
     ) as caught:
         build(tmp_path, files)
@@ -240,7 +242,7 @@ def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
 
 
 def test_all_bad_builds_nothing_whatever_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(TooManyFailures, match="1 of the first 1 "):
+    with pytest.raises(TooManyFailuresError, match="1 of the first 1 "):
         build(tmp_path, {"a.jpg": b"broken", "a.txt": "x"}, max_failures=1)
     assert not (tmp_path / "out").exists()
 
@@ -269,7 +271,7 @@ def test_output_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
     assert all_bytes(tmp_path / "out") == before
     _, dataset = build(tmp_path, {}, overwrite=True)
     assert list(contents(dataset)) == ["a", "b"]
-    with pytest.raises(TooManyFailures):
+    with pytest.raises(TooManyFailuresError):
         build(tmp_path, {"b.jpg": b"broken"}, overwrite=True)
     assert list(contents(open_dataset(tmp_path / "out"))) == ["a", "b"]
 
@@ -286,7 +288,9 @@ def test_foreign_folders_are_refused_even_with_overwrite(tmp_path: Path) -> None
 
 
 def test_what_a_builder_that_was_killed_while_it_planned_left_is_cleared(tmp_path: Path) -> None:
-    write_tree(tmp_path / ".out.building", {"built/train-000000.tar": b"half", "groups.jsonl": b""})
+    write_tree(
+        tmp_path / ".out.building", {"built/train-000000.tar": b"half", "input_splits.jsonl": b""}
+    )
     _, dataset = build(tmp_path, FINE)
     assert list(contents(dataset)) == ["a"]
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
@@ -318,7 +322,7 @@ def test_an_interrupted_build_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onellm_dist.shards.build.task.prepare", interrupt)
+    monkeypatch.setattr("onellm_dist.shards.build.task.prepare_sample", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, FINE)
     assert os.listdir(tmp_path) == ["in"]
@@ -332,7 +336,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
 
     monkeypatch.setattr("onellm_dist.shards.format.tar_writer.os.fsync", full)
     with pytest.raises(
-        OneLLMError, match=r"No space left on device(.|\n)*nothing stands under"
+        OneLLMError, match=r"No space left on device(.|\n)*nothing is kept at"
     ) as caught:
         build(tmp_path, FINE)
     assert caught.value.exit_code == 1
@@ -390,7 +394,7 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, str | None, str], mes
             {"modality": "audio"},
             r"no samples of modality audio found \(ignored: 1 x \.jpg, 1 x \.txt\)",
         ),
-        ({"max_failures": 2}, "not within 0 and 1"),
+        ({"max_failures": 2}, "not between 0 and 1"),
         ({"max_samples": "many"}, "not of type int"),
         ({"max_samples": 0}, "at least 1"),
         ({"check": "maybe"}, "not of type bool"),
@@ -500,6 +504,6 @@ def test_a_worker_that_dies_stops_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onellm_dist.shards.build.workers._start_worker", _abort)
-    with pytest.raises(OneLLMError, match="worker process died"):
+    with pytest.raises(OneLLMError, match="a worker process of the builder died"):
         build(tmp_path, FINE, workers=2)
     assert os.listdir(tmp_path) == ["in"]

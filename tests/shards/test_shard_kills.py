@@ -1,4 +1,4 @@
-"""Builds that are killed, stopped, shared: they end in the bytes of one that was left alone."""
+"""Builds that are killed, stopped or shared end in the same bytes as an undisturbed build."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shard_worlds import all_bytes, picture, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset, open_dataset
-from onellm_dist.shards.build import registry as catalogue
+from onellm_dist.shards.build import registry
 from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.sources.base import RawSample, SplitDescription
 
@@ -29,7 +29,7 @@ def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
-    """(exit code, file operations until then) of a build in a process of its own; at=0: not killed."""
+    """Build in a process of its own, killed at an operation (0: not killed); (exit code, operations)."""
     process, counter = killable(out, at, partial(build, inputs, out))
     process.start()
     process.join(120)
@@ -58,7 +58,7 @@ def _killed_at_random(tmp_path: Path, seeds: range) -> None:
             tmp_path / f".{out.name}.building"
         ).exists():  # killed between the last rename and the removal of the build's folder
             assert not list((tmp_path / f".{out.name}.building").glob("dataset"))
-    assert kept  # some kills came after shards were done, and those were gone on from
+    assert kept  # some kills came after shards were done, and those builds were resumed
 
 
 def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
     run_killed(inputs, tmp_path / "b", operations // 2)
     built = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".b.building/built").glob("*.tar")}
     assert 0 < len(built) < 8
-    os.link(tmp_path / ".b.building/built" / min(built), tmp_path / "witness")
+    os.link(tmp_path / ".b.building/built" / min(built), tmp_path / "link")
     build(inputs, tmp_path / "b")
-    assert (tmp_path / "witness").stat().st_nlink == 2  # moved, not written again
+    assert (tmp_path / "link").stat().st_nlink == 2  # moved, not written again
     assert all_bytes(tmp_path / "a") == all_bytes(tmp_path / "b")
 
 
 def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
-    """Three processes that were called alike (srun's ranks) share the work; one, two or all are killed somewhere."""
+    """Three processes that make the same call (srun's ranks) share the work; some or all are killed."""
     inputs = rows_input(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "alone", 0)
     expected = all_bytes(tmp_path / "alone")
@@ -93,12 +93,12 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         draw, out = random.Random(seed), tmp_path / f"out{seed}"
         kills = [draw.randint(1, operations // 2) if rank <= seed % 3 else 0 for rank in range(3)]
         draw.shuffle(kills)
-        crew = [killable(out, at, partial(build, inputs, out))[0] for at in kills]
-        for process in crew:
+        processes = [killable(out, at, partial(build, inputs, out))[0] for at in kills]
+        for process in processes:
             process.start()
-        for process in crew:
+        for process in processes:
             process.join(120)
-        codes = [process.exitcode for process in crew]
+        codes = [process.exitcode for process in processes]
         assert all(
             code == 0 or (code == -signal.SIGKILL and at)
             for code, at in zip(codes, kills, strict=True)
@@ -108,17 +108,17 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         assert all_bytes(out) == expected
 
 
-def test_processes_called_alike_share_the_work_and_some_may_die(
+def test_processes_with_the_same_call_share_the_work_and_some_may_die(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(
         "SLURM_STEP_NUM_TASKS", "3"
-    )  # as srun sets it: one that starts when the others have finished is no failure
+    )  # as srun sets it: a process that starts when the others have finished does not fail
     _one_of_several_killed(tmp_path, range(5))
 
 
 @pytest.mark.soak
-def test_processes_called_alike_share_the_work_and_some_may_die_for_long(
+def test_processes_with_the_same_call_share_the_work_and_some_may_die_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
@@ -133,10 +133,10 @@ def test_a_late_rank_of_srun_finds_nothing_to_do(
     with pytest.raises(UsageError, match="already holds a dataset"):
         build(inputs, tmp_path / "out")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
-    assert build(inputs, tmp_path / "out").notes == ("the other processes had finished already",)
+    assert build(inputs, tmp_path / "out").notes == ("the other processes had already finished",)
 
 
-def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
+def test_each_task_of_an_array_builds_its_shards(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "alone")
     first = build(inputs, tmp_path / "out", task=ArrayTask(1, 3))
@@ -150,12 +150,12 @@ def test_tasks_of_an_array_build_their_shards_each(tmp_path: Path) -> None:
     build(inputs, tmp_path / "out", task=ArrayTask(0, 3))
     assert build(inputs, tmp_path / "out", task=ArrayTask(2, 3)).samples == 56
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone")
-    assert "had finished already" in build(inputs, tmp_path / "out", task=ArrayTask(1, 3)).notes[0]
+    assert "had already finished" in build(inputs, tmp_path / "out", task=ArrayTask(1, 3)).notes[0]
     with pytest.raises(UsageError, match="INDEX/COUNT"):
         ArrayTask.parse("3/3")
 
 
-def test_another_request_does_not_go_on_with_an_unfinished_build(tmp_path: Path) -> None:
+def test_another_request_does_not_resume_an_unfinished_build(tmp_path: Path) -> None:
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     with pytest.raises(UsageError, match="max_samples: 8 then, 9 now"):
@@ -169,13 +169,15 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
     inputs = rows_input(tmp_path / "in")
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     (inputs / "rows.txt").write_text("a:b\n")
-    with pytest.raises(OneLLMError, match=r"rows:\d+: it has \d samples where there were 10"):
+    with pytest.raises(
+        OneLLMError, match=r"rows:\d+: it has \d samples; when the build was planned it had 10"
+    ):
         build(inputs, tmp_path / "out")
 
 
 @pytest.mark.parametrize("grown", [0, 20])
 @pytest.mark.parametrize("limit", [None, 25])
-def test_an_input_that_grew_is_noticed_too(
+def test_an_input_that_grew_is_detected_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int
 ) -> None:
     inputs = rows_input(tmp_path / "in")
@@ -189,13 +191,14 @@ def test_an_input_that_grew_is_noticed_too(
 
     build(inputs, tmp_path / "out", limit=limit, task=ArrayTask(2, 9))
     monkeypatch.setattr(
-        catalogue, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)}
+        registry, "all_sources", lambda: {"rows": replace(ROWS, raw_samples=longer)}
     )
-    if limit is not None and grown == 20:  # of this group no more than 5 were wanted
+    if limit is not None and grown == 20:  # of this input split only 5 samples were wanted
         assert build(inputs, tmp_path / "out", limit=limit).samples == 23
         return
     with pytest.raises(
-        OneLLMError, match=rf"rows:{grown}: it has more samples where there were 10"
+        OneLLMError,
+        match=rf"rows:{grown}: it has more samples; when the build was planned it had 10",
     ):
         build(inputs, tmp_path / "out", limit=limit)
 

@@ -1,4 +1,4 @@
-"""The static pages: they say what is in the dataset, need nothing from outside, and escape what users wrote."""
+"""The static pages show what is in a dataset, fetch nothing, and escape what users wrote."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from shard_worlds import picture, sound, write_tree
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.tools.preview import draw_histogram, page, preview_command
+from onellm_dist.shards.tools.preview import build_page, draw_histogram, preview_command
 
 
 class _Balanced(HTMLParser):
-    """Every tag is closed in order; what would be fetched is collected."""
+    """Checks that every tag is closed in order, and collects what a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert words in stats
     assert "<b>caption" not in stats
     assert "<img" not in stats
-    drawn = checked(page(tmp_path / "set", previews=6))
+    drawn = checked(build_page(tmp_path / "set", previews=6))
     assert 1 <= drawn.count('<img alt="image" src="data:image/jpeg;base64,') <= 6
-    assert drawn == page(tmp_path / "set", previews=6)
+    assert drawn == build_page(tmp_path / "set", previews=6)
     assert "bytes; open it" in capsys.readouterr().out
     with pytest.raises(UsageError, match="cannot be written"):
         preview_command(tmp_path / "set", tmp_path / "stats.html/x.html", previews=0, seed=0)
@@ -75,7 +75,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_durations_are_measured(tmp_path: Path) -> None:
     files = {f"{i}{e}": d for i in range(3) for e, d in ((".wav", sound(i)), (".txt", "x"))}
     build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set")
-    html = checked(page(tmp_path / "set", previews=0))
+    html = checked(build_page(tmp_path / "set", previews=0))
     assert re.search(r"3 values, least 0\.2, median 0\.2, mean 0\.2, greatest 0\.2 s", html)
 
 
@@ -86,7 +86,7 @@ def test_a_histogram_counts_every_value() -> None:
 
 
 def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
-    """Conversations a turn a line, all captions of a list; bad samples with an example, and those left out knowingly."""
+    """Conversations have a line a turn, lists all captions; bad samples come with an example."""
     rows = [
         {
             "id": "talk",
@@ -117,7 +117,7 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
         tmp_path / "set",
         options={"modality": "text", "max_failures": 0.5, "dedup": "exact"},
     )
-    html = checked(page(tmp_path / "set", previews=3))
+    html = checked(build_page(tmp_path / "set", previews=3))
     assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
     assert "1 sample of text alone" in html
     assert "1 bad of 3 that the source listed" in html
@@ -128,8 +128,8 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
     (inputs / "t.jsonl").unlink()
     build_dataset("folder", inputs, tmp_path / "list", options={"modality": "text"})
     assert (
-        "2 captions, one is read in an epoch:</span><ul><li>one</li><li>a &amp; b</li></ul>"
-        in page(tmp_path / "list", previews=0)
+        "2 captions, of which an epoch reads one:</span><ul><li>one</li><li>a &amp; b</li></ul>"
+        in build_page(tmp_path / "list", previews=0)
     )
 
 
@@ -142,6 +142,6 @@ def test_every_sample_of_a_small_dataset_is_shown_once(tmp_path: Path) -> None:
     build_dataset(
         "folder", write_tree(tmp_path / "in", files), tmp_path / "set", options={"max_samples": 4}
     )
-    html = page(tmp_path / "set", previews=20)
+    html = build_page(tmp_path / "set", previews=20)
     assert [html.count(f"<figcaption>number {i}<") for i in range(9)] == [1] * 9
     assert "image: The picture, at most 448 pixels a side." in html

@@ -178,12 +178,12 @@ def test_an_index_of_another_tar_is_refused(tmp_path: Path) -> None:
     b = text_dataset(tmp_path / "b", {"k": {"txt": b"two"}})
     shard = a.shards()[0]
     get_index_path(a.tar_path(shard)).write_bytes(get_index_path(b.tar_path(shard)).read_bytes())
-    with pytest.raises(OneLLMError, match="not of one piece"):
+    with pytest.raises(OneLLMError, match="do not belong together"):
         open_dataset(a.root).index(shard)
     c = text_dataset(tmp_path / "c", {"k": {"txt": b"three"}})
     with c.tar_path(shard).open("ab") as file:
         file.write(b"\x00" * 512)
-    with pytest.raises(OneLLMError, match="not of one piece"):
+    with pytest.raises(OneLLMError, match="do not belong together"):
         open_dataset(c.root).index(c.shards()[0])
 
 

@@ -133,5 +133,5 @@ def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:
     assert list(contents(open_dataset(tmp_path / "out"))) == ["b"]
     assert [q.reason for q in report.quarantined] == [
         r"malformed conversations: turn 0 is not valid text: half a surrogate pair, '\ud83d', at character 1",
-        r"caption is no text: .json: half a surrogate pair, \udc00, at character 1",
+        r"caption is not valid text: .json: half a surrogate pair, \udc00, at character 1",
     ]

@@ -112,7 +112,7 @@ def test_a_key_in_two_shards_stays_in_the_first(tmp_path: Path) -> None:
     assert (line["key"], line["file"], line["reason"]) == (
         "same",
         "1.tar",
-        "duplicate key: it stands in 0.tar",
+        "duplicate key: 0.tar has it",
     )
 
 

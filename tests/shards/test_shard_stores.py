@@ -112,7 +112,9 @@ def check_store(tmp_path: Path, url: str, source: str) -> None:
     build_dataset(source, inputs, f"{url}/sent", options=options)
     assert without_folders(stored(f"{url}/sent")) == expected
     for number in range(2):
-        build_dataset(source, f"{url}/in", f"{url}/shared", options=options, task=ArrayTask(number, 2))
+        build_dataset(
+            source, f"{url}/in", f"{url}/shared", options=options, task=ArrayTask(number, 2)
+        )
     assert without_folders(stored(f"{url}/shared")) == expected
 
 

@@ -18,7 +18,7 @@ from onellm_dist.shards.format.index import get_index_path
 from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.tools.index_existing import index_existing_shards
-from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, StoragePath, hash_keys
+from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, SampleRow, hash_keys
 from onellm_dist.shards.tools.verify import ShardProblem, verify_command, verify_dataset
 
 SAMPLES = {f"k{i}": {"bin": bytes(range(256)) * (i + 1), "txt": b"text %d" % i} for i in range(4)}
@@ -159,7 +159,7 @@ def test_duplicate_keys_within_and_across_shards(tmp_path: Path) -> None:
     assert (problem.shard, problem.key, problem.what) == (
         "1.tar",
         "same",
-        "duplicate key: it stands in 0.tar too",
+        "duplicate key: 0.tar has it too",
     )
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3")])
     problem = verify_dataset(tmp_path)[0]
@@ -173,16 +173,16 @@ def test_repeated_keys_are_those_that_a_dictionary_finds(tmp_path: Path, capacit
     shards = [
         [f"k{draw.randrange(500)}" for _ in range(draw.choice([0, 1, 100, 150]))] for _ in range(12)
     ]
-    first: dict[str, StoragePath] = {}
+    first: dict[str, SampleRow] = {}
     expected = []
-    with RepeatedKeyFinder(sum(map(len, shards)), tmp_path, capacity) as book:
+    with RepeatedKeyFinder(sum(map(len, shards)), tmp_path, capacity) as finder:
         for number, keys in enumerate(shards):
-            book.add(number, hash_keys(keys))
+            finder.add(number, hash_keys(keys))
             for row, key in enumerate(keys):
-                if first.setdefault(key, StoragePath(number, row)) != (number, row):
-                    expected.append((first[key], StoragePath(number, row)))
+                if first.setdefault(key, SampleRow(number, row)) != (number, row):
+                    expected.append((first[key], SampleRow(number, row)))
         assert len(expected) > 100
-        assert book.repeats() == expected
+        assert finder.find_repeats() == expected
         assert len(os.listdir(tmp_path)) == (capacity < 10_000)
     assert not os.listdir(tmp_path)
 
@@ -192,13 +192,13 @@ def test_the_memory_of_verify_does_not_grow_with_the_samples(tmp_path: Path) -> 
     peaks = []
     for shards in (50, 200):
         tracemalloc.start()
-        with RepeatedKeyFinder(shards * 1000, tmp_path, 10_000) as book:
+        with RepeatedKeyFinder(shards * 1000, tmp_path, 10_000) as finder:
             for shard in range(shards):
-                book.add(
+                finder.add(
                     shard,
                     np.random.default_rng(shard).integers(0, 2**63, (1000, 2)).astype(np.uint64),
                 )
-            assert book.repeats() == []
+            assert finder.find_repeats() == []
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
@@ -228,7 +228,7 @@ def test_files_that_nothing_reads(dataset: Dataset) -> None:
         (p.shard, p.what.split(":")[0].split(" from")[0]) for p in verify_dataset(dataset.root)
     } == {
         ("shards/extra.tar", "not in the manifest"),
-        ("shards/train-000009.tar.staged", "left over"),
+        ("shards/train-000009.tar.staged", "left by a writer"),
     }
 
 

@@ -176,7 +176,7 @@ def test_a_sample_must_have_what_the_modalities_need(tmp_path: Path) -> None:
         writer.add("train", "a", {})
 
 
-def test_a_failed_write_leaves_a_half_written_dataset_that_is_recognised(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_an_incomplete_dataset_that_is_recognised(tmp_path: Path) -> None:
     root = tmp_path / "set"
     with (
         pytest.raises(ZeroDivisionError),
@@ -188,9 +188,9 @@ def test_a_failed_write_leaves_a_half_written_dataset_that_is_recognised(tmp_pat
     assert sorted(all_bytes(root)) == [
         f"shards/train-00000{i}.tar{end}" for i in range(2) for end in ("", ".index")
     ]
-    with pytest.raises(UsageError, match="half-written"):
+    with pytest.raises(UsageError, match="an incomplete dataset"):
         open_dataset(root)
-    with pytest.raises(UsageError, match="half-written"):
+    with pytest.raises(UsageError, match="an incomplete dataset"):
         DatasetWriter(root, name="n", modalities=())
 
 
@@ -199,7 +199,7 @@ def test_a_killed_writer_leaves_nothing_under_a_final_name(tmp_path: Path) -> No
     writer = DatasetWriter(root, name="n", modalities=())
     writer.add("train", "a", {"txt": b"x"})
     assert list(all_bytes(root)) == ["shards/train-000000.tar.staged"]
-    with pytest.raises(UsageError, match="half-written"):
+    with pytest.raises(UsageError, match="an incomplete dataset"):
         DatasetWriter(root, name="n", modalities=())
     writer.abandon()
 
@@ -207,8 +207,8 @@ def test_a_killed_writer_leaves_nothing_under_a_final_name(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"notes.doc": b"x"}, "no dataset of this program"),
-        ({"shards/mine.tar": b"x"}, "no dataset of this program"),
+        ({"notes.doc": b"x"}, "not a dataset of this program"),
+        ({"shards/mine.tar": b"x"}, "not a dataset of this program"),
         ({"manifest.json": b"{}"}, "already holds"),
     ],
 )

@@ -17,8 +17,8 @@ from source_checks import built, cloud, decoded, npy, reasons, samples
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_recipe
+from onellm_dist.shards.build.recipe import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPES = Path(__file__).parents[2] / "shards"
 TABLE = "Cap3D_automated_Objaverse_full.csv"
@@ -186,7 +186,7 @@ def test_bad_rows_and_clouds_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found[f"{TABLE}:12"] == "unreadable row: 1 columns where the header has 2"
     assert found[f"{TABLE}:13"] == "unreadable row: a quote is opened and not closed"
     assert not (tmp_path / "owned").exists()  # pickled code is never run
-    with pytest.raises(TooManyFailures):
+    with pytest.raises(TooManyFailuresError):
         build_dataset("cap3d", tmp_path / "in", tmp_path / "other")
 
 

@@ -15,10 +15,10 @@ from source_trees import downloaded
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.prepare import prepare
+from onellm_dist.shards.build.prepare import prepare_sample
+from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.registry import complete_options, get_source
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.readers.img2dataset import choose_alt_text, read_tar_samples
 
 RECIPES = Path(__file__).parents[2] / "shards"
@@ -162,7 +162,7 @@ def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(
     found = reasons(report)
     assert found["0000003"].startswith("truncated file: 00000.tar has 100 of")
     assert found["0000004"].startswith("truncated tar: 00000.tar cannot be read to its end")
-    with pytest.raises(TooManyFailures, match="1 of the first 4 samples are bad"):
+    with pytest.raises(TooManyFailuresError, match="1 of the first 4 samples are bad"):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "other")
 
 
@@ -190,7 +190,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
     ):
         tar.write_bytes(data[:cut])
         found = list(read_tar_samples(tmp_path / "in", description, ("jpg",), choose_alt_text))
-        outcomes = [prepare(c, ("image",), settings) for c in found]
+        outcomes = [prepare_sample(c, ("image",), settings) for c in found]
         needed = (
             "jpg" if listed else "json"
         )  # the parquet has the caption and the metadata; without it the tar's .json
@@ -312,7 +312,7 @@ def test_the_thresholds_of_laion_coco(tmp_path: Path) -> None:
 
 def test_a_download_without_the_synthetic_captions_says_so(tmp_path: Path) -> None:
     laion(tmp_path / "in")
-    with pytest.raises(TooManyFailures, match="no caption: the metadata has no top_caption"):
+    with pytest.raises(TooManyFailuresError, match="no caption: the metadata has no top_caption"):
         build_dataset("laion-coco", tmp_path / "in", tmp_path / "out")
     with pytest.raises(UsageError, match="caption=best is none of"):
         build_dataset("laion-coco", tmp_path / "in", tmp_path / "out", options={"caption": "best"})

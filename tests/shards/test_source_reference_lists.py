@@ -28,8 +28,8 @@ from source_checks import (
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_recipe
+from onellm_dist.shards.build.recipe import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPE = Path(__file__).parents[2] / "shards/reference_lists.yaml"
 
@@ -205,7 +205,7 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found["a.csv:6"] == "unknown kind of file: 1.exe"
     assert found["a.csv:7"] == "unreadable row: it names no file"
     assert found["a.csv:8"].startswith("unreadable image")
-    with pytest.raises(TooManyFailures):
+    with pytest.raises(TooManyFailuresError):
         build_dataset(
             "reference-lists", tmp_path / "in", tmp_path / "other", options={"modality": "image"}
         )
@@ -230,7 +230,7 @@ def test_bad_rows_are_left_out_one_by_one(tmp_path: Path) -> None:
         tmp_path / "maps", {"a.csv": "caption\turl\nx\tother/1.jpg\n", "other/1.jpg": photo()}
     )
     with pytest.raises(
-        TooManyFailures, match=r"nothing says where the depth map of other/1.jpg is"
+        TooManyFailuresError, match=r"nothing says where the depth map of other/1.jpg is"
     ):
         build_dataset(
             "reference-lists", tmp_path / "maps", tmp_path / "c", options={"modality": "depth"}

@@ -18,8 +18,8 @@ from source_checks import built, decoded, reasons, samples, tone
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_recipe
+from onellm_dist.shards.build.recipe import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
 
 RECIPE = Path(__file__).parents[2] / "shards/wavcaps.yaml"
 INSIDE = "mnt/fast/nobackup/WavCaps/data/waveforms"
@@ -262,7 +262,7 @@ def test_bad_rows_and_sounds_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found["[7]"].startswith("unreadable audio")
     assert found["[8]"].startswith("duplicate key")
     assert found["[9]"].startswith("unreadable audio")
-    with pytest.raises(TooManyFailures):
+    with pytest.raises(TooManyFailuresError):
         build_dataset(
             "wavcaps", tmp_path / "in", tmp_path / "other", options={"sources": "FreeSound"}
         )

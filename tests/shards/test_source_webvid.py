@@ -13,8 +13,8 @@ from source_trees import downloaded
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
-from onellm_dist.shards.build.task import TooManyFailures
-from onellm_dist.shards.command import build_recipe
+from onellm_dist.shards.build.recipe import build_recipe
+from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.sources.webvid import SOURCE, parse_duration
 
 RECIPE = Path(__file__).parents[2] / "shards/webvid.yaml"
@@ -123,7 +123,7 @@ def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:
     by_key = reasons(report)
     assert by_key["1002"].startswith("unreadable video")
     assert by_key["1004"].startswith("missing file")
-    with pytest.raises(TooManyFailures):
+    with pytest.raises(TooManyFailuresError):
         build_dataset("webvid", tmp_path / "in", tmp_path / "other")
 
 

@@ -1,4 +1,4 @@
-"""Samples that are left out knowingly: a denylist of URLs and hashes, NSFW and other thresholds on what the metadata says."""
+"""Samples that are left out knowingly: by a denylist, or by thresholds on their metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @lru_cache(maxsize=1)
 def read_denylist(path: Path) -> frozenset[str]:
-    """The entries of a denylist: a URL or a hex SHA-256 a line; empty lines and lines that start with `#` say nothing."""
+    """Read a denylist: a URL or a hex SHA-256 a line, and empty lines and comments (`#`)."""
     with path.open(encoding="utf-8") as file:
         lines = (line.strip() for line in file)
         return frozenset(
@@ -26,7 +26,7 @@ def read_denylist(path: Path) -> frozenset[str]:
 
 
 def filter_by_meta(meta: Mapping[str, Any], settings: BuildSettings) -> str | None:
-    """Why the settings leave a sample with this metadata out; None: they keep it."""
+    """Return why a sample with this metadata is left out; None: it is kept."""
     values = {k.lower(): v for k, v in meta.items()}
     if settings.denylist is not None:
         listed = read_denylist(settings.denylist)
@@ -37,28 +37,26 @@ def filter_by_meta(meta: Mapping[str, Any], settings: BuildSettings) -> str | No
     }:
         return f"nsfw: {values.get('nsfw')}"
     for name, limit in (("punsafe", settings.max_punsafe), ("pwatermark", settings.max_pwatermark)):
-        value = _number(values.get(name))
+        value = _to_number(values.get(name))
         if limit is not None and (value is None or not value <= limit):
             return f"{name}: not known" if value is None else f"{name}: above {limit:g}"
     if settings.min_similarity is not None:
-        value = _number(values.get("similarity"))
-        if value is None or not value >= settings.min_similarity:
-            return (
-                "similarity: not known"
-                if value is None
-                else f"similarity: below {settings.min_similarity:g}"
-            )
+        value = _to_number(values.get("similarity"))
+        if value is None:
+            return "similarity: not known"
+        if not value >= settings.min_similarity:
+            return f"similarity: below {settings.min_similarity:g}"
     return None
 
 
 def filter_by_hash(digests: Iterable[str], settings: BuildSettings) -> str | None:
-    """Why the settings leave media with these SHA-256 (hex) out."""
+    """Return why a sample with media of these SHA-256 (hex) is left out; None: it is kept."""
     if settings.denylist is not None and not read_denylist(settings.denylist).isdisjoint(digests):
         return "denylist"
     return None
 
 
-def _number(value: Any) -> float | None:
+def _to_number(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""The end of a build: duplicates go, shards take their places, and the files of the whole dataset are written.
+"""The end of a build: drop duplicates, move shards to their places, write the files of the dataset.
 
-Every step may be repeated after a kill: a shard that stands in its place is left there, and files are written whole.
+Every step may be repeated after a kill: a shard that is in its place stays there, and files appear
+complete.
 """
 
 from __future__ import annotations
@@ -37,249 +38,270 @@ from onellm_dist.shards.format.dataset import SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.sources.base import QuarantinedSample
-from onellm_dist.shards.storage.paths import StoragePath, move, put, write
+from onellm_dist.shards.storage.paths import StoragePath, move_file, store_file, write_file
 
 STATISTICS = "statistics.json"
-
-
-class _Move(NamedTuple):
-    """One built shard on its way to its place."""
-
-    info: ShardInfo
-    drop: tuple[int, ...]
-    """Rows that repeat earlier samples."""
+_SHOWN_BAR = 1000
+"""Shards from which on finishing shows a progress bar."""
 
 
 class BuiltTasks(NamedTuple):
-    """What all units together made, before duplicate keys are known."""
+    """What all tasks together produced, before duplicate keys are known."""
 
     records: list[TaskRecord]
-    """Without their bad samples."""
-    account: BuildCounts
-    kinds: Counter[str]
-    """Bad samples by the reason's first words."""
+    """One a task, in plan order, without the bad samples."""
+    counts: BuildCounts
+    reasons: Counter[str]
+    """First words of a reason to the number of bad samples."""
     quarantine: Path
     """A local file of all bad samples, in plan order."""
 
 
 class FinishedDataset(NamedTuple):
-    """What the dataset became."""
+    """The dataset that a build produced, but for its manifest."""
 
     samples: int
     quarantined: tuple[QuarantinedSample, ...]
-    """The first LISTED."""
+    """The first LISTED bad samples."""
     failures: int
+    """All bad samples."""
     notes: tuple[str, ...]
     manifest: Manifest
-    """Not written yet: it says that the dataset is whole."""
+    """It is not written yet, because it marks the dataset as complete."""
 
 
-def finish(job: BuildJob, built: BuiltTasks, final: StoragePath, *, workers: int) -> FinishedDataset:
-    """Puts the dataset together in `final`, all but its manifest.
+class _BuiltShard(NamedTuple):
+    """A built shard that is about to be moved to its place."""
+
+    info: ShardInfo
+    dropped: tuple[int, ...]
+    """Rows that repeat earlier samples."""
+
+
+def finish_dataset(
+    job: BuildJob, built: BuiltTasks, final: StoragePath, *, workers: int
+) -> FinishedDataset:
+    """Put the dataset together in `final`, except for its manifest.
+
+    Args:
+        job: the build.
+        built: what its tasks produced.
+        final: the dataset's folder.
+        workers: processes that rewrite shards with duplicates.
 
     Raises:
-        TooManyFailures: too many samples are bad.
-        OneLLMError: there is no sample.
+        TooManyFailuresError: too many samples are bad.
+        OneLLMError: no sample is left.
     """
-    plan, settings = job.plan, job.plan.settings
-    records, account = built.records, built.account
-    repeated = _repeated(job)
+    records, counts = built.records, built.counts
+    repeated = _find_repeated(job)
     bad_keys = [
-        _named(job, records[u], row)
-        for u, rows in sorted(repeated.items())
+        _name_bad_key(job, records[task], row)
+        for task, rows in sorted(repeated.items())
         for row, why in sorted(rows.items())
         if why == "key"
     ]
-    account.note(bad_keys)
-    account.check_end()
-    moves = [m for r in records for m in _moves(r, repeated.get(r.unit, {}))]
-    shards = [s for s in _settled(job, moves, final, workers) if s is not None]
+    counts.add_bad(bad_keys)
+    counts.check_end()
+    moves = [s for record in records for s in _list_shards(record, repeated.get(record.task, {}))]
+    shards = [s for s in _place_shards(job, moves, final, workers) if s is not None]
+    manifest = _make_manifest(job, records, shards)
+    if counts.failures:
+        _store_quarantine(built.quarantine, bad_keys, final)
+    if isinstance(final, Path):
+        sync(final / SHARD_FOLDER)
+    reasons = built.reasons + Counter(_get_first_words(q) for q in bad_keys)
+    statistics = _make_statistics(records, manifest, reasons, repeated)
+    write_file(final / STATISTICS, json.dumps(statistics, indent=1, sort_keys=True).encode())
+    skipped = _count_skipped(records, repeated)
+    notes = [f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()]
+    return FinishedDataset(
+        sum(s.samples for s in shards),
+        tuple(counts.bad),
+        counts.failures,
+        (*job.plan.notes, *notes),
+        manifest,
+    )
+
+
+def _make_manifest(
+    job: BuildJob, records: list[TaskRecord], shards: Sequence[ShardInfo]
+) -> Manifest:
+    plan = job.plan
     text = tuple(e for e in TEXT_EXTENSIONS if all(e in r.text for r in records if r.shards))
-    manifest = Manifest(
-        settings.name,
+    return Manifest(
+        plan.settings.name,
         plan.modalities,
         text,
-        settings.licence,
+        plan.settings.licence,
         plan.source,
         tuple(sorted(shards, key=lambda s: s.path)),
         plan.attributes,
     )
-    kinds = built.kinds + Counter(_kind(q) for q in bad_keys)
-    if account.failures:
-        with built.quarantine.open("ab") as file:
-            file.write(format_quarantine(bad_keys))
-            file.flush()
-            os.fsync(file.fileno())
-        put(built.quarantine, final / QUARANTINE)
-    if isinstance(final, Path):
-        sync(final / SHARD_FOLDER)
-    write(
-        final / STATISTICS,
-        json.dumps(
-            _statistics(records, manifest, kinds, repeated), indent=1, sort_keys=True
-        ).encode(),
-    )
-    skipped = _skipped(records, repeated)
-    notes = (*plan.notes, *(f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()))
-    return FinishedDataset(
-        sum(s.samples for s in shards), tuple(account.bad), account.failures, notes, manifest
-    )
+
+
+def _store_quarantine(
+    local: Path, bad_keys: Sequence[QuarantinedSample], final: StoragePath
+) -> None:
+    """Append the duplicate keys to the list of bad samples, and store it in the dataset."""
+    with local.open("ab") as file:
+        file.write(format_quarantine(bad_keys))
+        file.flush()
+        os.fsync(file.fileno())
+    store_file(local, final / QUARANTINE)
 
 
 def read_all_records(job: BuildJob) -> BuiltTasks | None:
-    """The done records of all units, in plan order; None: some are missing."""
-    records, account, kinds = (
-        list[TaskRecord](),
-        BuildCounts(job.plan.total, job.plan.settings.max_failures),
-        Counter[str](),
-    )
+    """Read the records of all tasks, in plan order; None: some are missing."""
+    records = list[TaskRecord]()
+    counts = BuildCounts(job.plan.total, job.plan.settings.max_failures)
+    reasons = Counter[str]()
     own = job.scratch / unique_name()
     own.mkdir(parents=True, exist_ok=True)
     with (own / QUARANTINE).open("wb") as file:
-        for unit in job.plan.units:
-            record = read_record(job.base, unit, job.plan)
+        for task in job.plan.tasks:
+            record = read_record(job.base, task, job.plan)
             if record is None:
                 return None
-            account.take(record)
-            kinds.update(_kind(q) for q in record.quarantined)
+            counts.add_record(record)
+            reasons.update(_get_first_words(q) for q in record.quarantined)
             file.write(format_quarantine(record.quarantined))
             records.append(replace(record, quarantined=()))
-    return BuiltTasks(records, account, kinds, own / QUARANTINE)
+    return BuiltTasks(records, counts, reasons, own / QUARANTINE)
 
 
-def _kind(bad: QuarantinedSample) -> str:
+def _get_first_words(bad: QuarantinedSample) -> str:
     return bad.reason.split(":")[0]
 
 
 def format_quarantine(bad: Sequence[QuarantinedSample]) -> bytes:
-    """One JSON object a line: key, file, reason."""
-    return "".join(
-        json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad
-    ).encode("ascii")
+    """Format bad samples as one JSON object a line: key, file, reason."""
+    lines = (json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad)
+    return "".join(lines).encode("ascii")
 
 
-def _repeated(job: BuildJob) -> dict[int, dict[int, str]]:
+def _find_repeated(job: BuildJob) -> dict[int, dict[int, str]]:
+    """Return task to row to what the row repeats."""
     settings = job.plan.settings
 
     def rows() -> Iterator[tuple[int, NDArray[np.void]]]:
-        for unit in job.plan.units:
-            yield unit.number, read_rows(job.base, unit.number)
+        for task in job.plan.tasks:
+            yield task.number, read_rows(job.base, task.number)
 
     return find_duplicates(
         rows, keys=True, dedup=settings.dedup, distance=settings.dedup_distance, scratch=job.scratch
     )
 
 
-def _named(job: BuildJob, record: TaskRecord, row: int) -> QuarantinedSample:
-    """The quarantine's line for a sample of a built shard (one with rows to drop stays where it was built)."""
+def _name_bad_key(job: BuildJob, record: TaskRecord, row: int) -> QuarantinedSample:
+    """Name a sample of a built shard whose key is repeated (its shard stays where it was built)."""
     for info in record.shards:
         if row < info.samples:
             built = job.base / BUILT / Path(info.path).name
-            with _local(job, get_index_path(built)) as index:
-                return QuarantinedSample(
-                    ShardIndex(index).key(row), f"{info.path}, row {row}", DUPLICATE_KEY
-                )
+            with _copy_locally(job, get_index_path(built)) as index:
+                key = ShardIndex(index).key(row)
+            return QuarantinedSample(key, f"{info.path}, row {row}", DUPLICATE_KEY)
         row -= info.samples
-    raise AssertionError("a row beyond the unit's shards")
-
-
-def get_index_path(tar: StoragePath) -> StoragePath:
-    """`x.tar` -> `x.tar.index`, local or remote."""
-    return tar.with_name(f"{tar.name}.index")
+    raise AssertionError("a row beyond the shards of its task")
 
 
 @contextmanager
-def _local(job: BuildJob, place: StoragePath) -> Iterator[Path]:
-    """A file as a local one: itself, or a copy for the time being."""
-    if isinstance(place, Path):
-        yield place
+def _copy_locally(job: BuildJob, path: StoragePath) -> Iterator[Path]:
+    """Yield a local file, or a temporary local copy of a remote one."""
+    if isinstance(path, Path):
+        yield path
         return
     own = job.scratch / unique_name()
     own.mkdir(parents=True, exist_ok=True)
-    copy = own / place.name
-    copy.write_bytes(place.read_bytes())
+    copy = own / path.name
+    copy.write_bytes(path.read_bytes())
     try:
         yield copy
     finally:
         copy.unlink()
 
 
-def _moves(record: TaskRecord, repeated: Mapping[int, str]) -> Iterator[_Move]:
+def _list_shards(record: TaskRecord, repeated: Mapping[int, str]) -> Iterator[_BuiltShard]:
     first = 0
     for info in record.shards:
-        yield _Move(
-            info,
-            tuple(row - first for row in sorted(repeated) if first <= row < first + info.samples),
-        )
+        rows = sorted(row - first for row in repeated if first <= row < first + info.samples)
+        yield _BuiltShard(info, tuple(rows))
         first += info.samples
 
 
-def _settled(
-    job: BuildJob, moves: list[_Move], final: StoragePath, workers: int
+def _place_shards(
+    job: BuildJob, shards: list[_BuiltShard], final: StoragePath, workers: int
 ) -> Iterator[ShardInfo | None]:
-    """Each shard as it stands in `final`; None: nothing of it is left."""
-    with progress(
-        len(moves), f"Finishing {job.plan.settings.name}", unit="shards", enabled=len(moves) > 1000
-    ) as bar:
-        rewritten = [m for m in moves if m.drop]
+    """Move each shard to its place in `final`, and yield what it is then; None: nothing is left."""
+    name = job.plan.settings.name
+    shown = len(shards) > _SHOWN_BAR
+    with progress(len(shards), f"Finishing {name}", unit="shards", enabled=shown) as bar:
+        rewritten = [s for s in shards if s.dropped]
         if workers > 1 and len(rewritten) > 2 * workers:
+            count = len(rewritten)
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for _ in pool.map(
-                    _settle, [job] * len(rewritten), rewritten, [final] * len(rewritten)
-                ):
+                for _ in pool.map(_place_shard, [job] * count, rewritten, [final] * count):
                     bar.advance()
-        for move_ in moves:
-            yield _settle(job, move_, final)
+        for shard in shards:
+            yield _place_shard(job, shard, final)
             bar.advance()
 
 
-def _settle(job: BuildJob, shard: _Move, final: StoragePath) -> ShardInfo | None:
+def _place_shard(job: BuildJob, shard: _BuiltShard, final: StoragePath) -> ShardInfo | None:
     info, name = shard.info, Path(shard.info.path).name
     built, target = job.base / BUILT / name, final / info.path
-    note = job.base / BUILT / f"{name}.settled"
-    if not shard.drop:
-        move(get_index_path(built), get_index_path(target))
-        move(built, target)
+    note = job.base / BUILT / f"{name}.placed"
+    if not shard.dropped:
+        move_file(get_index_path(built), get_index_path(target))
+        move_file(built, target)
         return info
     if note.exists():
-        return _noted(note.read_bytes())
-    with _local(job, get_index_path(built)) as index_file, _local(job, built) as tar:
-        kept = _without(job, tar, ShardIndex(index_file), shard, target)
-    write(note, json.dumps(None if kept is None else vars(kept)).encode())
+        return _parse_note(note.read_bytes())
+    with (
+        _copy_locally(job, get_index_path(built)) as index_file,
+        _copy_locally(job, built) as tar,
+    ):
+        kept = _rewrite_shard(job, tar, ShardIndex(index_file), shard, target)
+    write_file(note, json.dumps(None if kept is None else vars(kept)).encode())
     return kept
 
 
-def _noted(data: bytes) -> ShardInfo | None:
+def _parse_note(data: bytes) -> ShardInfo | None:
     raw: dict[str, Any] | None = json.loads(data)
     return None if raw is None else ShardInfo(**raw)
 
 
-def _without(
-    job: BuildJob, tar: Path, index: ShardIndex, shard: _Move, target: StoragePath
+def _rewrite_shard(
+    job: BuildJob, tar: Path, index: ShardIndex, shard: _BuiltShard, target: StoragePath
 ) -> ShardInfo | None:
-    """Writes the shard without the rows that go; the built one stays until the build's folder is removed."""
-    drop = set(shard.drop)
-    if len(drop) == index.samples:
+    """Write the shard without the rows that are dropped.
+
+    The built shard stays until the build's folder is removed.
+    """
+    dropped = set(shard.dropped)
+    if len(dropped) == index.samples:
         return None
     own = job.scratch / unique_name() / "kept"
     own.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(own / tar.name, path=shard.info.path, split=shard.info.split)
     with tar.open("rb") as file:
         for row in range(index.samples):
-            if row in drop:
+            if row in dropped:
                 continue
             parts = {}
-            for extension, place in index.parts(row).items():
-                file.seek(place.offset)
-                parts[extension] = file.read(place.size)
+            for extension, location in index.parts(row).items():
+                file.seek(location.offset)
+                parts[extension] = file.read(location.size)
             writer.add(index.key(row), parts)
     info = writer.close()
-    put(get_index_path(own / tar.name), get_index_path(target))
-    put(own / tar.name, target)
+    store_file(get_index_path(own / tar.name), get_index_path(target))
+    store_file(own / tar.name, target)
     return info
 
 
-def _skipped(records: list[TaskRecord], repeated: Mapping[int, Mapping[int, str]]) -> dict[str, int]:
+def _count_skipped(
+    records: list[TaskRecord], repeated: Mapping[int, Mapping[int, str]]
+) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for record in records:
         counts.update(record.skipped)
@@ -289,13 +311,13 @@ def _skipped(records: list[TaskRecord], repeated: Mapping[int, Mapping[int, str]
     return dict(sorted(counts.items()))
 
 
-def _statistics(
+def _make_statistics(
     records: list[TaskRecord],
     manifest: Manifest,
-    kinds: Counter[str],
+    reasons: Counter[str],
     repeated: Mapping[int, Mapping[int, str]],
 ) -> dict[str, Any]:
-    """statistics.json: what the build saw."""
+    """Make the content of statistics.json: what the build read and what it stored."""
     parts: dict[str, list[int]] = {}
     for record in records:
         for extension, (count, size) in record.parts.items():
@@ -311,9 +333,7 @@ def _statistics(
         "splits": dict(splits),
         "shards": len(manifest.shards),
         "bytes": sum(s.bytes for s in manifest.shards),
-        "parts_before_duplicates_went": {
-            e: {"count": c, "bytes": b} for e, (c, b) in parts.items()
-        },
-        "quarantined": dict(kinds),
-        "left_out": _skipped(records, repeated),
+        "parts_before_deduplication": {e: {"count": c, "bytes": b} for e, (c, b) in parts.items()},
+        "quarantined": dict(reasons),
+        "left_out": _count_skipped(records, repeated),
     }

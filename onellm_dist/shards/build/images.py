@@ -1,4 +1,4 @@
-"""Pictures on their way into shards: encoded again smaller, and a perceptual hash for finding near copies."""
+"""Pictures on their way into shards: re-encode them smaller, and hash them to find near copies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from onellm_dist.shards.sources.base import BadSampleError
 
 DEFAULT_QUALITY = 95
 STORED = "jpg"
-"""Extension of pictures that were encoded again."""
+"""Extension of re-encoded pictures."""
 
 
 def get_picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
-    """Parts that are a whole sample's picture: of modalities with one slot, which takes JPEG.
+    """Return the extensions of parts that are the one picture of a sample.
 
-    A picture that a second part (a depth map) is aligned to is none, since both would have to change.
+    They belong to modalities with a single part that accepts JPEG. A picture that a second part (a
+    depth map) is aligned to is excluded, because both would have to change together.
     """
     found: set[str] = set()
     for name in modalities:
@@ -30,13 +31,12 @@ def get_picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _open_picture(data: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
         picture.load()
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise many kinds; each means that this picture cannot be read
+    except Exception as error:
+        # Pillow's decoders raise many types; each means that this picture cannot be read.
         raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return picture
 
@@ -44,8 +44,16 @@ def _opened(data: bytes) -> Image.Image:
 def reencode_pictures(
     parts: Mapping[str, bytes], pictures: frozenset[str], resize: int | None, quality: int | None
 ) -> dict[str, bytes]:
-    """The parts with their pictures as JPEG, the shorter side at most `resize`; a picture that is small enough stays as it is
-    unless `quality` is given. EXIF's rotation is applied; other metadata is dropped.
+    """Return the parts with their pictures re-encoded as JPEG.
+
+    EXIF's rotation is applied; other metadata is dropped.
+
+    Args:
+        parts: extension to content.
+        pictures: the extensions of pictures.
+        resize: the shorter side has at most this many pixels. A picture that is small enough stays
+            as it is unless `quality` is given.
+        quality: JPEG quality; None: DEFAULT_QUALITY, and only where `resize` changes the picture.
 
     Raises:
         BadSampleError: a picture cannot be read.
@@ -55,21 +63,20 @@ def reencode_pictures(
         if extension not in pictures:
             result[extension] = data
             continue
-        picture = _opened(data)
-        smaller = resize is not None and min(picture.size) > resize
-        if not smaller and quality is None:
+        picture = _open_picture(data)
+        too_large = resize is not None and min(picture.size) > resize
+        if not too_large and quality is None:
             result[extension] = data
             continue
+        size = resize if too_large else None
         try:
-            result[STORED] = _as_jpeg(
-                picture, resize if smaller else None, quality or DEFAULT_QUALITY
-            )
-        except Exception as error:  # a broken EXIF, a mode or a size that JPEG has not
+            result[STORED] = _encode_jpeg(picture, size, quality or DEFAULT_QUALITY)
+        except Exception as error:  # a broken EXIF, a mode or a size that JPEG does not have
             raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result
 
 
-def _as_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
+def _encode_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
     upright = ImageOps.exif_transpose(picture).convert("RGB")
     if resize is not None:
         shorter = min(upright.size)
@@ -81,13 +88,14 @@ def _as_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
 
 
 def compute_dhash(data: bytes) -> int:
-    """64 bits: is each of 8 x 8 grey cells darker than its right neighbour (Krawetz 2013, "Kind of Like That").
+    """Compute the dHash of a picture (Krawetz 2013, "Kind of Like That").
+
+    Its 64 bits say which of 8 x 8 grey cells are darker than their right neighbours.
 
     Raises:
         BadSampleError: the picture cannot be read.
     """
-    grey = np.asarray(
-        _opened(data).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16
-    )
+    small = _open_picture(data).convert("L").resize((9, 8), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.int16)
     bits = (grey[:, :-1] < grey[:, 1:]).reshape(64)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -47,8 +47,8 @@ def make_plan(
         The plan, and the bytes of input_splits.jsonl.
 
     Raises:
-        UsageError: the input is not what the source reads, or is empty; or `dedup` compares what its
-            samples do not have.
+        UsageError: the input is not what the source reads, or is empty; or `dedup` compares what
+            its samples do not have.
     """
     assert source.plan is not None
     found: DatasetDescription = source.plan(inputs, seed=seed, **options)

@@ -142,11 +142,11 @@ class BuildPlan:
         """Parse plan.json.
 
         Raises:
-            OtherVersion: it has another version.
+            PlanVersionError: it has another version.
         """
         raw = json.loads(data)
         if raw["version"] != VERSION:
-            raise OtherVersion(
+            raise PlanVersionError(
                 f"the unfinished build has a plan of version {raw['version']}; "
                 f"this program makes {VERSION}.",
                 "it cannot be continued.",
@@ -174,7 +174,7 @@ class BuildPlan:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-class OtherVersion(UsageError):
+class PlanVersionError(UsageError):
     """A plan of another version of this program."""
 
 
@@ -219,7 +219,7 @@ def load_plan(folder: StoragePath) -> BuildPlan | None:
     """Load the plan of an unfinished build; None: there is none.
 
     Raises:
-        OtherVersion: it has another version.
+        PlanVersionError: it has another version.
     """
     try:
         return BuildPlan.from_bytes((folder / PLAN).read_bytes())

@@ -1,4 +1,4 @@
-"""From a raw_sample to the parts that are stored, or to the reason why it is left out."""
+"""Prepare raw samples: read, filter and check them; or find the reason to leave them out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
-from onellm_dist.shards.build.images import compute_dhash, reencode_pictures, get_picture_extensions
+from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.settings import BuildSettings
 from onellm_dist.shards.format.writer import check_names, check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
@@ -40,69 +40,74 @@ _LASTING = frozenset(
         errno.ENODEV,
     }
 )
-"""What the system says of a file itself."""
+"""Errors that are the fault of the file itself; a retry does not help."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
-"""Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>"), which differ from run to run."""
+"""Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>").
+
+They differ each time, so they are cut out of reasons."""
 
 
 class PreparedSample(NamedTuple):
-    """What became of a raw_sample."""
+    """A raw sample after its preparation: what is stored, or why it is left out."""
 
     key: str
     where: str
+    """Where the user finds it in the input."""
     parts: dict[str, bytes] | None = None
-    """None: it is left out."""
+    """Extension to content; None: the sample is left out."""
     reason: str = ""
+    """Why it is left out."""
     skipped: bool = False
-    """Left out knowingly: no failure."""
-    content: bytes = bytes(16)
-    """Of the media as they were read: equal media have equal ones (only where duplicates are looked for)."""
-    look: int = 0
-    """dHash of the picture (only where near copies are looked for)."""
+    """It is left out knowingly, which is not a failure."""
+    content_hash: bytes = bytes(16)
+    """Equal media have equal hashes. It is set only if duplicates or a denylist are looked for."""
+    picture_hash: int = 0
+    """dHash of the picture; it is set only if near copies are looked for."""
 
 
-class _Skipped(Exception):
-    """Left out knowingly."""
+class _SkippedError(Exception):
+    """The sample is left out knowingly; the argument is the reason."""
 
 
-def prepare(raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings) -> PreparedSample:
-    """Reads a raw_sample, filters it, encodes it again where asked, and decodes its media once as training would.
+def prepare_sample(
+    raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
+) -> PreparedSample:
+    """Read a raw sample, filter it, re-encode its picture if asked, and decode its media once.
+
+    Args:
+        raw_sample: what the source listed.
+        modalities: what every sample of the dataset has.
+        settings: the builder's settings.
 
     Raises:
-        OneLLMError: the disk failed and not the sample, or what makes its media (a model) is missing.
+        OneLLMError: the disk failed rather than the sample, or what makes the media (a model) is
+            missing.
     """
+    key, where = raw_sample.key, raw_sample.where
     try:
         if raw_sample.problem is not None:
             raise BadSampleError(raw_sample.problem)
         if raw_sample.skip is not None:
-            raise _Skipped(raw_sample.skip)
+            raise _SkippedError(raw_sample.skip)
         return _read_sample(raw_sample, modalities, settings)
-    except _Skipped as reason:
-        return PreparedSample(raw_sample.key, raw_sample.where, reason=str(reason), skipped=True)
+    except _SkippedError as reason:
+        return PreparedSample(key, where, reason=str(reason), skipped=True)
     except SampleError as error:
-        return PreparedSample(raw_sample.key, raw_sample.where, reason=_ADDRESS.sub("", error.what))
+        return PreparedSample(key, where, reason=_ADDRESS.sub("", error.what))
 
 
-def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings) -> PreparedSample:
-    parts, meta = _texts(raw_sample)
+def _read_sample(
+    raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
+) -> PreparedSample:
+    parts, meta = _read_texts(raw_sample)
     if (reason := filter_by_meta(meta, settings)) is not None:
-        raise _Skipped(reason)
+        raise _SkippedError(reason)
     for extension, media in raw_sample.parts.items():
         if extension not in parts:
             parts[extension] = _read(media)
-    media_parts = {e: d for e, d in parts.items() if e not in TEXT_EXTENSIONS}
-    content, look = bytes(16), 0
-    pictures = get_picture_extensions(modalities)
-    if settings.dedup != "none" or settings.denylist is not None:
-        digests = {e: hashlib.sha256(d).hexdigest() for e, d in media_parts.items()}
-        if (reason := filter_by_hash(digests.values(), settings)) is not None:
-            raise _Skipped(reason)
-        content = hash_content(
-            digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()}
-        )
-    if settings.dedup == "perceptual":
-        look = next((compute_dhash(media_parts[e]) for e in sorted(media_parts) if e in pictures), 0)
+    content_hash, picture_hash = _hash_sample(parts, modalities, settings)
     if settings.resize is not None or settings.quality is not None:
+        pictures = get_picture_extensions(modalities)
         parts = reencode_pictures(parts, pictures, settings.resize, settings.quality)
     where = f"dataset {settings.name}, key {raw_sample.key!r}"
     check_names(where, raw_sample.key, parts)
@@ -110,37 +115,69 @@ def _read_sample(raw_sample: RawSample, modalities: Sequence[str], settings: Bui
     if settings.check:
         for name in modalities:
             _check_media(name, parts, meta)
-    return PreparedSample(raw_sample.key, raw_sample.where, parts, content=content, look=look)
+    return PreparedSample(
+        raw_sample.key,
+        raw_sample.where,
+        parts,
+        content_hash=content_hash,
+        picture_hash=picture_hash,
+    )
+
+
+def _hash_sample(
+    parts: Mapping[str, bytes], modalities: Sequence[str], settings: BuildSettings
+) -> tuple[bytes, int]:
+    """Return the hashes of a sample's media and of its picture, as far as the settings need them.
+
+    Raises:
+        _SkippedError: a medium is on the denylist.
+    """
+    media = {e: d for e, d in parts.items() if e not in TEXT_EXTENSIONS}
+    content_hash, picture_hash = bytes(16), 0
+    if settings.dedup != "none" or settings.denylist is not None:
+        digests = {e: hashlib.sha256(d).hexdigest() for e, d in media.items()}
+        if (reason := filter_by_hash(digests.values(), settings)) is not None:
+            raise _SkippedError(reason)
+        content_hash = hash_content(
+            digests or {e: hashlib.sha256(d).hexdigest() for e, d in parts.items()}
+        )
+    if settings.dedup == "perceptual":
+        pictures = get_picture_extensions(modalities)
+        found = (compute_dhash(media[e]) for e in sorted(media) if e in pictures)
+        picture_hash = next(found, 0)
+    return content_hash, picture_hash
 
 
 def hash_content(digests: Mapping[str, str]) -> bytes:
-    """16 bytes of a sample's parts, from their SHA-256 by extension."""
+    """Hash a sample's parts to 16 bytes, from the hex SHA-256 of each by extension."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).digest()[:16]
 
 
 def encode_caption(data: bytes | str, where: str = "") -> bytes:
-    """A caption as it is stored: UTF-8 without byte order mark and surrounding white space.
+    """Make a caption as it is stored: UTF-8 without byte order mark and surrounding white space.
 
     Args:
-        where: file name for the reason, where it is not the raw_sample's own.
+        data: the caption.
+        where: its file for the reason, with ": ", if it is not the place of the raw sample.
 
     Raises:
-        BadSampleError: not UTF-8, half a surrogate pair, or empty.
+        BadSampleError: it is not UTF-8, has half a surrogate pair, or is empty.
     """
     try:
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
         stored = text.strip().encode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSampleError(
-            f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} at position {error.start}"
+            f"caption is not UTF-8: {where}byte 0x{error.object[error.start]:02x} "
+            f"at position {error.start}"
         ) from error
-    except (
-        UnicodeEncodeError
-    ) as error:  # tables are read with surrogateescape, so that one bad line spoils no other
+    except UnicodeEncodeError as error:
+        # Tables are read with surrogateescape, so that one bad line does not damage the others.
         code = ord(error.object[error.start])
         if not 0xDC80 <= code <= 0xDCFF:
             raise BadSampleError(
-                f"caption is no text: {where}half a surrogate pair, \\u{code:04x}, at character {error.start}"
+                f"caption is not valid text: {where}half a surrogate pair, \\u{code:04x}, "
+                f"at character {error.start}"
             ) from error
         raise BadSampleError(
             f"caption is not UTF-8: {where}byte 0x{code & 0xFF:02x} at character {error.start}"
@@ -151,10 +188,11 @@ def encode_caption(data: bytes | str, where: str = "") -> bytes:
 
 
 def parse_meta(data: bytes) -> dict[str, Any]:
-    """A sample's `.json`.
+    """Parse a sample's `.json`.
 
     Raises:
-        BadSampleError: not a JSON object, or `parse_turns` refuses its `conversations` (an empty list means none).
+        BadSampleError: it is not a JSON object, or `parse_turns` refuses its `conversations`. (An empty
+            list means that there are none.)
     """
     try:
         meta = json.loads(data)
@@ -171,14 +209,14 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     return meta
 
 
-def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The sample's text parts as they are stored, and its `.json` as a value."""
+def _read_texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the sample's text parts as they are stored, and its `.json` as a value."""
     parts: dict[str, bytes] = {}
     if raw_sample.caption is not None:
         parts["txt"] = encode_caption(raw_sample.caption)
     elif "txt" in raw_sample.parts:
         parts["txt"] = encode_caption(
-            _read(raw_sample.parts["txt"]), f"{_name(raw_sample.parts['txt'])}: "
+            _read(raw_sample.parts["txt"]), f"{_get_name(raw_sample.parts['txt'])}: "
         )
     meta: dict[str, Any] = {}
     if "json" in raw_sample.parts:
@@ -202,16 +240,17 @@ def _texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]]:
     return parts, meta
 
 
-def _name(media: Media) -> str:
+def _get_name(media: Media) -> str:
     return str(getattr(media, "member", None) or getattr(media, "name", type(media).__name__))
 
 
 def _read(media: Media) -> bytes:
-    """The bytes of a part.
+    """Read the bytes of a part; a fault of the disk or the network is retried.
 
     Raises:
-        BadSampleError: the file is not there, may not be read, or is not what it should be: that stays so.
-        OneLLMError: the disk or the network failed, several times (what is stored must not depend on that), or a model is missing.
+        BadSampleError: the file is missing, unreadable, or not what it should be, and stays so.
+        OneLLMError: the disk or the network failed several times (what is stored must not depend on
+            that), or a model is missing.
     """
     for pause in (*PAUSES, None):
         try:
@@ -219,49 +258,58 @@ def _read(media: Media) -> bytes:
         except (OneLLMError, MemoryError):
             raise
         except OSError as error:
-            if not _passing(error):
-                raise _bad_file(media, error) from error
+            if not _is_transient(error):
+                raise _make_bad_file(media, error) from error
             if pause is None:
-                raise _failing_disk(media, error) from error
+                raise _make_disk_error(media, error) from error
             time.sleep(pause)
-        except (
-            Exception
-        ) as error:  # a name with a NUL, an archive or a tensor file that is broken in a new way
+        except Exception as error:
+            # A name with a NUL, or an archive or a tensor file that is broken in a new way.
             raise BadSampleError(
-                f"unreadable file: {_name(media)}: {type(error).__name__}: {error}"
+                f"unreadable file: {_get_name(media)}: {type(error).__name__}: {error}"
             ) from error
     raise AssertionError("the last try returns or raises")
 
 
-def _passing(error: OSError) -> bool:
-    """A fault of the disk or the network, not of this file. (Libraries raise OSErrors without a number for files that they cannot read.)"""
+def _is_transient(error: OSError) -> bool:
+    """Check for a fault of the disk or the network rather than of this file.
+
+    (Libraries raise OSErrors without a number for files that they cannot read.)
+    """
     if error.errno is None:
         return isinstance(error, (TimeoutError, ConnectionError))
     return error.errno not in _LASTING
 
 
-def _bad_file(media: Media, error: OSError) -> BadSampleError:
-    name = media if isinstance(media, Path) else error.filename or _name(media)
+def _get_file_name(media: Media, error: OSError) -> object:
+    return media if isinstance(media, Path) else error.filename or _get_name(media)
+
+
+def _make_bad_file(media: Media, error: OSError) -> BadSampleError:
+    name = _get_file_name(media, error)
     if isinstance(error, FileNotFoundError):
         return BadSampleError(f"missing file: {name}")
     return BadSampleError(f"unreadable file: {name}: {error.strerror or error}")
 
 
-def _failing_disk(media: Media, error: OSError) -> OneLLMError:
-    name = media if isinstance(media, Path) else error.filename or _name(media)
+def _make_disk_error(media: Media, error: OSError) -> OneLLMError:
     return OneLLMError(
-        f"{name}: {error.strerror or error}, {len(PAUSES) + 1} times.",
-        "a sample is not left out for a fault of the disk or the network: what is built must not depend on it.",
-        "build again when it works: shards that were finished are kept. A file that is lost for good is left out when it is removed.",
+        f"{_get_file_name(media, error)}: {error.strerror or error}, {len(PAUSES) + 1} times.",
+        "a sample is not left out for a fault of the disk or the network: what is built must not "
+        "depend on it.",
+        "build again when the disk works: finished shards are kept. A file that is lost for good "
+        "is left out once it is removed.",
     )
 
 
 def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
+    """Decode the media of one modality, and transform it, as training would."""
     modality = get_modality(name)
-    slots = {slot: Part(e, parts[e]) for slot, e in modality.match(set(parts)).items()}
+    media = {part: Part(e, parts[e]) for part, e in modality.match(set(parts)).items()}
     try:
-        modality.transform(modality.decode(slots, meta), train=False, rng=np.random.default_rng(0))
+        modality.transform(modality.decode(media, meta), train=False, rng=np.random.default_rng(0))
     except SampleError as error:
         raise BadSampleError(f"unreadable {name}: {error.what}") from error
-    except Exception as error:  # a decoder's surprise at a strange file is that file's fault: one bad sample, not a lost build
+    except Exception as error:
+        # A decoder that fails at a strange file costs one bad sample, not the build.
         raise BadSampleError(f"unreadable {name}: {type(error).__name__}: {error}") from error

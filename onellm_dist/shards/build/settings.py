@@ -1,4 +1,4 @@
-"""What the builder does with any source's samples: the options that every planned source has beside its own."""
+"""The builder's own options, which every planned source has beside its own."""
 
 from __future__ import annotations
 
@@ -15,54 +15,63 @@ from onellm_dist.shards.sources.base import Option
 DEDUP = ("none", "exact", "perceptual")
 
 OPTIONS: Mapping[str, Option] = {
-    "name": Option(None, "the dataset's name in sample ids; the output folder's name if not given"),
-    "licence": Option(None, "goes to the manifest; the source's usual one if not given"),
+    "name": Option(
+        None, "the dataset's name in sample ids; default: the name of the output folder"
+    ),
+    "licence": Option(None, "the licence, for the manifest; default: the usual one of the source"),
     "check": Option(
-        True, "decode every media once; bad ones are left out and listed in quarantine.jsonl", bool
+        True,
+        "decode all media once; bad samples are left out and listed in quarantine.jsonl",
+        bool,
     ),
     "max_failures": Option(
         0.1, "largest share of bad samples, 0 to 1; beyond it nothing is built", float
     ),
-    "max_samples": Option(MAX_SAMPLES, "raw_samples a shard: most samples it can have", int),
+    "max_samples": Option(
+        MAX_SAMPLES, "raw samples a shard, which is the most samples that it can have", int
+    ),
     "max_bytes": Option(MAX_BYTES, "most bytes of content a shard", int),
-    "limit": Option(None, "only the first so many raw_samples", int),
+    "limit": Option(None, "read only the first N raw samples", int),
     "resize": Option(
         None,
-        "pictures whose shorter side is longer than this many pixels are made this small (Lanczos) and stored as JPEG",
+        "scale pictures down to this many pixels on the shorter side (Lanczos), and store them "
+        "as JPEG; smaller pictures stay as they are",
         int,
     ),
     "quality": Option(
         None,
-        "JPEG quality, 1 to 100: pictures are encoded again with it (default 95 where `resize` does so)",
+        "JPEG quality, 1 to 100: re-encode all pictures with it; default: 95, and only pictures "
+        "that `resize` scales",
         int,
     ),
     "dedup": Option(
         "none",
-        "leave out repeated media: exact (equal bytes), or perceptual (pictures whose dHash is near)",
+        "leave out repeated media: exact (equal bytes), or perceptual (pictures with a near dHash)",
     ),
     "dedup_distance": Option(
-        0, "perceptual: bits of 64 in which two dHashes may differ, 0 to 3", int
+        0, "perceptual: number of the 64 bits in which two dHashes may differ, 0 to 3", int
     ),
     "denylist": Option(
-        None, "a file of URLs and SHA-256 of media, one a line, that are left out", Path
+        None, "a file of URLs and SHA-256 of media, one a line; these samples are left out", Path
     ),
     "nsfw": Option(
         None,
-        "the values of meta's `nsfw` that are kept, by comma (UNLIKELY); samples without the value are left out",
+        "keep only these values of the metadata's `nsfw`, comma-separated (UNLIKELY); samples "
+        "without the value are left out",
     ),
     "max_punsafe": Option(
         None,
-        "largest `punsafe` of meta that is kept; samples without the value are left out",
+        "keep only samples whose metadata have a `punsafe` of at most this",
         float,
     ),
     "max_pwatermark": Option(
         None,
-        "largest `pwatermark` of meta that is kept; samples without the value are left out",
+        "keep only samples whose metadata have a `pwatermark` of at most this",
         float,
     ),
     "min_similarity": Option(
         None,
-        "least `similarity` of meta that is kept; samples without the value are left out",
+        "keep only samples whose metadata have a `similarity` of at least this",
         float,
     ),
     "energon": Option(True, "write Megatron-Energon's metadata too (.nv-meta/, .tar.idx)", bool),
@@ -71,7 +80,11 @@ OPTIONS: Mapping[str, Option] = {
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """The values of OPTIONS; checked."""
+    """The values of OPTIONS, checked.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
 
     name: str
     licence: str
@@ -92,16 +105,18 @@ class BuildSettings:
     energon: bool
 
     def __post_init__(self) -> None:
+        """Check the values."""
         check_name(self.name)
         if not 0 <= self.max_failures <= 1:
             raise UsageError(
-                f"max_failures={self.max_failures} is not within 0 and 1.",
+                f"max_failures={self.max_failures} is not between 0 and 1.",
                 "it is a share of the samples.",
                 "0.1 allows one in ten.",
             )
         if self.max_samples < 1 or self.max_bytes < 1:
             raise UsageError(
-                f"max_samples={self.max_samples}, max_bytes={self.max_bytes}: both must be at least 1.",
+                f"max_samples={self.max_samples}, max_bytes={self.max_bytes}: "
+                "both must be at least 1.",
                 "a shard holds samples.",
                 "raise them.",
             )
@@ -112,20 +127,20 @@ class BuildSettings:
         if self.dedup not in DEDUP:
             raise UsageError(
                 f"dedup={self.dedup} is none of {', '.join(DEDUP)}.",
-                "it is not known what to compare.",
-                "choose one.",
+                "the builder would not know what to compare.",
+                "choose one of them.",
             )
         if not 0 <= self.dedup_distance <= 3:
             raise UsageError(
-                f"dedup_distance={self.dedup_distance} is not within 0 and 3.",
-                "farther neighbours cannot be found in one pass.",
+                f"dedup_distance={self.dedup_distance} is not between 0 and 3.",
+                "pictures that differ more cannot be found in one pass.",
                 "lower it.",
             )
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise UsageError(
-                f"quality={self.quality} is not within 1 and 100.",
-                "it is JPEG's.",
-                "95 is a good one.",
+                f"quality={self.quality} is not between 1 and 100.",
+                "it is the quality of JPEG.",
+                "95 is a good value.",
             )
         if self.resize is not None and self.resize < 1:
             raise UsageError(
@@ -139,19 +154,17 @@ class BuildSettings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """For the plan file; `from_json` is its inverse."""
+        """Return the values for the plan file; `from_json` is the inverse."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items()}
 
     def denylist_sha256(self) -> str | None:
-        """Hex SHA-256 of the denylist's bytes; None: there is none."""
-        return (
-            None
-            if self.denylist is None
-            else hashlib.sha256(self.denylist.read_bytes()).hexdigest()
-        )
+        """Return the hex SHA-256 of the denylist's bytes; None: there is no denylist."""
+        if self.denylist is None:
+            return None
+        return hashlib.sha256(self.denylist.read_bytes()).hexdigest()
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BuildSettings:
-        """The settings of a plan file."""
+        """Make the settings from those of a plan file."""
         denylist = values["denylist"]
         return cls(**{**values, "denylist": None if denylist is None else Path(denylist)})

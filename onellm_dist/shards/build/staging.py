@@ -1,4 +1,4 @@
-"""An output folder that appears under its name only when it is whole."""
+"""An output folder that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -15,20 +15,27 @@ from onellm_dist.shards.format.dataset import MANIFEST, SHARD_FOLDER
 from onellm_dist.shards.format.writer import refuse_occupied
 
 QUARANTINE = "quarantine.jsonl"
+"""The list of bad samples in a dataset's folder."""
 
 
 def get_failed_quarantine_path(out: Path) -> Path:
-    """Where the list of bad samples lies after a build that was given up (nothing else of it is kept)."""
+    """Return where the list of bad samples lies after a build that failed.
+
+    Nothing else of such a build is kept.
+    """
     return out.with_name(f"{out.name}.{QUARANTINE}")
 
 
 @contextmanager
 def open_staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields an empty staging folder beside `out`, and renames it to `out` when the block ends without an error.
+    """Yield an empty staging folder beside `out`, and rename it to `out` when the block ends.
 
-    An error removes it, except for its quarantine file, which becomes `<out>.quarantine.jsonl`. What a killed builder left
-    is cleared at the next start. With `overwrite`, a dataset (or a folder of datasets) that stood at `out` is replaced
-    at the end; anything else there is refused.
+    If the block raises, the folder is removed, except for its quarantine file, which becomes
+    `<out>.quarantine.jsonl`. What a killed builder left is removed at the next start.
+
+    Args:
+        out: the output folder.
+        overwrite: replace a dataset (or a folder of datasets) at `out`; anything else is refused.
 
     Raises:
         UsageError: `out` is occupied, or another builder is working on it.
@@ -37,7 +44,7 @@ def open_staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     staging = get_staging_folder(out)
     refuse_output(out, overwrite=overwrite)
     with lock_folder(staging, out, shared=False):
-        clear(staging)
+        empty_folder(staging)
         try:
             yield staging
         except BaseException:
@@ -49,13 +56,22 @@ def open_staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def get_staging_folder(out: Path) -> Path:
-    """The folder where `out` is built."""
+    """Return the folder where `out` is built."""
     return out.with_name(f".{out.name}.building")
 
 
+def _get_replaced_folder(out: Path) -> Path:
+    """Return where the old output lies between the two renames that replace it."""
+    return out.with_name(f".{out.name}.replaced")
+
+
 def refuse_output(out: Path, *, overwrite: bool) -> None:
-    """Raises UsageError where `out` is occupied by anything that `overwrite` does not allow to replace."""
-    replaced = out.with_name(f".{out.name}.replaced")
+    """Check that `out` is free, or may be replaced.
+
+    Raises:
+        UsageError: it holds something that `overwrite` does not allow to replace.
+    """
+    replaced = _get_replaced_folder(out)
     if replaced.exists() and not out.exists():
         replaced.replace(out)  # a builder was killed between its last two renames
     if not (overwrite and is_built_here(out)):
@@ -63,8 +79,8 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
 
 
 def replace_output(folder: Path, out: Path) -> None:
-    """Renames a finished folder to `out`, in place of what stood there."""
-    replaced = out.with_name(f".{out.name}.replaced")
+    """Rename a finished folder to `out`, in place of what was there."""
+    replaced = _get_replaced_folder(out)
     if out.exists() and any(out.iterdir()):
         shutil.rmtree(replaced, ignore_errors=True)
         out.replace(replaced)
@@ -75,7 +91,7 @@ def replace_output(folder: Path, out: Path) -> None:
 
 
 def is_built_here(path: Path) -> bool:
-    """`path` is a dataset of this program (whole or half-written), or a folder of nothing but such."""
+    """Check that `path` is a dataset of this program, complete or not, or a folder of such."""
     if not path.is_dir():
         return False
     names = {p.name for p in path.iterdir()}
@@ -91,18 +107,23 @@ def _is_dataset(path: Path) -> bool:
 
 @contextmanager
 def lock_folder(staging: Path, out: Path, *, shared: bool) -> Iterator[int]:
-    """Makes the staging folder and locks it: alone, or together with others that build the same. Yields the lock's descriptor.
+    """Make the staging folder, lock it, and yield the lock's descriptor.
+
+    Args:
+        staging: the folder.
+        out: the output, for messages.
+        shared: share the lock with others that build the same.
 
     Raises:
-        UsageError: another builder holds it.
+        UsageError: another builder holds the lock.
     """
     staging.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY)
     try:
-        if not lock(descriptor, shared=shared):
+        if not try_lock(descriptor, shared=shared):
             raise UsageError(
                 f"{out} is being built by another process.",
-                "two builders would spoil each other's output.",
+                "two builders would damage each other's output.",
                 "wait for it, or choose another output.",
             )
         yield descriptor
@@ -110,19 +131,23 @@ def lock_folder(staging: Path, out: Path, *, shared: bool) -> Iterator[int]:
         os.close(descriptor)
 
 
-def lock(descriptor: int, *, shared: bool) -> bool:
-    """Whether the lock was got (or changed to this kind)."""
+def try_lock(descriptor: int, *, shared: bool) -> bool:
+    """Acquire a lock, or change a lock that is held, and return whether that succeeded.
+
+    On a file system without locks (some NFS mounts) it always succeeds; there the user must not
+    build two different things at once.
+    """
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks (some NFS mounts): two builders of different things are the user's care there
+    except OSError:
         return True
     return True
 
 
-def clear(folder: Path) -> None:
-    """Removes everything in the folder."""
+def empty_folder(folder: Path) -> None:
+    """Remove everything in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -100,24 +100,28 @@ class BuildCounts:
         """Check that no more samples are bad than may be bad of all.
 
         Raises:
-            TooManyFailures: more are.
+            TooManyFailuresError: more are.
         """
         if self.failures > count_allowed_failures(self.max_failures, self.total):
-            raise TooManyFailures(self.bad, self.seen, self.total, self.max_failures, self.failures)
+            raise TooManyFailuresError(
+                self.bad, self.seen, self.total, self.max_failures, self.failures
+            )
 
     def check_end(self) -> None:
         """Check the same when all was seen. Samples that were left out knowingly do not count then.
 
         Raises:
-            TooManyFailures: too many samples are bad, or all are.
-            NothingLeft: the filters left nothing.
+            TooManyFailuresError: too many samples are bad, or all are.
+            NoSamplesLeftError: the filters left nothing.
         """
         samples = self.seen - self.skipped
         allowed = count_allowed_failures(self.max_failures, samples)
         if self.failures > allowed or (self.failures and not self.written):
-            raise TooManyFailures(self.bad, self.seen, samples, self.max_failures, self.failures)
+            raise TooManyFailuresError(
+                self.bad, self.seen, samples, self.max_failures, self.failures
+            )
         if not self.written:
-            raise NothingLeft(
+            raise NoSamplesLeftError(
                 f"all {self.skipped} samples were left out by filters.",
                 "an empty dataset cannot be read.",
                 "check the filters' options.",
@@ -169,7 +173,7 @@ def hash_key(key: str) -> bytes:
 
 
 class _TaskShards:
-    """The tars of a task. A new one begins where a sample would take the content beyond `max_bytes`."""
+    """The tars of a task; a new one begins before its content would exceed `max_bytes`."""
 
     def __init__(self, job: BuildJob, task: ShardTask) -> None:
         self.job = job
@@ -281,7 +285,7 @@ def build_shard_task(
         counts: they are counted here.
 
     Raises:
-        TooManyFailures: too many samples are bad; nothing of the task is kept.
+        TooManyFailuresError: too many samples are bad; nothing of the task is kept.
     """
     writer = _TaskWriter(job, task, counts)
     try:
@@ -314,11 +318,11 @@ def count_allowed_failures(max_failures: float, total: int) -> int:
     return int(max_failures * total + 1e-9)  # 0.29 * 100 is 28.999...
 
 
-class NothingLeft(OneLLMError):
+class NoSamplesLeftError(OneLLMError):
     """Filters left no sample."""
 
 
-class TooManyFailures(OneLLMError):
+class TooManyFailuresError(OneLLMError):
     """The build was given up.
 
     Args:
@@ -348,7 +352,7 @@ class TooManyFailures(OneLLMError):
         super().__init__(
             f"{failures} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
             f"{allowed} of all {total}:\n{shown}{more}",
-            "so many failures mean a wrong input rather than a few broken files; nothing was built.",
+            "so many failures mean a wrong input rather than a few broken files; nothing is built.",
             "repair the samples (listed in OUT.quarantine.jsonl), or allow more: "
             "-o max_failures=0.2",
         )

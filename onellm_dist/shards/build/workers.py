@@ -116,7 +116,7 @@ def build_shard_tasks(
         counts: all samples are counted here.
 
     Raises:
-        TooManyFailures: too many samples are bad.
+        TooManyFailuresError: too many samples are bad.
         OneLLMError: a worker process died, or the input changed.
     """
     pending = list[ShardTask]()

@@ -11,7 +11,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import sha256_file
@@ -53,9 +53,7 @@ class TarError(OneLLMError):
             "fetch or write the tar again (the tool that writes it may still be running).",
         )
 
-    def __reduce__(  # type: ignore[override]  # an exception is pickled by its constructor's arguments
-        self,
-    ) -> tuple[type[TarError], tuple[Path, str, str | None, int | None]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the arguments, so that worker processes can raise it."""
         return type(self), (self.tar, self.how, self.key, self.offset)
 

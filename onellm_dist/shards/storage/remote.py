@@ -40,7 +40,9 @@ class RemoteFolder:
         Raises:
             OSError: they cannot be read.
         """
-        data = self._call(name, lambda fs, path: fs.cat_file(path, start=start, end=end))
+        data = self._call(
+            name, lambda fs, path: cast("bytes", fs.cat_file(path, start=start, end=end))
+        )
         if len(data) > end - start:
             raise OSError(
                 f"{self.url}/{name}: the server sends whole files instead of the requested bytes"
@@ -53,7 +55,7 @@ class RemoteFolder:
         Raises:
             OSError: it cannot be read; FileNotFoundError if it does not exist.
         """
-        return self._call(name, lambda fs, path: fs.cat_file(path))
+        return self._call(name, lambda fs, path: cast("bytes", fs.cat_file(path)))
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading from its start to its end.

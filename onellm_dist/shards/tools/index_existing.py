@@ -1,14 +1,18 @@
-"""`onellm shards index`: makes tars of others (img2dataset, video2dataset, webdataset's ShardWriter) readable as they are."""
+"""`onellm shards index`: make existing tars readable as they are, without rewriting them.
+
+They may come from img2dataset, video2dataset, or webdataset's ShardWriter.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.files import write_atomic
@@ -19,12 +23,13 @@ from onellm_dist.shards.format.dataset import MANIFEST, Dataset, Manifest, Shard
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.index_tar import try_index_tar
-from onellm_dist.shards.format.names import make_dataset_name, infer_modalities
+from onellm_dist.shards.format.names import infer_modalities, make_dataset_name
 
 SOURCE_NAME = "index"
-"""The `source` of a manifest that was made for tars of others."""
+"""The `source` of a manifest that was made for existing tars."""
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|val|validation|test)(?=[/_.-])")
 _SHOWN = 5
+"""Errors that a message shows."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,19 @@ class IndexedShards:
     tars: int
     samples: int
     manifest: Path | None
-    """The manifest that makes the folder a dataset; None where single tars were indexed."""
+    """The manifest that makes the folder a dataset; None: a single tar was indexed."""
     kept: int = 0
-    """Tars whose index fitted already."""
+    """Tars whose index already fitted."""
+
+
+class _ExtensionSet(NamedTuple):
+    """The samples that have one set of extensions."""
+
+    samples: int
+    tar: Path
+    """The tar of the first such sample."""
+    key: str
+    offset: int
 
 
 def index_existing_shards(
@@ -49,27 +64,31 @@ def index_existing_shards(
     workers: int = 1,
     again: bool = True,
 ) -> IndexedShards:
-    """Indexes one tar, or all tars below a folder; a folder gets a manifest too and is a dataset then. Tars are only read.
+    """Index one tar, or all tars below a folder, which then gets a manifest and is a dataset.
 
-    A folder that has a manifest of `onellm shards build` gets its indexes again, and keeps the manifest.
+    Tars are only read. A folder with a manifest of `onellm shards build` gets its indexes again and
+    keeps the manifest.
 
     Args:
         path: a tar or a folder.
-        modalities: what every sample has; inferred from the parts' extensions where None; () is text only.
-        name: the dataset's name; the folder's where None.
-        split: the split of all tars; where None, what Energon's `.nv-meta/split.yaml` says, else `train`, `val`, `validation`
-            or `test` where a folder or the tar is named so (`val/0.tar`, `test_subj01_0.tar`), else `train`.
+        modalities: what every sample has; () is text alone; default: inferred from the extensions
+            of the parts.
+        name: the dataset's name; default: the folder's.
+        split: the split of all tars; default: what Energon's `.nv-meta/split.yaml` says, else
+            `train`, `val`, `validation` or `test` if a folder or the tar is named so (`val/0.tar`,
+            `test_subj01_0.tar`), else `train`.
         licence: goes to the manifest.
-        workers: processes, a tar each at a time.
-        again: False: of a folder, tars are not read that have a whole index, as new as they are and for their size.
+        workers: processes, each with a tar at a time.
+        again: False: skip the tars of a folder whose index is complete, as new as the tar, and made
+            for its size.
 
     Raises:
-        UsageError: no tar there, or the modality cannot be told.
-        OneLLMError: a tar cannot be indexed, or a sample lacks a part; names tar, key and offset. Indexes of whole tars stay;
-            the manifest is not written.
+        UsageError: there is no tar, or the modality cannot be inferred.
+        OneLLMError: a tar cannot be indexed, or a sample lacks a part; the message names tar, key
+            and offset. The indexes of intact tars are kept; the manifest is not written.
     """
     if path.is_file():
-        _index_all([path], workers=1)
+        _index_tars([path], workers=1)
         return IndexedShards(1, ShardIndex(get_index_path(path)).samples, None)
     if not path.is_dir():
         raise UsageError(
@@ -82,20 +101,22 @@ def index_existing_shards(
         raise UsageError(
             f"{path}: there is no .tar below it.", "there is nothing to index.", "check the path."
         )
-    old = _old_manifest(path)
-    todo = tars if again else [t for t in tars if not _fits(t)]
+    old = _read_manifest(path)
+    todo = tars if again else [tar for tar in tars if not _has_fitting_index(tar)]
     kept = len(tars) - len(todo)
-    _index_all(todo, workers)
+    _index_tars(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
-        _compare(path, old)
-        return IndexedShards(len(tars), sum(s.samples for s in old.shards), path / MANIFEST, kept)
-    manifest = _manifest(path, tars, modalities, name, split, licence)
-    write_atomic(path / MANIFEST, manifest.to_bytes())
-    return IndexedShards(len(tars), sum(s.samples for s in manifest.shards), path / MANIFEST, kept)
+        _compare_indexes(path, old)
+        manifest = old
+    else:
+        manifest = _make_manifest(path, tars, modalities, name, split, licence)
+        write_atomic(path / MANIFEST, manifest.to_bytes())
+    samples = sum(s.samples for s in manifest.shards)
+    return IndexedShards(len(tars), samples, path / MANIFEST, kept)
 
 
-def _fits(tar: Path) -> bool:
-    """The tar has an index that is whole, and was made of a file of this name and size after it was last written."""
+def _has_fitting_index(tar: Path) -> bool:
+    """Check for a complete index, made for a file of this name and size after its last change."""
     path = get_index_path(tar)
     try:
         index, written = ShardIndex(path), tar.stat()
@@ -109,14 +130,14 @@ def _fits(tar: Path) -> bool:
     )
 
 
-def _old_manifest(path: Path) -> Manifest | None:
+def _read_manifest(path: Path) -> Manifest | None:
     try:
         return Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
     except FileNotFoundError:
         return None
 
 
-def _index_all(tars: Sequence[Path], workers: int) -> None:
+def _index_tars(tars: Sequence[Path], workers: int) -> None:
     errors: list[OneLLMError] = []
     with progress(len(tars), "Indexing", unit="tars") as bar:
         if workers == 1 or len(tars) < 2:
@@ -139,8 +160,8 @@ def _index_all(tars: Sequence[Path], workers: int) -> None:
         )
 
 
-def _compare(root: Path, manifest: Manifest) -> None:
-    """The new indexes against a builder's manifest.
+def _compare_indexes(root: Path, manifest: Manifest) -> None:
+    """Compare the new indexes with the manifest of a builder.
 
     Raises:
         OneLLMError: a tar is not the one that was built.
@@ -150,7 +171,7 @@ def _compare(root: Path, manifest: Manifest) -> None:
         dataset.index(shard)
 
 
-def _manifest(
+def _make_manifest(
     root: Path,
     tars: Sequence[Path],
     modalities: Sequence[str] | None,
@@ -158,53 +179,64 @@ def _manifest(
     split: str | None,
     licence: str,
 ) -> Manifest:
-    shards, kinds = list[ShardInfo](), Counter[frozenset[str]]()
-    example: dict[frozenset[str], tuple[Path, str, int]] = {}
-    prepared = read_energon_splits(root)
+    shards, sets = list[ShardInfo](), dict[frozenset[str], _ExtensionSet]()
+    energon = read_energon_splits(root)
     for tar in tars:
         relative = tar.relative_to(root).as_posix()
-        if prepared is not None and relative not in prepared:
+        if energon is not None and relative not in energon:
             continue  # Energon's split.yaml excludes it
+        found = split or (energon[relative] if energon is not None else _infer_split(relative))
         index = ShardIndex(get_index_path(tar))
-        named = _SPLITS.search(relative)
-        own = split or (
-            prepared[relative] if prepared is not None else named.group(1) if named else "train"
-        )
-        shards.append(ShardInfo(relative, own, index.samples, index.tar_bytes, index.tar_sha256))
-        for kind, (count, row) in index.extension_sets().items():
-            kinds[kind] += count
-            example.setdefault(kind, (tar, index.key(row), index.span(row)[0]))
-    names = Counter(s.name for s in shards)
-    if len(names) < len(shards):
-        name_twice = names.most_common(1)[0][0]
-        raise UsageError(
-            f"{root}: two tars would both be the shard {name_twice!r}: {', '.join(s.path for s in shards if s.name == name_twice)}.",
-            "a shard's name is part of its samples' ids.",
-            "rename one of them.",
-        )
+        shards.append(ShardInfo(relative, found, index.samples, index.tar_bytes, index.tar_sha256))
+        for extensions, (count, row) in index.extension_sets().items():
+            first = sets.get(extensions, _ExtensionSet(0, tar, index.key(row), index.span(row)[0]))
+            sets[extensions] = first._replace(samples=first.samples + count)
+    _check_names(root, shards)
     if modalities is None:
         media: Counter[frozenset[str]] = Counter()
-        for kind, count in kinds.items():
-            media[kind - set(TEXT_EXTENSIONS)] += count
+        for extensions, seen in sets.items():
+            media[extensions - set(TEXT_EXTENSIONS)] += seen.samples
         modalities = infer_modalities(media, root)
-    for kind, count in kinds.items():
-        _require(kind, count, example[kind], modalities)
-    text = tuple(e for e in TEXT_EXTENSIONS if all(e in kind for kind in kinds))
+    _check_parts(sets, modalities)
+    text = tuple(e for e in TEXT_EXTENSIONS if all(e in extensions for extensions in sets))
     return Manifest(
-        name or make_dataset_name(root), tuple(modalities), text, licence, SOURCE_NAME, tuple(shards)
+        name or make_dataset_name(root),
+        tuple(modalities),
+        text,
+        licence,
+        SOURCE_NAME,
+        tuple(shards),
     )
 
 
-def _require(
-    kind: frozenset[str], count: int, example: tuple[Path, str, int], modalities: Sequence[str]
-) -> None:
-    for modality in modalities:
-        try:
-            get_modality(modality).match(set(kind))
-        except SampleError as error:
-            tar, key, offset = example
-            raise OneLLMError(
-                f"{tar}, key {key}, at offset {offset}: {error.what} ({count} such sample{'s' if count > 1 else ''}).",
-                f"every sample of a dataset of {', '.join(modalities)} must have its parts.",
-                "leave such samples out when the tars are written, or name another modality.",
-            ) from error
+def _infer_split(relative: str) -> str:
+    named = _SPLITS.search(relative)
+    return named.group(1) if named else "train"
+
+
+def _check_names(root: Path, shards: Sequence[ShardInfo]) -> None:
+    """Check that no two shards have the same name."""
+    names = Counter(s.name for s in shards)
+    if len(names) < len(shards):
+        twice = names.most_common(1)[0][0]
+        paths = ", ".join(s.path for s in shards if s.name == twice)
+        raise UsageError(
+            f"{root}: two tars would both be the shard {twice!r}: {paths}.",
+            "a shard's name is part of its samples' ids.",
+            "rename one of them.",
+        )
+
+
+def _check_parts(sets: Mapping[frozenset[str], _ExtensionSet], modalities: Sequence[str]) -> None:
+    """Check that every sample has the parts of the modalities."""
+    for extensions, seen in sets.items():
+        for modality in modalities:
+            try:
+                get_modality(modality).match(set(extensions))
+            except SampleError as error:
+                such = f"{seen.samples} such sample{'s' if seen.samples > 1 else ''}"
+                raise OneLLMError(
+                    f"{seen.tar}, key {seen.key}, at offset {seen.offset}: {error.what} ({such}).",
+                    f"every sample of a dataset of {', '.join(modalities)} must have its parts.",
+                    "leave such samples out when the tars are written, or name another modality.",
+                ) from error

@@ -1,4 +1,4 @@
-"""What the page about a dataset shows of its samples: which are drawn, their texts, their pictures."""
+"""The samples on the page about a dataset: which are drawn, their texts, their pictures."""
 
 from __future__ import annotations
 
@@ -22,63 +22,74 @@ from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
 
 _SHARDS = 200
-"""Shards whose indexes are looked at, evenly spread; the page says so where there are more."""
+"""Most shards whose indexes are read, evenly spread; the page says so if there are more."""
 TIMED = frozenset({"mp4", "webm", "mkv", "avi", "mov", "wav", "flac", "mp3", "ogg", "opus", "m4a"})
 _CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac"
-"""What FFmpeg may guess: no playlists, which would open other files."""
+"""The formats that FFmpeg may recognise: no playlists, which would open other files."""
 _WIDTH = 448
-"""Pixels of a preview: what the modalities draw."""
+"""Pixels of the longer side of a preview, which is what the modalities draw."""
 _SPEAKERS = {"user": "Q", "assistant": "A", "system": "System"}
 
 
 class DatasetOverview:
-    """What the page needs of a dataset, gathered once."""
+    """What the page needs to know of a dataset, gathered once from its indexes.
+
+    Args:
+        dataset: an open dataset.
+        seed: seed of the random samples.
+    """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
         shards = [s for split in dataset.splits for s in dataset.shards(split)]
         step = -(-len(shards) // _SHARDS)
-        self.all, self.seen = len(shards), shards[::step]
-        lengths = list[NDArray[np.uint64]]()
+        self.shard_count = len(shards)
+        self.shards = shards[::step]
+        """The shards whose indexes were read."""
+        text_bytes = list[NDArray[np.uint64]]()
         self.counts = Counter[str]()
-        for shard in self.seen:
+        """Extension to the number of samples that have it."""
+        for shard in self.shards:
             index = dataset.index(shard)
-            lengths.append(index.all_text_bytes())
-            for kind, (count, _) in index.extension_sets().items():
-                self.counts.update(dict.fromkeys(kind, count))
-        self.lengths = np.concatenate(lengths)
-        self._ends = list(accumulate(s.samples for s in self.seen))
+            text_bytes.append(index.all_text_bytes())
+            for extensions, (count, _) in index.extension_sets().items():
+                self.counts.update(dict.fromkeys(extensions, count))
+        self.text_bytes = np.concatenate(text_bytes)
+        self._ends = list(accumulate(s.samples for s in self.shards))
         self._draw = random.Random(seed)
 
-    def rows(self, count: int) -> list[tuple[ShardInfo, int]]:
-        """Random samples of the shards that were looked at, each once; all, where there are no more."""
+    def draw_rows(self, count: int) -> list[tuple[ShardInfo, int]]:
+        """Draw random samples, each once; all samples if there are no more than `count`."""
         total = self._ends[-1]
         found = []
         for number in self._draw.sample(range(total), min(count, total)):
             shard = bisect_right(self._ends, number)
-            found.append((self.seen[shard], number - (self._ends[shard - 1] if shard else 0)))
+            first = self._ends[shard - 1] if shard else 0
+            found.append((self.shards[shard], number - first))
         return found
 
-    def durations(self, count: int) -> list[float]:
-        """Seconds of the sounds and films of `count` random samples."""
-        return [
-            d
-            for s, r in self.rows(count)
-            if (d := _seconds(read_parts(self.dataset, s, r))) is not None
-        ]
+    def measure_durations(self, count: int) -> list[float]:
+        """Measure the sounds and films of `count` random samples, in seconds."""
+        durations = []
+        for shard, row in self.draw_rows(count):
+            duration = _measure_duration(read_parts(self.dataset, shard, row))
+            if duration is not None:
+                durations.append(duration)
+        return durations
 
 
 def format_text(parts: dict[str, Part]) -> str:
-    """What a sample says, as HTML: its captions, or its conversation with a turn a line."""
+    """Format a sample's captions, or its conversation with a turn a line, as HTML."""
     if "txt" in parts:
         return escape(parts["txt"].data.decode(errors="replace"))
-    meta = _meta(parts)
+    meta = _parse_meta(parts)
     caption = meta.get("caption", meta.get("captions"))
     if isinstance(caption, str):
         return escape(caption)
     if isinstance(caption, list):
         listed = "".join(f"<li>{escape(str(c))}</li>" for c in caption)
-        return f'<span class="dim">{len(caption)} captions, one is read in an epoch:</span><ul>{listed}</ul>'
+        head = f'<span class="dim">{len(caption)} captions, of which an epoch reads one:</span>'
+        return f"{head}<ul>{listed}</ul>"
     conversations = meta.get("conversations")
     if not conversations:
         return ""
@@ -90,7 +101,7 @@ def format_text(parts: dict[str, Part]) -> str:
     return "<br>".join(lines)
 
 
-def _meta(parts: dict[str, Part]) -> dict[str, object]:
+def _parse_meta(parts: dict[str, Part]) -> dict[str, object]:
     try:
         value = json.loads(parts["json"].data) if "json" in parts else {}
     except ValueError:
@@ -98,8 +109,8 @@ def _meta(parts: dict[str, Part]) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _seconds(parts: dict[str, Part]) -> float | None:
-    """How long a sample's sound or film is."""
+def _measure_duration(parts: dict[str, Part]) -> float | None:
+    """Measure a sample's sound or film, in seconds; None: it has none, or cannot be opened."""
     part = next((p for e, p in parts.items() if e.rsplit(".", 1)[-1] in TIMED), None)
     if part is None:
         return None
@@ -113,7 +124,7 @@ def _seconds(parts: dict[str, Part]) -> float | None:
 
 
 def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
-    """A sample's text as HTML, or why it cannot be read."""
+    """Format a sample's text as HTML, or why it cannot be read."""
     try:
         return format_text(read_parts(dataset, shard, row))
     except OneLLMError as error:
@@ -121,22 +132,22 @@ def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
 
 
 def render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
-    """A figure of one sample: each of its modalities as people look at it, and its text."""
+    """Make the HTML figure of one sample: a picture of each of its modalities, and its text."""
     pictures = []
     try:
         parts = read_parts(dataset, shard, row)
         for name in dataset.modalities:
             modality = get_modality(name)
-            slots = {slot: parts[e] for slot, e in modality.match(set(parts)).items()}
-            picture = modality.preview(modality.decode(slots, _meta(parts))).convert("RGB")
+            media = {part: parts[e] for part, e in modality.match(set(parts)).items()}
+            picture = modality.preview(modality.decode(media, _parse_meta(parts))).convert("RGB")
             picture.thumbnail((_WIDTH, _WIDTH))
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=85)
-            pictures.append(
-                f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-            )
+            data = base64.b64encode(buffer.getvalue()).decode()
+            pictures.append(f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{data}">')
         text = format_text(parts)
     except OneLLMError as error:
         text = f'<span class="wrong">cannot be drawn: {escape(error.what)}</span>'
     key = f"{escape(shard.name)}/{escape(dataset.index(shard).key(row))}"
-    return f'<figure>{"".join(pictures)}<figcaption>{text}<div class="key">{key}</div></figcaption></figure>'
+    caption = f'<figcaption>{text}<div class="key">{key}</div></figcaption>'
+    return f"<figure>{''.join(pictures)}{caption}</figure>"

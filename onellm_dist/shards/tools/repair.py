@@ -1,15 +1,18 @@
-"""`onellm shards repair`: mends what can be mended without inventing data, and leaves every good sample where it is.
+"""`onellm shards repair`: repair what can be repaired without inventing data.
 
-| fault | what is done |
+Every good sample is kept.
+
+| fault | repair |
 |---|---|
-| lost, damaged or stale index | made again from the tar |
-| a sample with a part that fails its CRC-32, a sample cut off by the tar's end, a damaged header | the tar is written again without it |
-| a key that stands twice (in one tar, or in two) | the first stays |
-| a sample without the parts of the dataset's modalities | left out |
-| a tar that the manifest lists and that is not there, or that holds nothing good any more | leaves the manifest |
-| files of a stopped writer | removed |
+| a lost, damaged or stale index | made again from the tar |
+| a sample with a part that fails its CRC-32, a sample cut off by the end of the tar, a damaged
+header | the tar is written again without it | | a key that exists twice (in one tar, or in two) |
+the first sample is kept | | a sample without the parts of the dataset's modalities | left out |
+| a tar of the manifest that is missing, or holds no good sample any more | removed from the
+manifest | | files of a stopped writer | removed |
 
-A tar that is written again keeps its old bytes beside it as `NAME.tar.damaged` until the user removes them.
+A tar that is written again keeps its old bytes beside it as `NAME.tar.damaged` until the user
+removes them.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError
-from onellm_dist.common.files import STAGED, write_atomic
+from onellm_dist.common.files import STAGED, sha256_file, write_atomic
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import format_quarantine
@@ -40,158 +44,179 @@ from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path
 from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.format.tars import salvage_tar, sha256_file
+from onellm_dist.shards.format.tars import salvage_tar
 from onellm_dist.shards.sources.base import QuarantinedSample
 from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, hash_keys
 
 DAMAGED = ".damaged"
+"""Suffix of a tar's old bytes."""
 REPAIRED = "repaired.jsonl"
-"""Samples that a repair left out, with reasons (added to by every repair)."""
+"""The samples that repairs left out, with reasons; every repair appends to it."""
+
+
+@dataclass
+class _Log:
+    """What a repair has done so far."""
+
+    done: list[str] = field(default_factory=list)
+    """A line for the user a repair."""
+    lost: list[QuarantinedSample] = field(default_factory=list)
+    """Samples that are left out."""
+
+
+class _Survey(NamedTuple):
+    """What the first pass finds in a shard."""
+
+    intact: bool
+    """The tar has the manifest's SHA-256."""
+    hashes: NDArray[np.uint64]
+    """[n, 2] hashes of the keys of its good samples."""
+    rows: list[int]
+    """The rows of its good samples."""
 
 
 def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
-    """Repairs a dataset in place.
+    """Repair a dataset in place.
 
     Args:
         root: the dataset's folder.
-        workers: processes that look for faults, a shard each at a time; one process mends.
+        workers: processes that look for faults, each with a shard at a time; one process repairs.
 
     Returns:
         What was done, a line each; empty: there was nothing to do.
 
     Raises:
         UsageError: there is no dataset.
-        OneLLMError: no good sample is left; nothing was changed then.
+        OneLLMError: no good sample is left; then nothing was changed.
     """
     try:
         manifest = Manifest.from_bytes((root / MANIFEST).read_bytes(), root / MANIFEST)
     except OSError as error:
         raise explain_missing_dataset(root) from error
-    done, lost, shards = list[str](), list[QuarantinedSample](), list[ShardInfo]()
-    whole, repeated = _surveyed(root, manifest, workers)
+    log, shards = _Log(), list[ShardInfo]()
+    intact, repeated = _survey_dataset(root, manifest, workers)
     for number, shard in enumerate(manifest.shards):
-        mended = _mended(root, manifest, shard, whole[number], repeated.get(number, {}), done, lost)
-        shards += [mended] if mended is not None else []
+        rows = repeated.get(number, {})
+        repaired = _repair_shard(root, manifest, shard, intact[number], rows, log)
+        shards += [repaired] if repaired is not None else []
     if not shards:
         raise OneLLMError(
             f"{root}: no good sample is left.",
             "an empty dataset cannot be read.",
             "restore the tars, or build again.",
         )
-    for path in (
-        sorted((root / SHARD_FOLDER).glob(f"*{STAGED}")) if (root / SHARD_FOLDER).is_dir() else []
-    ):
+    for path in sorted((root / SHARD_FOLDER).glob(f"*{STAGED}")):
         path.unlink()
-        done.append(f"{path.relative_to(root)}: left over from a writer that was stopped; removed")
-    if lost:
+        log.done.append(f"{path.relative_to(root)}: left by a writer that was stopped; removed")
+    if log.lost:
         old = (root / REPAIRED).read_bytes() if (root / REPAIRED).exists() else b""
-        write_atomic(root / REPAIRED, old + format_quarantine(lost))
+        write_atomic(root / REPAIRED, old + format_quarantine(log.lost))
     if tuple(shards) != manifest.shards:
         write_atomic(root / MANIFEST, replace(manifest, shards=tuple(shards)).to_bytes())
-    if done and (root / META).is_dir():
+    if log.done and (root / META).is_dir():
         write_energon(root)
-    return done
+    return log.done
 
 
-def _surveyed(
+def _survey_dataset(
     root: Path, manifest: Manifest, workers: int
 ) -> tuple[list[bool], dict[int, dict[int, str]]]:
-    """(which tars are whole, by the manifest's SHA-256; shard -> row -> the earlier shard with a good sample of the same key).
+    """Read every byte once. Memory does not grow with the number of samples.
 
-    Every byte is read once here. Memory does not grow with the number of samples (`KeyBook`).
+    Returns:
+        Which tars are intact; and shard to row to the earlier shard that has a good sample of the
+        same key.
     """
-    whole, repeated = list[bool](), dict[int, dict[int, str]]()
-    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as book:
-        with progress(
-            len(manifest.shards), f"Looking through {manifest.name}", unit="shards"
-        ) as bar:
-            for number, (is_whole, hashes, rows) in enumerate(
-                _each_survey(root, manifest, workers)
-            ):
-                whole.append(is_whole)
-                book.add(number, hashes, rows)
+    intact, repeated = list[bool](), dict[int, dict[int, str]]()
+    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as finder:
+        with progress(len(manifest.shards), f"Checking {manifest.name}", unit="shards") as bar:
+            for number, survey in enumerate(_survey_shards(root, manifest, workers)):
+                intact.append(survey.intact)
+                finder.add(number, survey.hashes, survey.rows)
                 bar.advance()
-        for first, later in book.repeats():
+        for first, later in finder.find_repeats():
             repeated.setdefault(later.shard, {})[later.row] = manifest.shards[first.shard].path
-    return whole, repeated
+    return intact, repeated
 
 
-_Survey = tuple[bool, NDArray[np.uint64], list[int]]
-"""Whether the tar is whole; [n, 2] hashes of the keys of its good samples; their rows."""
-
-
-def _each_survey(root: Path, manifest: Manifest, workers: int) -> Iterator[_Survey]:
-    slim = replace(manifest, shards=(), attributes={})  # it travels with every shard
+def _survey_shards(root: Path, manifest: Manifest, workers: int) -> Iterator[_Survey]:
+    slim = replace(manifest, shards=(), attributes={})  # it is pickled with every shard
     if workers == 1:
-        yield from (_survey(root, slim, shard) for shard in manifest.shards)
+        yield from (_survey_shard(root, slim, shard) for shard in manifest.shards)
         return
     count = len(manifest.shards)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_survey, [root] * count, [slim] * count, manifest.shards)
+        yield from pool.map(_survey_shard, [root] * count, [slim] * count, manifest.shards)
 
 
-def _survey(root: Path, manifest: Manifest, shard: ShardInfo) -> _Survey:
+def _survey_shard(root: Path, manifest: Manifest, shard: ShardInfo) -> _Survey:
     tar = root / shard.path
-    there = tar.is_file()
-    whole = there and sha256_file(tar) == shard.sha256
-    found = enumerate(_samples(tar, _trusted_index(tar, shard), whole)) if there else ()
+    exists = tar.is_file()
+    intact = exists and sha256_file(tar) == shard.sha256
+    found = enumerate(_list_samples(tar, _open_trusted_index(tar, shard), intact)) if exists else ()
     good = [
         (row, key)
         for row, (key, parts, fault) in found
-        if fault is None and _lacking(manifest, parts) is None
+        if fault is None and _find_missing_part(manifest, parts) is None
     ]
-    return whole, hash_keys([key for _, key in good]), [row for row, _ in good]
+    return _Survey(intact, hash_keys([key for _, key in good]), [row for row, _ in good])
 
 
-def _mended(
+def _repair_shard(
     root: Path,
     manifest: Manifest,
     shard: ShardInfo,
-    whole: bool,
+    intact: bool,
     repeated: Mapping[int, str],
-    done: list[str],
-    lost: list[QuarantinedSample],
+    log: _Log,
 ) -> ShardInfo | None:
-    """The shard as it is after its repair; None: nothing of it is there."""
+    """Repair one shard, and return what it is then; None: it no longer exists."""
     tar = root / shard.path
     if not tar.is_file():
-        done.append(f"{shard.path}: missing; taken from the manifest ({shard.samples} samples)")
+        log.done.append(
+            f"{shard.path}: missing; removed from the manifest ({shard.samples} samples)"
+        )
         return None
-    index = _index_of(tar)
-    samples = dict[str, dict[str, PartLocation]]()
-    order, faults = list[str](), list[QuarantinedSample]()
-    for row, (key, parts, fault) in enumerate(_samples(tar, _trusted_index(tar, shard), whole)):
-        reason = fault or _lacking(manifest, parts)
+    index = _open_index(tar)
+    samples, faults = dict[str, dict[str, PartLocation]](), list[QuarantinedSample]()
+    listed = _list_samples(tar, _open_trusted_index(tar, shard), intact)
+    for row, (key, parts, fault) in enumerate(listed):
+        reason = fault or _find_missing_part(manifest, parts)
         if reason is None and row in repeated:
-            reason = f"duplicate key: it stands in {repeated[row]}"
+            reason = f"duplicate key: {repeated[row]} has it"
         if reason is None:
             samples[key] = parts
-            order.append(key)
         else:
             faults.append(QuarantinedSample(key, shard.path, reason))
-    if not faults and not whole and salvage_tar(tar)[1] is None:
-        index_tar(tar)  # headers or padding changed, or it is another tar: every sample is good
-        info = ShardInfo(shard.path, shard.split, len(order), tar.stat().st_size, sha256_file(tar))
-        done.append(
-            f"{shard.path}: taken as it is now ({info.samples} samples, {shard.samples} before); index and manifest say so"
-        )
-        return info
-    if not faults and whole:
+    if not faults and not intact and salvage_tar(tar)[1] is None:
+        return _accept_tar(tar, shard, len(samples), log)
+    if not faults and intact:
         if (
             index is None
             or not index.is_body_intact()
             or index.tar_sha256 != shard.sha256
-            or index.samples != len(order)
+            or index.samples != len(samples)
         ):
             index_tar(tar)
-            done.append(f"{shard.path}: index made again")
+            log.done.append(f"{shard.path}: index made again")
         return shard
-    lost += faults
-    done += [f"{shard.path}, key {q.key}: {q.reason}; left out" for q in faults]
-    return _rewritten(root, shard, {k: samples[k] for k in order}, done)
+    log.lost += faults
+    log.done += [f"{shard.path}, key {q.key}: {q.reason}; left out" for q in faults]
+    return _rewrite_shard(root, shard, samples, log)
 
 
-def _index_of(tar: Path) -> ShardIndex | None:
+def _accept_tar(tar: Path, shard: ShardInfo, samples: int, log: _Log) -> ShardInfo:
+    """Accept a tar with only good samples: its headers changed, or it is another tar."""
+    index_tar(tar)
+    info = ShardInfo(shard.path, shard.split, samples, tar.stat().st_size, sha256_file(tar))
+    log.done.append(
+        f"{shard.path}: accepted as it is now ({info.samples} samples, {shard.samples} before); "
+        "index and manifest updated"
+    )
+    return info
+
+
+def _open_index(tar: Path) -> ShardIndex | None:
     try:
         index = ShardIndex(get_index_path(tar))
     except (OSError, OneLLMError):
@@ -199,49 +224,48 @@ def _index_of(tar: Path) -> ShardIndex | None:
     return index if index.is_body_intact() else None
 
 
-def _trusted_index(tar: Path, shard: ShardInfo) -> ShardIndex | None:
-    """The index where it tells where this tar's samples lie."""
-    index = _index_of(tar)
-    return index if index is not None and _is_of(index, shard, tar) else None
+def _open_trusted_index(tar: Path, shard: ShardInfo) -> ShardIndex | None:
+    """Open the index if it says where the samples of this tar lie.
+
+    It must be the manifest's, and the tar must not be another intact tar of another length.
+    """
+    index = _open_index(tar)
+    if index is None or index.tar_sha256 != shard.sha256:
+        return None
+    same = tar.stat().st_size == shard.bytes or salvage_tar(tar)[1] is not None
+    return index if same else None
 
 
-def _is_of(index: ShardIndex, shard: ShardInfo, tar: Path) -> bool:
-    """The index tells where this tar's samples lie: it is the manifest's, and the tar is not another whole one of other length."""
-    if index.tar_sha256 != shard.sha256:
-        return False
-    return tar.stat().st_size == shard.bytes or salvage_tar(tar)[1] is not None
-
-
-def _samples(
-    tar: Path, index: ShardIndex | None, whole: bool
+def _list_samples(
+    tar: Path, index: ShardIndex | None, intact: bool
 ) -> Iterator[tuple[str, dict[str, PartLocation], str | None]]:
-    """Every sample that there is a trace of: key, parts, and what is wrong with it.
+    """Yield every sample that leaves a trace: key, parts, and what is wrong with it.
 
-    A usable index knows samples behind a damaged header, and the checksums; without one the tar tells as far as it can be read.
+    A usable index knows the checksums, and samples behind a damaged header. Without one, the tar is
+    read as far as it can be.
     """
     if index is None:
         rows, how = salvage_tar(tar)
         for key, parts in zip(rows.keys, rows.parts, strict=True):
             yield key, parts, None
         if how is not None:
-            yield (
-                f"(behind {rows.keys[-1]})" if rows.keys else "(all)",
-                {},
-                f"unreadable tar: {how}",
-            )
+            rest = f"(behind {rows.keys[-1]})" if rows.keys else "(all)"
+            yield rest, {}, f"unreadable tar: {how}"
         return
     with tar.open("rb") as file:
         for row in range(index.samples):
             parts = index.parts(row)
             fault = None
-            for extension, place in parts.items() if not whole else ():
-                file.seek(place.offset)
-                if zlib.crc32(file.read(place.size)) != place.crc32:
-                    fault = f"damaged part: .{extension} at offset {place.offset} fails its CRC-32"
+            for extension, location in parts.items() if not intact else ():
+                file.seek(location.offset)
+                if zlib.crc32(file.read(location.size)) != location.crc32:
+                    where = f".{extension} at offset {location.offset}"
+                    fault = f"damaged part: {where} fails its CRC-32"
             yield index.key(row), parts, fault
 
 
-def _lacking(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | None:
+def _find_missing_part(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | None:
+    """Return which part of the dataset's modalities or texts a sample lacks; None: none."""
     for name in manifest.modalities:
         try:
             get_modality(name).match(set(parts))
@@ -251,10 +275,13 @@ def _lacking(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | Non
     return f"missing part: .{missing[0]}" if missing else None
 
 
-def _rewritten(
-    root: Path, shard: ShardInfo, samples: Mapping[str, Mapping[str, PartLocation]], done: list[str]
+def _rewrite_shard(
+    root: Path,
+    shard: ShardInfo,
+    samples: Mapping[str, Mapping[str, PartLocation]],
+    log: _Log,
 ) -> ShardInfo | None:
-    """Writes the tar again from its good samples; the old one stays beside it."""
+    """Write the tar again from its good samples; the old bytes stay beside it."""
     tar = root / shard.path
     damaged = tar.with_name(tar.name + DAMAGED)
     info: ShardInfo | None = None
@@ -263,27 +290,28 @@ def _rewritten(
         with tar.open("rb") as file:
             for key, parts in samples.items():
                 content = {}
-                for extension, place in parts.items():
-                    file.seek(place.offset)
-                    content[extension] = file.read(place.size)
+                for extension, location in parts.items():
+                    file.seek(location.offset)
+                    content[extension] = file.read(location.size)
                 writer.add(key, content)
         damaged.unlink(missing_ok=True)
         damaged.hardlink_to(tar)
         info = writer.close()
+        result = f"written again with {len(samples)} of its {shard.samples} samples"
     else:
         tar.replace(damaged)
         get_index_path(tar).unlink(missing_ok=True)
-    kept = (
-        f"written again with {len(samples)} of its {shard.samples} samples"
-        if samples
-        else "nothing good in it; taken from the manifest"
-    )
-    done.append(f"{shard.path}: {kept} (the old bytes: {damaged.name})")
+        result = "it holds no good sample; removed from the manifest"
+    log.done.append(f"{shard.path}: {result} (the old bytes: {damaged.name})")
     return info
 
 
 def repair_command(root: Path, *, workers: int = 1) -> int:
-    """`onellm shards repair`: prints what was done. Returns the exit code."""
+    """Run `onellm shards repair`: repair a dataset and print what was done.
+
+    Returns:
+        The exit code.
+    """
     done = repair_dataset(root, workers=workers)
     for line in done:
         print(line)

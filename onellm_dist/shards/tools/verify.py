@@ -1,4 +1,4 @@
-"""`onellm shards verify`: reads every byte of a dataset and names each fault by shard, key and offset."""
+"""`onellm shards verify`: read every byte of a dataset, and name each fault with its place."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
-from onellm_dist.common.files import STAGED
+from onellm_dist.common.files import STAGED, sha256_file
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, explain_missing_dataset
 from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, get_index_path
-from onellm_dist.shards.format.tars import TarError, scan_tar, sha256_file
-from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, StoragePath, hash_keys
+from onellm_dist.shards.format.tars import TarError, scan_tar
+from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, SampleRow, hash_keys
 
 
 @dataclass(frozen=True)
 class ShardProblem:
-    """One fault."""
+    """One fault of a dataset."""
 
     shard: str
-    """The tar's path in the dataset, or the file at fault."""
+    """Path of the tar, or of another file at fault, in the dataset."""
     what: str
     key: str | None = None
     offset: int | None = None
-    """In the tar: of the part's content, or of the header where a header is at fault."""
+    """Offset in the tar: of the part's content, or of a header if a header is at fault."""
 
     def __str__(self) -> str:
+        """The fault as a line for the user."""
         key = f", key {self.key}" if self.key is not None else ""
         offset = f", offset {self.offset}" if self.offset is not None else ""
         return f"{self.shard}{key}{offset}: {self.what}"
 
 
 def verify_dataset(path: Path, *, workers: int = 1) -> list[ShardProblem]:
-    """Checks a dataset: flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray files.
+    """Check a dataset.
 
-    Memory does not grow with the number of samples (`KeyBook` says how much); a shard's rows are held for each worker.
+    Faults are flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray
+    files. Memory does not grow with the number of samples (see `RepeatedKeyFinder`); the rows of
+    one shard a worker are held.
 
     Args:
         path: the dataset's folder.
-        workers: processes, a shard each at a time.
+        workers: processes, each with a shard at a time.
 
     Returns:
         The faults, in the manifest's order of shards; empty: every byte is as it was written.
@@ -62,26 +65,28 @@ def verify_dataset(path: Path, *, workers: int = 1) -> list[ShardProblem]:
     except OSError as error:
         raise explain_missing_dataset(path) from error
     problems, count = dict[int, list[ShardProblem]](), 0
-    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as book:
+    with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as finder:
         with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
-            for number, (found, keys) in enumerate(_each_shard(path, manifest, workers)):
+            for number, (found, keys) in enumerate(_verify_shards(path, manifest, workers)):
                 if found:
                     problems[number] = found
                     count += len(found)
-                book.add(number, keys)
+                finder.add(number, keys)
                 bar.advance()
                 bar.note(f"{count} problems" if count else "")
-        for number, found in _repeated_keys(path, manifest, book.repeats()):
+        for number, found in _name_repeated_keys(path, manifest, finder.find_repeats()):
             problems.setdefault(number, []).extend(found)
-    return [p for number in sorted(problems) for p in problems[number]] + _stray_files(
-        path, manifest
-    )
+    listed = [p for number in sorted(problems) for p in problems[number]]
+    return listed + _find_stray_files(path, manifest)
 
 
-def _repeated_keys(
-    root: Path, manifest: Manifest, repeats: Sequence[tuple[StoragePath, StoragePath]]
+def _name_repeated_keys(
+    root: Path, manifest: Manifest, repeats: Sequence[tuple[SampleRow, SampleRow]]
 ) -> Iterator[tuple[int, list[ShardProblem]]]:
-    """(number of a shard, its samples whose key an earlier shard has); only such shards are read again, for the keys' text."""
+    """Yield (number of a shard, its samples whose key an earlier shard has).
+
+    Only such shards are read again, for the text of the keys.
+    """
     for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
         shard = manifest.shards[number]
         rows = read_shard_rows(root / shard.path)
@@ -91,7 +96,7 @@ def _repeated_keys(
             [
                 ShardProblem(
                     shard.path,
-                    f"duplicate key: it stands in {manifest.shards[first.shard].path} too",
+                    f"duplicate key: {manifest.shards[first.shard].path} has it too",
                     keys[later.row],
                 )
                 for first, later in pairs
@@ -101,15 +106,19 @@ def _repeated_keys(
 
 
 def read_shard_rows(tar: Path) -> IndexRows | None:
-    """What a tar holds by its own structure, or where that is broken, by its index; None: neither can be read."""
+    """Read what a tar holds from its own structure or, if that is broken, from its index.
+
+    Returns:
+        None if neither can be read.
+    """
     try:
         return scan_tar(tar).rows
     except TarError:
-        index = _usable_index(tar, None, [])
-        return _rows_of(index) if index is not None else None
+        index = _open_index(tar, None, [])
+        return _read_rows(index) if index is not None else None
 
 
-def _each_shard(
+def _verify_shards(
     root: Path, manifest: Manifest, workers: int
 ) -> Iterator[tuple[list[ShardProblem], NDArray[np.uint64]]]:
     arguments = (
@@ -128,15 +137,24 @@ def _each_shard(
 def verify_shard(
     root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
 ) -> tuple[list[ShardProblem], NDArray[np.uint64]]:
-    """(faults, [samples, 2] hashes of the keys) of one shard."""
+    """Verify one shard.
+
+    Args:
+        root: the dataset's folder.
+        shard: the shard.
+        modalities: what every sample has.
+        text: which of `.txt` and `.json` every sample has.
+
+    Returns:
+        The faults, and the hashes of the keys, [samples, 2].
+    """
     if not (root / shard.path).is_file():
         return [ShardProblem(shard.path, "missing: the manifest lists it")], hash_keys([])
     try:
         problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
     except OSError as error:
-        return [
-            ShardProblem(shard.path, f"cannot be read: {error.strerror or error} ({error.filename})")
-        ], hash_keys([])
+        how = f"cannot be read: {error.strerror or error} ({error.filename})"
+        return [ShardProblem(shard.path, how)], hash_keys([])
     return problems, hash_keys(keys)
 
 
@@ -144,7 +162,7 @@ def _verify_tar(
     tar: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
 ) -> tuple[list[ShardProblem], list[str]]:
     problems: list[ShardProblem] = []
-    index = _usable_index(tar, shard, problems)
+    index = _open_index(tar, shard, problems)
     try:
         scan = scan_tar(tar)
         rows, digest = scan.rows, scan.sha256
@@ -152,26 +170,29 @@ def _verify_tar(
         problems.append(ShardProblem(shard.path, error.how, error.key, error.offset))
         rows, digest = None, sha256_file(tar)
     if index is not None:
-        in_index = _rows_of(index)
+        in_index = _read_rows(index)
         problems += (
-            _differences(shard.path, in_index, rows)
+            _compare_rows(shard.path, in_index, rows)
             if rows is not None
-            else _checksums(tar, shard.path, in_index)
+            else _check_checksums(tar, shard.path, in_index)
         )
         rows = rows or in_index
     if rows is not None:
-        problems += _missing_parts(shard.path, rows, modalities, text)
+        problems += _find_missing_parts(shard.path, rows, modalities, text)
     if digest != shard.sha256 and not problems:
         problems.append(
             ShardProblem(
                 shard.path,
-                f"SHA-256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}... (every part is whole: headers or padding changed)",
+                f"SHA-256 is {digest[:16]}..., the manifest says {shard.sha256[:16]}... "
+                "(every part is intact: headers or padding changed)",
             )
         )
     return list(dict.fromkeys(problems)), rows.keys if rows is not None else []
 
 
-def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[ShardProblem]) -> ShardIndex | None:
+def _open_index(
+    tar: Path, shard: ShardInfo | None, problems: list[ShardProblem]
+) -> ShardIndex | None:
     name = f"{shard.path if shard is not None else tar.name}.index"
     try:
         index = ShardIndex(get_index_path(tar))
@@ -190,7 +211,8 @@ def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[ShardProble
         problems.append(
             ShardProblem(
                 name,
-                f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., the manifest says {shard.sha256[:16]}...",
+                f"stale index: made for a tar of SHA-256 {index.tar_sha256[:16]}..., "
+                f"the manifest says {shard.sha256[:16]}...",
             )
         )
     elif index.samples != shard.samples:
@@ -203,44 +225,44 @@ def _usable_index(tar: Path, shard: ShardInfo | None, problems: list[ShardProble
     return index
 
 
-def _rows_of(index: ShardIndex) -> IndexRows:
+def _read_rows(index: ShardIndex) -> IndexRows:
     rows = IndexRows()
     for row in range(index.samples):
         rows.add(index.key(row), index.span(row)[0], index.parts(row), index.text_bytes(row))
     return rows
 
 
-def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[ShardProblem]:
-    """Where a tar that can be read through differs from its index."""
+def _compare_rows(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[ShardProblem]:
+    """Yield where a tar that can be read through differs from its index."""
     in_tar = dict(zip(tar.keys, tar.parts, strict=True))
     for key, expected in zip(index.keys, index.parts, strict=True):
         found = in_tar.pop(key, None)
         if found is None:
             yield ShardProblem(
                 shard,
-                "missing sample: the index has it, the tar has not",
+                "missing sample: the index has it, the tar does not",
                 key,
                 next(iter(expected.values())).offset,
             )
             continue
-        for extension, place in expected.items():
+        for extension, location in expected.items():
             if extension not in found:
                 yield ShardProblem(
                     shard,
-                    f"missing part .{extension}: the index has it, the tar has not",
+                    f"missing part .{extension}: the index has it, the tar does not",
                     key,
-                    place.offset,
+                    location.offset,
                 )
-            elif found[extension][:2] != place[:2]:
+            elif found[extension][:2] != location[:2]:
                 now = found[extension]
                 yield ShardProblem(
                     shard,
                     f"stale index: part .{extension} lies at {now.offset} ({now.size} bytes)",
                     key,
-                    place.offset,
+                    location.offset,
                 )
-            elif found[extension].crc32 != place.crc32:
-                yield _flipped(shard, key, extension, place)
+            elif found[extension].crc32 != location.crc32:
+                yield _make_flipped(shard, key, extension, location)
         for extension in found.keys() - expected.keys():
             yield ShardProblem(
                 shard, f"stale index: part .{extension} is not in it", key, found[extension].offset
@@ -251,35 +273,35 @@ def _differences(shard: str, index: IndexRows, tar: IndexRows) -> Iterator[Shard
         )
 
 
-def _checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[ShardProblem]:
-    """Each part by its place in the index, where the tar's own structure is broken."""
+def _check_checksums(tar: Path, shard: str, index: IndexRows) -> Iterator[ShardProblem]:
+    """Check each part where the index says it lies, because the tar's own structure is broken."""
     with tar.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         for key, parts in zip(index.keys, index.parts, strict=True):
-            for extension, place in parts.items():
-                file.seek(place.offset)
-                if place.offset + place.size > size:
-                    there = max(0, size - place.offset)
+            for extension, location in parts.items():
+                file.seek(location.offset)
+                if location.offset + location.size > size:
+                    there = max(0, size - location.offset)
                     yield ShardProblem(
                         shard,
-                        f"truncated: part .{extension} has {there} of its {place.size} bytes",
+                        f"truncated: part .{extension} has {there} of its {location.size} bytes",
                         key,
-                        place.offset,
+                        location.offset,
                     )
-                elif zlib.crc32(file.read(place.size)) != place.crc32:
-                    yield _flipped(shard, key, extension, place)
+                elif zlib.crc32(file.read(location.size)) != location.crc32:
+                    yield _make_flipped(shard, key, extension, location)
 
 
-def _flipped(shard: str, key: str, extension: str, place: PartLocation) -> ShardProblem:
+def _make_flipped(shard: str, key: str, extension: str, location: PartLocation) -> ShardProblem:
     return ShardProblem(
         shard,
-        f"part .{extension} ({place.size} bytes) fails its CRC-32: bytes were changed",
+        f"part .{extension} ({location.size} bytes) fails its CRC-32: bytes were changed",
         key,
-        place.offset,
+        location.offset,
     )
 
 
-def _missing_parts(
+def _find_missing_parts(
     shard: str, rows: IndexRows, modalities: Sequence[str], text: Sequence[str]
 ) -> Iterator[ShardProblem]:
     checks = [get_modality(name) for name in modalities]
@@ -293,13 +315,13 @@ def _missing_parts(
             if extension not in parts:
                 yield ShardProblem(
                     shard,
-                    f"missing part .{extension}: the manifest says that every sample has one",
+                    f"missing part .{extension}: the manifest says that every sample has it",
                     key,
                     start,
                 )
 
 
-def _stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
+def _find_stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
     listed = {p for s in manifest.shards for p in (s.path, str(get_index_path(Path(s.path))))}
     problems = []
     for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
@@ -307,7 +329,7 @@ def _stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
             relative = (PurePosixPath(folder) / entry.name).as_posix()
             if entry.name.endswith(STAGED):
                 problems.append(
-                    ShardProblem(relative, "left over from a writer that was stopped; it may be removed")
+                    ShardProblem(relative, "left by a writer that was stopped; it may be removed")
                 )
             elif entry.name.endswith((".tar", ".tar.index")) and relative not in listed:
                 problems.append(ShardProblem(relative, "not in the manifest: nothing reads it"))
@@ -315,7 +337,11 @@ def _stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
 
 
 def verify_command(path: Path, *, workers: int = 1) -> int:
-    """`onellm shards verify`: prints the faults of a dataset, or of all datasets in a folder; exit code 1 where there are some."""
+    """Run `onellm shards verify`: print the faults of a dataset, or of all datasets in a folder.
+
+    Returns:
+        The exit code: 1 if there are faults.
+    """
     datasets = (
         [path]
         if (path / MANIFEST).exists()
