@@ -345,7 +345,7 @@ def test_a_tar_of_another_build_stops(tmp_path: Path) -> None:
     datasets = [open_dataset(dataset.root)]
     corpus = Corpus(datasets, plan.config, plan.corpus.text_encoder, 0, ["image"])
     rebuilt = Plan(corpus)
-    with pytest.raises(OneLLMError, match="not of one piece"):
+    with pytest.raises(OneLLMError, match="do not belong together"):
         batch_of(rebuilt)
 
 

@@ -228,7 +228,7 @@ def test_files_that_nothing_reads(dataset: Dataset) -> None:
         (p.shard, p.what.split(":")[0].split(" from")[0]) for p in verify_dataset(dataset.root)
     } == {
         ("shards/extra.tar", "not in the manifest"),
-        ("shards/train-000009.tar.staged", "left by a writer"),
+        ("shards/train-000009.tar.staged", "left by a writer that was stopped; it may be removed"),
     }
 
 

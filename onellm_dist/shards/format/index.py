@@ -282,8 +282,7 @@ class ShardIndex:
 
     def is_body_intact(self) -> bool:
         """Check that the columns have the CRC-32 that the header gives; reads the whole file."""
-        found: int = zlib.crc32(memoryview(self._map)[self._body :])
-        return found == self._body_crc32
+        return bool(zlib.crc32(memoryview(self._map)[self._body :]) == self._body_crc32)
 
 
 def _make_error(path: Path, how: str) -> OneLLMError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import staged_path
 
 T = TypeVar("T")
 
@@ -118,7 +119,8 @@ def write_cached(target: Path, data: bytes) -> None:
     Several threads and processes may write the same copy at once. A copy is checked when it is
     opened and can be fetched again, so it needs no sync (`write_atomic` would force one a file).
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
+    name = f".{target.name}.{os.getpid()}.{threading.get_ident()}"
+    temporary = staged_path(target.with_name(name))
     try:
         temporary.write_bytes(data)
         temporary.replace(target)
