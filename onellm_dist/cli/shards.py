@@ -1,4 +1,4 @@
-"""`onellm shards ...`."""
+"""The commands `onellm shards ...`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ app = typer.Typer(no_args_is_help=True, help="Build, index and check tar shards.
 
 
 class _BuildCommand(TyperCommand):
-    """`onellm shards build`: its flags are those of the source too, and `SOURCE --help` lists them."""
+    """`onellm shards build`, which also takes the source's flags; `SOURCE --help` lists them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line, with the flags of the source as `--option`s."""
         if all(a.startswith("-") for a in args):  # no source is named: nothing to import
             return super().parse_args(ctx, args)
-        from onellm_dist.shards.build.arguments import expand_source_flags, format_source_help, find_source
+        from onellm_dist.shards.build.arguments import (
+            expand_source_flags,
+            find_source,
+            format_source_help,
+        )
 
         source = find_source(args)
         if source is not None and "--help" in args:
@@ -32,13 +37,13 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-            help="A source (toyworld, folder, webvid, ...; docs/reference/sources.md), or a dataset recipe (YAML)."
+            help="A source (toyworld, folder, webvid, ...; docs/reference/sources.md), or a recipe (YAML)."
         ),
     ],
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="IN OUT, or OUT alone where the source makes its data.", metavar="[IN] OUT"
+            help="IN OUT, or OUT alone if the source makes its data.", metavar="[IN] OUT"
         ),
     ] = None,
     option: Annotated[
@@ -46,13 +51,13 @@ def shards_build(
         typer.Option(
             "--option",
             "-o",
-            help="key=value of the source; also --key value. SOURCE --help lists them.",
+            help="key=value of the source; --key value also works. SOURCE --help lists them.",
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes; never changes the bytes written.")
+        int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of sources that draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of sources that draw or shuffle.")] = 0,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -62,17 +67,17 @@ def shards_build(
     restart: Annotated[
         bool,
         typer.Option(
-            "--restart", help="Throw OUT's unfinished build away first (one process alone)."
+            "--restart", help="First throw away an unfinished build of OUT (one process alone)."
         ),
     ] = False,
     task: Annotated[
-        str, typer.Option(help="INDEX/COUNT: build only this process's share (Slurm arrays).")
+        str, typer.Option(help="INDEX/COUNT: this process's share of the shards (Slurm arrays).")
     ] = "0/1",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be built; write nothing.")
+        bool, typer.Option("--dry-run", help="Describe what would be built; write nothing.")
     ] = False,
 ) -> None:
-    """Build shards and their index. A build that was stopped goes on; processes called alike share the work.
+    """Build shards and their indexes. The same call resumes a stopped build; equal calls share it.
 
     Examples: onellm shards build toyworld toy
               onellm shards build folder photos/ photo_shards --option modality=image
@@ -100,17 +105,16 @@ def shards_build(
 def shards_index(
     paths: Annotated[list[Path], typer.Argument(help="Tars, or folders of tars.")],
     modality: Annotated[
-        list[str] | None, typer.Option(help="What each sample has; repeat for joint samples.")
+        list[str] | None,
+        typer.Option(help="What each sample has; repeat it for samples of several."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, a tar each.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with a tar at a time.")] = 1,
     again: Annotated[
         bool,
-        typer.Option(
-            "--again", help="Also tars of a folder whose index fits (name, size, not older)."
-        ),
+        typer.Option("--again", help="Also index tars whose index fits (name, size, not older)."),
     ] = False,
 ) -> None:
-    """Index WebDataset tars of others without rewriting them.
+    """Index existing WebDataset tars without rewriting them.
 
     Example: onellm shards index laion/ --modality image --workers 8
     """
@@ -122,9 +126,11 @@ def shards_index(
 @app.command("verify")
 def shards_verify(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes, a shard each.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes, each with a shard at a time.")
+    ] = 1,
 ) -> None:
-    """Read every byte of a dataset and name each fault: shard, key, offset.
+    """Read every byte of a dataset, and name each fault with shard, key and offset.
 
     Example: onellm shards verify toy/image --workers 8
     """
@@ -137,10 +143,10 @@ def shards_verify(
 def shards_repair(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes that look for faults, a shard each.")
+        int, typer.Option(min=1, help="Processes that look for faults, each in a shard at a time.")
     ] = 1,
 ) -> None:
-    """Mend what verify finds: indexes are made again, bad samples left out, good ones never; old tars stay beside.
+    """Repair what verify finds: make indexes again, leave out bad samples. Old tars are kept.
 
     Example: onellm shards repair toy/image
     """
@@ -153,9 +159,9 @@ def shards_repair(
 def shards_stats(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("stats.html"),
-    seed: Annotated[int, typer.Option(help="Which examples are shown.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random examples.")] = 0,
 ) -> None:
-    """Write one HTML page: counts, lengths, durations, captions, what was left out and why.
+    """Write one HTML page: counts, lengths, durations, captions, and what was left out, and why.
 
     Example: onellm shards stats toy/audio --out audio.html
     """
@@ -169,9 +175,9 @@ def shards_preview(
     dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("preview.html"),
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples to draw.")] = 24,
-    seed: Annotated[int, typer.Option(help="Which samples are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
 ) -> None:
-    """The page of stats, with samples drawn as people look at them.
+    """Write the page of stats, with pictures of random samples.
 
     Example: onellm shards preview toy/depth -n 40
     """
@@ -182,11 +188,11 @@ def shards_preview(
 
 @app.command("energon")
 def shards_energon(dataset: Annotated[Path, typer.Argument(help="A dataset folder.")]) -> None:
-    """Write Megatron-Energon's metadata into a dataset (planned builds do it by themselves).
+    """Write Megatron-Energon's metadata into a dataset (builds from an input do so themselves).
 
     Example: onellm shards energon toy/image
     """
     from onellm_dist.shards.format.energon import write_energon
 
     write_energon(dataset)
-    print(f"{dataset}: .nv-meta/ and .tar.idx are written")
+    print(f"{dataset}: .nv-meta/ and .tar.idx written")

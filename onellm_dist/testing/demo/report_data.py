@@ -14,7 +14,7 @@ from onellm_dist.data.text_parts import read_meta
 from onellm_dist.evaluation.report import Caption, ModalityResult
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.dataset import open_dataset
-from onellm_dist.shards.format.index import read_parts
+from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.testing.demo.report import Curve, DemoReport, ShownSample, write_report
 from onellm_dist.testing.jsonl import read_json_lines
 
