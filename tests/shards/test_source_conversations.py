@@ -226,7 +226,7 @@ def test_msrvtts_test_split_is_left_out_and_said(tmp_path: Path) -> None:
         with (
             pytest.raises(UsageError, match=message)
             if options
-            else pytest.raises(UsageError, match="modality=None is none of audio")
+            else pytest.raises(UsageError, match="modality=None is not one of audio")
         ):
             built("onellm-instruct", inputs, tmp_path / "none", **options)
 

@@ -1,4 +1,4 @@
-"""The toy world: shards that anyone can make in a minute and that a small model can really learn (DESIGN 5b)."""
+"""The toy world: shards that anyone can make in a minute and that a small model really learns."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def _build(
     test: str,
     modalities: str,
 ) -> BuildReport:
-    # Not imported above: a worker that only renders starts in a fraction of the time without torch.
+    # Imported here: a worker that only renders starts much faster without torch.
     from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
     chosen = tuple(modalities.split(",")) if modalities else MODALITIES
     return build_toyworld(
         out,
         seed=seed,
-        train_per_modality=_counts("train", train),
-        test_per_modality=_counts("test", test),
+        train_per_modality=_parse_counts("train", train),
+        test_per_modality=_parse_counts("test", test),
         modalities=chosen,
         workers=workers,
     )
 
 
-def _counts(option: str, text: str) -> int | dict[str, int]:
-    """`2000`, or `image=6000,audio=1500` (2000 or 120 for those not named).
+def _parse_counts(option: str, text: str) -> int | dict[str, int]:
+    """Parse `2000`, or `image=6000,audio=1500` (2000 or 120 for modalities that are not named).
 
     Raises:
-        UsageError: neither of these.
+        UsageError: the text is neither.
     """
     try:
         if "=" not in text:
@@ -51,7 +51,7 @@ def _counts(option: str, text: str) -> int | dict[str, int]:
     except ValueError:
         raise UsageError(
             f"option {option}={text!r} is neither a number nor modality=number,...",
-            "the samples to render are not known.",
+            "it says how many samples are rendered.",
             f"write {option}=2000, or {option}=image=6000,audio=1500.",
         ) from None
 
@@ -63,13 +63,14 @@ SOURCE = Source(
     options={
         "train": Option(
             "2000",
-            "training samples a modality: a number, or image=6000,audio=1500 (2000 for the others)",
+            "training samples per modality: a number, or image=6000,audio=1500 (others: 2000)",
         ),
         "test": Option(
             "120",
-            "samples of each of the two test splits: a number, or modality=number,... (120 for the others)",
+            "samples of each of the two test splits: a number, "
+            "or modality=number,... (others: 120)",
         ),
-        "modalities": Option("", "comma-separated names; all eight where empty"),
+        "modalities": Option("", "names separated by commas; default: all eight"),
     },
     needs_input=False,
 )

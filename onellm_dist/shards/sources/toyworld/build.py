@@ -1,6 +1,7 @@
-"""Writes the toy world's datasets: one folder a modality, each with the splits train, test_seen and test_held_out.
+"""Writing the toy world's datasets: one folder per modality, with three splits each.
 
-Workers only render; one process writes, in order, so the bytes on disk do not depend on the number of workers.
+The splits are train, test_seen and test_held_out. Workers only render. One process writes, in
+order, so the bytes on disk do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld import draws, world
 from onellm_dist.shards.sources.toyworld.render import ToySample, render_sample
 
-TRAIN, TEST = 2000, 120
-"""Samples of train, and of each test split, where nothing else is asked for."""
+TRAIN = 2000
+"""Default number of samples of train."""
+TEST = 120
+"""Default number of samples of each test split."""
 _SHARD_SAMPLES = 500
 _CHUNK = 16
-"""Samples a worker renders at once."""
+"""Samples that a worker renders at a time."""
 _WINDOW = 4
-"""Chunks in flight a worker: bounds the memory of samples that wait for their turn."""
+"""Submitted chunks per worker; this bounds the memory of samples that wait to be written."""
 
 
-class _Chunk(NamedTuple):
-    """A run of samples of one split."""
+class _SampleRange(NamedTuple):
+    """Consecutive samples of one split."""
 
     modality: str
     split: str
@@ -52,61 +55,50 @@ def build_toyworld(
     """Build the datasets `out/image`, `out/video`, ... .
 
     Args:
-        out: the folder they go to; none of them may exist.
-        seed: other renderings, in another order. Which combinations are held out does not depend on it.
-        train_per_modality: samples of `train`, one number or one a modality (the default for those not named).
-        test_per_modality: samples of `test_seen` and of `test_held_out`, likewise.
-        modalities: which of them to build.
-        workers: processes that render.
+        out: the parent folder; none of the datasets may exist in it.
+        seed: determines renderings and their order, but not which combinations are held out.
+        train_per_modality: samples of `train`: one number, or one for each modality (the default
+            for those not named).
+        test_per_modality: samples of `test_seen` and of `test_held_out`, in the same form.
+        modalities: which datasets to build.
+        workers: number of processes that render.
 
     Raises:
-        UsageError: an unknown modality, a number below 1, or an output that is occupied.
+        UsageError: a modality is unknown, a number is below 1, or an output exists.
     """
-    for modality in (*modalities, *_names(train_per_modality), *_names(test_per_modality)):
+    for modality in (*modalities, *_get_names(train_per_modality), *_get_names(test_per_modality)):
         world.get_scenes(modality)
-    chunks: list[_Chunk] = []
+    chunks: list[_SampleRange] = []
     for modality in modalities:
-        train, test = (
-            _count(train_per_modality, modality, TRAIN),
-            _count(test_per_modality, modality, TEST),
-        )
+        train = _get_count(train_per_modality, modality, TRAIN)
+        test = _get_count(test_per_modality, modality, TEST)
         for split, count in zip(draws.DATASET_SPLITS, (train, test, test), strict=True):
             chunks += [
-                _Chunk(modality, split, i, min(i + _CHUNK, count), seed)
+                _SampleRange(modality, split, i, min(i + _CHUNK, count), seed)
                 for i in range(0, count, _CHUNK)
             ]
     total = sum(c.stop - c.start for c in chunks)
     with ExitStack() as stack:
-        samples = stack.enter_context(_Renderer(workers)).in_order(chunks)
+        samples = stack.enter_context(_Renderer(workers)).render_in_order(chunks)
         bar: Progress[int] = stack.enter_context(
             progress(total, "Building the toy world", unit="samples")
         )
         for modality in modalities:
-            _write(
-                out / modality,
-                modality,
-                seed,
-                samples,
-                sum(c.modality == modality for c in chunks),
-                bar,
-            )
-    return BuildReport(
-        total,
-        notes=tuple(
-            line for line in world.describe().splitlines() if line.split(":")[0] in modalities
-        ),
-    )
+            count = sum(c.modality == modality for c in chunks)
+            _write_dataset(out / modality, modality, seed, samples, count, bar)
+    lines = world.describe().splitlines()
+    return BuildReport(total, notes=tuple(n for n in lines if n.split(":")[0] in modalities))
 
 
-def _write(
+def _write_dataset(
     folder: Path,
     modality: str,
     seed: int,
-    samples: Iterator[tuple[_Chunk, list[ToySample]]],
+    samples: Iterator[tuple[_SampleRange, list[ToySample]]],
     chunks: int,
     bar: Progress[int],
 ) -> None:
-    """One modality's dataset: the next `chunks` results of `samples`."""
+    """Write one modality's dataset from the next `chunks` results of `samples`."""
     scene = world.get_scenes(modality)
     about = {
         "seed": seed,
@@ -131,7 +123,7 @@ def _write(
             bar.advance(len(rendered))
 
 
-def _render(chunk: _Chunk) -> list[ToySample]:
+def _render_range(chunk: _SampleRange) -> list[ToySample]:
     return [
         render_sample(chunk.modality, chunk.split, index, chunk.seed)
         for index in range(chunk.start, chunk.stop)
@@ -144,7 +136,7 @@ class _Renderer:
     def __init__(self, workers: int) -> None:
         if workers < 1:
             raise UsageError(
-                f"workers={workers} is below 1.", "somebody must do the work.", "give 1 or more."
+                f"workers={workers} is below 1.", "somebody must do the work.", "use 1 or more."
             )
         # spawn: forking a process that has torch's threads can hang the child.
         context = multiprocessing.get_context("spawn")
@@ -158,19 +150,21 @@ class _Renderer:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def in_order(self, chunks: Sequence[_Chunk]) -> Iterator[tuple[_Chunk, list[ToySample]]]:
-        """Each chunk with its samples, in the order given.
+    def render_in_order(
+        self, chunks: Sequence[_SampleRange]
+    ) -> Iterator[tuple[_SampleRange, list[ToySample]]]:
+        """Render chunks in the order given.
 
         Raises:
             OneLLMError: a worker process died.
         """
         if self._pool is None:
-            yield from ((chunk, _render(chunk)) for chunk in chunks)
+            yield from ((chunk, _render_range(chunk)) for chunk in chunks)
             return
-        waiting: deque[tuple[_Chunk, Future[list[ToySample]]]] = deque()
+        waiting: deque[tuple[_SampleRange, Future[list[ToySample]]]] = deque()
         try:
             for chunk in chunks:
-                waiting.append((chunk, self._pool.submit(_render, chunk)))
+                waiting.append((chunk, self._pool.submit(_render_range, chunk)))
                 if len(waiting) >= self._workers * _WINDOW:
                     first, future = waiting.popleft()
                     yield first, future.result()
@@ -185,11 +179,11 @@ class _Renderer:
             ) from error
 
 
-def _names(counts: int | Mapping[str, int]) -> Sequence[str]:
+def _get_names(counts: int | Mapping[str, int]) -> Sequence[str]:
     return tuple(counts) if isinstance(counts, Mapping) else ()
 
 
-def _count(counts: int | Mapping[str, int], modality: str, default: int) -> int:
+def _get_count(counts: int | Mapping[str, int], modality: str, default: int) -> int:
     count = counts.get(modality, default) if isinstance(counts, Mapping) else counts
     if count < 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Who is drawn: the scene and the random stream of a sample, as pure functions of (seed, modality, split, index)."""
+"""Scene and random numbers of a sample: pure functions of (seed, modality, split, index)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.toyworld import world
 
 DATASET_SPLITS = ("train", "test_seen", "test_held_out")
-"""What is written: trained combinations; new renderings of trained combinations; held-out combinations."""
+"""The splits that are written.
+
+`train` has trained combinations, `test_seen` new renderings of trained combinations, and
+`test_held_out` held-out combinations."""
 SPLITS = (*DATASET_SPLITS, "pretrain")
-"""`pretrain` is never written: renderings of trained combinations for the stand-in towers."""
+"""All splits. `pretrain` is never written: it renders trained combinations for the toy towers."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class RenderedMedia:
 
     Attributes:
         parts: extension to bytes, as in the shards.
-        facts: what the renderer decided beyond the attributes (kept in the sample's `.json`).
+        facts: what the renderer chose beyond the attributes; it is stored in the sample's `.json`.
     """
 
     parts: dict[str, bytes]
@@ -30,27 +33,26 @@ class RenderedMedia:
 
 
 def choose_attributes(modality: str, split: str, index: int, seed: int) -> dict[str, str]:
-    """The scene of a sample. Every combination of the split comes once before any comes again, in a shuffled order.
+    """Choose the scene of a sample.
+
+    Combinations come in shuffled order; each comes once before any comes again.
 
     Raises:
-        UsageError: unknown modality or split.
+        UsageError: the modality or the split is unknown.
     """
-    pool = (
-        sorted(world.get_held_out(modality))
-        if split == "test_held_out"
-        else world.get_trained(modality)
-    )
-    lap, place = divmod(index, len(pool))
-    order = _generator(seed, modality, split, 0, lap).permutation(len(pool))
+    held_out = split == "test_held_out"
+    pool = sorted(world.get_held_out(modality)) if held_out else world.get_trained(modality)
+    round_number, place = divmod(index, len(pool))
+    order = _make_generator(seed, modality, split, 0, round_number).permutation(len(pool))
     return world.to_attributes(modality, pool[order[place]])
 
 
 def make_rng(modality: str, split: str, index: int, seed: int) -> np.random.Generator:
-    """The random numbers of a sample's rendering."""
-    return _generator(seed, modality, split, 1, index)
+    """Make the random generator of a sample's rendering."""
+    return _make_generator(seed, modality, split, 1, index)
 
 
-def _generator(
+def _make_generator(
     seed: int, modality: str, split: str, purpose: int, number: int
 ) -> np.random.Generator:
     if split not in SPLITS:

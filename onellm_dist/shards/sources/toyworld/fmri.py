@@ -1,7 +1,8 @@
-"""Toy brain responses: a fixed random linear code of the scene. `fmri.npy`, [3, 15724] fp16: three repetitions of one scene.
+"""Toy brain responses (`fmri.npy`, [3, 15724] fp16): a fixed random linear code of the scene.
 
-Every attribute value has its own random pattern over the voxels; a response is the sum of the scene's patterns, with noise
-of its own in each repetition. The sum is what makes a combination readable that was never seen.
+Every attribute value has its own random pattern over the voxels. A response is the sum of the
+scene's patterns, with new noise in each of the three repetitions. Because it is a sum, a
+combination that was never seen can be read too.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from onellm_dist.shards.sources.toyworld.draws import RenderedMedia
 from onellm_dist.shards.sources.toyworld.point import encode_npy
 from onellm_dist.shards.sources.toyworld.world import Attributes, get_scenes
 
-REPETITIONS, VOXELS = 3, 15_724
+REPETITIONS = 3
+VOXELS = 15_724
 SCALE = 2e-3
-"""Root mean square of a voxel. Small, because the tokenizer sums over 15724 of them: at 1, an Adam step of 1e-3 would
-move its outputs by about 10."""
+"""Root mean square of a voxel.
+
+It is small because the tokenizer sums over 15724 voxels: at 1, an Adam step of 1e-3 would move its
+outputs by about 10."""
 _NOISE = 0.6
 _CODE_SEED = 15_724
 
 
 @cache
 def make_code() -> dict[str, np.ndarray]:
-    """Attribute value to its pattern [15724] fp32. Part of the world: the same for every seed of a build."""
+    """Make the pattern [15724] fp32 of each attribute value, the same for every seed of a build."""
     rng = np.random.default_rng(_CODE_SEED)
     return {
         value: rng.normal(size=VOXELS).astype(np.float32)
@@ -34,14 +38,13 @@ def make_code() -> dict[str, np.ndarray]:
 
 
 def make_responses(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
-    """[3, 15724] fp32."""
-    pattern = sum(
-        (make_code()[value] for value in attributes.values()), np.zeros(VOXELS, np.float32)
-    ) / np.sqrt(len(attributes))
+    """Make the responses, [3, 15724] fp32."""
+    patterns = (make_code()[value] for value in attributes.values())
+    pattern = sum(patterns, np.zeros(VOXELS, np.float32)) / np.sqrt(len(attributes))
     noise = rng.standard_normal(size=(REPETITIONS, VOXELS), dtype=np.float32)
-    return SCALE * (rng.uniform(0.9, 1.1) * pattern + _NOISE * noise)
+    return np.asarray(SCALE * (rng.uniform(0.9, 1.1) * pattern + _NOISE * noise))
 
 
 def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
-    """One fMRI sample."""
+    """Render an fMRI sample."""
     return RenderedMedia({"fmri.npy": encode_npy(make_responses(attributes, rng))})

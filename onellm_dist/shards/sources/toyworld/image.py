@@ -1,4 +1,4 @@
-"""Toy images: one flat shape. `jpg`, 224 x 224."""
+"""Toy images (`jpg`, 224 x 224): one flat shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CENTER = {"left": 54.0, "center": 112.0, "right": 170.0}
 
 
 def draw_image(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
-    """The picture before it is compressed, [224, 224, 3] uint8."""
+    """Draw the picture, [224, 224, 3] uint8."""
     canvas = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
     canvas[:] = BACKGROUND
     paint_shape(
@@ -32,12 +32,12 @@ def draw_image(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:
-    """[H, W, 3] uint8 as JPEG bytes."""
+    """Encode [H, W, 3] uint8 as JPEG."""
     out = io.BytesIO()
     Image.fromarray(picture).save(out, format="JPEG", quality=92)
     return out.getvalue()
 
 
 def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
-    """One image sample."""
+    """Render an image sample."""
     return RenderedMedia({"jpg": encode_jpeg(draw_image(attributes, rng))})

@@ -1,7 +1,9 @@
-"""Toy point clouds: a coloured solid, stretched along one axis. `point.npy`, [8192, 6] fp16: x y z, then red green blue in 0..1.
+"""Toy point clouds (`point.npy`, [8192, 6] fp16): a coloured solid, stretched along one axis.
 
-The model's tokenizer measures neighbourhoods in colour and not in space (the reference does so), so the colour must tell
-where on the surface a point lies: three coloured lights shade it by its normal, and a very slight gradient by its position.
+The columns are x, y, z, then red, green, blue in 0..1. The model's tokenizer measures
+neighbourhoods in colour and not in space (as the reference does), so the colour must say where on
+the surface a point lies. Three coloured lights shade it by its normal, and a very slight gradient
+by its position.
 """
 
 from __future__ import annotations
@@ -20,19 +22,24 @@ _AXES = {"wide": 0, "tall": 1, "deep": 2}
 _SQUEEZE = 0.5
 _LIGHTS = np.array([[0.7, 0.6, 0.4], [-0.7, 0.5, 0.5], [0.1, -0.4, 0.9]])
 """Directions of the red, the green and the blue light."""
-_BRIGHT, _LIT, _GRADIENT, _GRAIN = 0.7, 0.14, 0.02, 0.008
-"""A flat face has nearly one colour, so its neighbourhoods reach over the whole face and show its outline; a curved surface's are
-local. With a gradient three times as steep a small PointNet needed three times the samples to tell the solids."""
+_BRIGHT = 0.7
+_LIT = 0.14
+_GRADIENT = 0.02
+"""Strength of the colour gradient by position.
+
+A flat face has nearly one colour, so its neighbourhoods span the face and show its outline; those
+of a curved surface are local. With a gradient three times as steep, a small PointNet needed three
+times the samples to distinguish the solids."""
+_GRAIN = 0.008
 
 
 def make_cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
-    """[8192, 6] fp64, in the order of a random sample of the surface."""
+    """Make the cloud, [8192, 6] fp64; the points are random samples of the surface."""
     points, normals = sample_surface(attributes["solid"], POINTS, rng)
     scale = _SQUEEZE * rng.uniform(0.9, 1.1, size=3)
     scale[_AXES[attributes["stretch"]]] = 1.0
-    scale /= np.abs(points).max(
-        axis=0
-    )  # a ring is flat by itself: first every solid fills the same cube
+    # A torus is flat by itself: every solid is scaled to the same cube first.
+    scale /= np.abs(points).max(axis=0)
     points, normals = points * scale, normals / scale
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     upright = make_rotation(yaw=rng.uniform(-0.25, 0.25), pitch=rng.uniform(-0.1, 0.1))
@@ -49,12 +56,12 @@ def make_cloud(attributes: Attributes, rng: np.random.Generator) -> np.ndarray:
 
 
 def encode_npy(values: np.ndarray) -> bytes:
-    """An array as `.npy` bytes, fp16."""
+    """Encode an array as `.npy` bytes, fp16."""
     out = io.BytesIO()
     np.save(out, values.astype(np.float16))
     return out.getvalue()
 
 
 def render(attributes: Attributes, rng: np.random.Generator) -> RenderedMedia:
-    """One point-cloud sample."""
+    """Render a point-cloud sample."""
     return RenderedMedia({"point.npy": encode_npy(make_cloud(attributes, rng))})

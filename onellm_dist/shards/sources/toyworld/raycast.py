@@ -1,4 +1,7 @@
-"""A small orthographic ray caster: sphere tracing of one solid, vectorised over the pixels of its bounding square."""
+"""A small orthographic ray caster for one solid.
+
+It traces spheres, vectorised over the pixels of the solid's bounding square.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy as np
 from onellm_dist.shards.sources.toyworld.solids import compute_distance
 
 _REACH = 1.3
-"""No solid is farther from its centre than this many radii."""
+"""No part of a solid is farther from its centre than this many radii."""
 _STEPS = 28
 _HIT = 0.02
 _NUDGE = 1e-3
@@ -18,12 +21,13 @@ _NUDGE = 1e-3
 
 @dataclass(frozen=True)
 class SolidView:
-    """What the camera sees of a solid.
+    """What the camera sees of a solid, for the P pixels that show it.
 
     Attributes:
-        rows, columns: pixels that show it, [P] each.
-        height: how far its surface stands towards the viewer from its centre, in radii, [P].
-        normals: outward, x right, y up, z to the viewer, [P, 3].
+        rows: rows of the pixels, [P].
+        columns: columns of the pixels, [P].
+        height: distance of the surface from the solid's centre towards the viewer, in radii, [P].
+        normals: outward normals; x right, y up, z to the viewer, [P, 3].
     """
 
     rows: np.ndarray
@@ -39,10 +43,10 @@ def cast_rays(
 
     Args:
         solid: one of world.SOLIDS.
-        turn: [3, 3], from the solid's axes to the camera's.
-        center: x and y of the solid's centre, pixels (y downwards).
-        radius: pixels a radius.
-        side: of the picture, pixels.
+        turn: rotation from the solid's axes to the camera's, [3, 3].
+        center: x and y of the solid's centre in pixels (y points down).
+        radius: pixels per radius.
+        side: pixels per side of the picture.
     """
     reach = math.ceil(_REACH * radius)
     columns = np.arange(max(0, int(center[0]) - reach), min(side, int(center[0]) + reach + 1))
@@ -58,14 +62,14 @@ def cast_rays(
         z -= gap
     hit = (gap < _HIT) & (z > -_REACH)
     points = np.stack([x[hit], y[hit], z[hit]], axis=1) @ turn
-    return SolidView(at_row[hit], at_column[hit], z[hit], _normals(solid, points) @ turn.T)
+    return SolidView(at_row[hit], at_column[hit], z[hit], _compute_normals(solid, points) @ turn.T)
 
 
-def _normals(solid: str, points: np.ndarray) -> np.ndarray:
-    """Gradient of the distance at points [P, 3] in the solid's axes, as unit vectors."""
+def _compute_normals(solid: str, points: np.ndarray) -> np.ndarray:
+    """Unit vectors along the gradient of the distance at points [P, 3] in the solid's axes."""
     steps = np.eye(3) * _NUDGE
-    gradient = np.stack(
-        [compute_distance(solid, points + s) - compute_distance(solid, points - s) for s in steps],
-        axis=1,
-    )
-    return gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-9)
+    slopes = [
+        compute_distance(solid, points + s) - compute_distance(solid, points - s) for s in steps
+    ]
+    gradient = np.stack(slopes, axis=1)
+    return np.asarray(gradient / np.maximum(np.linalg.norm(gradient, axis=1, keepdims=True), 1e-9))

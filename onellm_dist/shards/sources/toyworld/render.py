@@ -1,4 +1,4 @@
-"""One sample of the toy world: media bytes, caption, attributes."""
+"""Rendering of one sample of the toy world: media, caption, attributes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _RENDERERS: dict[str, Callable[[world.Attributes, np.random.Generator], draws.Re
 
 
 class ToySample(NamedTuple):
-    """A whole sample.
+    """A complete sample.
 
     Attributes:
-        key: its name in the shards.
+        key: its key in the shards.
         parts: extension to bytes: media, `txt`, `json`.
-        caption: what a right answer says.
+        caption: the right answer.
         attributes: attribute name to value.
     """
 
@@ -49,10 +49,10 @@ class ToySample(NamedTuple):
 
 
 def render_sample(modality: str, split: str, index: int, seed: int = 0) -> ToySample:
-    """Sample `index` of a split (draws.SPLITS): a pure function of the arguments.
+    """Render sample `index` of a split (draws.SPLITS), as a pure function of the arguments.
 
     Raises:
-        UsageError: unknown modality or split.
+        UsageError: the modality or the split is unknown.
     """
     attributes = draws.choose_attributes(modality, split, index, seed)
     rendered = _RENDERERS[modality](attributes, draws.make_rng(modality, split, index, seed))

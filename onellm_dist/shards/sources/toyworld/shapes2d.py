@@ -1,4 +1,4 @@
-"""Flat coloured shapes on a constant background: what images and video frames are drawn with."""
+"""Flat coloured shapes on a constant background, for images and video frames."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 BACKGROUND = (123, 117, 104)
-"""CLIP's mean colour: it becomes zero in the model's input, so that empty patches carry their position alone."""
+"""CLIP's mean colour.
+
+It becomes zero in the model's input, so that empty patches carry nothing but their position."""
 PALETTE = {
     "red": (215, 45, 40),
     "green": (45, 165, 65),
@@ -21,11 +23,9 @@ _OVERSAMPLE = 4
 
 
 def vary_color(color: str, rng: np.random.Generator) -> np.ndarray:
-    """A shade of a named colour, [3] fp64 in 0..255: brightness and each channel vary a little."""
-    shade = np.array(PALETTE[color], dtype=np.float64) * rng.uniform(0.85, 1.08) + rng.uniform(
-        -8, 8, size=3
-    )
-    return np.clip(shade, 0, 255)
+    """Vary a named colour a little in brightness and in each channel: [3] fp64 in 0..255."""
+    pure = np.array(PALETTE[color], dtype=np.float64)
+    return np.clip(pure * rng.uniform(0.85, 1.08) + rng.uniform(-8, 8, size=3), 0, 255)
 
 
 def paint_shape(
@@ -37,20 +37,21 @@ def paint_shape(
     angle: float,
     color: np.ndarray,
 ) -> None:
-    """Paint one shape into `canvas` [H, W, 3] uint8, anti-aliased; what lies outside is cut off.
+    """Paint an anti-aliased shape; what lies outside the canvas is cut off.
 
     Args:
+        canvas: [H, W, 3] uint8; it is changed.
         shape: one of world.SHAPES.
-        center: x and y in pixels (to a fraction of a pixel).
-        radius: of a circle of about the shape's size, pixels.
-        angle: turn, degrees.
+        center: x and y in pixels, with fractions.
+        radius: radius of a circle of about the shape's size, in pixels.
+        angle: rotation in degrees.
         color: [3] in 0..255.
     """
     height, width = canvas.shape[:2]
     reach = math.ceil(1.3 * radius) + 1
     left, top = math.floor(center[0]) - reach, math.floor(center[1]) - reach
     side = 2 * reach + 1
-    mask = _mask(shape, side, (center[0] - left, center[1] - top), radius, angle)
+    mask = _draw_mask(shape, side, (center[0] - left, center[1] - top), radius, angle)
     x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
     if x0 >= x1 or y0 >= y1:
         return
@@ -59,10 +60,10 @@ def paint_shape(
     region[:] = np.rint(region + alpha * (color - region)).astype(np.uint8)
 
 
-def _mask(
+def _draw_mask(
     shape: str, side: int, center: tuple[float, float], radius: float, angle: float
 ) -> np.ndarray:
-    """Coverage of each pixel, [side, side] fp64 in 0..1."""
+    """Draw the coverage of each pixel, [side, side] fp64 in 0..1."""
     scale = _OVERSAMPLE
     picture = Image.new("L", (side * scale, side * scale))
     draw = ImageDraw.Draw(picture)
@@ -82,35 +83,27 @@ def _mask(
     return np.asarray(picture.reduce(scale), dtype=np.float64) / 255
 
 
-def _star() -> list[tuple[float, float]]:
+def _make_star() -> list[tuple[float, float]]:
     radii = [1.25 if i % 2 == 0 else 0.5 for i in range(10)]
     return [
         (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)
     ]
 
 
-def _cross() -> list[tuple[float, float]]:
+def _make_cross() -> list[tuple[float, float]]:
     a, b = 0.36, 1.1
+    # fmt: off
     return [
-        (-a, -b),
-        (a, -b),
-        (a, -a),
-        (b, -a),
-        (b, a),
-        (a, a),
-        (a, b),
-        (-a, b),
-        (-a, a),
-        (-b, a),
-        (-b, -a),
-        (-a, -a),
+        (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+        (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
     ]
+    # fmt: on
 
 
 _OUTLINES = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -1.2), (1.05, 0.75), (-1.05, 0.75)],
-    "star": _star(),
-    "cross": _cross(),
+    "star": _make_star(),
+    "cross": _make_cross(),
 }
-"""Corners of the shapes of radius 1, y downwards."""
+"""Corners of the shapes of radius 1; y points down."""

@@ -1,10 +1,12 @@
-"""The toy world itself: what a sample of each modality can be, what its caption says, and what is never trained on.
+"""The toy world: what its samples can be, what their captions say, and what is never trained on.
 
-A sample is a scene or an event given by a few attributes; its caption is a fixed short sentence that names them all. Some
-combinations of attributes are held out of everything that trains (the stages and the stand-in towers), so that a right
-caption of one of them means composition and not memory.
+A sample is a scene or an event with a few attributes. Its caption is a fixed short sentence that
+names them all. Some combinations of attributes are held out of everything that trains (the stages
+and the pretrained toy towers), so that a right caption of one of them shows composition and not
+memory.
 
-The hold-out is a property of the world, not of a build's seed: towers, shards and tests agree on it without talking.
+The hold-out is a property of the world, not of a build's seed. So towers, shards and tests agree
+on it without exchanging anything.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from onellm_dist.common.errors import UsageError
 Attributes = Mapping[str, str]
 """Attribute name to value, in the order of the modality's attributes."""
 Combination = tuple[str, ...]
-"""The values alone, in the same order."""
+"""The values of the attributes, in the same order."""
 
 HELD_OUT_FRACTION = 0.22
-"""Share of a modality's combinations that nothing trains on (the promise is at least 0.2)."""
+"""Share of a modality's combinations that nothing trains on (at least 0.2 is promised)."""
 LEAST_TRAINED = 2
-"""Values that stay trained in every conditional. With one left, a model learns that the held-out value never occurs
-beside the others and scores 0 there, however well it sees."""
+"""Trained values that an attribute keeps, given all other attributes.
+
+With one left, a model learns that the held-out value never occurs beside the others, and scores 0
+there however well it sees."""
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -39,12 +43,12 @@ SOLIDS = ("sphere", "cube", "cone", "cylinder", "torus")
 
 @dataclass(frozen=True)
 class Scenes:
-    """One modality's scenes.
+    """The scenes of one modality.
 
     Attributes:
         attributes: attribute name to its values.
         template: the caption, a format string over the attribute names; every value is one word.
-        prompt: what the human asks in the conversation form (paper, table 10, shortened).
+        prompt: what the human asks in a conversation (paper, Table 10, shortened).
     """
 
     attributes: Mapping[str, tuple[str, ...]]
@@ -63,7 +67,8 @@ SCENES: Mapping[str, Scenes] = {
         "a {size} {color} {shape} at the {position}",
         "Describe the image.",
     ),
-    # The encoder's outputs are averaged over frames, so the sign of a motion is lost: these four survive the average.
+    # The encoder's outputs are averaged over frames, so the sign of a motion is lost. These four
+    # motions differ in the average too.
     "video": Scenes(
         {
             "color": COLORS,
@@ -82,13 +87,13 @@ SCENES: Mapping[str, Scenes] = {
         "a {loudness} {sound} playing {rhythm}",
         "Describe the audio.",
     ),
-    # No size: normalisation erases it.
+    # There is no size, because normalisation erases it.
     "point": Scenes(
         {"stretch": ("tall", "wide", "deep"), "color": COLORS, "solid": SOLIDS},
         "a {stretch} {color} {solid}",
         "Describe the point cloud.",
     ),
-    # Only the depth map tells the distance, only the normal map tells the surface behind the object.
+    # Only the depth map shows the distance; only the normal map shows the surface behind.
     "depth": Scenes(
         {"color": COLORS, "solid": SOLIDS, "distance": ("nearby", "midway", "faraway")},
         "a {color} {solid} standing {distance}",
@@ -123,7 +128,7 @@ MODALITIES = tuple(SCENES)
 
 
 def get_scenes(modality: str) -> Scenes:
-    """The scenes of a modality.
+    """Get the scenes of a modality.
 
     Raises:
         UsageError: the toy world has no such modality.
@@ -140,85 +145,93 @@ def get_scenes(modality: str) -> Scenes:
 
 @cache
 def list_combinations(modality: str) -> tuple[Combination, ...]:
-    """All combinations of a modality's attribute values, in a fixed order."""
+    """List all combinations of a modality's attribute values, in a fixed order."""
     return tuple(itertools.product(*get_scenes(modality).attributes.values()))
 
 
 @cache
 def get_held_out(modality: str) -> frozenset[Combination]:
-    """The combinations that nothing trains on.
+    """Get the combinations that nothing trains on.
 
-    Chosen one by one in a fixed pseudo-random order, the pairs of values that were held out least first, never leaving
-    fewer than LEAST_TRAINED trained values of an attribute given all the others.
+    They are chosen one by one in a fixed pseudo-random order, preferring pairs of values that were
+    held out least. An attribute keeps at least LEAST_TRAINED trained values, given all others.
     """
     every = list_combinations(modality)
     sizes = [len(values) for values in get_scenes(modality).attributes.values()]
     order = np.random.default_rng(zlib.crc32(modality.encode())).permutation(len(every))
-    raw_samples = [every[i] for i in order]
+    shuffled = [every[i] for i in order]
     taken: set[Combination] = set()
-    lines: Counter[tuple[int, Combination]] = Counter()
+    conditionals: Counter[tuple[int, Combination]] = Counter()
     pairs: Counter[tuple[int, int, str, str]] = Counter()
     for _ in range(math.ceil(HELD_OUT_FRACTION * len(every))):
         free = [
             c
-            for c in raw_samples
+            for c in shuffled
             if c not in taken
-            and all(sizes[i] - lines[line] > LEAST_TRAINED for i, line in enumerate(_lines(c)))
+            and all(
+                sizes[i] - conditionals[given] > LEAST_TRAINED
+                for i, given in enumerate(_list_conditionals(c))
+            )
         ]
         if not free:
             raise AssertionError(
-                f"{modality}: attributes too small to hold out {HELD_OUT_FRACTION:.0%} of their combinations"
+                f"{modality}: too few attribute values to hold out "
+                f"{HELD_OUT_FRACTION:.0%} of their combinations"
             )
-        chosen = min(free, key=lambda c: sum(pairs[pair] for pair in _pairs(c)))
+        chosen = min(free, key=lambda c: sum(pairs[pair] for pair in _list_pairs(c)))
         taken.add(chosen)
-        lines.update(_lines(chosen))
-        pairs.update(_pairs(chosen))
+        conditionals.update(_list_conditionals(chosen))
+        pairs.update(_list_pairs(chosen))
     return frozenset(taken)
 
 
 @cache
 def get_trained(modality: str) -> tuple[Combination, ...]:
-    """The combinations that may be trained on, in a fixed order."""
+    """Get the combinations that may be trained on, in a fixed order."""
     return tuple(c for c in list_combinations(modality) if c not in get_held_out(modality))
 
 
 def to_attributes(modality: str, combination: Combination) -> dict[str, str]:
-    """Attribute name to value."""
+    """Convert a combination to attribute names with values."""
     return dict(zip(get_scenes(modality).attributes, combination, strict=True))
 
 
 def make_caption(modality: str, attributes: Attributes) -> str:
-    """The caption of a scene."""
+    """Make the caption of a scene."""
     return get_scenes(modality).template.format(**attributes)
 
 
 def parse_caption(modality: str, text: str) -> dict[str, str | None]:
-    """What a caption says of each attribute: the value that stands where the template has it, else None.
+    """Parse what a caption says about each attribute.
 
-    Reads any text (a model wrote it): each word is compared with the template's word at its place.
+    Any text is accepted, because a model wrote it. The word at an attribute's place in the template
+    counts if it is one of its values.
+
+    Returns:
+        Attribute name to value; None if the text does not say it.
     """
     words = text.split()
-    said: dict[str, str | None] = {}
+    values_said: dict[str, str | None] = {}
     for place, field in enumerate(get_scenes(modality).template.split()):
         if field.startswith("{"):
             values = get_scenes(modality).attributes[field[1:-1]]
-            said[field[1:-1]] = (
+            values_said[field[1:-1]] = (
                 words[place] if place < len(words) and words[place] in values else None
             )
-    return {name: said[name] for name in get_scenes(modality).attributes}
+    return {name: values_said[name] for name in get_scenes(modality).attributes}
 
 
 def make_conversation(modality: str, text: str) -> list[dict[str, str]]:
-    """The caption as a conversation of one turn, in the reference's data format (facts of the instruction JSON files)."""
+    """Make a conversation of one question and the caption, in the reference's format."""
     return [{"from": "human", "value": get_scenes(modality).prompt}, {"from": "gpt", "value": text}]
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text for the stand-in LLM's pretraining. Only trained combinations become documents.
+    """A text for pretraining the toy LLM. Only trained combinations become documents.
 
     Attributes:
-        modality: whose grammar it is written in.
+        modality: the modality whose captions it follows.
         words: the attribute values of the caption, in the caption's order.
         caption: the caption.
         prompt: the modality's question.
@@ -231,14 +244,14 @@ class Document:
 
     @property
     def conversations(self) -> list[dict[str, str]]:
-        """The document as a conversation of one turn."""
+        """The document as a conversation of one question and its answer."""
         return make_conversation(self.modality, self.caption)
 
 
 def draw_documents(
     rng: np.random.Generator, modalities: Sequence[str] = MODALITIES
 ) -> Iterator[Document]:
-    """Documents without end: a modality, then one of its trained combinations, both uniformly drawn from `rng`."""
+    """Draw documents without end: a modality, then one of its trained combinations, uniformly."""
     while True:
         modality = modalities[int(rng.integers(len(modalities)))]
         pool = get_trained(modality)
@@ -253,29 +266,30 @@ def draw_documents(
 
 
 def compute_chance(modality: str) -> float:
-    """Exact match of a guess among all combinations."""
+    """Compute the exact-match score of guessing among all combinations."""
     return 1 / len(list_combinations(modality))
 
 
 def describe() -> str:
-    """The world as text, one modality a line: attributes, combinations, held-out combinations, an example."""
+    """Describe the world in one line per modality: attributes, combinations, held out, example."""
     lines = []
     for modality, scene in SCENES.items():
         sizes = " x ".join(f"{len(values)} {name}" for name, values in scene.attributes.items())
         example = make_caption(modality, to_attributes(modality, get_trained(modality)[0]))
         lines.append(
-            f"{modality}: {sizes} = {len(list_combinations(modality))}, {len(get_held_out(modality))} held out; {example!r}"
+            f"{modality}: {sizes} = {len(list_combinations(modality))}, "
+            f"{len(get_held_out(modality))} held out; {example!r}"
         )
     return "\n".join(lines)
 
 
-def _lines(combination: Combination) -> list[tuple[int, Combination]]:
-    """The conditionals a combination stands in: for each attribute, its place and the values of all others."""
+def _list_conditionals(combination: Combination) -> list[tuple[int, Combination]]:
+    """For each attribute of a combination, its number and the values of all other attributes."""
     return [(i, combination[:i] + combination[i + 1 :]) for i in range(len(combination))]
 
 
-def _pairs(combination: Combination) -> list[tuple[int, int, str, str]]:
-    """The pairs of values of two attributes."""
+def _list_pairs(combination: Combination) -> list[tuple[int, int, str, str]]:
+    """For each two attributes of a combination, their numbers and values."""
     return [
         (i, j, combination[i], combination[j])
         for i, j in itertools.combinations(range(len(combination)), 2)
