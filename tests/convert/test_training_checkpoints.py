@@ -30,7 +30,12 @@ def trained_weights() -> Tensors:
 
 
 def save_run(
-    run: Path, base: Path, ranks: int, *, precision: str = "bf16", pad: bool = True
+    run: Path,
+    base: Path,
+    ranks: int,
+    *,
+    precision: str = "bf16",
+    first_version: bool = False,
 ) -> Path:
     """A checkpoint as train/checkpoint/state.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
     folder = run / "checkpoints" / "step-00000010"
@@ -52,11 +57,13 @@ def save_run(
         save_file(held, folder / file)
         files[file] = (folder / file).stat().st_size
     manifest = {
-        "version": 1,
-        "step": 10,
+        **(
+            {"version": 1, "step": 10, "world": ranks}
+            if first_version
+            else {"version": 2, "steps_done": 10, "world_size": ranks}
+        ),
         "stage": "align",
         "seed": 0,
-        "world": ranks,
         "optimizer_steps": 10,
         "plan": "0" * 8,
         "model": {"path": str(base), "preset": None, "init_from_image": []},
@@ -76,7 +83,7 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
     ranks: int, precision: str, tmp_path: Path
 ) -> None:
     base = save_onellm(tmp_path / "base")
-    save_run(tmp_path / "run", base, ranks, precision=precision)
+    save_run(tmp_path / "run", base, ranks, precision=precision, first_version=ranks == 1)
     convert("run", tmp_path / "run", tmp_path / "out", quiet=True)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     expected = {**{n: p.detach() for n, p in onellm().named_parameters()}, **trained_weights()}

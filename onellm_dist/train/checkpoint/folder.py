@@ -105,8 +105,8 @@ def prune(
     """Remove all but the newest `keep` complete checkpoints, and what unfinished writes left.
 
     A checkpoint that is cut short, as far as manifest and sizes show, is not counted, and is
-    removed if it is older than those that stay. One that only has wrong checksums is moved aside by
-    whoever finds that out (a start, a rollback).
+    removed if it is older than those that stay. One that only has wrong checksums is moved to
+    `before-.../` by whoever finds that out (a start, a rollback).
 
     Args:
         checkpoints: the folder of all checkpoints.

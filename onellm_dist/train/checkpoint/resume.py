@@ -96,7 +96,7 @@ def _find_latest(config: RunConfig, checkpoints: Path, dist: Distributed) -> Res
             + "; ".join(f"{name}: {problem}" for name, problem in damaged[:3]),
             "starting from nothing would lose what the run has learned.",
             "restore one of them from a copy, or set checkpoint.resume=never to start over (they "
-            "are moved aside then).",
+            "then move to before-.../).",
         )
     return ResumeTarget(None)
 
