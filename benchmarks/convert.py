@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from onellm_dist.convert.formats.reference import PREFIX, name_to_reference
+from onellm_dist.convert.formats.reference import PREFIX, to_reference_shape
+from onellm_dist.convert.names.reference import to_reference_name
 from onellm_dist.convert.tensors.lazy import BLOCK, LazyTensor
 from onellm_dist.convert.tensors.writers import TensorFile, write_tensor_file
 from onellm_dist.model import build_config
@@ -34,10 +35,10 @@ import resource, sys, time
 from pathlib import Path
 from onellm_dist.convert.conversion import convert
 import torch, transformers, onellm_dist.convert.formats.reference, onellm_dist.convert.formats.onellm
-from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.checkpoint import ConversionOptions
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, worked = time.perf_counter(), time.process_time()
-convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=Options(shard_bytes=int(sys.argv[3])), quiet=True)
+convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=ConversionOptions(shard_bytes=int(sys.argv[3])), quiet=True)
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start, time.process_time() - worked)
 """
 
@@ -66,13 +67,13 @@ def make_source(path: Path, layers: int) -> int:
     )
     named = []
     for name, parameter in model.named_parameters():
-        key, shape = name_to_reference(name), tuple(parameter.shape)
+        key, shape = to_reference_name(name), tuple(parameter.shape)
         shape = (*shape, 1, 1) if key == "conv1.point.conv1.weight" and len(shape) == 2 else shape
         named.append((PREFIX + key, repeated(shape, pattern)))
     return write_tensor_file(
         path,
         TensorFile(path.name, tuple(named)),
-        told=lambda n: None,
+        on_bytes=lambda n: None,
         allow_nonfinite=lambda n: False,
     ).bytes
 

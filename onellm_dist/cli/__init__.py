@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from onellm_dist.cli import cluster, convert, runs, shards
-from onellm_dist.cli.generate import generate, with_modality_options
+from onellm_dist.cli.generate import add_modality_options, generate
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError
 from onellm_dist.common.logging import configure_logging
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # commands do not spend.
     wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")
     if wanted and all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(with_modality_options(generate))
+        app.command("generate")(add_modality_options(generate))
     try:
         app(arguments, prog_name="onellm")
     except OneLLMError as error:

@@ -1,67 +1,83 @@
-"""`onellm convert ...`: a command a format, and those about checkpoints of any."""
+"""`onellm convert ...`: one command per format, and commands about checkpoints of any format."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from onellm_dist.convert.registry import ABOUT, DEFAULT_TARGET, EXAMPLES
+from onellm_dist.cli.help import format_examples
+from onellm_dist.convert.registry import FormatInfo, list_formats, list_writable
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Convert checkpoints: `onellm convert FROM SRC DST [--to TO]`; assemble, compare and inspect them.",
+    help="Convert checkpoints (onellm convert FORMAT SRC DST), assemble, compare and inspect them.",
 )
 
+Tokenizer = Annotated[Path | None, typer.Option(help="The LLM's tokenizer: a file or a folder.")]
+Activation = Annotated[
+    str | None,
+    typer.Option(help="Activation of a CLIP whose file does not state it: quick_gelu or gelu."),
+]
+EncoderHeads = Annotated[
+    int | None, typer.Option(help="Heads of the encoder.", show_default="as stated, or width / 64")
+]
+UPMHeads = Annotated[
+    int | None, typer.Option(help="Heads of the UPM.", show_default="as stated, or width / 64")
+]
+LLMHeads = Annotated[
+    int | None,
+    typer.Option(help="Heads of the LLM.", show_default="params.json, or width / 128"),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(help="For training checkpoints: the onellm directory that the run started from."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A key, or a pattern with *, that may be missing, unknown or not finite (repeatable)."
+    ),
+]
+ShardGigabytes = Annotated[
+    float, typer.Option(min=0.001, help="Size of the largest safetensors file, in GB.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote there.")
+]
 
-def _converter(name: str) -> Any:
-    """The command `onellm convert <name>`: all formats take the same options."""
+
+def _add_command(info: FormatInfo) -> None:
+    """Add the command `onellm convert NAME`; all formats take the same options."""
 
     def command(
         source: Annotated[
             Path, typer.Argument(help="The checkpoint: a file or a folder.", metavar="SRC")
         ],
         out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
-        to: Annotated[
-            str | None,
-            typer.Option(
-                help="onellm, reference, meta-llama, hf, open-clip or hf-clip; default: see above."
-            ),
-        ] = None,
-        tokenizer: Annotated[
-            Path | None, typer.Option(help="The LLM's tokenizer: a file or a folder.")
-        ] = None,
+        to: str | None = None,
+        tokenizer: Tokenizer = None,
         dtype: Annotated[
-            str | None, typer.Option(help="fp32, bf16 or fp16; default: each tensor keeps its own.")
+            str | None,
+            typer.Option(help="fp32, bf16 or fp16.", show_default="each tensor keeps its own"),
         ] = None,
-        base: Annotated[
-            Path | None, typer.Option(help="For runs: the onellm directory that it started from.")
+        base: Base = None,
+        act: Activation = None,
+        encoder_heads: EncoderHeads = None,
+        upm_heads: UPMHeads = None,
+        llm_heads: LLMHeads = None,
+        allow: Allow = None,
+        shard_gb: ShardGigabytes = 5.0,
+        workers: Annotated[
+            int | None,
+            typer.Option(min=1, help="Files written at once.", show_default="2, or fewer cores"),
         ] = None,
-        act: Annotated[
-            str | None, typer.Option(help="For CLIP files that do not say it: quick_gelu or gelu.")
-        ] = None,
-        encoder_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
-        upm_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
-        llm_heads: Annotated[
-            int | None, typer.Option(help="Default: params.json, or width / 128.")
-        ] = None,
-        allow: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="A key (or pattern with *) that may be missing, unknown or not finite."
-            ),
-        ] = None,
-        shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file.")] = 5.0,
-        workers: Annotated[int | None, typer.Option(min=1, help="Files written at once.")] = None,
-        overwrite: Annotated[
-            bool,
-            typer.Option("--overwrite", help="Replace what an earlier conversion wrote at DST."),
-        ] = False,
+        overwrite: Overwrite = False,
     ) -> None:
-        from onellm_dist.convert.commands import convert_command
+        from onellm_dist.cli.convert_commands import run_convert
 
-        options = {
+        given = {
             "tokenizer": tokenizer,
             "dtype": dtype,
             "base": base,
@@ -73,39 +89,60 @@ def _converter(name: str) -> Any:
             "shard_gb": shard_gb,
         }
         raise typer.Exit(
-            convert_command(name, source, out, to, options, workers=workers, overwrite=overwrite)
+            run_convert(info.name, source, out, to, given, workers=workers, overwrite=overwrite)
         )
 
-    return command
+    # Set here, because typer cannot see local names in an annotation.
+    help_to = f"Format to write: one of {', '.join(list_writable())}."
+    option_to = typer.Option(help=help_to, show_default=info.default_target)
+    command.__annotations__["to"] = Annotated[str | None, option_to]
+    example = f"onellm convert {info.name} {info.example} out --to {info.default_target}"
+    app.command(
+        info.name,
+        help=f"{info.about} It is written as {info.default_target} unless --to names another "
+        "format.",
+        short_help=info.about,
+        epilog=format_examples(example),
+    )(command)
 
 
-for _name, _about in ABOUT.items():
-    _target = DEFAULT_TARGET[_name]
-    _help = f"{_about} Written as {_target} unless --to says otherwise.\n\nExample: onellm convert {_name} {EXAMPLES[_name]} out --to {_target}"
-    app.command(_name, help=_help, short_help=_about)(_converter(_name))
+for _info in list_formats().values():
+    _add_command(_info)
 
 
-@app.command("assemble")
+@app.command(
+    "assemble",
+    epilog=format_examples(
+        "onellm convert assemble --llm llama-2-7b --encoder clip-vit-large-patch14 "
+        "models/onellm-7b-start",
+        "onellm convert assemble --base models/stage1 --add-modality audio models/stage2-start",
+    ),
+)
 def convert_assemble(
     out: Annotated[Path, typer.Argument(help="The onellm directory to write.")],
-    llm: Annotated[Path | None, typer.Option(help="An LLM of any format.")] = None,
+    llm: Annotated[
+        Path | None, typer.Option(help="A checkpoint of any format with an LLM.")
+    ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option(
-            help="A CLIP of any format; or timm:NAME, open-clip:NAME (docs/howto/conversion.md)."
-        ),
+        typer.Option(help="A CLIP of any format, or a tower by name: timm:NAME, open-clip:NAME."),
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="A onellm model to extend instead.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="A onellm model to extend, in place of --llm and --encoder.")
+    ] = None,
     experts: Annotated[int, typer.Option(min=1, help="Experts of a new model.")] = 3,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks an expert.")] = 8,
-    router: Annotated[str, typer.Option(help="soft, constant or sparse.")] = "soft",
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of each expert.")] = 8,
+    router: Annotated[
+        str, typer.Option(help="Router of a new model: soft, constant or sparse.")
+    ] = "soft",
     init: Annotated[
-        str, typer.Option(help="separate, or copied: all experts start as the first.")
+        str,
+        typer.Option(help="Experts of a new model: separate, or copied (all start as the first)."),
     ] = "separate",
-    upm_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
+    upm_heads: UPMHeads = None,
     modality: Annotated[
         list[str] | None,
-        typer.Option(help="A modality of a new model (repeatable); all by default."),
+        typer.Option(help="A modality of a new model (repeatable).", show_default="all"),
     ] = None,
     add_experts: Annotated[
         int,
@@ -119,42 +156,38 @@ def convert_assemble(
     ] = "copied",
     expert_noise: Annotated[
         float | None,
-        typer.Option(min=0, help="Relative noise that tells copied experts apart; default 0.01."),
+        typer.Option(
+            min=0, help="Relative noise that makes copied experts differ.", show_default="0.01"
+        ),
     ] = None,
     gate_bias: Annotated[
         float,
         typer.Option(
-            help="Router bias of added experts in old modalities; their gate is its sigmoid."
+            help="Router bias of added experts in old modalities; its sigmoid is their weight."
         ),
     ] = -20.0,
-    seed: Annotated[int, typer.Option(help="Of random parts.")] = 0,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="The LLM's tokenizer, where its folder has none.")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random parts.")] = 0,
+    tokenizer: Tokenizer = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="fp32, bf16 or fp16; default: parts keep their own, new ones are fp32."),
+        typer.Option(
+            help="fp32, bf16 or fp16.", show_default="parts keep their own, new ones are fp32"
+        ),
     ] = None,
-    act: Annotated[
-        str | None, typer.Option(help="For CLIP files that do not say it: quick_gelu or gelu.")
-    ] = None,
-    encoder_heads: Annotated[int | None, typer.Option(help="Default: width / 64.")] = None,
-    llm_heads: Annotated[int | None, typer.Option(help="Default: params.json.")] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(help="A key that may be missing or unknown.")
-    ] = None,
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file.")] = 5.0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote.")
-    ] = False,
+    act: Activation = None,
+    encoder_heads: EncoderHeads = None,
+    llm_heads: LLMHeads = None,
+    allow: Allow = None,
+    shard_gb: ShardGigabytes = 5.0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Put an LLM and an encoder together, ready for stage I; or give a trained model more experts and modalities.
+    """Put an LLM and an encoder together, ready for stage I; or extend a trained model.
 
-    Example: onellm convert assemble --llm llama-2-7b --encoder clip-vit-large-patch14 models/onellm-7b-start
+    A trained model gets more experts, more modalities, or both.
     """
-    from onellm_dist.convert.commands import assemble_command
+    from onellm_dist.cli.convert_commands import run_assemble
 
-    options = {
+    given = {
         "tokenizer": tokenizer,
         "dtype": dtype,
         "act": act,
@@ -171,9 +204,9 @@ def convert_assemble(
         "heads": upm_heads,
     }
     raise typer.Exit(
-        assemble_command(
+        run_assemble(
             out,
-            options,
+            given,
             sizes,
             llm=llm,
             encoder=encoder,
@@ -190,44 +223,49 @@ def convert_assemble(
     )
 
 
-@app.command("verify")
+@app.command(
+    "verify", epilog=format_examples("onellm convert verify consolidated.00-of-01.pth onellm-7b")
+)
 def convert_verify(
     a: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
-    b: Annotated[Path, typer.Argument(help="Another, of any format.")],
+    b: Annotated[Path, typer.Argument(help="Another checkpoint, of any format.")],
     logits: Annotated[
         bool,
         typer.Option(
-            "--logits", help="Compare a forward on random inputs too (both models in memory, fp32)."
+            "--logits",
+            help="Also compare a forward on random inputs (both models in memory, fp32).",
         ),
     ] = False,
     inputs: Annotated[
         Path | None,
         typer.Option(
-            help="Compare a forward on these: safetensors with input_ids, image_values, ..."
+            help="Also compare a forward on the inputs in this safetensors file: input_ids, "
+            "image_values and so on."
         ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Largest absolute difference that counts as the same.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     from_a: Annotated[
-        str | None, typer.Option(help="A's format, where it is not recognised.")
+        str | None, typer.Option(help="Format of A.", show_default="as recognised")
     ] = None,
-    from_b: Annotated[str | None, typer.Option(help="B's format.")] = None,
-    encoder_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
-    upm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
-    llm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
-    act: Annotated[str | None, typer.Option(help="Where a CLIP does not say it.")] = None,
-    base: Annotated[Path | None, typer.Option(help="For runs: what it started from.")] = None,
+    from_b: Annotated[
+        str | None, typer.Option(help="Format of B.", show_default="as recognised")
+    ] = None,
+    encoder_heads: EncoderHeads = None,
+    upm_heads: UPMHeads = None,
+    llm_heads: LLMHeads = None,
+    act: Activation = None,
+    base: Base = None,
 ) -> None:
-    """Compare two checkpoints of any two formats, tensor by tensor after mapping. Exit code 0: the same; 1: not.
+    """Compare two checkpoints of any two formats, tensor by tensor after mapping.
 
-    Example: onellm convert verify consolidated.00-of-01.pth onellm-7b
+    Exit code: 0 if they are the same, 1 if not.
     """
-    from onellm_dist.convert.commands import options_of
-    from onellm_dist.convert.verify import verify_command
+    from onellm_dist.cli.convert_commands import build_options, run_verify
 
-    options = options_of(
+    options = build_options(
         {
             "encoder_heads": encoder_heads,
             "upm_heads": upm_heads,
@@ -237,7 +275,7 @@ def convert_verify(
         }
     )
     raise typer.Exit(
-        verify_command(
+        run_verify(
             a,
             b,
             options,
@@ -251,25 +289,21 @@ def convert_verify(
     )
 
 
-@app.command("inspect")
+@app.command("inspect", epilog=format_examples("onellm convert inspect runs/stage1_image"))
 def convert_inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint of any format.")],
     format_name: Annotated[
-        str | None, typer.Option("--from", help="Its format, where it is not recognised.")
+        str | None, typer.Option("--from", help="Its format.", show_default="as recognised")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="For runs: what it started from.")] = None,
-    act: Annotated[str | None, typer.Option(help="Where a CLIP does not say it.")] = None,
-    llm_heads: Annotated[int | None, typer.Option(help="Where a file does not say it.")] = None,
+    base: Base = None,
+    act: Activation = None,
+    llm_heads: LLMHeads = None,
 ) -> None:
-    """Say what a checkpoint is: format, parameters by part, dtypes, world size, step, stage, what is missing.
+    """Show what a checkpoint is: format, parameters by part, dtypes, training state, missing keys.
 
-    Example: onellm convert inspect runs/stage1_image
+    Exit code: 0 if all keys fit, 1 if not.
     """
-    from onellm_dist.convert.commands import options_of
-    from onellm_dist.convert.inspect import inspect_command
+    from onellm_dist.cli.convert_commands import build_options, run_inspect
 
-    raise typer.Exit(
-        inspect_command(
-            path, options_of({"base": base, "act": act, "llm_heads": llm_heads}), format_name
-        )
-    )
+    options = build_options({"base": base, "act": act, "llm_heads": llm_heads})
+    raise typer.Exit(run_inspect(path, options, format_name))

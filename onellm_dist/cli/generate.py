@@ -1,4 +1,4 @@
-"""`onellm generate`: an option a modality, made from the modalities that there are."""
+"""`onellm generate`: one option per modality, made from the modalities that exist."""
 
 from __future__ import annotations
 
@@ -12,25 +12,37 @@ import typer
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A onellm directory.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask; empty: caption the input.")] = "",
+    prompt: Annotated[
+        str, typer.Argument(help="What to ask. Without a prompt the inputs are captioned.")
+    ] = "",
     order: Annotated[
-        str, typer.Option(help="Order of the inputs in the sequence, by comma: video,audio.")
+        str,
+        typer.Option(
+            help="Order of the inputs in the sequence, with commas: video,audio.",
+            show_default="the model's own",
+        ),
     ] = "",
     prompt_format: Annotated[
-        str, typer.Option("--format", help="auto, conversation, chat or raw.")
+        str, typer.Option("--format", help="Prompt format: auto, conversation, chat or raw.")
     ] = "auto",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Temperature of the sampling; 0: greedy.")
+    ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Nucleus, where temperature > 0.")
+        float,
+        typer.Option(min=0, max=1, help="Probability that sampling keeps, if temperature > 0."),
     ] = 0.75,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 1,
     decode_offset: Annotated[
-        str, typer.Option(help="correct, or reference (its cache is two positions short).")
+        str,
+        typer.Option(
+            help="correct, or reference (repeats the reference's cache, two positions short)."
+        ),
     ] = "correct",
     **files: Any,
 ) -> None:
-    """Ask a model about files of any modality, several at once.
+    """Ask a model about files of any modality, several at once: one file per modality.
 
     Example: onellm generate runs/tune/model --image cat.jpg "What is this?"
     """
@@ -54,8 +66,12 @@ def generate(
         typer.echo(ending, err=True)
 
 
-def with_modality_options(function: Any) -> Any:
-    """One repeatable `--NAME FILE` option for each modality there is, in place of `**files`."""
+def add_modality_options(function: Any) -> Any:
+    """Replace `**files` by an option `--NAME FILE` for each modality.
+
+    Args:
+        function: a command with `**files`.
+    """
     from onellm_dist.modalities import all_modalities
 
     signature = inspect.signature(function, eval_str=True)
@@ -67,9 +83,10 @@ def with_modality_options(function: Any) -> Any:
             name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
+            # A list, so that a second file is answered by an error and not dropped.
             annotation=Annotated[
                 list[Path] | None,
-                typer.Option(f"--{name}", help=f"A file of modality {name} (repeatable)."),
+                typer.Option(f"--{name}", help=f"A file of modality {name}.", metavar="FILE"),
             ],
         )
         for name in all_modalities()

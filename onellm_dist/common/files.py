@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,8 +100,12 @@ def _backup_path(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
 
 
-def sha256_file(*paths: Path) -> str:
+def sha256_file(*paths: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """Hex SHA-256 of a file, or of several end to end, read in blocks of 4 MiB.
+
+    Args:
+        paths: the files.
+        on_bytes: called with the number of bytes of each block, for progress.
 
     Raises:
         OSError: the file cannot be read.
@@ -112,6 +116,8 @@ def sha256_file(*paths: Path) -> str:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(block):
                 digest.update(block[:count])
+                if on_bytes is not None:
+                    on_bytes(count)
     return digest.hexdigest()
 
 

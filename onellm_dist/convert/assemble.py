@@ -1,4 +1,7 @@
-"""`onellm convert assemble`: an LLM and an encoder as a model ready for stage I, or a trained model with more experts or modalities."""
+"""Put a model together: an LLM and an encoder, ready for stage I; or extend a trained model.
+
+A trained model can get more experts and more modalities.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,44 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import KINDS, Opened, Options, Tensors, with_prefix
-from onellm_dist.convert.conversion import emit
+from onellm_dist.convert.checkpoint import (
+    KINDS,
+    ConversionOptions,
+    OpenedCheckpoint,
+    add_prefix,
+)
+from onellm_dist.convert.conversion import write_output
 from onellm_dist.convert.formats import onellm
-from onellm_dist.convert.new_parameters import copied_projector, fresh_tensors
-from onellm_dist.convert.registry import format_of, recognised
-from onellm_dist.convert.tensors.lazy import LazyTensor
+from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
+from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 from onellm_dist.convert.towers import is_tower, open_tower
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig
 
-CLOSED = -20.0
-"""Router bias of an added expert in old modalities: its gate is sigmoid(-20) = 2e-9, below fp32's rounding of the others' sum."""
+CLOSED_BIAS = -20.0
+"""Router bias of an added expert in old modalities. Its weight is sigmoid(-20) = 2e-9, below fp32's
+rounding of the sum of the others."""
 UPM_HEAD_WIDTH = 64
+"""Channels of a head of a new UPM."""
 EXPERT_NOISE = 0.01
-"""Copied experts' matrices are multiplied by 1 + this x a standard normal number. Without it, copies that share their gates (as added
-ones do at first) would get the same gradients for ever."""
+"""Matrices of copied experts are multiplied by 1 + this x a standard normal number. Without it,
+copies with equal router weights, as added ones have at first, would get equal gradients forever."""
 
 
 @dataclass(frozen=True)
 class UPMSizes:
-    """The universal projection module of a new model (the paper's by default); None follows from the encoder's width."""
+    """The universal projection module of a new model; the defaults are the paper's.
+
+    Attributes:
+        experts: number of experts.
+        blocks: blocks of an expert.
+        router: `soft`, `constant` or `sparse`.
+        init: `separate`, or `copied`: all experts start as the first.
+        heads: attention heads; None: width / 64.
+        ffn: hidden channels of a block; None: 11 / 4 of the width.
+        router_hidden: hidden channels of the router; None: 4 times the width.
+    """
 
     experts: int = 3
     blocks: int = 8
@@ -56,95 +76,120 @@ def assemble(
     add_modalities: Sequence[str] = (),
     expert_init: str = "copied",
     expert_noise: float | None = None,
-    gate_bias: float = CLOSED,
+    gate_bias: float = CLOSED_BIAS,
     seed: int = 0,
-    options: Options | None = None,
+    options: ConversionOptions | None = None,
     overwrite: bool = False,
     quiet: bool = False,
-) -> tuple[Opened, dict[str, Any]]:
+) -> tuple[OpenedCheckpoint, dict[str, Any]]:
     """Write a onellm directory made of parts.
 
     Args:
-        llm, encoder: checkpoints of any format with such a part; everything between them is initialised from `seed`. The encoder may also
-            be `timm:NAME` or `open-clip:NAME` (towers.py).
-        base: or a onellm model to extend.
-        modalities: of a new model; all where None.
-        add_experts: experts added to `base`: copies of its first (`expert_init="copied"`) or random (`separate`). Old modalities' gates of
-            them start at sigmoid(`gate_bias`); with the router `constant` the outputs change, and an added expert must be a copy.
-        add_modalities: modalities added to `base`: projections, queries, router and tags start as the first modality's (image's; paper,
-            section 3.3), with gates of added experts open; a tokenizer and its positions are random.
-        expert_init: `copied` or `separate`.
-        expert_noise: what breaks the symmetry of copies, see EXPERT_NOISE (the default; 0 for the router `constant`).
+        out: the directory to write.
+        llm: a checkpoint of any format that has an LLM.
+        encoder: a checkpoint of any format that has an encoder, or `timm:NAME` or `open-clip:NAME`
+            (see towers.py). Everything between LLM and encoder is initialised from `seed`.
+        base: a onellm model to extend, in place of `llm` and `encoder`.
+        upm: sizes of a new model's UPM.
+        modalities: modalities of a new model; default: all.
+        add_experts: experts to add to `base`. Their router weights in old modalities start at
+            sigmoid(`gate_bias`). With the router `constant` the outputs change, and an added expert
+            must be a copy.
+        add_modalities: modalities to add to `base`. Projections, queries, router and tags start as
+            those of the first modality (image; paper, section 3.3), with added experts open; a
+            tokenizer and its positions are random.
+        expert_init: `copied` (from the first expert) or `separate` (random).
+        expert_noise: what breaks the symmetry of copies; default: EXPERT_NOISE, or 0 with a
+            constant router.
+        gate_bias: router bias of added experts in old modalities.
+        seed: seed of random parts.
+        options: what the user chose.
+        overwrite: replace a folder that an earlier conversion wrote.
+        quiet: show no progress.
 
     Returns:
         (the model, the content of `conversion.json`).
 
     Raises:
-        UsageError: parts are missing or do not fit, a name is unknown, or `out` is there.
+        UsageError: parts are missing or do not fit, a name is unknown, or `out` exists.
     """
-    options = options or Options()
-    if base is not None and (llm or encoder):
-        raise UsageError(
-            "--base and --llm/--encoder exclude each other",
-            "a model is new or extended.",
-            "give one or the other.",
-        )
-    if base is None:
-        if llm is None or encoder is None:
-            raise UsageError(
-                "--llm and --encoder are both needed",
-                "a model has both.",
-                "or give --base to extend a model.",
-            )
-        if add_experts or add_modalities:
-            raise UsageError(
-                "--add-experts and --add-modality extend a model",
-                "none is given.",
-                "give --base, or --experts and --modality.",
-            )
-        opened = new_model(
-            _part(llm, "llm", options),
-            _part(encoder, "encoder", options),
-            upm or UPMSizes(),
-            modalities,
-            seed,
-        )
+    options = options or ConversionOptions()
+    _check_parts(llm, encoder, base, extends=bool(add_experts or add_modalities))
+    if base is not None:
+        opened = _open_part(base, "onellm", options)
+        if add_experts:
+            opened = extend_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise)
+        if add_modalities:
+            opened = extend_modalities(opened, add_modalities, seed, added_experts=add_experts)
     else:
-        opened = _part(base, "onellm", options)
-        opened = (
-            with_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise)
-            if add_experts
-            else opened
-        )
-        opened = (
-            with_modalities(opened, add_modalities, seed, added_experts=add_experts)
-            if add_modalities
-            else opened
-        )
-    plan = onellm.plan(opened, options)
-    return opened, emit(
+        assert llm is not None and encoder is not None  # checked above
+        llm_part = _open_part(llm, "llm", options)
+        encoder_part = _open_part(encoder, "encoder", options)
+        opened = build_new_model(llm_part, encoder_part, upm or UPMSizes(), modalities, seed)
+    plan = onellm.plan_output(opened, options)
+    record = write_output(
         opened, plan, out, target="onellm", options=options, overwrite=overwrite, quiet=quiet
     )
+    return opened, record
 
 
-def _part(path: Path | str, kind: str, options: Options) -> Opened:
+def _check_parts(
+    llm: Path | None, encoder: Path | str | None, base: Path | None, *, extends: bool
+) -> None:
+    if base is not None:
+        if llm or encoder:
+            raise UsageError(
+                "--base and --llm/--encoder exclude each other",
+                "a model is new or extended.",
+                "give one or the other.",
+            )
+        return
+    if llm is None or encoder is None:
+        raise UsageError(
+            "--llm and --encoder are both needed",
+            "a new model has both.",
+            "or give --base to extend a model.",
+        )
+    if extends:
+        raise UsageError(
+            "--add-experts and --add-modality extend a model",
+            "no model is given.",
+            "give --base, or --experts and --modality.",
+        )
+
+
+def _open_part(path: Path | str, kind: str, options: ConversionOptions) -> OpenedCheckpoint:
     if kind == "encoder" and is_tower(str(path)):
         return open_tower(str(path))
-    path = Path(path)
-    opened = format_of(recognised(path)).open_checkpoint(path, options).checked(options)
+    opened = open_checkpoint(Path(path), options).check(options)
     if kind == "encoder" and opened.kind == "llm":
         raise UsageError(
             f"{path} is {KINDS['llm']}, not {KINDS['encoder']}",
             "the encoder reads pictures.",
             "give a CLIP.",
         )
-    return opened.as_kind(kind)
+    return opened.get_part(kind)
 
 
-def new_model(
-    llm: Opened, encoder: Opened, sizes: UPMSizes, modalities: Sequence[str] | None, seed: int
-) -> Opened:
-    """An LLM and an encoder with everything between them random."""
+def build_new_model(
+    llm: OpenedCheckpoint,
+    encoder: OpenedCheckpoint,
+    sizes: UPMSizes,
+    modalities: Sequence[str] | None,
+    seed: int,
+) -> OpenedCheckpoint:
+    """An LLM and an encoder, with everything between them random.
+
+    Args:
+        llm: the LLM.
+        encoder: the encoder.
+        sizes: sizes of the UPM.
+        modalities: modalities of the model; default: all.
+        seed: seed of random parts.
+
+    Raises:
+        UsageError: an unknown modality, or sizes that do not fit.
+    """
     _check_modalities(modalities or ())
     width = encoder.config.width
     upm = OneLLMUPMConfig(
@@ -153,44 +198,57 @@ def new_model(
         router=sizes.router,
         init=sizes.init,
         heads=sizes.heads or max(1, width // UPM_HEAD_WIDTH),
-        ffn=sizes.ffn or width * 11 // 4,  # 2816 at 1024
+        ffn=sizes.ffn or width * 11 // 4,  # 2816 at a width of 1024
         router_hidden=sizes.router_hidden or 4 * width,
     )
     config = OneLLMConfig(
         vision=encoder.config, upm=upm, text_config=llm.config, modalities=modalities
     )
-    given = {**with_prefix(encoder.tensors, "encoder."), **with_prefix(llm.tensors, "llm.")}
-    made = {name: t for name, t in fresh_tensors(config, seed).items() if name not in given}
+    given = {**add_prefix(encoder.tensors, "encoder."), **add_prefix(llm.tensors, "llm.")}
+    drawn = {name: t for name, t in draw_tensors(config, seed).items() if name not in given}
     notes = {
         "llm": llm.format,
-        "encoder": encoder.format,
+        "encoder": encoder.notes.get("tower", encoder.format),
         "initialisation": f"seed {seed}, experts {sizes.init}",
         "stage": "ready for align",
     }
-    return Opened(
+    return OpenedCheckpoint(
         "assemble",
         "onellm",
         config,
-        {**made, **given},
+        {**drawn, **given},
         (*llm.files, *encoder.files),
         llm.root,
         (*llm.ignored, *encoder.ignored),
         (*llm.problems, *encoder.problems),
-        notes | {"encoder": encoder.notes.get("tower", encoder.format)},
-        tuple(made),
+        notes,
+        tuple(drawn),
     )
 
 
-def with_experts(
-    opened: Opened, count: int, init: str, gate_bias: float, seed: int, noise: float | None = None
-) -> Opened:
-    """`opened` with `count` experts more, whose gates are closed for its modalities.
+def extend_experts(
+    opened: OpenedCheckpoint,
+    count: int,
+    init: str,
+    gate_bias: float,
+    seed: int,
+    noise: float | None = None,
+) -> OpenedCheckpoint:
+    """Add experts that are closed for the model's modalities.
 
-    The router's new rows are zero with the bias `gate_bias`, so that the outputs of a soft router stay the same to fp32's rounding, and a
-    sparse one never picks the new experts before it learns to. Weights: a copy of the first expert with some noise, or random.
+    The router's new rows are zero with the bias `gate_bias`. The outputs of a soft router therefore
+    stay the same to fp32's rounding, and a sparse one never picks a new expert before it learns to.
+
+    Args:
+        opened: the model.
+        count: experts to add.
+        init: `copied` (from the first expert, with some noise) or `separate` (random).
+        gate_bias: router bias of the new experts.
+        seed: seed of noise and random parts.
+        noise: see EXPERT_NOISE; default: EXPERT_NOISE, or 0 with a constant router.
 
     Raises:
-        UsageError: the router has no gates, and the experts could only change what the model says.
+        UsageError: an unknown `init`, or a constant router whose outputs would change.
     """
     config = copy.deepcopy(opened.config)
     before = config.upm.experts
@@ -199,46 +257,60 @@ def with_experts(
             f"--expert-init {init}", "experts are copied or separate.", "use one of the two."
         )
     if config.upm.router == "constant" and (init != "copied" or before != 1):
+        total = before + count
         raise UsageError(
-            f"the router is constant: each of {before + count} experts would weigh 1/{before + count}",
+            f"the router is constant: each of {total} experts would weigh 1/{total}",
             "the trained modalities' outputs would change at once.",
-            "grow a constant router from one expert, by copies.",
+            "extend a constant router from one expert, by copies.",
         )
     config.upm.experts = before + count
     config.upm.init = "separate"
-    tensors = dict(opened.tensors)
     if noise is None:
         noise = 0.0 if config.upm.router == "constant" else EXPERT_NOISE
-    drawn = fresh_tensors(
-        config,
-        seed,
-        [n for k in range(before, before + count) for n in _expert_names(opened.tensors, k)],
-    )
+    names = [n for k in range(before, before + count) for n in _list_expert(opened.tensors, k)]
+    drawn = draw_tensors(config, seed, names)
+    tensors = dict(opened.tensors)
     for name, random in drawn.items():
-        first = re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
-        copied = _shaken(opened.tensors[first], name, noise, seed)
-        tensors[name] = copied if init == "copied" else random.cast(opened.tensors[first].dtype)
+        first = opened.tensors[re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)]
+        copied = _add_noise(first, name, noise, seed)
+        tensors[name] = copied if init == "copied" else random.cast(first.dtype)
     for name, tensor in opened.tensors.items():
         if re.fullmatch(r"projectors\.\w+\.router\.fc2\.(weight|bias)", name):
-            tensors[name] = _more_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
-    shaken = f", noise {noise}" if init == "copied" else ""
+            tensors[name] = _add_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
+    copies = f", noise {noise}" if init == "copied" else ""
     about = (
-        f"{count}, {init} (seed {seed}{shaken}), gates of old modalities at sigmoid({gate_bias})"
+        f"{count}, {init} (seed {seed}{copies}), router weights of old modalities at "
+        f"sigmoid({gate_bias})"
     )
-    notes = {**opened.notes, "added experts": about}
-    made = (*opened.made, *drawn) if init == "separate" else opened.made
-    return replace(opened, config=config, tensors=tensors, notes=notes, made=made)
+    initialised = (*opened.initialised, *drawn) if init == "separate" else opened.initialised
+    return replace(
+        opened,
+        config=config,
+        tensors=tensors,
+        notes={**opened.notes, "added experts": about},
+        initialised=initialised,
+    )
 
 
-def with_modalities(
-    opened: Opened, names: Sequence[str], seed: int, *, added_experts: int = 0
-) -> Opened:
-    """`opened` with more modalities; nothing of the old ones changes."""
+def extend_modalities(
+    opened: OpenedCheckpoint, names: Sequence[str], seed: int, *, added_experts: int = 0
+) -> OpenedCheckpoint:
+    """Add modalities; nothing of the old ones changes.
+
+    Args:
+        opened: the model.
+        names: modalities to add.
+        seed: seed of random tokenizers.
+        added_experts: experts that were just added, which new modalities may use at once.
+
+    Raises:
+        UsageError: an unknown modality, or one that the model has already.
+    """
     config = copy.deepcopy(opened.config)
     _check_modalities(names)
-    if there := [name for name in names if name in config.modalities]:
+    if present := [name for name in names if name in config.modalities]:
         raise UsageError(
-            f"the model has {', '.join(there)} already",
+            f"the model has {', '.join(present)} already",
             "its weights would be lost.",
             "leave it out.",
         )
@@ -249,25 +321,27 @@ def with_modalities(
         text_config=config.text_config,
         modalities=[*config.modalities, *names],
     )
-    like = opened.tensors[f"projectors.{source}.queries.weight"].dtype
+    dtype = opened.tensors[f"projectors.{source}.queries.weight"].dtype
+    prefixes = tuple(f"tokenizers.{name}." for name in names)
     random = {
-        n: t.cast(like)
-        for n, t in fresh_tensors(new, seed).items()
-        if n.startswith(tuple(f"tokenizers.{name}." for name in names))
+        name: tensor.cast(dtype)
+        for name, tensor in draw_tensors(new, seed).items()
+        if name.startswith(prefixes)
     }
     tensors: Tensors = {**opened.tensors, **random}
     for name in names:
-        tensors |= copied_projector(opened.tensors, source, name)
+        tensors |= copy_projector(opened.tensors, source, name)
         bias = f"projectors.{name}.router.fc2.bias"
-        if (
-            added_experts and bias in tensors
-        ):  # a new modality may use the new experts from its first step on
-            tensors[bias] = _opened_gates(tensors[bias], added_experts)
-    notes = {
-        **opened.notes,
-        "added modalities": f"{', '.join(names)} from {source}, tokenizers random (seed {seed})",
-    }
-    return replace(opened, config=new, tensors=tensors, notes=notes, made=(*opened.made, *random))
+        if added_experts and bias in tensors:
+            tensors[bias] = _zero_last(tensors[bias], added_experts)
+    about = f"{', '.join(names)} from {source}, tokenizers random (seed {seed})"
+    return replace(
+        opened,
+        config=new,
+        tensors=tensors,
+        notes={**opened.notes, "added modalities": about},
+        initialised=(*opened.initialised, *random),
+    )
 
 
 def _check_modalities(names: Sequence[str]) -> None:
@@ -280,7 +354,8 @@ def _check_modalities(names: Sequence[str]) -> None:
         )
 
 
-def _expert_names(tensors: Tensors, expert: int) -> list[str]:
+def _list_expert(tensors: Tensors, expert: int) -> list[str]:
+    """Names of an expert's parameters."""
     first = "upm.experts.0."
     return [
         f"upm.experts.{expert}.{name.removeprefix(first)}"
@@ -289,29 +364,32 @@ def _expert_names(tensors: Tensors, expert: int) -> list[str]:
     ]
 
 
-def _shaken(tensor: LazyTensor, name: str, noise: float, seed: int) -> LazyTensor:
+def _add_noise(tensor: LazyTensor, name: str, noise: float, seed: int) -> LazyTensor:
     """A matrix times 1 + noise x normal, drawn by seed and name; vectors (norms) as they are."""
     if not noise or len(tensor.shape) < 2:
         return tensor
 
-    def shake(t: torch.Tensor) -> torch.Tensor:
+    def multiply(t: torch.Tensor) -> torch.Tensor:
+        # The word `shaken` is a part of the seed: other noise would come from another word.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/shaken/{name}".encode()))
         return (t.float() * (1 + noise * torch.randn(t.shape, generator=generator))).to(t.dtype)
 
-    return tensor.mapped(shake)
+    return tensor.map(multiply)
 
 
-def _more_rows(tensor: LazyTensor, count: int, value: float) -> LazyTensor:
-    def grown(t: torch.Tensor) -> torch.Tensor:
+def _add_rows(tensor: LazyTensor, count: int, value: float) -> LazyTensor:
+    def extend(t: torch.Tensor) -> torch.Tensor:
         return torch.cat([t, torch.full((count, *t.shape[1:]), value, dtype=t.dtype)])
 
-    return tensor.mapped(grown, shape=(tensor.shape[0] + count, *tensor.shape[1:]))
+    return tensor.map(extend, shape=(tensor.shape[0] + count, *tensor.shape[1:]))
 
 
-def _opened_gates(bias: LazyTensor, count: int) -> LazyTensor:
-    def zeroed(t: torch.Tensor) -> torch.Tensor:
+def _zero_last(bias: LazyTensor, count: int) -> LazyTensor:
+    """A router's bias with its last entries at zero: added experts are open."""
+
+    def zero(t: torch.Tensor) -> torch.Tensor:
         t = t.clone()
         t[-count:] = 0
         return t
 
-    return bias.mapped(zeroed)
+    return bias.map(zero)

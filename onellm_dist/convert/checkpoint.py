@@ -1,7 +1,8 @@
-"""What every reader gives and every writer takes: a model of one of three kinds, its tensors not read yet.
+"""What every reader gives and every writer takes: a model of one of three kinds, not read yet.
 
-Names are canonical by kind: `llm` has transformers' names of that causal LM, `encoder` those of our `Encoder`, `onellm` those of
-`OneLLMForConditionalGeneration`. A format's file maps its own names to these and back; no format knows another.
+Names are canonical by kind: `llm` has transformers' names of that causal LM, `encoder` those of our
+`Encoder`, `onellm` those of `OneLLMForConditionalGeneration`. The file of a format maps its own
+names to these and back; no format knows another.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.tensors.lazy import LazyTensor
+from onellm_dist.convert.tensors.lazy import LazyTensor, Shapes, Tensors
 from onellm_dist.convert.tensors.writers import TensorFile
 
-Tensors = dict[str, LazyTensor]
-Shapes = dict[str, tuple[int, ...]]
-KINDS = {"llm": "a language model", "encoder": "a CLIP encoder", "onellm": "a whole OneLLM"}
+KINDS = {"llm": "a language model", "encoder": "a CLIP encoder", "onellm": "a complete OneLLM"}
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user may say about a conversion; every reader takes what concerns it.
+class ConversionOptions:
+    """What the user may choose; every reader and writer takes what concerns it.
 
     Attributes:
-        tokenizer: a file or directory, where the source has none.
-        dtype: of all floating-point tensors written; each keeps its own where None.
-        encoder_heads, upm_heads, llm_heads: attention heads, where a file does not tell.
-        act: activation of a CLIP whose file does not tell, `quick_gelu` or `gelu`.
-        base: the directory with the frozen weights of a run, where the checkpoint's own `model.path` is not here.
-        allow: names (or patterns with *) of keys that may be missing, unexpected or not finite.
-        shard_bytes: largest safetensors file written.
+        tokenizer: a file or directory with the tokenizer, if the source has none.
+        dtype: dtype of all floating-point tensors written; None: each keeps its own.
+        encoder_heads: attention heads of the encoder, if a file does not state them.
+        upm_heads: attention heads of the UPM, if a file does not state them.
+        llm_heads: attention heads of the LLM, if a file does not state them.
+        act: activation of a CLIP, `quick_gelu` or `gelu`, if its file does not state it.
+        base: the model that a training run started from, which has the frozen weights.
+        allow: names of keys, or patterns with *, that may be missing, unexpected or not finite.
+        shard_bytes: size of the largest safetensors file written.
     """
 
     tokenizer: Path | None = None
@@ -48,14 +49,20 @@ class Options:
     allow: tuple[str, ...] = ()
     shard_bytes: int = 5_000_000_000
 
-    def allows(self, name: str) -> bool:
-        """Whether `allow` names it."""
+    def is_allowed(self, name: str) -> bool:
+        """Whether `allow` names a key."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.allow)
 
 
 @dataclass(frozen=True)
-class Problem:
-    """A key that does not fit: `missing`, `unexpected` or `mismatched`."""
+class KeyProblem:
+    """A key that does not fit the model.
+
+    Attributes:
+        kind: `missing`, `unexpected` or `mismatched`.
+        name: the key.
+        detail: its shape, or what is wrong.
+    """
 
     kind: str
     name: str
@@ -63,28 +70,28 @@ class Problem:
 
     def __str__(self) -> str:
         words = {
-            "missing": "nothing gives",
+            "missing": "missing key",
             "unexpected": "unknown key",
-            "mismatched": "does not fit:",
+            "mismatched": "mismatched key",
         }
         return f"{words[self.kind]} {self.name} {self.detail}".rstrip()
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A checkpoint, opened.
+class OpenedCheckpoint:
+    """A checkpoint whose tensors are not read yet.
 
     Attributes:
         format: name of its format.
         kind: one of KINDS.
         config: OneLLMConfig, OneLLMVisionConfig, or the LLM's transformers config.
-        tensors: canonical name to tensor.
-        files: those that the weights come from.
-        root: the folder that may hold a tokenizer.
+        tensors: canonical name -> tensor.
+        files: the files that the weights come from.
+        root: the folder that may have a tokenizer.
         ignored: keys that nothing uses.
-        problems: what does not fit.
+        problems: keys that do not fit.
         notes: step, stage, world size and the like, for people.
-        made: names of tensors that come from no file (initialised).
+        initialised: names of tensors that come from no file.
     """
 
     format: str
@@ -94,13 +101,13 @@ class Opened:
     files: tuple[Path, ...]
     root: Path
     ignored: tuple[str, ...] = ()
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[KeyProblem, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
-    made: tuple[str, ...] = ()
+    initialised: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of most elements of the LLM (of the encoder, where there is none)."""
+        """Dtype of most elements of the LLM; of the encoder, if there is no LLM."""
         counts: Counter[torch.dtype] = Counter()
         for name, tensor in self.tensors.items():
             if tensor.dtype.is_floating_point and (
@@ -109,31 +116,34 @@ class Opened:
                 counts[tensor.dtype] += tensor.numel
         return counts.most_common(1)[0][0] if counts else torch.float32
 
-    def checked(self, options: Options) -> Opened:
-        """Itself, cast as wanted; allowed problems are left out.
+    def check(self, options: ConversionOptions) -> OpenedCheckpoint:
+        """Check that all keys fit, and cast to the wanted dtype.
+
+        Returns:
+            The checkpoint in the wanted dtype. Allowed problems stay listed.
 
         Raises:
             UsageError: keys that do not fit and are not allowed; all of them are named.
         """
-        refused = [problem for problem in self.problems if not options.allows(problem.name)]
+        refused = [problem for problem in self.problems if not options.is_allowed(problem.name)]
         if refused:
+            verb = "keys do" if len(refused) > 1 else "key does"
             raise UsageError(
-                f"{self.root}: {len(refused)} key{'s do' if len(refused) > 1 else ' does'} not fit\n"
+                f"{self.root}: {len(refused)} {verb} not fit\n"
                 + "\n".join(f"  - {problem}" for problem in refused),
                 "the model would be partly random, or lose something.",
-                "give a whole checkpoint of this format and the right numbers of heads; or allow keys by name (--allow, with * too).",
+                "give a complete checkpoint of this format and the right numbers of heads; or "
+                "allow keys by name (--allow, with * too).",
             )
-        return (
-            self
-            if options.dtype is None
-            else replace(self, tensors=cast_all(self.tensors, options.dtype))
-        )
+        if options.dtype is None:
+            return self
+        return replace(self, tensors=cast_tensors(self.tensors, options.dtype))
 
-    def as_kind(self, kind: str) -> Opened:
+    def get_part(self, kind: str) -> OpenedCheckpoint:
         """The part of this model that is of `kind`.
 
         Raises:
-            UsageError: it has none.
+            UsageError: the model has no such part.
         """
         if kind == self.kind:
             return self
@@ -143,22 +153,44 @@ class Opened:
                 "one cannot be made of the other.",
                 "put an LLM and an encoder together with `onellm convert assemble`.",
             )
-        prefix, config = {
-            "llm": ("llm.", self.config.text_config),
-            "encoder": ("encoder.", self.config.vision),
-        }[kind]
-        return replace(self, kind=kind, config=config, tensors=without_prefix(self.tensors, prefix))
+        config = self.config.text_config if kind == "llm" else self.config.vision
+        tensors = strip_prefix(self.tensors, f"{kind}.")
+        return replace(self, kind=kind, config=config, tensors=tensors)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a writer will write: files of tensors, and then, into the same folder, everything small."""
+class TrainedWeights:
+    """Weights of a training checkpoint that has no config: they replace those of a base model.
+
+    Attributes:
+        format: name of its format.
+        tensors: name -> tensor, maybe with prefixes of wrappers.
+        files: the files that they come from.
+        root: the checkpoint's folder.
+        notes: step, world size and the like, for people.
+    """
+
+    format: str
+    tensors: Tensors
+    files: tuple[Path, ...]
+    root: Path
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What a format writes.
+
+    Attributes:
+        files: files of tensors.
+        finish: writes everything small into the same folder, when the files are there.
+    """
 
     files: tuple[TensorFile, ...]
     finish: Callable[[Path], None]
 
 
-def cast_all(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+def cast_tensors(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """Every floating-point tensor in `dtype`."""
     return {
         name: tensor.cast(dtype) if tensor.dtype.is_floating_point else tensor
@@ -166,13 +198,13 @@ def cast_all(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     }
 
 
-def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    """Every name with `prefix` before it."""
+def add_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The same tensors, with `prefix` before every name."""
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def without_prefix(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose name begins with `prefix`, without it."""
+def strip_prefix(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose name begins with `prefix`, under names without it."""
     return {
         name.removeprefix(prefix): tensor
         for name, tensor in tensors.items()
@@ -180,58 +212,56 @@ def without_prefix(tensors: Tensors, prefix: str) -> Tensors:
     }
 
 
-def fitted(
+def fit_tensors(
     given: Mapping[str, tuple[str | None, LazyTensor]],
     wanted: Shapes,
     *,
     ignore: Callable[[str], bool] = lambda key: False,
-) -> tuple[Tensors, tuple[str, ...], tuple[Problem, ...]]:
-    """Tensors under their canonical names and shapes.
+) -> tuple[Tensors, tuple[str, ...], tuple[KeyProblem, ...]]:
+    """Match a checkpoint's tensors with the parameters of a model.
 
     Args:
-        given: the source's key -> (canonical name or None, tensor).
-        wanted: canonical name -> shape; a tensor with as many elements in another shape is reshaped.
-        ignore: keys that nothing uses.
+        given: the checkpoint's key -> (canonical name or None, tensor).
+        wanted: canonical name -> shape. A tensor that differs by dimensions of size 1 is reshaped.
+        ignore: whether nothing uses a key.
 
     Returns:
-        (tensors, ignored keys, what does not fit).
+        (tensors under their canonical names and shapes, ignored keys, keys that do not fit).
     """
     tensors: Tensors = {}
     ignored: list[str] = []
-    problems: list[Problem] = []
+    problems: list[KeyProblem] = []
+    mismatched: set[str] = set()
     for key, (name, tensor) in given.items():
         if name is None or name not in wanted:
             if ignore(key):
                 ignored.append(key)
             else:
-                problems.append(Problem("unexpected", key, str(list(tensor.shape))))
-        elif torch.Size(wanted[name]).numel() != tensor.numel or _squeezed(
-            wanted[name]
-        ) != _squeezed(tensor.shape):
-            problems.append(
-                Problem(
-                    "mismatched",
-                    key,
-                    f"has shape {list(tensor.shape)}, the model needs {list(wanted[name])}",
-                )
-            )
+                problems.append(KeyProblem("unexpected", key, str(list(tensor.shape))))
+        elif _squeeze(wanted[name]) != _squeeze(tensor.shape):
+            detail = f"has shape {list(tensor.shape)}, the model needs {list(wanted[name])}"
+            problems.append(KeyProblem("mismatched", key, detail))
+            mismatched.add(name)
         else:
-            tensors[name] = tensor.reshaped(wanted[name])
-    spoilt = {given[p.name][0] for p in problems if p.kind == "mismatched"}
+            tensors[name] = tensor.reshape(wanted[name])
     problems += [
-        Problem("missing", name, str(list(shape)))
+        KeyProblem("missing", name, str(list(shape)))
         for name, shape in wanted.items()
-        if name not in tensors and name not in spoilt
+        if name not in tensors and name not in mismatched
     ]
     return tensors, tuple(sorted(ignored)), tuple(problems)
 
 
-def _squeezed(shape: Sequence[int]) -> list[int]:
+def _squeeze(shape: Sequence[int]) -> list[int]:
     return [n for n in shape if n != 1]
 
 
-def parameter_shapes(build: Callable[[], torch.nn.Module]) -> Shapes:
-    """Shapes of the parameters of a model that is built without memory; tied ones stand once."""
+def get_parameter_shapes(build: Callable[[], torch.nn.Module]) -> Shapes:
+    """Shapes of a model's parameters; tied ones are listed once.
+
+    Args:
+        build: builds the model; it is called on the meta device, where parameters take no memory.
+    """
     with torch.device("meta"):
         model = build()
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""A conversion from end to end: open, check, plan, write aside, hash, rename."""
+"""A conversion from end to end: open, check, plan, write to a staging folder, hash, rename."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import Any
 
 from onellm_dist import __version__
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.common.progress import progress
-from onellm_dist.convert.checkpoint import Opened, Options, Plan
-from onellm_dist.convert.registry import DEFAULT_TARGET, WRITABLE, format_of
-from onellm_dist.convert.staging import RECORD, Stage, staged
-from onellm_dist.convert.tensors.writers import safetensors_header, write_tensor_file
+from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, OutputPlan
+from onellm_dist.convert.new_parameters import draw_tensors
+from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.registry import import_format, list_formats, list_writable
+from onellm_dist.convert.staging import RECORD, StagingFolder, stage_output
+from onellm_dist.convert.tensors.writers import build_safetensors_header, write_tensor_file
 
-HASH_BLOCK = 1 << 20
-"""Bytes of a source that are hashed at once, always in the same memory: it stays in the processor's cache."""
 SMALL_FILES = 64 << 20
-"""Bytes kept for configs, tokenizer and archive headers when the disk's room is checked."""
+"""Bytes reserved for configs, tokenizer and archive headers when the disk's room is checked."""
 
 
 def convert(
@@ -32,40 +33,45 @@ def convert(
     out: Path,
     *,
     to: str | None = None,
-    options: Options | None = None,
+    options: ConversionOptions | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     quiet: bool = False,
-) -> tuple[Opened, dict[str, Any]]:
-    """Convert the checkpoint `source` into the folder `out`.
+) -> tuple[OpenedCheckpoint, dict[str, Any]]:
+    """Convert a checkpoint into a folder.
 
     Args:
-        to: format of `out`; the usual one of the source's where None.
-        workers: files written at once; 2 or the number of cores, whichever is less, where None.
-        quiet: no progress.
+        source_format: name of the checkpoint's format.
+        source: the checkpoint.
+        out: the folder to write.
+        to: name of the format to write; default: the usual one of the source's format.
+        options: what the user chose.
+        overwrite: replace a folder that an earlier conversion wrote.
+        workers: files written at once; default: 2, or the number of cores if that is less.
+        quiet: show no progress.
 
     Returns:
         (what was read, the content of `conversion.json`).
 
     Raises:
-        UsageError: the source does not fit, or `out` is there.
+        UsageError: the source does not fit, or `out` exists.
         OneLLMError: a tensor is not finite, or the disk filled up.
     """
-    options = options or Options()
-    target = to or DEFAULT_TARGET.get(source_format, "onellm")
-    if target not in WRITABLE:
+    options = options or ConversionOptions()
+    known = list_formats().get(source_format)
+    target = to or (known.default_target if known is not None else "onellm")
+    if target not in list_writable():
         raise UsageError(
             f"nothing writes {target!r}",
-            "it is a format to read only, or unknown.",
-            f"use one of: {', '.join(WRITABLE)}.",
+            "it can only be read, or is unknown.",
+            f"use one of: {', '.join(list_writable())}.",
         )
-    writer = format_of(target)
-    opened = format_of(source_format).open_checkpoint(source, options).checked(options)
-    opened = filled(opened.as_kind(writer.KIND), options)
-    plan = writer.plan(opened, options)
-    record = emit(
+    writer = import_format(target)
+    opened = open_checkpoint(source, options, source_format).check(options)
+    opened = fill_missing(opened.get_part(writer.KIND), options)
+    record = write_output(
         opened,
-        plan,
+        writer.plan_output(opened, options),
         out,
         target=target,
         options=options,
@@ -76,116 +82,139 @@ def convert(
     return opened, record
 
 
-def filled(opened: Opened, options: Options) -> Opened:
-    """A OneLLM whose missing parameters, all of them allowed by name, are initialised (seed 0)."""
-    lacking = [
-        p.name
-        for p in opened.problems
-        if p.kind in ("missing", "mismatched") and options.allows(p.name)
-    ]
-    if opened.kind != "onellm" or not lacking:
-        return opened
-    from onellm_dist.convert.formats.onellm import onellm_shapes
-    from onellm_dist.convert.new_parameters import fresh_tensors
-
-    absent = [name for name in onellm_shapes(opened.config) if name not in opened.tensors]
-    return replace(
-        opened,
-        tensors={**opened.tensors, **fresh_tensors(opened.config, 0, absent)},
-        made=tuple(absent),
+def fill_missing(opened: OpenedCheckpoint, options: ConversionOptions) -> OpenedCheckpoint:
+    """Initialise the missing parameters of a OneLLM with seed 0; the user allowed them by name."""
+    lacks_some = any(
+        problem.kind in ("missing", "mismatched") and options.is_allowed(problem.name)
+        for problem in opened.problems
     )
+    if opened.kind != "onellm" or not lacks_some:
+        return opened
+    drawn = draw_tensors(opened.config, 0)
+    absent = tuple(name for name in drawn if name not in opened.tensors)
+    tensors = {**opened.tensors, **{name: drawn[name] for name in absent}}
+    return replace(opened, tensors=tensors, initialised=absent)
 
 
-def emit(
-    opened: Opened,
-    plan: Plan,
+def write_output(
+    opened: OpenedCheckpoint,
+    plan: OutputPlan,
     out: Path,
     *,
     target: str,
-    options: Options,
+    options: ConversionOptions,
     overwrite: bool,
     workers: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write a plan to `out`, whole or not at all, with its `conversion.json`, which is returned."""
-    needs = (
-        sum(file.nbytes + len(safetensors_header(file.tensors)) for file in plan.files)
-        + SMALL_FILES
-    )
-    total = sum(file.nbytes for file in plan.files) + sum(
-        path.stat().st_size for path in opened.files
-    )
-    mark = _fingerprint(opened, plan, target, options)
-    with staged(out, overwrite=overwrite, fingerprint=mark, needs=needs) as stage:
+    """Write a plan to a folder, completely or not at all.
+
+    Args:
+        opened: what is written.
+        plan: its files.
+        out: the folder to write.
+        target: name of the format.
+        options: what the user chose.
+        overwrite: replace a folder that an earlier conversion wrote.
+        workers: files written at once; default: 2, or the number of cores if that is less.
+        quiet: show no progress.
+
+    Returns:
+        The content of `conversion.json`.
+
+    Raises:
+        UsageError: `out` exists, another process writes it, or the disk has too little room.
+        OneLLMError: a tensor is not finite, or the disk filled up.
+    """
+    tensor_bytes = sum(file.nbytes for file in plan.files)
+    header_bytes = sum(len(build_safetensors_header(file.tensors)) for file in plan.files)
+    total = tensor_bytes + sum(path.stat().st_size for path in opened.files)
+    fingerprint = _compute_fingerprint(opened, plan, target, options)
+    needs = tensor_bytes + header_bytes + SMALL_FILES
+    with stage_output(out, overwrite=overwrite, fingerprint=fingerprint, needs=needs) as stage:
         with progress(
             max(1, total >> 20), f"Converting to {target}", unit="MB", enabled=not quiet
         ) as bar:
-            told = _Megabytes(bar.advance)
-            hashes = _write_all(
-                stage, plan, opened, options, told, workers or min(2, os.cpu_count() or 1)
-            )
+            counter = _MegabyteCounter(bar.advance)
+            count = workers or min(2, os.cpu_count() or 1)
+            hashes = _write_files(stage, plan, opened, options, counter, count)
         plan.finish(stage.folder)
-        record = {
-            "onellm_dist": __version__,
-            "from": opened.format,
-            "to": target,
-            "source": [
-                {"file": p.name, "bytes": p.stat().st_size, "sha256": h}
-                for p, h in zip(opened.files, hashes, strict=True)
-            ],
-            "result": [{"file": f.name, **asdict(stage.done[f.name])} for f in plan.files],
-            "ignored": list(opened.ignored),
-            "allowed": [str(p) for p in opened.problems],
-            "initialised": list(opened.made),
-            "notes": {key: value for key, value in opened.notes.items() if value is not None},
-            "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
-        }
-        (stage.folder / RECORD).write_text(
-            json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8"
-        )
+        record = _build_record(opened, plan, stage, hashes, target, options)
+        text = json.dumps(record, indent=1, default=str) + "\n"
+        (stage.folder / RECORD).write_text(text, encoding="utf-8")
     return record
 
 
-def _write_all(
-    stage: Stage,
-    plan: Plan,
-    opened: Opened,
-    options: Options,
-    told: Callable[[int], None],
+def _build_record(
+    opened: OpenedCheckpoint,
+    plan: OutputPlan,
+    stage: StagingFolder,
+    hashes: list[str],
+    target: str,
+    options: ConversionOptions,
+) -> dict[str, Any]:
+    """The content of `conversion.json`."""
+    return {
+        "onellm_dist": __version__,
+        "from": opened.format,
+        "to": target,
+        "source": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(opened.files, hashes, strict=True)
+        ],
+        "result": [{"file": file.name, **asdict(stage.done[file.name])} for file in plan.files],
+        "ignored": list(opened.ignored),
+        "allowed": [str(problem) for problem in opened.problems],
+        "initialised": list(opened.initialised),
+        "notes": {key: value for key, value in opened.notes.items() if value is not None},
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+    }
+
+
+def _write_files(
+    stage: StagingFolder,
+    plan: OutputPlan,
+    opened: OpenedCheckpoint,
+    options: ConversionOptions,
+    on_bytes: Callable[[int], None],
     workers: int,
 ) -> list[str]:
-    """Write the files that are not there yet, several at once, and hash the sources beside them. Returns the sources' hashes."""
+    """Write the files that are not complete yet, and hash the sources meanwhile.
+
+    Returns:
+        SHA-256 of every source.
+    """
     lock, stop = threading.Lock(), threading.Event()
 
-    def tell(count: int) -> None:
+    def count(size: int) -> None:
         if stop.is_set():
-            raise _Stopped
-        told(count)
+            raise _StoppedError
+        on_bytes(size)
 
     def write(index: int) -> None:
         file = plan.files[index]
         if file.name in stage.done:
-            told(file.nbytes)
+            on_bytes(file.nbytes)
             return
-        written = write_tensor_file(
-            stage.folder / file.name, file, told=tell, allow_nonfinite=options.allows
+        digest = write_tensor_file(
+            stage.folder / file.name, file, on_bytes=count, allow_nonfinite=options.is_allowed
         )
         with lock:
-            stage.keep(file.name, written)
+            stage.keep(file.name, digest)
 
     with ThreadPoolExecutor(workers + 1) as pool:
-        sources = [pool.submit(_hashed, path, tell) for path in opened.files[:1]]
+        sources = [pool.submit(sha256_file, path, on_bytes=count) for path in opened.files[:1]]
         files = [pool.submit(write, index) for index in range(len(plan.files))]
-        sources += [pool.submit(_hashed, path, tell) for path in opened.files[1:]]
-        _wait([*files, *sources], stop)
+        sources += [pool.submit(sha256_file, path, on_bytes=count) for path in opened.files[1:]]
+        _wait_for([*files, *sources], stop)
         return [future.result() for future in sources]
 
 
-class _Stopped(Exception):
-    """Another file failed; this one need not go on."""
+class _StoppedError(Exception):
+    """Another file failed, so this one need not be finished."""
 
 
-def _wait(futures: list[Future[Any]], stop: threading.Event) -> None:
+def _wait_for(futures: list[Future[Any]], stop: threading.Event) -> None:
     try:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
     except BaseException:
@@ -194,7 +223,7 @@ def _wait(futures: list[Future[Any]], stop: threading.Event) -> None:
     failed = [
         error
         for future in done
-        if (error := future.exception()) is not None and not isinstance(error, _Stopped)
+        if (error := future.exception()) is not None and not isinstance(error, _StoppedError)
     ]
     if failed:
         stop.set()
@@ -203,20 +232,16 @@ def _wait(futures: list[Future[Any]], stop: threading.Event) -> None:
         raise failed[0]
 
 
-def _hashed(path: Path, told: Callable[[int], None]) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(HASH_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(block):
-            digest.update(block[:got])
-            told(got)
-    return digest.hexdigest()
+def _compute_fingerprint(
+    opened: OpenedCheckpoint, plan: OutputPlan, target: str, options: ConversionOptions
+) -> str:
+    """Digest of everything that decides the bytes written.
 
-
-def _fingerprint(opened: Opened, plan: Plan, target: str, options: Options) -> str:
-    """Of everything that decides the bytes written: another one cannot take up what an earlier start left."""
+    Files of an earlier start are kept only if it had the same.
+    """
     sources = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in opened.files]
     files = [(f.name, [(n, t.shape, str(t.dtype)) for n, t in f.tensors]) for f in plan.files]
-    words = [
+    content = [
         __version__,
         opened.format,
         target,
@@ -226,19 +251,22 @@ def _fingerprint(opened: Opened, plan: Plan, target: str, options: Options) -> s
         opened.config.to_dict(),
         dict(opened.notes),
     ]
-    return hashlib.sha256(json.dumps(words, default=str, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()
 
 
-class _Megabytes:
-    """Counts bytes of several threads; the bar moves by whole megabytes."""
+class _MegabyteCounter:
+    """Counts bytes of several threads; the bar moves by complete megabytes."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance, self._lock, self._bytes, self._shown = advance, threading.Lock(), 0, 0
+        self._advance = advance
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self._shown = 0
 
     def __call__(self, count: int) -> None:
         with self._lock:
             self._bytes += count
-            whole = self._bytes >> 20
-            if whole > self._shown:
-                self._advance(whole - self._shown)
-                self._shown = whole
+            complete = self._bytes >> 20
+            if complete > self._shown:
+                self._advance(complete - self._shown)
+                self._shown = complete

@@ -1,60 +1,57 @@
-"""Parameters that come from no file: drawn by name and seed, one at a time, as `model/initialisation.py` draws them."""
+"""Parameters that come from no file: they are drawn by name and seed, or copied."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 
-from onellm_dist.convert.checkpoint import Tensors
-from onellm_dist.convert.tensors.lazy import LazyTensor
+from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 from onellm_dist.model.configuration import OneLLMConfig
-from onellm_dist.model.initialisation import fill_parameter
+from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 
 
-def meta_onellm(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
-    """The model without memory."""
-    with torch.device("meta"):
-        return OneLLMForConditionalGeneration(config)
-
-
-def fresh_tensors(config: OneLLMConfig, seed: int, names: Iterable[str] | None = None) -> Tensors:
-    """The tensors that `initialise(model, seed)` would fill, fp32, not drawn before they are read.
+def draw_tensors(config: OneLLMConfig, seed: int, names: Iterable[str] | None = None) -> Tensors:
+    """The tensors that `initialise(model, seed)` would fill, fp32; each is drawn when it is read.
 
     Args:
-        names: of those wanted; all where None.
+        config: config of the model.
+        seed: seed of all parameters.
+        names: names of the parameters that are wanted; default: all.
     """
-    model = meta_onellm(config)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with torch.device("meta"):
+        model = OneLLMForConditionalGeneration(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return {
-        name: _drawn(name, wanted[name], model, seed)
-        for name in (wanted if names is None else names)
+        name: _draw_later(name, shapes[name], model, seed)
+        for name in (shapes if names is None else names)
     }
 
 
-def _drawn(
-    name: str, shape: tuple[int, ...], model: OneLLMForConditionalGeneration, seed: int
+def _draw_later(
+    name: str, shape: torch.Size, model: OneLLMForConditionalGeneration, seed: int
 ) -> LazyTensor:
-    source = name
-    if model.config.upm.init == "copied":  # every expert starts as the first
-        source = re.sub(r"^upm\.experts\.\d+\.", "upm.experts.0.", name)
+    source = get_drawn_name(name, model)
 
+    @torch.no_grad()
     def load() -> torch.Tensor:
-        values = torch.empty(shape, dtype=torch.float32)
-        with torch.no_grad():
-            fill_parameter(source, values, model, seed)
-        return values
+        return draw_parameter(source, shape, model, seed)
 
-    return LazyTensor(shape, torch.float32, load)
+    return LazyTensor(tuple(shape), torch.float32, load)
 
 
-def copied_projector(tensors: Mapping[str, LazyTensor], source: str, target: str) -> Tensors:
-    """`source`'s projections, queries, router and tags as those of `target` (paper, section 3.3)."""
+def copy_projector(tensors: Mapping[str, LazyTensor], source: str, target: str) -> Tensors:
+    """A modality's projections, queries, router and tags as another's (paper, section 3.3).
+
+    Args:
+        tensors: tensors of the model.
+        source: name of the modality that has them.
+        target: name of the modality that gets them.
+    """
     prefix = f"projectors.{source}."
     return {
-        f"projectors.{target}." + n.removeprefix(prefix): t
-        for n, t in tensors.items()
-        if n.startswith(prefix)
+        f"projectors.{target}." + name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
     }

@@ -1,4 +1,4 @@
-"""An output folder that is made aside, can be taken up again after a kill, and gets its name when it is whole."""
+"""An output folder that gets its name when it is complete; a later start can resume it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,57 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.files import sync
-from onellm_dist.convert.tensors.writers import Written
+from onellm_dist.common.files import replace_folder, restore_folder, sync, write_atomic
+from onellm_dist.convert.tensors.writers import FileDigest
 
 RECORD = "conversion.json"
-"""Stands in every folder that was written here; only such a folder is ever replaced."""
+"""A file of every folder that was written here; no other folder is ever replaced."""
 _JOURNAL = ".journal.json"
+"""The complete files of a folder that is being written."""
 
 
-class Stage:
-    """The folder in the making, and which of its files are whole already."""
+class StagingFolder:
+    """A folder that is being written, and its complete files.
+
+    Args:
+        folder: the folder.
+        fingerprint: digest of everything that decides the bytes written.
+    """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self._fingerprint = folder, fingerprint
-        self.done: dict[str, Written] = {}
+        self.folder = folder
+        self._fingerprint = fingerprint
+        self.done: dict[str, FileDigest] = {}
 
     def resume(self) -> None:
-        """Keep the whole files of an earlier start of the same conversion, clear everything else."""
+        """Keep the complete files of an earlier start of the same conversion, remove all others."""
         try:
             journal = json.loads((self.folder / _JOURNAL).read_text(encoding="utf-8"))
             files = journal["files"] if journal["fingerprint"] == self._fingerprint else {}
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             files = {}
         for name, (size, digest) in files.items():
             path = self.folder / name
             if path.is_file() and path.stat().st_size == size:
-                self.done[name] = Written(size, digest)
+                self.done[name] = FileDigest(size, digest)
         for path in self.folder.iterdir():
             if path.name not in self.done and path.name != _JOURNAL:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def keep(self, name: str, written: Written) -> None:
-        """`name` is whole: a later start need not write it again."""
-        self.done[name] = written
-        journal: dict[str, Any] = {
-            "fingerprint": self._fingerprint,
-            "files": {n: (w.bytes, w.sha256) for n, w in self.done.items()},
-        }
-        partial = self.folder / f"{_JOURNAL}.new"
-        partial.write_text(json.dumps(journal), encoding="utf-8")
-        partial.replace(self.folder / _JOURNAL)
+    def keep(self, name: str, digest: FileDigest) -> None:
+        """Record a complete file, which a later start need not write again."""
+        self.done[name] = digest
+        files = {n: (d.bytes, d.sha256) for n, d in self.done.items()}
+        journal = {"fingerprint": self._fingerprint, "files": files}
+        write_atomic(self.folder / _JOURNAL, json.dumps(journal))
+
+    def remove_incomplete(self) -> None:
+        """Remove all files that a later start cannot use."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in self.done and path.name != _JOURNAL:
+                path.unlink()
 
     def finish(self) -> None:
         """Remove the journal and force the folder to the disk."""
@@ -64,45 +72,47 @@ class Stage:
 
 
 @contextmanager
-def staged(out: Path, *, overwrite: bool, fingerprint: str, needs: int) -> Iterator[Stage]:
-    """Yields a staging folder beside `out` that becomes `out` when the block ends without an error.
+def stage_output(
+    out: Path, *, overwrite: bool, fingerprint: str, needs: int
+) -> Iterator[StagingFolder]:
+    """Yield a staging folder beside `out`; it becomes `out` when the block ends without an error.
 
-    After a kill or a full disk its whole files stay (`.<name>.partial`) and the same conversion goes on from them; after
-    any other error nothing stays.
+    If the process is killed or the disk is full, complete files stay in `.<name>.partial` and the
+    same conversion resumes from them. After any other error nothing stays.
 
     Args:
-        fingerprint: of source and options; another one starts anew.
-        needs: bytes that will be written; more than the disk has is refused.
+        out: the folder to write.
+        overwrite: replace a folder that an earlier conversion wrote.
+        fingerprint: digest of source and options; another one starts from the beginning.
+        needs: bytes that will be written.
 
     Raises:
-        UsageError: `out` is there, another process writes it, or the disk has no room.
+        UsageError: `out` exists, another process writes it, or the disk has too little room.
         OneLLMError: the disk filled up or failed.
     """
     out = Path(os.path.abspath(out))
-    before = _aside(out)
-    if before.exists() and not out.exists():
-        before.replace(out)  # a conversion was killed between its last two renames
-    _refuse_occupied(out, overwrite)
+    restore_folder(out)
+    _check_unoccupied(out, overwrite)
     folder = out.with_name(f".{out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         _lock(lock, out)
-        stage = Stage(folder, fingerprint)
+        stage = StagingFolder(folder, fingerprint)
         stage.resume()
-        _check_room(out, needs - sum(w.bytes for w in stage.done.values()))
-        with _cleaned(stage, out):
+        _check_room(out, needs - sum(d.bytes for d in stage.done.values()))
+        with _clean_up(stage, out):
             yield stage
             stage.finish()
-            _rename(folder, out)
+            replace_folder(folder, out)
     finally:
         os.close(lock)
         with suppress(OSError):
-            folder.rmdir()  # where nothing was begun
+            folder.rmdir()  # it is empty where nothing was begun
 
 
 @contextmanager
-def _cleaned(stage: Stage, out: Path) -> Iterator[None]:
+def _clean_up(stage: StagingFolder, out: Path) -> Iterator[None]:
     try:
         yield
     except OneLLMError:
@@ -110,30 +120,25 @@ def _cleaned(stage: Stage, out: Path) -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        for path in stage.folder.iterdir():
-            if path.is_file() and path.name not in stage.done and path.name != _JOURNAL:
-                path.unlink()
+        stage.remove_incomplete()
         raise OneLLMError(
             f"{out} was not written: {'the disk is full' if full else error}",
-            f"nothing stands under that name; files that were whole are kept in {stage.folder.name}.",
+            f"it does not exist; complete files are kept in {stage.folder.name}.",
             "make room and run the same command again, or remove that folder.",
         ) from error
 
 
-def _refuse_occupied(out: Path, overwrite: bool) -> None:
+def _check_unoccupied(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.is_dir() and overwrite and (out / RECORD).is_file():
         return
     if os.path.lexists(out):
-        why = (
-            "its files would be overwritten."
-            if not overwrite
-            else f"only a folder that a conversion wrote ({RECORD}) is replaced."
-        )
         raise UsageError(
-            f"{out} is not empty" if out.is_dir() else f"{out} is there already",
-            why,
+            f"{out} is not empty" if out.is_dir() else f"{out} exists already",
+            f"only a folder that a conversion wrote ({RECORD}) is replaced."
+            if overwrite
+            else "its files would be overwritten.",
             "name a new directory, or --overwrite.",
         )
 
@@ -144,11 +149,11 @@ def _lock(descriptor: int, out: Path) -> None:
     except BlockingIOError as error:
         raise UsageError(
             f"{out} is being written by another process",
-            "two conversions would spoil each other.",
+            "two conversions would overwrite each other's files.",
             "wait for it, or name another output.",
         ) from error
     except OSError:
-        return  # a file system without locks: two conversions at once are the user's care there
+        return  # a file system without locks: there the user must not start two conversions at once
 
 
 def _check_room(out: Path, needs: int) -> None:
@@ -159,17 +164,3 @@ def _check_room(out: Path, needs: int) -> None:
             "the disk would fill up.",
             "make room, or write to another disk.",
         )
-
-
-def _rename(folder: Path, out: Path) -> None:
-    before = _aside(out)
-    shutil.rmtree(before, ignore_errors=True)
-    if out.exists():
-        out.replace(before)
-    folder.replace(out)
-    sync(out.parent)
-    shutil.rmtree(before, ignore_errors=True)
-
-
-def _aside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.before")

@@ -1,15 +1,16 @@
-"""Tokenizer files: found beside weights, loaded, copied."""
+"""Tokenizer files: find them beside weights, load them, copy them."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from onellm_dist.common.errors import UsageError
 
-FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -23,24 +24,19 @@ FILES = (
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a directory, or from the directory of a `tokenizer.model` or `tokenizer.json`; also a GGUF file's own.
+    """Load a tokenizer.
+
+    Args:
+        path: a directory, a `tokenizer.model` or `tokenizer.json` in one, or a GGUF file.
 
     Raises:
-        UsageError: there is none that transformers can read.
+        UsageError: there is no tokenizer that transformers can read.
     """
     folder = path if path.is_dir() else path.parent
     reason = "no such file"
     if path.exists():
         try:
-            if path.suffix == ".gguf":
-                return AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
-            if (folder / "tokenizer.model").is_file() and not (
-                folder / "tokenizer_config.json"
-            ).is_file():
-                return LlamaTokenizer.from_pretrained(
-                    folder
-                )  # Meta's: nothing but the SentencePiece model
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return _load(path, folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UsageError(
@@ -50,8 +46,20 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     )
 
 
+def _load(path: Path, folder: Path) -> PreTrainedTokenizerBase:
+    if path.suffix == ".gguf":
+        found: Any = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    elif (folder / "tokenizer.model").is_file() and not (
+        folder / "tokenizer_config.json"
+    ).is_file():
+        found = LlamaTokenizer.from_pretrained(folder)  # Meta's: the SentencePiece model alone
+    else:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return cast(PreTrainedTokenizerBase, found)
+
+
 def has_tokenizer(root: Path) -> bool:
-    """Whether a tokenizer stands in a folder (or in a GGUF file)."""
+    """Whether a folder or a GGUF file has a tokenizer."""
     if root.suffix == ".gguf":
         from gguf import GGUFReader
 
@@ -62,14 +70,19 @@ def has_tokenizer(root: Path) -> bool:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Put the tokenizer of `source` (a folder, a file in one, a GGUF file) into `folder`, as it is. Returns whether there was one."""
+    """Copy a tokenizer as it is. Returns whether there was one.
+
+    Args:
+        source: a folder, a file in one, or a GGUF file.
+        folder: where to copy it.
+    """
     root = source if source.is_dir() or source.suffix == ".gguf" else source.parent
     if not has_tokenizer(root):
         return False
     if root.suffix == ".gguf":
         load_tokenizer(root).save_pretrained(folder)
         return True
-    for name in FILES:
+    for name in TOKENIZER_FILES:
         if (root / name).is_file():
             shutil.copyfile(root / name, folder / name)
     return True

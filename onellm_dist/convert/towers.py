@@ -1,6 +1,8 @@
-"""Encoders by name, of timm and open_clip: `timm:NAME[?img_size=224][@FILE]`, `open-clip:NAME[@FILE or TAG]`.
+"""Encoders of timm and open_clip by name.
 
-Without FILE, weights come from where the library has them (the Hub, or its cache of it: this needs a network the first time).
+The names are `timm:NAME[?img_size=224][@FILE]` and `open-clip:NAME[@FILE or TAG]`. Without FILE,
+weights come from where the library keeps them: the Hub, or its cache. The first time needs a
+network.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.convert.checkpoint import Opened
-from onellm_dist.convert.tensors.lazy import of_tensor
+from onellm_dist.convert.checkpoint import OpenedCheckpoint
+from onellm_dist.convert.tensors.lazy import from_tensor
 
 _SPEC = re.compile(
     r"(?P<library>timm|open-clip):(?P<name>[^?@]+)(\?img_size=(?P<size>\d+))?(@(?P<weights>.+))?"
@@ -19,15 +21,16 @@ _SPEC = re.compile(
 
 
 def is_tower(spec: str) -> bool:
-    """Whether it names a tower, and no path."""
+    """Whether an `--encoder` names a tower rather than a path."""
     return spec.startswith(("timm:", "open-clip:"))
 
 
-def open_tower(spec: str) -> Opened:
-    """The tower as an encoder, in memory.
+def open_tower(spec: str) -> OpenedCheckpoint:
+    """Load a tower as an encoder, in memory.
 
     Raises:
-        UsageError: the name is malformed or unknown, the weights cannot be had, or the encoder cannot run it.
+        UsageError: the name is malformed or unknown, the weights cannot be read, or the encoder
+            cannot run the tower.
     """
     from onellm_dist.model.towers import convert_tower
 
@@ -35,7 +38,7 @@ def open_tower(spec: str) -> Opened:
     if match is None:
         raise UsageError(
             f"--encoder {spec}",
-            "it names no tower.",
+            "it does not name a tower.",
             "write timm:NAME, timm:NAME?img_size=224, timm:NAME@FILE or open-clip:NAME@TAG.",
         )
     weights = match["weights"]
@@ -45,26 +48,26 @@ def open_tower(spec: str) -> Opened:
             "there are no weights to read.",
             "check the path.",
         )
-    make = _timm if match["library"] == "timm" else _open_clip
+    load = _load_timm if match["library"] == "timm" else _load_open_clip
     try:
-        tower = make(match["name"], int(match["size"]) if match["size"] else None, weights)
+        tower = load(match["name"], int(match["size"]) if match["size"] else None, weights)
         config, state = convert_tower(tower)
     except OneLLMError as error:
         raise UsageError(f"--encoder {spec}: {error.what}", error.why, error.do) from None
     except Exception as error:  # whatever the library or its download raises
         raise UsageError(
             f"--encoder {spec}: {type(error).__name__}: {error}",
-            "the tower cannot be made.",
+            "the tower cannot be loaded.",
             f"check the name; without a network give the weights: {spec.partition('@')[0]}@FILE.",
         ) from error
     files = (Path(weights),) if weights is not None and Path(weights).is_file() else ()
-    tensors = {name: of_tensor(value.detach()) for name, value in state.items()}
-    return Opened(
+    tensors = {name: from_tensor(value.detach()) for name, value in state.items()}
+    return OpenedCheckpoint(
         match["library"], "encoder", config, tensors, files, Path(), notes={"tower": spec}
     )
 
 
-def _timm(name: str, size: int | None, weights: str | None) -> Any:
+def _load_timm(name: str, size: int | None, weights: str | None) -> Any:
     import timm
 
     options: dict[str, Any] = {} if size is None else {"img_size": size}
@@ -80,7 +83,7 @@ def _timm(name: str, size: int | None, weights: str | None) -> Any:
     )
 
 
-def _open_clip(name: str, size: int | None, weights: str | None) -> Any:
+def _load_open_clip(name: str, size: int | None, weights: str | None) -> Any:
     import open_clip
 
     options: dict[str, Any] = {} if size is None else {"force_image_size": size}
@@ -88,7 +91,7 @@ def _open_clip(name: str, size: int | None, weights: str | None) -> Any:
     if tag is None:
         raise UsageError(
             f"open_clip has no weights of {name}",
-            "an encoder without training reads nothing.",
+            "an untrained encoder reads nothing.",
             "give open-clip:NAME@FILE.",
         )
     return open_clip.create_model(name, pretrained=tag, **options)

@@ -1,40 +1,39 @@
-"""`onellm convert verify A B`: two checkpoints of any formats, tensor by tensor after mapping, and by the logits of a forward."""
+"""Compare two checkpoints of any formats: tensor by tensor, and by the logits of a forward."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
-from onellm_dist.convert.checkpoint import KINDS, Opened, Options
-from onellm_dist.convert.inspect import opened_any
-from onellm_dist.convert.tensors.lazy import LazyTensor, equal_blocks, same_bytes
-from onellm_dist.convert.tensors.safetensors_files import read_safetensors
+from onellm_dist.convert.checkpoint import KINDS, OpenedCheckpoint
+from onellm_dist.convert.tensors.lazy import LazyTensor, is_bitwise_equal, read_equal_blocks
 from onellm_dist.modalities import get_modality
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 
 TOKENS = 16
-"""Length of the random text that a forward is run on."""
+"""Length of the random text that a forward runs on."""
 
 
 @dataclass
-class Comparison:
-    """What differs.
+class CheckpointComparison:
+    """What differs between checkpoints A and B.
 
     Attributes:
         kind: the part that both have.
-        same: number of tensors equal bit for bit.
-        differing: name -> largest absolute difference (shapes are equal, values or dtypes are not).
+        same: number of tensors that are equal bit for bit.
+        differing: name -> largest absolute difference, for tensors of equal shapes.
+        dtypes: name -> both dtypes, where they differ.
         shapes: name -> (shape in A, shape in B), where they differ.
-        only_a, only_b: names that one of them alone has.
-        logits: largest absolute difference of the logits, where a forward was asked for.
+        only_a: names that A alone has.
+        only_b: names that B alone has.
+        logits: largest absolute difference of the logits; None: no forward was asked for.
     """
 
     kind: str
@@ -46,34 +45,62 @@ class Comparison:
     only_b: list[str] = field(default_factory=list)
     logits: float | None = None
 
-    def equal(self, tolerance: float) -> bool:
+    def is_equal(self, tolerance: float) -> bool:
         """Whether both are the same within `tolerance` (0: bit for bit, dtypes included)."""
-        unlike = bool(self.shapes or self.only_a or self.only_b)
-        values = (
-            not self.differing
-            if tolerance == 0
-            else all(d <= tolerance for d in self.differing.values())
-        )
-        return not unlike and values and (self.logits is None or self.logits <= max(tolerance, 0.0))
+        if self.shapes or self.only_a or self.only_b:
+            return False
+        if self.logits is not None and not self.logits <= tolerance:
+            return False
+        if tolerance == 0:
+            return not self.differing
+        return all(difference <= tolerance for difference in self.differing.values())
+
+    def describe(self) -> list[str]:
+        """Lines with everything that differs."""
+        values = [
+            f"{name}: up to {difference:.3g} apart {self.dtypes.get(name, '')}".rstrip()
+            for name, difference in self.differing.items()
+        ]
+        shapes = [f"{name}: {list(a)} and {list(b)}" for name, (a, b) in self.shapes.items()]
+        lines = [f"compared as {KINDS[self.kind]}: {self.same} tensors equal bit for bit"]
+        for title, found in (
+            ("other values", values),
+            ("other shapes", shapes),
+            ("only in A", self.only_a),
+            ("only in B", self.only_b),
+        ):
+            if found:
+                lines += [f"{title} ({len(found)}):", *(f"  {line}" for line in found)]
+        if self.logits is not None:
+            lines.append(f"logits: up to {self.logits:.3g} apart")
+        return lines
 
 
 def compare(
-    a: Opened,
-    b: Opened,
+    a: OpenedCheckpoint,
+    b: OpenedCheckpoint,
     *,
     inputs: Mapping[str, torch.Tensor] | None = None,
     logits: bool = False,
     seed: int = 0,
     quiet: bool = True,
-) -> Comparison:
-    """Compare the part that both have, one tensor at a time; with `logits` both are built whole, in fp32.
+) -> CheckpointComparison:
+    """Compare the part that both checkpoints have, one tensor at a time.
 
     Args:
-        inputs: arguments of forward (`input_ids`, `image_values`, ...); random ones where None.
+        a: a checkpoint.
+        b: another checkpoint.
+        inputs: arguments of forward (`input_ids`, `image_values`, ...); default: random ones.
+        logits: compare a forward too; both models are built in memory, in fp32.
+        seed: seed of random inputs.
+        quiet: show no progress.
+
+    Raises:
+        UsageError: the checkpoints have no part in common, or logits of encoders are asked for.
     """
     kind = a.kind if a.kind == b.kind else a.kind if b.kind == "onellm" else b.kind
-    a, b = a.as_kind(kind), b.as_kind(kind)
-    found = Comparison(
+    a, b = a.get_part(kind), b.get_part(kind)
+    found = CheckpointComparison(
         kind,
         only_a=sorted(set(a.tensors) - set(b.tensors)),
         only_b=sorted(set(b.tensors) - set(a.tensors)),
@@ -83,32 +110,30 @@ def compare(
         left, right = a.tensors[name], b.tensors[name]
         if left.shape != right.shape:
             found.shapes[name] = (left.shape, right.shape)
-        elif same_bytes(left, right):
+        elif is_bitwise_equal(left, right):
             found.same += 1
         else:
-            found.differing[name] = _distance(left, right)
+            found.differing[name] = _compute_distance(left, right)
             if left.dtype != right.dtype:
                 found.dtypes[name] = f"{left.dtype} and {right.dtype}".replace("torch.", "")
     if logits and not (found.shapes or found.only_a or found.only_b):
-        given = dict(inputs) if inputs is not None else random_inputs(a, seed)
-        found.logits = float((forward(a, given) - forward(b, given)).abs().max())
+        given = dict(inputs) if inputs is not None else draw_inputs(a, seed)
+        found.logits = float((compute_logits(a, given) - compute_logits(b, given)).abs().max())
     return found
 
 
-def _distance(a: LazyTensor, b: LazyTensor) -> float:
-    """Largest absolute difference; NaN where one of them has it."""
-    pairs = zip(
-        equal_blocks(a.cast(torch.float64)), equal_blocks(b.cast(torch.float64)), strict=True
-    )
-    return float(
-        torch.stack(
-            [(x.view(torch.float64) - y.view(torch.float64)).abs().max() for x, y in pairs]
-        ).max()
-    )
+def _compute_distance(a: LazyTensor, b: LazyTensor) -> float:
+    """Largest absolute difference; NaN if one of them holds NaN."""
+    left, right = (read_equal_blocks(tensor.cast(torch.float64)) for tensor in (a, b))
+    distances = [
+        (x.view(torch.float64) - y.view(torch.float64)).abs().max()
+        for x, y in zip(left, right, strict=True)
+    ]
+    return float(torch.stack(distances).max())
 
 
-def build(opened: Opened) -> torch.nn.Module:
-    """The model with its weights, fp32, in memory.
+def build_model(opened: OpenedCheckpoint) -> torch.nn.Module:
+    """The model with its weights in memory, fp32.
 
     Raises:
         UsageError: an encoder, which has no logits.
@@ -116,8 +141,8 @@ def build(opened: Opened) -> torch.nn.Module:
     if opened.kind == "encoder":
         raise UsageError(
             "an encoder has no logits",
-            "nothing can be run.",
-            "compare its tensors alone, or whole models.",
+            "there is nothing to compare.",
+            "compare its tensors alone, or complete models.",
         )
     with torch.device("meta"):
         model: Any = (
@@ -127,85 +152,49 @@ def build(opened: Opened) -> torch.nn.Module:
         )
     names = {name for name, _ in model.named_parameters()}
     state = {n: t.read().float() for n, t in opened.tensors.items() if n in names}
-    _materialise_buffers(model, opened)
+    _build_buffers(model)
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    return model.eval()
+    built: torch.nn.Module = model.eval()
+    return built
 
 
-def _materialise_buffers(model: Any, opened: Opened) -> None:
-    """Rotary tables are computed when a model is made, not saved: take them from one that is made without the meta device."""
+def _build_buffers(model: Any) -> None:
+    """Build rotary tables again, outside the meta device: they are computed, not saved."""
     for name, module in model.named_modules():
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-            setattr(owner, leaf, type(module)(module.config))
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, type(module)(module.config))
 
 
 @torch.no_grad()
-def forward(opened: Opened, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Logits of a model on inputs, fp32; the model is gone afterwards."""
-    logits: torch.Tensor = build(opened)(**inputs).logits
+def compute_logits(opened: OpenedCheckpoint, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a model, fp32; the model is freed afterwards.
+
+    Args:
+        opened: the model.
+        inputs: arguments of its forward.
+
+    Raises:
+        UsageError: an encoder, which has no logits.
+    """
+    logits: torch.Tensor = build_model(opened)(**inputs).logits
     return logits.float()
 
 
-def random_inputs(opened: Opened, seed: int) -> dict[str, torch.Tensor]:
-    """A random text of TOKENS tokens, and a random value of every modality where the model reads any."""
+def draw_inputs(opened: OpenedCheckpoint, seed: int) -> dict[str, torch.Tensor]:
+    """A random text of TOKENS tokens, and a random value of every modality that the model reads.
+
+    Args:
+        opened: the model.
+        seed: seed of the random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
-    text = opened.config.text_config if isinstance(opened.config, OneLLMConfig) else opened.config
+    config = opened.config
+    text = config.text_config if isinstance(config, OneLLMConfig) else config
     inputs = {"input_ids": torch.randint(3, text.vocab_size, (1, TOKENS), generator=generator)}
-    if isinstance(opened.config, OneLLMConfig):
-        for name in opened.config.modalities:
-            inputs[f"{name}_values"] = torch.randn(
-                (1, *get_modality(name).value_shape), generator=generator
-            )
+    if isinstance(config, OneLLMConfig):
+        for name in config.modalities:
+            shape = (1, *get_modality(name).value_shape)
+            inputs[f"{name}_values"] = torch.randn(shape, generator=generator)
     return inputs
-
-
-def verify_command(
-    a: Path,
-    b: Path,
-    options: Options,
-    *,
-    logits: bool,
-    inputs: Path | None,
-    tolerance: float,
-    seed: int,
-    from_a: str | None,
-    from_b: str | None,
-) -> int:
-    """`onellm convert verify`: prints what differs. Returns the exit code: 0 the same, 1 not."""
-    left, right = opened_any(a, options, from_a), opened_any(b, options, from_b)
-    given = (
-        None if inputs is None else {name: t.read() for name, t in read_safetensors(inputs).items()}
-    )
-    found = compare(
-        left, right, inputs=given, logits=logits or inputs is not None, seed=seed, quiet=False
-    )
-    print(
-        f"A {a}: {left.format}\nB {b}: {right.format}\ncompared as {KINDS[found.kind]}: {found.same} tensors equal bit for bit"
-    )
-    for title, lines in (
-        (
-            "other values",
-            [
-                f"{n}: up to {d:.3g} apart {found.dtypes.get(n, '')}".rstrip()
-                for n, d in found.differing.items()
-            ],
-        ),
-        ("other shapes", [f"{n}: {list(x)} and {list(y)}" for n, (x, y) in found.shapes.items()]),
-        ("only in A", found.only_a),
-        ("only in B", found.only_b),
-    ):
-        if lines:
-            print(f"{title} ({len(lines)}):", *(f"  {line}" for line in lines), sep="\n")
-    if found.logits is not None:
-        print(f"logits: up to {found.logits:.3g} apart")
-    same = found.equal(tolerance)
-    print(
-        "the same"
-        if same and tolerance == 0
-        else f"the same within {tolerance:g}"
-        if same
-        else "NOT the same"
-    )
-    return EXIT_DONE if same else EXIT_FAILED

@@ -1,7 +1,7 @@
 """The model: transformers classes over packed tokens.
 
 Importing this package registers the classes with AutoConfig, AutoModel, AutoModelForCausalLM and
-AutoProcessor, so that `AutoModel.from_pretrained(DIRECTORY)` works behind `import onellm_dist.model`.
+AutoProcessor: after `import onellm_dist.model`, `AutoModel.from_pretrained(DIRECTORY)` works.
 
 Shapes in docstrings: B batch, n samples (or sequences) of a pack, T packed tokens, S positions of a
 padded batch (or keys of a pack), R positions of media spans, L tokens of one encoder sequence

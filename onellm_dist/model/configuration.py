@@ -152,7 +152,7 @@ class OneLLMUPMConfig(PretrainedConfig):
             largest soft weight alone).
         router_hidden: hidden channels of the router's MLP.
         init: `separate` (each expert has its own random weights, as in the reference's code) or
-            `copied` (all start as the first one, as the paper's text says of experts grown from one).
+            `copied` (all start as the first one, as the paper says of experts grown from one).
         kwargs: as of transformers' PretrainedConfig.
 
     Raises:
@@ -227,7 +227,7 @@ class OneLLMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The LLM's config, from which transformers' generation reads vocabulary and cache sizes."""
+        """The LLM's config: transformers' generation reads vocabulary and cache sizes from it."""
         return self.text_config
 
     @property

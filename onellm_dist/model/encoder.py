@@ -1,7 +1,7 @@
-"""The shared encoder: a vision transformer over packed tokens, CLIP's by default (paper, section 3.2).
+"""The shared encoder: a vision transformer over packed tokens (paper, section 3.2).
 
-Its weights come from `towers.py` or a checkpoint. Every parameter is read in the forward of the
-module that owns it, so that ZeRO-3 gathers it there.
+It is CLIP's by default; its weights come from `towers.py` or a checkpoint. Every parameter is read
+in the forward of the module that owns it, so that ZeRO-3 gathers it there.
 """
 
 from __future__ import annotations
@@ -258,7 +258,8 @@ class Encoder(nn.Module):
     def normalise_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames as the modalities give them, normalised and sized as this encoder was trained.
 
-        Modalities give CLIP's normalisation and 224 pixels: [n, 3, 224, 224] -> [n, 3, image, image].
+        Modalities give CLIP's normalisation and 224 pixels:
+        [n, 3, 224, 224] -> [n, 3, image, image].
         """
         config = self.config
         if config.image_mean is not None and config.image_std is not None:

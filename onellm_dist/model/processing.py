@@ -1,4 +1,4 @@
-"""From prompts and media files to the model's inputs: `OneLLMProcessor`, a transformers processor."""
+"""From prompts and media files to the model's inputs: a processor of transformers."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def from_open_clip_name(name: str) -> str | None:
 
 
 def from_timm_name(name: str) -> str | None:
-    """The encoder's name of a parameter of timm's VisionTransformer; None: it has no such parameter."""
+    """The encoder's name of a parameter of timm's VisionTransformer; None: it has none."""
     return _rename(name, _TIMM_NAMES)
 
 

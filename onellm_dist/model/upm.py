@@ -1,4 +1,4 @@
-"""The universal projection module: experts of LLaMA-like blocks, mixed by a router (paper, section 3.2, Table 8)."""
+"""The universal projection module: LLaMA-like experts, mixed by a router (paper, 3.2, Table 8)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import sys
 
 import torch.distributed.checkpoint as torch_checkpoint
-from making import onellm
+from checkpoints import onellm
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import clip, llama, onellm, save_meta, save_onellm, save_open_clip
+from checkpoints import clip, llama, onellm, save_meta, save_onellm, save_open_clip
 from safetensors.torch import save_file
 
+from onellm_dist.cli.convert_commands import run_verify
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
-from onellm_dist.convert.checkpoint import Options
-from onellm_dist.convert.inspect import described, opened_any
-from onellm_dist.convert.verify import compare, verify_command
+from onellm_dist.convert.checkpoint import ConversionOptions
+from onellm_dist.convert.inspect import describe_checkpoint
+from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.verify import compare
 from onellm_dist.modalities import get_modality
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model
 from onellm_dist.model.presets import load_toy_tokenizer
@@ -53,7 +55,7 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
         upm=SIZES,
         modalities=modalities,
         seed=3,
-        options=Options(tokenizer=tmp_path / "words"),
+        options=ConversionOptions(tokenizer=tmp_path / "words"),
         quiet=True,
     )
     model, _ = load_model(path=tmp_path / "start", preset=None, seed=0)
@@ -189,7 +191,7 @@ def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
         ({"base": "one", "llm": "one"}, "exclude each other"),
         ({"base": "constant", "add_experts": 1}, "the router is constant"),
         ({"llm": "llama", "encoder": "llama"}, "is a language model, not a CLIP encoder"),
-        ({"base": "llama", "add_experts": 1}, "is a language model, not a whole OneLLM"),
+        ({"base": "llama", "add_experts": 1}, "is a language model, not a complete OneLLM"),
     ],
 )
 def test_what_cannot_be_assembled(arguments: dict[str, object], words: str, tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def verify(a: Path, b: Path, **arguments: object) -> int:
         "from_a": None,
         "from_b": None,
     }
-    return verify_command(a, b, Options(), **{**fixed, **arguments})  # type: ignore[arg-type]
+    return run_verify(a, b, ConversionOptions(), **{**fixed, **arguments})  # type: ignore[arg-type]
 
 
 def test_verify_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,15 +241,18 @@ def test_verify_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_verify_and_inspect_of_a_whole_model(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
-    a, b = opened_any(tmp_path / "one", Options()), opened_any(tmp_path / "one", Options())
+    a, b = (
+        open_checkpoint(tmp_path / "one", ConversionOptions()),
+        open_checkpoint(tmp_path / "one", ConversionOptions()),
+    )
     found = compare(a, b, logits=True)
-    assert found.equal(0)
+    assert found.is_equal(0)
     assert found.logits == 0
-    lines = "\n".join(described(a))
-    assert "format onellm: a whole OneLLM" in lines
+    lines = "\n".join(describe_checkpoint(a))
+    assert "format onellm: a complete OneLLM" in lines
     assert "modalities: image, imu" in lines
     parameters = sum(p.numel() for p in onellm().parameters())
     assert f"{parameters:,} parameters" in lines
     assert "no part is missing" in lines
     folder, _ = save_open_clip(tmp_path / "clip")
-    assert "a CLIP encoder" in described(opened_any(folder, Options()))[0]
+    assert "a CLIP encoder" in describe_checkpoint(open_checkpoint(folder, ConversionOptions()))[0]

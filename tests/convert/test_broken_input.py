@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import llama, parity_weights, save_meta, save_onellm
+from checkpoints import llama, parity_weights, save_meta, save_onellm
 from safetensors.torch import save_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert import conversion as run_module
-from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
-from onellm_dist.convert.tensors.writers import TensorFile, Written
+from onellm_dist.convert.tensors.writers import FileDigest, TensorFile
 
-HEADS = Options(encoder_heads=4, upm_heads=4, llm_heads=4)
+HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
 
 
 class Trap:
@@ -42,7 +42,7 @@ def test_a_pth_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> Non
     trap = tmp_path / "sprung"
     torch.save({"a": Trap(trap)}, tmp_path / "evil.pth")
     (tmp_path / "old.pth").write_bytes(pickle.dumps({"a": Trap(trap)}))
-    with pytest.raises(UsageError, match=r"asks for posix.mkdir, which is no tensor"):
+    with pytest.raises(UsageError, match=r"asks for posix.mkdir, which is not a tensor"):
         convert("reference", tmp_path / "evil.pth", tmp_path / "out", quiet=True)
     with pytest.raises(UsageError, match="cannot be read"):
         convert("reference", tmp_path / "old.pth", tmp_path / "out", quiet=True)
@@ -100,7 +100,7 @@ def test_a_shard_that_is_missing_or_lacks_a_tensor(tmp_path: Path) -> None:
         tmp_path / "one",
         tmp_path / "many",
         to="onellm",
-        options=Options(shard_bytes=400_000),
+        options=ConversionOptions(shard_bytes=400_000),
         quiet=True,
     )
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
@@ -132,7 +132,7 @@ def test_weights_that_are_not_finite(dtype: torch.dtype, value: str, tmp_path: P
     ):
         convert("reference", tmp_path / "c.pth", tmp_path / "out", options=HEADS, quiet=True)
     assert nothing_at(tmp_path / "out")
-    allowed = Options(
+    allowed = ConversionOptions(
         encoder_heads=4, upm_heads=4, llm_heads=4, allow=("llm.model.layers.1.self_attn.k_*",)
     )
     convert("reference", tmp_path / "c.pth", tmp_path / "out", options=allowed, quiet=True)
@@ -148,7 +148,7 @@ def test_a_cast_that_overflows(tmp_path: Path) -> None:
             tmp_path / "hf",
             tmp_path / "out",
             to="hf",
-            options=Options(dtype=torch.float16),
+            options=ConversionOptions(dtype=torch.float16),
             quiet=True,
         )
 
@@ -188,7 +188,7 @@ def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
     weights["llma.extra.weight"] = torch.zeros(2)
     torch.save(weights, tmp_path / "c.pth")
     allow = ("projectors.depth.router.fc1.bias", "llma.extra.*")
-    options = Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow)
+    options = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow)
     _, record = convert(
         "reference", tmp_path / "c.pth", tmp_path / "out", options=options, quiet=True
     )
@@ -199,7 +199,7 @@ def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
             "reference",
             tmp_path / "c.pth",
             tmp_path / "two",
-            options=Options(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow[:1]),
+            options=ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4, allow=allow[:1]),
         )
 
 
@@ -221,9 +221,9 @@ def test_a_killed_conversion_goes_on_from_its_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_onellm(tmp_path / "one")
-    options, real, seen = Options(shard_bytes=400_000), run_module.write_tensor_file, []
+    options, real, seen = ConversionOptions(shard_bytes=400_000), run_module.write_tensor_file, []
 
-    def failing(path: Path, file: TensorFile, **arguments: object) -> Written:
+    def failing(path: Path, file: TensorFile, **arguments: object) -> FileDigest:
         seen.append(file.name)
         if len(seen) == 3:
             path.write_bytes(b"half")
@@ -293,7 +293,7 @@ def test_a_disk_that_fills(tmp_path: Path) -> None:
                     tmp_path / "one",
                     disk / "out",
                     to="onellm",
-                    options=Options(shard_bytes=300_000),
+                    options=ConversionOptions(shard_bytes=300_000),
                     quiet=True,
                 )
             assert not (disk / "out").exists()

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from making import clip, llama, save_meta
+from checkpoints import clip, llama, save_meta
 
 from onellm_dist.cli import main
-from onellm_dist.convert.registry import MODULES, format_of
+from onellm_dist.convert.registry import import_format, list_formats
 
 
 def onellm(*words: object) -> int:
@@ -84,8 +84,8 @@ def test_wrong_usage_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", list(MODULES))
+@pytest.mark.parametrize("name", list(list_formats()))
 def test_every_format_has_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert onellm("convert", name, "--help") == 0
     assert f"onellm convert {name}" in capsys.readouterr().out
-    assert callable(format_of(name).open_checkpoint)
+    assert callable(import_format(name).open_checkpoint)

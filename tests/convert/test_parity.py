@@ -1,4 +1,4 @@
-"""The reference's own numbers (tests/fixtures/parity), met by a model that came in through `convert_reference`.
+"""The reference's own numbers (tests/fixtures/parity), met by a model that was converted from its checkpoint.
 
 Image, audio and point were recorded from the reference; all eight are checked against the plain forward of
 `plain_forward.py`, which the recorded numbers check in turn.
@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onellm_dist.convert.formats.reference import MODALITIES, convert_reference
+from onellm_dist.convert.checkpoint import ConversionOptions
+from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.names.reference import MODALITIES
 from onellm_dist.modalities import all_modalities
 from onellm_dist.modalities.transforms.cloud_sampling import (
     find_nearest_neighbours,
@@ -58,13 +60,9 @@ def model(
 ) -> OneLLMForConditionalGeneration:
     folder = tmp_path_factory.mktemp("reference")
     torch.save(weights, folder / "consolidated.00-of-01.pth")
-    convert_reference(
-        folder / "consolidated.00-of-01.pth",
-        folder / "out",
-        encoder_heads=HEADS,
-        upm_heads=HEADS,
-        llm_heads=HEADS,
-    )
+    options = ConversionOptions(encoder_heads=HEADS, upm_heads=HEADS, llm_heads=HEADS)
+    source = folder / "consolidated.00-of-01.pth"
+    convert("reference", source, folder / "out", options=options, quiet=True)
     return OneLLMForConditionalGeneration.from_pretrained(folder / "out").eval()
 
 

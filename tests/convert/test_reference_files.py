@@ -1,10 +1,11 @@
-"""convert_reference on checkpoints that are whole, and on those that are not."""
+"""Checkpoints of the reference, complete and broken."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,24 @@ import torch
 from safetensors.torch import save_file
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.formats.reference import (
-    config_from_shapes,
-    convert_reference,
-    name_from_reference,
-)
+from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
+from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.formats.reference import build_config_from_shapes
+from onellm_dist.convert.names.reference import from_reference_name
 from onellm_dist.model import OneLLMForConditionalGeneration, build_meta_model, load_model
 from onellm_dist.model.presets import load_toy_tokenizer
 
 DATA = Path(__file__).parent.parent / "fixtures" / "parity"
-HEADS = {"encoder_heads": 4, "upm_heads": 4, "llm_heads": 4}
+HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
 
 Tensors = dict[str, torch.Tensor]
+
+
+def convert_reference(
+    source: Path, out: Path, options: ConversionOptions = HEADS
+) -> OpenedCheckpoint:
+    opened, _ = convert("reference", source, out, options=options, quiet=True)
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +53,12 @@ def test_safetensors_and_training_checkpoints_give_the_same(
     save_file(weights, tmp_path / "a.safetensors")
     torch.save({"model": weights, "epoch": 3}, tmp_path / "b.pth")
     done = [
-        convert_reference(tmp_path / f, tmp_path / f"out{f[0]}", **HEADS)
-        for f in ("a.safetensors", "b.pth")
+        convert_reference(tmp_path / f, tmp_path / f"out{f[0]}") for f in ("a.safetensors", "b.pth")
     ]
-    assert done[0] == done[1]
-    assert done[0].parameters == sum(
-        v.numel() for k, v in weights.items() if k not in done[0].ignored
-    )
+    counts = [sum(tensor.numel for tensor in opened.tensors.values()) for opened in done]
+    assert counts[0] == counts[1]
+    assert counts[0] == sum(v.numel() for k, v in weights.items() if k not in done[0].ignored)
+    assert done[0].ignored == done[1].ignored
     assert set(done[0].ignored) == {
         k for k in weights if k.startswith("llma.clip.") and "visual" not in k
     }
@@ -63,16 +69,16 @@ def test_safetensors_and_training_checkpoints_give_the_same(
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_a_tokenizer_makes_the_directory_whole(weights: Tensors, tmp_path: Path) -> None:
+def test_a_tokenizer_makes_the_directory_complete(weights: Tensors, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "c.pth")
     load_toy_tokenizer().save_pretrained(tmp_path / "words")
-    assert not convert_reference(tmp_path / "c.pth", tmp_path / "alone", **HEADS).tokenizer
+    convert_reference(tmp_path / "c.pth", tmp_path / "alone")
+    assert not (tmp_path / "alone" / "tokenizer.json").exists()
     with pytest.raises(UsageError, match="no tokenizer in"):
         load_model(path=tmp_path / "alone", preset=None, seed=0)
-    assert convert_reference(
-        tmp_path / "c.pth", tmp_path / "whole", **HEADS, tokenizer=tmp_path / "words"
-    ).tokenizer
-    _, processor = load_model(path=tmp_path / "whole", preset=None, seed=0)
+    with_tokenizer = replace(HEADS, tokenizer=tmp_path / "words")
+    convert_reference(tmp_path / "c.pth", tmp_path / "complete", with_tokenizer)
+    _, processor = load_model(path=tmp_path / "complete", preset=None, seed=0)
     assert processor.tokenizer.bos_token_id == 1
 
 
@@ -82,8 +88,8 @@ def test_keys_that_do_not_fit_are_all_named(weights: Tensors, fault: str, tmp_pa
     if fault in ("missing", "all"):
         del broken["llma.routers.rgbd.fc1.bias"], broken["llma.layers.1.attention.wq.weight"]
         expected += [
-            "nothing gives projectors.depth.router.fc1.bias",
-            "nothing gives llm.model.layers.1.self_attn.q_proj.weight",
+            "missing key projectors.depth.router.fc1.bias",
+            "missing key llm.model.layers.1.self_attn.q_proj.weight",
         ]
     if fault in ("unknown", "all"):
         broken["llma.routers.smell.fc1.bias"] = torch.zeros(3)
@@ -95,7 +101,7 @@ def test_keys_that_do_not_fit_are_all_named(weights: Tensors, fault: str, tmp_pa
         )
     torch.save(broken, tmp_path / "c.pth")
     with pytest.raises(UsageError) as caught:
-        convert_reference(tmp_path / "c.pth", tmp_path / "out", **HEADS)
+        convert_reference(tmp_path / "c.pth", tmp_path / "out")
     assert all(line in str(caught.value) for line in expected)
     assert not (tmp_path / "out").exists()
 
@@ -118,7 +124,7 @@ def test_files_that_are_no_checkpoint(weights: Tensors, tmp_path: Path) -> None:
 def test_nothing_is_overwritten(weights: Tensors, tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "c.pth")
     with pytest.raises(UsageError, match="is not empty"):
-        convert_reference(tmp_path / "c.pth", tmp_path, **HEADS)
+        convert_reference(tmp_path / "c.pth", tmp_path)
 
 
 def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
@@ -127,13 +133,13 @@ def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     keys = _keys_of_the_7b()
     shapes = {
-        key: parameters[name] for key in keys if (name := name_from_reference(key)) is not None
+        key: parameters[name] for key in keys if (name := from_reference_name(key)) is not None
     }
     shapes["conv1.point.conv1.weight"] = (1024, 6, 1, 1)
-    config = config_from_shapes(shapes, Path("7b"), None, None, None)
+    config = build_config_from_shapes(shapes, Path("7b"), None, None, None)
     assert len(keys) == 940
-    assert {name_from_reference(key) for key in keys} - {None} == set(parameters)
-    assert len([key for key in keys if name_from_reference(key) is None]) == 6
+    assert {from_reference_name(key) for key in keys} - {None} == set(parameters)
+    assert len([key for key in keys if from_reference_name(key) is None]) == 6
     assert (config.vision.heads, config.upm.heads, config.text_config.num_attention_heads) == (
         16,
         16,

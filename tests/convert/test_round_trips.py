@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from making import (
+from checkpoints import (
     clip,
     llama,
     meta_state,
@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CLIPVisionModelWithProjection
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
-from onellm_dist.convert.inspect import opened_any
-from onellm_dist.convert.verify import build, compare
+from onellm_dist.convert.opening import open_checkpoint
+from onellm_dist.convert.verify import build_model, compare
 from onellm_dist.model import OneLLMForConditionalGeneration, load_model
 from onellm_dist.model.encoder import Encoder
 
 Tensors = dict[str, torch.Tensor]
-HEADS = Options(encoder_heads=4, upm_heads=4, llm_heads=4)
+HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
 SMALL = 100_000
 """Bytes a file, so that outputs have several."""
 
@@ -54,7 +54,7 @@ def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
     """fp16 of the encoder included; only the dead keys of CLIP's text tower are gone."""
     weights = parity_weights()
     torch.save(weights, tmp_path / "consolidated.00-of-01.pth")
-    options = Options(encoder_heads=4, upm_heads=4, llm_heads=4, shard_bytes=SMALL)
+    options = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4, shard_bytes=SMALL)
     opened, record = convert(
         "reference",
         tmp_path / "consolidated.00-of-01.pth",
@@ -79,13 +79,13 @@ def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
     for rank, part in enumerate(split(weights, 2)):
         torch.save(part, tmp_path / "parts" / f"consolidated.{rank:02d}-of-02.pth")
     found = compare(
-        opened_any(tmp_path / "parts", HEADS), opened_any(tmp_path / "whole.pth", HEADS)
+        open_checkpoint(tmp_path / "parts", HEADS), open_checkpoint(tmp_path / "whole.pth", HEADS)
     )
-    assert found.equal(0)
+    assert found.is_equal(0)
     assert found.same > 100
     (tmp_path / "parts" / "consolidated.01-of-02.pth").unlink()
     with pytest.raises(UsageError, match="1 of 2 model-parallel files are missing: numbers 1"):
-        opened_any(tmp_path / "parts", HEADS, "reference")
+        open_checkpoint(tmp_path / "parts", HEADS, "reference")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_meta_llama_there_and_back(
         "meta-llama",
         tmp_path / "meta",
         tmp_path / "hf",
-        options=Options(shard_bytes=SMALL),
+        options=ConversionOptions(shard_bytes=SMALL),
         quiet=True,
     )
     ids = torch.arange(3, 30)[None]
@@ -119,7 +119,8 @@ def test_meta_llama_there_and_back(
     assert (params["n_heads"], params["n_kv_heads"], params["multiple_of"]) == (4, kv_heads, 176)
     with torch.no_grad():
         assert torch.equal(
-            build(opened_any(tmp_path / "back", Options()))(ids).logits, model(ids).logits
+            build_model(open_checkpoint(tmp_path / "back", ConversionOptions()))(ids).logits,
+            model(ids).logits,
         )
 
 
@@ -166,7 +167,7 @@ def encoded(encoder: Encoder, image: torch.Tensor) -> torch.Tensor:
 def test_open_clip_and_hf_clip_give_the_towers_own_outputs(tmp_path: Path) -> None:
     folder, tower = save_open_clip(tmp_path / "clip")
     image = torch.randn(1, 3, 224, 224)
-    opened = opened_any(folder, Options())
+    opened = open_checkpoint(folder, ConversionOptions())
     encoder = Encoder(opened.config)
     encoder.load_state_dict({n: t.read() for n, t in opened.tensors.items()})
     tokens = encoded(encoder, image)
@@ -183,8 +184,9 @@ def test_open_clip_and_hf_clip_give_the_towers_own_outputs(tmp_path: Path) -> No
         {f"visual.{k}": v for k, v in tower.state_dict().items()},
     )
     assert compare(
-        opened_any(tmp_path / "hf", Options()), opened_any(tmp_path / "back", Options())
-    ).equal(0)
+        open_checkpoint(tmp_path / "hf", ConversionOptions()),
+        open_checkpoint(tmp_path / "back", ConversionOptions()),
+    ).is_equal(0)
 
 
 def test_a_clip_file_must_say_its_activation(tmp_path: Path) -> None:
@@ -195,13 +197,13 @@ def test_a_clip_file_must_say_its_activation(tmp_path: Path) -> None:
         "transformer.x": torch.ones(2),
     }
     torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "vit.pt")
-    with pytest.raises(UsageError, match="does not say its activation"):
-        opened_any(tmp_path / "vit.pt", Options(), "open-clip")
-    opened = opened_any(
-        tmp_path / "vit.pt", Options(act="quick_gelu", encoder_heads=4), "open-clip"
+    with pytest.raises(UsageError, match="does not state its activation"):
+        open_checkpoint(tmp_path / "vit.pt", ConversionOptions(), "open-clip")
+    opened = open_checkpoint(
+        tmp_path / "vit.pt", ConversionOptions(act="quick_gelu", encoder_heads=4), "open-clip"
     )
     assert set(opened.ignored) == {"logit_scale", "transformer.x"}
-    assert compare(opened, opened_any(tmp_path / "clip", Options())).equal(0)
+    assert compare(opened, open_checkpoint(tmp_path / "clip", ConversionOptions())).is_equal(0)
 
 
 def test_openais_torchscript_file_is_read_without_running_it(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_openais_torchscript_file_is_read_without_running_it(tmp_path: Path) -> 
     _, tower = save_open_clip(tmp_path / "clip")
     model = Tower(tower)
     torch.jit.trace(model, torch.randn(1, 3, 224, 224).half()).save(str(tmp_path / "ViT.pt"))
-    opened = opened_any(tmp_path / "ViT.pt", Options(encoder_heads=4))
+    opened = open_checkpoint(tmp_path / "ViT.pt", ConversionOptions(encoder_heads=4))
     assert opened.config.act == "quick_gelu"
     assert not opened.problems
     assert all(t.dtype == torch.float16 for t in opened.tensors.values())
@@ -279,7 +281,7 @@ def test_a_dtype_is_cast_and_the_directory_loads(tmp_path: Path) -> None:
         tmp_path / "one",
         tmp_path / "half",
         to="onellm",
-        options=Options(dtype=torch.bfloat16),
+        options=ConversionOptions(dtype=torch.bfloat16),
         quiet=True,
     )
     model, processor = load_model(path=tmp_path / "half", preset=None, seed=0)
@@ -295,6 +297,6 @@ def test_a_dtype_is_cast_and_the_directory_loads(tmp_path: Path) -> None:
 def test_clip_of_another_activation_keeps_it(tmp_path: Path) -> None:
     clip(act="gelu").save_pretrained(tmp_path / "clip")
     convert("hf-clip", tmp_path / "clip", tmp_path / "open", quiet=True)
-    opened = opened_any(tmp_path / "open", Options())
+    opened = open_checkpoint(tmp_path / "open", ConversionOptions())
     assert (opened.config.act, opened.config.heads) == ("gelu", 4)
-    assert compare(opened, opened_any(tmp_path / "clip", Options())).equal(0)
+    assert compare(opened, open_checkpoint(tmp_path / "clip", ConversionOptions())).is_equal(0)

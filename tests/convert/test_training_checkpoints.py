@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from making import onellm, save_onellm
+from checkpoints import onellm, save_onellm
 from safetensors.torch import load_file, save_file
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Options
+from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
-from onellm_dist.convert.inspect import described, opened_any
+from onellm_dist.convert.inspect import describe_checkpoint
+from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.launch.local import launch_local
 
 Tensors = dict[str, torch.Tensor]
@@ -95,7 +96,7 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
         words in card
         for words in ("- steps done: 10", "- stage: align", "loss of the last step: 2.5", "abc")
     )
-    lines = "\n".join(described(opened_any(tmp_path / "run", Options())))
+    lines = "\n".join(describe_checkpoint(open_checkpoint(tmp_path / "run", ConversionOptions())))
     assert f"world size: {ranks}" in lines
     assert "stage: align" in lines
 
@@ -107,20 +108,32 @@ def test_a_run_that_is_not_whole_or_lost_its_base(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give --base DIR"):
         convert("run", folder, tmp_path / "out", quiet=True)
     convert(
-        "deepspeed", folder, tmp_path / "out", options=Options(base=tmp_path / "moved"), quiet=True
+        "deepspeed",
+        folder,
+        tmp_path / "out",
+        options=ConversionOptions(base=tmp_path / "moved"),
+        quiet=True,
     )
     file = folder / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
-        UsageError, match=r"is not whole: rank-00001.safetensors has \d+ of \d+ bytes"
+        UsageError, match=r"is not complete: rank-00001.safetensors has \d+ of \d+ bytes"
     ):
         convert(
-            "run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True
+            "run",
+            folder,
+            tmp_path / "two",
+            options=ConversionOptions(base=tmp_path / "moved"),
+            quiet=True,
         )
     file.unlink()
     with pytest.raises(UsageError, match=r"rank-00001\.safetensors is missing"):
         convert(
-            "run", folder, tmp_path / "two", options=Options(base=tmp_path / "moved"), quiet=True
+            "run",
+            folder,
+            tmp_path / "two",
+            options=ConversionOptions(base=tmp_path / "moved"),
+            quiet=True,
         )
 
 
@@ -189,7 +202,11 @@ def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> N
     save_zero(tmp_path / "ds" / "global_step10", stage, world)
     (tmp_path / "ds" / "latest").write_text("global_step10")
     opened, _ = convert(
-        "deepspeed", tmp_path / "ds", tmp_path / "out", options=Options(base=base), quiet=True
+        "deepspeed",
+        tmp_path / "ds",
+        tmp_path / "out",
+        options=ConversionOptions(base=base),
+        quiet=True,
     )
     theirs = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds"))
     found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
@@ -204,7 +221,7 @@ def test_deepspeeds_own_checkpoints(stage: int, world: int, tmp_path: Path) -> N
         tmp_path / "ds" / "global_step10" / f"zero_pp_rank_{world - 1}_mp_rank_00_optim_states.pt"
     ).unlink()
     with pytest.raises(UsageError, match=f"{world - 1} of {world} ranks' files are there"):
-        opened_any(tmp_path / "ds", Options(base=base), "deepspeed")
+        open_checkpoint(tmp_path / "ds", ConversionOptions(base=base), "deepspeed")
 
 
 def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
@@ -217,11 +234,13 @@ def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
     }
     torch_checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert math.prod(next(iter(weights.values())).shape) > 1
-    convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
+    convert(
+        "fsdp", tmp_path / "dcp", tmp_path / "out", options=ConversionOptions(base=base), quiet=True
+    )
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[n], weights[n]) for n in weights)
     with pytest.raises(UsageError, match="give --base DIR"):
-        opened_any(tmp_path / "dcp", Options())
+        open_checkpoint(tmp_path / "dcp", ConversionOptions())
 
 
 @pytest.mark.slow
@@ -234,7 +253,9 @@ def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
         == 0
     )
     assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 3
-    convert("fsdp", tmp_path / "dcp", tmp_path / "out", options=Options(base=base), quiet=True)
+    convert(
+        "fsdp", tmp_path / "dcp", tmp_path / "out", options=ConversionOptions(base=base), quiet=True
+    )
     found, weights = load_file(tmp_path / "out" / "model.safetensors"), trained_weights()
     assert any(w.shape[0] % 3 for w in weights.values()) and any(
         w.shape[0] < 3 for w in weights.values()
@@ -242,4 +263,10 @@ def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
     assert all(torch.equal(found[n], weights[n]) for n in weights)
     (tmp_path / "dcp" / "__1_0.distcp").unlink()
     with pytest.raises(UsageError, match=r"1 files are missing: __1_0\.distcp"):
-        convert("fsdp", tmp_path / "dcp", tmp_path / "two", options=Options(base=base), quiet=True)
+        convert(
+            "fsdp",
+            tmp_path / "dcp",
+            tmp_path / "two",
+            options=ConversionOptions(base=base),
+            quiet=True,
+        )

@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp, in: dequantised one tensor at a time, in transformers' names and rotary order."""
+"""GGUF files of llama.cpp, in: dequantised one tensor at a time, in transformers' rotary order."""
 
 from __future__ import annotations
 
@@ -11,44 +11,71 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Opened, Options, Tensors
-from onellm_dist.convert.formats.hf import fitted_llm, llm_shapes
-from onellm_dist.convert.tensors.lazy import LazyTensor
+from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
+from onellm_dist.convert.formats.hf import fit_llm, get_llm_shapes
+from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 
-NAME, KIND = "gguf", "llm"
+NAME = "gguf"
+KIND = "llm"
+ORDER = 4
+ABOUT = "A GGUF file of llama.cpp."
+EXAMPLE = "SmolLM2-135M.gguf"
+DEFAULT_TARGET = "hf"
+
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3", "phi3", "starcoder2", "stablelm")
-"""Architectures whose tensors are transformers' own but for names (and llama's rotary order)."""
+"""Architectures whose tensors differ from transformers' by names and rotary order alone."""
 
 
-def recognise(path: Path) -> bool:
-    """A file that begins with GGUF's magic."""
+def is_format(path: Path) -> bool:
+    """Whether a path is a file that begins with GGUF's magic."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
-def open_checkpoint(path: Path, options: Options) -> Opened:
+def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     """Open the file `path`; quantised tensors become fp32 (or --dtype).
 
     Raises:
-        UsageError: the reader is not installed, the file is broken, or its architecture is not known here.
+        UsageError: the reader is not installed, the file is broken, or its architecture is unknown.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(
             "the package gguf is not installed", "it reads GGUF files.", "pip install gguf"
         )
-    from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import (
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-        load_gguf_checkpoint,
-    )
-
-    if not recognise(path):
+    if not is_format(path):
         raise UsageError(
-            f"{path} is no GGUF file", "there is nothing to convert.", "give a .gguf file."
+            f"{path} is not a GGUF file", "there is nothing to convert.", "give a .gguf file."
         )
+    reader, config = _read_header(path)
+    names = _get_names(config)
+    tensors: Tensors = {}
+    ignored = []
+    for entry in reader.tensors:
+        if entry.name == "rope_freqs.weight":
+            ignored.append(entry.name)
+        else:
+            tensors[names.get(entry.name, entry.name)] = _open_tensor(entry, config)
+    stored = sorted({entry.tensor_type.name for entry in reader.tensors})
+    opened = OpenedCheckpoint(
+        NAME,
+        KIND,
+        config,
+        tensors,
+        (path,),
+        path,
+        tuple(ignored),
+        notes={"stored as": ", ".join(stored)},
+    )
+    return fit_llm(opened, get_llm_shapes(config))
+
+
+def _read_header(path: Path) -> tuple[Any, Any]:
+    """(the reader of a file, transformers' config of its LLM)."""
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     try:
         reader = GGUFReader(path)
         arguments = dict(load_gguf_checkpoint(path, return_tensors=False)["config"])
@@ -65,31 +92,20 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
             "its tensors would need more than new names.",
             f"known: {', '.join(_PLAIN)}.",
         )
-    config: Any = CONFIG_MAPPING[kind](**arguments)
+    return reader, CONFIG_MAPPING[kind](**arguments)
+
+
+def _get_names(config: Any) -> dict[str, str]:
+    """GGUF's name of each parameter -> transformers' name."""
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
     with torch.device("meta"):
-        names = get_gguf_hf_weights_map(AutoModelForCausalLM.from_config(config), TensorProcessor())
-    tensors: Tensors = {}
-    ignored = []
-    for entry in reader.tensors:
-        if entry.name == "rope_freqs.weight":
-            ignored.append(entry.name)
-        else:
-            tensors[names.get(entry.name, entry.name)] = _tensor(entry, config)
-    quantised = sorted({entry.tensor_type.name for entry in reader.tensors})
-    opened = Opened(
-        NAME,
-        KIND,
-        config,
-        tensors,
-        (path,),
-        path,
-        tuple(ignored),
-        notes={"stored as": ", ".join(quantised)},
-    )
-    return fitted_llm(opened, llm_shapes(config))
+        model = AutoModelForCausalLM.from_config(config)
+    names: dict[str, str] = get_gguf_hf_weights_map(model, TensorProcessor())
+    return names
 
 
-def _tensor(entry: Any, config: Any) -> LazyTensor:
+def _open_tensor(entry: Any, config: Any) -> LazyTensor:
     from gguf import GGMLQuantizationType, dequantize
 
     shape = tuple(int(n) for n in reversed(entry.shape))
@@ -97,7 +113,7 @@ def _tensor(entry: Any, config: Any) -> LazyTensor:
         GGMLQuantizationType.F16: torch.float16,
         GGMLQuantizationType.BF16: torch.bfloat16,
     }.get(entry.tensor_type, torch.float32)
-    reorder = _reorder(entry.name, config)
+    reorder = _get_reordering(entry.name, config)
 
     def load() -> torch.Tensor:
         values = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy()).reshape(shape)
@@ -106,8 +122,12 @@ def _tensor(entry: Any, config: Any) -> LazyTensor:
     return LazyTensor(shape, stored, load)
 
 
-def _reorder(name: str, config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """llama.cpp keeps Meta's order of rotary channels for the llama architecture (mistral has its name), and for no other."""
+def _get_reordering(name: str, config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that puts the rows of a weight into transformers' order.
+
+    llama.cpp keeps Meta's order of rotary channels for the llama architecture alone; mistral has
+    its name.
+    """
     heads = {
         "attn_q.weight": config.num_attention_heads,
         "attn_k.weight": config.num_key_value_heads,

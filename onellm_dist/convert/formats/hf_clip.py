@@ -1,4 +1,7 @@
-"""CLIP's visual transformer as transformers keeps it (CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection), in and out."""
+"""CLIP's visual transformer in transformers' directories, in and out.
+
+It reads CLIPModel, CLIPVisionModel and CLIPVisionModelWithProjection.
+"""
 
 from __future__ import annotations
 
@@ -8,85 +11,106 @@ from typing import Any
 from transformers import CLIPVisionConfig
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Opened, Options, Plan, fitted, parameter_shapes
+from onellm_dist.convert.checkpoint import (
+    ConversionOptions,
+    OpenedCheckpoint,
+    OutputPlan,
+    fit_tensors,
+    get_parameter_shapes,
+)
 from onellm_dist.convert.formats.hf import read_config
-from onellm_dist.convert.names.clip import from_hf, only_clip, to_hf
+from onellm_dist.convert.names.clip import from_hf, require_clip, to_hf
+from onellm_dist.convert.tensors.lazy import Tensors
 from onellm_dist.convert.tensors.safetensors_files import read_folder
-from onellm_dist.convert.tensors.writers import safetensor_shards, write_index
+from onellm_dist.convert.tensors.writers import split_into_files, write_index
 from onellm_dist.model.configuration import OneLLMVisionConfig
 from onellm_dist.model.encoder import Encoder
 
-NAME, KIND = "hf-clip", "encoder"
-_KINDS = ("clip", "clip_vision_model")
+NAME = "hf-clip"
+KIND = "encoder"
+ORDER = 6
+ABOUT = "A CLIP of transformers."
+EXAMPLE = "clip-vit-large-patch14"
+DEFAULT_TARGET = "open-clip"
+
+_MODEL_TYPES = ("clip", "clip_vision_model")
 
 
-def recognise(path: Path) -> bool:
-    """A folder whose config.json is CLIP's."""
+def is_format(path: Path) -> bool:
+    """Whether a path is a folder whose config.json is CLIP's."""
     config = read_config(path)
-    return config is not None and config.get("model_type") in _KINDS
+    return config is not None and config.get("model_type") in _MODEL_TYPES
 
 
-def open_checkpoint(path: Path, options: Options) -> Opened:
+def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     """Open the directory `path`; the separate projections of queries, keys and values are joined.
 
     Raises:
-        UsageError: not such a directory, or heads that cannot be.
+        UsageError: not such a directory, or an unknown activation.
     """
-    about = read_config(path)
-    if about is None or about.get("model_type") not in _KINDS:
+    raw = read_config(path)
+    if raw is None or raw.get("model_type") not in _MODEL_TYPES:
         raise UsageError(
-            f"{path} is no CLIP of transformers",
-            "its config.json says otherwise or is missing.",
-            "give such a directory.",
+            f"{path} is not a CLIP of transformers",
+            "its config.json is missing or of another model.",
+            "give a directory of such a CLIP.",
         )
     state, files = read_folder(path)
-    vision: dict[str, Any] = about.get("vision_config") or about
-    told: Any = CLIPVisionConfig(
-        **{
-            k: v
-            for k, v in vision.items()
-            if k not in ("model_type", "dtype", "torch_dtype", "architectures")
-        }
+    config = _build_config(raw, state, options, path)
+    wanted = get_parameter_shapes(lambda: Encoder(config))
+    given, used = from_hf(state, list(wanted))
+    others = {key: tensor for key, tensor in state.items() if key not in used}
+    visual = {
+        key: (None, tensor)
+        for key, tensor in others.items()
+        if key.startswith(("vision_model.", "visual_projection"))
+    }
+    text_keys = tuple(sorted(set(others) - set(visual)))
+    tensors, ignored, problems = fit_tensors(
+        {**given, **visual}, wanted, ignore=lambda key: key.endswith("position_ids")
     )
-    if told.hidden_act not in ("quick_gelu", "gelu"):
+    return OpenedCheckpoint(
+        NAME, KIND, config, tensors, files, path, (*ignored, *text_keys), problems
+    )
+
+
+def _build_config(
+    raw: dict[str, Any], state: Tensors, options: ConversionOptions, path: Path
+) -> OneLLMVisionConfig:
+    """Our config for transformers' config.json of a CLIP."""
+    vision: dict[str, Any] = raw.get("vision_config") or raw
+    dropped = ("model_type", "dtype", "torch_dtype", "architectures")
+    theirs: Any = CLIPVisionConfig(**{k: v for k, v in vision.items() if k not in dropped})
+    if theirs.hidden_act not in ("quick_gelu", "gelu"):
         raise UsageError(
-            f"{path}: activation {told.hidden_act}",
+            f"{path}: activation {theirs.hidden_act}",
             "the encoder has quick_gelu and gelu.",
             "use another CLIP.",
         )
     projection = state.get("visual_projection.weight")
-    config = OneLLMVisionConfig(
-        width=told.hidden_size,
-        layers=told.num_hidden_layers,
-        heads=options.encoder_heads or told.num_attention_heads,
-        mlp_ratio=told.intermediate_size / told.hidden_size,
-        patch_size=told.patch_size,
-        image_size=told.image_size,
-        act=told.hidden_act,
+    return OneLLMVisionConfig(
+        width=theirs.hidden_size,
+        layers=theirs.num_hidden_layers,
+        heads=options.encoder_heads or theirs.num_attention_heads,
+        mlp_ratio=theirs.intermediate_size / theirs.hidden_size,
+        patch_size=theirs.patch_size,
+        image_size=theirs.image_size,
+        act=theirs.hidden_act,
         output_dim=projection.shape[0]
         if projection is not None
-        else int(about.get("projection_dim", told.projection_dim)),
+        else int(raw.get("projection_dim", theirs.projection_dim)),
     )
-    wanted = parameter_shapes(lambda: Encoder(config))
-    given, used = from_hf(state, list(wanted))
-    others = {k: t for k, t in state.items() if k not in used}
-    visual = {
-        k: (None, t)
-        for k, t in others.items()
-        if k.startswith(("vision_model.", "visual_projection"))
-    }
-    text = tuple(sorted(set(others) - set(visual)))
-    tensors, ignored, problems = fitted(
-        {**given, **visual}, wanted, ignore=lambda key: key.endswith("position_ids")
-    )
-    return Opened(NAME, KIND, config, tensors, files, path, (*ignored, *text), problems)
 
 
-def plan(opened: Opened, options: Options) -> Plan:
-    """A CLIPVisionModelWithProjection directory."""
+def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:
+    """A CLIPVisionModelWithProjection directory.
+
+    Raises:
+        UsageError: the encoder has not CLIP's form.
+    """
     config: OneLLMVisionConfig = opened.config
-    only_clip(config, NAME)
-    files = safetensor_shards(list(to_hf(opened.tensors).items()), options.shard_bytes)
+    require_clip(config, NAME)
+    files = split_into_files(list(to_hf(opened.tensors).items()), options.shard_bytes)
 
     def finish(folder: Path) -> None:
         theirs = CLIPVisionConfig(
@@ -105,4 +129,4 @@ def plan(opened: Opened, options: Options) -> Plan:
         theirs.save_pretrained(folder)
         write_index(folder, files)
 
-    return Plan(files, finish)
+    return OutputPlan(files, finish)

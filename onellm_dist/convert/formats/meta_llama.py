@@ -1,4 +1,4 @@
-"""Meta's LLaMA checkpoints: consolidated.NN.pth (NN: model-parallel rank) with params.json beside it, in and out."""
+"""Meta's LLaMA checkpoints: consolidated.NN.pth for each model-parallel rank; in and out."""
 
 from __future__ import annotations
 
@@ -8,89 +8,105 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Opened, Options, Plan, Tensors
-from onellm_dist.convert.formats.hf import fitted_llm, llm_shapes
+from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, OutputPlan
+from onellm_dist.convert.formats.hf import fit_llm, get_llm_shapes
 from onellm_dist.convert.names.llama import (
     ROTARY_TABLE,
+    build_llama_config,
+    build_params,
     check_heads,
-    config_from_params,
-    name_from_meta,
-    name_to_meta,
-    params_from_config,
-    rotary_heads,
+    from_meta_name,
+    get_rotary_heads,
     to_halves,
+    to_meta_name,
     to_pairs,
 )
-from onellm_dist.convert.tensors.lazy import same_bytes
-from onellm_dist.convert.tensors.parallel_files import merged, numbered_files
+from onellm_dist.convert.names.model_parallel import find_numbered_files, merge_files
+from onellm_dist.convert.tensors.lazy import Tensors, is_bitwise_equal
 from onellm_dist.convert.tensors.writers import TensorFile
 
-NAME, KIND = "meta-llama", "llm"
+NAME = "meta-llama"
+KIND = "llm"
+ORDER = 2
+ABOUT = "Meta's consolidated.NN.pth with params.json."
+EXAMPLE = "llama-2-7b"
+DEFAULT_TARGET = "hf"
+
+_SIZE_KEYS = (
+    "tok_embeddings.weight",
+    "layers.0.attention.wq.weight",
+    "layers.0.attention.wk.weight",
+    "layers.0.feed_forward.w1.weight",
+)
+"""Keys whose shapes are the LLM's sizes."""
 
 
-def recognise(path: Path) -> bool:
-    """A consolidated file, or a folder of them, with Meta's keys."""
+def is_format(path: Path) -> bool:
+    """Whether a path is a consolidated file, or a folder of them, with Meta's keys."""
     try:
-        state = merged(numbered_files(path)[:1], width_of=None)
+        state = merge_files(find_numbered_files(path)[:1], width_of=None)
     except (UsageError, OSError):
         return False
     return "tok_embeddings.weight" in state and not any(key.startswith("llma.") for key in state)
 
 
-def open_checkpoint(path: Path, options: Options) -> Opened:
-    """Open the folder `path` (or its first file); the rotary rows of wq and wk are put into transformers' order.
+def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
+    """Open a folder or its first file; rotary rows of wq and wk are put into transformers' order.
+
+    Args:
+        path: the folder or the file.
+        options: heads of the LLM.
 
     Raises:
-        UsageError: files are missing, params.json contradicts the weights, or heads contradict the rotary table.
+        UsageError: files are missing, params.json contradicts the weights, or heads contradict the
+            rotary table.
     """
-    files = numbered_files(path)
-    state = merged(files, width_of="layers.0.attention.wq.weight")
-    for key in (
-        "tok_embeddings.weight",
-        "layers.0.attention.wq.weight",
-        "layers.0.attention.wk.weight",
-        "layers.0.feed_forward.w1.weight",
-    ):
+    files = find_numbered_files(path)
+    state = merge_files(files, width_of="layers.0.attention.wq.weight")
+    for key in _SIZE_KEYS:
         if key not in state:
             raise UsageError(
                 f"{files[0]}: no key {key}",
                 "the sizes are read from it.",
                 "give LLaMA's consolidated.00.pth.",
             )
-    params = _params(files[0], options)
-    config = config_from_params(params, {k: t.shape for k, t in state.items()}, files[0].parent)
-    table = next((t for k, t in state.items() if ROTARY_TABLE.fullmatch(k)), None)
+    root = files[0].parent
+    params = _read_params(files[0], options)
+    config = build_llama_config(params, {k: t.shape for k, t in state.items()}, root)
+    table = next((t for key, t in state.items() if ROTARY_TABLE.fullmatch(key)), None)
     check_heads("--llm-heads", config.num_attention_heads, config.hidden_size, table)
-    if "output.weight" in state and same_bytes(
+    if "output.weight" in state and is_bitwise_equal(
         state["output.weight"], state["tok_embeddings.weight"]
     ):
         config.tie_word_embeddings = True  # LLaMA 3.2's small models; Meta's files hold both
+    named, ignored = _rename(state, config)
+    notes = {"model-parallel files": len(files)} if len(files) > 1 else {}
+    opened = OpenedCheckpoint(NAME, KIND, config, named, files, root, ignored, notes=notes)
+    return fit_llm(opened, get_llm_shapes(config))
+
+
+def _rename(state: Tensors, config: Any) -> tuple[Tensors, tuple[str, ...]]:
+    """(tensors under transformers' names in its rotary order, ignored keys)."""
     named: Tensors = {}
-    dropped = []
+    ignored = []
     for key, tensor in state.items():
         if ROTARY_TABLE.fullmatch(key):
-            dropped.append(key)
+            ignored.append(key)
             continue
-        name = name_from_meta(key) or key
-        heads = rotary_heads(name, config)
-        rows_fit = (
-            heads is not None and len(tensor.shape) == 2 and tensor.shape[0] % (2 * heads) == 0
-        )
-        named[name] = to_halves(tensor, heads) if heads and rows_fit else tensor
-    notes = {"model-parallel files": len(files)} if len(files) > 1 else {}
-    opened = Opened(NAME, KIND, config, named, files, files[0].parent, tuple(dropped), notes=notes)
-    return fitted_llm(opened, llm_shapes(config))
+        name = from_meta_name(key) or key
+        heads = get_rotary_heads(name, config)
+        fits = heads and len(tensor.shape) == 2 and tensor.shape[0] % (2 * heads) == 0
+        named[name] = to_halves(tensor, heads) if heads and fits else tensor
+    return named, tuple(ignored)
 
 
-def _params(file: Path, options: Options) -> dict[str, Any]:
+def _read_params(file: Path, options: ConversionOptions) -> dict[str, Any]:
     path = file.with_name("params.json")
+    given = {"n_heads": options.llm_heads} if options.llm_heads else {}
     if path.is_file():
         try:
-            return {
-                **json.loads(path.read_text(encoding="utf-8")),
-                **({"n_heads": options.llm_heads} if options.llm_heads else {}),
-            }
-        except (json.JSONDecodeError, TypeError) as error:
+            return {**json.loads(path.read_text(encoding="utf-8")), **given}
+        except (ValueError, TypeError) as error:
             raise UsageError(
                 f"{path} cannot be read: {error}", "heads and RoPE are in it.", "download it again."
             ) from None
@@ -103,22 +119,22 @@ def _params(file: Path, options: Options) -> dict[str, Any]:
     return {"n_heads": options.llm_heads}
 
 
-def plan(opened: Opened, options: Options) -> Plan:
-    """`consolidated.00.pth`, `params.json` and `tokenizer.model` where there is one.
+def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:
+    """`consolidated.00.pth`, `params.json`, and `tokenizer.model` if there is one.
 
     Raises:
         UsageError: not a LLaMA.
     """
     config = opened.config
-    params = params_from_config(config)
+    params = build_params(config)
     tensors: Tensors = {}
     for name, tensor in opened.tensors.items():
-        key, heads = name_to_meta(name), rotary_heads(name, config)
+        key, heads = to_meta_name(name), get_rotary_heads(name, config)
         if key is None:
             raise UsageError(
                 f"Meta's LLaMA has no {name}",
                 "it cannot be written.",
-                "keep the model in transformers' layout.",
+                "keep the model in transformers' format.",
             )
         tensors[key] = to_pairs(tensor, heads) if heads else tensor
     if "output.weight" not in tensors:  # tied: Meta's code has a head of its own
@@ -130,4 +146,4 @@ def plan(opened: Opened, options: Options) -> Plan:
         if source.name == "tokenizer.model" and source.is_file():
             shutil.copyfile(source, folder / "tokenizer.model")
 
-    return Plan((TensorFile("consolidated.00.pth", tuple(tensors.items())),), finish)
+    return OutputPlan((TensorFile("consolidated.00.pth", tuple(tensors.items())),), finish)

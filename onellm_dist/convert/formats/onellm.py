@@ -1,4 +1,4 @@
-"""Our own directory: config, sharded safetensors with their index, processor, generation config, model card; in and out."""
+"""Our own directory: config, safetensors, processor and model card; in and out."""
 
 from __future__ import annotations
 
@@ -8,34 +8,46 @@ from transformers import AutoConfig, GenerationConfig
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.convert.card import write_card
-from onellm_dist.convert.checkpoint import Opened, Options, Plan, Shapes, fitted, parameter_shapes
+from onellm_dist.convert.checkpoint import (
+    ConversionOptions,
+    OpenedCheckpoint,
+    OutputPlan,
+    fit_tensors,
+    get_parameter_shapes,
+)
 from onellm_dist.convert.formats.hf import read_config
+from onellm_dist.convert.tensors.lazy import Shapes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
-from onellm_dist.convert.tensors.writers import safetensor_shards, write_index
+from onellm_dist.convert.tensors.writers import split_into_files, write_index
 from onellm_dist.convert.tokenizers import has_tokenizer, load_tokenizer
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.processing import OneLLMProcessor
 
-NAME, KIND = "onellm", "onellm"
+NAME = "onellm"
+KIND = "onellm"
+ORDER = 0
+ABOUT = "A onellm directory."
+EXAMPLE = "runs/tune/model"
+DEFAULT_TARGET = "reference"
 
 
-def recognise(path: Path) -> bool:
-    """A folder whose config.json is ours."""
+def is_format(path: Path) -> bool:
+    """Whether a path is a folder whose config.json is ours."""
     config = read_config(path)
     return config is not None and config.get("model_type") == OneLLMConfig.model_type
 
 
-def open_checkpoint(path: Path, options: Options) -> Opened:
+def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     """Open the directory `path`.
 
     Raises:
         UsageError: not such a directory, or files are missing.
     """
-    if not recognise(path):
+    if not is_format(path):
         raise UsageError(
             f"no OneLLM in {path}",
-            "its config.json says otherwise or is missing.",
+            "its config.json is missing or of another model.",
             "give a onellm directory.",
         )
     try:
@@ -44,28 +56,32 @@ def open_checkpoint(path: Path, options: Options) -> Opened:
         raise UsageError(
             f"{path}/config.json: {str(error).splitlines()[0]}",
             "the model cannot be built.",
-            "mend it.",
+            "fix it.",
         ) from None
     state, files = read_folder(path)
     tied = config.text_config.tie_word_embeddings
-    tensors, ignored, problems = fitted(
-        {k: (k, t) for k, t in state.items()},
-        onellm_shapes(config),
+    tensors, ignored, problems = fit_tensors(
+        {key: (key, tensor) for key, tensor in state.items()},
+        get_onellm_shapes(config),
         ignore=lambda key: tied and key == "llm.lm_head.weight",
     )
-    return Opened(NAME, KIND, config, tensors, files, path, ignored, problems)
+    return OpenedCheckpoint(NAME, KIND, config, tensors, files, path, ignored, problems)
 
 
-def onellm_shapes(config: OneLLMConfig) -> Shapes:
-    """The parameters of a OneLLM; tied ones stand once."""
-    return parameter_shapes(lambda: OneLLMForConditionalGeneration(config))
+def get_onellm_shapes(config: OneLLMConfig) -> Shapes:
+    """Shapes of a OneLLM's parameters; tied ones are listed once."""
+    return get_parameter_shapes(lambda: OneLLMForConditionalGeneration(config))
 
 
-def plan(opened: Opened, options: Options) -> Plan:
-    """A directory that `from_pretrained`, `onellm generate` and the Hub take."""
-    files = safetensor_shards(list(opened.tensors.items()), options.shard_bytes)
-    words = options.tokenizer or opened.root
-    tokenizer = load_tokenizer(words) if options.tokenizer or has_tokenizer(words) else None
+def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:
+    """A directory that `from_pretrained`, `onellm generate` and the Hub accept.
+
+    Raises:
+        UsageError: the tokenizer cannot be read.
+    """
+    files = split_into_files(list(opened.tensors.items()), options.shard_bytes)
+    source = options.tokenizer or opened.root
+    tokenizer = load_tokenizer(source) if options.tokenizer or has_tokenizer(source) else None
 
     def finish(folder: Path) -> None:
         config = opened.config
@@ -78,4 +94,4 @@ def plan(opened: Opened, options: Options) -> Plan:
             OneLLMProcessor(tokenizer).save_pretrained(folder)
         write_card(folder, opened)
 
-    return Plan(files, finish)
+    return OutputPlan(files, finish)

@@ -1,13 +1,14 @@
-"""Checkpoints of our own runs: trainable ranges by rank (train/checkpoint/state.py), any engine and any number of ranks, in.
+"""Checkpoints of our own runs: trainable ranges by rank, of any engine and any number of ranks, in.
 
-The frozen weights are not in them: they come from the run's `model.path` or `model.preset` again. The result is what the run
-itself would export: every weight in the dtype the run computes in.
+`train/checkpoint/folder.py` describes the layout. The frozen weights are not in a checkpoint: they
+come from the run's `model.path` or `model.preset` again. The result is what the run itself would
+export: every weight in the dtype that the run computes in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,111 +16,139 @@ import torch
 import yaml
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.convert.checkpoint import Opened, Options, Problem, Tensors, cast_all, with_prefix
+from onellm_dist.common.run_files import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINT_PREFIX,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+)
+from onellm_dist.convert.checkpoint import (
+    ConversionOptions,
+    KeyProblem,
+    OpenedCheckpoint,
+    add_prefix,
+    cast_tensors,
+)
 from onellm_dist.convert.formats import gguf, onellm
-from onellm_dist.convert.new_parameters import copied_projector, fresh_tensors
-from onellm_dist.convert.tensors.lazy import LazyTensor
+from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
+from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.model.presets import TOY_TOKENIZER, build_config, find_smollm2_gguf
 
-NAME, KIND = "run", "onellm"
-MANIFEST, VERSIONS = "manifest.json", (1, 2)
-"""Version 2 added checksums."""
+NAME = "run"
+KIND = "onellm"
+ORDER = 7
+ABOUT = "A checkpoint of one of our runs (any engine, any number of ranks), or the run directory."
+EXAMPLE = "runs/stage1_image"
+DEFAULT_TARGET = "onellm"
+
+VERSIONS = (1, 2)
+"""Versions of the manifest that can be read; version 2 added checksums."""
 MASTER = "master"
-"""The key of the fp32 weights; the others are Adam's."""
+"""The state key of the fp32 weights, whatever the optimizer; its own state has other keys."""
 
 
-def recognise(path: Path) -> bool:
-    """A checkpoint folder `step-...`, or a run directory with some."""
-    return _manifest_of(path) is not None or (path / "checkpoints").is_dir()
+def is_format(path: Path) -> bool:
+    """Whether a path is a checkpoint folder `step-...`, or a run directory with some."""
+    return _read_manifest(path) is not None or (path / CHECKPOINTS).is_dir()
 
 
-def open_checkpoint(path: Path, options: Options) -> Opened:
-    """Open `<run>/checkpoints/step-...`, or the newest whole checkpoint of a run directory.
+def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
+    """Open `<run>/checkpoints/step-...`, or the latest complete checkpoint of a run directory.
 
     Args:
-        options: `base` names the model that the run started from, where its `model.path` is not found.
+        path: the folder of the checkpoint or of the run.
+        options: `base` names the model that the run started from, if its `model.path` is not found.
 
     Raises:
-        UsageError: no whole checkpoint, or no base.
+        UsageError: there is no complete checkpoint, or no base.
+        OneLLMError: the checkpoint lacks elements of a parameter.
     """
-    folder = _newest(path) if _manifest_of(path) is None else path
-    manifest = _manifest_of(folder)
+    folder = _find_latest(path) if _read_manifest(path) is None else path
+    manifest = _read_manifest(folder)
     if manifest is None:
         raise UsageError(
             f"no checkpoint in {path}",
-            "a manifest.json and ranges are expected.",
+            f"a checkpoint has {CHECKPOINT_MANIFEST} and the files of its ranks.",
             "give a step-... folder of a run.",
         )
-    files = _whole_files(folder, manifest)
+    files = _find_files(folder, manifest)
     run = folder.parent.parent
-    precision = _precision(run)
+    precision = _read_precision(run)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision or "fp32"]
-    base = _base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
-    trained = _trained(folder, manifest)
-    wanted = onellm.onellm_shapes(base.config)
-    strange = [
-        Problem("unexpected", name, str(list(t.shape)))
+    base = _open_base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
+    trained = _open_trained(folder, manifest)
+    wanted = onellm.get_onellm_shapes(base.config)
+    unexpected = [
+        KeyProblem("unexpected", name, str(list(t.shape)))
         for name, t in trained.items()
         if wanted.get(name) != t.shape
     ]
-    tensors = cast_all(
+    tensors = cast_tensors(
         {name: trained.get(name, tensor) for name, tensor in base.tensors.items()},
         options.dtype or dtype,
     )
+    # Checkpoints of 0.1.0 have `step`, `world` and no optimizer.
     steps_done = manifest.get("steps_done", manifest.get("step"))
     notes = {
         "steps done": steps_done,
-        "stage": manifest.get("stage"),
-        "world size": manifest.get("world_size", manifest.get("world")),
-        "optimizer steps": manifest.get("optimizer_steps"),
-        "precision": precision or "unknown (fp32 taken)",
+        **_describe(manifest),
+        "precision": precision or "unknown; fp32 assumed",
         "trained tensors": f"{len(trained)} of {len(wanted)}",
-        "seed": manifest.get("seed"),
-        "plan": manifest.get("plan"),
-        **_figures(run, steps_done),
+        **_read_metrics(run, steps_done),
     }
-    return Opened(
-        NAME,
-        KIND,
-        base.config,
-        tensors,
-        (*files, *base.files),
-        base.root,
-        (),
-        (*base.problems, *strange),
-        notes,
+    return replace(
+        base,
+        format=NAME,
+        tensors=tensors,
+        files=(*files, *base.files),
+        ignored=(),
+        problems=(*base.problems, *unexpected),
+        notes=notes,
     )
 
 
-def _manifest_of(folder: Path) -> dict[str, Any] | None:
+def _describe(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest states about the run, for people."""
+    return {
+        "stage": manifest.get("stage"),
+        "world size": manifest.get("world_size", manifest.get("world")),
+        "optimizer": manifest.get("optimizer", {}).get("name"),
+        "optimizer steps": manifest.get("optimizer_steps"),
+        "seed": manifest.get("seed"),
+        "plan": manifest.get("plan"),
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    whole = isinstance(manifest, dict) and {"parameters", "files", "version"} <= set(manifest)
-    return manifest if whole and isinstance(manifest["parameters"], dict) else None
+    known = isinstance(manifest, dict) and {"parameters", "files", "version"} <= set(manifest)
+    return manifest if known and isinstance(manifest["parameters"], dict) else None
 
 
-def _newest(path: Path) -> Path:
-    found = [
-        f for f in sorted((path / "checkpoints").glob("step-*")) if _manifest_of(f) is not None
-    ]
+def _find_latest(path: Path) -> Path:
+    folders = sorted((path / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*"))
+    found = [folder for folder in folders if _read_manifest(folder) is not None]
     if not found:
         raise UsageError(
             f"no checkpoint in {path}",
             "there is nothing to convert.",
-            "give a run directory or one of its checkpoints/step-....",
+            f"give a run directory or one of its {CHECKPOINTS}/step-....",
         )
     return found[-1]
 
 
-def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
+def _find_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
+    """The files of a checkpoint, all of which must be complete."""
     if manifest["version"] not in VERSIONS:
         raise UsageError(
             f"{folder}: version {manifest['version']}",
-            f"this program reads versions {VERSIONS}.",
-            "convert it with its own version.",
+            f"this program reads versions {', '.join(map(str, VERSIONS))}.",
+            "convert it with the program that wrote it.",
         )
     wrong = []
     for name, size in manifest["files"].items():
@@ -130,35 +159,37 @@ def _whole_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
             wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
     if wrong:
         raise UsageError(
-            f"{folder} is not whole: {'; '.join(wrong)}",
+            f"{folder} is not complete: {'; '.join(wrong)}",
             "trained weights would be lost.",
             "give another checkpoint of the run.",
         )
     return tuple(folder / name for name in sorted(manifest["files"]))
 
 
-def _trained(folder: Path, manifest: dict[str, Any]) -> Tensors:
+def _open_trained(folder: Path, manifest: dict[str, Any]) -> Tensors:
+    """The fp32 weights of all parameters that the run trains."""
     ranges: Tensors = {}
     for name in manifest["files"]:
-        ranges |= {
-            f"{name}/{key}": tensor for key, tensor in read_safetensors(folder / name).items()
-        }
+        for key, tensor in read_safetensors(folder / name).items():
+            ranges[f"{name}/{key}"] = tensor
     return {
-        name: _joined(folder, name, entry, ranges) for name, entry in manifest["parameters"].items()
+        name: _join_ranges(folder, name, entry, ranges)
+        for name, entry in manifest["parameters"].items()
     }
 
 
-def _joined(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors) -> LazyTensor:
+def _join_ranges(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors) -> LazyTensor:
     """A parameter's fp32 weights from the ranges of all ranks."""
     shape = tuple(entry["shape"])
     pieces = sorted((start, length, file) for start, length, file in entry["pieces"])
-    at, parts = 0, []
+    at = 0
+    parts: list[LazyTensor] = []
     for start, length, file in pieces:
         part = ranges.get(f"{file}/{name}:{start}:{MASTER}")
         if start != at or part is None or part.numel != length:
             raise OneLLMError(
                 f"checkpoint {folder} lacks elements of {name} from {at} on",
-                "it is not whole.",
+                "it is not complete.",
                 "give another checkpoint.",
             )
         parts.append(part)
@@ -166,33 +197,24 @@ def _joined(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors) -> 
     if at != torch.Size(shape).numel():
         raise OneLLMError(
             f"checkpoint {folder} has {at} elements of {name} {list(shape)}",
-            "it is not whole.",
+            "it is not complete.",
             "give another checkpoint.",
         )
-
-    def stream() -> Iterator[torch.Tensor]:
-        for part in parts:
-            yield from part.blocks()
-
-    return LazyTensor(shape, torch.float32, _loader(parts), stream)
+    return concatenate(parts).reshape(shape)
 
 
-def _loader(parts: list[LazyTensor]) -> Callable[[], torch.Tensor]:
-    return lambda: torch.cat([part.read() for part in parts])
-
-
-def _figures(run: Path, steps: object) -> dict[str, Any]:
-    """Loss and sample digest of the checkpoint's last step, from the run's metrics (it may have gone on since)."""
+def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
+    """Loss and sample digest of the checkpoint's last step; the run may have gone on since."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     for line in lines:
         try:
             found = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue  # the last line of a run that was killed
-        if isinstance(steps, int) and found.get("step") == steps - 1:
+        if isinstance(steps_done, int) and found.get("step") == steps_done - 1:
             return {
                 "loss of the last step": found.get("loss"),
                 "sample_digest of the last step": found.get("sample_digest"),
@@ -200,52 +222,48 @@ def _figures(run: Path, steps: object) -> dict[str, Any]:
     return {}
 
 
-def _precision(run: Path) -> str | None:
+def _read_precision(run: Path) -> str | None:
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         return str(config["train"]["precision"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
 
 
-def _base(about: dict[str, Any], seed: int, run: Path, options: Options) -> Opened:
+def _open_base(
+    model: dict[str, Any], seed: int, run: Path, options: ConversionOptions
+) -> OpenedCheckpoint:
     """What the run started from: a directory, or a preset drawn again from its seed."""
-    path, preset = options.base or about.get("path"), about.get("preset")
+    path, preset = options.base or model.get("path"), model.get("preset")
     if path is not None:
-        folder = next((p for p in (Path(path), run / path) if onellm.recognise(p)), None)
+        folder = next((p for p in (Path(path), run / path) if onellm.is_format(p)), None)
         if folder is None:
             raise UsageError(
-                f"the run started from {path}, which is no onellm directory here",
+                f"the run started from {path}, which is not a onellm directory here",
                 "its frozen weights are not in the checkpoint.",
                 "give --base DIR.",
             )
         base = onellm.open_checkpoint(folder, options)
     elif preset is not None:
-        base = _preset(str(preset), seed)
+        base = _open_preset(str(preset), seed)
     else:
         raise UsageError(
-            f"{run}: the checkpoint does not say what the run started from",
+            f"{run}: the checkpoint does not state what the run started from",
             "frozen weights come from it.",
             "give --base DIR.",
         )
     source = base.config.modalities[0] if base.config.modalities else ""
     tensors = dict(base.tensors)
-    for name in about.get("init_from_image") or ():
-        tensors |= copied_projector(base.tensors, source, name)
-    return Opened(base.format, KIND, base.config, tensors, base.files, base.root, (), base.problems)
+    for name in model.get("init_from_image") or ():
+        tensors |= copy_projector(base.tensors, source, name)
+    return replace(base, tensors=tensors)
 
 
-def _preset(name: str, seed: int) -> Opened:
+def _open_preset(name: str, seed: int) -> OpenedCheckpoint:
     config = build_config(name)
-    tensors = fresh_tensors(config, seed)
+    tensors = draw_tensors(config, seed)
     if name != "smollm2-135m":
-        return Opened("preset", KIND, config, tensors, (), TOY_TOKENIZER)
-    llm = gguf.open_checkpoint(find_smollm2_gguf(), Options())
-    return Opened(
-        "preset",
-        KIND,
-        config,
-        {**tensors, **with_prefix(cast_all(llm.tensors, torch.float32), "llm.")},
-        llm.files,
-        llm.root,
-    )
+        return OpenedCheckpoint("preset", KIND, config, tensors, (), TOY_TOKENIZER)
+    llm = gguf.open_checkpoint(find_smollm2_gguf(), ConversionOptions())
+    llm_tensors = add_prefix(cast_tensors(llm.tensors, torch.float32), "llm.")
+    return OpenedCheckpoint("preset", KIND, config, {**tensors, **llm_tensors}, llm.files, llm.root)

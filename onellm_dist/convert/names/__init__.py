@@ -1,0 +1,1 @@
+"""Names of parameters in other programs' checkpoints, mapped to ours and back."""

@@ -1,12 +1,11 @@
-"""CLIP's visual transformer by the names of open_clip and of transformers, and as ours."""
+"""CLIP's visual transformer: our names as open_clip's and as transformers', and back."""
 
 from __future__ import annotations
 
 import re
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import Tensors
-from onellm_dist.convert.tensors.lazy import LazyTensor, concatenated
+from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.model.configuration import OneLLMVisionConfig
 
 _TO_OPEN_CLIP = (
@@ -40,35 +39,39 @@ _HF_QKV = "vision_model.encoder.layers.{}.self_attn.{}_proj.{}"
 _OUR_QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 
-def only_clip(config: OneLLMVisionConfig, target: str) -> None:
-    """Refuse to write an encoder that is not of CLIP's form (DINOv2, SigLIP, ...) in a format of CLIP.
+def require_clip(config: OneLLMVisionConfig, target: str) -> None:
+    """Check that an encoder has CLIP's form, before it is written in a format of CLIP.
+
+    Args:
+        config: config of the encoder.
+        target: name of the format.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it has another form (DINOv2, SigLIP, ...).
     """
     if not config.clip:
         raise UsageError(
-            f"the encoder is no CLIP (class token {config.class_token}, registers {config.registers}, layer scale {config.layer_scale})",
+            f"the encoder is not a CLIP (class token {config.class_token}, "
+            f"registers {config.registers}, layer scale {config.layer_scale})",
             f"the format {target} has no place for it.",
             "write it as onellm.",
         )
 
 
-def open_clip_name(name: str) -> str:
-    """open_clip's name (without `visual.`) of our encoder's parameter.
+def to_open_clip_name(name: str) -> str:
+    """open_clip's name, without `visual.`, of a parameter of our encoder.
 
     Raises:
-        KeyError: it has none.
+        KeyError: open_clip has no such parameter.
     """
     for pattern, replacement in _TO_OPEN_CLIP:
-        match = re.fullmatch(pattern, name)
-        if match:
+        if match := re.fullmatch(pattern, name):
             return match.expand(replacement)
     raise KeyError(name)
 
 
-def _hf_names(name: str) -> tuple[str, ...]:
-    """The keys in transformers of our encoder's parameter: three for the joint projection of queries, keys and values."""
+def _to_hf_names(name: str) -> tuple[str, ...]:
+    """Keys in transformers of a parameter of our encoder: three for the joint qkv projection."""
     qkv = _OUR_QKV.fullmatch(name)
     if qkv:
         return tuple(_HF_QKV.format(qkv[1], part, qkv[2]) for part in "qkv")
@@ -80,31 +83,39 @@ def _hf_names(name: str) -> tuple[str, ...]:
 def from_hf(
     state: Tensors, names: list[str]
 ) -> tuple[dict[str, tuple[str | None, LazyTensor]], set[str]]:
-    """Transformers' state as (its key -> (our name, tensor)) for our parameters `names`, and all of its keys that were used."""
+    """Match transformers' state with our parameters.
+
+    Args:
+        state: transformers' state dict.
+        names: our parameters that are wanted.
+
+    Returns:
+        (transformers' key -> (our name, tensor), all of transformers' keys that were used).
+    """
     given: dict[str, tuple[str | None, LazyTensor]] = {}
     used: set[str] = set()
     for name in names:
-        keys = _hf_names(name)
+        keys = _to_hf_names(name)
         if not all(key in state for key in keys):
             continue
         used |= set(keys)
-        tensor = concatenated([state[key] for key in keys]) if len(keys) > 1 else state[keys[0]]
-        given[keys[0]] = (name, _transposed(tensor) if name == "proj.weight" else tensor)
+        tensor = concatenate([state[key] for key in keys]) if len(keys) > 1 else state[keys[0]]
+        given[keys[0]] = (name, _transpose(tensor) if name == "proj.weight" else tensor)
     return given, used
 
 
 def to_hf(tensors: Tensors) -> Tensors:
-    """Our encoder's tensors under transformers' names."""
+    """The tensors of our encoder under transformers' names."""
     state: Tensors = {}
     for name, tensor in tensors.items():
-        keys = _hf_names(name)
+        keys = _to_hf_names(name)
         if len(keys) > 1:
             third = tensor.shape[0] // 3
             state |= {key: tensor.rows(i * third, (i + 1) * third) for i, key in enumerate(keys)}
         else:
-            state[keys[0]] = _transposed(tensor) if name == "proj.weight" else tensor
+            state[keys[0]] = _transpose(tensor) if name == "proj.weight" else tensor
     return state
 
 
-def _transposed(tensor: LazyTensor) -> LazyTensor:
-    return tensor.mapped(lambda t: t.t(), shape=tuple(reversed(tensor.shape)))
+def _transpose(tensor: LazyTensor) -> LazyTensor:
+    return tensor.map(lambda t: t.t(), shape=tuple(reversed(tensor.shape)))

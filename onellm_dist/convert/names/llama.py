@@ -1,4 +1,4 @@
-"""LLaMA in Meta's layout and in transformers': names, the rotary permutation, params.json."""
+"""LLaMA in Meta's layout and in transformers': names, rotary permutation, params.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from transformers import LlamaConfig
 
 from onellm_dist.common.errors import UsageError
@@ -27,17 +26,11 @@ TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "
 _META_BLOCK = {ours: theirs for theirs, ours in BLOCK.items()}
 _META_TOP = {ours: theirs for theirs, ours in TOP.items()}
 ROTARY_TABLE = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
-"""Meta's checkpoints carry the rotary frequencies, [head width / 2]; models compute them."""
-
-# Parts that are split over model-parallel ranks, and the dimension they are split in (fairscale's Column- and RowParallelLinear).
-_SPLIT = (
-    (re.compile(r".*\.(wq|wk|wv|w1|w3)\.weight|output\.weight"), 0),
-    (re.compile(r".*\.(wo|w2)\.weight"), 1),
-)
+"""Keys of the rotary frequencies [head width / 2] in Meta's checkpoints; models compute them."""
 
 
-def name_from_meta(key: str) -> str | None:
-    """Transformers' name of Meta's key, or None."""
+def from_meta_name(key: str) -> str | None:
+    """Name in transformers of Meta's key; None: it has no such parameter."""
     match = re.fullmatch(rf"({'|'.join(TOP)})\.weight", key)
     if match:
         return f"{TOP[match[1]]}.weight"
@@ -45,8 +38,8 @@ def name_from_meta(key: str) -> str | None:
     return f"model.layers.{match[1]}.{BLOCK[match[2]]}.weight" if match else None
 
 
-def name_to_meta(name: str) -> str | None:
-    """Meta's key of transformers' name, or None."""
+def to_meta_name(name: str) -> str | None:
+    """Meta's key of transformers' name; None: Meta has no such parameter."""
     match = re.fullmatch(rf"({'|'.join(_META_TOP)})\.weight", name)
     if match:
         return f"{_META_TOP[match[1]]}.weight"
@@ -54,17 +47,29 @@ def name_to_meta(name: str) -> str | None:
     return f"layers.{match[1]}.{_META_BLOCK[match[2]]}.weight" if match else None
 
 
-def rotary_heads(name: str, config: Any) -> int | None:
-    """Heads of a weight whose rows the rotary embedding moves, named as in transformers; None for all others."""
+def get_rotary_heads(name: str, config: Any) -> int | None:
+    """Heads of a weight whose rows the rotary embedding permutes; None for all others.
+
+    Args:
+        name: transformers' name of the weight.
+        config: transformers' config of the LLM.
+    """
     if name.endswith("self_attn.q_proj.weight"):
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if name.endswith("self_attn.k_proj.weight") else None
 
 
 def to_halves(tensor: LazyTensor, heads: int) -> LazyTensor:
-    """Meta rotates neighbouring channels (2i, 2i + 1), transformers channels (i, i + half): rows of wq and wk move, [rows, columns]."""
+    """Rows of wq or wk from Meta's order to transformers': [rows, columns] -> [rows, columns].
+
+    Meta rotates neighbouring channels (2i, 2i + 1), transformers channels (i, i + half).
+
+    Args:
+        tensor: the weight.
+        heads: its heads.
+    """
     rows, columns = tensor.shape
-    return tensor.mapped(
+    return tensor.map(
         lambda w: (
             w.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
         )
@@ -74,28 +79,21 @@ def to_halves(tensor: LazyTensor, heads: int) -> LazyTensor:
 def to_pairs(tensor: LazyTensor, heads: int) -> LazyTensor:
     """The inverse of `to_halves`."""
     rows, columns = tensor.shape
-    return tensor.mapped(
+    return tensor.map(
         lambda w: (
             w.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
         )
     )
 
 
-def split_dimension(key: str, parts: list[LazyTensor], width: int) -> int | None:
-    """The dimension in which model-parallel files hold parts of `key`; None where each holds all of it.
-
-    Embeddings are split by columns in LLaMA 1 and 2 (ParallelEmbedding), by words in LLaMA 3; `width` [columns] tells.
-    """
-    if key == "tok_embeddings.weight":
-        return 0 if parts[0].shape[1] == width else 1
-    return next((dim for pattern, dim in _SPLIT if pattern.fullmatch(key)), None)
-
-
 def check_heads(label: str, heads: int, width: int, table: LazyTensor | None = None) -> None:
-    """Refuse numbers of heads that cannot be.
+    """Check that a number of heads is possible.
 
     Args:
-        table: the checkpoint's rotary frequencies [head width / 2], where it has them.
+        label: the option that gives the number, for the error.
+        heads: number of heads.
+        width: channels of all heads.
+        table: the checkpoint's rotary frequencies [head width / 2], if it has them.
 
     Raises:
         UsageError: heads do not divide the width into even parts, or contradict the rotary table.
@@ -109,16 +107,22 @@ def check_heads(label: str, heads: int, width: int, table: LazyTensor | None = N
         )
     if table is not None and table.numel != width // heads // 2:
         raise UsageError(
-            f"{label}={heads} means heads of {width // heads} channels, the checkpoint's rotary table is for {2 * table.numel}",
+            f"{label}={heads} means heads of {width // heads} channels, the checkpoint's rotary "
+            f"table is for {2 * table.numel}",
             "attention would mix the wrong channels.",
             do,
         )
 
 
-def config_from_params(
+def build_llama_config(
     params: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: object
 ) -> LlamaConfig:
-    """Transformers' config for Meta's params.json, every size checked against the tensors' shapes (Meta's keys).
+    """The transformers config for Meta's params.json; every size is checked against the tensors.
+
+    Args:
+        params: content of params.json.
+        shapes: Meta's key -> shape.
+        source: the checkpoint, for the error.
 
     Raises:
         UsageError: a size contradicts a shape.
@@ -128,7 +132,7 @@ def config_from_params(
     heads = int(params.get("n_heads") or width // 128)
     kv_heads = int(params.get("n_kv_heads") or heads)
     check_heads("n_heads", heads, width)
-    told = {
+    sizes = {
         "dim": (params.get("dim", width), width),
         "n_layers": (params.get("n_layers", layers), layers),
         "n_heads * head width (rows of wq)": (width, shapes["layers.0.attention.wq.weight"][0]),
@@ -138,33 +142,19 @@ def config_from_params(
         ),
     }
     if params.get("vocab_size", -1) > 0:
-        told["vocab_size"] = (params["vocab_size"], vocabulary)
+        sizes["vocab_size"] = (params["vocab_size"], vocabulary)
     wrong = [
-        f"{name} is {says}, the tensors have {has}"
-        for name, (says, has) in told.items()
-        if says != has
+        f"{name} is {stated}, the tensors have {actual}"
+        for name, (stated, actual) in sizes.items()
+        if stated != actual
     ]
     if wrong:
         raise UsageError(
             f"{source}: params.json contradicts the weights: {'; '.join(wrong)}",
             "heads would be wrong.",
-            "give the right one.",
+            "give the params.json of these weights.",
         )
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": float(params.get("rope_theta", 10000.0)),
-    }
-    if params.get(
-        "use_scaled_rope"
-    ):  # LLaMA 3.1 and later: Meta's code has these four numbers, 3.2's small models a factor of 32
-        rope |= {
-            "rope_type": "llama3",
-            "factor": float(params.get("rope_scaling_factor", 8.0)),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    large_vocabulary = vocabulary > 100_000
+    large_vocabulary = vocabulary > 100_000  # LLaMA 3 and later
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -176,18 +166,34 @@ def config_from_params(
             params.get("max_seq_len") or (8192 if large_vocabulary else 4096)
         ),
         rms_norm_eps=float(params.get("norm_eps", 1e-5)),
-        rope_parameters=rope,
+        rope_parameters=_build_rope(params),
         tie_word_embeddings=False,
         bos_token_id=128000 if large_vocabulary else 1,
         eos_token_id=128001 if large_vocabulary else 2,
     )
 
 
-def params_from_config(config: Any) -> dict[str, Any]:
+def _build_rope(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The `rope_parameters` of transformers for Meta's params.json."""
+    theta = float(params.get("rope_theta", 10000.0))
+    if not params.get("use_scaled_rope"):
+        return {"rope_type": "default", "rope_theta": theta}
+    # LLaMA 3.1 and later. Meta's code has these numbers; the small models of 3.2 have factor 32.
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": float(params.get("rope_scaling_factor", 8.0)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def build_params(config: Any) -> dict[str, Any]:
     """Meta's params.json for a LLaMA config of transformers.
 
     Raises:
-        UsageError: the model has something that Meta's code does not know.
+        UsageError: the model has something that Meta's code cannot run.
     """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
@@ -212,7 +218,7 @@ def params_from_config(config: Any) -> dict[str, Any]:
         raise UsageError(
             f"this LLM has {', '.join(faults)}",
             "Meta's LLaMA code cannot run it.",
-            "keep it in transformers' layout (hf).",
+            "keep it in transformers' format (hf).",
         )
     params: dict[str, Any] = {
         "dim": config.hidden_size,
@@ -221,7 +227,7 @@ def params_from_config(config: Any) -> dict[str, Any]:
         "n_kv_heads": config.num_key_value_heads,
         "vocab_size": config.vocab_size,
         "norm_eps": config.rms_norm_eps,
-        **_ffn_rule(config.hidden_size, config.intermediate_size),
+        **_build_ffn_rule(config.hidden_size, config.intermediate_size),
     }
     if rope.get("rope_theta", 10000.0) != 10000.0:  # LLaMA 2's code does not know the key
         params["rope_theta"] = float(rope["rope_theta"])
@@ -232,8 +238,11 @@ def params_from_config(config: Any) -> dict[str, Any]:
     return params
 
 
-def _ffn_rule(width: int, hidden: int) -> dict[str, Any]:
-    """Meta's code computes the FFN's width: int(multiplier * int(8 / 3 * width)), rounded up to a multiple."""
+def _build_ffn_rule(width: int, hidden: int) -> dict[str, Any]:
+    """The params from which Meta's code computes the FFN's width.
+
+    It computes int(multiplier * int(8 / 3 * width)), rounded up to a multiple.
+    """
     base = int(2 * (4 * width) / 3)
     if -(-base // 256) * 256 == hidden:
         return {"multiple_of": 256}
@@ -242,24 +251,3 @@ def _ffn_rule(width: int, hidden: int) -> dict[str, Any]:
         if hidden >= base
         else {"multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / base}
     )
-
-
-def same_across_ranks(key: str, parts: list[LazyTensor], files: list[Any]) -> LazyTensor:
-    """A tensor that every model-parallel file holds whole; reading it compares them.
-
-    Raises (on reading):
-        UsageError: they differ.
-    """
-
-    def load() -> torch.Tensor:
-        first = parts[0].read()
-        for part, file in zip(parts[1:], files[1:], strict=True):
-            if not torch.equal(part.read(), first):
-                raise UsageError(
-                    f"{key} differs between {files[0].name} and {file.name}",
-                    "every model-parallel file should hold the same.",
-                    "these files are not of one checkpoint: download them again.",
-                )
-        return first
-
-    return LazyTensor(parts[0].shape, parts[0].dtype, load)

@@ -1,7 +1,7 @@
-"""Tensors that are not read yet: what readers make, mappings rearrange and writers stream, one at a time.
+"""Tensors that are not read yet: readers make them, mappings rearrange them, writers stream them.
 
-A lazy tensor knows its shape and dtype; its values are read when a writer asks, in blocks of at most BLOCK bytes where the
-bytes lie in a file in the order in which they are wanted, else whole.
+A lazy tensor knows its shape and dtype. Its values are read when a writer asks: in blocks of at
+most BLOCK bytes where the bytes lie in a file in the wanted order, else all at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from onellm_dist.common.errors import OneLLMError
 
 BLOCK = 1 << 20
-"""Bytes read, scanned, hashed and written at once: they stay in the processor's cache between these."""
+"""Bytes read, scanned, hashed and written at once: they stay in the processor's cache meanwhile."""
+READ_BYTES = 64 << 20
+"""Bytes of one read call."""
 
 _BITS = {
     torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
@@ -26,7 +28,7 @@ _BITS = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
 }
-"""Dtype -> (integer of its size, everything but the sign, smallest pattern that is not finite)."""
+"""Dtype -> (integer of its size, mask without the sign, smallest pattern that is not finite)."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ class LazyTensor:
     """A tensor that can be read later.
 
     Attributes:
-        shape, dtype: of what `read` gives.
-        load: reads it whole.
-        stream: yields its bytes in row-major order as 1-D uint8 tensors, each a whole number of elements, and each only until
-            the next is asked for (they may share memory); None where only `load` can tell.
-        window: elements [start, end) of the flattened tensor, read without the others; None where only `load` can tell.
+        shape: shape of what `read` gives.
+        dtype: dtype of what `read` gives.
+        load: reads all of it.
+        stream: yields its bytes in row-major order as 1-D uint8 tensors of complete elements. Each
+            is valid until the next is asked for (they may share memory). None: only `load` reads.
+        window: reads elements [start, end) of the flattened tensor without the others. None: only
+            `load` reads.
     """
 
     shape: tuple[int, ...]
@@ -49,47 +53,63 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Bytes of the values."""
         return self.numel * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The whole tensor, contiguous."""
+        """All values, contiguous."""
         return self.load().reshape(self.shape).contiguous()
 
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Its bytes in row-major order: 1-D uint8 tensors of at most BLOCK bytes, each only until the next is asked for."""
+    def read_blocks(self) -> Iterator[torch.Tensor]:
+        """Its bytes in row-major order, as 1-D uint8 tensors of at most BLOCK bytes.
+
+        Each block is valid until the next is asked for.
+        """
         if self.stream is not None:
             yield from self.stream()
         elif self.numel:
-            flat = self.read().reshape(-1).view(torch.uint8)
-            yield from flat.split(BLOCK)
+            yield from _to_bytes(self).split(BLOCK)
 
-    def reshaped(self, shape: Sequence[int]) -> LazyTensor:
-        """The same elements in another shape."""
+    def reshape(self, shape: Sequence[int]) -> LazyTensor:
+        """The same elements in another shape.
+
+        Raises:
+            ValueError: the shape has another number of elements.
+        """
         if math.prod(shape) != self.numel:
-            raise ValueError(f"{self.shape} has not as many elements as {tuple(shape)}")
+            raise ValueError(
+                f"shape {tuple(shape)} has another number of elements than {self.shape}"
+            )
         return LazyTensor(tuple(shape), self.dtype, self.load, self.stream, self.window)
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
-        """The same values in another dtype, block by block; a value that becomes infinite is found by the writer."""
+        """The same values in another dtype, block by block.
+
+        A value that becomes infinite is found by the writer.
+        """
         if dtype == self.dtype:
             return self
 
         def stream() -> Iterator[torch.Tensor]:
-            for block in self.blocks():
+            for block in self.read_blocks():
                 yield block.view(self.dtype).to(dtype).view(torch.uint8)
 
         return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype), stream)
 
-    def mapped(
+    def map(
         self, function: Callable[[torch.Tensor], torch.Tensor], shape: Sequence[int] | None = None
     ) -> LazyTensor:
-        """`function` of the whole tensor, which must keep the dtype; `shape`: of its result where it is another."""
+        """The result of a function of all values.
+
+        Args:
+            function: must keep the dtype.
+            shape: shape of the result; default: the same.
+        """
         return LazyTensor(
             self.shape if shape is None else tuple(shape), self.dtype, lambda: function(self.read())
         )
@@ -101,18 +121,29 @@ class LazyTensor:
         return LazyTensor((end - start,), self.dtype, lambda: self.read().reshape(-1)[start:end])
 
     def rows(self, start: int, end: int) -> LazyTensor:
-        """Rows start to end of the first dimension."""
+        """Rows [start, end) of the first dimension."""
         row = math.prod(self.shape[1:])
-        return self.elements(start * row, end * row).reshaped((end - start, *self.shape[1:]))
+        return self.elements(start * row, end * row).reshape((end - start, *self.shape[1:]))
 
 
-def of_tensor(tensor: torch.Tensor) -> LazyTensor:
+Tensors = dict[str, LazyTensor]
+"""Name -> tensor."""
+Shapes = dict[str, tuple[int, ...]]
+"""Name -> shape."""
+
+
+def from_tensor(tensor: torch.Tensor) -> LazyTensor:
     """A tensor that is in memory already."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def concatenated(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
-    """Several tensors as one, along `dim`."""
+def concatenate(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
+    """Several tensors as one, along a dimension.
+
+    Args:
+        parts: at least one tensor, all of one dtype.
+        dim: the dimension.
+    """
     if len(parts) == 1:
         return parts[0]
     shape = list(parts[0].shape)
@@ -120,21 +151,28 @@ def concatenated(parts: Sequence[LazyTensor], dim: int = 0) -> LazyTensor:
 
     def stream() -> Iterator[torch.Tensor]:
         for part in parts:
-            yield from part.blocks()
+            yield from part.read_blocks()
 
     def load() -> torch.Tensor:
-        whole = torch.empty(shape, dtype=parts[0].dtype)
+        joined = torch.empty(shape, dtype=parts[0].dtype)
         start = 0
         for part in parts:
-            whole.narrow(dim, start, part.shape[dim]).copy_(part.read())
+            joined.narrow(dim, start, part.shape[dim]).copy_(part.read())
             start += part.shape[dim]
-        return whole
+        return joined
 
     return LazyTensor(tuple(shape), parts[0].dtype, load, stream if dim == 0 else None)
 
 
 class DataFile:
-    """A file whose byte ranges are read as tensors; safe to use from several threads."""
+    """A file whose byte ranges are read as tensors; several threads may use it at once.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -145,8 +183,8 @@ class DataFile:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def bytes_at(self, offset: int, length: int) -> torch.Tensor:
-        """[length] uint8 from `offset` on.
+    def read_bytes(self, offset: int, length: int) -> torch.Tensor:
+        """[length] uint8, from byte `offset` on.
 
         Raises:
             OneLLMError: the file ends before.
@@ -156,32 +194,38 @@ class DataFile:
         return buffer
 
     def _read_into(self, buffer: torch.Tensor, offset: int) -> None:
-        view, done = memoryview(cast(Any, buffer.numpy())), 0
+        view = memoryview(cast(Any, buffer.numpy()))
+        done = 0
         while done < len(view):
-            got = os.preadv(self._descriptor, [view[done : done + (64 << 20)]], offset + done)
-            if got == 0:
+            count = os.preadv(self._descriptor, [view[done : done + READ_BYTES]], offset + done)
+            if count == 0:
                 raise OneLLMError(
                     f"{self.path} ends at byte {offset + done}",
                     "a tensor is cut short.",
                     "download or copy it again.",
                 )
-            done += got
+            done += count
 
     def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> LazyTensor:
-        """The tensor whose row-major bytes start at `offset`."""
+        """The tensor whose row-major bytes start at byte `offset`.
+
+        Args:
+            offset: its first byte.
+            shape: its shape.
+            dtype: its dtype.
+        """
         length = math.prod(shape) * dtype.itemsize
 
         def stream() -> Iterator[torch.Tensor]:
-            buffer = torch.empty(
-                min(BLOCK, length), dtype=torch.uint8
-            )  # one for all blocks: new memory costs as much as the reading
+            # One buffer for all blocks: new memory costs as much as the reading.
+            buffer = torch.empty(min(BLOCK, length), dtype=torch.uint8)
             for start in range(0, length, BLOCK):
                 block = buffer[: min(BLOCK, length - start)]
                 self._read_into(block, offset + start)
                 yield block
 
         def load() -> torch.Tensor:
-            return self.bytes_at(offset, length).view(dtype).reshape(tuple(shape))
+            return self.read_bytes(offset, length).view(dtype).reshape(tuple(shape))
 
         def window(start: int, end: int) -> LazyTensor:
             return self.tensor(offset + start * dtype.itemsize, (end - start,), dtype)
@@ -189,40 +233,44 @@ class DataFile:
         return LazyTensor(tuple(shape), dtype, load, stream, window)
 
 
-def finite(block: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a block of uint8 holds neither NaN nor infinity, read as `dtype` (true for integers)."""
+def is_finite(block: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a block of bytes holds neither NaN nor infinity; integers never do.
+
+    Args:
+        block: 1-D uint8.
+        dtype: dtype of its values.
+    """
     if dtype not in _BITS or not len(block):
         return True
     integer, magnitude, limit = _BITS[dtype]
     return int(block.view(integer).bitwise_and(magnitude).max()) < limit
 
 
-def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
-    """Whether two tensors are equal bit for bit, shapes and dtypes included."""
+def is_bitwise_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors are equal bit for bit, in the same shape and dtype."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if a.stream is None or b.stream is None:
-        return (
-            torch.equal(
-                a.read().reshape(-1).view(torch.uint8), b.read().reshape(-1).view(torch.uint8)
-            )
-            if a.numel
-            else True
-        )
-    left, right = equal_blocks(a), equal_blocks(b)
-    return all(torch.equal(x, y) for x, y in zip(left, right, strict=True))
+        return not a.numel or torch.equal(_to_bytes(a), _to_bytes(b))
+    pairs = zip(read_equal_blocks(a), read_equal_blocks(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
-def equal_blocks(tensor: LazyTensor) -> Iterator[torch.Tensor]:
-    """The bytes in blocks of exactly BLOCK, the last one less."""
+def _to_bytes(tensor: LazyTensor) -> torch.Tensor:
+    return tensor.read().reshape(-1).view(torch.uint8)
+
+
+def read_equal_blocks(tensor: LazyTensor) -> Iterator[torch.Tensor]:
+    """The bytes in blocks of exactly BLOCK bytes; the last one may be shorter."""
     held: list[torch.Tensor] = []
     length = 0
-    for block in tensor.blocks():
+    for block in tensor.read_blocks():
         held.append(block.clone())
         length += len(block)
         while length >= BLOCK:
-            whole = torch.cat(held)
-            yield whole[:BLOCK]
-            held, length = [whole[BLOCK:]], length - BLOCK
+            joined = torch.cat(held)
+            yield joined[:BLOCK]
+            held = [joined[BLOCK:]]
+            length -= BLOCK
     if length:
         yield torch.cat(held)

@@ -1,8 +1,10 @@
-"""torch.save's files (.pth, .pt, .bin) without torch.load: nothing that the file names is ever imported or called.
+"""torch.save's files (.pth, .pt, .bin) without torch.load: no code that a file names is ever run.
 
-Such a file is a zip archive of stored entries: `<root>/data.pkl` describes the tensors, `<root>/data/<key>` holds the bytes of each storage
-(torch 1.6 and later). The pickle is read by an unpickler that knows how to rebuild a tensor and plain containers, and
-refuses every other name; storages stay in the file until a tensor is read.
+Such a file is a zip archive of stored entries (torch 1.6 and later): `<root>/data.pkl` describes
+the tensors, `<root>/data/<key>` holds the bytes of each storage. The unpickler here can rebuild
+tensors and plain containers and refuses every other name. Storages stay in the file until a tensor
+is read. It is written by hand because torch.load reads all storages, and refuses objects that could
+be skipped.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor
+from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor, Tensors
 
 LARGEST_PICKLE = 256 << 20
-"""Bytes of a description that is read; OneLLM-7B's has 0.1 MB."""
+"""Bytes of the largest description that is read; OneLLM-7B's has 0.1 MB."""
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -48,8 +50,15 @@ class _Storage:
     numel: int
 
 
-class Inert:
-    """Stands for an object of a class that is not loaded: it keeps the state it was given and can do nothing."""
+class InertObject:
+    """Placeholder for an object of a class that is not loaded.
+
+    It keeps the state it was given and can do nothing.
+
+    Args:
+        args: arguments of the constructor, kept.
+        kwargs: dropped.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args = args
@@ -58,19 +67,24 @@ class Inert:
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Items of a mapping are dropped."""
+        """Drop an item of a mapping."""
 
     def append(self, value: Any) -> None:
-        """Items of a list are dropped."""
+        """Drop an item of a list."""
 
 
-def unreadable(path: Path, reason: object) -> UsageError:
-    """The refusal of a file that is no checkpoint."""
+def make_read_error(path: Path, reason: object) -> UsageError:
+    """The error for a file that cannot be read as a checkpoint.
+
+    Args:
+        path: the file.
+        reason: an exception, or words; its first line is shown.
+    """
     first = (str(reason).splitlines() or [type(reason).__name__])[0]
     return UsageError(
         f"{path} cannot be read: {first}",
         "nothing was converted.",
-        "download it again; only tensors are accepted, never pickled code.",
+        "download it again; only tensors are read, never pickled code.",
     )
 
 
@@ -80,8 +94,11 @@ def read_pickled(
     """What torch.save wrote, with LazyTensor in place of tensors.
 
     Args:
-        inert: prefixes of names (`deepspeed.`) whose objects are replaced by `Inert`; any other unknown name is refused.
-        offset, length: where the archive lies in the file, where it is not the whole of it.
+        path: the file.
+        inert: beginnings of names (`deepspeed.`) whose objects are replaced by `InertObject`; any
+            other unknown name is refused.
+        offset: first byte of the archive in the file.
+        length: bytes of the archive; default: up to the end of the file.
 
     Raises:
         UsageError: not such a file, cut short, or it names code.
@@ -90,13 +107,17 @@ def read_pickled(
     def read() -> Any:
         data = DataFile(path)
         archive = _Archive(data, offset, data.size - offset if length is None else length)
-        return _Unpickler(archive.bytes_of("data.pkl"), path, tuple(inert), archive).load()
+        return _Unpickler(archive.read_entry("data.pkl"), path, tuple(inert), archive).load()
 
-    return _guarded(path, read)
+    return _read_safely(path, read)
 
 
 def read_bare_pickle(path: Path, *, inert: Sequence[str] = ()) -> Any:
-    """A pickle that is no archive and holds no tensors (the metadata of torch.distributed.checkpoint).
+    """A pickle outside an archive, without tensors (the metadata of torch.distributed.checkpoint).
+
+    Args:
+        path: the file.
+        inert: beginnings of names whose objects are replaced by `InertObject`.
 
     Raises:
         UsageError: not such a file, or it names code.
@@ -105,21 +126,20 @@ def read_bare_pickle(path: Path, *, inert: Sequence[str] = ()) -> Any:
     def read() -> Any:
         data = DataFile(path)
         if data.size > LARGEST_PICKLE:
-            raise unreadable(path, f"it has {data.size} bytes")
-        return _Unpickler(
-            bytes(data.bytes_at(0, data.size).numpy()), path, tuple(inert), None
-        ).load()
+            raise make_read_error(path, f"it has {data.size} bytes")
+        content = bytes(data.read_bytes(0, data.size).numpy())
+        return _Unpickler(content, path, tuple(inert), None).load()
 
-    return _guarded(path, read)
+    return _read_safely(path, read)
 
 
-def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+def _read_safely(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except UsageError:
         raise
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
-        raise unreadable(path, error) from None
+        raise make_read_error(path, error) from None
     except (
         ValueError,
         TypeError,
@@ -129,14 +149,20 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         OverflowError,
         MemoryError,
     ) as error:
-        raise unreadable(path, f"its description is no list of tensors ({error})") from None
+        raise make_read_error(path, f"its description is not a list of tensors ({error})") from None
 
 
-def state_of(tree: Any, path: Path) -> dict[str, LazyTensor]:
-    """The mapping of names to tensors in what a file holds, also inside `model`, `state_dict` or `module` (training checkpoints).
+def get_state_dict(tree: Any, path: Path) -> Tensors:
+    """The mapping of names to tensors in what a file holds.
+
+    In training checkpoints it stands inside `model`, `state_dict` or `module`.
+
+    Args:
+        tree: content of the file.
+        path: the file, for the error.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such mapping.
     """
     for key in ("model", "state_dict", "module"):
         if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
@@ -146,18 +172,22 @@ def state_of(tree: Any, path: Path) -> dict[str, LazyTensor]:
         or not tree
         or not all(isinstance(v, LazyTensor) for v in tree.values())
     ):
-        raise unreadable(path, "it holds no mapping of names to tensors")
+        raise make_read_error(path, "it has no mapping of names to tensors")
     return {str(key): value for key, value in tree.items()}
 
 
-def torchscript_state(tree: Any) -> dict[str, LazyTensor]:
-    """Names and tensors of a TorchScript archive (OpenAI's CLIP files are such), read with `inert=("__torch__.",)`."""
-    found: dict[str, LazyTensor] = {}
+def get_torchscript_state(tree: Any) -> Tensors:
+    """Names and tensors of a TorchScript archive, as OpenAI's CLIP files are; empty for others.
+
+    Args:
+        tree: content of the file, read with `inert=("__torch__.",)`.
+    """
+    found: Tensors = {}
 
     def walk(node: Any, prefix: str) -> None:
         if isinstance(node, LazyTensor):
             found[prefix] = node
-        elif isinstance(node, Inert) and isinstance(getattr(node, "state", None), Mapping):
+        elif isinstance(node, InertObject) and isinstance(getattr(node, "state", None), Mapping):
             for key, value in node.state.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
 
@@ -166,16 +196,17 @@ def torchscript_state(tree: Any) -> dict[str, LazyTensor]:
 
 
 class _Archive:
-    """The entries of the zip: where their bytes lie in the file."""
+    """The entries of the zip archive, and where their bytes lie in the file."""
 
     def __init__(self, data: DataFile, start: int, length: int) -> None:
-        self.data, self.start = data, start
-        window = _Window(data, start, length)
+        self.data = data
+        self.start = start
+        window = _FileWindow(data, start, length)
         with zipfile.ZipFile(window) as archive:
             infos = archive.infolist()
         described = [i.filename for i in infos if i.filename.rsplit("/", 1)[-1] == "data.pkl"]
         if len(described) != 1:
-            raise unreadable(
+            raise make_read_error(
                 data.path,
                 "it has no data.pkl (torch.save before 1.6 wrote another format: save it again)",
             )
@@ -184,39 +215,40 @@ class _Archive:
             i.filename.removeprefix(self.root): i for i in infos if i.filename.startswith(self.root)
         }
         if len(self.entries) != len([i for i in infos if i.filename.startswith(self.root)]):
-            raise unreadable(data.path, "two entries of the archive have one name")
-        if "byteorder" in self.entries and self.bytes_of("byteorder") != b"little":
-            raise unreadable(data.path, "its numbers are big-endian")
+            raise make_read_error(data.path, "two entries of the archive have one name")
+        if "byteorder" in self.entries and self.read_entry("byteorder") != b"little":
+            raise make_read_error(data.path, "its numbers are big-endian")
 
-    def place(self, name: str) -> tuple[int, int]:
+    def find(self, name: str) -> tuple[int, int]:
         """(offset in the file, length) of an entry's bytes."""
         info = self.entries[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise unreadable(self.data.path, f"entry {name} is compressed or encrypted")
-        header = bytes(self.data.bytes_at(self.start + info.header_offset, 30).numpy())
-        magic, name_length, extra_length = (
-            *struct.unpack("<4s22x", header[:26]),
-            *struct.unpack("<HH", header[26:]),
-        )
+            raise make_read_error(self.data.path, f"entry {name} is compressed or encrypted")
+        header = bytes(self.data.read_bytes(self.start + info.header_offset, 30).numpy())
+        magic, name_length, extra_length = struct.unpack("<4s22xHH", header)
         if magic != b"PK\x03\x04":
-            raise unreadable(self.data.path, f"entry {name} has no header")
+            raise make_read_error(self.data.path, f"entry {name} has no header")
         offset = self.start + info.header_offset + 30 + name_length + extra_length
         if offset + info.file_size > self.data.size:
-            raise unreadable(self.data.path, f"entry {name} goes beyond the end of the file")
+            raise make_read_error(self.data.path, f"entry {name} goes beyond the end of the file")
         return offset, info.file_size
 
-    def bytes_of(self, name: str) -> bytes:
-        offset, length = self.place(name)
+    def read_entry(self, name: str) -> bytes:
+        """The bytes of a small entry."""
+        offset, length = self.find(name)
         if length > LARGEST_PICKLE:
-            raise unreadable(self.data.path, f"{name} has {length} bytes")
-        return bytes(self.data.bytes_at(offset, length).numpy())
+            raise make_read_error(self.data.path, f"{name} has {length} bytes")
+        return bytes(self.data.read_bytes(offset, length).numpy())
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+class _FileWindow(io.RawIOBase):
+    """A part of a file, as a file."""
 
     def __init__(self, data: DataFile, start: int, length: int) -> None:
-        self._data, self._start, self._length, self._at = data, start, length, 0
+        self._data = data
+        self._start = start
+        self._length = length
+        self._at = 0
 
     def readable(self) -> bool:
         return True
@@ -236,7 +268,7 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._length - self._at)
         size = left if size < 0 else min(size, left)
-        found = bytes(self._data.bytes_at(self._start + self._at, size).numpy())
+        found = bytes(self._data.read_bytes(self._start + self._at, size).numpy())
         self._at += size
         return found
 
@@ -246,7 +278,9 @@ class _Unpickler(pickle.Unpickler):
         self, content: bytes, path: Path, inert: tuple[str, ...], archive: _Archive | None
     ) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
-        self._path, self._inert, self._archive = path, inert, archive
+        self._path = path
+        self._inert = inert
+        self._archive = archive
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -257,8 +291,10 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if full.startswith(self._inert):
-            return Inert
-        raise unreadable(self._path, f"it asks for {full}, which is no tensor: it may run code")
+            return InertObject
+        raise make_read_error(
+            self._path, f"it asks for {full}, which is not a tensor: it may run code"
+        )
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid
@@ -268,16 +304,16 @@ class _Unpickler(pickle.Unpickler):
             or not isinstance(dtype, torch.dtype)
             or not isinstance(numel, int)
         ):
-            raise unreadable(self._path, f"an unknown kind of storage: {kind!r}")
-        offset, length = self._archive.place(f"data/{key}")
+            raise make_read_error(self._path, f"an unknown kind of storage: {kind!r}")
+        offset, length = self._archive.find(f"data/{key}")
         if length < numel * dtype.itemsize:
-            raise unreadable(
+            raise make_read_error(
                 self._path, f"storage {key} has {length} bytes for {numel} elements of {dtype}"
             )
         return _Storage(self._archive.data, offset, dtype, numel)
 
 
-def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+def _build_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
     if not isinstance(storage, _Storage) or not all(
         isinstance(n, int) and n >= 0 for n in (start, *shape, *strides)
     ):
@@ -289,8 +325,8 @@ def _rebuild_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any)
     offset = storage.offset + start * storage.dtype.itemsize
     if _is_contiguous(shape, strides):
         return storage.file.tensor(offset, shape, storage.dtype)
-    held = storage.file.tensor(offset, (span,), storage.dtype)
-    return LazyTensor(shape, storage.dtype, lambda: held.read().as_strided(shape, strides))
+    span_values = storage.file.tensor(offset, (span,), storage.dtype)
+    return LazyTensor(shape, storage.dtype, lambda: span_values.read().as_strided(shape, strides))
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -300,19 +336,19 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     )
 
 
-def _parameter(data: LazyTensor, *_: Any) -> LazyTensor:
+def _build_parameter(data: LazyTensor, *_: Any) -> LazyTensor:
     return data
 
 
-def _size(values: Any = ()) -> tuple[int, ...]:
+def _build_size(values: Any = ()) -> tuple[int, ...]:
     return tuple(values)
 
 
 _BUILDERS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_tensor_v2": _build_tensor,
+    "torch._utils._rebuild_tensor": _build_tensor,
+    "torch._utils._rebuild_parameter": _build_parameter,
+    "torch._utils._rebuild_parameter_with_state": _build_parameter,
     "collections.OrderedDict": OrderedDict,
-    "torch.Size": _size,
+    "torch.Size": _build_size,
 }

@@ -1,4 +1,4 @@
-"""Safetensors files and the folders that hold a state dict in several files, read tensor by tensor."""
+"""Safetensors files, and folders that hold a state dict in several files, read tensor by tensor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor
-from onellm_dist.convert.tensors.pickled import read_pickled, state_of, unreadable
+from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor, Tensors
+from onellm_dist.convert.tensors.pickled import get_state_dict, make_read_error, read_pickled
 
 DTYPES = {
     "F64": torch.float64,
@@ -30,85 +30,91 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 LARGEST_HEADER = 100 << 20
-"""Bytes; the limit of the safetensors library."""
+"""Bytes of the largest header that is read; the safetensors library has the same limit."""
 
 
-def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+def read_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, in the order in which they lie in it.
 
     Raises:
-        UsageError: not such a file, or cut short.
+        UsageError: not a safetensors file, or cut short.
     """
     try:
         data = DataFile(path)
-        header, start = _header(data)
+        header, start = _read_header(data)
         entries = sorted(
             ((k, v) for k, v in header.items() if k != "__metadata__"),
             key=lambda item: item[1]["data_offsets"],
         )
-        return {name: _tensor(data, start, name, entry) for name, entry in entries}
+        return {name: _open_tensor(data, start, name, entry) for name, entry in entries}
     except OSError as error:
-        raise unreadable(path, error) from None
-    except (KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
-        raise unreadable(path, f"its header is no safetensors header ({error})") from None
+        raise make_read_error(path, error) from None
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"its header is not a safetensors header ({error})"
+        raise make_read_error(path, reason) from None
 
 
-def _header(data: DataFile) -> tuple[dict[str, Any], int]:
+def _read_header(data: DataFile) -> tuple[dict[str, Any], int]:
+    """(content of the header, offset of the first byte behind it)."""
     if data.size < 8:
-        raise unreadable(data.path, f"it has {data.size} bytes")
-    (length,) = struct.unpack("<Q", bytes(data.bytes_at(0, 8).numpy()))
+        raise make_read_error(data.path, f"it has {data.size} bytes")
+    (length,) = struct.unpack("<Q", bytes(data.read_bytes(0, 8).numpy()))
     if length > LARGEST_HEADER or 8 + length > data.size:
-        raise unreadable(
+        raise make_read_error(
             data.path, f"its header should have {length} bytes, the file has {data.size}"
         )
-    return json.loads(bytes(data.bytes_at(8, length).numpy())), 8 + length
+    return json.loads(bytes(data.read_bytes(8, length).numpy())), 8 + length
 
 
-def _tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -> LazyTensor:
+def _open_tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -> LazyTensor:
     first, end = entry["data_offsets"]
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - first} bytes for {list(shape)} of {entry['dtype']}")
     if start + end > data.size:
-        raise unreadable(
+        raise make_read_error(
             data.path,
             f"{name} ends at byte {start + end}, the file has {data.size}: it is cut short",
         )
     return data.tensor(start + first, shape, dtype)
 
 
-def read_state_file(path: Path) -> dict[str, LazyTensor]:
-    """The state dict in one file, .safetensors or torch.save's."""
+def read_state_file(path: Path) -> Tensors:
+    """The state dict in one file, .safetensors or torch.save's.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+    """
     if not path.is_file():
         raise UsageError(f"no checkpoint {path}", "there is nothing to convert.", "check the path.")
-    return (
-        read_safetensors(path)
-        if path.suffix == ".safetensors"
-        else state_of(read_pickled(path), path)
-    )
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return get_state_dict(read_pickled(path), path)
 
 
 def read_folder(
     folder: Path, stems: Sequence[str] = ("model", "pytorch_model")
-) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+) -> tuple[Tensors, tuple[Path, ...]]:
     """The state dict of a transformers directory, in one file or in several with an index.
 
     Args:
-        stems: names that its files may begin with; the first that is there is taken.
+        folder: the directory.
+        stems: names that its files may begin with; the first that exists is read.
 
     Returns:
-        (tensors, the files they come from).
+        (tensors, the files that they come from).
 
     Raises:
-        UsageError: there is none, or a file that the index names is missing or lacks a tensor.
+        UsageError: there is no such file, or a file that the index names is missing or lacks a
+            tensor.
     """
     for stem in stems:
         for suffix in ("safetensors", "bin", "pt"):
-            whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+            single, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
             if index.is_file():
-                return _indexed(folder, index)
-            if whole.is_file():
-                return read_state_file(whole), (whole,)
+                return _read_indexed(folder, index)
+            if single.is_file():
+                return read_state_file(single), (single,)
     raise UsageError(
         f"no weights in {folder}",
         "there is nothing to convert.",
@@ -116,12 +122,12 @@ def read_folder(
     )
 
 
-def _indexed(folder: Path, index: Path) -> tuple[dict[str, LazyTensor], tuple[Path, ...]]:
+def _read_indexed(folder: Path, index: Path) -> tuple[Tensors, tuple[Path, ...]]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(places.values()))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise unreadable(index, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise make_read_error(index, error) from None
     absent = [name for name in names if not (folder / name).is_file() or Path(name).name != name]
     if absent:
         raise UsageError(
@@ -129,13 +135,13 @@ def _indexed(folder: Path, index: Path) -> tuple[dict[str, LazyTensor], tuple[Pa
             f"{index.name} names them, and their tensors would be lost.",
             "download or copy them again.",
         )
-    tensors: dict[str, LazyTensor] = {}
+    tensors: Tensors = {}
     for name in names:
         tensors |= read_state_file(folder / name)
-    lacking = sorted(set(places) - set(tensors))
-    if lacking:
+    if lacking := sorted(set(places) - set(tensors)):
         raise UsageError(
-            f"{folder}: {len(lacking)} tensors of {index.name} are in no file: {', '.join(lacking[:10])}",
+            f"{folder}: {len(lacking)} tensors of {index.name} are in no file: "
+            f"{', '.join(lacking[:10])}",
             "the model would be partly random.",
             "download the directory again.",
         )

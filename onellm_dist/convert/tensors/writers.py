@@ -1,7 +1,8 @@
 """Files of tensors, written in one pass: the header is known before the first tensor is read.
 
-Safetensors for everything of ours and of transformers; torch.save's zip for the reference and Meta (its loader wants one).
-Each byte is scanned for NaN, hashed and written once; a file is on the disk (fsync) before its hash is given.
+Our own directories and transformers' are safetensors; the reference and Meta need torch.save's zip.
+Each byte is scanned for NaN, hashed and written once. A file is on the disk (fsync) before its hash
+is given.
 """
 
 from __future__ import annotations
@@ -9,68 +10,67 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.convert.tensors.lazy import LazyTensor, finite
+from onellm_dist.convert.tensors.lazy import LazyTensor, is_finite
+from onellm_dist.convert.tensors.pickle_writer import pickle_state
 from onellm_dist.convert.tensors.safetensors_files import DTYPES
 
-Named = tuple[tuple[str, LazyTensor], ...]
-Told = Callable[[int], None]
-"""Called with the number of bytes that were just written."""
+NamedTensors = tuple[tuple[str, LazyTensor], ...]
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that were just processed."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_STORAGE_NAMES = {
-    torch.float32: "FloatStorage",
-    torch.float16: "HalfStorage",
-    torch.bfloat16: "BFloat16Storage",
-    torch.float64: "DoubleStorage",
-    torch.int64: "LongStorage",
-    torch.int32: "IntStorage",
-    torch.uint8: "ByteStorage",
-    torch.bool: "BoolStorage",
-}
 ALIGNMENT = 64
-"""Of storages in a zip, as torch.save does since 2.0: they can be memory-mapped."""
+"""Alignment of storages in a zip, as torch.save has since 2.0: they can be memory-mapped."""
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file to write: its name in the output folder (the suffix tells the format) and its tensors in order."""
+    """A file to write.
+
+    Attributes:
+        name: its name in the output folder; the suffix chooses the format.
+        tensors: its tensors, in order.
+    """
 
     name: str
-    tensors: Named
+    tensors: NamedTensors
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors (the header comes on top)."""
+        """Bytes of its tensors; the header comes on top."""
         return sum(tensor.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a written file is."""
+class FileDigest:
+    """Size and hash of a file that was written.
+
+    Attributes:
+        bytes: its size.
+        sha256: its SHA-256, in hex.
+    """
 
     bytes: int
     sha256: str
 
 
 def write_tensor_file(
-    path: Path, file: TensorFile, *, told: Told, allow_nonfinite: Callable[[str], bool]
-) -> Written:
-    """Write one file; `path` must not be anybody's final name yet.
+    path: Path, file: TensorFile, *, on_bytes: OnBytes, allow_nonfinite: Callable[[str], bool]
+) -> FileDigest:
+    """Write one file in a staging folder.
 
     Args:
+        path: where to write it.
+        file: its name and tensors.
+        on_bytes: called as bytes are written.
         allow_nonfinite: whether a tensor of this name may hold NaN or infinity.
 
     Raises:
@@ -78,21 +78,23 @@ def write_tensor_file(
         OSError: the disk is full, or fails.
     """
     with path.open("wb", buffering=0) as raw:
-        sink = _Sink(raw, told)
+        sink = _HashingWriter(raw, on_bytes)
         if path.suffix == ".safetensors":
             _write_safetensors(sink, file.tensors, allow_nonfinite)
         else:
             _write_zip(sink, path.stem, file.tensors, allow_nonfinite)
         os.fsync(raw.fileno())
-    return Written(sink.length, sink.digest.hexdigest())
+    return FileDigest(sink.length, sink.digest.hexdigest())
 
 
-class _Sink(io.RawIOBase):
-    """Hashes and writes; cannot seek, so that the zip writer puts sizes and checksums behind each entry."""
+class _HashingWriter(io.RawIOBase):
+    """Hashes and writes. It cannot seek: the zip writer puts sizes and checksums behind entries."""
 
-    def __init__(self, raw: Any, told: Told) -> None:
-        self._raw, self._told = raw, told
-        self.digest, self.length = hashlib.sha256(), 0
+    def __init__(self, raw: io.RawIOBase, on_bytes: OnBytes) -> None:
+        self._raw = raw
+        self._on_bytes = on_bytes
+        self.digest = hashlib.sha256()
+        self.length = 0
 
     def writable(self) -> bool:
         return True
@@ -102,44 +104,45 @@ class _Sink(io.RawIOBase):
         self.digest.update(view)
         done = 0
         while done < len(view):
-            done += self._raw.write(view[done:])
+            done += self._raw.write(view[done:]) or 0
         self.length += len(view)
-        self._told(len(view))
+        self._on_bytes(len(view))
         return len(view)
 
 
-def _checked_blocks(
+def _write_tensor(
     sink: Any, name: str, tensor: LazyTensor, allow_nonfinite: Callable[[str], bool]
 ) -> None:
     written = 0
-    for block in tensor.blocks():
-        if not finite(block, tensor.dtype) and not allow_nonfinite(name):
+    for block in tensor.read_blocks():
+        if not is_finite(block, tensor.dtype) and not allow_nonfinite(name):
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise OneLLMError(
-                f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} holds NaN or infinity",
+                f"{name} {list(tensor.shape)} {dtype} holds NaN or infinity",
                 "a model with it computes nothing.",
-                f"take another checkpoint; or a wider --dtype, where the cast made it; or allow it: --allow '{name}'.",
+                "use another checkpoint; a wider --dtype, if the cast made it; or allow it: "
+                f"--allow '{name}'.",
             )
         sink.write(block.numpy())
         written += len(block)
     if written != tensor.nbytes:
         raise OneLLMError(
-            f"{name}: {written} bytes came for {tensor.nbytes}",
-            "the file would be spoilt.",
+            f"{name}: {written} bytes were read for {tensor.nbytes}",
+            "the file would be wrong.",
             "report this.",
         )
 
 
-# -- safetensors --------------------------------------------------------------------------------------------------------
-
-
-def _write_safetensors(sink: _Sink, tensors: Named, allow_nonfinite: Callable[[str], bool]) -> None:
-    sink.write(safetensors_header(tensors))
+def _write_safetensors(
+    sink: _HashingWriter, tensors: NamedTensors, allow_nonfinite: Callable[[str], bool]
+) -> None:
+    sink.write(build_safetensors_header(tensors))
     for name, tensor in tensors:
-        _checked_blocks(sink, name, tensor, allow_nonfinite)
+        _write_tensor(sink, name, tensor, allow_nonfinite)
 
 
-def safetensors_header(tensors: Named) -> bytes:
-    """Length and JSON of the header, padded to 8 bytes; data lies in the order given."""
+def build_safetensors_header(tensors: NamedTensors) -> bytes:
+    """Length and JSON of a safetensors header, padded to 8 bytes; data lies in the order given."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in tensors:
@@ -154,17 +157,22 @@ def safetensors_header(tensors: Named) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def safetensor_shards(
-    tensors: Sequence[tuple[str, LazyTensor]], shard_bytes: int, stem: str = "model"
+def split_into_files(
+    tensors: Sequence[tuple[str, LazyTensor]], file_bytes: int, stem: str = "model"
 ) -> tuple[TensorFile, ...]:
-    """Tensors in files of at most `shard_bytes` (a larger tensor has one alone), named as transformers names them.
+    """Distribute tensors over safetensors files, named as transformers names them.
 
     Within a file wide elements come first, so that every tensor is aligned.
+
+    Args:
+        tensors: names and tensors, in order.
+        file_bytes: size of the largest file; a larger tensor has a file of its own.
+        stem: beginning of the files' names.
     """
     shards: list[list[tuple[str, LazyTensor]]] = [[]]
     held = 0
     for name, tensor in tensors:
-        if shards[-1] and held + tensor.nbytes > shard_bytes:
+        if shards[-1] and held + tensor.nbytes > file_bytes:
             shards.append([])
             held = 0
         shards[-1].append((name, tensor))
@@ -181,7 +189,13 @@ def safetensor_shards(
 
 
 def write_index(folder: Path, files: Sequence[TensorFile], stem: str = "model") -> None:
-    """`<stem>.safetensors.index.json`, where there is more than one file."""
+    """Write `<stem>.safetensors.index.json` if there is more than one file.
+
+    Args:
+        folder: where to write it.
+        files: the safetensors files.
+        stem: beginning of the files' names.
+    """
     if len(files) < 2:
         return
     places = {name: file.name for file in files for name, _ in file.tensors}
@@ -193,29 +207,28 @@ def write_index(folder: Path, files: Sequence[TensorFile], stem: str = "model") 
     (folder / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
-# -- torch.save's zip -----------------------------------------------------------------------------------------------------
-
-
 def _write_zip(
-    sink: _Sink, root: str, tensors: Named, allow_nonfinite: Callable[[str], bool]
+    sink: _HashingWriter,
+    root: str,
+    tensors: NamedTensors,
+    allow_nonfinite: Callable[[str], bool],
 ) -> None:
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
-        _entry(archive, sink, f"{root}/data.pkl", pickled_state(tensors))
-        _entry(archive, sink, f"{root}/byteorder", b"little")
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+        _write_entry(archive, sink, f"{root}/data.pkl", pickle_state(tensors))
+        _write_entry(archive, sink, f"{root}/byteorder", b"little")
         for key, (name, tensor) in enumerate(tensors):
-            with archive.open(
-                _entry_info(sink, f"{root}/data/{key}"), "w", force_zip64=True
-            ) as entry:
-                _checked_blocks(entry, name, tensor, allow_nonfinite)
-        _entry(archive, sink, f"{root}/version", b"3\n")
+            info = _build_entry(sink, f"{root}/data/{key}")
+            with archive.open(info, "w", force_zip64=True) as entry:
+                _write_tensor(entry, name, tensor, allow_nonfinite)
+        _write_entry(archive, sink, f"{root}/version", b"3\n")
 
 
-def _entry(archive: zipfile.ZipFile, sink: _Sink, name: str, content: bytes) -> None:
-    with archive.open(_entry_info(sink, name), "w", force_zip64=True) as entry:
+def _write_entry(archive: zipfile.ZipFile, sink: _HashingWriter, name: str, content: bytes) -> None:
+    with archive.open(_build_entry(sink, name), "w", force_zip64=True) as entry:
         entry.write(content)
 
 
-def _entry_info(sink: _Sink, name: str) -> zipfile.ZipInfo:
+def _build_entry(sink: _HashingWriter, name: str) -> zipfile.ZipInfo:
     """An entry whose bytes begin at a multiple of ALIGNMENT: its extra field is padded."""
     info = zipfile.ZipInfo(name)
     zip64_extra = 20
@@ -223,54 +236,3 @@ def _entry_info(sink: _Sink, name: str) -> zipfile.ZipInfo:
     padding = (-begin - 4) % ALIGNMENT
     info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
     return info
-
-
-class _StorageRef:
-    def __init__(self, key: int, tensor: LazyTensor) -> None:
-        self.pid = (
-            "storage",
-            _Global("torch", _STORAGE_NAMES[tensor.dtype]),
-            str(key),
-            "cpu",
-            tensor.numel,
-        )
-
-
-class _Global:
-    """Pickles as a reference to a name, which need not be loaded here."""
-
-    def __init__(self, module: str, name: str) -> None:
-        self.module, self.name = module, name
-
-
-class _TensorRef:
-    def __init__(self, key: int, tensor: LazyTensor) -> None:
-        self.storage, self.shape = _StorageRef(key, tensor), tensor.shape
-
-
-_PythonPickler: Any = pickle._Pickler  # type: ignore[attr-defined]
-
-
-class _Pickler(_PythonPickler):  # the one in Python: it can write a bare GLOBAL
-    def persistent_id(self, obj: Any) -> Any:
-        return obj.pid if isinstance(obj, _StorageRef) else None
-
-    def save(self, obj: Any, save_persistent_id: bool = True) -> None:
-        if isinstance(obj, _Global):
-            self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
-        elif isinstance(obj, _TensorRef):
-            strides = tuple(math.prod(obj.shape[i + 1 :]) for i in range(len(obj.shape)))
-            self.save(_Global("torch._utils", "_rebuild_tensor_v2"))
-            self.save((obj.storage, 0, tuple(obj.shape), strides, False, OrderedDict()))
-            self.write(pickle.REDUCE)
-        else:
-            super().save(obj, save_persistent_id)
-
-
-def pickled_state(tensors: Named) -> bytes:
-    """The description of a state dict whose tensors are contiguous and have a storage each, numbered in order."""
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=2).dump(
-        {name: _TensorRef(key, tensor) for key, (name, tensor) in enumerate(tensors)}
-    )
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Scaled-dot-product attention, sequence by sequence: the backend for CPUs, fp32 and odd head widths."""
+"""Scaled-dot-product attention, sequence by sequence: for CPUs, fp32 and odd head widths."""
 
 from __future__ import annotations
 

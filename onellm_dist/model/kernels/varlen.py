@@ -1,4 +1,4 @@
-"""torch's own variable-length attention, `torch.nn.attention.varlen.varlen_attn` (torch >= 2.11)."""
+"""Variable-length attention of torch: `torch.nn.attention.varlen.varlen_attn` (torch >= 2.11)."""
 
 from __future__ import annotations
 
