@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from onellm_dist.convert.formats.reference import PREFIX, to_reference_shape
+from onellm_dist.convert.formats.reference import PREFIX
 from onellm_dist.convert.names.reference import to_reference_name
 from onellm_dist.convert.tensors.lazy import BLOCK, LazyTensor
 from onellm_dist.convert.tensors.writers import TensorFile, write_tensor_file
