@@ -44,10 +44,10 @@ def commands() -> str:
     import typer
 
     from onellm_dist.cli import app
-    from onellm_dist.cli.generate import generate, with_modality_options
+    from onellm_dist.cli.generate import generate, add_modality_options
 
     if all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(with_modality_options(generate))
+        app.command("generate")(add_modality_options(generate))
     return "\n".join(_command_pages(typer.main.get_command(app), ["onellm"]))
 
 

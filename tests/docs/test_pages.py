@@ -14,7 +14,7 @@ import typer
 from pages import ROOT, Block, blocks, commands, pages, script
 
 from onellm_dist.cli import app
-from onellm_dist.cli.generate import generate, with_modality_options
+from onellm_dist.cli.generate import generate, add_modality_options
 
 RUN = [page for page in pages() if any(not block.reason for block in blocks(page))]
 SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
@@ -24,7 +24,7 @@ SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
 def onellm() -> Any:
     """The command tree of `onellm`."""
     if all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(with_modality_options(generate))
+        app.command("generate")(add_modality_options(generate))
     return typer.main.get_command(app)
 
 
