@@ -44,7 +44,7 @@ def commands() -> str:
     import typer
 
     from onellm_dist.cli import app
-    from onellm_dist.cli.generate import generate, add_modality_options
+    from onellm_dist.cli.generate import add_modality_options, generate
 
     if all(command.name != "generate" for command in app.registered_commands):
         app.command("generate")(add_modality_options(generate))

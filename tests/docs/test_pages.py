@@ -14,7 +14,7 @@ import typer
 from pages import ROOT, Block, blocks, commands, pages, script
 
 from onellm_dist.cli import app
-from onellm_dist.cli.generate import generate, add_modality_options
+from onellm_dist.cli.generate import add_modality_options, generate
 
 RUN = [page for page in pages() if any(not block.reason for block in blocks(page))]
 SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
