@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -47,6 +48,34 @@ def load_plugins(group: str) -> dict[str, Any]:
                 "what it would add is missing.",
                 "repair or uninstall its package.",
             ) from error
+    return found
+
+
+def import_class(name: str, base: type, *, key: str, why: str) -> Any:
+    """Import the class that a recipe names as `module:Class`.
+
+    Args:
+        name: `module:Class`.
+        base: the class must derive from it.
+        key: the recipe's key, for the message.
+        why: what would be missing without the class, for the message.
+
+    Raises:
+        UsageError: it cannot be imported, or does not derive from `base`.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{key}: {name} cannot be imported: {error}", why, "check PYTHONPATH."
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(
+            f"{key}: {name} is not a subclass of {base.__module__}.{base.__qualname__}",
+            "it does not have the methods that are called.",
+            f"derive it from {base.__qualname__}.",
+        )
     return found
 
 

@@ -159,6 +159,11 @@ class TrainSection(Section):
     everything."""
     log_every: PositiveInt = 1
     """Steps between two lines of metrics on the terminal. `metrics.jsonl` has every step."""
+    loss: str = "cross_entropy"
+    """Loss of a supervised token: a registered name, or `module:function` of your own."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks that look at the run: `module:Class` each, or the name under which an installed
+    package registers one."""
 
     @model_validator(mode="after")
     def _check_encoder(self) -> TrainSection:

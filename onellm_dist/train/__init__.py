@@ -1,0 +1,1 @@
+"""Training: the trainer, its engines, optimizers, checkpoints, callbacks and records."""

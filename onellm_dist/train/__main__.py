@@ -2,7 +2,7 @@
 
 import sys
 
-from onellm_dist.train.run import command_line
+from onellm_dist.train.run import run_command_line
 
 if __name__ == "__main__":
-    sys.exit(command_line(sys.argv[1:]))
+    sys.exit(run_command_line(sys.argv[1:]))

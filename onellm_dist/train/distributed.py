@@ -1,8 +1,10 @@
-"""The ranks of a run while it runs: the process group, and the few messages that the loop sends itself."""
+"""The ranks of a run: the process group, and the few messages that training sends itself."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,21 +19,25 @@ from onellm_dist.launch.ranks import Ranks
 
 T = TypeVar("T")
 SLACK_MINUTES = 5.0
-"""A collective gives up so much later than the watchdog does: who hangs is said by the watchdog, with stacks, not by a timeout."""
+"""A collective gives up this much later than the watchdog, so that a hang is reported by the
+watchdog, with stacks, and not by a timeout."""
+GROUP_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
+"""torch's default timeouts of new process groups (2.15)."""
 
 
 @dataclass(frozen=True)
 class Distributed:
-    """This rank among all, and its device."""
+    """This rank among all ranks, and its device."""
 
     rank: int
     world_size: int
     local_world_size: int
+    """Ranks of this node."""
     device: torch.device
 
     @property
     def is_rank_zero(self) -> bool:
-        """Rank 0: the one that writes files and talks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -46,7 +52,7 @@ class Distributed:
         """`value` of every rank, by rank, on every rank."""
         found: list[T | None] = [None] * self.world_size
         torch_dist.all_gather_object(found, value)
-        return found  # type: ignore[return-value]
+        return found  # type: ignore[return-value]  # every element was filled in
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
@@ -55,11 +61,45 @@ class Distributed:
         return box[0]
 
 
-def join(ranks: Ranks, guard: StabilitySection | None = None) -> Distributed:
-    """Take this process's device, meet the other ranks, and share the cores among the ranks of the node.
+@contextmanager
+def process_group(ranks: Ranks, stability: StabilitySection | None = None) -> Iterator[Distributed]:
+    """Join the other ranks for the time of the context.
+
+    A process group that exists already is used, and stays. Otherwise a group is made here and
+    destroyed at the end, and environment variables, torch's default timeouts and its number of
+    threads return to what they were.
 
     Args:
-        guard: collectives wait longer than any of its limits, also those of groups that the engines make.
+        ranks: this process's place in the run.
+        stability: collectives wait longer than any limit of this section.
+
+    Raises:
+        UsageError: this process sees several GPUs, but fewer than the node has ranks.
+    """
+    environment = dict(os.environ)
+    timeouts = {name: getattr(distributed_c10d, name) for name in GROUP_TIMEOUTS}
+    threads = torch.get_num_threads()
+    own = not torch_dist.is_initialized()
+    try:
+        yield join(ranks, stability)
+    finally:
+        if own and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        for name, value in timeouts.items():
+            setattr(distributed_c10d, name, value)
+        torch.set_num_threads(threads)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def join(ranks: Ranks, stability: StabilitySection | None = None) -> Distributed:
+    """Select this process's device, join the other ranks, and share the cores among the ranks of the node.
+
+    Args:
+        ranks: this process's place in the run.
+        stability: collectives, also those of groups that the engines make, wait longer than any
+            limit of this section.
 
     Raises:
         UsageError: this process sees several GPUs, but fewer than the node has ranks.
@@ -68,31 +108,37 @@ def join(ranks: Ranks, guard: StabilitySection | None = None) -> Distributed:
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
-        device = torch.device(
-            "cuda", gpu_of(ranks.local_rank, ranks.local_world_size, torch.cuda.device_count())
-        )
-        os.environ["LOCAL_RANK"] = str(
-            device.index
-        )  # DeepSpeed 0.19 takes the GPU of this number, and uses it for nothing else here
+        gpu = select_gpu(ranks.local_rank, ranks.local_world_size, torch.cuda.device_count())
+        device = torch.device("cuda", gpu)
+        # DeepSpeed 0.19 uses the GPU of this number, and uses the variable for nothing else here.
+        os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
-    # torchrun sets OMP_NUM_THREADS=1 and deepspeed leaves it unset (every rank then takes all cores).
+    # torchrun sets OMP_NUM_THREADS=1; deepspeed leaves it unset (every rank then uses all cores).
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads_per_rank(ranks.local_world_size))
-    backend = "nccl" if cuda else "gloo"
-    timeout = timeout_of(guard or StabilitySection())
-    # torch 2.15 gives every group that is made without one its own default: 10 minutes with NCCL, less than stability.hang_minutes.
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    torch_dist.init_process_group(
-        backend,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        timeout=timeout,
-        device_id=device if cuda else None,
-    )
+    timeout = collective_timeout(stability or StabilitySection())
+    # torch 2.15 gives a group that is made without a timeout its own default: 10 minutes with
+    # NCCL, less than stability.hang_minutes.
+    for name in GROUP_TIMEOUTS:
+        setattr(distributed_c10d, name, timeout)
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
     return Distributed(ranks.rank, ranks.world_size, ranks.local_world_size, device)
 
 
-def timeout_of(stability: StabilitySection) -> timedelta:
+def leave() -> None:
+    """Wait for the other ranks a last time and destroy the process group."""
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def collective_timeout(stability: StabilitySection) -> timedelta:
     """How long a collective waits: longer than the watchdog in any phase."""
     limits = (
         stability.hang_minutes,
@@ -103,8 +149,10 @@ def timeout_of(stability: StabilitySection) -> timedelta:
     return timedelta(minutes=max(limits) + SLACK_MINUTES)
 
 
-def gpu_of(local_rank: int, local_world_size: int, visible: int) -> int:
-    """Index of this rank's GPU among those that its process sees: its own, or the only one where each task is shown one.
+def select_gpu(local_rank: int, local_world_size: int, visible: int) -> int:
+    """Index of this rank's GPU among those that its process sees.
+
+    It is the rank's own, or the only one where each task sees one.
 
     Raises:
         UsageError: the process sees several, but fewer than the node has ranks.
@@ -114,18 +162,13 @@ def gpu_of(local_rank: int, local_world_size: int, visible: int) -> int:
     if visible < local_world_size:
         raise UsageError(
             f"{local_world_size} ranks on this node, and this process sees {visible} GPUs",
-            "two ranks cannot share a GPU, NCCL refuses it.",
-            f"start {visible} ranks a node, or show each rank every GPU (--gpus-per-node) or its own alone (--gpus-per-task=1).",
+            "two ranks cannot share a GPU: NCCL refuses it.",
+            f"start {visible} ranks per node, or show each rank every GPU (--gpus-per-node) or its "
+            "own alone (--gpus-per-task=1).",
         )
     return local_rank
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """Cores this process may use, shared evenly among the ranks of the node; at least 1."""
+    """Cores that this process may use, shared evenly among the ranks of the node; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_world_size))
-
-
-def leave() -> None:
-    """Meet the other ranks a last time and close the process group."""
-    torch_dist.barrier()
-    torch_dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What this rank is doing right now: the loop says it, the watchdog and `exit.json` read it."""
+"""The heartbeat: what this rank is doing right now. The trainer beats; watchdog and `exit.json` read."""
 
 from __future__ import annotations
 
@@ -8,73 +8,88 @@ from typing import Any
 
 from onellm_dist.data.micro_batch import MicroBatch
 
-Names = Callable[[MicroBatch], Sequence[str]]
-"""Sample ids of a micro-step."""
-Following = Callable[[MicroBatch], Sequence[MicroBatch]]
-"""The micro-steps of this rank that its loader reads ahead while it is at one."""
+SampleNames = Callable[[MicroBatch], Sequence[str]]
+"""Gives the sample ids of a micro-batch."""
+ReadAhead = Callable[[MicroBatch], Sequence[MicroBatch]]
+"""Gives the micro-batches that this rank's loader reads while the rank is at another one."""
 
 
-class InFlight:
-    """Step, phase and micro-step of this rank. Saying so costs an assignment; names are looked up only when someone asks.
+class Heartbeat:
+    """Phase, step and micro-batch of this rank.
+
+    A beat costs an assignment; sample names are looked up only when someone asks for them.
 
     Attributes:
-        phase: `start`, `data`, `forward`, `backward`, `agree` (the sums over the ranks), `step` (the optimizer's), `end` (of a step
-            that is done), `checkpoint`, `validation`, `export`, ...
-        step: index of the step under way; None outside the steps.
-        micro: the micro-step under way.
-        beats: how often the rank said something: the rank with the fewest lags.
+        phase: `start`, `data`, `forward`, `backward`, `reduce` (the sums over ranks), `apply` (the
+            optimizer step), `end` (of a step), `checkpoint`, `validation`, `export`, or the part of
+            a start that is under way.
+        step: index of the step under way; None outside of steps.
+        micro_batch: the micro-batch under way.
+        steps_done: optimizer steps done so far; None before training begins.
+        first_step_done: whether this start has completed a step.
+        beats: number of beats so far; the rank with the fewest is furthest behind.
+        sample_names: gives the sample ids of a micro-batch.
+        spans: the modalities of each dataset's samples.
+        read_ahead: gives the micro-batches that the loader reads ahead.
     """
 
     def __init__(self) -> None:
         self.phase = "start"
         self.step: int | None = None
-        self.micro: MicroBatch | None = None
+        self.micro_batch: MicroBatch | None = None
+        self.steps_done: int | None = None
         self.first_step_done = False
         self.beats = 0
-        self.names: Names = lambda micro: [str(tuple(ref)) for ref in micro.samples]
+        self.sample_names: SampleNames = lambda micro: [str(tuple(ref)) for ref in micro.samples]
         self.spans: Sequence[tuple[str, ...]] = ()
-        """The modalities of each dataset's samples."""
-        self.following: Following = lambda micro: ()
-        """All three are set by whoever knows the plan."""
+        self.read_ahead: ReadAhead = lambda micro: ()
         self._lock = threading.Lock()
 
-    def beat(self, phase: str, *, step: int | None = None, micro: MicroBatch | None = None) -> None:
-        """The rank goes on with `phase`; step and micro-step stay what they were unless given."""
+    def beat(
+        self, phase: str, *, step: int | None = None, micro_batch: MicroBatch | None = None
+    ) -> None:
+        """Enter `phase`; step and micro-batch stay what they were unless given."""
         with self._lock:
             self.phase = phase
             self.step = self.step if step is None else step
-            self.micro = self.micro if micro is None else micro
+            self.micro_batch = self.micro_batch if micro_batch is None else micro_batch
             self.beats += 1
 
-    def rest(self, phase: str) -> None:
-        """The rank goes on with something that belongs to no step."""
+    def leave_step(self, phase: str) -> None:
+        """Enter a phase that belongs to no step."""
         with self._lock:
-            self.phase, self.step, self.micro = phase, None, None
+            self.phase = phase
+            self.step = None
+            self.micro_batch = None
             self.beats += 1
 
-    def suspects(self, *, read_ahead: bool = False) -> list[str]:
-        """Ids of the samples of the micro-step under way; [] where there is none, or their names cannot be read.
+    def offending_samples(self, *, read_ahead: bool = False) -> list[str]:
+        """Ids of the samples of the micro-batch under way.
 
         Args:
-            read_ahead: also those that the loader's workers were reading for later micro-steps (it was a worker that died).
+            read_ahead: also those that the loader's workers read for later micro-batches (for the
+                case that a worker died).
+
+        Returns:
+            [] where no micro-batch is under way, or where its names cannot be read.
         """
-        micro = self.micro
+        micro = self.micro_batch
         if micro is None:
             return []
         try:
             return [
                 name
-                for m in (micro, *(self.following(micro) if read_ahead else ()))
+                for m in (micro, *(self.read_ahead(micro) if read_ahead else ()))
                 if not m.is_empty
-                for name in self.names(m)
+                for name in self.sample_names(m)
             ]
         except Exception:  # a broken disk must not hide the failure that is being reported
             return []
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The samples of the micro-step under way: sample, modalities, text_tokens, supervised_tokens."""
-        names = self.suspects()
-        refs = self.micro.samples if self.micro is not None and names else ()
+    def sample_rows(self) -> list[dict[str, Any]]:
+        """Id, modalities, text tokens and supervised tokens of each sample under way."""
+        names = self.offending_samples()
+        refs = self.micro_batch.samples if self.micro_batch is not None and names else ()
         return [
             {
                 "sample": name,
@@ -87,9 +102,9 @@ class InFlight:
             for name, ref in zip(names, refs, strict=True)
         ]
 
-    def about(self) -> dict[str, Any]:
-        """All of it, for JSON."""
-        micro = self.micro
+    def to_json(self) -> dict[str, Any]:
+        """Phase, step, beats and micro-batch as a JSON object."""
+        micro = self.micro_batch
         return {
             "phase": self.phase,
             "step": self.step,

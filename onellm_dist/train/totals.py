@@ -1,98 +1,169 @@
-"""What the ranks tell each other once a step: one small vector, summed over the ranks, read by the host once."""
+"""The one reduction of a step: a small vector, summed over the ranks, that the host reads once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.distributed import Distributed
+from onellm_dist.train.records.metrics import Metric
 
-LOSS, NOT_FINITE, SKIPPED_SAMPLES, STOP, WRITE_FAILED, SAVE = range(6)
-FIXED = 6
+LOSS = 0
+NOT_FINITE = 1
+SIGNALS = ("new_skipped_samples", "stop_requests", "checkpoint_failures", "checkpoint_requests")
+"""What the trainer itself sums over ranks to decide about a step."""
+FIXED = 2 + len(SIGNALS)
 
 
 @dataclass(frozen=True)
 class StepValues:
-    """The sums of a step over all ranks and micro-steps."""
+    """The reduced values of a step.
+
+    Attributes:
+        loss: sum of weight x cross-entropy over all ranks; divided by the plan's
+            `global_valid_tokens` it is the loss of the step.
+        nll: mean cross-entropy by modality combination; skipped samples do not count, and
+            combinations that the step did not have are missing.
+        not_finite: micro-batches whose loss was not finite.
+        new_skipped_samples: samples that could not be read and were not known before.
+        stop: whether some rank was asked to stop.
+        checkpoint_failed: whether some rank could not write its part of the pending checkpoint.
+        checkpoint_due: whether a checkpoint is due by rank 0's clock.
+        metrics: metrics of callbacks, by name.
+    """
 
     loss: float
-    """Sum of weight x cross-entropy; over the plan's global_valid_tokens it is the step's loss."""
     nll: dict[str, float]
-    """Mean cross-entropy by kind of sample, skipped_samples left out; kinds that the step did not have are missing."""
     not_finite: int
-    """Micro-steps whose loss was not finite."""
     new_skipped_samples: int
-    stop: bool
-    """Some rank was asked to stop."""
-    write_failed: bool = False
-    """Some rank could not write its part of the checkpoint in flight."""
-    save: bool = False
-    """A checkpoint is due by the clock."""
+    stop: bool = False
+    checkpoint_failed: bool = False
+    checkpoint_due: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class StepTotals:
-    """Adds up on the device, without a host sync, until `reduce` and `read`.
+    """Sums up on the device, without a host sync, until `reduce` and `read`.
 
     Args:
-        kinds: the kinds of samples of the run, each the modalities of a sample in the order of its runs; the same on every rank.
+        combinations: the modality combinations of the run, each the modalities of a sample in span
+            order; the same on every rank.
+        dist: the ranks.
+        metrics: metrics that take part in the reduction; the same on every rank.
     """
 
-    def __init__(self, kinds: Sequence[tuple[str, ...]], device: torch.device) -> None:
-        self._kinds = {kind: i for i, kind in enumerate(kinds)}
-        self._sums = torch.zeros(FIXED + 2 * len(kinds), dtype=torch.float64, device=device)
+    def __init__(
+        self,
+        combinations: Sequence[tuple[str, ...]],
+        dist: Distributed,
+        metrics: Sequence[Metric] = (),
+    ) -> None:
+        self._combinations = {names: i for i, names in enumerate(combinations)}
+        self._dist = dist
+        self._metrics = metrics
+        self._first_metric = FIXED + 2 * len(combinations)
+        size = self._first_metric + sum(self._slots(metric) for metric in metrics)
+        self._sums = torch.zeros(size, dtype=torch.float64, device=dist.device)
+
+    def _slots(self, metric: Metric) -> int:
+        """Elements that a metric takes: a maximum needs one per rank, so that a sum can give it."""
+        return {"sum": 1, "mean": 2, "max": 2 * self._dist.world_size}[metric.reduction]
 
     def add(
         self, batch: PackedBatch, loss: torch.Tensor, nll: torch.Tensor, sample_index: torch.Tensor
     ) -> None:
-        """One micro-step: `batch` on the device, and what the engine returned for it."""
+        """Add one micro-batch.
+
+        Args:
+            batch: the micro-batch, on the device.
+            loss: [] its summed loss.
+            nll: [N] cross-entropy of its supervised tokens.
+            sample_index: [N] the sample of each.
+        """
         loss = loss.detach().double()
         self._sums[LOSS] += loss
         self._sums[NOT_FINITE] += (~torch.isfinite(loss)).double()
         if batch.is_empty:
             return
-        kind = to_device_tensor(
-            [self._kinds[modalities] for modalities in batch.modalities], self._sums.device
+        combination = to_device_tensor(
+            [self._combinations[modalities] for modalities in batch.modalities], self._sums.device
         )
         weight = batch.weights.double()[sample_index]
-        place = FIXED + kind[sample_index]
+        place = FIXED + combination[sample_index]
         self._sums.index_add_(0, place, nll.double() * weight)
-        self._sums.index_add_(0, place + len(self._kinds), weight)
+        self._sums.index_add_(0, place + len(self._combinations), weight)
 
     def reduce(
         self,
-        dist: Distributed,
         *,
-        new_skipped_samples: int,
-        stop: bool,
-        write_failed: bool = False,
-        save: bool = False,
+        new_skipped_samples: int = 0,
+        stop: bool = False,
+        checkpoint_failed: bool = False,
+        checkpoint_due: bool = False,
+        metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Sum over the ranks. On a GPU this is queued, not waited for."""
-        self._sums[WRITE_FAILED] = float(write_failed)
-        self._sums[SAVE] = float(save)
-        self._sums[SKIPPED_SAMPLES] = new_skipped_samples
-        self._sums[STOP] = float(stop)
-        dist.sum(self._sums)
+        """Sum over the ranks. On a GPU this is queued, not waited for.
+
+        Args:
+            new_skipped_samples: see `StepValues`; this rank's.
+            stop: see `StepValues`; this rank's.
+            checkpoint_failed: see `StepValues`; this rank's.
+            checkpoint_due: see `StepValues`; this rank's.
+            metrics: this rank's values of the metrics; missing ones do not count.
+        """
+        signals = (new_skipped_samples, stop, checkpoint_failed, checkpoint_due)
+        for i, signal in enumerate(signals, FIXED - len(SIGNALS)):
+            self._sums[i] = float(signal)
+        place = self._first_metric
+        given = metrics or {}
+        for metric in self._metrics:
+            if metric.name in given:
+                value = float(given[metric.name])
+                at = place + (2 * self._dist.rank if metric.reduction == "max" else 0)
+                self._sums[at] = value
+                if metric.reduction != "sum":
+                    self._sums[at + 1] = 1.0
+            place += self._slots(metric)
+        self._dist.sum(self._sums)
 
     def read(self) -> StepValues:
         """The sums, on the host: the step's one wait for the device."""
         values = self._sums.tolist()
-        nll, count = values[FIXED : FIXED + len(self._kinds)], values[FIXED + len(self._kinds) :]
+        count = len(self._combinations)
+        nll, weight = values[FIXED : FIXED + count], values[FIXED + count : self._first_metric]
         means = {
-            "+".join(kind) or "text": nll[i] / count[i]
-            for kind, i in self._kinds.items()
-            if count[i] > 0
+            "+".join(names) or "text": nll[i] / weight[i]
+            for names, i in self._combinations.items()
+            if weight[i] > 0
         }
+        skipped, stop, failed, due = values[FIXED - len(SIGNALS) : FIXED]
         return StepValues(
-            values[LOSS],
-            means,
-            int(values[NOT_FINITE]),
-            int(values[SKIPPED_SAMPLES]),
-            values[STOP] > 0,
-            values[WRITE_FAILED] > 0,
-            values[SAVE] > 0,
+            loss=values[LOSS],
+            nll=means,
+            not_finite=int(values[NOT_FINITE]),
+            new_skipped_samples=int(skipped),
+            stop=stop > 0,
+            checkpoint_failed=failed > 0,
+            checkpoint_due=due > 0,
+            metrics=self._read_metrics(values),
         )
+
+    def _read_metrics(self, values: Sequence[float]) -> dict[str, float]:
+        found: dict[str, float] = {}
+        place = self._first_metric
+        for metric in self._metrics:
+            own = values[place : place + self._slots(metric)]
+            place += self._slots(metric)
+            if metric.reduction == "sum":
+                found[metric.name] = own[0]
+            elif metric.reduction == "mean" and own[1]:
+                found[metric.name] = own[0] / own[1]
+            elif metric.reduction == "max" and any(own[1::2]):
+                found[metric.name] = max(
+                    x for x, there in zip(own[::2], own[1::2], strict=True) if there
+                )
+        return found

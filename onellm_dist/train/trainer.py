@@ -1,248 +1,589 @@
-"""The training loop. Everything it needs was built before (build.py); every rank runs the same lines."""
+"""The trainer: `Trainer.from_config(config).fit()` trains a recipe and returns an outcome."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.data.micro_batch import MicroBatch
+from onellm_dist.common.run_files import CHECKPOINTS, MODEL, SAMPLES
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.loader import Loader
+from onellm_dist.data.micro_batch import MicroBatch, StepPlan
+from onellm_dist.data.plan import Plan
+from onellm_dist.launch.ranks import Ranks
 from onellm_dist.packed import PackedBatch
-from onellm_dist.train.engine.base import GradNorms
+from onellm_dist.train import setup, start_event
+from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
+from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.preemption import Preemption
+from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
+from onellm_dist.train.checkpoint.writer import Checkpoints
+from onellm_dist.train.distributed import Distributed
+from onellm_dist.train.engine.base import Engine, GradNorms
+from onellm_dist.train.export import export_model
+from onellm_dist.train.flops import FlopCounter, peak_flops
+from onellm_dist.train.heartbeat import Heartbeat
 from onellm_dist.train.optim.schedules import compute_learning_rate
-from onellm_dist.train.records.metrics import StepReport
-from onellm_dist.train.setup import Run
-from onellm_dist.train.stability.checks import Verdict
-from onellm_dist.train.stability.offending_samples import (
-    Part,
-    Suspect,
-    describe,
-    find_culprits,
-    say,
-)
-from onellm_dist.train.stability.rollback import RollBackError, needs_a_start, roll_back
+from onellm_dist.train.records.events import Events
+from onellm_dist.train.records.exit_file import EXIT_CODES
+from onellm_dist.train.records.metrics import MetricSet, StepMetrics
+from onellm_dist.train.records.run_directory import drop_repeated_lines
+from onellm_dist.train.records.sample_log import SampleLog
+from onellm_dist.train.recovery import needs_first_checkpoint, roll_back
+from onellm_dist.train.session import ProcessContext, Session
+from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor
+from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find_offending_samples
+from onellm_dist.train.stability.policy import RollbackError, apply_policy
+from onellm_dist.train.state import TrainState
 from onellm_dist.train.totals import StepTotals, StepValues
 
-MicroBatches = Iterator[tuple[MicroBatch, PackedBatch]]
+COMPARE_EVERY = 50
+"""Steps between two comparisons of the plan across ranks."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended that did not fail: `done` or `preempted`, and why."""
+    """How a run ended that did not fail."""
 
     status: str
+    """`done` or `preempted`."""
     reason: str
+    steps_done: int
+    run_dir: Path
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that ends with this outcome."""
+        return EXIT_CODES[self.status]
 
 
 @dataclass
-class _Pass:
-    """What one rank did in a step before the ranks agree on it."""
+class LocalPass:
+    """What one rank did in a step before the ranks reduce it."""
 
     totals: StepTotals
-    parts: list[Part] = field(default_factory=list)
-    waited: float = 0.0
-    """Seconds spent waiting for the loader."""
+    losses: list[MicroBatchLosses] = field(default_factory=list)
+    data_wait_seconds: float = 0.0
+    """Time spent waiting for the loader."""
+
+    @property
+    def skipped_samples(self) -> dict[str, str]:
+        """Sample id -> reason, of samples that could not be read."""
+        return {
+            part.batch.sample_ids[i]: reason
+            for part in self.losses
+            for i, reason in part.batch.skipped_samples.items()
+        }
 
 
-def train(run: Run) -> Outcome:
-    """Run every step that is left, going back where the guard says so, then export the model."""
-    if needs_a_start(run):
-        run.checkpoints.save(run.first_step)
-    while True:
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a step; the same on every rank."""
+
+    loss: float
+    norms: GradNorms
+    anomaly: Anomaly | None
+    """Why the step must not be applied."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains a recipe. Build it with `from_config`; every rank runs the same lines.
+
+    Attributes:
+        config: the recipe.
+        session: process group, watchdog, lock and exit file of this start.
+        plan: which samples each rank processes in each step.
+        engine: holds the sharded model and the optimizer.
+        model: the transformers model inside the engine.
+        processor: the processor of the model.
+        state: the progress of the run.
+        monitor: checks every step.
+        sample_log: which samples are left out.
+        checkpoints: writes checkpoints.
+        events: `events.jsonl`.
+        callbacks: what looks at the run.
+        preemption: whether the run was asked to stop.
+        metrics: the metrics of every step.
+        flops: the work of a step, by its plan.
+    """
+
+    config: RunConfig
+    session: Session
+    plan: Plan
+    engine: Engine
+    model: Any
+    processor: Any
+    state: TrainState
+    monitor: StabilityMonitor
+    sample_log: SampleLog
+    checkpoints: Checkpoints
+    events: Events
+    callbacks: CallbackList
+    preemption: Preemption
+    metrics: MetricSet
+    flops: FlopCounter
+
+    def __post_init__(self) -> None:
+        self._loader: Loader | None = None
+        self._micro_batches: Iterator[tuple[MicroBatch, PackedBatch]] | None = None
+        self._recorded: dict[str, Any] = {}
+        self._peak_flops = peak_flops(self.dist.device)
+        self._combinations = sorted(set(self.plan.corpus.spans))
+        self.metrics.add(metric for callback in self.callbacks for metric in callback.metrics)
+        self.callbacks.attach(self)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RunConfig,
+        *,
+        ranks: Ranks | None = None,
+        callbacks: Sequence[Callback] = (),
+        process: ProcessContext | None = None,
+    ) -> Trainer:
+        """Build a run. All ranks call it together.
+
+        Args:
+            config: the recipe (`onellm_dist.load_config`).
+            ranks: this process's place among the ranks; default: what the launcher's environment
+                variables say, else one rank.
+            callbacks: callbacks beside those of the recipe.
+            process: given by a process that does nothing but train; default: the calling process
+                goes on whatever happens.
+
+        Raises:
+            UsageError: the recipe asks for something that does not exist or is not possible.
+        """
+        session = Session(config, ranks=ranks, process=process)
         try:
-            outcome = _train(run)
-            break
-        except RollBackError as back:
-            run.in_flight.rest("checkpoint")
-            roll_back(run, back)
-    run.in_flight.rest("checkpoint")
-    run.checkpoints.wait()
-    if outcome.status == "done":
-        run.in_flight.rest("export")
-        run.export()
-    return outcome
+            return cls._build(config, session, callbacks)
+        except BaseException as error:
+            session.exit_file.write_failure(error)
+            if session.end_process is None:
+                session.close()
+            raise
 
-
-def _train(run: Run) -> Outcome:
-    steps = run.config.train.steps
-    with run.loader as loader:
-        micro_batches = iter(loader)
-        for step in range(run.first_step, steps):
-            run.in_flight.beat("plan", step=step)
-            run.compare_plans(step)
-            run.profiler.begin(step)
-            values, applied = _step(run, step, micro_batches)
-            run.profiler.end(step)
-            run.exit_file.step = step + 1
-            run.in_flight.first_step_done = True
-            run.guard.count(step, applied=applied, new_skipped_samples=values.new_skipped_samples)
-            run.in_flight.rest("end")  # a failure from here on is none of this step's samples
-            if _end_of_step(run, step + 1, values):
-                return Outcome("preempted", run.stop_reason())
-    return Outcome("done", f"{steps} steps")
-
-
-def _end_of_step(run: Run, done: int, values: StepValues) -> bool:
-    """Validation and checkpoint, where they are due after `done` steps. Returns whether the run stops here."""
-    steps = run.config.train.steps
-    if values.write_failed:
-        run.checkpoints.wait()  # raises on every rank
-    preempted = values.stop and done < steps
-    if run.validation is not None and run.validation.due(done) and not preempted:
-        run.in_flight.rest("validation")
-        run.note_validation(done, run.validation.run(done))
-    last = preempted or done == steps
-    if last or done % run.config.checkpoint.every == 0 or values.save:
-        run.in_flight.rest("checkpoint")
-        run.checkpoints.save(done, wait=last)
-        run.telemetry.stalled += run.checkpoints.stall_seconds
-    return preempted
-
-
-def _step(run: Run, step: int, micro_batches: MicroBatches) -> tuple[StepValues, bool]:
-    """One optimizer step; whether it was applied.
-
-    Raises:
-        RollBackError, OneLLMError: by the guard's policy.
-    """
-    started = time.perf_counter()
-    done = _forward_backward(run, step, micro_batches)
-    run.in_flight.beat("agree")
-    values, norms = _agree(run, step, done), run.engine.grad_norms()
-    loss = values.loss / run.plan.step(step, run.dist.world_size).global_valid_tokens
-    verdict = run.guard.judge(math.nan if values.not_finite else loss, norms.total)
-    run.in_flight.beat("step")
-    lr = compute_learning_rate(step, run.config.optim, run.config.train.steps)
-    applied = run.engine.step(lr, discard=verdict is not None)
-    if applied:
-        run.guard.keep(loss, norms.total)
-    else:
-        _throw_away(
-            run,
-            step,
-            done,
-            verdict
-            or Verdict("gradient_not_finite", "the engine found a gradient that is not finite"),
+    @classmethod
+    def _build(cls, config: RunConfig, session: Session, callbacks: Sequence[Callback]) -> Trainer:
+        dist, run_dir = session.dist, config.run.dir
+        settings = setup.check_recipe(config, dist)
+        callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
+        session.lock()
+        with session.timing.measure("checkpoint"):
+            target = find_checkpoint(config, run_dir / CHECKPOINTS, dist)
+        preemption = session.listen()
+        inputs, weights = setup.open_inputs(config, target=target, session=session)
+        events = setup.open_records(config, inputs=inputs, session=session)
+        flops = FlopCounter(
+            inputs.model,
+            inputs.plan.corpus,
+            config.train.stage,
+            encoder_trains=config.train.encoder == "trainable",
         )
-    if values.new_skipped_samples:
-        run.events.write(
-            "skipped_samples",
-            step=step,
-            count=values.new_skipped_samples,
-            total=run.guard.skipped_samples + values.new_skipped_samples,
+        engine, router = setup.shard_model(
+            config, inputs=inputs, weights=weights, settings=settings, session=session
         )
-    seconds = time.perf_counter() - started
-    run.metrics.write(_report(run, step, lr, values, norms, applied, seconds, done.waited))
-    run.phases.first_step(seconds, done.waited, run.events)
-    return values, applied
+        del weights
+        first_step = setup.restore_checkpoint(
+            inputs=inputs, engine=engine, session=session, events=events
+        )
+        sample_log = SampleLog(run_dir / SAMPLES, rank=dist.rank)
+        monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
+        checkpoints = setup.build_checkpoints(
+            config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
+        )
+        built_in = build_callbacks(
+            config,
+            engine=engine,
+            model=inputs.model,
+            processor=inputs.processor,
+            router=router,
+            validation_plan=inputs.validation_plan,
+            dist=dist,
+            events=events,
+        )
+        trainer = cls(
+            config=config,
+            session=session,
+            plan=inputs.plan,
+            engine=engine,
+            model=inputs.model,
+            processor=inputs.processor,
+            state=TrainState(),
+            monitor=monitor,
+            sample_log=sample_log,
+            checkpoints=checkpoints,
+            events=events,
+            callbacks=CallbackList(
+                [session.watchdog, preemption, *built_in, session.timing, *callbacks]
+            ),
+            preemption=preemption,
+            metrics=MetricSet(),
+            flops=flops,
+        )
+        trainer._start(first_step, target)
+        return trainer
 
+    def _start(self, first_step: int, target: ResumeTarget) -> None:
+        """Begin at the first step of this start, and record it."""
+        self.session.hold(self.engine.close)
+        self.session.hold(self.callbacks.close)
+        self.session.hold(self.sample_log.close)
+        self._begin(first_step)
+        model_parameters = [p for p in self.model.parameters() if p.requires_grad]
+        start_event.write_start(
+            self.events,
+            state=self.state,
+            dist=self.dist,
+            target=target,
+            stage=self.config.train.stage,
+            steps=self.config.train.steps,
+            trainable=sum(map(self.engine.numel, model_parameters)),
+            mfu=self.flops.describe(self.dist.world_size, self._peak_flops),
+        )
 
-def _forward_backward(run: Run, step: int, micro_batches: MicroBatches) -> _Pass:
-    done = _Pass(run.new_totals())
-    for planned in run.plan.step(step, run.dist.world_size).ranks[run.dist.rank]:
-        run.in_flight.beat("data", micro=planned)
-        asked = time.perf_counter()
-        micro, batch = next(micro_batches)
-        done.waited += time.perf_counter() - asked
-        if (micro.step, micro.index) != (step, planned.index):
-            raise RuntimeError(
-                f"the loader gave micro-step {micro.index} of step {micro.step} for {planned.index} of step {step}"
+    def _begin(self, first_step: int) -> None:
+        """Continue at `first_step`; records of this step and later ones are dropped."""
+        lost_steps, lost_seconds = 0, 0.0
+        if self.dist.is_rank_zero:
+            lost_steps, lost_seconds = drop_repeated_lines(self.config.run.dir, first_step)
+        self.state.begin(first_step, lost_steps=lost_steps, lost_seconds=lost_seconds)
+        self.heartbeat.steps_done = first_step
+        self.sample_log.begin(first_step)
+
+    def continue_at(self, first_step: int, stability: Mapping[str, Any]) -> None:
+        """Continue at an earlier step, whose state the engine has. All ranks call it together.
+
+        Args:
+            first_step: index of the next step.
+            stability: the monitor's state at that step.
+        """
+        self._close_loader()
+        self._begin(first_step)
+        self.monitor.restore(stability)
+
+    @property
+    def dist(self) -> Distributed:
+        """The ranks of the run."""
+        return self.session.dist
+
+    @property
+    def heartbeat(self) -> Heartbeat:
+        """What this rank is doing."""
+        return self.session.heartbeat
+
+    def fit(self) -> Outcome:
+        """Train until the run is done or asked to stop, and give back what it holds.
+
+        Raises:
+            OneLLMError: the run failed; `exit.json` says why.
+        """
+        try:
+            outcome = self._fit()
+        except BaseException as error:
+            self.session.exit_file.write_failure(error)
+            if self.session.end_process is None:
+                self.checkpoints.drain()
+                self.close()
+            raise
+        self.close()
+        return outcome
+
+    def close(self) -> None:
+        """Give back loader workers, files, signal handlers, watchdog, lock and process group."""
+        self._close_loader()
+        self.session.close()
+
+    def record_metric(self, name: str, value: Any) -> None:
+        """Record a metric of the step under way.
+
+        Metrics whose reduction is `sum`, `mean` or `max` must be recorded before the step is
+        reduced (by `after_forward_backward` at the latest).
+
+        Args:
+            name: a metric of the package, or of a callback's `metrics`.
+            value: its value; on this rank, where it is reduced.
+
+        Raises:
+            KeyError: no metric has this name.
+        """
+        self._recorded[self.metrics[name].name] = value
+
+    def _fit(self) -> Outcome:
+        self._write_first_checkpoint()
+        self.callbacks.on_fit_start()
+        while True:
+            try:
+                outcome = self._train()
+                break
+            except RollbackError as error:
+                self.heartbeat.leave_step("checkpoint")
+                roll_back(self, error)
+            finally:
+                self._close_loader()
+        self.heartbeat.leave_step("checkpoint")
+        self.checkpoints.wait()
+        if outcome.status == "done":
+            self.heartbeat.leave_step("export")
+            self._export()
+        self._finish(outcome)
+        return outcome
+
+    def _train(self) -> Outcome:
+        """Run every step that is left."""
+        steps = self.config.train.steps
+        while self.state.step < steps:
+            values, applied = self.train_step()
+            step = self.state.step
+            self.state.steps_done += 1
+            self.heartbeat.steps_done = self.state.steps_done
+            self.heartbeat.first_step_done = True
+            self.monitor.count_step(
+                step, applied=applied, new_skipped_samples=values.new_skipped_samples
             )
-        run.in_flight.beat("forward")
-        batch = batch.to(run.dist.device)
-        loss, nll, sample_index = run.engine.forward(batch, last=micro.last)
-        done.totals.add(batch, loss, nll, sample_index)
-        done.parts.append(Part(replace(batch, values={}), loss.detach(), nll, sample_index))
-        run.in_flight.beat("backward")
-        run.engine.backward(loss, micro.global_valid_tokens)
-    if not done.parts:
-        raise RuntimeError(f"the plan has no micro-step in step {step}")
-    return done
+            self.heartbeat.leave_step("end")  # a failure from here on concerns no sample
+            if self._end_step(values):
+                return self._make_outcome("preempted", self._find_stop_reason())
+        return self._make_outcome("done", f"{steps} steps")
 
+    def _end_step(self, values: StepValues) -> bool:
+        """Do what is due between two steps; return whether the run stops here."""
+        steps_done, steps = self.state.steps_done, self.config.train.steps
+        if values.checkpoint_failed:
+            self.checkpoints.wait()  # raises on every rank
+        stopping = values.stop and steps_done < steps
+        self.callbacks.after_step(steps_done, stopping=stopping)
+        last = stopping or steps_done == steps
+        if last or steps_done % self.config.checkpoint.every == 0 or values.checkpoint_due:
+            self.heartbeat.leave_step("checkpoint")
+            self.checkpoints.save(steps_done, wait=last)
+            self.callbacks.on_checkpoint(steps_done, self.checkpoints.stall_seconds)
+        return stopping
 
-def _agree(run: Run, step: int, done: _Pass) -> StepValues:
-    """The sums over all ranks, while nothing is applied yet.
+    def train_step(self) -> tuple[StepValues, bool]:
+        """Run the next optimizer step. All ranks call it together.
 
-    The record of skipped_samples is on the disk of every rank before any rank can apply the step: the sum waits for all.
-    """
-    new_skipped_samples = run.ledger.record(step, [part.batch for part in done.parts])
-    done.totals.reduce(
-        run.dist,
-        new_skipped_samples=new_skipped_samples,
-        stop=run.stop.asked(),
-        write_failed=run.checkpoints.failed,
-        save=run.checkpoints.is_overdue,
-    )
-    return done.totals.read()
+        Returns:
+            The reduced values of the step, and whether it was applied.
 
+        Raises:
+            RollbackError: the step went wrong, and `stability.policy` is `rollback`.
+            OneLLMError: the step went wrong, and `stability.policy` is `stop`.
+        """
+        step = self.state.step
+        self.heartbeat.beat("plan", step=step)
+        plan = self.plan.step(step, self.dist.world_size)
+        self._compare_plans(plan)
+        self.callbacks.on_step_start(step)
+        started = time.perf_counter()
+        local = self._forward_backward(plan)
+        values = self._reduce(plan, local)
+        decision = self._decide(plan, values)
+        applied = self._apply(plan, decision, local)
+        self._report(plan, values, decision, local, applied=applied, started=started)
+        self.callbacks.on_step_end(step)
+        return values, applied
 
-def _throw_away(run: Run, step: int, done: _Pass, verdict: Verdict) -> None:
-    """Name the samples, and do what the policy says about a step that went wrong and was not applied."""
-    culprits = find_culprits(done.parts, verdict, run.dist)
-    policy = run.guard.policy
-    if policy == "rollback":
-        raise RollBackError(step, verdict, culprits)
-    if policy == "stop":
-        run.events.write(
-            "guard_stop", step=step, reason=verdict.reason, kind=verdict.kind, **describe(culprits)
+    def _forward_backward(self, plan: StepPlan) -> LocalPass:
+        """Run this rank's micro-batches of a step; gradients accumulate in the engine."""
+        self.callbacks.before_forward_backward(plan.step)
+        local = LocalPass(StepTotals(self._combinations, self.dist, self.metrics.reduced))
+        for planned in plan.ranks[self.dist.rank]:
+            self.heartbeat.beat("data", micro_batch=planned)
+            asked = time.perf_counter()
+            batch = self._next_batch(planned)
+            local.data_wait_seconds += time.perf_counter() - asked
+            self.heartbeat.beat("forward")
+            batch = batch.to(self.dist.device)
+            loss, nll, sample_index = self.engine.forward(batch, last=planned.last)
+            local.totals.add(batch, loss, nll, sample_index)
+            without_media = replace(batch, values={})
+            local.losses.append(MicroBatchLosses(without_media, loss.detach(), nll, sample_index))
+            self.heartbeat.beat("backward")
+            self.engine.backward(loss, plan.global_valid_tokens)
+        if not local.losses:
+            raise RuntimeError(f"the plan has no micro-batch in step {plan.step}")
+        self.callbacks.after_forward_backward(plan.step)
+        return local
+
+    def _next_batch(self, planned: MicroBatch) -> PackedBatch:
+        """The next micro-batch of the loader, which must be the planned one."""
+        if self._micro_batches is None:
+            self._loader = Loader(
+                self.plan,
+                self.dist.world_size,
+                self.dist.rank,
+                planned.step,
+                self.config.train.steps,
+                skipped_samples=self.sample_log.left_out,
+            )
+            self._micro_batches = iter(self._loader)
+        micro, batch = next(self._micro_batches)
+        if (micro.step, micro.index) != (planned.step, planned.index):
+            raise RuntimeError(
+                f"the loader gave micro-batch {micro.index} of step {micro.step} for "
+                f"{planned.index} of step {planned.step}"
+            )
+        return batch
+
+    def _reduce(self, plan: StepPlan, local: LocalPass) -> StepValues:
+        """The one reduction over ranks; nothing is applied yet.
+
+        The skipped samples of every rank are on its disk before any rank can apply the step: the
+        sum waits for all of them.
+        """
+        self.heartbeat.beat("reduce")
+        new_skipped_samples = self.sample_log.record_step(plan.step, local.skipped_samples)
+        reduced = {metric.name for metric in self.metrics.reduced}
+        own = {name: value for name, value in self._recorded.items() if name in reduced}
+        local.totals.reduce(
+            new_skipped_samples=new_skipped_samples,
+            stop=self.preemption.is_requested(),
+            checkpoint_failed=self.checkpoints.failed,
+            checkpoint_due=self.checkpoints.is_overdue,
+            metrics={**own, **self.callbacks.metrics_to_reduce(plan.step)},
         )
-        raise OneLLMError(
-            f"step {step}: {verdict.reason}; the samples: {say(culprits)}",
-            "stability.policy is stop: the step was not applied.",
-            "see events.jsonl for the samples; take stability.policy=skip or rollback to go on without them.",
+        return local.totals.read()
+
+    def _decide(self, plan: StepPlan, values: StepValues) -> Decision:
+        """Decide about the step, from values that are equal on every rank."""
+        norms = self.engine.grad_norms()
+        loss = values.loss / plan.global_valid_tokens
+        anomaly = self.monitor.check(math.nan if values.not_finite else loss, norms.total)
+        return Decision(loss, norms, anomaly)
+
+    def _apply(self, plan: StepPlan, decision: Decision, local: LocalPass) -> bool:
+        """Apply the step, or discard it and do what `stability.policy` says."""
+        self.heartbeat.beat("apply")
+        lr = compute_learning_rate(plan.step, self.config.optim, self.config.train.steps)
+        applied = self.engine.step(lr, discard=decision.anomaly is not None)
+        if applied:
+            self.monitor.accept(decision.loss, decision.norms.total)
+            return True
+        anomaly = decision.anomaly or Anomaly(
+            "gradient_not_finite", "the engine found a gradient that is not finite"
         )
-    _tell_skipped(run, step, verdict, culprits)
+        offending = find_offending_samples(local.losses, anomaly, self.dist)
+        apply_policy(self.monitor.policy, plan.step, anomaly, offending, self.events)
+        return False
 
+    def _report(
+        self,
+        plan: StepPlan,
+        values: StepValues,
+        decision: Decision,
+        local: LocalPass,
+        *,
+        applied: bool,
+        started: float,
+    ) -> None:
+        """Record the metrics of the step, and hand them to the callbacks."""
+        if values.new_skipped_samples:
+            self.events.write(
+                "skipped_samples",
+                step=plan.step,
+                count=values.new_skipped_samples,
+                total=self.monitor.skipped_samples + values.new_skipped_samples,
+            )
+        metrics = StepMetrics(self.metrics, plan.step)
+        metrics.seconds = time.perf_counter() - started
+        metrics.data_wait_seconds = local.data_wait_seconds
+        recorded = {
+            **self._measure(plan, metrics),
+            "loss": decision.loss,
+            "loss_by_modality": values.nll,
+            "lr": compute_learning_rate(plan.step, self.config.optim, self.config.train.steps),
+            "grad_norm": decision.norms.total,
+            "grad_norm_by_part": decision.norms.by_part,
+            "applied": applied,
+            **self._recorded,
+            **self.callbacks.metrics_to_record(plan.step),
+            **values.metrics,
+        }
+        self._recorded.clear()
+        for name, value in recorded.items():
+            metrics.record(name, value)
+        self.callbacks.on_metrics(metrics)
 
-def _tell_skipped(run: Run, step: int, verdict: Verdict, culprits: list[Suspect]) -> None:
-    packs: dict[tuple[int, int], list[str]] = {}
-    for suspect in culprits:
-        packs.setdefault((suspect.rank, suspect.micro_batch), []).append(suspect.sample)
-    run.events.write(
-        "step_skipped",
-        step=step,
-        reason=verdict.reason,
-        kind=verdict.kind,
-        micro_batches=[
-            {"rank": rank, "micro_batch": index, "samples": names}
-            for (rank, index), names in packs.items()
-        ],
-        **describe(culprits),
-        say=f"step {step} skipped on all ranks: {verdict.reason}: {say(culprits)}",
-    )
+    def _measure(self, plan: StepPlan, metrics: StepMetrics) -> dict[str, Any]:
+        """Metrics that follow from the plan and the duration of the step."""
+        work = self.flops.count(plan)
+        seconds = metrics.seconds
+        peak = self._peak_flops
+        return {
+            "samples": work.samples,
+            "global_valid_tokens": work.global_valid_tokens,
+            "tokens": work.tokens,
+            "padding_fraction": work.padding_fraction,
+            "tokens_per_second": work.tokens / seconds,
+            "data_wait_fraction": min(1.0, metrics.data_wait_seconds / seconds),
+            "mfu": None if peak is None else work.flops / seconds / (self.dist.world_size * peak),
+            "sample_digest": self.plan.digest(plan.step) if self.dist.is_rank_zero else "",
+            "seconds": seconds,
+            "pack_balance": work.balance,
+        }
 
+    def _compare_plans(self, plan: StepPlan) -> None:
+        """Check, at the first step and now and then, that every rank has made the same plan.
 
-def _report(
-    run: Run,
-    step: int,
-    lr: float,
-    values: StepValues,
-    norms: GradNorms,
-    applied: bool,
-    seconds: float,
-    waited: float,
-) -> StepReport:
-    size = run.size_of(step)
-    readings = run.telemetry.read(step)
-    return StepReport(
-        step=step,
-        loss=values.loss / size.global_valid_tokens,
-        loss_by_modality=values.nll,
-        lr=lr,
-        grad_norm=norms.total,
-        grad_norm_by_part=norms.by_part,
-        applied=applied,
-        samples=size.samples,
-        supervised_tokens=size.supervised_tokens,
-        tokens=size.tokens,
-        padding_fraction=size.padding_fraction,
-        tokens_per_second=size.tokens / seconds,
-        data_wait_fraction=min(1.0, waited / seconds),
-        mfu=None if run.peak is None else size.flops / seconds / (run.dist.world_size * run.peak),
-        sample_digest=run.plan.digest(step) if run.dist.is_rank_zero else "",
-        seconds=seconds,
-        pack_balance=size.balance,
-        **readings._asdict(),
-    )
+        Raises:
+            OneLLMError: they differ; the ranks would wait for each other in a collective.
+        """
+        if plan.step != self.state.first_step and plan.step % COMPARE_EVERY:
+            return
+        digests = self.dist.gather(plan.digest())
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise OneLLMError(
+                f"step {plan.step}: ranks {different} have another plan than rank 0",
+                "they would run different micro-batches and wait for each other forever.",
+                "make sure that all nodes see the same shards, token counts and version of "
+                "onellm_dist.",
+            )
+
+    def _write_first_checkpoint(self) -> None:
+        """Write a checkpoint before the first step, where a rollback would have none."""
+        first_step = self.state.first_step
+        if needs_first_checkpoint(self.monitor.policy, self.config.run.dir, first_step, self.dist):
+            self.checkpoints.save(first_step)
+
+    def _make_outcome(self, status: str, reason: str) -> Outcome:
+        return Outcome(status, reason, self.state.steps_done, self.config.run.dir)
+
+    def _find_stop_reason(self) -> str:
+        """Who asked the run to stop, as far as any rank knows. All ranks call it together."""
+        reasons = [reason for reason in self.dist.gather(self.preemption.reason) if reason]
+        return reasons[0] if reasons else "asked to stop"
+
+    def _export(self) -> None:
+        """Write the trained model to `<run.dir>/model`."""
+        folder = self.config.run.dir / MODEL
+        export_model(folder, self.engine, self.model, self.processor, self.dist)
+        self.events.write("export", folder=str(folder), message=f"the trained model is in {folder}")
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Record the end of a start that did not fail; all ranks leave together."""
+        self.callbacks.on_fit_end(outcome)
+        self.events.write(
+            "end",
+            status=outcome.status,
+            steps_done=outcome.steps_done,
+            reason=outcome.reason,
+            message=f"{outcome.status}: {outcome.reason}",
+        )
+        if self.dist.is_rank_zero:
+            self.session.exit_file.write(outcome.status, reason=outcome.reason)
+        self.dist.barrier()
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None
+        self._micro_batches = None

@@ -7,7 +7,6 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import yaml
 
 from onellm_dist.common import run_files
 from onellm_dist.report.facts import RunFacts, load_facts
-from onellm_dist.train.records.metrics import StepReport, drop_from
+from onellm_dist.train.records.json_lines import drop_lines_from
+from onellm_dist.train.records.metrics import MetricSet
 
 STARTUP_SECONDS = {
     "imports": 20.0,
@@ -101,7 +101,7 @@ class RecordedRun:
         """The ranks come up; `timed`: they record their start-up timing and lost steps."""
         startup = {**STARTUP_SECONDS, **seconds} if timed else {}
         self.clock += job + sum(startup.values())
-        dropped = drop_from(self.directory / run_files.METRICS, first_step)
+        dropped = drop_lines_from(self.directory / run_files.METRICS, first_step)
         extra: dict[str, Any] = {}
         if timed:
             extra = {
@@ -142,24 +142,27 @@ class RecordedRun:
         x = self.step
         took = self.step_seconds * self.random.uniform(0.97, 1.03) if seconds is None else seconds
         loss = 2.0 + 6.0 * math.exp(-x / 60) + self.random.gauss(0, 0.08)
-        line = asdict(
-            StepReport(
-                step=x,
-                loss=loss,
-                loss_by_modality={"image": loss - 0.1, "video": loss + 0.3, "audio": loss + 0.1},
-                lr=5e-5 * min(1, (x + 1) / 20),
-                grad_norm=0.8 + abs(self.random.gauss(0, 0.1)),
-                applied=True,
-                samples=5120,
-                supervised_tokens=100_000,
-                tokens=300_000,
-                padding_fraction=0.001,
-                tokens_per_second=300_000 / took,
-                data_wait_fraction=data_wait_fraction,
-                mfu=0.41 * self.step_seconds / took,
-                sample_digest="0" * 64,
-                seconds=took,
-            )
+        line = MetricSet().build_line(
+            {
+                "step": x,
+                "loss": loss,
+                "loss_by_modality": {"image": loss - 0.1, "video": loss + 0.3, "audio": loss + 0.1},
+                "lr": 5e-5 * min(1, (x + 1) / 20),
+                "grad_norm": 0.8 + abs(self.random.gauss(0, 0.1)),
+                "applied": True,
+                "samples": 5120,
+                "global_valid_tokens": 100_000,
+                "tokens": 300_000,
+                "padding_fraction": 0.001,
+                "tokens_per_second": 300_000 / took,
+                "data_wait_fraction": data_wait_fraction,
+                "mfu": 0.41 * self.step_seconds / took,
+                "sample_digest": "0" * 64,
+                "seconds": took,
+                "pack_balance": 1.0,
+                "grad_norm_by_part": {},
+                "checkpoint_stall_seconds": 0.0,
+            }
         )
         self._append(run_files.METRICS, {**line, **fields})
         self.clock += took

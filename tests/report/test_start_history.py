@@ -11,7 +11,7 @@ from onellm_dist.report.facts import RunFacts, load_facts
 from onellm_dist.report.findings.collect import collect_findings
 from onellm_dist.report.page import build_page
 from onellm_dist.report.summary import build_summary
-from onellm_dist.train.records.metrics import drop_from
+from onellm_dist.train.records.json_lines import drop_lines_from
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_rollback_whose_lines_are_gone_is_counted_by_its_event(tmp_path: Path)
     run.allocate()
     run.start(0)
     run.train(70, every=1000)
-    drop_from(run.directory / "metrics.jsonl", 50)
+    drop_lines_from(run.directory / "metrics.jsonl", 50)
     run.step = 50
     run.write_event("rollback", step=69, to=50, lost_steps=20, reason="loss 9.1")
     run.train(10, every=1000)

@@ -73,7 +73,9 @@ def test_what_is_read_is_what_json_says(
     ]
     assert {i.key: i.value for i in entries} == whole["more"]
     assert entries[3].where == "x.json[key 3é]"
-    places = [(n, row.start, row.end) for n, row in enumerate(scan_rows(tmp_path / "x.json", "rows"))]
+    places = [
+        (n, row.start, row.end) for n, row in enumerate(scan_rows(tmp_path / "x.json", "rows"))
+    ]
     assert {i.number: i.value for i in read_rows_at(tmp_path / "x.json", reversed(places))} == dict(
         enumerate(values)
     )

@@ -73,7 +73,7 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     ):  # the second start resumes within the new data_phase, at another world
         code, output = start(toy, run_dir, steps, (3, 1), "data.new_phase=true", ranks=ranks)
         assert code == 0, output
-    data_phases = json.loads((run_dir / "ledger" / "data_phases.json").read_text())
+    data_phases = json.loads((run_dir / "samples" / "data_phases.json").read_text())
     assert [(s["start"], list(s["counts"].values())) for s in data_phases] == [
         (0, [1, 1]),
         (2, [3, 1]),
@@ -86,7 +86,7 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     ] == [2]
 
     validated = lines(run_dir / "validation.jsonl")
-    assert [line["step"] for line in validated] == [2, 4, 6]
+    assert [line["steps_done"] for line in validated] == [2, 4, 6]
     assert {line["samples"] for line in validated} == {5}
     assert validated[1]["sample_digest"] == validated[2]["sample_digest"], (
         "one set at one rank and at two"

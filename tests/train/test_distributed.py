@@ -1,4 +1,4 @@
-"""What a rank takes when it joins: its GPU, and a patience longer than the watchdog's."""
+"""Joining the other ranks: the GPU of a rank, timeouts longer than the watchdog's, and leaving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.launch.ranks import Ranks
-from onellm_dist.train.distributed import gpu_of, join, timeout_of
+from onellm_dist.train.distributed import (
+    GROUP_TIMEOUTS,
+    collective_timeout,
+    join,
+    process_group,
+    select_gpu,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,24 +31,24 @@ from onellm_dist.train.distributed import gpu_of, join, timeout_of
 def test_a_rank_takes_its_own_gpu_or_the_only_one_it_sees(
     local_rank: int, local_world_size: int, visible: int, gpu: int
 ) -> None:
-    assert gpu_of(local_rank, local_world_size, visible) == gpu
+    assert select_gpu(local_rank, local_world_size, visible) == gpu
 
 
 def test_fewer_gpus_than_ranks_are_refused() -> None:
     with pytest.raises(UsageError, match="8 ranks on this node, and this process sees 4 GPUs"):
-        gpu_of(0, 8, 4)
+        select_gpu(0, 8, 4)
 
 
 @pytest.mark.parametrize(
     "name", ["hang_minutes", "first_step_minutes", "checkpoint_minutes", "validation_minutes"]
 )
 def test_a_collective_waits_longer_than_the_watchdog_in_any_phase(name: str) -> None:
-    assert timeout_of(StabilitySection()) > timedelta(minutes=30)
-    assert timeout_of(StabilitySection.model_validate({name: 90.0})) > timedelta(minutes=90)
+    assert collective_timeout(StabilitySection()) > timedelta(minutes=30)
+    assert collective_timeout(StabilitySection.model_validate({name: 90.0})) > timedelta(minutes=90)
 
 
 def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+    for name in GROUP_TIMEOUTS:
         monkeypatch.setattr(distributed_c10d, name, getattr(distributed_c10d, name))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})
@@ -55,5 +61,35 @@ def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatc
         assert made._get_backend(torch.device("cpu")).options._timeout > wanted - timedelta(
             seconds=1
         )
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_process_is_after_a_run_what_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    before = dict(os.environ)
+    timeouts = [getattr(distributed_c10d, name) for name in GROUP_TIMEOUTS]
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        with process_group(Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port())) as ranks:
+            assert ranks.gather("x") == ["x"] and os.environ["RANK"] == "0"
+        assert not dist.is_initialized()
+        assert dict(os.environ) == before and torch.get_num_threads() == threads
+        assert [getattr(distributed_c10d, name) for name in GROUP_TIMEOUTS] == timeouts
+
+
+def test_a_process_group_of_the_caller_is_used_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})
+    dist.init_process_group(
+        "gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{find_free_port()}"
+    )
+    try:
+        with process_group(Ranks(0, 1, 0, 1, "127.0.0.1", 1)) as ranks:
+            assert ranks.broadcast(3) == 3
+        assert dist.is_initialized()
     finally:
         dist.destroy_process_group()

@@ -185,7 +185,7 @@ def test_what_the_first_stage_told(
 ) -> None:
     run = world / "image"
     metrics = lines(run / "metrics.jsonl")
-    assert "MFU = model FLOPs a second" in align_image and "image " in align_image
+    assert "MFU = model FLOPs per second" in align_image and "image " in align_image
     loads = [line["router_load"] for line in metrics]
     assert loads[0] is None and loads[1] is not None and loads[2] is not None, (
         "every two steps, and at the end"
@@ -201,7 +201,7 @@ def test_what_the_first_stage_told(
     (trace,) = (run / "profiles").iterdir()
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     events = lines(run / "events.jsonl")
-    assert {event["expert"] for event in events if event["event"] == "expert_starves"} == {
+    assert {event["expert"] for event in events if event["event"] == "expert_underused"} == {
         0,
         1,
         2,
@@ -223,7 +223,7 @@ def test_generated_samples_are_what_the_exported_model_says(
     """ZeRO-3 on two ranks with captions; FSDP2 on two ranks, of which one has nothing to ask, with conversations."""
     for name, count, dataset in (("image", 3, "image"), ("tune", 1, None)):
         told = lines(world / name / "validation_samples.jsonl")
-        assert [line["step"] for line in told] == [{"image": 3, "tune": 2}[name]] * count
+        assert [line["steps_done"] for line in told] == [{"image": 3, "tune": 2}[name]] * count
         model, processor = load_model(path=world / name / "model", preset=None, seed=0)
         for line in told:
             owner, _, key = line["id"].partition("@")[0].split("/")

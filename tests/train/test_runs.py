@@ -155,7 +155,7 @@ def test_metrics_have_every_step_and_field(runner: Runner, two: str) -> None:
         "lr",
         "grad_norm",
         "samples",
-        "supervised_tokens",
+        "global_valid_tokens",
         "tokens",
         "padding_fraction",
         "tokens_per_second",
@@ -250,7 +250,7 @@ def test_killed_runs_go_on_bit_identically(runner: Runner, two: str) -> None:
     os.kill(rank_pid(process.pid, 1), signal.SIGKILL)
     output, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
-    assert "rank 1 failed first (was ended by SIGKILL" in output
+    assert "rank 1 failed first (ended by SIGKILL" in output
     assert runner.exit("killed")["status"] == "failed"
 
     code, output = runner.run("killed")
@@ -320,19 +320,19 @@ def unreadable_sample(toy: Path) -> Callable[[], None]:
     return lambda: path.write_bytes(whole) and None
 
 
-def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repaired(
+def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired(
     runner: Runner, two: str
 ) -> None:
     repair = unreadable_sample(runner.toy)
     try:
         code, output = runner.run("skipped_sample", 2, train__steps=STEPS)
         assert code == 0, output
-        strict_code, strict_output = runner.run("strict", 2, data__max_tombstones=0)
+        strict_code, strict_output = runner.run("strict", 2, data__max_skipped_samples=0)
     finally:
         repair()
     lines = [
         json.loads(line)
-        for path in (runner.out / "skipped_sample" / "ledger").glob("skipped_samples-*")
+        for path in (runner.out / "skipped_sample" / "samples").glob("skipped-*")
         for line in path.read_text().splitlines()
     ]
     assert lines and all(
@@ -359,7 +359,7 @@ def test_an_unreadable_sample_is_recorded_and_stays_a_tombstone_after_it_is_repa
     [
         ({"train__stepz": 3}, "did you mean train.steps"),
         ({"model__path": "no/such/model"}, "no/such/model"),
-        ({"checkpoint__resume": "no/such/step"}, "no whole checkpoint"),
+        ({"checkpoint__resume": "no/such/step"}, "no complete checkpoint"),
         ({"engine__config": "zero9"}, "zero3_hpz"),
         (
             {"engine__name": "fsdp", "engine__shard_ranks": 3},

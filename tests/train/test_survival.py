@@ -14,7 +14,7 @@ from survival_runs import EVERY, STEPS, Runs, identical, same_stream, update_gap
 from zygote import Start, Zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.sample_log.lookup import RunStream
+from onellm_dist.train.sample_log.stream import RunStream
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ def kill_often(runs: Runs, name: str, kills: int, seed: int, worlds: list[int]) 
         assert whole <= set(runs.checkpoints(name)), start.output()
     runs.done(name, worlds[kills % len(worlds)])
     starts = runs.events(name, "start")
-    assert len(starts) >= 1 and starts[-1]["world"] == worlds[kills % len(worlds)]
+    assert len(starts) >= 1 and starts[-1]["world_size"] == worlds[kills % len(worlds)]
 
 
 def test_killed_at_random_moments_the_run_ends_bit_identical(runs: Runs, two: str) -> None:
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_never_lost(runs: Runs, t
 
 def spoilt_step(runs: Runs, reference: str, step: int) -> str:
     """A sample of a step, without its epoch."""
-    return RunStream(runs.out / reference).samples(step)[1].sample.name
+    return RunStream(runs.out / reference).list_samples(step)[1].sample.name
 
 
 @pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
@@ -164,7 +164,7 @@ def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, eng
     start.done()
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
-    (suspect,) = event["samples"]
+    (suspect,) = event["offending_samples"]
     assert (
         event["step"] == 5
         and suspect["sample"].startswith(f"{bad}@")
@@ -185,23 +185,28 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(
 ) -> None:
     bad, name = spoilt_step(runs, two, 10), f"{what}_back_{world}"
     start = runs.start(
-        name, world, {what: bad}, guard__policy="rollback", guard__window=8, guard__threshold=12
+        name,
+        world,
+        {what: bad},
+        stability__policy="rollback",
+        stability__window=8,
+        stability__threshold=12,
     )
     start.done()
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
-    assert (event["step"], event["to"], event["marked"]) == (10, 9, 1)
-    assert event["kind"] == {"nan": "loss_not_finite", "leap": "loss_spike"}[what]
-    assert event["samples"][0]["sample"].startswith(f"{bad}@") and bad in start.output()
+    assert (event["step"], event["first_step"], event["excluded"]) == (10, 9, 1)
+    assert event["anomaly"] == {"nan": "loss_not_finite", "leap": "loss_spike"}[what]
+    assert event["offending_samples"][0]["sample"].startswith(f"{bad}@") and bad in start.output()
     assert all(line["applied"] and line["loss"] < 10 for line in runs.lines(name, "metrics.jsonl"))
-    (mark,) = runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")
+    (mark,) = runs.lines(name, "samples/excluded.jsonl")
     assert mark["sample_id"].startswith(f"{bad}@") and mark["step"] == 10
     if what == "leap":
         return
     # The mark outlives the start: from a checkpoint before it, at another world, the sample is left out without another roll-back.
     back = runs.out / name / "checkpoints" / "step-00000006"
     before = runs.lines(name, "metrics.jsonl")
-    runs.done(name, 2, {what: bad}, guard__policy="rollback", checkpoint__resume=back)
+    runs.done(name, 2, {what: bad}, stability__policy="rollback", checkpoint__resume=back)
     assert len(runs.events(name, "rollback")) == 1
     for one, other in zip(before, runs.lines(name, "metrics.jsonl"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -209,12 +214,12 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(
 
 def test_a_leap_of_the_loss_is_skipped_before_it_is_applied(runs: Runs, two: str) -> None:
     bad = spoilt_step(runs, two, 10)
-    runs.done("leap_skipped", 1, {"leap": bad}, guard__window=8, guard__threshold=12)
+    runs.done("leap_skipped", 1, {"leap": bad}, stability__window=8, stability__threshold=12)
     (event,) = runs.events("leap_skipped", "step_skipped")
     assert (
-        event["kind"] == "loss_spike"
-        and event["samples"][0]["sample"].startswith(f"{bad}@")
-        and event["samples_total"] == 1
+        event["anomaly"] == "loss_spike"
+        and event["offending_samples"][0]["sample"].startswith(f"{bad}@")
+        and event["offending_samples_total"] == 1
     )
     assert [line["applied"] for line in runs.lines("leap_skipped", "metrics.jsonl")] == [
         step != 10 for step in range(STEPS)
@@ -227,11 +232,11 @@ def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(
 ) -> None:
     bad, name = spoilt_step(runs, two, 10), f"steep_skipped_{world}_{engine}"
     more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
-    runs.done(name, world, {"steep": bad}, guard__window=8, guard__threshold=12, **more)
+    runs.done(name, world, {"steep": bad}, stability__window=8, stability__threshold=12, **more)
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
-    assert (event["step"], event["kind"]) == (10, "gradient_spike")
-    assert any(suspect["sample"].startswith(f"{bad}@") for suspect in event["samples"])
+    assert (event["step"], event["anomaly"]) == (10, "gradient_spike")
+    assert any(suspect["sample"].startswith(f"{bad}@") for suspect in event["offending_samples"])
     lines = runs.lines(name, "metrics.jsonl")
     assert [line["applied"] for line in lines] == [step != 10 for step in range(STEPS)]
     assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, (
@@ -254,18 +259,16 @@ def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: st
         name,
         4,
         {"steep": bad},
-        guard__policy="rollback",
-        guard__window=8,
-        guard__threshold=12,
+        stability__policy="rollback",
+        stability__window=8,
+        stability__threshold=12,
         engine__name="fsdp",
         engine__config="",
     )
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
-    assert (event["step"], event["to"], event["kind"]) == (10, 9, "gradient_spike")
-    marks = [
-        mark["sample_id"] for mark in runs.lines(name, "ledger/skipped_samples-ranks-guard.jsonl")
-    ]
+    assert (event["step"], event["first_step"], event["anomaly"]) == (10, 9, "gradient_spike")
+    marks = [mark["sample_id"] for mark in runs.lines(name, "samples/excluded.jsonl")]
     assert any(mark.startswith(f"{bad}@") for mark in marks)
     assert all(line["applied"] for line in runs.lines(name, "metrics.jsonl"))
 
@@ -273,7 +276,12 @@ def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: st
 def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, two: str) -> None:
     bad = spoilt_step(runs, two, 10)
     start = runs.start(
-        "leap_stopped", 1, {"leap": bad}, guard__policy="stop", guard__window=8, guard__threshold=12
+        "leap_stopped",
+        1,
+        {"leap": bad},
+        stability__policy="stop",
+        stability__window=8,
+        stability__threshold=12,
     )
     assert start.wait() == [1]
     assert bad in start.output() and "stability.policy is stop" in start.output()
@@ -287,7 +295,10 @@ def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, t
 
 def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) -> None:
     start = runs.start(
-        "hang", plant={"sleep": {"rank": 1, "step": 4}}, guard__hang_minutes=0.15, data__workers=2
+        "hang",
+        plant={"sleep": {"rank": 1, "step": 4}},
+        stability__hang_minutes=0.15,
+        data__workers=2,
     )
     runs.wait_until(start, lambda: runs.steps_done("hang") >= 4)
     slept = time.monotonic()
@@ -300,7 +311,7 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     found = runs.exit("hang")
     assert (
         found["status"] == "failed"
-        and found["kind"] == "hang"
+        and found["failure"] == "hang"
         and found["suspected_rank"] == 1
         and found["failed_step"] == 4
     )
@@ -317,7 +328,7 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert found["offending_samples"] and all(
         sample in reports[1] for sample in found["offending_samples"]
     )
-    assert [end["kind"] for end in runs.events("hang", "end")] == ["hang"]
+    assert [end["failure"] for end in runs.events("hang", "end")] == ["hang"]
 
 
 def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_in_flight_gets_whole(
@@ -350,8 +361,8 @@ def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(
     identical(runs, "kept", two)
     assert runs.checkpoints("kept") == ["step-00000004", "step-00000008", "step-00000012"]
     waited, background = runs.events("kept", "checkpoint"), runs.events(two, "checkpoint")
-    assert [line["step"] for line in waited] == [2, 4, 6, 8, 10, 12] and [
-        line["step"] for line in background
+    assert [line["steps_done"] for line in waited] == [2, 4, 6, 8, 10, 12] and [
+        line["steps_done"] for line in background
     ] == [3, 6, 9, 12]
     assert all(line["stall_seconds"] == pytest.approx(line["seconds"], abs=1e-3) for line in waited)
     assert all(
@@ -365,9 +376,11 @@ def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(
         and set(manifest["sha256"]) == set(manifest["files"])
         and manifest["frozen"] == {"preset": "toy", "seed": 0}
     )
-    validated = {line["step"]: line["loss"] for line in runs.lines("kept", "validation.jsonl")}
+    validated = {
+        line["steps_done"]: line["loss"] for line in runs.lines("kept", "validation.jsonl")
+    }
     best = json.loads((runs.out / "kept" / "best" / "best.json").read_text())
-    assert best["loss"] == min(validated.values()) == validated[best["step"]]
+    assert best["loss"] == min(validated.values()) == validated[best["steps_done"]]
     assert (runs.out / "kept" / "best" / "model.safetensors").exists()
 
 

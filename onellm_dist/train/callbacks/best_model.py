@@ -1,5 +1,6 @@
-"""The best weights of a run by validation loss: `<run.dir>/best`, a `save_pretrained` directory with `best.json` in it:
-step, loss, sample_digest of the validation set.
+"""The weights with the lowest validation loss: `<run.dir>/best`, a `save_pretrained` directory.
+
+`best.json` in it says `steps_done`, `loss` and `sample_digest` of the validation set.
 """
 
 from __future__ import annotations
@@ -9,59 +10,69 @@ import math
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.run_files import BEST, BEST_RECORD
+from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.export import export_model
 
-BEST, RECORD = "best", "best.json"
 
+class BestModel(Callback):
+    """Exports the model whenever its validation loss is the lowest so far.
 
-class Best:
-    """Keeps the weights with the least validation loss. Every method is called by all ranks together.
+    What an earlier start left in the folder still counts, if it was measured on the same samples.
 
     Args:
-        folder: `<run.dir>/best`; what an earlier start left there goes on to count, if it was measured on the same samples.
+        run_dir: the run directory.
+        engine: holds the weights.
         model: the transformers model whose weights the engine holds.
-        sample_digest: of the validation set (rank 0 alone needs it).
+        processor: its processor.
+        dist: the ranks.
+        sample_digest: digest of the validation set (only rank 0 needs it).
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
+        *,
         engine: Engine,
         model: Any,
         processor: Any,
         dist: Distributed,
         sample_digest: str,
     ) -> None:
-        self._folder, self._engine, self._model, self._processor, self._dist = (
-            folder,
-            engine,
-            model,
-            processor,
-            dist,
-        )
+        self._folder = run_dir / BEST
+        self._engine = engine
+        self._model = model
+        self._processor = processor
+        self._dist = dist
         self._digest = sample_digest
-        self.loss: float | None = dist.broadcast(
-            _recorded(folder, sample_digest) if dist.is_rank_zero else None
-        )
+        recorded = _read_loss(self._folder, sample_digest) if dist.is_rank_zero else None
+        self.loss: float | None = dist.broadcast(recorded)
+        """The lowest loss so far."""
 
-    def note(self, step: int, loss: float) -> bool:
-        """Write the weights after `step` steps if `loss`, the same on all ranks, is the least so far. Returns whether it is."""
+    def on_validation_end(self, steps_done: int, loss: float) -> None:
+        if self.update(steps_done, loss):
+            self.trainer.events.write(
+                "best_model", steps_done=steps_done, loss=loss, folder=str(self._folder)
+            )
+
+    def update(self, steps_done: int, loss: float) -> bool:
+        """Export the weights if `loss` is the lowest so far; return whether it is."""
         if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
             return False
         self.loss = loss
-        # With the weights, under one rename: without it the next validation, however bad, would overwrite them.
-        record = json.dumps({"step": step, "loss": loss, "sample_digest": self._digest}) + "\n"
-        export_model(
-            self._folder, self._engine, self._model, self._processor, self._dist, {RECORD: record}
-        )
+        # The record is renamed into place with the weights: without it the next validation, however
+        # bad, would overwrite them.
+        record = {"steps_done": steps_done, "loss": loss, "sample_digest": self._digest}
+        beside = {BEST_RECORD: json.dumps(record) + "\n"}
+        export_model(self._folder, self._engine, self._model, self._processor, self._dist, beside)
         return True
 
 
-def _recorded(folder: Path, sample_digest: str) -> float | None:
+def _read_loss(folder: Path, sample_digest: str) -> float | None:
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads((folder / BEST_RECORD).read_text(encoding="utf-8"))
         return float(found["loss"]) if found["sample_digest"] == sample_digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,7 +1,8 @@
-"""A look inside some steps: a Chrome trace, and on a GPU a snapshot of its memory, of rank 0, while the run goes on.
+"""A profile of some steps: a Chrome trace, and on a GPU a snapshot of its memory, of rank 0.
 
-Asked for by the recipe (`track.profile_steps=[10, 12]`: both included), or in the course of a run by a file `profile` in the run
-directory (`touch RUN_DIR/profile`; a number in it says how many steps). Steps that are looked at are slower; their numbers are the same.
+The recipe asks for it (`track.profile_steps=[10, 12]`: both included), or, while a run goes on, a
+file `profile` in the run directory (`touch RUN_DIR/profile`; a number in it is the number of steps).
+Profiled steps are slower; their numbers are the same.
 """
 
 from __future__ import annotations
@@ -13,21 +14,26 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.run_files import PROFILE, PROFILES
 from onellm_dist.config.schema import TrackSection
-from onellm_dist.train.records.metrics import Events
+from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.records.events import Events
 
-REQUEST, FOLDER = "profile", "profiles"
-STEPS_ASKED = 2
+DEFAULT_STEPS = 2
 """Steps that an empty request file asks for."""
 SNAPSHOT_EVENTS = 200_000
 """Allocations that a memory snapshot remembers."""
 
 
-class Profiler:
-    """Call `begin` and `end` around every step; it does nothing but look for the file where nobody asked.
+class Profiler(Callback):
+    """Profiles the requested steps; otherwise it only looks for the request file before each step.
 
     Args:
-        main: only rank 0 profiles.
+        track: the `track` section.
+        run_dir: the run directory.
+        device: this rank's device.
+        events: where a finished profile is recorded.
+        enabled: whether this process profiles; false on every rank but rank 0.
     """
 
     def __init__(
@@ -37,28 +43,30 @@ class Profiler:
         device: torch.device,
         events: Events,
         *,
-        main: bool,
+        enabled: bool,
     ) -> None:
-        self._wanted = track.profile_steps if main else None
-        self._request = run_dir / REQUEST if main else None
-        self._folder, self._device, self._events = run_dir / FOLDER, device, events
+        self._wanted = track.profile_steps if enabled else None
+        self._request = run_dir / PROFILE if enabled else None
+        self._folder = run_dir / PROFILES
+        self._device = device
+        self._events = events
         self._running: Any = None
-        self._first = self._last = -1
+        self._first = -1
+        self._last = -1
 
-    def begin(self, step: int) -> None:
-        """Before a step."""
+    def on_step_start(self, step: int) -> None:
         if self._running is not None or self._request is None:
             return
         if self._wanted is not None and self._wanted[0] <= step <= self._wanted[1]:
             self._start(step, self._wanted[1])
         elif self._request.exists():
-            self._start(step, step + self._asked() - 1)
+            self._start(step, step + self._read_request() - 1)
 
-    def end(self, step: int) -> None:
-        """After a step: writes the trace where it was the last one."""
+    def on_step_end(self, step: int) -> None:
         if self._running is None or step < self._last:
             return
-        running, self._running = self._running, None
+        running = self._running
+        self._running = None
         name = f"steps-{self._first:08d}-{step:08d}"
         written = []
         if self._device.type == "cuda":
@@ -75,7 +83,7 @@ class Profiler:
             first=self._first,
             last=step,
             files=files,
-            say=f"profile of steps {self._first} to {step}: {files[-1]}",
+            message=f"profile of steps {self._first} to {step}: {files[-1]}",
         )
 
     def _start(self, first: int, last: int) -> None:
@@ -86,16 +94,18 @@ class Profiler:
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=SNAPSHOT_EVENTS)
-        self._first, self._last = first, last
+        self._first = first
+        self._last = last
         self._running = profile(activities=activities, profile_memory=True, record_shapes=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Kineto finds missing on a machine without a GPU
             self._running.__enter__()
 
-    def _asked(self) -> int:
+    def _read_request(self) -> int:
+        """The number of steps in the request file, which is removed."""
         assert self._request is not None
         text = ""
         with contextlib.suppress(OSError):
             text = self._request.read_text(encoding="utf-8").strip()
         self._request.unlink(missing_ok=True)
-        return max(1, int(text)) if text.isdigit() else STEPS_ASKED
+        return max(1, int(text)) if text.isdigit() else DEFAULT_STEPS

@@ -1,7 +1,7 @@
-"""How long a start took until its first step was done, by phase: events `phase` with `name` and `seconds`, one each a start.
+"""Start-up timing: how long a start took until its first step was done, by part.
 
-`imports` (from the start of the process), `process_group`, `model`, `engine`, `checkpoint`, `data` (plan, length sidecars, loader),
-`first_step`. What lies between them (locks, the run directory) counts to the phase it stands in; a phase may come in parts.
+Events `startup_timing` with `name` and `seconds`, one per part and start. What lies between two
+parts (locks, the run directory) counts to the part it stands in; a part may come in pieces.
 """
 
 from __future__ import annotations
@@ -12,51 +12,68 @@ from contextlib import contextmanager
 
 import psutil
 
-from onellm_dist.train.heartbeat import InFlight
-from onellm_dist.train.records.metrics import Events
+from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.heartbeat import Heartbeat
+from onellm_dist.train.records.events import Events
+from onellm_dist.train.records.metrics import StepMetrics
 
-NAMES = ("imports", "process_group", "model", "engine", "checkpoint", "data", "first_step")
+PARTS = ("imports", "process_group", "model", "engine", "checkpoint", "data", "first_step")
+"""The parts of a start: imports (since the process began), process group, model, engine,
+checkpoint, data (plan, token counts, loader), and the first step."""
 
 
-class Phases:
-    """The seconds of each phase of this start.
+class StartupTiming(Callback):
+    """Measures the parts of this start.
 
     Args:
-        in_flight: is told when a phase begins, so that the watchdog knows.
+        heartbeat: learns when a part begins, so that the watchdog knows.
     """
 
-    def __init__(self, in_flight: InFlight | None = None) -> None:
-        self._in_flight = in_flight
+    def __init__(self, heartbeat: Heartbeat | None = None) -> None:
+        self._heartbeat = heartbeat
         self.seconds: dict[str, float] = {}
-        self._told = False
+        self._written = False
 
-    def add(self, name: str, seconds: float) -> None:
-        """Count `seconds` to `name`, one of NAMES."""
-        if name not in NAMES:
-            raise ValueError(f"{name} is no phase of a start")
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    def add(self, part: str, seconds: float) -> None:
+        """Count `seconds` to `part`.
+
+        Raises:
+            ValueError: there is no such part.
+        """
+        if part not in PARTS:
+            raise ValueError(f"{part} is not a part of a start")
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """Count what is done inside to `name`."""
+    def measure(self, part: str) -> Iterator[None]:
+        """Count the time of the context to `part`."""
         started = time.perf_counter()
-        if self._in_flight is not None:
-            self._in_flight.rest(name)
+        if self._heartbeat is not None:
+            self._heartbeat.leave_step(part)
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started)
+            self.add(part, time.perf_counter() - started)
 
-    def imported(self) -> None:
-        """The imports are done: everything since the process began was that."""
+    def measure_imports(self) -> None:
+        """Count everything since the process began to `imports`."""
         self.add("imports", max(0.0, time.time() - psutil.Process().create_time()))
 
-    def first_step(self, seconds: float, waited: float, events: Events) -> None:
-        """A step is done, which took `seconds`, `waited` of them for the loader. The first one ends the start: the events are written."""
-        if self._told:
+    def on_metrics(self, metrics: StepMetrics) -> None:
+        self.write(metrics.seconds, metrics.data_wait_seconds, self.trainer.events)
+
+    def write(self, seconds: float, data_wait_seconds: float, events: Events) -> None:
+        """Write the events after the first step; later calls do nothing.
+
+        Args:
+            seconds: duration of the step.
+            data_wait_seconds: time of it that went into waiting for the loader.
+            events: where they go.
+        """
+        if self._written:
             return
-        self._told = True
-        self.add("data", waited)
-        self.add("first_step", seconds - waited)
-        for name in NAMES:
-            events.write("phase", name=name, seconds=round(self.seconds.get(name, 0.0), 3))
+        self._written = True
+        self.add("data", data_wait_seconds)
+        self.add("first_step", seconds - data_wait_seconds)
+        for part in PARTS:
+            events.write("startup_timing", name=part, seconds=round(self.seconds.get(part, 0.0), 3))

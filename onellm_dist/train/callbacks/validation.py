@@ -1,120 +1,114 @@
-"""Validation in the course of a run: the packed loss over a fixed set, a line of `validation.jsonl` each time.
+"""Validation while a run trains: the packed loss over a fixed set, a line of `validation.jsonl` each time.
 
-Every rank runs the forward of every micro-step, dummies included, exactly as in training and without a backward: so the
-collectives of a sharded model meet.
+Every rank runs the forward of every micro-batch, empty ones included, exactly as in training but
+without a backward, so that the collectives of a sharded model meet.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from onellm_dist.common.run_files import VALIDATION
 from onellm_dist.config.schema import ValidationSection
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.plan import Plan
-from onellm_dist.train.callbacks.sample_generation import Answers, Show
+from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.records.metrics import Events, drop_from
-from onellm_dist.train.totals import StepTotals
-
-VALIDATION = "validation.jsonl"
+from onellm_dist.train.records.json_lines import append_lines
+from onellm_dist.train.totals import StepTotals, StepValues
 
 
-class Validation:
-    """Validates when it is due; every method is called by all ranks together.
+class Validation(Callback):
+    """Runs the validation set every `data.validation.every` steps and after the last step.
 
     Args:
+        config: the `data.validation` section.
         plan: its step 0 is the validation set (`data.validation.open_validation_plan`).
-        model: the model inside the engine, to be told that it does not train meanwhile.
-        first_step: lines of later steps, left by a start that went further than its last checkpoint, are dropped.
-        steps: of the whole run; the last one is validated too.
-        answers: what generates answers to some of the samples, if anybody asked.
+        engine: runs the forward.
+        model: the model inside the engine, which is switched to evaluation mode meanwhile.
+        dist: the ranks.
+        run_dir: the run directory.
+        steps: optimizer steps of the whole run.
     """
-
-    show: Show | None = None
-    """Where generated answers are shown beside their file."""
 
     def __init__(
         self,
         config: ValidationSection,
+        *,
         plan: Plan,
         engine: Engine,
         model: Any,
         dist: Distributed,
         run_dir: Path,
-        events: Events,
-        *,
-        first_step: int,
         steps: int,
-        answers: Answers | None = None,
     ) -> None:
-        self._config, self._plan, self._engine, self._model, self._dist = (
-            config,
-            plan,
-            engine,
-            model,
-            dist,
-        )
-        self._path, self._events, self._steps, self._answers = (
-            run_dir / VALIDATION,
-            events,
-            steps,
-            answers,
-        )
-        if dist.is_rank_zero:
-            drop_from(self._path, first_step + 1)
+        self._config = config
+        self._plan = plan
+        self._engine = engine
+        self._model = model
+        self._dist = dist
+        self._path = run_dir / VALIDATION
+        self._steps = steps
 
-    def due(self, done: int) -> bool:
-        """Whether the set is run after `done` steps."""
-        return done % self._config.every == 0 or done == self._steps
+    def after_step(self, steps_done: int, *, stopping: bool) -> None:
+        due = steps_done % self._config.every == 0 or steps_done == self._steps
+        if due and not stopping:
+            self.trainer.heartbeat.leave_step("validation")
+            loss = self.run(steps_done)
+            self.trainer.callbacks.on_validation_end(steps_done, loss)
 
-    def run(self, done: int) -> float:
-        """Runs the set after `done` steps and records it; returns the loss (mean cross-entropy of a supervised token)."""
+    def run(self, steps_done: int) -> float:
+        """Run the set and record it. Called by all ranks together.
+
+        Args:
+            steps_done: steps done so far.
+
+        Returns:
+            Mean cross-entropy of a supervised token.
+        """
         started = time.perf_counter()
         training = self._model.training
         self._model.eval()
-        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._dist.device)
+        values = self._run_forward(steps_done)
+        self._model.train(training)
+        step_plan = self._plan.step(0, self._dist.world_size)
+        loss = values.loss / step_plan.global_valid_tokens
+        if self._dist.is_rank_zero:
+            line = {
+                "steps_done": steps_done,
+                "loss": loss,
+                "loss_by_modality": values.nll,
+                "samples": self._config.samples,
+                "global_valid_tokens": step_plan.global_valid_tokens,
+                "skipped_samples": values.new_skipped_samples,
+                "sample_digest": self._plan.digest(0),
+                "seconds": time.perf_counter() - started,
+            }
+            append_lines(self._path, [line])
+        losses = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
+        self.trainer.events.write(
+            "validation",
+            steps_done=steps_done,
+            loss=loss,
+            message=f"validation after {steps_done} steps: loss {loss:.4f} ({losses})",
+        )
+        return loss
+
+    def _run_forward(self, steps_done: int) -> StepValues:
+        """Run the forward of every micro-batch, let other callbacks look, and sum over the ranks."""
+        totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._dist)
         skipped_samples = 0
-        with (
-            torch.no_grad(),
-            Loader(self._plan, self._dist.world_size, self._dist.rank, 0, 1) as loader,
-        ):
+        dist = self._dist
+        with torch.no_grad(), Loader(self._plan, dist.world_size, dist.rank, 0, 1) as loader:
             for micro, batch in loader:
-                on_device = batch.to(self._dist.device)
+                on_device = batch.to(dist.device)
                 totals.add(on_device, *self._engine.forward(on_device, last=micro.last))
                 skipped_samples += len(batch.skipped_samples)
-        if self._answers is not None:
-            self._answers.run(done, self.show)
-        self._model.train(training)
-        totals.reduce(self._dist, new_skipped_samples=skipped_samples, stop=False)
-        values = totals.read()
-        global_valid_tokens = self._plan.step(0, self._dist.world_size).global_valid_tokens
-        line = {
-            "step": done,
-            "loss": values.loss / global_valid_tokens,
-            "loss_by_modality": values.nll,
-            "samples": self._config.samples,
-            "supervised_tokens": global_valid_tokens,
-            "skipped_samples": values.new_skipped_samples,
-            "sample_digest": self._plan.digest(0),
-            "seconds": time.perf_counter() - started,
-        }
-        if self._dist.is_rank_zero:
-            with self._path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(line) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-        kinds = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
-        self._events.write(
-            "validation",
-            step=done,
-            loss=values.loss / global_valid_tokens,
-            say=f"validation after step {done}: loss {values.loss / global_valid_tokens:.4f} ({kinds})",
-        )
-        return values.loss / global_valid_tokens
+        self.trainer.callbacks.on_validation(steps_done)
+        totals.reduce(new_skipped_samples=skipped_samples)
+        return totals.read()

@@ -1,8 +1,10 @@
-"""Ends a run that hangs: a thread a rank that sees no progress writes this rank's stacks and plan, and the process goes.
+"""The hang watchdog: a thread per rank that ends a run without progress, and says which rank hung.
 
-The first rank that notices raises an alarm (a file in `<run.dir>/hangs/`); every rank that sees it writes `rank-00000.txt` (all its
-Python stacks, the micro-step's samples) and `rank-00000.json` (what it was at). From these each finds which rank the others waited for,
-`exit.json` says so, and all processes end, loader workers included. No collective and no message of the process group is used.
+The first rank that notices raises an alarm (a file in `<run.dir>/hangs/`). Every rank that sees it
+writes `rank-00000.txt` (all its Python stacks, the samples of its micro-batch) and
+`rank-00000.json` (what it was doing). From these each rank finds out for which rank the others
+waited, `exit.json` says so, and all processes end, loader workers included. No collective and no
+message of the process group is used.
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ from typing import Any
 
 import psutil
 
+from onellm_dist.common.logging import get_logger
+from onellm_dist.common.run_files import HANGS
 from onellm_dist.config.schema import StabilitySection
+from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.engine.select import all_engines
-from onellm_dist.train.heartbeat import InFlight
 from onellm_dist.train.records.exit_file import ExitFile
 
-HANGS, ALARM = "hangs", "alarm"
+log = get_logger(__name__)
+ALARM = "alarm"
 WRAPPERS = tuple(file for engine in all_engines().values() for file in engine.wrapper_files)
-"""Files that wrap calls of any kind: whoever called them counts."""
-GRACE_S = 20.0
-"""Seconds that the ranks have, after the alarm, to say what they are at; those that cannot are suspected."""
-LAST_RESORT_S = 60.0
+"""Files that wrap calls of any kind: the caller of such a call counts."""
+ANSWER_SECONDS = 20.0
+"""Seconds after the alarm in which the ranks say what they are doing; silent ones are suspected."""
+LAST_RESORT_SECONDS = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
 IN_COLLECTIVE = (
     "torch/distributed/",
@@ -42,142 +47,162 @@ IN_COLLECTIVE = (
 )
 """A thread whose innermost Python frame is in such a file waits for other ranks.
 
-On a GPU collectives are queued, and a rank waits for them where the host next waits for the device: for a stream or an event (torch/cuda/),
-for the sums of the step, for the gradient norm (the engines read it)."""
+On a GPU, collectives are queued. A rank waits for them where the host next waits for the device:
+for a stream or an event (torch/cuda/), for the sums of the step, for the gradient norm (the engines
+read it)."""
 
 
-class Watchdog:
-    """Watches this rank while it is open (`with`).
+class HangWatchdog(Callback):
+    """Watches this rank from `start` to `close`.
 
     Args:
-        rank: this one, of `world`.
-        end: how the process ends; `os._exit` where not given.
+        run_dir: the run directory.
+        rank: this rank.
+        world_size: number of ranks.
+        config: the `stability` section.
+        exit_file: where a hang is recorded; its heartbeat is watched.
+        end_process: ends the process with an exit code; default: the hang is only reported, and the
+            collective's own timeout, five minutes later, raises an error.
     """
 
     def __init__(
         self,
         run_dir: Path,
+        *,
         rank: int,
-        world: int,
+        world_size: int,
         config: StabilitySection,
         exit_file: ExitFile,
-        *,
-        end: Callable[[int], Any] = os._exit,
+        end_process: Callable[[int], Any] | None = None,
     ) -> None:
-        self._folder, self._rank, self._world = run_dir / HANGS, rank, world
-        self._config, self._exit_file, self._end = config, exit_file, end
-        self._in_flight: InFlight = exit_file.in_flight
+        self._folder = run_dir / HANGS
+        self._rank = rank
+        self._world_size = world_size
+        self._config = config
+        self._exit_file = exit_file
+        self._heartbeat = exit_file.heartbeat
+        self._end_process = end_process
         self._poll = min(5.0, max(0.05, 60 * config.hang_minutes / 20))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Watchdog:
+    def start(self) -> None:
+        """Begin to watch, unless `stability.hang_minutes` is 0."""
         if self._config.hang_minutes:
             self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._closed.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
 
-    def limit(self) -> float:
-        """Seconds without progress that the present phase may have."""
-        phase, config = self._in_flight.phase, self._config
-        if not self._in_flight.first_step_done:
+    @property
+    def is_watching(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def limit_seconds(self) -> float:
+        """Seconds without progress that the present phase may take."""
+        config = self._config
+        if not self._heartbeat.first_step_done:
             return 60 * config.first_step_minutes
-        own = {
+        minutes = {
             "checkpoint": config.checkpoint_minutes,
             "export": config.checkpoint_minutes,
             "validation": config.validation_minutes,
         }
-        return 60 * own.get(phase, config.hang_minutes)
+        return 60 * minutes.get(self._heartbeat.phase, config.hang_minutes)
 
     def _watch(self) -> None:
-        idle, seen, looked = 0.0, -1, time.monotonic()
+        idle = 0.0
+        seen = -1
+        looked = time.monotonic()
         while not self._closed.wait(self._poll):
             now = time.monotonic()
             # A process that was suspended has not hung: no look counts for more than two.
-            step, looked = min(now - looked, 2 * self._poll), now
-            beats = self._in_flight.beats
-            idle, seen = (idle + step if beats == seen else 0.0), beats
-            if idle >= self.limit() or (self._folder / ALARM).exists():
-                self._hang(idle)
+            passed = min(now - looked, 2 * self._poll)
+            looked = now
+            beats = self._heartbeat.beats
+            idle = idle + passed if beats == seen else 0.0
+            seen = beats
+            if idle >= self.limit_seconds() or (self._folder / ALARM).exists():
+                self._report_hang(idle)
                 return
 
-    def _hang(self, idle: float) -> None:
-        last_resort = threading.Timer(LAST_RESORT_S, self._end, (1,))
-        last_resort.daemon = True
-        last_resort.start()
+    def _report_hang(self, idle: float) -> None:
+        if self._end_process is not None:
+            last_resort = threading.Timer(LAST_RESORT_SECONDS, self._end_process, (1,))
+            last_resort.daemon = True
+            last_resort.start()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / ALARM).touch()
             self._write_own(idle)
-            found = self._wait_for_others()
-            suspected, why = suspected_ranks(found, self._world)
-            self._tell(idle, suspected, why, found)
+            reports = self._wait_for_reports()
+            suspected, why = find_suspected_ranks(reports, self._world_size)
+            self._record(idle, suspected, why, reports)
         except Exception as error:  # whatever it is: the rank must end
-            print(
-                f"rank {self._rank}: hangs, and could not say all of it: {error!r}",
-                file=sys.stderr,
-                flush=True,
-            )
-        end_children()
-        self._end(1)
+            log.error("rank %d hangs, and its report is not complete: %r", self._rank, error)
+        if self._end_process is not None:
+            end_children()
+            self._end_process(1)
 
     def _write_own(self, idle: float) -> None:
-        about = {
-            **self._in_flight.about(),
+        """Write this rank's stacks, and what it is doing."""
+        status = {
+            **self._heartbeat.to_json(),
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "idle_seconds": round(idle, 1),
-            "in_collective": in_collective(sys._current_frames(), threading.get_ident()),
+            "in_collective": is_in_collective(sys._current_frames(), threading.get_ident()),
         }
+        rows = self._heartbeat.sample_rows()
         with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as out:
-            out.write("\n".join(f"{key}: {value}" for key, value in about.items()) + "\n\n")
+            out.write("\n".join(f"{key}: {value}" for key, value in status.items()) + "\n\n")
             out.flush()
             faulthandler.dump_traceback(out, all_threads=True)
             out.flush()
-            rows = self._in_flight.rows()
-            out.write(
-                "\nthe micro-step's samples:\n" + ("\n".join(map(str, rows)) or "none") + "\n"
-            )
-        aside = self._folder / f".rank-{self._rank:05d}.json"
-        aside.write_text(
-            json.dumps({**about, "samples": [row["sample"] for row in rows]}), encoding="utf-8"
-        )
-        aside.rename(_about_file(self._folder, self._rank))
+            samples = "\n".join(map(str, rows)) or "none"
+            out.write(f"\nthe samples of the micro-batch:\n{samples}\n")
+        report = {**status, "samples": [row["sample"] for row in rows]}
+        staged = self._folder / f".rank-{self._rank:05d}.json"
+        staged.write_text(json.dumps(report), encoding="utf-8")  # not synced: the disk may hang
+        staged.rename(_report_path(self._folder, self._rank))
 
-    def _wait_for_others(self) -> dict[int, dict[str, Any]]:
-        deadline = time.monotonic() + GRACE_S
+    def _wait_for_reports(self) -> dict[int, dict[str, Any]]:
+        deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             found = {}
-            for rank in range(self._world):
-                path = _about_file(self._folder, rank)
+            for rank in range(self._world_size):
+                path = _report_path(self._folder, rank)
                 if path.exists():
                     found[rank] = json.loads(path.read_text(encoding="utf-8"))
-            if len(found) == self._world or time.monotonic() > deadline:
+            if len(found) == self._world_size or time.monotonic() > deadline:
                 return found
             time.sleep(0.1)
 
-    def _tell(
-        self, idle: float, suspected: list[int], why: str, found: Mapping[int, dict[str, Any]]
+    def _record(
+        self, idle: float, suspected: list[int], why: str, reports: Mapping[int, dict[str, Any]]
     ) -> None:
-        first = found.get(suspected[0], {}) if suspected else {}
-        own = found.get(self._rank, {})
-        about = first or own
-        limit = max((float(entry["idle_seconds"]) for entry in found.values()), default=idle)
-        names = (
-            "no rank stands out"
-            if not suspected
-            else f"rank {', '.join(map(str, suspected[:8]))} {why}"
+        first = reports.get(suspected[0], {}) if suspected else {}
+        about = first or reports.get(self._rank, {})
+        seconds = max((float(entry["idle_seconds"]) for entry in reports.values()), default=idle)
+        who = (
+            f"rank {', '.join(map(str, suspected[:8]))} {why}"
+            if suspected
+            else "no rank stands out"
         )
         where = f", in phase {first['phase']}" if first else ""
-        reason = f"hang: no progress for {limit:.0f} s in step {about.get('step')}; {names}{where}; stacks of every rank are in {self._folder}"
-        print(f"rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+        reason = (
+            f"hang: no progress for {seconds:.0f} s in step {about.get('step')}; {who}{where}; "
+            f"stacks of every rank are in {self._folder}"
+        )
+        log.error("rank %d: %s", self._rank, reason)
         self._exit_file.write(
             "failed",
             reason=reason,
-            kind="hang",
+            failure="hang",
             failed_step=about.get("step"),
             offending_samples=about.get("samples", []),
             suspected_rank=suspected[0] if suspected else None,
@@ -186,26 +211,33 @@ class Watchdog:
         )
 
 
-def suspected_ranks(found: Mapping[int, Mapping[str, Any]], world: int) -> tuple[list[int], str]:
-    """Which ranks the others waited for, and why they are thought to be it.
+def find_suspected_ranks(
+    reports: Mapping[int, Mapping[str, Any]], world_size: int
+) -> tuple[list[int], str]:
+    """Which ranks the others waited for, and why they are suspected.
 
-    Those that could not say anything; else those that wait for nobody while others wait; else those that are furthest behind.
+    These are the ranks that did not report; else those that wait for nobody while others wait; else
+    those that are furthest behind.
+
+    Args:
+        reports: rank -> what it was doing.
+        world_size: number of ranks.
     """
-    silent = [rank for rank in range(world) if rank not in found]
+    silent = [rank for rank in range(world_size) if rank not in reports]
     if silent:
         return silent, "did not answer (dead, stopped, or held in C code)"
-    busy = [rank for rank in range(world) if not found[rank]["in_collective"]]
-    if busy and len(busy) < world:
+    busy = [rank for rank in range(world_size) if not reports[rank]["in_collective"]]
+    if busy and len(busy) < world_size:
         return busy, "waits for nobody while the others wait"
-    beats = [int(found[rank]["beats"]) for rank in range(world)]
-    behind = [rank for rank in range(world) if beats[rank] == min(beats)]
-    if len(behind) < world:
+    beats = [int(reports[rank]["beats"]) for rank in range(world_size)]
+    behind = [rank for rank in range(world_size) if beats[rank] == min(beats)]
+    if len(behind) < world_size:
         return behind, "is furthest behind"
-    return (busy, "waits for nobody") if world == 1 else ([], "")
+    return (busy, "waits for nobody") if world_size == 1 else ([], "")
 
 
-def in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
-    """Whether some thread of this process, the watching one apart, is in a call that waits for other ranks."""
+def is_in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
+    """Whether a thread of this process, other than `own_thread`, is in a call that waits for ranks."""
     innermost = [_innermost_file(frame) for thread, frame in frames.items() if thread != own_thread]
     return any(part in name for name in innermost for part in IN_COLLECTIVE)
 
@@ -225,12 +257,5 @@ def end_children() -> None:
             continue
 
 
-def put_hangs_aside(run_dir: Path) -> None:
-    """Keep what an earlier start wrote about its hang, under another name. Rank 0 calls it before the ranks meet."""
-    folder = run_dir / HANGS
-    if folder.is_dir():
-        folder.rename(run_dir / f"{HANGS}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-
-
-def _about_file(folder: Path, rank: int) -> Path:
+def _report_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"

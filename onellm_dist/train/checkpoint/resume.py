@@ -18,7 +18,7 @@ from onellm_dist.train.checkpoint.folder import (
 )
 from onellm_dist.train.checkpoint.source import check_source
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.records.applied_resumes import was_obeyed
+from onellm_dist.train.records.applied_resumes import was_applied
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> 
         recover_checkpoints(checkpoints)
     dist.barrier()
     already_applied = dist.broadcast(
-        dist.is_rank_zero and wanted != "auto" and was_obeyed(config.run.dir, wanted, os.environ)
+        dist.is_rank_zero and wanted != "auto" and was_applied(config.run.dir, wanted, os.environ)
     )
     if wanted == "never" and not already_applied:
         return ResumeTarget(None)

@@ -1,89 +1,119 @@
-"""How a start of the run ended: `exit.json`, which scripts read because launchers blur exit codes, and the exit itself."""
+"""`exit.json`: how a start ended. Scripts read it, because launchers blur exit codes."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
-from onellm_dist.train.heartbeat import InFlight
+from onellm_dist.common.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    OneLLMError,
+)
+from onellm_dist.common.logging import get_logger
+from onellm_dist.common.run_files import EXIT
+from onellm_dist.train.heartbeat import Heartbeat
 
-CODES = {"done": EXIT_DONE, "failed": EXIT_FAILED, "usage": EXIT_USAGE, "preempted": EXIT_PREEMPTED}
-EXIT_FILE = "exit.json"
+log = get_logger(__name__)
+EXIT_CODES = {
+    "done": EXIT_DONE,
+    "failed": EXIT_FAILED,
+    "usage": EXIT_USAGE,
+    "preempted": EXIT_PREEMPTED,
+}
+"""Status of a start -> exit code of its processes."""
 WORKER_DIED = "DataLoader worker"
-"""torch's message of a loader process that was killed or crashed begins so (2.15)."""
+"""torch's message about a loader process that was killed or crashed begins with this (2.15)."""
 
 
 class ExitFile:
-    """`RUN_DIR/exit.json`: status, exit_code, steps_done, reason, rank, time; where the status is `failed`, also failed_step
-    (index of the step that was under way, or null) and offending_samples (ids of the samples of the micro-step that this rank was at).
-    The rank that writes first is believed: the others fail because it did.
+    """`RUN_DIR/exit.json`: status, exit_code, steps_done, reason, rank, time.
+
+    Where the status is `failed`, also failed_step (index of the step that was under way, or null)
+    and offending_samples (ids of the samples of the micro-batch that this rank was at). The rank
+    that writes first is believed: the others fail because it did.
+
+    Args:
+        run_dir: the run directory.
+        rank: this rank.
+        heartbeat: what this rank is doing.
     """
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
+    def __init__(self, run_dir: Path, *, rank: int, heartbeat: Heartbeat | None = None) -> None:
         self.run_dir = run_dir
-        self._path, self._rank = run_dir / EXIT_FILE, rank
-        self.step: int | None = None
-        """Steps done so far; kept up to date by the loop."""
-        self.in_flight = InFlight()
-        """What this rank is at."""
+        self.heartbeat = heartbeat or Heartbeat()
         self.on_failure: Callable[[dict[str, Any]], None] | None = None
-        """Told what was written, when a failure is recorded by this rank; set once the run has a record of its events."""
-        self.last_act: Callable[[], None] | None = None
-        """What a start that failed still does, for some seconds, before its process ends."""
+        """Receives what was written, if this rank records a failure."""
+        self._path = run_dir / EXIT
+        self._rank = rank
 
     def clear(self) -> None:
-        """Forget how the start before this one ended. Rank 0 calls it, before any rank can fail over a message."""
+        """Remove the file of the start before this one.
+
+        Rank 0 calls it, before any rank can fail over a message.
+        """
         self._path.unlink(missing_ok=True)
 
     def replace(self, status: str, *, reason: str) -> int:
-        """Record the end of a start that had no ranks yet."""
+        """Record the end of a start that has no ranks yet; return its exit code."""
         self.clear()
         return self.write(status, reason=reason)
 
+    def write_failure(self, error: BaseException) -> int:
+        """Record that this rank failed with `error`; return the exit code."""
+        if isinstance(error, OneLLMError):
+            status = "usage" if error.exit_code == EXIT_USAGE else "failed"
+            return self.write(status, reason=error.what)
+        return self.write("failed", reason=f"{type(error).__name__}: {error}")
+
     def write(self, status: str, *, reason: str, **more: Any) -> int:
-        """Record the end, unless another rank did; `more` goes in as it is. Returns the exit code."""
-        code = CODES[status]
+        """Record the end, unless another rank has.
+
+        Args:
+            status: one of `EXIT_CODES`.
+            reason: why, for people.
+            more: further fields of a failure.
+
+        Returns:
+            The exit code.
+        """
+        code = EXIT_CODES[status]
         found: dict[str, Any] = {
             "status": status,
             "exit_code": code,
-            "steps_done": self.step,
+            "steps_done": self.heartbeat.steps_done,
             "reason": reason,
             "rank": self._rank,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         if status == "failed":
-            found["failed_step"] = self.in_flight.step
-            died = WORKER_DIED in reason
-            found["offending_samples"] = (
-                more.pop("offending_samples")
-                if "offending_samples" in more
-                else self.in_flight.suspects(read_ahead=died)
-            )
+            found["failed_step"] = self.heartbeat.step
+            if "offending_samples" not in more:
+                more["offending_samples"] = self.heartbeat.offending_samples(
+                    read_ahead=WORKER_DIED in reason
+                )
             found |= more
-        own = self._path.with_name(f".{EXIT_FILE}.{self._rank}.{os.getpid()}")
+        self._link(found)
+        return code
+
+    def _link(self, found: dict[str, Any]) -> None:
+        """Give the file its name, if no other rank has: a hard link is taken once."""
+        own = self._path.with_name(f".{EXIT}.{self._rank}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             os.link(own, self._path)
-            if status == "failed" and self.on_failure is not None:
+            if found["status"] == "failed" and self.on_failure is not None:
                 self.on_failure(found)
         except FileExistsError:
             pass
         except OSError as error:  # a full or missing disk must not hide why the run ended
-            print(f"{self._path} could not be written: {error}", file=sys.stderr)
+            log.error("%s could not be written: %s", self._path, error)
         finally:
             own.unlink(missing_ok=True)
-        return code
-
-
-def end_process(code: int) -> NoReturn:
-    """Flush and leave without Python's clean-up: gloo's threads abort in it in a fifth to a half of runs (torch 2.13, 2.15)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

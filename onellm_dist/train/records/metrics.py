@@ -1,232 +1,302 @@
-"""What a run tells: `metrics.jsonl` (one object a step), TensorBoard, a line for people, and `events.jsonl`."""
+"""The metrics of a step: every name with its type, unit, meaning and reduction, and `metrics.jsonl`.
+
+A metric is written down once, in `METRICS` or in the `metrics` of a callback. The schema of the
+file, the charts and the reference page follow from it.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import time
-from collections import deque
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import TracebackType
+from typing import Any, Literal
 
-from onellm_dist.common.progress import format_seconds
+from onellm_dist.common.run_files import METRICS as METRICS_FILE
+from onellm_dist.train.records.json_lines import to_json
 
-if TYPE_CHECKING:
-    from onellm_dist.train.callbacks.trackers import Trackers
-
-METRICS, EVENTS, TENSORBOARD = "metrics.jsonl", "events.jsonl", "tensorboard"
-RATE_STEPS = 20
-"""Steps over which the line for people averages its rate."""
-
-
-SHOWN = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "data_wait_fraction",
-    "padding_fraction",
-    "pack_balance",
-    "mfu",
-    "seconds",
-    "peak_memory_bytes",
-    "checkpoint_stall_seconds",
-)
-"""Figures of a step that boards and trackers show."""
+MetricType = Literal["integer", "number", "boolean", "text", "map", "map of lists"]
+Reduction = Literal["none", "sum", "mean", "max"]
+_JSON_TYPES: dict[str, dict[str, Any]] = {
+    "integer": {"type": ["integer", "null"]},
+    "number": {"type": ["number", "null"]},
+    "boolean": {"type": ["boolean", "null"]},
+    "text": {"type": ["string", "null"]},
+    "map": {"type": ["object", "null"], "additionalProperties": {"type": ["number", "null"]}},
+    "map of lists": {
+        "type": ["object", "null"],
+        "additionalProperties": {"type": "array", "items": {"type": ["number", "null"]}},
+    },
+}
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """One line of `metrics.jsonl`."""
+class Metric:
+    """One metric of a step.
 
-    step: int
-    """Index of the step in the plan; the first is 0."""
-    loss: float
-    loss_by_modality: dict[str, float]
-    """Mean cross-entropy of the supervised tokens of the samples of each kind (`image`, `video+audio`, `text`)."""
-    lr: float
-    grad_norm: float
-    """Before clipping; null where the step was skipped."""
-    applied: bool
-    """False: the gradient was not finite and the step was skipped."""
-    samples: int
-    supervised_tokens: int
-    tokens: int
-    """LLM positions of all ranks, runs of modality tokens included."""
-    padding_fraction: float
-    tokens_per_second: float
-    """Of all ranks together."""
-    data_wait_fraction: float
-    """Share of the step in which rank 0 waited for the loader."""
-    mfu: float | None
-    """Model FLOPs utilisation by train/flops.py's formula; null where the device's peak is not known."""
-    sample_digest: str
-    seconds: float
-    pack_balance: float = 1.0
-    """Predicted cost of the costliest micro-batch over the mean of all ranks' micro-batches in the step."""
-    grad_norm_by_part: dict[str, float] = field(default_factory=dict)
-    """Gradient norm of each modality's own parameters, of the UPM (`upm`) and of the LLM (`llm`), as far as they train."""
-    router_load: dict[str, list[float]] | None = None
-    """Modality -> mean weight of each expert; at the log interval, else null."""
-    peak_memory_bytes: int | None = None
-    """Most bytes that a rank has held so far (GPU memory; resident memory on a CPU); at the log interval, else null."""
-    checkpoint_stall_seconds: float = 0.0
-    """Seconds between the step before and this one in which training stood still for a checkpoint."""
-
-
-class Readings(NamedTuple):
-    """What a step's report has from `telemetry.Telemetry`."""
-
-    router_load: dict[str, list[float]] | None = None
-    peak_memory_bytes: int | None = None
-    checkpoint_stall_seconds: float = 0.0
-
-
-class Metrics:
-    """Writes on rank 0; silent elsewhere.
-
-    Args:
-        first_step: lines of this step and later ones, left by a start that went further than its last checkpoint, are dropped.
-        steps: of the whole run.
-        trackers: get the figures too.
+    Attributes:
+        name: field of `metrics.jsonl`.
+        meaning: what it says, for the reference.
+        type: its JSON type; a `map` has a number per modality, part or the like.
+        unit: its unit; "" where it has none.
+        reduction: how the values of the ranks become one. `sum`, `mean` and `max` take part in the
+            step's one reduction; `none`: every rank has the same value, or rank 0's counts.
+        charted: whether TensorBoard and trackers show it.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        main: bool,
-        first_step: int,
-        steps: int,
-        log_every: int,
-        trackers: Trackers | None = None,
-    ) -> None:
-        self._main, self._steps, self._log_every, self._trackers = main, steps, log_every, trackers
-        self._recent: deque[StepReport] = deque(maxlen=RATE_STEPS)
-        self.lost_steps, self.lost_seconds = 0, 0.0
-        """Steps that an earlier start had done after the checkpoint that this one goes on from: they are done again."""
-        if not main:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        dropped = drop_from(run_dir / METRICS, first_step)
-        self.lost_steps, self.lost_seconds = (
-            len(dropped),
-            sum(float(line.get("seconds", 0.0)) for line in dropped),
-        )
-        self._file = (run_dir / METRICS).open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=first_step)
-
-    def write(self, report: StepReport) -> None:
-        """Record a step, and print a line every `log_every` steps and at the end."""
-        if not self._main:
-            return
-        self._recent.append(report)
-        line = _plain(asdict(report))
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        values = scalars(line)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, report.step)
-        if self._trackers is not None:
-            self._trackers.log(values, report.step)
-        if (report.step + 1) % self._log_every == 0 or report.step + 1 == self._steps:
-            print(self._line(report), flush=True)
-
-    def text(self, name: str, value: str, step: int) -> None:
-        """Show a text on the board."""
-        if self._main:
-            self._board.add_text(name, value, step)
-
-    def close(self) -> None:
-        """Flush to the disk."""
-        if self._main:
-            self._file.close()
-            self._board.close()
-
-    def _line(self, report: StepReport) -> str:
-        seconds = sum(r.seconds for r in self._recent)
-        left = (self._steps - report.step - 1) * seconds / len(self._recent)
-        rate = sum(r.tokens for r in self._recent) / seconds
-        kinds = " ".join(f"{name} {value:.3f}" for name, value in report.loss_by_modality.items())
-        skipped = "" if report.applied else "  SKIPPED"
-        mfu = "" if report.mfu is None else f"  MFU {100 * report.mfu:.1f}%"
-        return (
-            f"step {report.step + 1}/{self._steps}  loss {report.loss:.4f} ({kinds})  lr {report.lr:.2e}  |g| {report.grad_norm:.2f}  "
-            f"{rate:,.0f} tokens/s{mfu}  ETA {format_seconds(left)}{skipped}"
-        )
+    name: str
+    meaning: str
+    type: MetricType = "number"
+    unit: str = ""
+    reduction: Reduction = "none"
+    charted: bool = False
 
 
-class Events:
-    """`events.jsonl`: what happened, beside the steps. Rank 0 writes."""
+METRICS: tuple[Metric, ...] = (
+    Metric("step", "Index of the optimizer step; the first is 0.", "integer"),
+    Metric(
+        "loss",
+        "Cross-entropy of the step: the weighted sum over supervised tokens divided by "
+        "`global_valid_tokens`.",
+        unit="nats per token",
+        charted=True,
+    ),
+    Metric(
+        "loss_by_modality",
+        "Mean cross-entropy by modality combination (`image`, `video+audio`, `text`); skipped "
+        "samples do not count.",
+        "map",
+        "nats per token",
+        charted=True,
+    ),
+    Metric("lr", "Learning rate of the step.", charted=True),
+    Metric(
+        "grad_norm",
+        "Norm of the gradient before clipping; null where it is not finite.",
+        charted=True,
+    ),
+    Metric(
+        "applied",
+        "Whether the step was applied; false where its loss or gradient was not finite, or a spike.",
+        "boolean",
+    ),
+    Metric("samples", "Samples of the global batch.", "integer", "samples"),
+    Metric(
+        "global_valid_tokens",
+        "Supervised tokens of the global batch by the plan, at least 1: the divisor of the loss.",
+        "integer",
+        "tokens",
+    ),
+    Metric(
+        "tokens",
+        "LLM positions of all ranks, media spans included.",
+        "integer",
+        "tokens",
+    ),
+    Metric(
+        "padding_fraction",
+        "Share of positions that belong to no sample (empty micro-batches).",
+        charted=True,
+    ),
+    Metric("tokens_per_second", "LLM positions of all ranks per second.", unit="1/s", charted=True),
+    Metric(
+        "data_wait_fraction",
+        "Share of the step in which rank 0 waited for the loader.",
+        charted=True,
+    ),
+    Metric(
+        "mfu",
+        "Model FLOPs utilization (see `flops.py`); null where the device's peak is unknown.",
+        charted=True,
+    ),
+    Metric(
+        "sample_digest",
+        "SHA-256 of the step's sample ids; equal for any number of ranks.",
+        "text",
+    ),
+    Metric("seconds", "Duration of the step on rank 0.", unit="s", charted=True),
+    Metric(
+        "pack_balance",
+        "Predicted cost of the most expensive micro-batch divided by the mean over all ranks.",
+        charted=True,
+    ),
+    Metric(
+        "grad_norm_by_part",
+        "Gradient norm of each modality's own parameters, of the UPM (`upm`) and of the LLM "
+        "(`llm`), as far as they train.",
+        "map",
+        charted=True,
+    ),
+    Metric(
+        "router_load",
+        "Mean router weight of each expert, by modality; at the log interval, else null.",
+        "map of lists",
+        charted=True,
+    ),
+    Metric(
+        "peak_memory_bytes",
+        "Largest amount of memory that a rank has held so far (GPU memory; resident memory on a "
+        "CPU); at the log interval, else null.",
+        "integer",
+        "bytes",
+        reduction="max",
+        charted=True,
+    ),
+    Metric(
+        "checkpoint_stall_seconds",
+        "Time between the previous step and this one in which training waited for a checkpoint.",
+        unit="s",
+        charted=True,
+    ),
+)
+"""Every metric of the package, in the order of the file."""
 
-    def __init__(self, run_dir: Path, *, main: bool) -> None:
-        self._path = run_dir / EVENTS if main else None
 
-    def write(self, event: str, *, say: str = "", **fields: Any) -> None:
-        """Record an event; `say` is printed as well."""
-        if self._path is None:
-            return
-        with self._path.open("a", encoding="utf-8") as out:
-            out.write(
-                json.dumps(
-                    {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **_plain(fields)}
-                )
-                + "\n"
+class MetricSet:
+    """The metrics of a run: those of the package, and those that its callbacks add.
+
+    Args:
+        metrics: the first of them.
+    """
+
+    def __init__(self, metrics: Iterable[Metric] = METRICS) -> None:
+        self._metrics: dict[str, Metric] = {}
+        self.add(metrics)
+
+    def __iter__(self) -> Iterator[Metric]:
+        return iter(self._metrics.values())
+
+    def __getitem__(self, name: str) -> Metric:
+        if name not in self._metrics:
+            raise KeyError(
+                f"{name} is not a metric: declare it in `METRICS` or in a callback's `metrics`"
             )
-        if say:
-            print(say, flush=True)
+        return self._metrics[name]
+
+    def add(self, metrics: Iterable[Metric]) -> None:
+        """Add metrics.
+
+        Raises:
+            ValueError: another metric has the name already.
+        """
+        for metric in metrics:
+            if self._metrics.setdefault(metric.name, metric) != metric:
+                raise ValueError(f"two metrics are named {metric.name}")
+
+    @property
+    def reduced(self) -> list[Metric]:
+        """Metrics that take part in the reduction over ranks."""
+        return [metric for metric in self if metric.reduction != "none"]
+
+    def build_line(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of `metrics.jsonl`: every metric in order, null where there is no value."""
+        return {metric.name: to_json(values.get(metric.name)) for metric in self}
+
+    def build_charts(self, line: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a line by the names under which TensorBoard and trackers show them."""
+        scalars: dict[str, float] = {}
+        for metric in self:
+            value = line.get(metric.name)
+            if not metric.charted or value is None or isinstance(value, str):
+                continue
+            if isinstance(value, Mapping):
+                scalars |= _chart_map(metric.name, value)
+            else:
+                scalars[f"train/{metric.name}"] = value
+        return scalars
+
+    def build_schema(self) -> dict[str, Any]:
+        """JSON schema of a line of `metrics.jsonl`."""
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "metrics.jsonl",
+            "type": "object",
+            "required": [metric.name for metric in self],
+            "additionalProperties": False,
+            "properties": {
+                metric.name: {
+                    **_JSON_TYPES[metric.type],
+                    "description": metric.meaning + (f" [{metric.unit}]" if metric.unit else ""),
+                }
+                for metric in self
+            },
+        }
 
 
-def scalars(line: dict[str, Any]) -> dict[str, float]:
-    """The figures of a line of `metrics.jsonl` by the names that boards and trackers show them under."""
-    found = {f"train/{name}": line[name] for name in SHOWN if line.get(name) is not None}
-    for key in ("loss_by_modality", "grad_norm_by_part"):
-        found |= {
-            f"{key}/{name}": value
-            for name, value in (line.get(key) or {}).items()
-            if value is not None
-        }
-    for name, shares in (line.get("router_load") or {}).items():
-        found |= {
-            f"router_load/{name}/expert{number}": share for number, share in enumerate(shares)
-        }
+def _chart_map(name: str, value: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, item in value.items():
+        if isinstance(item, (list, tuple)):
+            found |= {f"{name}/{key}/expert{i}": x for i, x in enumerate(item) if x is not None}
+        elif item is not None:
+            found[f"{name}/{key}"] = item
     return found
 
 
-def drop_from(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the lines of step `step` and later, and a last line that a kill cut short. The file is replaced as a whole.
+class StepMetrics:
+    """The metrics of one step, recorded by name.
 
-    Returns:
-        The lines of step `step` and later.
+    Args:
+        known: the metrics of the run.
+        step: index of the step.
     """
-    if not path.is_file():
-        return []
-    kept, dropped = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-            earlier = entry["step"] < step
-        except (json.JSONDecodeError, KeyError):
-            continue
-        if earlier:
-            kept.append(line + "\n")
-        else:
-            dropped.append(entry)
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
-    return dropped
+
+    def __init__(self, known: MetricSet, step: int) -> None:
+        self.step = step
+        self.seconds = 0.0
+        """Duration of the step on this rank."""
+        self.data_wait_seconds = 0.0
+        """Time in which this rank waited for its loader."""
+        self._known = known
+        self._values: dict[str, Any] = {"step": step}
+
+    def record(self, name: str, value: Any) -> None:
+        """Record a metric.
+
+        Raises:
+            KeyError: no metric has this name.
+        """
+        self._values[self._known[name].name] = value
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values.get(self._known[name].name)
+
+    def build_line(self) -> dict[str, Any]:
+        """The line of `metrics.jsonl`."""
+        return self._known.build_line(self._values)
+
+    def build_charts(self) -> dict[str, float]:
+        """The numbers that TensorBoard and trackers show, by name."""
+        return self._known.build_charts(self.build_line())
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
+class MetricsFile:
+    """Appends to `metrics.jsonl`; use it as a context manager, or close it.
+
+    Args:
+        run_dir: the run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line and flush it."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

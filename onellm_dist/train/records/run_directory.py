@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +12,53 @@ from typing import IO
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import restore_folder
-from onellm_dist.common.run_files import CHECKPOINT_PREFIX, MODEL
+from onellm_dist.common.logging import get_logger
+from onellm_dist.common.run_files import (
+    BEST,
+    CHECKPOINT_PREFIX,
+    CHECKPOINTS,
+    CONFIG,
+    EVENTS,
+    HANGS,
+    LOCK,
+    METRICS,
+    MODEL,
+    PROFILES,
+    SAMPLES,
+    TENSORBOARD,
+    TRACKERS,
+    VALIDATION,
+    VALIDATION_SAMPLES,
+)
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.callbacks.best_model import BEST
-from onellm_dist.train.callbacks.profiler import FOLDER as PROFILES
-from onellm_dist.train.callbacks.sample_generation import SAMPLES
-from onellm_dist.train.callbacks.trackers import FOLDER as TRACKERS
-from onellm_dist.train.callbacks.validation import VALIDATION
-from onellm_dist.train.records.metrics import EVENTS, METRICS, TENSORBOARD
+from onellm_dist.train.records.json_lines import drop_lines_from
 
-CHECKPOINTS, LEDGER, CONFIG, LOCK = "checkpoints", "ledger", "config.yaml", ".lock"
+log = get_logger(__name__)
 LOCK_PATIENCE_S = 30.0
-"""Seconds that a start waits for the ranks of the one before it, which may have been killed just now."""
+"""Seconds that a start waits for the ranks of the start before it, which may just have been killed."""
+KEPT_TOGETHER = (
+    CHECKPOINTS,
+    SAMPLES,
+    METRICS,
+    EVENTS,
+    VALIDATION,
+    VALIDATION_SAMPLES,
+    TENSORBOARD,
+    PROFILES,
+    TRACKERS,
+    MODEL,
+    BEST,
+)
+"""What a run that starts from nothing moves aside together."""
 
 
 def lock_directory(run_dir: Path) -> IO[str]:
-    """Hold the run directory until this process ends. Rank 0 calls it.
+    """Hold the run directory until the returned file is closed. Rank 0 calls it.
 
     The `deepspeed` launcher, when killed, leaves its ranks running: two starts would write one run.
 
     Raises:
-        OneLLMError: another start of this run is still going.
+        OneLLMError: another start of this run is still running.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     held = (run_dir / LOCK).open("w", encoding="utf-8")
@@ -41,64 +68,75 @@ def lock_directory(run_dir: Path) -> IO[str]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return held
         except OSError as error:
-            if error.errno not in (
-                errno.EACCES,
-                errno.EAGAIN,
-            ):  # a file system without locks: go on without
+            if error.errno not in (errno.EACCES, errno.EAGAIN):  # a file system without locks
                 return held
         if time.monotonic() > deadline:
+            held.close()
             raise OneLLMError(
                 f"{run_dir} is in use by another start of this run",
                 "both would write its checkpoints.",
-                "end that one first, or give another run.dir.",
+                "end that one first, or set another run.dir.",
             )
         time.sleep(0.2)
 
 
 def prepare_directory(config: RunConfig, resume: Path | None) -> None:
-    """Move aside what this start does not go on from, and write the resolved recipe. Rank 0 calls it.
+    """Move aside what this start does not continue, and write the resolved recipe. Rank 0 calls it.
 
-    A start from nothing moves everything of an earlier run; a start from an older checkpoint moves the newer ones, so that the next
-    `checkpoint.resume=auto` does not take them; a start from another run's checkpoint moves every checkpoint.
+    A start from nothing moves everything of an earlier run. A start from an older checkpoint moves
+    the newer ones, so that the next `checkpoint.resume=auto` does not use them. A start from
+    another run's checkpoint moves every checkpoint.
     """
     run_dir = config.run.dir
     for name in (MODEL, BEST):
         restore_folder(run_dir / name)
-    names = (
-        CHECKPOINTS,
-        LEDGER,
-        METRICS,
-        EVENTS,
-        VALIDATION,
-        SAMPLES,
-        TENSORBOARD,
-        PROFILES,
-        TRACKERS,
-        MODEL,
-        BEST,
-    )
-    everything = [path for name in names if _holds_something(path := run_dir / name)]
-    stale = everything if resume is None else _not_before(run_dir / CHECKPOINTS, resume)
+    everything = [path for name in KEPT_TOGETHER if _holds_something(path := run_dir / name)]
+    stale = everything if resume is None else _checkpoints_after(run_dir / CHECKPOINTS, resume)
     if stale:
         aside = move_aside(run_dir, stale)
-        print(
-            f"{run_dir}: moved {', '.join(p.name for p in stale)} of an earlier start to {aside.name}/",
-            flush=True,
-        )
+        names = ", ".join(path.name for path in stale)
+        log.info("%s: moved %s of an earlier start to %s/", run_dir, names, aside.name)
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
+def drop_repeated_lines(run_dir: Path, first_step: int) -> tuple[int, float]:
+    """Remove what an earlier start recorded about steps that will be repeated. Rank 0 calls it.
+
+    Returns:
+        How many steps are repeated, and the seconds that they had taken.
+    """
+    dropped = drop_lines_from(run_dir / METRICS, first_step)
+    for name in (VALIDATION, VALIDATION_SAMPLES):
+        drop_lines_from(run_dir / name, first_step + 1, key="steps_done")
+    return len(dropped), sum(float(line.get("seconds", 0.0)) for line in dropped)
+
+
 def move_aside(run_dir: Path, paths: Sequence[Path]) -> Path:
-    """Move files and folders of the run to `before-.../`, which is returned. What was moved there in the same second stays."""
+    """Move files and folders of the run to `before-<time>/`, which is returned.
+
+    What was moved there in the same second stays.
+    """
     aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
     aside.mkdir(exist_ok=True)
     for path in paths:
-        place, number = aside / path.name, 2
-        while place.exists():
-            place, number = aside / f"{path.name}.{number}", number + 1
-        path.rename(place)
+        target = aside / path.name
+        number = 2
+        while target.exists():
+            target = aside / f"{path.name}.{number}"
+            number += 1
+        path.rename(target)
     return aside
+
+
+def move_hangs_aside(run_dir: Path) -> None:
+    """Keep what an earlier start wrote about its hang, under another name.
+
+    Rank 0 calls it before the ranks meet.
+    """
+    folder = run_dir / HANGS
+    if folder.is_dir():
+        folder.rename(run_dir / f"{HANGS}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
 def is_own(checkpoints: Path, resume: Path) -> bool:
@@ -110,8 +148,8 @@ def _holds_something(path: Path) -> bool:
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
-def _not_before(checkpoints: Path, resume: Path) -> list[Path]:
-    """The checkpoints that are not a history of `resume`."""
+def _checkpoints_after(checkpoints: Path, resume: Path) -> list[Path]:
+    """The checkpoints that do not precede `resume` in this run."""
     own = is_own(checkpoints, resume)
     return sorted(
         path

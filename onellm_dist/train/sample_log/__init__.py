@@ -1,0 +1,1 @@
+"""`onellm samples`: which samples a step had, and what became of them. Free of torch."""

@@ -1,4 +1,4 @@
-"""`onellm samples`: which samples a step had, at which steps a sample comes, what became of them."""
+"""`onellm samples`: the samples of a step, the steps of a sample, and what became of them."""
 
 from __future__ import annotations
 
@@ -6,37 +6,54 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, UsageError
-from onellm_dist.train.sample_log.lookup import Became, RunRecord, RunStream, Use
+from onellm_dist.train.sample_log.status import RunStatus, StepStatus
+from onellm_dist.train.sample_log.stream import RunStream, SampleUse
+
+STATES = {"trained": "trained", "skipped": "skipped (not applied)", "planned": "still to come"}
 
 
 def samples_command(run_dir: Path, step: int | None, key: str | None, *, as_json: bool) -> int:
-    """Prints the answer; a summary of the run where neither a step nor a sample is asked for.
+    """Print the answer; a summary of the run where neither a step nor a sample is given.
+
+    Args:
+        run_dir: the run directory.
+        step: index of a step.
+        key: id of a sample, or the beginning of one.
+        as_json: whether to print a JSON object.
+
+    Returns:
+        The exit code.
 
     Raises:
-        UsageError: both are, the directory is no run's, or there is no such step or sample.
+        UsageError: both were given, the directory is not a run's, or there is no such step or
+            sample.
     """
     if step is not None and key is not None:
         raise UsageError(
             "--step and --sample were both given", "they are two questions.", "give one of them."
         )
-    stream, record = RunStream(run_dir), RunRecord(run_dir)
+    stream, status = RunStream(run_dir), RunStatus(run_dir)
     if step is not None:
-        answer, text = _of_step(stream, record, step)
+        answer, text = describe_step(stream, status, step)
     elif key is not None:
-        answer, text = _of_sample(stream, record, key)
+        answer, text = describe_sample(stream, status, key)
     else:
-        answer, text = _summary(stream, record)
+        answer, text = describe_run(stream, status)
     print(json.dumps(answer, ensure_ascii=False) if as_json else "\n".join(text))
     return EXIT_DONE
 
 
-def _of_step(stream: RunStream, record: RunRecord, step: int) -> tuple[dict[str, Any], list[str]]:
-    uses = stream.samples(step)
-    became = record.of(step)
+def describe_step(
+    stream: RunStream, status: RunStatus, step: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The samples of a step, as a JSON object and as lines of text."""
+    uses = stream.list_samples(step)
+    own = status.get_status(step)
     rows: list[dict[str, Any]] = [
         {
             "id": use.sample_id,
@@ -44,105 +61,118 @@ def _of_step(stream: RunStream, record: RunRecord, step: int) -> tuple[dict[str,
             "shard": use.sample.shard_name,
             "key": use.sample.key,
             "epoch": use.epoch,
-            "modalities": list(stream.modalities(use.sample.dataset)),
-            "skipped_sample": record.skipped_samples.get(use.sample_id),
+            "modalities": list(stream.get_modalities(use.sample.dataset)),
+            "left_out": status.left_out.get(use.sample_id),
         }
         for use in uses
     ]
     answer = {
         "step": step,
-        **became._asdict(),
-        "progress": record.progress,
-        "sample_digest": _digest(uses),
+        **own._asdict(),
+        "steps_done": status.steps_done,
+        "sample_digest": _compute_digest(uses),
         "samples": rows,
     }
-    by_dataset = Counter(use.sample.dataset for use in uses)
+    counts = Counter(use.sample.dataset for use in uses)
+    shares = ", ".join(f"{n} {name}" for name, n in counts.items())
     text = [
-        f"step {step}: {_state(became)}; {len(uses)} samples ({', '.join(f'{n} {name}' for name, n in by_dataset.items())})",
+        f"step {step}: {_format_status(own)}; {len(uses)} samples ({shares})",
         f"sample_digest {answer['sample_digest']}",
     ]
     text += [
-        f"  {row['id']}  {_kind(row['modalities'])}{_skipped_sample(row['skipped_sample'])}"
+        f"  {row['id']}  {_format_modalities(row['modalities'])}{_format_reason(row['left_out'])}"
         for row in rows
     ]
     return answer, text
 
 
-def _of_sample(stream: RunStream, record: RunRecord, key: str) -> tuple[dict[str, Any], list[str]]:
+def describe_sample(
+    stream: RunStream, status: RunStatus, key: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The steps of a sample, as a JSON object and as lines of text.
+
+    Args:
+        stream: the stream of the run.
+        status: what its directory says.
+        key: id of the sample, or the beginning of one; with `@epoch` only this epoch is shown.
+    """
     epoch = re.search(r"@(\d+)$", key)
-    sample = stream.find(key[: epoch.start()] if epoch else key)
-    uses = [
-        use for use in stream.steps_of(sample) if epoch is None or use.epoch == int(epoch.group(1))
-    ]
+    sample = stream.find_sample(key[: epoch.start()] if epoch else key)
+    wanted = None if epoch is None else int(epoch.group(1))
+    uses = [use for use in stream.list_uses(sample) if wanted in (None, use.epoch)]
     rows: list[dict[str, Any]] = [
         {
             "step": use.step,
             "epoch": use.epoch,
-            **record.of(use.step)._asdict(),
-            "skipped_sample": record.skipped_samples.get(use.sample_id),
+            **status.get_status(use.step)._asdict(),
+            "left_out": status.left_out.get(use.sample_id),
         }
         for use in uses
     ]
-    kinds = stream.modalities(sample.dataset)
+    modalities = stream.get_modalities(sample.dataset)
     answer = {
         "sample": sample.name,
         "dataset": sample.dataset,
         "shard": sample.shard_name,
         "key": sample.key,
-        "modalities": list(kinds),
-        "progress": record.progress,
-        "seen": rows,
+        "modalities": list(modalities),
+        "steps_done": status.steps_done,
+        "uses": rows,
     }
-    done = sum(use.step < record.progress for use in uses)
+    done = sum(use.step < status.steps_done for use in uses)
     text = [
-        f"{sample.name} ({_kind(kinds)}): seen {done} times, {len(uses) - done} still to come (of {stream.steps} steps)"
+        f"{sample.name} ({_format_modalities(modalities)}): seen {done} times, "
+        f"{len(uses) - done} still to come (of {stream.steps} steps)"
     ]
     text += [
-        f"  step {use.step}  epoch {use.epoch}  {_state(record.of(use.step))}{_skipped_sample(row['skipped_sample'])}"
+        f"  step {use.step}  epoch {use.epoch}  {_format_status(status.get_status(use.step))}"
+        f"{_format_reason(row['left_out'])}"
         for use, row in zip(uses, rows, strict=True)
     ]
     return answer, text
 
 
-def _summary(stream: RunStream, record: RunRecord) -> tuple[dict[str, Any], list[str]]:
-    lost = sum(end - first for first, end in record.lost)
+def describe_run(stream: RunStream, status: RunStatus) -> tuple[dict[str, Any], list[str]]:
+    """A summary of a run, as a JSON object and as lines of text."""
+    lost = sum(end - first for first, end in status.lost)
     answer = {
         "steps": stream.steps,
-        "progress": record.progress,
-        "saved": record.saved,
-        "skipped": sorted(record.skipped),
+        "steps_done": status.steps_done,
+        "steps_saved": status.steps_saved,
+        "skipped": sorted(status.skipped),
         "lost_steps": lost,
-        "skipped_samples": len(record.skipped_samples),
+        "left_out": len(status.left_out),
         "datasets": stream.names,
     }
     text = [
-        f"{record.progress} of {stream.steps} steps done, {record.saved} of them in a checkpoint",
-        f"{len(record.skipped)} skipped, {lost} lost to restarts and done again, {len(record.skipped_samples)} skipped_samples",
+        f"{status.steps_done} of {stream.steps} steps done, {status.steps_saved} of them in a "
+        "checkpoint",
+        f"{len(status.skipped)} steps skipped, {lost} lost to restarts and repeated, "
+        f"{len(status.left_out)} samples left out",
         f"datasets: {', '.join(stream.names)}",
     ]
     return answer, text
 
 
-def _digest(uses: list[Use]) -> str:
-    """`sample_digest` of metrics.jsonl."""
+def _compute_digest(uses: Sequence[SampleUse]) -> str:
+    """The `sample_digest` of metrics.jsonl."""
     ids = sorted(use.sample_id.encode("utf-8") for use in uses)
     return hashlib.sha256(b"".join(name + b"\n" for name in ids)).hexdigest()
 
 
-def _state(became: Became) -> str:
-    text = {"trained": "trained", "skipped": "skipped (not applied)", "planned": "still to come"}[
-        became.state
-    ]
-    if became.state != "planned" and not became.saved:
+def _format_status(status: StepStatus) -> str:
+    text = STATES[status.state]
+    if status.state != "planned" and not status.saved:
         text += ", in no checkpoint yet"
-    if became.lost:
-        text += f", done {became.lost} time{'s' if became.lost > 1 else ''} before and lost to a restart"
+    if status.times_lost:
+        times = "once" if status.times_lost == 1 else f"{status.times_lost} times"
+        text += f", done {times} before and lost to a restart"
     return text
 
 
-def _kind(modalities: tuple[str, ...] | list[str]) -> str:
+def _format_modalities(modalities: Sequence[str]) -> str:
     return "+".join(modalities) or "text"
 
 
-def _skipped_sample(reason: str | None) -> str:
-    return "" if reason is None else f"  TOMBSTONE: {reason}"
+def _format_reason(reason: str | None) -> str:
+    return "" if reason is None else f"  left out: {reason}"

@@ -1,109 +1,135 @@
-"""Which samples a step went wrong over: by the cross-entropy of each, which every rank has at hand."""
+"""Which samples a step went wrong over, by the cross-entropy of each, which every rank has at hand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
 
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.stability.checks import SIGMA, Verdict
+from onellm_dist.train.stability.monitor import SIGMA, Anomaly
 
-STANDS_OUT = 6.0
-"""Robust deviations, among the samples of the step, above which a sample is to blame for a leap."""
+OUTLIER = 6.0
+"""Robust standard deviations among the samples of a step above which a sample offends."""
 NAMED = 32
-"""Samples that an event names; the ledger has all that were marked."""
+"""Samples that an event names; the sample log has all that were excluded."""
 
 
 @dataclass(frozen=True)
-class Suspect:
-    """A sample of the step in question."""
+class OffendingSample:
+    """A sample over which a step may have gone wrong."""
 
     rank: int
     micro_batch: int
     sample: str
     modality: str
-    """`image`, `video+audio`, `text`, as in `loss_by_modality`."""
+    """Its modality combination: `image`, `video+audio`, `text`, as in `loss_by_modality`."""
     nll: float | None
     """Mean cross-entropy of its supervised tokens; None where that is not finite."""
 
     def __str__(self) -> str:
-        how = "not finite" if self.nll is None else f"cross-entropy {self.nll:.3g}"
-        return f"{self.sample} ({self.modality}, rank {self.rank}, {how})"
+        value = "not finite" if self.nll is None else f"cross-entropy {self.nll:.3g}"
+        return f"{self.sample} ({self.modality}, rank {self.rank}, {value})"
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a micro-step left: the batch without its media, and the cross-entropy of its supervised tokens."""
+class MicroBatchLosses:
+    """What a micro-batch left behind: the batch without its media, and its losses."""
 
     batch: PackedBatch
     loss: torch.Tensor
+    """[] summed loss."""
     nll: torch.Tensor
+    """[N] cross-entropy of the supervised tokens."""
     sample_index: torch.Tensor
+    """[N] the sample of each supervised token."""
 
 
-def find_culprits(parts: Sequence[Part], verdict: Verdict, dist: Distributed) -> list[Suspect]:
-    """The samples to blame, the worst first; every sample of the step where none stands out. Called by all ranks; the same on each."""
-    everyone = [suspect for own in dist.gather(_suspects(parts, dist.rank)) for suspect in own]
+def find_offending_samples(
+    losses: Sequence[MicroBatchLosses], anomaly: Anomaly, dist: Distributed
+) -> list[OffendingSample]:
+    """The samples to which an anomaly points, the worst first. Called by all ranks; equal on each.
+
+    Args:
+        losses: this rank's micro-batches of the step.
+        anomaly: what was wrong.
+        dist: the ranks.
+
+    Returns:
+        Samples whose loss is not finite, else outliers, else every sample of the step.
+    """
+    own = _list_samples(losses, dist.rank)
+    everyone = [sample for part in dist.gather(own) for sample in part]
     broken = [s for s in everyone if s.nll is None]
     if broken:
         return broken
-    if verdict.kind == "gradient_not_finite":  # no loss tells which
+    if anomaly.kind == "gradient_not_finite":  # no loss tells which
         return everyone
-    outliers = _outliers(everyone)
+    outliers = _find_outliers(everyone)
     return sorted(outliers or everyone, key=lambda s: -(s.nll or 0.0))
 
 
-def describe(culprits: Sequence[Suspect]) -> dict[str, Any]:
-    """Fields of an event: `samples` (the first NAMED), `samples_total`."""
-    return {"samples": [asdict(s) for s in culprits[:NAMED]], "samples_total": len(culprits)}
+def to_event_fields(offending: Sequence[OffendingSample]) -> dict[str, Any]:
+    """Event fields `offending_samples` (the first `NAMED`) and `offending_samples_total`."""
+    return {
+        "offending_samples": [asdict(s) for s in offending[:NAMED]],
+        "offending_samples_total": len(offending),
+    }
 
 
-def say(culprits: Sequence[Suspect]) -> str:
-    """For the terminal: three of them."""
-    named = "; ".join(str(s) for s in culprits[:3])
-    return named + (f"; and {len(culprits) - 3} more" if len(culprits) > 3 else "")
+def format_samples(offending: Sequence[OffendingSample]) -> str:
+    """Three of the samples, for the terminal."""
+    named = "; ".join(str(s) for s in offending[:3])
+    return named + (f"; and {len(offending) - 3} more" if len(offending) > 3 else "")
 
 
-def _suspects(parts: Sequence[Part], rank: int) -> list[Suspect]:
-    """This rank's samples of the step that count in the loss. A micro-step whose loss alone is not finite suspects all of its samples."""
+def _list_samples(losses: Sequence[MicroBatchLosses], rank: int) -> list[OffendingSample]:
+    """This rank's samples that count in the loss of the step.
+
+    Where only the summed loss of a micro-batch is not finite, all of its samples are listed as not
+    finite.
+    """
     found = []
-    for number, part in enumerate(parts):
-        if part.batch.is_empty:
+    for number, part in enumerate(losses):
+        batch = part.batch
+        if batch.is_empty:
             continue
-        samples = len(part.batch.text_token_counts)
-        sums = torch.zeros(samples, dtype=torch.float64, device=part.nll.device).index_add_(
+        count = len(batch.text_token_counts)
+        sums = torch.zeros(count, dtype=torch.float64, device=part.nll.device).index_add_(
             0, part.sample_index, part.nll.double()
         )
-        counts = torch.bincount(part.sample_index, minlength=samples)
-        means, weights = (sums / counts.clamp_min(1)).tolist(), part.batch.weights.tolist()
-        own = [i for i in range(samples) if weights[i] != 0 and i not in part.batch.skipped_samples]
-        blind = not math.isfinite(part.loss.item()) and all(math.isfinite(means[i]) for i in own)
-        for i in own:
-            nll = None if blind or not math.isfinite(means[i]) else means[i]
+        tokens = torch.bincount(part.sample_index, minlength=count)
+        means = (sums / tokens.clamp_min(1)).tolist()
+        weights = batch.weights.tolist()
+        counted = [i for i in range(count) if weights[i] != 0 and i not in batch.skipped_samples]
+        finite = all(math.isfinite(means[i]) for i in counted)
+        unknown = finite and not math.isfinite(part.loss.item())
+        for i in counted:
             found.append(
-                Suspect(
-                    rank,
-                    number,
-                    part.batch.sample_ids[i],
-                    "+".join(part.batch.modalities[i]) or "text",
-                    nll,
+                OffendingSample(
+                    rank=rank,
+                    micro_batch=number,
+                    sample=batch.sample_ids[i],
+                    modality="+".join(batch.modalities[i]) or "text",
+                    nll=None if unknown or not math.isfinite(means[i]) else means[i],
                 )
             )
     return found
 
 
-def _outliers(everyone: Sequence[Suspect]) -> list[Suspect]:
+def _find_outliers(everyone: Sequence[OffendingSample]) -> list[OffendingSample]:
     """Samples whose cross-entropy stands out among those of the step."""
-    values = sorted(s.nll for s in everyone if s.nll is not None)
+    values = [s.nll for s in everyone if s.nll is not None]
     if not values:
         return []
-    centre = values[len(values) // 2] if len(values) % 2 else values[len(values) // 2 - 1]
-    gaps = sorted(abs(v - centre) for v in values)
-    # The lower middle of both: with four samples, one of them bad, the upper middle would be half the bad one's own gap.
-    scatter = max(SIGMA * gaps[(len(gaps) - 1) // 2], 0.05 * abs(centre), 1e-6)
-    return [s for s in everyone if s.nll is not None and (s.nll - centre) / scatter > STANDS_OUT]
+    # Lower medians: with four samples, one of them bad, the upper middle of the gaps would be half
+    # the bad sample's own gap.
+    centre = median_low(values)
+    gaps = [abs(v - centre) for v in values]
+    scatter = max(SIGMA * median_low(gaps), 0.05 * abs(centre), 1e-6)
+    return [s for s in everyone if s.nll is not None and (s.nll - centre) / scatter > OUTLIER]

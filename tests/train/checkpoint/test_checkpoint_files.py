@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from one_rank import ONE_RANK
 from safetensors.torch import load_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import replace_folder, restore_folder, sha256_file
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.callbacks.best_model import Best
+from onellm_dist.train.callbacks.best_model import BestModel
 from onellm_dist.train.checkpoint.files import (
     BLOCK_BYTES,
     AbandonedError,
@@ -38,25 +39,7 @@ from onellm_dist.train.checkpoint.folder import (
 )
 from onellm_dist.train.checkpoint.resume import find_checkpoint
 from onellm_dist.train.checkpoint.source import check_source, describe_source
-from onellm_dist.train.stability.rollback import last_good
-
-
-class Alone:
-    """A world of one rank that has no process group."""
-
-    rank, world_size, is_rank_zero = 0, 1, True
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def barrier(self) -> None:
-        return None
-
-
-ALONE: Any = Alone()
+from onellm_dist.train.recovery import find_good_checkpoint
 
 
 def checkpoint(
@@ -118,10 +101,12 @@ def test_a_write_can_be_given_up_and_takes_fp32_alone(tmp_path: Path) -> None:
 def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(b"abc")
     good = FileRecord(3, hashlib.sha256(b"abc").hexdigest())
-    assert find_damage([(tmp_path / "good", good)], ALONE) == []
+    assert find_damage([(tmp_path / "good", good)], ONE_RANK) == []
     (tmp_path / "flipped").write_bytes(b"abd")
     (tmp_path / "short").write_bytes(b"ab")
-    found = find_damage([(tmp_path / name, good) for name in ("flipped", "short", "gone")], ALONE)
+    found = find_damage(
+        [(tmp_path / name, good) for name in ("flipped", "short", "gone")], ONE_RANK
+    )
     assert [problem.split()[0].rstrip(":") for problem in found] == ["flipped", "gone", "short"]
     assert "sha256" in found[0] and "2 of 3 bytes" in found[2]
 
@@ -133,7 +118,7 @@ def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_
     checkpoint(root / make_checkpoint_name(11), said=b"abcd")
     (root / make_checkpoint_name(12)).mkdir()
     (root / f".{make_checkpoint_name(13)}.partial").mkdir()
-    found = find_checkpoint(config(tmp_path), root, ALONE)
+    found = find_checkpoint(config(tmp_path), root, ONE_RANK)
     assert found.folder == root / make_checkpoint_name(9)
     assert [name for name, _ in found.damaged] == [
         make_checkpoint_name(12),
@@ -142,24 +127,26 @@ def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_
     ]
     assert "sha256" in found.damaged[2][1]
     assert not list(root.glob(".*.partial"))
-    assert find_checkpoint(config(tmp_path, resume="never"), root, ALONE).folder is None
+    assert find_checkpoint(config(tmp_path, resume="never"), root, ONE_RANK).folder is None
     with pytest.raises(UsageError, match="sha256"):
-        find_checkpoint(config(tmp_path, resume=str(root / make_checkpoint_name(10))), root, ALONE)
+        find_checkpoint(
+            config(tmp_path, resume=str(root / make_checkpoint_name(10))), root, ONE_RANK
+        )
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
-    assert find_checkpoint(config(tmp_path), root, ALONE).folder is None
+    assert find_checkpoint(config(tmp_path), root, ONE_RANK).folder is None
     checkpoint(root / make_checkpoint_name(9), said=b"abd")
     with pytest.raises(OneLLMError, match="every checkpoint"):
-        find_checkpoint(config(tmp_path), root, ALONE)
+        find_checkpoint(config(tmp_path), root, ONE_RANK)
 
 
 def test_checkpoints_of_version_1_are_read_and_later_ones_are_not(tmp_path: Path) -> None:
     old = checkpoint(tmp_path / "checkpoints" / make_checkpoint_name(3), version=1)
     manifest = read_manifest(old)
     assert manifest is not None and get_file_records(old, manifest) == []
-    assert find_checkpoint(config(tmp_path), old.parent, ALONE).folder == old
+    assert find_checkpoint(config(tmp_path), old.parent, ONE_RANK).folder == old
     assert read_manifest(checkpoint(tmp_path / "later", version=3)) is None
 
 
@@ -215,14 +202,15 @@ def test_what_is_cut_short_does_not_count_among_those_that_stay(tmp_path: Path) 
     assert [folder.name for folder in list_checkpoints(tmp_path)] == [make_checkpoint_name(450)]
 
 
-def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Path) -> None:
+def test_a_rollback_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     good = checkpoint(root / make_checkpoint_name(9))
     checkpoint(root / make_checkpoint_name(10), said=b"abd")
     told: list[dict[str, Any]] = []
-    events = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))
-    run: Any = SimpleNamespace(config=config(tmp_path), dist=ALONE, events=events)
-    assert last_good(run) == good
+    events: Any = SimpleNamespace(
+        write=lambda event, **fields: told.append({"event": event, **fields})
+    )
+    assert find_good_checkpoint(tmp_path, ONE_RANK, events) == good
     assert [(line["event"], line["folder"]) for line in told] == [
         ("checkpoint_damaged", make_checkpoint_name(10))
     ]
@@ -231,8 +219,8 @@ def test_a_roll_back_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pa
         and len(list(tmp_path.glob(f"before-*/{make_checkpoint_name(10)}"))) == 1
     )
     (good / "rank-00000.safetensors").write_bytes(b"abd")
-    with pytest.raises(OneLLMError, match="no whole checkpoint"):
-        last_good(run)
+    with pytest.raises(OneLLMError, match="no complete checkpoint"):
+        find_good_checkpoint(tmp_path, ONE_RANK, events)
 
 
 def killed_after(renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,28 +269,28 @@ def test_frozen_weights_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
     (model / "config.json").write_text("{}")
     own = config(tmp_path, model={"path": str(model)})
     manifest = {"frozen": json.loads(json.dumps(describe_source(own)))}
-    check_source(tmp_path, manifest, own, ALONE)
-    check_source(tmp_path, {}, own, ALONE)  # version 1
+    check_source(tmp_path, manifest, own, ONE_RANK)
+    check_source(tmp_path, {}, own, ONE_RANK)  # version 1
     (model / "model.safetensors").write_bytes(b"weights")  # another time, the same bytes
-    check_source(tmp_path, manifest, own, ALONE)
+    check_source(tmp_path, manifest, own, ONE_RANK)
     (model / "model.safetensors").write_bytes(b"weighed")
     with pytest.raises(UsageError, match=r"other frozen weights.*model.safetensors has sha256"):
-        check_source(tmp_path, manifest, own, ALONE)
+        check_source(tmp_path, manifest, own, ONE_RANK)
     (model / "more.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match=r"other files: more.safetensors"):
-        check_source(tmp_path, manifest, own, ALONE)
+        check_source(tmp_path, manifest, own, ONE_RANK)
     with pytest.raises(UsageError, match=r"now model\.preset=toy"):
-        check_source(tmp_path, manifest, config(tmp_path), ALONE)
+        check_source(tmp_path, manifest, config(tmp_path), ONE_RANK)
 
 
 def test_a_preset_and_its_seed_must_be_those_of_the_checkpoint(tmp_path: Path) -> None:
     manifest = {"frozen": describe_source(config(tmp_path, seed=3))}
-    check_source(tmp_path, manifest, config(tmp_path, seed=3), ALONE)
+    check_source(tmp_path, manifest, config(tmp_path, seed=3), ONE_RANK)
     with pytest.raises(UsageError, match=r"run\.seed was 3, now 4"):
-        check_source(tmp_path, manifest, config(tmp_path, seed=4), ALONE)
+        check_source(tmp_path, manifest, config(tmp_path, seed=4), ONE_RANK)
     with pytest.raises(UsageError, match=r"model\.preset was toy"):
         check_source(
-            tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ALONE
+            tmp_path, manifest, config(tmp_path, seed=3, model={"preset": "smollm2-135m"}), ONE_RANK
         )
 
 
@@ -328,17 +316,26 @@ def test_the_best_is_written_when_it_is_the_best_and_remembered(
         written.append(folder)
 
     monkeypatch.setattr("onellm_dist.train.callbacks.best_model.export_model", export)
-    best = Best(tmp_path / "best", *[ALONE] * 4, "set")
+
+    def open_best(digest: str) -> BestModel:
+        return BestModel(
+            tmp_path,
+            engine=ONE_RANK,
+            model=None,
+            processor=None,
+            dist=ONE_RANK,
+            sample_digest=digest,
+        )
+
+    best = open_best("set")
     assert [
-        best.note(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))
+        best.update(step, loss) for step, loss in ((2, 3.0), (4, 3.5), (6, float("nan")), (8, 2.5))
     ] == [True, False, False, True]
-    assert Best(tmp_path / "best", *[ALONE] * 4, "another set").loss is None, (
-        "losses of other samples are not compared"
-    )
-    again = Best(tmp_path / "best", *[ALONE] * 4, "set")
-    assert again.loss == 2.5 and not again.note(10, 2.5) and again.note(12, 2.0)
+    assert open_best("another set").loss is None, "losses of other samples are not compared"
+    again = open_best("set")
+    assert again.loss == 2.5 and not again.update(10, 2.5) and again.update(12, 2.0)
     assert json.loads((tmp_path / "best" / "best.json").read_text()) == {
-        "step": 12,
+        "steps_done": 12,
         "loss": 2.0,
         "sample_digest": "set",
     }
@@ -356,13 +353,15 @@ def test_the_best_weights_are_never_without_their_record(
     monkeypatch.setattr("onellm_dist.train.export._write_configs", lambda *_: None)
     folder = tmp_path / "best"
 
-    def best() -> Best:
-        return Best(folder, engine, None, None, ALONE, "set")
+    def best() -> BestModel:
+        return BestModel(
+            tmp_path, engine=engine, model=None, processor=None, dist=ONE_RANK, sample_digest="set"
+        )
 
-    assert best().note(4, 3.0)
+    assert best().update(4, 3.0)
     killed_after(renames, monkeypatch)
     with pytest.raises(KeyboardInterrupt) if renames < 2 else nullcontext():
-        best().note(8, 2.0)
+        best().update(8, 2.0)
     monkeypatch.undo()
     restore_folder(folder)
     assert best().loss == (3.0 if renames < 2 else 2.0) and (folder / "model.safetensors").is_file()

@@ -17,6 +17,7 @@ from torch import nn
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
+from onellm_dist.train.engine.deepspeed.process_groups import forget_process_groups
 from onellm_dist.train.engine.deepspeed.ranges import (
     add_optimizer_state,
     find_flat_partitions,
@@ -159,6 +160,9 @@ class DeepSpeedEngine(Engine):
         for flat in self._flats:
             self.optimizer.set_steps(self._torch_optimizer.state[flat], optimizer_steps)
         refresh_weights(self._engine, self.optimizer.state_keys)
+
+    def close(self) -> None:
+        forget_process_groups()
 
     @property
     def compute_dtype(self) -> torch.dtype:

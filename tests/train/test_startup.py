@@ -1,4 +1,4 @@
-"""What a start says of itself: its phases, what it was at when it failed, what Slurm says of its job."""
+"""What a start records about itself: its timing, what it was doing when it failed, its Slurm job."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
-from onellm_dist.train.callbacks.startup_timing import NAMES, Phases
+from onellm_dist.train.callbacks.startup_timing import PARTS, StartupTiming
+from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.exit_file import ExitFile
-from onellm_dist.train.records.metrics import Events
-from onellm_dist.train.setup import _slurm, _tell_failed
+from onellm_dist.train.start_event import describe_slurm_job, write_failed_end
 
 
 def micro(step: int, *rows: int) -> MicroBatch:
@@ -23,15 +23,15 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
-def test_phases_are_told_once_and_in_order(tmp_path: Path) -> None:
-    phases = Phases()
-    phases.imported()
-    with phases.of("data"):
+def test_the_parts_of_a_start_are_recorded_once_and_in_order(tmp_path: Path) -> None:
+    timing = StartupTiming()
+    timing.measure_imports()
+    with timing.measure("data"):
         pass
     for _ in range(2):
-        phases.first_step(3.0, 1.0, Events(tmp_path, main=True))
+        timing.write(3.0, 1.0, Events(tmp_path, enabled=True))
     found = events(tmp_path)
-    assert [line["name"] for line in found] == list(NAMES)
+    assert [line["name"] for line in found] == list(PARTS)
     seconds = {line["name"]: line["seconds"] for line in found}
     assert (
         seconds["imports"] > 0
@@ -40,17 +40,17 @@ def test_phases_are_told_once_and_in_order(tmp_path: Path) -> None:
         and seconds["engine"] == 0
     )
     with pytest.raises(ValueError, match="lunch"):
-        phases.add("lunch", 1)
+        timing.add("lunch", 1)
 
 
-def test_a_failure_names_its_step_and_the_samples_in_flight(tmp_path: Path) -> None:
-    exit_file = ExitFile(tmp_path, 2)
-    exit_file.step = 7
-    exit_file.on_failure = lambda found: _tell_failed(tmp_path, found)
-    exit_file.in_flight.names = lambda m: [f"toy/shard/{ref.row}@0" for ref in m.samples]
-    exit_file.in_flight.beat("forward", step=7, micro=micro(7, 3, 4))
+def test_a_failure_names_its_step_and_the_samples_under_way(tmp_path: Path) -> None:
+    exit_file = ExitFile(tmp_path, rank=2)
+    exit_file.heartbeat.steps_done = 7
+    exit_file.on_failure = lambda found: write_failed_end(tmp_path, found)
+    exit_file.heartbeat.sample_names = lambda m: [f"toy/shard/{ref.row}@0" for ref in m.samples]
+    exit_file.heartbeat.beat("forward", step=7, micro_batch=micro(7, 3, 4))
     assert exit_file.write("failed", reason="disk on fire") == 1
-    ExitFile(tmp_path, 0).write("failed", reason="connection closed")
+    ExitFile(tmp_path, rank=0).write("failed", reason="connection closed")
     found = json.loads((tmp_path / "exit.json").read_text())
     assert (found["failed_step"], found["offending_samples"], found["rank"]) == (
         7,
@@ -63,14 +63,14 @@ def test_a_failure_names_its_step_and_the_samples_in_flight(tmp_path: Path) -> N
     ]
 
 
-def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_read_hide_nothing(
+def test_a_failure_outside_of_steps_names_no_sample_and_unreadable_names_hide_nothing(
     tmp_path: Path,
 ) -> None:
-    exit_file = ExitFile(tmp_path, 0)
-    exit_file.in_flight.names = lambda m: (_ for _ in ()).throw(OSError("gone"))
-    exit_file.in_flight.beat("forward", step=1, micro=micro(1, 3))
-    assert exit_file.in_flight.suspects() == []
-    exit_file.in_flight.rest("export")
+    exit_file = ExitFile(tmp_path, rank=0)
+    exit_file.heartbeat.sample_names = lambda m: (_ for _ in ()).throw(OSError("gone"))
+    exit_file.heartbeat.beat("forward", step=1, micro_batch=micro(1, 3))
+    assert exit_file.heartbeat.offending_samples() == []
+    exit_file.heartbeat.leave_step("export")
     exit_file.write("failed", reason="no room")
     found = json.loads((tmp_path / "exit.json").read_text())
     assert (found["failed_step"], found["offending_samples"], found["reason"]) == (
@@ -80,30 +80,30 @@ def test_a_failure_outside_the_steps_suspects_nobody_and_names_that_cannot_be_re
     )
 
 
-def test_a_loader_worker_that_died_makes_suspects_of_what_was_read_ahead(tmp_path: Path) -> None:
-    exit_file = ExitFile(tmp_path, 0)
-    exit_file.in_flight.names = lambda m: [f"s{ref.row}" for ref in m.samples]
-    exit_file.in_flight.following = lambda m: [micro(2, 5), micro(2)]
-    exit_file.in_flight.beat("data", step=1, micro=micro(1, 3))
-    assert exit_file.in_flight.suspects() == ["s3"]
+def test_when_a_loader_worker_died_samples_read_ahead_are_named_too(tmp_path: Path) -> None:
+    exit_file = ExitFile(tmp_path, rank=0)
+    exit_file.heartbeat.sample_names = lambda m: [f"s{ref.row}" for ref in m.samples]
+    exit_file.heartbeat.read_ahead = lambda m: [micro(2, 5), micro(2)]
+    exit_file.heartbeat.beat("data", step=1, micro_batch=micro(1, 3))
+    assert exit_file.heartbeat.offending_samples() == ["s3"]
     exit_file.write(
         "failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."
     )
     assert json.loads((tmp_path / "exit.json").read_text())["offending_samples"] == ["s3", "s5"]
 
 
-def test_slurm_is_read_where_it_is_there() -> None:
-    assert _slurm({}) == {}
+def test_slurm_is_read_inside_a_job() -> None:
+    assert describe_slurm_job({}) == {}
     env = {
         "SLURM_JOB_ID": "12",
         "SLURM_RESTART_COUNT": "2",
         "SLURM_NNODES": "3",
         "SLURM_JOB_NODELIST": "n[1-3]",
     }
-    assert _slurm(env) == {
+    assert describe_slurm_job(env) == {
         "slurm_job_id": "12",
         "slurm_restart_count": 2,
         "slurm_nodes": 3,
         "slurm_node_list": "n[1-3]",
     }
-    assert _slurm({"SLURM_JOB_ID": "12"})["slurm_restart_count"] == 0
+    assert describe_slurm_job({"SLURM_JOB_ID": "12"})["slurm_restart_count"] == 0

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from onellm_dist.common.run_files import VALIDATION_SAMPLES
 from onellm_dist.config.schema import DataSection, MixtureEntry, ValidationSection
 from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.evaluation.captioning import caption_split
@@ -18,7 +19,8 @@ from onellm_dist.model.presets import load_model
 from onellm_dist.packed import PackedBatch
 from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
-from onellm_dist.train.callbacks.sample_generation import SAMPLES, Answers
+from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.callbacks.sample_generation import SampleGeneration
 
 MODALITIES = ("image", "imu")
 
@@ -41,7 +43,7 @@ def loaded() -> Any:
     return model.eval(), processor.tokenizer
 
 
-class Local:
+class LocalEngine:
     """An engine of one process that counts its forwards."""
 
     def __init__(self, model: Any) -> None:
@@ -53,46 +55,51 @@ class Local:
         return values
 
 
-def told(
+def generate(
     toy: Path,
     loaded: Any,
     out: Path,
     text_format: str,
     rank: int,
-    size: int,
+    world_size: int,
     wanted: ValidationSection,
     **budget: int,
 ) -> tuple[list[Any], int]:
+    """The lines that a rank writes, and the number of its forward passes."""
     model, tokenizer = loaded
     entries = tuple(MixtureEntry(path=Path(name)) for name in MODALITIES)
-    data = DataSection(
-        root=toy,
-        mixture=entries,
-        global_batch=4,
-        validation=wanted,
-        text_format=text_format,
-        max_text_tokens=300,
-        workers=0,
-        **budget,  # type: ignore[arg-type]
-    )
+    section: dict[str, Any] = {
+        "root": toy,
+        "mixture": entries,
+        "global_batch": 4,
+        "validation": wanted,
+        "text_format": text_format,
+        "max_text_tokens": 300,
+        "workers": 0,
+        **budget,
+    }
+    data = DataSection(**section)
     plan = open_validation_plan(data, tokenizer, 0, list(model.config.modalities))
-    dist = SimpleNamespace(
+    dist: Any = SimpleNamespace(
         rank=rank,
-        world_size=size,
+        world_size=world_size,
         is_rank_zero=True,
         device=torch.device("cpu"),
         gather=lambda own: [own],
         sum=lambda tensor: None,
     )
-    engine = Local(model)
-    answers = Answers(wanted, plan, engine, tokenizer, dist, out, first_step=0)  # type: ignore[arg-type]
+    engine: Any = LocalEngine(model)
     shown: list[str] = []
-    answers.run(7, lambda name, text, step: shown.append(f"{step} {name} {text}"))
-    rows = (
-        [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
-        if (out / SAMPLES).exists()
-        else []
+    board = Callback()
+    board.on_text = lambda name, text, steps_done: shown.append(f"{steps_done} {name} {text}")  # type: ignore[method-assign]  # a board that keeps its texts
+    generation = SampleGeneration(
+        wanted, plan=plan, engine=engine, tokenizer=tokenizer, dist=dist, run_dir=out
     )
+    trainer: Any = SimpleNamespace(callbacks=board)
+    generation.attach(trainer)
+    generation.on_validation(7)
+    path = out / VALIDATION_SAMPLES
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     assert len(shown) == len(rows)
     assert all(
         f"7 validation/{row['id']} **{row['generated']}**" in text
@@ -121,22 +128,26 @@ def test_what_is_decoded_is_what_the_model_says(
     found: dict[str, dict[str, Any]] = {}
     for rank in range(2):
         (tmp_path / f"rank{rank}").mkdir()
-        rows, _ = told(toy, loaded, tmp_path / f"rank{rank}", text_format, rank, 2, wanted)
+        rows, _ = generate(toy, loaded, tmp_path / f"rank{rank}", text_format, rank, 2, wanted)
         assert len(rows) == (3, 2)[rank]
         found |= {row["id"]: row for row in rows}
     assert len(found) == 5
     for name, row in found.items():
         owner, _, key = name.partition("@")[0].split("/")
         caption = known[f"{owner}/{key}"]
-        assert (row["step"], row["modalities"], row["reference"]) == (7, [owner], caption.reference)
+        assert (row["steps_done"], row["modalities"], row["reference"]) == (
+            7,
+            [owner],
+            caption.reference,
+        )
         assert row["generated"] and caption.prediction.startswith(row["generated"])
         assert ("### Human:" in row["prompt"]) == (text_format == "conversation")
     assert len({row["generated"] for row in found.values()}) > 1
 
 
-def test_a_rank_with_nothing_to_ask_runs_along(toy: Path, loaded: Any, tmp_path: Path) -> None:
+def test_a_rank_without_a_question_runs_along(toy: Path, loaded: Any, tmp_path: Path) -> None:
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=1, new_tokens=4)
-    rows, forwards = told(toy, loaded, tmp_path, "caption", 1, 2, wanted)
+    rows, forwards = generate(toy, loaded, tmp_path, "caption", 1, 2, wanted)
     assert rows == [] and forwards == 1, (
         "one forward, after which every rank is done (here: it is alone)"
     )
@@ -145,7 +156,7 @@ def test_a_rank_with_nothing_to_ask_runs_along(toy: Path, loaded: Any, tmp_path:
 def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(
     toy: Path, loaded: Any, tmp_path: Path
 ) -> None:
-    """Three image or IMU questions of rank 0 under a cap that holds one: three packs; rank 1 has two, and a dummy."""
+    """Three image or IMU questions of rank 0 under a cap that holds one: three packs; rank 1 has two, and an empty one."""
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=4)
     cap = max(get_modality(name).encoder_tokens for name in MODALITIES)
     rows: dict[str, list[Any]] = {}
@@ -153,7 +164,7 @@ def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on
         for name, budget in (("one", {}), ("several", {"pack_encoder_tokens": cap})):
             out = tmp_path / f"{name}{rank}"
             out.mkdir()
-            found, forwards = told(toy, loaded, out, "caption", rank, 2, wanted, **budget)
+            found, forwards = generate(toy, loaded, out, "caption", rank, 2, wanted, **budget)
             rows.setdefault(name, []).extend(found)
             assert forwards >= 3 if budget else forwards <= 4
     assert rows["one"] == rows["several"] and len(rows["one"]) == 5

@@ -1,35 +1,33 @@
-"""What a start goes on with: `checkpoint.resume` obeyed once a job, another run's ledger, torn lines, a checkpoint to come back to."""
+"""What a start resumes: `checkpoint.resume` once per job, the sample log of another run, torn lines,
+and a checkpoint for a rollback.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_model import pack, sample
+from one_rank import ONE_RANK
 
 from onellm_dist.common.files import repair_last_line
-from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
+from onellm_dist.common.run_files import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINTS,
+    EXCLUDED,
+    SAMPLES,
+    STARTS,
+)
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.slurm.attempts import append_attempt, make_attempt
 from onellm_dist.train.checkpoint.folder import make_checkpoint_name
 from onellm_dist.train.checkpoint.inherit import apply_resume, inherit_samples
 from onellm_dist.train.checkpoint.resume import find_checkpoint
-from onellm_dist.train.records.applied_resumes import note_obeyed, was_obeyed
-from onellm_dist.train.records.run_directory import CHECKPOINTS, LEDGER, prepare_directory
-from onellm_dist.train.records.skipped_samples import MARKS, STARTS, Ledger
-from onellm_dist.train.stability.rollback import Marks, needs_a_start
-
-ALONE: Any = SimpleNamespace(
-    rank=0,
-    world_size=1,
-    is_rank_zero=True,
-    gather=lambda value: [value],
-    broadcast=lambda value: value,
-    barrier=lambda: None,
-)
+from onellm_dist.train.records.applied_resumes import record_applied, was_applied
+from onellm_dist.train.records.run_directory import prepare_directory
+from onellm_dist.train.records.sample_log import SampleLog
+from onellm_dist.train.recovery import needs_first_checkpoint
 
 
 def checkpoint(run_dir: Path, step: int) -> Path:
@@ -55,8 +53,8 @@ def config(run_dir: Path, resume: str) -> RunConfig:
 
 
 def start(own: RunConfig) -> Path | None:
-    """What rank 0 of a start does with its directory; the checkpoint it goes on from."""
-    found = find_checkpoint(own, own.run.dir / CHECKPOINTS, ALONE)
+    """What rank 0 of a start does with its directory; the checkpoint that it resumes."""
+    found = find_checkpoint(own, own.run.dir / CHECKPOINTS, ONE_RANK)
     prepare_directory(own, found.folder)
     apply_resume(own, found)
     return found.folder
@@ -73,7 +71,7 @@ def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_requeued_job_goes_on_although_its_command_line_says_never(
+def test_a_requeued_job_resumes_although_its_command_line_says_never(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = config(tmp_path, "never")
@@ -86,10 +84,10 @@ def test_a_requeued_job_goes_on_although_its_command_line_says_never(
     slurm(monkeypatch, "12", 2)
     assert start(own) == saved
     slurm(monkeypatch, "13")
-    assert start(own) is None, "a new job, or the same command by hand, begins anew again"
+    assert start(own) is None, "a new job, or the same command by hand, starts over"
 
 
-def test_a_requeued_job_goes_on_from_its_own_checkpoints_not_from_the_path(
+def test_a_requeued_job_resumes_its_own_checkpoints_not_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, run_dir = checkpoint(tmp_path / "source", 5), tmp_path / "run"
@@ -97,10 +95,10 @@ def test_a_requeued_job_goes_on_from_its_own_checkpoints_not_from_the_path(
     own = config(run_dir, str(source))
     slurm(monkeypatch, "12")
     assert start(own) == source and not stale.exists(), (
-        "what another run left is no history of this one"
+        "what another run left does not belong to this one"
     )
     slurm(monkeypatch, "12", 1)
-    assert start(own) == source, "the first start came to no checkpoint"
+    assert start(own) == source, "the first start wrote no checkpoint"
     later = checkpoint(run_dir, 7)
     slurm(monkeypatch, "12", 2)
     assert start(own) == later
@@ -108,19 +106,19 @@ def test_a_requeued_job_goes_on_from_its_own_checkpoints_not_from_the_path(
     assert start(own) == source and not later.exists()
 
 
-def test_who_counts_as_the_same_job(tmp_path: Path) -> None:
-    note_obeyed(tmp_path, "never", {})
-    assert not was_obeyed(tmp_path, "never", {}), "by hand: never means never"
-    assert was_obeyed(tmp_path, "never", {"TORCHELASTIC_RESTART_COUNT": "1"})
+def test_what_counts_as_the_same_job(tmp_path: Path) -> None:
+    record_applied(tmp_path, "never", {})
+    assert not was_applied(tmp_path, "never", {}), "by hand: never means never"
+    assert was_applied(tmp_path, "never", {"TORCHELASTIC_RESTART_COUNT": "1"})
     job = {"SLURM_JOB_ID": "12"}
-    note_obeyed(tmp_path, "never", job)
-    assert not was_obeyed(tmp_path, "never", job), "two steps of one allocation, by hand"
+    record_applied(tmp_path, "never", job)
+    assert not was_applied(tmp_path, "never", job), "two steps of one allocation, by hand"
     again = {**job, "SLURM_RESTART_COUNT": "1"}
-    assert was_obeyed(tmp_path, "never", again) and not was_obeyed(
+    assert was_applied(tmp_path, "never", again) and not was_applied(
         tmp_path, tmp_path / "step-00000003", again
     )
     append_attempt(tmp_path, make_attempt(again))
-    assert was_obeyed(tmp_path, "never", {}), (
+    assert was_applied(tmp_path, "never", {}), (
         "ranks that ssh started do not have Slurm's variables: the job script's record has them"
     )
 
@@ -129,46 +127,39 @@ def skipped_sample(step: int, name: str, **more: Any) -> str:
     return json.dumps({"step": step, "sample_id": name, "reason": "gone", **more}) + "\n"
 
 
-def test_samples_that_were_out_of_another_run_stay_out(tmp_path: Path) -> None:
-    source, own = tmp_path / "source" / LEDGER, tmp_path / "run" / LEDGER
+def test_samples_that_were_left_out_of_another_run_stay_left_out(tmp_path: Path) -> None:
+    source, own = tmp_path / "source" / SAMPLES, tmp_path / "run" / SAMPLES
     source.mkdir(parents=True)
-    (source / "skipped_samples-rank00001.jsonl").write_text(
+    (source / "skipped-rank00001.jsonl").write_text(
         skipped_sample(3, "a@0") + skipped_sample(9, "late@0") + '{"step": 1, "samp'
     )
-    (source / MARKS).write_text(
+    (source / EXCLUDED).write_text(
         skipped_sample(4, "b@0", rollback=1) + skipped_sample(9, "c@0", rollback=2)
     )
     for _ in range(2):
         assert inherit_samples(source, own, 9) == 2
-        marks = Marks(own, main=True)
-        assert (
-            Ledger(own, 0).known.keys() == {"a@0", "b@0"}
-            and marks.known.keys() == {"b@0"}
-            and marks.rollbacks == 1
-        )
-    third = tmp_path / "third" / LEDGER
-    assert inherit_samples(own, third, 9) == 2 and Ledger(third, 0).known.keys() == {"a@0", "b@0"}
-    assert inherit_samples(tmp_path / "none", tmp_path / "fresh", 9) == 0 and not list(
-        (tmp_path / "fresh").iterdir()
-    )
+        log = SampleLog(own, rank=0)
+        assert log.left_out.keys() == {"a@0", "b@0"}
+        assert log.excluded.known.keys() == {"b@0"} and log.excluded.rollbacks == 1
+    third = tmp_path / "third" / SAMPLES
+    assert inherit_samples(own, third, 9) == 2
+    assert SampleLog(third, rank=0).left_out.keys() == {"a@0", "b@0"}
+    assert inherit_samples(tmp_path / "none", tmp_path / "fresh", 9) == 0
+    assert not list((tmp_path / "fresh").iterdir())
 
 
-def test_the_ledger_beside_a_checkpoint_of_another_run_is_the_one_that_is_taken_over(
-    tmp_path: Path,
-) -> None:
+def test_the_sample_log_beside_a_checkpoint_of_another_run_is_inherited(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", 5)
-    (tmp_path / "source" / LEDGER).mkdir()
-    (tmp_path / "source" / LEDGER / "skipped_samples-rank00000.jsonl").write_text(
+    (tmp_path / "source" / SAMPLES).mkdir()
+    (tmp_path / "source" / SAMPLES / "skipped-rank00000.jsonl").write_text(
         skipped_sample(3, "a@0") + skipped_sample(5, "later@0")
     )
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     assert start(config(run_dir, str(source))) == source
-    assert Ledger(run_dir / LEDGER, 0).known.keys() == {"a@0"}
-    checkpoint(run_dir, 7)
-    assert (
-        start(config(run_dir, str(run_dir / CHECKPOINTS / make_checkpoint_name(7)))) is not None
-    ), "its own: nothing to take over"
+    assert SampleLog(run_dir / SAMPLES, rank=0).left_out.keys() == {"a@0"}
+    own = checkpoint(run_dir, 7)
+    assert start(config(run_dir, str(own))) is not None, "its own: nothing is inherited"
 
 
 @pytest.mark.parametrize(
@@ -196,17 +187,14 @@ def test_a_torn_last_line_goes_and_nothing_else(
 
 def test_records_after_a_torn_line_are_not_lost_with_it(tmp_path: Path) -> None:
     torn = '{"step": 4, "sample_'
-    for name in ("skipped_samples-rank00000.jsonl", STARTS, MARKS):
+    for name in ("skipped-rank00000.jsonl", STARTS, EXCLUDED):
         (tmp_path / name).write_text(torn)
-    batch = pack([sample(1, ("a",)), sample(2, ("b",))])
-    batch.skipped_samples[1] = "cut short"
-    ledger, marks = Ledger(tmp_path, 0), Marks(tmp_path, main=True)
-    ledger.begin(0)
-    assert ledger.record(5, [batch]) == 1
-    marks.add(5, SimpleNamespace(reason="bad"), [SimpleNamespace(sample="s9")], ALONE)  # type: ignore[arg-type, list-item]
-    assert Ledger(tmp_path, 0).known.keys() == {"s2", "s9"} and Marks(
-        tmp_path, main=True
-    ).known.keys() == {"s9"}
+    log = SampleLog(tmp_path, rank=0)
+    log.begin(0)
+    assert log.record_step(5, {"s2": "cut short"}) == 1
+    log.exclude(5, "bad", ["s9"])
+    again = SampleLog(tmp_path, rank=0)
+    assert again.left_out.keys() == {"s2", "s9"} and again.excluded.known.keys() == {"s9"}
     assert len([json.loads(line) for line in (tmp_path / STARTS).read_text().splitlines()]) == 1
 
 
@@ -220,15 +208,9 @@ def test_records_after_a_torn_line_are_not_lost_with_it(tmp_path: Path) -> None:
         ("skip", 5, None, False),
     ],
 )
-def test_a_roll_back_always_has_a_checkpoint_to_come_to(
+def test_a_rollback_always_has_a_checkpoint_to_return_to(
     tmp_path: Path, policy: str, first: int, there: int | None, wanted: bool
 ) -> None:
     if there is not None:
         checkpoint(tmp_path, there)
-    run: Any = SimpleNamespace(
-        guard=SimpleNamespace(policy=policy),
-        first_step=first,
-        config=config(tmp_path, "auto"),
-        dist=ALONE,
-    )
-    assert needs_a_start(run) is wanted
+    assert needs_first_checkpoint(policy, tmp_path, first, ONE_RANK) is wanted

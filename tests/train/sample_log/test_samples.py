@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from small_model import pack, sample
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection, MixtureEntry
@@ -18,9 +17,11 @@ from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.plan import Plan
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.shards.format.writer import DatasetWriter
-from onellm_dist.train.records.skipped_samples import Ledger, write_stream
+from onellm_dist.train.records.data_phases import write_data_phases
+from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.sample_log.command import samples_command
-from onellm_dist.train.sample_log.lookup import RunRecord, RunStream
+from onellm_dist.train.sample_log.status import RunStatus
+from onellm_dist.train.sample_log.stream import RunStream
 
 STEPS, CHANGE, BATCH = 23, 9, 10
 SIZES = {"a": 17, "b": 8, "c": 31}
@@ -43,7 +44,7 @@ def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
     """A run of two data_phases (b leaves, c comes), as its directory would be; and the ids of every step, by the plans."""
-    root = tmp_path_factory.mktemp("ledger")
+    root = tmp_path_factory.mktemp("samples")
     for name, samples in SIZES.items():
         make(root, name, samples)
     first, second = plan_of(root, {"a": 3, "b": 1}), plan_of(root, {"c": 2, "a": 1})
@@ -55,8 +56,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]
     ]
     run_dir = root / "run"
     for plan in (first, second):
-        write_stream(
-            run_dir / "ledger", plan.data_phases, {d.name: d.location for d in plan.corpus.datasets}
+        write_data_phases(
+            run_dir / "samples",
+            plan.data_phases,
+            {d.name: d.location for d in plan.corpus.datasets},
         )
     recipe = {
         "train": {"steps": STEPS},
@@ -86,7 +89,7 @@ def test_places_are_inverted(counts: list[int]) -> None:
 def test_the_samples_of_a_step_are_the_plans(run: tuple[Path, list[list[str]]]) -> None:
     run_dir, ids = run
     stream = RunStream(run_dir)
-    assert [[use.sample_id for use in stream.samples(step)] for step in range(STEPS)] == ids
+    assert [[use.sample_id for use in stream.list_samples(step)] for step in range(STEPS)] == ids
 
 
 def test_the_steps_of_a_sample_are_all_there_are(run: tuple[Path, list[list[str]]]) -> None:
@@ -103,7 +106,9 @@ def test_the_steps_of_a_sample_are_all_there_are(run: tuple[Path, list[list[str]
                 (key for key in found if key.endswith(f"/{name}{number:03d}x")),
                 f"{name}/{shard}/{name}{number:03d}x",
             )
-            assert [use.step for use in stream.steps_of(stream.find(known))] == found.get(known, [])
+            assert [use.step for use in stream.list_uses(stream.find_sample(known))] == found.get(
+                known, []
+            )
     assert any(len(steps) > 3 for steps in found.values()), "several epochs were asked for"
 
 
@@ -111,34 +116,36 @@ def test_a_sample_is_found_by_any_part_of_its_id_that_names_it(
     run: tuple[Path, list[list[str]]],
 ) -> None:
     stream = RunStream(run[0])
-    whole = stream.find("b004x").name
+    whole = stream.find_sample("b004x").name
     assert whole.startswith("b/") and whole.endswith("/b004x")
     dataset, shard, key = whole.split("/")
     for part in (whole, whole[:-1], f"{shard}/{key}", f"{shard}/b004", "b004"):
-        assert stream.find(part).name == whole
-    assert stream.find(f"{dataset}/{stream.find('b007').shard_name}/b007").key == "b007x"
+        assert stream.find_sample(part).name == whole
+    assert (
+        stream.find_sample(f"{dataset}/{stream.find_sample('b007').shard_name}/b007").key == "b007x"
+    )
     with pytest.raises(UsageError, match="may be"):
-        stream.find("b00")
+        stream.find_sample("b00")
     with pytest.raises(UsageError, match="no sample"):
-        stream.find("zebra")
+        stream.find_sample("zebra")
     with pytest.raises(UsageError, match=r"0 \.\. 22"):
-        stream.samples(STEPS)
+        stream.list_samples(STEPS)
 
 
 def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
     make(tmp_path, "a", 6)
     plan = plan_of(tmp_path, {"a": 1})
-    write_stream(tmp_path / "run" / "ledger", plan.data_phases, {"a": str(tmp_path / "a")})
+    write_data_phases(tmp_path / "run" / "samples", plan.data_phases, {"a": str(tmp_path / "a")})
     (tmp_path / "run" / "config.yaml").write_text(
         yaml.safe_dump(
             {"train": {"steps": 2}, "data": {"root": str(tmp_path), "mixture": [{"path": "a"}]}}
         )
     )
-    assert len(RunStream(tmp_path / "run").samples(0)) == BATCH
+    assert len(RunStream(tmp_path / "run").list_samples(0)) == BATCH
     (tmp_path / "a").rename(tmp_path / "old")
     make(tmp_path, "a", 7)
     with pytest.raises(Exception, match="its shards are not those"):
-        RunStream(tmp_path / "run").samples(0)
+        RunStream(tmp_path / "run").list_samples(0)
     with pytest.raises(UsageError, match=r"data_phases\.json"):
         RunStream(tmp_path)
 
@@ -149,30 +156,26 @@ def test_what_became_of_steps(
     """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a skipped_sample."""
     run_dir, ids = run
     live = tmp_path / "run"
-    for name in ("config.yaml", "ledger/data_phases.json", "ledger/datasets.json"):
+    for name in ("config.yaml", "samples/data_phases.json", "samples/datasets.json"):
         (live / name).parent.mkdir(parents=True, exist_ok=True)
         (live / name).write_text((run_dir / name).read_text())
-    first = Ledger(live / "ledger", 0)
+    first = SampleLog(live / "samples", rank=0)
     assert first.begin(0) == 0
     for step in range(7):
-        first.record(step, [])
-    second = Ledger(live / "ledger", 0)
+        first.record_step(step, {})
+    second = SampleLog(live / "samples", rank=0)
     assert second.begin(4) == 3
     (live / "checkpoints" / "step-00000004").mkdir(parents=True)
     (live / "checkpoints" / "step-00000004" / "manifest.json").write_text("{}")
-    batch = pack([sample(1, ("a",))])
-    bad = type(batch)(
-        **{**batch.__dict__, "sample_ids": (ids[5][2],), "skipped_samples": {0: "torn"}}
-    )
-    second.record(4, [])
-    second.record(5, [bad])
+    second.record_step(4, {})
+    second.record_step(5, {ids[5][2]: "torn"})
     (live / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": s, "applied": s != 4}) + "\n" for s in range(6))
         + '{"step": 6, "app'
     )
 
-    record = RunRecord(live)
-    states = [tuple(record.of(step)) for step in range(8)]
+    status = RunStatus(live)
+    states = [tuple(status.get_status(step)) for step in range(8)]
     assert states == [
         ("trained", 0, True),
         ("trained", 0, True),
@@ -192,18 +195,18 @@ def test_what_became_of_steps(
 
     answer = ask(step=5)
     assert [row["id"] for row in answer["samples"]] == ids[5]
-    assert [row["skipped_sample"] for row in answer["samples"]] == [
+    assert [row["left_out"] for row in answer["samples"]] == [
         None,
         None,
         "torn",
         *[None] * (BATCH - 3),
     ]
-    assert answer["state"] == "trained" and answer["lost"] == 1
+    assert answer["state"] == "trained" and answer["times_lost"] == 1
     back = ask(key=ids[5][2])  # with its epoch
-    assert [(row["step"], row["skipped_sample"]) for row in back["seen"]] == [(5, "torn")]
+    assert [(row["step"], row["left_out"]) for row in back["uses"]] == [(5, "torn")]
     assert ask()["lost_steps"] == 3
     assert samples_command(live, None, ids[5][2].partition("@")[0], as_json=False) == 0
-    assert "TOMBSTONE: torn" in capsys.readouterr().out
+    assert "left out: torn" in capsys.readouterr().out
 
 
 def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> None:
@@ -211,8 +214,8 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     make(tmp_path, "a", 100)
     make(tmp_path, "b", 40)
     plan = plan_of(tmp_path, {"a": 0.25, "b": 0.75})
-    write_stream(
-        tmp_path / "run" / "ledger",
+    write_data_phases(
+        tmp_path / "run" / "samples",
         plan.data_phases,
         {d.name: d.location for d in plan.corpus.datasets},
     )
@@ -224,16 +227,17 @@ def test_a_hundred_thousand_steps_are_answered_in_seconds(tmp_path: Path) -> Non
     )
     started = time.process_time()
     stream = RunStream(tmp_path / "run")
-    uses = stream.steps_of(stream.find("a042x"))
+    uses = stream.list_uses(stream.find_sample("a042x"))
     there = [
-        any(use.sample.key == "a042x" for use in stream.samples(use.step)) for use in uses[::250]
+        any(use.sample.key == "a042x" for use in stream.list_samples(use.step))
+        for use in uses[::250]
     ]
     assert time.process_time() - started < 10
     assert len(uses) == 2500 and all(there)
     assert [use.epoch for use in uses] == list(range(2500))
 
 
-def test_the_ledger_needs_no_torch() -> None:
+def test_it_needs_no_torch() -> None:
     import subprocess
     import sys
 

@@ -1,0 +1,112 @@
+"""The callbacks of a run: those of the package, and those that the recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.plugins import CALLBACKS, import_class, load_plugins
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.plan import Plan
+from onellm_dist.train.callbacks.base import Callback
+from onellm_dist.train.callbacks.best_model import BestModel
+from onellm_dist.train.callbacks.experts import Experts, RouterWatch
+from onellm_dist.train.callbacks.metrics import MetricsWriter
+from onellm_dist.train.callbacks.profiler import Profiler
+from onellm_dist.train.callbacks.sample_generation import SampleGeneration
+from onellm_dist.train.callbacks.telemetry import Telemetry
+from onellm_dist.train.callbacks.trackers import Trackers
+from onellm_dist.train.callbacks.validation import Validation
+from onellm_dist.train.distributed import Distributed
+from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.records.events import Events
+
+
+def load_callbacks(names: Sequence[str]) -> list[Callback]:
+    """Make the callbacks that a recipe names in `train.callbacks`.
+
+    Args:
+        names: `module:Class` each, or the name of an entry point of the group
+            `onellm_dist.callbacks`.
+
+    Raises:
+        UsageError: a name cannot be imported, is not known, or is not a Callback.
+    """
+    return [_load_class(name)() for name in names]
+
+
+def _load_class(name: str) -> Any:
+    why = "the run would go without it."
+    if ":" in name:
+        return import_class(name, Callback, key="train.callbacks", why=why)
+    known = load_plugins(CALLBACKS)
+    if name not in known:
+        raise UsageError(
+            f"train.callbacks: {name} is not a callback of an installed package",
+            why,
+            f"use module:Class, or one of: {', '.join(known) or 'none is installed'}.",
+        )
+    if not (isinstance(known[name], type) and issubclass(known[name], Callback)):
+        raise UsageError(
+            f"train.callbacks: {name} is not a subclass of onellm_dist.Callback",
+            "it does not have the hooks that are called.",
+            "derive it from Callback.",
+        )
+    return known[name]
+
+
+def build_callbacks(
+    config: RunConfig,
+    *,
+    engine: Engine,
+    model: Any,
+    processor: Any,
+    router: RouterWatch,
+    validation_plan: Plan | None,
+    dist: Distributed,
+    events: Events,
+) -> list[Callback]:
+    """Make the callbacks that every run has.
+
+    Args:
+        config: the recipe.
+        engine: the engine.
+        model: the model inside it.
+        processor: the processor of the model.
+        router: gives the router load.
+        validation_plan: the plan of the validation set; None where there is none.
+        dist: the ranks.
+        events: where callbacks record events.
+    """
+    train, track, run_dir = config.train, config.track, config.run.dir
+    rank_zero = dist.is_rank_zero
+    log = {"log_every": train.log_every, "steps": train.steps}
+    recipe = config.model_dump(mode="json", by_alias=True)
+    found: list[Callback] = [
+        Telemetry(dist.device, **log),
+        Experts(router, track=track, events=events, **log),
+        MetricsWriter(run_dir, enabled=rank_zero, **log),
+        Trackers(track, run_dir, recipe, events, enabled=rank_zero),
+        Profiler(track, run_dir, dist.device, events, enabled=rank_zero),
+    ]
+    section = config.data.validation
+    if section is None or validation_plan is None:
+        return found
+    shared: dict[str, Any] = {"plan": validation_plan, "engine": engine, "dist": dist}
+    found.append(Validation(section, model=model, run_dir=run_dir, steps=train.steps, **shared))
+    if section.generate:
+        tokenizer = processor.tokenizer
+        found.append(SampleGeneration(section, tokenizer=tokenizer, run_dir=run_dir, **shared))
+    digest = validation_plan.digest(0) if rank_zero else ""
+    found.append(
+        BestModel(
+            run_dir,
+            engine=engine,
+            model=model,
+            processor=processor,
+            dist=dist,
+            sample_digest=digest,
+        )
+    )
+    return found

@@ -1,0 +1,93 @@
+"""What became of the steps of a run, as its directory says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from onellm_dist.common.run_files import (
+    CHECKPOINT_MANIFEST,
+    CHECKPOINT_PREFIX,
+    CHECKPOINTS,
+    EXCLUDED,
+    METRICS,
+    PROGRESS,
+    SAMPLES,
+    SKIPPED_PATTERN,
+    STARTS,
+)
+from onellm_dist.train.records.json_lines import read_lines
+
+
+class StepStatus(NamedTuple):
+    """What became of a step."""
+
+    state: str
+    """`trained`, `skipped` (not applied), or `planned` (still to come)."""
+    times_lost: int
+    """How often it was done by a start that was thrown back to an earlier checkpoint."""
+    saved: bool
+    """Whether a complete checkpoint contains it: a kill now would not lose it."""
+
+
+class RunStatus:
+    """What a run directory says about the steps done so far; read once, also while the run goes on.
+
+    Args:
+        run_dir: the run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        folder = run_dir / SAMPLES
+        self.left_out: dict[str, str] = {
+            entry["sample_id"]: entry["reason"]
+            for path in [*sorted(folder.glob(SKIPPED_PATTERN)), folder / EXCLUDED]
+            for entry in read_lines(path)
+            if {"sample_id", "reason"} <= entry.keys()
+        }
+        """Sample id (with its epoch) -> reason, of skipped and excluded samples."""
+        self.lost = [
+            (entry["first_step"], entry["lost_to"])
+            for entry in read_lines(folder / STARTS)
+            if entry.get("lost_to")
+        ]
+        """Ranges of steps [first, end) that a start repeated."""
+        self.steps_done = _read_number(folder / PROGRESS)
+        """Steps done so far."""
+        self.skipped = _find_skipped_steps(run_dir / METRICS)
+        """Steps that were not applied."""
+        self.steps_saved = _count_saved_steps(run_dir / CHECKPOINTS)
+        """Steps that the latest checkpoint contains."""
+
+    def get_status(self, step: int) -> StepStatus:
+        """What became of a step."""
+        done = step < self.steps_done
+        state = "planned" if not done else "skipped" if step in self.skipped else "trained"
+        times_lost = sum(first <= step < end for first, end in self.lost)
+        return StepStatus(state, times_lost, step < min(self.steps_saved, self.steps_done))
+
+
+def _read_number(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _count_saved_steps(checkpoints: Path) -> int:
+    folders = checkpoints.glob(f"{CHECKPOINT_PREFIX}*/{CHECKPOINT_MANIFEST}")
+    numbers = [path.parent.name.removeprefix(CHECKPOINT_PREFIX) for path in folders]
+    return max((int(number) for number in numbers if number.isdigit()), default=0)
+
+
+def _find_skipped_steps(path: Path) -> frozenset[int]:
+    """Steps of `metrics.jsonl` that were not applied; of 10^5 lines only those few are parsed."""
+    if not path.is_file():
+        return frozenset()
+    with path.open(encoding="utf-8") as lines:
+        return frozenset(
+            int(json.loads(line)["step"])
+            for line in lines
+            if '"applied": false' in line and line.endswith("}\n")
+        )

@@ -1,0 +1,186 @@
+"""The hang watchdog: which rank it suspects, when it acts; and the order of the heartbeat."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from one_rank import ONE_RANK
+from small_model import pack, sample
+
+from onellm_dist.common.run_files import HANGS
+from onellm_dist.config.schema import StabilitySection
+from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.watchdog import (
+    HangWatchdog,
+    find_suspected_ranks,
+    is_in_collective,
+)
+from onellm_dist.train.heartbeat import Heartbeat
+from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.metrics import MetricSet
+from onellm_dist.train.records.run_directory import move_hangs_aside
+from onellm_dist.train.trainer import Trainer
+
+
+def make_report(rank: int, beats: int, *, waits: bool) -> dict[str, Any]:
+    return {"rank": rank, "beats": beats, "in_collective": waits}
+
+
+@pytest.mark.parametrize(
+    ("reports", "world_size", "suspected"),
+    [
+        ({0: make_report(0, 9, waits=True), 1: make_report(1, 9, waits=False)}, 2, [1]),
+        ({0: make_report(0, 9, waits=True), 1: make_report(1, 8, waits=True)}, 2, [1]),
+        ({0: make_report(0, 9, waits=False), 1: make_report(1, 8, waits=False)}, 2, [1]),
+        ({0: make_report(0, 9, waits=True)}, 3, [1, 2]),
+        ({0: make_report(0, 9, waits=True), 1: make_report(1, 9, waits=True)}, 2, []),
+        ({0: make_report(0, 9, waits=False)}, 1, [0]),
+    ],
+    ids=["waits_for_nobody", "fewest_beats", "behind_on_gpu", "silent", "nobody", "alone"],
+)
+def test_which_ranks_are_suspected(
+    reports: dict[int, dict[str, Any]], world_size: int, suspected: list[int]
+) -> None:
+    assert find_suspected_ranks(reports, world_size)[0] == suspected
+
+
+def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
+    assert not is_in_collective(sys._current_frames(), threading.get_ident())
+
+    def frame(path: str, back: Any = None) -> Any:
+        return SimpleNamespace(f_code=SimpleNamespace(co_filename=path), f_back=back)
+
+    gather = frame("/lib/deepspeed/runtime/zero/partition_parameters.py")
+    assert is_in_collective({1: frame("/lib/torch/nn/linear.py"), 2: gather}, 3)
+    assert is_in_collective({1: frame("/lib/torch/distributed/distributed_c10d.py")}, 3)
+    assert is_in_collective({1: frame("/lib/deepspeed/utils/nvtx.py", back=gather)}, 3)
+    for waits in (
+        "torch/cuda/streams.py",
+        "torch/cuda/__init__.py",
+        "onellm_dist/train/totals.py",
+        "onellm_dist/train/engine/fsdp/engine.py",
+    ):
+        assert is_in_collective(
+            {1: frame(f"/lib/{waits}", back=frame("/lib/onellm_dist/train/trainer.py"))}, 3
+        ), "on a GPU"
+    assert not is_in_collective({1: frame("/lib/onellm_dist/train/trainer.py")}, 3)
+    assert not is_in_collective({1: frame("/lib/torch/nn/linear.py", back=gather)}, 3), (
+        "a module that runs under ZeRO waits for nobody"
+    )
+    assert not is_in_collective({1: frame("/lib/torch/nn/linear.py"), 3: gather}, 3), (
+        "the watching thread does not count"
+    )
+
+
+class ReducedError(Exception):
+    """The step has come to its reduction."""
+
+
+def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU the reduction is where ranks wait for a late one, which must have the fewest beats."""
+    heartbeat = Heartbeat()
+    phases: list[tuple[str, int]] = []
+    micro = SimpleNamespace(step=4, index=0, last=True)
+    plan: Any = SimpleNamespace(step=4, ranks=[[micro]], global_valid_tokens=1)
+
+    def see(*_: Any, **__: Any) -> Any:
+        phases.append((heartbeat.phase, heartbeat.beats))
+        return torch.zeros(()), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+
+    def stop(*_: Any) -> int:
+        see()
+        raise ReducedError
+
+    trainer = object.__new__(Trainer)
+    vars(trainer).update(
+        session=SimpleNamespace(dist=ONE_RANK, heartbeat=heartbeat),
+        engine=SimpleNamespace(forward=see, backward=see),
+        callbacks=CallbackList(),
+        metrics=MetricSet(),
+        sample_log=SimpleNamespace(record_step=stop),
+        _combinations=[("a",)],
+    )
+    monkeypatch.setattr(Trainer, "_next_batch", lambda *_: pack([sample(1, ("a",))]))
+    heartbeat.beat("plan", step=4)
+    local = trainer._forward_backward(plan)
+    with pytest.raises(ReducedError):
+        trainer._reduce(plan, local)
+    assert phases == [("forward", 3), ("backward", 4), ("reduce", 5)]
+
+
+@contextmanager
+def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Iterator[HangWatchdog]:
+    config = StabilitySection(hang_minutes=0.005, first_step_minutes=0.01, **keys)
+    watchdog = HangWatchdog(
+        run_dir,
+        rank=0,
+        world_size=1,
+        config=config,
+        exit_file=ExitFile(run_dir, rank=0),
+        end_process=lambda code: ended.set(),
+    )
+    watchdog.start()
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
+
+
+def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_none(
+    tmp_path: Path,
+) -> None:
+    ended = threading.Event()
+    with watch(tmp_path, ended, validation_minutes=60.0) as watchdog:
+        heartbeat = watchdog._heartbeat
+        assert watchdog.limit_seconds() == pytest.approx(0.6)
+        for _ in range(10):
+            heartbeat.beat("forward", step=4)
+            time.sleep(0.1)
+        heartbeat.first_step_done = True
+        assert watchdog.limit_seconds() == pytest.approx(0.3)
+        heartbeat.beat("validation")
+        assert watchdog.limit_seconds() == 3600
+        time.sleep(1)
+        assert not ended.is_set()
+        heartbeat.beat("forward", step=5)
+        assert ended.wait(10)
+    report = (tmp_path / HANGS / "rank-00000.txt").read_text()
+    assert "step: 5" in report and "test_watchdog.py" in report, "the stack of this very line"
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert (found["status"], found["failure"], found["failed_step"], found["suspected_rank"]) == (
+        "failed",
+        "hang",
+        5,
+        0,
+    )
+    assert "no progress" in found["reason"]
+    move_hangs_aside(tmp_path)
+    assert (
+        not (tmp_path / HANGS).exists()
+        and len(list(tmp_path.glob(f"{HANGS}-*/rank-00000.txt"))) == 1
+    )
+
+
+def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
+    watchdog = HangWatchdog(
+        tmp_path,
+        rank=0,
+        world_size=1,
+        config=StabilitySection(hang_minutes=0),
+        exit_file=ExitFile(tmp_path, rank=0),
+    )
+    watchdog.start()
+    assert not watchdog.is_watching
+    watchdog.close()

@@ -1,0 +1,120 @@
+"""The arithmetic of the stability monitor: spikes, windows, and when a run is stopped."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.config.schema import StabilitySection
+from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor, robust_z
+
+
+def make_monitor(**keys: Any) -> StabilityMonitor:
+    section = StabilitySection(**{"window": 16, "threshold": 8.0, **keys})
+    return StabilityMonitor(section, max_skipped_samples=5)
+
+
+def feed(monitor: StabilityMonitor, losses: list[float]) -> None:
+    for loss in losses:
+        assert check(monitor, loss) is None
+        monitor.accept(loss, norm_of(loss))
+
+
+def norm_of(loss: float) -> float:
+    return 1.0 + 0.1 * (loss - 2.0)
+
+
+def check(monitor: StabilityMonitor, loss: float) -> Anomaly | None:
+    """With a norm that is nothing special."""
+    return monitor.check(loss, norm_of(loss) if abs(loss) < 5 else 1.0)
+
+
+def noisy(count: int, seed: int = 0) -> list[float]:
+    generator = random.Random(seed)
+    return [2.0 + generator.gauss(0, 0.1) for _ in range(count)]
+
+
+def test_z_is_in_robust_standard_deviations() -> None:
+    window = [1.0, 2.0, 3.0, 4.0, 100.0]
+    assert robust_z(3.0, window, 0.0) == 0
+    assert robust_z(3.0 + 1.4826, window, 0.0) == pytest.approx(1.0), (
+        "the outlier in the window does not count"
+    )
+    assert robust_z(4.0, [3.0] * 5, 0.5) == 2.0, "the floor"
+
+
+def test_a_loss_spike_is_found_and_noise_and_falls_are_not() -> None:
+    monitor = make_monitor()
+    feed(monitor, noisy(200))
+    assert check(monitor, 0.5) is None
+    anomaly = check(monitor, 4.0)
+    assert anomaly is not None and anomaly.kind == "loss_spike"
+    assert "4" in anomaly.reason and "median" in anomaly.reason
+
+
+def test_nothing_is_a_spike_without_earlier_steps_or_with_threshold_zero() -> None:
+    monitor = make_monitor()
+    feed(monitor, noisy(7))
+    assert monitor.check(1e6, 1e6) is None
+    off = make_monitor(threshold=0)
+    feed(off, noisy(50))
+    assert off.check(1e6, 1e6) is None
+    for loss, norm in (
+        (float("nan"), 1.0),
+        (float("inf"), 1.0),
+        (2.0, float("nan")),
+        (2.0, float("inf")),
+    ):
+        assert off.check(loss, norm) is not None, "a value that is not finite always counts"
+
+
+def test_a_gradient_spike_is_found_and_noise_and_falls_are_not() -> None:
+    monitor = make_monitor()
+    feed(monitor, noisy(50))
+    for norm in (1e-6, 0.5, 2.0, 5.0):
+        assert monitor.check(2.0, norm) is None
+    anomaly = monitor.check(2.0, 1e4)
+    assert anomaly is not None and anomaly.kind == "gradient_spike" and "1e+04" in anomaly.reason
+    anomaly = monitor.check(2.0, float("inf"))
+    assert anomaly is not None and anomaly.kind == "gradient_not_finite"
+
+
+def test_a_skipped_step_does_not_move_the_window() -> None:
+    monitor = make_monitor()
+    feed(monitor, noisy(50))
+    for _ in range(40):
+        assert check(monitor, 4.0) is not None and monitor.check(2.0, 1e4) is not None
+        monitor.count_step(0, applied=True, new_skipped_samples=0)
+
+
+def test_a_resumed_monitor_decides_as_the_first_one_would() -> None:
+    monitor = make_monitor()
+    feed(monitor, noisy(50))
+    again = StabilityMonitor(
+        StabilitySection(window=16, threshold=8.0),
+        max_skipped_samples=5,
+        state=json.loads(json.dumps(monitor.state())),
+    )
+    for loss in (2.2, 2.5, 2.7, 2.9, 3.2):
+        assert check(monitor, loss) == check(again, loss)
+    assert again.state() == monitor.state()
+
+
+def test_only_steps_skipped_in_a_row_stop_the_run() -> None:
+    monitor = StabilityMonitor(StabilitySection(max_skipped=4), max_skipped_samples=5)
+    for step in range(12):
+        monitor.count_step(step, applied=step % 4 == 0, new_skipped_samples=0)
+    with pytest.raises(OneLLMError, match="in a row"):
+        for step in range(4):
+            monitor.count_step(step, applied=False, new_skipped_samples=0)
+
+
+def test_skipped_samples_of_earlier_starts_count() -> None:
+    monitor = StabilityMonitor(StabilitySection(), max_skipped_samples=5, skipped_samples=4)
+    monitor.count_step(0, applied=True, new_skipped_samples=1)
+    with pytest.raises(OneLLMError, match="max_skipped_samples is 5"):
+        monitor.count_step(1, applied=True, new_skipped_samples=1)
