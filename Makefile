@@ -56,7 +56,7 @@ format: $(STAMP)  ## apply the formatter
 	$(BIN)/ruff check --fix .
 
 docs: $(STAMP)  ## the documentation site, in site/ (no network needed)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 integration: $(STAMP)  ## real media, real SmolLM2-135M, ViT-L/14 shapes, ZeRO-3 on 2 ranks (up to an hour on 2 cores)
 	$(BIN)/python -m onellm_dist.testing.integration --out $(INTEGRATION_OUT)

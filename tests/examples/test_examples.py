@@ -1,0 +1,98 @@
+"""Every example runs as its page says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onellm_dist import build_dataset
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the small toy world in `toy`."""
+    out = tmp_path_factory.mktemp("examples")
+    build_dataset("toyworld", None, out / "toy", options={"train": 16, "test": 2})
+    return out
+
+
+def run(folder: Path, *command: str, path: Path | None = None) -> str:
+    """Run Python in `folder` and return what it printed."""
+    places = [str(p) for p in (path, ROOT) if p is not None]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_build_shards(folder: Path) -> None:
+    photos = folder / "photos"
+    photos.mkdir()
+    for name in ("one", "two"):
+        shutil.copy(EXAMPLES / "media/photo.jpg", photos / f"{name}.jpg")
+        (photos / f"{name}.txt").write_text(f"a square, number {name}")
+    out = run(folder, str(EXAMPLES / "build_shards.py"), "photos", "shards_of_photos")
+    assert "2 samples of image" in out and "one, two" in out
+
+
+def test_iterate_loader(folder: Path) -> None:
+    out = run(folder, str(EXAMPLES / "iterate_loader.py"), "toy")
+    assert {f"rank {r}, step {s}" for r in (0, 1) for s in (0, 1)} <= {
+        line.split(", micro")[0] for line in out.splitlines()
+    }
+    assert "step 1: " in out
+
+
+def test_train(folder: Path) -> None:
+    out = run(folder, str(EXAMPLES / "train.py"), "toy", "runs/example")
+    assert out.rstrip().endswith("done: 3 steps; the model is in runs/example/model")
+    assert (folder / "runs/example/model/config.json").is_file()
+
+
+def test_callback(folder: Path) -> None:
+    out = run(folder, str(EXAMPLES / "callback.py"), "toy", "runs/watched")
+    lines = (folder / "runs/watched/metrics.jsonl").read_text().splitlines()
+    trends = [json.loads(line).get("loss_trend") for line in lines]
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert trends[0] is None and trends[1] == pytest.approx(losses[0])
+    assert trends[2] == pytest.approx(0.9 * losses[0] + 0.1 * losses[1])
+    assert "loss trend after 3 steps" in out
+
+
+def test_thermal_is_a_modality_once_its_package_is_installed(folder: Path) -> None:
+    site = folder / "site"
+    shutil.copytree(EXAMPLES / "thermal/thermal_package", site / "thermal_package")
+    info = site / "thermal_package-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thermal-package\nVersion: 0.1\n")
+    points = "[onellm_dist.modalities]\nthermal = thermal_package:MODALITY\n"
+    assert 'thermal = "thermal_package:MODALITY"' in (
+        EXAMPLES / "thermal/pyproject.toml"
+    ).read_text(encoding="utf-8")
+    (info / "entry_points.txt").write_text(points)
+    plates = folder / "plates"
+    plates.mkdir()
+    for i in range(2):
+        np.save(plates / f"{i}.npy", np.full((64, 64), 20.0 + i))
+        (plates / f"{i}.txt").write_text("a warm plate")
+    build = ["-m", "onellm_dist.cli", "shards", "build", "folder", "plates", "plate_shards"]
+    assert "2 samples" in run(folder, *build, "-o", "modality=thermal", path=site)
+    code = (
+        "from onellm_dist.model import load_model;"
+        "print(load_model(path=None, preset='toy', seed=0)[0].config.modalities[-1])"
+    )
+    assert run(folder, "-c", code, path=site).strip() == "thermal"
