@@ -1,4 +1,4 @@
-"""The value that travels from the loader to the model: one micro-batch as one packed sequence of mixed modalities."""
+"""What travels from the loader to the model: one micro-batch as one packed sequence."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch without padding: n whole samples, one behind the other.
+    """A micro-batch without padding: n complete samples, concatenated end to end.
 
-    The LLM sequence of sample i is `BOS, runs of its modalities (32 positions each), the rest of its text`; the model
-    works the layout out from `text_token_counts` and `modalities` (`model/layout.py`), nothing else describes it.
+    The LLM sequence of sample i is `BOS, one span of 32 positions for each of its modalities, the
+    rest of its text`. The model derives this layout from `text_token_counts` and `modalities`
+    (`model/layout.py`); nothing else describes it.
 
     Attributes:
-        input_ids: [T_text] int64, the samples' text tokens, BOS first each.
-        labels: [T_text] int64, `input_ids` where supervised, else IGNORE (aligned: position t is the target of the
-            LLM position before it; a sample's BOS is never supervised).
-        text_token_counts: tokens of text of each sample, n integers >= 1.
-        modalities: the modality names of each sample, in the order of its runs (empty: text only).
-        values: every modality of the model -> [n_m, *value_shape] in the order of samples; n_m = 0 is normal.
-        weights: [n] fp32 loss weight of each sample: 1, or 0 for a skipped_sample and for a dummy.
+        input_ids: [T_text] int64, text tokens of the samples, each beginning with BOS.
+        labels: [T_text] int64, `input_ids` where supervised, else IGNORE. Position t is the target
+            of the LLM position before it; the BOS of a sample is never supervised.
+        text_token_counts: number of text tokens of each sample, n integers >= 1.
+        modalities: modality names of each sample, in span order; empty for text only.
+        values: each modality of the model -> [n_m, *value_shape] in the order of the samples;
+            n_m = 0 is normal.
+        weights: [n] fp32 loss weight of each sample: 1, or 0 for a skipped sample and for the
+            placeholder of an empty micro-batch.
         sample_ids: `dataset/shard-name/key@epoch` of each sample.
-        is_empty: this rank was dealt nothing in this micro-step; the pack is one text token of zero weight.
-        skipped_samples: indices of samples that could not be read, with the reason.
-        supervised: [N] int64 places of `labels` that are no IGNORE, or None where nobody counted them. `to` counts before it
-            moves to a GPU, where counting would drain the queue.
+        is_empty: the rank receives no samples in this micro-batch; the pack is one text token of
+            zero weight.
+        skipped_samples: index of a sample that could not be read -> the reason.
+        supervised: [N] int64 positions of `labels` that are not IGNORE, or None if they have not
+            been counted. `to` counts them before a move to a GPU, where counting would make the
+            host wait for the device.
     """
 
     input_ids: torch.Tensor
@@ -86,7 +91,8 @@ class PackedOutput:
     """What the model returns for a PackedBatch.
 
     Attributes:
-        loss: [] fp32, the SUM over supervised tokens of weight x cross-entropy (the loop divides by the plan's count).
+        loss: [] fp32, the sum over supervised tokens of weight x cross-entropy; training divides it by
+            `global_valid_tokens` of the plan.
         nll: [N] fp32, detached cross-entropy of each supervised token, unweighted.
         sample_index: [N] int64, the sample of each supervised token.
         router_weights: modality -> [Q, E] fp32, detached (they do not depend on the input).

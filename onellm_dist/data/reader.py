@@ -92,7 +92,8 @@ class Reader:
             placeholder = _Sample([corpus.text_encoder.bos], [IGNORE], {})
             return self._pack([placeholder], [()], [""], is_empty=True)
         ids = corpus.sample_ids(micro.samples)
-        known, self._locations = self._locations, {}
+        known = self._locations
+        self._locations = {}
         now = self._locate_all(micro.samples, known)
         later = self._locate_all(ahead.samples if ahead else (), known)
         self._read_ahead.request(now, later)

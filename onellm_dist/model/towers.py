@@ -117,7 +117,8 @@ def convert_tower(tower: Any) -> tuple[OneLLMVisionConfig, dict[str, torch.Tenso
             "vit_base_patch16_siglip_224, ...).",
         )
     if mean and std and not _is_close([*mean, *std], [*CLIP_MEAN, *CLIP_STD]):
-        config.image_mean, config.image_std = list(mean), list(std)
+        config.image_mean = list(mean)
+        config.image_std = list(std)
     return config, weights
 
 

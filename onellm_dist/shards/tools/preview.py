@@ -64,10 +64,10 @@ def draw_histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> 
     low, high = float(data.min()), float(data.max())
     few = bool((data == data.round()).all()) and high - low < _BINS
     edges = np.arange(low - 0.5, high + 1.5) if few else np.histogram_bin_edges(data, bins=_BINS)
-    axes = _Axes(edges, np.histogram(data, bins=edges)[0])
+    axes = _HistogramAxes(edges, np.histogram(data, bins=edges)[0])
     middle = f"median {np.median(data):.4g}, mean {data.mean():.4g}"
     text = escape(f"{data.size:,} values, least {low:.4g}, {middle}, greatest {high:.4g} {unit}")
-    size = f'viewBox="0 0 {_Axes.WIDTH} {_Axes.HEIGHT}"'
+    size = f'viewBox="0 0 {_HistogramAxes.WIDTH} {_HistogramAxes.HEIGHT}"'
     ticks_across = [t for t in choose_ticks(low, high, 8) if not few or t == int(t)]
     svg = [
         f'<svg class="histogram" {size} role="img" aria-label="{text}">',
@@ -79,7 +79,7 @@ def draw_histogram(values: Sequence[float] | NDArray[np.generic], unit: str) -> 
     return f"{''.join(svg)}<p>{text}</p>"
 
 
-class _Axes:
+class _HistogramAxes:
     """The scales of a histogram, and what is drawn on them.
 
     Args:
@@ -244,7 +244,9 @@ def _make_left_out(root: Path, statistics: Mapping[str, Any]) -> str:
         + (f"; each is named in {QUARANTINE}.</p>" if reasons else ".</p>")
     ]
     html += (
-        [build_html_table(("why", "samples", "the first one"), bad_rows, right=(1,))] if reasons else []
+        [build_html_table(("why", "samples", "the first one"), bad_rows, right=(1,))]
+        if reasons
+        else []
     )
     known = statistics.get("left_out", {})
     if known:

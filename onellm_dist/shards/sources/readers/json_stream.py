@@ -67,7 +67,8 @@ class _JsonScanner:
         data = self.file.read(size)
         self.ended = not data
         self.text = self.text[self.at :] + data.decode("latin-1")
-        self.base, self.at = self.base + self.at, 0
+        self.base += self.at
+        self.at = 0
 
     def peek(self) -> str:
         """Return the next character that is not white space; empty at the end of the file."""

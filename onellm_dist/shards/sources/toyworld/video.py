@@ -72,11 +72,14 @@ def encode_mp4(film: np.ndarray, rate: int) -> bytes:
             rate=rate,
             options={"preset": "veryfast", "tune": "zerolatency", "crf": "18", "threads": "1"},
         )
-        stream.width, stream.height, stream.pix_fmt = film.shape[2], film.shape[1], "yuv420p"
+        stream.width = film.shape[2]
+        stream.height = film.shape[1]
+        stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, rate)
         for number, picture in enumerate(film):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, rate)
+            frame.pts = number
+            frame.time_base = Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return out.getvalue()
