@@ -46,7 +46,7 @@ def generate(
 
     Example: onellm generate runs/tune/model --image cat.jpg "What is this?"
     """
-    from onellm_dist.serving.generate import answer_files
+    from onellm_dist.serving.generate import DecodingOptions, answer_files
 
     answer = answer_files(
         model,
@@ -54,11 +54,13 @@ def generate(
         [(name, path) for name, paths in files.items() for path in paths or ()],
         order=order,
         prompt_format=prompt_format,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        decode_offset=decode_offset,
+        decoding=DecodingOptions(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            decode_offset=decode_offset,
+        ),
     )
     typer.echo(answer.text)
     if sys.stderr.isatty():

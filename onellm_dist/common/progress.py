@@ -59,6 +59,7 @@ class _Terminal:
 
     @classmethod
     def acquire(cls) -> RichProgress:
+        """Return the display, starting it for its first user."""
         with cls._lock:
             if cls._display is None:
                 cls._display = RichProgress(
@@ -78,6 +79,7 @@ class _Terminal:
 
     @classmethod
     def release(cls) -> None:
+        """Give the display back; its last user stops it."""
         with cls._lock:
             cls._users -= 1
             if cls._users == 0 and cls._display is not None:

@@ -133,6 +133,7 @@ def build_sequence(counts: Sequence[int]) -> list[int]:
     scale = 2 * m - 2
 
     def compute_window(j: int, c: int) -> tuple[int, int]:
+        """Return the first and the last position of occurrence c of dataset j."""
         scaled = scale * counts[j]
         return -(-(scale * c + 1) * period // scaled), (scale * (c + 1) - 1) * period // scaled
 

@@ -36,6 +36,30 @@ Ending = Literal["eos", "stop string", "length"]
 
 
 @dataclass(frozen=True)
+class DecodingOptions:
+    """How new tokens are chosen."""
+
+    max_new_tokens: int = 128
+    """Maximum length of the answer, in tokens."""
+    temperature: float = 0.0
+    """0 decodes greedily; otherwise nucleus sampling with `top_p`."""
+    top_p: float = 0.75
+    """Probability mass of the nucleus."""
+    seed: int = 1
+    """Seed of the sampling."""
+    decode_offset: str = "correct"
+    """One of OFFSETS; the reference's cache is two positions short."""
+
+    def __post_init__(self) -> None:
+        if self.decode_offset not in OFFSETS:
+            raise UsageError(
+                f"--decode-offset {self.decode_offset}",
+                "there is no such mode.",
+                f"use {' or '.join(OFFSETS)}.",
+            )
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the model generated."""
 
@@ -56,11 +80,7 @@ def answer_files(
     *,
     order: str = "",
     prompt_format: str = "auto",
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 0.75,
-    seed: int = 1,
-    decode_offset: str = "correct",
+    decoding: DecodingOptions | None = None,
 ) -> Answer:
     """Load a model and let it answer a prompt about files.
 
@@ -73,24 +93,14 @@ def answer_files(
         order: order of the media in the sequence, as modalities separated by commas; default: the
             model's own.
         prompt_format: one of FORMATS.
-        max_new_tokens: maximum length of the answer.
-        temperature: 0 decodes greedily; otherwise nucleus sampling with `top_p`.
-        top_p: probability mass of the nucleus.
-        seed: seed of the sampling.
-        decode_offset: `correct`, or `reference` for the reference's cache, which is two positions
-            short.
+        decoding: how new tokens are chosen; default: greedily.
 
     Raises:
         UsageError: the model, a file, the format or the order does not exist, or there is neither
             a prompt nor a file.
         SampleError: a file is not readable media of its modality.
     """
-    if decode_offset not in OFFSETS:
-        raise UsageError(
-            f"--decode-offset {decode_offset}",
-            "there is no such mode.",
-            f"use {' or '.join(OFFSETS)}.",
-        )
+    decoding = decoding or DecodingOptions()
     text = build_prompt(prompt, prompt_format)
     if not prompt and not files:
         raise UsageError(
@@ -109,19 +119,16 @@ def answer_files(
 
     from onellm_dist.model.presets import load_model
 
-    network, processor = load_model(path=model, preset=None, seed=seed, **choose_dtype(model))
+    dtype = choose_dtype(model)
+    network, processor = load_model(path=model, preset=None, seed=decoding.seed, **dtype)
     return generate(
         network,
         processor.tokenizer,
         text,
         values,
         modality_order=media_order,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        decode_offset=decode_offset,
         chat=prompt_format == "chat",
+        decoding=decoding,
     )
 
 
@@ -249,12 +256,8 @@ def generate(
     values: Mapping[str, torch.Tensor],
     *,
     modality_order: Sequence[str] | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 0.75,
-    seed: int = 1,
-    decode_offset: str = "correct",
     chat: bool = False,
+    decoding: DecodingOptions | None = None,
 ) -> Answer:
     """Continue `text` after BOS and the media spans, on the model's device.
 
@@ -264,44 +267,33 @@ def generate(
         text: the prompt, as `build_prompt` returns it.
         values: modality to [1, *value_shape].
         modality_order: order of the media spans; default: the model's own.
-        max_new_tokens: maximum length of the answer.
-        temperature: 0 decodes greedily; otherwise nucleus sampling with `top_p`.
-        top_p: probability mass of the nucleus.
-        seed: seed of the sampling.
-        decode_offset: one of OFFSETS.
         chat: whether `text` is a question to put into the LLM's chat template.
+        decoding: how new tokens are chosen; default: greedily.
 
     Raises:
         UsageError: prompt, media spans and new tokens exceed the LLM's context, or the model lacks
             a modality.
     """
     import torch
-    from transformers import StoppingCriteriaList
 
+    decoding = decoding or DecodingOptions()
     encoder = TextEncoder(tokenizer, "chat", sys.maxsize) if chat else None
     if encoder:
         ids = torch.tensor([encoder.encode_prompt([ConversationTurn("user", text)])])
     else:
         ids = encode_prompt(tokenizer, text)
-    _check_inputs(model, ids.shape[1], list(values), max_new_tokens)
+    _check_inputs(model, ids.shape[1], list(values), decoding.max_new_tokens)
     end_ids = encoder.end_ids if encoder else [tokenizer.eos_token_id]
     stop = None if chat else _StopString(tokenizer)
-    torch.manual_seed(seed)
+    options = _build_options(tokenizer, end_ids, stop, decoding)
+    media = {f"{name}_values": value.to(model.device) for name, value in values.items()}
+    torch.manual_seed(decoding.seed)
     model.eval()
     ids = ids.to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            ids,
-            torch.ones_like(ids),
-            modality_order=modality_order,
-            decode_offset=decode_offset,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_ids if chat else end_ids[0],
-            pad_token_id=_get_pad_id(tokenizer),
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            **_get_sampling_options(temperature, top_p),
-            **{f"{name}_values": value.to(model.device) for name, value in values.items()},
+            ids, torch.ones_like(ids), modality_order=modality_order, **options, **media
         )
     seconds = time.perf_counter() - started
     new = out[0, ids.shape[1] :].tolist()
@@ -343,15 +335,26 @@ def _check_inputs(
         )
 
 
-def _get_pad_id(tokenizer: Any) -> int:
+def _build_options(
+    tokenizer: Any, end_ids: Sequence[int], stop: _StopString | None, decoding: DecodingOptions
+) -> dict[str, Any]:
+    """Return the keyword arguments of transformers' `generate`."""
+    from transformers import StoppingCriteriaList
+
     pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
-
-
-def _get_sampling_options(temperature: float, top_p: float) -> dict[str, Any]:
-    if temperature > 0:
-        return {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    return {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        if decoding.temperature > 0
+        else {"do_sample": False}
+    )
+    return {
+        "decode_offset": decoding.decode_offset,
+        "max_new_tokens": decoding.max_new_tokens,
+        "eos_token_id": list(end_ids) if stop is None else end_ids[0],
+        "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
+        "stopping_criteria": StoppingCriteriaList([stop] if stop else []),
+        **sampling,
+    }
 
 
 class _StopString:

@@ -100,7 +100,11 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(
         name: (1, *all_modalities()[name].value_shape)
     }
     answer = g.generate(
-        model, processor.tokenizer, g.build_prompt("What is it?", "auto"), values, max_new_tokens=5
+        model,
+        processor.tokenizer,
+        g.build_prompt("What is it?", "auto"),
+        values,
+        decoding=g.DecodingOptions(max_new_tokens=5),
     )
     assert 1 <= answer.tokens <= 5 and STOP not in answer.text
     ids = g.encode_prompt(processor.tokenizer, "x")
@@ -140,7 +144,13 @@ def test_greedy_is_deterministic_and_sampling_follows_its_seed(
     values = g.read_files([("image", media["image"])])
 
     def said(**options: Any) -> str:
-        return g.generate(model, processor.tokenizer, "", values, max_new_tokens=20, **options).text
+        return g.generate(
+            model,
+            processor.tokenizer,
+            "",
+            values,
+            decoding=g.DecodingOptions(max_new_tokens=20, **options),
+        ).text
 
     assert said() == said(seed=5)
     hot = {"temperature": 5.0, "top_p": 1.0}
@@ -226,7 +236,11 @@ def test_answers_end_at_eos_and_at_the_stop_string(
     )
     rest = tokenizer(" Human: more", add_special_tokens=False)["input_ids"] if tail else []
     answer = g.generate(
-        Scripted(model.config, [*said, *end, *rest]), tokenizer, "x", {}, max_new_tokens=64
+        Scripted(model.config, [*said, *end, *rest]),
+        tokenizer,
+        "x",
+        {},
+        decoding=g.DecodingOptions(max_new_tokens=64),
     )
     assert (answer.text, answer.ended, answer.tokens) == ("a red cone", ended, len(said) + len(end))
 
@@ -275,7 +289,9 @@ def test_a_broken_json_beside_a_file_is_named(media: dict[str, Path], tmp_path: 
 def test_a_prompt_longer_than_the_context_is_refused(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     with pytest.raises(UsageError, match="positions"):
-        g.generate(model, processor.tokenizer, "x", {}, max_new_tokens=2000)
+        g.generate(
+            model, processor.tokenizer, "x", {}, decoding=g.DecodingOptions(max_new_tokens=2000)
+        )
 
 
 def test_a_webp_and_a_stream_of_bytes_read_alike(tmp_path: Path) -> None:

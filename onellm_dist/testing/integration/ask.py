@@ -15,7 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onellm_dist.serving.generate import build_prompt, choose_dtype, generate, read_files
+from onellm_dist.serving.generate import (
+    DecodingOptions,
+    build_prompt,
+    choose_dtype,
+    generate,
+    read_files,
+)
 
 
 def ask_questions(
@@ -34,9 +40,8 @@ def ask_questions(
     for question in questions:
         values = read_files([(name, Path(file)) for name, file in question["inputs"]])
         text = build_prompt(question["prompt"], "auto")
-        yield asdict(
-            generate(model, processor.tokenizer, text, values, max_new_tokens=max_new_tokens)
-        )
+        decoding = DecodingOptions(max_new_tokens=max_new_tokens)
+        yield asdict(generate(model, processor.tokenizer, text, values, decoding=decoding))
 
 
 if __name__ == "__main__":
