@@ -1,4 +1,4 @@
-"""Repair mends what verify finds, never loses a good sample, and invents nothing."""
+"""Repair corrects what verify finds, keeps every good sample, and invents nothing."""
 
 from __future__ import annotations
 
