@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def cell(text: object) -> str:
     return " ".join(str(text).replace("|", "\\|").split())
 
 
-def table(header: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows]) + "\n"
@@ -63,7 +63,7 @@ def _command_pages(command: Any, path: list[str]) -> Iterator[str]:
 
 
 def _help_text(command: Any) -> Iterator[str]:
-    text = inspect.cleandoc(command.help or "")
+    text = inspect.cleandoc(f"{command.help or ''}\n\n{command.epilog or ''}")
     examples = EXAMPLE.search(text)
     prose = text[: examples.start()] if examples else text
     yield prose.replace("[", "\\[") + "\n"
@@ -90,9 +90,11 @@ def _clean(help_text: str | None) -> str:
 def _default(option: Any) -> str:
     if option.required:
         return "required"
-    if option.is_flag:
+    if isinstance(option.show_default, str):
+        return option.show_default.replace("[", "\\[").replace("<", "&lt;")
+    if option.is_flag or option.default in (None, (), "") or callable(option.default):
         return ""
-    return "" if option.default in (None, ()) or callable(option.default) else f"`{option.default}`"
+    return f"`{option.default}`"
 
 
 def recipe_keys() -> str:
