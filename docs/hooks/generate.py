@@ -79,8 +79,8 @@ def _options(command: Any) -> Iterator[str]:
         rows = [(f"`{p.metavar or p.name.upper()}`", _clean(p.help)) for p in arguments]
         yield table(("argument", "meaning"), rows)
     if options:
-        rows = [(f"`{', '.join(p.opts)}`", _clean(p.help), _default(p)) for p in options]
-        yield table(("option", "meaning", "default"), rows)
+        cells = [(f"`{', '.join(p.opts)}`", _clean(p.help), _default(p)) for p in options]
+        yield table(("option", "meaning", "default"), cells)
 
 
 def _clean(help_text: str | None) -> str:
