@@ -147,20 +147,27 @@ def sources() -> str:
 
 def metrics() -> str:
     """Every metric of a step, from the list that the run itself uses."""
-    from onellm_dist.train.records import metrics as records
+    from onellm_dist.train.records.metrics import METRICS
 
-    if isinstance(records.METRICS, str):
-        return ""
-    rows = [
-        (f"`{m.name}`", m.type, m.unit, m.meaning, "yes" if m.charted else "")
-        for m in records.METRICS
-    ]
+    rows = [(f"`{m.name}`", m.type, m.unit, m.meaning, "yes" if m.charted else "") for m in METRICS]
     return table(("field", "type", "unit", "meaning", "charted"), rows)
+
+
+def events() -> str:
+    """Every event, from the list that a test compares with the code."""
+    from onellm_dist.train.records.event_fields import EVENT_FIELDS
+
+    rows = [
+        (f"`{name}`", event.when, " ".join(f"`{field}`" for field in event.fields))
+        for name, event in EVENT_FIELDS.items()
+    ]
+    return table(("event", "when", "fields"), rows)
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "recipe-keys": recipe_keys,
+    "events": events,
     "metrics": metrics,
     "modalities": modalities,
     "sources": sources,

@@ -101,7 +101,11 @@ def read_records(directory: Path, *, now: float | None = None) -> RunRecords:
         for name in (run_files.METRICS, run_files.EVENTS)
         if (path := directory / name).is_file()
     ]
-    skipped = sorted((directory / run_files.SAMPLES).glob("skipped-rank*.jsonl"))
+    skipped = sorted(
+        path
+        for path in (directory / run_files.SAMPLES).glob(run_files.SKIPPED_PATTERN)
+        if path.name != run_files.SKIPPED_INHERITED
+    )
     return RunRecords(
         directory=directory,
         config=_read_config(directory / run_files.CONFIG),

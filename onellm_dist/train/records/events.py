@@ -33,7 +33,7 @@ class Events:
         """Record an event.
 
         Args:
-            event: its name, one of `EVENT_FIELDS`.
+            event: its name, one of `event_fields.EVENT_FIELDS`.
             message: text for the terminal; it is not stored.
             warning: whether the message is a warning.
             fields: what the event says, as JSON values; numbers that are not finite become null.

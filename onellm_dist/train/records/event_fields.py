@@ -1,0 +1,93 @@
+"""Every event of `events.jsonl`, with when it is written and its fields, for the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EventDescription:
+    """What one event says."""
+
+    when: str
+    """When it is written."""
+    fields: tuple[str, ...] = ()
+    """Its fields, beside `time` and `event`."""
+
+
+_ANOMALY = ("step", "reason", "anomaly", "offending_samples", "offending_samples_total")
+
+EVENT_FIELDS: Mapping[str, EventDescription] = {
+    "start": EventDescription(
+        "The run is built, and its first step is about to begin.",
+        (
+            "world_size",
+            "device",
+            "first_step",
+            "resumed",
+            "lost_steps",
+            "lost_seconds",
+            "mfu",
+            "trainable",
+            "threads",
+            "onellm_dist",
+            "nodes",
+            "grace_period_seconds",
+            "slurm_job_id",
+            "slurm_restart_count",
+            "slurm_nodes",
+            "slurm_node_list",
+        ),
+    ),
+    "startup_timing": EventDescription(
+        "The first step is done; one event for each part of the start-up: `imports`, "
+        "`process_group`, `model`, `engine`, `checkpoint`, `data`, `first_step`.",
+        ("name", "seconds"),
+    ),
+    "data_phase": EventDescription("A data phase begins.", ("step", "counts", "global_batch")),
+    "plan_changed": EventDescription(
+        "The resumed checkpoint has no data phases and was written with other data.",
+        ("step", "checkpoint"),
+    ),
+    "skipped_samples": EventDescription(
+        "Samples of a step could not be read.", ("step", "count", "total")
+    ),
+    "step_skipped": EventDescription(
+        "A step was skipped on all ranks.", (*_ANOMALY, "micro_batches")
+    ),
+    "rollback": EventDescription(
+        "The run returned to a checkpoint, without the offending samples.",
+        (*_ANOMALY, "first_step", "lost_steps", "lost_seconds", "excluded", "number"),
+    ),
+    "stability_stop": EventDescription("`stability.policy=stop` ended the run.", _ANOMALY),
+    "checkpoint": EventDescription(
+        "A checkpoint is complete.", ("steps_done", "folder", "bytes", "seconds", "stall_seconds")
+    ),
+    "checkpoint_damaged": EventDescription(
+        "A damaged checkpoint was found, and an earlier one is used.",
+        ("folder", "problems", "resumed"),
+    ),
+    "grace_period_short": EventDescription(
+        "A checkpoint took longer than the job's grace period.",
+        ("steps_done", "seconds", "grace_period_seconds"),
+    ),
+    "validation": EventDescription("The validation set was run.", ("steps_done", "loss")),
+    "best_model": EventDescription(
+        "The validation loss is the lowest so far, and the weights are in `best/`.",
+        ("steps_done", "loss", "folder"),
+    ),
+    "expert_underused": EventDescription(
+        "No modality gave an expert a sizeable weight for a long time.",
+        ("step", "expert", "load"),
+    ),
+    "profile": EventDescription("A trace was written.", ("first", "last", "files")),
+    "tracker_dropped": EventDescription(
+        "A tracker failed and is no longer used.", ("tracker", "call", "problem")
+    ),
+    "export": EventDescription("The trained model was written.", ("folder",)),
+    "end": EventDescription(
+        "The start ended. After a failure it also has the other fields of `exit.json`.",
+        ("status", "steps_done", "reason"),
+    ),
+}
