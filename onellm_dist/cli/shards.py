@@ -37,7 +37,7 @@ def shards_build(
     source: Annotated[
         str,
         typer.Argument(
-                help="A source (toyworld, folder, webvid, ...), or the path of a recipe (YAML)."
+            help="A source (toyworld, folder, webvid, ...), or the path of a recipe (YAML)."
         ),
     ],
     paths: Annotated[

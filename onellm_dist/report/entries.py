@@ -46,7 +46,7 @@ TEXTS = frozenset(
         "device",
         "slurm_node_list",
         "sample_id",
-        "suspected_host",
+        "responsible_host",
     )
 )
 LARGEST_NUMBER = 1e15

@@ -144,7 +144,7 @@ def _build_start(records: RunRecords, events: StartEvents, attempt: Entry) -> St
         steps_done=last.get("steps_done") if last else attempt.get("steps_done"),
         failed_step=last.get("failed_step"),
         offending_samples=[str(sample) for sample in samples],
-        suspected_host=str(last.get("suspected_host") or ""),
+        responsible_host=str(last.get("responsible_host") or ""),
         startup_seconds=dict(events.startup_seconds),
         trained_at=first.get("at"),
         checkpoints=[e for e in events.events if e.get("event") == "checkpoint"],

@@ -60,7 +60,7 @@ class Start:
     """Index of the step in progress when it failed."""
     offending_samples: list[str] = field(default_factory=list)
     """Ids of the samples in progress when it failed."""
-    suspected_host: str = ""
+    responsible_host: str = ""
     """The node that the watchdog holds responsible for a hang."""
     startup_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by part, see `STARTUP_PARTS`."""

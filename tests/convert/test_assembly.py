@@ -138,7 +138,7 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert all(0.005 < ((expert - first) / first).std() < 0.02 for expert in added), (
         "copies of the first, shaken by a hundredth"
     )
-    assert not torch.equal(*added), "with the same gates, equal ones would stay equal"
+    assert not torch.equal(*added), "with the same router weights, equal ones would stay equal"
     assert torch.equal(
         new["upm.experts.3.blocks.0.attention_norm.weight"],
         old["upm.experts.0.blocks.0.attention_norm.weight"],
@@ -146,9 +146,9 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert torch.equal(
         new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"]
     )
-    gates = after.get_projector("depth").router(after.get_projector("depth").queries())
+    router_weights = after.get_projector("depth").router(after.get_projector("depth").queries())
     if router == "soft":
-        assert (gates[:, 2:] > 0.05).all(), "a new modality may use the new experts"
+        assert (router_weights[:, 2:] > 0.05).all(), "a new modality may use the new experts"
         assert (
             after.get_projector("image").router(after.get_projector("image").queries())[:, 2:]
             < 1e-8

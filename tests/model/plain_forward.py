@@ -136,10 +136,10 @@ def modality_tokens(
     x = clip_features(name, value, w, encoder_heads)
     x = layer_norm(x @ w[f"{p}.0.weight"].T + w[f"{p}.0.bias"], w, f"{p}.1")
     x = torch.cat([w[f"llma.resample_tokens.{name}"][0], x])
-    gates = torch.sigmoid(router_logits(name, w))
-    gates = gates / gates.sum(1, keepdim=True)
+    router_weights = torch.sigmoid(router_logits(name, w))
+    router_weights = router_weights / router_weights.sum(1, keepdim=True)
     out = torch.zeros(30, x.shape[1])
-    for k in range(gates.shape[1]):
+    for k in range(router_weights.shape[1]):
         y = x
         for i in range(
             1
@@ -152,7 +152,7 @@ def modality_tokens(
             mixed = attend(*(z @ w[f"{b}.attention.w{c}.weight"].T for c in "qkv"), upm_heads)
             y = y + mixed @ w[f"{b}.attention.wo.weight"].T
             y = y + swiglu(rms_norm(y, w[f"{b}.ffn_norm.weight"]), w, f"{b}.feed_forward")
-        out = out + gates[:, k : k + 1] * y[:30]
+        out = out + router_weights[:, k : k + 1] * y[:30]
     p = f"llma.clip_proj2.{name}"
     return layer_norm(out @ w[f"{p}.0.weight"].T + w[f"{p}.0.bias"], w, f"{p}.1")
 

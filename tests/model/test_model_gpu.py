@@ -59,13 +59,13 @@ def test_encoder_upm_and_llm_run_variable_length_kernels(
     needs_kernels()
     lengths = (47, 60, 400)
     x = torch.randn(sum(lengths), 32, device="cuda", dtype=torch.bfloat16)
-    gates = torch.rand(90, 3, device="cuda")
+    router_weights = torch.rand(90, 3, device="cuda")
     embeds = torch.randn(1, sum(lengths), 48, device="cuda", dtype=torch.bfloat16)
     seq_lengths = SequenceLengths.from_lengths(lengths, device=x.device)
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="cuda")
     with torch.no_grad():
         assert len(kernels_of(lambda: model.encoder(x, seq_lengths))) >= 2
-        assert len(kernels_of(lambda: model.upm(x, gates, lengths, 30))) >= 3 * 2
+        assert len(kernels_of(lambda: model.upm(x, router_weights, lengths, 30))) >= 3 * 2
         assert (
             len(
                 kernels_of(

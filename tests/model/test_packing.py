@@ -254,7 +254,7 @@ def test_moving_a_pack_counts_its_targets_on_the_host() -> None:
 @pytest.mark.parametrize(
     "pack",
     [make_pack([("image",), ("imu",), ()], [5, 6, 3]), empty_pack()],
-    ids=["samples", "dummy"],
+    ids=["samples", "empty"],
 )
 def test_activation_checkpointing_recomputes_every_block_and_changes_nothing(
     pack: PackedBatch,

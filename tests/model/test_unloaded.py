@@ -94,7 +94,7 @@ def with_another_shape(state: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (without_a_key, "missing_keys: encoder.positions.weight"),
         (with_another, "unexpected_keys: encoder.extra.weight"),
@@ -102,10 +102,10 @@ def with_another_shape(state: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(
-    saved: Path, spoil: Callable[[dict[str, torch.Tensor]], None], message: str
+    saved: Path, damage: Callable[[dict[str, torch.Tensor]], None], message: str
 ) -> None:
     state = load_file(saved / "model.safetensors")
-    spoil(state)
+    damage(state)
     save_file(state, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(OneLLMError, match=message):
         open_model(path=saved, preset=None, seed=0)

@@ -15,16 +15,16 @@ def test_the_last_block_loses_nothing() -> None:
     upm = small_model().upm
     lengths = (41, 60, 41)
     x = torch.randn(sum(lengths), 32)
-    gates = torch.rand(3 * 30, 3)
+    router_weights = torch.rand(3 * 30, 3)
     with torch.no_grad():
-        ours = upm(x, gates, lengths, 30)
+        ours = upm(x, router_weights, lengths, 30)
         whole = []
         for expert in upm.experts:
             y = x
             for block in expert.blocks:
                 y = block(y, SequenceLengths.from_lengths(lengths, device=x.device))
             whole.append(torch.cat([part[:30] for part in y.split(lengths)]))
-        reference = sum(gates[:, k : k + 1] * y for k, y in enumerate(whole))
+        reference = sum(router_weights[:, k : k + 1] * y for k, y in enumerate(whole))
     assert relative(ours, reference) < 1e-6
 
 
@@ -34,9 +34,9 @@ def gates_of(router: str) -> torch.Tensor:
 
 
 def test_soft_gates_sum_to_one_and_differ_between_tokens() -> None:
-    gates = gates_of("soft")
-    assert torch.allclose(gates.sum(1), torch.ones(30))
-    assert gates.std(0).min() > 0
+    router_weights = gates_of("soft")
+    assert torch.allclose(router_weights.sum(1), torch.ones(30))
+    assert router_weights.std(0).min() > 0
 
 
 def test_constant_gates_are_equal_and_have_no_parameters() -> None:

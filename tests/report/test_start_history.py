@@ -124,7 +124,7 @@ def test_a_rollback_whose_lines_are_gone_is_counted_by_its_event(tmp_path: Path)
         "failed",
         "hang: no progress for 900 s in step 60",
         failed_step=60,
-        suspected_host="gpu02",
+        responsible_host="gpu02",
     )
     facts = load_facts(run.directory, now=run.set_file_times())
     (start,) = facts.starts

@@ -45,9 +45,9 @@ def decoded(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch
     values = {}
     for name in dataset.modalities:
         modality = get_modality(name)
-        slots = {slot: Part(e, parts[e]) for slot, e in modality.match(set(parts)).items()}
+        media = {role: Part(e, parts[e]) for role, e in modality.match(set(parts)).items()}
         values[name] = modality.transform(
-            modality.decode(slots, meta), train=False, rng=np.random.default_rng(0)
+            modality.decode(media, meta), train=False, rng=np.random.default_rng(0)
         )
         assert values[name].shape == modality.value_shape
     return values

@@ -165,7 +165,7 @@ def narration(second: float, text: str) -> dict[str, Any]:
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "videos"])
 def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
     inputs = recordings(tmp_path / "in")
-    told = {
+    narrations_of_video = {
         "aaaa": {
             "narration_pass_1": {
                 "narrations": [
@@ -185,7 +185,9 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
         "bbbb": {"narration_pass_1": {"narrations": [narration(11.9, "#C C stops")]}},
     }
     text = json.dumps(
-        {"videos": told, "version": "1"} if wrapped else told, ensure_ascii=False, indent=1
+        {"videos": narrations_of_video, "version": "1"} if wrapped else narrations_of_video,
+        ensure_ascii=False,
+        indent=1,
     )
     (inputs / "narration.json").write_text(text, encoding="utf-8")
     report, dataset = built("ego4d-imu", inputs, tmp_path / "out", max_failures=0.5)
@@ -218,10 +220,13 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
 @pytest.mark.slow
 def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
     inputs = recordings(tmp_path / "in")
-    told = [narration(0.5 * i, f"#C C step {i}") for i in range(1, 17)]
+    narrations_of_video = [narration(0.5 * i, f"#C C step {i}") for i in range(1, 17)]
     (inputs / "narration.json").write_text(
         as_json(
-            {uid: {"narration_pass_1": {"narrations": told}} for uid in ("aaaa", "bbbb", "cccc")}
+            {
+                uid: {"narration_pass_1": {"narrations": narrations_of_video}}
+                for uid in ("aaaa", "bbbb", "cccc")
+            }
         )
     )
     for name, workers in (("one", 1), ("two", 2)):

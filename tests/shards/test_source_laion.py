@@ -80,8 +80,8 @@ def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
     assert found["0000002"]["json"] == {**expected, "key": "0000002", "status": "success"}
     assert dataset.modalities == ("image",)
     assert "CC-BY" in dataset.manifest.licence
-    told = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert (told["raw_samples"], told["left_out"]) == (
+    statistics = json.loads((tmp_path / "out/statistics.json").read_text())
+    assert (statistics["raw_samples"], statistics["left_out"]) == (
         7,
         {"failed_to_download": 1, "failed_to_resize": 1},
     )
@@ -298,8 +298,8 @@ def test_the_thresholds_of_laion_coco(tmp_path: Path) -> None:
     coco(tmp_path / "in")
     _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "a", max_punsafe=0.1)
     assert list(samples(dataset)) == ["0000000", "0000002"]
-    told = json.loads((tmp_path / "a/statistics.json").read_text())
-    assert told["left_out"] == {"punsafe: above 0.1": 1, "punsafe: not known": 1}
+    statistics = json.loads((tmp_path / "a/statistics.json").read_text())
+    assert statistics["left_out"] == {"punsafe: above 0.1": 1, "punsafe: not known": 1}
     _, dataset = built(
         "laion-coco", tmp_path / "in", tmp_path / "b", max_punsafe=0.1, max_pwatermark=0.8
     )

@@ -206,8 +206,8 @@ def test_visual_genome(tmp_path: Path) -> None:
         "thing 2",
     )
     # 40 phrases, ten of them, evenly spread.
-    told = [t["value"] for t in found["2"]["json"]["conversations"][1::2]]
-    assert told == ["thing 0", *(f"thing {i * 4 + 1}" for i in range(1, 10))]
+    answers = [t["value"] for t in found["2"]["json"]["conversations"][1::2]]
+    assert answers == ["thing 0", *(f"thing {i * 4 + 1}" for i in range(1, 10))]
     assert (found["1"]["jpg"], found["2"]["jpg"]) == (photo(seed=1), photo(seed=2))
     assert list(reasons(report).values()) == [
         "unreadable row: image_data.json has no picture 3",

@@ -135,7 +135,7 @@ def test_members_of_a_split_archive_come_out_as_they_went_in(
 
 
 def test_zip64_as_in_archives_beyond_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The standard library is told that anything beyond 100 bytes and 3 members is large, so that it writes every zip64 field."""
+    """With low limits the standard library takes all for large, and writes every zip64 field."""
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
     contents = {f"{i}": bytes([i]) * (200 + i) for i in range(9)}

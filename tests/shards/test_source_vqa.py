@@ -256,7 +256,7 @@ def test_ocrvqa(tmp_path: Path) -> None:
 
 
 def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
-    """`join=true`: a picture once, with all its questions; a bad row spoils no other."""
+    """`join=true`: a picture once, with all its questions; a bad row affects no other."""
     files = vqa()
     rows = files["v2_mscoco_train2014_annotations.json"]["annotations"]
     rows.append({**rows[0], "question_id": 77})  # about picture 9, without a question

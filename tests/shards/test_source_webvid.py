@@ -164,8 +164,8 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
         }
         assert found["0000002"]["mp4"] == film(seed=1)
         assert found["0000002"]["json"]["url"] == url(1)
-        told = json.loads((tmp_path / table / "statistics.json").read_text())
-        assert told["left_out"] == {"failed_to_download": 1}
+        statistics = json.loads((tmp_path / table / "statistics.json").read_text())
+        assert statistics["left_out"] == {"failed_to_download": 1}
         (tmp_path / "in/00000.parquet").unlink(missing_ok=True)
     (tmp_path / "in/00000_stats.json").unlink()
     with pytest.raises(UsageError, match="1 of 1 tars are unfinished"):

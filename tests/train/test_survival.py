@@ -312,7 +312,7 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert (
         found["status"] == "failed"
         and found["failure"] == "hang"
-        and found["suspected_rank"] == 1
+        and found["responsible_rank"] == 1
         and found["failed_step"] == 4
     )
     assert "rank 1 waits for nobody" in found["reason"]

@@ -116,7 +116,7 @@ def check_preflight(facts: RunFacts) -> Iterator[Finding]:
 
 def check_hangs(facts: RunFacts) -> Iterator[Finding]:
     """Hosts that the watchdog holds responsible for hangs."""
-    hosts = Counter(s.suspected_host for s in facts.starts if s.suspected_host)
+    hosts = Counter(s.responsible_host for s in facts.starts if s.responsible_host)
     for host, count in hosts.items():
         yield Finding(
             "bad",

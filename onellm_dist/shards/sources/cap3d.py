@@ -134,7 +134,7 @@ def make_cloud_parts(suffix: str, media: Media, name: str) -> dict[str, Media]:
 
 
 _CloudRow = tuple[str, str, str | None, Mapping[str, Any], str | None]
-"""Place, uid, caption, metadata, problem."""
+"""Location, uid, caption, metadata, problem."""
 
 
 def _read_captions(inputs: Path, description: SplitDescription) -> Iterator[_CloudRow]:

@@ -89,23 +89,23 @@ def plan(
         return DatasetDescription(
             ("imu",), _split_windows(inputs, listed), (f"windows of {listed}",)
         )
-    told = _find_list(inputs, narrations, _USUAL_NARRATIONS)
-    if told is None:
+    narration_file = _find_list(inputs, narrations, _USUAL_NARRATIONS)
+    if narration_file is None:
         raise UsageError(
             f"{inputs} has neither {_USUAL_WINDOWS[0]} nor {_USUAL_NARRATIONS[0]}.",
             "they say which parts of the recordings are samples.",
             "name one: -o windows=FILE or -o narrations=FILE.",
         )
-    key = "videos" if has_key(resolve_below(inputs, told), "videos") else None
+    key = "videos" if has_key(resolve_below(inputs, narration_file), "videos") else None
     splits = split_rows(
         inputs,
-        told,
+        narration_file,
         _SPLIT_ROWS,
         key=key,
         count=lambda row: {"train": sum(1 for _ in _list_narrations(row.value, passes)) or 1},
     )
     return DatasetDescription(
-        ("imu",), splits, (f"windows of {_SECONDS:g} s around the narrations of {told}",)
+        ("imu",), splits, (f"windows of {_SECONDS:g} s around the narrations of {narration_file}",)
     )
 
 

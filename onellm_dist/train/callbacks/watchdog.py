@@ -139,7 +139,7 @@ class HangWatchdog(Callback):
             (self._folder / ALARM).touch()
             self._write_own(idle)
             reports = self._wait_for_reports()
-            suspected, why = find_suspected_ranks(reports, self._world_size)
+            suspected, why = find_responsible_ranks(reports, self._world_size)
             self._record(idle, suspected, why, reports)
         except Exception as error:  # whatever it is: the rank must end
             log.error("rank %d hangs, and its report is not complete: %r", self._rank, error)
@@ -205,13 +205,13 @@ class HangWatchdog(Callback):
             failure="hang",
             failed_step=about.get("step"),
             offending_samples=about.get("samples", []),
-            suspected_rank=suspected[0] if suspected else None,
-            suspected_ranks=suspected,
-            suspected_host=first.get("host"),
+            responsible_rank=suspected[0] if suspected else None,
+            responsible_ranks=suspected,
+            responsible_host=first.get("host"),
         )
 
 
-def find_suspected_ranks(
+def find_responsible_ranks(
     reports: Mapping[int, Mapping[str, Any]], world_size: int
 ) -> tuple[list[int], str]:
     """Which ranks the others waited for, and why they are suspected.

@@ -75,8 +75,8 @@ def test_rendering_is_a_pure_function(modality: str) -> None:
 @pytest.mark.parametrize("modality", world.MODALITIES)
 def test_parts_are_the_modality_and_the_text(modality: str) -> None:
     sample = render_sample(modality, "test_held_out", 0)
-    slots = get_modality(modality).match(set(sample.parts))
-    assert set(sample.parts) == {*slots.values(), "txt", "json"}
+    media = get_modality(modality).match(set(sample.parts))
+    assert set(sample.parts) == {*media.values(), "txt", "json"}
     assert (
         sample.parts["txt"].decode()
         == sample.caption

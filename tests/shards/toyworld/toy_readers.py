@@ -22,11 +22,11 @@ def value_of(
     """The model's input (evaluation transform) and the attributes."""
     sample = render_sample(modality, split, index, seed)
     kind = get_modality(modality)
-    slots = {
-        slot: Part(extension, sample.parts[extension])
-        for slot, extension in kind.match(set(sample.parts)).items()
+    media = {
+        role: Part(extension, sample.parts[extension])
+        for role, extension in kind.match(set(sample.parts)).items()
     }
-    raw = kind.decode(slots, {})
+    raw = kind.decode(media, {})
     value = kind.transform(raw, train=False, rng=np.random.default_rng(0))
     assert tuple(value.shape) == kind.value_shape
     assert np.isfinite(value.numpy()).all()

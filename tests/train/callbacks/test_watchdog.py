@@ -22,7 +22,7 @@ from onellm_dist.config.schema import StabilitySection
 from onellm_dist.train.callbacks.callback_list import CallbackList
 from onellm_dist.train.callbacks.watchdog import (
     HangWatchdog,
-    find_suspected_ranks,
+    find_responsible_ranks,
     is_in_collective,
 )
 from onellm_dist.train.heartbeat import Heartbeat
@@ -51,7 +51,7 @@ def make_report(rank: int, beats: int, *, waits: bool) -> dict[str, Any]:
 def test_which_ranks_are_suspected(
     reports: dict[int, dict[str, Any]], world_size: int, suspected: list[int]
 ) -> None:
-    assert find_suspected_ranks(reports, world_size)[0] == suspected
+    assert find_responsible_ranks(reports, world_size)[0] == suspected
 
 
 def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
@@ -159,7 +159,7 @@ def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_
     report = (tmp_path / HANGS / "rank-00000.txt").read_text()
     assert "step: 5" in report and "test_watchdog.py" in report, "the stack of this very line"
     found = json.loads((tmp_path / "exit.json").read_text())
-    assert (found["status"], found["failure"], found["failed_step"], found["suspected_rank"]) == (
+    assert (found["status"], found["failure"], found["failed_step"], found["responsible_rank"]) == (
         "failed",
         "hang",
         5,
