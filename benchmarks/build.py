@@ -1,10 +1,12 @@
-"""How fast shards are written: our writer beside plain `tar` of the same files and webdataset's ShardWriter, in one run.
+"""How fast shards are written, beside plain `tar` of the same files and webdataset's ShardWriter.
 
     python benchmarks/build.py [--samples 4000] [--folder DIR] [--rounds 3]
 
-The writers take turns; the best round of each counts. `MB/s` is by the wall clock, `MB/CPU-s` by the processor's (that of `tar`
-with its children). `builder` is the whole `onellm shards build folder`: listing, reading, plan, hashes, records, Energon's files,
-without and with the decode check; it reads its files, as `tar` does, and syncs what it wrote, as neither peer does.
+The writers take turns in one run, and the best round of each counts. `MB/s` is by the wall clock,
+`MB/CPU-s` by processor time (of `tar` with its children). `builder` is the whole
+`onellm shards build folder`: listing, reading, plan, hashes, records, Energon's files, without and
+with the decode check. It reads its files, as `tar` does, and forces what it wrote to the disk, as
+neither peer does.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from onellm_dist.shards.format.tar_writer import ShardWriter
 
 
 def make_files(folder: Path, samples: int) -> int:
-    """JPEGs of 256 x 256 as img2dataset leaves them, each with a caption; returns the bytes of all."""
+    """Make 256 x 256 JPEGs as img2dataset stores them, with captions; return the bytes of all."""
     draw, total = random.Random(0), 0
     pictures = []
     for seed in range(64):
@@ -48,35 +50,35 @@ def make_files(folder: Path, samples: int) -> int:
     return total
 
 
-def read(folder: Path, i: int) -> dict[str, bytes]:
-    """One sample's parts."""
+def read_sample(folder: Path, i: int) -> dict[str, bytes]:
+    """Read the parts of one sample."""
     return {e: (folder / f"{i:06d}.{e}").read_bytes() for e in ("jpg", "txt")}
 
 
-def ours(folder: Path, out: Path, samples: int) -> None:
-    """Our writer alone: tar, index, SHA-256 and CRC-32, synced."""
+def write_ours(folder: Path, out: Path, samples: int) -> None:
+    """Write with our writer alone: tar, index, SHA-256 and CRC-32, forced to the disk."""
     writer = ShardWriter(out / "train-000000.tar", path="shards/train-000000.tar", split="train")
     for i in range(samples):
-        writer.add(f"{i:06d}", read(folder, i))
+        writer.add(f"{i:06d}", read_sample(folder, i))
     writer.close()
 
 
-def peer(folder: Path, out: Path, samples: int) -> None:
-    """Webdataset's ShardWriter: a tar."""
+def write_peer(folder: Path, out: Path, samples: int) -> None:
+    """Write with webdataset's ShardWriter: a tar."""
     with webdataset.ShardWriter(
         str(out / "%06d.tar"), maxcount=10**9, maxsize=10**12, verbose=0
     ) as writer:
         for i in range(samples):
-            writer.write({"__key__": f"{i:06d}", **read(folder, i)})
+            writer.write({"__key__": f"{i:06d}", **read_sample(folder, i)})
 
 
-def tar(folder: Path, out: Path, samples: int) -> None:
-    """The `tar` program."""
+def write_tar(folder: Path, out: Path, samples: int) -> None:
+    """Write with the `tar` program."""
     subprocess.run(["tar", "-cf", str(out / "x.tar"), "-C", str(folder), "."], check=True)
 
 
-def builder(check: bool) -> Callable[[Path, Path, int], None]:
-    """The whole builder."""
+def make_builder(check: bool) -> Callable[[Path, Path, int], None]:
+    """Return a function that runs the whole builder."""
 
     def build(folder: Path, out: Path, samples: int) -> None:
         build_dataset("folder", folder, out / "set", options={"check": check, "name": "bench"})
@@ -84,8 +86,8 @@ def builder(check: bool) -> Callable[[Path, Path, int], None]:
     return build
 
 
-def cpu_seconds() -> float:
-    """Of this process and the ended children."""
+def get_cpu_seconds() -> float:
+    """Return the processor time of this process and of its ended children."""
     return sum(
         u.ru_utime + u.ru_stime
         for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -93,7 +95,7 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Runs the writers in turn and prints a table."""
+    """Run the writers in turn and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -110,22 +112,22 @@ def main() -> None:
         files = Path(work, "files")
         files.mkdir()
         total = make_files(files, arguments.samples)
-        kinds = {
-            "tar": tar,
-            "ShardWriter": peer,
-            "ours": ours,
-            "builder": builder(False),
-            "builder, decode check": builder(True),
+        writers = {
+            "tar": write_tar,
+            "ShardWriter": write_peer,
+            "ours": write_ours,
+            "builder": make_builder(False),
+            "builder, decode check": make_builder(True),
         }
         best: dict[str, tuple[float, float]] = {}
         for _ in range(arguments.rounds):
-            for name, write in kinds.items():
+            for name, write in writers.items():
                 out = Path(work, "out")
                 out.mkdir()
                 os.sync()
-                wall, cpu = time.perf_counter(), cpu_seconds()
+                wall, cpu = time.perf_counter(), get_cpu_seconds()
                 write(files, out, arguments.samples)
-                wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+                wall, cpu = time.perf_counter() - wall, get_cpu_seconds() - cpu
                 before = best.get(name, (wall, cpu))
                 best[name] = (min(before[0], wall), min(before[1], cpu))
                 shutil.rmtree(out)
@@ -135,9 +137,8 @@ def main() -> None:
     )
     for name, (wall, cpu) in best.items():
         ratios = best["tar"][0] / wall, best["ShardWriter"][1] / cpu
-        print(
-            f"| {name} | {total / wall / 1e6:.0f} | {ratios[0]:.2f} | {total / cpu / 1e6:.0f} | {ratios[1]:.2f} |"
-        )
+        speed = f"{total / wall / 1e6:.0f} | {ratios[0]:.2f}"
+        print(f"| {name} | {speed} | {total / cpu / 1e6:.0f} | {ratios[1]:.2f} |")
 
 
 if __name__ == "__main__":

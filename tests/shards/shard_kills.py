@@ -15,7 +15,7 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 class KilledAt:
-    """Ends the process by SIGKILL at the n-th file operation (open, rename, mkdir, remove) below a folder."""
+    """Kills the process at the n-th file operation (open, rename, mkdir, remove) below a folder."""
 
     def __init__(self, folder: Path, at: int, counter: Any) -> None:
         self.folder, self.at, self.counter = str(folder), at, counter
@@ -33,8 +33,12 @@ class KilledAt:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killable(out: Path, at: int, build: Callable[[], object]) -> tuple[Any, Any]:
-    """(process, its count of file operations) of a build of `out` that ends at operation `at` (0: at its own end); not started."""
+def make_killable(out: Path, at: int, build: Callable[[], object]) -> tuple[Any, Any]:
+    """Make a process that builds `out` and is killed at operation `at` (0: never).
+
+    Returns:
+        The process, not started, and its count of file operations.
+    """
     counter = CONTEXT.Value("i", 0)
     return CONTEXT.Process(target=_run, args=(out, at, counter, build)), counter
 

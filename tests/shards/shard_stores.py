@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def local_s3(name: str) -> Iterator[str]:
-    """The URL of an empty bucket of a local S3 (moto's server), which this process and its children reach."""
+    """Yield the URL of an empty bucket of a local S3 (moto's server)."""
     boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

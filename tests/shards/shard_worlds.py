@@ -53,7 +53,7 @@ def write_tree(root: Path, files: Mapping[str, bytes | str]) -> Path:
     return root
 
 
-def text_dataset(root: Path, samples: Mapping[str, Mapping[str, bytes]], **options: int) -> Dataset:
+def text_dataset(root: Path, samples: Mapping[str, Mapping[str, bytes]], **options: Any) -> Dataset:
     """A dataset without modalities."""
     with DatasetWriter(root, name="texts", modalities=(), **options) as writer:
         for key, parts in samples.items():

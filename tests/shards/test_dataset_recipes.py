@@ -1,4 +1,4 @@
-"""The dataset recipes in shards/: each names a source that there is, with options that it has; every source has a recipe."""
+"""The dataset recipes in shards/: each names an existing source, and every source has one."""
 
 from __future__ import annotations
 

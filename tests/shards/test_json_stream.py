@@ -87,7 +87,7 @@ def test_what_is_read_is_what_json_says(
 
 
 def test_rows_are_counted_by_split(tmp_path: Path) -> None:
-    rows = [{"s": "abc"[i % 3], "n": i % 4} for i in range(50)]
+    rows: list[dict[str, Any]] = [{"s": "abc"[i % 3], "n": i % 4} for i in range(50)]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     groups = list(split_rows(tmp_path, "x.json", 10, count=lambda r: {r.value["s"]: r.value["n"]}))
     for split in "abc":

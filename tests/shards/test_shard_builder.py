@@ -63,7 +63,7 @@ def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
 
 
 def pictures(folder: Path) -> Path:
-    """Four different photos (low frequencies, so that copies look alike), a byte copy, a smaller copy."""
+    """Write four photos (of low frequencies, so that copies look alike), a copy, a smaller copy."""
     files: dict[str, bytes | str] = {}
     for i in range(4):
         grid = np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)
@@ -151,7 +151,11 @@ def test_pictures_are_made_smaller_where_asked(tmp_path: Path) -> None:
 
 
 def test_a_picture_with_a_depth_map_keeps_its_size(tmp_path: Path) -> None:
-    files = {"a.jpg": picture(0), "a.depth.npy": array((24, 32)), "a.txt": "x"}
+    files: dict[str, bytes | str] = {
+        "a.jpg": picture(0),
+        "a.depth.npy": array((24, 32)),
+        "a.txt": "x",
+    }
     build_dataset(
         "folder", write_tree(tmp_path / "in", files), tmp_path / "out", options={"resize": 8}
     )

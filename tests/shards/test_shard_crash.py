@@ -1,4 +1,4 @@
-"""A builder with worker processes, killed -9 as the kernel or an operator kills: the next call goes on and ends in the same bytes."""
+"""A builder with workers is killed (SIGKILL): the next call resumes and ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wait_for_units(done: Callable[[], int], count: int, builder: subprocess.Pope
 
 
 def kill(builder: subprocess.Popen[bytes], worker: bool) -> str:
-    """Kills the builder, or one of its workers; all of them are gone afterwards. Returns what the builder printed."""
+    """Kill the builder or one of its workers, and return its output; no process is left."""
     workers = psutil.Process(builder.pid).children(recursive=True)
     victim = next((w for w in workers if worker and "spawn_main" in " ".join(w.cmdline())), None)
     (victim or builder).kill()

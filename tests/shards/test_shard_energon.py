@@ -1,6 +1,7 @@
-"""Megatron-Energon itself (7.4.1): it reads ours, `energon prepare` writes what we write, and we read what it prepared.
+"""Megatron-Energon itself (7.4.1): each side reads what the other wrote, and both write the same.
 
-Energon is no dependency: these tests run where it is installed (`pip install megatron-energon==7.4.1`).
+Energon is not a dependency: these tests run where it is installed
+(`pip install megatron-energon==7.4.1`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from onellm_dist.shards.tools.index_existing import index_existing_shards
 
 energon = pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
 pytestmark = pytest.mark.slow
-PREPARE = "import sys; from megatron.energon.cli.main import main; sys.argv[0] = 'energon'; sys.exit(main())"
+PREPARE = (
+    "import sys; from megatron.energon.cli.main import main; "
+    "sys.argv[0] = 'energon'; sys.exit(main())"
+)
 
 
 @pytest.fixture(scope="module")

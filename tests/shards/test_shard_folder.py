@@ -1,4 +1,4 @@
-"""`onellm shards build folder`: side files, modalities, bad input, and what stands on disk afterwards."""
+"""`onellm shards build folder`: side files, modalities, bad input, and the files it leaves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render_sample
 
+TALK = '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}'
+
 
 def build(
-    tmp_path: Path, files: dict[str, bytes | str], **options: Any
+    tmp_path: Path, files: Mapping[str, bytes | str], **options: Any
 ) -> tuple[BuildReport, Dataset]:
     report = build_dataset(
         "folder", write_tree(tmp_path / "in", files), tmp_path / "out", **split_arguments(options)
@@ -39,15 +42,15 @@ def reasons(report: BuildReport) -> dict[str, str]:
 
 
 def test_media_with_side_captions(tmp_path: Path) -> None:
-    """Names with dots, upper-case extensions, byte order marks, white space, folders, hidden files."""
-    files = {
+    """Dotted names, upper-case extensions, byte order marks, white space, folders, hidden files."""
+    files: dict[str, bytes | str] = {
         "cats/10.v2.JPG": picture(0),
         "cats/10.v2.txt": b"\xef\xbb\xbf  gr\xc3\xbcn\n",
         "cats/2.png": picture(1, "PNG"),
         "cats/2.json": '{"caption": "two"}',
         "a.jpeg": picture(2),
         "a.txt": "an a",
-        "a.json": '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}',
+        "a.json": TALK,
         ".hidden/x.jpg": b"",
         ".DS_Store": b"",
         "notes.md": b"",
@@ -55,7 +58,7 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
     report, dataset = build(tmp_path, files)
     assert (report.samples, report.quarantined, report.notes) == (3, (), ("ignored: 1 x .md",))
     assert contents(dataset) == {
-        "a": {"jpeg": files["a.jpeg"], "txt": b"an a", "json": files["a.json"].encode()},
+        "a": {"jpeg": files["a.jpeg"], "txt": b"an a", "json": TALK.encode()},
         "cats/10_v2": {"jpg": files["cats/10.v2.JPG"], "txt": "grün".encode()},
         "cats/2": {"png": files["cats/2.png"], "json": b'{"caption": "two"}'},
     }
@@ -107,7 +110,7 @@ def test_the_modality_is_told_by_the_extensions(
 
 
 def test_samples_of_two_modalities(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "a.jpg": picture(0),
         "a.wav": sound(0),
         "a.txt": "x",
@@ -150,14 +153,14 @@ def test_text_alone(tmp_path: Path) -> None:
     ],
 )
 def test_a_modality_that_cannot_be_told_is_asked_for(
-    tmp_path: Path, files: dict[str, bytes | str], message: str
+    tmp_path: Path, files: Mapping[str, bytes | str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         build(tmp_path, files)
     assert os.listdir(tmp_path) == ["in"]
 
 
-BAD = {
+BAD: dict[str, bytes | str] = {
     "corrupt.jpg": picture(0)[:200],
     "corrupt.txt": "x",
     "no_image.jpg": b"<html>404</html>",
@@ -200,8 +203,8 @@ REASONS = {
 
 
 def test_every_bad_sample_is_left_out_with_its_reason(tmp_path: Path) -> None:
-    """Nothing takes the place of a bad sample: exactly the good ones are there."""
-    good = {
+    """Nothing replaces a bad sample: exactly the good ones are stored."""
+    good: dict[str, bytes | str] = {
         f"good{i}{e}": d
         for i in range(3)
         for e, d in ((".jpg", picture(20 + i)), (".txt", f"good {i}"))
@@ -225,12 +228,15 @@ def test_every_bad_sample_is_left_out_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_too_many_failures_build_nothing(tmp_path: Path) -> None:
-    files = {f"{i:02d}{e}": d for i in range(20) for e, d in ((".jpg", picture(i)), (".txt", "x"))}
+    files: dict[str, bytes | str] = {
+        f"{i:02d}{e}": d for i in range(20) for e, d in ((".jpg", picture(i)), (".txt", "x"))
+    }
     for i in (3, 7, 11):
         files[f"{i:02d}.jpg"] = b"broken"
     with pytest.raises(
         TooManyFailuresError,
-        match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20(.|\n)*03\.jpg: unreadable image",
+        match=r"3 of the first 12 samples are bad; max_failures=0.1 allows 2 of all 20"
+        r"(.|\n)*03\.jpg: unreadable image",
     ) as caught:
         build(tmp_path, files)
     assert caught.value.exit_code == 1
@@ -253,14 +259,19 @@ def test_without_the_check_media_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_media_that_decodes_but_does_not_fit_the_model_is_bad(tmp_path: Path) -> None:
-    """The check goes through the transform too: a voxel vector of the wrong length decodes as an array."""
-    files = {"a.fmri.npy": array((15724,)), "a.txt": "x", "b.fmri.npy": array((100,)), "b.txt": "y"}
+    """The check transforms, too: a voxel vector of the wrong length decodes as an array."""
+    files: dict[str, bytes | str] = {
+        "a.fmri.npy": array((15724,)),
+        "a.txt": "x",
+        "b.fmri.npy": array((100,)),
+        "b.txt": "y",
+    }
     report, dataset = build(tmp_path, files, max_failures=0.5)
     assert list(contents(dataset)) == ["a"]
     assert reasons(report)["b"].startswith("unreadable fmri: ")
 
 
-FINE = {"a.jpg": picture(0), "a.txt": "x"}
+FINE: dict[str, bytes | str] = {"a.jpg": picture(0), "a.txt": "x"}
 
 
 def test_output_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
@@ -344,7 +355,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
 
 
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:
-    files = {f"{i:02d}.txt": f"text {i}" for i in range(20)}
+    files: dict[str, bytes | str] = {f"{i:02d}.txt": f"text {i}" for i in range(20)}
     options: dict[str, Any] = {
         "modality": "text",
         "max_samples": "8",
@@ -464,7 +475,7 @@ def test_the_command_and_a_recipe_build_the_same(
 
 @pytest.mark.parametrize("name", list(all_modalities()))
 def test_real_media_of_every_modality_come_through_unchanged(tmp_path: Path, name: str) -> None:
-    """A toy sample as loose files: decoded and transformed by its modality as a check, stored byte by byte."""
+    """A toy sample as loose files: decoded and transformed as a check, stored byte by byte."""
     sample = render_sample(name, "train", 0, 0)
     report, dataset = build(
         tmp_path,

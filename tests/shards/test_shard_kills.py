@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_kills import killable
+from shard_kills import make_killable
 from shard_rows import ROWS, build, known_rows, rows_input
 from shard_worlds import all_bytes, picture, write_tree
 
@@ -29,8 +29,8 @@ def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
-    """Build in a process of its own, killed at an operation (0: not killed); (exit code, operations)."""
-    process, counter = killable(out, at, partial(build, inputs, out))
+    """Build in a process that is killed at an operation (0: never); (exit code, operations)."""
+    process, counter = make_killable(out, at, partial(build, inputs, out))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -85,7 +85,7 @@ def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
 
 
 def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
-    """Three processes that make the same call (srun's ranks) share the work; some or all are killed."""
+    """Three processes that make the same call (srun's ranks) share the work; some are killed."""
     inputs = rows_input(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "alone", 0)
     expected = all_bytes(tmp_path / "alone")
@@ -93,7 +93,7 @@ def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
         draw, out = random.Random(seed), tmp_path / f"out{seed}"
         kills = [draw.randint(1, operations // 2) if rank <= seed % 3 else 0 for rank in range(3)]
         draw.shuffle(kills)
-        processes = [killable(out, at, partial(build, inputs, out))[0] for at in kills]
+        processes = [make_killable(out, at, partial(build, inputs, out))[0] for at in kills]
         for process in processes:
             process.start()
         for process in processes:

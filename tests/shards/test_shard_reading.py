@@ -49,7 +49,8 @@ def test_a_flipped_byte_is_an_error_that_names_its_place(tmp_path: Path) -> None
     with pytest.raises(
         SampleError,
         match=re.escape(
-            f"dataset texts, shard {shard.path}, key k2, part .bin at offset {place.offset}: its bytes fail"
+            f"dataset texts, shard {shard.path}, key k2, part .bin at offset {place.offset}: "
+            "its bytes fail"
         ),
     ):
         read_parts(dataset, shard, 2)
@@ -86,7 +87,8 @@ def test_text_bytes_prefers_the_caption_file(tmp_path: Path) -> None:
         "a": {"txt": "grün".encode(), "json": b'{"caption": "something longer"}'},
         "b": {"json": '{"caption": "grün!"}'.encode()},
         "c": {
-            "json": b'{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho ho"}]}'
+            "json": b'{"conversations": [{"from": "human", "value": "hi"}, '
+            b'{"from": "gpt", "value": "ho ho"}]}'
         },
         "d": {"json": b"[broken"},
         "e": {"bin": b"x"},
@@ -108,7 +110,7 @@ def test_text_bytes_prefers_the_caption_file(tmp_path: Path) -> None:
 
 
 def test_spans_cover_the_tar_without_gaps(tmp_path: Path) -> None:
-    """These are the numbers of Energon's `.tar.idx`: each sample's start, then the archive's end."""
+    """They are the numbers of Energon's `.tar.idx`: the starts of samples, then the end."""
     dataset = text_dataset(tmp_path / "set", SAMPLES)
     index = dataset.index(dataset.shards()[0])
     spans = [index.span(r) for r in range(index.samples)]
@@ -217,7 +219,7 @@ def fast_folder() -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_dataset_of_the_size_of_laion_400m_opens_at_once(fast_folder: Path) -> None:
-    """41,400 shards, 4e8 samples: under 5 s and 500 MB; the indexes are not touched until a sample is asked for."""
+    """41,400 shards, 4e8 samples: under 5 s and 500 MB, because no index is opened before use."""
     shards = tuple(
         ShardInfo(f"shards/train-{i:06d}.tar", "train", 9662, 10**9, f"{i:064x}")
         for i in range(41_400)
@@ -236,7 +238,8 @@ from onellm_dist.shards import open_dataset
 start = time.process_time()  # of this process: the machine may be busy
 samples = open_dataset(Path(sys.argv[1])).samples("train")
 seconds = time.process_time() - start
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(line for line in status if line.startswith("VmHWM"))
 print(samples, seconds, int(peak.split()[1]) / 1024)
 """
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Files that cannot be read while shards are built: whose fault it is decides whether a sample goes or the build stops."""
+"""Unreadable files: a fault of the file costs its sample, one of the disk stops the build."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(
 
 
 def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:
-    half = b'{"conversations": [{"from": "human", "value": "a\\ud83d"}, {"from": "gpt", "value": "b"}]}'
+    half = (
+        b'{"conversations": [{"from": "human", "value": "a\\ud83d"}, '
+        b'{"from": "gpt", "value": "b"}]}'
+    )
     files = {
         "a.jpg": picture(0),
         "a.json": half,
@@ -132,6 +135,7 @@ def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:
     )
     assert list(contents(open_dataset(tmp_path / "out"))) == ["b"]
     assert [q.reason for q in report.quarantined] == [
-        r"malformed conversations: turn 0 is not valid text: half a surrogate pair, '\ud83d', at character 1",
+        r"malformed conversations: turn 0 is not valid text: half a surrogate pair, '\ud83d', "
+        "at character 1",
         r"caption is not valid text: .json: half a surrogate pair, \udc00, at character 1",
     ]

@@ -78,7 +78,7 @@ def test_an_entry_point_that_loads_something_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(tmp_path, monkeypatch, plan="wordy_source:plan")
-    with pytest.raises(UsageError, match="entry point plan of group .* which is not a source"):
+    with pytest.raises(UsageError, match=r"entry point plan of group .* which is not a source"):
         all_sources()
 
 

@@ -65,7 +65,7 @@ def test_indexes_are_made_again(dataset: Dataset, damage: str) -> None:
 
 
 def test_a_damaged_sample_goes_and_the_others_stay(dataset: Dataset) -> None:
-    """Any flipped byte of a tar: at most the sample it lies in is lost, the old bytes stay beside."""
+    """A flipped byte of a tar costs at most its own sample, and the old bytes are kept."""
     tar, index = dataset.root / FIRST, dataset.index(dataset.shards()[0])
     spans = {index.key(r): index.span(r) for r in range(2)}
     start = all_bytes(dataset.root)

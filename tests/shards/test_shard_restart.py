@@ -1,4 +1,4 @@
-"""Unfinished builds: begun anew, left behind, or finished by others while a process works on them."""
+"""Unfinished builds: begun anew, left behind, or finished by others while a process still works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stores as input and output of `shards build`: memory:// and S3 (moto's server) give the bytes that the disk gives."""
+"""Stores as input and output of a build: memory:// and S3 (moto's server) give the same bytes."""
 
 from __future__ import annotations
 

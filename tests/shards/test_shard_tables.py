@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ MEDIA = {f"media/{i}.jpg": picture(i) for i in range(4)}
 
 
 def build(
-    tmp_path: Path, files: dict[str, bytes | str], inputs: str = "in", **options: Any
+    tmp_path: Path, files: Mapping[str, bytes | str], inputs: str = "in", **options: Any
 ) -> tuple[BuildReport, Dataset]:
     write_tree(tmp_path / "in", files)
     report = build_dataset(
@@ -47,12 +48,13 @@ def captions(dataset: Dataset) -> dict[str, str]:
         ("laion.csv", 'caption\turl\nplain\tmedia/0.jpg\na, "b" and c\tmedia/1.jpg\n'),
         (
             "metadata.jsonl",
-            '{"file_name": "media/0.jpg", "text": "plain"}\n\n{"file_name": "media/1.jpg", "text": "a, \\"b\\" and c"}\n',
+            '{"file_name": "media/0.jpg", "text": "plain"}\n\n'
+            '{"file_name": "media/1.jpg", "text": "a, \\"b\\" and c"}\n',
         ),
     ],
 )
 def test_a_table_at_the_top_is_found(tmp_path: Path, name: str, table: str) -> None:
-    """CSV by RFC 4180, semicolons, byte order mark, TSV, the reference's tab-separated .csv, Hugging Face's metadata.jsonl."""
+    """CSV by RFC 4180, semicolons, byte order mark, TSV, tab-separated .csv, metadata.jsonl."""
     report, dataset = build(tmp_path, {**MEDIA, name: table})
     assert not report.quarantined
     found = {k: " ".join(v.split()) for k, v in captions(dataset).items()}
@@ -67,7 +69,7 @@ def test_quotes_of_an_unquoted_tsv_swallow_no_rows(tmp_path: Path) -> None:
 
 
 def test_the_table_itself_or_an_option_names_it(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         **MEDIA,
         "a.csv": "path,title\nmedia/0.jpg,from a\n",
         "b.csv": "path,title\nmedia/1.jpg,from b\n",
@@ -91,7 +93,10 @@ def test_the_table_itself_or_an_option_names_it(tmp_path: Path) -> None:
 
 
 def test_media_that_are_csv_are_no_table(tmp_path: Path) -> None:
-    trace = "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"
+    trace = (
+        "component_idx,component_timestamp_ms,canonical_timestamp_ms,"
+        "gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"
+    )
     trace += "".join(f"0,{5 * i}.0,{5 * i}.0,0.1,0.2,0.3,1.0,2.0,3.{i % 10}\n" for i in range(420))
     report, dataset = build(tmp_path, {"walk.csv": trace, "walk.txt": "walking"}, modality="imu")
     assert not report.quarantined
@@ -127,7 +132,7 @@ def test_several_rows_of_one_file_keep_the_tables_order(tmp_path: Path) -> None:
 
 
 def test_columns_named_after_parts(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "rgb/0.png": picture(0, "PNG"),
         "maps/0.png": picture(1, "PNG"),
         "t.csv": "image,depth_image,caption\nrgb/0.png,maps/0.png,x\n",
@@ -139,7 +144,7 @@ def test_columns_named_after_parts(tmp_path: Path) -> None:
 
 
 def test_a_generic_column_fills_what_the_others_leave(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "rgb/0.jpg": picture(0),
         "maps/0.png": picture(1, "PNG"),
         "t.csv": "path,depth,caption\nrgb/0.jpg,maps/0.png,x\n",
@@ -150,7 +155,7 @@ def test_a_generic_column_fills_what_the_others_leave(tmp_path: Path) -> None:
 
 
 def test_parts_without_a_column_are_looked_for_beside_the_file(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "m/0.jpg": picture(0),
         "m/0.normal.png": picture(1, "PNG"),
         "t.csv": "file,caption\nm/0.jpg,x\n",
@@ -160,7 +165,7 @@ def test_parts_without_a_column_are_looked_for_beside_the_file(tmp_path: Path) -
 
 
 def test_joint_samples_of_equal_file_types_do_not_clash(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "a/0.npy": array((6, 400)),
         "b/0.npy": array((15724,)),
         "t.jsonl": '{"imu": "a/0.npy", "fmri": "b/0.npy", "text": "x"}',
@@ -273,7 +278,7 @@ def test_bad_json_lines(tmp_path: Path) -> None:
     ],
 )
 def test_tables_that_cannot_be_used(
-    tmp_path: Path, files: dict[str, bytes | str], options: dict[str, Any], message: str
+    tmp_path: Path, files: Mapping[str, bytes | str], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(OneLLMError, match=message):
         build(tmp_path, files, **options)

@@ -127,7 +127,8 @@ def test_a_cut_inside_a_part_names_key_part_and_offset(tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[: 3 * 512 + 100])
     with pytest.raises(
         TarError,
-        match=rf"x\.tar, key b, at offset 1536: truncated: part \.jpg has 100 of its {len(picture(1))} bytes",
+        match=r"x\.tar, key b, at offset 1536: "
+        rf"truncated: part \.jpg has 100 of its {len(picture(1))} bytes",
     ):
         index_tar(tar)
 

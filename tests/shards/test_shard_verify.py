@@ -63,7 +63,7 @@ def test_a_flipped_byte_of_a_part_names_key_and_offset(
 
 
 def test_every_flipped_byte_of_a_tar_is_found(dataset: Dataset) -> None:
-    """Content, headers, padding, end marker: 120 places of a 10 KiB tar, the same ones every time."""
+    """Content, headers, padding, end marker: 120 places of a 10 KiB tar, always the same."""
     tar = dataset.root / FIRST
     whole = tar.read_bytes()
     index = dataset.index(dataset.shards()[0])

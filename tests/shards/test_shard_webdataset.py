@@ -8,9 +8,9 @@ from typing import Any
 
 import fsspec
 import pytest
-import torch
 from PIL import Image
 from shard_worlds import contents, picture
+from torch.utils.data import DataLoader
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import as_webdataset, open_dataset
@@ -58,7 +58,7 @@ def test_a_missing_split_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("shuffle", [0, 8])
 def test_two_workers_read_each_sample_once_an_epoch(folder: Path, shuffle: int) -> None:
     dataset = open_dataset(folder)
-    loader = torch.utils.data.DataLoader(
+    loader: DataLoader[dict[str, Any]] = DataLoader(
         as_webdataset(dataset, shuffle=shuffle, seed=3),
         batch_size=None,
         num_workers=2,
@@ -74,7 +74,7 @@ def test_two_workers_read_each_sample_once_an_epoch(folder: Path, shuffle: int) 
 
 
 def test_more_workers_than_shards_read_each_sample_once(folder: Path) -> None:
-    loader = torch.utils.data.DataLoader(
+    loader: DataLoader[dict[str, Any]] = DataLoader(
         as_webdataset(folder, split="val"), batch_size=None, num_workers=4
     )
     assert sorted(s["__key__"] for s in loader) == [f"v{number}" for number in range(5)]
