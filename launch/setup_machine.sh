@@ -40,6 +40,7 @@ if [ -n "${ONELLM_TORCH:-}" ]; then
     pip_install $ONELLM_TORCH
     grep -vE '^(torch|torchvision|triton|nvidia-|cuda-)' constraints.txt >"$constraints"
 fi
+rm -rf onellm_dist.egg-info # an earlier version's metadata would be found first
 say "installing packages (about 6 GB with torch for CUDA; a minute or two)"
 pip_install --constraint "$constraints" --editable ".[$extras]"
 "$venv/bin/python" -m pip check

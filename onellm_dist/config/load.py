@@ -20,7 +20,7 @@ from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.schema import RunConfig
 
 
-def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """Load a recipe and apply `key=value` overrides.
 
     Args:
@@ -61,7 +61,7 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ) from None
 
 
-def find_recipe(recipe: Path) -> Path:
+def find_recipe(recipe: Path | str) -> Path:
     """Return a recipe's file: as given, or by name in `launch/recipes/` (checkout or wheel).
 
     Raises:
@@ -69,6 +69,7 @@ def find_recipe(recipe: Path) -> Path:
     """
     from onellm_dist.common.resources import recipes_dir
 
+    recipe = Path(recipe)
     if recipe.is_file():
         return recipe
     known = recipes_dir()
