@@ -32,6 +32,23 @@ class _BuildCommand(TyperCommand):
         return super().parse_args(ctx, expand_source_flags(args, own))
 
 
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace a dataset at OUT, or an unfinished build of another."
+    ),
+]
+RestartOption = Annotated[
+    bool,
+    typer.Option(
+        "--restart", help="First throw away an unfinished build of OUT (one process alone)."
+    ),
+]
+
+
 @app.command("build", cls=_BuildCommand)
 def shards_build(
     source: Annotated[
@@ -54,22 +71,10 @@ def shards_build(
             help="key=value of the source; --key value also works. SOURCE --help lists them.",
         ),
     ] = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Processes; the bytes written do not depend on it.")
-    ] = 1,
+    workers: WorkersOption = 1,
     seed: Annotated[int, typer.Option(help="Seed of sources that draw or shuffle.")] = 0,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace a dataset at OUT, or an unfinished build of another."
-        ),
-    ] = False,
-    restart: Annotated[
-        bool,
-        typer.Option(
-            "--restart", help="First throw away an unfinished build of OUT (one process alone)."
-        ),
-    ] = False,
+    overwrite: OverwriteOption = False,
+    restart: RestartOption = False,
     task: Annotated[
         str, typer.Option(help="INDEX/COUNT: this process's share of the shards (Slurm arrays).")
     ] = "0/1",

@@ -66,8 +66,7 @@ def measure_all_reduce(
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", get_gpu_index(local_rank)) if cuda else torch.device("cpu")
     size = len(ranks)
-    # NCCL's watchdog would abort the process over a stuck collective, which here is a result
-    # (torch 2.15).
+    # NCCL's watchdog (torch 2.15) would abort over a stuck collective, which here is a result.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     dist.init_process_group(
         "nccl" if cuda else "gloo",

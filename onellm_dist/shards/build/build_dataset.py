@@ -46,13 +46,11 @@ def build_dataset(
         workers: processes; the bytes that are written do not depend on it.
         seed: for sources that draw or shuffle.
         overwrite: replace datasets at `output`, and an unfinished build of something else.
-        restart: begin an unfinished build anew, also of the same request. Only for one process
-            alone.
-        task: this process's share of the shards; needed if several processes write to a remote
-            store.
+        restart: begin an unfinished build anew, also of the same request (one process alone).
+        task: this process's share of the shards, for several processes and a remote store.
 
     Returns:
-        What was built and what was left out (`format_summary` makes lines of it).
+        What was built and left out; `format_summary` makes lines of it.
 
     Raises:
         UsageError: a source or option is unknown, an option has another type, the input is missing,
@@ -67,31 +65,44 @@ def build_dataset(
         )
     own, settings = complete_options(chosen, options or {}, name=make_dataset_name(target))
     try:
-        if settings is not None:
-            assert found is not None
-            request = BuildRequest(chosen, found, target, seed, own, settings)
-            return build_planned(
-                request,
-                workers=workers,
-                overwrite=overwrite,
-                restart=restart,
-                task=task or ArrayTask(),
-            )
-        if not isinstance(target, Path):
-            raise UsageError(
-                f"source {source!r} writes to local folders only.",
-                f"{output} is remote.",
-                "build locally and copy the folder.",
-            )
-        assert chosen.build is not None
-        with open_staging_folder(target, overwrite=overwrite) as folder:
-            report = chosen.build(found, folder, workers=workers, seed=seed, **own)
+        if settings is None:
+            return _build_by_source(chosen, found, target, own, workers, seed, overwrite=overwrite)
+        assert found is not None
+        return build_planned(
+            BuildRequest(chosen, found, target, seed, own, settings),
+            workers=workers,
+            overwrite=overwrite,
+            restart=restart,
+            task=task or ArrayTask(),
+        )
     except OSError as error:
         raise OneLLMError(
             f"{error.filename or output}: {error.strerror or error}.",
             f"the build was given up; nothing is kept at {output}.",
             "remove the cause and build again (finished shards are kept).",
         ) from error
+
+
+def _build_by_source(
+    source: Source,
+    inputs: StoragePath | None,
+    target: StoragePath,
+    options: Mapping[str, Any],
+    workers: int,
+    seed: int,
+    *,
+    overwrite: bool,
+) -> BuildReport:
+    """Let a source that makes its data itself write it."""
+    if not isinstance(target, Path):
+        raise UsageError(
+            f"source {source.name!r} writes to local folders only.",
+            f"{target} is remote.",
+            "build locally and copy the folder.",
+        )
+    assert source.build is not None
+    with open_staging_folder(target, overwrite=overwrite) as folder:
+        report = source.build(inputs, folder, workers=workers, seed=seed, **options)
     return report if report is not None else BuildReport(0)
 
 

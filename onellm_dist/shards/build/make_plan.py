@@ -52,14 +52,7 @@ def make_plan(
     """
     assert source.plan is not None
     found: DatasetDescription = source.plan(inputs, seed=seed, **options)
-    if settings.dedup == "perceptual" and not get_picture_extensions(found.modalities):
-        raise UsageError(
-            f"dedup=perceptual, and samples of {', '.join(found.modalities) or 'text'} have no "
-            "picture of their own.",
-            "near copies are found by the one picture that a sample is; without it all samples "
-            "would look alike.",
-            "use dedup=exact.",
-        )
+    _check_dedup(settings, found)
     listed = list(_take_enough(found.input_splits, settings.limit))
     counted = _count_unknown(source, inputs, listed, options, workers)
     splits = [s for s in _cut_at_limit(counted, settings.limit) if s.count]
@@ -88,6 +81,17 @@ def make_plan(
         settings.denylist_sha256(),
     )
     return plan, b"".join(lines)
+
+
+def _check_dedup(settings: BuildSettings, found: DatasetDescription) -> None:
+    if settings.dedup == "perceptual" and not get_picture_extensions(found.modalities):
+        raise UsageError(
+            f"dedup=perceptual, and samples of {', '.join(found.modalities) or 'text'} have no "
+            "picture of their own.",
+            "near copies are found by the one picture that a sample is; without it all samples "
+            "would look alike.",
+            "use dedup=exact.",
+        )
 
 
 def _take_enough(splits: Iterable[InputSplit], limit: int | None) -> Iterator[InputSplit]:

@@ -191,8 +191,8 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     """Parse a sample's `.json`.
 
     Raises:
-        BadSampleError: it is not a JSON object, or `parse_turns` refuses its `conversations`. (An empty
-            list means that there are none.)
+        BadSampleError: it is not a JSON object, or `parse_turns` refuses its `conversations`; an
+            empty list means that there are none.
     """
     try:
         meta = json.loads(data)

@@ -136,7 +136,8 @@ class _HistogramAxes:
         """Yield the labels of the horizontal axis, and the names of both axes."""
         for value in values:
             x = f"{self.across(value):.1f}"
-            yield f'<text x="{x}" y="{self.FLOOR + 14}" text-anchor="middle">{format_short(value)}</text>'
+            label = format_short(value)
+            yield f'<text x="{x}" y="{self.FLOOR + 14}" text-anchor="middle">{label}</text>'
         middle = (self.LEFT + self.WIDTH - self.RIGHT) / 2
         place = f'x="{middle}" y="{self.HEIGHT - 4}"'
         yield f'<text {place} text-anchor="middle">{escape(unit)}</text>'

@@ -64,21 +64,7 @@ class _MapFolders:
     maps: Path
 
 
-def make_map_source(kind: str) -> Source:
-    """Make the source of one kind of map.
-
-    Args:
-        kind: `depth` or `normal`.
-    """
-
-    def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
-        return _plan(kind, inputs, **options)
-
-    def raw_samples(
-        inputs: Path, description: SplitDescription, **options: Any
-    ) -> Iterator[RawSample]:
-        return _raw_samples(kind, inputs, description, **options)
-
+def _make_options(kind: str) -> dict[str, Option]:
     options = {
         "images": Option(
             None, "the folder of the pictures; default: IN/cc3m if it exists, else IN", Path
@@ -116,6 +102,25 @@ def make_map_source(kind: str) -> Source:
             "of normals from depth: the relief's height in shares of the picture's shorter side",
             float,
         )
+    return options
+
+
+def make_map_source(kind: str) -> Source:
+    """Make the source of one kind of map.
+
+    Args:
+        kind: `depth` or `normal`.
+    """
+
+    def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
+        return _plan(kind, inputs, **options)
+
+    def raw_samples(
+        inputs: Path, description: SplitDescription, **options: Any
+    ) -> Iterator[RawSample]:
+        return _raw_samples(kind, inputs, description, **options)
+
+    options = _make_options(kind)
     return Source(
         f"cc3m-{kind}",
         f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here "
