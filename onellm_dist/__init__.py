@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from onellm_dist.model.processing import OneLLMProcessor
     from onellm_dist.shards import as_webdataset, build_dataset, open_dataset
     from onellm_dist.train.callbacks.base import Callback
-    from onellm_dist.train.trainer import Outcome, Trainer
+    from onellm_dist.train.records.metrics import Metric
+    from onellm_dist.train.state import Outcome
+    from onellm_dist.train.trainer import Trainer
 
     __version__: str
 
@@ -27,10 +29,11 @@ _HOMES = {
     "Callback": "onellm_dist.train.callbacks.base",
     "Corpus": "onellm_dist.data.corpus",
     "Loader": "onellm_dist.data.loader",
+    "Metric": "onellm_dist.train.records.metrics",
     "OneLLMConfig": "onellm_dist.model.configuration",
     "OneLLMForConditionalGeneration": "onellm_dist.model.onellm",
     "OneLLMProcessor": "onellm_dist.model.processing",
-    "Outcome": "onellm_dist.train.trainer",
+    "Outcome": "onellm_dist.train.state",
     "Plan": "onellm_dist.data.plan",
     "RunConfig": "onellm_dist.config.schema",
     "Trainer": "onellm_dist.train.trainer",
@@ -45,6 +48,7 @@ __all__ = [
     "Callback",
     "Corpus",
     "Loader",
+    "Metric",
     "OneLLMConfig",
     "OneLLMForConditionalGeneration",
     "OneLLMProcessor",

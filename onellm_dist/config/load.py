@@ -32,7 +32,7 @@ def load_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
         UsageError: the file is missing or is not a YAML mapping, or a key or value is wrong (all
             problems are listed).
     """
-    path = find_recipe(recipe)
+    path = find_recipe(Path(recipe))
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -94,7 +94,7 @@ def process_group(ranks: Ranks, stability: StabilitySection | None = None) -> It
 
 
 def join(ranks: Ranks, stability: StabilitySection | None = None) -> Distributed:
-    """Select this process's device, join the other ranks, and share the cores among the ranks of the node.
+    """Select this process's device and join the other ranks; the ranks of a node share its cores.
 
     Args:
         ranks: this process's place in the run.

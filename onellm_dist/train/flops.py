@@ -1,13 +1,14 @@
-"""Model FLOPs of a step, for MFU. There are several conventions; this one leaves out attention scores
-and recomputation:
+"""Model FLOPs of a step, for MFU (model FLOPs utilization).
+
+There are several conventions. This one leaves out attention scores and recomputation:
 
     LLM      4 N per position where frozen (forward 2 N, gradient of the activations 2 N), 6 N where
              it trains
     head     4 or 6 x width x vocabulary, per supervised token only
     encoder  2 N per token of the visual pack, 4 N per token of the tokenizer pack (the gradient
              passes through)   [trainable: 6 N; tune: 2 N]
-    UPM      6 N per token, all experts   [tune: 2 N]; the last block computes keys and values of all
-             tokens, and the rest for the queries alone
+    UPM      6 N per token, all experts   [tune: 2 N]; the last block computes keys and values of
+             all tokens, and the rest for the queries alone
 
 N counts the weights of the part's linear layers, without embedding and head. Projections and
 tokenizers (a few per cent) are left out. MFU = FLOPs / seconds / (ranks x peak of the device in

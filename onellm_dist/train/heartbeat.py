@@ -1,4 +1,7 @@
-"""The heartbeat: what this rank is doing right now. The trainer beats; watchdog and `exit.json` read."""
+"""The heartbeat: what this rank is doing right now.
+
+The trainer beats; the hang watchdog and `exit.json` read.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rollback: samples that a step went wrong over are excluded, and training returns to a checkpoint.
 
-It happens within the process. Rank 0 records the excluded samples before anything is undone, so that
-they keep their places with zero weight whatever happens later.
+It happens within the process. Rank 0 records the excluded samples before anything is undone, so
+that they keep their places with zero weight whatever happens later.
 """
 
 from __future__ import annotations

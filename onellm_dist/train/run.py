@@ -153,7 +153,7 @@ def _count_gpus() -> int:
 
 
 def drop_launcher_arguments(arguments: Sequence[str]) -> list[str]:
-    """Remove `--local_rank=N`, which the `deepspeed` launcher adds (its environment says the same)."""
+    """Remove `--local_rank=N`, which the `deepspeed` launcher adds (the environment has it too)."""
     return [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
 
 

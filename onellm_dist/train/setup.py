@@ -1,5 +1,6 @@
-"""Builders of the parts of a run. Each takes its own section of the recipe; `Trainer.from_config`
-calls them in order.
+"""Builders of the parts of a run.
+
+Each takes its own section of the recipe; `assemble.py` calls them in order.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import Any
 
 from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
+from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
-from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation_plan
@@ -25,7 +25,6 @@ from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
 from onellm_dist.train.callbacks.trackers import check_trackers
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
-from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import load_state
@@ -34,7 +33,6 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.engine.select import get_engine
 from onellm_dist.train.engine.settings import EngineSettings, make_settings
-from onellm_dist.train.heartbeat import Heartbeat
 from onellm_dist.train.optim.optimizers import check_optim
 from onellm_dist.train.optim.stages import (
     build_parameter_groups,
@@ -42,17 +40,10 @@ from onellm_dist.train.optim.stages import (
     freeze_for_stage,
     map_parts,
 )
-from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
-from onellm_dist.train.records.run_directory import prepare_directory
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.session import Session
 from onellm_dist.train.stability.monitor import StabilityMonitor
-from onellm_dist.train.start_event import (
-    write_damaged_checkpoints,
-    write_data_phase,
-    write_failed_end,
-)
 
 
 @dataclass(frozen=True)
@@ -192,68 +183,6 @@ def follow_checkpoint(plan: Plan, folder: Path | None) -> bool:
     manifest = read_manifest(folder) or {}
     history = [DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())]
     return plan.follow(history, get_steps_done(manifest))
-
-
-def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Events:
-    """Make the run directory that of this start, and open its events. All ranks call it together.
-
-    Args:
-        config: the recipe.
-        inputs: what this start has read.
-        session: its exit file and heartbeat learn about events and samples.
-    """
-    run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
-    if dist.is_rank_zero:
-        prepare_directory(config, inputs.target.folder)
-        apply_resume(config, inputs.target)
-        datasets = {d.name: _to_absolute(d.location) for d in plan.corpus.datasets}
-        write_data_phases(run_dir / SAMPLES, plan.data_phases, datasets)
-    dist.barrier()
-    events = Events(run_dir, enabled=dist.is_rank_zero)
-    session.exit_file.on_failure = partial(write_failed_end, run_dir)
-    describe_samples(
-        session.heartbeat,
-        plan=plan,
-        data=config.data,
-        steps=config.train.steps,
-        world_size=dist.world_size,
-    )
-    write_damaged_checkpoints(events, inputs.target)
-    if inputs.new_phase:
-        write_data_phase(events, plan.data_phases[-1], len(plan.data_phases))
-    return events
-
-
-def _to_absolute(location: str) -> str:
-    return location if "://" in location else str(Path(location).resolve())
-
-
-def describe_samples(
-    heartbeat: Heartbeat, *, plan: Plan, data: DataSection, steps: int, world_size: int
-) -> None:
-    """Tell the heartbeat how samples are named, and what the loader reads ahead.
-
-    Args:
-        heartbeat: of this rank.
-        plan: the plan of the run.
-        data: the `data` section.
-        steps: optimizer steps of the whole run.
-        world_size: number of ranks.
-    """
-    count = data.workers * data.prefetch
-
-    def read_ahead(micro: MicroBatch) -> list[MicroBatch]:
-        later: list[MicroBatch] = []
-        for step in range(micro.step, steps):
-            if len(later) >= count:
-                break
-            own = plan.step(step, world_size).ranks[micro.rank]
-            later += [m for m in own if (m.step, m.index) > (micro.step, micro.index)]
-        return later[:count]
-
-    heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
-    heartbeat.spans = plan.corpus.spans
-    heartbeat.read_ahead = read_ahead
 
 
 def shard_model(

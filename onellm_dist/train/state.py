@@ -1,8 +1,11 @@
-"""What changes while a run trains."""
+"""What changes while a run trains, and how it ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from onellm_dist.train.records.exit_file import EXIT_CODES
 
 
 @dataclass
@@ -32,3 +35,22 @@ class TrainState:
         self.steps_done = first_step
         self.lost_steps = lost_steps
         self.lost_seconds = lost_seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended that did not fail."""
+
+    status: str
+    """`done` or `preempted`."""
+    reason: str
+    """Why, for people."""
+    steps_done: int
+    """Optimizer steps done so far by the whole run."""
+    run_dir: Path
+    """The run directory."""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that ends with this outcome."""
+        return EXIT_CODES[self.status]

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.run_files import CHECKPOINTS, MODEL, SAMPLES
+from onellm_dist.common.run_files import MODEL
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.data.loader import Loader
-from onellm_dist.data.micro_batch import MicroBatch, StepPlan
+from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.data.plan import Plan
 from onellm_dist.launch.ranks import Ranks
-from onellm_dist.packed import PackedBatch
-from onellm_dist.train import setup, start_event
+from onellm_dist.train.assemble import assemble_trainer
 from onellm_dist.train.callbacks.base import Callback
-from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
 from onellm_dist.train.callbacks.callback_list import CallbackList
 from onellm_dist.train.callbacks.preemption import Preemption
-from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
-from onellm_dist.train.engine.base import Engine, GradNorms
+from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.export import export_model
-from onellm_dist.train.flops import FlopCounter, peak_flops
 from onellm_dist.train.heartbeat import Heartbeat
+from onellm_dist.train.micro_batches import MicroBatchStream
 from onellm_dist.train.optim.schedules import compute_learning_rate
 from onellm_dist.train.records.events import Events
-from onellm_dist.train.records.exit_file import EXIT_CODES
-from onellm_dist.train.records.metrics import MetricSet, StepMetrics
 from onellm_dist.train.records.run_directory import drop_repeated_lines
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.recovery import needs_first_checkpoint, roll_back
@@ -40,56 +32,12 @@ from onellm_dist.train.session import ProcessContext, Session
 from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor
 from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find_offending_samples
 from onellm_dist.train.stability.policy import RollbackError, apply_policy
-from onellm_dist.train.state import TrainState
+from onellm_dist.train.state import Outcome, TrainState
+from onellm_dist.train.step import Decision, LocalPass, StepMeter, compare_plans
 from onellm_dist.train.totals import StepTotals, StepValues
 
 COMPARE_EVERY = 50
 """Steps between two comparisons of the plan across ranks."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended that did not fail."""
-
-    status: str
-    """`done` or `preempted`."""
-    reason: str
-    steps_done: int
-    run_dir: Path
-
-    @property
-    def exit_code(self) -> int:
-        """The exit code of a process that ends with this outcome."""
-        return EXIT_CODES[self.status]
-
-
-@dataclass
-class LocalPass:
-    """What one rank did in a step before the ranks reduce it."""
-
-    totals: StepTotals
-    losses: list[MicroBatchLosses] = field(default_factory=list)
-    data_wait_seconds: float = 0.0
-    """Time spent waiting for the loader."""
-
-    @property
-    def skipped_samples(self) -> dict[str, str]:
-        """Sample id -> reason, of samples that could not be read."""
-        return {
-            part.batch.sample_ids[i]: reason
-            for part in self.losses
-            for i, reason in part.batch.skipped_samples.items()
-        }
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of a step; the same on every rank."""
-
-    loss: float
-    norms: GradNorms
-    anomaly: Anomaly | None
-    """Why the step must not be applied."""
 
 
 @dataclass(kw_only=True)
@@ -110,8 +58,7 @@ class Trainer:
         events: `events.jsonl`.
         callbacks: what looks at the run.
         preemption: whether the run was asked to stop.
-        metrics: the metrics of every step.
-        flops: the work of a step, by its plan.
+        meter: collects the metrics of each step.
     """
 
     config: RunConfig
@@ -127,16 +74,18 @@ class Trainer:
     events: Events
     callbacks: CallbackList
     preemption: Preemption
-    metrics: MetricSet
-    flops: FlopCounter
+    meter: StepMeter
 
     def __post_init__(self) -> None:
-        self._loader: Loader | None = None
-        self._micro_batches: Iterator[tuple[MicroBatch, PackedBatch]] | None = None
-        self._recorded: dict[str, Any] = {}
-        self._peak_flops = peak_flops(self.dist.device)
+        self._micro_batches = MicroBatchStream(
+            self.plan,
+            self.dist,
+            steps=self.config.train.steps,
+            left_out=self.sample_log.left_out,
+        )
         self._combinations = sorted(set(self.plan.corpus.spans))
-        self.metrics.add(metric for callback in self.callbacks for metric in callback.metrics)
+        for callback in self.callbacks:
+            self.meter.metrics.add(callback.metrics)
         self.callbacks.attach(self)
 
     @classmethod
@@ -163,94 +112,15 @@ class Trainer:
         """
         session = Session(config, ranks=ranks, process=process)
         try:
-            return cls._build(config, session, callbacks)
+            return assemble_trainer(cls, config, session=session, callbacks=callbacks)
         except BaseException as error:
             session.exit_file.write_failure(error)
             if session.end_process is None:
                 session.close()
             raise
 
-    @classmethod
-    def _build(cls, config: RunConfig, session: Session, callbacks: Sequence[Callback]) -> Trainer:
-        dist, run_dir = session.dist, config.run.dir
-        settings = setup.check_recipe(config, dist)
-        callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
-        session.lock()
-        with session.timing.measure("checkpoint"):
-            target = find_checkpoint(config, run_dir / CHECKPOINTS, dist)
-        preemption = session.listen()
-        inputs, weights = setup.open_inputs(config, target=target, session=session)
-        events = setup.open_records(config, inputs=inputs, session=session)
-        flops = FlopCounter(
-            inputs.model,
-            inputs.plan.corpus,
-            config.train.stage,
-            encoder_trains=config.train.encoder == "trainable",
-        )
-        engine, router = setup.shard_model(
-            config, inputs=inputs, weights=weights, settings=settings, session=session
-        )
-        del weights
-        first_step = setup.restore_checkpoint(
-            inputs=inputs, engine=engine, session=session, events=events
-        )
-        sample_log = SampleLog(run_dir / SAMPLES, rank=dist.rank)
-        monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
-        checkpoints = setup.build_checkpoints(
-            config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
-        )
-        built_in = build_callbacks(
-            config,
-            engine=engine,
-            model=inputs.model,
-            processor=inputs.processor,
-            router=router,
-            validation_plan=inputs.validation_plan,
-            dist=dist,
-            events=events,
-        )
-        trainer = cls(
-            config=config,
-            session=session,
-            plan=inputs.plan,
-            engine=engine,
-            model=inputs.model,
-            processor=inputs.processor,
-            state=TrainState(),
-            monitor=monitor,
-            sample_log=sample_log,
-            checkpoints=checkpoints,
-            events=events,
-            callbacks=CallbackList(
-                [session.watchdog, preemption, *built_in, session.timing, *callbacks]
-            ),
-            preemption=preemption,
-            metrics=MetricSet(),
-            flops=flops,
-        )
-        trainer._start(first_step, target)
-        return trainer
-
-    def _start(self, first_step: int, target: ResumeTarget) -> None:
-        """Begin at the first step of this start, and record it."""
-        self.session.hold(self.engine.close)
-        self.session.hold(self.callbacks.close)
-        self.session.hold(self.sample_log.close)
-        self._begin(first_step)
-        model_parameters = [p for p in self.model.parameters() if p.requires_grad]
-        start_event.write_start(
-            self.events,
-            state=self.state,
-            dist=self.dist,
-            target=target,
-            stage=self.config.train.stage,
-            steps=self.config.train.steps,
-            trainable=sum(map(self.engine.numel, model_parameters)),
-            mfu=self.flops.describe(self.dist.world_size, self._peak_flops),
-        )
-
-    def _begin(self, first_step: int) -> None:
-        """Continue at `first_step`; records of this step and later ones are dropped."""
+    def begin_at(self, first_step: int) -> None:
+        """Make `first_step` the next step; records of it and of later ones are dropped."""
         lost_steps, lost_seconds = 0, 0.0
         if self.dist.is_rank_zero:
             lost_steps, lost_seconds = drop_repeated_lines(self.config.run.dir, first_step)
@@ -265,8 +135,8 @@ class Trainer:
             first_step: index of the next step.
             stability: the monitor's state at that step.
         """
-        self._close_loader()
-        self._begin(first_step)
+        self._micro_batches.close()
+        self.begin_at(first_step)
         self.monitor.restore(stability)
 
     @property
@@ -298,7 +168,7 @@ class Trainer:
 
     def close(self) -> None:
         """Give back loader workers, files, signal handlers, watchdog, lock and process group."""
-        self._close_loader()
+        self._micro_batches.close()
         self.session.close()
 
     def record_metric(self, name: str, value: Any) -> None:
@@ -314,7 +184,7 @@ class Trainer:
         Raises:
             KeyError: no metric has this name.
         """
-        self._recorded[self.metrics[name].name] = value
+        self.meter.record(name, value)
 
     def _fit(self) -> Outcome:
         self._write_first_checkpoint()
@@ -327,7 +197,7 @@ class Trainer:
                 self.heartbeat.leave_step("checkpoint")
                 roll_back(self, error)
             finally:
-                self._close_loader()
+                self._micro_batches.close()
         self.heartbeat.leave_step("checkpoint")
         self.checkpoints.wait()
         if outcome.status == "done":
@@ -380,25 +250,26 @@ class Trainer:
         step = self.state.step
         self.heartbeat.beat("plan", step=step)
         plan = self.plan.step(step, self.dist.world_size)
-        self._compare_plans(plan)
+        if step == self.state.first_step or step % COMPARE_EVERY == 0:
+            compare_plans(plan, self.dist)
         self.callbacks.on_step_start(step)
-        started = time.perf_counter()
         local = self._forward_backward(plan)
         values = self._reduce(plan, local)
         decision = self._decide(plan, values)
         applied = self._apply(plan, decision, local)
-        self._report(plan, values, decision, local, applied=applied, started=started)
+        self._report(plan, values, decision, local, applied=applied)
         self.callbacks.on_step_end(step)
         return values, applied
 
     def _forward_backward(self, plan: StepPlan) -> LocalPass:
         """Run this rank's micro-batches of a step; gradients accumulate in the engine."""
         self.callbacks.before_forward_backward(plan.step)
-        local = LocalPass(StepTotals(self._combinations, self.dist, self.metrics.reduced))
+        reduced = self.meter.metrics.reduced
+        local = LocalPass(StepTotals(self._combinations, self.dist, reduced))
         for planned in plan.ranks[self.dist.rank]:
             self.heartbeat.beat("data", micro_batch=planned)
             asked = time.perf_counter()
-            batch = self._next_batch(planned)
+            batch = self._micro_batches.next(planned)
             local.data_wait_seconds += time.perf_counter() - asked
             self.heartbeat.beat("forward")
             batch = batch.to(self.dist.device)
@@ -413,26 +284,6 @@ class Trainer:
         self.callbacks.after_forward_backward(plan.step)
         return local
 
-    def _next_batch(self, planned: MicroBatch) -> PackedBatch:
-        """The next micro-batch of the loader, which must be the planned one."""
-        if self._micro_batches is None:
-            self._loader = Loader(
-                self.plan,
-                self.dist.world_size,
-                self.dist.rank,
-                planned.step,
-                self.config.train.steps,
-                skipped_samples=self.sample_log.left_out,
-            )
-            self._micro_batches = iter(self._loader)
-        micro, batch = next(self._micro_batches)
-        if (micro.step, micro.index) != (planned.step, planned.index):
-            raise RuntimeError(
-                f"the loader gave micro-batch {micro.index} of step {micro.step} for "
-                f"{planned.index} of step {planned.step}"
-            )
-        return batch
-
     def _reduce(self, plan: StepPlan, local: LocalPass) -> StepValues:
         """The one reduction over ranks; nothing is applied yet.
 
@@ -441,14 +292,15 @@ class Trainer:
         """
         self.heartbeat.beat("reduce")
         new_skipped_samples = self.sample_log.record_step(plan.step, local.skipped_samples)
-        reduced = {metric.name for metric in self.metrics.reduced}
-        own = {name: value for name, value in self._recorded.items() if name in reduced}
         local.totals.reduce(
             new_skipped_samples=new_skipped_samples,
             stop=self.preemption.is_requested(),
             checkpoint_failed=self.checkpoints.failed,
             checkpoint_due=self.checkpoints.is_overdue,
-            metrics={**own, **self.callbacks.metrics_to_reduce(plan.step)},
+            metrics={
+                **self.meter.get_reduced(),
+                **self.callbacks.metrics_to_reduce(plan.step),
+            },
         )
         return local.totals.read()
 
@@ -457,13 +309,13 @@ class Trainer:
         norms = self.engine.grad_norms()
         loss = values.loss / plan.global_valid_tokens
         anomaly = self.monitor.check(math.nan if values.not_finite else loss, norms.total)
-        return Decision(loss, norms, anomaly)
+        lr = compute_learning_rate(plan.step, self.config.optim, self.config.train.steps)
+        return Decision(loss, norms, lr, anomaly)
 
     def _apply(self, plan: StepPlan, decision: Decision, local: LocalPass) -> bool:
         """Apply the step, or discard it and do what `stability.policy` says."""
         self.heartbeat.beat("apply")
-        lr = compute_learning_rate(plan.step, self.config.optim, self.config.train.steps)
-        applied = self.engine.step(lr, discard=decision.anomaly is not None)
+        applied = self.engine.step(decision.lr, discard=decision.anomaly is not None)
         if applied:
             self.monitor.accept(decision.loss, decision.norms.total)
             return True
@@ -482,9 +334,8 @@ class Trainer:
         local: LocalPass,
         *,
         applied: bool,
-        started: float,
     ) -> None:
-        """Record the metrics of the step, and hand them to the callbacks."""
+        """Measure the step, and hand its metrics to the callbacks."""
         if values.new_skipped_samples:
             self.events.write(
                 "skipped_samples",
@@ -492,61 +343,13 @@ class Trainer:
                 count=values.new_skipped_samples,
                 total=self.monitor.skipped_samples + values.new_skipped_samples,
             )
-        metrics = StepMetrics(self.metrics, plan.step)
-        metrics.seconds = time.perf_counter() - started
-        metrics.data_wait_seconds = local.data_wait_seconds
-        recorded = {
-            **self._measure(plan, metrics),
-            "loss": decision.loss,
-            "loss_by_modality": values.nll,
-            "lr": compute_learning_rate(plan.step, self.config.optim, self.config.train.steps),
-            "grad_norm": decision.norms.total,
-            "grad_norm_by_part": decision.norms.by_part,
-            "applied": applied,
-            **self._recorded,
-            **self.callbacks.metrics_to_record(plan.step),
-            **values.metrics,
-        }
-        self._recorded.clear()
-        for name, value in recorded.items():
+        digest = self.plan.digest(plan.step) if self.dist.is_rank_zero else ""
+        metrics = self.meter.measure(
+            plan, values, decision, local, applied=applied, sample_digest=digest
+        )
+        for name, value in self.callbacks.metrics_to_record(plan.step).items():
             metrics.record(name, value)
         self.callbacks.on_metrics(metrics)
-
-    def _measure(self, plan: StepPlan, metrics: StepMetrics) -> dict[str, Any]:
-        """Metrics that follow from the plan and the duration of the step."""
-        work = self.flops.count(plan)
-        seconds = metrics.seconds
-        peak = self._peak_flops
-        return {
-            "samples": work.samples,
-            "global_valid_tokens": work.global_valid_tokens,
-            "tokens": work.tokens,
-            "padding_fraction": work.padding_fraction,
-            "tokens_per_second": work.tokens / seconds,
-            "data_wait_fraction": min(1.0, metrics.data_wait_seconds / seconds),
-            "mfu": None if peak is None else work.flops / seconds / (self.dist.world_size * peak),
-            "sample_digest": self.plan.digest(plan.step) if self.dist.is_rank_zero else "",
-            "seconds": seconds,
-            "pack_balance": work.balance,
-        }
-
-    def _compare_plans(self, plan: StepPlan) -> None:
-        """Check, at the first step and now and then, that every rank has made the same plan.
-
-        Raises:
-            OneLLMError: they differ; the ranks would wait for each other in a collective.
-        """
-        if plan.step != self.state.first_step and plan.step % COMPARE_EVERY:
-            return
-        digests = self.dist.gather(plan.digest())
-        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if different:
-            raise OneLLMError(
-                f"step {plan.step}: ranks {different} have another plan than rank 0",
-                "they would run different micro-batches and wait for each other forever.",
-                "make sure that all nodes see the same shards, token counts and version of "
-                "onellm_dist.",
-            )
 
     def _write_first_checkpoint(self) -> None:
         """Write a checkpoint before the first step, where a rollback would have none."""
@@ -581,9 +384,3 @@ class Trainer:
         if self.dist.is_rank_zero:
             self.session.exit_file.write(outcome.status, reason=outcome.reason)
         self.dist.barrier()
-
-    def _close_loader(self) -> None:
-        if self._loader is not None:
-            self._loader.close()
-        self._loader = None
-        self._micro_batches = None

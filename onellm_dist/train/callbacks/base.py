@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from onellm_dist.train.records.metrics import Metric, StepMetrics
 
 if TYPE_CHECKING:
-    from onellm_dist.train.trainer import Outcome, Trainer
+    from onellm_dist.train.state import Outcome
+    from onellm_dist.train.trainer import Trainer
 
 
 class Callback:

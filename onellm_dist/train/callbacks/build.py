@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import CALLBACKS, import_class, load_plugins
@@ -56,14 +56,28 @@ def _load_class(name: str) -> Any:
     return known[name]
 
 
+class RunInputs(Protocol):
+    """What the callbacks need of what a start has read (`setup.Inputs`)."""
+
+    @property
+    def model(self) -> Any:
+        """The model inside the engine."""
+
+    @property
+    def processor(self) -> Any:
+        """The processor of the model."""
+
+    @property
+    def validation_plan(self) -> Plan | None:
+        """The plan of the validation set; None where there is none."""
+
+
 def build_callbacks(
     config: RunConfig,
     *,
+    inputs: RunInputs,
     engine: Engine,
-    model: Any,
-    processor: Any,
     router: RouterWatch,
-    validation_plan: Plan | None,
     dist: Distributed,
     events: Events,
 ) -> list[Callback]:
@@ -71,11 +85,9 @@ def build_callbacks(
 
     Args:
         config: the recipe.
+        inputs: what this start has read.
         engine: the engine.
-        model: the model inside it.
-        processor: the processor of the model.
         router: gives the router load.
-        validation_plan: the plan of the validation set; None where there is none.
         dist: the ranks.
         events: where callbacks record events.
     """
@@ -83,30 +95,53 @@ def build_callbacks(
     rank_zero = dist.is_rank_zero
     log = {"log_every": train.log_every, "steps": train.steps}
     recipe = config.model_dump(mode="json", by_alias=True)
-    found: list[Callback] = [
+    return [
         Telemetry(dist.device, **log),
         Experts(router, track=track, events=events, **log),
         MetricsWriter(run_dir, enabled=rank_zero, **log),
         Trackers(track, run_dir, recipe, events, enabled=rank_zero),
         Profiler(track, run_dir, dist.device, events, enabled=rank_zero),
+        *build_validation(config, inputs=inputs, engine=engine, dist=dist),
     ]
-    section = config.data.validation
-    if section is None or validation_plan is None:
-        return found
-    shared: dict[str, Any] = {"plan": validation_plan, "engine": engine, "dist": dist}
-    found.append(Validation(section, model=model, run_dir=run_dir, steps=train.steps, **shared))
-    if section.generate:
-        tokenizer = processor.tokenizer
-        found.append(SampleGeneration(section, tokenizer=tokenizer, run_dir=run_dir, **shared))
-    digest = validation_plan.digest(0) if rank_zero else ""
-    found.append(
-        BestModel(
-            run_dir,
-            engine=engine,
-            model=model,
-            processor=processor,
-            dist=dist,
-            sample_digest=digest,
-        )
+
+
+def build_validation(
+    config: RunConfig, *, inputs: RunInputs, engine: Engine, dist: Distributed
+) -> list[Callback]:
+    """Make the callbacks around validation; [] where the recipe has none.
+
+    Args:
+        config: the recipe.
+        inputs: what this start has read.
+        engine: the engine.
+        dist: the ranks.
+    """
+    section, plan, run_dir = config.data.validation, inputs.validation_plan, config.run.dir
+    if section is None or plan is None:
+        return []
+    validation = Validation(
+        section,
+        plan=plan,
+        engine=engine,
+        model=inputs.model,
+        dist=dist,
+        run_dir=run_dir,
+        steps=config.train.steps,
     )
-    return found
+    generation = SampleGeneration(
+        section,
+        plan=plan,
+        engine=engine,
+        tokenizer=inputs.processor.tokenizer,
+        dist=dist,
+        run_dir=run_dir,
+    )
+    best = BestModel(
+        run_dir,
+        engine=engine,
+        model=inputs.model,
+        processor=inputs.processor,
+        dist=dist,
+        sample_digest=plan.digest(0) if dist.is_rank_zero else "",
+    )
+    return [validation, *([generation] if section.generate else []), best]

@@ -10,7 +10,8 @@ from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.records.metrics import StepMetrics
 
 if TYPE_CHECKING:
-    from onellm_dist.train.trainer import Outcome, Trainer
+    from onellm_dist.train.state import Outcome
+    from onellm_dist.train.trainer import Trainer
 
 
 class CallbackList(Callback):

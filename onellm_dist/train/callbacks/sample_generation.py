@@ -47,7 +47,7 @@ class _Question:
 
 
 class SampleGeneration(Callback):
-    """Generates an answer to the first `generate` samples of the validation set, each time it is run.
+    """Answers the first `generate` samples of the validation set each time the set is run.
 
     Answers go to `validation_samples.jsonl` and to the board.
 

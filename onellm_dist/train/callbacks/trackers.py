@@ -1,4 +1,4 @@
-"""Weights & Biases, MLflow, Aim ... beside TensorBoard: accelerate's trackers (1.15), on rank 0 alone.
+"""Weights & Biases, MLflow, Aim ... beside TensorBoard: accelerate's trackers (1.15), on rank 0.
 
 A tracker that fails while the run goes on is dropped with an event: a number on a web page is not
 worth a step.

@@ -1,4 +1,4 @@
-"""Validation while a run trains: the packed loss over a fixed set, a line of `validation.jsonl` each time.
+"""Validation while a run trains: the packed loss over a fixed set, recorded in `validation.jsonl`.
 
 Every rank runs the forward of every micro-batch, empty ones included, exactly as in training but
 without a backward, so that the collectives of a sharded model meet.
@@ -100,7 +100,7 @@ class Validation(Callback):
         return loss
 
     def _run_forward(self, steps_done: int) -> StepValues:
-        """Run the forward of every micro-batch, let other callbacks look, and sum over the ranks."""
+        """Run the forward of every micro-batch, call the callbacks, and sum over the ranks."""
         totals = StepTotals(sorted(set(self._plan.corpus.spans)), self._dist)
         skipped_samples = 0
         dist = self._dist

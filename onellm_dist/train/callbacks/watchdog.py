@@ -237,7 +237,7 @@ def find_responsible_ranks(
 
 
 def is_in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
-    """Whether a thread of this process, other than `own_thread`, is in a call that waits for ranks."""
+    """Whether a thread of this process, except `own_thread`, waits for other ranks."""
     innermost = [_innermost_file(frame) for thread, frame in frames.items() if thread != own_thread]
     return any(part in name for name in innermost for part in IN_COLLECTIVE)
 

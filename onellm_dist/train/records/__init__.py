@@ -1,1 +1,1 @@
-"""The formats of a run directory: metrics, events, exit file, lock and sample log. Free of torch."""
+"""The formats of a run directory: metrics, events, exit file, lock, sample log. Free of torch."""

@@ -36,7 +36,7 @@ def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, without lines that a kill cut short. A missing file has none."""
+    """The objects of a JSON-lines file, without lines that a kill cut short; [] without a file."""
     found = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():

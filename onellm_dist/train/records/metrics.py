@@ -1,4 +1,4 @@
-"""The metrics of a step: every name with its type, unit, meaning and reduction, and `metrics.jsonl`.
+"""The metrics of a step: each name with type, unit, meaning and reduction; and `metrics.jsonl`.
 
 A metric is written down once, in `METRICS` or in the `metrics` of a callback. The schema of the
 file, the charts and the reference page follow from it.
@@ -78,7 +78,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "applied",
-        "Whether the step was applied; false where its loss or gradient was not finite, or a spike.",
+        "Whether the step was applied; false where loss or gradient was not finite, or a spike.",
         "boolean",
     ),
     Metric("samples", "Samples of the global batch.", "integer", "samples"),

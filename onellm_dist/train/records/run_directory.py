@@ -1,4 +1,4 @@
-"""The run directory: one start at a time, what an earlier run left there, and the resolved recipe."""
+"""The run directory: one start at a time, what earlier runs left there, and the resolved recipe."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from onellm_dist.train.records.json_lines import drop_lines_from
 
 log = get_logger(__name__)
 LOCK_PATIENCE_S = 30.0
-"""Seconds that a start waits for the ranks of the start before it, which may just have been killed."""
+"""Seconds that a start waits for the ranks of an earlier start, which may just have been killed."""
 KEPT_TOGETHER = (
     CHECKPOINTS,
     SAMPLES,

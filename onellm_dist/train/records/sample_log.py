@@ -1,4 +1,4 @@
-"""The sample log of a run, `samples/`: which samples were left out, and how far the stream has come."""
+"""The sample log of a run, `samples/`: which samples were left out, and how far it has come."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from onellm_dist.train.records.excluded_samples import ExcludedSamples
-from onellm_dist.train.records.progress import Progress
 from onellm_dist.train.records.skipped_samples import SkippedSamples
+from onellm_dist.train.records.stream_progress import StreamProgress
 
 
 class SampleLog:
@@ -25,7 +25,7 @@ class SampleLog:
         """Samples that earlier starts could not read."""
         self.left_out: dict[str, str] = {**self.skipped.known, **self.excluded.known}
         """Sample id -> reason, of every sample that is read with zero weight."""
-        self._progress = Progress(folder, writes=rank == 0)
+        self._progress = StreamProgress(folder, writes=rank == 0)
 
     def begin(self, first_step: int) -> int:
         """Record that the stream begins at `first_step`; return how many steps are repeated."""

@@ -53,8 +53,9 @@ class SkippedSamples:
 
 
 def read_skipped_samples(folder: Path) -> dict[str, str]:
-    """Sample id -> reason, from the files of all ranks. A line that a kill cut short is ignored:
-    its step was not applied.
+    """Sample id -> reason, from the files of all ranks.
+
+    A line that a kill cut short is ignored: its step was not applied.
     """
     return {
         entry["sample_id"]: entry["reason"]

@@ -1,8 +1,8 @@
 """The stream of a run in both directions: the samples of a step, and the steps of a sample.
 
-Both follow from the data phases of the run and the indexes of its shards: order and mixture are pure
-functions with inverses, so no step is replayed. No tokenizer, model or torch is needed, and nothing
-is written.
+Both follow from the data phases of the run and the indexes of its shards: order and mixture are
+pure functions with inverses, so no step is replayed. No tokenizer, model or torch is needed, and
+nothing is written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.phases import DataPhase, compute_shards_fingerprint, count_consumed
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
+from onellm_dist.train.records.old_runs import check_run_directory
 
 MANY_SHARDS = 200
 """A search through more indexes than this shows its progress."""
@@ -81,10 +82,11 @@ class RunStream:
         run_dir: the run directory.
 
     Raises:
-        UsageError: it is not a run directory, or nothing was started in it yet.
+        UsageError: it is not a run directory, it is one of 0.1.0, or nothing was started in it.
     """
 
     def __init__(self, run_dir: Path) -> None:
+        check_run_directory(run_dir)
         folder = run_dir / SAMPLES
         try:
             phases = json.loads((folder / DATA_PHASES).read_text(encoding="utf-8"))
@@ -206,7 +208,7 @@ class RunStream:
         )
 
     def _find_candidates(self, key: str) -> Iterator[tuple[StoredSample, bool]]:
-        """Samples with an id that `key` begins, from dataset, shard or key on; and whether exactly."""
+        """Samples whose id, from dataset, shard or key on, begins with `key`; and whether it ends so."""
         shards = [
             (name, number, info)
             for name in self.names

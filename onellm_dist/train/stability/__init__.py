@@ -1,1 +1,1 @@
-"""Stability of training: loss and gradient spikes, values that are not finite, offending samples."""
+"""Stability of training: spikes, values that are not finite, and the samples behind them."""

@@ -1,4 +1,4 @@
-"""Which samples a step went wrong over, by the cross-entropy of each, which every rank has at hand."""
+"""Which samples a step went wrong over, by the cross-entropy that every rank has of its own."""
 
 from __future__ import annotations
 

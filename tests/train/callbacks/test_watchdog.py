@@ -86,10 +86,8 @@ class ReducedError(Exception):
     """The step has come to its reduction."""
 
 
-def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """On a GPU the reduction is where ranks wait for a late one, which must have the fewest beats."""
+def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward() -> None:
+    """On a GPU ranks wait for a late one in the reduction; it must have the fewest beats."""
     heartbeat = Heartbeat()
     phases: list[tuple[str, int]] = []
     micro = SimpleNamespace(step=4, index=0, last=True)
@@ -108,11 +106,11 @@ def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward(
         session=SimpleNamespace(dist=ONE_RANK, heartbeat=heartbeat),
         engine=SimpleNamespace(forward=see, backward=see),
         callbacks=CallbackList(),
-        metrics=MetricSet(),
+        meter=SimpleNamespace(metrics=MetricSet()),
         sample_log=SimpleNamespace(record_step=stop),
         _combinations=[("a",)],
+        _micro_batches=SimpleNamespace(next=lambda _: pack([sample(1, ("a",))])),
     )
-    monkeypatch.setattr(Trainer, "_next_batch", lambda *_: pack([sample(1, ("a",))]))
     heartbeat.beat("plan", step=4)
     local = trainer._forward_backward(plan)
     with pytest.raises(ReducedError):

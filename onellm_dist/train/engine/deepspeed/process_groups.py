@@ -22,7 +22,7 @@ GROUPS: dict[str, dict[object, object] | None] = {
 def forget_process_groups() -> None:
     """Return DeepSpeed to what it is after its import.
 
-    Without this, a second run in the process would use the groups of the first, which are destroyed.
+    Otherwise a second run in the process would use the groups of the first, which are destroyed.
     """
     from deepspeed.comm import comm
     from deepspeed.utils import groups

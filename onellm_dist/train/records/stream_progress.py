@@ -13,7 +13,7 @@ from onellm_dist.train.records.json_lines import append_lines
 PROGRESS_BYTES = 16
 
 
-class Progress:
+class StreamProgress:
     """The steps done, written in place each step; a kill of the process does not lose them.
 
     `samples/starts.jsonl` has one object per start, resume or rollback: `time`, `first_step`,

@@ -1,0 +1,181 @@
+"""What a start records: the run directory becomes its own, and its events say what it resumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from onellm_dist import __version__
+from onellm_dist.common.run_files import SAMPLES
+from onellm_dist.config.schema import DataSection, RunConfig
+from onellm_dist.data.micro_batch import MicroBatch
+from onellm_dist.data.phases import DataPhase
+from onellm_dist.data.plan import Plan
+from onellm_dist.train.callbacks.preemption import grace_period_seconds
+from onellm_dist.train.checkpoint.inherit import apply_resume
+from onellm_dist.train.checkpoint.resume import ResumeTarget
+from onellm_dist.train.heartbeat import Heartbeat
+from onellm_dist.train.records.data_phases import write_data_phases
+from onellm_dist.train.records.events import Events
+from onellm_dist.train.records.run_directory import prepare_directory
+from onellm_dist.train.session import Session
+from onellm_dist.train.setup import Inputs
+
+if TYPE_CHECKING:
+    from onellm_dist.train.trainer import Trainer
+
+
+def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Events:
+    """Make the run directory that of this start, and open its events. All ranks call it together.
+
+    Args:
+        config: the recipe.
+        inputs: what this start has read.
+        session: its exit file and heartbeat learn about events and samples.
+    """
+    run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
+    if dist.is_rank_zero:
+        prepare_directory(config, inputs.target.folder)
+        apply_resume(config, inputs.target)
+        datasets = {d.name: _to_absolute(d.location) for d in plan.corpus.datasets}
+        write_data_phases(run_dir / SAMPLES, plan.data_phases, datasets)
+    dist.barrier()
+    events = Events(run_dir, enabled=dist.is_rank_zero)
+    session.exit_file.on_failure = partial(write_failed_end, run_dir)
+    describe_samples(
+        session.heartbeat,
+        plan=plan,
+        data=config.data,
+        steps=config.train.steps,
+        world_size=dist.world_size,
+    )
+    write_damaged_checkpoints(events, inputs.target)
+    if inputs.new_phase:
+        write_data_phase(events, plan.data_phases[-1], len(plan.data_phases))
+    return events
+
+
+def _to_absolute(location: str) -> str:
+    return location if "://" in location else str(Path(location).resolve())
+
+
+def describe_samples(
+    heartbeat: Heartbeat, *, plan: Plan, data: DataSection, steps: int, world_size: int
+) -> None:
+    """Tell the heartbeat how samples are named, and what the loader reads ahead.
+
+    Args:
+        heartbeat: of this rank.
+        plan: the plan of the run.
+        data: the `data` section.
+        steps: optimizer steps of the whole run.
+        world_size: number of ranks.
+    """
+    count = data.workers * data.prefetch
+
+    def read_ahead(micro: MicroBatch) -> list[MicroBatch]:
+        later: list[MicroBatch] = []
+        for step in range(micro.step, steps):
+            if len(later) >= count:
+                break
+            own = plan.step(step, world_size).ranks[micro.rank]
+            later += [m for m in own if (m.step, m.index) > (micro.step, micro.index)]
+        return later[:count]
+
+    heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
+    heartbeat.spans = plan.corpus.spans
+    heartbeat.read_ahead = read_ahead
+
+
+def write_start(trainer: Trainer, target: ResumeTarget) -> None:
+    """Write the event `start`.
+
+    Args:
+        trainer: the trainer, which has begun at its first step.
+        target: what this start resumes.
+    """
+    state, dist, config = trainer.state, trainer.dist, trainer.config
+    numel = trainer.engine.numel
+    trainable = sum(numel(p) for p in trainer.model.parameters() if p.requires_grad)
+    mfu = trainer.meter.describe_mfu()
+    folder = target.folder
+    origin = f"resumes {folder.name} (step {state.first_step})" if folder else "starts at step 0"
+    trainer.events.write(
+        "start",
+        world_size=dist.world_size,
+        device=str(dist.device),
+        first_step=state.first_step,
+        resumed=str(folder) if folder else None,
+        lost_steps=state.lost_steps,
+        lost_seconds=round(state.lost_seconds, 3),
+        mfu=mfu,
+        trainable=trainable,
+        threads=torch.get_num_threads(),
+        onellm_dist=__version__,
+        nodes=dist.world_size // dist.local_world_size,
+        grace_period_seconds=grace_period_seconds(),
+        **describe_slurm_job(os.environ),
+        message=f"{config.train.stage}: {trainable:,} trainable parameters, {dist.world_size} "
+        f"ranks on {dist.device.type}, {origin} of {config.train.steps}\n{mfu}",
+    )
+
+
+def describe_slurm_job(env: Mapping[str, str]) -> dict[str, Any]:
+    """What Slurm says about the job of this start; nothing outside of one."""
+    if "SLURM_JOB_ID" not in env:
+        return {}
+    nodes = env.get("SLURM_JOB_NUM_NODES") or env.get("SLURM_NNODES")
+    return {
+        "slurm_job_id": env["SLURM_JOB_ID"],
+        "slurm_restart_count": int(env.get("SLURM_RESTART_COUNT") or 0),
+        "slurm_nodes": int(nodes) if nodes else None,
+        "slurm_node_list": env.get("SLURM_JOB_NODELIST"),
+    }
+
+
+def write_damaged_checkpoints(events: Events, target: ResumeTarget) -> None:
+    """Write an event for each newer checkpoint that is damaged."""
+    for name, problem in target.damaged:
+        events.write(
+            "checkpoint_damaged",
+            folder=name,
+            problems=[problem],
+            resumed=target.folder.name if target.folder else None,
+            message=f"checkpoint {name} is damaged and passed over: {problem}",
+            warning=True,
+        )
+
+
+def write_data_phase(events: Events, data_phase: DataPhase, number: int) -> None:
+    """Write the event of a data phase that begins.
+
+    Args:
+        events: where it goes.
+        data_phase: the data phase.
+        number: its number in the run; the first is 1.
+    """
+    total = sum(data_phase.counts.values())
+    shares = ", ".join(f"{name} {count / total:.4f}" for name, count in data_phase.counts.items())
+    events.write(
+        "data_phase",
+        step=data_phase.start,
+        counts=dict(data_phase.counts),
+        global_batch=data_phase.global_batch,
+        message=f"data phase {number} begins at step {data_phase.start}: {shares}",
+    )
+
+
+def write_failed_end(run_dir: Path, found: Mapping[str, Any]) -> None:
+    """Write the event `end` of a start that failed, on the rank that failed first.
+
+    Args:
+        run_dir: the run directory.
+        found: what `exit.json` says.
+    """
+    fields = {key: value for key, value in found.items() if key != "time"}
+    Events(run_dir, enabled=True, repair=False).write("end", **fields)

@@ -1,0 +1,154 @@
+"""The values of one optimizer step, and its metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.data.micro_batch import StepPlan
+from onellm_dist.train.distributed import Distributed
+from onellm_dist.train.engine.base import GradNorms
+from onellm_dist.train.flops import FlopCounter, peak_flops
+from onellm_dist.train.records.metrics import MetricSet, StepMetrics
+from onellm_dist.train.stability.monitor import Anomaly
+from onellm_dist.train.stability.offending_samples import MicroBatchLosses
+from onellm_dist.train.totals import StepTotals, StepValues
+
+
+@dataclass
+class LocalPass:
+    """What one rank did in a step before the ranks reduce it."""
+
+    totals: StepTotals
+    losses: list[MicroBatchLosses] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    data_wait_seconds: float = 0.0
+    """Time spent waiting for the loader."""
+
+    @property
+    def skipped_samples(self) -> dict[str, str]:
+        """Sample id -> reason, of samples that could not be read."""
+        return {
+            part.batch.sample_ids[i]: reason
+            for part in self.losses
+            for i, reason in part.batch.skipped_samples.items()
+        }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a step; the same on every rank."""
+
+    loss: float
+    norms: GradNorms
+    lr: float
+    """Learning rate of the step."""
+    anomaly: Anomaly | None
+    """Why the step must not be applied."""
+
+
+class StepMeter:
+    """Collects the metrics of each step.
+
+    Args:
+        metrics: the metrics of the run.
+        flops: the work of a step, by its plan.
+        dist: the ranks.
+    """
+
+    def __init__(self, metrics: MetricSet, flops: FlopCounter, dist: Distributed) -> None:
+        self.metrics = metrics
+        self.peak_flops = peak_flops(dist.device)
+        self._flops = flops
+        self._dist = dist
+        self._recorded: dict[str, Any] = {}
+
+    def describe_mfu(self) -> str:
+        """The formula of the MFU with the numbers of this run, for people."""
+        return self._flops.describe(self._dist.world_size, self.peak_flops)
+
+    def record(self, name: str, value: Any) -> None:
+        """Record a metric of the step under way.
+
+        Raises:
+            KeyError: no metric has this name.
+        """
+        self._recorded[self.metrics[name].name] = value
+
+    def get_reduced(self) -> dict[str, float]:
+        """Recorded metrics that take part in the reduction, on this rank."""
+        names = {metric.name for metric in self.metrics.reduced}
+        return {name: value for name, value in self._recorded.items() if name in names}
+
+    def measure(
+        self,
+        plan: StepPlan,
+        values: StepValues,
+        decision: Decision,
+        local: LocalPass,
+        *,
+        applied: bool,
+        sample_digest: str,
+    ) -> StepMetrics:
+        """Measure a step that was applied or skipped just now.
+
+        Args:
+            plan: the plan of the step.
+            values: its reduced values.
+            decision: what was decided about it.
+            local: what this rank did.
+            applied: whether it was applied.
+            sample_digest: digest of its samples.
+        """
+        metrics = StepMetrics(self.metrics, plan.step)
+        metrics.seconds = time.perf_counter() - local.started
+        metrics.data_wait_seconds = local.data_wait_seconds
+        work, seconds = self._flops.count(plan), metrics.seconds
+        recorded = {
+            "loss": decision.loss,
+            "loss_by_modality": values.nll,
+            "lr": decision.lr,
+            "grad_norm": decision.norms.total,
+            "applied": applied,
+            "samples": work.samples,
+            "global_valid_tokens": work.global_valid_tokens,
+            "tokens": work.tokens,
+            "padding_fraction": work.padding_fraction,
+            "tokens_per_second": work.tokens / seconds,
+            "data_wait_fraction": min(1.0, metrics.data_wait_seconds / seconds),
+            "mfu": self._compute_mfu(work.flops / seconds),
+            "sample_digest": sample_digest,
+            "seconds": seconds,
+            "pack_balance": work.balance,
+            "grad_norm_by_part": decision.norms.by_part,
+            **self._recorded,
+            **values.metrics,
+        }
+        self._recorded.clear()
+        for name, value in recorded.items():
+            metrics.record(name, value)
+        return metrics
+
+    def _compute_mfu(self, flops_per_second: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return flops_per_second / (self._dist.world_size * self.peak_flops)
+
+
+def compare_plans(plan: StepPlan, dist: Distributed) -> None:
+    """Check that every rank has made the same plan. All ranks call it together.
+
+    Raises:
+        OneLLMError: they differ; the ranks would wait for each other in a collective.
+    """
+    digests = dist.gather(plan.digest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise OneLLMError(
+            f"step {plan.step}: ranks {different} have another plan than rank 0",
+            "they would run different micro-batches and wait for each other forever.",
+            "make sure that all nodes see the same shards, token counts and version of "
+            "onellm_dist.",
+        )

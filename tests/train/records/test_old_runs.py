@@ -1,0 +1,52 @@
+"""Run directories and checkpoints of 0.1.0 are answered by the new names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
+from onellm_dist.train.sample_log.stream import RunStream
+
+
+def test_a_run_of_0_1_0_is_refused_with_old_and_new_names(tmp_path: Path) -> None:
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "segments.json").write_text("[]")
+    (tmp_path / "config.yaml").write_text(
+        "guard: {policy: skip, window: 8}\ndata: {max_tombstones: 3, new_segment: false}\n"
+    )
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"segments": [], "guard": {}}))
+    with pytest.raises(UsageError) as raised:
+        check_run_directory(tmp_path)
+    message = str(raised.value)
+    for text in (
+        "ledger is called samples/ now",
+        "ledger/segments.json is called samples/data_phases.json now",
+        "config.yaml: guard.policy is called stability.policy now",
+        "config.yaml: data.max_tombstones is called data.max_skipped_samples now",
+        "config.yaml: data.new_segment is called data.new_phase now",
+        "manifest.json: segments is called data_phases now",
+        "manifest.json: guard is called stability now",
+        "another run.dir",
+    ):
+        assert text in message
+    with pytest.raises(UsageError, match=r"is a run of onellm_dist 0\.1\.0"):
+        RunStream(tmp_path)
+
+
+def test_a_checkpoint_of_0_1_0_is_refused_with_old_and_new_names(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="guard is called stability now"):
+        check_manifest(tmp_path, {"guard": {}, "step": 4})
+    check_manifest(tmp_path, {"stability": {}, "steps_done": 4})
+
+
+def test_a_new_run_and_no_run_are_accepted(tmp_path: Path) -> None:
+    check_run_directory(tmp_path / "nothing")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "config.yaml").write_text("stability: {policy: skip}\n")
+    check_run_directory(tmp_path)
