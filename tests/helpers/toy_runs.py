@@ -69,10 +69,12 @@ class Runs:
     def step(self, name: str, step: int) -> Path:
         return self.root / name / "checkpoints" / f"step-{step:08d}"
 
-    def metrics(self, name: str, file: str = "metrics.jsonl") -> dict[int, dict[str, Any]]:
-        """Lines by step."""
+    def metrics(
+        self, name: str, file: str = "metrics.jsonl", key: str = "step"
+    ) -> dict[int, dict[str, Any]]:
+        """Read the lines of a file by their `key`."""
         return {
-            line["step"]: line
+            line[key]: line
             for line in map(json.loads, (self.root / name / file).read_text().splitlines())
         }
 
