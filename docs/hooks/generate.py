@@ -164,9 +164,39 @@ def events() -> str:
     return table(("event", "when", "fields"), rows)
 
 
+def _first_sentence(path: Path) -> str:
+    """The first sentence of a YAML file's opening comment, without the command in it."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        comment.append(line[2:])
+    text = re.sub(r":\s*`onellm [^`]*`", "", " ".join(comment))
+    return re.split(r"(?<=[^.]\.)\s", text)[0].rstrip(".:")
+
+
+def dataset_recipes() -> str:
+    """The dataset recipes in `shards/`, with the first sentence of each."""
+    paths = sorted((ROOT / "shards").glob("*.yaml"))
+    rows = [(f"`shards/{path.name}`", _first_sentence(path)) for path in paths]
+    return table(("recipe", "what it builds"), rows)
+
+
+def training_recipes() -> str:
+    """The recipes in `launch/recipes/`, by the name that commands take."""
+    folder = ROOT / "launch/recipes"
+    paths = sorted(folder.rglob("*.yaml"), key=lambda p: (len(p.parts), p))
+    rows = [
+        (f"`{path.relative_to(folder).with_suffix('')}`", _first_sentence(path)) for path in paths
+    ]
+    return table(("name", "what it trains"), rows)
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "recipe-keys": recipe_keys,
+    "dataset-recipes": dataset_recipes,
+    "training-recipes": training_recipes,
     "events": events,
     "metrics": metrics,
     "modalities": modalities,
