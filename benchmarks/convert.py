@@ -1,10 +1,11 @@
-"""A synthetic OneLLM checkpoint of the real tensors' shapes, converted: peak memory, and speed beside plain `cp` of the same bytes.
+"""Convert a synthetic OneLLM checkpoint: peak memory, and speed beside `cp` of the same bytes.
 
     nice python benchmarks/convert.py [--layers 32] [--folder DIR]
 
-`--layers 32` is the 7B (15.2 GB in bf16, and as much for the result); fewer layers keep every shape and cut the size. The source holds
-one block of random bf16 bits repeated. `cp --sparse=never` and the conversion each read the source after it was dropped from the page cache
-where that is allowed, and end when their bytes are on the disk.
+`--layers 32` is the 7B (15.2 GB in bf16, and as much for the result); fewer layers keep every shape
+and cut the size. The source holds one block of random bf16 bits, repeated. Before `cp
+--sparse=never` and before the conversion the source is dropped from the page cache where that is
+allowed; both end when their bytes are on the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from onellm_dist.convert.formats.reference import PREFIX
+from onellm_dist.convert.formats.reference import PREFIX, to_reference_shape
 from onellm_dist.convert.names.reference import to_reference_name
 from onellm_dist.convert.tensors.lazy import BLOCK, LazyTensor
 from onellm_dist.convert.tensors.writers import TensorFile, write_tensor_file
@@ -33,18 +34,21 @@ from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 CONVERT = """
 import resource, sys, time
 from pathlib import Path
-from onellm_dist.convert.conversion import convert
-import torch, transformers, onellm_dist.convert.formats.reference, onellm_dist.convert.formats.onellm
+import torch, transformers
 from onellm_dist.convert.checkpoint import ConversionOptions
+from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.formats import onellm, reference
+options = ConversionOptions(shard_bytes=int(sys.argv[3]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, worked = time.perf_counter(), time.process_time()
-convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=ConversionOptions(shard_bytes=int(sys.argv[3])), quiet=True)
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - start, time.process_time() - worked)
+convert("reference", Path(sys.argv[1]), Path(sys.argv[2]), options=options, quiet=True)
+seconds, cpu = time.perf_counter() - start, time.process_time() - worked
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, seconds, cpu)
 """
 
 
-def repeated(shape: tuple[int, ...], pattern: torch.Tensor) -> LazyTensor:
-    """A bf16 tensor whose bytes are `pattern` again and again."""
+def repeat_pattern(shape: tuple[int, ...], pattern: torch.Tensor) -> LazyTensor:
+    """A bf16 tensor whose bytes are `pattern`, repeated."""
     tensor = LazyTensor(shape, torch.bfloat16, lambda: torch.zeros(shape, dtype=torch.bfloat16))
 
     def stream() -> Iterator[torch.Tensor]:
@@ -55,7 +59,7 @@ def repeated(shape: tuple[int, ...], pattern: torch.Tensor) -> LazyTensor:
 
 
 def make_source(path: Path, layers: int) -> int:
-    """Write the checkpoint; returns its bytes."""
+    """Write the checkpoint. Returns its bytes."""
     config = build_config("onellm-7b")
     config.text_config.num_hidden_layers = layers
     with torch.device("meta"):
@@ -68,8 +72,8 @@ def make_source(path: Path, layers: int) -> int:
     named = []
     for name, parameter in model.named_parameters():
         key, shape = to_reference_name(name), tuple(parameter.shape)
-        shape = (*shape, 1, 1) if key == "conv1.point.conv1.weight" and len(shape) == 2 else shape
-        named.append((PREFIX + key, repeated(shape, pattern)))
+        shape = to_reference_shape(key, shape)
+        named.append((PREFIX + key, repeat_pattern(shape, pattern)))
     return write_tensor_file(
         path,
         TensorFile(path.name, tuple(named)),
@@ -78,7 +82,7 @@ def make_source(path: Path, layers: int) -> int:
     ).bytes
 
 
-def forget(path: Path) -> None:
+def drop_from_cache(path: Path) -> None:
     """Drop a file from the page cache, so that both sides read the disk."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
@@ -86,9 +90,9 @@ def forget(path: Path) -> None:
     os.close(handle)
 
 
-def copy_seconds(source: Path, target: Path) -> float:
-    """`cp` and fsync."""
-    forget(source)
+def time_copy(source: Path, target: Path) -> float:
+    """Seconds that `cp` and fsync take."""
+    drop_from_cache(source)
     start = time.perf_counter()
     subprocess.run(
         ["cp", "--sparse=never", "--reflink=never", str(source), str(target)], check=True
@@ -100,8 +104,12 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_once(source: Path, out: Path, shard_bytes: int) -> tuple[float, float, float, float]:
-    """(GB resident before, GB at its peak, seconds, CPU seconds) of a conversion in a process of its own."""
-    forget(source)
+    """Convert in a process of its own.
+
+    Returns:
+        (GB resident before, GB at the peak, seconds, CPU seconds).
+    """
+    drop_from_cache(source)
     command = [sys.executable, "-c", CONVERT, str(source), str(out), str(shard_bytes)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     before, peak, seconds, worked = (
@@ -127,7 +135,7 @@ def main() -> None:
             raise SystemExit(f"{folder} has no room for another {size / 1e9:.1f} GB")
         copies, conversions = [], []
         for _ in range(arguments.rounds):
-            copies.append(copy_seconds(folder / "consolidated.00-of-01.pth", folder / "copy"))
+            copies.append(time_copy(folder / "consolidated.00-of-01.pth", folder / "copy"))
             conversions.append(
                 convert_once(
                     folder / "consolidated.00-of-01.pth", folder / "out", max(size // 4, 1)

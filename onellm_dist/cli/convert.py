@@ -160,7 +160,7 @@ def convert_assemble(
             min=0, help="Relative noise that makes copied experts differ.", show_default="0.01"
         ),
     ] = None,
-    gate_bias: Annotated[
+    router_bias: Annotated[
         float,
         typer.Option(
             help="Router bias of added experts in old modalities; its sigmoid is their weight."
@@ -216,7 +216,7 @@ def convert_assemble(
             add_modalities=add_modality or [],
             expert_init=expert_init,
             expert_noise=expert_noise,
-            gate_bias=gate_bias,
+            router_bias=router_bias,
             seed=seed,
             overwrite=overwrite,
         )

@@ -76,7 +76,7 @@ def assemble(
     add_modalities: Sequence[str] = (),
     expert_init: str = "copied",
     expert_noise: float | None = None,
-    gate_bias: float = CLOSED_BIAS,
+    router_bias: float = CLOSED_BIAS,
     seed: int = 0,
     options: ConversionOptions | None = None,
     overwrite: bool = False,
@@ -93,7 +93,7 @@ def assemble(
         upm: sizes of a new model's UPM.
         modalities: modalities of a new model; default: all.
         add_experts: experts to add to `base`. Their router weights in old modalities start at
-            sigmoid(`gate_bias`). With the router `constant` the outputs change, and an added expert
+            sigmoid(`router_bias`). With a constant router the outputs change, and an added expert
             must be a copy.
         add_modalities: modalities to add to `base`. Projections, queries, router and tags start as
             those of the first modality (image; paper, section 3.3), with added experts open; a
@@ -101,7 +101,7 @@ def assemble(
         expert_init: `copied` (from the first expert) or `separate` (random).
         expert_noise: what breaks the symmetry of copies; default: EXPERT_NOISE, or 0 with a
             constant router.
-        gate_bias: router bias of added experts in old modalities.
+        router_bias: router bias of added experts in old modalities.
         seed: seed of random parts.
         options: what the user chose.
         overwrite: replace a folder that an earlier conversion wrote.
@@ -118,7 +118,9 @@ def assemble(
     if base is not None:
         opened = _open_part(base, "onellm", options)
         if add_experts:
-            opened = extend_experts(opened, add_experts, expert_init, gate_bias, seed, expert_noise)
+            opened = extend_experts(
+                opened, add_experts, expert_init, router_bias, seed, expert_noise
+            )
         if add_modalities:
             opened = extend_modalities(opened, add_modalities, seed, added_experts=add_experts)
     else:
@@ -230,20 +232,20 @@ def extend_experts(
     opened: OpenedCheckpoint,
     count: int,
     init: str,
-    gate_bias: float,
+    router_bias: float,
     seed: int,
     noise: float | None = None,
 ) -> OpenedCheckpoint:
     """Add experts that are closed for the model's modalities.
 
-    The router's new rows are zero with the bias `gate_bias`. The outputs of a soft router therefore
-    stay the same to fp32's rounding, and a sparse one never picks a new expert before it learns to.
+    The router's new rows are zero with the bias `router_bias`. The outputs of a soft router stay
+    the same to fp32's rounding, and a sparse one never picks a new expert before it learns to.
 
     Args:
         opened: the model.
         count: experts to add.
         init: `copied` (from the first expert, with some noise) or `separate` (random).
-        gate_bias: router bias of the new experts.
+        router_bias: router bias of the new experts.
         seed: seed of noise and random parts.
         noise: see EXPERT_NOISE; default: EXPERT_NOISE, or 0 with a constant router.
 
@@ -276,11 +278,11 @@ def extend_experts(
         tensors[name] = copied if init == "copied" else random.cast(first.dtype)
     for name, tensor in opened.tensors.items():
         if re.fullmatch(r"projectors\.\w+\.router\.fc2\.(weight|bias)", name):
-            tensors[name] = _add_rows(tensor, count, gate_bias if name.endswith("bias") else 0.0)
+            tensors[name] = _add_rows(tensor, count, router_bias if name.endswith("bias") else 0.0)
     copies = f", noise {noise}" if init == "copied" else ""
     about = (
         f"{count}, {init} (seed {seed}{copies}), router weights of old modalities at "
-        f"sigmoid({gate_bias})"
+        f"sigmoid({router_bias})"
     )
     initialised = (*opened.initialised, *drawn) if init == "separate" else opened.initialised
     return replace(

@@ -101,7 +101,7 @@ def _is_llama_2(config: OneLLMConfig) -> bool:
 def _list_licences(config: OneLLMConfig) -> list[str]:
     llm = (
         "The LLM has the shape of LLaMA-2 7B. If its weights are Meta's, the LLaMA 2 Community "
-        "License holds: pass its text and notice on with the model."
+        "License holds: pass its text and Notice file on with the model."
         if _is_llama_2(config)
         else "The LLM's weights keep the licence of the model that they came from."
     )

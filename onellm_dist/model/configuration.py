@@ -273,7 +273,7 @@ def _check_divides(key: str, value: int, total_key: str, total: int) -> None:
         raise UsageError(
             f"{key}={value} does not divide {total_key}={total}",
             "every head has the same number of channels.",
-            "choose a divisor.",
+            "choose a number that divides it.",
         )
 
 

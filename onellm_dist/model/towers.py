@@ -201,7 +201,7 @@ def _check_timm_block(block: Any) -> bool:
     ]
     _require(
         not extra and getattr(block.attn, "gate", None) is None,
-        f"its blocks have an additional {', '.join(extra) or 'gate'}",
+        f"its attention or MLP has more: {', '.join(extra) or 'gate'}",
     )
     return glu
 

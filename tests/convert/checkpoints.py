@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -31,9 +32,9 @@ def parity_weights() -> Tensors:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made: Tensors = module.weights(DATA / "manifest.json")
+    built: Tensors = module.weights(DATA / "manifest.json")
     return {
-        key: value.half() if key.startswith("llma.clip.") else value for key, value in made.items()
+        key: value.half() if key.startswith("llma.clip.") else value for key, value in built.items()
     }
 
 
@@ -52,7 +53,9 @@ def llama(*, kv_heads: int = 4, tied: bool = False, seed: int = 0) -> LlamaForCa
         eos_token_id=2,
         tie_word_embeddings=tied,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    model.eval()
+    return model
 
 
 def clip(*, act: str = "quick_gelu") -> CLIPVisionModelWithProjection:
@@ -67,7 +70,9 @@ def clip(*, act: str = "quick_gelu") -> CLIPVisionModelWithProjection:
         patch_size=56,
         hidden_act=act,
     )
-    return CLIPVisionModelWithProjection(config).eval()
+    model = CLIPVisionModelWithProjection(config)
+    model.eval()
+    return model
 
 
 def onellm(
@@ -76,7 +81,7 @@ def onellm(
     experts: int = 2,
     router: str = "soft",
     seed: int = 0,
-):  # type: ignore[no-untyped-def]
+) -> OneLLMForConditionalGeneration:
     config = OneLLMConfig(
         vision=OneLLMVisionConfig(width=64, layers=1, heads=4, patch_size=56, output_dim=32),
         upm=OneLLMUPMConfig(
@@ -87,19 +92,23 @@ def onellm(
     )
     model = OneLLMForConditionalGeneration(config)
     initialise(model, seed)
-    return model.eval()
+    model.train(mode=False)
+    return model
 
 
-def save_onellm(folder: Path, **arguments: object) -> Path:
-    onellm(**arguments).save_pretrained(folder)  # type: ignore[arg-type]
+def save_onellm(folder: Path, **arguments: Any) -> Path:
+    onellm(**arguments).save_pretrained(folder)
     OneLLMProcessor(load_toy_tokenizer()).save_pretrained(folder)
     return folder
 
 
 def meta_state(model: LlamaForCausalLM) -> Tensors:
-    """Meta's layout of a LLaMA, written down from Meta's code: rotary channels (2i, 2i + 1) instead of (i, i + half)."""
+    """Meta's layout of a LLaMA, written down from Meta's code.
+
+    Rotary channels are (2i, 2i + 1) instead of (i, i + half).
+    """
     state = model.state_dict()
-    config = model.config
+    config: Any = model.config
 
     def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
         rows = weight.shape[0] // heads
@@ -135,7 +144,7 @@ def meta_state(model: LlamaForCausalLM) -> Tensors:
 
 
 def split(state: Tensors, ranks: int, *, by_words: bool = False) -> list[Tensors]:
-    """Model-parallel parts of a state in Meta's (or the reference's) names, as fairscale's layers hold them."""
+    """Model-parallel parts of a state in Meta's or the reference's names, as of fairscale."""
     parts: list[Tensors] = [{} for _ in range(ranks)]
     for key, value in state.items():
         bare = key.removeprefix("llma.")

@@ -1,13 +1,16 @@
-"""Run by test_training_checkpoints.py, once a rank: a torch.distributed.checkpoint of sharded weights, as other FSDP programs write it."""
+"""Write a torch.distributed.checkpoint of sharded weights, as other FSDP programs do.
+
+test_training_checkpoints.py runs it, one process per rank.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-import torch.distributed.checkpoint as torch_checkpoint
 from checkpoints import onellm
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -25,7 +28,7 @@ def main() -> None:
             placement = placements[i % 3] if parameter.ndim > 1 else Shard(0)
             model[name] = distribute_tensor(parameter.detach(), mesh, [placement])
     optim = {"state": {name: {"exp_avg": weight * 7} for name, weight in model.items()}}
-    torch_checkpoint.save({"model": model, "optim": optim, "step": 4}, checkpoint_id=sys.argv[1])
+    save({"model": model, "optim": optim, "step": 4}, checkpoint_id=sys.argv[1])
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ IDS = torch.arange(3, 15)[None]
 
 def load(path: Path) -> OneLLMForConditionalGeneration:
     model: OneLLMForConditionalGeneration = OneLLMForConditionalGeneration.from_pretrained(path)
-    return model.eval()
+    model.train(mode=False)
+    return model
 
 
 def value(name: str) -> torch.Tensor:
@@ -42,7 +44,7 @@ def logits(model: OneLLMForConditionalGeneration, name: str) -> torch.Tensor:
 
 
 def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> None:
-    """Meta's LLaMA and transformers' CLIP: each part keeps its weights, the rest is what `initialise` draws."""
+    """Meta's LLaMA and transformers' CLIP keep their weights; `initialise` draws the rest."""
     language, tower = llama(), clip()
     save_meta(tmp_path / "llama", language)
     tower.save_pretrained(tmp_path / "clip")
@@ -66,7 +68,7 @@ def test_an_llm_and_an_encoder_make_a_model_ready_to_align(tmp_path: Path) -> No
         elif not name.startswith("encoder."):
             assert torch.equal(tensor, fresh[name]), name
     assert torch.equal(
-        model.encoder.blocks[1].mlp.up.weight,
+        model.state_dict()["encoder.blocks.1.mlp.up.weight"],
         tower.state_dict()["vision_model.encoder.layers.1.mlp.fc1.weight"],
     )
     assert set(record["initialised"]) == {
@@ -136,9 +138,9 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert all(torch.equal(new[n], old[n]) for n in old if "router.fc2" not in n)
     first, *added = (new[f"upm.experts.{k}.blocks.0.attention.q.weight"] for k in (0, 2, 3))
     assert all(0.005 < ((expert - first) / first).std() < 0.02 for expert in added), (
-        "copies of the first, shaken by a hundredth"
+        "copies of the first with a hundredth of noise"
     )
-    assert not torch.equal(*added), "with the same router weights, equal ones would stay equal"
+    assert not torch.equal(*added), "with equal router weights, equal experts would stay equal"
     assert torch.equal(
         new["upm.experts.3.blocks.0.attention_norm.weight"],
         old["upm.experts.0.blocks.0.attention_norm.weight"],
@@ -146,13 +148,11 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     assert torch.equal(
         new["projectors.depth.queries.weight"], old["projectors.image.queries.weight"]
     )
-    router_weights = after.get_projector("depth").router(after.get_projector("depth").queries())
+    depth, image = after.get_projector("depth"), after.get_projector("image")
+    weights = depth.router(depth.queries())
     if router == "soft":
-        assert (router_weights[:, 2:] > 0.05).all(), "a new modality may use the new experts"
-        assert (
-            after.get_projector("image").router(after.get_projector("image").queries())[:, 2:]
-            < 1e-8
-        ).all()
+        assert (weights[:, 2:] > 0.05).all(), "a new modality may use the new experts"
+        assert (image.router(image.queries())[:, 2:] < 1e-8).all()
 
 
 def test_copies_are_exact_where_asked_for(tmp_path: Path) -> None:
@@ -194,17 +194,19 @@ def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
         ({"base": "llama", "add_experts": 1}, "is a language model, not a complete OneLLM"),
     ],
 )
-def test_what_cannot_be_assembled(arguments: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_assembled(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
     save_onellm(tmp_path / "constant", router="constant")
     llama().save_pretrained(tmp_path / "llama")
-    given = {key: tmp_path / v if isinstance(v, str) else v for key, v in arguments.items()}
+    given: dict[str, Any] = {
+        key: tmp_path / v if isinstance(v, str) else v for key, v in arguments.items()
+    }
     with pytest.raises(UsageError, match=words):
-        assemble(tmp_path / "out", quiet=True, **given)  # type: ignore[arg-type]
+        assemble(tmp_path / "out", quiet=True, **given)
 
 
-def verify(a: Path, b: Path, **arguments: object) -> int:
-    fixed = {
+def verify(a: Path, b: Path, **arguments: Any) -> int:
+    fixed: dict[str, Any] = {
         "logits": False,
         "inputs": None,
         "tolerance": 0.0,
@@ -212,7 +214,7 @@ def verify(a: Path, b: Path, **arguments: object) -> int:
         "from_a": None,
         "from_b": None,
     }
-    return run_verify(a, b, ConversionOptions(), **{**fixed, **arguments})  # type: ignore[arg-type]
+    return run_verify(a, b, ConversionOptions(), **{**fixed, **arguments})
 
 
 def test_verify_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +241,7 @@ def test_verify_between_formats(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "logits: up to" in capsys.readouterr().out
 
 
-def test_verify_and_inspect_of_a_whole_model(tmp_path: Path) -> None:
+def test_verify_and_inspect_of_a_complete_model(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
     a, b = (
         open_checkpoint(tmp_path / "one", ConversionOptions()),

@@ -8,7 +8,9 @@ import os
 import pickle
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,9 @@ from checkpoints import llama, parity_weights, save_meta, save_onellm
 from safetensors.torch import save_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.convert import conversion as run_module
 from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
-from onellm_dist.convert.tensors.writers import FileDigest, TensorFile
+from onellm_dist.convert.tensors.writers import FileDigest, TensorFile, write_tensor_file
 
 HEADS = ConversionOptions(encoder_heads=4, upm_heads=4, llm_heads=4)
 
@@ -52,7 +53,7 @@ def test_a_pth_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path) -> Non
     assert trap.exists(), "the trap would not have sprung anywhere"
 
 
-def with_pickle(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+def change_pickle(path: Path, change: Callable[[bytes], bytes]) -> None:
     """Rewrite a .pth with another description."""
     with zipfile.ZipFile(path) as archive:
         entries = [(i.filename, archive.read(i)) for i in archive.infolist()]
@@ -65,7 +66,7 @@ def with_pickle(path: Path, change) -> None:  # type: ignore[no-untyped-def]
 def test_a_tensor_beyond_its_storage_is_refused(size: int, tmp_path: Path) -> None:
     """Bytes of other tensors, or of nothing, must not be read as this one's."""
     torch.save({"a": torch.zeros(size)}, tmp_path / "c.pth")
-    with_pickle(
+    change_pickle(
         tmp_path / "c.pth", lambda b: b.replace(f"K\x00K{chr(size)}".encode(), b"K\x00K\x7f")
     )
     with pytest.raises(UsageError, match="goes beyond its storage"):
@@ -76,13 +77,13 @@ def test_files_cut_short(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "hf")
     file = tmp_path / "hf" / "model.safetensors"
-    whole = file.read_bytes()
+    content = file.read_bytes()
     for length, words in (
-        (len(whole) - 10, "cut short"),
+        (len(content) - 10, "cut short"),
         (100, "header should have"),
         (3, "it has 3 bytes"),
     ):
-        file.write_bytes(whole[:length])
+        file.write_bytes(content[:length])
         with pytest.raises(UsageError, match=words):
             convert("hf", tmp_path / "hf", tmp_path / "out", quiet=True)
     save_meta(tmp_path / "meta", model)
@@ -182,7 +183,7 @@ def test_params_that_contradict_the_weights(tmp_path: Path) -> None:
 
 
 def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
-    """A missing key that is allowed is initialised, and conversion.json says so; an unknown one is left out."""
+    """An allowed missing key is initialised and recorded; an unknown one is dropped."""
     weights = parity_weights()
     del weights["llma.routers.rgbd.fc1.bias"]
     weights["llma.extra.weight"] = torch.zeros(2)
@@ -203,7 +204,9 @@ def test_keys_are_allowed_by_name(tmp_path: Path) -> None:
         )
 
 
-def test_an_output_is_replaced_only_when_told_and_only_if_it_was_made_here(tmp_path: Path) -> None:
+def test_an_output_is_replaced_only_when_asked_and_only_if_it_was_written_here(
+    tmp_path: Path,
+) -> None:
     llama().save_pretrained(tmp_path / "hf")
     _, first = convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)
     with pytest.raises(UsageError, match="is not empty"):
@@ -217,20 +220,28 @@ def test_an_output_is_replaced_only_when_told_and_only_if_it_was_made_here(tmp_p
         convert("hf", tmp_path / "hf", tmp_path / "hf", to="hf", overwrite=True, quiet=True)
 
 
-def test_a_killed_conversion_goes_on_from_its_whole_files(
+def test_a_killed_conversion_resumes_from_its_complete_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_onellm(tmp_path / "one")
-    options, real, seen = ConversionOptions(shard_bytes=400_000), run_module.write_tensor_file, []
+    options, name = (
+        ConversionOptions(shard_bytes=400_000),
+        f"{convert.__module__}.write_tensor_file",
+    )
+    seen: list[str] = []
 
-    def failing(path: Path, file: TensorFile, **arguments: object) -> FileDigest:
+    def recording(path: Path, file: TensorFile, **arguments: Any) -> FileDigest:
+        seen.append(file.name)
+        return write_tensor_file(path, file, **arguments)
+
+    def failing(path: Path, file: TensorFile, **arguments: Any) -> FileDigest:
         seen.append(file.name)
         if len(seen) == 3:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(path, file, **arguments)  # type: ignore[arg-type]
+        return write_tensor_file(path, file, **arguments)
 
-    monkeypatch.setattr(run_module, "write_tensor_file", failing)
+    monkeypatch.setattr(name, failing)
     with pytest.raises(OneLLMError, match="the disk is full"):
         convert(
             "onellm",
@@ -244,11 +255,7 @@ def test_a_killed_conversion_goes_on_from_its_whole_files(
     assert not (tmp_path / "out").exists()
     kept = sorted(p.name for p in (tmp_path / ".out.partial").glob("*.safetensors"))
     assert kept
-    monkeypatch.setattr(
-        run_module,
-        "write_tensor_file",
-        lambda path, file, **a: (seen.append(file.name), real(path, file, **a))[1],
-    )
+    monkeypatch.setattr(name, recording)
     seen.clear()
     _, record = convert(
         "onellm",

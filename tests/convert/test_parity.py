@@ -1,6 +1,6 @@
-"""The reference's own numbers (tests/fixtures/parity), met by a model that was converted from its checkpoint.
+"""The reference's own numbers (tests/fixtures/parity), met by a model that was converted.
 
-Image, audio and point were recorded from the reference; all eight are checked against the plain forward of
+Image, audio and point were recorded from the reference. All eight modalities are checked against
 `plain_forward.py`, which the recorded numbers check in turn.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ THEIRS = {ours: theirs for theirs, ours in MODALITIES.items()}
 Tensors = dict[str, torch.Tensor]
 
 
-def module_from(path: Path):  # type: ignore[no-untyped-def]
+def import_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -46,12 +47,12 @@ def module_from(path: Path):  # type: ignore[no-untyped-def]
     return module
 
 
-plain = module_from(TESTS / "model" / "plain_forward.py")
+plain = import_file(TESTS / "model" / "plain_forward.py")
 
 
 @pytest.fixture(scope="module")
 def weights() -> Tensors:
-    return module_from(DATA / "weights.py").weights(DATA / "manifest.json")
+    return cast(Tensors, import_file(DATA / "weights.py").weights(DATA / "manifest.json"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,11 @@ def model(
     options = ConversionOptions(encoder_heads=HEADS, upm_heads=HEADS, llm_heads=HEADS)
     source = folder / "consolidated.00-of-01.pth"
     convert("reference", source, folder / "out", options=options, quiet=True)
-    return OneLLMForConditionalGeneration.from_pretrained(folder / "out").eval()
+    model: OneLLMForConditionalGeneration = OneLLMForConditionalGeneration.from_pretrained(
+        folder / "out"
+    )
+    model.train(mode=False)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,7 @@ def off(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def features(model: OneLLMForConditionalGeneration, name: str, value: torch.Tensor) -> torch.Tensor:
-    """What the encoder gives for a modality: [n, L + 1, D]."""
+    """The encoder's output for a modality: [n, L + 1, D]."""
     return compute_features(model, {name: value})[name]
 
 
@@ -140,7 +145,10 @@ def test_recorded_groups_of_points(inputs: Tensors, outputs: Tensors) -> None:
 def test_packed_logits_are_the_reference_s_too(
     model: OneLLMForConditionalGeneration, inputs: Tensors, outputs: Tensors
 ) -> None:
-    """All recorded modalities and the text in one pack; row t of the reference's logits predicts text token t + 1."""
+    """All recorded modalities and the text in one pack.
+
+    Row t of the reference's logits predicts text token t + 1.
+    """
     ids = inputs["examples"][0]
     samples = [(name,) for name in RECORDED] + [()]
     labels = torch.where(torch.arange(len(ids)) == 0, -100, ids)
@@ -185,11 +193,11 @@ def test_two_modalities_in_a_chosen_order(
     model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors
 ) -> None:
     order = ["imu", "depth"]
-    runs = [
+    spans = [
         (THEIRS[m], plain.modality_tokens(THEIRS[m], inputs[m][0], weights, HEADS, HEADS))
         for m in order
     ]
-    reference = plain.llama(plain.llm_input(inputs["examples"][0], runs, weights), weights, HEADS)
+    reference = plain.llama(plain.llm_input(inputs["examples"][0], spans, weights), weights, HEADS)
     values = {f"{m}_values": inputs[m] for m in order}
     ours = model(inputs["examples"], modality_order=order, **values).logits[0]
     assert off(ours, reference) < TOLERANCE
@@ -217,7 +225,7 @@ def test_the_loss_is_the_references(
 def test_decoding_with_the_references_offset(
     model: OneLLMForConditionalGeneration, weights: Tensors, inputs: Tensors
 ) -> None:
-    """The reference decodes from cache position 30 + S where 32 + S are filled: the last two are lost, and positions follow."""
+    """The reference decodes from cache position 30 + S where 32 + S are filled: two are lost."""
     prompt = inputs["examples"][:, :7]
     tokens = plain.modality_tokens("image", inputs["image"][0], weights, HEADS, HEADS)
     prefix = plain.llm_input(prompt[0], [("image", tokens)], weights)

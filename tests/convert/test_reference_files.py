@@ -40,11 +40,11 @@ def weights() -> Tensors:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    made = module.weights(DATA / "manifest.json")
+    built: Tensors = module.weights(DATA / "manifest.json")
     recorded = json.loads((DATA / "manifest.json").read_text())
     for key in ("llma.norm.weight", "llma.conv1.imu.weight", "llma.clip.visual.proj"):
-        assert made[key].double().sum().item() == pytest.approx(recorded[key]["sum"], rel=1e-6)
-    return made
+        assert built[key].double().sum().item() == pytest.approx(recorded[key]["sum"], rel=1e-6)
+    return built
 
 
 def test_safetensors_and_training_checkpoints_give_the_same(
@@ -106,7 +106,7 @@ def test_keys_that_do_not_fit_are_all_named(weights: Tensors, fault: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_no_checkpoint(weights: Tensors, tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(weights: Tensors, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint"):
         convert_reference(tmp_path / "none.pth", tmp_path / "out")
     (tmp_path / "text.pth").write_text("no checkpoint")
@@ -128,7 +128,7 @@ def test_nothing_is_overwritten(weights: Tensors, tmp_path: Path) -> None:
 
 
 def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
-    """The 940 keys of OneLLM-7B: sizes are read from shapes, heads are 16, 16 and 32, and every key finds its parameter."""
+    """The 940 keys of OneLLM-7B: every key finds its parameter, heads are 16, 16 and 32."""
     model = build_meta_model("onellm-7b")
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     keys = _keys_of_the_7b()
@@ -151,7 +151,7 @@ def test_the_papers_checkpoint_has_the_papers_shapes() -> None:
 
 
 def _keys_of_the_7b() -> list[str]:
-    """Keys of the small checkpoint with blocks and layers counted up to the paper's (32 LLM, 24 CLIP, 8 UPM)."""
+    """Keys of the small checkpoint with 32 blocks of the LLM, 24 of CLIP, 8 of the UPM."""
     small = [key.removeprefix("llma.") for key in json.loads((DATA / "manifest.json").read_text())]
     keys = {
         key

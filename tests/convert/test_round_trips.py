@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,12 +75,13 @@ def test_reference_there_and_back_is_bit_identical(tmp_path: Path) -> None:
 
 def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
     weights = parity_weights()
-    torch.save(weights, tmp_path / "whole.pth")
+    torch.save(weights, tmp_path / "complete.pth")
     (tmp_path / "parts").mkdir()
     for rank, part in enumerate(split(weights, 2)):
         torch.save(part, tmp_path / "parts" / f"consolidated.{rank:02d}-of-02.pth")
     found = compare(
-        open_checkpoint(tmp_path / "parts", HEADS), open_checkpoint(tmp_path / "whole.pth", HEADS)
+        open_checkpoint(tmp_path / "parts", HEADS),
+        open_checkpoint(tmp_path / "complete.pth", HEADS),
     )
     assert found.is_equal(0)
     assert found.same > 100
@@ -95,7 +97,7 @@ def test_model_parallel_reference_is_the_same(tmp_path: Path) -> None:
 def test_meta_llama_there_and_back(
     kv_heads: int, tied: bool, ranks: int, by_words: bool, tmp_path: Path
 ) -> None:
-    """Logits are those of transformers' own LLaMA; both directions bit for bit; grouped heads, tied embeddings, two ranks."""
+    """Both directions bit for bit: grouped heads, tied embeddings, two ranks; equal logits."""
     model = llama(kv_heads=kv_heads, tied=tied)
     save_meta(tmp_path / "meta", model, ranks=ranks, by_words=by_words)
     convert(
@@ -130,7 +132,7 @@ def test_hf_of_bin_files_with_an_index_and_old_buffers(tmp_path: Path) -> None:
     state = {**model.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     (tmp_path / "hf" / "model.safetensors").unlink()
     halves = [dict(list(state.items())[:7]), dict(list(state.items())[7:])]
-    places = {}
+    places: dict[str, str] = {}
     for i, half in enumerate(halves):
         torch.save(half, tmp_path / "hf" / f"pytorch_model-{i}.bin")
         places |= dict.fromkeys(half, f"pytorch_model-{i}.bin")
@@ -156,7 +158,7 @@ def test_the_llm_of_a_onellm_as_hf(tmp_path: Path) -> None:
             model(ids).logits,
             atol=1e-5,
         )
-    same(load_folder(tmp_path / "hf"), {k: v for k, v in model.llm.state_dict().items()})
+    same(load_folder(tmp_path / "hf"), dict(model.llm.state_dict()))
 
 
 def encoded(encoder: Encoder, image: torch.Tensor) -> torch.Tensor:
@@ -210,13 +212,14 @@ def test_openais_torchscript_file_is_read_without_running_it(tmp_path: Path) -> 
     """OpenAI's .pt are TorchScript archives: modules as attributes, half precision."""
 
     class Tower(torch.nn.Module):
-        def __init__(self, visual: torch.nn.Module) -> None:
+        def __init__(self, visual: Any) -> None:
             super().__init__()
             self.visual = visual.half()
             self.logit_scale = torch.nn.Parameter(torch.tensor(1.0))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.visual.conv1(x)
+            convolved: torch.Tensor = self.visual.conv1(x)
+            return convolved
 
     _, tower = save_open_clip(tmp_path / "clip")
     model = Tower(tower)
@@ -225,11 +228,14 @@ def test_openais_torchscript_file_is_read_without_running_it(tmp_path: Path) -> 
     assert opened.config.act == "quick_gelu"
     assert not opened.problems
     assert all(t.dtype == torch.float16 for t in opened.tensors.values())
-    assert torch.equal(opened.tensors["proj.weight"].read(), tower.proj.half())
+    assert torch.equal(opened.tensors["proj.weight"].read(), tower.state_dict()["proj"].half())
 
 
 def test_a_gguf_file_gives_transformers_own_weights(tmp_path: Path) -> None:
-    """A llama written as GGUF (rows of q and k in Meta's order, as llama.cpp keeps them) against transformers' own reader."""
+    """A llama written as GGUF against transformers' own reader.
+
+    Rows of q and k are in Meta's order, as llama.cpp keeps them.
+    """
     gguf = pytest.importorskip("gguf")
     model = llama(kv_heads=2)
     state, meta, config = model.state_dict(), meta_state(model), model.config
@@ -265,9 +271,11 @@ def test_a_gguf_file_gives_transformers_own_weights(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     convert("gguf", tmp_path / "m.gguf", tmp_path / "hf", quiet=True)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    expected: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    same(dict(loaded.state_dict()), dict(theirs.state_dict()))
+    same(dict(loaded.state_dict()), dict(expected.state_dict()))
     same(dict(loaded.state_dict()), dict(state))
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():

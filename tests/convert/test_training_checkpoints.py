@@ -1,4 +1,4 @@
-"""Checkpoints of training runs: ours at any number of ranks, DeepSpeed's own, torch.distributed.checkpoint's."""
+"""Training checkpoints: ours of any world size, DeepSpeed's, torch.distributed.checkpoint's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from checkpoints import onellm, save_onellm
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions
@@ -38,7 +38,10 @@ def save_run(
     precision: str = "bf16",
     first_version: bool = False,
 ) -> Path:
-    """A checkpoint as train/checkpoint/state.py describes it: each rank holds a range of every parameter; the last ones may hold none."""
+    """A checkpoint as train/checkpoint/folder.py describes it.
+
+    Each rank holds a range of every parameter; the last ranks may hold none.
+    """
     folder = run / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
     parameters: dict[str, Any] = {}
@@ -101,7 +104,7 @@ def test_ranges_of_any_number_of_ranks_become_the_model(
     assert "stage: align" in lines
 
 
-def test_a_run_that_is_not_whole_or_lost_its_base(tmp_path: Path) -> None:
+def test_a_run_that_is_not_complete_or_lost_its_base(tmp_path: Path) -> None:
     base = save_onellm(tmp_path / "base")
     folder = save_run(tmp_path / "run", base, 2)
     base.rename(tmp_path / "moved")
@@ -138,7 +141,7 @@ def test_a_run_that_is_not_whole_or_lost_its_base(tmp_path: Path) -> None:
 
 
 def save_zero(folder: Path, stage: int, world: int) -> None:
-    """A ZeRO checkpoint as DeepSpeed 0.19.8 lays it out (its zero_to_fp32 reads it too: see the test)."""
+    """A ZeRO checkpoint as DeepSpeed 0.19.8 lays it out: its zero_to_fp32 reads it too."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
     folder.mkdir(parents=True)
@@ -180,7 +183,7 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
             if stage == 3
             else "mp_rank_00_model_states.pt"
         )
-        about = {
+        content: dict[str, Any] = {
             "module": {},
             "buffer_names": [],
             "param_shapes": shapes,
@@ -190,7 +193,7 @@ def save_zero(folder: Path, stage: int, world: int) -> None:
             "ds_version": "0.19.8",
             "global_steps": 10,
         }
-        torch.save(about, folder / name)
+        torch.save(content, folder / name)
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 3), (3, 4)])
@@ -232,7 +235,7 @@ def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
         "step": 4,
         "optim": {"x": torch.ones(2)},
     }
-    torch_checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert math.prod(next(iter(weights.values())).shape) > 1
     convert(
         "fsdp", tmp_path / "dcp", tmp_path / "out", options=ConversionOptions(base=base), quiet=True
@@ -245,7 +248,7 @@ def test_a_torch_distributed_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_torch_distributed_checkpoint_of_three_ranks(tmp_path: Path) -> None:
-    """Shards of rows (also uneven ones, also none on the last rank), of columns, and whole tensors; Adam's moments beside them."""
+    """Shards of rows, uneven and empty ones too; of columns; complete tensors; Adam's moments."""
     base = save_onellm(tmp_path / "base")
     worker = Path(__file__).parent / "dcp_worker.py"
     assert (

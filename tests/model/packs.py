@@ -1,8 +1,9 @@
-"""What the model's tests share: small models, packs of random samples, and the same samples one at a time."""
+"""Small models, packs of random samples, and the same samples one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -17,7 +18,7 @@ WORDS = 97
 
 
 def small_model(
-    seed: int = 0, *, kv_heads: int = 2, modalities: Sequence[str] | None = None, **upm: object
+    seed: int = 0, *, kv_heads: int = 2, modalities: Sequence[str] | None = None, **upm: Any
 ) -> OneLLMForConditionalGeneration:
     """Real token counts at tiny widths, in fp32 and ready to align (LLM and encoder frozen)."""
     config = OneLLMConfig(
@@ -42,22 +43,28 @@ def small_model(
     model = OneLLMForConditionalGeneration(config)
     initialise(model, seed)
     model.llm.requires_grad_(False)
-    return model.train()
+    model.train()
+    return model
 
 
 def make_pack(
     modalities: Sequence[Sequence[str]], text_token_counts: Sequence[int], seed: int = 0
 ) -> PackedBatch:
-    """Random texts and values; a sample's content depends on its place and `seed` alone, all but BOS is supervised."""
-    ids, labels, rows = [], [], {name: [] for name in all_modalities()}
-    for i, (runs, length) in enumerate(zip(modalities, text_token_counts, strict=True)):
+    """Random texts and values; all tokens but BOS are supervised.
+
+    The content of a sample depends on its place and `seed` alone.
+    """
+    ids: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in all_modalities()}
+    for i, (spans, length) in enumerate(zip(modalities, text_token_counts, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + i)
         text = torch.cat(
             [torch.tensor([1]), torch.randint(3, WORDS, (length - 1,), generator=generator)]
         )
         ids.append(text)
         labels.append(torch.where(torch.arange(length) == 0, IGNORE, text))
-        for name in runs:
+        for name in spans:
             rows[name].append(torch.randn(all_modalities()[name].value_shape, generator=generator))
     values = {
         name: torch.stack(r) if r else torch.empty(0, *all_modalities()[name].value_shape)
@@ -74,22 +81,22 @@ def make_pack(
 
 
 def empty_pack() -> PackedBatch:
-    """What a rank without samples runs."""
+    """The pack of a rank without samples."""
     return PackedBatch(
         torch.tensor([1]), torch.tensor([IGNORE]), (1,), ((),), {}, torch.zeros(1), is_empty=True
     )
 
 
 def one_by_one(model: OneLLMForConditionalGeneration, pack: PackedBatch) -> list[torch.Tensor]:
-    """Logits of each sample's supervised tokens [S - 1, V], through the padded entry, one sample at a time."""
+    """Logits [S - 1, V] of each sample's supervised tokens, from padded forwards of one sample."""
     out, start, used = [], 0, dict.fromkeys(pack.values, 0)
-    for length, runs in zip(pack.text_token_counts, pack.modalities, strict=True):
+    for length, spans in zip(pack.text_token_counts, pack.modalities, strict=True):
         values = {}
-        for name in runs:
+        for name in spans:
             values[f"{name}_values"] = pack.values[name][used[name]][None]
             used[name] += 1
         logits = model(
-            pack.input_ids[None, start : start + length], modality_order=runs, **values
+            pack.input_ids[None, start : start + length], modality_order=spans, **values
         ).logits[0]
         out.append(logits[-length:-1] if length > 1 else logits[:0])
         start += length

@@ -1,6 +1,7 @@
-"""OneLLM's forward for one sample, written from the paper and the reference's facts: no packing, no modules, no shared code.
+"""OneLLM's forward for one sample, written from the paper: no packing, no modules, no shared code.
 
-Works on the reference's own checkpoint layout (`llma.*`), so that it checks the conversion too. Only fp32, batch of one.
+It works on the reference's own checkpoint layout (`llma.*`), so that it checks the conversion too.
+It computes in fp32, one sample at a time.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(x: torch.Tensor, w: Weights, key: str) -> torch.Tensor:
-    up, gate = x @ w[f"{key}.w3.weight"].T, x @ w[f"{key}.w1.weight"].T
-    return (gate * torch.sigmoid(gate) * up) @ w[f"{key}.w2.weight"].T
+    up, activated = x @ w[f"{key}.w3.weight"].T, x @ w[f"{key}.w1.weight"].T
+    return (activated * torch.sigmoid(activated) * up) @ w[f"{key}.w2.weight"].T
 
 
 def clip_blocks(x: torch.Tensor, w: Weights, heads: int) -> torch.Tensor:
@@ -136,23 +137,26 @@ def modality_tokens(
     x = clip_features(name, value, w, encoder_heads)
     x = layer_norm(x @ w[f"{p}.0.weight"].T + w[f"{p}.0.bias"], w, f"{p}.1")
     x = torch.cat([w[f"llma.resample_tokens.{name}"][0], x])
-    router_weights = torch.sigmoid(router_logits(name, w))
-    router_weights = router_weights / router_weights.sum(1, keepdim=True)
+    weights = torch.sigmoid(router_logits(name, w))
+    weights = weights / weights.sum(1, keepdim=True)
     out = torch.zeros(30, x.shape[1])
-    for k in range(router_weights.shape[1]):
+    for expert in range(weights.shape[1]):
         y = x
         for i in range(
             1
             + max(
-                int(key.split(".")[3]) for key in w if key.startswith(f"llma.resample_layers.{k}.")
+                int(key.split(".")[3])
+                for key in w
+                if key.startswith(f"llma.resample_layers.{expert}.")
             )
         ):
-            b = f"llma.resample_layers.{k}.{i}"
+            b = f"llma.resample_layers.{expert}.{i}"
             z = rms_norm(y, w[f"{b}.attention_norm.weight"])
-            mixed = attend(*(z @ w[f"{b}.attention.w{c}.weight"].T for c in "qkv"), upm_heads)
+            q, k, v = (z @ w[f"{b}.attention.w{c}.weight"].T for c in "qkv")
+            mixed = attend(q, k, v, upm_heads)
             y = y + mixed @ w[f"{b}.attention.wo.weight"].T
             y = y + swiglu(rms_norm(y, w[f"{b}.ffn_norm.weight"]), w, f"{b}.feed_forward")
-        out = out + router_weights[:, k : k + 1] * y[:30]
+        out = out + weights[:, expert : expert + 1] * y[:30]
     p = f"llma.clip_proj2.{name}"
     return layer_norm(out @ w[f"{p}.0.weight"].T + w[f"{p}.0.bias"], w, f"{p}.1")
 
@@ -185,10 +189,10 @@ def llama(x: torch.Tensor, w: Weights, heads: int) -> torch.Tensor:
     return rms_norm(x, w["llma.norm.weight"]) @ w["llma.output.weight"].T
 
 
-def llm_input(ids: torch.Tensor, runs: list[tuple[str, torch.Tensor]], w: Weights) -> torch.Tensor:
-    """BOS, each run (start tag, 30 tokens, end tag), the rest of the text: [S + 32 n, d]."""
+def llm_input(ids: torch.Tensor, spans: list[tuple[str, torch.Tensor]], w: Weights) -> torch.Tensor:
+    """BOS, each span (start tag, 30 tokens, end tag), the rest of the text: [S + 32 n, d]."""
     text = w["llma.tok_embeddings.weight"][ids]
     pieces = [text[:1]]
-    for name, tokens in runs:
+    for name, tokens in spans:
         pieces += [w[f"llma.start_tag.{name}"][0], tokens, w[f"llma.end_tag.{name}"][0]]
     return torch.cat([*pieces, text[1:]])

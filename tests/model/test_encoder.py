@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from packs import relative
@@ -15,7 +17,7 @@ from onellm_dist.model.towers import from_open_clip_state
 open_clip = pytest.importorskip("open_clip")
 
 
-def theirs(act: str) -> torch.nn.Module:
+def theirs(act: str) -> Any:
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     torch.manual_seed(0)
@@ -31,9 +33,8 @@ def theirs(act: str) -> torch.nn.Module:
         act_layer=layer,
         output_tokens=True,
     )
-    for (
-        p
-    ) in model.parameters():  # its fresh norms and biases are 1 and 0: wrong ones would not show
+    # Fresh norms and biases are 1 and 0: wrong ones would not show.
+    for p in model.parameters():
         p.data.add_(0.05 * torch.randn(p.shape))
     return model.eval()
 
@@ -54,7 +55,7 @@ def test_equals_open_clips_visual_transformer(act: str) -> None:
 
 
 def test_tokens_of_one_image_do_not_see_another() -> None:
-    """open_clip >= 2.26 is batch-first: the reference feeds it the other layout and mixes images without an error."""
+    """open_clip >= 2.26 is batch-first; the reference feeds it otherwise and mixes images."""
     encoder = Encoder(OneLLMVisionConfig(width=64, layers=2, heads=4, output_dim=32))
     encoder.load_state_dict(from_open_clip_state(theirs("quick_gelu").state_dict()))
     images = torch.randn(2, 3, 224, 224)

@@ -1,6 +1,8 @@
-"""generate: the cache, left padding, and the runs that go in once."""
+"""`generate`: the cache, left padding, and spans that are inserted once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,14 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.model import OneLLMForConditionalGeneration
 
 NEW = 7
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")
 def model() -> OneLLMForConditionalGeneration:
     """Large weights, so that what a text says next depends on all that came before."""
-    model = small_model().eval()
+    model = small_model()
+    model.train(mode=False)
     with torch.no_grad():
         for name, p in model.llm.named_parameters():
             if "proj" in name:
@@ -25,7 +28,7 @@ def model() -> OneLLMForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def batch() -> dict[str, torch.Tensor]:
+def batch() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, WORDS, (3, 6), generator=generator)
     mask = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
@@ -39,7 +42,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def uncached(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], **options: object
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any], **options: Any
 ) -> torch.Tensor:
     """Greedy decoding by running everything again for each token."""
     batch = dict(batch)
@@ -47,7 +50,8 @@ def uncached(
         word = model(**batch, **options).logits[:, -1].argmax(-1, keepdim=True)
         batch["input_ids"] = torch.cat([batch["input_ids"], word], 1)
         batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(word)], 1)
-    return batch["input_ids"]
+    ids: torch.Tensor = batch["input_ids"]
+    return ids
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def uncached(
 )
 @torch.no_grad()
 def test_the_cache_changes_nothing(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor], given: tuple[str, ...]
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any], given: tuple[str, ...]
 ) -> None:
     kept = {
         k: v
@@ -71,7 +75,7 @@ def test_the_cache_changes_nothing(
 
 @torch.no_grad()
 def test_left_padding_changes_nothing(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     together = model.generate(**batch, **GREEDY)
     for row in range(3):
@@ -83,7 +87,7 @@ def test_left_padding_changes_nothing(
 
 @torch.no_grad()
 def test_right_padding_changes_no_logits(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     ids = torch.tensor([[1, 5, 9, 4, 0, 0]])
     image = {"image_values": batch["image_values"][:1]}
@@ -92,8 +96,8 @@ def test_right_padding_changes_no_logits(
 
 
 @torch.no_grad()
-def test_runs_are_injected_at_prefill_alone(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+def test_spans_are_inserted_at_prefill_alone(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     lengths: list[int] = []
     handle = model.llm.model.layers[0].register_forward_pre_hook(
@@ -107,8 +111,8 @@ def test_runs_are_injected_at_prefill_alone(
 
 
 @torch.no_grad()
-def test_the_order_of_runs_can_be_chosen(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+def test_the_order_of_spans_can_be_chosen(
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     swapped = model(**batch, modality_order=["imu", "image"]).logits
     assert torch.equal(
@@ -121,7 +125,7 @@ def test_the_order_of_runs_can_be_chosen(
 
 @torch.no_grad()
 def test_reference_offset_ends_rows_where_they_end(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     free = model.generate(**batch, decode_offset="reference", **GREEDY)
     first = int(free[0, 6])
@@ -134,7 +138,7 @@ def test_reference_offset_ends_rows_where_they_end(
 
 @torch.no_grad()
 def test_several_sequences_of_a_prompt(
-    model: OneLLMForConditionalGeneration, batch: dict[str, torch.Tensor]
+    model: OneLLMForConditionalGeneration, batch: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
     out = model.generate(
@@ -163,8 +167,8 @@ def test_several_sequences_of_a_prompt(
 )
 def test_wrong_use_is_refused(
     model: OneLLMForConditionalGeneration,
-    batch: dict[str, torch.Tensor],
-    options: dict[str, object],
+    batch: dict[str, Any],
+    options: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(UsageError, match=message):

@@ -1,9 +1,9 @@
-"""On a GPU: which kernels run, that nothing waits for the host, and how far bf16 is from fp32. Skipped where there is none."""
+"""On a GPU: which kernels run, that nothing waits for the host, and how far bf16 is from fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,12 +22,20 @@ pytestmark = [
 ]
 
 VARLEN = ("flash", "fmha", "sdpa")
-"""What the names of FlashAttention's, torch's and cuDNN's variable-length kernels have in common."""
+"""Parts of the names of variable-length kernels of FlashAttention, torch and cuDNN."""
 BF16_BOUND = 0.05
 """max |bf16 - fp32| / max |fp32| of logits: eight bits of mantissa through a dozen layers."""
 ATTENTION_BOUND = 0.01
 
-RUNS, LENGTHS = [("image",), ("audio",), ("imu", "fmri"), (), ("point",)], [6, 9, 3, 12, 7]
+MODALITIES, LENGTHS = [("image",), ("audio",), ("imu", "fmri"), (), ("point",)], [6, 9, 3, 12, 7]
+
+
+def to_gpu(
+    model: OneLLMForConditionalGeneration, dtype: torch.dtype
+) -> OneLLMForConditionalGeneration:
+    # transformers wraps `to` so that mypy takes its first argument for `self`.
+    moved: Any = model
+    return cast(OneLLMForConditionalGeneration, moved.to("cuda", dtype))
 
 
 def needs_kernels() -> None:
@@ -44,13 +52,13 @@ def kernels_of(run: Callable[[], Any]) -> list[str]:
     ) as profile:
         run()
         torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [e.name for e in profile.events() if e.device_type.name == "CUDA"]
     return [n for n in names if any(part in n.lower() for part in VARLEN)]
 
 
 @pytest.fixture(scope="module")
 def model() -> OneLLMForConditionalGeneration:
-    return small_model().to("cuda", torch.bfloat16)
+    return to_gpu(small_model(), torch.bfloat16)
 
 
 def test_encoder_upm_and_llm_run_variable_length_kernels(
@@ -82,7 +90,7 @@ def test_encoder_upm_and_llm_run_variable_length_kernels(
 
 
 def test_a_training_step_never_waits_for_the_host(model: OneLLMForConditionalGeneration) -> None:
-    packs = [make_pack(RUNS, LENGTHS).to("cuda"), empty_pack().to("cuda")]
+    packs = [make_pack(MODALITIES, LENGTHS).to("cuda"), empty_pack().to("cuda")]
     for pack in packs:
         model(packed=pack).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -104,8 +112,8 @@ def test_kernels_agree_with_fp32(causal: bool, kv_heads: int) -> None:
     seq_lengths = SequenceLengths.from_lengths(lengths, device=q.device)
     wide = [x.clone().requires_grad_() for x in (q, k, v)]
     narrow = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    reference = packed_attention(*wide, seq_lengths, causal=causal)
-    ours = packed_attention(*narrow, seq_lengths, causal=causal)
+    reference = packed_attention(wide[0], wide[1], wide[2], seq_lengths, causal=causal)
+    ours = packed_attention(narrow[0], narrow[1], narrow[2], seq_lengths, causal=causal)
     assert relative(ours.float(), reference) < ATTENTION_BOUND
     weight = torch.randn_like(reference)
     theirs = torch.autograd.grad((reference * weight).sum(), wide)
@@ -116,9 +124,9 @@ def test_kernels_agree_with_fp32(causal: bool, kv_heads: int) -> None:
 
 
 def test_bf16_logits_agree_with_fp32() -> None:
-    wide = small_model().cuda()
-    narrow = small_model().to("cuda", torch.bfloat16)
-    pack = make_pack(RUNS, LENGTHS).to("cuda")
+    wide = to_gpu(small_model(), torch.float32)
+    narrow = to_gpu(small_model(), torch.bfloat16)
+    pack = make_pack(MODALITIES, LENGTHS).to("cuda")
     with torch.no_grad():
         assert (
             relative(
@@ -129,16 +137,16 @@ def test_bf16_logits_agree_with_fp32() -> None:
 
 
 def test_gpu_and_cpu_agree_in_fp32() -> None:
-    model, pack = small_model(), make_pack(RUNS, LENGTHS)
+    model, pack = small_model(), make_pack(MODALITIES, LENGTHS)
     with torch.no_grad():
         reference = model.compute_packed_logits(pack)[0]
         torch.backends.cuda.matmul.allow_tf32 = False
-        ours = model.cuda().compute_packed_logits(pack.to("cuda"))[0].cpu()
+        ours = to_gpu(model, torch.float32).compute_packed_logits(pack.to("cuda"))[0].cpu()
     assert relative(ours, reference) < 1e-4
 
 
-def test_dummy_packs_give_zero_gradients_on_a_gpu() -> None:
-    model = small_model().to("cuda", torch.bfloat16)
+def test_empty_packs_give_zero_gradients_on_a_gpu() -> None:
+    model = to_gpu(small_model(), torch.bfloat16)
     model(packed=empty_pack().to("cuda")).loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, g in grads.items() if g is None or g.abs().max() > 0] == []

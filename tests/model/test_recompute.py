@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients to the bit; what is kept, and what is computed twice."""
+"""Activation checkpointing: equal gradients to the bit; what is kept, what is computed twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
-def allocated() -> int:
+def get_allocated() -> int:
     """Bytes that malloc has given out (glibc)."""
     info = ctypes.CDLL("libc.so.6").mallinfo2
     info.restype = Mallinfo
@@ -39,16 +39,16 @@ def allocated() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
-def measured(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
+def measure(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
     """(gradients, bytes kept between forward and backward, FLOPs of both)."""
     model: OneLLMForConditionalGeneration = load_model(path=None, preset="toy", seed=1)[0]
     model.train()
     enable_activation_checkpointing(model, mode)
     pack = make_pack([("image",), ("image",), ("imu",)], [40, 50, 60])
-    before = allocated()
+    before = get_allocated()
     with FlopCounterMode(display=False) as counter:
         loss = model(packed=pack).loss
-        kept = allocated() - before
+        kept = get_allocated() - before
         loss.backward()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return gradients, kept, counter.get_total_flops()
@@ -56,8 +56,8 @@ def measured(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[dict[str, torch.Tensor], int, int]]:
-    measured("none")  # what the first pass alone allocates
-    return {mode: measured(mode) for mode in MODES}
+    measure("none")  # what the first pass alone allocates
+    return {mode: measure(mode) for mode in MODES}
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

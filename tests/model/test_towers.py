@@ -1,4 +1,4 @@
-"""The encoder as a choice: any plain ViT of timm or open_clip gives the numbers of its own forward, over packed tokens."""
+"""Any plain ViT of timm or open_clip gives its own forward's numbers over packed tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ TIMM: dict[str, dict[str, Any]] = {
     "deit3_base_patch16_224": {"img_size": 48, "init_values": 0.2},
     "vit_base_patch8_224": {"img_size": 40, "qkv_bias": False},
 }
-"""DINOv2 (layer scale), with registers, with a gated MLP; plain; CLIP's pre-norm; no class token; positions of patches alone; no bias."""
+"""DINOv2 (layer scale), with registers, with a gated MLP; a plain one; CLIP's pre-norm; no class
+token; positions of patches alone; no bias."""
 OPEN_CLIP: dict[str, dict[str, Any]] = {
     "plain": {"act_layer": torch.nn.GELU},
     "large_patches": {"patch_size": 32, "image_size": 96, "act_layer": torch.nn.GELU},
@@ -305,7 +306,7 @@ def test_a_tower_by_name_is_assembled_from_a_file(tmp_path: Path) -> None:
         assemble(
             tmp_path / "other", llm=tmp_path / "llm", encoder=f"timm:{name}@nowhere.pth", quiet=True
         )
-    with pytest.raises(UsageError, match="it names no tower"):
+    with pytest.raises(UsageError, match="does not name a tower"):
         assemble(tmp_path / "other", llm=tmp_path / "llm", encoder="timm:", quiet=True)
 
 

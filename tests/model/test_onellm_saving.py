@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from onellm_dist.model.presets import load_toy_tokenizer
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-def test_a_saved_model_comes_back_the_same(auto: type, tmp_path: Path) -> None:
+def test_a_saved_model_comes_back_the_same(auto: Any, tmp_path: Path) -> None:
     model = small_model(seed=5, router="sparse", modalities=["imu", "image"])
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

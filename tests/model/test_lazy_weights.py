@@ -1,4 +1,4 @@
-"""A model opened without its weights is what `load_model` loads, parameter by parameter and row by row."""
+"""A model opened without its weights is what `load_model` loads, row by row."""
 
 from __future__ import annotations
 
@@ -13,22 +13,33 @@ from packs import small_model
 from safetensors.torch import load_file, save_file
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.model import OneLLMProcessor, build_config, load_model
-from onellm_dist.model.lazy_weights import build_empty_model, open_model
+from onellm_dist.model import (
+    OneLLMForConditionalGeneration,
+    OneLLMProcessor,
+    build_config,
+    load_model,
+)
+from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.lazy_weights import (
+    InitialWeights,
+    RandomWeights,
+    build_empty_model,
+    open_model,
+)
 from onellm_dist.model.presets import load_toy_tokenizer
 
 
-def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, object]) -> bool:
-    """Whether every parameter of `model` is what the opened one's weights give, whole and from the middle."""
+def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, InitialWeights]) -> bool:
+    """Whether a model's parameters are those of opened weights, complete and in part."""
     empty, _, weights = opened
     assert all(p.is_meta for p in empty.parameters())
     wanted = dict(model.named_parameters())
     assert wanted.keys() == dict(empty.named_parameters()).keys()
-    whole = all(torch.equal(weights.rows(n, 0, len(p)), p) for n, p in wanted.items())  # type: ignore[attr-defined]
-    return whole and all(
+    complete = all(torch.equal(weights.rows(n, 0, len(p)), p) for n, p in wanted.items())
+    return complete and all(
         torch.equal(weights.rows(n, len(p) // 3, len(p) // 2), p[len(p) // 3 : len(p) // 2])
         for n, p in wanted.items()
-    )  # type: ignore[attr-defined]
+    )
 
 
 @pytest.fixture
@@ -47,10 +58,6 @@ def test_a_preset_draws_what_load_model_draws() -> None:
 def test_copied_experts_are_drawn_as_the_first() -> None:
     config = build_config("toy")
     config.upm.init = "copied"
-    from onellm_dist.model.initialisation import initialise
-    from onellm_dist.model.lazy_weights import InitialWeights, RandomWeights
-    from onellm_dist.model.onellm import OneLLMForConditionalGeneration
-
     model = OneLLMForConditionalGeneration(config)
     initialise(model, 4)
     empty = build_empty_model(config)
@@ -94,7 +101,7 @@ def with_another_shape(state: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
         (without_a_key, "missing_keys: encoder.positions.weight"),
         (with_another, "unexpected_keys: encoder.extra.weight"),
@@ -102,10 +109,10 @@ def with_another_shape(state: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(
-    saved: Path, damage: Callable[[dict[str, torch.Tensor]], None], message: str
+    saved: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
 ) -> None:
     state = load_file(saved / "model.safetensors")
-    damage(state)
+    change(state)
     save_file(state, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(OneLLMError, match=message):
         open_model(path=saved, preset=None, seed=0)
