@@ -64,10 +64,7 @@ WORDS = {
 }
 SUFFIXES = ("py", "md", "yaml", "yml", "sh", "sbatch", "cfg", "toml")
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "onellm_dist/convert/names/reference.py": {"gates": "SwiGLU's gate, a parameter's name"},
     "onellm_dist/convert/tensors/pickled.py": {"say=, tell": "a method of Python's files"},
-    "onellm_dist/model/towers.py": {"gates": "an attribute of timm's attention"},
-    "onellm_dist/model/upm.py": {"gates": "SwiGLU's gate, a parameter's name"},
     "onellm_dist/launch/slurm/start_commands.py": {"slots": "a key of DeepSpeed's hostfile"},
     "tests/testing/slurm_cluster/test_rehearsal.py": {"slots": "a key of DeepSpeed's hostfile"},
     "onellm_dist/model/configuration.py": {"divisor": "a number that divides another"},
