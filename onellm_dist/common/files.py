@@ -74,7 +74,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def replace_folder(staged: Path, folder: Path) -> None:
     """Rename a complete, synced folder to `folder`, which may exist.
 
-    A folder of that name is moved aside first and removed last; `restore_folder` brings it back if
+    A folder of that name is renamed first and removed last; `restore_folder` brings it back if
     the process was killed in between.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import choose_captions
-from onellm_dist.data.micro_batch import SampleRef
+from onellm_dist.data.micro_batch import SampleRef, SampleTable, group_by_shard
 from onellm_dist.data.retry import open_index_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import (
@@ -125,6 +125,18 @@ class Corpus:
         ids = [""] * len(refs)
         for i in sorted(range(len(refs)), key=refs.__getitem__):
             ids[i] = self.sample_id(refs[i])
+        return ids
+
+    def table_ids(self, table: SampleTable) -> list[str]:
+        """Return the id of each sample of a table, opening the index of every shard once."""
+        ids = [""] * len(table.dataset)
+        for here in group_by_shard(table.dataset, table.shard):
+            number = int(table.dataset[here[0]])
+            dataset, shard = self.datasets[number], self.shards[number][int(table.shard[here[0]])]
+            index = open_index_with_retries(dataset, shard)
+            rows, epochs = table.row[here].tolist(), table.epoch[here].tolist()
+            for i, row, epoch in zip(here.tolist(), rows, epochs, strict=True):
+                ids[i] = f"{dataset.name}/{shard.name}/{index.key(row)}@{epoch}"
         return ids
 
     def caption_index(self, ref: SampleRef, count: int) -> int:

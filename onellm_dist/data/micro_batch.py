@@ -54,6 +54,18 @@ class SampleTable(NamedTuple):
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
+def group_by_shard(dataset: Ints, shard: Ints) -> list[Ints]:
+    """Return the indices of the samples of each shard, shard by shard.
+
+    Args:
+        dataset: [n] dataset of each sample.
+        shard: [n] shard of each sample.
+    """
+    order = np.lexsort((shard, dataset))
+    starts = np.flatnonzero(np.diff(dataset[order], prepend=-1) | np.diff(shard[order], prepend=-1))
+    return np.split(order, starts[1:])
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward and backward pass of one rank, the same for every rank that computes the plan."""

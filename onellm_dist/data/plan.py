@@ -19,7 +19,13 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.costs import CostModel, count_llm_tokens
-from onellm_dist.data.micro_batch import BatchTotals, SampleRef, SampleTable, StepPlan
+from onellm_dist.data.micro_batch import (
+    BatchTotals,
+    SampleRef,
+    SampleTable,
+    StepPlan,
+    group_by_shard,
+)
 from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
@@ -152,7 +158,7 @@ class Plan:
 
         It is the hex SHA-256 of the step's sample ids, sorted as bytes, each with a newline.
         """
-        ids = sorted(name.encode("utf-8") for name in self.corpus.sample_ids(self.samples(step)))
+        ids = sorted(name.encode("utf-8") for name in self.corpus.table_ids(self._table(step)))
         return hashlib.sha256(b"".join(name + b"\n" for name in ids)).hexdigest()
 
     def fingerprint(self) -> str:
@@ -195,11 +201,7 @@ class Plan:
             here = np.flatnonzero(dataset == number)
             epoch[here], shard[here], row[here] = self._orders[number].locate(index[here])
         counts = np.empty((n, 2), dtype=np.int64)
-        by_shard = np.lexsort((shard, dataset))
-        starts = np.flatnonzero(
-            np.diff(dataset[by_shard], prepend=-1) | np.diff(shard[by_shard], prepend=-1)
-        )
-        for here in np.split(by_shard, starts[1:]):
+        for here in group_by_shard(dataset, shard):
             counts[here] = self.corpus.token_counts.get(
                 int(dataset[here[0]]), int(shard[here[0]]), row[here], epoch[here]
             )

@@ -151,10 +151,13 @@ def test_totals_and_digest_of_a_step_are_those_of_its_micro_batches(
         key = (micro.step, micro.rank, micro.index, micro.count, micro.global_valid_tokens, rows)
         content.update(repr(key).encode())
 
+    expected_digest = expected.digest(3)
+
     monkeypatch.setattr(SampleRef, "_make", None)
     step = plan.step(3, world_size)
     totals = step.totals
     assert step.digest() == content.hexdigest()
+    assert plan.digest(3) == expected_digest
     assert totals.samples == len(refs) == 12
     assert totals.llm_tokens == sum(
         ref.text_tokens + SPAN_TOKENS * len(spans[ref.dataset]) for ref in refs
