@@ -1,9 +1,10 @@
-"""Building a source from a test's tree and reading the dataset back as training does: through the reader, then the modality."""
+"""Building a source from a test's tree, and reading the dataset back as training does."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,26 @@ from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.tools.verify import verify_dataset
 
 
-def built(source: str, inputs: Path, out: Path, **options: Any) -> tuple[BuildReport, Dataset]:
-    """A build; what verify finds in it is a failure."""
+def build_source(
+    source: str, inputs: Path, out: Path, **options: Any
+) -> tuple[BuildReport, Dataset]:
+    """Build a dataset; whatever verify finds in it is a failure."""
     report = build_dataset(source, inputs, out, **split_arguments(options))
     assert not verify_dataset(out)
     return report, open_dataset(out)
 
 
-def samples(dataset: Dataset, split: str = "train") -> dict[str, dict[str, Any]]:
+def read_samples(dataset: Dataset, split: str = "train") -> dict[str, dict[str, Any]]:
     """Key to parts as bytes; `txt` as text, `json` as a value."""
-    read = {"txt": lambda d: d.decode(), "json": json.loads}
+    read: dict[str, Callable[[bytes], Any]] = {"txt": bytes.decode, "json": json.loads}
     return {
         k: {e: read.get(e, bytes)(d) for e, d in parts.items()}
         for k, parts in contents(dataset, split).items()
     }
 
 
-def decoded(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch.Tensor]:
-    """A sample as the model gets it: each of the dataset's modalities to its tensor."""
+def decode_sample(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch.Tensor]:
+    """Decode a sample as for the model: each of the dataset's modalities to its tensor."""
     parts = contents(dataset, split)[key]
     meta = json.loads(parts.get("json", b"{}"))
     values = {}
@@ -53,18 +56,18 @@ def decoded(dataset: Dataset, key: str, split: str = "train") -> dict[str, torch
     return values
 
 
-def reasons(report: BuildReport) -> dict[str, str]:
-    """Key to the reason why it is in quarantine."""
+def get_reasons(report: BuildReport) -> dict[str, str]:
+    """Key of each quarantined sample to the reason."""
     assert len({q.key for q in report.quarantined}) == len(report.quarantined)
     return {q.key: q.reason for q in report.quarantined}
 
 
-def turns(*values: str) -> list[dict[str, str]]:
+def make_turns(*values: str) -> list[dict[str, str]]:
     """Question, answer, question, answer ... as a conversation."""
     return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
 
 
-def photo(size: tuple[int, int] = (64, 48), seed: int = 0, kind: str = "JPEG") -> bytes:
+def make_photo(size: tuple[int, int] = (64, 48), seed: int = 0, kind: str = "JPEG") -> bytes:
     """A smooth picture whose left is darker than its right, with a bright disc: JPEG keeps it."""
     y, x = np.mgrid[: size[1], : size[0]]
     disc = ((x - size[0] * (0.3 + 0.05 * (seed % 5))) ** 2 + (y - size[1] / 2) ** 2) < (
@@ -78,8 +81,8 @@ def photo(size: tuple[int, int] = (64, 48), seed: int = 0, kind: str = "JPEG") -
     return buffer.getvalue()
 
 
-def film(frames: int = 12, seed: int = 0) -> bytes:
-    """A real mp4 (MPEG-4 part 2) of 64 x 48 at 8 frames a second."""
+def make_film(frames: int = 12, seed: int = 0) -> bytes:
+    """A real mp4 (MPEG-4 part 2) of 64 x 48 at 8 frames per second."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=Fraction(8))
@@ -92,7 +95,7 @@ def film(frames: int = 12, seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def tone(kind: str = "FLAC", rate: int = 32000, hertz: float = 440.0) -> bytes:
+def make_tone(kind: str = "FLAC", rate: int = 32000, hertz: float = 440.0) -> bytes:
     """A second of sound."""
     buffer = io.BytesIO()
     soundfile.write(
@@ -101,19 +104,19 @@ def tone(kind: str = "FLAC", rate: int = 32000, hertz: float = 440.0) -> bytes:
     return buffer.getvalue()
 
 
-def npy(array: Any) -> bytes:
+def make_npy(array: Any) -> bytes:
     """A `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(array))
     return buffer.getvalue()
 
 
-def as_json(value: Any) -> str:
+def to_json(value: Any) -> str:
     """A JSON file as annotation tools write it."""
     return json.dumps(value)
 
 
-def cloud(points: int = 8192, seed: int = 0) -> np.ndarray:
+def make_cloud(points: int = 8192, seed: int = 0) -> np.ndarray:
     """[points, 6] fp32: positions, then colours in [0, 1]."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.normal(size=(points, 3)), rng.random((points, 3))], 1).astype(

@@ -1,4 +1,4 @@
-"""Trees on disk as the download tools leave them."""
+"""Folders as the download tools leave them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import webdataset
 from pyarrow import parquet
 
 
-def downloaded(
+def write_download(
     root: Path,
     shard: int,
     rows: Sequence[Mapping[str, Any]],
@@ -24,7 +24,9 @@ def downloaded(
     finished: bool = True,
     captions: bool = True,
 ) -> Path:
-    """One shard as img2dataset 1.47's writer leaves it (video2dataset: `failures_in_tar`); each row has its columns and `media`.
+    """Write one shard as img2dataset 1.47 does (`failures_in_tar`: as video2dataset does).
+
+    Each row has its columns and `media`.
 
     Returns:
         The tar.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from shard_worlds import all_bytes, write_tree
-from source_checks import decoded, reasons, samples, tone
+from source_checks import decode_sample, get_reasons, make_tone, read_samples
 
 from onellm_dist.cli import main
 from onellm_dist.shards import build_dataset, open_dataset
@@ -46,7 +46,7 @@ def birds(root: Path) -> Path:
         "a5,lark,field",
     ]
     files: dict[str, bytes | str] = {
-        f"recordings/a{i}.wav": tone("WAV", hertz=200.0 * i) for i in (1, 2, 4)
+        f"recordings/a{i}.wav": make_tone("WAV", hertz=200.0 * i) for i in (1, 2, 4)
     }
     return write_tree(root, {**files, "birds.csv": "\n".join(rows) + "\n"})
 
@@ -56,13 +56,13 @@ def test_the_pages_example(tmp_path: Path) -> None:
     inputs = birds(tmp_path / "birds")
     report = build_dataset("birdsong", inputs, tmp_path / "out", options={"max_failures": 0.5})
     dataset = open_dataset(tmp_path / "out")
-    assert {k: (s["txt"], s["json"]) for k, s in samples(dataset).items()} == {
+    assert {k: (s["txt"], s["json"]) for k, s in read_samples(dataset).items()} == {
         "a1": ("A blackbird sings.", {"place": "garden"}),
         "a2": ("A wren sings.", {"place": "forest"}),
         "a4": ("A owl sings.", {"place": "forest"}),
     }
-    assert decoded(dataset, "a4")["audio"].shape == (1, 128, 1024)
-    assert reasons(report) == {
+    assert decode_sample(dataset, "a4")["audio"].shape == (1, 128, 1024)
+    assert get_reasons(report) == {
         "row-000004": "unreadable row: 2 columns where the header has 3",
         "a5": f"missing file: {inputs / 'recordings/a5.wav'}",
     }

@@ -13,8 +13,8 @@ import fsspec
 import pytest
 from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, write_tree
-from source_checks import cloud, film, npy, photo, tone
-from source_trees import downloaded
+from source_checks import make_cloud, make_film, make_npy, make_photo, make_tone
+from source_trees import write_download
 
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import ArrayTask
@@ -27,7 +27,7 @@ def laion_tree(root: Path) -> Path:
             "url": f"http://x/{i}",
             "caption": f"picture {i}",
             "NSFW": "UNLIKELY",
-            "media": photo(seed=i),
+            "media": make_photo(seed=i),
         }
         for i in range(5)
     ]
@@ -35,11 +35,11 @@ def laion_tree(root: Path) -> Path:
     rows.append(
         {"url": "http://x/gone", "caption": "gone", "status": "failed_to_download", "media": None}
     )
-    downloaded(root, 0, rows)
-    downloaded(
+    write_download(root, 0, rows)
+    write_download(
         root,
         1,
-        [{"url": "http://x/a", "caption": "one more", "NSFW": "NSFW", "media": photo(seed=9)}],
+        [{"url": "http://x/a", "caption": "one more", "NSFW": "NSFW", "media": make_photo(seed=9)}],
     )
     return root
 
@@ -47,7 +47,7 @@ def laion_tree(root: Path) -> Path:
 def webvid_tree(root: Path) -> Path:
     """A CSV whose second film is not there."""
     table = "videoid,contentUrl,duration,page_dir,name\n1,http://x/1,PT00H00M02S,a,a film\n2,http://x/2,PT00H00M02S,a,gone\n"
-    return write_tree(root, {"results_2M_train.csv": table, "videos/a/1.mp4": film()})
+    return write_tree(root, {"results_2M_train.csv": table, "videos/a/1.mp4": make_film()})
 
 
 def wavcaps_tree(root: Path) -> Path:
@@ -58,7 +58,7 @@ def wavcaps_tree(root: Path) -> Path:
     }
     files: dict[str, bytes | str] = {"json_files/FreeSound/fsd_final.json": json.dumps(rows)}
     return write_tree(
-        root, {**files, "FreeSound_flac/1.flac": tone(), "FreeSound_flac/2.flac": tone()}
+        root, {**files, "FreeSound_flac/1.flac": make_tone(), "FreeSound_flac/2.flac": make_tone()}
     )
 
 
@@ -66,10 +66,10 @@ def cap3d_tree(root: Path) -> Path:
     """A cloud in a folder, one in an archive."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("Cap3D_npys/u3.npy", npy(cloud(64, seed=3)))
+        archive.writestr("Cap3D_npys/u3.npy", make_npy(make_cloud(64, seed=3)))
     files: dict[str, bytes | str] = {
         "c.csv": "u1,a cloud\nu2,gone\nu3,another cloud\n",
-        "8192_npy/u1_8192.npy": npy(cloud(64)),
+        "8192_npy/u1_8192.npy": make_npy(make_cloud(64)),
     }
     return write_tree(root, {**files, "zips/00.zip": packed.getvalue()})
 
@@ -77,7 +77,7 @@ def cap3d_tree(root: Path) -> Path:
 def reference_tree(root: Path) -> Path:
     """A list and its pictures."""
     return write_tree(
-        root, {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": photo()}
+        root, {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": make_photo()}
     )
 
 

@@ -1,4 +1,4 @@
-"""`onellm shards build cc3m-depth | cc3m-normal`: parallel trees, Omnidata's output, img2dataset's tars, and maps made here."""
+"""Sources cc3m-depth and cc3m-normal: parallel trees, Omnidata, tars, and maps made here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from shard_worlds import all_bytes, foreign_tar, write_tree
-from source_checks import built, decoded, photo, reasons, samples
+from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
@@ -41,9 +41,9 @@ def parallel(root: Path, kind: str) -> Path:
     """cc3m/00000/*.jpg + *.txt beside cc3m_<kind>/00000/*."""
     files: dict[str, bytes | str] = {}
     for i in range(5):
-        files[f"cc3m/00000/00000000{i}.jpg"] = photo(seed=i)
+        files[f"cc3m/00000/00000000{i}.jpg"] = make_photo(seed=i)
         files[f"cc3m/00000/00000000{i}.txt"] = f"caption {i}\n"
-    files["cc3m/00001/000010000.JPG"] = photo((48, 64), 7)
+    files["cc3m/00001/000010000.JPG"] = make_photo((48, 64), 7)
     files["cc3m/00001/000010000.txt"] = "upright"
     for i in range(5):
         files[f"cc3m_{kind}/00000/00000000{i}.{'jpg' if i == 1 else 'png'}"] = grey_map(
@@ -56,19 +56,19 @@ def parallel(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["depth", "normal"])
 def test_parallel_trees(tmp_path: Path, kind: str) -> None:
     inputs = parallel(tmp_path / "in", kind)
-    report, dataset = built(f"cc3m-{kind}", inputs, tmp_path / "out")
-    found = samples(dataset)
+    report, dataset = build_source(f"cc3m-{kind}", inputs, tmp_path / "out")
+    found = read_samples(dataset)
     assert not report.quarantined
     assert dataset.modalities == (kind,)
     assert list(found) == [*(f"00000/00000000{i}" for i in range(5)), "00001/000010000"]
     assert found["00000/000000000"] == {
-        "jpg": photo(seed=0),
+        "jpg": make_photo(seed=0),
         f"{kind}.png": grey_map(),
         "txt": "caption 0",
     }
     assert found["00000/000000001"][f"{kind}.jpg"] == grey_map(kind="JPEG")
     assert found["00001/000010000"]["txt"] == "upright"
-    picture, rendered = decoded(dataset, "00000/000000000")[kind]
+    picture, rendered = decode_sample(dataset, "00000/000000000")[kind]
     assert rendered[0, 112, 200] > rendered[0, 112, 20]  # brighter to the right, as the map
     assert not picture.equal(rendered)
 
@@ -78,11 +78,11 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     (inputs / "cc3m_depth/00000/000000000.png").unlink()
     (inputs / "cc3m/00000/000000001.txt").unlink()
     (inputs / "cc3m/00000/000000002.txt").write_text(" \n")
-    (inputs / "cc3m/00000/000000003.jpg").write_bytes(photo(seed=3)[:300])
+    (inputs / "cc3m/00000/000000003.jpg").write_bytes(make_photo(seed=3)[:300])
     (inputs / "cc3m/00000/notes.pdf").write_bytes(b"no picture")
-    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", max_failures=0.7)
-    why = reasons(report)
-    assert list(samples(dataset)) == ["00000/000000004", "00001/000010000"]
+    report, dataset = build_source("cc3m-depth", inputs, tmp_path / "out", max_failures=0.7)
+    why = get_reasons(report)
+    assert list(read_samples(dataset)) == ["00000/000000004", "00001/000010000"]
     assert why["00000/000000000"].startswith("missing map: no depth map of 00000/000000000.jpg in ")
     assert why["00000/000000001"].startswith("missing file: ")
     assert why["00000/000000002"].startswith("empty caption")
@@ -93,13 +93,13 @@ def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     with pytest.raises(
         OneLLMError, match=r"1 of the first 1 samples are bad; max_failures=0\.1 allows 0 of all 6"
     ):
-        built("cc3m-depth", inputs, tmp_path / "again")
+        build_source("cc3m-depth", inputs, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) -> None:
     inputs = parallel(tmp_path / "in", "depth")
-    built("cc3m-depth", inputs, tmp_path / "whole", name="same", max_samples=2)
+    build_source("cc3m-depth", inputs, tmp_path / "whole", name="same", max_samples=2)
     build_dataset(
         "cc3m-depth",
         inputs,
@@ -108,45 +108,47 @@ def test_pictures_that_come_or_go_after_the_plan_move_no_others(tmp_path: Path) 
         task=ArrayTask(0, 2),
     )  # the first and the last shard
     for new in ("cc3m/00000/0.jpg", "cc3m/00000/000000002b.jpg"):
-        (inputs / new).write_bytes(photo())
-    built("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2)
+        (inputs / new).write_bytes(make_photo())
+    build_source("cc3m-depth", inputs, tmp_path / "out", name="same", max_samples=2)
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "whole")
 
 
 def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
-        "images/a.jpg": photo((96, 48), 1),
+        "images/a.jpg": make_photo((96, 48), 1),
         "images/a.txt": "wide",
-        "images/b.jpg": photo((48, 64), 2),
+        "images/b.jpg": make_photo((48, 64), 2),
         "images/b.txt": "with rgb",
         "out/a_normal.png": colour_map(),
         "out/b_normal.png": colour_map(),
-        "out/b_rgb.png": photo((384, 384), 2, "PNG"),
+        "out/b_rgb.png": make_photo((384, 384), 2, "PNG"),
     }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built("cc3m-normal", inputs, tmp_path / "normal", images="images", maps="out")
-    found = samples(dataset)
+    report, dataset = build_source(
+        "cc3m-normal", inputs, tmp_path / "normal", images="images", maps="out"
+    )
+    found = read_samples(dataset)
     assert not report.quarantined
     assert set(found["a"]) == {"jpg", "normal.png", "txt"}
     square = Image.open(io.BytesIO(found["a"]["jpg"]))
     assert square.size == (48, 48)
-    expected = np.asarray(
-        Image.open(io.BytesIO(files["images/a.jpg"])).crop((24, 0, 72, 48))
-    ).astype(int)  # type: ignore[arg-type]
+    expected = np.asarray(Image.open(tmp_path / "in/images/a.jpg").crop((24, 0, 72, 48))).astype(
+        int
+    )
     assert np.abs(np.asarray(square).astype(int) - expected).mean() < 3
     assert found["b"]["png"] == files["out/b_rgb.png"]
-    assert decoded(dataset, "b")["normal"][1, 2].std() < 1e-6  # the map's blue is one value
+    assert decode_sample(dataset, "b")["normal"][1, 2].std() < 1e-6  # the map's blue is one value
 
     both = write_tree(
         tmp_path / "one",
         {
-            "x.jpg": photo(),
+            "x.jpg": make_photo(),
             "x.txt": "beside",
             "x_depth.png": colour_map(512),
             "x_normal.png": colour_map(),
         },
     )
-    assert list(samples(built("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == [
+    assert list(read_samples(build_source("cc3m-depth", both, tmp_path / "depth")[1])["x"]) == [
         "depth.png",
         "jpg",
         "txt",
@@ -155,15 +157,17 @@ def test_omnidatas_squares_go_with_the_middle_of_their_pictures(tmp_path: Path) 
 
 def test_maps_below_the_pictures_folder_are_no_pictures(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
-        "a.jpg": photo(),
+        "a.jpg": make_photo(),
         "a.txt": "one",
         "maps/a.jpg": grey_map(kind="JPEG"),
         "cc3m_normal/a.jpg": grey_map(kind="JPEG"),
     }
     inputs = write_tree(tmp_path / "cc3m_depth_pictures", files)
-    report, dataset = built("cc3m-depth", inputs, tmp_path / "out", maps="maps")
+    report, dataset = build_source("cc3m-depth", inputs, tmp_path / "out", maps="maps")
     assert not report.quarantined
-    assert {k: s["depth.jpg"] for k, s in samples(dataset).items()} == {"a": grey_map(kind="JPEG")}
+    assert {k: s["depth.jpg"] for k, s in read_samples(dataset).items()} == {
+        "a": grey_map(kind="JPEG")
+    }
 
 
 def test_the_references_table(tmp_path: Path) -> None:
@@ -178,10 +182,10 @@ def test_the_references_table(tmp_path: Path) -> None:
         f"{inputs}/cc3m/00001/000010000.JPG\tabsolute",
     ]
     (inputs / "cc3m.csv").write_text("\n".join(rows) + "\n")
-    report, dataset = built(
+    report, dataset = build_source(
         "cc3m-depth", inputs, tmp_path / "out", captions="cc3m.csv", max_failures=0.5
     )
-    assert {k: s["txt"] for k, s in samples(dataset).items()} == {
+    assert {k: s["txt"] for k, s in read_samples(dataset).items()} == {
         "00000/000000002": 'of the "table"',
         "00000/000000004": "second",
         "00001/000010000": "absolute",
@@ -190,7 +194,7 @@ def test_the_references_table(tmp_path: Path) -> None:
     assert [q.file for q in report.quarantined] == ["cc3m.csv:4", "cc3m.csv:5"]
     (inputs / "google.tsv").write_text("a caption\thttp://x/1.jpg\n")
     with pytest.raises(UsageError, match="img2dataset"):
-        built("cc3m-depth", inputs, tmp_path / "no", captions="google.tsv")
+        build_source("cc3m-depth", inputs, tmp_path / "no", captions="google.tsv")
 
 
 def img2dataset_tar(
@@ -207,7 +211,7 @@ def img2dataset_tar(
             "error_message": None,
         }
         members += [
-            (f"{key}.jpg", photo(seed=i)),
+            (f"{key}.jpg", make_photo(seed=i)),
             (f"{key}.json", json.dumps(status).encode()),
             (f"{key}.txt", f"caption {i}".encode()),
         ]
@@ -242,7 +246,8 @@ def dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-dpt"
     model = DPTForDepthEstimation(config)
     with torch.no_grad():
-        model.head.head[4].bias.fill_(10.0)  # its last ReLU must not be dead
+        # The last ReLU must not be dead.
+        model.get_parameter("head.head.4.bias").fill_(10.0)
     model.save_pretrained(folder)
     DPTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
@@ -250,24 +255,24 @@ def dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
-    """From img2dataset's tars; the same bytes with one process and with three; as transformers' own pipeline estimates it."""
+    """From tars; equal bytes with one process and with three; equal to transformers' pipeline."""
     from transformers import pipeline
 
     (tmp_path / "in").mkdir()
     for name in ("00000", "00001"):
         img2dataset_tar(tmp_path / "in", name)
     options: dict[str, Any] = {"depth_model": str(dpt), "max_samples": 3, "name": "x"}
-    report, dataset = built("cc3m-depth", tmp_path / "in", tmp_path / "one", **options)
-    built("cc3m-depth", tmp_path / "in", tmp_path / "three", workers=3, **options)
+    report, dataset = build_source("cc3m-depth", tmp_path / "in", tmp_path / "one", **options)
+    build_source("cc3m-depth", tmp_path / "in", tmp_path / "three", workers=3, **options)
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "three")
     assert not report.quarantined
     assert dataset.manifest.attributes["depth_model"] == "tiny-dpt"
     assert len(dataset.manifest.attributes["depth_model_sha256"]) == 64
-    found = samples(dataset)
+    found = read_samples(dataset)
     assert list(found) == [f"{t}{i:04d}" for t in ("00000", "00001") for i in range(4)]
     sample = found["000000002"]
     assert (sample["jpg"], sample["txt"], sample["json"]["url"]) == (
-        photo(seed=2),
+        make_photo(seed=2),
         "caption 2",
         "http://x/2",
     )
@@ -280,19 +285,22 @@ def test_maps_made_here(tmp_path: Path, dpt: Path) -> None:
     assert ours.shape == (48, 64)
     assert np.abs(ours - expected).max() < 1.5
     assert (ours.min(), ours.max()) == (0, 255)
-    assert decoded(dataset, "000000002")["depth"].isfinite().all()
+    assert decode_sample(dataset, "000000002")["depth"].isfinite().all()
 
-    _, normal = built("cc3m-normal", tmp_path / "in", tmp_path / "normal", **options)
+    _, normal = build_source("cc3m-normal", tmp_path / "in", tmp_path / "normal", **options)
     vectors = (
-        np.asarray(Image.open(io.BytesIO(samples(normal)["000000002"]["normal.png"]))) / 127.5 - 1
+        np.asarray(Image.open(io.BytesIO(read_samples(normal)["000000002"]["normal.png"]))) / 127.5
+        - 1
     )
     assert np.abs(np.linalg.norm(vectors, axis=-1) - 1).max() < 0.02
     assert np.abs(vectors - estimate_normals(expected / 255, 0.5)).max() < 0.05
     # Distances: near and far change places.
-    _, far = built(
+    _, far = build_source(
         "cc3m-depth", tmp_path / "in", tmp_path / "far", **options, depth_is_distance=True, limit=3
     )
-    turned = np.asarray(Image.open(io.BytesIO(samples(far)["000000002"]["depth.png"]))).astype(int)
+    turned = np.asarray(Image.open(io.BytesIO(read_samples(far)["000000002"]["depth.png"]))).astype(
+        int
+    )
     assert turned[np.unravel_index(ours.argmax(), ours.shape)] == 0
     assert turned[np.unravel_index(ours.argmin(), ours.shape)] == 255
 
@@ -303,11 +311,11 @@ def test_a_model_that_is_none_is_refused_before_anything_is_built(tmp_path: Path
 
     inputs = parallel(tmp_path / "in", "depth")
     with pytest.raises(UsageError, match=r"there is no transformers model"):
-        built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path))
+        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path))
     ViTConfig().save_pretrained(tmp_path / "vit")
     (tmp_path / "vit/model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match=r"a vit model does not estimate depth"):
-        built("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
+        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
 
 
 def test_a_half_written_tar(tmp_path: Path) -> None:
@@ -316,12 +324,12 @@ def test_a_half_written_tar(tmp_path: Path) -> None:
     (inputs / "cc3m").mkdir()
     img2dataset_tar(inputs / "cc3m", "00000", cut=10240, stats=False)
     with pytest.raises(UsageError, match="unfinished"):
-        built("cc3m-depth", inputs, tmp_path / "out")
-    report, dataset = built(
+        build_source("cc3m-depth", inputs, tmp_path / "out")
+    report, dataset = build_source(
         "cc3m-depth", inputs, tmp_path / "out", unfinished="take", max_failures=0.6
     )
-    assert samples(dataset)
-    assert any("truncated" in r for r in reasons(report).values())
+    assert read_samples(dataset)
+    assert any("truncated" in r for r in get_reasons(report).values())
 
 
 def test_the_formula_of_normals() -> None:

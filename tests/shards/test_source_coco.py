@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 from shard_worlds import write_tree
-from source_checks import as_json, built, decoded, photo, reasons, samples, turns
+from source_checks import (
+    build_source,
+    decode_sample,
+    get_reasons,
+    make_photo,
+    make_turns,
+    read_samples,
+    to_json,
+)
 
 from onellm_dist.common.errors import OneLLMError
 
@@ -38,26 +46,29 @@ def official() -> dict[str, Any]:
 
 def pictures() -> dict[str, bytes | str]:
     return {
-        "train2017/000000000009.jpg": photo(seed=9),
-        "train2017/000000000025.jpg": photo(seed=25),
+        "train2017/000000000009.jpg": make_photo(seed=9),
+        "train2017/000000000025.jpg": make_photo(seed=25),
     }
 
 
 def test_official_captions(tmp_path: Path) -> None:
     inputs = write_tree(
-        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": to_json(official())}
     )
-    report, dataset = built("coco", inputs, tmp_path / "out")
-    found = samples(dataset)
+    report, dataset = build_source("coco", inputs, tmp_path / "out")
+    found = read_samples(dataset)
     assert not report.quarantined
     assert dataset.manifest.text == ("txt", "json")
     assert {k: (s["txt"], s["jpg"]) for k, s in found.items()} == {
-        "661611": ("Closeup of bins of food.", photo(seed=9)),
-        "122312": ("A giraffe é eating.", photo(seed=25)),
-        "661977": ("A meal.", photo(seed=9)),
+        "661611": ("Closeup of bins of food.", make_photo(seed=9)),
+        "122312": ("A giraffe é eating.", make_photo(seed=25)),
+        "661977": ("A meal.", make_photo(seed=9)),
     }
-    assert found["661977"]["json"] == {"image_id": 9, "conversations": turns(PROMPT, "A meal.")}
-    assert decoded(dataset, "122312")["image"].shape == (3, 224, 224)
+    assert found["661977"]["json"] == {
+        "image_id": 9,
+        "conversations": make_turns(PROMPT, "A meal."),
+    }
+    assert decode_sample(dataset, "122312")["image"].shape == (3, 224, 224)
 
 
 def test_bad_rows(tmp_path: Path) -> None:
@@ -67,19 +78,19 @@ def test_bad_rows(tmp_path: Path) -> None:
         {"image_id": 10, "id": 2, "caption": "no picture"},
         {"id": 3},
     ]
-    inputs = write_tree(tmp_path / "in", {**pictures(), "captions_train2017.json": as_json(value)})
-    report, dataset = built("coco", inputs, tmp_path / "out", max_failures=0.5)
-    assert len(samples(dataset)) == 3
-    assert list(reasons(report).values()) == [
+    inputs = write_tree(tmp_path / "in", {**pictures(), "captions_train2017.json": to_json(value)})
+    report, dataset = build_source("coco", inputs, tmp_path / "out", max_failures=0.5)
+    assert len(read_samples(dataset)) == 3
+    assert list(get_reasons(report).values()) == [
         "unreadable row: caption is ' ', not a text",
         "missing file: train2017/000000000010.jpg",
         "unreadable row: no 'caption'",
     ]
     with pytest.raises(OneLLMError, match="are bad"):
-        built("coco", inputs, tmp_path / "none")
-    (inputs / "captions_train2017.json").write_text(as_json(official())[:-30])
+        build_source("coco", inputs, tmp_path / "none")
+    (inputs / "captions_train2017.json").write_text(to_json(official())[:-30])
     with pytest.raises(OneLLMError, match=r"captions_train2017\.json: at byte \d+"):
-        built("coco", inputs, tmp_path / "cut")
+        build_source("coco", inputs, tmp_path / "cut")
 
 
 def test_karpathys_splits(tmp_path: Path) -> None:
@@ -109,40 +120,44 @@ def test_karpathys_splits(tmp_path: Path) -> None:
     rows[4]["sentences"][0]["sentid"] = 500
     files = {
         **pictures(),
-        "dataset_coco.json": as_json({"images": rows, "dataset": "coco"}),
-        **{f"val2014/COCO_val2014_{n:012d}.jpg": photo(seed=n) for n in (30, 31, 32)},
+        "dataset_coco.json": to_json({"images": rows, "dataset": "coco"}),
+        **{f"val2014/COCO_val2014_{n:012d}.jpg": make_photo(seed=n) for n in (30, 31, 32)},
     }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built(
+    report, dataset = build_source(
         "coco-karpathy", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.5
     )
     captions = {
-        s: {k: v["txt"] for k, v in samples(dataset, s).items()} for s in ("train", "val", "test")
+        s: {k: v["txt"] for k, v in read_samples(dataset, s).items()}
+        for s in ("train", "val", "test")
     }
     assert captions == {
         "train": {"90": "one", "91": "two", "300": "three"},
         "val": {"310": "four"},
         "test": {"320": "five", "321": "six"},
     }
-    assert samples(dataset)["300"]["jpg"] == photo(seed=30)
-    assert reasons(report) == {
+    assert read_samples(dataset)["300"]["jpg"] == make_photo(seed=30)
+    assert get_reasons(report) == {
         "dataset_coco_json-4": "unreadable row: a caption is 8, not a text",
         "dataset_coco_json-4-1": "unreadable row: a caption is 8, not a text",
-        "dataset_coco_json-5": "unreadable row: its split is 'none', not one of train, restval, val, test",
+        "dataset_coco_json-5": "unreadable row: its split is 'none', "
+        "not one of train, restval, val, test",
     }
 
 
 def test_captions_joined_by_their_picture(tmp_path: Path) -> None:
-    """`join=true`: a picture once, with a list of its captions, of which training reads one in an epoch."""
+    """`join=true`: a picture once with all its captions; training reads one in each epoch."""
     inputs = write_tree(
-        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+        tmp_path / "in", {**pictures(), "annotations/captions_train2017.json": to_json(official())}
     )
-    _, dataset = built("coco", inputs, tmp_path / "out", join=True)
-    found = samples(dataset)
+    _, dataset = build_source("coco", inputs, tmp_path / "out", join=True)
+    found = read_samples(dataset)
     assert {k: (s["json"]["caption"], s["json"]["rows"]) for k, s in found.items()} == {
         "661611": (["Closeup of bins of food. ".strip(), "A meal."], ["661611", "661977"]),
         "122312": (["A giraffe é eating."], ["122312"]),
     }
     assert "txt" not in found["661611"]
-    assert found["661611"]["json"]["conversations"] == turns(PROMPT, "Closeup of bins of food.")
+    assert found["661611"]["json"]["conversations"] == make_turns(
+        PROMPT, "Closeup of bins of food."
+    )
     assert dataset.manifest.text == ("json",)

@@ -1,4 +1,4 @@
-"""`onellm shards build ego4d-imu`: Ego4D's csv and imu2clip's npy, cut by a list of windows or around narrations."""
+"""Source ego4d-imu: Ego4D's csv and imu2clip's npy, cut by windows or around narrations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 from shard_worlds import all_bytes, write_tree
-from source_checks import as_json, built, decoded, npy, reasons, samples, turns
+from source_checks import (
+    build_source,
+    decode_sample,
+    get_reasons,
+    make_npy,
+    make_turns,
+    read_samples,
+    to_json,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities.transforms.resample import resample
 from onellm_dist.shards.sources.ego4d_imu import clean_narration
 
-HEADER = "component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"
+HEADER = (
+    "component_idx,component_timestamp_ms,canonical_timestamp_ms,"
+    "gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z\n"
+)
 
 
 def motion(seconds: float, rate: float = 200.0) -> tuple[np.ndarray, np.ndarray]:
@@ -48,12 +59,12 @@ def recordings(root: Path) -> Path:
         root,
         {
             "v2/imu/aaaa.csv": raw_csv(10),
-            "v2/processed_imu/bbbb.npy": npy(signal),
-            "v2/processed_imu/bbbb_timestamps.npy": npy(times),
-            "v2/processed_imu/cccc.npy": npy(signal[:, gap]),
-            "v2/processed_imu/cccc_timestamps.npy": npy(times[gap]),
-            "v2/processed_imu/dddd.npy": npy(np.array(["a"] * 6)),
-            "v2/processed_imu/dddd_timestamps.npy": npy(times),
+            "v2/processed_imu/bbbb.npy": make_npy(signal),
+            "v2/processed_imu/bbbb_timestamps.npy": make_npy(times),
+            "v2/processed_imu/cccc.npy": make_npy(signal[:, gap]),
+            "v2/processed_imu/cccc_timestamps.npy": make_npy(times[gap]),
+            "v2/processed_imu/dddd.npy": make_npy(np.array(["a"] * 6)),
+            "v2/processed_imu/dddd_timestamps.npy": make_npy(times),
         },
     )
 
@@ -68,16 +79,16 @@ def window(uid: Any, start: float, text: Any, end: float | None = None) -> dict[
 
 
 def test_a_list_of_windows(tmp_path: Path) -> None:
-    """Both kinds of recording; the bytes are what the modality would make of the recording itself."""
+    """Both forms of recording give what the modality makes of the recording itself."""
     inputs = recordings(tmp_path / "in")
     rows = [
         window("bbbb", 3.0, "#C C washes #unsure"),
         window("aaaa", 1.5, "C walks"),
         window("bbbb", 0.0, ["one", "another"]),
     ]
-    (inputs / "window_idx_train.json").write_text(as_json(rows))
-    report, dataset = built("ego4d-imu", inputs, tmp_path / "out")
-    found = samples(dataset)
+    (inputs / "window_idx_train.json").write_text(to_json(rows))
+    report, dataset = build_source("ego4d-imu", inputs, tmp_path / "out")
+    found = read_samples(dataset)
     assert (dataset.modalities, report.quarantined) == (("imu",), ())
     assert list(found) == ["window-0000001", "window-0000000", "window-0000002"]  # by video
     assert [s.get("txt") for s in found.values()] == ["C walks", "washes something", None]
@@ -86,10 +97,10 @@ def test_a_list_of_windows(tmp_path: Path) -> None:
         "video_uid": "bbbb",
         "window_start": 3.0,
         "window_end": 5.0,
-        "conversations": turns("Describe the motion.", "washes something"),
+        "conversations": make_turns("Describe the motion.", "washes something"),
     }
     signal, _ = motion(12)
-    values = decoded(dataset, "window-0000000")["imu"].numpy()
+    values = decode_sample(dataset, "window-0000000")["imu"].numpy()
     assert np.array_equal(
         values, signal[:, 600:1000].astype(np.float32)
     )  # accelerometer first, as stored
@@ -97,7 +108,7 @@ def test_a_list_of_windows(tmp_path: Path) -> None:
     expected = resample(raw[:, 298:695], 198, 200)[
         :, :400
     ]  # 1.5 s to 3.5 s; the rate is cut to a whole number, as in the reference
-    values = decoded(dataset, "window-0000001")["imu"].numpy()
+    values = decode_sample(dataset, "window-0000001")["imu"].numpy()
     assert np.abs(values - expected).max() < 1e-5
     middle = slice(20, 380)
     assert np.abs(values[:, middle] - motion(10)[0][:, 300:700][:, middle]).max() < 0.1
@@ -118,12 +129,12 @@ def test_bad_windows_are_left_out_with_their_reasons(tmp_path: Path) -> None:
         window("bbbb", 2, 17),
         window("cccc", 4.0, "good half"),
     ]
-    (inputs / "w.json").write_text(as_json(rows))
-    report, dataset = built(
+    (inputs / "w.json").write_text(to_json(rows))
+    report, dataset = build_source(
         "ego4d-imu", inputs, tmp_path / "out", windows="w.json", max_failures=0.9
     )
-    assert {s["txt"] for s in samples(dataset).values()} == {"good", "good half"}
-    why = {int(k.split("-")[1]): r for k, r in reasons(report).items()}
+    assert {s["txt"] for s in read_samples(dataset).values()} == {"good", "good half"}
+    why = {int(k.split("-")[1]): r for k, r in get_reasons(report).items()}
     starts = {
         1: "missing file: no recording of video zzzz",
         2: "no usable window: the window 11.5 to 13.5 s reaches beyond",
@@ -137,7 +148,7 @@ def test_bad_windows_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     }
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
-    again, _ = built(
+    again, _ = build_source(
         "ego4d-imu",
         inputs,
         tmp_path / "strict",
@@ -147,10 +158,10 @@ def test_bad_windows_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     )
     assert any(
         r.startswith("too few samples: the window 4 to 6 s has 200")
-        for r in reasons(again).values()
+        for r in get_reasons(again).values()
     )
     with pytest.raises(OneLLMError, match="are bad"):
-        built("ego4d-imu", inputs, tmp_path / "none", windows="w.json")
+        build_source("ego4d-imu", inputs, tmp_path / "none", windows="w.json")
 
 
 def narration(second: float, text: str) -> dict[str, Any]:
@@ -190,8 +201,8 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
         indent=1,
     )
     (inputs / "narration.json").write_text(text, encoding="utf-8")
-    report, dataset = built("ego4d-imu", inputs, tmp_path / "out", max_failures=0.5)
-    found = samples(dataset)
+    report, dataset = build_source("ego4d-imu", inputs, tmp_path / "out", max_failures=0.5)
+    found = read_samples(dataset)
     assert {
         k: (s["txt"], s["json"]["window_start"], s["json"]["window_end"]) for k, s in found.items()
     } == {
@@ -200,8 +211,8 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
         "aaaa-1-00002": ("something", 5.0, 7.0),
         "aaaa-2-00000": ("lifts something é", 2.25, 4.25),
     }
-    assert decoded(dataset, "aaaa-2-00000")["imu"].abs().max() > 0.5
-    why = reasons(report)
+    assert decode_sample(dataset, "aaaa-2-00000")["imu"].abs().max() > 0.5
+    why = get_reasons(report)
     assert why["aaaa-2-00001"].startswith("unreadable row")
     assert why["bbbb-1-00000"].startswith(
         "no usable window: the window 10.9 to 12.9 s reaches beyond the recording's end"
@@ -210,10 +221,10 @@ def test_windows_made_of_narrations(tmp_path: Path, wrapped: bool) -> None:
         "a video without inertial recording": 1,
         "a video without narrations": 1,
     }
-    own, dataset = built(
+    own, dataset = build_source(
         "ego4d-imu", inputs, tmp_path / "own", others=False, passes="1", max_failures=0.9
     )
-    assert set(samples(dataset)) == {"aaaa-1-00000", "aaaa-1-00002"}
+    assert set(read_samples(dataset)) == {"aaaa-1-00000", "aaaa-1-00002"}
     assert len(own.quarantined) == 1
 
 
@@ -222,7 +233,7 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
     inputs = recordings(tmp_path / "in")
     narrations_of_video = [narration(0.5 * i, f"#C C step {i}") for i in range(1, 17)]
     (inputs / "narration.json").write_text(
-        as_json(
+        to_json(
             {
                 uid: {"narration_pass_1": {"narrations": narrations_of_video}}
                 for uid in ("aaaa", "bbbb", "cccc")
@@ -230,7 +241,7 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
         )
     )
     for name, workers in (("one", 1), ("two", 2)):
-        built(
+        build_source(
             "ego4d-imu",
             inputs,
             tmp_path / name,
@@ -245,15 +256,15 @@ def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
 def test_lists_that_are_missing_or_cut_short(tmp_path: Path) -> None:
     inputs = recordings(tmp_path / "in")
     with pytest.raises(UsageError, match=r"neither window_idx_train.json nor narration.json"):
-        built("ego4d-imu", inputs, tmp_path / "out")
+        build_source("ego4d-imu", inputs, tmp_path / "out")
     (inputs / "narration.json").write_text(
-        as_json({"aaaa": {"narration_pass_1": {"narrations": [narration(1, "x")]}}})[:-20]
+        to_json({"aaaa": {"narration_pass_1": {"narrations": [narration(1, "x")]}}})[:-20]
     )
     with pytest.raises(OneLLMError, match=r"narration.json: at byte \d+"):
-        built("ego4d-imu", inputs, tmp_path / "out")
+        build_source("ego4d-imu", inputs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="passes=3"):
-        built("ego4d-imu", inputs, tmp_path / "out", passes="3")
+        build_source("ego4d-imu", inputs, tmp_path / "out", passes="3")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""laion400m and laion-coco: img2dataset's tars, parquet and stats; what is unfinished, cut short or mixed up."""
+"""Sources laion400m and laion-coco: img2dataset's output, unfinished, cut short or mixed up."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import webdataset
-from source_checks import built, decoded, photo, reasons, samples
-from source_trees import downloaded
+from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
+from source_trees import write_download
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
@@ -40,7 +40,7 @@ def laion_rows(first: int, count: int, **more: Any) -> list[dict[str, Any]]:
             "original_height": 480,
             "width": 64,
             "height": 48,
-            "media": photo(seed=i),
+            "media": make_photo(seed=i),
             **more,
         }
         for i in range(first, first + count)
@@ -59,8 +59,10 @@ FAILED = {
 def laion(root: Path) -> Path:
     """Two finished shards; downloads that failed stand in the parquet alone."""
     first = laion_rows(0, 3)
-    downloaded(root, 0, [first[0], FAILED, *first[1:], {**FAILED, "status": "failed_to_resize"}])
-    downloaded(root, 1, laion_rows(3, 2))
+    write_download(
+        root, 0, [first[0], FAILED, *first[1:], {**FAILED, "status": "failed_to_resize"}]
+    )
+    write_download(root, 1, laion_rows(3, 2))
     return root
 
 
@@ -71,10 +73,10 @@ def places_in(tar: Path) -> dict[str, int]:
 
 
 def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
-    report, dataset = built("laion400m", laion(tmp_path / "in"), tmp_path / "out")
-    found = samples(dataset)
+    report, dataset = build_source("laion400m", laion(tmp_path / "in"), tmp_path / "out")
+    found = read_samples(dataset)
     assert list(found) == ["0000000", "0000002", "0000003", "0000100", "0000101"]
-    assert found["0000002"]["jpg"] == photo(seed=1)
+    assert found["0000002"]["jpg"] == make_photo(seed=1)
     assert found["0000002"]["txt"] == "alt text 1"
     expected = {k: v for k, v in laion_rows(1, 1)[0].items() if k != "media"}
     assert found["0000002"]["json"] == {**expected, "key": "0000002", "status": "success"}
@@ -86,15 +88,15 @@ def test_laion_400m_comes_through_field_by_field(tmp_path: Path) -> None:
         {"failed_to_download": 1, "failed_to_resize": 1},
     )
     assert not report.quarantined
-    assert decoded(dataset, "0000101")["image"].std() > 0.1
+    assert decode_sample(dataset, "0000101")["image"].std() > 0.1
 
 
 def test_without_parquet_the_json_in_the_tar_says_the_same(tmp_path: Path) -> None:
-    _, listed = built("laion400m", laion(tmp_path / "in"), tmp_path / "listed")
+    _, listed = build_source("laion400m", laion(tmp_path / "in"), tmp_path / "listed")
     for table in (tmp_path / "in").glob("*.parquet"):
         table.unlink()
-    _, dataset = built("laion400m", tmp_path / "in", tmp_path / "out")
-    before, after = samples(listed), samples(dataset)
+    _, dataset = build_source("laion400m", tmp_path / "in", tmp_path / "out")
+    before, after = read_samples(listed), read_samples(dataset)
     assert before.keys() == after.keys()
     for key, sample in before.items():
         assert sample["jpg"] == after[key]["jpg"]
@@ -108,44 +110,46 @@ def test_a_caption_may_stand_in_laions_own_column_or_in_the_tar_alone(tmp_path: 
         {**{k: v for k, v in r.items() if k != "caption"}, "TEXT": f"named {i}"}
         for i, r in enumerate(rows)
     ]
-    downloaded(tmp_path / "named", 0, named, captions=False)
-    _, dataset = built("laion400m", tmp_path / "named", tmp_path / "a")
-    assert [s["txt"] for s in samples(dataset).values()] == ["named 0", "named 1"]
-    downloaded(
+    write_download(tmp_path / "named", 0, named, captions=False)
+    _, dataset = build_source("laion400m", tmp_path / "named", tmp_path / "a")
+    assert [s["txt"] for s in read_samples(dataset).values()] == ["named 0", "named 1"]
+    write_download(
         tmp_path / "none",
         0,
-        [{**n, "TEXT": None, "media": photo(seed=9)} for n in named[:1]] + named[1:],
+        [{**n, "TEXT": None, "media": make_photo(seed=9)} for n in named[:1]] + named[1:],
         captions=False,
     )
-    report, _ = built("laion400m", tmp_path / "none", tmp_path / "b", max_failures=0.5)
-    assert reasons(report) == {"0000000": "no caption: neither the metadata nor a .txt has one"}
+    report, _ = build_source("laion400m", tmp_path / "none", tmp_path / "b", max_failures=0.5)
+    assert get_reasons(report) == {"0000000": "no caption: neither the metadata nor a .txt has one"}
 
 
 def test_keys_of_several_download_runs_do_not_clash(tmp_path: Path) -> None:
     for run in ("part1", "part0"):
-        downloaded(tmp_path / "in" / run, 0, laion_rows(0, 1))
-    _, dataset = built("laion400m", tmp_path / "in", tmp_path / "out")
-    assert list(samples(dataset)) == ["part0/0000000", "part1/0000000"]
+        write_download(tmp_path / "in" / run, 0, laion_rows(0, 1))
+    _, dataset = build_source("laion400m", tmp_path / "in", tmp_path / "out")
+    assert list(read_samples(dataset)) == ["part0/0000000", "part1/0000000"]
 
 
 def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: Path) -> None:
     laion(tmp_path / "in")
-    cut = downloaded(tmp_path / "in", 2, laion_rows(5, 3), finished=False)
+    cut = write_download(tmp_path / "in", 2, laion_rows(5, 3), finished=False)
     cut.write_bytes(cut.read_bytes()[: places_in(cut)["0000202.jpg"] + 50])
     (tmp_path / "in/00002.parquet").write_bytes(b"PAR1")  # its footer is written last
     with pytest.raises(
         UsageError, match=r"1 of 3 tars are unfinished \(no _stats.json\): 00002.tar"
     ):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
-    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "skipped", unfinished="skip")
+    report, dataset = build_source(
+        "laion400m", tmp_path / "in", tmp_path / "skipped", unfinished="skip"
+    )
     assert dataset.samples() == 5
     assert "unfinished tars (left out): 00002.tar" in report.notes
-    report, dataset = built(
+    report, dataset = build_source(
         "laion400m", tmp_path / "in", tmp_path / "taken", unfinished="take", max_failures=0.5
     )
-    assert {"0000200", "0000201"} <= samples(dataset).keys()
-    assert "0000202" not in samples(dataset)
-    assert any(r.startswith("truncated tar: 00002.tar") for r in reasons(report).values())
+    assert {"0000200", "0000201"} <= read_samples(dataset).keys()
+    assert "0000202" not in read_samples(dataset)
+    assert any(r.startswith("truncated tar: 00002.tar") for r in get_reasons(report).values())
     with pytest.raises(UsageError, match="unfinished=some is none of"):
         build_dataset(
             "laion400m", tmp_path / "in", tmp_path / "out", options={"unfinished": "some"}
@@ -155,11 +159,11 @@ def test_unfinished_tars_are_named_and_refused_unless_told_otherwise(tmp_path: P
 def test_a_finished_tar_that_was_cut_in_a_copy_loses_what_is_gone_and_no_more(
     tmp_path: Path,
 ) -> None:
-    tar = downloaded(tmp_path / "in", 0, laion_rows(0, 5))
+    tar = write_download(tmp_path / "in", 0, laion_rows(0, 5))
     tar.write_bytes(tar.read_bytes()[: places_in(tar)["0000003.jpg"] + 100])
-    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.5)
-    assert list(samples(dataset)) == ["0000000", "0000001", "0000002"]
-    found = reasons(report)
+    report, dataset = build_source("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.5)
+    assert list(read_samples(dataset)) == ["0000000", "0000001", "0000002"]
+    found = get_reasons(report)
     assert found["0000003"].startswith("truncated file: 00000.tar has 100 of")
     assert found["0000004"].startswith("truncated tar: 00000.tar cannot be read to its end")
     with pytest.raises(TooManyFailuresError, match="1 of the first 4 samples are bad"):
@@ -171,7 +175,7 @@ def test_a_tar_that_was_cut_anywhere_gives_the_samples_before_the_cut_and_names_
     tmp_path: Path, listed: bool
 ) -> None:
     """Cuts at random bytes and around every header and every content's end."""
-    tar = downloaded(tmp_path / "in", 0, laion_rows(0, 4))
+    tar = write_download(tmp_path / "in", 0, laion_rows(0, 4))
     data, places = tar.read_bytes(), places_in(tar)
     with tarfile.open(tar) as archive:
         ends = {m.name: m.offset_data + m.size for m in archive}
@@ -207,8 +211,8 @@ def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
     rows = laion_rows(0, 8)
     rows[1]["media"] = b"no picture"
     rows[2]["caption"] = "  "
-    rows[3]["media"] = photo(seed=3)[:200]
-    tar = downloaded(tmp_path / "in", 0, rows)
+    rows[3]["media"] = make_photo(seed=3)[:200]
+    tar = write_download(tmp_path / "in", 0, rows)
     members = {}
     with tarfile.open(tar) as archive:
         for member in archive:
@@ -225,9 +229,9 @@ def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
             }
             writer.write({"__key__": key, **parts})
         writer.close()
-    report, dataset = built("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.7)
-    assert list(samples(dataset)) == ["0000000", "0000006", "0000007"]
-    found = reasons(report)
+    report, dataset = build_source("laion400m", tmp_path / "in", tmp_path / "out", max_failures=0.7)
+    assert list(read_samples(dataset)) == ["0000000", "0000006", "0000007"]
+    found = get_reasons(report)
     assert found["0000001"].startswith("unreadable image")
     assert found["0000002"] == "empty caption"
     assert found["0000003"].startswith("unreadable image")
@@ -236,8 +240,8 @@ def test_bad_samples_leave_the_others_alone(tmp_path: Path) -> None:
 
 
 def test_a_tar_beside_another_runs_parquet_is_refused(tmp_path: Path) -> None:
-    downloaded(tmp_path / "other", 0, laion_rows(0, 1))
-    downloaded(tmp_path / "in", 0, laion_rows(0, 3))
+    write_download(tmp_path / "other", 0, laion_rows(0, 1))
+    write_download(tmp_path / "in", 0, laion_rows(0, 3))
     (tmp_path / "other/00000.parquet").replace(tmp_path / "in/00000.parquet")
     with pytest.raises(OneLLMError, match=r"holds 2 samples that 00000\.parquet does not list"):
         build_dataset("laion400m", tmp_path / "in", tmp_path / "out")
@@ -263,7 +267,7 @@ def coco(root: Path) -> Path:
         }
         for i, row in enumerate(laion_rows(0, 4))
     ]
-    downloaded(root, 0, rows)
+    write_download(root, 0, rows)
     return root
 
 
@@ -278,8 +282,10 @@ def coco(root: Path) -> Path:
 def test_laion_coco_has_three_kinds_of_captions(
     tmp_path: Path, caption: str, expected: dict[str, Any]
 ) -> None:
-    _, dataset = built("laion-coco", coco(tmp_path / "in"), tmp_path / "out", caption=caption)
-    found = samples(dataset)
+    _, dataset = build_source(
+        "laion-coco", coco(tmp_path / "in"), tmp_path / "out", caption=caption
+    )
+    found = read_samples(dataset)
     assert {k: s.get("txt", s["json"]["caption"]) for k, s in found.items()} == expected
     assert all(
         s["json"].get("alt_text", s["json"]["caption"]) == f"alt text {k[-1]}"
@@ -296,18 +302,18 @@ def test_laion_coco_has_three_kinds_of_captions(
 
 def test_the_thresholds_of_laion_coco(tmp_path: Path) -> None:
     coco(tmp_path / "in")
-    _, dataset = built("laion-coco", tmp_path / "in", tmp_path / "a", max_punsafe=0.1)
-    assert list(samples(dataset)) == ["0000000", "0000002"]
+    _, dataset = build_source("laion-coco", tmp_path / "in", tmp_path / "a", max_punsafe=0.1)
+    assert list(read_samples(dataset)) == ["0000000", "0000002"]
     statistics = json.loads((tmp_path / "a/statistics.json").read_text())
     assert statistics["left_out"] == {"punsafe: above 0.1": 1, "punsafe: not known": 1}
-    _, dataset = built(
+    _, dataset = build_source(
         "laion-coco", tmp_path / "in", tmp_path / "b", max_punsafe=0.1, max_pwatermark=0.8
     )
-    assert list(samples(dataset)) == ["0000000"]
-    _, dataset = built(
+    assert list(read_samples(dataset)) == ["0000000"]
+    _, dataset = build_source(
         "laion-coco", tmp_path / "in", tmp_path / "c", min_similarity=0.315, nsfw="UNLIKELY"
     )
-    assert list(samples(dataset)) == ["0000002", "0000003"]
+    assert list(read_samples(dataset)) == ["0000002", "0000003"]
 
 
 def test_a_download_without_the_synthetic_captions_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shard_worlds import foreign_tar
-from source_checks import built, decoded, npy, photo, reasons, samples, turns
+from source_checks import (
+    build_source,
+    decode_sample,
+    get_reasons,
+    make_npy,
+    make_photo,
+    make_turns,
+    read_samples,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 
@@ -21,11 +29,11 @@ def voxels(seed: int, repetitions: int = 3) -> np.ndarray:
 def sample(key: str, picture: int, seed: int) -> list[tuple[str, bytes]]:
     """The parts in the order of MindEye's tars."""
     return [
-        (f"{key}.coco73k.npy", npy(np.array([picture]))),
-        (f"{key}.jpg", photo(seed=seed)),
-        (f"{key}.nsdgeneral.npy", npy(voxels(seed))),
-        (f"{key}.num_uniques.npy", npy(np.array([3]))),
-        (f"{key}.trial.npy", npy(np.array([[seed], [seed + 1], [seed + 2]]))),
+        (f"{key}.coco73k.npy", make_npy(np.array([picture]))),
+        (f"{key}.jpg", make_photo(seed=seed)),
+        (f"{key}.nsdgeneral.npy", make_npy(voxels(seed))),
+        (f"{key}.num_uniques.npy", make_npy(np.array([3]))),
+        (f"{key}.trial.npy", make_npy(np.array([[seed], [seed + 1], [seed + 2]]))),
     ]
 
 
@@ -42,12 +50,12 @@ def tree(root: Path) -> Path:
     foreign_tar(folder / "test/test_subj01_0.tar", sample("sample000000", 30, 6))
     foreign_tar(folder / "test/test_subj01_1.tar", sample("sample000001", 31, 7))
     captions = np.array([[f"picture {i} text {j} " for j in range(5)] for i in range(40)])
-    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(captions))
+    (root / "COCO_73k_annots_curated.npy").write_bytes(make_npy(captions))
     return root
 
 
 def test_mindeyes_tars(tmp_path: Path) -> None:
-    report, dataset = built("nsd", tree(tmp_path / "in"), tmp_path / "out")
+    report, dataset = build_source("nsd", tree(tmp_path / "in"), tmp_path / "out")
     assert not report.quarantined
     assert dataset.modalities == ("fmri",)
     assert dataset.splits == ("test", "train", "val") or set(dataset.splits) == {
@@ -55,7 +63,7 @@ def test_mindeyes_tars(tmp_path: Path) -> None:
         "val",
         "test",
     }
-    train = samples(dataset)
+    train = read_samples(dataset)
     # In the order of the tars' numbers.
     assert list(train) == [
         *(f"train_subj01_0-sample00000{i}" for i in range(3)),
@@ -67,26 +75,26 @@ def test_mindeyes_tars(tmp_path: Path) -> None:
     assert one["json"] == {
         "coco73k": 11,
         "caption": [f"picture 11 text {j}" for j in range(5)],
-        "conversations": turns("Describe the scene based on fMRI data.", "picture 11 text 0"),
+        "conversations": make_turns("Describe the scene based on fMRI data.", "picture 11 text 0"),
     }
     mean = voxels(1).astype(np.float64).mean(0).astype(np.float32)
     assert np.array_equal(
-        decoded(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None]
+        decode_sample(dataset, "train_subj01_0-sample000001")["fmri"].numpy(), mean[None]
     )
-    assert list(samples(dataset, "val")) == ["val_subj01_0-sample000000"]
-    assert [s["json"]["coco73k"] for s in samples(dataset, "test").values()] == [30, 31]
+    assert list(read_samples(dataset, "val")) == ["val_subj01_0-sample000000"]
+    assert [s["json"]["coco73k"] for s in read_samples(dataset, "test").values()] == [30, 31]
 
 
 def test_one_caption_and_the_inner_folder(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
-    _, dataset = built(
+    _, dataset = build_source(
         "nsd",
         root / "webdataset_avg_split",
         tmp_path / "out",
         captions=str(root / "COCO_73k_annots_curated.npy"),
         texts="first",
     )
-    assert [s["txt"] for s in samples(dataset, "val").values()] == ["picture 20 text 0"]
+    assert [s["txt"] for s in read_samples(dataset, "val").values()] == ["picture 20 text 0"]
     assert dataset.manifest.text == ("txt", "json")
     assert dataset.samples() == 5
 
@@ -98,11 +106,11 @@ def test_captions_that_were_curated_away_cost_no_sample(tmp_path: Path) -> None:
         [m for i in range(2) for m in sample(f"s{i}", i, i)],
     )
     captions = np.array([["", "a dog", " ", "a cat", ""], [""] * 5])
-    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(captions))
-    report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.5)
-    [one] = samples(dataset).values()
+    (root / "COCO_73k_annots_curated.npy").write_bytes(make_npy(captions))
+    report, dataset = build_source("nsd", root, tmp_path / "out", max_failures=0.5)
+    [one] = read_samples(dataset).values()
     assert one["json"]["caption"] == ["a dog", "a cat"]
-    assert reasons(report) == {
+    assert get_reasons(report) == {
         "train_subj01_0-s1": "empty caption: picture 1 has none in COCO_73k_annots_curated.npy"
     }
 
@@ -111,10 +119,10 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
     folder = root / "webdataset_avg_split/train"
     good, wide, text, nan, lost, far = (sample(f"s{i}", i, i) for i in range(6))
-    wide[2] = (wide[2][0], npy(np.zeros((3, 14278), np.float16)))
-    text[2] = (text[2][0], npy(np.array(["a"])))
-    nan[2] = (nan[2][0], npy(np.full((2, VOXELS), np.nan, np.float32)))
-    far[0] = (far[0][0], npy(np.array([73000])))
+    wide[2] = (wide[2][0], make_npy(np.zeros((3, 14278), np.float16)))
+    text[2] = (text[2][0], make_npy(np.array(["a"])))
+    nan[2] = (nan[2][0], make_npy(np.full((2, VOXELS), np.nan, np.float32)))
+    far[0] = (far[0][0], make_npy(np.array([73000])))
     foreign_tar(
         folder / "train_subj01_11.tar",
         [*good, *wide, *text, *nan, *(m for m in lost if "nsdgeneral" not in m[0]), *far],
@@ -122,10 +130,10 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     cut = foreign_tar(folder / "train_subj01_12.tar", [*sample("a", 1, 1), *sample("b", 2, 2)])
     cut.write_bytes(cut.read_bytes()[:-60_000])  # within b's voxels
     integers = sample("i", 1, 1)
-    integers[2] = (integers[2][0], npy(np.zeros((3, VOXELS), np.int64)))
+    integers[2] = (integers[2][0], make_npy(np.zeros((3, VOXELS), np.int64)))
     foreign_tar(folder / "train_subj01_13.tar", integers)
-    report, dataset = built("nsd", root, tmp_path / "out", max_failures=0.6)
-    why = {k.removeprefix("train_subj01_"): r for k, r in reasons(report).items()}
+    report, dataset = build_source("nsd", root, tmp_path / "out", max_failures=0.6)
+    why = {k.removeprefix("train_subj01_"): r for k, r in get_reasons(report).items()}
     starts = {
         "11-s1": "unreadable fmri: .fmri.npy has shape (14278,)",
         "11-s2": "unreadable fMRI: .nsdgeneral.npy",
@@ -138,18 +146,20 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     }
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
-    assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(samples(dataset))
+    assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(read_samples(dataset))
     with pytest.raises(OneLLMError, match="are bad"):
-        built("nsd", root, tmp_path / "none")
+        build_source("nsd", root, tmp_path / "none")
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     root = tree(tmp_path / "in")
     with pytest.raises(UsageError, match="train_subj07"):
-        built("nsd", root, tmp_path / "out", subject=7)
-    (root / "COCO_73k_annots_curated.npy").write_bytes(npy(np.array([["a", None]], dtype=object)))
+        build_source("nsd", root, tmp_path / "out", subject=7)
+    (root / "COCO_73k_annots_curated.npy").write_bytes(
+        make_npy(np.array([["a", None]], dtype=object))
+    )
     with pytest.raises(UsageError, match="without pickled objects"):
-        built("nsd", root, tmp_path / "out")
+        build_source("nsd", root, tmp_path / "out")
     (root / "COCO_73k_annots_curated.npy").unlink()
     with pytest.raises(UsageError, match="captions=FILE"):
-        built("nsd", root, tmp_path / "out")
+        build_source("nsd", root, tmp_path / "out")

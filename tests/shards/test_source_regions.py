@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 from shard_worlds import write_tree
-from source_checks import as_json, built, decoded, photo, reasons, samples, turns
+from source_checks import (
+    build_source,
+    decode_sample,
+    get_reasons,
+    make_photo,
+    make_turns,
+    read_samples,
+    to_json,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 
@@ -65,8 +73,8 @@ def refer(root: Path, refs: Any, name: str = "refcoco", by: str = "unc", protoco
         root,
         {
             f"{name}/refs({by}).p": pickle.dumps(refs, protocol=protocol),
-            f"{name}/instances.json": as_json(instances()),
-            "images/mscoco/images/train2014/COCO_train2014_000000000009.jpg": photo(seed=9),
+            f"{name}/instances.json": to_json(instances()),
+            "images/mscoco/images/train2014/COCO_train2014_000000000009.jpg": make_photo(seed=9),
         },
     )
 
@@ -82,27 +90,27 @@ def test_expressions(tmp_path: Path, name: str, by: str, protocol: int) -> None:
         ref(2, "train", 9, "the whole", "all", ref_id=7),
     ]
     refs[2]["sentences"][0]["sent_id"], refs[2]["sentences"][1]["sent_id"] = 70, 71
-    report, dataset = built(
+    report, dataset = build_source(
         name,
         refer(tmp_path / "in", refs, name, by, protocol),
         tmp_path / "out",
         splits="train,testA",
     )
-    found = samples(dataset)
+    found = read_samples(dataset)
     assert not report.quarantined
     assert {k: s["json"]["conversations"] for k, s in found.items()} == {
-        "10": turns(f"{REGION} [0.25, 0.25, 0.75, 0.75]", "Left Man"),
-        "11": turns(f"{REGION} [0.25, 0.25, 0.75, 0.75]", "man in red"),
-        "70": turns(f"{REGION} [0.00, 0.00, 1.00, 1.00]", "the whole"),
-        "71": turns(f"{REGION} [0.00, 0.00, 1.00, 1.00]", "all"),
+        "10": make_turns(f"{REGION} [0.25, 0.25, 0.75, 0.75]", "Left Man"),
+        "11": make_turns(f"{REGION} [0.25, 0.25, 0.75, 0.75]", "man in red"),
+        "70": make_turns(f"{REGION} [0.00, 0.00, 1.00, 1.00]", "the whole"),
+        "71": make_turns(f"{REGION} [0.00, 0.00, 1.00, 1.00]", "all"),
     }
     assert {k: v for k, v in found["70"]["json"].items() if k != "conversations"} == {
         "image_id": 9,
         "ann_id": 2,
         "ref_id": 7,
     }
-    assert list(samples(dataset, "testA")) == ["20"]
-    assert decoded(dataset, "10")["image"].std() > 0.1
+    assert list(read_samples(dataset, "testA")) == ["20"]
+    assert decode_sample(dataset, "10")["image"].std() > 0.1
 
 
 def test_python_2s_pickle(tmp_path: Path) -> None:
@@ -116,8 +124,8 @@ def test_python_2s_pickle(tmp_path: Path) -> None:
     )
     inputs = refer(tmp_path / "in", [])
     (inputs / "refcoco/refs(unc).p").write_bytes(b"\x80\x02(l" + row + b"a.")
-    _, dataset = built("refcoco", inputs, tmp_path / "out")
-    assert samples(dataset)["5"]["json"]["conversations"][1]["value"] == "café"
+    _, dataset = build_source("refcoco", inputs, tmp_path / "out")
+    assert read_samples(dataset)["5"]["json"]["conversations"][1]["value"] == "café"
 
 
 class _Harm:
@@ -131,15 +139,15 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(
             UsageError, match=r"not a pickle of plain values: it refers to posix\.mkdir"
         ):
-            built("refcoco", refer(tmp_path / "in", content), tmp_path / "out")
+            build_source("refcoco", refer(tmp_path / "in", content), tmp_path / "out")
     assert not (tmp_path / "harmed").exists()
     whole = pickle.dumps([ref(1, "train", 9, "x")])
     (tmp_path / "in/refcoco/refs(unc).p").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UsageError, match="is not a pickle of plain values"):
-        built("refcoco", tmp_path / "in", tmp_path / "out")
+        build_source("refcoco", tmp_path / "in", tmp_path / "out")
     (tmp_path / "in/refcoco/refs(unc).p").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UsageError, match="holds a dict, not a list"):
-        built("refcoco", tmp_path / "in", tmp_path / "out")
+        build_source("refcoco", tmp_path / "in", tmp_path / "out")
 
 
 def test_bad_expressions(tmp_path: Path) -> None:
@@ -152,11 +160,11 @@ def test_bad_expressions(tmp_path: Path) -> None:
         ref(1, "train", 9, " ", "second"),
         ref(1, "nosplit", 9, "x"),
     ]
-    report, dataset = built(
+    report, dataset = build_source(
         "refcoco", refer(tmp_path / "in", refs), tmp_path / "out", max_failures=0.95
     )
-    assert list(samples(dataset)) == ["10"]
-    assert [r.split(": ", 1)[1] for r in reasons(report).values()] == [
+    assert list(read_samples(dataset)) == ["10"]
+    assert [r.split(": ", 1)[1] for r in get_reasons(report).values()] == [
         "a box of 0 x 10 in a picture of 64 x 48",
         "instances.json has no object 9 or no picture 9",
         "train2017/000000000025.jpg",
@@ -166,7 +174,7 @@ def test_bad_expressions(tmp_path: Path) -> None:
         "its split is 'nosplit', not one of train, val, test, testA, testB",
     ]
     with pytest.raises(OneLLMError, match="are bad"):
-        built("refcoco", tmp_path / "in", tmp_path / "none")
+        build_source("refcoco", tmp_path / "in", tmp_path / "none")
 
 
 def test_visual_genome(tmp_path: Path) -> None:
@@ -190,16 +198,16 @@ def test_visual_genome(tmp_path: Path) -> None:
         {"image_id": n, "width": 64, "height": 48, "url": "u", "coco_id": None, "flickr_id": None}
         for n in (1, 2, 4, 5)
     ]
-    files = {
-        "region_descriptions.json": as_json(rows),
-        "image_data.json": as_json(sizes),
-        "VG_100K/1.jpg": photo(seed=1),
-        "VG_100K_2/2.jpg": photo(seed=2),
+    files: dict[str, bytes | str] = {
+        "region_descriptions.json": to_json(rows),
+        "image_data.json": to_json(sizes),
+        "VG_100K/1.jpg": make_photo(seed=1),
+        "VG_100K_2/2.jpg": make_photo(seed=2),
     }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built("vg", inputs, tmp_path / "out", max_failures=0.7)
-    found = samples(dataset)
-    assert found["1"]["json"]["conversations"] == turns(
+    report, dataset = build_source("vg", inputs, tmp_path / "out", max_failures=0.7)
+    found = read_samples(dataset)
+    assert found["1"]["json"]["conversations"] == make_turns(
         f"{REGION} [0.00, 0.00, 0.50, 0.25]",
         "thing 0",
         f"{REGION} [0.06, 0.00, 0.56, 0.25]",
@@ -208,11 +216,11 @@ def test_visual_genome(tmp_path: Path) -> None:
     # 40 phrases, ten of them, evenly spread.
     answers = [t["value"] for t in found["2"]["json"]["conversations"][1::2]]
     assert answers == ["thing 0", *(f"thing {i * 4 + 1}" for i in range(1, 10))]
-    assert (found["1"]["jpg"], found["2"]["jpg"]) == (photo(seed=1), photo(seed=2))
-    assert list(reasons(report).values()) == [
+    assert (found["1"]["jpg"], found["2"]["jpg"]) == (make_photo(seed=1), make_photo(seed=2))
+    assert list(get_reasons(report).values()) == [
         "unreadable row: image_data.json has no picture 3",
         "unreadable row: no region has a phrase",
         "missing file: VG_100K/5.jpg",
     ]
-    _, all_of_them = built("vg", inputs, tmp_path / "all", max_failures=0.7, regions=0)
-    assert len(samples(all_of_them)["2"]["json"]["conversations"]) == 80
+    _, all_of_them = build_source("vg", inputs, tmp_path / "all", max_failures=0.7, regions=0)
+    assert len(read_samples(all_of_them)["2"]["json"]["conversations"]) == 80

@@ -9,25 +9,25 @@ from typing import Any
 import fsspec
 import pytest
 from shard_worlds import contents, write_tree
-from source_checks import as_json
+from source_checks import to_json
 from test_source_cc3m import parallel
 from test_source_coco import official, pictures
-from test_source_conversations import instruction_tuning
 from test_source_ego4d import recordings, window
 from test_source_nsd import tree
+from test_source_onellm_instruct import instruction_tuning
 
 from onellm_dist.shards import build_dataset, open_dataset
 
 
 def _coco(root: Path) -> Path:
     return write_tree(
-        root, {**pictures(), "annotations/captions_train2017.json": as_json(official())}
+        root, {**pictures(), "annotations/captions_train2017.json": to_json(official())}
     )
 
 
 def _ego4d(root: Path) -> Path:
     (recordings(root) / "window_idx_train.json").write_text(
-        as_json([window("bbbb", 3.0, "x"), window("aaaa", 1.5, "y")])
+        to_json([window("bbbb", 3.0, "x"), window("aaaa", 1.5, "y")])
     )
     return root
 

@@ -1,4 +1,4 @@
-"""How sources read large tables: rows by byte offset, in bounded memory; zip members over the ends of volumes."""
+"""Reading large tables by byte offset in bounded memory, and zip members across volumes."""
 
 from __future__ import annotations
 

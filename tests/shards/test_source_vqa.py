@@ -1,4 +1,4 @@
-"""`onellm shards build vqav2 | okvqa | gqa | aokvqa | ocrvqa`: the official files, the paper's prompts."""
+"""Sources vqav2, okvqa, gqa, aokvqa and ocrvqa: the official files, the paper's prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 from shard_worlds import write_tree
-from source_checks import as_json, built, decoded, photo, reasons, samples, turns
+from source_checks import (
+    build_source,
+    decode_sample,
+    get_reasons,
+    make_photo,
+    make_turns,
+    read_samples,
+    to_json,
+)
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 
@@ -67,9 +75,9 @@ def coco(root: Path, folder: str = "train2014") -> Path:
     return write_tree(
         root,
         {
-            f"{folder}/COCO_train2014_000000000009.jpg": photo(seed=9),
-            f"{folder}/COCO_train2014_000000000025.jpg": photo(seed=25),
-            "coco/train2017/000000000030.jpg": photo(seed=30),
+            f"{folder}/COCO_train2014_000000000009.jpg": make_photo(seed=9),
+            f"{folder}/COCO_train2014_000000000025.jpg": make_photo(seed=25),
+            "coco/train2017/000000000030.jpg": make_photo(seed=30),
         },
     )
 
@@ -82,8 +90,8 @@ def as_files(values: dict[str, Any]) -> dict[str, bytes | str]:
 def test_questions_and_annotations(tmp_path: Path, name: str) -> None:
     files = as_files(vqa("v2_" if name == "vqav2" else "", common=name == "vqav2"))
     inputs = write_tree(coco(tmp_path / "in"), files)
-    report, dataset = built(name, inputs, tmp_path / "out")
-    found = samples(dataset)
+    report, dataset = build_source(name, inputs, tmp_path / "out")
+    found = read_samples(dataset)
     assert (report.quarantined, dataset.modalities, dataset.manifest.text) == (
         (),
         ("image",),
@@ -91,29 +99,29 @@ def test_questions_and_annotations(tmp_path: Path, name: str) -> None:
     )
     assert list(found) == ["9000", "9001", "25000", "30000"]
     assert found["9000"] == {
-        "jpg": photo(seed=9),
+        "jpg": make_photo(seed=9),
         "json": {
             "question_id": 9000,
             "image_id": 9,
             "answers": ["red"] * 6 + ["dark red"] * 4,
-            "conversations": turns(f"What color is it? {SHORT}", "red"),
+            "conversations": make_turns(f"What color is it? {SHORT}", "red"),
         },
     }
     # Of answers given equally often, the first.
-    assert found["9001"]["json"]["conversations"] == turns(f"Is it “big”? {SHORT}", "no")
-    assert found["30000"]["jpg"] == photo(seed=30)
-    assert decoded(dataset, "25000")["image"].std() > 0.1
+    assert found["9001"]["json"]["conversations"] == make_turns(f"Is it “big”? {SHORT}", "no")
+    assert found["30000"]["jpg"] == make_photo(seed=30)
+    assert decode_sample(dataset, "25000")["image"].std() > 0.1
 
 
 def test_files_that_were_changed_are_read_again(tmp_path: Path) -> None:
     """In one process: what is kept of a file is of the file as it is."""
     files = vqa()
     inputs = write_tree(coco(tmp_path / "in"), as_files(files))
-    built("vqav2", inputs, tmp_path / "before")
+    build_source("vqav2", inputs, tmp_path / "before")
     files["v2_OpenEnded_mscoco_train2014_questions.json"]["questions"][0]["question"] = "Changed?"
     write_tree(inputs, as_files(files))
-    _, dataset = built("vqav2", inputs, tmp_path / "after")
-    assert samples(dataset)["9000"]["json"]["conversations"][0]["value"] == f"Changed? {SHORT}"
+    _, dataset = build_source("vqav2", inputs, tmp_path / "after")
+    assert read_samples(dataset)["9000"]["json"]["conversations"][0]["value"] == f"Changed? {SHORT}"
 
 
 def test_bad_questions_are_left_out_with_their_reasons(tmp_path: Path) -> None:
@@ -124,13 +132,13 @@ def test_bad_questions_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     rows[2]["question_id"] = 77
     rows += ["row", {**rows[3], "question_id": 30000, "image_id": 31}]
     inputs = write_tree(coco(tmp_path / "in"), as_files(files))
-    (inputs / "coco/train2017/000000000030.jpg").write_bytes(photo(seed=30)[:200])
+    (inputs / "coco/train2017/000000000030.jpg").write_bytes(make_photo(seed=30)[:200])
     with pytest.raises(OneLLMError, match="are bad"):
-        built("vqav2", inputs, tmp_path / "none")
+        build_source("vqav2", inputs, tmp_path / "none")
     rows.append({**rows[3], "question_id": 25000, "image_id": 25})
     write_tree(inputs, as_files(files))
-    report, dataset = built("vqav2", inputs, tmp_path / "out", max_failures=0.9)
-    assert list(samples(dataset)) == ["25000"]
+    report, dataset = build_source("vqav2", inputs, tmp_path / "out", max_failures=0.9)
+    assert list(read_samples(dataset)) == ["25000"]
     why = [q.reason for q in report.quarantined]
     assert why[:3] + why[4:] == [
         "unreadable row: no 'answers'",
@@ -141,7 +149,7 @@ def test_bad_questions_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     ]
     assert why[3].startswith("unreadable image: .jpg (200 bytes)")
     assert report.quarantined[2].file == "v2_mscoco_train2014_annotations.json[2]"
-    fewer, _ = built("vqav2", inputs, tmp_path / "skip", max_failures=0.9, missing="skip")
+    fewer, _ = build_source("vqav2", inputs, tmp_path / "skip", max_failures=0.9, missing="skip")
     assert len(fewer.quarantined) == len(report.quarantined) - 1
     assert "left out knowingly: 1 x media was not fetched" in fewer.notes
 
@@ -161,22 +169,24 @@ def test_gqa(tmp_path: Path) -> None:
         "07333408": {"question": "What is on the wall?", "imageId": "n15740", "answer": "pipe"},
         "bad": {"question": "?", "imageId": "2354786"},
     }
-    files = {
-        "train_balanced_questions.json": as_json(rows),
-        "images/2354786.jpg": photo(seed=1),
-        "images/n15740.jpg": photo(seed=2),
+    files: dict[str, bytes | str] = {
+        "train_balanced_questions.json": to_json(rows),
+        "images/2354786.jpg": make_photo(seed=1),
+        "images/n15740.jpg": make_photo(seed=2),
     }
-    report, dataset = built(
+    report, dataset = build_source(
         "gqa", write_tree(tmp_path / "in", files), tmp_path / "out", max_failures=0.4
     )
-    found = samples(dataset)
+    found = read_samples(dataset)
     assert {k: (s["jpg"], s["json"]["conversations"]) for k, s in found.items()} == {
-        "02930152": (photo(seed=1), turns(f"Is the sky dark? {SHORT}", "yes")),
-        "07333408": (photo(seed=2), turns(f"What is on the wall? {SHORT}", "pipe")),
+        "02930152": (make_photo(seed=1), make_turns(f"Is the sky dark? {SHORT}", "yes")),
+        "07333408": (make_photo(seed=2), make_turns(f"What is on the wall? {SHORT}", "pipe")),
     }
-    assert reasons(report) == {"train_balanced_questions_json-bad": "unreadable row: no 'answer'"}
+    assert get_reasons(report) == {
+        "train_balanced_questions_json-bad": "unreadable row: no 'answer'"
+    }
     with pytest.raises(UsageError, match="val_balanced_questions"):
-        built("gqa", tmp_path / "in", tmp_path / "val", splits="val")
+        build_source("gqa", tmp_path / "in", tmp_path / "val", splits="val")
 
 
 def test_aokvqa(tmp_path: Path) -> None:
@@ -196,16 +206,16 @@ def test_aokvqa(tmp_path: Path) -> None:
         {**row, "question_id": "b", "correct_choice_idx": 4},
         {**row, "question_id": "c", "image_id": 77},
     ]
-    inputs = write_tree(coco(tmp_path / "in"), {"aokvqa_v1p0_train.json": as_json(rows)})
-    report, dataset = built("aokvqa", inputs, tmp_path / "out", max_failures=0.7)
-    [(key, sample)] = samples(dataset).items()
+    inputs = write_tree(coco(tmp_path / "in"), {"aokvqa_v1p0_train.json": to_json(rows)})
+    report, dataset = build_source("aokvqa", inputs, tmp_path / "out", max_failures=0.7)
+    [(key, sample)] = read_samples(dataset).items()
     question = "What is the man by the bags awaiting? A. skateboarder B. train C. delivery D. cab"
     assert key == row["question_id"]
-    assert sample["json"]["conversations"] == turns(
+    assert sample["json"]["conversations"] == make_turns(
         f"{question} Answer with the option's letter from the given choices directly", "D"
     )
     assert sample["json"]["choices"] == row["choices"]
-    assert sorted(reasons(report).values()) == [
+    assert sorted(get_reasons(report).values()) == [
         "missing file: train2017/000000000077.jpg",
         "unreadable row: correct_choice_idx is 4 of 4 choices",
     ]
@@ -232,27 +242,30 @@ def test_ocrvqa(tmp_path: Path) -> None:
         "0005": 7,
         "0006": book(3),
     }
-    files = {
-        "dataset.json": as_json(rows),
-        **{f"images/000{i}.jpg": photo(seed=i) for i in (1, 2, 3, 4, 6)},
+    files: dict[str, bytes | str] = {
+        "dataset.json": to_json(rows),
+        **{f"images/000{i}.jpg": make_photo(seed=i) for i in (1, 2, 3, 4, 6)},
     }
     inputs = write_tree(tmp_path / "in", files)
-    report, dataset = built(
+    report, dataset = build_source(
         "ocrvqa", inputs, tmp_path / "out", splits="train,val,test", max_failures=0.7
     )
-    expected = turns(f"Who is the author? {SHORT}", "A. Uthor", f"Is it art? {SHORT}", "No")
-    assert {k: s["json"]["conversations"] for k, s in samples(dataset).items()} == {
+    expected = make_turns(f"Who is the author? {SHORT}", "A. Uthor", f"Is it art? {SHORT}", "No")
+    assert {k: s["json"]["conversations"] for k, s in read_samples(dataset).items()} == {
         "0001": expected,
         "0002": expected,
     }
-    assert samples(dataset)["0001"]["json"]["title"] == "A Title"
-    assert (list(samples(dataset, "val")), list(samples(dataset, "test"))) == (["0003"], ["0006"])
-    assert reasons(report) == {
+    assert read_samples(dataset)["0001"]["json"]["title"] == "A Title"
+    assert (list(read_samples(dataset, "val")), list(read_samples(dataset, "test"))) == (
+        ["0003"],
+        ["0006"],
+    )
+    assert get_reasons(report) == {
         "dataset_json-0004": "unreadable row: 2 questions and 1 answers",
         "dataset_json-0005": "unreadable row: a int, not an object",
     }
     with pytest.raises(UsageError, match="there is no split dev"):
-        built("ocrvqa", inputs, tmp_path / "dev", splits="dev")
+        build_source("ocrvqa", inputs, tmp_path / "dev", splits="dev")
 
 
 def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
@@ -266,27 +279,29 @@ def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
         {"image_id": 31, "question": "?", "question_id": 31000}
     )
     inputs = write_tree(coco(tmp_path / "in"), as_files(files))
-    report, dataset = built("vqav2", inputs, tmp_path / "out", join="true", max_failures=0.9)
-    found = samples(dataset)
+    report, dataset = build_source("vqav2", inputs, tmp_path / "out", join="true", max_failures=0.9)
+    found = read_samples(dataset)
     assert list(found) == ["9000", "25000", "30000"]
     assert found["9000"]["json"] == {
         "image_id": 9,
         "rows": ["9000", "9001"],
         "question_id": [9000, 9001],
         "answers": [["red"] * 6 + ["dark red"] * 4, ["no", "yes", "yes", "no"]],
-        "conversations": turns(f"What color is it? {SHORT}", "red", f"Is it “big”? {SHORT}", "no"),
+        "conversations": make_turns(
+            f"What color is it? {SHORT}", "red", f"Is it “big”? {SHORT}", "no"
+        ),
     }
     assert found["25000"]["json"]["question_id"] == 25000
-    assert sorted(reasons(report).values()) == [
+    assert sorted(get_reasons(report).values()) == [
         "missing file: train2017/000000000031.jpg",
         "unreadable row: a str, not an object",
         "unreadable row: there is no question 77",
     ]
     assert "left out knowingly: 1 x in the sample of its medium's first row" in report.notes
-    _, cut = built(
+    _, cut = build_source(
         "vqav2", inputs, tmp_path / "cut", join=True, max_failures=0.9, max_samples=2, name="out"
     )
-    assert samples(cut) == found
+    assert read_samples(cut) == found
 
     gqa = {
         f"{i:03d}": {"question": f"Is it {i}?", "imageId": "12"[i % 2], "answer": "yes"}
@@ -295,13 +310,13 @@ def test_questions_joined_by_their_picture(tmp_path: Path) -> None:
     inputs = write_tree(
         tmp_path / "gqa",
         {
-            "train_balanced_questions.json": as_json(gqa),
-            "images/1.jpg": photo(),
-            "images/2.jpg": photo(seed=1),
+            "train_balanced_questions.json": to_json(gqa),
+            "images/1.jpg": make_photo(),
+            "images/2.jpg": make_photo(seed=1),
         },
     )
-    _, dataset = built("gqa", inputs, tmp_path / "joined", join=True)
-    assert {k: s["json"]["rows"] for k, s in samples(dataset).items()} == {
+    _, dataset = build_source("gqa", inputs, tmp_path / "joined", join=True)
+    assert {k: s["json"]["rows"] for k, s in read_samples(dataset).items()} == {
         "000": ["000", "002", "004"],
         "001": ["001", "003"],
     }

@@ -7,14 +7,14 @@ import json
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from shard_worlds import write_tree
-from source_checks import built, decoded, reasons, samples, tone
+from source_checks import build_source, decode_sample, get_reasons, make_tone, read_samples
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
@@ -92,18 +92,18 @@ FILES = {
 
 
 def noise(name: str) -> bytes:
-    """A second of noise, 32 kHz: 60 kB that zip cannot make smaller, so that a member runs over the end of a volume."""
-    samples = np.random.default_rng(sum(name.encode())).normal(0, 0.2, 32000)
+    """A second of noise: 60 kB that zip cannot shrink, so that a member spans volumes."""
+    wave = np.random.default_rng(sum(name.encode())).normal(0, 0.2, 32000)
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 32000, format="FLAC")
+    soundfile.write(buffer, wave, 32000, format="FLAC")
     return buffer.getvalue()
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: Sequence[object]) -> str:
     return json.dumps({"num_captions_per_audio": 1, "data": rows})
 
 
-def annotations(root: Path) -> Path:
+def write_annotations(root: Path) -> Path:
     files: dict[str, bytes | str] = {
         f"json_files/{s}/{FILES[s]}": table(rows) for s, rows in ROWS.items()
     }
@@ -119,7 +119,7 @@ def sounds(source: str) -> dict[str, bytes]:
 
 
 def unpacked(root: Path) -> Path:
-    annotations(root)
+    write_annotations(root)
     for source in ROWS:
         write_tree(root / "Zip_files" / f"{source}_flac", sounds(source))
     return root
@@ -140,7 +140,7 @@ def zipped(folder: Path, source: str, files: Mapping[str, bytes], size: str | No
 
 
 def archives(root: Path) -> Path:
-    annotations(root)
+    write_annotations(root)
     for source in ROWS:
         zipped(root / "Zip_files" / source, source, sounds(source))
     return root
@@ -152,8 +152,8 @@ needs_zip = pytest.mark.skipif(
 
 
 def check(out: Path, inputs: Path) -> None:
-    _, dataset = built("wavcaps", inputs, out)
-    found = samples(dataset)
+    _, dataset = build_source("wavcaps", inputs, out)
+    found = read_samples(dataset)
     assert list(found) == [
         "AudioSet_SL/Y-Cnb8VtcTXg",
         "BBC_Sound_Effects/07040138",
@@ -168,7 +168,7 @@ def check(out: Path, inputs: Path) -> None:
             assert sample["flac"] == sounds(source)[f"{stem}.flac"]
             assert sample["txt"] == row["caption"]
             assert sample["json"] == {**row, "source": source}
-    assert decoded(dataset, "SoundBible/2219")["audio"].std() > 0.1
+    assert decode_sample(dataset, "SoundBible/2219")["audio"].std() > 0.1
 
 
 def test_unpacked_files_come_through_field_by_field(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_split_archives_are_read_where_they_lie(tmp_path: Path) -> None:
 
 @needs_zip
 def test_an_archive_of_one_volume_and_unpacked_files_together(tmp_path: Path) -> None:
-    annotations(tmp_path / "in")
+    write_annotations(tmp_path / "in")
     for source in ROWS:
         if source == "SoundBible":
             write_tree(tmp_path / "in/SoundBible_flac", sounds(source))
@@ -201,14 +201,14 @@ def test_an_archive_of_one_volume_and_unpacked_files_together(tmp_path: Path) ->
 def test_the_blacklist_is_left_out_and_its_absence_is_told(tmp_path: Path) -> None:
     unpacked(tmp_path / "in")
     listed = "json_files/blacklist/blacklist_exclude_all_ac.json"
-    report, dataset = built("wavcaps", tmp_path / "in", tmp_path / "out", blacklist=listed)
-    assert list(samples(dataset)) == [
+    report, dataset = build_source("wavcaps", tmp_path / "in", tmp_path / "out", blacklist=listed)
+    assert list(read_samples(dataset)) == [
         "BBC_Sound_Effects/07040138",
         "FreeSound/180913",
         "SoundBible/2219",
     ]  # SoundBible's 2219 is not FreeSound's
     assert "left out knowingly: 2 x blacklist" in report.notes
-    report, _ = built("wavcaps", tmp_path / "in", tmp_path / "all")
+    report, _ = build_source("wavcaps", tmp_path / "in", tmp_path / "all")
     assert any(n.startswith("no blacklist: clips of AudioCaps'") for n in report.notes)
     with pytest.raises(UsageError, match=r"none.json"):
         build_dataset(
@@ -223,8 +223,8 @@ def test_audiosets_ids_are_found_with_and_without_their_y(tmp_path: Path) -> Non
     unpacked(tmp_path / "in")
     folder = tmp_path / "in/Zip_files/AudioSet_SL_flac"
     (folder / "Y-Cnb8VtcTXg.flac").rename(folder / "-Cnb8VtcTXg.flac")
-    _, dataset = built("wavcaps", tmp_path / "in", tmp_path / "out", sources="AudioSet_SL")
-    assert samples(dataset)["AudioSet_SL/Y-Cnb8VtcTXg"]["txt"] == "A crowd cheers."
+    _, dataset = build_source("wavcaps", tmp_path / "in", tmp_path / "out", sources="AudioSet_SL")
+    assert read_samples(dataset)["AudioSet_SL/Y-Cnb8VtcTXg"]["txt"] == "A crowd cheers."
 
 
 def test_bad_rows_and_sounds_are_left_out_one_by_one(tmp_path: Path) -> None:
@@ -243,14 +243,20 @@ def test_bad_rows_and_sounds_are_left_out_one_by_one(tmp_path: Path) -> None:
     folder = (
         write_tree(tmp_path / "in", {"json_files/FreeSound/fsd_final.json": table(rows)})
         / "Zip_files/FreeSound_flac"
-    )  # type: ignore[arg-type]
-    write_tree(
-        folder, {"3.flac": tone(), "4.flac": tone(), "6.flac": tone()[:2000], "7.flac": b"ID3 text"}
     )
-    report, dataset = built(
+    write_tree(
+        folder,
+        {
+            "3.flac": make_tone(),
+            "4.flac": make_tone(),
+            "6.flac": make_tone()[:2000],
+            "7.flac": b"ID3 text",
+        },
+    )
+    report, dataset = build_source(
         "wavcaps", tmp_path / "in", tmp_path / "out", sources="FreeSound", max_failures=0.9
     )
-    assert list(samples(dataset)) == ["FreeSound/180913", "FreeSound/2219"]
+    assert list(read_samples(dataset)) == ["FreeSound/180913", "FreeSound/2219"]
     found = {
         q.file.removeprefix("json_files/FreeSound/fsd_final.json"): q.reason
         for q in report.quarantined
@@ -266,7 +272,7 @@ def test_bad_rows_and_sounds_are_left_out_one_by_one(tmp_path: Path) -> None:
         build_dataset(
             "wavcaps", tmp_path / "in", tmp_path / "other", options={"sources": "FreeSound"}
         )
-    _, dataset = built(
+    _, dataset = build_source(
         "wavcaps",
         tmp_path / "in",
         tmp_path / "part",
@@ -295,8 +301,8 @@ def test_a_json_that_is_cut_short_is_an_error_that_names_its_place(tmp_path: Pat
 def test_the_sets_first_version_has_the_list_alone(tmp_path: Path) -> None:
     unpacked(tmp_path / "in")
     (tmp_path / "in/json_files/SoundBible/sb_final.json").write_text(json.dumps(ROWS["SoundBible"]))
-    _, dataset = built("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
-    assert samples(dataset)["SoundBible/2219"]["txt"] == "An airplane is landing."
+    _, dataset = build_source("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
+    assert read_samples(dataset)["SoundBible/2219"]["txt"] == "An airplane is landing."
 
 
 @needs_zip
@@ -317,17 +323,17 @@ def test_a_damaged_volume_spoils_its_own_members_alone(tmp_path: Path) -> None:
     data = volume.read_bytes()
     at = len(data) // 3
     volume.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
-    report, dataset = built(
+    report, dataset = build_source(
         "wavcaps", tmp_path / "in", tmp_path / "out", sources="FreeSound", max_failures=0.5
     )
-    assert list(samples(dataset)) == ["FreeSound/2219"]
-    assert next(iter(reasons(report).values())).startswith("unreadable archive: ")
+    assert list(read_samples(dataset)) == ["FreeSound/2219"]
+    assert next(iter(get_reasons(report).values())).startswith("unreadable archive: ")
     volume.write_bytes(data[:-100])
-    report, dataset = built(
+    report, dataset = build_source(
         "wavcaps", tmp_path / "in", tmp_path / "cut", sources="FreeSound", max_failures=0.5
     )
-    assert list(samples(dataset)) == ["FreeSound/180913"]
-    assert next(iter(reasons(report).values())).startswith(
+    assert list(read_samples(dataset)) == ["FreeSound/180913"]
+    assert next(iter(get_reasons(report).values())).startswith(
         ("unreadable archive: ", "truncated archive: ")
     )
 
@@ -336,7 +342,7 @@ def test_what_is_no_wavcaps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no JSON of AudioSet_SL"):
         build_dataset("wavcaps", tmp_path / "empty", tmp_path / "out")
-    annotations(tmp_path / "in")
+    write_annotations(tmp_path / "in")
     with pytest.raises(
         UsageError, match=r"no folder of .flac and no .zip has AudioSet_SL in its path"
     ):
@@ -353,7 +359,7 @@ def test_what_is_no_wavcaps_is_refused(tmp_path: Path) -> None:
 
 
 def test_archives_of_the_standard_library_are_read_too(tmp_path: Path) -> None:
-    annotations(tmp_path / "in")
+    write_annotations(tmp_path / "in")
     (tmp_path / "in/Zip_files/SoundBible").mkdir(parents=True)
     with zipfile.ZipFile(
         tmp_path / "in/Zip_files/SoundBible/SoundBible.zip", "w", zipfile.ZIP_DEFLATED
@@ -361,8 +367,8 @@ def test_archives_of_the_standard_library_are_read_too(tmp_path: Path) -> None:
         for name, data in sounds("SoundBible").items():
             with archive.open(zipfile.ZipInfo(f"a folder/{name}"), "w", force_zip64=True) as member:
                 member.write(data)
-    _, dataset = built("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
-    assert samples(dataset)["SoundBible/2219"]["flac"] == sounds("SoundBible")["2219.flac"]
+    _, dataset = build_source("wavcaps", tmp_path / "in", tmp_path / "out", sources="SoundBible")
+    assert read_samples(dataset)["SoundBible/2219"]["flac"] == sounds("SoundBible")["2219.flac"]
 
 
 def test_the_recipe_builds(tmp_path: Path) -> None:

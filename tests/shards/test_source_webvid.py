@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from shard_worlds import write_tree
-from source_checks import built, decoded, film, reasons, samples
-from source_trees import downloaded
+from source_checks import build_source, decode_sample, get_reasons, make_film, read_samples
+from source_trees import write_download
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards import build_dataset
@@ -26,7 +26,7 @@ def url(number: int) -> str:
 
 
 def webvid(root: Path) -> Path:
-    """Names with commas, quotes and a line break, as the real CSV has them; durations that are wrong or no durations."""
+    """Names with commas, quotes and a line break, as in the real CSV; wrong durations."""
     rows = [
         f'1001,{url(1001)},PT00H00M11S,000001_000050,"Aerial shot, winter forest"',
         f'1002,{url(1002)},PT01H02M03S,000001_000050,"A ""quoted"" word"',
@@ -41,21 +41,21 @@ def webvid(root: Path) -> Path:
         (1003, "000051_000100"),
         (1004, "000051_000100"),
     ):
-        files[f"videos/{folder}/{number}.mp4"] = film(seed=number)
-    files["videos/000101_000150/2001.mp4"] = film(seed=2001)
+        files[f"videos/{folder}/{number}.mp4"] = make_film(seed=number)
+    files["videos/000101_000150/2001.mp4"] = make_film(seed=2001)
     return write_tree(root, files)
 
 
 def test_the_csv_and_its_videos_come_through_field_by_field(tmp_path: Path) -> None:
-    report, dataset = built("webvid", webvid(tmp_path / "in"), tmp_path / "out", rows=2)
-    found = samples(dataset)
+    report, dataset = build_source("webvid", webvid(tmp_path / "in"), tmp_path / "out", rows=2)
+    found = read_samples(dataset)
     assert {k: s["txt"] for k, s in found.items()} == {
         "1001": "Aerial shot, winter forest",
         "1002": 'A "quoted" word',
         "1003": "Two\nlines",
         "1004": "Plain",
     }
-    assert found["1002"]["mp4"] == film(seed=1002)
+    assert found["1002"]["mp4"] == make_film(seed=1002)
     assert found["1001"]["json"] == {
         "videoid": "1001",
         "url": url(1001),
@@ -69,9 +69,9 @@ def test_the_csv_and_its_videos_come_through_field_by_field(tmp_path: Path) -> N
     assert found["1003"]["json"]["duration"] == "soon"
     assert "duration_seconds" not in found["1003"]["json"]
     assert "duration" not in found["1004"]["json"]
-    assert samples(dataset, "val")["2001"]["txt"] == "Validation"
+    assert read_samples(dataset, "val")["2001"]["txt"] == "Validation"
     assert not report.quarantined
-    assert decoded(dataset, "1001")["video"].std() > 0.1
+    assert decode_sample(dataset, "1001")["video"].std() > 0.1
 
 
 def test_groups_are_reached_without_the_rows_before_them(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_groups_are_reached_without_the_rows_before_them(tmp_path: Path) -> None
 
 def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:
     webvid(tmp_path / "in")
-    (tmp_path / "in/videos/000001_000050/1002.mp4").write_bytes(film(seed=1002)[:300])
+    (tmp_path / "in/videos/000001_000050/1002.mp4").write_bytes(make_film(seed=1002)[:300])
     (tmp_path / "in/videos/000051_000100/1004.mp4").unlink()
     with (tmp_path / "in/results_2M_train.csv").open("ab") as file:
         file.write(f"1005,{url(1005)},PT00H00M01S,000001_000050\n".encode())  # four cells
@@ -110,9 +110,9 @@ def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:
         file.write(f"../1008,{url(1008)},PT00H00M01S,000001_000050,outside\n".encode())
         file.write(f"1009,{url(1009)},PT00H00M01S,000001_000050,caf\xe9\n".encode("latin-1"))
     for number in (1007, 1009):
-        (tmp_path / f"in/videos/000001_000050/{number}.mp4").write_bytes(film(seed=number))
-    report, dataset = built("webvid", tmp_path / "in", tmp_path / "out", max_failures=0.8)
-    assert list(samples(dataset)) == ["1001", "1003"]
+        (tmp_path / f"in/videos/000001_000050/{number}.mp4").write_bytes(make_film(seed=number))
+    report, dataset = build_source("webvid", tmp_path / "in", tmp_path / "out", max_failures=0.8)
+    assert list(read_samples(dataset)) == ["1001", "1003"]
     found = {q.file: q.reason for q in report.quarantined}
     assert found["results_2M_train.csv:7"] == "unreadable row: 4 columns where the header has 5"
     assert found["results_2M_train.csv:8"] == "unreadable row: a quote is opened and not closed"
@@ -120,7 +120,7 @@ def test_bad_rows_and_videos_are_left_out_one_by_one(tmp_path: Path) -> None:
     assert found["results_2M_train.csv:10"] == "empty caption"
     assert found["results_2M_train.csv:11"] == "unreadable row: the videoid is '../1008'"
     assert found["results_2M_train.csv:12"].startswith("caption is not UTF-8")
-    by_key = reasons(report)
+    by_key = get_reasons(report)
     assert by_key["1002"].startswith("unreadable video")
     assert by_key["1004"].startswith("missing file")
     with pytest.raises(TooManyFailuresError):
@@ -131,8 +131,8 @@ def test_a_set_that_was_fetched_in_part(tmp_path: Path) -> None:
     webvid(tmp_path / "in")
     for name in ("000001_000050/1001", "000051_000100/1003", "000051_000100/1004"):
         (tmp_path / f"in/videos/{name}.mp4").unlink()
-    _, dataset = built("webvid", tmp_path / "in", tmp_path / "out", missing="skip")
-    assert list(samples(dataset)) == ["1002"]
+    _, dataset = build_source("webvid", tmp_path / "in", tmp_path / "out", missing="skip")
+    assert list(read_samples(dataset)) == ["1002"]
     assert json.loads((tmp_path / "out/statistics.json").read_text())["left_out"] == {
         "media was not fetched": 3
     }
@@ -146,23 +146,23 @@ def test_tars_of_video2dataset(tmp_path: Path) -> None:
             "videoid": str(i),
             "page_dir": "x",
             "duration": "PT00H00M02S",
-            "media": film(seed=i),
+            "media": make_film(seed=i),
         }
         for i in range(3)
     ]
     rows.insert(
         1, {**rows[0], "status": "failed_to_download", "error_message": "HTTP 403", "media": None}
     )
-    downloaded(tmp_path / "in", 0, rows, extension="mp4", failures_in_tar=True)
+    write_download(tmp_path / "in", 0, rows, extension="mp4", failures_in_tar=True)
     for table in ("with", "without"):
-        _, dataset = built("webvid", tmp_path / "in", tmp_path / table)
-        found = samples(dataset)
+        _, dataset = build_source("webvid", tmp_path / "in", tmp_path / table)
+        found = read_samples(dataset)
         assert {k: s["txt"] for k, s in found.items()} == {
             "0000000": "film 0",
             "0000002": "film 1",
             "0000003": "film 2",
         }
-        assert found["0000002"]["mp4"] == film(seed=1)
+        assert found["0000002"]["mp4"] == make_film(seed=1)
         assert found["0000002"]["json"]["url"] == url(1)
         statistics = json.loads((tmp_path / table / "statistics.json").read_text())
         assert statistics["left_out"] == {"failed_to_download": 1}

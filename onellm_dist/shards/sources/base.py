@@ -99,6 +99,11 @@ class FileRange:
     size: int
 
     def read_bytes(self) -> bytes:
+        """Read the range.
+
+        Raises:
+            BadSampleError: the file ends before the end of the range.
+        """
         with translate_store_errors(self.path), self.path.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.size)

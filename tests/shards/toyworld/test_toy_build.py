@@ -1,4 +1,4 @@
-"""The datasets on disk: splits, equal bytes for any number of workers, read by our reader and by webdataset itself."""
+"""The datasets on disk: splits, bytes for any number of workers, reading with webdataset."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from onellm_dist.shards.sources.toyworld import SOURCE, render_sample, world
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 FEW = {"audio": 2, "point": 2, "fmri": 2, "image": 40}
+
+
+def build(out: Path, **options: object) -> None:
+    """Build by the source, as the builder does."""
+    assert SOURCE.build is not None
+    SOURCE.build(None, out, **options)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +91,7 @@ def test_another_seed_draws_other_samples(built: Path, tmp_path: Path) -> None:
 
 
 def test_the_source_takes_numbers_by_modality(tmp_path: Path) -> None:
-    SOURCE.build(
-        None, tmp_path, workers=1, seed=0, train="imu=3,fmri=1", test="1", modalities="imu,fmri"
-    )
+    build(tmp_path, workers=1, seed=0, train="imu=3,fmri=1", test="1", modalities="imu,fmri")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fmri", "imu"]
     assert open_dataset(tmp_path / "imu").samples() == 3
     assert open_dataset(tmp_path / "fmri").samples() == 1
@@ -108,5 +112,5 @@ def test_wrong_options_are_refused_before_anything_is_written(
 ) -> None:
     given = {"workers": 1, "seed": 0, "train": "1", "test": "1", "modalities": "imu", **options}
     with pytest.raises(UsageError, match=named):
-        SOURCE.build(None, tmp_path / "out", **given)
+        build(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Every modality's media: decoded by onellm_dist.modalities, deterministic, and saying what the caption says."""
+"""Every modality's media: they decode, are deterministic, and show what the caption says."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_crops_of_a_video_differ() -> None:
 
 
 def test_point_colors_tell_places_on_the_surface() -> None:
-    """Neighbourhoods in colour, which the tokenizer groups, stand at different places: otherwise all tokens would be alike."""
+    """Groups of neighbours in colour lie at different places; else all tokens would be alike."""
     value, _ = readers.value_of("point", "train", 2)
     centers = np.random.default_rng(0).choice(point.POINTS, 40, replace=False)
     groups = [

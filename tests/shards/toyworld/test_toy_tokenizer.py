@@ -44,10 +44,9 @@ def test_prompts_and_the_header_are_words(
     tokenizer: PreTrainedTokenizerFast, modality: str
 ) -> None:
     header = (
-        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        "answers to the human's questions.\n\n### Human: "
-        + world.get_scenes(modality).prompt
-        + "\n### Assistant: a red cube\n### "
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"
+        "### Human: " + world.get_scenes(modality).prompt + "\n### Assistant: a red cube\n### "
     )
     ids = tokenizer.encode(header, add_special_tokens=False)
     assert tokenizer.decode(ids) == header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_the_hold_out_is_spread_over_all_values(modality: str) -> None:
 
 
 def test_no_caption_is_both_trained_and_held_out_in_any_two_modalities() -> None:
-    def captions(pick) -> set[str]:  # type: ignore[no-untyped-def]
+    def captions(pick: Callable[[str], Iterable[world.Combination]]) -> set[str]:
         return {
             world.make_caption(m, world.to_attributes(m, c))
             for m in world.MODALITIES

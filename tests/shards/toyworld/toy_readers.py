@@ -1,4 +1,4 @@
-"""Simple readers: each says an attribute of a toy sample from what the model is given, after the real decoding and transform."""
+"""Simple readers that tell an attribute of a toy sample from the model's input."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def value_of(
     assert tuple(value.shape) == kind.value_shape
     assert np.isfinite(value.numpy()).all()
     assert kind.preview(raw).mode == "RGB"
-    return value.numpy().astype(np.float64), sample.attributes
+    return np.asarray(value.numpy(), np.float64), sample.attributes
 
 
 def _rgb(normalised: np.ndarray) -> np.ndarray:
     """[3, H, W] CLIP-normalised -> [H, W, 3] in 0..255."""
-    return 255 * (normalised.transpose(1, 2, 0) * STD + MEAN)
+    return np.asarray(255 * (normalised.transpose(1, 2, 0) * STD + MEAN))
 
 
 def _object(picture: np.ndarray) -> np.ndarray:
     """Pixels that are not background."""
-    return np.abs(picture - BACKGROUND).sum(2) > 60
+    return np.asarray(np.abs(picture - BACKGROUND).sum(2) > 60)
 
 
 def color_in(picture: np.ndarray, mask: np.ndarray | None = None) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from onellm_dist.common.turns import TurnsError, parse_turns
+from onellm_dist.modalities import all_modalities
 
 _CAPTION = "Provide a one-sentence caption for the provided {}."
 CAPTION_PROMPTS: Mapping[str, str] = {
@@ -23,8 +25,6 @@ That of point clouds is Table 11's; their training data has prompts of its own."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly"
 REGION = "Provide a short description for this region."
-_TAG = r"<(?:image|video|audio|point|depth|normal|imu|fmri|rgbd|rgbn)>"
-_TAGS = re.compile(rf"^\s*{_TAG}\s*|\s*{_TAG}\s*$")
 _STORED = {"system": "system", "user": "human", "assistant": "gpt"}
 """Role to the speaker that shards store."""
 
@@ -112,7 +112,7 @@ def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
     """
     turns: list[Turn] = []
     for number, turn in enumerate(parse_turns(raw)):
-        text = (_TAGS.sub("", turn.text) if tags else turn.text).strip()
+        text = (_media_tags().sub("", turn.text) if tags else turn.text).strip()
         if turn.role == "assistant" and not text:
             raise TurnsError(f"turn {number} is an empty answer")
         if turn.role != "assistant" or any(t["from"] == "human" for t in turns):
@@ -122,3 +122,10 @@ def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:
     if not turns:
         raise TurnsError("the conversation has no answer to a question")
     return turns
+
+
+@cache
+def _media_tags() -> re.Pattern[str]:
+    """Media tags at the start or the end of a text; rgbd and rgbn are the reference's own."""
+    tag = f"<(?:{'|'.join((*all_modalities(), 'rgbd', 'rgbn'))})>"
+    return re.compile(rf"^\s*{tag}\s*|\s*{tag}\s*$")

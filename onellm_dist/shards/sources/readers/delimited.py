@@ -147,6 +147,8 @@ def read_rows(
 
 
 class _Record(NamedTuple):
+    """The lines of one row before they are split into cells."""
+
     offset: int
     line: int
     lines: list[bytes]

@@ -64,6 +64,32 @@ class _MapFolders:
     maps: Path
 
 
+def make_map_source(kind: str) -> Source:
+    """Make the source of one kind of map.
+
+    Args:
+        kind: `depth` or `normal`.
+    """
+
+    def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
+        return _plan(kind, inputs, **options)
+
+    def raw_samples(
+        inputs: Path, description: SplitDescription, **options: Any
+    ) -> Iterator[RawSample]:
+        return _raw_samples(kind, inputs, description, **options)
+
+    return Source(
+        f"cc3m-{kind}",
+        f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here "
+        f"(-o depth_model=DIR)",
+        plan=plan,
+        raw_samples=raw_samples,
+        options=_make_options(kind),
+        licence="CC3M: free for any purpose, pictures of their owners",
+    )
+
+
 def _make_options(kind: str) -> dict[str, Option]:
     options = {
         "images": Option(
@@ -103,33 +129,6 @@ def _make_options(kind: str) -> dict[str, Option]:
             float,
         )
     return options
-
-
-def make_map_source(kind: str) -> Source:
-    """Make the source of one kind of map.
-
-    Args:
-        kind: `depth` or `normal`.
-    """
-
-    def plan(inputs: Path, *, seed: int, **options: Any) -> DatasetDescription:
-        return _plan(kind, inputs, **options)
-
-    def raw_samples(
-        inputs: Path, description: SplitDescription, **options: Any
-    ) -> Iterator[RawSample]:
-        return _raw_samples(kind, inputs, description, **options)
-
-    options = _make_options(kind)
-    return Source(
-        f"cc3m-{kind}",
-        f"CC3M pictures with {kind} maps: parallel trees, Omnidata's output, or made here "
-        f"(-o depth_model=DIR)",
-        plan=plan,
-        raw_samples=raw_samples,
-        options=options,
-        licence="CC3M: free for any purpose, pictures of their owners",
-    )
 
 
 def _find_folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _MapFolders:
