@@ -91,8 +91,8 @@ class PackedOutput:
     """What the model returns for a PackedBatch.
 
     Attributes:
-        loss: [] fp32, the sum over supervised tokens of weight x cross-entropy; training divides it by
-            `global_valid_tokens` of the plan.
+        loss: [] fp32, the sum over supervised tokens of weight x cross-entropy; training divides
+            it by `global_valid_tokens` of the plan.
         nll: [N] fp32, detached cross-entropy of each supervised token, unweighted.
         sample_index: [N] int64, the sample of each supervised token.
         router_weights: modality -> [Q, E] fp32, detached (they do not depend on the input).

@@ -77,7 +77,8 @@ def cap3d_tree(root: Path) -> Path:
 def reference_tree(root: Path) -> Path:
     """A list and its pictures."""
     return write_tree(
-        root, {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": make_photo()}
+        root,
+        {"a.csv": "caption\turl\na picture\tp/1.jpg\ngone\tp/2.jpg\n", "p/1.jpg": make_photo()},
     )
 
 

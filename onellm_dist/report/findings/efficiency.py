@@ -175,8 +175,8 @@ def check_resumes(facts: RunFacts) -> Iterator[Finding]:
             median = statistics.median(seconds for seconds, _ in resumes)
             yield Finding(
                 "note",
-                f"Resuming took {format_seconds(median)} (median of {len(resumes)}); in the longest "
-                f"resume, {part.replace('_', ' ')} took {format_seconds(seconds)}.",
+                f"Resuming took {format_seconds(median)} (median of {len(resumes)}); in the "
+                f"longest resume, {part.replace('_', ' ')} took {format_seconds(seconds)}.",
             )
     sizes = {s.world_size for s in facts.starts if s.first_step is not None}
     if len(sizes) > 1:

@@ -208,7 +208,7 @@ class RunStream:
         )
 
     def _find_candidates(self, key: str) -> Iterator[tuple[StoredSample, bool]]:
-        """Samples whose id, from dataset, shard or key on, begins with `key`; and whether it ends so."""
+        """Samples whose id has `key` at dataset, shard or key; and whether it matches to the end."""
         shards = [
             (name, number, info)
             for name in self.names
