@@ -1,6 +1,7 @@
-"""Three stages at toy size, one after the other: what each starts from, and what a run tells on the way.
+"""Three stages at toy size: what each starts from, and what a run records on the way.
 
-The second stage has a rate of 1e-30, so that the model it exports is the one it started with, bit for bit.
+The second stage has a rate of 1e-30, so that it exports the model that it started with, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ def test_tuning_starts_from_the_aligned_model_and_moves_the_llm_alone(
     assert moved == {name for name in after if name.startswith("llm.")}
 
 
-def test_what_the_first_stage_told(
+def test_what_the_first_stage_records(
     world: Path, align_image: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = world / "image"
@@ -194,10 +195,10 @@ def test_what_the_first_stage_told(
     assert metrics[1]["peak_memory_bytes"] > 200 << 20 and metrics[0]["peak_memory_bytes"] is None
     assert [line["checkpoint_stall_seconds"] > 0 for line in metrics] == [False, False, True]
     assert all(1 <= line["pack_balance"] < 2 for line in metrics)
-    told = lines(run / "trackers" / "onellm.jsonl")
-    assert [line["step"] for line in told] == [0, 1, 2]
-    assert [line["train/loss"] for line in told] == [line["loss"] for line in metrics]
-    assert told[1]["router_load/image/expert0"] == loads[1]["image"][0]
+    logged = lines(run / "trackers" / "onellm.jsonl")
+    assert [line["step"] for line in logged] == [0, 1, 2]
+    assert [line["train/loss"] for line in logged] == [line["loss"] for line in metrics]
+    assert logged[1]["router_load/image/expert0"] == loads[1]["image"][0]
     (trace,) = (run / "profiles").iterdir()
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     events = lines(run / "events.jsonl")
@@ -220,12 +221,15 @@ def test_what_the_first_stage_told(
 def test_generated_samples_are_what_the_exported_model_says(
     world: Path, weights: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    """ZeRO-3 on two ranks with captions; FSDP2 on two ranks, of which one has nothing to ask, with conversations."""
+    """ZeRO-3 on two ranks with captions; FSDP2 on two ranks with conversations.
+
+    One rank of the second run has nothing to ask.
+    """
     for name, count, dataset in (("image", 3, "image"), ("tune", 1, None)):
-        told = lines(world / name / "validation_samples.jsonl")
-        assert [line["steps_done"] for line in told] == [{"image": 3, "tune": 2}[name]] * count
+        answers = lines(world / name / "validation_samples.jsonl")
+        assert [line["steps_done"] for line in answers] == [{"image": 3, "tune": 2}[name]] * count
         model, processor = load_model(path=world / name / "model", preset=None, seed=0)
-        for line in told:
+        for line in answers:
             owner, _, key = line["id"].partition("@")[0].split("/")
             assert dataset in (None, owner)
             (caption,) = (
@@ -245,10 +249,10 @@ def test_generated_samples_are_what_the_exported_model_says(
                 line["generated"].split("###")[0].rstrip("\ufffd").strip()
             )  # a hardly trained model stops anywhere, even within a character
             assert caption.prediction.startswith(said), "as far as the run's new_tokens go"
-        assert ("Human:" in told[0]["prompt"]) == (name == "tune")
+        assert ("Human:" in answers[0]["prompt"]) == (name == "tune")
 
 
-def test_gradient_norms_are_told_by_part(
+def test_gradient_norms_are_recorded_by_part(
     world: Path, weights: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     for name, parts in (

@@ -1,4 +1,4 @@
-"""Optimizers by name: `optim.name` picks one, which tells everyone else the state it keeps.
+"""Optimizers by name: `optim.name` picks one, and others ask it for its state keys.
 
 An optimizer is one file in `train/optim/components/`. One of another package is registered by an
 entry point of the group `onellm_dist.optimizers`, whose object is the class, or by a call of

@@ -111,7 +111,9 @@ def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
     assert "sha256" in found[0] and "2 of 3 bytes" in found[2]
 
 
-def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_told(tmp_path: Path) -> None:
+def test_the_newest_with_right_checksums_is_resumed_and_the_others_are_events_written(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "checkpoints"
     checkpoint(root / make_checkpoint_name(9))
     checkpoint(root / make_checkpoint_name(10), said=b"abd")
@@ -206,12 +208,12 @@ def test_a_rollback_passes_over_what_is_damaged_and_moves_it_aside(tmp_path: Pat
     root = tmp_path / "checkpoints"
     good = checkpoint(root / make_checkpoint_name(9))
     checkpoint(root / make_checkpoint_name(10), said=b"abd")
-    told: list[dict[str, Any]] = []
+    written: list[dict[str, Any]] = []
     events: Any = SimpleNamespace(
-        write=lambda event, **fields: told.append({"event": event, **fields})
+        write=lambda event, **fields: written.append({"event": event, **fields})
     )
     assert find_good_checkpoint(tmp_path, ONE_RANK, events) == good
-    assert [(line["event"], line["folder"]) for line in told] == [
+    assert [(line["event"], line["folder"]) for line in written] == [
         ("checkpoint_damaged", make_checkpoint_name(10))
     ]
     assert (

@@ -94,7 +94,7 @@ def is_optimizer_offloaded(config: dict[str, Any]) -> bool:
 def complete_config(config: dict[str, Any], *, bf16: bool, grad_clip: float) -> dict[str, Any]:
     """Return `config` with the recipe's part filled in.
 
-    The training loop counts micro-batches itself, so DeepSpeed is told of one per step.
+    The training loop counts micro-batches itself, so DeepSpeed sees one per step.
 
     Raises:
         UsageError: bf16 without ZeRO (DeepSpeed 0.19 has no fp32 gradient accumulation there).

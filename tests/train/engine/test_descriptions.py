@@ -1,0 +1,68 @@
+"""What engines say about themselves: names, checks before ranks start, bytes per parameter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import EngineSection
+from onellm_dist.train.engine.base import Engine
+from onellm_dist.train.engine.fsdp.description import FsdpOptions
+from onellm_dist.train.engine.select import all_engines, get_engine
+
+
+def test_every_folder_is_an_engine_of_the_schema() -> None:
+    assert set(all_engines()) == {"deepspeed", "fsdp"}
+    for name, description in all_engines().items():
+        assert EngineSection(name=name).name == description.name  # type: ignore[arg-type]  # a Literal
+        assert description.packages
+    with pytest.raises(UsageError, match="use one of: deepspeed, fsdp"):
+        get_engine("megatron")
+
+
+@pytest.mark.parametrize(
+    ("keys", "frozen", "trainable", "host"),
+    [
+        ({"config": "zero1"}, 2, 2 + 4 + 12 / 8, 0),
+        ({"config": "zero2"}, 2, 2 + 16 / 8, 0),
+        ({"config": "zero3"}, 2 / 8, 18 / 8, 0),
+        ({"config": "zero3_offload"}, 2 / 8, 2 / 8, 16 / 8),
+        ({"name": "fsdp"}, 2 / 8, 16 / 8, 0),
+        ({"name": "fsdp", "shard_ranks": 4}, 2 / 4, 16 / 4, 0),
+        ({"name": "fsdp", "reduce_every": "step"}, 2 / 8, 12 / 8 + 4, 0),
+    ],
+)
+def test_bytes_per_parameter_of_adamw_in_bf16_on_8_ranks(
+    keys: dict[str, Any], frozen: float, trainable: float, host: float
+) -> None:
+    section = EngineSection.model_validate(keys)
+    found = get_engine(section.name).parameter_bytes(
+        section, world_size=8, compute_bytes=2, state_bytes=12
+    )
+    assert (found.frozen, found.trainable, found.trainable_host) == (frozen, trainable, host)
+
+
+def test_keys_of_another_engine_are_refused() -> None:
+    section = EngineSection(shard_ranks=2)
+    with pytest.raises(UsageError, match=r"need engine.name=fsdp"):
+        get_engine("deepspeed").check(section, bf16=True)
+    with pytest.raises(UsageError, match="no DeepSpeed configuration zero9"):
+        get_engine("deepspeed").check(EngineSection(config=Path("zero9")), bf16=True)
+
+
+def test_groups_of_ranks_must_fit_the_world_size() -> None:
+    section = EngineSection(name="fsdp", shard_ranks=3)
+    assert get_engine("fsdp").read_options(section, world_size=6) == FsdpOptions(3)
+    with pytest.raises(UsageError, match="does not divide the 4 ranks"):
+        get_engine("fsdp").read_options(section, world_size=4)
+
+
+def test_a_parameter_counts_as_a_whole_where_a_rank_holds_a_part() -> None:
+    part = torch.zeros(3)
+    part.ds_numel = 12  # type: ignore[attr-defined]  # what ZeRO-3 leaves on a parameter
+    assert get_engine("deepspeed").load().numel(part) == 12
+    assert Engine.numel(torch.zeros(3, 4)) == 12
