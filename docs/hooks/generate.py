@@ -109,6 +109,18 @@ def recipe_keys() -> str:
     return "\n".join(f"## {name}\n\n{table(header, rows)}" for name, rows in sections.items())
 
 
+def public_names() -> str:
+    """The names that `onellm_dist` exports, with the first line of each docstring."""
+    import onellm_dist
+
+    rows = []
+    for name in onellm_dist.__all__:
+        if not name.startswith("_"):
+            text = inspect.cleandoc(getattr(onellm_dist, name).__doc__ or "")
+            rows.append((f"`{name}`", text.split("\n\n")[0]))
+    return table(("name", "what it is"), rows)
+
+
 def modalities() -> str:
     """What a file of each modality must look like: the docstring of its class."""
     from onellm_dist.modalities import all_modalities
@@ -200,5 +212,6 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "events": events,
     "metrics": metrics,
     "modalities": modalities,
+    "public-names": public_names,
     "sources": sources,
 }
