@@ -18,7 +18,7 @@ from onellm_dist.train.engine.select import all_engines, get_engine
 def test_every_folder_is_an_engine_of_the_schema() -> None:
     assert set(all_engines()) == {"deepspeed", "fsdp"}
     for name, description in all_engines().items():
-        assert EngineSection(name=name).name == description.name  # type: ignore[arg-type]  # a Literal
+        assert EngineSection(name=name).name == description.name
         assert description.packages
     with pytest.raises(UsageError, match="use one of: deepspeed, fsdp"):
         get_engine("megatron")
