@@ -208,7 +208,7 @@ class RunStream:
         )
 
     def _find_candidates(self, key: str) -> Iterator[tuple[StoredSample, bool]]:
-        """Samples whose id has `key` at dataset, shard or key; and whether it matches to the end."""
+        """Samples whose id has `key` at dataset, shard or key, and whether it ends there."""
         shards = [
             (name, number, info)
             for name in self.names
@@ -287,6 +287,7 @@ def _read_locations(path: Path, config: dict[str, Any]) -> dict[str, str]:
         name = re.split(r"[/\\]", location.rstrip("/"))[-1]
         named[name] = location if absolute else f"{root}/{location}"
     try:
-        return named | json.loads(path.read_text(encoding="utf-8"))
+        recorded: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return named
+    return named | recorded
