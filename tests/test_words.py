@@ -64,11 +64,8 @@ WORDS = {
 }
 SUFFIXES = ("py", "md", "yaml", "yml", "sh", "sbatch", "cfg", "toml")
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "onellm_dist/convert/tensors/pickled.py": {"say=, tell": "a method of Python's files"},
     "onellm_dist/launch/slurm/start_commands.py": {"slots": "a key of DeepSpeed's hostfile"},
     "tests/testing/slurm_cluster/test_rehearsal.py": {"slots": "a key of DeepSpeed's hostfile"},
-    "onellm_dist/model/configuration.py": {"divisor": "a number that divides another"},
-    "onellm_dist/convert/card.py": {"notice (of the end)": "a licence's notice"},
 }
 """File -> word -> why it stays."""
 

@@ -46,6 +46,52 @@ ShardGigabytes = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier conversion wrote there.")
 ]
+LLMPart = Annotated[Path | None, typer.Option(help="A checkpoint of any format with an LLM.")]
+EncoderPart = Annotated[
+    str | None,
+    typer.Option(help="A CLIP of any format, or a tower by name: timm:NAME, open-clip:NAME."),
+]
+ExtendedModel = Annotated[
+    Path | None, typer.Option(help="A onellm model to extend, in place of --llm and --encoder.")
+]
+Experts = Annotated[int, typer.Option(min=1, help="Experts of a new model.")]
+Blocks = Annotated[int, typer.Option(min=1, help="Blocks of each expert of a new model.")]
+RouterKind = Annotated[str, typer.Option(help="Router of a new model: soft, constant or sparse.")]
+ExpertStart = Annotated[
+    str,
+    typer.Option(help="Experts of a new model: separate, or copied (all start as the first)."),
+]
+NewModalities = Annotated[
+    list[str] | None,
+    typer.Option(help="A modality of a new model (repeatable).", show_default="all"),
+]
+AddedExperts = Annotated[
+    int, typer.Option(min=0, help="Experts to add to --base, closed for its modalities at first.")
+]
+AddedModalities = Annotated[
+    list[str] | None, typer.Option(help="A modality to add to --base (repeatable).")
+]
+AddedExpertStart = Annotated[
+    str, typer.Option(help="Added experts: copied (from the first) or separate (random).")
+]
+ExpertNoise = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Relative noise that makes copied experts differ.", show_default="0.01"
+    ),
+]
+RouterBias = Annotated[
+    float,
+    typer.Option(
+        help="Router bias of added experts in old modalities; its sigmoid is their weight."
+    ),
+]
+PartsDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="fp32, bf16 or fp16.", show_default="parts keep their own, new ones are fp32"
+    ),
+]
 
 
 def _add_command(info: FormatInfo) -> None:
@@ -120,60 +166,23 @@ for _info in list_formats().values():
 )
 def convert_assemble(
     out: Annotated[Path, typer.Argument(help="The onellm directory to write.")],
-    llm: Annotated[
-        Path | None, typer.Option(help="A checkpoint of any format with an LLM.")
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="A CLIP of any format, or a tower by name: timm:NAME, open-clip:NAME."),
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="A onellm model to extend, in place of --llm and --encoder.")
-    ] = None,
-    experts: Annotated[int, typer.Option(min=1, help="Experts of a new model.")] = 3,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of each expert.")] = 8,
-    router: Annotated[
-        str, typer.Option(help="Router of a new model: soft, constant or sparse.")
-    ] = "soft",
-    init: Annotated[
-        str,
-        typer.Option(help="Experts of a new model: separate, or copied (all start as the first)."),
-    ] = "separate",
+    llm: LLMPart = None,
+    encoder: EncoderPart = None,
+    base: ExtendedModel = None,
+    experts: Experts = 3,
+    blocks: Blocks = 8,
+    router: RouterKind = "soft",
+    init: ExpertStart = "separate",
     upm_heads: UPMHeads = None,
-    modality: Annotated[
-        list[str] | None,
-        typer.Option(help="A modality of a new model (repeatable).", show_default="all"),
-    ] = None,
-    add_experts: Annotated[
-        int,
-        typer.Option(min=0, help="Experts to add to --base, closed for its modalities at first."),
-    ] = 0,
-    add_modality: Annotated[
-        list[str] | None, typer.Option(help="A modality to add to --base (repeatable).")
-    ] = None,
-    expert_init: Annotated[
-        str, typer.Option(help="Added experts: copied (from the first) or separate (random).")
-    ] = "copied",
-    expert_noise: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Relative noise that makes copied experts differ.", show_default="0.01"
-        ),
-    ] = None,
-    router_bias: Annotated[
-        float,
-        typer.Option(
-            help="Router bias of added experts in old modalities; its sigmoid is their weight."
-        ),
-    ] = -20.0,
+    modality: NewModalities = None,
+    add_experts: AddedExperts = 0,
+    add_modality: AddedModalities = None,
+    expert_init: AddedExpertStart = "copied",
+    expert_noise: ExpertNoise = None,
+    router_bias: RouterBias = -20.0,
     seed: Annotated[int, typer.Option(help="Seed of random parts.")] = 0,
     tokenizer: Tokenizer = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="fp32, bf16 or fp16.", show_default="parts keep their own, new ones are fp32"
-        ),
-    ] = None,
+    dtype: PartsDtype = None,
     act: Activation = None,
     encoder_heads: EncoderHeads = None,
     llm_heads: LLMHeads = None,
@@ -185,42 +194,10 @@ def convert_assemble(
 
     A trained model gets more experts, more modalities, or both.
     """
+    given = locals()
     from onellm_dist.cli.convert_commands import run_assemble
 
-    given = {
-        "tokenizer": tokenizer,
-        "dtype": dtype,
-        "act": act,
-        "encoder_heads": encoder_heads,
-        "llm_heads": llm_heads,
-        "allow": allow,
-        "shard_gb": shard_gb,
-    }
-    sizes = {
-        "experts": experts,
-        "blocks": blocks,
-        "router": router,
-        "init": init,
-        "heads": upm_heads,
-    }
-    raise typer.Exit(
-        run_assemble(
-            out,
-            given,
-            sizes,
-            llm=llm,
-            encoder=encoder,
-            base=base,
-            modalities=modality,
-            add_experts=add_experts,
-            add_modalities=add_modality or [],
-            expert_init=expert_init,
-            expert_noise=expert_noise,
-            router_bias=router_bias,
-            seed=seed,
-            overwrite=overwrite,
-        )
-    )
+    raise typer.Exit(run_assemble(**given))
 
 
 @app.command(
@@ -265,15 +242,8 @@ def convert_verify(
     """
     from onellm_dist.cli.convert_commands import build_options, run_verify
 
-    options = build_options(
-        {
-            "encoder_heads": encoder_heads,
-            "upm_heads": upm_heads,
-            "llm_heads": llm_heads,
-            "act": act,
-            "base": base,
-        }
-    )
+    heads = {"encoder_heads": encoder_heads, "upm_heads": upm_heads, "llm_heads": llm_heads}
+    options = build_options({**heads, "act": act, "base": base})
     raise typer.Exit(
         run_verify(
             a,

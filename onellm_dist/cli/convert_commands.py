@@ -12,6 +12,7 @@ from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
 from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.extend import Additions
 from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
@@ -84,19 +85,40 @@ def run_convert(
     return EXIT_DONE
 
 
-def run_assemble(
-    out: Path, given: Mapping[str, Any], sizes: Mapping[str, Any], **arguments: Any
-) -> int:
+def run_assemble(out: Path, **given: Any) -> int:
     """`onellm convert assemble OUT ...`. Returns the exit code.
 
     Args:
         out: the directory to write.
-        given: options of the command line.
-        sizes: sizes of a new model's UPM.
-        arguments: the other arguments of `assemble`.
+        given: name of an option -> what the user typed, or its default.
     """
-    options = build_options(given)
-    opened, record = assemble(out, upm=UPMSizes(**sizes), options=options, **arguments)
+    sizes = UPMSizes(
+        experts=given["experts"],
+        blocks=given["blocks"],
+        router=given["router"],
+        init=given["init"],
+        heads=given["upm_heads"],
+    )
+    additions = Additions(
+        experts=given["add_experts"],
+        modalities=given["add_modality"] or (),
+        expert_init=given["expert_init"],
+        expert_noise=given["expert_noise"],
+        router_bias=given["router_bias"],
+    )
+    shared = ("tokenizer", "dtype", "act", "encoder_heads", "llm_heads", "allow", "shard_gb")
+    opened, record = assemble(
+        out,
+        llm=given["llm"],
+        encoder=given["encoder"],
+        base=given["base"],
+        upm=sizes,
+        modalities=given["modality"],
+        additions=additions,
+        seed=given["seed"],
+        options=build_options({name: given[name] for name in shared}),
+        overwrite=given["overwrite"],
+    )
     _print_result(out, opened, record)
     return EXIT_DONE
 
@@ -125,12 +147,12 @@ def run_verify(
     b: Path,
     options: ConversionOptions,
     *,
-    logits: bool,
-    inputs: Path | None,
-    tolerance: float,
-    seed: int,
-    from_a: str | None,
-    from_b: str | None,
+    logits: bool = False,
+    inputs: Path | None = None,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    from_a: str | None = None,
+    from_b: str | None = None,
 ) -> int:
     """`onellm convert verify A B`: print what differs. Returns the exit code: 0 the same, 1 not.
 

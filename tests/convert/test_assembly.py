@@ -14,6 +14,7 @@ from onellm_dist.cli.convert_commands import run_verify
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.assemble import UPMSizes, assemble
 from onellm_dist.convert.checkpoint import ConversionOptions
+from onellm_dist.convert.extend import Additions
 from onellm_dist.convert.inspect import describe_checkpoint
 from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.convert.verify import compare
@@ -123,8 +124,7 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
     opened, _ = assemble(
         tmp_path / "more",
         base=tmp_path / "one",
-        add_experts=2,
-        add_modalities=["depth", "audio"],
+        additions=Additions(experts=2, modalities=["depth", "audio"]),
         seed=1,
         quiet=True,
     )
@@ -157,7 +157,12 @@ def test_added_experts_and_modalities_leave_the_old_ones_alone(router: str, tmp_
 
 def test_copies_are_exact_where_asked_for(tmp_path: Path) -> None:
     save_onellm(tmp_path / "one")
-    assemble(tmp_path / "more", base=tmp_path / "one", add_experts=1, expert_noise=0.0, quiet=True)
+    assemble(
+        tmp_path / "more",
+        base=tmp_path / "one",
+        additions=Additions(experts=1, expert_noise=0.0),
+        quiet=True,
+    )
     new = dict(load(tmp_path / "more").named_parameters())
     assert torch.equal(
         new["upm.experts.2.blocks.0.attention.q.weight"],
@@ -170,8 +175,7 @@ def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
     assemble(
         tmp_path / "more",
         base=tmp_path / "one",
-        add_experts=1,
-        expert_init="separate",
+        additions=Additions(experts=1, expert_init="separate"),
         seed=7,
         quiet=True,
     )
@@ -186,12 +190,15 @@ def test_random_experts_are_the_seeds(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ({}, "--llm and --encoder are both needed"),
-        ({"base": "one", "add_modalities": ["smell"]}, "unknown modality smell"),
-        ({"base": "one", "add_modalities": ["imu"]}, "has imu already"),
+        ({"base": "one", "additions": Additions(modalities=["smell"])}, "unknown modality smell"),
+        ({"base": "one", "additions": Additions(modalities=["imu"])}, "has imu already"),
         ({"base": "one", "llm": "one"}, "exclude each other"),
-        ({"base": "constant", "add_experts": 1}, "the router is constant"),
+        ({"base": "constant", "additions": Additions(experts=1)}, "the router is constant"),
         ({"llm": "llama", "encoder": "llama"}, "is a language model, not a CLIP encoder"),
-        ({"base": "llama", "add_experts": 1}, "is a language model, not a complete OneLLM"),
+        (
+            {"base": "llama", "additions": Additions(experts=1)},
+            "is a language model, not a complete OneLLM",
+        ),
     ],
 )
 def test_what_cannot_be_assembled(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:

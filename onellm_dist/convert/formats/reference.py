@@ -33,7 +33,7 @@ from onellm_dist.convert.names.reference import (
     from_reference_name,
     to_reference_name,
 )
-from onellm_dist.convert.tensors.lazy import Tensors
+from onellm_dist.convert.tensors.lazy import Shapes, Tensors
 from onellm_dist.convert.tensors.writers import TensorFile
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
@@ -130,7 +130,7 @@ def _read_params(file: Path) -> dict[str, Any]:
 
 
 def build_config_from_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     source: Path,
     encoder_heads: int | None,
     upm_heads: int | None,
@@ -148,44 +148,65 @@ def build_config_from_shapes(
     Raises:
         UsageError: a key that a size is read from is missing, or heads do not divide a width.
     """
+    reader = _ShapeReader(shapes, source)
+    text = _build_text_config(reader, llm_heads)
+    vision = _build_vision_config(reader, encoder_heads)
+    upm = OneLLMUPMConfig(
+        experts=reader.count(r"resample_layers\.(\d+)\."),
+        blocks=reader.count(r"resample_layers\.0\.(\d+)\."),
+        heads=_get_heads("--upm-heads", upm_heads, vision.width, UPM_HEAD_WIDTH),
+        ffn=reader.shape("resample_layers.0.0.feed_forward.w1.weight")[0],
+        router_hidden=reader.shape("routers.image.fc1.weight")[0],
+    )
+    names = [ours for theirs, ours in MODALITIES.items() if f"resample_tokens.{theirs}" in shapes]
+    return OneLLMConfig(vision=vision, upm=upm, text_config=text, modalities=names)
 
-    def shape(key: str) -> tuple[int, ...]:
-        if key not in shapes:
+
+class _ShapeReader:
+    """Reads sizes from the shapes of a checkpoint."""
+
+    def __init__(self, shapes: Shapes, source: Path) -> None:
+        self._shapes = shapes
+        self._source = source
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a key that must be there."""
+        if key not in self._shapes:
             raise UsageError(
-                f"{source}: no key {PREFIX}{key}",
+                f"{self._source}: no key {PREFIX}{key}",
                 "the sizes are read from it.",
                 "give a complete checkpoint of the reference's code.",
             )
-        return shapes[key]
+        return self._shapes[key]
 
-    def count(pattern: str) -> int:
-        return len({m[1] for key in shapes if (m := re.match(pattern, key))})
+    def count(self, pattern: str) -> int:
+        """How many different numbers the group of a pattern matches in the keys."""
+        return len({m[1] for key in self._shapes if (m := re.match(pattern, key))})
 
-    vocabulary, width = shape("tok_embeddings.weight")
-    encoder_width, _, patch, _ = shape("clip.visual.conv1.weight")
-    positions = shape("clip.visual.positional_embedding")[0]
-    vision = OneLLMVisionConfig(
-        width=encoder_width,
-        layers=count(r"clip\.visual\.transformer\.resblocks\.(\d+)\."),
-        heads=_get_heads("--encoder-heads", encoder_heads, encoder_width, ENCODER_HEAD_WIDTH),
-        mlp_ratio=shape("clip.visual.transformer.resblocks.0.mlp.c_fc.weight")[0] / encoder_width,
+
+def _build_vision_config(reader: _ShapeReader, heads: int | None) -> OneLLMVisionConfig:
+    width, _, patch, _ = reader.shape("clip.visual.conv1.weight")
+    positions = reader.shape("clip.visual.positional_embedding")[0]
+    hidden = reader.shape("clip.visual.transformer.resblocks.0.mlp.c_fc.weight")[0]
+    return OneLLMVisionConfig(
+        width=width,
+        layers=reader.count(r"clip\.visual\.transformer\.resblocks\.(\d+)\."),
+        heads=_get_heads("--encoder-heads", heads, width, ENCODER_HEAD_WIDTH),
+        mlp_ratio=hidden / width,
         patch_size=patch,
         image_size=patch * round((positions - 1) ** 0.5),
-        output_dim=shape("clip.visual.proj")[1],
+        output_dim=reader.shape("clip.visual.proj")[1],
     )
-    upm = OneLLMUPMConfig(
-        experts=count(r"resample_layers\.(\d+)\."),
-        blocks=count(r"resample_layers\.0\.(\d+)\."),
-        heads=_get_heads("--upm-heads", upm_heads, encoder_width, UPM_HEAD_WIDTH),
-        ffn=shape("resample_layers.0.0.feed_forward.w1.weight")[0],
-        router_hidden=shape("routers.image.fc1.weight")[0],
-    )
-    heads = _get_heads("--llm-heads", llm_heads, width, LLM_HEAD_WIDTH)
-    text = LlamaConfig(
+
+
+def _build_text_config(reader: _ShapeReader, heads: int | None) -> LlamaConfig:
+    vocabulary, width = reader.shape("tok_embeddings.weight")
+    heads = _get_heads("--llm-heads", heads, width, LLM_HEAD_WIDTH)
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=shape("layers.0.feed_forward.w1.weight")[0],
-        num_hidden_layers=count(r"layers\.(\d+)\."),
+        intermediate_size=reader.shape("layers.0.feed_forward.w1.weight")[0],
+        num_hidden_layers=reader.count(r"layers\.(\d+)\."),
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=REFERENCE_POSITIONS,
@@ -194,8 +215,6 @@ def build_config_from_shapes(
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    names = [ours for theirs, ours in MODALITIES.items() if f"resample_tokens.{theirs}" in shapes]
-    return OneLLMConfig(vision=vision, upm=upm, text_config=text, modalities=names)
 
 
 def _get_heads(label: str, given: int | None, width: int, head_width: int) -> int:
