@@ -57,13 +57,13 @@ ROWS = Source(
 )
 
 
-def known_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def register_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the source `rows` known."""
     known = {**registry.all_sources(), "rows": ROWS}
     monkeypatch.setattr(registry, "all_sources", lambda: known)
 
 
-def rows_input(folder: Path, count: int = 60) -> Path:
+def write_rows(folder: Path, count: int = 60) -> Path:
     """Rows with bad, skipped and repeated ones."""
     lines = [f"k{i:03d}:caption number {i}" for i in range(count)]
     lines[7], lines[20], lines[33] = "k007:", "k020:skip", "k003:caption of a repeated key"

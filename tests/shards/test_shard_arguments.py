@@ -131,12 +131,12 @@ def test_the_help_of_every_source_explains_every_option(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert code(["shards", "build", name, "--help"]) == EXIT_DONE
-    said = capsys.readouterr().out
-    flat = " ".join(said.split())
+    printed = capsys.readouterr().out
+    flat = " ".join(printed.split())
     for option, value in get_options(all_sources()[name]).items():
-        assert f"--{option.replace('_', '-')}" in said
+        assert f"--{option.replace('_', '-')}" in printed
         assert " ".join(value.help.split()) in flat
-    assert max(map(len, said.splitlines())) <= 140
+    assert max(map(len, printed.splitlines())) <= 140
 
 
 def test_the_page_on_sources_explains_every_option() -> None:

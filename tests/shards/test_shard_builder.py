@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from shard_rows import build, known_rows, rows_input
+from shard_rows import build, register_rows, write_rows
 from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
@@ -34,14 +34,14 @@ from onellm_dist.shards.tools.verify import verify_dataset
 
 @pytest.fixture(autouse=True)
 def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    known_rows(monkeypatch)
+    register_rows(monkeypatch)
 
 
 # -- what is left out
 
 
 def test_what_is_left_out_is_reported(tmp_path: Path) -> None:
-    report = build(rows_input(tmp_path / "in"), tmp_path / "out")
+    report = build(write_rows(tmp_path / "in"), tmp_path / "out")
     reasons = {"k007": "empty caption", "k003": "duplicate key: an earlier sample has it"}
     assert {q.key: q.reason for q in report.quarantined} == reasons
     assert report.samples == 56
@@ -267,7 +267,7 @@ def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:
 
 
 def test_shards_are_cut_by_bytes(tmp_path: Path) -> None:
-    build(rows_input(tmp_path / "in"), tmp_path / "out", max_bytes=200, dedup="none")
+    build(write_rows(tmp_path / "in"), tmp_path / "out", max_bytes=200, dedup="none")
     dataset = open_dataset(tmp_path / "out")
     assert [s.path for s in dataset.shards()][:2] == [
         "shards/train-000000.tar",
@@ -308,7 +308,7 @@ def test_a_dry_run_reports_and_writes_nothing(
 
 
 def test_a_remote_store_gets_the_same_bytes(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "out")
     store = fsspec.filesystem("memory")
     for path in inputs.iterdir():
@@ -334,8 +334,8 @@ def test_parts_may_be_byte_ranges(tmp_path: Path) -> None:
 # -- Energon
 
 
-def test_energons_files_say_where_everything_lies(tmp_path: Path) -> None:
-    build(rows_input(tmp_path / "in"), tmp_path / "out")
+def test_energons_files_locate_every_part(tmp_path: Path) -> None:
+    build(write_rows(tmp_path / "in"), tmp_path / "out")
     dataset = open_dataset(tmp_path / "out")
     info = json.loads((tmp_path / "out/.nv-meta/.info.json").read_text())
     assert info["shard_counts"] == {s.path: s.samples for s in dataset.shards()}
@@ -361,7 +361,7 @@ def test_energons_files_say_where_everything_lies(tmp_path: Path) -> None:
 
 
 def test_sets_that_energon_prepared_are_indexed_by_its_splits(tmp_path: Path) -> None:
-    build(rows_input(tmp_path / "in"), tmp_path / "out", max_samples=20)
+    build(write_rows(tmp_path / "in"), tmp_path / "out", max_samples=20)
     os.unlink(tmp_path / "out/manifest.json")
     names = [f"shards/train-00000{i}.tar" for i in range(3)]
     split = {

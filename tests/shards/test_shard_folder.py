@@ -100,7 +100,7 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
         ({"a.nsdgeneral.npy": array((3, 15724))}, ("fmri",), {"nsdgeneral.npy"}),
     ],
 )
-def test_the_modality_is_told_by_the_extensions(
+def test_the_modality_is_inferred_from_the_extensions(
     tmp_path: Path, files: dict[str, bytes], modality: tuple[str, ...], parts: set[str]
 ) -> None:
     report, dataset = build(tmp_path, {**files, "a.txt": "x"})
@@ -152,7 +152,7 @@ def test_text_alone(tmp_path: Path) -> None:
         ({"a.depth.png": picture(0, "PNG"), "a.txt": "x"}, r"only \.depth\.png"),
     ],
 )
-def test_a_modality_that_cannot_be_told_is_asked_for(
+def test_an_ambiguous_modality_must_be_named(
     tmp_path: Path, files: Mapping[str, bytes | str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -253,7 +253,7 @@ def test_all_bad_builds_nothing_whatever_is_allowed(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_check_media_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_without_the_check_media_are_stored_unread(tmp_path: Path) -> None:
     report, dataset = build(tmp_path, {"a.jpg": b"broken", "a.txt": "x"}, check="no")
     assert (report.samples, contents(dataset)["a"]["jpg"]) == (1, b"broken")
 
@@ -339,7 +339,7 @@ def test_an_interrupted_build_leaves_nothing(
     assert os.listdir(tmp_path) == ["in"]
 
 
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
+def test_a_full_disk_is_reported_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from shard_kills import make_killable
-from shard_rows import ROWS, build, known_rows, rows_input
+from shard_rows import ROWS, build, register_rows, write_rows
 from shard_worlds import all_bytes, picture, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
@@ -25,7 +25,7 @@ from onellm_dist.shards.sources.base import RawSample, SplitDescription
 
 @pytest.fixture(autouse=True)
 def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    known_rows(monkeypatch)
+    register_rows(monkeypatch)
 
 
 def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
@@ -38,7 +38,7 @@ def run_killed(inputs: Path, out: Path, at: int) -> tuple[int, int]:
 
 
 def _killed_at_random(tmp_path: Path, seeds: range) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "undisturbed", 0)
     expected = all_bytes(tmp_path / "undisturbed")
     assert operations > 100
@@ -73,7 +73,7 @@ def test_a_build_killed_at_any_file_operation_ends_in_the_same_bytes_for_long(
 
 
 def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "a", 0)
     run_killed(inputs, tmp_path / "b", operations // 2)
     built = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".b.building/built").glob("*.tar")}
@@ -86,7 +86,7 @@ def test_only_missing_shards_are_built_again(tmp_path: Path) -> None:
 
 def _one_of_several_killed(tmp_path: Path, seeds: range) -> None:
     """Three processes that make the same call (srun's ranks) share the work; some are killed."""
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     _, operations = run_killed(inputs, tmp_path / "alone", 0)
     expected = all_bytes(tmp_path / "alone")
     for seed in seeds:
@@ -128,7 +128,7 @@ def test_processes_with_the_same_call_share_the_work_and_some_may_die_for_long(
 def test_a_late_rank_of_srun_finds_nothing_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "out")
     with pytest.raises(UsageError, match="already holds a dataset"):
         build(inputs, tmp_path / "out")
@@ -137,7 +137,7 @@ def test_a_late_rank_of_srun_finds_nothing_to_do(
 
 
 def test_each_task_of_an_array_builds_its_shards(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "alone")
     first = build(inputs, tmp_path / "out", task=ArrayTask(1, 3))
     assert "put together by the process that ends last" in first.notes[0]
@@ -156,7 +156,7 @@ def test_each_task_of_an_array_builds_its_shards(tmp_path: Path) -> None:
 
 
 def test_another_request_does_not_resume_an_unfinished_build(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     with pytest.raises(UsageError, match="max_samples: 8 then, 9 now"):
         build(inputs, tmp_path / "out", max_samples=9)
@@ -166,7 +166,7 @@ def test_another_request_does_not_resume_an_unfinished_build(tmp_path: Path) -> 
 
 
 def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     (inputs / "rows.txt").write_text("a:b\n")
     with pytest.raises(
@@ -180,7 +180,7 @@ def test_an_input_that_changed_under_the_builder_is_an_error(tmp_path: Path) -> 
 def test_an_input_that_grew_is_detected_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, grown: int
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     listed = ROWS.raw_samples
     assert listed is not None
 

@@ -34,7 +34,7 @@ class _Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-def checked(html: str) -> str:
+def check_html(html: str) -> str:
     reader = _Balanced()
     reader.feed(html)
     assert (reader.open, reader.fetched) == ([], [])
@@ -54,7 +54,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
         options={"max_samples": 5, "licence": "CC0-1.0"},
     )
     assert preview_command(tmp_path / "set", tmp_path / "stats.html", previews=0, seed=0) == 0
-    stats = checked((tmp_path / "stats.html").read_text())
+    stats = check_html((tmp_path / "stats.html").read_text())
     for words in (
         "CC0-1.0",
         "unreadable image",
@@ -64,7 +64,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert words in stats
     assert "<b>caption" not in stats
     assert "<img" not in stats
-    drawn = checked(build_page(tmp_path / "set", previews=6))
+    drawn = check_html(build_page(tmp_path / "set", previews=6))
     assert 1 <= drawn.count('<img alt="image" src="data:image/jpeg;base64,') <= 6
     assert drawn == build_page(tmp_path / "set", previews=6)
     assert "bytes; open it" in capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_page_of_a_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_durations_are_measured(tmp_path: Path) -> None:
     files = {f"{i}{e}": d for i in range(3) for e, d in ((".wav", sound(i)), (".txt", "x"))}
     build_dataset("folder", write_tree(tmp_path / "in", files), tmp_path / "set")
-    html = checked(build_page(tmp_path / "set", previews=0))
+    html = check_html(build_page(tmp_path / "set", previews=0))
     assert re.search(r"3 values, least 0\.2, median 0\.2, mean 0\.2, greatest 0\.2 s", html)
 
 
@@ -117,7 +117,7 @@ def test_texts_of_every_kind_and_what_was_left_out(tmp_path: Path) -> None:
         tmp_path / "set",
         options={"modality": "text", "max_failures": 0.5, "dedup": "exact"},
     )
-    html = checked(build_page(tmp_path / "set", previews=3))
+    html = check_html(build_page(tmp_path / "set", previews=3))
     assert "<b>Q:</b> &lt;what&gt;?<br><b>A:</b> this" in html
     assert "1 sample of text alone" in html
     assert "1 bad of 3 that the source listed" in html

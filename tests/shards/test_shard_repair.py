@@ -41,7 +41,7 @@ def repaired(root: Path) -> dict[str, dict[str, bytes]]:
     return contents(open_dataset(root))
 
 
-def test_a_whole_dataset_is_left_alone(
+def test_an_intact_dataset_is_left_alone(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = all_bytes(dataset.root)
@@ -64,7 +64,7 @@ def test_indexes_are_made_again(dataset: Dataset, damage: str) -> None:
     assert all_bytes(dataset.root) == before
 
 
-def test_a_damaged_sample_goes_and_the_others_stay(dataset: Dataset) -> None:
+def test_a_damaged_sample_is_dropped_and_the_others_stay(dataset: Dataset) -> None:
     """A flipped byte of a tar costs at most its own sample, and the old bytes are kept."""
     tar, index = dataset.root / FIRST, dataset.index(dataset.shards()[0])
     spans = {index.key(r): index.span(r) for r in range(2)}
@@ -82,7 +82,7 @@ def test_a_damaged_sample_goes_and_the_others_stay(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_a_truncated_tar_keeps_its_whole_samples(dataset: Dataset, indexed: bool) -> None:
+def test_a_truncated_tar_keeps_its_complete_samples(dataset: Dataset, indexed: bool) -> None:
     tar = dataset.root / FIRST
     cut = dataset.index(dataset.shards()[0]).parts(1)["bin"].offset + 100
     tar.write_bytes(tar.read_bytes()[:cut])
@@ -116,7 +116,7 @@ def test_a_key_in_two_shards_stays_in_the_first(tmp_path: Path) -> None:
     )
 
 
-def test_a_tar_that_was_replaced_by_another_whole_one_is_taken(tmp_path: Path) -> None:
+def test_a_tar_that_was_replaced_by_another_intact_one_is_accepted(tmp_path: Path) -> None:
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"old")])
     index_existing_shards(tmp_path, modalities=())
     foreign_tar(tmp_path / "0.tar", [("a.txt", b"new"), ("b.txt", b"x" * 20000)])

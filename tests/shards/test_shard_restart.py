@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from shard_rows import ROWS, build, known_rows, rows_input
+from shard_rows import ROWS, build, register_rows, write_rows
 from shard_worlds import all_bytes, write_tree
 
 from onellm_dist.common.errors import OneLLMError, UsageError
@@ -25,7 +25,7 @@ from onellm_dist.shards.storage.paths import RemotePath
 
 @pytest.fixture(autouse=True)
 def _rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    known_rows(monkeypatch)
+    register_rows(monkeypatch)
 
 
 class Killed(BaseException):
@@ -51,7 +51,7 @@ def stop_at(
 
 
 def test_restart_begins_the_same_anew_and_overwrite_resumes(tmp_path: Path) -> None:
-    inputs, folder = rows_input(tmp_path / "in"), tmp_path / ".out.building"
+    inputs, folder = write_rows(tmp_path / "in"), tmp_path / ".out.building"
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     write_tree(
         tmp_path / "in", {"rows.txt": (inputs / "rows.txt").read_text().replace("caption", "title")}
@@ -69,7 +69,7 @@ def test_restart_begins_the_same_anew_and_overwrite_resumes(tmp_path: Path) -> N
 
 
 def test_restart_is_for_one_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, folder = rows_input(tmp_path / "in"), tmp_path / ".out.building"
+    inputs, folder = write_rows(tmp_path / "in"), tmp_path / ".out.building"
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     with pytest.raises(UsageError, match="--restart is given to one of several"):
         build(inputs, tmp_path / "out", restart=True, task=ArrayTask(0, 2))
@@ -87,11 +87,11 @@ def test_restart_is_for_one_process_alone(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_plan_of_another_version_is_replaced_where_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     monkeypatch.setattr(plan_module, "VERSION", plan_module.VERSION - 1)
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     monkeypatch.undo()
-    known_rows(monkeypatch)
+    register_rows(monkeypatch)
     with pytest.raises(UsageError, match=r"plan of version 3.*\n.*\n.*--overwrite"):
         build(inputs, tmp_path / "out")
     with (
@@ -103,7 +103,7 @@ def test_a_plan_of_another_version_is_replaced_where_asked(
 
 
 def test_a_changed_denylist_is_another_build(tmp_path: Path) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     (tmp_path / "deny").write_text("http://caption number 4\n")
     build(inputs, tmp_path / "out", denylist=tmp_path / "deny", task=ArrayTask(0, 2))
     (tmp_path / "deny").write_text("http://caption number 4\nhttp://caption number 5\n")
@@ -114,7 +114,7 @@ def test_a_changed_denylist_is_another_build(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a b", "a/b", ".a", "-a", "a\n"])
 def test_names_that_no_dataset_can_have_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="characters other than letters"):
-        build(rows_input(tmp_path / "in"), tmp_path / "out", name=name)
+        build(write_rows(tmp_path / "in"), tmp_path / "out", name=name)
 
 
 # -- left behind
@@ -123,7 +123,7 @@ def test_names_that_no_dataset_can_have_are_refused(tmp_path: Path, name: str) -
 def test_a_build_killed_after_the_last_rename_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     stop_at(monkeypatch, builder, "remove_build_folder")
     with pytest.raises(Killed):
         build(inputs, tmp_path / "out")
@@ -137,7 +137,7 @@ def test_a_build_killed_after_the_last_rename_can_be_repeated(
 def test_a_process_between_the_last_rename_and_the_removal_builds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, folder = rows_input(tmp_path / "in"), tmp_path / ".out.building"
+    inputs, folder = write_rows(tmp_path / "in"), tmp_path / ".out.building"
     stop_at(monkeypatch, builder, "remove_build_folder")
     with pytest.raises(Killed):
         build(inputs, tmp_path / "out")
@@ -160,7 +160,7 @@ def test_a_process_between_the_last_rename_and_the_removal_builds_nothing(
 
 @pytest.mark.parametrize("lost", ["done", "built", "scratch"])
 def test_a_plan_without_its_folders_is_resumed(tmp_path: Path, lost: str) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "alone")
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     shutil.rmtree(tmp_path / ".out.building/done")
@@ -173,7 +173,7 @@ def test_a_plan_without_its_folders_is_resumed(tmp_path: Path, lost: str) -> Non
 def test_a_remote_build_that_dies_at_its_end_is_complete_when_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "alone")
     store, out = fsspec.filesystem("memory"), f"memory://end-{place}/out"
     if place == "before-manifest":
@@ -204,7 +204,7 @@ def test_a_remote_build_that_dies_at_its_end_is_complete_when_repeated(
 def test_a_process_that_works_when_others_finish_is_late_and_not_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, overwrite: bool
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     if overwrite:
         build(inputs, tmp_path / "out")
     module, name = (workers, "acquire_lease") if where == "lease" else (task, "store_file")
@@ -225,10 +225,10 @@ def test_a_process_that_works_when_others_finish_is_late_and_not_wrong(
     assert not (tmp_path / ".out.building").exists()
 
 
-def test_a_missing_file_is_not_taken_for_the_end(
+def test_a_missing_file_is_not_mistaken_for_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = rows_input(tmp_path / "in")
+    inputs = write_rows(tmp_path / "in")
     build(inputs, tmp_path / "out")
 
     def missing(*_: Any, **__: Any) -> Any:
@@ -245,7 +245,7 @@ def test_a_missing_file_is_not_taken_for_the_end(
 def test_a_full_disk_under_energons_database_loses_no_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs, seen = rows_input(tmp_path / "in"), list[Path]()
+    inputs, seen = write_rows(tmp_path / "in"), list[Path]()
     build(inputs, tmp_path / "alone", energon=False)
 
     def full(root: Any, shards: Any, scratch: Path) -> None:

@@ -1,4 +1,4 @@
-"""Indexing tars of other tools, and what is said about tars that cannot be used."""
+"""Indexing tars of other tools, and the errors for tars that cannot be used."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_every_sample_must_have_the_modalitys_parts(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_an_extension_of_several_modalities_must_be_told(tmp_path: Path) -> None:
+def test_an_extension_of_several_modalities_must_be_named(tmp_path: Path) -> None:
     foreign_tar(tmp_path / "0.tar", [("a.npy", array((6, 400))), ("a.txt", b"x")])
     with pytest.raises(UsageError, match="modality=NAME") as caught:
         index_existing_shards(tmp_path)

@@ -42,7 +42,7 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_whole_dataset_has_no_problems(
+def test_an_intact_dataset_has_no_problems(
     dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert verify_dataset(dataset.root) == []
