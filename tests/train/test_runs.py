@@ -275,7 +275,7 @@ def test_preempted_runs_go_on_bit_identically(runner: Runner, two: str, how: str
     assert ("stop" if how == "file" else "SIGTERM") in found["reason"]
     assert 2 <= found["steps_done"] < STEPS
     assert not (runner.out / name / "stop").exists()
-    assert (runner.out / name / "checkpoints" / f"step-{found['step']:08d}").is_dir()
+    assert (runner.out / name / "checkpoints" / f"step-{found['steps_done']:08d}").is_dir()
 
     code, output = runner.run(name)
     assert code == 0, output
