@@ -47,7 +47,7 @@ class StepWork:
     samples: int
     """Samples of the global batch."""
     global_valid_tokens: int
-    """Supervised tokens of the plan, at least 1: the divisor of the summed loss."""
+    """Supervised tokens of the plan, at least 1; the summed loss is divided by it."""
     tokens: int
     """LLM positions, media spans included."""
     padding_fraction: float
@@ -132,14 +132,14 @@ class FlopCounter:
             world_size: number of ranks.
             peak: FLOP/s of a device; None where it is not known.
         """
-        divisor = (
+        peak_total = (
             f"{world_size} x {peak / 1e12:g} TFLOP/s"
             if peak
             else "ranks x peak (not known for this device: MFU is null)"
         )
         media = ", ".join(f"{name} {flops:.3g}" for name, flops in self._by_combination.items())
         return (
-            f"MFU = model FLOPs per second / ({divisor}); model FLOPs = {self._llm:.3g} per LLM "
+            f"MFU = model FLOPs per second / ({peak_total}); model FLOPs = {self._llm:.3g} per LLM "
             f"position ({self._llm_factor} N), {self._llm_factor * self._head:.3g} per supervised "
             f"token (head), and per sample {media} in encoder and UPM; attention scores, "
             "projections and recomputation are not counted"

@@ -1,6 +1,6 @@
 """The heartbeat: what this rank is doing right now.
 
-The trainer beats; the hang watchdog and `exit.json` read.
+The trainer enters phases; the hang watchdog and `exit.json` read them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ReadAhead = Callable[[MicroBatch], Sequence[MicroBatch]]
 class Heartbeat:
     """Phase, step and micro-batch of this rank.
 
-    A beat costs an assignment; sample names are looked up only when someone asks for them.
+    Entering a phase costs an assignment; sample names are looked up only when someone asks.
 
     Attributes:
         phase: `start`, `data`, `forward`, `backward`, `reduce` (the sums over ranks), `apply` (the
@@ -30,7 +30,7 @@ class Heartbeat:
         micro_batch: the micro-batch under way.
         steps_done: optimizer steps done so far; None before training begins.
         first_step_done: whether this start has completed a step.
-        beats: number of beats so far; the rank with the fewest is furthest behind.
+        count: number of phases entered so far; the rank with the fewest is furthest behind.
         sample_names: gives the sample ids of a micro-batch.
         spans: the modalities of each dataset's samples.
         read_ahead: gives the micro-batches that the loader reads ahead.
@@ -42,13 +42,13 @@ class Heartbeat:
         self.micro_batch: MicroBatch | None = None
         self.steps_done: int | None = None
         self.first_step_done = False
-        self.beats = 0
+        self.count = 0
         self.sample_names: SampleNames = lambda micro: [str(tuple(ref)) for ref in micro.samples]
         self.spans: Sequence[tuple[str, ...]] = ()
         self.read_ahead: ReadAhead = lambda micro: ()
         self._lock = threading.Lock()
 
-    def beat(
+    def enter(
         self, phase: str, *, step: int | None = None, micro_batch: MicroBatch | None = None
     ) -> None:
         """Enter `phase`; step and micro-batch stay what they were unless given."""
@@ -56,7 +56,7 @@ class Heartbeat:
             self.phase = phase
             self.step = self.step if step is None else step
             self.micro_batch = self.micro_batch if micro_batch is None else micro_batch
-            self.beats += 1
+            self.count += 1
 
     def leave_step(self, phase: str) -> None:
         """Enter a phase that belongs to no step."""
@@ -64,7 +64,7 @@ class Heartbeat:
             self.phase = phase
             self.step = None
             self.micro_batch = None
-            self.beats += 1
+            self.count += 1
 
     def offending_samples(self, *, read_ahead: bool = False) -> list[str]:
         """Ids of the samples of the micro-batch under way.
@@ -106,12 +106,12 @@ class Heartbeat:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Phase, step, beats and micro-batch as a JSON object."""
+        """Phase, step, count and micro-batch as a JSON object."""
         micro = self.micro_batch
         return {
             "phase": self.phase,
             "step": self.step,
-            "beats": self.beats,
+            "heartbeats": self.count,
             "micro_batch": None if micro is None else micro.index,
             "micro_batches": None if micro is None else micro.count,
         }

@@ -248,7 +248,7 @@ class Trainer:
             OneLLMError: the step went wrong, and `stability.policy` is `stop`.
         """
         step = self.state.step
-        self.heartbeat.beat("plan", step=step)
+        self.heartbeat.enter("plan", step=step)
         plan = self.plan.step(step, self.dist.world_size)
         if step == self.state.first_step or step % COMPARE_EVERY == 0:
             compare_plans(plan, self.dist)
@@ -267,17 +267,17 @@ class Trainer:
         reduced = self.meter.metrics.reduced
         local = LocalPass(StepTotals(self._combinations, self.dist, reduced))
         for planned in plan.ranks[self.dist.rank]:
-            self.heartbeat.beat("data", micro_batch=planned)
+            self.heartbeat.enter("data", micro_batch=planned)
             asked = time.perf_counter()
             batch = self._micro_batches.next(planned)
             local.data_wait_seconds += time.perf_counter() - asked
-            self.heartbeat.beat("forward")
+            self.heartbeat.enter("forward")
             batch = batch.to(self.dist.device)
             loss, nll, sample_index = self.engine.forward(batch, last=planned.last)
             local.totals.add(batch, loss, nll, sample_index)
             without_media = replace(batch, values={})
             local.losses.append(MicroBatchLosses(without_media, loss.detach(), nll, sample_index))
-            self.heartbeat.beat("backward")
+            self.heartbeat.enter("backward")
             self.engine.backward(loss, plan.global_valid_tokens)
         if not local.losses:
             raise RuntimeError(f"the plan has no micro-batch in step {plan.step}")
@@ -290,7 +290,7 @@ class Trainer:
         The skipped samples of every rank are on its disk before any rank can apply the step: the
         sum waits for all of them.
         """
-        self.heartbeat.beat("reduce")
+        self.heartbeat.enter("reduce")
         new_skipped_samples = self.sample_log.record_step(plan.step, local.skipped_samples)
         local.totals.reduce(
             new_skipped_samples=new_skipped_samples,
@@ -314,7 +314,7 @@ class Trainer:
 
     def _apply(self, plan: StepPlan, decision: Decision, local: LocalPass) -> bool:
         """Apply the step, or discard it and do what `stability.policy` says."""
-        self.heartbeat.beat("apply")
+        self.heartbeat.enter("apply")
         applied = self.engine.step(decision.lr, discard=decision.anomaly is not None)
         if applied:
             self.monitor.accept(decision.loss, decision.norms.total)

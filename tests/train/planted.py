@@ -1,10 +1,11 @@
-"""What the tests plant in a rank before it runs: a sample that spoils its step, a rank that sleeps, a disk that is slow."""
+"""Faults that tests plant in a rank: samples that break a step, a sleeping rank, a slow disk."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,26 +18,26 @@ def plant(what: dict[str, Any], rank: int) -> None:
         PLANTS[name](value, rank)
 
 
-def _spoil(sample_id: str, change: Any) -> None:
+def _change_sample(sample_id: str, change: Any) -> None:
     from onellm_dist.data.reader import Reader
 
     read = Reader._read
 
-    def spoilt(self: Reader, ref: Any, name: str) -> Any:
+    def read_changed(self: Reader, ref: Any, name: str) -> Any:
         sample = read(self, ref, name)
         return change(sample) if name.split("@", maxsplit=1)[0] == sample_id else sample
 
-    Reader._read = spoilt  # type: ignore[method-assign]
+    Reader._read = read_changed  # type: ignore[method-assign, assignment]  # the fault
 
 
 def _deadly(sample_id: str, rank: int) -> None:
-    """Decoding a sample kills the process that does it (as running out of memory, or a crash in C, would)."""
-    _spoil(sample_id, lambda sample: os.kill(os.getpid(), signal.SIGKILL))
+    """Decoding a sample kills its process, as a lack of memory or a crash in C would."""
+    _change_sample(sample_id, lambda sample: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _nan(sample_id: str, rank: int) -> None:
     """The media of a sample decode to NaN."""
-    _spoil(
+    _change_sample(
         sample_id,
         lambda sample: replace(
             sample, values={k: torch.full_like(v, torch.nan) for k, v in sample.values.items()}
@@ -44,31 +45,34 @@ def _nan(sample_id: str, rank: int) -> None:
     )
 
 
-def _leap(sample_id: str, rank: int) -> None:
+def _spike(sample_id: str, rank: int) -> None:
     """The cross-entropy of a sample's tokens comes out 50 higher."""
 
-    def leaping(loss: Any, nll: Any, own: Any) -> Any:
+    def raise_loss(loss: Any, nll: Any, own: Any) -> Any:
         return loss + 50 * own.sum(), nll + 50 * own
 
-    _bend(sample_id, leaping)
+    _change_forward(sample_id, raise_loss)
 
 
 def _steep(sample_id: str, rank: int) -> None:
-    """The gradient of a sample's micro-batch comes out 10,000 times as long; the losses are what they were."""
+    """The gradient of a sample's micro-batch is 10,000 times as long; the losses are as before."""
 
-    def steep(loss: Any, nll: Any, own: Any) -> Any:
+    def raise_gradient(loss: Any, nll: Any, own: Any) -> Any:
         return loss + 1e4 * (loss - loss.detach()), nll
 
-    _bend(sample_id, steep)
+    _change_forward(sample_id, raise_gradient)
 
 
-def _bend(sample_id: str, change: Any) -> None:
-    """What either engine's forward gives for a pack with the sample goes through `change(loss, nll, own)`; own: [N], 1 at its tokens."""
+def _change_forward(sample_id: str, change: Any) -> None:
+    """Pass what either engine's forward gives for a pack with the sample through `change`.
+
+    Its arguments are loss [], nll [N] and own [N], which is 1 at the sample's tokens.
+    """
     from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
     from onellm_dist.train.engine.fsdp.engine import FsdpEngine
 
-    def bent(forward: Any) -> Any:
-        def bending(self: Any, batch: Any, *, last: bool) -> Any:
+    def wrap(forward: Any) -> Any:
+        def changed(self: Any, batch: Any, *, last: bool) -> Any:
             loss, nll, index = forward(self, batch, last=last)
             for place, name in enumerate(batch.sample_ids):
                 if (
@@ -78,10 +82,10 @@ def _bend(sample_id: str, change: Any) -> None:
                     loss, nll = change(loss, nll, (index == place).float())
             return loss, nll, index
 
-        return bending
+        return changed
 
     for engine in (DeepSpeedEngine, FsdpEngine):
-        engine.forward = bent(engine.forward)  # type: ignore[method-assign]
+        engine.forward = wrap(engine.forward)  # type: ignore[method-assign]  # the fault
 
 
 def _sleep(where: dict[str, int], rank: int) -> None:
@@ -99,14 +103,15 @@ def _sleep(where: dict[str, int], rank: int) -> None:
         steps[0] += last
         return forward(self, batch, last=last)
 
-    DeepSpeedEngine.forward = sleepy  # type: ignore[method-assign]
+    DeepSpeedEngine.forward = sleepy  # type: ignore[method-assign]  # the fault
 
 
 def _slow_writes(seconds: float, rank: int) -> None:
-    """Every file of a checkpoint takes so long at least."""
-    from onellm_dist.train.checkpoint import writer as checkpoint_writer
+    """Every file of a checkpoint takes at least this long."""
+    from onellm_dist.train.checkpoint import writer
 
-    write = checkpoint_writer.write_tensors
+    module: Any = writer
+    write = module.write_tensors
 
     def slow(*arguments: Any) -> Any:
         time.sleep(seconds / 2)
@@ -114,13 +119,13 @@ def _slow_writes(seconds: float, rank: int) -> None:
         time.sleep(seconds / 2)
         return written
 
-    checkpoint_writer.write_tensors = slow
+    module.write_tensors = slow
 
 
-PLANTS = {
+PLANTS: dict[str, Callable[[Any, int], None]] = {
     "deadly": _deadly,
     "nan": _nan,
-    "leap": _leap,
+    "spike": _spike,
     "steep": _steep,
     "sleep": _sleep,
     "slow_writes": _slow_writes,

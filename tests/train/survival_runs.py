@@ -1,8 +1,9 @@
-"""What the tests of survival share: small runs through a zygote, and how two of them are compared."""
+"""Small runs through a zygote, and comparisons of two of them, for the tests of survival."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,13 @@ STEPS, EVERY, BATCH = 12, 3, 4
 
 
 class Runs:
-    """The toy align run on IMU (fp32, constant rate, 12 steps, a checkpoint every 3) in folders of `out`."""
+    """The toy align run on IMU, in folders of `out`: 12 steps, 4 checkpoints, a constant rate."""
 
     def __init__(self, toy: Path, out: Path, zygote: Zygote) -> None:
         self.toy, self.out, self.zygote = toy, out, zygote
 
     def start(
-        self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object
+        self, name: str, world_size: int = 2, plant: dict[str, Any] | None = None, **keys: Any
     ) -> Start:
         fixed = {
             "data.root": self.toy,
@@ -39,15 +40,17 @@ class Runs:
             "checkpoint.keep": 20,
         }
         given = {**fixed, **{key.replace("__", "."): value for key, value in keys.items()}}
-        return self.zygote.start(world, [f"{key}={value}" for key, value in given.items()], plant)
+        return self.zygote.start(
+            world_size, [f"{key}={value}" for key, value in given.items()], plant
+        )
 
     def done(
-        self, name: str, world: int = 2, plant: dict[str, Any] | None = None, **keys: object
+        self, name: str, world_size: int = 2, plant: dict[str, Any] | None = None, **keys: Any
     ) -> None:
-        self.start(name, world, plant, **keys).done()
+        self.start(name, world_size, plant, **keys).done()
 
     def lines(self, name: str, file: str) -> list[dict[str, Any]]:
-        """Whole lines of a JSON-lines file of a run."""
+        """Complete lines of a JSON-lines file of a run."""
         path = self.out / name / file
         return (
             [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -100,7 +103,7 @@ def identical(runs: Runs, name: str, reference: str) -> None:
 
 
 def update_gap(runs: Runs, name: str, reference: str) -> float:
-    """Relative difference of the total update, the weights whose true gradient is zero (key biases) apart."""
+    """Relative difference of the total update, without weights of zero gradient (key biases)."""
     from onellm_dist.model.presets import load_model
 
     start = load_model(path=None, preset="toy", seed=0)[0].state_dict()
@@ -116,4 +119,4 @@ def update_gap(runs: Runs, name: str, reference: str) -> float:
         gap += float((a[key] - value)[keep].double().square().sum())
         update += float((value - start[key])[keep].double().square().sum())
     assert update > 0
-    return (gap / update) ** 0.5
+    return math.sqrt(gap / update)

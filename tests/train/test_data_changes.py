@@ -1,4 +1,4 @@
-"""Runs whose data changes or is watched: a new plan data_phase at a resume, validation on a split. One run, started four times."""
+"""Runs whose data changes or is watched: a new data phase at a resume, validation on a split."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ pytestmark = pytest.mark.slow
 def start(
     toy: Path, run_dir: Path, steps: int, weights: tuple[int, int], *more: str, ranks: int = 2
 ) -> tuple[int, str]:
+    mixture = [
+        f"{{path: {n}, weight: {w}}}" for n, w in zip(("image", "imu"), weights, strict=True)
+    ]
     command = [
         sys.executable,
         "-m",
@@ -27,7 +30,7 @@ def start(
         f"data.root={toy}",
         f"run.dir={run_dir}",
         f"train.steps={steps}",
-        f"data.mixture=[{{path: image, weight: {weights[0]}}}, {{path: imu, weight: {weights[1]}}}]",
+        f"data.mixture=[{', '.join(mixture)}]",
         "data.global_batch=4",
         "data.workers=1",
         "data.validation={split: test_seen, samples: 5, every: 2}",
@@ -70,7 +73,7 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     for steps, ranks in (
         (4, 1),
         (6, 2),
-    ):  # the second start resumes within the new data_phase, at another world
+    ):  # the second start resumes within the new data_phase, at another number of ranks
         code, output = start(toy, run_dir, steps, (3, 1), "data.new_phase=true", ranks=ranks)
         assert code == 0, output
     data_phases = json.loads((run_dir / "samples" / "data_phases.json").read_text())
@@ -95,7 +98,7 @@ def test_a_mixture_is_changed_mid_run_and_a_split_is_validated(tmp_path: Path) -
     assert set(validated[-1]["loss_by_modality"]) == {"image", "imu"}
 
 
-def test_validation_does_not_touch_training_and_does_not_depend_on_the_world(
+def test_validation_does_not_touch_training_or_depend_on_the_number_of_ranks(
     tmp_path: Path,
 ) -> None:
     toy = tmp_path / "toy"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_groups_that_an_engine_makes_wait_as_long(monkeypatch: pytest.MonkeyPatc
     try:
         for backend in ("nccl", "gloo"):
             assert distributed_c10d._get_default_timeout(backend) == wanted
-        made = dist.new_group([0])
+        made: Any = dist.new_group([0])
         assert made._get_backend(torch.device("cpu")).options._timeout > wanted - timedelta(
             seconds=1
         )

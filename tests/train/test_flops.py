@@ -73,5 +73,7 @@ def count_left_out(model: Any, name: str, samples: int, *, trains: bool) -> floa
         + routers * (len(model.config.modalities) + backward[2])
     )
     if modality.visual:
-        return total + samples * modality.tokens * 2 * width * 3 * model.config.vision.patch_size**2
-    return total + samples * modality.tokens * 2 * width * 6 * 10 * (2 if trains else 1)
+        inputs_per_token = 3 * model.config.vision.patch_size**2
+    else:
+        inputs_per_token = 6 * 10 * (2 if trains else 1)
+    return float(total + samples * modality.tokens * 2 * width * inputs_per_token)

@@ -1,4 +1,4 @@
-"""The recipes that ship: they parse, they say the paper's figures, and each stage takes up what the one before wrote."""
+"""The recipes that ship: the paper's numbers, and each stage starts from the one before."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What a start resumes: `checkpoint.resume` once per job, the sample log of another run, torn lines,
-and a checkpoint for a rollback.
-"""
+"""What a start resumes: `checkpoint.resume` once per job, the samples of another run, cut lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs of the toy recipe on several ranks: the same whatever the launcher, world and history of stops."""
+"""Whole runs of the toy recipe: equal for any launcher, number of ranks and history of stops."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Runner:
     def __init__(self, toy: Path, out: Path) -> None:
         self.toy, self.out = toy, out
 
-    def overrides(self, name: str, **keys: object) -> list[str]:
+    def overrides(self, name: str, **keys: Any) -> list[str]:
         fixed = {
             "data.root": self.toy,
             "run.dir": self.out / name,
@@ -58,7 +58,7 @@ class Runner:
         return ["toy/align_image", *(f"{key}={value}" for key, value in given.items())]
 
     def start(
-        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object
+        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: Any
     ) -> subprocess.Popen[str]:
         command = launcher or [sys.executable, "-m", "onellm_dist.train"]
         env = {
@@ -76,7 +76,7 @@ class Runner:
         )
 
     def run(
-        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: object
+        self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: Any
     ) -> tuple[int, str]:
         process = self.start(name, ranks, launcher, **keys)
         output, _ = process.communicate(timeout=TIMEOUT_S)
@@ -132,7 +132,8 @@ def trainable_state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     state = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            state |= {f"{path.stem}/{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                state[f"{path.stem}/{key}"] = file.get_tensor(key)
     return state
 
 
@@ -223,7 +224,7 @@ def test_align_moves_what_trains_and_nothing_else(runner: Runner, two: str) -> N
 def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
     runner: Runner, two: str
 ) -> None:
-    keys = {
+    keys: dict[str, Any] = {
         "train__stage": "tune",
         "model__path": runner.out / two / "model",
         "train__steps": 2,
@@ -237,7 +238,7 @@ def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
     assert moved == {name for name in after if name.startswith("llm.")}
 
 
-def test_killed_runs_go_on_bit_identically(runner: Runner, two: str) -> None:
+def test_killed_runs_resume_bit_identically(runner: Runner, two: str) -> None:
     """First the launcher is killed with everything, then one rank alone; a third start finishes."""
     process = runner.start("killed")
     runner.wait_for_step("killed", EVERY, process)
@@ -260,7 +261,7 @@ def test_killed_runs_go_on_bit_identically(runner: Runner, two: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["file", "signal"])
-def test_preempted_runs_go_on_bit_identically(runner: Runner, two: str, how: str) -> None:
+def test_preempted_runs_resume_bit_identically(runner: Runner, two: str, how: str) -> None:
     name = f"preempted_{how}"
     process = runner.start(name, launcher=deepspeed_launcher() if how == "file" else None)
     runner.wait_for_step(name, 1, process)
@@ -317,7 +318,11 @@ def unreadable_sample(toy: Path) -> Callable[[], None]:
     path.write_bytes(
         whole[: location.offset] + b"\0" * location.size + whole[location.offset + location.size :]
     )
-    return lambda: path.write_bytes(whole) and None
+
+    def repair() -> None:
+        path.write_bytes(whole)
+
+    return repair
 
 
 def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired(
@@ -344,10 +349,12 @@ def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired
     assert strict_code == 1 and "data.max_skipped_samples is 0" in strict_output
     assert runner.exit("strict")["status"] == "failed"
 
-    # Go back to a checkpoint from before the bad sample, with the shard mended: the record is replayed.
+    # Resume a checkpoint from before the bad sample, with the shard repaired: it stays skipped.
     first = min(line["step"] for line in lines)
     back = runner.out / "skipped_sample" / "checkpoints" / f"step-{(first // EVERY) * EVERY:08d}"
-    again = {"checkpoint__resume": back} if first >= EVERY else {"checkpoint__resume": "auto"}
+    again: dict[str, Any] = (
+        {"checkpoint__resume": back} if first >= EVERY else {"checkpoint__resume": "auto"}
+    )
     before = trainable_state(runner.out / "skipped_sample", STEPS)
     code, output = runner.run("skipped_sample", 2, **again)
     assert code == 0, output
@@ -370,7 +377,7 @@ def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired
     ],
 )
 def test_wrong_usage_is_refused_with_exit_code_two(
-    runner: Runner, keys: dict[str, object], message: str
+    runner: Runner, keys: dict[str, Any], message: str
 ) -> None:
     name = "wrong_" + next(iter(keys))
     code, output = runner.run(name, 1, **keys)

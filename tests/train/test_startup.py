@@ -48,7 +48,7 @@ def test_a_failure_names_its_step_and_the_samples_under_way(tmp_path: Path) -> N
     exit_file.heartbeat.steps_done = 7
     exit_file.on_failure = lambda found: write_failed_end(tmp_path, found)
     exit_file.heartbeat.sample_names = lambda m: [f"toy/shard/{ref.row}@0" for ref in m.samples]
-    exit_file.heartbeat.beat("forward", step=7, micro_batch=micro(7, 3, 4))
+    exit_file.heartbeat.enter("forward", step=7, micro_batch=micro(7, 3, 4))
     assert exit_file.write("failed", reason="disk on fire") == 1
     ExitFile(tmp_path, rank=0).write("failed", reason="connection closed")
     found = json.loads((tmp_path / "exit.json").read_text())
@@ -68,7 +68,7 @@ def test_a_failure_outside_of_steps_names_no_sample_and_unreadable_names_hide_no
 ) -> None:
     exit_file = ExitFile(tmp_path, rank=0)
     exit_file.heartbeat.sample_names = lambda m: (_ for _ in ()).throw(OSError("gone"))
-    exit_file.heartbeat.beat("forward", step=1, micro_batch=micro(1, 3))
+    exit_file.heartbeat.enter("forward", step=1, micro_batch=micro(1, 3))
     assert exit_file.heartbeat.offending_samples() == []
     exit_file.heartbeat.leave_step("export")
     exit_file.write("failed", reason="no room")
@@ -84,7 +84,7 @@ def test_when_a_loader_worker_died_samples_read_ahead_are_named_too(tmp_path: Pa
     exit_file = ExitFile(tmp_path, rank=0)
     exit_file.heartbeat.sample_names = lambda m: [f"s{ref.row}" for ref in m.samples]
     exit_file.heartbeat.read_ahead = lambda m: [micro(2, 5), micro(2)]
-    exit_file.heartbeat.beat("data", step=1, micro_batch=micro(1, 3))
+    exit_file.heartbeat.enter("data", step=1, micro_batch=micro(1, 3))
     assert exit_file.heartbeat.offending_samples() == ["s3"]
     exit_file.write(
         "failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."

@@ -1,4 +1,6 @@
-"""What a run survives: SIGKILL at random moments and during a save, a full disk, damaged files, NaN samples, leaps of the loss, a hang."""
+"""What a run survives: kills at random moments and in a save, a full disk, damaged files, NaN
+samples, spikes, and a hang.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -29,13 +32,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 @pytest.fixture(scope="module")
 def two(runs: Runs) -> str:
-    """Two ranks, never disturbed."""
+    """Two ranks, never interrupted."""
     runs.done("two")
     return "two"
 
 
 def kill_at_random(runs: Runs, name: str, start: Start, generator: random.Random) -> None:
-    """SIGKILL to every rank at a random moment of its next steps, or while a checkpoint is being written."""
+    """SIGKILL to every rank at a random moment of its next steps, or during a save."""
     before = runs.steps_done(name)
     ahead = generator.randint(1, EVERY + 1)
     runs.wait_until(start, lambda: runs.steps_done(name) >= min(before + ahead, STEPS - 1))
@@ -49,17 +52,20 @@ def kill_at_random(runs: Runs, name: str, start: Start, generator: random.Random
     start.kill()
 
 
-def kill_often(runs: Runs, name: str, kills: int, seed: int, worlds: list[int]) -> None:
-    """Start, kill, start ... with the worlds in turn, then let it finish. After each kill, every checkpoint that was there is there."""
+def kill_often(runs: Runs, name: str, kills: int, seed: int, world_sizes: list[int]) -> None:
+    """Start, kill, start ... with the world sizes in turn, then let it finish.
+
+    No kill loses a complete checkpoint.
+    """
     generator = random.Random(seed)
     for number in range(kills):
-        whole = set(runs.checkpoints(name))
-        start = runs.start(name, worlds[number % len(worlds)], {"slow_writes": 0.2})
+        complete = set(runs.checkpoints(name))
+        start = runs.start(name, world_sizes[number % len(world_sizes)], {"slow_writes": 0.2})
         kill_at_random(runs, name, start, generator)
-        assert whole <= set(runs.checkpoints(name)), start.output()
-    runs.done(name, worlds[kills % len(worlds)])
+        assert complete <= set(runs.checkpoints(name)), start.output()
+    runs.done(name, world_sizes[kills % len(world_sizes)])
     starts = runs.events(name, "start")
-    assert len(starts) >= 1 and starts[-1]["world_size"] == worlds[kills % len(worlds)]
+    assert len(starts) >= 1 and starts[-1]["world_size"] == world_sizes[kills % len(world_sizes)]
 
 
 def test_killed_at_random_moments_the_run_ends_bit_identical(runs: Runs, two: str) -> None:
@@ -67,7 +73,7 @@ def test_killed_at_random_moments_the_run_ends_bit_identical(runs: Runs, two: st
     identical(runs, "killed", two)
 
 
-def test_killed_and_resumed_at_other_worlds_the_run_ends_with_the_same_update(
+def test_killed_and_resumed_at_other_world_sizes_the_run_ends_with_the_same_update(
     runs: Runs, two: str
 ) -> None:
     kill_often(runs, "resized", 2, 12, [1, 3, 2])
@@ -84,7 +90,7 @@ def test_twenty_kills(runs: Runs, two: str) -> None:
     assert update_gap(runs, "twenty", two) < 1e-3
 
 
-def test_a_kill_during_a_save_loses_no_whole_checkpoint_and_leaves_none_that_loads(
+def test_a_kill_in_a_save_loses_no_complete_checkpoint_and_leaves_none_that_loads(
     runs: Runs, two: str
 ) -> None:
     folder = runs.out / "in_save" / "checkpoints"
@@ -99,7 +105,7 @@ def test_a_kill_during_a_save_loses_no_whole_checkpoint_and_leaves_none_that_loa
     identical(runs, "in_save", two)
 
 
-def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(
+def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_resumes(
     runs: Runs, two: str
 ) -> None:
     folder = runs.out / "full" / "checkpoints"
@@ -122,7 +128,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_and_a_larger_one_goes_on(
         found = runs.exit("full")
         assert found["status"] == "failed" and "step-00000009" in found["reason"]
         assert (found["failed_step"], found["offending_samples"]) == (None, []), (
-            "no step, and no sample, is to blame"
+            "no step and no sample is responsible"
         )
         subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
         runs.done("full")
@@ -151,25 +157,29 @@ def test_a_damaged_checkpoint_is_passed_over_loudly_and_never_lost(runs: Runs, t
     identical(runs, "damaged", two)
 
 
-def spoilt_step(runs: Runs, reference: str, step: int) -> str:
+def find_sample(runs: Runs, reference: str, step: int) -> str:
     """A sample of a step, without its epoch."""
     return RunStream(runs.out / reference).list_samples(step)[1].sample.name
 
 
-@pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
-def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, engine: str) -> None:
-    bad, name = spoilt_step(runs, two, 5), f"nan_skipped_{world}_{engine}"
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")]
+)
+def test_a_nan_sample_is_skipped_and_named(
+    runs: Runs, two: str, world_size: int, engine: str
+) -> None:
+    bad, name = find_sample(runs, two, 5), f"nan_skipped_{world_size}_{engine}"
     more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
-    start = runs.start(name, world, {"nan": bad}, **more)
+    start = runs.start(name, world_size, {"nan": bad}, **more)
     start.done()
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
-    (suspect,) = event["offending_samples"]
+    (sample,) = event["offending_samples"]
     assert (
         event["step"] == 5
-        and suspect["sample"].startswith(f"{bad}@")
-        and suspect["modality"] == "imu"
-        and 0 <= suspect["rank"] < world
+        and sample["sample"].startswith(f"{bad}@")
+        and sample["modality"] == "imu"
+        and 0 <= sample["rank"] < world_size
     )
     assert bad in start.output() and "imu, rank" in start.output()
     lines = runs.lines(name, "metrics.jsonl")
@@ -179,14 +189,14 @@ def test_a_nan_sample_is_skipped_and_named(runs: Runs, two: str, world: int, eng
         assert [line["loss"] for line in lines[6:]] == pytest.approx(other[6:], rel=1e-4)
 
 
-@pytest.mark.parametrize(("world", "what"), [(1, "nan"), (1, "leap"), (4, "leap")])
-def test_a_bad_sample_is_taken_out_by_a_roll_back(
-    runs: Runs, two: str, world: int, what: str
+@pytest.mark.parametrize(("world_size", "what"), [(1, "nan"), (1, "spike"), (4, "spike")])
+def test_a_bad_sample_is_excluded_by_a_rollback(
+    runs: Runs, two: str, world_size: int, what: str
 ) -> None:
-    bad, name = spoilt_step(runs, two, 10), f"{what}_back_{world}"
+    bad, name = find_sample(runs, two, 10), f"{what}_back_{world_size}"
     start = runs.start(
         name,
-        world,
+        world_size,
         {what: bad},
         stability__policy="rollback",
         stability__window=8,
@@ -196,14 +206,15 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
     assert (event["step"], event["first_step"], event["excluded"]) == (10, 9, 1)
-    assert event["anomaly"] == {"nan": "loss_not_finite", "leap": "loss_spike"}[what]
+    assert event["anomaly"] == {"nan": "loss_not_finite", "spike": "loss_spike"}[what]
     assert event["offending_samples"][0]["sample"].startswith(f"{bad}@") and bad in start.output()
     assert all(line["applied"] and line["loss"] < 10 for line in runs.lines(name, "metrics.jsonl"))
-    (mark,) = runs.lines(name, "samples/excluded.jsonl")
-    assert mark["sample_id"].startswith(f"{bad}@") and mark["step"] == 10
-    if what == "leap":
+    (excluded,) = runs.lines(name, "samples/excluded.jsonl")
+    assert excluded["sample_id"].startswith(f"{bad}@") and excluded["step"] == 10
+    if what == "spike":
         return
-    # The mark outlives the start: from a checkpoint before it, at another world, the sample is left out without another roll-back.
+    # The record outlives the start: from a checkpoint before it, at another world size, the sample
+    # is left out without another rollback.
     back = runs.out / name / "checkpoints" / "step-00000006"
     before = runs.lines(name, "metrics.jsonl")
     runs.done(name, 2, {what: bad}, stability__policy="rollback", checkpoint__resume=back)
@@ -212,38 +223,42 @@ def test_a_bad_sample_is_taken_out_by_a_roll_back(
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_a_leap_of_the_loss_is_skipped_before_it_is_applied(runs: Runs, two: str) -> None:
-    bad = spoilt_step(runs, two, 10)
-    runs.done("leap_skipped", 1, {"leap": bad}, stability__window=8, stability__threshold=12)
-    (event,) = runs.events("leap_skipped", "step_skipped")
+def test_a_loss_spike_is_skipped_before_it_is_applied(runs: Runs, two: str) -> None:
+    bad = find_sample(runs, two, 10)
+    runs.done("spike_skipped", 1, {"spike": bad}, stability__window=8, stability__threshold=12)
+    (event,) = runs.events("spike_skipped", "step_skipped")
     assert (
         event["anomaly"] == "loss_spike"
         and event["offending_samples"][0]["sample"].startswith(f"{bad}@")
         and event["offending_samples_total"] == 1
     )
-    assert [line["applied"] for line in runs.lines("leap_skipped", "metrics.jsonl")] == [
+    assert [line["applied"] for line in runs.lines("spike_skipped", "metrics.jsonl")] == [
         step != 10 for step in range(STEPS)
     ]
 
 
-@pytest.mark.parametrize(("world", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")])
-def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(
-    runs: Runs, two: str, world: int, engine: str
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(1, "deepspeed"), (4, "deepspeed"), (4, "fsdp")]
+)
+def test_a_gradient_spike_is_skipped_before_it_is_applied(
+    runs: Runs, two: str, world_size: int, engine: str
 ) -> None:
-    bad, name = spoilt_step(runs, two, 10), f"steep_skipped_{world}_{engine}"
+    bad, name = find_sample(runs, two, 10), f"steep_skipped_{world_size}_{engine}"
     more = {"engine__name": "fsdp", "engine__config": ""} if engine == "fsdp" else {}
-    runs.done(name, world, {"steep": bad}, stability__window=8, stability__threshold=12, **more)
+    runs.done(
+        name, world_size, {"steep": bad}, stability__window=8, stability__threshold=12, **more
+    )
     same_stream(runs, name, two)
     (event,) = runs.events(name, "step_skipped")
     assert (event["step"], event["anomaly"]) == (10, "gradient_spike")
-    assert any(suspect["sample"].startswith(f"{bad}@") for suspect in event["offending_samples"])
+    assert any(sample["sample"].startswith(f"{bad}@") for sample in event["offending_samples"])
     lines = runs.lines(name, "metrics.jsonl")
     assert [line["applied"] for line in lines] == [step != 10 for step in range(STEPS)]
     assert lines[10]["grad_norm"] > 12 * lines[9]["grad_norm"] and lines[10]["loss"] < 10, (
-        "the figures of what was thrown away"
+        "the numbers of the skipped step"
     )
-    if world == 1:  # as if the step had been thrown away for its loss
-        other = runs.lines("leap_skipped", "metrics.jsonl")
+    if world_size == 1:  # as if the step had been skipped for its loss
+        other = runs.lines("spike_skipped", "metrics.jsonl")
         assert [line["loss"] for line in lines[11:]] == [line["loss"] for line in other[11:]]
     else:
         alone = runs.lines("steep_skipped_1_deepspeed", "metrics.jsonl")
@@ -252,9 +267,9 @@ def test_a_leap_of_the_gradient_is_skipped_before_it_is_applied(
         )
 
 
-def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: str) -> None:
+def test_a_gradient_spike_is_undone_by_a_rollback_too(runs: Runs, two: str) -> None:
     """On 4 ranks under FSDP2."""
-    bad, name = spoilt_step(runs, two, 10), "steep_back"
+    bad, name = find_sample(runs, two, 10), "steep_back"
     runs.done(
         name,
         4,
@@ -268,28 +283,28 @@ def test_a_leap_of_the_gradient_is_undone_by_a_roll_back_too(runs: Runs, two: st
     same_stream(runs, name, two)
     (event,) = runs.events(name, "rollback")
     assert (event["step"], event["first_step"], event["anomaly"]) == (10, 9, "gradient_spike")
-    marks = [mark["sample_id"] for mark in runs.lines(name, "samples/excluded.jsonl")]
-    assert any(mark.startswith(f"{bad}@") for mark in marks)
+    excluded = [entry["sample_id"] for entry in runs.lines(name, "samples/excluded.jsonl")]
+    assert any(name.startswith(f"{bad}@") for name in excluded)
     assert all(line["applied"] for line in runs.lines(name, "metrics.jsonl"))
 
 
-def test_a_leap_of_the_loss_stops_the_run_where_that_is_the_policy(runs: Runs, two: str) -> None:
-    bad = spoilt_step(runs, two, 10)
+def test_a_loss_spike_stops_the_run_where_that_is_the_policy(runs: Runs, two: str) -> None:
+    bad = find_sample(runs, two, 10)
     start = runs.start(
-        "leap_stopped",
+        "spike_stopped",
         1,
-        {"leap": bad},
+        {"spike": bad},
         stability__policy="stop",
         stability__window=8,
         stability__threshold=12,
     )
     assert start.wait() == [1]
     assert bad in start.output() and "stability.policy is stop" in start.output()
-    found = runs.exit("leap_stopped")
+    found = runs.exit("spike_stopped")
     assert found["failed_step"] == 10 and any(
         sample.startswith(f"{bad}@") for sample in found["offending_samples"]
     )
-    (end,) = runs.events("leap_stopped", "end")
+    (end,) = runs.events("spike_stopped", "end")
     assert end["status"] == "failed" and end["offending_samples"] == found["offending_samples"]
 
 
@@ -331,10 +346,10 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert [end["failure"] for end in runs.events("hang", "end")] == ["hang"]
 
 
-def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_in_flight_gets_whole(
+def test_a_sample_that_kills_its_loader_worker_is_named_and_the_pending_save_completes(
     runs: Runs, two: str
 ) -> None:
-    bad = spoilt_step(runs, two, 5)
+    bad = find_sample(runs, two, 5)
     assert runs.start("deadly", 1, {"deadly": bad, "slow_writes": 3.0}, data__workers=1).wait() == [
         1
     ]
@@ -348,10 +363,10 @@ def test_a_sample_that_kills_its_loader_worker_is_a_suspect_and_the_checkpoint_i
     assert any(sample.startswith(f"{bad}@") for sample in found["offending_samples"])
 
 
-def test_asynchronous_and_waiting_checkpoints_are_the_same_and_kept_as_asked(
+def test_asynchronous_and_waiting_checkpoints_are_equal_and_kept_as_asked(
     runs: Runs, two: str
 ) -> None:
-    keys = {
+    keys: dict[str, Any] = {
         "checkpoint__every": 2,
         "checkpoint__keep": 1,
         "checkpoint__keep_every": 4,
@@ -389,7 +404,12 @@ def test_other_frozen_weights_are_refused(runs: Runs, two: str) -> None:
 
     model = runs.out / "source"
     shutil.copytree(runs.out / two / "model", model)
-    keys = {"model__path": model, "model__preset": "", "train__steps": 2, "checkpoint__every": 1}
+    keys: dict[str, Any] = {
+        "model__path": model,
+        "model__preset": "",
+        "train__steps": 2,
+        "checkpoint__every": 1,
+    }
     runs.done("frozen", 1, **keys)
     copied = runs.out / "copy"
     shutil.copytree(

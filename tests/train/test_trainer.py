@@ -17,7 +17,7 @@ from onellm_dist.train.records.metrics import METRICS
 pytestmark = pytest.mark.slow
 
 CALLBACKS = '''
-"""Callbacks of another package, one file: a metric with a reduction, one without, and every hook."""
+"""Callbacks of another package: metrics with and without a reduction, and every hook."""
 
 from onellm_dist import Callback, Metric
 
@@ -44,7 +44,8 @@ class Diary(Callback):
     def __getattribute__(self, name):
         hook = object.__getattribute__(self, name)
         if name.startswith(("on_", "before_", "after_", "close")):
-            with open(object.__getattribute__(self, "trainer").config.run.dir / "diary", "a") as out:
+            trainer = object.__getattribute__(self, "trainer")
+            with open(trainer.config.run.dir / "diary", "a") as out:
                 out.write(name + "\\n")
         return hook
 '''

@@ -1,7 +1,8 @@
-"""Ranks without their imports: a process that has imported everything, and forks the ranks of each start it is asked for.
+"""Ranks without their imports: a process that has imported everything forks the ranks of a start.
 
-Run as a program, it reads a JSON line a start and answers one, then one for each process that ends. `Zygote` is its client. A start of
-two ranks costs a second of two cores instead of fifteen: kill tests need dozens.
+Run as a program, it reads a JSON line per start, and answers one, then one for each process that
+ends. `Zygote` is its client. A start of two ranks costs a second on two cores instead of fifteen:
+the kill tests need dozens.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def serve() -> None:
             if not line:
                 return
             order = json.loads(line)
-            pids = [_fork(order, rank) for rank in range(order["world"])]
+            pids = [_fork(order, rank) for rank in range(order["world_size"])]
             children |= set(pids)
             _answer({"pids": pids})
 
@@ -54,9 +55,9 @@ def _fork(order: dict[str, Any], rank: int) -> int:
     parent = os.getpid()
     sys.stdout.flush()
     pid = os.fork()
-    if pid:
-        return pid
-    _be_rank(order, rank, parent)
+    if not pid:
+        _be_rank(order, rank, parent)
+    return pid
 
 
 def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
@@ -71,12 +72,12 @@ def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
     for number in (1, 2):
         os.dup2(log, number)
     os.close(0)
-    world = str(order["world"])
+    world_size = str(order["world_size"])
     os.environ.update(
         RANK=str(rank),
-        WORLD_SIZE=world,
+        WORLD_SIZE=world_size,
         LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=world,
+        LOCAL_WORLD_SIZE=world_size,
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(order["port"]),
         **{PARENT_VARIABLE: str(parent)},
@@ -128,14 +129,16 @@ class Zygote:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def start(self, world: int, overrides: list[str], plant: dict[str, Any] | None = None) -> Start:
+    def start(
+        self, world_size: int, overrides: list[str], plant: dict[str, Any] | None = None
+    ) -> Start:
         """Fork the ranks of a start."""
         from onellm_dist.launch.local import find_free_port
 
         self._number += 1
         logs = self._logs / f"start{self._number:03d}"
         order = {
-            "world": world,
+            "world_size": world_size,
             "overrides": overrides,
             "port": find_free_port(),
             "plant": plant or {},

@@ -1,7 +1,7 @@
 """Router load: how much of each modality goes to which expert, and a warning about idle experts.
 
 Router weights are constants of the model (position-wise routers on learned queries), so one forward
-of a step tells all of them, on every rank. They stay on the device until they are read.
+of a step gives all of them, on every rank. They stay on the device until they are read.
 """
 
 from __future__ import annotations

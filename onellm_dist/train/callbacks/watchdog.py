@@ -35,7 +35,7 @@ ALARM = "alarm"
 WRAPPERS = tuple(file for engine in all_engines().values() for file in engine.wrapper_files)
 """Files that wrap calls of any kind: the caller of such a call counts."""
 ANSWER_SECONDS = 20.0
-"""Seconds after the alarm in which the ranks say what they are doing; silent ones are suspected."""
+"""Seconds after the alarm in which ranks report; silent ones are held responsible."""
 LAST_RESORT_SECONDS = 60.0
 """Seconds after which a rank ends even if its disk hangs too."""
 IN_COLLECTIVE = (
@@ -122,9 +122,9 @@ class HangWatchdog(Callback):
             # A process that was suspended has not hung: no look counts for more than two.
             passed = min(now - looked, 2 * self._poll)
             looked = now
-            beats = self._heartbeat.beats
-            idle = idle + passed if beats == seen else 0.0
-            seen = beats
+            count = self._heartbeat.count
+            idle = idle + passed if count == seen else 0.0
+            seen = count
             if idle >= self.limit_seconds() or (self._folder / ALARM).exists():
                 self._report_hang(idle)
                 return
@@ -139,8 +139,8 @@ class HangWatchdog(Callback):
             (self._folder / ALARM).touch()
             self._write_own(idle)
             reports = self._wait_for_reports()
-            suspected, why = find_responsible_ranks(reports, self._world_size)
-            self._record(idle, suspected, why, reports)
+            responsible, why = find_responsible_ranks(reports, self._world_size)
+            self._record(idle, responsible, why, reports)
         except Exception as error:  # whatever it is: the rank must end
             log.error("rank %d hangs, and its report is not complete: %r", self._rank, error)
         if self._end_process is not None:
@@ -183,14 +183,14 @@ class HangWatchdog(Callback):
             time.sleep(0.1)
 
     def _record(
-        self, idle: float, suspected: list[int], why: str, reports: Mapping[int, dict[str, Any]]
+        self, idle: float, responsible: list[int], why: str, reports: Mapping[int, dict[str, Any]]
     ) -> None:
-        first = reports.get(suspected[0], {}) if suspected else {}
+        first = reports.get(responsible[0], {}) if responsible else {}
         about = first or reports.get(self._rank, {})
         seconds = max((float(entry["idle_seconds"]) for entry in reports.values()), default=idle)
         who = (
-            f"rank {', '.join(map(str, suspected[:8]))} {why}"
-            if suspected
+            f"rank {', '.join(map(str, responsible[:8]))} {why}"
+            if responsible
             else "no rank stands out"
         )
         where = f", in phase {first['phase']}" if first else ""
@@ -205,8 +205,8 @@ class HangWatchdog(Callback):
             failure="hang",
             failed_step=about.get("step"),
             offending_samples=about.get("samples", []),
-            responsible_rank=suspected[0] if suspected else None,
-            responsible_ranks=suspected,
+            responsible_rank=responsible[0] if responsible else None,
+            responsible_ranks=responsible,
             responsible_host=first.get("host"),
         )
 
@@ -214,7 +214,7 @@ class HangWatchdog(Callback):
 def find_responsible_ranks(
     reports: Mapping[int, Mapping[str, Any]], world_size: int
 ) -> tuple[list[int], str]:
-    """Which ranks the others waited for, and why they are suspected.
+    """Which ranks the others waited for, and why they are held responsible.
 
     These are the ranks that did not report; else those that wait for nobody while others wait; else
     those that are furthest behind.
@@ -229,8 +229,8 @@ def find_responsible_ranks(
     busy = [rank for rank in range(world_size) if not reports[rank]["in_collective"]]
     if busy and len(busy) < world_size:
         return busy, "waits for nobody while the others wait"
-    beats = [int(reports[rank]["beats"]) for rank in range(world_size)]
-    behind = [rank for rank in range(world_size) if beats[rank] == min(beats)]
+    counts = [int(reports[rank]["heartbeats"]) for rank in range(world_size)]
+    behind = [rank for rank in range(world_size) if counts[rank] == min(counts)]
     if len(behind) < world_size:
         return behind, "is furthest behind"
     return (busy, "waits for nobody") if world_size == 1 else ([], "")

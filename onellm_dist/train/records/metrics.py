@@ -84,7 +84,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("samples", "Samples of the global batch.", "integer", "samples"),
     Metric(
         "global_valid_tokens",
-        "Supervised tokens of the global batch by the plan, at least 1: the divisor of the loss.",
+        "Supervised tokens of the global batch by the plan, at least 1; the loss is divided by it.",
         "integer",
         "tokens",
     ),

@@ -81,7 +81,7 @@ def lock_directory(run_dir: Path) -> IO[str]:
 
 
 def prepare_directory(config: RunConfig, resume: Path | None) -> None:
-    """Move aside what this start does not continue, and write the resolved recipe. Rank 0 calls it.
+    """Put away what this start does not continue, and write the resolved recipe. Rank 0 calls it.
 
     A start from nothing moves everything of an earlier run. A start from an older checkpoint moves
     the newer ones, so that the next `checkpoint.resume=auto` does not use them. A start from
@@ -93,9 +93,9 @@ def prepare_directory(config: RunConfig, resume: Path | None) -> None:
     everything = [path for name in KEPT_TOGETHER if _holds_something(path := run_dir / name)]
     stale = everything if resume is None else _checkpoints_after(run_dir / CHECKPOINTS, resume)
     if stale:
-        aside = move_aside(run_dir, stale)
+        backup = move_aside(run_dir, stale)
         names = ", ".join(path.name for path in stale)
-        log.info("%s: moved %s of an earlier start to %s/", run_dir, names, aside.name)
+        log.info("%s: moved %s of an earlier start to %s/", run_dir, names, backup.name)
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     (run_dir / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
@@ -117,16 +117,16 @@ def move_aside(run_dir: Path, paths: Sequence[Path]) -> Path:
 
     What was moved there in the same second stays.
     """
-    aside = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
-    aside.mkdir(exist_ok=True)
+    backup = run_dir / f"before-{time.strftime('%Y%m%d-%H%M%S')}"
+    backup.mkdir(exist_ok=True)
     for path in paths:
-        target = aside / path.name
+        target = backup / path.name
         number = 2
         while target.exists():
-            target = aside / f"{path.name}.{number}"
+            target = backup / f"{path.name}.{number}"
             number += 1
         path.rename(target)
-    return aside
+    return backup
 
 
 def move_hangs_aside(run_dir: Path) -> None:

@@ -18,7 +18,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.config.schema import StabilitySection
 
 MIN_WINDOW = 8
-"""Fewest earlier steps among which a spike can be told from noise."""
+"""Fewest earlier steps among which a spike stands out from noise."""
 SIGMA = 1.4826
 """Standard deviation of a normal distribution divided by its median absolute deviation."""
 LOSS_FLOOR = 0.02

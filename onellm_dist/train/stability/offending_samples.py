@@ -68,7 +68,7 @@ def find_offending_samples(
     broken = [s for s in everyone if s.nll is None]
     if broken:
         return broken
-    if anomaly.kind == "gradient_not_finite":  # no loss tells which
+    if anomaly.kind == "gradient_not_finite":  # no loss shows which
         return everyone
     outliers = _find_outliers(everyone)
     return sorted(outliers or everyone, key=lambda s: -(s.nll or 0.0))

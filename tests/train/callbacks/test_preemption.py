@@ -87,7 +87,7 @@ def test_a_second_signal_ends_at_once(listener: Listener) -> None:
 
 
 def test_copies_of_a_signal_are_one(listener: Listener) -> None:
-    """Slurm tells all processes of a step; torchrun, told too, tells its ranks again."""
+    """Slurm signals all processes of a step; torchrun, signalled too, signals its ranks again."""
     listener.process.send_signal(signal.SIGTERM)
     listener.process.send_signal(signal.SIGTERM)
     assert listener.line() == "SIGTERM"

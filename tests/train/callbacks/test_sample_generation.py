@@ -1,4 +1,4 @@
-"""Generated samples of a run: what the packed forward decodes is what the model's own generation says, whoever is asked what."""
+"""Generated samples: what the packed forward decodes is what the model's own generation gives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def loaded() -> Any:
             model.llm.parameters()
         ):  # random weights repeat one token for ever; sharper ones say several
             parameter.mul_(3)
-    return model.eval(), processor.tokenizer
+    model.train(False)
+    return model, processor.tokenizer
 
 
 class LocalEngine:
@@ -53,6 +54,16 @@ class LocalEngine:
         self.forwards += 1
         values: torch.Tensor = self.model.compute_packed_logits(batch)[0]
         return values
+
+
+class Board(Callback):
+    """Keeps the texts that are shown on it."""
+
+    def __init__(self, shown: list[str]) -> None:
+        self.shown = shown
+
+    def on_text(self, name: str, text: str, steps_done: int) -> None:
+        self.shown.append(f"{steps_done} {name} {text}")
 
 
 def generate(
@@ -90,8 +101,7 @@ def generate(
     )
     engine: Any = LocalEngine(model)
     shown: list[str] = []
-    board = Callback()
-    board.on_text = lambda name, text, steps_done: shown.append(f"{steps_done} {name} {text}")  # type: ignore[method-assign]  # a board that keeps its texts
+    board = Board(shown)
     generation = SampleGeneration(
         wanted, plan=plan, engine=engine, tokenizer=tokenizer, dist=dist, run_dir=out
     )
@@ -156,7 +166,7 @@ def test_a_rank_without_a_question_runs_along(toy: Path, loaded: Any, tmp_path: 
 def test_questions_beyond_the_caps_are_asked_in_several_packs_the_same_number_on_every_rank(
     toy: Path, loaded: Any, tmp_path: Path
 ) -> None:
-    """Three image or IMU questions of rank 0 under a cap that holds one: three packs; rank 1 has two, and an empty one."""
+    """Under a budget of one question, rank 0 has three packs, and rank 1 two and an empty one."""
     wanted = ValidationSection(split="test_seen", samples=6, every=1, generate=5, new_tokens=4)
     cap = max(get_modality(name).encoder_tokens for name in MODALITIES)
     rows: dict[str, list[Any]] = {}

@@ -22,7 +22,7 @@ from onellm_dist.train.records.metrics import MetricSet, StepMetrics
 METRICS = MetricSet()
 
 
-class LineTracker(GeneralTracker):
+class LineTracker(GeneralTracker):  # type: ignore[misc]  # accelerate is not typed
     """Writes what it receives, a JSON object per line, as an offline tracker of a user's own."""
 
     name = "lines"

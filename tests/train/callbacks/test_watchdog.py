@@ -1,4 +1,4 @@
-"""The hang watchdog: which rank it suspects, when it acts; and the order of the heartbeat."""
+"""The hang watchdog: which rank it holds responsible, and when; and the order of the heartbeat."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from onellm_dist.train.records.run_directory import move_hangs_aside
 from onellm_dist.train.trainer import Trainer
 
 
-def make_report(rank: int, beats: int, *, waits: bool) -> dict[str, Any]:
-    return {"rank": rank, "beats": beats, "in_collective": waits}
+def make_report(rank: int, count: int, *, waits: bool) -> dict[str, Any]:
+    return {"rank": rank, "heartbeats": count, "in_collective": waits}
 
 
 @pytest.mark.parametrize(
-    ("reports", "world_size", "suspected"),
+    ("reports", "world_size", "responsible"),
     [
         ({0: make_report(0, 9, waits=True), 1: make_report(1, 9, waits=False)}, 2, [1]),
         ({0: make_report(0, 9, waits=True), 1: make_report(1, 8, waits=True)}, 2, [1]),
@@ -46,12 +46,12 @@ def make_report(rank: int, beats: int, *, waits: bool) -> dict[str, Any]:
         ({0: make_report(0, 9, waits=True), 1: make_report(1, 9, waits=True)}, 2, []),
         ({0: make_report(0, 9, waits=False)}, 1, [0]),
     ],
-    ids=["waits_for_nobody", "fewest_beats", "behind_on_gpu", "silent", "nobody", "alone"],
+    ids=["waits_for_nobody", "fewest_heartbeats", "behind_on_gpu", "silent", "nobody", "alone"],
 )
-def test_which_ranks_are_suspected(
-    reports: dict[int, dict[str, Any]], world_size: int, suspected: list[int]
+def test_which_ranks_are_held_responsible(
+    reports: dict[int, dict[str, Any]], world_size: int, responsible: list[int]
 ) -> None:
-    assert find_responsible_ranks(reports, world_size)[0] == suspected
+    assert find_responsible_ranks(reports, world_size)[0] == responsible
 
 
 def test_a_thread_in_a_collective_is_told_from_one_that_is_not() -> None:
@@ -87,14 +87,14 @@ class ReducedError(Exception):
 
 
 def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward() -> None:
-    """On a GPU ranks wait for a late one in the reduction; it must have the fewest beats."""
+    """On a GPU ranks wait for a late one in the reduction; it must have the fewest heartbeats."""
     heartbeat = Heartbeat()
     phases: list[tuple[str, int]] = []
     micro = SimpleNamespace(step=4, index=0, last=True)
     plan: Any = SimpleNamespace(step=4, ranks=[[micro]], global_valid_tokens=1)
 
     def see(*_: Any, **__: Any) -> Any:
-        phases.append((heartbeat.phase, heartbeat.beats))
+        phases.append((heartbeat.phase, heartbeat.count))
         return torch.zeros(()), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
 
     def stop(*_: Any) -> int:
@@ -111,7 +111,7 @@ def test_a_rank_that_reached_the_reduction_is_ahead_of_one_in_its_backward() -> 
         _combinations=[("a",)],
         _micro_batches=SimpleNamespace(next=lambda _: pack([sample(1, ("a",))])),
     )
-    heartbeat.beat("plan", step=4)
+    heartbeat.enter("plan", step=4)
     local = trainer._forward_backward(plan)
     with pytest.raises(ReducedError):
         trainer._reduce(plan, local)
@@ -144,15 +144,15 @@ def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_
         heartbeat = watchdog._heartbeat
         assert watchdog.limit_seconds() == pytest.approx(0.6)
         for _ in range(10):
-            heartbeat.beat("forward", step=4)
+            heartbeat.enter("forward", step=4)
             time.sleep(0.1)
         heartbeat.first_step_done = True
         assert watchdog.limit_seconds() == pytest.approx(0.3)
-        heartbeat.beat("validation")
+        heartbeat.enter("validation")
         assert watchdog.limit_seconds() == 3600
         time.sleep(1)
         assert not ended.is_set()
-        heartbeat.beat("forward", step=5)
+        heartbeat.enter("forward", step=5)
         assert ended.wait(10)
     report = (tmp_path / HANGS / "rank-00000.txt").read_text()
     assert "step: 5" in report and "test_watchdog.py" in report, "the stack of this very line"

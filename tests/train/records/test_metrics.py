@@ -44,7 +44,7 @@ class Ranks:
             rank=rank,
             world_size=self.world_size,
             device=torch.device("cpu"),
-            sum=lambda tensor: self.vectors.append(tensor),
+            sum=self.vectors.append,
         )
         totals = StepTotals([("image",), ()], dist, known)
         totals.reduce(**given)

@@ -1,4 +1,4 @@
-"""The files of a run directory: sample log, JSON lines, exit file, lock, and what is moved aside."""
+"""The files of a run directory: sample log, JSON lines, exit file, lock, and what is moved away."""
 
 from __future__ import annotations
 

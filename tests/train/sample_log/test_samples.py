@@ -1,4 +1,4 @@
-"""`onellm samples`: steps to samples and back, against a plan that is walked step by step; what became of the steps."""
+"""`onellm samples`: steps to samples and back, against a plan that is walked step by step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan_of(root: Path, mixture: dict[str, float]) -> Plan:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[str]]]:
-    """A run of two data_phases (b leaves, c comes), as its directory would be; and the ids of every step, by the plans."""
+    """The directory of a run of two data phases (b leaves, c comes), and the ids of every step."""
     root = tmp_path_factory.mktemp("samples")
     for name, samples in SIZES.items():
         make(root, name, samples)
@@ -153,7 +153,7 @@ def test_rebuilt_shards_are_not_answered_from(tmp_path: Path) -> None:
 def test_what_became_of_steps(
     run: tuple[Path, list[list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A start does 7 steps, the next goes on from a checkpoint at 4 and does two, of which one is skipped and one has a skipped_sample."""
+    """7 steps, then a resume at step 4 that does two: one skipped, one with a bad sample."""
     run_dir, ids = run
     live = tmp_path / "run"
     for name in ("config.yaml", "samples/data_phases.json", "samples/datasets.json"):
