@@ -1,4 +1,4 @@
-"""What a start records about itself: its timing, what it was doing when it failed, its Slurm job."""
+"""How a start begins and ends: its timing, `exit.json`, and what it says about itself."""
 
 from __future__ import annotations
 
