@@ -1,0 +1,128 @@
+"""What the kernels pass to the libraries, shown by functions in their place: no GPU is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from onellm_dist.model.kernels.base import VarlenKernel
+from onellm_dist.model.kernels.flash import load_flash2, load_flash3
+from onellm_dist.model.kernels.sdpa import compute_sdpa
+from onellm_dist.model.kernels.varlen import load_varlen
+from onellm_dist.model.sequence_lengths import SequenceLengths
+
+LENGTHS = (3, 1, 5)
+
+
+def run_library(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool, scale: Any) -> Any:
+    """What every library computes from cumulative lengths."""
+    q_lengths, k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+    seq_lengths = SequenceLengths.from_lengths(q_lengths, k_lengths, device=q.device)
+    return compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
+
+
+def flash2(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, **options: Any
+) -> Any:
+    assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
+    assert set(options) == {"softmax_scale", "causal"}
+    return run_library(q, k, v, cu_q, cu_k, options["causal"], options["softmax_scale"])
+
+
+def flash3(*arguments: Any, **options: Any) -> Any:
+    return flash2(*arguments, **options), "log-sum-exp"
+
+
+def varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_k: Any,
+    longest_q: int,
+    longest_k: int,
+    *,
+    scale: Any = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Any:
+    assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return run_library(q, k, v, cu_q, cu_k, window_size == (-1, 0), scale)
+
+
+def first_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_k: Any,
+    longest_q: int,
+    longest_k: int,
+    *,
+    is_causal: bool = False,
+    scale: Any = None,
+) -> Any:
+    """The form of torch 2.10, which wants as many key heads as query heads."""
+    assert q.shape[1] == k.shape[1] == v.shape[1]
+    return run_library(q, k, v, cu_q, cu_k, is_causal, scale)
+
+
+KERNELS = [
+    (load_flash2, "flash_attn", "flash_attn_varlen_func", flash2),
+    (load_flash3, "flash_attn_interface", "flash_attn_varlen_func", flash3),
+    (load_varlen, "torch.nn.attention.varlen", "varlen_attn", varlen),
+    (load_varlen, "torch.nn.attention.varlen", "varlen_attn", first_varlen),
+]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """Kernels that are loaded anew, before and after."""
+    for load in (load_flash2, load_flash3, load_varlen):
+        load.cache_clear()
+    yield
+    for load in (load_flash2, load_flash3, load_varlen):
+        load.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("load", "module", "function", "library"), KERNELS, ids=["2", "3", "varlen", "first varlen"]
+)
+def test_a_kernel_gives_what_its_library_computes(
+    load: Callable[[], VarlenKernel],
+    module: str,
+    function: str,
+    library: Callable[..., Any],
+    kv_heads: int,
+    causal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = ModuleType(module)
+    setattr(fake, function, library)
+    monkeypatch.setitem(sys.modules, module, fake)
+    torch.manual_seed(0)
+    q = torch.randn(sum(LENGTHS), 4, 8)
+    k, v = (torch.randn(sum(LENGTHS), kv_heads, 8) for _ in range(2))
+    seq_lengths = SequenceLengths.from_lengths(LENGTHS, device=q.device)
+    ours = load()(q, k, v, seq_lengths, causal=causal, scale=0.3)
+    expected = compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=0.3)
+    assert torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_library_that_is_not_installed_is_an_import_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # For importlib, None means "not installed".
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ImportError):
+        load_flash2()
