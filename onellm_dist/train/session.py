@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.logging import ROOT, configure_logging
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.launch.ranks import Ranks, discover_ranks
@@ -55,6 +57,8 @@ class Session:
         self._stack = ExitStack()
         ranks = ranks or discover_ranks() or Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port())
         if process is None:
+            if not logging.getLogger(ROOT).hasHandlers():  # a script or a notebook
+                configure_logging(rank=ranks.rank, world_size=ranks.world_size)
             exit_file = ExitFile(self.run_dir, rank=ranks.rank)
             if ranks.rank == 0:
                 exit_file.clear()

@@ -40,6 +40,11 @@ class Thermometer(Callback):
         self.trainer.record_metric("mean_tokens", 7.0)
 
 
+class Failing(Callback):
+    def on_step_end(self, step):
+        raise OSError("no paper left")
+
+
 class Diary(Callback):
     def __getattribute__(self, name):
         hook = object.__getattribute__(self, name)
@@ -81,6 +86,11 @@ try:
     train("broken", "train.callbacks=[others:Nothing]")
 except Exception as error:
     print("refused", type(error).__name__, str(error).splitlines()[0])
+
+try:
+    train("failed", "train.callbacks=[others:Failing]")
+except OSError as error:
+    print("failed", error)
 
 import torch
 assert not torch.distributed.is_initialized()
@@ -132,6 +142,12 @@ def test_the_process_trains_several_times_and_goes_on(trained: tuple[Path, str])
         assert json.loads((folder / name / "exit.json").read_text())["status"] == "done"
         assert (folder / name / "model" / "model.safetensors").is_file()
     assert json.loads((folder / "broken" / "exit.json").read_text())["status"] == "usage"
+    assert "failed no paper left" in lines
+    failed = json.loads((folder / "failed" / "exit.json").read_text())
+    assert (failed["status"], failed["failed_step"], failed["steps_done"]) == ("failed", 0, 0)
+    assert failed["reason"] == "OSError: no paper left" and failed["offending_samples"]
+    end = read_lines(folder / "failed" / "events.jsonl")[-1]
+    assert (end["event"], end["status"]) == ("end", "failed")
     losses = [
         [m["loss"] for m in read_lines(folder / n / "metrics.jsonl")] for n in ("first", "second")
     ]

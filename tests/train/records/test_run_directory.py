@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def test_lines_of_repeated_steps_are_dropped(tmp_path: Path) -> None:
     assert [line["steps_done"] for line in read_lines(other)] == [2, 4], "4 steps are done"
     assert [line["step"] for line in drop_lines_from(path, 2)] == [2, 3]
     assert drop_lines_from(tmp_path / "missing.jsonl", 0) == []
+
+
+def test_records_need_no_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys; from onellm_dist.train import records as package; "
+        "[importlib.import_module(f'{package.__name__}.{m.name}') "
+        "for m in pkgutil.iter_modules(package.__path__)]; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_json_has_null_for_numbers_that_are_not_finite() -> None:
