@@ -46,7 +46,7 @@ soak: $(STAMP) $(SLURM)  ## long random runs (hours)
 lint: $(STAMP)  ## style, formatting, and the contracts of the import graph
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-logo --quiet || { $(BIN)/lint-imports; exit 1; }
+	$(BIN)/lint-imports --no-logo
 
 types: $(STAMP)  ## static types, strict
 	$(BIN)/mypy

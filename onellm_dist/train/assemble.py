@@ -12,7 +12,7 @@ from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
 from onellm_dist.train.callbacks.callback_list import CallbackList
 from onellm_dist.train.checkpoint.folder import read_manifest
-from onellm_dist.train.checkpoint.resume import find_checkpoint
+from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
 from onellm_dist.train.flops import FlopCounter
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
@@ -40,28 +40,14 @@ def assemble_trainer(
         config: the recipe.
         session: what this start holds.
         callbacks: callbacks beside those of the recipe.
-
-    Raises:
-        UsageError: the recipe asks for something that does not exist or is not possible.
     """
-    dist, run_dir = session.dist, config.run.dir
+    dist = session.dist
     settings = setup.check_recipe(config, dist)
-    callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
-    session.lock()
-    check_run_directory(run_dir)
-    with session.timing.measure("checkpoint"):
-        target = find_checkpoint(config, run_dir / CHECKPOINTS, dist)
-    if target.folder is not None:
-        check_manifest(target.folder, read_manifest(target.folder) or {})
+    own = load_callbacks(config.train.callbacks)
+    target = _find_target(config, session)
     preemption = session.listen()
     inputs, weights = setup.open_inputs(config, target=target, session=session)
     events = open_records(config, inputs=inputs, session=session)
-    flops = FlopCounter(
-        inputs.model,
-        inputs.plan.corpus,
-        config.train.stage,
-        encoder_trains=config.train.encoder == "trainable",
-    )
     engine, router = setup.shard_model(
         config, inputs=inputs, weights=weights, settings=settings, session=session
     )
@@ -70,11 +56,12 @@ def assemble_trainer(
     first_step = setup.restore_checkpoint(
         inputs=inputs, engine=engine, session=session, events=events
     )
-    sample_log = SampleLog(run_dir / SAMPLES, rank=dist.rank)
+    sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
     monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
     built_in = build_callbacks(
         config, inputs=inputs, engine=engine, router=router, dist=dist, events=events
     )
+    everything = [session.watchdog, preemption, *built_in, session.timing, *own, *callbacks]
     trainer = trainer_class(
         config=config,
         session=session,
@@ -89,14 +76,32 @@ def assemble_trainer(
             config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
         ),
         events=events,
-        callbacks=CallbackList(
-            [session.watchdog, preemption, *built_in, session.timing, *callbacks]
-        ),
+        callbacks=CallbackList(everything),
         preemption=preemption,
-        meter=StepMeter(MetricSet(), flops, dist),
+        meter=StepMeter(MetricSet(), _make_flop_counter(config, inputs), dist),
     )
     session.hold(trainer.callbacks.close)
     session.hold(sample_log.close)
     trainer.begin_at(first_step)
     write_start(trainer, target)
     return trainer
+
+
+def _find_target(config: RunConfig, session: Session) -> ResumeTarget:
+    """Lock the run directory, and find the checkpoint that this start resumes."""
+    session.lock()
+    check_run_directory(config.run.dir)
+    with session.timing.measure("checkpoint"):
+        target = find_checkpoint(config, config.run.dir / CHECKPOINTS, session.dist)
+    if target.folder is not None:
+        check_manifest(target.folder, read_manifest(target.folder) or {})
+    return target
+
+
+def _make_flop_counter(config: RunConfig, inputs: setup.Inputs) -> FlopCounter:
+    return FlopCounter(
+        inputs.model,
+        inputs.plan.corpus,
+        config.train.stage,
+        encoder_trains=config.train.encoder == "trainable",
+    )

@@ -32,16 +32,13 @@ def build_dataset(
 ) -> BuildReport:
     """Build a dataset folder (or, with `toyworld`, a folder of datasets).
 
-        build_dataset("folder", "photos/", "photo_shards", options={"modality": "image"}, workers=8)
-
     `output` appears only when it is complete. If the build of a planned source is stopped, the same
     call resumes it; several processes that make the same call share the work.
 
     Args:
         source: a source's name: "folder", "toyworld", ... (see `all_sources`).
         inputs: what is read, a path or an fsspec URL; None for generated data.
-        output: the new folder, a path or an fsspec URL. It must be absent or empty, or hold
-            datasets while `overwrite` is given.
+        output: the new folder, a path or an fsspec URL; absent or empty, but for `overwrite`.
         options: the source's own and the builder's (see `get_options`); texts are converted.
         workers: processes; the bytes that are written do not depend on it.
         seed: for sources that draw or shuffle.
@@ -53,8 +50,7 @@ def build_dataset(
         What was built and left out; `format_summary` makes lines of it.
 
     Raises:
-        UsageError: a source or option is unknown, an option has another type, the input is missing,
-            or the output is occupied.
+        UsageError: a wrong source or option, a missing input, or an occupied output.
         OneLLMError: the build was given up; nothing is kept at `output`.
     """
     chosen = get_source(source)
