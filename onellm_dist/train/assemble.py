@@ -11,8 +11,10 @@ from onellm_dist.train import setup
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.callbacks.build import build_callbacks, load_callbacks
 from onellm_dist.train.callbacks.callback_list import CallbackList
+from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.checkpoint.folder import read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget, find_checkpoint
+from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.flops import FlopCounter
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
@@ -40,28 +42,31 @@ def assemble_trainer(
         config: the recipe.
         session: what this start holds.
         callbacks: callbacks beside those of the recipe.
+
+    Raises:
+        UsageError: the recipe asks for something that does not exist or is not possible.
     """
     dist = session.dist
     settings = setup.check_recipe(config, dist)
-    own = load_callbacks(config.train.callbacks)
-    target = _find_target(config, session)
-    preemption = session.listen()
+    callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
+    target, preemption = _find_target(config, session)
     inputs, weights = setup.open_inputs(config, target=target, session=session)
     events = open_records(config, inputs=inputs, session=session)
+    meter = _build_meter(config, inputs, dist)  # counts weights before they are sharded
     engine, router = setup.shard_model(
         config, inputs=inputs, weights=weights, settings=settings, session=session
     )
     del weights
-    session.hold(engine.close)
-    first_step = setup.restore_checkpoint(
-        inputs=inputs, engine=engine, session=session, events=events
-    )
+    first_step = setup.restore_checkpoint(inputs, engine=engine, session=session, events=events)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
     monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
-    built_in = build_callbacks(
+    checkpoints = setup.build_checkpoints(
+        config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
+    )
+    built_in: list[Callback] = [session.watchdog, preemption, session.timing]
+    built_in += build_callbacks(
         config, inputs=inputs, engine=engine, router=router, dist=dist, events=events
     )
-    everything = [session.watchdog, preemption, *built_in, session.timing, *own, *callbacks]
     trainer = trainer_class(
         config=config,
         session=session,
@@ -72,13 +77,11 @@ def assemble_trainer(
         state=TrainState(),
         monitor=monitor,
         sample_log=sample_log,
-        checkpoints=setup.build_checkpoints(
-            config, engine=engine, inputs=inputs, monitor=monitor, dist=dist, events=events
-        ),
+        checkpoints=checkpoints,
         events=events,
-        callbacks=CallbackList(everything),
+        callbacks=CallbackList([*built_in, *callbacks]),
         preemption=preemption,
-        meter=StepMeter(MetricSet(), _make_flop_counter(config, inputs), dist),
+        meter=meter,
     )
     session.hold(trainer.callbacks.close)
     session.hold(sample_log.close)
@@ -87,21 +90,21 @@ def assemble_trainer(
     return trainer
 
 
-def _find_target(config: RunConfig, session: Session) -> ResumeTarget:
-    """Lock the run directory, and find the checkpoint that this start resumes."""
+def _build_meter(config: RunConfig, inputs: setup.Inputs, dist: Distributed) -> StepMeter:
+    encoder_trains = config.train.encoder == "trainable"
+    flops = FlopCounter(
+        inputs.model, inputs.plan.corpus, config.train.stage, encoder_trains=encoder_trains
+    )
+    return StepMeter(MetricSet(), flops, dist)
+
+
+def _find_target(config: RunConfig, session: Session) -> tuple[ResumeTarget, Preemption]:
+    """Lock the run directory, find what to resume, and begin to listen for requests to stop."""
+    run_dir = config.run.dir
     session.lock()
-    check_run_directory(config.run.dir)
+    check_run_directory(run_dir)
     with session.timing.measure("checkpoint"):
-        target = find_checkpoint(config, config.run.dir / CHECKPOINTS, session.dist)
+        target = find_checkpoint(config, run_dir / CHECKPOINTS, session.dist)
     if target.folder is not None:
         check_manifest(target.folder, read_manifest(target.folder) or {})
-    return target
-
-
-def _make_flop_counter(config: RunConfig, inputs: setup.Inputs) -> FlopCounter:
-    return FlopCounter(
-        inputs.model,
-        inputs.plan.corpus,
-        config.train.stage,
-        encoder_trains=config.train.encoder == "trainable",
-    )
+    return target, session.listen()

@@ -1,4 +1,4 @@
-"""What one start of a run holds in its process, and gives back at the end."""
+"""What one start of a run holds in its process until the end."""
 
 from __future__ import annotations
 
@@ -108,5 +108,5 @@ class Session:
         self._stack.callback(release)
 
     def close(self) -> None:
-        """Give everything back; later calls do nothing."""
+        """Release everything; later calls do nothing."""
         self._stack.close()

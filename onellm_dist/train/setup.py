@@ -216,9 +216,11 @@ def shard_model(
     router = RouterWatch(model, inputs.modalities)
     with session.timing.measure("engine"):
         groups = build_parameter_groups(model, config.optim.weight_decay)
-        engine = get_engine(config.engine.name).load()
+        engine_class = get_engine(config.engine.name).load()
         parts = replace(settings, parts=map_parts(model))
-        return engine.wrap(model, groups, parts, weights), router
+        engine = engine_class.wrap(model, groups, parts, weights)
+    session.hold(engine.close)
+    return engine, router
 
 
 def prepare_model(
@@ -251,7 +253,7 @@ def prepare_model(
     model.train()
 
 
-def restore_checkpoint(*, inputs: Inputs, engine: Engine, session: Session, events: Events) -> int:
+def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session, events: Events) -> int:
     """Load the checkpoint that is resumed into the engine. All ranks call it together.
 
     Args:

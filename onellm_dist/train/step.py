@@ -90,7 +90,6 @@ class StepMeter:
         local: LocalPass,
         *,
         applied: bool,
-        sample_digest: str,
     ) -> StepMetrics:
         """Measure a step that was applied or skipped just now.
 
@@ -100,7 +99,6 @@ class StepMeter:
             decision: what was decided about it.
             local: what this rank did.
             applied: whether it was applied.
-            sample_digest: digest of its samples.
         """
         metrics = StepMetrics(self.metrics, plan.step)
         metrics.seconds = time.perf_counter() - local.started
@@ -119,7 +117,6 @@ class StepMeter:
             "tokens_per_second": work.tokens / seconds,
             "data_wait_fraction": min(1.0, metrics.data_wait_seconds / seconds),
             "mfu": self._compute_mfu(work.flops / seconds),
-            "sample_digest": sample_digest,
             "seconds": seconds,
             "pack_balance": work.balance,
             "grad_norm_by_part": decision.norms.by_part,

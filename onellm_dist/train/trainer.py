@@ -150,7 +150,7 @@ class Trainer:
         return self.session.heartbeat
 
     def fit(self) -> Outcome:
-        """Train until the run is done or asked to stop, and give back what it holds.
+        """Train until the run is done or asked to stop, and release everything it holds.
 
         Raises:
             OneLLMError: the run failed; `exit.json` says why.
@@ -167,7 +167,7 @@ class Trainer:
         return outcome
 
     def close(self) -> None:
-        """Give back loader workers, files, signal handlers, watchdog, lock and process group."""
+        """Release loader workers, files, signal handlers, watchdog, lock and process group."""
         self._micro_batches.close()
         self.session.close()
 
@@ -210,16 +210,7 @@ class Trainer:
         """Run every step that is left."""
         steps = self.config.train.steps
         while self.state.step < steps:
-            values, applied = self.train_step()
-            step = self.state.step
-            self.state.steps_done += 1
-            self.heartbeat.steps_done = self.state.steps_done
-            self.heartbeat.first_step_done = True
-            self.monitor.count_step(
-                step, applied=applied, new_skipped_samples=values.new_skipped_samples
-            )
-            self.heartbeat.leave_step("end")  # a failure from here on concerns no sample
-            if self._end_step(values):
+            if self._end_step(self.train_step()):
                 return self._make_outcome("preempted", self._find_stop_reason())
         return self._make_outcome("done", f"{steps} steps")
 
@@ -237,15 +228,16 @@ class Trainer:
             self.callbacks.on_checkpoint(steps_done, self.checkpoints.stall_seconds)
         return stopping
 
-    def train_step(self) -> tuple[StepValues, bool]:
+    def train_step(self) -> StepValues:
         """Run the next optimizer step. All ranks call it together.
 
         Returns:
-            The reduced values of the step, and whether it was applied.
+            The reduced values of the step.
 
         Raises:
             RollbackError: the step went wrong, and `stability.policy` is `rollback`.
-            OneLLMError: the step went wrong, and `stability.policy` is `stop`.
+            OneLLMError: the step went wrong, and `stability.policy` is `stop`; or too many steps
+                or samples were skipped.
         """
         step = self.state.step
         self.heartbeat.enter("plan", step=step)
@@ -259,7 +251,8 @@ class Trainer:
         applied = self._apply(plan, decision, local)
         self._report(plan, values, decision, local, applied=applied)
         self.callbacks.on_step_end(step)
-        return values, applied
+        self._count(step, values, applied=applied)
+        return values
 
     def _forward_backward(self, plan: StepPlan) -> LocalPass:
         """Run this rank's micro-batches of a step; gradients accumulate in the engine."""
@@ -343,13 +336,22 @@ class Trainer:
                 count=values.new_skipped_samples,
                 total=self.monitor.skipped_samples + values.new_skipped_samples,
             )
-        digest = self.plan.digest(plan.step) if self.dist.is_rank_zero else ""
-        metrics = self.meter.measure(
-            plan, values, decision, local, applied=applied, sample_digest=digest
-        )
+        metrics = self.meter.measure(plan, values, decision, local, applied=applied)
+        if self.dist.is_rank_zero:
+            metrics.record("sample_digest", self.plan.digest(plan.step))
         for name, value in self.callbacks.metrics_to_record(plan.step).items():
             metrics.record(name, value)
         self.callbacks.on_metrics(metrics)
+
+    def _count(self, step: int, values: StepValues, *, applied: bool) -> None:
+        """Count a step that is done; from here on a failure concerns no sample."""
+        self.state.steps_done = step + 1
+        self.heartbeat.steps_done = step + 1
+        self.heartbeat.first_step_done = True
+        self.monitor.count_step(
+            step, applied=applied, new_skipped_samples=values.new_skipped_samples
+        )
+        self.heartbeat.leave_step("end")
 
     def _write_first_checkpoint(self) -> None:
         """Write a checkpoint before the first step, where a rollback would have none."""
