@@ -19,19 +19,30 @@ from onellm_dist.model.sequence_lengths import SequenceLengths
 LENGTHS = (3, 1, 5)
 
 
-def run_library(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, causal: bool, scale: Any) -> Any:
+def run_library(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: bool, scale: Any
+) -> Any:
     """What every library computes from cumulative lengths."""
-    q_lengths, k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
+    q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     seq_lengths = SequenceLengths.from_lengths(q_lengths, k_lengths, device=q.device)
     return compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
 
 
 def flash2(
-    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, longest_q: int, longest_k: int, **options: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    longest_q: int,
+    longest_k: int,
+    **options: Any,
 ) -> Any:
     assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
     assert set(options) == {"softmax_scale", "causal"}
-    return run_library(q, k, v, cu_q, cu_k, options["causal"], options["softmax_scale"])
+    return run_library(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, options["causal"], options["softmax_scale"]
+    )
 
 
 def flash3(*arguments: Any, **options: Any) -> Any:
@@ -42,8 +53,8 @@ def varlen(
     q: Any,
     k: Any,
     v: Any,
-    cu_q: Any,
-    cu_k: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
     longest_q: int,
     longest_k: int,
     *,
@@ -53,15 +64,15 @@ def varlen(
 ) -> Any:
     assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return run_library(q, k, v, cu_q, cu_k, window_size == (-1, 0), scale)
+    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size == (-1, 0), scale)
 
 
 def first_varlen(
     q: Any,
     k: Any,
     v: Any,
-    cu_q: Any,
-    cu_k: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
     longest_q: int,
     longest_k: int,
     *,
@@ -70,7 +81,7 @@ def first_varlen(
 ) -> Any:
     """The form of torch 2.10, which wants as many key heads as query heads."""
     assert q.shape[1] == k.shape[1] == v.shape[1]
-    return run_library(q, k, v, cu_q, cu_k, is_causal, scale)
+    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)
 
 
 KERNELS = [
