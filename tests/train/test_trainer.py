@@ -154,6 +154,18 @@ def test_the_process_trains_several_times_and_goes_on(trained: tuple[Path, str])
     assert losses[0] == losses[1]
 
 
+def test_the_work_of_a_step_is_counted_before_the_model_is_sharded(
+    trained: tuple[Path, str],
+) -> None:
+    folder, _ = trained
+    formulas = [
+        next(e["mfu"] for e in read_lines(folder / n / "events.jsonl") if e["event"] == "start")
+        for n in ("first", "third")
+    ]
+    assert formulas[0] == formulas[1], "ZeRO-3 and FSDP2"
+    assert " = 0 per LLM position" not in formulas[0] and "e+06 per LLM position" in formulas[0]
+
+
 def test_a_metric_and_a_callback_cost_one_file(trained: tuple[Path, str]) -> None:
     folder, _ = trained
     own = [metric.name for metric in METRICS]
