@@ -3,7 +3,7 @@
     python examples/callback.py toy runs/watched
 
 A recipe names such a class as `train.callbacks: ["callback:LossTrend"]`; a package can register it
-for every run by the entry point `onellm_dist.callbacks`.
+under a name of its own by the entry point `onellm_dist.callbacks`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from onellm_dist import Callback, Trainer, load_config
-from onellm_dist.train.records.metrics import Metric, StepMetrics
+from onellm_dist import Callback, Metric, Trainer, load_config
+from onellm_dist.train.records.metrics import StepMetrics
 
 SMOOTHING = 0.9
 
