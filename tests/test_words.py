@@ -58,7 +58,8 @@ WORDS = {
     "say=, tell": r"\bsay=|(?<![.\w])_tell|\btold\b|\btells\b",
     "stand-in": r"\bstand[-_]?ins?\b",
     "real rehearsal": r"real rehearsal|rehearse-real|rehearsal on real media",
-    "is no number": r"(?<!there )\bis no (?:dataset|number|file|folder|name|recipe|list)\b",
+    "is no number": r"(?<!there )\bis no (?:dataset|number|file|folder|path|name|recipe|list)\b"
+    r"|(?<!there )\bis no checkpoint\b",
     "where not given": r"where (?:not|none is) given",
     "go on": r"\b(?:goes|go|going|went) on (?:with|from|where)\b",
     "whole checkpoint": r"whole checkpoint|newest whole",
