@@ -94,8 +94,9 @@ class ChunkCache:
             self._used.unlink(missing_ok=True)
 
     def count_bytes(self) -> int:
-        """Return the size of all chunks on the disk."""
-        return sum(size for _, size, path in self._list_files() if path.suffix != STAGED)
+        """Return the size of all chunks on the disk; no other process writes meanwhile."""
+        with self._hold_lock():
+            return sum(size for _, size, path in self._list_files() if path.suffix != STAGED)
 
     def _write(self, path: Path, data: bytes) -> None:
         # Not `write_atomic`: a cache need not survive a power failure, and syncing every chunk to

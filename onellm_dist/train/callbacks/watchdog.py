@@ -9,7 +9,6 @@ message of the process group is used.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import socket
@@ -160,9 +159,7 @@ class HangWatchdog(Callback):
         rows = self._heartbeat.sample_rows()
         with (self._folder / f"rank-{self._rank:05d}.txt").open("w", encoding="utf-8") as out:
             out.write("\n".join(f"{key}: {value}" for key, value in status.items()) + "\n\n")
-            out.flush()
-            faulthandler.dump_traceback(out, all_threads=True)
-            out.flush()
+            out.write(format_stacks(sys._current_frames()))
             samples = "\n".join(map(str, rows)) or "none"
             out.write(f"\nthe samples of the micro-batch:\n{samples}\n")
         report = {**status, "samples": [row["sample"] for row in rows]}
@@ -240,6 +237,29 @@ def is_in_collective(frames: Mapping[int, FrameType], own_thread: int) -> bool:
     """Whether a thread of this process, except `own_thread`, waits for other ranks."""
     innermost = [_innermost_file(frame) for thread, frame in frames.items() if thread != own_thread]
     return any(part in name for name in innermost for part in IN_COLLECTIVE)
+
+
+def format_stacks(frames: Mapping[int, FrameType]) -> str:
+    """Return the stacks of all threads, innermost call first, the main thread before the others.
+
+    `faulthandler` leaves out threads past the hundredth, and the main thread is its last;
+    `traceback` reads source files, and their disk may be what hangs.
+
+    Args:
+        frames: thread -> innermost frame, as of `sys._current_frames`.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    lines = []
+    for thread in sorted(frames, key=lambda thread: thread != main):
+        lines.append(f"thread {thread:#x} ({names.get(thread, 'not started by Python')}):")
+        frame: FrameType | None = frames[thread]
+        while frame is not None:
+            code = frame.f_code
+            lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
+            frame = frame.f_back
+        lines.append("")
+    return "\n".join(lines) + "\n"
 
 
 def _innermost_file(frame: FrameType) -> str:

@@ -23,6 +23,7 @@ from onellm_dist.train.callbacks.callback_list import CallbackList
 from onellm_dist.train.callbacks.watchdog import (
     HangWatchdog,
     find_responsible_ranks,
+    format_stacks,
     is_in_collective,
 )
 from onellm_dist.train.heartbeat import Heartbeat
@@ -134,6 +135,19 @@ def watch(run_dir: Path, ended: threading.Event, **keys: Any) -> Iterator[HangWa
         yield watchdog
     finally:
         watchdog.close()
+
+
+def test_the_main_thread_stands_first_among_any_number_of_threads() -> None:
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, name=f"waits {n}") for n in range(120)]
+    for thread in threads:
+        thread.start()
+    stacks = format_stacks(sys._current_frames()).split("\n\n")
+    done.set()
+    assert "(MainThread)" in stacks[0] and "test_watchdog.py" in stacks[0]
+    assert sum("(waits " in stack and "threading.py" in stack for stack in stacks) == 120
+    for thread in threads:
+        thread.join()
 
 
 def test_a_watchdog_stays_quiet_while_there_is_progress_and_bites_when_there_is_none(
