@@ -18,6 +18,7 @@ from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
 from onellm_dist.modalities.io.containers import read_first_channel
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
 from onellm_dist.modalities.transforms.resample import resample
 
@@ -75,6 +76,7 @@ class AudioModality(Modality):
 
     name = "audio"
     order = 2
+    limits = LIMITS["audio"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")
     }

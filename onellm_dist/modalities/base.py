@@ -52,6 +52,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities.limits import Limits, check_input
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,6 +99,8 @@ class Modality(ABC):
     """Tokens that the encoder puts before them: the class token, in some encoders registers too."""
     visual: ClassVar[bool] = False
     """Whether the encoder's own frozen patch embedding reads the input; no tokenizer then."""
+    limits: ClassVar[Limits] = Limits()
+    """How large its media may be; those of this package are in `limits.LIMITS`."""
 
     @property
     def encoder_tokens(self) -> int:
@@ -161,6 +164,45 @@ class Modality(ABC):
     @abstractmethod
     def preview(self, raw: Any) -> Image.Image:
         """Draw the raw signal as people look at it: frames, a spectrogram, a rendered cloud."""
+
+    def make_value(self, raw: Any, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
+        """Transform the raw signal and check the result: what every user of a model input calls.
+
+        Args:
+            raw: what `decode` returned.
+            train: whether to augment.
+            rng: as of `transform`.
+
+        Returns:
+            fp32 of the shape `value_shape`, finite and within `limits.magnitude`.
+
+        Raises:
+            SampleError: as of `transform`, or a value is not finite or implausibly large.
+        """
+        value = self.transform(raw, train=train, rng=rng)
+        check_input(self.limits, value, self.name)
+        return value
+
+    def read_value(
+        self,
+        parts: Mapping[str, Part],
+        meta: Mapping[str, Any],
+        *,
+        train: bool,
+        rng: np.random.Generator,
+    ) -> torch.Tensor:
+        """Decode, transform and check: from the bytes of a sample to the model's input.
+
+        Args:
+            parts: as of `decode`.
+            meta: as of `decode`.
+            train: as of `transform`.
+            rng: as of `transform`.
+
+        Raises:
+            SampleError: as of `decode` and `make_value`.
+        """
+        return self.make_value(self.decode(parts, meta), train=train, rng=rng)
 
     def match(self, extensions: Mapping[str, Any] | set[str]) -> dict[str, str]:
         """Choose the parts of a sample that this modality reads.

@@ -12,6 +12,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, open_picture
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.pairs import PairModality
 
 
@@ -34,6 +35,7 @@ class DepthModality(PairModality):
 
     name = "depth"
     order = 4
+    limits = LIMITS["depth"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "depth": ("depth.png", "depth.jpg", "depth.jpeg", "depth.webp", "depth.npy"),
         "image": IMAGE_EXTENSIONS,

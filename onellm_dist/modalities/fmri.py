@@ -14,6 +14,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import read_npy, require_finite
+from onellm_dist.modalities.limits import LIMITS
 
 VOXELS = 15724
 FMRI_TOKENS = 8
@@ -46,6 +47,7 @@ class FmriModality(Modality):
 
     name = "fmri"
     order = 7
+    limits = LIMITS["fmri"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fmri": ("fmri.npy", "nsdgeneral.npy", "npy")
     }

@@ -12,6 +12,7 @@ from PIL import Image
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import make_thumbnail
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
@@ -35,6 +36,7 @@ class ImageModality(Modality):
 
     name = "image"
     order = 0
+    limits = LIMITS["image"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"image": IMAGE_EXTENSIONS}
     value_shape = (3, SIDE, SIDE)
     tokens = PATCHES

@@ -17,6 +17,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_traces
 from onellm_dist.modalities.io.imu import CHANNELS, ImuRecording, read_recording
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.resample import resample
 
 RATE = 200
@@ -84,6 +85,7 @@ class ImuModality(Modality):
 
     name = "imu"
     order = 6
+    limits = LIMITS["imu"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "imu": ("imu.npy", "imu.csv", "npy", "csv")
     }

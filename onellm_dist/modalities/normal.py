@@ -12,6 +12,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.pairs import PairModality
 
 
@@ -33,6 +34,7 @@ class NormalModality(PairModality):
 
     name = "normal"
     order = 5
+    limits = LIMITS["normal"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "normal": ("normal.png", "normal.jpg", "normal.jpeg", "normal.webp", "normal.npy"),
         "image": IMAGE_EXTENSIONS,

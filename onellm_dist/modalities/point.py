@@ -14,6 +14,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_cloud
 from onellm_dist.modalities.io.clouds import read_cloud
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.cloud_sampling import (
     find_nearest_neighbours,
     sample_farthest_points,
@@ -116,6 +117,7 @@ class PointModality(Modality):
 
     name = "point"
     order = 3
+    limits = LIMITS["point"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "point": ("point.npy", "ply", "pcd", "npy")
     }

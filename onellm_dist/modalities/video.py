@@ -16,6 +16,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
 from onellm_dist.modalities.io.containers import read_frames
+from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
 
 CLIPS = 5
@@ -54,6 +55,7 @@ class VideoModality(Modality):
 
     name = "video"
     order = 1
+    limits = LIMITS["video"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "video": ("mp4", "webm", "mkv", "avi", "mov", "m4v")
     }
