@@ -274,7 +274,7 @@ def run_energon(root: Path) -> dict[str, Iterator[int]]:
 def _iterate_energon(
     peer: Any, folder: Path, pixels: Callable[[bytes], torch.Tensor]
 ) -> Iterator[int]:
-    class Task(peer.DefaultTaskEncoder):
+    class Task(peer.DefaultTaskEncoder):  # type: ignore[misc]  # Energon has no types
         decoder = None  # bytes; they are decoded below, as for the others
         cookers = (peer.Cooker(peer.stateless(_return_unchanged)),)
 

@@ -13,6 +13,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import av
@@ -115,7 +116,7 @@ def make_samples() -> dict[str, tuple[str, dict[str, Part]]]:
 
 def decode_everything(part: Part) -> list[np.ndarray]:
     """The peer of video: every frame to RGB, then choose."""
-    with av.open(io.BytesIO(part.data)) as container:
+    with av.open(io.BytesIO(part.data), "r") as container:
         container.streams.video[0].codec_context.thread_count = 1
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
@@ -160,15 +161,13 @@ def measure_ratios(media: dict[str, tuple[str, dict[str, Part]]]) -> None:
         lambda: torch.cdist(at, colours).topk(32, dim=2, largest=False),
     )
     index, module = find_nearest_neighbours(colours, centres, 32), PointTokenizer(1024)
+    assert module.conv.bias is not None
+    weight, bias = module.conv.weight.flatten(1), module.conv.bias
     groups = values[0][index[0]]
     print_ratio(
         "point, embedding forward + backward, width 1024",
         lambda: module.conv(groups).sum().backward(),
-        lambda: (
-            plain_groups(values, module.conv.weight.flatten(1), module.conv.bias, index)
-            .sum()
-            .backward()
-        ),
+        lambda: plain_groups(values, weight, bias, index).sum().backward(),
     )
 
 
@@ -185,9 +184,9 @@ def main() -> None:
     for name, (modality_name, parts) in media.items():
         modality = get_modality(modality_name)
         raw = modality.decode(parts, {})
-        decode = measure_ms(lambda m=modality, p=parts: m.decode(p, {}))
-        transform = measure_ms(lambda m=modality, r=raw: m.transform(r, train=True, rng=RNG))
-        preview = measure_ms(lambda m=modality, r=raw: m.preview(r))
+        decode = measure_ms(partial(modality.decode, parts, {}))
+        transform = measure_ms(partial(modality.transform, raw, train=True, rng=RNG))
+        preview = measure_ms(partial(modality.preview, raw))
         rate = 1000 / (decode + transform)
         print(
             f"| {name} | {decode:.1f} | {transform:.1f} | {preview:.1f} | {rate:.0f} |", flush=True
