@@ -120,6 +120,35 @@ def test_setup_says_what_went_wrong(tmp_path: Path) -> None:
     assert "No matching distribution" in done.stderr and "PIP_FIND_LINKS" in done.stdout
 
 
+def test_another_build_of_torch_is_installed_first_and_its_pins_are_left_out(
+    tmp_path: Path,
+) -> None:
+    """`ONELLM_TORCH`: the smaller install for a machine without a GPU. Pip is only recorded."""
+    (tmp_path / "constraints.txt").write_bytes((ROOT / "constraints.txt").read_bytes())
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$*" >> calls\n'
+        'while [ $# -gt 0 ]; do [ "$1" != --constraint ] || cat "$2" > pins; shift; done\n'
+    )
+    python.chmod(0o755)
+    torch = "torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+    subprocess.run(
+        ["bash", str(ROOT / "launch/setup_machine.sh"), sys.executable, ".venv"],
+        cwd=tmp_path, check=True, capture_output=True,
+        env={"PATH": "/usr/bin:/bin", "ONELLM_TORCH": torch, "ONELLM_EXTRAS": "remote"},
+    )  # fmt: skip
+    installs = [c for c in (tmp_path / "calls").read_text().splitlines() if "pip install" in c]
+    assert len(installs) == 2
+    assert installs[0].endswith(torch)
+    assert installs[1].endswith("--editable .[remote]")
+    every, kept = ((tmp_path / f).read_text().splitlines() for f in ("constraints.txt", "pins"))
+    left_out = [line for line in every if line not in kept]
+    assert {line.split("==")[0] for line in left_out} >= {"torch", "torchvision", "triton"}
+    assert not any(line.startswith(("torch==", "nvidia-", "cuda-")) for line in kept)
+    assert any(line.startswith("transformers==") for line in kept)
+
+
 @pytest.mark.slow
 def test_the_sdist_has_every_folder(tmp_path: Path) -> None:
     subprocess.run(
