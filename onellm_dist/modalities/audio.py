@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import soundfile
 import torch
 from PIL import Image
 from torch import nn
@@ -17,7 +15,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import require_finite
-from onellm_dist.modalities.io.containers import read_first_channel
+from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS, read_sound
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.fbank import MELS, RATE, SHIFT, WINDOW, compute_fbank
 from onellm_dist.modalities.transforms.resample import resample
@@ -31,7 +29,8 @@ MEAN = -4.2677393
 """Mean of AudioSet's filter bank (AST)."""
 DEVIATION = 4.5689974
 """Standard deviation of AudioSet's filter bank; the reference divides by TWICE this value."""
-_SOUNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd")
+_PEAK = 100.0
+"""Largest absolute value of a wave: 40 dB above full scale."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Sound:
     """The first channel of a recording's first 10.3 seconds.
 
     Attributes:
-        wave: [N] fp32 in [-1, 1].
+        wave: [N] fp32, full scale at 1.
         rate: samples per second.
     """
 
@@ -65,32 +64,39 @@ class AudioModality(Modality):
 
     | | |
     |---|---|
-    | files | `audio`: wav, flac, ogg, mp3, opus, m4a, aac; any sampling rate |
-    | raw signal | `Sound`: [N] fp32 in [-1, 1] at the file's own rate |
+    | files | `audio`: wav, flac, ogg, mp3, opus, m4a, aac, aiff, aif, aifc, au, caf, w64, oga, |
+    | | weba, mka, mp2, wma, amr, ac3; 100 Hz to 1 MHz, up to 256 channels |
+    | raw signal | `Sound`: [N] fp32, full scale at 1, at the file's own rate |
     | model input | [1, 128, 1024]: log-mel energies at 16 kHz, 10 ms per frame, standardised |
     | encoder tokens | 12 x 101 = 1212 patches and the class token |
 
-    libsndfile reads WAV, FLAC, Ogg and AIFF, FFmpeg everything else. The bytes decide, not the
-    extension. Taking the first channel and 10.24 seconds is what the reference does.
+    libsndfile reads WAV, FLAC, Ogg, AIFF and AU; FFmpeg reads everything else, and what libsndfile
+    gives up on. The bytes decide, not the extension. Taking the first channel and 10.24 seconds is
+    what the reference does. Of several sounds in a container the one marked as default is taken,
+    and no commentary.
+
+    *Damage.* Packets that cannot be decoded, and what a header states but the file lacks, are left
+    out and noted. If more than a quarter of the first 10.3 s is missing, the file is refused.
+    Padding and tags before or behind the sound cost nothing.
+
+    *Loudness.* Nothing is clipped or normalised: floats beyond full scale stay as they are, as in
+    libsndfile, torchaudio and librosa. A peak above 100 (40 dB beyond full scale) is refused: such
+    a file is damaged, or holds integers (of 16 bits, say) as floats.
     """
 
     name = "audio"
     order = 2
     limits = LIMITS["audio"]
-    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "audio": ("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac")
-    }
+    required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"audio": AUDIO_EXTENSIONS}
     value_shape = (1, MELS, FRAMES)
     tokens = 12 * 101
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Sound:
         """Read the beginning of the recording, at its own rate."""
         part = parts["audio"]
-        if part.data[:4] in _SOUNDFILE_MAGIC:
-            wave, rate = _read_soundfile(part)
-        else:
-            wave, rate = read_first_channel(part, SECONDS)
+        wave, rate = read_sound(part, SECONDS)
         require_finite(wave, f".{part.extension}")
+        _check_peak(wave, f".{part.extension}")
         return Sound(wave, rate)
 
     def transform(self, raw: Sound, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
@@ -116,18 +122,14 @@ class AudioModality(Modality):
         return draw_heatmap(features.T[::-1], (448, 224))
 
 
-def _read_soundfile(part: Part) -> tuple[np.ndarray, int]:
-    try:
-        with soundfile.SoundFile(io.BytesIO(part.data)) as file:
-            rate = int(file.samplerate)
-            wave = file.read(int(SECONDS * rate), dtype="float32", always_2d=True)[:, 0]
-    except Exception as error:  # LibsndfileError; ValueError or RuntimeError on broken headers
+def _check_peak(wave: np.ndarray, name: str) -> None:
+    peak = float(np.abs(wave).max(initial=0.0))
+    if peak > _PEAK:
         raise SampleError(
-            f".{part.extension} ({len(part.data)} bytes) is not readable audio: {error}",
-            "the sample has no usable sound.",
-            "download or encode it again, or drop the sample.",
-        ) from error
-    return np.ascontiguousarray(wave), rate
+            f"{name} has a peak of {peak:g}; full scale is 1, and the limit is {_PEAK:g}",
+            "its values are in another unit, or damaged: the spectrogram would mean nothing.",
+            "divide samples of 16-bit integers by 32768, or drop the sample.",
+        )
 
 
 def _compute_features(raw: Sound) -> torch.Tensor:

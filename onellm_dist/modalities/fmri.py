@@ -13,11 +13,13 @@ from torch import nn
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
-from onellm_dist.modalities.io.arrays import read_npy, require_finite
+from onellm_dist.modalities.io.arrays import read_npy
+from onellm_dist.modalities.io.responses import average_repetitions
 from onellm_dist.modalities.limits import LIMITS
 
 VOXELS = 15724
 FMRI_TOKENS = 8
+_LARGEST = 1000.0
 
 
 class FmriTokenizer(nn.Module):
@@ -39,10 +41,15 @@ class FmriModality(Modality):
 
     | | |
     |---|---|
-    | files | `fmri`: fmri.npy, nsdgeneral.npy, npy; [15724] or [repetitions, 15724], numbers |
+    | files | `fmri`: fmri.npy, nsdgeneral.npy, npy; [15724], [repetitions, 15724], or transposed |
     | raw signal | [15724] fp32, the mean over repetitions |
     | model input | [1, 15724], in the file's units (NSD's betas); nothing is normalised |
     | encoder tokens | 8 and the class token |
+
+    *Units.* The model learns from the numbers as they are, so all files of a data set must use the
+    same units: z-scores, as MindEye's files have, or percent signal change. Values beyond 1000 are
+    neither, and are refused; NSD's own files hold percent times 300 as 16-bit integers, so divide
+    these by 300. A repetition with NaN is left out and noted; the mean is over the others.
     """
 
     name = "fmri"
@@ -57,7 +64,9 @@ class FmriModality(Modality):
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> np.ndarray:
         """Average [voxels] or [repetitions, voxels] to [15724] fp32."""
         part = parts["fmri"]
-        array = read_npy(part)
+        array = read_npy(part, finite=False)
+        if array.ndim == 2 and array.shape[0] == VOXELS:
+            array = array.T
         if array.shape[-1:] != (VOXELS,) or array.ndim > 2 or array.size == 0:
             raise SampleError(
                 f".{part.extension} has shape {array.shape}, "
@@ -65,10 +74,14 @@ class FmriModality(Modality):
                 "the tokenizer is made for the nsdgeneral voxels of NSD subject 1.",
                 "use that subject's voxels; other subjects have other numbers of them.",
             )
-        mean = array.reshape(-1, VOXELS).mean(0, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            voxels: np.ndarray = mean.astype(np.float32)
-        require_finite(voxels, f".{part.extension} (in fp32)")
+        voxels = average_repetitions(array, f".{part.extension}")
+        largest = float(np.abs(voxels).max())
+        if largest > _LARGEST:
+            raise SampleError(
+                f".{part.extension} has a response of {largest:g}; the limit is {_LARGEST:g}",
+                "it is neither a z-score nor percent signal change, or a number is damaged.",
+                "divide NSD's 16-bit integers by 300, or drop the sample.",
+            )
         return voxels
 
     def transform(self, raw: np.ndarray, *, train: bool, rng: np.random.Generator) -> torch.Tensor:

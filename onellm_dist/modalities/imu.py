@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,8 @@ from torch import nn
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_traces
-from onellm_dist.modalities.io.imu import CHANNELS, ImuRecording, read_recording
+from onellm_dist.modalities.io.imu import ImuFault, ImuRecording, read_recording
+from onellm_dist.modalities.io.imu_columns import CHANNELS
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.resample import resample
 
@@ -30,6 +31,8 @@ _MARGIN_SECONDS = 4.0
 """How far the nearest sample may be from an edge of the window."""
 _SLACK = 1.1
 """Factor by which a recording without a window may exceed 2 s; the rest is cut off."""
+_CLOCK_MS = 1e9
+"""Times from here on (11.6 days) are those of a clock; windows before it count from the start."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,39 @@ class ImuModality(Modality):
 
     | | |
     |---|---|
-    | files | `imu`: imu.npy, npy ([6, N]), imu.csv, csv (with a header) |
+    | files | `imu`: imu.npy, npy ([6, N] or [N, 6]), imu.csv, csv (with a header) |
     | | `timestamps`, optional: timestamps.npy, imu_timestamps.npy ([N] in milliseconds) |
     | | `window`, optional: window.json (see below) |
     | raw signal | `ImuWindow`: [6, N] fp64, accelerometer x, y, z, then gyroscope x, y, z |
-    | model input | [6, 400]: 200 Hz, in the file's units; nothing is normalised |
+    | model input | [6, 400]: 200 Hz, in m/s^2 and rad/s; nothing is normalised |
     | encoder tokens | 391 and the class token |
 
-    *Units.* Accelerometer in m/s^2, gyroscope in rad/s (Ego4D's). The model learns from the numbers
-    as they are, so all recordings of a data set must use the same units.
+    *Columns of a CSV.* Accelerometer: `accl_x`, `accel_x`, `acc_x`, `ax`, `accelerometer_x`,
+    `acceleration_x`, `linear_acceleration.x`. Gyroscope: `gyro_x`, `gyr_x`, `gx`, `wx`,
+    `gyroscope_x`, `angular_velocity.x`, `rotation_rate_x`. Time: `canonical_timestamp_ms`,
+    `timestamp_ms`, `component_timestamp_ms`, or `time`, `timestamp`, `ts`, `t`, `elapsed` with or
+    without a unit (`time_s`, `timestamp_ns`). Capitals do not matter, and space, dot, hyphen or
+    nothing may stand for the underscore. Comma, semicolon, tab or bar separate the columns.
 
-    *Columns of a CSV.* `accl_x`, `accl_y`, `accl_z`, `gyro_x`, `gyro_y`, `gyro_z`; `acc` and
-    `accel` may stand for `accl`, `gyr` for `gyro`, a space or nothing for the underscore. The time
-    in milliseconds is in `canonical_timestamp_ms`, `timestamp_ms` or `component_timestamp_ms`.
+    *Units.* The model learns from the numbers as they are, so they must be m/s^2 and rad/s. A
+    column may name its unit, `ax (g)`, `accl_x_mg` or `gyro_x [deg/s]`, or the sample's json may:
+    `{"accel_unit": "g", "gyro_unit": "deg/s", "time_unit": "s"}`. The signal is then converted;
+    known are m/s^2, g, mg; rad/s, deg/s, mdps; s, ms, us, ns. Without a unit, m/s^2 and rad/s are
+    assumed. A CSV that cannot be in these is refused: an accelerometer that reads 1 at rest, or 20
+    g half of the time, or a gyroscope beyond 50 rad/s.
+
+    *Times.* A time without a unit is in the one that makes 5 to 5000 samples per second; there is
+    only one. A stated unit that makes another rate is refused: seconds under `timestamp_ms` do not
+    become milliseconds.
 
     *Two seconds.* A recording with times is cut to the window that the sample's json gives:
     `{"window_start": 1.0, "window_end": 3.0}`, in seconds, 2 s apart. `onellm generate` reads them
     from `<stem>.window.json`. Without a window the recording itself must last about 2 s. A
-    recording without times must be at 200 Hz.
+    recording without times must be at 200 Hz. Where times are those of a clock (since 1970, say),
+    windows that begin earlier count from the start of the recording.
+
+    *Faults.* A row that cannot be read, NaN, or a time that runs backwards costs the windows around
+    it. If more than a quarter of a recording is such, all of it is refused.
     """
 
     name = "imu"
@@ -98,13 +116,13 @@ class ImuModality(Modality):
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> ImuWindow:
         """Read the samples of the window."""
-        recording = read_recording(parts["imu"], parts.get("timestamps"))
-        if recording.times is None:
-            return _use_all(recording.signal, RATE)
         if "window" in parts:
-            meta = _read_window(parts["window"])
+            meta = {**meta, **_read_window(parts["window"])}
+        recording = read_recording(parts["imu"], parts.get("timestamps"), meta)
+        if recording.times is None:
+            return _use_all(recording, RATE)
         if "window_start" not in meta and "window_end" not in meta:
-            return _use_all(recording.signal, _compute_mean_rate(recording.times))
+            return _use_all(recording, _compute_mean_rate(recording.times))
         return cut_window(recording, recording.times, meta)
 
     def transform(self, raw: ImuWindow, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
@@ -154,12 +172,15 @@ def _compute_mean_rate(times: np.ndarray) -> int:
     return int(1000 * (1 / step)) if step > 0 else 0
 
 
-def _use_all(signal: np.ndarray, rate: int) -> ImuWindow:
+def _use_all(recording: ImuRecording, rate: int) -> ImuWindow:
     """The recording itself as the window.
 
     Raises:
-        SampleError: it is much longer than 2 s, or its rate is unknown.
+        SampleError: it is much longer than 2 s, has a fault, or its rate is unknown.
     """
+    signal = recording.signal
+    if recording.faults:
+        raise _fault_error("the recording", recording.faults)
     if rate < 1 or signal.shape[1] > SAMPLES * rate / RATE * _SLACK:
         raise SampleError(
             f"a recording of {signal.shape[1]} samples at {rate} Hz, and no window to cut from it",
@@ -181,8 +202,14 @@ def cut_window(recording: ImuRecording, times: np.ndarray, meta: Mapping[str, An
         SampleError: the window is not 2 s long, or the recording has too few samples there.
     """
     start, end = (_get_seconds(meta, key) for key in ("window_start", "window_end"))
+    shift = 0.0
+    if len(times) and times[0] >= _CLOCK_MS > max(start, end) * 1000:
+        shift = float(times[0])
+        times = times - shift
     if round(end - start) != SECONDS:
         raise _window_error(f"the window {start:g} to {end:g} s is not {SECONDS} s long")
+    if not len(times):
+        raise _window_error("the recording has no samples")
     if max(start, end) * 1000 > times[-1]:
         raise _window_error(
             f"the window {start:g} to {end:g} s reaches beyond the recording's end "
@@ -195,6 +222,13 @@ def cut_window(recording: ImuRecording, times: np.ndarray, meta: Mapping[str, An
             f"the sample nearest to an edge of the window {start:g} to {end:g} s "
             f"is {gap:.1f} s away"
         )
+    faults = [
+        f
+        for f in recording.faults
+        if f.start - shift < end * 1000 and f.end - shift >= start * 1000
+    ]
+    if faults:
+        raise _fault_error(f"the window {start:g} to {end:g} s", faults)
     if last - first < _FEWEST:
         raise _window_error(f"the window {start:g} to {end:g} s has {last - first} samples")
     rate = _compute_mean_rate(times[first:last])
@@ -210,6 +244,15 @@ def _get_seconds(meta: Mapping[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         raise _window_error(f"{key} is {value!r}, not a number of seconds")
     return float(value)
+
+
+def _fault_error(what: str, faults: Sequence[ImuFault]) -> SampleError:
+    more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    return SampleError(
+        f"{what} has a fault: {faults[0].what}{more}",
+        "what the sensor measured there is not known.",
+        "drop the sample, or choose another window; those without a fault are usable.",
+    )
 
 
 def _window_error(what: str) -> SampleError:

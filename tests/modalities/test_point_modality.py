@@ -234,7 +234,7 @@ XYZ, COLOURS = cloud()
         pcd(XYZ, COLOURS, "binary_compressed")[:-30],
         pcd(XYZ, COLOURS, "binary").replace(b"DATA binary", b"DATA secret"),
         npy(np.zeros((100, 3))).data,
-        npy(np.zeros((100, 7))).data,
+        npy(np.zeros((100, 8))).data,
         npy(np.full((100, 6), np.nan)).data,
         npy(np.full((100, 6), 300)).data,
         npy(np.full((100, 6), -1)).data,

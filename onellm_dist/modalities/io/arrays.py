@@ -1,6 +1,6 @@
 """Reading `.npy` bytes without trusting them.
 
-Pickles are refused, nothing is allocated from a header alone, and all values must be finite.
+Pickles are refused, and nothing is allocated from a header alone.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 
 
-def read_npy(part: Part) -> np.ndarray:
+def read_npy(part: Part, *, finite: bool = True) -> np.ndarray:
     """Read a numeric array; it is read-only, because it views the part's bytes.
 
+    Args:
+        part: the file.
+        finite: whether to refuse NaN and infinities.
+
     Raises:
-        SampleError: the bytes are not `.npy`, are cut short, hold objects or text, or values that
-            are not finite.
+        SampleError: the bytes are not `.npy`, are cut short, hold objects or text, or (if `finite`)
+            values that are not finite.
     """
     stream = io.BytesIO(part.data)
     try:
@@ -45,7 +49,8 @@ def read_npy(part: Part) -> np.ndarray:
             "the sample has no usable signal.",
             "write it again with numpy.save, as plain numbers (allow_pickle=False).",
         ) from error
-    require_finite(array, f".{part.extension}")
+    if finite:
+        require_finite(array, f".{part.extension}")
     return array
 
 

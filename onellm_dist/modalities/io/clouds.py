@@ -6,7 +6,9 @@ import numpy as np
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
-from onellm_dist.modalities.io.arrays import read_npy, require_finite
+from onellm_dist.modalities.io.arrays import read_npy
+from onellm_dist.modalities.io.damage import note_damage
+from onellm_dist.modalities.limits import LIMITS, check_count
 
 Fields = dict[str, np.ndarray]
 """Name of a field to its values, one per point."""
@@ -18,6 +20,11 @@ _PLY_TYPES = {
     "int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8",
 }
 # fmt: on
+_PCD_TYPES = frozenset({"i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8"})
+_FAR = 1000.0
+_STANDARDISED = 10.0
+_ROUNDED = 1.01
+"""Colours a little above 1 are still in 0..1: rounding."""
 _COLOUR_NAMES = (
     ("red", "green", "blue"),
     ("r", "g", "b"),
@@ -28,69 +35,128 @@ _COLOUR_NAMES = (
 def read_cloud(part: Part) -> np.ndarray:
     """Read a coloured point cloud.
 
-    The bytes decide about the format: `.npy` [N, 6] (or [6, N]); PLY ascii and binary; PCD ascii,
-    binary and binary_compressed. Byte colours are divided by 255, others too if any is above 1 (up
-    to 255). Floats with negative values stay as they are. Points of a PCD without a position (NaN:
-    no return) are left out, as PCL does for organised clouds.
+    The bytes decide about the format: `.npy` [N, 6] or [N, 7] (with alpha, which is dropped), or
+    transposed; PLY ascii and binary; PCD ascii, binary and binary_compressed. Byte colours are
+    divided by 255, 16-bit ones by 65535, others by 255 if any is above 1. Floats with negative
+    values (standardised colours, up to 10) stay as they are. Points of a PCD without a position (NaN: no return) are left out, as PCL does for
+    organised clouds. Other points that are not finite, or a thousand times as far away as the
+    median, are left out and noted as damage.
 
     Returns:
-        [N, 6] fp32: x, y, z in the file's units, then red, green, blue, as a rule in [0, 1].
+        [N, 6] fp32: x, y, z in the file's units, then red, green, blue, as a rule in [0, 1]. A
+        cloud far from the origin is moved there where fp32 would lose its shape.
 
     Raises:
         SampleError: the format is unknown, the file is cut short, there are no colours, colours are
-            out of range, or values are not finite.
+            out of range, or more than a quarter of the points are damaged.
     """
     name = f".{part.extension}"
-    if part.data[:6] == b"\x93NUMPY":
-        array = read_npy(part)
-        if array.ndim == 2 and array.shape[0] == 6 and array.shape[1] != 6:
-            array = array.T
-        if array.ndim != 2 or array.shape[1] != 6:
-            raise _cloud_error(name, f"is an array of shape {array.shape}, not [points, 6]")
-        return np.concatenate(
-            [array[:, :3].astype(np.float32), _scale_colours(array[:, 3:], name)], axis=1
-        )
     try:
-        if part.data[:4] in (b"ply\n", b"ply\r"):
-            fields = _read_ply(part.data)
-        elif b"FIELDS" in part.data[:2048] and b"VERSION" in part.data[:2048]:
-            fields = _drop_points_without_position(_read_pcd(part.data))
-        else:
-            raise ValueError("it is neither NumPy (.npy), PLY nor PCD")
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        positions, colours = _read_columns(part)
+        check_count(LIMITS["point"], "points", max(1, len(positions)), name)
+        return _join_columns(positions, colours, name)
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:  # headers are parsed as text: broken ones raise anything
+        said = f"its header lacks or misspells {error}" if isinstance(error, KeyError) else ""
+        said = said or str(error) or type(error).__name__
         raise _cloud_error(
-            name, f"({len(part.data)} bytes) is not a readable point cloud: {error}"
+            name, f"({len(part.data)} bytes) is not a readable point cloud: {said}"
         ) from error
-    return _join_fields(fields, name)
 
 
-def _join_fields(fields: Fields, name: str) -> np.ndarray:
+def _read_columns(part: Part) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [N, 3] and colours [N, 3], in the file's types."""
+    if part.data[:6] == b"\x93NUMPY":
+        array = read_npy(part, finite=False)
+        if array.ndim == 2 and array.shape[0] in (6, 7) and array.shape[1] not in (6, 7):
+            array = array.T
+        if array.ndim == 2 and 3 in array.shape:
+            raise ValueError(
+                f"it is an array of shape {array.shape}, positions without colours; the tokenizer "
+                f"groups points by their colours"
+            )
+        if array.ndim != 2 or array.shape[1] not in (6, 7):
+            raise ValueError(f"it is an array of shape {array.shape}, not [points, 6]")
+        return array[:, :3], array[:, 3:6]
+    if part.data[:4] in (b"ply\n", b"ply\r"):
+        return _get_columns(_read_ply(part.data))
+    if b"FIELDS" in part.data[:2048] and b"VERSION" in part.data[:2048]:
+        return _get_columns(_drop_points_without_position(_read_pcd(part.data)))
+    raise ValueError("it is neither NumPy (.npy), PLY nor PCD")
+
+
+def _get_columns(fields: Fields) -> tuple[np.ndarray, np.ndarray]:
     if any(axis not in fields for axis in "xyz"):
-        raise _cloud_error(name, f"has no x, y, z, only {', '.join(fields) or 'nothing'}")
-    colour_names = next((names for names in _COLOUR_NAMES if all(n in fields for n in names)), None)
-    if colour_names is None:
-        raise _cloud_error(
-            name,
-            f"has no colours, only {', '.join(fields)} "
-            f"(the tokenizer groups points by their colours)",
+        raise ValueError(f"it has no x, y, z, only {', '.join(fields) or 'nothing'}")
+    names = next((names for names in _COLOUR_NAMES if all(n in fields for n in names)), None)
+    if names is None:
+        raise ValueError(
+            f"it has no colours, only {', '.join(fields)} "
+            f"(the tokenizer groups points by their colours)"
         )
-    xyz = np.stack([fields[axis].astype(np.float32) for axis in "xyz"], 1)
-    require_finite(xyz, name)
-    colours = np.stack([fields[n] for n in colour_names], 1)
+    return np.stack([fields[a] for a in "xyz"], 1), np.stack([fields[n] for n in names], 1)
+
+
+def _join_columns(positions: np.ndarray, colours: np.ndarray, name: str) -> np.ndarray:
+    """[N, 6] fp32 of the points that are good."""
+    total = len(positions)
+    with np.errstate(over="ignore"):  # what overflows is left out below
+        good = np.isfinite(positions.astype(np.float32)).all(1) & np.isfinite(colours).all(1)
+    if not good.all():
+        positions, colours = positions[good], colours[good]
+    xyz = _round_positions(positions)
+    near = _find_near(xyz)
+    if near is not None:
+        xyz, colours = xyz[near], colours[near]
+    lost = total - len(xyz)
+    if lost:
+        note_damage(
+            f"{name}: {lost} of {total} points are not finite, or are very far from the others",
+            lost / total,
+        )
     return np.concatenate([xyz, _scale_colours(colours, name)], axis=1)
+
+
+def _round_positions(positions: np.ndarray) -> np.ndarray:
+    """[N, 3] fp32; moved to the origin first where rounding would lose the shape."""
+    if positions.dtype.itemsize > 4 and len(positions):
+        centre = positions.mean(0, dtype=np.float64)
+        extent = float(np.abs(positions - centre).max())
+        if 0 < extent * _FAR < float(np.abs(centre).max()):
+            return (positions - centre).astype(np.float32)
+    return positions.astype(np.float32)
+
+
+def _find_near(xyz: np.ndarray) -> np.ndarray | None:
+    """[N] bool: which points are not a thousand times as far away as the median; None: all.
+
+    A single flipped bit can put a point 10^38 away; scaled to radius 1, the others would be a dot.
+    """
+    if not len(xyz):
+        return None
+    wide = xyz.astype(np.float64)
+    spread = np.abs(wide - wide.mean(0))
+    if spread.max() <= 50 * spread.mean():  # quick, and true for nearly every cloud
+        return None
+    distance = np.abs(wide - np.median(wide, axis=0)).max(1)
+    middle = float(np.median(distance))
+    near: np.ndarray = distance <= _FAR * middle
+    return None if middle == 0 or near.all() else near
 
 
 def _scale_colours(colours: np.ndarray, name: str) -> np.ndarray:
     """[N, 3] of any numeric type to fp32 in [0, 1]; floats with negative values stay."""
-    require_finite(colours, f"{name} (colours)")
     low, high = (float(colours.min()), float(colours.max())) if colours.size else (0.0, 0.0)
-    if low < 0 and colours.dtype.kind == "f":
+    if colours.dtype.kind == "f" and -_STANDARDISED <= low < 0 and high <= _STANDARDISED:
         return colours.astype(np.float32)
+    if colours.dtype == np.uint16 and high > 255:
+        return (colours / 65535).astype(np.float32)
     if low < 0 or high > 255:
         raise _cloud_error(
             name, f"has colours from {low:g} to {high:g}, neither in 0..1 nor in 0..255"
         )
-    divide = colours.dtype == np.uint8 or high > 1.01  # a little above 1 is rounding
+    divide = colours.dtype == np.uint8 or high > _ROUNDED
     return colours.astype(np.float32) / np.float32(255) if divide else colours.astype(np.float32)
 
 
@@ -117,6 +183,8 @@ def _read_header(data: bytes, last: bytes) -> tuple[list[list[str]], int]:
 
 def _parse_rows(text: bytes, columns: int, count: int) -> np.ndarray:
     """[count, columns] fp64: the first `count` lines of `columns` numbers each."""
+    if not 0 <= count * columns <= len(text):
+        raise ValueError(f"{len(text)} bytes where the header says {count} x {columns} numbers")
     words = text.split(None, count * columns)[: count * columns]
     if len(words) != count * columns:
         raise ValueError(f"{len(words)} numbers where the header says {count} x {columns}")
@@ -156,6 +224,8 @@ def _parse_records(
     body: bytes, layout: list[tuple[str, str]] | list[tuple[str, str, int]], count: int
 ) -> Fields:
     record = np.dtype(layout)
+    if count < 0:
+        raise ValueError(f"its header says {count} points")
     if len(body) < count * record.itemsize:
         raise ValueError(f"{len(body)} bytes where the header says {count} x {record.itemsize}")
     table = np.frombuffer(body, record, count)
@@ -176,7 +246,12 @@ def _read_pcd(data: bytes) -> Fields:
     header = {words[0]: words[1:] for words in lines if not words[0].startswith("#")}
     names = header["FIELDS"]
     kinds = [k.lower() + size for k, size in zip(header["TYPE"], header["SIZE"], strict=True)]
+    unknown = sorted(set(kinds) - _PCD_TYPES)
+    if unknown:
+        raise ValueError(f"its header has fields of type {', '.join(unknown)}")
     counts = [int(c) for c in header.get("COUNT", ["1"] * len(names))]
+    if min(counts, default=1) < 1:
+        raise ValueError(f"its header has fields of {min(counts)} values")
     total = (
         int(header["POINTS"][0])
         if "POINTS" in header

@@ -1,4 +1,4 @@
-"""Frames and sound from media containers, with PyAV (FFmpeg)."""
+"""Frames from media containers, with PyAV (FFmpeg)."""
 
 from __future__ import annotations
 
@@ -191,35 +191,3 @@ def _to_upright_rgb(frame: VideoFrame) -> np.ndarray:
     return np.ascontiguousarray(
         np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
     )
-
-
-def read_first_channel(part: Part, seconds: float) -> tuple[np.ndarray, int]:
-    """Read the beginning of the first audio stream's first channel.
-
-    Args:
-        part: the file.
-        seconds: how much to read at most.
-
-    Returns:
-        [N] fp32, and its rate in Hz.
-
-    Raises:
-        SampleError: the audio cannot be read.
-    """
-    with open_media(part, "audio") as container:
-        stream = container.streams.audio[0]
-        rate = int(stream.rate)
-        wanted = int(seconds * rate)
-        have = 0
-        blocks: list[np.ndarray] = []
-        planar = av.AudioResampler(format="fltp")  # sample format only: rate and layout stay
-        for frame in container.decode(stream):
-            for plane in planar.resample(frame):
-                block = plane.to_ndarray()[0]
-                blocks.append(block)
-                have += len(block)
-            if have >= wanted:
-                break
-        if not blocks:
-            raise ValueError("it has no sound in it")
-    return np.concatenate(blocks)[:wanted].astype(np.float32, copy=False), rate

@@ -1,38 +1,50 @@
-"""Inertial recordings from NumPy (imu2clip's format) and CSV (Ego4D's format)."""
+"""Inertial recordings from NumPy (imu2clip's format) and CSV (Ego4D's format, and others').
+
+A fault at one place costs the windows around it, not the recording: samples that are unreadable or
+whose times run backwards are left out, and the recording says where they were.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-import textwrap
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
-from onellm_dist.modalities.io.arrays import read_npy, require_finite
+from onellm_dist.modalities.io.arrays import read_npy
+from onellm_dist.modalities.io.damage import DAMAGED_SHARE
+from onellm_dist.modalities.io.imu_columns import CHANNELS, ImuColumns, find_columns, parse_unit
+from onellm_dist.modalities.io.imu_times import find_ascending, scale_times
+from onellm_dist.modalities.limits import LIMITS, check_count
 
-CHANNELS = (
-    "accelerometer x",
-    "accelerometer y",
-    "accelerometer z",
-    "gyroscope x",
-    "gyroscope y",
-    "gyroscope z",
-)
-_AXIS = re.compile(r"(acc|accl|accel|gyr|gyro)[_ ]?([xyz])")
-_AXES = {
-    "ax": "accl_x",
-    "ay": "accl_y",
-    "az": "accl_z",
-    "gx": "gyro_x",
-    "gy": "gyro_y",
-    "gz": "gyro_z",
-}
-"""Short name of a column to the name that messages ask for."""
-_TIMES = ("canonical_timestamp_ms", "timestamp_ms", "component_timestamp_ms")
+_UNIT_KEYS = {"accelerometer": "accel_unit", "gyroscope": "gyro_unit", "time": "time_unit"}
+"""What is measured to the key of a sample's json that states its unit."""
+_STILL_IN_G = (0.9, 1.1)
+_STRONGEST = 200.0
+"""m/s^2 that half of a recording's samples do not exceed: 20 g."""
+_FASTEST = 50.0
+"""rad/s that 99% of the samples do not exceed: usual gyroscopes end at 2000 deg/s, 35 rad/s."""
+
+
+@dataclass(frozen=True)
+class ImuFault:
+    """Where samples of a recording were left out, and why.
+
+    Attributes:
+        start: first time that it concerns, in milliseconds (or its sample, without times).
+        end: last time that it concerns.
+        what: what was wrong there.
+    """
+
+    start: float
+    end: float
+    what: str
 
 
 @dataclass(frozen=True)
@@ -40,98 +52,279 @@ class ImuRecording:
     """A recording of any length.
 
     Attributes:
-        signal: [6, N] fp64: accelerometer x, y, z, gyroscope x, y, z.
-        times: [N] fp64 in milliseconds; None if unknown.
+        signal: [6, N] fp64: accelerometer x, y, z in m/s^2, gyroscope x, y, z in rad/s, as far as
+            the file states its units.
+        times: [N] fp64 in milliseconds, never falling; None if unknown.
+        faults: where samples are missing.
     """
 
     signal: np.ndarray
     times: np.ndarray | None
+    faults: tuple[ImuFault, ...] = ()
 
 
-def read_recording(part: Part, timestamps: Part | None) -> ImuRecording:
-    """Read `.npy` [6, N], or `.csv` with a header.
+@dataclass(frozen=True)
+class _Table:
+    """A recording as it is stored.
 
-    A CSV names its columns as Ego4D does: `accl_x` ... `gyro_z` (`acc`, `accel` and `gyr` are
-    accepted too). Times are in `canonical_timestamp_ms`, `timestamp_ms` or
-    `component_timestamp_ms`, the first of these that it has. Rows without a canonical time lie
-    outside the video and are left out, as Ego4D's documentation says.
+    Attributes:
+        signal: [6, N] fp64; NaN where a value is missing.
+        times: [N] fp64 in the file's unit.
+        scales: the size of each channel's unit, where it is stated.
+        time_scale: the size of the unit of time in milliseconds, where it is stated.
+        usual_time: the unit of time to prefer where it is not stated.
+        notes: number of a sample to what is wrong with it.
+    """
+
+    signal: np.ndarray
+    times: np.ndarray | None
+    scales: tuple[float | None, ...] = (None,) * len(CHANNELS)
+    time_scale: float | None = None
+    usual_time: float | None = None
+    notes: Mapping[int, str] = field(default_factory=dict)
+
+
+def read_recording(
+    part: Part, timestamps: Part | None, meta: Mapping[str, Any] | None = None
+) -> ImuRecording:
+    """Read `.npy` [6, N] or [N, 6], or `.csv` with a header.
+
+    Columns, units and times are documented at `ImuModality`. Rows of a CSV without a canonical time
+    lie outside the video and are left out, as Ego4D's documentation says.
 
     Args:
         part: the recording.
-        timestamps: [N] in milliseconds, for `.npy`.
+        timestamps: [N] in milliseconds (or another unit that is plausible), for `.npy`.
+        meta: may state units: `accel_unit`, `gyro_unit`, `time_unit`.
 
     Raises:
-        SampleError: the file is neither, has values that are not finite, or has times that do not
-            fit or run backwards.
+        SampleError: the file is neither, its units are not plausible, or more than a quarter of its
+            samples cannot be used.
     """
     name = f".{part.extension}"
-    if part.data[:6] == b"\x93NUMPY":
-        signal = read_npy(part)
-        if signal.ndim != 2 or signal.shape[0] != len(CHANNELS):
-            raise _recording_error(f"{name} has shape {signal.shape}, not [6, samples]")
-        recording = ImuRecording(
-            signal.astype(np.float64),
-            read_npy(timestamps).astype(np.float64).reshape(-1) if timestamps else None,
-        )
-    else:
-        recording = _read_csv(part.data, name)
-        require_finite(recording.signal, name)
-    if recording.times is not None:
-        _check_times(recording.times, recording.signal.shape[1], name)
-    return recording
-
-
-def _check_times(times: np.ndarray, samples: int, name: str) -> None:
-    require_finite(times, f"{name} (times)")
-    if len(times) != samples:
-        raise _recording_error(f"{name} has {samples} samples and {len(times)} timestamps")
-    if (np.diff(times) < 0).any():
-        at = int(np.argmax(np.diff(times) < 0)) + 1
-        raise _recording_error(
-            f"{name}: its timestamps run backwards at sample {at} "
-            f"({times[at - 1]:g} ms, then {times[at]:g} ms)"
-        )
-
-
-def _read_csv(data: bytes, name: str) -> ImuRecording:
     try:
-        rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-        header = [cell.strip().lower() for cell in next(rows)]
-        columns = _find_columns(header)
-        time = next((header.index(t) for t in _TIMES if t in header), None)
-        kept = [row for row in rows if row and (time is None or _is_given(row[time]))]
-        signal = np.array([[float(row[i]) for i in columns] for row in kept], np.float64)
-        times = None if time is None else np.array([float(row[time]) for row in kept], np.float64)
-    except (UnicodeDecodeError, csv.Error, ValueError, IndexError, StopIteration) as error:
+        is_npy = part.data[:6] == b"\x93NUMPY"
+        table = _read_npy_table(part, timestamps, name) if is_npy else _read_csv(part.data)
+        scales, time_scale = _get_scales(table, meta or {})
+        if not is_npy:
+            _check_units(table.signal, scales)
+        times = None
+        if table.times is not None:
+            if len(table.times) != table.signal.shape[1]:
+                raise ValueError(
+                    f"it has {table.signal.shape[1]} samples and {len(table.times)} timestamps"
+                )
+            times = scale_times(table.times, time_scale, table.usual_time)
+    except (UnicodeDecodeError, csv.Error, ValueError, IndexError, OverflowError) as error:
         raise _recording_error(
-            f"{name} ({len(data)} bytes) is not a readable CSV of a recording: "
-            f"{str(error) or 'it is empty'}"
+            f"{name} ({len(part.data)} bytes) is not a readable recording: {error}"
         ) from error
-    return ImuRecording(signal.reshape(-1, 6).T, times)
+    factors = np.array([1.0 if s is None else s for s in scales])
+    signal = table.signal if (factors == 1).all() else table.signal * factors[:, None]
+    return _leave_out_faults(signal, times, table.notes, name)
 
 
-def _find_columns(header: list[str]) -> list[int]:
-    """The columns of the six channels, in the order of `CHANNELS`.
+def _read_npy_table(part: Part, timestamps: Part | None, name: str) -> _Table:
+    signal = read_npy(part, finite=False)
+    if signal.ndim == 2 and signal.shape[0] != len(CHANNELS) == signal.shape[1]:
+        signal = signal.T
+    if signal.ndim != 2 or signal.shape[0] != len(CHANNELS):
+        raise ValueError(f"{name} has shape {signal.shape}, not [6, samples]")
+    times = None
+    if timestamps is not None:
+        times = read_npy(timestamps, finite=False).astype(np.float64).reshape(-1)
+    return _Table(signal.astype(np.float64), times, usual_time=1.0)
+
+
+def _read_csv(data: bytes) -> _Table:
+    lines = iter(io.StringIO(data.decode("utf-8-sig"), newline=""))
+    first = next((s for s in lines if s.strip() and not s.lstrip().startswith("#")), "")
+    delimiter = max(",;\t|", key=first.count)
+    rows = csv.reader(chain([first], lines), delimiter=delimiter)
+    header = [cell.strip() for cell in next(rows, [])]
+    if not header:
+        raise ValueError("it is empty")
+    if all(_is_number(cell) for cell in header):
+        raise ValueError("its first line holds numbers, not the names of its columns")
+    columns = find_columns(header)
+    kept = [
+        row
+        for row in rows
+        if row and (columns.time is None or len(row) <= columns.time or _is_given(row[columns.time]))
+    ]
+    try:
+        signal = np.array([[float(row[i]) for i in columns.signal] for row in kept], np.float64)
+        times = None
+        if columns.time is not None:
+            times = np.array([float(row[columns.time]) for row in kept], np.float64)
+        notes: Mapping[int, str] = {}
+    except (ValueError, IndexError):
+        signal, times, notes = _parse_rows(kept, columns, decimal_comma=delimiter != ",")
+    return _Table(
+        signal.reshape(-1, len(CHANNELS)).T,
+        times,
+        columns.scales,
+        columns.time_scale,
+        notes=notes,
+    )
+
+
+def _parse_rows(
+    rows: list[list[str]], columns: ImuColumns, *, decimal_comma: bool
+) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+    """Parse row by row: [N, 6], [N], and what is wrong with a row; NaN where it cannot be read.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: not a single row can be read.
     """
-    columns: dict[str, int] = {}
-    for i, cell in enumerate(header):
-        match = _AXIS.fullmatch(cell)
-        if match:
-            columns[match[1][0] + match[2]] = i
-    missing = [wanted for axis, wanted in _AXES.items() if axis not in columns]
-    if missing:
-        raise ValueError(
-            f"it has no column {', '.join(missing)} (m/s^2, rad/s); "
-            f"its columns are {textwrap.shorten(', '.join(header), 200) or 'none'}"
-        )
-    return [columns[axis] for axis in _AXES]
+    wanted = columns.signal if columns.time is None else (*columns.signal, columns.time)
+    table = np.full((len(rows), len(wanted)), np.nan)
+    notes: dict[int, str] = {}
+    for number, row in enumerate(rows):
+        for place, column in enumerate(wanted):
+            cell = row[column].strip() if column < len(row) else ""
+            try:
+                table[number, place] = float(cell.replace(",", ".") if decimal_comma else cell)
+            except ValueError:
+                shown = f"is {cell[:40]!r}" if cell else "is empty"
+                notes.setdefault(number, f"{columns.names[column]} {shown}")
+    if rows and len(notes) == len(rows):
+        raise ValueError(f"none of its {len(rows)} rows can be read; in the first {notes[0]}")
+    signal = table[:, : len(CHANNELS)]
+    return signal, None if columns.time is None else table[:, len(CHANNELS)], notes
 
 
 def _is_given(cell: str) -> bool:
     return cell.strip().lower() not in ("", "null", "nan", "none")
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _get_scales(
+    table: _Table, meta: Mapping[str, Any]
+) -> tuple[tuple[float | None, ...], float | None]:
+    """The sizes of all units that the file or the sample's json states.
+
+    Raises:
+        ValueError: a unit is not known, or the two contradict each other.
+    """
+    stated: dict[str, float] = {}
+    for kind, key in _UNIT_KEYS.items():
+        if meta.get(key) is not None:
+            stated[kind] = parse_unit(kind, str(meta[key]))
+    scales = []
+    for channel, own in zip(CHANNELS, table.scales, strict=True):
+        scales.append(_merge(channel.split()[0], own, stated))
+    time_scale = _merge("time", table.time_scale, stated)
+    return tuple(scales), time_scale
+
+
+def _merge(kind: str, own: float | None, stated: Mapping[str, float]) -> float | None:
+    other = stated.get(kind)
+    if own is not None and other is not None and own != other:
+        raise ValueError(
+            f"its header states another unit of the {kind} than {_UNIT_KEYS[kind]} in the "
+            f"sample's json; remove one"
+        )
+    return other if own is None else own
+
+
+def _check_units(signal: np.ndarray, scales: tuple[float | None, ...]) -> None:
+    """Check that numbers whose unit is not stated can be m/s^2 and rad/s.
+
+    Raises:
+        ValueError: they look like another unit.
+    """
+    if scales[:3] == (None,) * 3:
+        size = _get_sizes(signal[:3])
+        if len(size) and _STILL_IN_G[0] < np.median(size) < _STILL_IN_G[1]:
+            low, high = np.percentile(size, (5, 95))
+            if low > _STILL_IN_G[0] and high < _STILL_IN_G[1]:
+                raise ValueError(
+                    f"its accelerometer reads {np.median(size):.3g} all the time, which is gravity "
+                    f"in g and not in m/s^2: name the unit, as in 'accl_x (g)', or set accel_unit"
+                )
+        if len(size) and np.median(size) > _STRONGEST:
+            raise ValueError(
+                f"half of its accelerations exceed {_STRONGEST:g} m/s^2: name their unit, as in "
+                f"'accl_x (mg)', or set accel_unit"
+            )
+    if scales[3:] == (None,) * 3:
+        size = _get_sizes(signal[3:])
+        if len(size) and np.percentile(size, 99) > _FASTEST:
+            raise ValueError(
+                f"its gyroscope reads up to {size.max():.4g}, which is too fast for rad/s: name "
+                f"the unit, as in 'gyro_x (deg/s)', or set gyro_unit"
+            )
+
+
+def _get_sizes(vectors: np.ndarray) -> np.ndarray:
+    """[M]: lengths of the finite ones of the vectors [3, N]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        lengths: np.ndarray = np.sqrt((vectors**2).sum(0))
+    return lengths[np.isfinite(lengths)]
+
+
+def _leave_out_faults(
+    signal: np.ndarray, times: np.ndarray | None, notes: Mapping[int, str], name: str
+) -> ImuRecording:
+    """Leave out samples that are not finite or out of order, and say where they were.
+
+    Raises:
+        SampleError: they are more than `DAMAGED_SHARE` of the recording.
+    """
+    total = signal.shape[1]
+    check_count(LIMITS["imu"], "values", max(1, signal.size), name)
+    finite = np.isfinite(signal).all(0)
+    ascending = np.ones(total, bool) if times is None else find_ascending(times)
+    good = finite & ascending
+    if good.all():
+        return ImuRecording(signal, times)
+    faults = tuple(_list_faults(signal, times, good, ascending, notes))
+    if (~good).sum() > DAMAGED_SHARE * total:
+        raise _recording_error(
+            f"{name}: {(~good).mean():.0%} of its {total} samples cannot be used; the first: "
+            f"{faults[0].what}"
+        )
+    return ImuRecording(signal[:, good], None if times is None else times[good], faults)
+
+
+def _list_faults(
+    signal: np.ndarray,
+    times: np.ndarray | None,
+    good: np.ndarray,
+    ascending: np.ndarray,
+    notes: Mapping[int, str],
+) -> Iterator[ImuFault]:
+    """One fault for each stretch of samples that are left out."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], good, [True]])))
+    for first, end in edges.reshape(-1, 2).tolist():
+        what = f"sample {first}: " + (
+            notes.get(first)
+            or (
+                "its time runs backwards or is not finite"
+                if not ascending[first]
+                else f"{CHANNELS[int(np.argmin(np.isfinite(signal[:, first])))]} is not finite"
+            )
+        )
+        if times is None:
+            yield ImuFault(first, end - 1, what)
+            continue
+        if ascending[first:end].all():  # in order: the fault is where its samples are
+            yield ImuFault(float(times[first]), float(times[end - 1]), what)
+            continue
+        # Out of order: between its neighbours, and wherever its own times claim to be.
+        around = [float(times[i]) for i in (first - 1, end) if 0 <= i < len(times)]
+        yield ImuFault(min(around, default=-np.inf), max(around, default=np.inf), what)
+        own = times[first:end][np.isfinite(times[first:end])]
+        if len(own):
+            yield ImuFault(float(own.min()), float(own.max()), what)
 
 
 def _recording_error(what: str) -> SampleError:
@@ -139,5 +332,6 @@ def _recording_error(what: str) -> SampleError:
         what,
         "the sample has no usable inertial signal.",
         "store .npy [6, N] (accelerometer xyz in m/s^2, gyroscope xyz in rad/s) with timestamps in "
-        f"ms, or a CSV with the columns {', '.join(_AXES.values())} and timestamp_ms.",
+        "ms, or a CSV with the columns accl_x, accl_y, accl_z, gyro_x, gyro_y, gyro_z and "
+        "timestamp_ms; other names and units are in the documentation of media formats.",
     )

@@ -24,7 +24,7 @@ from onellm_dist.common.files import sync, unique_name
 from onellm_dist.common.progress import progress
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.build.duplicates import find_duplicates
-from onellm_dist.shards.build.staging import QUARANTINE
+from onellm_dist.shards.build.staging import DAMAGED, QUARANTINE
 from onellm_dist.shards.build.task import (
     BUILT,
     DUPLICATE_KEY,
@@ -37,7 +37,7 @@ from onellm_dist.shards.build.task import (
 from onellm_dist.shards.format.dataset import SHARD_FOLDER, Manifest, ShardInfo
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.sources.base import QuarantinedSample
+from onellm_dist.shards.sources.base import DamagedSample, QuarantinedSample
 from onellm_dist.shards.storage.paths import StoragePath, move_file, store_file, write_file
 
 STATISTICS = "statistics.json"
@@ -55,6 +55,9 @@ class BuiltTasks(NamedTuple):
     """First words of a reason to the number of bad samples."""
     quarantine: Path
     """A local file of all bad samples, in plan order."""
+    damaged: Path
+    """A local file of all samples that are used although they are damaged, in plan order."""
+    damaged_count: int
 
 
 class FinishedDataset(NamedTuple):
@@ -108,13 +111,18 @@ def finish_dataset(
     manifest = _make_manifest(job, records, shards)
     if counts.failures:
         _store_quarantine(built.quarantine, bad_keys, final)
+    if built.damaged_count:
+        store_file(built.damaged, final / DAMAGED)
     if isinstance(final, Path):
         sync(final / SHARD_FOLDER)
     reasons = built.reasons + Counter(_get_first_words(q) for q in bad_keys)
     statistics = _make_statistics(records, manifest, reasons, repeated)
+    statistics["damaged"] = built.damaged_count
     write_file(final / STATISTICS, json.dumps(statistics, indent=1, sort_keys=True).encode())
     skipped = _count_skipped(records, repeated)
     notes = [f"left out knowingly: {n} x {reason}" for reason, n in skipped.items()]
+    if built.damaged_count:
+        notes.append(f"damaged, but used: {built.damaged_count} samples ({DAMAGED} says what)")
     return FinishedDataset(
         sum(s.samples for s in shards),
         tuple(counts.bad),
@@ -158,7 +166,8 @@ def read_all_records(job: BuildJob) -> BuiltTasks | None:
     reasons = Counter[str]()
     own = job.scratch / unique_name()
     own.mkdir(parents=True, exist_ok=True)
-    with (own / QUARANTINE).open("wb") as file:
+    damaged_count = 0
+    with (own / QUARANTINE).open("wb") as file, (own / DAMAGED).open("wb") as damaged:
         for task in job.plan.tasks:
             record = read_record(job.base, task, job.plan)
             if record is None:
@@ -166,8 +175,10 @@ def read_all_records(job: BuildJob) -> BuiltTasks | None:
             counts.add_record(record)
             reasons.update(_get_first_words(q) for q in record.quarantined)
             file.write(format_quarantine(record.quarantined))
-            records.append(replace(record, quarantined=()))
-    return BuiltTasks(records, counts, reasons, own / QUARANTINE)
+            damaged.write(_format_damaged(record.damaged))
+            damaged_count += len(record.damaged)
+            records.append(replace(record, quarantined=(), damaged=()))
+    return BuiltTasks(records, counts, reasons, own / QUARANTINE, own / DAMAGED, damaged_count)
 
 
 def _get_first_words(bad: QuarantinedSample) -> str:
@@ -178,6 +189,11 @@ def format_quarantine(bad: Sequence[QuarantinedSample]) -> bytes:
     """Format bad samples as one JSON object a line: key, file, reason."""
     lines = (json.dumps({"key": q.key, "file": q.file, "reason": q.reason}) + "\n" for q in bad)
     return "".join(lines).encode("ascii")
+
+
+def _format_damaged(damaged: Sequence[DamagedSample]) -> bytes:
+    """Format damaged samples as one JSON object a line: key, file, damage."""
+    return "".join(json.dumps(vars(d)) + "\n" for d in damaged).encode("ascii")
 
 
 def _find_repeated(job: BuildJob) -> dict[int, dict[int, str]]:

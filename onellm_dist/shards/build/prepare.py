@@ -17,6 +17,7 @@ from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, parse_turns
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.settings import BuildSettings
@@ -63,6 +64,8 @@ class PreparedSample(NamedTuple):
     """Equal media have equal hashes. It is set only if duplicates or a denylist are looked for."""
     picture_hash: int = 0
     """dHash of the picture; it is set only if near copies are looked for."""
+    damage: tuple[str, ...] = ()
+    """What is missing of its media, which are used all the same."""
 
 
 class _SkippedError(Exception):
@@ -112,8 +115,8 @@ def _read_sample(
     where = f"dataset {settings.name}, key {raw_sample.key!r}"
     check_names(where, raw_sample.key, parts)
     check_parts(where, (get_modality(m) for m in modalities), parts)
-    if settings.check:
-        for name in modalities:
+    with collect_damage() as damage:
+        for name in modalities if settings.check else ():
             _check_media(name, parts, meta)
     return PreparedSample(
         raw_sample.key,
@@ -121,6 +124,7 @@ def _read_sample(
         parts,
         content_hash=content_hash,
         picture_hash=picture_hash,
+        damage=tuple(dict.fromkeys(damage)),
     )
 
 

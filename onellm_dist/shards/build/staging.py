@@ -15,6 +15,8 @@ from onellm_dist.shards.format.dataset import MANIFEST, SHARD_FOLDER
 from onellm_dist.shards.format.writer import refuse_occupied
 
 QUARANTINE = "quarantine.jsonl"
+DAMAGED = "damaged.jsonl"
+"""Samples that are used although some of their media is missing."""
 """The list of bad samples in a dataset's folder."""
 
 

@@ -28,7 +28,7 @@ from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.writer import get_shard_path
-from onellm_dist.shards.sources.base import QuarantinedSample, RawSample
+from onellm_dist.shards.sources.base import DamagedSample, QuarantinedSample, RawSample
 from onellm_dist.shards.storage.paths import StoragePath, store_file, write_file
 
 BUILT = "built"
@@ -146,6 +146,7 @@ class TaskRecord:
     """Reason to the number of samples that were left out knowingly for it."""
     parts: Mapping[str, tuple[int, int]]
     """Extension to (parts, bytes)."""
+    damaged: tuple[DamagedSample, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Make the JSON of the record."""
@@ -164,6 +165,7 @@ class TaskRecord:
             tuple(QuarantinedSample(**q) for q in raw["quarantined"]),
             raw["skipped"],
             {e: (n, b) for e, (n, b) in raw["parts"].items()},
+            tuple(DamagedSample(**d) for d in raw.get("damaged", ())),
         )
 
 
@@ -224,6 +226,7 @@ class _TaskWriter:
         self.keys: set[str] = set()
         self.rows: list[bytes] = []
         self.bad: list[QuarantinedSample] = []
+        self.damaged: list[DamagedSample] = []
         self.skipped: Counter[str] = Counter()
         self.parts: dict[str, tuple[int, int]] = {}
         self.text = set(TEXT_EXTENSIONS)
@@ -246,6 +249,9 @@ class _TaskWriter:
     def _write(self, sample: PreparedSample, parts: Mapping[str, bytes]) -> None:
         self.shards.add(sample.key, parts)
         self.keys.add(sample.key)
+        if sample.damage:
+            damage = "; ".join(sample.damage)
+            self.damaged.append(DamagedSample(sample.key, sample.where, damage))
         picture = sample.picture_hash.to_bytes(8, "little")
         self.rows.append(hash_key(sample.key) + sample.content_hash + picture)
         self.text &= parts.keys()
@@ -264,6 +270,7 @@ class _TaskWriter:
             tuple(self.bad),
             dict(sorted(self.skipped.items())),
             dict(sorted(self.parts.items())),
+            tuple(self.damaged),
         )
         buffer = io.BytesIO()
         np.save(buffer, np.frombuffer(b"".join(self.rows), ROW))

@@ -210,6 +210,15 @@ class QuarantinedSample:
 
 
 @dataclass(frozen=True)
+class DamagedSample:
+    """A sample that is used although a part of its media is missing, with what is missing."""
+
+    key: str
+    file: str
+    damage: str
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """The result of a build."""
 

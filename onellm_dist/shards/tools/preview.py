@@ -21,7 +21,7 @@ from onellm_dist.common.html.charts import choose_ticks, format_short
 from onellm_dist.common.html.page import build_html_page, build_html_table, write_page
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.build.finish import STATISTICS
-from onellm_dist.shards.build.staging import QUARANTINE
+from onellm_dist.shards.build.staging import DAMAGED, QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.names import get_modality_parts
 from onellm_dist.shards.tools.preview_samples import (
@@ -249,6 +249,12 @@ def _make_left_out(root: Path, statistics: Mapping[str, Any]) -> str:
         if reasons
         else []
     )
+    damaged = statistics.get("damaged", 0)
+    if damaged:
+        html.append(
+            f"<p>{damaged:,} are used although some of their media is missing; "
+            f"{DAMAGED} says what.</p>"
+        )
     known = statistics.get("left_out", {})
     if known:
         html.append(

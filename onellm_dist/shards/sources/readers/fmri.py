@@ -10,6 +10,7 @@ import numpy as np
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
+from onellm_dist.modalities.io.responses import average_repetitions
 from onellm_dist.shards.sources.base import BadSampleError, Media
 
 
@@ -26,17 +27,17 @@ class MeanOfRepetitions:
             BadSampleError: the content is not an array of finite floats [repetitions, voxels].
         """
         try:
-            array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()))
+            array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()), finite=False)
+            if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
+                raise BadSampleError(
+                    f"unreadable fMRI: {array.dtype} of shape {array.shape}, "
+                    f"not floats [repetitions, voxels]"
+                )
+            mean = average_repetitions(array, ".nsdgeneral.npy")
         except BadSampleError:
             raise
         except SampleError as error:
             raise BadSampleError(f"unreadable fMRI: {error.what}") from error
-        if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
-            raise BadSampleError(
-                f"unreadable fMRI: {array.dtype} of shape {array.shape}, "
-                f"not floats [repetitions, voxels]"
-            )
         buffer = io.BytesIO()
-        mean = array.reshape(-1, array.shape[-1]).mean(0, dtype=np.float64)
-        np.save(buffer, mean.astype(np.float32))
+        np.save(buffer, mean)
         return buffer.getvalue()
