@@ -62,7 +62,7 @@ def imu_csv(
     gyroscope: float = 1.0,
     delimiter: str = ",",
 ) -> bytes:
-    """A walk as a table; the last arguments are how many of its units a second, m/s^2, rad/s are."""
+    """A walk as a table, with times a second, a m/s^2 and a rad/s in the units of its columns."""
     at = np.arange(int(seconds * rate)) / rate
     signal = walk(at)
     signal[:3] *= accelerometer

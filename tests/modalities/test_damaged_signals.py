@@ -33,8 +33,9 @@ def read(modality: str, part: Part, *, train: bool) -> torch.Tensor | str:
     try:
         return found.read_value({role: part}, {}, train=train, rng=np.random.default_rng(0))
     except SampleError as error:
-        assert error.what and error.why and error.do and len(error.what) < 1000
-        return error.what
+        caught = error
+    assert caught.what and caught.why and caught.do and len(caught.what) < 1000
+    return caught.what
 
 
 def check_alike(name: str, mutation: Mutation, folder: Path) -> bool:

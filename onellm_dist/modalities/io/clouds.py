@@ -38,9 +38,9 @@ def read_cloud(part: Part) -> np.ndarray:
     The bytes decide about the format: `.npy` [N, 6] or [N, 7] (with alpha, which is dropped), or
     transposed; PLY ascii and binary; PCD ascii, binary and binary_compressed. Byte colours are
     divided by 255, 16-bit ones by 65535, others by 255 if any is above 1. Floats with negative
-    values (standardised colours, up to 10) stay as they are. Points of a PCD without a position (NaN: no return) are left out, as PCL does for
-    organised clouds. Other points that are not finite, or a thousand times as far away as the
-    median, are left out and noted as damage.
+    values (standardised colours, up to 10) stay as they are. Points of a PCD without a position
+    (NaN: no return) are left out, as PCL does for organised clouds. Other points that are not
+    finite, or a thousand times as far away as the median, are left out and noted as damage.
 
     Returns:
         [N, 6] fp32: x, y, z in the file's units, then red, green, blue, as a rule in [0, 1]. A
@@ -124,8 +124,9 @@ def _round_positions(positions: np.ndarray) -> np.ndarray:
         centre = positions.mean(0, dtype=np.float64)
         extent = float(np.abs(positions - centre).max())
         if 0 < extent * _FAR < float(np.abs(centre).max()):
-            return (positions - centre).astype(np.float32)
-    return positions.astype(np.float32)
+            positions = positions - centre
+    rounded: np.ndarray = positions.astype(np.float32)
+    return rounded
 
 
 def _find_near(xyz: np.ndarray) -> np.ndarray | None:
@@ -135,7 +136,7 @@ def _find_near(xyz: np.ndarray) -> np.ndarray | None:
     """
     if not len(xyz):
         return None
-    wide = xyz.astype(np.float64)
+    wide: np.ndarray = xyz.astype(np.float64)
     spread = np.abs(wide - wide.mean(0))
     if spread.max() <= 50 * spread.mean():  # quick, and true for nearly every cloud
         return None

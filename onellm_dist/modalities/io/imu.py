@@ -147,16 +147,13 @@ def _read_csv(data: bytes) -> _Table:
     if all(_is_number(cell) for cell in header):
         raise ValueError("its first line holds numbers, not the names of its columns")
     columns = find_columns(header)
-    kept = [
-        row
-        for row in rows
-        if row and (columns.time is None or len(row) <= columns.time or _is_given(row[columns.time]))
-    ]
+    time = columns.time
+    kept = [r for r in rows if r and (time is None or len(r) <= time or _is_given(r[time]))]
     try:
         signal = np.array([[float(row[i]) for i in columns.signal] for row in kept], np.float64)
         times = None
-        if columns.time is not None:
-            times = np.array([float(row[columns.time]) for row in kept], np.float64)
+        if time is not None:
+            times = np.array([float(row[time]) for row in kept], np.float64)
         notes: Mapping[int, str] = {}
     except (ValueError, IndexError):
         signal, times, notes = _parse_rows(kept, columns, decimal_comma=delimiter != ",")
@@ -268,7 +265,8 @@ def _get_sizes(vectors: np.ndarray) -> np.ndarray:
     """[M]: lengths of the finite ones of the vectors [3, N]."""
     with np.errstate(over="ignore", invalid="ignore"):
         lengths: np.ndarray = np.sqrt((vectors**2).sum(0))
-    return lengths[np.isfinite(lengths)]
+    finite: np.ndarray = lengths[np.isfinite(lengths)]
+    return finite
 
 
 def _leave_out_faults(

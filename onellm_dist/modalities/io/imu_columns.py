@@ -174,5 +174,4 @@ def _choose_time(
         for number, scale in times:
             if header[number].strip().lower() == wanted:
                 return number, scale
-    chosen = next((t for t in times if t[1] is not None), times[0] if times else (None, None))
-    return chosen
+    return next((t for t in times if t[1] is not None), times[0] if times else (None, None))

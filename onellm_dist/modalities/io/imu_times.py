@@ -83,7 +83,7 @@ def find_ascending(times: np.ndarray) -> np.ndarray:
     Returns:
         [N] bool: the longest subsequence that never falls.
     """
-    kept = np.isfinite(times)
+    kept: np.ndarray = np.isfinite(times)
     values = times[kept]
     if not (np.diff(values) < 0).any():
         return kept

@@ -3,59 +3,106 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 _UNKNOWN = 2_000_000_000
 """Bytes from which on a stated length is a placeholder: a program that writes into a pipe cannot
 know the length, and states the largest number that it can (ffmpeg 2^32 - 1, sox 2^31 - 1)."""
+_SSND_FIELDS = 8
+"""Bytes of an AIFF's sound chunk before the sound itself: offset and block size."""
+
+
+@dataclass(frozen=True)
+class _SoundChunk:
+    """The chunk that holds the sound.
+
+    Attributes:
+        start: where its content begins.
+        stated: bytes of content that the header states.
+        order: byte order of the file, for `struct`.
+        long_size: where a 64-bit length lies that replaces the chunk's own (RF64); 0: nowhere.
+    """
+
+    start: int
+    stated: int
+    order: str
+    long_size: int = 0
 
 
 def measure_data(data: bytes) -> tuple[int, int]:
     """Compare the sound that the header states with the sound that is there.
 
     Returns:
-        Bytes of sound that the header states, and bytes of them that the file has; equal if the
-        header does not say, or the format is another one.
+        Bytes of sound that the header states, and bytes of them that the file has; 1 and 1 if none
+        are missing, the header does not say, or the format is another one.
     """
-    found = _find_sound(data)
-    if found is None:
+    chunk = _find_sound(data)
+    if chunk is None:
         return 1, 1
-    start, stated = found
-    present = len(data) - start
-    if stated >= _UNKNOWN or stated <= present:
+    present = len(data) - chunk.start
+    if chunk.stated >= _UNKNOWN or chunk.stated <= present:
         return 1, 1
-    return stated, max(present, 0)
+    return chunk.stated, max(present, 0)
 
 
-def is_unfinished(data: bytes) -> bool:
-    """Check for a WAV whose header states no sound, as a writer into a pipe leaves it.
+def complete_header(data: bytes) -> bytes:
+    """Write the length into a header that was never finished.
 
-    A WAV without sound states the size of the file in its RIFF header. One that was never finished
-    states 0, or the size of the header alone, and has more bytes than that.
+    A program that writes into a pipe cannot go back to fill in the length. libsndfile takes its
+    placeholders for no sound if they are 0 (WAV, AU, AIFF), or 2^31 - 1 in an AU.
+
+    Returns:
+        The bytes with the true length, or as they are if the header states one.
     """
-    if data[:4] != b"RIFF":
-        return False
-    found = _find_sound(data)
-    if found is None or found[1] != 0:
-        return False
-    return int.from_bytes(data[4:8], "little") + 8 <= found[0] < len(data)
+    chunk = _find_sound(data)
+    if chunk is None or chunk.start >= len(data):
+        return data
+    kind, size = data[:4], len(data) - chunk.start
+    empty = _SSND_FIELDS if kind == b"FORM" else 0
+    if chunk.stated > empty and not (kind == b".snd" and _UNKNOWN <= chunk.stated < 2**32 - 1):
+        return data
+    if kind != b".snd" and _is_chunks(data, chunk.start + chunk.stated, chunk.order):
+        return data  # there is no sound, only what describes it
+    out = bytearray(data)
+    if kind == b".snd":
+        struct.pack_into(">I", out, 8, size)
+        return bytes(out)
+    if chunk.long_size:
+        struct.pack_into("<QQ", out, chunk.long_size - 8, len(data) - 8, size)
+        return bytes(out)
+    struct.pack_into(chunk.order + "I", out, 4, len(data) - 8)
+    struct.pack_into(chunk.order + "I", out, chunk.start - 4, size)
+    return bytes(out)
 
 
-def _find_sound(data: bytes) -> tuple[int, int] | None:
-    """Where the sound begins, and how many bytes of it the header states; None: unknown."""
+def _is_chunks(data: bytes, at: int, order: str) -> bool:
+    """Check that from here to the end there are chunks (or nothing), and no sound."""
+    while at + 8 <= len(data):
+        if not all(32 <= byte < 127 for byte in data[at : at + 4]):
+            return False
+        size = struct.unpack_from(order + "I", data, at + 4)[0]
+        at += 8 + size + size % 2
+    return len(data) - 8 < at <= len(data) + 1
+
+
+def _find_sound(data: bytes) -> _SoundChunk | None:
+    """Find the sound of a WAV, AIFF or AU; None: it is another format, or has none."""
     kind = data[:4]
     if kind == b".snd" and len(data) >= 12:
         start, size = struct.unpack(">II", data[4:12])
-        return start, size
+        return _SoundChunk(start, size, ">")
     order = {b"RIFF": "<", b"RIFX": ">", b"RF64": "<", b"FORM": ">"}.get(kind)
     if order is None:
         return None
     wanted, at, long_size = (b"SSND" if kind == b"FORM" else b"data"), 12, 0
     while at + 8 <= len(data):
-        name, size = data[at : at + 4], struct.unpack(order + "I", data[at + 4 : at + 8])[0]
+        name, size = data[at : at + 4], struct.unpack_from(order + "I", data, at + 4)[0]
         if name == b"ds64" and at + 24 <= len(data):
-            long_size = struct.unpack("<Q", data[at + 16 : at + 24])[0]
+            long_size = at + 16
         if name == wanted:
-            is_long = kind == b"RF64" and size == 0xFFFFFFFF and long_size
-            return at + 8, long_size if is_long else size
+            if kind == b"RF64" and size == 2**32 - 1 and long_size:
+                size = struct.unpack_from("<Q", data, long_size)[0]
+                return _SoundChunk(at + 8, size, order, long_size)
+            return _SoundChunk(at + 8, size, order)
         at += 8 + size + size % 2
     return None

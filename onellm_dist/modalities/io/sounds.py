@@ -19,13 +19,14 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import open_media
 from onellm_dist.modalities.io.damage import note_damage
-from onellm_dist.modalities.io.sound_headers import is_unfinished, measure_data
+from onellm_dist.modalities.io.sound_headers import complete_header, measure_data
 from onellm_dist.modalities.limits import LIMITS, check_count, check_rate
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.packet import Packet
 
 AUDIO_EXTENSIONS = (
     *("wav", "flac", "ogg", "mp3", "opus", "m4a", "aac"),
@@ -63,16 +64,16 @@ def read_sound(part: Part, seconds: float) -> tuple[np.ndarray, int]:
         SampleError: neither library can read it, its rate or its number of channels is beyond the
             limits, or too much of it is damaged.
     """
-    if part.data[:4] not in _SOUNDFILE_MAGIC or is_unfinished(part.data):
+    if part.data[:4] not in _SOUNDFILE_MAGIC:
         return _read_ffmpeg(part, seconds)
     try:
-        return _read_soundfile(part, seconds)
+        return _read_soundfile(Part(part.extension, complete_header(part.data)), seconds)
     except SampleError:
         raise
     except Exception as error:  # LibsndfileError; ValueError or RuntimeError on broken headers
         first = error
     try:
-        return _read_ffmpeg(part, seconds)
+        return _read_ffmpeg(part, seconds, known_codecs=True)
     except SampleError as second:
         # Printed objects have an address that differs each time.
         said = str(first).rpartition(">: ")[2] or type(first).__name__
@@ -115,7 +116,8 @@ def _read_blocks(file: soundfile.SoundFile, wanted: int, block: int) -> np.ndarr
 
 def _note_missing(name: str, missing: float, have: float, why: str) -> None:
     total = missing + have
-    note_damage(f"{name}: {missing:.3f} s of {total:.3f} s of sound are lost: {why}", missing / total)
+    lost = f"{missing:.3f} s of {total:.3f} s of sound are lost"
+    note_damage(f"{name}: {lost}: {why}", missing / total)
 
 
 @dataclass
@@ -153,10 +155,22 @@ class _DecodedSound:
                 self.have += len(self.blocks[-1])
 
 
-def _read_ffmpeg(part: Part, seconds: float) -> tuple[np.ndarray, int]:
+def _read_ffmpeg(
+    part: Part, seconds: float, *, known_codecs: bool = False
+) -> tuple[np.ndarray, int]:
+    """As `read_sound`.
+
+    Args:
+        part: as there.
+        seconds: as there.
+        known_codecs: whether libsndfile knows the container, and refused the file.
+    """
     name = f".{part.extension}"
     with open_media(part, "audio") as container:
         stream = choose_audio_stream(container)
+        if known_codecs and stream.codec_context.name.startswith("pcm_"):
+            # libsndfile reads all of these: its header contradicts itself, which FFmpeg ignores.
+            raise ValueError("its header contradicts itself")
         check_rate(LIMITS["audio"], stream.rate, name)
         check_count(LIMITS["audio"], "channels", stream.channels, name)
         formats = set(container.format.name.split(","))
@@ -238,7 +252,7 @@ def _decode_packets(
     return sound
 
 
-def _get_seconds(packet: av.Packet) -> float:
+def _get_seconds(packet: Packet[AudioStream]) -> float:
     if packet.duration and packet.time_base:
         return float(packet.duration * packet.time_base)
     return 0.0
