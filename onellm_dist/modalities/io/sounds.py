@@ -239,7 +239,8 @@ def _decode_packets(
             if frames:
                 if sound.have or not raw:
                     sound.lost += sound.pending
-                sound.pending, sound.junk = 0.0, 0
+                sound.pending = 0.0
+                sound.junk = 0
                 sound.add(frames)
             if sound.have >= seconds * sound.rate:
                 break
@@ -248,7 +249,8 @@ def _decode_packets(
             raise  # the container itself is broken
     if not raw:
         sound.lost += sound.pending
-        sound.pending, sound.junk = 0.0, 0
+        sound.pending = 0.0
+        sound.junk = 0
     return sound
 
 
