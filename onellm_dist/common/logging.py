@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    _TextHandler = logging.StreamHandler[TextIO]
+else:
+    _TextHandler = logging.StreamHandler  # takes no type before Python 3.11
 
 ROOT = "onellm_dist"
 
@@ -24,7 +29,7 @@ class _Format(logging.Formatter):
         return f"{self._prefix}{level}{message}"
 
 
-class _CurrentStream(logging.StreamHandler[TextIO]):
+class _CurrentStream(_TextHandler):
     """Writes to whatever `sys.stdout` or `sys.stderr` is at the time, and never ends a run."""
 
     def __init__(self, *, errors: bool) -> None:

@@ -86,7 +86,11 @@ def _describe_section(prefix: str, section: type[Section]) -> Iterator[KeyDescri
 
 def _find_section(annotation: Any) -> type[Section] | None:
     """Return the section class inside an annotation: itself, optional, or the items of a list."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if (
+        isinstance(annotation, type)
+        and not get_origin(annotation)
+        and issubclass(annotation, Section)
+    ):
         return annotation
     found = (_find_section(argument) for argument in get_args(annotation))
     return next((section for section in found if section is not None), None)
@@ -107,9 +111,10 @@ def _describe_type(annotation: Any) -> str:
     """Return a type in words."""
     if annotation in _TYPE_NAMES:
         return _TYPE_NAMES[annotation]
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "section"
     origin, arguments = get_origin(annotation), get_args(annotation)
+    # In Python 3.10 list[int] is an instance of type.
+    if origin is None and isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
     if origin is Annotated:
         return _describe_type(arguments[0]) + _describe_limits(arguments[1:])
     if origin is Literal:

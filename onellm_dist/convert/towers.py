@@ -74,11 +74,13 @@ def _load_timm(name: str, size: int | None, weights: str | None) -> Any:
     if weights is None:
         return timm.create_model(name, pretrained=True, num_classes=0, **options)
     # Through timm's own filter, which renames the keys of DINOv2's files and resizes positions.
+    # `custom_load` is how the original .npz files of some models are read (timm 1.0.22 to 1.0.31).
+    source = {"file": weights, "hf_hub_id": None, "custom_load": weights.endswith(".npz")}
     return timm.create_model(
         name,
         pretrained=True,
         num_classes=0,
-        pretrained_cfg_overlay={"file": weights, "hf_hub_id": None},
+        pretrained_cfg_overlay=source,
         **options,
     )
 
