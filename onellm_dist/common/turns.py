@@ -4,7 +4,7 @@ A sample's `.json` part holds a conversation under `conversations`, in LLaVA's o
 
     [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}, ...]
 
-`role` and `content` may stand for `from` and `value`.
+`role` and `content` may stand for `from` and `value`, and `messages` for `conversations`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ ROLES: Mapping[str, Role] = {
 """Speaker as datasets write it, in lower case, to its role (chatgpt, bard and bing: ShareGPT)."""
 
 
+CONVERSATION_KEYS = ("conversations", "messages")
+"""Keys under which a conversation stands, the first that has one first."""
+
+
 class ConversationTurn(NamedTuple):
     """One turn of a conversation."""
 
@@ -38,6 +42,16 @@ class ConversationTurn(NamedTuple):
 
 class TurnsError(ValueError):
     """A conversation that cannot be used; the message says which turn and why."""
+
+
+def find_conversation(meta: Mapping[str, Any]) -> Any:
+    """Find the conversation of a sample or of a row of a dataset, for `parse_turns`.
+
+    Returns:
+        The value of the first of CONVERSATION_KEYS that is neither null nor an empty list; None:
+        there is none.
+    """
+    return next((raw for k in CONVERSATION_KEYS if (raw := meta.get(k)) not in (None, [])), None)
 
 
 def parse_turns(raw: Any) -> list[ConversationTurn]:

@@ -5,6 +5,9 @@ dataset j occurs n_j times, is computed once and repeated forever, so any positi
 replaying the stream. Within the period, Tijdeman's rule (The chairman assignment problem, 1980)
 keeps the count of every prefix within 1 - 1/(2m - 2) < 1 samples of weight x length for m
 datasets. (Choosing the largest deficit greedily is off by up to 1.29 with 8 weights.)
+
+Integer weights are exact whatever their sum. Where the period is too long to lay out (sizes of
+datasets), positions are found by arithmetic (split_tree.py), within 2 samples of weight x length.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from math import gcd, lcm
 import numpy as np
 from numpy.typing import NDArray
 
+from onellm_dist.data.split_tree import SplitTree
+
 EXACT_PERIOD = 1 << 20
-"""Weights with a common denominator up to this are used exactly, as the decimal numbers written."""
+"""The longest period that is laid out. Decimal weights whose reduced integers add up to at most
+this are used exactly, as they are written."""
 COARSE_PERIOD = 1 << 16
-"""Other weights are rounded to this denominator, but never below 1."""
+"""Other decimal weights are rounded to this denominator, but never below 1."""
 
 Ints = NDArray[np.int64]
 
@@ -47,12 +53,8 @@ class Mixture:
         """How often each dataset occurs in a period."""
         self.period = sum(self.counts)
         """D, the common denominator: dataset j is exactly counts[j] / D of the stream."""
-        self._sequence = np.asarray(build_sequence(self.counts), dtype=np.int64)
-        # earlier occurrences of the same dataset in the period
-        self._earlier = np.empty(self.period, dtype=np.int64)
-        for dataset in range(len(self.counts)):
-            here = self._sequence == dataset
-            self._earlier[here] = np.arange(self.counts[dataset])
+        laid_out = len(counts) == 1 or self.period <= EXACT_PERIOD
+        self._layout = _LaidOutPeriod(self.counts) if laid_out else SplitTree(self.counts)
 
     def locate(self, positions: Ints) -> tuple[Ints, Ints]:
         """Find the samples at positions of the stream.
@@ -64,9 +66,9 @@ class Mixture:
             [n] datasets, and [n] positions within each dataset's own order.
         """
         period, offset = positions // self.period, positions % self.period
-        dataset = self._sequence[offset]
+        dataset, earlier = self._layout.locate(offset)
         counts = np.asarray(self.counts, dtype=np.int64)
-        return dataset, period * counts[dataset] + self._earlier[offset]
+        return dataset, period * counts[dataset] + earlier
 
     def find_positions(self, dataset: int, index: Ints) -> Ints:
         """Find where samples of a dataset occur in the stream: the inverse of `locate`.
@@ -79,32 +81,74 @@ class Mixture:
             [n] positions of the stream.
         """
         period, nth = index // self.counts[dataset], index % self.counts[dataset]
-        return period * self.period + np.flatnonzero(self._sequence == dataset)[nth]
+        return period * self.period + self._layout.find(dataset, nth)
 
     def count_taken(self, length: int) -> list[int]:
         """Return how often each dataset occurs in the first `length` positions."""
         periods, rest = divmod(length, self.period)
-        partial = np.bincount(self._sequence[:rest], minlength=len(self.counts)).tolist()
+        partial = self._layout.count(rest)
         return [periods * count + more for count, more in zip(self.counts, partial, strict=True)]
+
+
+class _LaidOutPeriod:
+    """One period as an array, by Tijdeman's rule; the methods are those of SplitTree."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._datasets = len(counts)
+        self._sequence = np.asarray(build_sequence(counts), dtype=np.int64)
+        # earlier occurrences of the same dataset in the period
+        self._earlier = np.empty(len(self._sequence), dtype=np.int64)
+        for dataset, count in enumerate(counts):
+            self._earlier[self._sequence == dataset] = np.arange(count)
+
+    def locate(self, offsets: Ints) -> tuple[Ints, Ints]:
+        return self._sequence[offsets], self._earlier[offsets]
+
+    def find(self, dataset: int, nth: Ints) -> Ints:
+        found: Ints = np.flatnonzero(self._sequence == dataset)[nth]
+        return found
+
+    def count(self, length: int) -> list[int]:
+        counts: list[int] = np.bincount(self._sequence[:length], minlength=self._datasets).tolist()
+        return counts
 
 
 def quantize_weights(weights: Sequence[float]) -> list[int]:
     """Return integers in the ratio of the weights.
 
-    They are exact if the common denominator allows it. Otherwise they are rounded to COARSE_PERIOD
-    by largest remainder, and every weight keeps at least 1, so that no dataset is lost.
+    They are exact if all weights are integers, or if their reduced integers add up to at most
+    EXACT_PERIOD. Others are rounded, see `round_weights`.
 
     Raises:
         ValueError: there is no weight, or one is not positive.
     """
+    counts, integers = _reduce_weights(weights)
+    return counts if integers else round_weights(weights)
+
+
+def round_weights(weights: Sequence[float]) -> list[int]:
+    """Return integers in nearly the ratio of the weights, with a sum of at most EXACT_PERIOD.
+
+    If the exact integers exceed it, they are rounded to COARSE_PERIOD by largest remainder, and
+    every weight keeps at least 1, so that no dataset is lost. Runs that began when integers were
+    rounded too keep these counts (`Plan.follow`).
+
+    Raises:
+        ValueError: there is no weight, or one is not positive.
+    """
+    counts, _ = _reduce_weights(weights)
+    return counts if sum(counts) <= EXACT_PERIOD else _round_to(counts, COARSE_PERIOD)
+
+
+def _reduce_weights(weights: Sequence[float]) -> tuple[list[int], bool]:
+    """Return coprime integers in the ratio of the weights, and whether all weights are integers."""
     exact = [Fraction(str(weight)) for weight in weights]
     if not exact or any(weight <= 0 for weight in exact):
         raise ValueError("a mixture needs at least one weight, all of them above 0")
     denominator = lcm(*(weight.denominator for weight in exact))
     counts = [int(weight * denominator) for weight in exact]
     common = gcd(*counts)
-    counts = [count // common for count in counts]
-    return counts if sum(counts) <= EXACT_PERIOD else _round_to(counts, COARSE_PERIOD)
+    return [count // common for count in counts], denominator == 1
 
 
 def _round_to(counts: list[int], period: int) -> list[int]:

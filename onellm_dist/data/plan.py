@@ -26,7 +26,7 @@ from onellm_dist.data.micro_batch import (
     StepPlan,
     group_by_shard,
 )
-from onellm_dist.data.mixture import Mixture
+from onellm_dist.data.mixture import Mixture, round_weights
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.packing import ItemSizes, TokenBudget, find_too_large, pack
 from onellm_dist.data.phases import (
@@ -111,6 +111,7 @@ class Plan:
         """
         if not history:
             return False
+        self._keep_rounded_weights(history, step)
         self.data_phases = continue_phases(
             history, self._data_phase(), step, allow_new=self.config.new_phase
         )
@@ -121,6 +122,14 @@ class Plan:
         self._tables.clear()
         self._steps.clear()
         return self.data_phases != tuple(history[: len(self.data_phases)])
+
+    def _keep_rounded_weights(self, history: Sequence[DataPhase], step: int) -> None:
+        """Use the rounded integer weights of a run that began when integers were rounded."""
+        rounded = round_weights([entry.weight for entry in self.config.mixture])
+        names = [dataset.name for dataset in self.corpus.datasets]
+        last = next(phase for phase in reversed(history) if phase.start <= step)
+        if list(last.counts.items()) == list(zip(names, rounded, strict=True)):
+            self.mixture = Mixture.from_counts(rounded)
 
     def _data_phase(self) -> DataPhase:
         corpus = self.corpus

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.common.turns import ConversationTurn, TurnsError, parse_turns
+from onellm_dist.common.turns import ConversationTurn, TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities.base import Part
 
 _MEDIA_TAG = "<image>"
@@ -70,15 +70,15 @@ def read_captions(parts: Mapping[str, Part]) -> list[str]:
 
 
 def read_turns(parts: Mapping[str, Part]) -> list[ConversationTurn]:
-    """Return the turns of `conversations` in the `.json` part, without the tag `<image>`.
+    """Return the turns of the conversation in the `.json` part, without the tag `<image>`.
 
     Raises:
         SampleError: there is no conversation, or `parse_turns` refuses it.
     """
-    raw = read_meta(parts).get("conversations")
-    if raw is None or raw == []:
+    raw = find_conversation(read_meta(parts))
+    if raw is None:
         raise SampleError(
-            "no `conversations` in the sample's .json",
+            "no `conversations` (or `messages`) in the sample's .json",
             "the conversation and chat formats train on answers.",
             "use data.text_format=caption.",
         )

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onellm_dist.data.mixture import COARSE_PERIOD, Mixture, build_sequence, quantize_weights
+from onellm_dist.data.mixture import (
+    COARSE_PERIOD,
+    Mixture,
+    build_sequence,
+    quantize_weights,
+    round_weights,
+)
+from onellm_dist.data.split_tree import SplitTree
 
 
 def worst_deviation(mixture: Mixture, length: int) -> float:
@@ -98,3 +105,54 @@ def test_eight_weights_stay_under_the_bound_that_greedy_breaks() -> None:
 def test_bad_weights_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="above 0"):
         quantize_weights(weights)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reduced"),
+    [
+        ([2006123, 461233], [2006123, 461233]),
+        ([2006123.0, 461233.0], [2006123, 461233]),
+        ([1_000_000_000, 2_500_000, 400_000], [10_000, 25, 4]),
+        ([5_850_000_001, 413_871_335, 7], [5_850_000_001, 413_871_335, 7]),
+    ],
+)
+def test_sizes_of_datasets_are_exact_weights(sizes: list[float], reduced: list[int]) -> None:
+    mixture = Mixture(sizes)
+    assert mixture.counts == reduced
+    assert mixture.count_taken(3 * mixture.period) == [3 * count for count in reduced]
+    assert mixture.period == sum(reduced)
+
+
+def test_large_integers_interleave_evenly() -> None:
+    mixture = Mixture([2006123, 461233])
+    assert worst_deviation(mixture, mixture.period) <= 0.5 + 1e-9
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_a_computed_period_is_a_mixture(counts: list[int]) -> None:
+    """Exact counts, a dataset's own positions in order, `find` and `count` agree with `locate`."""
+    tree, period = SplitTree(counts), sum(counts)
+    dataset, earlier = tree.locate(np.arange(period))
+    assert np.bincount(dataset, minlength=len(counts)).tolist() == counts
+    lengths = np.arange(1, period + 1)
+    for j, count in enumerate(counts):
+        here = np.flatnonzero(dataset == j)
+        assert earlier[here].tolist() == list(range(count))
+        assert tree.find(j, np.arange(count)).tolist() == here.tolist()
+        assert np.abs(np.cumsum(dataset == j) - count * lengths / period).max() < 2
+    half = period // 2
+    assert tree.count(half) == np.bincount(dataset[:half], minlength=len(counts)).tolist()
+
+
+def test_positions_far_out_in_a_period_beyond_64_bit_products() -> None:
+    mixture = Mixture([5_850_000_001, 413_871_335, 7])
+    positions = np.asarray([0, 10**9, 6 * 10**12 + 5])
+    dataset, index = mixture.locate(positions)
+    for j, i, position in zip(dataset.tolist(), index, positions.tolist(), strict=True):
+        assert mixture.find_positions(j, np.asarray([i])).tolist() == [position]
+        assert mixture.count_taken(position)[j] == i
+
+
+def test_integers_were_rounded_before() -> None:
+    assert round_weights([2006123, 461233]) == [53285, 12251]

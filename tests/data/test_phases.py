@@ -146,6 +146,19 @@ def test_what_no_data_phase_can_express_is_refused(root: Path, tmp_path: Path) -
         open_plan(tmp_path, FIRST, new_phase=True).follow(before.data_phases, 6)
 
 
+def test_a_run_with_rounded_integer_weights_keeps_them(root: Path) -> None:
+    """Integers above a sum of 2^20 were rounded once; such a run resumes with the same stream."""
+    sizes = {"pic": 2006123.0, "imu": 461233.0}
+    began = open_plan(root, sizes)
+    began.mixture = Mixture.from_counts([53285, 12251])
+    began.data_phases = (began._data_phase(),)
+    resumed_plan = open_plan(root, sizes)
+    assert resumed_plan.mixture.counts == [2006123, 461233]
+    assert resumed_plan.follow(began.data_phases, 6) is False
+    assert resumed_plan.mixture.counts == [53285, 12251]
+    assert resumed_plan.digest(6) == began.digest(6)
+
+
 def test_a_step_before_the_data_phase_is_not_in_its_plan(root: Path) -> None:
     plan = resumed(root, open_plan(root, FIRST), 8, {"pic": 1.0})
     with pytest.raises(ValueError, match="step 7 lies before 8"):

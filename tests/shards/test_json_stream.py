@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.shards.sources.readers import json_stream
+from onellm_dist.shards.sources.readers import json_scanner
 from onellm_dist.shards.sources.readers.json_stream import (
     has_key,
     read_rows,
@@ -44,7 +44,7 @@ def odd_values(seed: int, count: int) -> list[Any]:
 def test_what_is_read_is_what_json_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, style: str
 ) -> None:
-    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    monkeypatch.setattr(json_scanner, "_CHUNK", chunk)
     values = odd_values(chunk, 60)
     whole = {
         "info": {"rows": [1, {"a": 2}]},

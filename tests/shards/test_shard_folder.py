@@ -56,7 +56,8 @@ def test_media_with_side_captions(tmp_path: Path) -> None:
         "notes.md": b"",
     }
     report, dataset = build(tmp_path, files)
-    assert (report.samples, report.quarantined, report.notes) == (3, (), ("ignored: 1 x .md",))
+    notes = ("ignored: 1 x .md", "hidden files and folders skipped: 2")
+    assert (report.samples, report.quarantined, report.notes) == (3, (), notes)
     assert contents(dataset) == {
         "a": {"jpeg": files["a.jpeg"], "txt": b"an a", "json": TALK.encode()},
         "cats/10_v2": {"jpg": files["cats/10.v2.JPG"], "txt": "grün".encode()},

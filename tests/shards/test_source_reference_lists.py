@@ -189,7 +189,11 @@ def test_splits_follow_the_lists_names_and_keys_their_rows(tmp_path: Path) -> No
     }
     write_tree(tmp_path / "in", tree)
     _, dataset = build_source(
-        "reference-lists", tmp_path / "in/lists", tmp_path / "out", modality="image"
+        "reference-lists",
+        tmp_path / "in/lists",
+        tmp_path / "out",
+        modality="image",
+        follow=str(tmp_path / "in"),
     )
     assert {s: list(read_samples(dataset, s)) for s in ("train", "val", "test")} == {
         "train": ["train_sub01/000000002"],

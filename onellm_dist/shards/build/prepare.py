@@ -15,11 +15,12 @@ import numpy as np
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.common.turns import TurnsError, parse_turns
+from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
+from onellm_dist.shards.build.questions import add_conversation, list_questions
 from onellm_dist.shards.build.settings import BuildSettings
 from onellm_dist.shards.format.writer import check_names, check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
@@ -103,6 +104,11 @@ def _read_sample(
     raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
 ) -> PreparedSample:
     parts, meta = _read_texts(raw_sample)
+    if questions := list_questions(settings.question, modalities):
+        asked = add_conversation(raw_sample.key, meta, parts.get("txt"), questions)
+        if asked is not None:
+            meta = asked
+            parts["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True).encode()
     if (reason := filter_by_meta(meta, settings)) is not None:
         raise _SkippedError(reason)
     for extension, media in raw_sample.parts.items():
@@ -195,8 +201,8 @@ def parse_meta(data: bytes) -> dict[str, Any]:
     """Parse a sample's `.json`.
 
     Raises:
-        BadSampleError: it is not a JSON object, or `parse_turns` refuses its `conversations`; an
-            empty list means that there are none.
+        BadSampleError: it is not a JSON object, or `parse_turns` refuses its conversation; an empty
+            list means that there is none.
     """
     try:
         meta = json.loads(data)
@@ -204,8 +210,8 @@ def parse_meta(data: bytes) -> dict[str, Any]:
         raise BadSampleError(f"unreadable .json: {error}") from error
     if not isinstance(meta, dict):
         raise BadSampleError(f"unreadable .json: a {type(meta).__name__}, not an object")
-    conversations = meta.get("conversations")
-    if conversations is not None and conversations != []:
+    conversations = find_conversation(meta)
+    if conversations is not None:
         try:
             parse_turns(conversations)
         except TurnsError as error:
@@ -239,7 +245,7 @@ def _read_texts(raw_sample: RawSample) -> tuple[dict[str, bytes], dict[str, Any]
         if captions and all(isinstance(one, str) for one in captions):
             for one in captions:
                 encode_caption(one, ".json: ")
-        elif not meta.get("conversations"):
+        elif find_conversation(meta) is None:
             raise BadSampleError("no caption: neither a caption nor a conversation belongs to it")
     return parts, meta
 

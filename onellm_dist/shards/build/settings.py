@@ -74,6 +74,19 @@ OPTIONS: Mapping[str, Option] = {
         "keep only samples whose metadata have a `similarity` of at least this",
         float,
     ),
+    "question": Option(
+        None,
+        "make a conversation of the caption of each sample that has none: the caption answers this "
+        "question; several are separated by | and chosen by the sample's key; `default`: the "
+        "paper's prompt for the modality",
+        separator="|",
+    ),
+    "follow": Option(
+        None,
+        "folders outside of IN to which paths and links in it may lead, separated by commas; "
+        "`any`: anywhere; default: samples whose media lie outside are bad",
+        separator=",",
+    ),
     "energon": Option(True, "write Megatron-Energon's metadata too (.nv-meta/, .tar.idx)", bool),
 }
 
@@ -102,6 +115,8 @@ class BuildSettings:
     max_punsafe: float | None
     max_pwatermark: float | None
     min_similarity: float | None
+    question: str | None
+    follow: str | None
     energon: bool
 
     def __post_init__(self) -> None:
@@ -141,6 +156,12 @@ class BuildSettings:
                 f"quality={self.quality} is not between 1 and 100.",
                 "it is the quality of JPEG.",
                 "95 is a good value.",
+            )
+        if self.question is not None and not all(q.strip() for q in self.question.split("|")):
+            raise UsageError(
+                f"question={self.question!r} has an empty question.",
+                "a caption would answer nothing.",
+                "write one question, or several separated by |.",
             )
         if self.resize is not None and self.resize < 1:
             raise UsageError(

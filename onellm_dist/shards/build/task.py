@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import unique_name
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.shards.build.confine import confine, find_allowed_roots
 from onellm_dist.shards.build.plan import BuildPlan, ShardTask, read_raw_samples
 from onellm_dist.shards.build.prepare import PreparedSample, prepare_sample
 from onellm_dist.shards.build.registry import get_source
@@ -55,10 +57,18 @@ class BuildJob:
     options: Mapping[str, Any]
 
     def read_raw_samples(self, task: ShardTask) -> Iterator[RawSample]:
-        """Yield the raw samples of a task, in order."""
-        list_split = get_source(self.plan.source).raw_samples
-        assert list_split is not None
-        return read_raw_samples(task, self.plan, self.base, self.inputs, self.options, list_split)
+        """Yield the raw samples of a task, in order; those outside of the input are bad."""
+        source = get_source(self.plan.source)
+        assert source.raw_samples is not None
+        found = read_raw_samples(
+            task, self.plan, self.base, self.inputs, self.options, source.raw_samples
+        )
+        return confine(found, self._allowed_roots)
+
+    @cached_property
+    def _allowed_roots(self) -> tuple[str, ...] | None:
+        source, follow = get_source(self.plan.source), self.plan.settings.follow
+        return find_allowed_roots(source, self.inputs, self.options, follow)
 
     def prepare(self, task: ShardTask) -> Iterator[PreparedSample]:
         """Yield the raw samples of a task, prepared in this process."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import write_atomic
-from onellm_dist.common.turns import parse_turns
+from onellm_dist.common.turns import find_conversation, parse_turns
 from onellm_dist.shards.storage.paths import StoragePath
 
 MAGIC = b"ONELLMIX"
@@ -90,7 +90,7 @@ def _count_json_text_bytes(value: Any) -> int:
     if isinstance(caption, (str, list)):
         captions = [caption] if isinstance(caption, str) else caption
         return max((len(one.encode()) for one in captions if isinstance(one, str)), default=0)
-    return sum(len(turn.text.encode()) for turn in parse_turns(value.get("conversations")))
+    return sum(len(turn.text.encode()) for turn in parse_turns(find_conversation(value)))
 
 
 @overload

@@ -173,6 +173,9 @@ class Option:
     help: str
     kind: type = str
     """str, int, float, bool or Path. Text from a command line is converted to it."""
+    separator: str | None = None
+    """What stands between several values in the text; None: there is one value. A dataset recipe
+    may give a list of them."""
 
     def convert(self, name: str, value: Any) -> Any:
         """Convert a value to this option's type; None stays None if that is the default.
@@ -186,7 +189,11 @@ class Option:
         """
         if value is None and self.default is None:
             return None
+        if isinstance(value, (list, tuple)) and self.separator is not None:
+            value = self.separator.join(map(str, value))
         try:
+            if isinstance(value, (list, tuple, dict)):
+                raise ValueError
             if self.kind is bool and not isinstance(value, bool):
                 return _BOOLEANS[str(value).lower()]
             if self.kind is int and isinstance(value, float) and not value.is_integer():
@@ -253,6 +260,8 @@ class Source:
     Every planned source also has the builder's (shards/build/settings.py): name, licence, check,
     max_failures, max_samples, max_bytes, limit, resize, quality, dedup, denylist, nsfw,
     max_punsafe, max_pwatermark, ..."""
+    places: tuple[str, ...] = ()
+    """Options, besides those of kind Path, that name folders or URLs where media may lie."""
     licence: str = "unknown"
     """The licence in the manifest, unless the user gives one."""
     needs_input: bool = True

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.turns import CONVERSATION_KEYS, TurnsError, find_conversation, parse_turns
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
@@ -30,6 +31,7 @@ from onellm_dist.shards.sources.base import (
 from onellm_dist.shards.sources.readers import json_stream
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.delimited import CSV, RowRange, find_row_ranges, read_rows
+from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
@@ -68,11 +70,8 @@ def _find_table(inputs: Path, given: str | None) -> str:
                 "check the option captions.",
             )
         return given
-    found = [
-        p.name
-        for pattern in ("*.csv", "*.json")
-        for p in sorted(inputs.glob(pattern), key=lambda p: p.name)
-    ]
+    listed = list_files(inputs)
+    found = [p.name for suffix in (".csv", ".json") for p in listed.select((suffix,))]
     if len(found) != 1:
         there = f"{len(found)} tables: {', '.join(found)}" if found else "no table"
         raise UsageError(
@@ -160,8 +159,8 @@ def _read_conversations(inputs: Path, description: SplitDescription) -> Iterator
         if not isinstance(uid, str) or not uid or "/" in uid:
             yield where, "", None, {}, "unreadable row: no object_id"
             continue
-        answer = _get_answer(row.get("conversations"))
-        meta = {k: v for k, v in row.items() if k != "conversations"}
+        answer = _get_answer(find_conversation(row))
+        meta = {k: v for k, v in row.items() if k not in CONVERSATION_KEYS}
         yield (
             where,
             uid,
@@ -173,20 +172,13 @@ def _read_conversations(inputs: Path, description: SplitDescription) -> Iterator
         )
 
 
-def _get_answer(turns: Any) -> str | None:
+def _get_answer(raw: Any) -> str | None:
     """The description of the object: the answer to the only question."""
-    if (
-        not isinstance(turns, list)
-        or len(turns) != 2
-        or not all(isinstance(t, dict) for t in turns)
-    ):
+    try:
+        turns = parse_turns(raw)
+    except TurnsError:
         return None
-    asked, answered = turns
-    return (
-        answered.get("value")
-        if (asked.get("from"), answered.get("from")) == ("human", "gpt")
-        else None
-    )
+    return turns[1].text if [turn.role for turn in turns] == ["user", "assistant"] else None
 
 
 SOURCE = Source(
@@ -195,6 +187,7 @@ SOURCE = Source(
     "or PointLLM's copy: JSON and 8192_npy",
     plan=plan,
     raw_samples=raw_samples,
+    places=("clouds", "captions"),
     options={
         "captions": Option(None, "the table, relative to IN, if there are several"),
         "clouds": Option(

@@ -1,14 +1,17 @@
 """`onellm shards build folder IN OUT`: a folder of media with captions in side files or a table.
 
 IN is a folder or a table. A table at the folder's top level is found by its columns; without one,
-captions are read from side files. The rules of names and columns are in readers/folder_files.py and
-readers/folder_tables.py, and for users in shards/README.md.
+the folders `train/`, `validation/` and `test/` are splits, each with a table of its own, side files
+or class folders; else captions are read from side files. The rules of names and columns are in
+readers/folder_files.py and readers/folder_tables.py, and for users in docs/howto/data.md.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,57 +26,142 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.folder_files import find_side_file_samples
-from onellm_dist.shards.sources.readers.folder_tables import find_table, read_table_samples
+from onellm_dist.shards.sources.readers.folder_tables import (
+    count_unused,
+    find_table,
+    read_table_samples,
+)
+from onellm_dist.shards.sources.readers.media_files import resolve_below
+from onellm_dist.shards.sources.readers.split_folders import find_split_folders
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _SPLIT_SAMPLES = 1000
 """Raw samples per input split."""
 
 
+@dataclass(frozen=True)
+class FolderOptions:
+    """The options that say where captions and files are."""
+
+    captions: Path | None = None
+    """The user's table."""
+    caption_column: str | None = None
+    file_column: str | None = None
+    media: Path | None = None
+    """The folder at which the table's paths begin."""
+    class_captions: bool = True
+    """Whether class folders name captions where nothing else has any."""
+
+
+Found = tuple[tuple[str, ...], list[RawSample], list[str]]
+"""Modalities, raw samples in their order on disk, and notes."""
+
+
 def find_raw_samples(
-    inputs: Path,
-    captions: Path | None,
-    modality: str | None,
-    caption_column: str | None,
-    file_column: str | None,
-) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
+    inputs: Path, modalities: tuple[str, ...] | None, options: FolderOptions
+) -> tuple[tuple[str, ...], dict[str | None, list[RawSample]], list[str]]:
     """Find the samples of an input folder or table.
 
     Args:
         inputs: the folder or table.
-        captions: the user's table.
-        modality: the user's modalities; None to infer them.
-        caption_column: the user's column of captions.
-        file_column: the user's column of files.
+        modalities: the user's; None to infer them.
+        options: where captions and files are.
 
     Returns:
-        Modalities, raw samples in their order on disk, and notes.
+        Modalities; split to raw samples, where the split None is the one that the user chooses; and
+        notes.
 
     Raises:
         UsageError: nothing there can be used, or the user must make a choice.
     """
-    wanted = parse_modalities(modality) if modality is not None else None
-    if captions is not None and not captions.is_file() and (inputs / captions).is_file():
-        captions = inputs / captions
-    if captions is not None and not captions.is_file():
-        raise UsageError(
-            f"{captions}: there is no such table.",
-            "captions cannot be read.",
-            "check the option captions.",
-        )
     root = inputs if inputs.is_dir() else inputs.parent
-    table = captions or (find_table(inputs) if inputs.is_dir() else inputs)
-    if table is not None:
-        found = read_table_samples(table, root, wanted, caption_column, file_column)
+    columns = options.caption_column, options.file_column
+    table = _choose_table(inputs, options.captions) or (
+        find_table(inputs, *columns) if inputs.is_dir() else inputs
+    )
+    folders = {} if table is not None or modalities == () else find_split_folders(inputs)
+    if not folders:
+        found = _find_in_folder(root, root, table, modalities, options)
+        return found[0], {None: found[1]}, found[2]
+    samples, notes = dict[str | None, list[RawSample]](), list[str]()
+    for split, folder in folders.items():
+        table = find_table(folder, *columns)
+        modalities, samples[split], said = _find_in_folder(folder, root, table, modalities, options)
+        notes += [f"{folder.name}/ (split {split}): {line}" for line in said]
+    return modalities or (), _renumber_keys(samples), notes
+
+
+def _choose_table(inputs: Path, captions: Path | None) -> Path | None:
+    """Return the table that the user names; None: none is named.
+
+    Raises:
+        UsageError: there is no such table.
+    """
+    if captions is not None and not captions.is_file():
+        if not (inputs / captions).is_file():
+            raise UsageError(
+                f"{captions}: there is no such table.",
+                "captions cannot be read.",
+                "check the option captions.",
+            )
+        return inputs / captions
+    return captions
+
+
+def _find_in_folder(
+    folder: Path,
+    root: Path,
+    table: Path | None,
+    modalities: tuple[str, ...] | None,
+    options: FolderOptions,
+) -> Found:
+    """Find the samples of one folder; keys are relative to `root`."""
+    if table is None:
+        found = find_side_file_samples(folder, modalities, class_captions=options.class_captions)
+        if folder != root:
+            found = (found[0], [_put_below(folder.name, c) for c in found[1]], found[2])
     else:
-        found = find_side_file_samples(inputs, wanted)
+        media = None if options.media is None else resolve_below(root, options.media)
+        found = read_table_samples(
+            table, root, modalities, options.caption_column, options.file_column, media
+        )
+        if folder.resolve() in table.resolve().parents:
+            found[2].extend(_list_unused(folder, table, found[1]))
     if not found[1]:
         ignored = f" ({'; '.join(found[2])})" if found[2] else ""
+        wanted = f" of modality {','.join(modalities) or 'text'}" if modalities is not None else ""
         raise UsageError(
-            f"{inputs}: no samples{f' of modality {modality}' if modality else ''} found{ignored}.",
+            f"{folder}: no samples{wanted} found{ignored}.",
             "there is nothing to build from.",
             "put captions beside the media (cat.jpg + cat.txt), or name a table: -o captions=FILE.",
         )
     return found
+
+
+def _list_unused(folder: Path, table: Path, samples: Sequence[RawSample]) -> Iterator[str]:
+    """Say what lies in a folder that its table does not name."""
+    used = {os.path.normpath(str(p)) for sample in samples for p in sample.parts.values()}
+    unused, hidden = count_unused(folder, used | {os.path.normpath(table)})
+    if unused:
+        listed = ", ".join(f"{n} x {s}" for s, n in unused.most_common(8))
+        yield f"not named by {table.name}: {listed}"
+    if hidden:
+        yield f"hidden files and folders skipped: {hidden}"
+
+
+def _put_below(folder: str, sample: RawSample) -> RawSample:
+    return RawSample(**{**vars(sample), "key": f"{folder}/{sample.key}"})
+
+
+def _renumber_keys(
+    samples: Mapping[str | None, list[RawSample]],
+) -> dict[str | None, list[RawSample]]:
+    """Make keys unique over all splits: rows of two tables may have the same."""
+    keys = iter(make_keys_unique(s.key for some in samples.values() for s in some))
+    return {
+        split: [RawSample(**{**vars(sample), "key": next(keys)}) for sample in some]
+        for split, some in samples.items()
+    }
 
 
 def plan(
@@ -81,11 +169,9 @@ def plan(
     *,
     seed: int,
     modality: str | None,
-    captions: Path | None,
-    caption_column: str | None,
-    file_column: str | None,
-    split: str,
+    split: str | None,
     shuffle: bool,
+    **options: Any,
 ) -> DatasetDescription:
     """List the folder; the raw samples go to the plan, so that files may be added meanwhile.
 
@@ -97,18 +183,24 @@ def plan(
             f"{inputs} is remote.", "source 'folder' lists local folders only.", "mount or copy it."
         )
     modalities, found, notes = find_raw_samples(
-        inputs, captions, modality, caption_column, file_column
+        inputs,
+        parse_modalities(modality) if modality is not None else None,
+        FolderOptions(**options),
     )
-    if shuffle:
-        random.Random(seed).shuffle(found)
+    if split is not None:
+        found = {split: [sample for some in found.values() for sample in some]}
+    for some in found.values():
+        if shuffle:
+            random.Random(seed).shuffle(some)
     splits = (
         InputSplit(
-            f"{inputs.name}:{first + 1}",
-            {"raw_samples": [_to_json(c) for c in found[first : first + _SPLIT_SAMPLES]]},
-            split,
-            len(found[first : first + _SPLIT_SAMPLES]),
+            f"{inputs.name}{f'/{name}' if name is not None and split is None else ''}:{first + 1}",
+            {"raw_samples": [_to_json(c) for c in some[first : first + _SPLIT_SAMPLES]]},
+            name or "train",
+            len(some[first : first + _SPLIT_SAMPLES]),
         )
-        for first in range(0, len(found), _SPLIT_SAMPLES)
+        for name, some in found.items()
+        for first in range(0, len(some), _SPLIT_SAMPLES)
     )
     return DatasetDescription(modalities, splits, tuple(notes))
 
@@ -129,7 +221,7 @@ def _to_json(raw_sample: RawSample) -> dict[str, Any]:
 
 SOURCE = Source(
     name="folder",
-    summary="a folder of media with captions in side .txt/.json files or in a CSV, TSV or JSONL",
+    summary="a folder of media with captions in side .txt/.json files or in a CSV, TSV or JSON",
     plan=plan,
     raw_samples=raw_samples,
     options={
@@ -141,9 +233,22 @@ SOURCE = Source(
         "captions": Option(
             None, "the table of files and captions, if it is not found by itself", Path
         ),
+        "media": Option(
+            None, "the folder at which the table's paths begin; default: the table's, then IN", Path
+        ),
         "caption_column": Option(None, "the table's column of captions"),
         "file_column": Option(None, "the table's column of files"),
-        "split": Option("train", "the split that the samples go to"),
+        "class_captions": Option(
+            True,
+            "where no sample has a text and all lie in folders (cat/, dog/): the folder's name is "
+            "the caption",
+            bool,
+        ),
+        "split": Option(
+            None,
+            "the split that all samples go to; default: that of the folders train/, validation/ "
+            "(val/, valid/, dev/) and test/ if there are no others, else train",
+        ),
         "shuffle": Option(
             False, "write in random order (by the seed) instead of sorting by key", bool
         ),

@@ -24,11 +24,11 @@ from onellm_dist.shards.sources.readers.annotations import (
     AnnotationContext,
     find_media_folders,
     read_raw_samples,
-    require_text,
 )
-from onellm_dist.shards.sources.readers.conversations import clean_turns
-from onellm_dist.shards.sources.readers.json_stream import JsonItem, JsonRow, read_rows, split_rows
-from onellm_dist.shards.sources.readers.media_files import require_file
+from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
+from onellm_dist.shards.sources.readers.json_scanner import JsonRow
+from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
+from onellm_dist.shards.sources.readers.media_files import require_file, require_one_file
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
@@ -103,8 +103,10 @@ def read_conversation(
     row, key = item.value, f"{item.number:06d}"
     meta = {"id": str(row.get("id", ""))}
     if rows == "text":
-        return [AnnotatedSample(key, {}, clean_turns(row["conversations"], tags=False), meta=meta)]
-    name = require_text(row["image"], "image")
+        return [
+            AnnotatedSample(key, {}, clean_turns(require_conversation(row), tags=False), meta=meta)
+        ]
+    name = require_one_file(row["image"], "image")
     stem = str(PurePosixPath(name).with_suffix(""))
     # OCR-VQA's .gif are .jpg on most users' disks.
     names = dict.fromkeys((name, f"{stem}.jpg", f"{stem}.png"))
@@ -112,7 +114,7 @@ def read_conversation(
         AnnotatedSample(
             key,
             context.find_media("image", *names),
-            clean_turns(row["conversations"]),
+            clean_turns(require_conversation(row)),
             meta={**meta, "image": name},
         )
     ]

@@ -141,7 +141,7 @@ def raw_samples(
 ) -> Iterator[RawSample]:
     """Read the samples of a tar, in its order; if it is cut short, a bad sample follows."""
     table = _CaptionTable(resolve_below(inputs, description["captions"]))
-    members, fault = list_tar_members(inputs / description["tar"])
+    members, fault, _ = list_tar_members(inputs / description["tar"])
     for key, parts in members.items():
         where, name = (
             f"{description['tar']}: {key}",

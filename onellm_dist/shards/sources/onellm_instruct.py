@@ -45,11 +45,11 @@ from onellm_dist.shards.sources.readers.annotations import (
     require_text,
 )
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
-from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.fmri import MeanOfRepetitions
 from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, find_recording
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
-from onellm_dist.shards.sources.readers.media_files import find_first_file
+from onellm_dist.shards.sources.readers.media_files import find_first_file, require_one_file
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _ROWS = 1000
@@ -184,13 +184,13 @@ def _read_sample(
     row, key = item.value, f"{PurePosixPath(context.description['file']).stem}-{item.number:07d}"
     text = modality == TEXT_ONLY
     meta: dict[str, Any] = {"id": str(row.get("id", ""))}
-    turns = clean_turns(row["conversations"], tags=not text)
+    turns = clean_turns(require_conversation(row), tags=not text)
     if text:
         return [AnnotatedSample(key, {}, turns, meta=meta)]
     parts = (
         _find_window(context, row, meta)
         if modality == "imu"
-        else _find_medium(context, modality, require_text(row["image"], "image"), meta)
+        else _find_medium(context, modality, require_one_file(row["image"], "image"), meta)
     )
     if modality in ("depth", "normal"):
         [(extension, file)] = context.find_media(

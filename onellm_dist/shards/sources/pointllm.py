@@ -16,7 +16,7 @@ from onellm_dist.shards.sources.readers.annotations import (
     AnnotationSet,
     require_text,
 )
-from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.json_stream import JsonItem
 
 _FILES = ("PointLLM_complex_instruction_70K.json", "PointLLM_brief_description_660K_filtered.json")
@@ -31,7 +31,7 @@ def _read_conversation(context: AnnotationContext, item: JsonItem) -> Sequence[A
         AnnotatedSample(
             f"{uid}-{item.number:06d}",
             context.find_media("point", *names),
-            clean_turns(row["conversations"]),
+            clean_turns(require_conversation(row)),
             meta=meta,
         )
     ]

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.turns import CONVERSATION_KEYS, find_conversation
 from onellm_dist.modalities import Modality, get_modality
 from onellm_dist.shards.format.names import TEXT_ONLY, make_safe_key
 from onellm_dist.shards.sources.base import (
@@ -43,6 +44,7 @@ from onellm_dist.shards.sources.readers.delimited import (
 )
 from onellm_dist.shards.sources.readers.json_stream import read_rows as read_objects
 from onellm_dist.shards.sources.readers.json_stream import split_rows
+from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.storage.paths import StoragePath, to_storage_path
 
 _ROWS = 5000
@@ -94,11 +96,8 @@ def _list_tables(inputs: Path) -> tuple[Path, list[str]]:
     """The folder of the lists, and their names in it."""
     if inputs.is_file():
         return inputs.parent, [inputs.name]
-    found = sorted(
-        p.relative_to(inputs).as_posix()
-        for p in inputs.rglob("*.*")
-        if p.suffix.lower() in _TABLES and p.name[0] != "."
-    )
+    listed = list_files(inputs, recursive=True)
+    found = [p.relative_to(inputs).as_posix() for p in listed.select(_TABLES)]
     if not found:
         raise UsageError(
             f"{inputs} has no {', '.join(_TABLES)}.",
@@ -218,9 +217,9 @@ def _make_raw_sample(
     meta = {
         k: v
         for k, v in row.items()
-        if k not in ("caption", "conversations") and v not in (None, "")
+        if k not in ("caption", *CONVERSATION_KEYS) and v not in (None, "")
     }
-    turns, caption = row.get("conversations"), row.get("caption")
+    turns, caption = find_conversation(row), row.get("caption")
     if problem is None and turns is not None:
         try:
             meta["conversations"] = clean_turns(turns)
@@ -268,6 +267,7 @@ SOURCE = Source(
     summary="lists of OneLLM's own code: tab-separated caption and url, or JSON with conversations",
     plan=plan,
     raw_samples=raw_samples,
+    places=("root", "replace"),
     options={
         "modality": Option(
             None,

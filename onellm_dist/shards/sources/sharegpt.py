@@ -12,8 +12,11 @@ from pathlib import Path
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import DatasetDescription, RawSample, Source, SplitDescription
 from onellm_dist.shards.sources.readers.annotations import AnnotatedSample, read_raw_samples
-from onellm_dist.shards.sources.readers.conversations import clean_turns
+from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
+from onellm_dist.shards.sources.readers.listing import list_files
+from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 _ROWS = 1000
 
@@ -24,36 +27,40 @@ def plan(inputs: Path, *, seed: int) -> DatasetDescription:
     Raises:
         UsageError: there is no such file.
     """
-    names = (
-        [inputs.name]
-        if inputs.is_file()
-        else sorted(p.name for p in inputs.iterdir() if p.suffix in (".json", ".jsonl"))
-    )
+    if inputs.is_file():
+        return DatasetDescription((), split_rows(inputs.parent, inputs.name, _ROWS))
+    listed = list_files(inputs)
+    names = [p.name for p in listed.files if p.suffix.lower() in JSON_SUFFIXES]
     if not names:
         raise UsageError(
             f"{inputs} has no .json or .jsonl.",
             "there is nothing to build from.",
             "name the file, or its folder.",
         )
-    root = inputs.parent if inputs.is_file() else inputs
-    return DatasetDescription((), (g for name in names for g in split_rows(root, name, _ROWS)))
+    # a.json and a.jsonl, or a.b.json and a_b.json, are different files
+    stems = make_keys_unique(n.rpartition(".")[0].replace(".", "_") for n in names)
+    splits = (
+        split
+        for name, stem in zip(names, stems, strict=True)
+        for split in split_rows(inputs, name, _ROWS, stem=stem)
+    )
+    return DatasetDescription((), splits, listed.make_notes(JSON_SUFFIXES))
 
 
 def raw_samples(inputs: Path, description: SplitDescription) -> Iterator[RawSample]:
     """Read the samples of one range of rows."""
     root = inputs.parent if inputs.is_file() else inputs
+    name: str = description["file"]
+    stem = description.get("stem", name.rpartition(".")[0].replace(".", "_"))
     for item in read_rows(root, description):
-        yield from read_raw_samples(_read_conversation, item, 1, "fail")
+        yield from read_raw_samples(lambda i: _read_conversation(i, stem), item, 1, "fail")
 
 
-def _read_conversation(item: JsonItem) -> Sequence[AnnotatedSample]:
+def _read_conversation(item: JsonItem, stem: str) -> Sequence[AnnotatedSample]:
     row = item.value
-    raw = row["messages"] if "messages" in row else row["conversations"]
+    turns = clean_turns(require_conversation(row), tags=False)
     meta = {"id": row["id"]} if isinstance(row.get("id"), (str, int)) else {}
-    stem = item.where.partition("[")[0].rpartition(".")[0].replace(".", "_")
-    return [
-        AnnotatedSample(f"{stem}-{item.number:07d}", {}, clean_turns(raw, tags=False), meta=meta)
-    ]
+    return [AnnotatedSample(f"{stem}-{item.number:07d}", {}, turns, meta=meta)]
 
 
 SOURCE = Source(

@@ -29,6 +29,7 @@ from onellm_dist.shards.sources.base import (
     SplitDescription,
 )
 from onellm_dist.shards.sources.readers.json_stream import read_rows, split_rows
+from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 from onellm_dist.shards.sources.readers.pool import MediaPool, find_media, find_pool
 
@@ -98,7 +99,9 @@ def _list_tables(inputs: Path, name: str) -> list[str]:
 
     `x_2s.json` (clips of 2 s and more) is left out if there is `x.json`, which has all clips.
     """
-    found = sorted(p.relative_to(inputs).as_posix() for p in (inputs / _JSON / name).glob("*.json"))
+    folder = inputs / _JSON / name
+    listed = list_files(folder).select((".json",)) if folder.is_dir() else []
+    found = [p.relative_to(inputs).as_posix() for p in listed]
     return [
         f
         for f in found

@@ -44,6 +44,7 @@ from onellm_dist.shards.sources.readers.img2dataset import (
     read_tar_samples,
     split_tars,
 )
+from onellm_dist.shards.sources.readers.listing import list_files
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
 
 _COLUMNS = ("videoid", "page_dir", "name")
@@ -73,7 +74,8 @@ def plan(
         raise UsageError(
             f"rows={rows} is below 1.", "an input split has rows.", "the default is 5000."
         )
-    tables = sorted(inputs.glob("*.csv"), key=lambda p: p.name)
+    listed = list_files(inputs)
+    tables = listed.select((".csv",))
     if not tables:
         splits, notes = split_tars(inputs, find_tars(inputs), unfinished)
         return DatasetDescription(("video",), splits, notes)
@@ -92,6 +94,7 @@ def plan(
         chain.from_iterable(
             _split_table(inputs / t, names, start, rows) for t, (names, start) in headers.items()
         ),
+        listed.make_notes((".csv",)),
     )
 
 
@@ -157,6 +160,7 @@ SOURCE = Source(
     summary="WebVid: CSV with a tree of mp4 files, or tars, parquet and stats of video2dataset",
     plan=plan,
     raw_samples=raw_samples,
+    places=("videos",),
     options={
         "rows": Option(5000, "rows of a CSV per input split", int),
         "videos": Option(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.turns import TurnsError, parse_turns
+from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
@@ -90,8 +90,8 @@ def format_text(parts: dict[str, Part]) -> str:
         listed = "".join(f"<li>{escape(str(c))}</li>" for c in caption)
         head = f'<span class="dim">{len(caption)} captions, of which an epoch reads one:</span>'
         return f"{head}<ul>{listed}</ul>"
-    conversations = meta.get("conversations")
-    if not conversations:
+    conversations = find_conversation(meta)
+    if conversations is None:
         return ""
     try:
         turns = parse_turns(conversations)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.sources.base import BadSampleError
 
 _END = struct.Struct("<4s4H2LH")
@@ -282,7 +283,7 @@ class ArchiveIndex:
         for entry in list_entries(archive):
             name = PurePosixPath(entry.name)
             suffix = name.suffix.lower()
-            if suffix in self.suffixes and not name.name.startswith("."):
+            if suffix in self.suffixes and not has_hidden_part(name):
                 place = (entry.offset, entry.packed, entry.size)
                 how = (entry.crc, entry.volume, entry.method, entry.flags)
                 rows.append((_hash_stem(name.stem), *place, *how, self.suffixes.index(suffix)))

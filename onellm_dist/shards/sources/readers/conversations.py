@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from onellm_dist.common.turns import TurnsError, parse_turns
+from onellm_dist.common.turns import CONVERSATION_KEYS, TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import all_modalities
 
 _CAPTION = "Provide a one-sentence caption for the provided {}."
@@ -93,6 +93,19 @@ def find_most_common(answers: Iterable[str]) -> str:
     """Find the most frequent answer; of several, the one given first."""
     given = list(answers)
     return max(given, key=given.count)
+
+
+def require_conversation(row: Mapping[str, Any]) -> Any:
+    """Return a row's conversation, for `clean_turns`, which refuses an empty one.
+
+    Raises:
+        KeyError: it has none of CONVERSATION_KEYS.
+    """
+    found = find_conversation(row)
+    present = next((key for key in CONVERSATION_KEYS if key in row), None)
+    if found is None and present is None:
+        raise KeyError(CONVERSATION_KEYS[0])
+    return found if found is not None or present is None else row[present]
 
 
 def clean_turns(raw: Any, *, tags: bool = True) -> list[Turn]:

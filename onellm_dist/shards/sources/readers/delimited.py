@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.sources.readers.text_files import check_text
 
 _LONGEST = 64
 """Most lines of one row."""
@@ -42,6 +43,9 @@ CSV = Dialect()
 TSV = Dialect("\t", quoted=False)
 
 
+csv.field_size_limit(1 << 30)
+
+
 class RowRange(NamedTuple):
     """Consecutive rows of a table."""
 
@@ -53,7 +57,7 @@ class RowRange(NamedTuple):
     """Number of rows."""
 
 
-_TABLE_START = RowRange(0, 1, 0)
+TABLE_START = RowRange(0, 1, 0)
 
 
 class DelimitedRow(NamedTuple):
@@ -67,18 +71,35 @@ class DelimitedRow(NamedTuple):
     """Why the row cannot be read."""
 
 
-def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
+def read_header(
+    table: Path, dialect: Dialect, start: RowRange = TABLE_START
+) -> tuple[list[str], RowRange]:
     """Read the first row of a table.
+
+    Args:
+        table: the file.
+        dialect: its format.
+        start: where the header is expected.
 
     Returns:
         The names of the columns, and where the rows begin (a range of size 0).
 
     Raises:
-        UsageError: the table is empty.
+        UsageError: the table is empty or no UTF-8 text, or its header cannot be read.
     """
     with table.open("rb") as file:
-        for first in _read_records(file, dialect, 0, 1):
-            names = _split_cells(first.lines, dialect)
+        check_text(table, file.read(64))
+        for first in _read_records(file, dialect, start.offset, start.line):
+            try:
+                if first.problem is not None:
+                    raise csv.Error(first.problem)
+                names = _split_cells(first.lines, dialect)
+            except csv.Error as error:
+                raise UsageError(
+                    f"{table}:{first.line}: the header cannot be read: {error}.",
+                    "it names the columns.",
+                    "repair the first row of the table.",
+                ) from error
             after = first.offset + sum(map(len, first.lines))
             return [n.strip() for n in names], RowRange(after, first.line + len(first.lines), 0)
     raise UsageError(
@@ -86,8 +107,16 @@ def read_header(table: Path, dialect: Dialect) -> tuple[list[str], RowRange]:
     )
 
 
+def split_line(line: str, dialect: Dialect) -> list[str]:
+    """Split one line into its cells, as far as its quotes allow."""
+    try:
+        return _split_cells([line.encode("utf-8", _ERRORS)], dialect)
+    except csv.Error:
+        return [line]
+
+
 def find_row_ranges(
-    table: Path, dialect: Dialect, rows: int, start: RowRange = _TABLE_START
+    table: Path, dialect: Dialect, rows: int, start: RowRange = TABLE_START
 ) -> Iterator[RowRange]:
     """Divide a table into ranges of rows; blank lines do not count.
 

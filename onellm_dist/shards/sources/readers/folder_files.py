@@ -3,27 +3,35 @@
 A sample is all files of one folder with the same stem: `cats/01.jpg` and `cats/01.txt`, or `a.jpg`,
 `a.depth.png` and `a.json`. The extension of a file is the longest one that any modality knows and
 that the lower-cased name ends with (`depth.png` before `png`). The rest of the name is the stem,
-and may contain dots.
+and may contain dots. A caption may also be named after the complete file (`01.jpg.txt`), and its
+name may have the other Unicode form.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.common.turns import CONVERSATION_KEYS
 from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import (
+    get_known_extensions,
     get_modality_parts,
     infer_modalities,
     make_safe_key,
     split_file_name,
 )
 from onellm_dist.shards.sources.base import RawSample
+from onellm_dist.shards.sources.readers.listing import get_shown_suffix
+from onellm_dist.shards.sources.readers.named_files import compose
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
 
 def select_parts(
@@ -54,22 +62,51 @@ def select_parts(
     return chosen, None
 
 
+_LARGEST_META = 1 << 22
+"""Bytes of a `.json` above which it is no sample's."""
+_OTHER_SOURCES = {
+    ".parquet": "tables with media inside: onellm shards build parquet IN OUT",
+    ".arrow": "a folder of datasets.save_to_disk: onellm shards build parquet IN OUT",
+    ".tar": "tars: onellm shards index IN if they hold samples, or the source of their dataset",
+    ".tar.gz": "compressed tars: unpack them (gunzip gives .tar)",
+    ".tgz": "compressed tars: unpack them (gunzip gives .tar)",
+    ".zip": "archives: unpack them",
+}
+"""Suffix to what to do with such files, where a folder has no media."""
+
+
 @dataclass
 class FileGroups:
     """The files of a folder, grouped by stem."""
 
     files: dict[str, dict[str, Path]] = field(default_factory=dict)
-    """Stem (relative to the folder, with `/`) to extension to file."""
+    """Stem (a path relative to the folder) to extension to file."""
     clashes: dict[str, str] = field(default_factory=dict)
-    """Stem to a message about two files that would be the same part."""
+    """Stem to why its files are ambiguous."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Suffix to the number of files that no modality reads."""
+    """Suffix to the number of files that no modality knows, or that nothing uses."""
+    hidden: int = 0
+    """Hidden files and folders that were skipped."""
+
+    def get_media(self, stem: str) -> dict[str, Path]:
+        """Return the files of a stem that are no text parts."""
+        return {e: p for e, p in self.files[stem].items() if e not in TEXT_EXTENSIONS}
+
+    def make_notes(self) -> list[str]:
+        """Say what was passed over."""
+        notes = []
+        if self.ignored:
+            listed = ", ".join(f"{n} x {s}" for s, n in self.ignored.most_common())
+            notes.append(f"ignored: {listed}")
+        if self.hidden:
+            notes.append(f"hidden files and folders skipped: {self.hidden}")
+        return notes
 
 
-def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
-    """Group the files of a folder and its subfolders by stem.
+def group_files(root: Path, skip: Collection[Path] = ()) -> FileGroups:
+    """Group the files below a folder by stem; hidden ones are left out.
 
-    Hidden files and folders are left out; symbolic links are followed.
+    Symbolic links are followed.
 
     Args:
         root: the folder.
@@ -78,18 +115,19 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
     groups, seen = FileGroups(), set[str]()
     for folder, folders, names in os.walk(root, followlinks=True):
         seen.add(os.path.realpath(folder))
+        groups.hidden += sum(map(is_hidden, (*folders, *names)))
         folders[:] = sorted(
             f
             for f in folders
-            if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen
+            if not is_hidden(f) and os.path.realpath(os.path.join(folder, f)) not in seen
         )
         for name in sorted(names):
             path = Path(folder, name)
-            if name.startswith(".") or path in skip:
+            if is_hidden(name) or path in skip:
                 continue
             split = split_file_name(name)
             if split is None:
-                groups.ignored[path.suffix.lower() or name] += 1
+                groups.ignored[get_shown_suffix(name)] += 1
                 continue
             stem = Path(folder).relative_to(root).joinpath(split[0]).as_posix()
             group = groups.files.setdefault(stem, {})
@@ -98,27 +136,72 @@ def group_files(root: Path, skip: frozenset[Path] = frozenset()) -> FileGroups:
                     f"ambiguous: {group[split[1]].name} and {name} are the same part"
                 )
             group[split[1]] = path
+    _pair_other_spellings(groups)
     return groups
 
 
+def _ignore_other_json(groups: FileGroups) -> None:
+    """Ignore JSON files that belong to no medium and hold no caption, such as statistics."""
+    for stem in [s for s, files in groups.files.items() if files.keys() == {"json"}]:
+        if _holds_no_caption(groups.files[stem]["json"]):
+            del groups.files[stem]
+            groups.ignored[".json without a caption"] += 1
+
+
+def _holds_no_caption(path: Path) -> bool:
+    try:
+        if path.stat().st_size > _LARGEST_META:
+            return True
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(value, dict):
+        return True
+    return not {"caption", "captions", *CONVERSATION_KEYS} & value.keys()
+
+
+def _pair_other_spellings(groups: FileGroups) -> None:
+    """Join texts without media to the media that they are named after in another way.
+
+    The other way is the complete file name, or the other Unicode form. Where several fit, nothing
+    is joined.
+    """
+    media_stems: dict[str, list[str]] = defaultdict(list)
+    for stem in groups.files:
+        for file in groups.get_media(stem).values():
+            folder = PurePosixPath(stem).parent
+            for name in (compose(stem), compose((folder / file.name).as_posix())):
+                if stem not in media_stems[name]:
+                    media_stems[name].append(stem)
+    lonely = [s for s, f in groups.files.items() if f.keys() <= set(TEXT_EXTENSIONS)]
+    for stem in lonely:
+        fitting = [m for m in media_stems.get(compose(stem), ()) if m != stem]
+        if len(fitting) == 1 and not groups.files[fitting[0]].keys() & groups.files[stem].keys():
+            groups.files[fitting[0]].update(groups.files.pop(stem))
+
+
 def find_side_file_samples(
-    root: Path, wanted: tuple[str, ...] | None
+    root: Path, wanted: tuple[str, ...] | None, *, class_captions: bool = False
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Find the samples of a folder whose captions are in side files.
 
     Args:
         root: the folder.
         wanted: the modalities; None to infer them.
+        class_captions: whether the names of class folders are captions where there is no text.
 
     Returns:
         Modalities, raw samples sorted by key, and notes on files that were ignored.
+
+    Raises:
+        UsageError: there are no media of a known modality, or of several.
     """
     groups = group_files(root)
-    media = {
-        stem: {e: p for e, p in files.items() if e not in TEXT_EXTENSIONS}
-        for stem, files in groups.files.items()
-    }
+    if wanted != ():
+        _ignore_other_json(groups)
+    media = {stem: groups.get_media(stem) for stem in groups.files}
     if wanted is None:
+        _require_media(root, groups)
         wanted = infer_modalities(Counter(frozenset(m) for m in media.values() if m), root)
     useful = {
         e
@@ -126,17 +209,32 @@ def find_side_file_samples(
         for accepted in get_modality_parts(get_modality(name)).values()
         for e in accepted
     }
-    raw_samples = []
-    for stem, files in groups.files.items():
+    stems = []
+    for stem, files in sorted(groups.files.items(), key=lambda item: os.fsencode(item[0])):
         if wanted and media[stem] and not media[stem].keys() & useful:
             groups.ignored.update(f".{e}" for e in files)
-            continue
-        raw_samples.append(_make_raw_sample(stem, files, wanted, groups.clashes.get(stem)))
-    notes = (
-        [f"ignored: {', '.join(f'{n} x {s}' for s, n in groups.ignored.most_common())}"]
-        if groups.ignored
-        else []
-    )
+        else:
+            stems.append(stem)
+    classes = _find_classes(groups, stems) if class_captions and wanted else None
+    safe = [make_safe_key(stem) for stem in stems]
+    keys = make_keys_unique(safe, [k == s for k, s in zip(safe, stems, strict=True)])
+    raw_samples = [
+        _make_raw_sample(
+            key,
+            stem,
+            groups.files[stem],
+            wanted,
+            groups.clashes.get(stem),
+            None if classes is None else classes[stem],
+        )
+        for key, stem in zip(keys, stems, strict=True)
+    ]
+    notes = groups.make_notes()
+    if classes is not None:
+        names = ", ".join(sorted(set(classes.values())))
+        notes.append(f"captions are the names of the folders ({names}); -o class_captions=false")
+    if renamed := sum(key != old for key, old in zip(keys, safe, strict=True)):
+        notes.append(f"names that differ in dots alone: {renamed} keys got a number")
     return (
         wanted,
         sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))),
@@ -144,8 +242,44 @@ def find_side_file_samples(
     )
 
 
+def _require_media(root: Path, groups: FileGroups) -> None:
+    """Refuse a folder in which no file is a medium, with a word about what lies there.
+
+    Raises:
+        UsageError: nothing there is a medium.
+    """
+    if any(groups.get_media(stem) for stem in groups.files):
+        return
+    seen = ", ".join(f"{n} x {s}" for s, n in groups.ignored.most_common(8))
+    advice = [said for s, said in _OTHER_SOURCES.items() if groups.ignored[s]]
+    raise UsageError(
+        f"{root}: no file there is media of a known modality"
+        f"{f' (there are {seen})' if seen else ''}.",
+        "there is nothing to build from.",
+        "; ".join(advice) + "."
+        if advice
+        else f"known extensions: {', '.join(sorted(get_known_extensions()))}.",
+    )
+
+
+def _find_classes(groups: FileGroups, stems: Sequence[str]) -> dict[str, str] | None:
+    """Return stem to class, if no sample has a text and all lie in two or more class folders."""
+    if any(set(TEXT_EXTENSIONS) & groups.files[stem].keys() for stem in stems):
+        return None
+    found = {stem: PurePosixPath(stem).parts for stem in stems}
+    if any(len(parts) != 2 for parts in found.values()):
+        return None
+    classes = {stem: parts[0] for stem, parts in found.items()}
+    return classes if len(set(classes.values())) > 1 else None
+
+
 def _make_raw_sample(
-    stem: str, files: Mapping[str, Path], modalities: Sequence[str], clash: str | None
+    key: str,
+    stem: str,
+    files: Mapping[str, Path],
+    modalities: Sequence[str],
+    clash: str | None,
+    caption: str | None,
 ) -> RawSample:
     texts = {e: files[e] for e in TEXT_EXTENSIONS if e in files}
     media, problem = select_parts(files, modalities)
@@ -154,8 +288,8 @@ def _make_raw_sample(
         problem = clash
     elif modalities and files.keys() <= set(TEXT_EXTENSIONS):
         problem = "caption without media: no media file has this name"
-    elif not texts:
+    elif not texts and caption is None:
         problem = (
             f"no caption: neither {Path(stem).name}.txt nor {Path(stem).name}.json lies beside it"
         )
-    return RawSample(make_safe_key(stem), where, {**media, **texts}, problem=problem)
+    return RawSample(key, where, {**media, **texts}, caption, problem=problem)

@@ -1,20 +1,20 @@
-"""Folders with a table (CSV, TSV, JSONL or a JSON list) that names files and captions.
+"""Folders with a table (CSV, TSV, JSON lines or a JSON list) that names files and captions.
 
 A row is a sample.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.hidden_files import is_hidden
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
-from onellm_dist.modalities import all_modalities, get_modality
+from onellm_dist.common.turns import CONVERSATION_KEYS, find_conversation
+from onellm_dist.modalities import get_modality
 from onellm_dist.shards.format.names import (
     get_modality_parts,
     infer_modalities,
@@ -22,84 +22,44 @@ from onellm_dist.shards.format.names import (
     split_file_name,
 )
 from onellm_dist.shards.sources.base import RawSample
+from onellm_dist.shards.sources.readers.delimited import read_header
 from onellm_dist.shards.sources.readers.folder_files import select_parts
+from onellm_dist.shards.sources.readers.json_stream import scan_rows
+from onellm_dist.shards.sources.readers.listing import get_shown_suffix
+from onellm_dist.shards.sources.readers.named_files import (
+    describe_missing_file,
+    find_named_file,
+)
+from onellm_dist.shards.sources.readers.table_columns import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    NO_VALUE,
+    TableColumns,
+    find_columns,
+)
 from onellm_dist.shards.sources.readers.table_rows import (
-    SURROGATES,
+    TABLE_SUFFIXES,
     TableRow,
+    find_dialect,
     normalise_column,
     read_rows,
-    unquote,
 )
+from onellm_dist.shards.sources.readers.text_files import JSON_SUFFIXES
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-CAPTION_COLUMNS = ("caption", "text", "description", "sentence", "title", "label")
-FILE_COLUMNS = (
-    "file",
-    "file_name",
-    "filename",
-    "file_path",
-    "filepath",
-    "path",
-    "image",
-    "img",
-    "media",
-    "image_path",
-    "url",
-)
-"""Columns of files of any modality, the most specific first.
-
-A column that is named after a role (`audio`, `depth_image`) says which part it holds."""
-KEY_COLUMNS = ("key", "id")
-ROLE_ENDINGS = ("", "_file", "_path", "_image", "_file_name", "_filename")
+_SHOWN = 3
+"""Missing files that an error names."""
 
 
-@dataclass(frozen=True)
-class TableColumns:
-    """What the columns of a table hold."""
+def find_table(root: Path, caption: str | None = None, file: str | None = None) -> Path | None:
+    """Find the table at the top of a folder that names files and captions.
 
-    caption: str | None
-    """The column of captions."""
-    generic: str | None
-    """The column of files whose role their extension says."""
-    roles: Mapping[str, tuple[tuple[str, ...], ...]]
-    """Column of files to the accepted extensions of each role that it may hold."""
-    key: str | None
-    """The column of keys."""
-
-    @property
-    def files(self) -> set[str]:
-        """All columns of files."""
-        return {*self.roles, *([self.generic] if self.generic else [])}
-
-
-def find_columns(names: set[str], caption: str | None, file: str | None) -> TableColumns:
-    """Find out what the columns of a table hold.
+    A `.json` is one if it is a list or has a JSON object a line, and no medium has its name.
 
     Args:
-        names: normalised names of all columns.
+        root: the folder.
         caption: the user's column of captions.
         file: the user's column of files.
-    """
-    roles: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for modality in all_modalities().values():
-        for role, accepted in get_modality_parts(modality).items():
-            # A column that is called `timestamps` alone may hold values.
-            endings = ROLE_ENDINGS if role in modality.required_parts else ROLE_ENDINGS[1:]
-            for column in (role + ending for ending in endings):
-                if column in names and column != file and accepted not in roles.get(column, ()):
-                    roles[column] = (*roles.get(column, ()), accepted)
-    return TableColumns(
-        caption if caption is not None else next((c for c in CAPTION_COLUMNS if c in names), None),
-        file
-        if file is not None
-        else next((c for c in FILE_COLUMNS if c in names and c not in roles), None),
-        roles,
-        next((c for c in KEY_COLUMNS if c in names), None),
-    )
-
-
-def find_table(root: Path) -> Path | None:
-    """Find the table at the top of a folder: a CSV, TSV or JSONL that names files and captions.
 
     Returns:
         The table; None if there is none.
@@ -107,10 +67,15 @@ def find_table(root: Path) -> Path | None:
     Raises:
         UsageError: there are several.
     """
+    names = sorted(name for name in os.listdir(root) if not is_hidden(name))
+    stems = Counter(split[0] for name in names if (split := split_file_name(name)) is not None)
     tables = [
-        p
-        for p in sorted(root.iterdir())
-        if p.suffix.lower() in TABLE_SUFFIXES and p.is_file() and _is_sample_table(p)
+        path
+        for name in names
+        if (path := root / name).suffix.lower() in TABLE_SUFFIXES
+        and not (path.suffix.lower() == ".json" and stems[path.stem] > 1)
+        and path.is_file()
+        and _is_sample_table(path, caption, file)
     ]
     if len(tables) > 1:
         raise UsageError(
@@ -121,35 +86,48 @@ def find_table(root: Path) -> Path | None:
     return tables[0] if tables else None
 
 
-def _is_sample_table(path: Path) -> bool:
+def _is_sample_table(path: Path, caption: str | None, file: str | None) -> bool:
     if path.with_suffix(".txt").exists():
         return False  # media with a side file that is itself a CSV
-    with path.open("rb") as file:
-        head = file.read(1 << 16).decode("utf-8-sig", SURROGATES).splitlines()
-    if not head:
+    try:
+        names = _read_column_names(path)
+    except OneLLMError:
         return False
-    if path.suffix.lower() == ".jsonl":
-        try:
-            first = json.loads(head[0])
-        except ValueError:
-            return False
-        names = set(map(normalise_column, first)) if isinstance(first, dict) else set[str]()
-    else:
-        names = {
-            normalise_column(unquote(c))
-            for c in head[0].replace("\t", ",").replace(";", ",").split(",")
-        }
+    own = {normalise_column(name) for name in (caption, file) if name is not None}
     columns = find_columns(names, None, None)
-    return bool(columns.files) and (columns.caption is not None or "conversations" in names)
+    has_file = bool(columns.files) or (file is not None and normalise_column(file) in names)
+    has_text = columns.caption is not None or bool({*CONVERSATION_KEYS, *own} & names)
+    return has_file and (has_text or path.stem.lower() == "metadata")
+
+
+def _read_column_names(path: Path) -> set[str]:
+    """Read the normalised names of a table's columns, from its header or its first object.
+
+    Raises:
+        OneLLMError: there are none, or the file cannot be read.
+    """
+    if path.suffix.lower() in JSON_SUFFIXES:
+        first = next(scan_rows(path), None)
+        if first is None or first.key or not isinstance(first.value, dict):
+            return set()
+        return set(map(normalise_column, first.value))
+    dialect, start = find_dialect(path)
+    return set(map(normalise_column, read_header(path, dialect, start)[0]))
 
 
 def _find_parts(
-    row: TableRow, columns: TableColumns, folders: tuple[Path, ...]
+    row: TableRow, columns: TableColumns, folders: Sequence[Path]
 ) -> tuple[dict[str, Path], str | None]:
     """Extension to file, and what is wrong."""
     found: dict[str, Path] = {}
     for column in (*columns.roles, columns.generic):
         value = row.values.get(column) if column is not None else None
+        if isinstance(value, list):
+            if len(value) > 1:
+                return found, (
+                    f"several media: {column} lists {len(value)} files; a sample has one of a kind"
+                )
+            value = value[0] if value else None
         if value in (None, ""):
             continue
         if not isinstance(value, str):
@@ -162,9 +140,9 @@ def _find_parts(
                 f"remote file: {name} is a URL; "
                 f"download it first (img2dataset, video2dataset, yt-dlp)"
             )
-        path = next((p for f in folders if (p := f / name).is_file()), None)
+        path = find_named_file(folders, name)
         if path is None:
-            return found, f"missing file: {name}"
+            return found, describe_missing_file(folders, name)
         extension = _choose_extension(path, columns.roles.get(column or "", ()))
         if extension is None:
             return found, f"unknown kind of file: {name}"
@@ -207,6 +185,7 @@ def read_table_samples(
     wanted: tuple[str, ...] | None,
     caption_column: str | None,
     file_column: str | None,
+    media: Path | None = None,
 ) -> tuple[tuple[str, ...], list[RawSample], list[str]]:
     """Read the samples that a table names.
 
@@ -216,9 +195,13 @@ def read_table_samples(
         wanted: the modalities; None to infer them.
         caption_column: the user's column of captions.
         file_column: the user's column of files.
+        media: the folder at which paths begin; None: the table's own, then `root`.
 
     Returns:
-        Modalities, raw samples in the order of the table, and no notes.
+        Modalities, raw samples in the order of the table, and notes.
+
+    Raises:
+        UsageError: the table lacks columns, or none of its files is there.
     """
     rows = list(read_rows(table))
     names = {name for row in rows for name in row.values}
@@ -228,19 +211,73 @@ def read_table_samples(
         normalise_column(file_column) if file_column else None,
     )
     _require_columns(table, names, columns, wanted)
-    folders = (table.parent, root)
+    folders = (media,) if media is not None else tuple(dict.fromkeys((table.parent, root)))
     parts = [
         ({}, row.problem) if row.problem or wanted == () else _find_parts(row, columns, folders)
         for row in rows
     ]
     if wanted is None:
+        _require_files(table, [problem for _, problem in parts], [found for found, _ in parts])
         wanted = infer_modalities(Counter(frozenset(found) for found, _ in parts if found), table)
-    seen: Counter[str] = Counter()
+    keys = make_keys_unique(
+        _make_key(row, columns, found, root, i)
+        for i, (row, (found, _)) in enumerate(zip(rows, parts, strict=True))
+    )
     raw_samples = [
-        _make_raw_sample(row, *part, columns, wanted, root, seen, i)
-        for i, (row, part) in enumerate(zip(rows, parts, strict=True))
+        _make_raw_sample(key, row, *part, columns, wanted)
+        for key, row, part in zip(keys, rows, parts, strict=True)
     ]
     return wanted, raw_samples, []
+
+
+def count_unused(root: Path, used: set[str], most: int = 200_000) -> tuple[Counter[str], int]:
+    """Count the files below a folder that no sample uses.
+
+    Args:
+        root: the folder.
+        used: normal paths (`os.path.normpath`) of the files that are used, the table among them.
+        most: files after which counting stops.
+
+    Returns:
+        Suffix to number of files, and the number of hidden files and folders.
+    """
+    unused, hidden = Counter[str](), 0
+    for name, path in _walk(root):
+        if is_hidden(name):
+            hidden += 1
+        elif path not in used:
+            unused[get_shown_suffix(name)] += 1
+        if unused.total() + hidden >= most:
+            break
+    return unused, hidden
+
+
+def _walk(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and path of files, and of hidden folders, which are not entered."""
+    for folder, folders, names in os.walk(root):
+        for name in (*names, *filter(is_hidden, folders)):
+            yield name, os.path.normpath(os.path.join(folder, name))
+        folders[:] = sorted(f for f in folders if not is_hidden(f))
+
+
+def _require_files(
+    table: Path, problems: Sequence[str | None], found: Sequence[Mapping[str, Path]]
+) -> None:
+    """Refuse a table none of whose files is there.
+
+    Raises:
+        UsageError: no row has a file; the message has the first reasons.
+    """
+    if any(found) or not problems:
+        return
+    reasons = list(dict.fromkeys(p for p in problems if p is not None))
+    more = f", and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    raise UsageError(
+        f"{table}: none of the files of its {len(problems)} rows was found: "
+        f"{'; '.join(reasons[:_SHOWN])}{more}.",
+        "there is nothing to build from.",
+        "correct the paths, or name the folder in which they begin: -o media=FOLDER.",
+    )
 
 
 def _require_columns(
@@ -254,24 +291,22 @@ def _require_columns(
             f"name it one of {', '.join(FILE_COLUMNS)}, or after a modality; "
             f"or use -o file_column=NAME.",
         )
-    if columns.caption not in names and "conversations" not in names:
+    if columns.caption not in names and not names & set(CONVERSATION_KEYS):
         raise UsageError(
             f"{table}: no column holds captions (columns: {shown}).",
             "a sample without text teaches nothing.",
-            f"name it one of {', '.join(CAPTION_COLUMNS)}, or `conversations`; "
+            f"name it one of {', '.join(CAPTION_COLUMNS)}, or `conversations` or `messages`; "
             f"or use -o caption_column=NAME.",
         )
 
 
 def _make_raw_sample(
+    key: str,
     row: TableRow,
     found: dict[str, Path],
     problem: str | None,
     columns: TableColumns,
     modalities: tuple[str, ...],
-    root: Path,
-    seen: Counter[str],
-    number: int,
 ) -> RawSample:
     media: dict[str, Path] = {}
     if problem is None and modalities:
@@ -282,13 +317,10 @@ def _make_raw_sample(
     text = row.values.get(columns.caption) if columns.caption else None
     if problem is None and text is not None and not isinstance(text, str):
         problem = f"caption is not text: a {type(text).__name__}"
-    caption = (
-        text if isinstance(text, str) and (text.strip() or not meta.get("conversations")) else None
-    )
-    key = _make_key(row, columns, found, root, number)
-    seen[key] += 1
-    if seen[key] > 1:
-        key = f"{key}-{seen[key]}"
+    if problem is None and isinstance(text, str) and text.strip() in NO_VALUE:
+        problem = f"no caption: the cell is {text.strip()}, which stands for no value"
+    has_turns = find_conversation(meta) is not None
+    caption = text if isinstance(text, str) and (text.strip() or not has_turns) else None
     return RawSample(
         key,
         row.where,

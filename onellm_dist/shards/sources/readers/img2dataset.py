@@ -14,9 +14,10 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.format.tars import BLOCK, split_name
 from onellm_dist.shards.sources.base import (
@@ -26,6 +27,7 @@ from onellm_dist.shards.sources.base import (
     RawSample,
     SplitDescription,
 )
+from onellm_dist.shards.sources.readers.listing import COMPRESSED_TARS, list_files
 
 UNFINISHED = ("refuse", "skip", "take")
 UNFINISHED_OPTION = Option(
@@ -53,16 +55,17 @@ def find_tars(inputs: Path) -> list[str]:
     Raises:
         UsageError: there is none.
     """
-    tars = sorted(
-        p.relative_to(inputs).as_posix()
-        for p in inputs.rglob("*.tar")
-        if not p.name.startswith(".")
-    )
+    listed = list_files(inputs, recursive=True)
+    tars = sorted(p.relative_to(inputs).as_posix() for p in listed.files if p.suffix == ".tar")
     if not tars:
+        packed = listed.select(COMPRESSED_TARS)
+        there = f", but {len(packed)} compressed: {_name_some(packed, inputs)}" if packed else ""
         raise UsageError(
-            f"{inputs} has no tar.",
+            f"{inputs} has no tar{there}.",
             "there is nothing to build from.",
-            "name the output folder of img2dataset or video2dataset.",
+            "unpack them (gunzip gives .tar): samples are read by their place in the tar."
+            if packed
+            else "name the output folder of img2dataset or video2dataset.",
         )
     return tars
 
@@ -83,7 +86,8 @@ def split_tars(
         The input splits, and notes for the user.
 
     Raises:
-        UsageError: tars are unfinished and refused, the choice is unknown, or no tar is left.
+        UsageError: tars are unfinished or compressed and refused, the choice is unknown, or no tar
+            is left.
     """
     if unfinished not in UNFINISHED:
         raise UsageError(
@@ -91,17 +95,14 @@ def split_tars(
             UNFINISHED_OPTION.help + ".",
             "choose one.",
         )
-    complete = {
-        p.relative_to(inputs).as_posix().removesuffix(_STATS) for p in inputs.rglob(f"*{_STATS}")
-    }
-    parquets = {
-        p.relative_to(inputs).as_posix().removesuffix(".parquet") for p in inputs.rglob("*.parquet")
-    }
+    listed = list_files(inputs, recursive=True)
+    _check_compressed(inputs, listed.select(COMPRESSED_TARS), unfinished)
+    names = {p.relative_to(inputs).as_posix() for p in listed.files}
+    complete = {n.removesuffix(_STATS) for n in names if n.endswith(_STATS)}
+    parquets = {n.removesuffix(".parquet") for n in names if n.endswith(".parquet")}
     stems = [t.removesuffix(".tar") for t in tars]
     bad = [s for s in stems if s not in complete]
-    named = ", ".join(f"{s}.tar" for s in bad[:_SHOWN])
-    if len(bad) > _SHOWN:
-        named += f" and {len(bad) - _SHOWN} more"
+    named = _name_some([inputs / f"{s}.tar" for s in bad], inputs)
     if bad and unfinished == "refuse":
         raise UsageError(
             f"{inputs}: {len(bad)} of {len(stems)} tars are unfinished (no {_STATS}): {named}.",
@@ -117,8 +118,31 @@ def split_tars(
             "download them to the end.",
         )
     done = "left out" if unfinished == "skip" else "taken as far as they go"
-    notes = (f"unfinished tars ({done}): {named}",) if bad else ()
-    return _make_splits(inputs, [(s, s in parquets and s in complete) for s in wanted]), notes
+    notes = [f"unfinished tars ({done}): {named}"] if bad else []
+    notes += listed.make_notes((".tar", ".parquet", _STATS))
+    return _make_splits(inputs, [(s, s in parquets and s in complete) for s in wanted]), tuple(
+        notes
+    )
+
+
+def _name_some(paths: Sequence[Path], inputs: Path) -> str:
+    """Name the first files of a list, relative to the input."""
+    named = ", ".join(p.relative_to(inputs).as_posix() for p in paths[:_SHOWN])
+    return named + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+
+
+def _check_compressed(inputs: Path, packed: Sequence[Path], unfinished: str) -> None:
+    """Refuse compressed tars beside the others, unless they are to be skipped.
+
+    Raises:
+        UsageError: there are some.
+    """
+    if packed and unfinished != "skip":
+        raise UsageError(
+            f"{inputs}: {len(packed)} tars are compressed: {_name_some(packed, inputs)}.",
+            "samples are read by their place in a tar, so these would be missing.",
+            "unpack them (gunzip gives .tar), or leave them out: -o unfinished=skip.",
+        )
 
 
 def _make_splits(inputs: Path, stems: Sequence[tuple[str, bool]]) -> Iterator[InputSplit]:
@@ -147,17 +171,21 @@ def read_tar_samples(
     Raises:
         OneLLMError: tar and parquet are of different downloads, or the parquet cannot be read.
     """
-    members, fault = list_tar_members(inputs / description["tar"])
+    members, fault, hidden = list_tar_members(inputs / description["tar"])
     if description["parquet"] is None:
         rows: Iterator[tuple[dict[str, Any], str | None]] = (
             _read_row(key, parts) for key, parts in members.items()
         )
     else:
-        _check_pair(inputs / description["tar"], inputs / description["parquet"], members)
-        rows = ((row, None) for row in read_parquet_rows(inputs / description["parquet"]))
-    if description["parquet"] is None and fault is not None:
-        # Nothing else says how many samples are lost.
-        yield RawSample(make_safe_key(description["tar"]), description["tar"], problem=fault)
+        table = inputs / description["parquet"]
+        _check_pair(inputs / description["tar"], table, members)
+        rows = ((_restore_key(row, members), None) for row in read_parquet_rows(table))
+    if description["parquet"] is None:
+        if fault is not None:  # nothing else says how many samples are lost
+            yield RawSample(make_safe_key(description["tar"]), description["tar"], problem=fault)
+        for name in hidden:
+            where = f"{description['tar']}/{name}"
+            yield RawSample(make_safe_key(where), where, skip="hidden file in a tar")
     for row, problem in rows:
         key = str(row.get("key", ""))
         parts = members.get(key)
@@ -167,7 +195,8 @@ def read_tar_samples(
 
 def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
     """Raise OneLLMError if the tar holds samples that the parquet does not list."""
-    lost = members.keys() - {str(row.get("key")) for row in read_parquet_rows(table, ["key"])}
+    rows = read_parquet_rows(table, ["key"])
+    lost = members.keys() - {str(_restore_key(row, members).get("key")) for row in rows}
     if lost:
         raise OneLLMError(
             f"{tar} holds {len(lost)} samples that {table.name} does not list, "
@@ -175,6 +204,14 @@ def _check_pair(tar: Path, table: Path, members: Mapping[str, Any]) -> None:
             "the two are of different downloads, and the samples' metadata would be wrong or lost.",
             "download both again, or remove the parquet to use the .json in the tar.",
         )
+
+
+def _restore_key(row: dict[str, Any], members: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a key that a program stored as a number its zeros back: 17 is `000000017` in the tar."""
+    key, name = row.get("key"), next(iter(members), "")
+    if isinstance(key, int) and str(key) not in members and name.isdecimal():
+        return {**row, "key": str(key).zfill(len(name))}
+    return row
 
 
 def _make_raw_sample(
@@ -230,35 +267,49 @@ def _read_row(key: str, parts: Mapping[str, FileRange]) -> tuple[dict[str, Any],
     return {**row, "key": key}, None
 
 
-def list_tar_members(tar: Path) -> tuple[dict[str, dict[str, FileRange]], str | None]:
-    """List the members of a tar.
+class TarMembers(NamedTuple):
+    """What a tar holds."""
+
+    samples: dict[str, dict[str, FileRange]]
+    """Key to extension to bytes."""
+    fault: str | None
+    """Why the tar cannot be read to its end; None: it can."""
+    hidden: list[str]
+    """Names of hidden files (`._cat.jpg` of macOS), which are no samples."""
+
+
+def list_tar_members(tar: Path) -> TarMembers:
+    """List the members of a tar; a leading `./` is no part of a name.
 
     Only headers are read. A tar of 10,000 samples takes about 10 MB of memory.
-
-    Returns:
-        Key to extension to bytes; and why the tar cannot be read to its end (None: it can).
     """
-    found: dict[str, dict[str, FileRange]] = {}
+    found = TarMembers({}, None, [])
     try:
         with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 # type: the stubs lack the attribute. Emptied, or every header stays in memory.
                 archive.members = []  # type: ignore[attr-defined]
-                names = split_name(member.name) if member.isreg() else None
-                if names is not None:
+                if not member.isreg():
+                    continue
+                name = member.name.removeprefix("./")
+                if has_hidden_part(name):
+                    found.hidden.append(name)
+                elif (names := split_name(name)) is not None:
                     place = FileRange(tar, member.offset_data, member.size)
-                    found.setdefault(names[0], {})[names[1]] = place
+                    found.samples.setdefault(names[0], {})[names[1]] = place
             file.seek(archive.offset)
             end = file.read(BLOCK)
             # Python's tarfile (3.11) takes both for the end of the archive.
             if len(end) < BLOCK or any(end):
-                return found, (
-                    f"truncated tar: {tar.name} has neither a header nor an end marker "
+                return found._replace(
+                    fault=f"truncated tar: {tar.name} has neither a header nor an end marker "
                     f"at offset {archive.offset}"
                 )
     except (tarfile.TarError, EOFError) as error:
-        return found, f"truncated tar: {tar.name} cannot be read to its end ({error})"
-    return found, None
+        return found._replace(
+            fault=f"truncated tar: {tar.name} cannot be read to its end ({error})"
+        )
+    return found
 
 
 def count_parquet_rows(path: Path) -> int:

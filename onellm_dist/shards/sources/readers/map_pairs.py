@@ -86,6 +86,7 @@ def make_map_source(kind: str) -> Source:
         plan=plan,
         raw_samples=raw_samples,
         options=_make_options(kind),
+        places=("images", "maps"),
         licence="CC3M: free for any purpose, pictures of their owners",
     )
 

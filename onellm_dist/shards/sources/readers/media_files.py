@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
+from onellm_dist.shards.sources.base import BadSampleError
+from onellm_dist.shards.sources.readers.named_files import find_named_file, is_file
 
 
 def resolve_below(inputs: Path, path: Path | str) -> Path:
@@ -71,6 +74,24 @@ def require_folder(
     return found
 
 
+def require_one_file(value: Any, what: str) -> str:
+    """Return the name of a row's one file: a text, or a list of one text.
+
+    Raises:
+        BadSampleError: it lists several files.
+        ValueError: it is neither, or empty.
+    """
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise BadSampleError(
+                f"several media: {what} lists {len(value)} files; a sample has one of a kind"
+            )
+        value = value[0] if value else None
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{what} is {value!r}, not a text")
+    return value.strip()
+
+
 def get_extension(modality: str, name: str) -> str | None:
     """Get the part extension of a file of a modality; None if the modality does not read it."""
     suffix = PurePosixPath(name).suffix.lower().lstrip(".")
@@ -84,9 +105,17 @@ def get_picture_extension(name: str) -> str | None:
 
 
 def find_first_file(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
-    """Find the first of these names that is a file in one of these folders."""
-    tried = list(names)
-    return next((f for folder in folders for n in tried if (f := folder / n).is_file()), None)
+    """Find the first of these names that is a file in one of these folders.
+
+    Names in the other Unicode form, or with a backslash between folders, are found too.
+    """
+    tried, searched = list(names), list(folders)
+    paths = (folder / name for folder in searched for name in tried)
+    exact = next((path for path in paths if is_file(path)), None)
+    if exact is not None:
+        return exact
+    unusual = (n for n in tried if "\\" in n or not n.isascii())
+    return next((f for n in unusual if (f := find_named_file(searched, n)) is not None), None)
 
 
 def get_write_stamp(path: Path) -> int:

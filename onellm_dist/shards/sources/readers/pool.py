@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.sources.base import Media
 from onellm_dist.shards.sources.readers.archives import list_volumes, open_archive_index
 
@@ -53,7 +54,7 @@ def find_pool(inputs: Path, suffixes: Sequence[str], folder: str | None = None) 
     folders, archives = set[str](), set[str]()
     for path in (inputs if folder is None else inputs / folder).rglob("*.*"):
         suffix = path.suffix.lower()
-        if path.name.startswith("."):
+        if has_hidden_part(path.relative_to(inputs).as_posix()):
             continue
         if suffix in suffixes:
             folders.add(path.parent.relative_to(inputs).as_posix())
