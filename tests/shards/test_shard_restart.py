@@ -92,11 +92,11 @@ def test_a_plan_of_another_version_is_replaced_where_asked(
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     monkeypatch.undo()
     register_rows(monkeypatch)
-    with pytest.raises(UsageError, match=r"plan of version 3.*\n.*\n.*--overwrite"):
+    with pytest.raises(UsageError, match=r"plan of version 4.*\n.*\n.*--overwrite"):
         build(inputs, tmp_path / "out")
     with (
         lock_folder(tmp_path / ".out.building", tmp_path / "out", shared=True),
-        pytest.raises(UsageError, match="plan of version 3"),
+        pytest.raises(UsageError, match="plan of version 4"),
     ):
         build(inputs, tmp_path / "out", overwrite=True)  # another process works on it
     assert build(inputs, tmp_path / "out", overwrite=True).samples == 56

@@ -255,7 +255,7 @@ def count_unused(root: Path, used: set[str], most: int = 200_000) -> tuple[Count
 def _walk(root: Path) -> Iterator[tuple[str, str]]:
     """Yield name and path of files, and of hidden folders, which are not entered."""
     for folder, folders, names in os.walk(root):
-        for name in (*names, *filter(is_hidden, folders)):
+        for name in sorted((*names, *filter(is_hidden, folders))):
             yield name, os.path.normpath(os.path.join(folder, name))
         folders[:] = sorted(f for f in folders if not is_hidden(f))
 

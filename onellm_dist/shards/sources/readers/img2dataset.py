@@ -120,9 +120,8 @@ def split_tars(
     done = "left out" if unfinished == "skip" else "taken as far as they go"
     notes = [f"unfinished tars ({done}): {named}"] if bad else []
     notes += listed.make_notes((".tar", ".parquet", _STATS))
-    return _make_splits(inputs, [(s, s in parquets and s in complete) for s in wanted]), tuple(
-        notes
-    )
+    stated = [(s, s in parquets and s in complete) for s in wanted]
+    return _make_splits(inputs, stated), tuple(notes)
 
 
 def _name_some(paths: Sequence[Path], inputs: Path) -> str:
