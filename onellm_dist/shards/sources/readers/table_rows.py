@@ -116,7 +116,7 @@ def _read_delimited(path: Path) -> Iterator[TableRow]:
     if twice:
         raise UsageError(
             f"{path}: several columns are called {twice[0]!r}.",
-            "which of them is meant cannot be told.",
+            "it is unclear which of them is meant.",
             "rename or remove the others.",
         )
     rows = delimited.read_rows(path, dialect, after._replace(size=_ALL_ROWS), names)
