@@ -137,8 +137,10 @@ def _find_near(xyz: np.ndarray) -> np.ndarray | None:
     if not len(xyz):
         return None
     wide: np.ndarray = xyz.astype(np.float64)
-    spread = np.abs(wide - wide.mean(0))
-    if spread.max() <= 50 * spread.mean():  # quick, and true for nearly every cloud
+    some = wide[:: max(1, len(wide) // 256)]
+    centre = np.median(some, axis=0)
+    reach = float(np.median(np.abs(some - centre).max(1)))
+    if np.abs(wide - centre).max() <= _FAR / 10 * reach:  # quick, and true for nearly every cloud
         return None
     distance = np.abs(wide - np.median(wide, axis=0)).max(1)
     middle = float(np.median(distance))

@@ -38,6 +38,7 @@ _TIMED = {"mov", "mp4", "m4a", "matroska", "flac", "asf", "caf", "w64"}
 """Containers of FFmpeg whose stated duration is counted, not guessed from a bit rate."""
 _RAW = {"mp3", "aac", "ac3", "amr"}
 """Formats without a container: what cannot be decoded at either end is padding or a tag."""
+_UNCOMPRESSED = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 _TOLERANCE = 0.1
 """Seconds by which a stated duration may differ from the sound: encoders add and cut a frame."""
 _BLOCK = 1 << 20
@@ -91,12 +92,13 @@ def _read_soundfile(part: Part, seconds: float) -> tuple[np.ndarray, int]:
             wave = file.read(wanted, dtype="float32", always_2d=True)[:, 0]
         else:
             wave = _read_blocks(file, wanted, _BLOCK // channels)
+        is_exact = file.subtype.startswith(_UNCOMPRESSED)
     declared, present = measure_data(part.data)
     expected = min(int(seconds * rate), round(len(wave) * declared / max(present, 1)))
     if file.frames < _UNKNOWN_FRAMES:
         expected = max(wanted, expected)
     missing = expected - len(wave)
-    if missing > 0 and len(wave):
+    if len(wave) and missing > (0 if is_exact else _TOLERANCE * rate):
         _note_missing(name, missing / rate, len(wave) / rate, "its end is cut off")
     return np.ascontiguousarray(wave), rate
 

@@ -12,6 +12,8 @@ import numpy as np
 
 _ZEROS = 6
 """Zero crossings on each side of the sinc (torchaudio: lowpass_filter_width)."""
+_CACHED_PHASES = 1 << 16
+"""Filters of more phases (times the ratio of the rates) are made anew: 100 MB for odd rates."""
 _ROLLOFF = 0.99
 """Cut-off frequency as a fraction of the lower Nyquist frequency."""
 
@@ -34,7 +36,9 @@ def resample(signal: np.ndarray, rate: int, target: int) -> np.ndarray:
         return signal
     common = math.gcd(rate, target)
     down, up = rate // common, target // common
-    taps = _filter_phases(down, up).astype(signal.dtype)
+    is_small = up * max(1, down // up) <= _CACHED_PHASES  # of 44.1 kHz, but not of 1,000,003 Hz
+    make_phases = _filter_phases if is_small else _filter_phases.__wrapped__
+    taps = make_phases(down, up).astype(signal.dtype)
     reach, length = taps.shape[1] // 2 - 1, math.ceil(up * signal.shape[-1] / down)
     padded = np.pad(signal, [(0, 0)] * (signal.ndim - 1) + [(reach, taps.shape[1] + down)])
     windows = np.lib.stride_tricks.sliding_window_view(padded, taps.shape[1], axis=-1)

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
 
 _SHARDS = 200
 """Most shards whose indexes are read, evenly spread; the page says so if there are more."""
-TIMED = frozenset({"mp4", "webm", "mkv", "avi", "mov", "wav", "flac", "mp3", "ogg", "opus", "m4a"})
-_CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac"
+TIMED = frozenset({"mp4", "webm", "mkv", "avi", "mov", *AUDIO_EXTENSIONS})
+_CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac,aiff,au,caf,w64,asf,aac,ac3,amr"
 """The formats that FFmpeg may recognise: no playlists, which would open other files."""
 _WIDTH = 448
 """Pixels of the longer side of a preview, which is what the modalities draw."""

@@ -93,7 +93,8 @@ def _load_recording(
         return f"unreadable recording: {path.name}: {error.what}"
     if found.times is None:
         return (
-            f"unreadable recording: {path.name} has no timestamps (column canonical_timestamp_ms)"
+            f"unreadable recording: {path.name} has no column of times, such as "
+            f"canonical_timestamp_ms"
         )
     if not len(found.times):
         return f"no canonical times: no row of {path.name} lies within the video"
