@@ -27,6 +27,7 @@ from onellm_dist.shards.sources.base import (
     RawSample,
     SplitDescription,
 )
+from onellm_dist.shards.sources.readers.arrow_files import count_parquet_rows, read_rows
 from onellm_dist.shards.sources.readers.listing import COMPRESSED_TARS, list_files
 
 UNFINISHED = ("refuse", "skip", "take")
@@ -311,50 +312,27 @@ def list_tar_members(tar: Path) -> TarMembers:
     return found
 
 
-def count_parquet_rows(path: Path) -> int:
-    """Count the rows of a parquet file by its footer.
-
-    Raises:
-        OneLLMError: the file cannot be read.
-    """
-    import pyarrow
-    from pyarrow import parquet
-
-    with path.open("rb") as file:
-        try:
-            return int(parquet.ParquetFile(file).metadata.num_rows)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _parquet_error(path, error) from error
-
-
 def read_parquet_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Read the rows of a parquet file, with 1000 in memory at a time.
+    """Read the rows of a tar's parquet file.
 
     Args:
         path: the file.
         columns: the wanted columns; None: all.
 
     Raises:
-        OneLLMError: the file cannot be read.
+        OneLLMError: the file or a row of it cannot be read.
     """
-    import pyarrow
-    from pyarrow import parquet
-
-    with path.open("rb") as file:
-        try:
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000, columns=columns):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise _parquet_error(path, error) from error
-
-
-def _parquet_error(path: Path, error: Exception) -> OneLLMError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return OneLLMError(
-        f"{path}: {first}",
-        "the rows of its tar are unknown.",
-        "download it again, or remove it to use the .json in the tar.",
-    )
+    try:
+        for row in read_rows(path, columns=columns):
+            if row.problem is not None:
+                raise OneLLMError(f"{path}: {row.problem}", "", "")
+            yield row.values
+    except OneLLMError as error:
+        raise OneLLMError(
+            error.what,
+            "the rows of its tar are unknown.",
+            "download it again, or remove it to use the .json in the tar.",
+        ) from error
 
 
 def to_plain_json(value: Any) -> Any:

@@ -1,0 +1,350 @@
+"""`onellm shards build parquet | finevision | llava-onevision IN OUT`: tables with media inside.
+
+IN is a `.parquet` or `.arrow` file, or a folder of them: a data set of the Hugging Face hub
+(`data/train-00000-of-00001.parquet`), one that `datasets.save_to_disk` wrote, or the parquet output
+of img2dataset. Media are bytes, `{bytes, path}`, arrays of numbers, or names of files; a list with
+one of them counts as one. Texts are captions, conversations, or questions with answers.
+
+FineVision (`images`, `texts` of {user, assistant}) and LLaVA-OneVision-Data (`image`,
+`conversations`) are the same with their columns named. Rows without a picture are a data set of
+their own: `-o modality=text`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.turns import TurnsError
+from onellm_dist.shards.format.names import make_safe_key, parse_modalities
+from onellm_dist.shards.sources.base import (
+    BadSampleError,
+    DatasetDescription,
+    InputSplit,
+    Media,
+    Option,
+    RawSample,
+    Source,
+    SplitDescription,
+)
+from onellm_dist.shards.sources.readers.arrow_columns import (
+    ArrowColumns,
+    find_arrow_columns,
+    infer_modality,
+)
+from onellm_dist.shards.sources.readers.arrow_files import (
+    ArrowPart,
+    ArrowRow,
+    list_parts,
+    read_rows,
+    read_schema,
+)
+from onellm_dist.shards.sources.readers.arrow_media import has_media, list_items, read_item
+from onellm_dist.shards.sources.readers.conversations import clean_turns, make_turns
+from onellm_dist.shards.sources.readers.img2dataset import to_plain_json
+from onellm_dist.shards.sources.readers.listing import ListedFiles, list_files
+from onellm_dist.shards.sources.readers.media_files import get_write_stamp
+from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
+from onellm_dist.shards.sources.readers.split_folders import SPLIT_FOLDERS
+from onellm_dist.shards.sources.readers.unique_keys import make_keys_unique
+
+SUFFIXES = (".parquet", ".arrow")
+_STATE = "state.json"
+_NO_MEDIA = "no medium: a row of the data set with modality=text"
+_HAS_MEDIA = "has a medium: not a row of text alone"
+
+
+def plan(
+    inputs: Path,
+    *,
+    seed: int,
+    modality: str | None,
+    caption_column: str | None,
+    media_column: str | None,
+    split: str | None,
+    missing: str,
+    several: str,
+) -> DatasetDescription:
+    """Make an input split of each row group (or some record batches).
+
+    Raises:
+        UsageError: there is no such file, or the columns do not say what they hold.
+    """
+    check_missing(missing)
+    if several not in ("fail", "skip"):
+        raise UsageError(
+            f"several={several} is neither fail nor skip.",
+            "it says what becomes of rows with several media.",
+            "choose one.",
+        )
+    listed = list_files(inputs, recursive=True) if inputs.is_dir() else ListedFiles((inputs,), 0)
+    root = inputs if inputs.is_dir() else inputs.parent
+    tables = [p for p in listed.files if p.suffix.lower() in SUFFIXES]
+    tables, notes = _leave_out_caches(tables)
+    if not tables:
+        raise UsageError(
+            f"{inputs} has no {' or '.join(SUFFIXES)}.",
+            "there is nothing to build from.",
+            "name the file, or the folder of a downloaded or saved data set.",
+        )
+    schema = read_schema(tables[0])
+    names = parse_modalities(modality) if modality else (infer_modality(tables[0], schema),)
+    find_arrow_columns(tables[0], schema, names, caption_column, media_column)
+    stems = make_keys_unique(
+        make_safe_key(t.relative_to(root).with_suffix("").as_posix()) for t in tables
+    )
+    splits = (
+        InputSplit(
+            f"{table.relative_to(root).as_posix()}:{part.start}",
+            {
+                "file": table.relative_to(root).as_posix(),
+                "part": list(part),
+                "stem": stem,
+                "modalities": list(names),
+            },
+            split or _find_split(table.relative_to(root)),
+            part.rows,
+        )
+        for table, stem in zip(tables, stems, strict=True)
+        for part in list_parts(table)
+    )
+    notes += listed.make_notes((*SUFFIXES, ".json", ".md"))
+    return DatasetDescription(names, splits, notes)
+
+
+def _leave_out_caches(tables: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+    """Keep the files that are a data set's own; `datasets` leaves caches of its work beside them.
+
+    Raises:
+        UsageError: a saved data set is a selection of its rows, which the files do not show.
+    """
+    kept, caches = list[Path](), Counter[str]()
+    for table in tables:
+        own = _read_state(table.parent) if table.suffix.lower() == ".arrow" else None
+        if (own is not None and table.name not in own) or table.name.startswith("cache-"):
+            caches["cache files of datasets left out"] += 1
+        else:
+            kept.append(table)
+    return kept, tuple(f"{what}: {n}" for what, n in caches.items())
+
+
+@lru_cache(maxsize=64)
+def _read_state(folder: Path) -> frozenset[str] | None:
+    """Read which files a data set of `save_to_disk` has; None: the folder is not one.
+
+    Raises:
+        UsageError: it has an indices mapping.
+    """
+    try:
+        state = json.loads((folder / _STATE).read_bytes())
+        names = frozenset(f["filename"] for f in state["_data_files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if state.get("_indices_data_files"):
+        raise UsageError(
+            f"{folder} is a selection or another order of its rows (an indices mapping).",
+            "its files hold the rows before the selection.",
+            "save it again after datasets' flatten_indices().",
+        )
+    return names
+
+
+def _find_split(table: Path) -> str:
+    """Find the split in a file's name (`train-00000-of-00001`) or in its folder's."""
+    words = re.split(r"[-_.]", table.stem.lower())
+    folders = reversed(PurePosixPath(table.as_posix()).parts[:-1])
+    named = (SPLIT_FOLDERS.get(w) for w in (*words, *(f.lower() for f in folders)))
+    return next((split for split in named if split is not None), "train")
+
+
+def raw_samples(
+    inputs: Path,
+    description: SplitDescription,
+    *,
+    modality: str | None,
+    caption_column: str | None,
+    media_column: str | None,
+    split: str | None,
+    missing: str,
+    several: str,
+) -> Iterator[RawSample]:
+    """Read the samples of one part of a file; its media are read with the rows."""
+    root = inputs if inputs.is_dir() else inputs.parent
+    path, part = root / description["file"], ArrowPart(*description["part"])
+    names = tuple(description["modalities"])
+    columns = _find_columns(path, get_write_stamp(path), names, caption_column, media_column)
+    folders = tuple(dict.fromkeys((path.parent, root)))
+    read = _RowReader(path, columns, folders, missing == "skip", several == "skip")
+    for number, row in enumerate(read_rows(path, [part]), part.start):
+        where = f"{description['file']}[{number}]"
+        yield read(f"{description['stem']}/{number:09d}", where, row)
+
+
+@lru_cache(maxsize=64)
+def _find_columns(
+    path: Path, stamp: int, modalities: Sequence[str], caption: str | None, media: str | None
+) -> ArrowColumns:
+    return find_arrow_columns(path, read_schema(path), modalities, caption, media)
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Makes raw samples of rows."""
+
+    path: Path
+    columns: ArrowColumns
+    folders: tuple[Path, ...]
+    skip_missing: bool
+    skip_several: bool
+
+    def __call__(self, key: str, where: str, row: ArrowRow) -> RawSample:
+        """Make the raw sample of a row."""
+        values = row.values
+        status = values.get("status")
+        if row.problem is not None:
+            return RawSample(key, where, problem=row.problem)
+        if isinstance(status, str) and status.startswith("failed"):
+            return RawSample(key, where, skip=status)  # of img2dataset
+        counts = [len(list_items(values.get(c))) for c in self.columns.media]
+        if not self.columns.media and any(
+            has_media(v) for v in values.values() if _is_media_value(v)
+        ):
+            return RawSample(key, where, skip=_HAS_MEDIA)
+        if self.columns.media and not any(counts):
+            return RawSample(
+                key,
+                where,
+                skip=_NO_MEDIA if self.skip_missing else None,
+                problem=None if self.skip_missing else "missing file: the row has no medium",
+            )
+        if max(counts, default=0) > 1 and self.skip_several:
+            return RawSample(key, where, skip="several media of one kind")
+        try:
+            parts = self._read_media(values)
+            caption, meta = self._read_texts(values)
+        except BadSampleError as error:
+            return RawSample(key, where, problem=error.what)
+        except TurnsError as error:
+            return RawSample(key, where, problem=f"malformed conversations: {error}")
+        return RawSample(key, where, parts, caption, meta)
+
+    def _read_media(self, values: Mapping[str, Any]) -> dict[str, Media]:
+        parts: dict[str, Media] = {}
+        for column, accepted in self.columns.media.items():
+            items = list_items(values.get(column))
+            if len(items) > 1:
+                raise BadSampleError(
+                    f"several media: {column} has {len(items)}; a sample has one of a kind "
+                    "(several=skip leaves such rows out)"
+                )
+            for item in items:
+                extension, media = read_item(item, accepted, column, self.path, self.folders)
+                parts[extension] = media
+        return parts
+
+    def _read_texts(self, values: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """The caption, and the values for `.json`."""
+        columns = self.columns
+        used = {*columns.media, columns.caption, columns.turns, *(columns.answers or ())}
+        meta = {
+            k: plain
+            for k, v in values.items()
+            if k not in used and not _is_media_value(v) and (plain := to_plain_json(v)) is not None
+        }
+        raw = values.get(columns.turns) if columns.turns else None
+        if raw:
+            tags = bool(columns.media)
+            meta["conversations"] = clean_turns(_to_turns(raw), tags=tags)
+        elif columns.answers is not None:
+            question, answer = (values.get(c) for c in columns.answers)
+            answer = answer[0] if isinstance(answer, list) and answer else answer
+            if isinstance(question, str) and isinstance(answer, str):
+                meta["conversations"] = make_turns((question.strip(), answer.strip()))
+        text = values.get(columns.caption) if columns.caption else None
+        if isinstance(text, int) and 0 <= text < len(columns.classes):
+            text = columns.classes[text]
+        if isinstance(text, list) and all(isinstance(t, str) for t in text) and text:
+            meta["caption"] = text
+            return None, meta
+        if text is not None and not isinstance(text, str):
+            raise BadSampleError(f"caption is not text: a {type(text).__name__}")
+        return (text if text or "conversations" not in meta else None), meta
+
+
+def _is_media_value(value: Any) -> bool:
+    """Check for bytes, `{bytes, path}`, or a list of them."""
+    if isinstance(value, list):
+        return bool(value) and _is_media_value(value[0])
+    return isinstance(value, bytes) or (isinstance(value, Mapping) and "bytes" in value)
+
+
+def _to_turns(raw: Any) -> Any:
+    """Convert FineVision's list of {user, assistant} to turns; others stay as they are."""
+    if isinstance(raw, str):  # a conversation that is stored as JSON text
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise TurnsError("the text is not JSON") from None
+    if not isinstance(raw, list) or not all(isinstance(t, dict) for t in raw):
+        return raw
+    if not all({"user", "assistant"} <= t.keys() for t in raw):
+        return raw
+    return [{"role": role, "content": turn[role]} for turn in raw for role in ("user", "assistant")]
+
+
+def _make_source(
+    name: str, summary: str, *, modality: str | None, missing: str, licence: str
+) -> Source:
+    return Source(
+        name,
+        summary,
+        plan=plan,
+        raw_samples=raw_samples,
+        options={
+            "modality": Option(
+                modality,
+                "what the media are (image; image,audio; text: the rows without media); "
+                "default: inferred from the columns",
+            ),
+            "caption_column": Option(None, "the column of captions"),
+            "media_column": Option(None, "the column of media"),
+            "split": Option(
+                None, "the split of all rows; default: that in the names of files and folders"
+            ),
+            "missing": Option(missing, MISSING_OPTION.help),
+            "several": Option("fail", "rows with several media of one kind: fail, or skip"),
+        },
+        licence=licence,
+    )
+
+
+SOURCES = (
+    _make_source(
+        "parquet",
+        "parquet or Arrow files with media inside: of Hugging Face, save_to_disk, img2dataset",
+        modality=None,
+        missing="fail",
+        licence="unknown",
+    ),
+    _make_source(
+        "finevision",
+        "FineVision: parquet of `images` and `texts`; one subset or all of them",
+        modality="image",
+        missing="skip",
+        licence="FineVision: the licences of its sources",
+    ),
+    _make_source(
+        "llava-onevision",
+        "LLaVA-OneVision-Data: parquet of `image` and `conversations`; one subset or all of them",
+        modality="image",
+        missing="skip",
+        licence="LLaVA-OneVision: Apache-2.0; pictures under the licences of their sources",
+    ),
+)
