@@ -98,7 +98,7 @@ class ImuModality(Modality):
     windows that begin earlier count from the start of the recording.
 
     *Faults.* A row that cannot be read, NaN, or a time that runs backwards costs the windows around
-    it. If more than a quarter of a recording is such, all of it is refused.
+    it. If more than a quarter of the samples are out of order, the recording is refused.
     """
 
     name = "imu"

@@ -228,11 +228,21 @@ def test_a_clock_that_is_set_back_costs_the_windows_around_it(back: float, at: i
                 IMU.read_value(parts, window, train=False, rng=RNG)
 
 
-def test_a_recording_that_is_mostly_faults_is_refused() -> None:
+def test_a_long_gap_costs_no_window_elsewhere() -> None:
     rows = imu_csv(seconds=12.0).decode().splitlines()
-    for i in range(1, len(rows), 3):
+    for i in range(401, len(rows)):
         rows[i] = rows[i].replace(",", ",x", 1)
-    assert "33% of its 1200 samples cannot be used" in refusal("\n".join(rows).encode(), WINDOW)
+    data = "\n".join(rows).encode()
+    assert torch.equal(values(data, WINDOW), values(imu_csv(seconds=12.0), WINDOW))
+    assert "beyond the recording's end" in refusal(data, {"window_start": 3.0, "window_end": 5.0})
+    rows[1:401] = rows[401:801]
+    assert "none of its 1200 rows can be read" in refusal("\n".join(rows).encode(), WINDOW)
+
+
+def test_a_recording_that_is_mostly_out_of_order_is_refused() -> None:
+    signal = np.full((6, 400), np.nan)
+    with pytest.raises(SampleError, match="100% of its 400 samples"):
+        IMU.decode({"imu": npy(signal)}, {})
     times = np.concatenate([np.arange(600), np.arange(600)]) * 10.0
     parts = {"imu": npy(walk(np.arange(1200) / 100)), "timestamps": npy(times, "timestamps.npy")}
     with pytest.raises(SampleError, match="50% of its"):

@@ -98,8 +98,8 @@ def read_recording(
         meta: may state units: `accel_unit`, `gyro_unit`, `time_unit`.
 
     Raises:
-        SampleError: the file is neither, its units are not plausible, or more than a quarter of its
-            samples cannot be used.
+        SampleError: the file is neither, its units are not plausible, none of its samples can be
+            used, or more than a quarter of them are out of order.
     """
     name = f".{part.extension}"
     try:
@@ -275,7 +275,8 @@ def _leave_out_faults(
     """Leave out samples that are not finite or out of order, and say where they were.
 
     Raises:
-        SampleError: they are more than `DAMAGED_SHARE` of the recording.
+        SampleError: none is left, or more than `DAMAGED_SHARE` are out of order: what belongs where
+            is a guess then.
     """
     total = signal.shape[1]
     check_count(LIMITS["imu"], "values", max(1, signal.size), name)
@@ -285,11 +286,11 @@ def _leave_out_faults(
     if good.all():
         return ImuRecording(signal, times)
     faults = tuple(_list_faults(signal, times, good, ascending, notes))
-    if (~good).sum() > DAMAGED_SHARE * total:
-        raise _recording_error(
-            f"{name}: {(~good).mean():.0%} of its {total} samples cannot be used; the first: "
-            f"{faults[0].what}"
-        )
+    for share, limit in (((~ascending).mean(), DAMAGED_SHARE), ((~good).mean(), 1 - 1 / total)):
+        if share > limit:
+            raise _recording_error(
+                f"{name}: {share:.0%} of its {total} samples cannot be used; {faults[0].what}"
+            )
     return ImuRecording(signal[:, good], None if times is None else times[good], faults)
 
 
