@@ -14,6 +14,7 @@ from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
 from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.extend import Additions
 from onellm_dist.convert.inspect import describe_checkpoint
+from onellm_dist.convert.integrity import check_integrity
 from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.convert.tokenizers import has_tokenizer
@@ -168,6 +169,8 @@ def run_verify(
         from_b: format of B; None: the one that is recognised.
     """
     left, right = open_checkpoint(a, options, from_a), open_checkpoint(b, options, from_b)
+    check_integrity(left)
+    check_integrity(right)
     tensors = None if inputs is None else read_safetensors(inputs)
     found = compare(
         left,

@@ -192,4 +192,7 @@ def build_new_model(
         (*llm.problems, *encoder.problems),
         notes,
         tuple(drawn),
+        {**llm.checksums, **encoder.checksums},
+        (*llm.archives, *encoder.archives),
+        llm.generation,
     )

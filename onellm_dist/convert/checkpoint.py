@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.tensors.lazy import LazyTensor, Shapes, Tensors
+from onellm_dist.convert.tensors.lazy import LazyTensor, Shapes, Tensors, is_bitwise_equal
 from onellm_dist.convert.tensors.writers import TensorFile
 
 KINDS = {"llm": "a language model", "encoder": "a CLIP encoder", "onellm": "a complete OneLLM"}
@@ -78,6 +78,21 @@ class KeyProblem:
 
 
 @dataclass(frozen=True)
+class ArchiveRange:
+    """A zip archive of torch.save, which has checksums of its own.
+
+    Attributes:
+        path: the file.
+        offset: its first byte in the file.
+        length: its bytes; None: up to the end of the file.
+    """
+
+    path: Path
+    offset: int = 0
+    length: int | None = None
+
+
+@dataclass(frozen=True)
 class OpenedCheckpoint:
     """A checkpoint whose tensors are not read yet.
 
@@ -92,6 +107,9 @@ class OpenedCheckpoint:
         problems: keys that do not fit.
         notes: step, stage, world size and the like, for people.
         initialised: names of tensors that come from no file.
+        checksums: file -> the SHA-256 that was recorded when it was written.
+        archives: zip archives whose entries have checksums.
+        generation: the LLM's generation settings (ends of answers and the like), if they are known.
     """
 
     format: str
@@ -104,6 +122,9 @@ class OpenedCheckpoint:
     problems: tuple[KeyProblem, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
     initialised: tuple[str, ...] = ()
+    checksums: Mapping[Path, str] = field(default_factory=dict)
+    archives: tuple[ArchiveRange, ...] = ()
+    generation: Mapping[str, Any] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,6 +189,7 @@ class TrainedWeights:
         files: the files that they come from.
         root: the checkpoint's folder.
         notes: step, world size and the like, for people.
+        archives: zip archives inside the files; empty: files that are archives are checked.
     """
 
     format: str
@@ -175,6 +197,7 @@ class TrainedWeights:
     files: tuple[Path, ...]
     root: Path
     notes: Mapping[str, Any] = field(default_factory=dict)
+    archives: tuple[ArchiveRange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,6 +265,11 @@ def fit_tensors(
             detail = f"has shape {list(tensor.shape)}, the model needs {list(wanted[name])}"
             problems.append(KeyProblem("mismatched", key, detail))
             mismatched.add(name)
+        elif tensor.dtype not in _PLAIN_DTYPES:
+            stored = str(tensor.dtype).removeprefix("torch.")
+            detail = f"is stored as {stored}: codes of a quantisation, not the weight's numbers"
+            problems.append(KeyProblem("mismatched", key, detail))
+            mismatched.add(name)
         else:
             tensors[name] = tensor.reshape(wanted[name])
     problems += [
@@ -252,16 +280,60 @@ def fit_tensors(
     return tensors, tuple(sorted(ignored)), tuple(problems)
 
 
+_PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 def _squeeze(shape: Sequence[int]) -> list[int]:
     return [n for n in shape if n != 1]
+
+
+def build_on_meta(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """A model whose parameters take no memory.
+
+    Args:
+        build: builds the model; it is called on the meta device.
+    """
+    with torch.device("meta"):
+        return build()
 
 
 def get_parameter_shapes(build: Callable[[], torch.nn.Module]) -> Shapes:
     """Shapes of a model's parameters; tied ones are listed once.
 
     Args:
-        build: builds the model; it is called on the meta device, where parameters take no memory.
+        build: builds the model; it is called on the meta device.
     """
-    with torch.device("meta"):
-        model = build()
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(p.shape) for name, p in build_on_meta(build).named_parameters()}
+
+
+def drop_tied_copies(
+    state: Tensors, model: torch.nn.Module
+) -> tuple[Tensors, list[str], list[KeyProblem]]:
+    """Leave out the copies of tied parameters (a head that is the embedding).
+
+    Args:
+        state: the tensors under the names of the model.
+        model: the model.
+
+    Returns:
+        (the tensors, names of copies that are equal, copies that are not: they would be lost).
+    """
+    first = {id(p): name for name, p in model.named_parameters()}
+    tied = {
+        name: first[id(p)]
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if first[id(p)] != name
+    }
+    kept = dict(state)
+    ignored: list[str] = []
+    problems: list[KeyProblem] = []
+    for name in sorted(tied.keys() & state.keys()):
+        copy, original = kept.pop(name), tied[name]
+        if original not in state:
+            kept[original] = copy  # the model has one of the two names, the file the other
+        elif is_bitwise_equal(copy, state[original]):
+            ignored.append(name)
+        else:
+            detail = f"differs from {original}, the embedding that config.json ties it to"
+            problems.append(KeyProblem("unexpected", name, detail))
+    return kept, ignored, problems

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist import __version__
+from onellm_dist.common.checksums import RECORD, write_sums
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import sha256_file
 from onellm_dist.common.progress import progress
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, OutputPlan
+from onellm_dist.convert.integrity import check_archives, hash_file
 from onellm_dist.convert.new_parameters import draw_tensors
 from onellm_dist.convert.opening import open_checkpoint
 from onellm_dist.convert.registry import import_format, list_formats, list_writable
-from onellm_dist.convert.staging import RECORD, StagingFolder, stage_output
+from onellm_dist.convert.staging import StagingFolder, stage_output
 from onellm_dist.convert.tensors.writers import build_safetensors_header, write_tensor_file
 
 SMALL_FILES = 64 << 20
@@ -124,7 +125,7 @@ def write_output(
 
     Raises:
         UsageError: `out` exists, another process writes it, or the disk has too little room.
-        OneLLMError: a tensor is not finite, or the disk filled up.
+        OneLLMError: a tensor is not finite, a source is damaged, or the disk filled up.
     """
     tensor_bytes = sum(file.nbytes for file in plan.files)
     header_bytes = sum(len(build_safetensors_header(file.tensors)) for file in plan.files)
@@ -139,6 +140,7 @@ def write_output(
             count = workers or min(2, os.cpu_count() or 1)
             hashes = _write_files(stage, plan, opened, options, counter, count)
         plan.finish(stage.folder)
+        write_sums(stage.folder, {name: digest.sha256 for name, digest in stage.done.items()})
         record = _build_record(opened, plan, stage, hashes, target, options)
         text = json.dumps(record, indent=1, default=str) + "\n"
         (stage.folder / RECORD).write_text(text, encoding="utf-8")
@@ -203,11 +205,12 @@ def _write_files(
             stage.keep(file.name, digest)
 
     with ThreadPoolExecutor(workers + 1) as pool:
-        sources = [pool.submit(sha256_file, path, on_bytes=count) for path in opened.files[:1]]
+        hashes = [pool.submit(hash_file, opened, path, count) for path in opened.files[:1]]
         files = [pool.submit(write, index) for index in range(len(plan.files))]
-        sources += [pool.submit(sha256_file, path, on_bytes=count) for path in opened.files[1:]]
-        _wait_for([*files, *sources], stop)
-        return [future.result() for future in sources]
+        hashes += [pool.submit(hash_file, opened, path, count) for path in opened.files[1:]]
+        archives = [pool.submit(check_archives, opened.archives)]
+        _wait_for([*files, *hashes, *archives], stop)
+        return [future.result() for future in hashes]
 
 
 class _StoppedError(Exception):

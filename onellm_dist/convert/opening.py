@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from onellm_dist.common.checksums import check_small_files
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import (
+    ArchiveRange,
     ConversionOptions,
     KeyProblem,
     OpenedCheckpoint,
     TrainedWeights,
 )
+from onellm_dist.convert.integrity import attach_checksums
 from onellm_dist.convert.registry import import_format, recognise_format
 from onellm_dist.convert.tensors.lazy import Tensors
 
@@ -29,9 +33,14 @@ def open_checkpoint(
         format_name: name of its format; default: the format that is recognised.
 
     Raises:
-        UsageError: not a checkpoint of that format, or it needs a base model and none is given.
+        UsageError: not a checkpoint of that format, damaged, or it needs a base model and none is
+            given.
     """
-    options = options or ConversionOptions()
+    check_small_files(path if path.is_dir() else path.parent)
+    return attach_checksums(_open(path, options or ConversionOptions(), format_name))
+
+
+def _open(path: Path, options: ConversionOptions, format_name: str | None) -> OpenedCheckpoint:
     module = import_format(format_name or recognise_format(path))
     opened: OpenedCheckpoint | TrainedWeights = module.open_checkpoint(path, options)
     if isinstance(opened, OpenedCheckpoint):
@@ -42,7 +51,9 @@ def open_checkpoint(
             "architecture and frozen weights come from the model that the run started from.",
             "give --base DIR.",
         )
-    return _replace_weights(open_checkpoint(options.base, options), opened)
+    base = open_checkpoint(options.base, options)
+    archives = opened.archives or tuple(ArchiveRange(path) for path in opened.files)
+    return replace(_replace_weights(base, opened), archives=(*archives, *base.archives))
 
 
 def _replace_weights(base: OpenedCheckpoint, trained: TrainedWeights) -> OpenedCheckpoint:
@@ -59,16 +70,13 @@ def _replace_weights(base: OpenedCheckpoint, trained: TrainedWeights) -> OpenedC
             wrong.append(KeyProblem("mismatched", name, shapes))
     refused = {problem.name for problem in wrong}
     tensors = {**base.tensors, **{n: t for n, t in given.items() if n not in refused}}
-    return OpenedCheckpoint(
-        trained.format,
-        base.kind,
-        base.config,
-        tensors,
-        (*trained.files, *base.files),
-        base.root,
-        base.ignored,
-        (*base.problems, *wrong),
-        {**trained.notes, "trained tensors": f"{len(given)} of {len(tensors)}"},
+    return replace(
+        base,
+        format=trained.format,
+        tensors=tensors,
+        files=(*trained.files, *base.files),
+        problems=(*base.problems, *wrong),
+        notes={**trained.notes, "trained tensors": f"{len(given)} of {len(tensors)}"},
     )
 
 

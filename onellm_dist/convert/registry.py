@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.folder_kinds import identify_folder
+from onellm_dist.convert.tensors.file_kinds import identify_file
 
 _FOLDER = Path(__file__).parent / "formats"
 _PLAN_FUNCTION = "plan_output"
@@ -109,6 +111,8 @@ def recognise_format(path: Path) -> str:
     for name in formats:
         if import_format(name).is_format(path):
             return name
+    if (kind := identify_folder(path) or identify_file(path)) is not None:
+        raise UsageError(f"{path} is {kind.what}", "no format reads it.", kind.do)
     raise UsageError(
         f"{path} has none of the known formats",
         "nothing can read it.",

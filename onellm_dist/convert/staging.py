@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from onellm_dist.common.checksums import RECORD
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import replace_folder, restore_folder, sync, write_atomic
 from onellm_dist.convert.tensors.writers import FileDigest
 
-RECORD = "conversion.json"
-"""A file of every folder that was written here; no other folder is ever replaced."""
 _JOURNAL = ".journal.json"
 """The complete files of a folder that is being written."""
 

@@ -1,14 +1,22 @@
-"""Tokenizer files: find them beside weights, load them, copy them."""
+"""Tokenizer and generation settings: find them beside weights, load them, copy them."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.convert.folder_kinds import read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,8 +27,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
 )
+GENERATION = "generation_config.json"
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -48,7 +56,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def _load(path: Path, folder: Path) -> PreTrainedTokenizerBase:
     if path.suffix == ".gguf":
-        found: Any = AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+        found: Any = AutoTokenizer.from_pretrained(
+            folder, gguf_file=path.name, trust_remote_code=False
+        )
     elif (folder / "tokenizer.model").is_file() and not (
         folder / "tokenizer_config.json"
     ).is_file():
@@ -86,3 +96,37 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
         if (root / name).is_file():
             shutil.copyfile(root / name, folder / name)
     return True
+
+
+def read_generation(folder: Path) -> dict[str, Any] | None:
+    """The generation settings of a model folder; None if it has none.
+
+    Raises:
+        UsageError: they cannot be read: answers would end at the wrong token.
+    """
+    path = folder / GENERATION
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    if found is None:
+        raise UsageError(
+            f"{path} is not a JSON object",
+            "the tokens that end an answer are in it.",
+            "download it again, or remove it.",
+        )
+    return found
+
+
+def write_generation(folder: Path, generation: Mapping[str, Any] | None, config: Any) -> None:
+    """Write the generation settings of an LLM, all of its end tokens included.
+
+    Args:
+        folder: the folder.
+        generation: its settings, kept as they are; None: what its config implies.
+        config: the LLM's config.
+    """
+    if generation is None:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        return
+    text = json.dumps(dict(generation), indent=2, sort_keys=True)
+    (folder / GENERATION).write_text(text + "\n", encoding="utf-8")

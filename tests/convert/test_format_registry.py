@@ -29,7 +29,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from onellm_dist.convert.checkpoint import OpenedCheckpoint
-from onellm_dist.convert.formats.hf import fit_llm, get_llm_shapes
+from onellm_dist.convert.formats.hf import fit_llm
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 
 NAME = "numbers"
@@ -50,9 +50,7 @@ def open_checkpoint(path, options):
         num_attention_heads=2,
     )
     state = read_safetensors(path)
-    return fit_llm(
-        OpenedCheckpoint(NAME, KIND, config, state, (path,), path.parent), get_llm_shapes(config)
-    )
+    return fit_llm(OpenedCheckpoint(NAME, KIND, config, state, (path,), path.parent))
 """
 
 

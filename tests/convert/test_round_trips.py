@@ -129,7 +129,9 @@ def test_meta_llama_there_and_back(
 def test_hf_of_bin_files_with_an_index_and_old_buffers(tmp_path: Path) -> None:
     model = llama(tied=True)
     model.save_pretrained(tmp_path / "hf")
-    state = {**model.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    frequencies = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    state = {**model.state_dict(), buffer: frequencies}
     (tmp_path / "hf" / "model.safetensors").unlink()
     halves = [dict(list(state.items())[:7]), dict(list(state.items())[7:])]
     places: dict[str, str] = {}

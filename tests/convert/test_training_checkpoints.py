@@ -14,7 +14,9 @@ from checkpoints import onellm, save_onellm
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from onellm_dist.common.checksums import seal
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.convert.checkpoint import ConversionOptions
 from onellm_dist.convert.conversion import convert
 from onellm_dist.convert.inspect import describe_checkpoint
@@ -74,7 +76,9 @@ def save_run(
         "files": files,
         "parameters": parameters,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if not first_version:
+        manifest["sha256"] = {file: sha256_file(folder / file) for file in files}
+    (folder / "manifest.json").write_text(json.dumps(seal(manifest)))
     (run / "config.yaml").write_text(f"train: {{precision: {precision}}}\n")
     (run / "metrics.jsonl").write_text(
         '{"step": 9, "loss": 2.5, "sample_digest": "abc"}\n{"step": 10, "loss": 9}\n'

@@ -15,12 +15,17 @@ from typing import Any
 import torch
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, TrainedWeights
+from onellm_dist.convert.checkpoint import (
+    ArchiveRange,
+    ConversionOptions,
+    OpenedCheckpoint,
+    TrainedWeights,
+)
 from onellm_dist.convert.formats import training_run
+from onellm_dist.convert.tensors.archive import make_read_error
 from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.pickled import (
     InertObject,
-    make_read_error,
     read_bare_pickle,
     read_pickled,
 )
@@ -79,7 +84,12 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint 
             "copy all of them.",
         )
     tensors = {name: _open_tensor(path, name, shape, chunks[name]) for name, shape in sizes.items()}
-    return TrainedWeights(NAME, tensors, tuple(files), path, {"files": len(files)})
+    archives = tuple(
+        ArchiveRange(path / file, start, length)
+        for name in sizes
+        for _, file, start, length in chunks[name]
+    )
+    return TrainedWeights(NAME, tensors, tuple(files), path, {"files": len(files)}, archives)
 
 
 def _read_sizes(entries: dict[Any, Any]) -> dict[str, tuple[int, ...]]:

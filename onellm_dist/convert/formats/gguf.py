@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint
-from onellm_dist.convert.formats.hf import fit_llm, get_llm_shapes
+from onellm_dist.convert.formats.hf import fit_llm
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors
 
 NAME = "gguf"
@@ -68,7 +68,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         tuple(ignored),
         notes={"stored as": ", ".join(stored)},
     )
-    return fit_llm(opened, get_llm_shapes(config))
+    return fit_llm(opened)
 
 
 def _read_header(path: Path) -> tuple[Any, Any]:

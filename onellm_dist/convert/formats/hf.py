@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import (
@@ -17,13 +16,16 @@ from onellm_dist.convert.checkpoint import (
     KeyProblem,
     OpenedCheckpoint,
     OutputPlan,
+    build_on_meta,
+    drop_tied_copies,
     fit_tensors,
-    get_parameter_shapes,
 )
-from onellm_dist.convert.tensors.lazy import Shapes, Tensors, is_bitwise_equal
+from onellm_dist.convert.folder_kinds import identify_folder, read_json, refuse_quantised
+from onellm_dist.convert.names.from_pretrained import rename_state
+from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
-from onellm_dist.convert.tokenizers import copy_tokenizer
+from onellm_dist.convert.tokenizers import copy_tokenizer, read_generation, write_generation
 
 NAME = "hf"
 KIND = "llm"
@@ -32,25 +34,28 @@ ABOUT = "A transformers directory of a causal LM."
 EXAMPLE = "Llama-2-7b-hf"
 DEFAULT_TARGET = "meta-llama"
 
-_COMPUTED = re.compile(r".*(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)")
-"""Buffers that older versions of transformers saved and newer ones compute."""
+_MASK = re.compile(r".*\.attn\.(masked_)?bias|.*\.attention\.(masked_)?bias")
+"""Causal masks that older versions of transformers saved and newer ones compute."""
+_FREQUENCIES = re.compile(r".*rotary_emb\.inv_freq")
+"""Rotary frequencies that older versions saved; newer ones compute them from the config."""
 
 
 def is_format(path: Path) -> bool:
     """Whether a path is a folder whose config.json is of a causal LM."""
     config = read_config(path)
     return config is not None and any(
-        "CausalLM" in name or "LMHead" in name for name in config.get("architectures") or []
+        "CausalLM" in str(name) or "LMHead" in str(name) for name in _list_architectures(config)
     )
+
+
+def _list_architectures(config: dict[str, Any]) -> list[Any]:
+    found = config.get("architectures")
+    return found if isinstance(found, list) else []
 
 
 def read_config(path: Path) -> dict[str, Any] | None:
     """`config.json` of a folder; None if there is none that can be read."""
-    try:
-        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return read_json(path / "config.json")
 
 
 def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
@@ -59,68 +64,92 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     Raises:
         UsageError: no config or weights that this transformers knows, or files are missing.
     """
-    if read_config(path) is None:
+    raw = read_config(path)
+    if raw is None:
+        kind = identify_folder(path)
         raise UsageError(
-            f"no config.json in {path}",
+            f"no config.json in {path}" + ("" if kind is None else f": it is {kind.what}"),
             "the architecture is in it.",
-            "give a directory that save_pretrained wrote.",
+            "give a directory that save_pretrained wrote." if kind is None else kind.do,
         )
+    refuse_quantised(path, raw)
+    if (kind := identify_folder(path)) is not None:
+        raise UsageError(f"{path} is {kind.what}", "a causal LM alone can be read here.", kind.do)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        wanted = get_llm_shapes(config)
-    except (ValueError, KeyError, OSError) as error:
-        raise UsageError(
-            f"{path}: not a causal LM of this transformers ({str(error).splitlines()[0]})",
-            "the names of its weights are unknown.",
-            "use another LLM.",
-        ) from None
+        model = build_on_meta(lambda: AutoModelForCausalLM.from_config(config))
+    except Exception as error:  # whatever a config of any content makes transformers raise
+        raise _make_config_error(path, raw, error) from None
     state, files = read_folder(path)
-    return fit_llm(OpenedCheckpoint(NAME, KIND, config, state, files, path), wanted)
+    renamed = rename_state(state, model)
+    opened = OpenedCheckpoint(
+        NAME, KIND, config, renamed, files, path, generation=read_generation(path)
+    )
+    return fit_llm(opened, model)
 
 
-def get_llm_shapes(config: Any) -> Shapes:
-    """Shapes of a causal LM's parameters; tied ones are listed once."""
-    return get_parameter_shapes(lambda: AutoModelForCausalLM.from_config(config))
+def _make_config_error(path: Path, raw: dict[str, Any], error: Exception) -> UsageError:
+    if "auto_map" in raw:
+        return UsageError(
+            f"{path}: its config.json names code of its own (auto_map), and this transformers does "
+            f"not know the model type {str(raw.get('model_type'))[:80]!r}",
+            "code from a model's folder is never run here.",
+            "use an LLM that transformers has itself.",
+        )
+    kind = identify_folder(path)
+    reason = kind.what if kind else (str(error).splitlines() or [type(error).__name__])[0][:300]
+    return UsageError(
+        f"{path}: not a causal LM of this transformers ({reason})",
+        "the names of its weights are unknown.",
+        kind.do if kind else "use another LLM.",
+    )
 
 
-def fit_llm(opened: OpenedCheckpoint, wanted: Shapes) -> OpenedCheckpoint:
+def fit_llm(opened: OpenedCheckpoint, model: Any = None) -> OpenedCheckpoint:
     """Match an LLM's tensors with its parameters; tied heads are compared.
 
     Args:
         opened: a checkpoint whose tensors have transformers' names.
-        wanted: shapes of the parameters.
+        model: the LLM on the meta device; default: what its config builds.
 
     Returns:
         It with ignored keys and problems.
     """
-    state: Tensors = dict(opened.tensors)
-    ignored: list[str] = []
-    problems: list[KeyProblem] = []
-    head_name = "lm_head.weight"
-    if opened.config.tie_word_embeddings and head_name in state and head_name not in wanted:
-        head = state.pop(head_name)
-        embeddings = (
-            tensor
-            for name, tensor in state.items()
-            if name.endswith(("embed_tokens.weight", "wte.weight"))
-        )
-        embedding = next(embeddings, None)
-        if embedding is None or is_bitwise_equal(head, embedding):
-            ignored.append(head_name)
-        else:
-            detail = "differs from the embedding that config.json ties it to"
-            problems.append(KeyProblem("unexpected", head_name, detail))
+    if model is None:
+        model = build_on_meta(lambda: AutoModelForCausalLM.from_config(opened.config))
+    state, copies, problems = drop_tied_copies(opened.tensors, model)
+    for key in [key for key in state if _FREQUENCIES.fullmatch(key)]:
+        if fault := _compare_frequencies(state[key], model, opened.config):
+            problems.append(KeyProblem("mismatched", key, fault))
+            state.pop(key)
     tensors, unused, more = fit_tensors(
         {key: (key, tensor) for key, tensor in state.items()},
-        wanted,
-        ignore=lambda key: bool(_COMPUTED.fullmatch(key)),
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
+        ignore=lambda key: bool(
+            _FREQUENCIES.fullmatch(key)
+            or (_MASK.fullmatch(key) and len(state[key].shape) in (0, 4))
+        ),
     )
     return replace(
         opened,
         kind=KIND,
         tensors=tensors,
-        ignored=(*opened.ignored, *ignored, *unused),
-        problems=(*problems, *more),
+        ignored=(*opened.ignored, *copies, *unused),
+        problems=(*opened.problems, *problems, *more),
+    )
+
+
+def _compare_frequencies(stored: LazyTensor, model: Any, config: Any) -> str:
+    """How a checkpoint's rotary frequencies differ from those of its config; "" if they do not."""
+    rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
+    if rotary is None:
+        return ""
+    own = type(rotary)(config).inv_freq.float()
+    values = stored.read().float()
+    if own.shape == values.shape and torch.allclose(own, values, rtol=0.01):
+        return ""
+    return (
+        "has other rotary frequencies than config.json gives: its RoPE keys are not these weights'"
     )
 
 
@@ -139,7 +168,7 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
         config.architectures = [get_architecture(config)]
         config.dtype = opened.dtype
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        write_generation(folder, opened.generation, config)
         write_index(folder, files)
         copy_tokenizer(options.tokenizer or opened.root, folder)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, OutputPlan
-from onellm_dist.convert.formats.hf import fit_llm, get_llm_shapes
+from onellm_dist.convert.formats.hf import fit_llm
 from onellm_dist.convert.names.llama import (
     ROTARY_TABLE,
-    build_llama_config,
-    build_params,
     check_heads,
     from_meta_name,
     get_rotary_heads,
@@ -21,9 +18,23 @@ from onellm_dist.convert.names.llama import (
     to_meta_name,
     to_pairs,
 )
+from onellm_dist.convert.names.llama_params import (
+    build_llama_config,
+    build_params,
+    check_rotary_table,
+    read_params,
+)
 from onellm_dist.convert.names.model_parallel import find_numbered_files, merge_files
+from onellm_dist.convert.sidecar import (
+    SIDECAR,
+    choose_heads,
+    read_sidecar,
+    refuse_contradictions,
+    write_sidecar,
+)
 from onellm_dist.convert.tensors.lazy import Tensors, is_bitwise_equal
 from onellm_dist.convert.tensors.writers import TensorFile
+from onellm_dist.convert.tokenizers import copy_tokenizer
 
 NAME = "meta-llama"
 KIND = "llm"
@@ -64,25 +75,42 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     files = find_numbered_files(path)
     state = merge_files(files, width_of="layers.0.attention.wq.weight")
     for key in _SIZE_KEYS:
-        if key not in state:
+        if key not in state or len(state[key].shape) != 2:
             raise UsageError(
                 f"{files[0]}: no key {key}",
                 "the sizes are read from it.",
                 "give LLaMA's consolidated.00.pth.",
             )
     root = files[0].parent
-    params = _read_params(files[0], options)
+    stated, generation = read_sidecar(root, "llama")
+    params = _read_params(files[0], options, stated)
     config = build_llama_config(params, {k: t.shape for k, t in state.items()}, root)
     table = next((t for key, t in state.items() if ROTARY_TABLE.fullmatch(key)), None)
     check_heads("--llm-heads", config.num_attention_heads, config.hidden_size, table)
+    if table is not None:
+        check_rotary_table(table, float(params.get("rope_theta") or 10000.0), files[0])
     if "output.weight" in state and is_bitwise_equal(
         state["output.weight"], state["tok_embeddings.weight"]
     ):
         config.tie_word_embeddings = True  # LLaMA 3.2's small models; Meta's files hold both
+    if stated is not None:
+        refuse_contradictions(root, build_params(stated), build_params(config))
+        config = stated
     named, ignored = _rename(state, config)
     notes = {"model-parallel files": len(files)} if len(files) > 1 else {}
-    opened = OpenedCheckpoint(NAME, KIND, config, named, files, root, ignored, notes=notes)
-    return fit_llm(opened, get_llm_shapes(config))
+    return fit_llm(
+        OpenedCheckpoint(
+            NAME,
+            KIND,
+            config,
+            named,
+            files,
+            root,
+            ignored,
+            notes=notes,
+            generation=generation,
+        )
+    )
 
 
 def _rename(state: Tensors, config: Any) -> tuple[Tensors, tuple[str, ...]]:
@@ -100,27 +128,24 @@ def _rename(state: Tensors, config: Any) -> tuple[Tensors, tuple[str, ...]]:
     return named, tuple(ignored)
 
 
-def _read_params(file: Path, options: ConversionOptions) -> dict[str, Any]:
+def _read_params(file: Path, options: ConversionOptions, stated: Any) -> dict[str, Any]:
     path = file.with_name("params.json")
-    given = {"n_heads": options.llm_heads} if options.llm_heads else {}
-    if path.is_file():
-        try:
-            return {**json.loads(path.read_text(encoding="utf-8")), **given}
-        except (ValueError, TypeError) as error:
-            raise UsageError(
-                f"{path} cannot be read: {error}", "heads and RoPE are in it.", "download it again."
-            ) from None
-    if options.llm_heads is None:
+    params = read_params(path)
+    if params is None and stated is not None:
+        path, params = path.with_name(SIDECAR), build_params(stated)
+    if params is None and options.llm_heads is None:
         raise UsageError(
             f"no {path}",
             "heads, RoPE and the norm's epsilon are in it.",
             "copy it beside the weights, or give --llm-heads.",
         )
-    return {"n_heads": options.llm_heads}
+    params = params or {}
+    heads = choose_heads("--llm-heads", options.llm_heads, params.get("n_heads"), path)
+    return {**params, "n_heads": heads}
 
 
 def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """`consolidated.00.pth`, `params.json`, and `tokenizer.model` if there is one.
+    """`consolidated.00.pth`, `params.json`, the config beside, and the tokenizer if there is one.
 
     Raises:
         UsageError: not a LLaMA.
@@ -142,8 +167,7 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
 
     def finish(folder: Path) -> None:
         (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
-        source = options.tokenizer or opened.root / "tokenizer.model"
-        if source.name == "tokenizer.model" and source.is_file():
-            shutil.copyfile(source, folder / "tokenizer.model")
+        write_sidecar(folder, opened)
+        copy_tokenizer(options.tokenizer or opened.root, folder)
 
     return OutputPlan((TensorFile("consolidated.00.pth", tuple(tensors.items())),), finish)

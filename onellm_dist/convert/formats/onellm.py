@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
-from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.card import write_card
 from onellm_dist.convert.checkpoint import (
     ConversionOptions,
     OpenedCheckpoint,
     OutputPlan,
+    build_on_meta,
+    drop_tied_copies,
     fit_tensors,
     get_parameter_shapes,
 )
+from onellm_dist.convert.folder_kinds import refuse_quantised
 from onellm_dist.convert.formats.hf import read_config
+from onellm_dist.convert.names.from_pretrained import rename_state
 from onellm_dist.convert.tensors.lazy import Shapes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
-from onellm_dist.convert.tokenizers import has_tokenizer, load_tokenizer
+from onellm_dist.convert.tokenizers import (
+    has_tokenizer,
+    load_tokenizer,
+    read_generation,
+    write_generation,
+)
 from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.processing import OneLLMProcessor
@@ -51,21 +60,32 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             "give a onellm directory.",
         )
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OneLLMError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        model = build_on_meta(lambda: OneLLMForConditionalGeneration(config))
+    except Exception as error:  # whatever a config of any content makes transformers raise
         raise UsageError(
-            f"{path}/config.json: {str(error).splitlines()[0]}",
+            f"{path}/config.json: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
             "the model cannot be built.",
-            "fix it.",
+            "restore the config.json of these weights.",
         ) from None
+    refuse_quantised(path, read_config(path) or {})
     state, files = read_folder(path)
-    tied = config.text_config.tie_word_embeddings
-    tensors, ignored, problems = fit_tensors(
-        {key: (key, tensor) for key, tensor in state.items()},
-        get_onellm_shapes(config),
-        ignore=lambda key: tied and key == "llm.lm_head.weight",
+    kept, copies, problems = drop_tied_copies(rename_state(state, model), model)
+    tensors, ignored, more = fit_tensors(
+        {key: (key, tensor) for key, tensor in kept.items()},
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
     )
-    return OpenedCheckpoint(NAME, KIND, config, tensors, files, path, ignored, problems)
+    return OpenedCheckpoint(
+        NAME,
+        KIND,
+        config,
+        tensors,
+        files,
+        path,
+        (*copies, *ignored),
+        (*problems, *more),
+        generation=read_generation(path),
+    )
 
 
 def get_onellm_shapes(config: OneLLMConfig) -> Shapes:
@@ -88,7 +108,7 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
         config.architectures = [OneLLMForConditionalGeneration.__name__]
         config.dtype = opened.dtype
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config.text_config).save_pretrained(folder)
+        write_generation(folder, opened.generation, config.text_config)
         write_index(folder, files)
         if tokenizer is not None:
             OneLLMProcessor(tokenizer).save_pretrained(folder)

@@ -15,11 +15,11 @@ from onellm_dist.convert.checkpoint import (
     get_parameter_shapes,
 )
 from onellm_dist.convert.names.clip import require_clip, to_open_clip_name
+from onellm_dist.convert.tensors.archive import make_read_error
 from onellm_dist.convert.tensors.lazy import Tensors
 from onellm_dist.convert.tensors.pickled import (
     get_state_dict,
     get_torchscript_state,
-    make_read_error,
     read_pickled,
 )
 from onellm_dist.convert.tensors.safetensors_files import read_folder, read_safetensors

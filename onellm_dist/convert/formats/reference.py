@@ -15,17 +15,23 @@ from onellm_dist.convert.checkpoint import (
     ConversionOptions,
     OpenedCheckpoint,
     OutputPlan,
+    build_on_meta,
+    drop_tied_copies,
     fit_tensors,
-    get_parameter_shapes,
 )
 from onellm_dist.convert.names.clip import require_clip
 from onellm_dist.convert.names.llama import (
     ROTARY_TABLE,
-    build_params,
     check_heads,
     get_rotary_heads,
     to_halves,
     to_pairs,
+)
+from onellm_dist.convert.names.llama_params import (
+    build_llama_config,
+    build_params,
+    check_rotary_table,
+    read_params,
 )
 from onellm_dist.convert.names.model_parallel import find_numbered_files, merge_files
 from onellm_dist.convert.names.reference import (
@@ -33,8 +39,16 @@ from onellm_dist.convert.names.reference import (
     from_reference_name,
     to_reference_name,
 )
+from onellm_dist.convert.sidecar import (
+    SIDECAR,
+    choose_heads,
+    read_sidecar,
+    refuse_contradictions,
+    write_sidecar,
+)
 from onellm_dist.convert.tensors.lazy import Shapes, Tensors
 from onellm_dist.convert.tensors.writers import TensorFile
+from onellm_dist.convert.tokenizers import copy_tokenizer
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 
@@ -76,57 +90,113 @@ def is_format(path: Path) -> bool:
 def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
     """Open `consolidated.00-of-01.pth`, all of `-of-NN`, or safetensors of the same keys.
 
-    Sizes are read from the shapes. Heads come from `params.json` beside the file if there is one,
-    else from the usual widths of a head.
+    Sizes are read from the shapes. Heads and everything else come from the config that a
+    conversion wrote beside the file, else from `params.json`, options, and the usual widths of a
+    head.
 
     Args:
         path: the file, the first of several files, or their folder.
         options: the numbers of heads.
 
     Raises:
-        UsageError: not such a checkpoint, or impossible numbers of heads.
+        UsageError: not such a checkpoint, or numbers of heads that are impossible or contradict
+            each other.
     """
     files = find_numbered_files(path)
     merged = merge_files(files, width_of=f"{PREFIX}layers.0.attention.wq.weight")
     state = {key.removeprefix(PREFIX): tensor for key, tensor in merged.items()}
-    params = _read_params(files[0])
-    config = build_config_from_shapes(
-        {key: tensor.shape for key, tensor in state.items()},
-        files[0],
-        options.encoder_heads,
-        options.upm_heads,
-        options.llm_heads or params.get("n_heads"),
-    )
+    root = files[0].parent
+    stated, generation = read_sidecar(root, OneLLMConfig.model_type)
+    params = read_params(root / "params.json")
+    heads = _choose_heads(options, params, stated, root)
+    if params is None and stated is not None:
+        params = build_params(stated.text_config)
+    shapes = {key: tensor.shape for key, tensor in state.items()}
+    config = build_config_from_shapes(shapes, files[0], *heads, params=params)
     text = config.text_config
     table = next((t for key, t in state.items() if ROTARY_TABLE.fullmatch(key)), None)
     check_heads("--llm-heads", text.num_attention_heads, text.hidden_size, table)
-    wanted = get_parameter_shapes(lambda: OneLLMForConditionalGeneration(config))
-    given = {f"{PREFIX}{key}": (from_reference_name(key), t) for key, t in state.items()}
-    tensors, ignored, problems = fit_tensors(given, wanted, ignore=_is_unused)
+    if table is not None:
+        check_rotary_table(table, float((params or {}).get("rope_theta") or 10000.0), files[0])
+    if stated is not None:
+        refuse_contradictions(root, _list_facts(stated), _list_facts(config))
+        config = stated
+    model = build_on_meta(lambda: OneLLMForConditionalGeneration(config))
+    given = {from_reference_name(key) or f"{PREFIX}{key}": t for key, t in state.items()}
+    kept, copies, problems = drop_tied_copies(given, model)
+    keys = {name: to_reference_key(name) for name in kept}
+    tensors, ignored, more = fit_tensors(
+        {keys[name]: (name, tensor) for name, tensor in kept.items()},
+        {name: tuple(p.shape) for name, p in model.named_parameters()},
+        ignore=_is_unused,
+    )
     for name in tensors:
-        if heads := get_rotary_heads(name, text):
-            tensors[name] = to_halves(tensors[name], heads)
+        if heads_of := get_rotary_heads(name, config.text_config):
+            tensors[name] = to_halves(tensors[name], heads_of)
     notes = {"model-parallel files": len(files)} if len(files) > 1 else {}
-    root = files[0].parent
-    return OpenedCheckpoint(NAME, KIND, config, tensors, files, root, ignored, problems, notes)
+    return OpenedCheckpoint(
+        NAME,
+        KIND,
+        config,
+        tensors,
+        files,
+        root,
+        (*copies, *ignored),
+        (*problems, *more),
+        notes,
+        generation=generation,
+    )
+
+
+def to_reference_key(name: str) -> str:
+    """The key that a checkpoint has for one of our names; a key that is not ours stays."""
+    if name.startswith(PREFIX):
+        return name
+    return PREFIX + to_reference_name(name)
+
+
+def _choose_heads(
+    options: ConversionOptions, params: Mapping[str, Any] | None, stated: Any, root: Path
+) -> tuple[int | None, int | None, int | None]:
+    """Heads of encoder, UPM and LLM, by options, params.json and the config beside."""
+    side = root / SIDECAR
+    encoder = choose_heads(
+        "--encoder-heads", options.encoder_heads, stated and stated.vision.heads, side
+    )
+    upm = choose_heads("--upm-heads", options.upm_heads, stated and stated.upm.heads, side)
+    n_heads = (params or {}).get("n_heads")
+    llm = choose_heads("--llm-heads", options.llm_heads, n_heads, root / "params.json")
+    if params is None and stated is not None:
+        llm = choose_heads("--llm-heads", llm, stated.text_config.num_attention_heads, side)
+    return encoder, upm, llm
+
+
+def _list_facts(config: OneLLMConfig) -> dict[str, Any]:
+    """What shapes, params.json and options say for certain about a model."""
+    vision, upm = config.vision, config.upm
+    return {
+        **build_params(config.text_config),
+        "encoder width": vision.width,
+        "encoder layers": vision.layers,
+        "encoder heads": vision.heads,
+        "encoder MLP width": vision.mlp_width,
+        "patch size": vision.patch_size,
+        "image size": vision.image_size,
+        "output_dim": vision.output_dim,
+        "activation": vision.act,
+        "UPM experts": upm.experts,
+        "UPM blocks": upm.blocks,
+        "UPM heads": upm.heads,
+        "UPM ffn": upm.ffn,
+        "router width": upm.router_hidden,
+        "router": upm.router,
+        "modalities": config.modalities,
+    }
 
 
 def _is_unused(key: str) -> bool:
     bare = key.removeprefix(PREFIX)
     return bool(_UNUSED.fullmatch(bare) or ROTARY_TABLE.fullmatch(bare))
-
-
-def _read_params(file: Path) -> dict[str, Any]:
-    """`params.json` beside a file; empty if there is none."""
-    path = file.with_name("params.json")
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", "the number of heads is in it.", "fix or remove it."
-        ) from None
 
 
 def build_config_from_shapes(
@@ -135,6 +205,8 @@ def build_config_from_shapes(
     encoder_heads: int | None,
     upm_heads: int | None,
     llm_heads: int | None,
+    *,
+    params: Mapping[str, Any] | None = None,
 ) -> OneLLMConfig:
     """The config that a checkpoint's shapes imply; experts, blocks and layers are counted.
 
@@ -144,12 +216,13 @@ def build_config_from_shapes(
         encoder_heads: heads of the encoder; default: of the usual width.
         upm_heads: heads of the UPM; default: of the usual width.
         llm_heads: heads of the LLM; default: of the usual width.
+        params: content of params.json, if there is one.
 
     Raises:
         UsageError: a key that a size is read from is missing, or heads do not divide a width.
     """
     reader = _ShapeReader(shapes, source)
-    text = _build_text_config(reader, llm_heads)
+    text = _build_text_config(reader, shapes, llm_heads, params or {})
     vision = _build_vision_config(reader, encoder_heads)
     upm = OneLLMUPMConfig(
         experts=reader.count(r"resample_layers\.(\d+)\."),
@@ -167,13 +240,14 @@ class _ShapeReader:
 
     def __init__(self, shapes: Shapes, source: Path) -> None:
         self._shapes = shapes
-        self._source = source
+        self.source = source
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """The shape of a key that must be there."""
-        if key not in self._shapes:
+        """The shape of a key that must be there, with as many dimensions as the parameter has."""
+        dimensions = 4 if key.endswith("visual.conv1.weight") else 2
+        if len(self._shapes.get(key, ())) != dimensions:
             raise UsageError(
-                f"{self._source}: no key {PREFIX}{key}",
+                f"{self.source}: no key {PREFIX}{key}",
                 "the sizes are read from it.",
                 "give a complete checkpoint of the reference's code.",
             )
@@ -199,22 +273,18 @@ def _build_vision_config(reader: _ShapeReader, heads: int | None) -> OneLLMVisio
     )
 
 
-def _build_text_config(reader: _ShapeReader, heads: int | None) -> LlamaConfig:
-    vocabulary, width = reader.shape("tok_embeddings.weight")
-    heads = _get_heads("--llm-heads", heads, width, LLM_HEAD_WIDTH)
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=reader.shape("layers.0.feed_forward.w1.weight")[0],
-        num_hidden_layers=reader.count(r"layers\.(\d+)\."),
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=REFERENCE_POSITIONS,
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
+def _build_text_config(
+    reader: _ShapeReader, shapes: Shapes, heads: int | None, params: Mapping[str, Any]
+) -> LlamaConfig:
+    width = reader.shape("tok_embeddings.weight")[1]
+    for key in ("attention.wq", "attention.wk", "feed_forward.w1"):
+        reader.shape(f"layers.0.{key}.weight")
+    given = {
+        "max_seq_len": REFERENCE_POSITIONS,
+        **params,
+        "n_heads": _get_heads("--llm-heads", heads, width, LLM_HEAD_WIDTH),
+    }
+    return build_llama_config(given, shapes, reader.source)
 
 
 def _get_heads(label: str, given: int | None, width: int, head_width: int) -> int:
@@ -224,7 +294,9 @@ def _get_heads(label: str, given: int | None, width: int, head_width: int) -> in
 
 
 def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """`consolidated.00-of-01.pth` for the reference's code, and its `params.json`.
+    """`consolidated.00-of-01.pth` and `params.json` for the reference's code.
+
+    Beside them are what these have no place for (sidecar.py), and the tokenizer if there is one.
 
     Raises:
         UsageError: the model has a part that the reference does not know.
@@ -249,6 +321,8 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
 
     def finish(folder: Path) -> None:
         (folder / "params.json").write_text(json.dumps(params, indent=1) + "\n", encoding="utf-8")
+        write_sidecar(folder, opened)
+        copy_tokenizer(options.tokenizer or opened.root, folder)
 
     return OutputPlan((TensorFile("consolidated.00-of-01.pth", tuple(tensors.items())),), finish)
 
@@ -256,18 +330,33 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
 def _require_same_code(opened: OpenedCheckpoint, params: Mapping[str, Any]) -> None:
     """Check that the reference's code computes what the model does."""
     config: OneLLMConfig = opened.config
-    if (
-        config.upm.router != "soft"
-        or config.vision.act != "quick_gelu"
-        or params["n_kv_heads"] != params["n_heads"]
-    ):
+    faults = [
+        fault
+        for fault, there in (
+            (f"a {config.upm.router} router", config.upm.router != "soft"),
+            (f"activation {config.vision.act}", config.vision.act != "quick_gelu"),
+            (
+                f"{params['n_kv_heads']} key-value heads of {params['n_heads']}",
+                params["n_kv_heads"] != params["n_heads"],
+            ),
+            (f"rope_theta {params.get('rope_theta')}", "rope_theta" in params),
+            ("scaled rotary positions", "use_scaled_rope" in params),
+            ("pixels normalised in another way than CLIP's", _has_own_pixels(config)),
+        )
+        if there
+    ]
+    if faults:
         raise UsageError(
-            f"{opened.root}: router {config.upm.router}, activation {config.vision.act}, "
-            f"{params['n_kv_heads']} of {params['n_heads']} key-value heads",
-            "the reference's code runs only the soft router, QuickGELU and as many key-value heads "
-            "as heads.",
+            f"{opened.root}: it has {', '.join(faults)}",
+            "the reference's code runs only the soft router, QuickGELU, as many key-value heads as "
+            "heads, RoPE of base 10000 without scaling, and CLIP's pixels.",
             "use the onellm directory as it is.",
         )
+
+
+def _has_own_pixels(config: OneLLMConfig) -> bool:
+    vision = config.vision
+    return vision.image_mean is not None or vision.image_std is not None
 
 
 def _untie(tensors: Tensors) -> Tensors:

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.common.run_files import (
     CHECKPOINT_MANIFEST,
     CHECKPOINT_PREFIX,
@@ -32,6 +33,7 @@ from onellm_dist.convert.checkpoint import (
 )
 from onellm_dist.convert.formats import gguf, onellm
 from onellm_dist.convert.new_parameters import copy_projector, draw_tensors
+from onellm_dist.convert.run_manifest import check_manifest, read_manifest
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
 from onellm_dist.convert.tensors.safetensors_files import read_safetensors
 from onellm_dist.model.presets import TOY_TOKENIZER, build_config, find_smollm2_gguf
@@ -43,15 +45,14 @@ ABOUT = "A checkpoint of one of our runs (any engine, any number of ranks), or t
 EXAMPLE = "runs/stage1_image"
 DEFAULT_TARGET = "onellm"
 
-VERSIONS = (1, 2)
-"""Versions of the manifest that can be read; version 2 added checksums."""
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MASTER = "master"
 """The state key of the fp32 weights, whatever the optimizer; its own state has other keys."""
 
 
 def is_format(path: Path) -> bool:
     """Whether a path is a checkpoint folder `step-...`, or a run directory with some."""
-    return _read_manifest(path) is not None or (path / CHECKPOINTS).is_dir()
+    return read_manifest(path) is not None or (path / CHECKPOINTS).is_dir()
 
 
 def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
@@ -65,19 +66,21 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         UsageError: there is no complete checkpoint, or no base.
         OneLLMError: the checkpoint lacks elements of a parameter.
     """
-    folder = _find_latest(path) if _read_manifest(path) is None else path
-    manifest = _read_manifest(folder)
+    folder = _find_latest(path) if read_manifest(path) is None else path
+    manifest = read_manifest(folder)
     if manifest is None:
         raise UsageError(
             f"no checkpoint in {path}",
             f"a checkpoint has {CHECKPOINT_MANIFEST} and the files of its ranks.",
             "give a step-... folder of a run.",
         )
+    check_manifest(folder, manifest)
     files = _find_files(folder, manifest)
-    run = folder.parent.parent
+    run = folder.resolve().parent.parent
     precision = _read_precision(run)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision or "fp32"]
+    dtype = _DTYPES[precision or "fp32"]
     base = _open_base(manifest.get("model", {}), int(manifest.get("seed", 0)), run, options)
+    base = _check_base(base, manifest, folder)
     trained = _open_trained(folder, manifest)
     wanted = onellm.get_onellm_shapes(base.config)
     unexpected = [
@@ -106,33 +109,29 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         ignored=(),
         problems=(*base.problems, *unexpected),
         notes=notes,
+        checksums={
+            **base.checksums,
+            **{folder / name: digest for name, digest in manifest.get("sha256", {}).items()},
+        },
     )
 
 
 def _describe(manifest: dict[str, Any]) -> dict[str, Any]:
     """What the manifest states about the run, for people."""
+    optimizer = manifest.get("optimizer")
     return {
         "stage": manifest.get("stage"),
         "world size": manifest.get("world_size", manifest.get("world")),
-        "optimizer": manifest.get("optimizer", {}).get("name"),
+        "optimizer": optimizer.get("name") if isinstance(optimizer, dict) else None,
         "optimizer steps": manifest.get("optimizer_steps"),
         "seed": manifest.get("seed"),
         "plan": manifest.get("plan"),
     }
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    known = isinstance(manifest, dict) and {"parameters", "files", "version"} <= set(manifest)
-    return manifest if known and isinstance(manifest["parameters"], dict) else None
-
-
 def _find_latest(path: Path) -> Path:
     folders = sorted((path / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*"))
-    found = [folder for folder in folders if _read_manifest(folder) is not None]
+    found = [folder for folder in folders if read_manifest(folder) is not None]
     if not found:
         raise UsageError(
             f"no checkpoint in {path}",
@@ -144,12 +143,6 @@ def _find_latest(path: Path) -> Path:
 
 def _find_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
     """The files of a checkpoint, all of which must be complete."""
-    if manifest["version"] not in VERSIONS:
-        raise UsageError(
-            f"{folder}: version {manifest['version']}",
-            f"this program reads versions {', '.join(map(str, VERSIONS))}.",
-            "convert it with the program that wrote it.",
-        )
     wrong = []
     for name, size in manifest["files"].items():
         path = folder / name
@@ -164,6 +157,32 @@ def _find_files(folder: Path, manifest: dict[str, Any]) -> tuple[Path, ...]:
             "give another checkpoint of the run.",
         )
     return tuple(folder / name for name in sorted(manifest["files"]))
+
+
+def _check_base(base: OpenedCheckpoint, manifest: dict[str, Any], folder: Path) -> OpenedCheckpoint:
+    """The base with the checksums of the files that the run was trained over.
+
+    Raises:
+        UsageError: it has other files.
+    """
+    frozen = manifest.get("frozen")
+    recorded = frozen.get("files") if isinstance(frozen, dict) else None
+    if not isinstance(recorded, dict) or not base.files:
+        return base
+    sums = {name: entry[2] for name, entry in recorded.items() if isinstance(entry, list)}
+    config = base.root / "config.json"
+    wrong = sorted({path.name for path in base.files} - sums.keys())
+    if "config.json" in sums and sha256_file(config) != sums["config.json"]:
+        wrong.append("config.json")
+    if wrong:
+        raise UsageError(
+            f"{base.root} has other files than the run {folder} was trained over: "
+            f"{', '.join(wrong)}",
+            "trained weights mean nothing over other frozen weights.",
+            "give the model that the run started from: --base DIR.",
+        )
+    checked = {path: str(sums[path.name]) for path in base.files}
+    return replace(base, checksums={**base.checksums, **checked})
 
 
 def _open_trained(folder: Path, manifest: dict[str, Any]) -> Tensors:
@@ -206,7 +225,7 @@ def _join_ranges(folder: Path, name: str, entry: dict[str, Any], ranges: Tensors
 def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
     """Loss and sample digest of the checkpoint's last step; the run may have gone on since."""
     try:
-        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
+        lines = (run / METRICS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return {}
     for line in lines:
@@ -214,6 +233,8 @@ def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
             found = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed
+        if not isinstance(found, dict):
+            continue
         if isinstance(steps_done, int) and found.get("step") == steps_done - 1:
             return {
                 "loss of the last step": found.get("loss"),
@@ -223,11 +244,20 @@ def _read_metrics(run: Path, steps_done: object) -> dict[str, Any]:
 
 
 def _read_precision(run: Path) -> str | None:
-    try:
-        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
-        return str(config["train"]["precision"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    path = run / CONFIG
+    if not path.is_file():
         return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["precision"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        found = f"unreadable ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    if found not in _DTYPES:
+        raise UsageError(
+            f"{path}: train.precision is {str(found)[:200]}",
+            "the model is written in the precision that the run computes in.",
+            "restore the file, or remove it and give --dtype.",
+        )
+    return str(found)
 
 
 def _open_base(

@@ -15,8 +15,9 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.checkpoint import ConversionOptions, OpenedCheckpoint, TrainedWeights
 from onellm_dist.convert.formats import training_run
+from onellm_dist.convert.tensors.archive import make_read_error
 from onellm_dist.convert.tensors.lazy import LazyTensor, Tensors, concatenate
-from onellm_dist.convert.tensors.pickled import make_read_error, read_pickled
+from onellm_dist.convert.tensors.pickled import read_pickled
 
 NAME = "deepspeed"
 KIND = "onellm"

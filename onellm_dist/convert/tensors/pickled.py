@@ -9,7 +9,6 @@ be skipped.
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 import struct
@@ -22,11 +21,16 @@ from typing import Any
 
 import torch
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.bounded_pickle import LARGEST_PICKLE, BoundedUnpickler
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.convert.tensors.archive import Archive, make_read_error
 from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor, Tensors
 
-LARGEST_PICKLE = 256 << 20
-"""Bytes of the largest description that is read; OneLLM-7B's has 0.1 MB."""
+MOST_DIMENSIONS = 64
+"""Dimensions of a tensor; torch has the same limit."""
+
+MOST_REPEATED = 1 << 20
+"""Elements of the largest tensor that has more of them than its storage (`expand`)."""
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -73,21 +77,6 @@ class InertObject:
         """Drop an item of a list."""
 
 
-def make_read_error(path: Path, reason: object) -> UsageError:
-    """The error for a file that cannot be read as a checkpoint.
-
-    Args:
-        path: the file.
-        reason: an exception, or words; its first line is shown.
-    """
-    first = (str(reason).splitlines() or [type(reason).__name__])[0]
-    return UsageError(
-        f"{path} cannot be read: {first}",
-        "nothing was converted.",
-        "download it again; only tensors are read, never pickled code.",
-    )
-
-
 def read_pickled(
     path: Path, *, inert: Sequence[str] = (), offset: int = 0, length: int | None = None
 ) -> Any:
@@ -106,7 +95,7 @@ def read_pickled(
 
     def read() -> Any:
         data = DataFile(path)
-        archive = _Archive(data, offset, data.size - offset if length is None else length)
+        archive = Archive(data, offset, data.size - offset if length is None else length)
         return _Unpickler(archive.read_entry("data.pkl"), path, tuple(inert), archive).load()
 
     return _read_safely(path, read)
@@ -136,19 +125,11 @@ def read_bare_pickle(path: Path, *, inert: Sequence[str] = ()) -> Any:
 def _read_safely(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except UsageError:
+    except OneLLMError:
         raise
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError, struct.error) as error:
         raise make_read_error(path, error) from None
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # broken pickles raise nearly anything; none of their code is run
         raise make_read_error(path, f"its description is not a list of tensors ({error})") from None
 
 
@@ -171,9 +152,10 @@ def get_state_dict(tree: Any, path: Path) -> Tensors:
         not isinstance(tree, Mapping)
         or not tree
         or not all(isinstance(v, LazyTensor) for v in tree.values())
+        or not all(isinstance(key, str) for key in tree)
     ):
         raise make_read_error(path, "it has no mapping of names to tensors")
-    return {str(key): value for key, value in tree.items()}
+    return dict(tree)
 
 
 def get_torchscript_state(tree: Any) -> Tensors:
@@ -183,101 +165,27 @@ def get_torchscript_state(tree: Any) -> Tensors:
         tree: content of the file, read with `inert=("__torch__.",)`.
     """
     found: Tensors = {}
-
-    def walk(node: Any, prefix: str) -> None:
+    opened: set[int] = set()
+    waiting: list[tuple[Any, str]] = [(tree, "")]
+    while waiting:
+        node, prefix = waiting.pop()
         if isinstance(node, LazyTensor):
             found[prefix] = node
-        elif isinstance(node, InertObject) and isinstance(getattr(node, "state", None), Mapping):
-            for key, value in node.state.items():
-                walk(value, f"{prefix}.{key}" if prefix else str(key))
-
-    walk(tree, "")
+        elif isinstance(node, InertObject) and id(node) not in opened:
+            opened.add(id(node))
+            state = getattr(node, "state", None)
+            children = list(state.items()) if isinstance(state, Mapping) else []
+            waiting += [(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in reversed(children)]
     return found
 
 
-class _Archive:
-    """The entries of the zip archive, and where their bytes lie in the file."""
+class _Unpickler(BoundedUnpickler):
+    buildable = (InertObject, OrderedDict)
 
-    def __init__(self, data: DataFile, start: int, length: int) -> None:
-        self.data = data
-        self.start = start
-        window = _FileWindow(data, start, length)
-        with zipfile.ZipFile(window) as archive:
-            infos = archive.infolist()
-        described = [i.filename for i in infos if i.filename.rsplit("/", 1)[-1] == "data.pkl"]
-        if len(described) != 1:
-            raise make_read_error(
-                data.path,
-                "it has no data.pkl (torch.save before 1.6 wrote another format: save it again)",
-            )
-        self.root = described[0].removesuffix("data.pkl")
-        self.entries = {
-            i.filename.removeprefix(self.root): i for i in infos if i.filename.startswith(self.root)
-        }
-        if len(self.entries) != len([i for i in infos if i.filename.startswith(self.root)]):
-            raise make_read_error(data.path, "two entries of the archive have one name")
-        if "byteorder" in self.entries and self.read_entry("byteorder") != b"little":
-            raise make_read_error(data.path, "its numbers are big-endian")
-
-    def find(self, name: str) -> tuple[int, int]:
-        """(offset in the file, length) of an entry's bytes."""
-        info = self.entries[name]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise make_read_error(self.data.path, f"entry {name} is compressed or encrypted")
-        header = bytes(self.data.read_bytes(self.start + info.header_offset, 30).numpy())
-        magic, name_length, extra_length = struct.unpack("<4s22xHH", header)
-        if magic != b"PK\x03\x04":
-            raise make_read_error(self.data.path, f"entry {name} has no header")
-        offset = self.start + info.header_offset + 30 + name_length + extra_length
-        if offset + info.file_size > self.data.size:
-            raise make_read_error(self.data.path, f"entry {name} goes beyond the end of the file")
-        return offset, info.file_size
-
-    def read_entry(self, name: str) -> bytes:
-        """The bytes of a small entry."""
-        offset, length = self.find(name)
-        if length > LARGEST_PICKLE:
-            raise make_read_error(self.data.path, f"{name} has {length} bytes")
-        return bytes(self.data.read_bytes(offset, length).numpy())
-
-
-class _FileWindow(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, data: DataFile, start: int, length: int) -> None:
-        self._data = data
-        self._start = start
-        self._length = length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        if self._at < 0:
-            raise OSError("not a zip archive")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        size = left if size < 0 else min(size, left)
-        found = bytes(self._data.read_bytes(self._start + self._at, size).numpy())
-        self._at += size
-        return found
-
-
-class _Unpickler(pickle.Unpickler):
     def __init__(
-        self, content: bytes, path: Path, inert: tuple[str, ...], archive: _Archive | None
+        self, content: bytes, path: Path, inert: tuple[str, ...], archive: Archive | None
     ) -> None:
-        super().__init__(io.BytesIO(content), encoding="utf-8")
+        super().__init__(content)
         self._path = path
         self._inert = inert
         self._archive = archive
@@ -314,14 +222,18 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _build_tensor(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+    if len(shape) > MOST_DIMENSIONS or len(shape) != len(strides):
+        raise ValueError(f"a tensor of {len(shape)} dimensions and {len(strides)} strides")
     if not isinstance(storage, _Storage) or not all(
-        isinstance(n, int) and n >= 0 for n in (start, *shape, *strides)
+        type(n) is int and n >= 0 for n in (start, *shape, *strides)
     ):
         raise ValueError("a tensor without a storage")
     shape, strides = tuple(shape), tuple(strides)
     span = 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if start + span > storage.numel:
         raise ValueError("a tensor goes beyond its storage")
+    if math.prod(shape) > max(storage.numel, MOST_REPEATED):
+        raise ValueError("a large tensor repeats the values of a small storage")
     offset = storage.offset + start * storage.dtype.itemsize
     if _is_contiguous(shape, strides):
         return storage.file.tensor(offset, shape, storage.dtype)
@@ -341,7 +253,14 @@ def _build_parameter(data: LazyTensor, *_: Any) -> LazyTensor:
 
 
 def _build_size(values: Any = ()) -> tuple[int, ...]:
+    if len(values) > MOST_DIMENSIONS:
+        raise ValueError(f"a size of {len(values)} dimensions")
     return tuple(values)
+
+
+def _build_mapping() -> OrderedDict[Any, Any]:
+    """An OrderedDict as Python 3 pickles it: its items come afterwards."""
+    return OrderedDict()
 
 
 _BUILDERS: dict[str, Any] = {
@@ -349,6 +268,6 @@ _BUILDERS: dict[str, Any] = {
     "torch._utils._rebuild_tensor": _build_tensor,
     "torch._utils._rebuild_parameter": _build_parameter,
     "torch._utils._rebuild_parameter_with_state": _build_parameter,
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": _build_mapping,
     "torch.Size": _build_size,
 }

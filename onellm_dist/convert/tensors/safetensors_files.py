@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.convert.tensors.archive import make_read_error
+from onellm_dist.convert.tensors.file_kinds import looks_like_safetensors
 from onellm_dist.convert.tensors.lazy import DataFile, LazyTensor, Tensors
-from onellm_dist.convert.tensors.pickled import get_state_dict, make_read_error, read_pickled
+from onellm_dist.convert.tensors.pickled import get_state_dict, read_pickled
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,8 +31,10 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-LARGEST_HEADER = 100 << 20
-"""Bytes of the largest header that is read; the safetensors library has the same limit."""
+MOST_DIMENSIONS = 64
+LARGEST_HEADER = 24 << 20
+"""Bytes of the largest header that is read: 180,000 tensors. As JSON values they take 40 times
+that; the safetensors library allows 100 MB."""
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -46,12 +50,16 @@ def read_safetensors(path: Path) -> Tensors:
             ((k, v) for k, v in header.items() if k != "__metadata__"),
             key=lambda item: item[1]["data_offsets"],
         )
-        return {name: _open_tensor(data, start, name, entry) for name, entry in entries}
+        tensors = {name: _open_tensor(data, start, name, entry) for name, entry in entries}
+        _check_covered(data, start, [entry["data_offsets"] for _, entry in entries])
+    except OneLLMError:
+        raise
     except OSError as error:
         raise make_read_error(path, error) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"its header is not a safetensors header ({error})"
         raise make_read_error(path, reason) from None
+    return tensors
 
 
 def _read_header(data: DataFile) -> tuple[dict[str, Any], int]:
@@ -63,13 +71,29 @@ def _read_header(data: DataFile) -> tuple[dict[str, Any], int]:
         raise make_read_error(
             data.path, f"its header should have {length} bytes, the file has {data.size}"
         )
-    return json.loads(bytes(data.read_bytes(8, length).numpy())), 8 + length
+    text = bytes(data.read_bytes(8, length).numpy())
+    return json.loads(text, object_pairs_hook=_refuse_repeated), 8 + length
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
 
 
 def _open_tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -> LazyTensor:
     first, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise make_read_error(
+            data.path, f"{name} is stored as {entry['dtype']}, which is no plain number format"
+        )
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+    if len(shape) > MOST_DIMENSIONS or not all(
+        type(n) is int and n >= 0 for n in (first, end, *shape)
+    ):
+        raise ValueError(f"{name}: shape {list(shape)[:8]}, bytes {first} to {end}")
+    if end - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name}: {end - first} bytes for {list(shape)} of {entry['dtype']}")
     if start + end > data.size:
         raise make_read_error(
@@ -77,6 +101,17 @@ def _open_tensor(data: DataFile, start: int, name: str, entry: dict[str, Any]) -
             f"{name} ends at byte {start + end}, the file has {data.size}: it is cut short",
         )
     return data.tensor(start + first, shape, dtype)
+
+
+def _check_covered(data: DataFile, start: int, ranges: list[list[int]]) -> None:
+    """Check that tensors lie end to end: a changed digit would give one another's bytes."""
+    at = 0
+    for first, end in ranges:
+        if first != at:
+            raise ValueError(f"a tensor begins at byte {first}, the last one ended at {at}")
+        at = end
+    if start + at != data.size:
+        raise ValueError(f"the tensors end at byte {start + at}, the file has {data.size}")
 
 
 def read_state_file(path: Path) -> Tensors:
@@ -87,7 +122,7 @@ def read_state_file(path: Path) -> Tensors:
     """
     if not path.is_file():
         raise UsageError(f"no checkpoint {path}", "there is nothing to convert.", "check the path.")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or looks_like_safetensors(path):
         return read_safetensors(path)
     return get_state_dict(read_pickled(path), path)
 

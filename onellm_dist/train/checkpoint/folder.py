@@ -10,7 +10,7 @@ step of index 100 comes next):
     manifest.json            version, steps_done, optimizer_steps, optimizer (name and state keys),
                              when it was written (seconds since 1970), what the run adds, every
                              file's size and SHA-256 (since version 2), every parameter's shape and
-                             pieces
+                             pieces, a checksum of all this (`content_sha256`)
 
 It is written as `.step-00000100.partial`, synced file by file, and renamed when it is complete
 (writer.py). Frozen weights are not in it: they come from `model.path` or `model.preset` again
@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.checksums import is_intact
 from onellm_dist.common.files import restore_folder
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST, CHECKPOINT_PREFIX
 from onellm_dist.train.checkpoint.files import FileRecord
@@ -41,13 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of a checkpoint.
 
     Returns:
-        None if the checkpoint is not complete (its manifest is missing or of an unknown version, or
-        one of its files is missing or cut short); otherwise the manifest.
+        None if the checkpoint is not complete (its manifest is missing, damaged or of an unknown
+        version, or one of its files is missing or cut short); otherwise the manifest.
     """
     try:
         manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
-        complete = manifest["version"] in READABLE_VERSIONS and all(
-            (folder / n).stat().st_size == size for n, size in manifest["files"].items()
+        complete = (
+            manifest["version"] in READABLE_VERSIONS
+            and is_intact(manifest)
+            and all((folder / n).stat().st_size == size for n, size in manifest["files"].items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

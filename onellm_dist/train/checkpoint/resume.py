@@ -105,7 +105,7 @@ def _find_problem(folder: Path, dist: Distributed) -> str:
     """What is wrong with a checkpoint; "" if nothing is. The same on every rank."""
     manifest = _read_manifest(folder, dist)
     if manifest is None:
-        return "its manifest.json or a file that it names is missing or cut short"
+        return "its manifest.json or a file that it names is missing, damaged or cut short"
     return "; ".join(find_damage(get_file_records(folder, manifest), dist))
 
 

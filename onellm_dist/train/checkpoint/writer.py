@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.checksums import seal
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync, write_atomic
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
@@ -115,7 +116,7 @@ class SaveHandle:
             "sha256": {p["file"]: p["sha256"] for p in parts},
             "parameters": parameters,
         }
-        write_atomic(self.partial / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1))
+        write_atomic(self.partial / CHECKPOINT_MANIFEST, json.dumps(seal(manifest), indent=1))
         for rank in range(self._dist.world_size):
             _get_part_path(self.partial, rank).unlink()
         sync(self.partial)
