@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from checkpoints import llama, onellm, save_meta, save_onellm
 from test_training_checkpoints import save_run
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from onellm_dist.common.checksums import SUMS, is_intact, seal
 from onellm_dist.common.errors import OneLLMError, UsageError
@@ -109,7 +109,7 @@ def test_the_checksums_inside_torchs_archives_are_read(tmp_path: Path) -> None:
 def test_a_flipped_bit_of_a_distributed_checkpoint_is_found(tmp_path: Path) -> None:
     base = save_onellm(tmp_path / "base")
     weights = {n: p.detach() for n, p in onellm(seed=3).named_parameters()}
-    dcp.save(weights, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save(weights, checkpoint_id=tmp_path / "dcp", no_dist=True)
     options = ConversionOptions(base=base)
     check_integrity(open_checkpoint(tmp_path / "dcp", options, "fsdp"))
     file = next((tmp_path / "dcp").glob("*.distcp"))

@@ -77,7 +77,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         raise UsageError(f"{path} is {kind.what}", "a causal LM alone can be read here.", kind.do)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        model = build_on_meta(lambda: AutoModelForCausalLM.from_config(config))
+        model = get_llm_model(config)
     except Exception as error:  # whatever a config of any content makes transformers raise
         raise _make_config_error(path, raw, error) from None
     state, files = read_folder(path)
@@ -86,6 +86,11 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
         NAME, KIND, config, renamed, files, path, generation=read_generation(path)
     )
     return fit_llm(opened, model)
+
+
+def get_llm_model(config: Any) -> Any:
+    """The causal LM of a config, on the meta device."""
+    return build_on_meta(lambda: AutoModelForCausalLM.from_config(config))
 
 
 def _make_config_error(path: Path, raw: dict[str, Any], error: Exception) -> UsageError:
@@ -116,7 +121,7 @@ def fit_llm(opened: OpenedCheckpoint, model: Any = None) -> OpenedCheckpoint:
         It with ignored keys and problems.
     """
     if model is None:
-        model = build_on_meta(lambda: AutoModelForCausalLM.from_config(opened.config))
+        model = get_llm_model(opened.config)
     state, copies, problems = drop_tied_copies(opened.tensors, model)
     for key in [key for key in state if _FREQUENCIES.fullmatch(key)]:
         if fault := _compare_frequencies(state[key], model, opened.config):
