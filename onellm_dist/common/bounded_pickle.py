@@ -40,7 +40,7 @@ _REFUSED = (
 
 
 class BoundedUnpickler(_PythonUnpickler):  # type: ignore[misc]  # a class all the same
-    """Loads plain values; a subclass may allow names (`find_class`) and storages.
+    """Unpickles plain values; a subclass may allow names (`find_class`) and storages.
 
     Args:
         content: the pickle.
@@ -70,7 +70,8 @@ class BoundedUnpickler(_PythonUnpickler):  # type: ignore[misc]  # a class all t
         """
         # The library's own loop, with an end.
         self._unframer = _pickle._Unframer(self._file_read, self._file_readline)
-        self.read, self.readline = self._unframer.read, self._unframer.readline
+        self.read = self._unframer.read
+        self.readline = self._unframer.readline
         self.metastack: list[list[Any]] = []
         self.stack: list[Any] = []
         self.append = self.stack.append

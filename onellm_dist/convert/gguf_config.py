@@ -164,7 +164,7 @@ def find_llama3_scaling(factors: torch.Tensor, theta: float) -> dict[str, Any] |
     """LLaMA 3's scaling, by what it divides each rotary frequency by.
 
     Args:
-        factors: the divisors, [head width / 2].
+        factors: what they are divided by, [head width / 2].
         theta: RoPE's base.
 
     Returns:

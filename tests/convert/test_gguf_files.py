@@ -73,7 +73,7 @@ def write(
 
 
 def scaled_llama() -> tuple[Any, torch.Tensor]:
-    """A llama with LLaMA 3.1's positions, and llama.cpp's divisors of its frequencies."""
+    """A llama with LLaMA 3.1's positions, and llama.cpp's factors of its frequencies."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -89,7 +89,7 @@ def scaled_llama() -> tuple[Any, torch.Tensor]:
     return model, plain / scaled
 
 
-def test_llama3_scaling_is_read_from_the_divisors(tmp_path: Path) -> None:
+def test_llama3_scaling_is_read_from_the_factors(tmp_path: Path) -> None:
     model, factors = scaled_llama()
     tensors = {**tensors_of(model), "rope_freqs.weight": factors}
     path = write(tmp_path / "m.gguf", tensors, theta=500000.0)
@@ -101,7 +101,7 @@ def test_llama3_scaling_is_read_from_the_divisors(tmp_path: Path) -> None:
     assert loaded.config.rope_parameters["factor"] == 8.0
 
 
-def test_other_divisors_are_refused(tmp_path: Path) -> None:
+def test_other_factors_are_refused(tmp_path: Path) -> None:
     model, factors = scaled_llama()
     tensors = {**tensors_of(model), "rope_freqs.weight": factors * 1.01}
     path = write(tmp_path / "m.gguf", tensors, theta=500000.0)

@@ -1,6 +1,6 @@
 """The zip archives of torch.save: where the bytes of each entry lie, and their checksums.
 
-Entries are stored, not compressed. Each has a CRC-32, or 0 where the writer was told to leave it
+Entries are stored, not compressed. Each has a CRC-32, or 0 where the writer left it
 out (torch.serialization.set_crc32_options).
 """
 

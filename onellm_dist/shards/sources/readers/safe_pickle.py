@@ -12,7 +12,7 @@ from onellm_dist.common.bounded_pickle import LARGEST_PICKLE, BoundedUnpickler
 from onellm_dist.common.errors import UsageError
 
 
-class _Table(BoundedUnpickler):
+class _PlainUnpickler(BoundedUnpickler):
     most_operations = 8_000_000
     """RefCOCO's largest table has 4 million; each makes an object of at most 100 bytes."""
 
@@ -27,7 +27,7 @@ def load_plain(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_PICKLE + 1)
-        return _Table(content, errors="surrogateescape").load()
+        return _PlainUnpickler(content, errors="surrogateescape").load()
     except Exception as error:  # broken pickles raise nearly anything; none of their code is run
         raise UsageError(
             f"{path} is not a pickle of plain values: {error or type(error).__name__}",
