@@ -46,5 +46,9 @@ class UsageError(OneLLMError):
     exit_code = EXIT_USAGE
 
 
+class MachineError(OneLLMError):
+    """The machine failed (memory, a disk, a process): no sample and no key of the recipe did."""
+
+
 class SampleError(OneLLMError):
     """One sample cannot be read; the message names dataset, shard and key if they are known."""

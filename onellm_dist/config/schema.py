@@ -123,6 +123,12 @@ class DataSection(Section):
     augment: bool = True
     """Whether the training transforms are used (random crops, spectrogram masking); false uses the
     evaluation transforms."""
+    sample_seconds: float = Field(60.0, ge=0)
+    """Seconds that a sample may take to decode in a loader process: CPU time, or time asleep. One
+    that takes longer is read once more in a fresh process, and then skipped. 0: any time."""
+    sample_mb: int = Field(1500, ge=0)
+    """Memory, in MiB, that a sample may need while a loader process reads and decodes it. One that
+    needs more is read once more in a fresh process, and then skipped. 0: any amount."""
     max_skipped_samples: int = Field(100, ge=0)
     """The run stops when more samples than this could not be read."""
     validation: ValidationSection | None = None

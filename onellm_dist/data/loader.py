@@ -5,25 +5,24 @@ The number of workers never changes what is read.
 
 from __future__ import annotations
 
-import atexit
-import signal
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from onellm_dist.common.errors import OneLLMError
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
+from onellm_dist.data.worker import Task
+from onellm_dist.data.worker_pool import WorkerPool
 from onellm_dist.packed import PackedBatch
 
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that a cluster sends to every process of a job. The training process decides what they
-mean; its workers keep reading."""
+
+_Item = tuple[MicroBatch, Any]
+"""A micro-batch, and its batch or an error."""
 
 
 class Loader:
@@ -35,12 +34,14 @@ class Loader:
         rank: this rank.
         first_step: first step to load; 0 for a new run.
         last_step: the step after the last one to load.
-        workers: number of reading processes; 0 reads in this one. Default: `data.workers`.
+        workers: number of reading processes; 0 reads in this one, without the limits of a sample
+            (`data.sample_seconds`, `data.sample_mb`). Default: `data.workers`.
         skipped_samples: sample id to reason, of samples that are not tried again (see Reader).
         pin: whether batches are page-locked; default: if there is a GPU.
 
     Raises:
         OneLLMError: while iterating; whatever the plan or the reader raises, also in a worker.
+        MachineError: while iterating; a worker could not hand over its batch.
     """
 
     def __init__(
@@ -56,43 +57,47 @@ class Loader:
         pin: bool | None = None,
     ) -> None:
         self._workers = plan.config.workers if workers is None else workers
-        self._loader: DataLoader[Any] = DataLoader(
-            _MicroBatches(Reader(plan.corpus, skipped_samples)),
-            sampler=_Schedule(
-                plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
-            ),
-            batch_size=None,
-            num_workers=self._workers,
-            prefetch_factor=plan.config.prefetch if self._workers else None,
-            collate_fn=_return_unchanged,
-            worker_init_fn=_ignore_signals,
-            # its own generator: starting workers must not draw from the run's
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available() if pin is None else pin,
+        self._plan = plan
+        self._reader = Reader(plan.corpus, skipped_samples)
+        self._schedule = _Schedule(
+            plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
         )
-        self._iterator: Iterator[Any] | None = None
+        self._pin = torch.cuda.is_available() if pin is None else pin
+        self._pool: WorkerPool | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
-        self._iterator = iter(self._loader)
-        # Runs before multiprocessing's own exit handler, which would wait for the workers forever.
-        atexit.register(self.close)
+        items = self._read_in_workers() if self._workers else self._read_here()
+        for micro, batch in _pin_ahead(items) if self._pin else items:
+            if isinstance(batch, Exception):
+                raise batch
+            yield micro, batch
+
+    def _read_here(self) -> Iterator[_Item]:
+        for micro, ahead in self._schedule:
+            yield micro, self._reader.read(micro, ahead)
+
+    def _read_in_workers(self) -> Iterator[_Item]:
+        config = self._plan.config
+        pool = self._pool = WorkerPool(
+            self._reader,
+            iter(self._schedule),
+            workers=self._workers,
+            prefetch=config.prefetch,
+            sample_seconds=config.sample_seconds,
+            sample_mb=config.sample_mb,
+        )
         try:
-            while self._iterator is not None:
-                try:
-                    micro, batch = next(self._iterator)
-                except StopIteration:
-                    return
-                if isinstance(batch, OneLLMError):
-                    raise batch
-                yield micro, batch
+            while self._pool is pool and (item := pool.next()) is not None:
+                yield item
         finally:
-            self.close()
+            pool.close()
 
     def close(self) -> None:
         """End the worker processes."""
-        self._iterator = None  # torch ends the workers when their iterator is deleted
-        atexit.unregister(self.close)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -106,18 +111,29 @@ class Loader:
         self.close()
 
 
-class _Task(NamedTuple):
-    """What a worker is asked for: a micro-batch, and the one it will be asked for next."""
+def _pin_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """Copy each batch to page-locked memory, in a thread, while the one before it is used."""
+    device = torch.cuda.current_device()  # a thread begins with GPU 0
+    with ThreadPoolExecutor(1, "pin", torch.cuda.set_device, (device,)) as threads:
+        last: Future[_Item] | None = None
+        for item in items:
+            pinned = threads.submit(_pin, item)
+            if last is not None:
+                yield last.result()
+            last = pinned
+        if last is not None:
+            yield last.result()
 
-    micro: MicroBatch
-    ahead: MicroBatch | None
+
+def _pin(item: _Item) -> _Item:
+    micro, batch = item
+    return micro, batch if isinstance(batch, Exception) else batch.pin_memory()
 
 
 class _Schedule:
-    """The tasks of one rank in order (what torch calls a sampler).
+    """The tasks of one rank in order.
 
-    torch 2.15 gives items to workers in turn, so the next task of a worker is known. If that
-    changes, reading ahead saves nothing, but the batches stay the same.
+    Workers are given tasks in turn, so the next task of a worker is known.
     """
 
     def __init__(self, plan: Plan, world_size: int, rank: int, steps: range, workers: int) -> None:
@@ -127,35 +143,12 @@ class _Schedule:
         self._steps = steps
         self._workers = workers
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Task]:
         waiting: deque[MicroBatch] = deque()
         for step in self._steps:
             for micro in self._plan.step(step, self._world_size).ranks[self._rank]:
                 waiting.append(micro)
                 if len(waiting) > self._workers:
-                    yield _Task(waiting.popleft(), waiting[-1])
+                    yield Task(waiting.popleft(), waiting[-1])
         while waiting:
-            yield _Task(waiting.popleft(), None)
-
-
-class _MicroBatches(Dataset[Any]):
-    """A map from task to batch; errors are returned, because torch would wrap their message."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-
-    def __getitem__(self, task: _Task) -> tuple[MicroBatch, PackedBatch | OneLLMError]:
-        micro, ahead = task
-        try:
-            return micro, self._reader.read(micro, ahead)
-        except OneLLMError as error:
-            return micro, error
-
-
-def _return_unchanged(item: Any) -> Any:
-    return item
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+            yield Task(waiting.popleft(), None)

@@ -112,7 +112,7 @@ class ReadAhead:
             if span.dataset.remote is not None and self._cache is not None:
                 return self._read_cached(span)
             return None
-        except OSError:
+        except (OSError, MemoryError):  # MemoryError: a thread met the limit of another sample
             return None
         finally:
             self._release(span.key)

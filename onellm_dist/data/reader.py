@@ -7,6 +7,7 @@ text tokens as planned, weight 0. No other sample replaces it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.errors import MachineError, OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.data.cache import ChunkCache
 from onellm_dist.data.corpus import Corpus
@@ -24,6 +25,7 @@ from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.read_ahead import ByteRange, ReadAhead
 from onellm_dist.data.retry import open_index_with_retries, read_span_with_retries
+from onellm_dist.data.sandbox import OutOfMemoryError, Sandbox
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.data.token_counts import UNREADABLE, get_token_count_path
 from onellm_dist.modalities import Modality
@@ -62,6 +64,9 @@ class Reader:
         corpus: what the plan was made from.
         skipped_samples: sample id to reason, for samples that an earlier start of the run could
             not read. They are not tried again, so that a resumed run sees what the first one saw.
+
+    Attributes:
+        sandbox: the limits of a sample; set in a loader worker.
     """
 
     def __init__(self, corpus: Corpus, skipped_samples: Mapping[str, str] | None = None) -> None:
@@ -73,6 +78,15 @@ class Reader:
         )
         self._process_read_ahead: tuple[int, ReadAhead] | None = None
         self._locations: dict[SampleRef, _Location] = {}
+        self.sandbox = Sandbox()
+
+    def get_sample_id(self, micro: MicroBatch, index: int) -> str:
+        """Id of a sample of a micro-batch."""
+        return self._corpus.sample_id(micro.samples[index])
+
+    def skip(self, sample_id: str, reason: str) -> None:
+        """Read a sample as a skipped one from now on."""
+        self._skipped_samples[sample_id] = reason
 
     def read(self, micro: MicroBatch, ahead: MicroBatch | None = None) -> PackedBatch:
         """Read a micro-batch.
@@ -97,7 +111,10 @@ class Reader:
         now = self._locate_all(micro.samples, known)
         later = self._locate_all(ahead.samples if ahead else (), known)
         self._read_ahead.request(now, later)
-        samples = [self._read_or_skip(r, name) for r, name in zip(micro.samples, ids, strict=True)]
+        samples = []
+        for index, (ref, name) in enumerate(zip(micro.samples, ids, strict=True)):
+            with self.sandbox.sample(index):
+                samples.append(self._read_or_skip(ref, name))
         spans = [corpus.spans[ref.dataset] for ref in micro.samples]
         return self._pack(samples, spans, ids, is_empty=False)
 
@@ -158,6 +175,7 @@ class Reader:
             open_index_with_retries(*corpus.shard_of(ref))
             location = self._locate(ref)
         parts = self._read_parts(ref, location)
+        self.sandbox.decode()
         ids, labels = corpus.text_encoder.encode(parts, partial(corpus.caption_index, ref))
         self._check_token_counts(ref, sample_id, ids, labels)
         meta = read_meta(parts)
@@ -246,7 +264,7 @@ class Reader:
 def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
     """Turn a decoder's unexpected exception into a SampleError: the file is bad.
 
-    Lack of memory and disk errors are the machine's fault and become a OneLLMError. A
+    Lack of memory and disk errors are the machine's fault and become a MachineError. A
     StopIteration must not escape: whoever iterates over batches would take it for the end.
     """
     try:
@@ -254,14 +272,15 @@ def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
     except OneLLMError:
         raise
     except (MemoryError, OSError) as error:
-        raise OneLLMError(
+        out_of_memory = isinstance(error, MemoryError) or error.errno == errno.ENOMEM
+        raise (OutOfMemoryError if out_of_memory else MachineError)(
             f"sample {sample_id}, {modality.name}: {type(error).__name__}: {error}",
             "the machine failed, not the sample, so the sample is not skipped.",
             "check the node's memory, its limit of open files and its disks, and restart.",
         ) from error
     except Exception as error:
         if "allocate memory" in str(error):  # torch raises a RuntimeError
-            raise OneLLMError(
+            raise OutOfMemoryError(
                 f"sample {sample_id}, {modality.name}: {error}",
                 "the machine failed, not the sample, so the sample is not skipped.",
                 "use fewer loader processes (data.workers).",

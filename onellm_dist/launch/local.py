@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.common.logging import get_logger
+from onellm_dist.common.processes import kill_with_parent
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
 """Id of the process that a local rank must end with."""
@@ -25,8 +25,6 @@ FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 PATIENCE_S = 20.0
 """Seconds that the other ranks have to end by themselves after one has failed."""
 TAIL_LINES = 60
-PR_SET_PDEATHSIG = 1
-"""`prctl` option: the signal that this process gets when its parent ends (linux/prctl.h)."""
 
 logger = get_logger(__name__)
 
@@ -210,15 +208,3 @@ def end_with_parent() -> None:
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is not None:
         kill_with_parent(int(parent))
-
-
-def kill_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when its parent, process `parent`, ends (Linux).
-
-    To the kernel the parent is the thread that started this process, not the whole process.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)

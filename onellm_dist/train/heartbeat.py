@@ -13,8 +13,6 @@ from onellm_dist.data.micro_batch import MicroBatch
 
 SampleNames = Callable[[MicroBatch], Sequence[str]]
 """Gives the sample ids of a micro-batch."""
-ReadAhead = Callable[[MicroBatch], Sequence[MicroBatch]]
-"""Gives the micro-batches that this rank's loader reads while the rank is at another one."""
 
 
 class Heartbeat:
@@ -33,7 +31,6 @@ class Heartbeat:
         count: number of phases entered so far; the rank with the fewest is furthest behind.
         sample_names: gives the sample ids of a micro-batch.
         spans: the modalities of each dataset's samples.
-        read_ahead: gives the micro-batches that the loader reads ahead.
     """
 
     def __init__(self) -> None:
@@ -45,7 +42,6 @@ class Heartbeat:
         self.count = 0
         self.sample_names: SampleNames = lambda micro: [str(tuple(ref)) for ref in micro.samples]
         self.spans: Sequence[tuple[str, ...]] = ()
-        self.read_ahead: ReadAhead = lambda micro: ()
         self._lock = threading.Lock()
 
     def enter(
@@ -66,26 +62,17 @@ class Heartbeat:
             self.micro_batch = None
             self.count += 1
 
-    def offending_samples(self, *, read_ahead: bool = False) -> list[str]:
+    def offending_samples(self) -> list[str]:
         """Ids of the samples of the micro-batch under way.
-
-        Args:
-            read_ahead: also those that the loader's workers read for later micro-batches (for the
-                case that a worker died).
 
         Returns:
             [] where no micro-batch is under way, or where its names cannot be read.
         """
         micro = self.micro_batch
-        if micro is None:
+        if micro is None or micro.is_empty:
             return []
         try:
-            return [
-                name
-                for m in (micro, *(self.read_ahead(micro) if read_ahead else ()))
-                if not m.is_empty
-                for name in self.sample_names(m)
-            ]
+            return list(self.sample_names(micro))
         except Exception:  # a broken disk must not hide the failure that is being reported
             return []
 

@@ -12,14 +12,11 @@ import torch
 
 from onellm_dist import __version__
 from onellm_dist.common.run_files import SAMPLES
-from onellm_dist.config.schema import DataSection, RunConfig
-from onellm_dist.data.micro_batch import MicroBatch
+from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.phases import DataPhase
-from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
-from onellm_dist.train.heartbeat import Heartbeat
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
@@ -47,13 +44,8 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     dist.barrier()
     events = Events(run_dir, enabled=dist.is_rank_zero)
     session.exit_file.on_failure = partial(write_failed_end, run_dir)
-    describe_samples(
-        session.heartbeat,
-        plan=plan,
-        data=config.data,
-        steps=config.train.steps,
-        world_size=dist.world_size,
-    )
+    session.heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
+    session.heartbeat.spans = plan.corpus.spans
     write_damaged_checkpoints(events, inputs.target)
     if inputs.new_phase:
         write_data_phase(events, plan.data_phases[-1], len(plan.data_phases))
@@ -62,34 +54,6 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
 
 def _to_absolute(location: str) -> str:
     return location if "://" in location else str(Path(location).resolve())
-
-
-def describe_samples(
-    heartbeat: Heartbeat, *, plan: Plan, data: DataSection, steps: int, world_size: int
-) -> None:
-    """Tell the heartbeat how samples are named, and what the loader reads ahead.
-
-    Args:
-        heartbeat: of this rank.
-        plan: the plan of the run.
-        data: the `data` section.
-        steps: optimizer steps of the whole run.
-        world_size: number of ranks.
-    """
-    count = data.workers * data.prefetch
-
-    def read_ahead(micro: MicroBatch) -> list[MicroBatch]:
-        later: list[MicroBatch] = []
-        for step in range(micro.step, steps):
-            if len(later) >= count:
-                break
-            own = plan.step(step, world_size).ranks[micro.rank]
-            later += [m for m in own if (m.step, m.index) > (micro.step, micro.index)]
-        return later[:count]
-
-    heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
-    heartbeat.spans = plan.corpus.spans
-    heartbeat.read_ahead = read_ahead
 
 
 def write_start(trainer: Trainer, target: ResumeTarget) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import configure_logging
 from onellm_dist.launch.local import exit_by_signal, handle_termination, launch_local
-from onellm_dist.launch.ranks import Ranks, discover_ranks
+from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.launch.slurm.environment import compute_port, expand_hosts, parse_tasks_per_node
 from onellm_dist.launch.slurm.job import SlurmJob
 from onellm_dist.launch.slurm.script import render
@@ -54,6 +57,143 @@ def test_ranks_of_deepspeed_and_torchrun() -> None:
 def test_contradicting_ranks_are_refused(env: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         discover_ranks(env)
+
+
+TORCH = {"RANK": "3", "WORLD_SIZE": "6"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "3", "MPI_LOCALNRANKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        ({**STEP, "RANK": "5", "WORLD_SIZE": "6", "MASTER_ADDR": "gpu08"}, (5, 6, 1, 2, "gpu08")),
+        ({**STEP, "WORLD_SIZE": "6"}, (5, 6, 1, 2, "gpu08")),
+        ({**STEP, "PMI_RANK": "5", "PMI_SIZE": "6"}, (5, 6, 1, 2, "gpu08")),
+        (TORCH, (3, 6, 3, 6, "127.0.0.1")),
+        ({**TORCH, "PET_NNODES": "6", "MASTER_ADDR": "job-master-0"}, (3, 6, 0, 1, "job-master-0")),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}, (0, 1, 0, 1, "x")),
+        ({**OPEN_MPI, "MASTER_ADDR": "a"}, (3, 4, 1, 2, "a")),
+        ({**STEP, **OPEN_MPI, "MASTER_ADDR": "a"}, (3, 4, 1, 2, "a")),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, (0, 1, 0, 1, "127.0.0.1")),
+        (HYDRA, (3, 4, 3, 4, "127.0.0.1")),
+        ({**STEP, **HYDRA, "SLURM_PROCID": "3"}, (3, 4, 3, 4, "127.0.0.1")),
+    ],
+    ids=[
+        "RANK under srun",
+        "WORLD_SIZE under srun",
+        "srun --mpi=pmi2",
+        "one machine",
+        "PyTorchJob",
+        "alone",
+        "mpirun",
+        "mpirun in a job",
+        "mpirun -n 1",
+        "mpiexec",
+        "mpiexec in a job",
+    ],
+)
+def test_incomplete_variables_are_understood(
+    env: dict[str, str], place: tuple[int, int, int, int, str]
+) -> None:
+    ranks = discover_ranks(env)
+    assert ranks is not None
+    assert (
+        ranks.rank,
+        ranks.world_size,
+        ranks.local_rank,
+        ranks.local_world_size,
+        ranks.address,
+    ) == place
+
+
+def test_the_ranks_of_an_mpi_start_meet_at_one_port_and_two_starts_at_two() -> None:
+    ports = {
+        discover_ranks({**HYDRA, "PMI_RANK": rank, "MPI_LOCALRANKID": rank, "PMI_JOBID": job}).port  # type: ignore[union-attr]
+        for job in ("kvs_1_0", "kvs_2_0")
+        for rank in "0123"
+    }
+    assert len(ports) == 2 and all(12000 <= port < 32768 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"RANK": "0"}, "RANK=0"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK=1"),
+        ({**TORCH, "MASTER_ADDR": "node-1"}, "LOCAL_RANK"),
+        ({**TORCH, "LOCAL_RANK": "6"}, "LOCAL_RANK"),
+        ({**TORCH, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK"),
+        ({**TORCH, "LOCAL_RANK": "one"}, "LOCAL_RANK=one"),
+        ({**TORCH, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({**TORCH, "PET_NNODES": "3", "PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2"),
+        ({"PET_NNODES": "2:4"}, "PET_NNODES=2:4"),
+        ({**STEP, "RANK": "2"}, "RANK=2"),
+        ({**STEP, "WORLD_SIZE": "8"}, "WORLD_SIZE=8"),
+        ({**STEP, "SLURM_NTASKS": "six"}, "SLURM_NTASKS=six"),
+        ({**STEP, "SLURM_NODEID": "3"}, "SLURM_NODEID=3"),
+        (OPEN_MPI, "MASTER_ADDR"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID"),
+        ({"OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_stray_and_contradicting_variables_are_refused_by_name(
+    env: dict[str, str], name: str
+) -> None:
+    with pytest.raises(UsageError) as info:
+        discover_ranks(env)
+    assert name in info.value.what and info.value.why and info.value.do
+
+
+def test_launch_ranks_beside_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    stray = discover_ranks({"RANK": "0", "WORLD_SIZE": "1"})
+    slurm = discover_ranks(STEP)
+    assert stray is not None and slurm is not None
+    for wanted, ranks, typed in ((2, stray, True), (2, stray, False), (3, slurm, True)):
+        with pytest.raises(UsageError, match=f"launch.ranks={wanted}, but .*RANK|SLURM_PROCID"):
+            check_launch_ranks(wanted, ranks, typed=typed)
+    for wanted, ranks in ((1, stray), (None, stray), (1, slurm), (6, slurm)):
+        check_launch_ranks(wanted, ranks, typed=True)
+    check_launch_ranks(2, slurm, typed=False)  # a recipe's own, for starts without a launcher
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_launch_ranks(2, stray, typed=False)
+
+
+def test_the_shell_of_srun_pty_is_no_rank() -> None:
+    """Typed into it, a command starts local ranks; run by srun itself, it is a rank."""
+    code = (
+        "import sys; from onellm_dist.launch.ranks import discover_ranks\n"
+        "r = discover_ranks(); print('rank', r and r.rank)"
+    )
+    env = {**os.environ, **STEP, "SLURM_PTY_PORT": "4242"}
+    for shell, answer in ((True, b"rank None"), (False, b"rank 5")):
+        command = [sys.executable, "-c", code]
+        if shell:
+            command = ["bash", "-c", f"{shlex.join(command)}; true"]
+        assert answer in run_in_terminal(command, env)
+
+
+def run_in_terminal(command: list[str], env: dict[str, str]) -> bytes:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    found = b""
+    with contextlib.suppress(OSError), os.fdopen(ours, "rb", 0) as terminal:
+        while data := terminal.read(4096):
+            found += data
+    process.wait(60)
+    return found
 
 
 def test_ranks_of_a_slurm_step() -> None:

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.launch.variables import read_number
 
 FIRST_PORT = 12000
 PORTS = 20000
@@ -17,7 +20,26 @@ PORT_STRIDE = 7919
 """A requeued start uses another port than the start before, whose ranks may still hold theirs."""
 
 
-def read_slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, int] | None:
+SHELLS = ("bash", "sh", "dash", "zsh", "fish", "tcsh", "csh", "ksh")
+
+
+def is_interactive_shell(env: Mapping[str, str]) -> bool:
+    """Whether this process was typed into the shell of `srun --pty`.
+
+    Such a shell has the variables of task 0 of its step, and the other tasks (`-n4`) never come.
+    """
+    if "SLURM_PTY_PORT" not in env:
+        return False
+    try:
+        parent = Path(f"/proc/{os.getppid()}/comm").read_text("utf-8").strip()
+    except OSError:
+        return False
+    return parent in SHELLS and os.isatty(0)
+
+
+def read_slurm_ranks(
+    env: Mapping[str, str],
+) -> tuple[int, int, int, int, str, int, str] | None:
     """Read the place of this task in its Slurm step.
 
     A batch script that runs without `srun` has SLURM_PROCID but no SLURM_STEP_ID: it is not a rank.
@@ -26,13 +48,13 @@ def read_slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, i
         env: environment variables.
 
     Returns:
-        (rank, world size, local rank, local world size, address, port), or None outside a step of
-        several tasks.
+        (rank, world size, local rank, local world size, address, port, the variables), or None
+        outside a step of several tasks.
 
     Raises:
         UsageError: the step's variables are incomplete.
     """
-    world_size = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+    world_size = read_number(env, "SLURM_STEP_NUM_TASKS", read_number(env, "SLURM_NTASKS", 1))
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env or world_size < 2:
         return None
     nodes = (
@@ -45,17 +67,24 @@ def read_slurm_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int, str, i
             "start with srun inside the job, or set MASTER_ADDR.",
         )
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
-    local_world_size = parse_tasks_per_node(tasks or str(world_size))[
-        int(env.get("SLURM_NODEID", 0))
-    ]
-    job, restart = int(env.get("SLURM_JOB_ID") or 0), int(env.get("SLURM_RESTART_COUNT") or 0)
+    counts, node = parse_tasks_per_node(tasks or str(world_size)), read_number(
+        env, "SLURM_NODEID", 0
+    )
+    if not 0 <= node < len(counts):
+        raise UsageError(
+            f"SLURM_NODEID={node}, and SLURM_STEP_TASKS_PER_NODE={tasks} names {len(counts)} nodes",
+            "the local ranks cannot be counted.",
+            "start with srun inside the job, and without variables of another job.",
+        )
+    job, restart = read_number(env, "SLURM_JOB_ID", 0), read_number(env, "SLURM_RESTART_COUNT", 0)
     return (
-        int(env["SLURM_PROCID"]),
+        read_number(env, "SLURM_PROCID"),
         world_size,
-        int(env.get("SLURM_LOCALID", 0)),
-        local_world_size,
+        read_number(env, "SLURM_LOCALID", 0),
+        counts[node],
         env.get("MASTER_ADDR") or expand_hosts(nodes)[0],
-        int(env.get("MASTER_PORT") or compute_port(job, restart)),
+        read_number(env, "MASTER_PORT", compute_port(job, restart)),
+        "SLURM_PROCID and SLURM_STEP_NUM_TASKS",
     )
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onellm_dist.launch.local import PR_SET_PDEATHSIG
+from onellm_dist.common.processes import PR_SET_PDEATHSIG
 
 UNSHARE = (
     "unshare",

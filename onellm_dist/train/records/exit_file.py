@@ -14,6 +14,7 @@ from onellm_dist.common.errors import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     EXIT_USAGE,
+    MachineError,
     OneLLMError,
 )
 from onellm_dist.common.logging import get_logger
@@ -28,16 +29,14 @@ EXIT_CODES = {
     "preempted": EXIT_PREEMPTED,
 }
 """Status of a start -> exit code of its processes."""
-WORKER_DIED = "DataLoader worker"
-"""torch's message about a loader process that was killed or crashed begins with this (2.15)."""
 
 
 class ExitFile:
     """`RUN_DIR/exit.json`: status, exit_code, steps_done, reason, rank, time.
 
     Where the status is `failed`, also failed_step (index of the step that was under way, or null)
-    and offending_samples (ids of the samples of the micro-batch that this rank was at). The rank
-    that writes first is believed: the others fail because it did.
+    and offending_samples (ids of the samples of the micro-batch that this rank was at; none where
+    the machine failed). The rank that writes first is believed: the others fail because it did.
 
     Args:
         run_dir: the run directory.
@@ -67,6 +66,8 @@ class ExitFile:
 
     def write_failure(self, error: BaseException) -> int:
         """Record that this rank failed with `error`; return the exit code."""
+        if isinstance(error, MachineError):
+            return self.write("failed", reason=error.what, offending_samples=[])
         if isinstance(error, OneLLMError):
             status = "usage" if error.exit_code == EXIT_USAGE else "failed"
             return self.write(status, reason=error.what)
@@ -95,9 +96,7 @@ class ExitFile:
         if status == "failed":
             found["failed_step"] = self.heartbeat.step
             if "offending_samples" not in more:
-                more["offending_samples"] = self.heartbeat.offending_samples(
-                    read_ahead=WORKER_DIED in reason
-                )
+                more["offending_samples"] = self.heartbeat.offending_samples()
             found |= more
         self._link(found)
         return code

@@ -1,0 +1,136 @@
+"""The limits of one sample in a loader worker: its memory, and what it says about itself.
+
+A worker writes what it is doing into a small piece of memory that it shares with the training
+process. That process reads it to end a sample that takes too long, and after the worker has died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import resource
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from onellm_dist.common.errors import MachineError
+
+IDLE, READING, DECODING, HANDING_OVER = range(4)
+"""What a worker does. IDLE: it waits for a micro-batch, or puts one together."""
+_STATUS = struct.Struct("<qqqd")
+_STATM = Path("/proc/self/statm")
+_DATA_FIELD = 5
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
+
+
+class OutOfMemoryError(MachineError):
+    """An allocation failed while a sample was read."""
+
+
+class WorkerStatus(NamedTuple):
+    """What a worker is doing."""
+
+    phase: int
+    micro_batch: int
+    """Number of the micro-batch in the order of the loader."""
+    sample: int
+    """Position of the sample in the micro-batch."""
+    cpu_seconds: float
+    """CPU time of the process when it began to decode the sample."""
+
+
+class StatusMemory:
+    """Shared memory for the status of one worker; made before the worker is forked."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _STATUS.size)
+
+    def write(self, status: WorkerStatus) -> None:
+        """Write the status (in the worker)."""
+        _STATUS.pack_into(self._memory, 0, *status)
+
+    def read(self) -> WorkerStatus:
+        """Read the status.
+
+        While the worker runs, what is read may mix two states; believe it if it is read twice.
+        """
+        return WorkerStatus(*_STATUS.unpack_from(self._memory, 0))
+
+
+class Sandbox:
+    """Watches over the samples of a process; without `status` and a limit it does nothing.
+
+    Args:
+        status: where the process writes what it is doing.
+        memory_mb: memory in MiB that a sample may use beyond what the process has; 0: any amount.
+    """
+
+    def __init__(self, status: StatusMemory | None = None, memory_mb: int = 0) -> None:
+        self._status = status
+        self._limit = memory_mb << 20
+        self._micro_batch = 0
+        self._index = -1
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a failed allocation means that the sample is too large, not the machine full."""
+        return self._limit > 0 and not _is_overcommit_strict()
+
+    def begin(self, micro_batch: int) -> None:
+        """Begin with a micro-batch."""
+        self._micro_batch = micro_batch
+        self.enter(IDLE)
+
+    def enter(self, phase: int, sample: int = -1) -> None:
+        """Write what the process does now."""
+        if self._status is not None:
+            cpu = time.process_time()
+            self._status.write(WorkerStatus(phase, self._micro_batch, sample, cpu))
+
+    @contextlib.contextmanager
+    def sample(self, index: int) -> Iterator[None]:
+        """Limit the memory of a sample that is read and decoded within the context.
+
+        Raises:
+            OutOfMemoryError: an allocation failed.
+        """
+        if self._status is None:
+            yield
+            return
+        self._index = index
+        self.enter(READING, index)
+        if self._limit:
+            old = resource.getrlimit(resource.RLIMIT_DATA)
+            soft = get_data_bytes() + self._limit
+            if old[1] != resource.RLIM_INFINITY:
+                soft = min(soft, old[1])
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, old[1]))
+        try:
+            yield
+        except MemoryError as error:
+            raise OutOfMemoryError(f"MemoryError: {error}") from error
+        finally:
+            if self._limit:
+                resource.setrlimit(resource.RLIMIT_DATA, old)
+            self.enter(IDLE)
+
+    def decode(self) -> None:
+        """Start the clock of the sample: its bytes are here, what follows is its own work."""
+        if self._status is not None:
+            self.enter(DECODING, self._index)
+
+
+def get_data_bytes() -> int:
+    """Bytes of private memory that this process may write, which RLIMIT_DATA counts."""
+    pages = int(_STATM.read_bytes().split()[_DATA_FIELD])
+    return pages * resource.getpagesize()
+
+
+def _is_overcommit_strict() -> bool:
+    """Whether the kernel refuses memory that it does not have: then any process may be refused."""
+    try:
+        return _OVERCOMMIT.read_text("utf-8").strip() == "2"
+    except OSError:
+        return False

@@ -1,0 +1,379 @@
+"""Loader workers: a sample that ends its worker is skipped, whatever else happens changes nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onellm_dist.common.errors import MachineError, OneLLMError
+from onellm_dist.data import handover, worker_pool
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef
+from onellm_dist.data.sandbox import OutOfMemoryError, Sandbox
+from onellm_dist.data.worker import IGNORED_SIGNALS, Task
+from onellm_dist.data.worker_pool import WorkerPool
+
+Sample = Callable[[], Any]
+LIMIT_S = 0.6
+
+
+def crash() -> None:
+    ctypes.string_at(0)
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def deadlock() -> None:
+    ctypes.CDLL(None).pause()  # in C code, which no exception of Python ends
+
+
+def eat_memory() -> None:
+    torch.ones(1 << 31, dtype=torch.uint8)
+
+
+def eat_memory_slowly() -> None:
+    kept = []
+    while True:
+        kept.append(np.ones(1 << 24, dtype=np.uint8))
+
+
+def leave() -> None:
+    os._exit(3)
+
+
+def end() -> None:
+    sys.exit(4)
+
+
+def abort() -> None:
+    os.abort()
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+POISON: dict[str, tuple[Callable[[], None], str]] = {
+    "crash": (crash, "crashed (SIGSEGV)"),
+    "abort": (abort, "crashed (SIGABRT)"),
+    "hang": (hang, "took more than 0.6 s (data.sample_seconds)"),
+    "deadlock": (deadlock, "took more than 0.6 s (data.sample_seconds)"),
+    "spin": (spin, "took more than 0.6 s (data.sample_seconds)"),
+    "eat": (eat_memory, "needed more than 200 MiB (data.sample_mb)"),
+    "eat slowly": (eat_memory_slowly, "needed more than 200 MiB (data.sample_mb)"),
+    "leave": (leave, "ended with exit code 3"),
+    "end": (end, "ended with exit code 1"),
+    "kill": (kill, "was killed (SIGKILL)"),
+}
+QUICK = ("crash", "abort", "leave", "end", "kill", "eat")
+
+
+class PoisonReader:
+    """Reads micro-batches of named samples; what a sample does stands in `samples`."""
+
+    def __init__(self, samples: list[str]) -> None:
+        self.samples = samples
+        self.skipped: dict[str, str] = {}
+        self.sandbox = Sandbox()
+        self.before: Callable[[MicroBatch], None] = lambda micro: None
+        self.bytes = 0
+
+    def get_sample_id(self, micro: MicroBatch, index: int) -> str:
+        return str(micro.samples[index].row)
+
+    def skip(self, sample_id: str, reason: str) -> None:
+        self.skipped[sample_id] = reason
+
+    def read(self, micro: MicroBatch, ahead: MicroBatch | None = None) -> Any:
+        self.before(micro)
+        found = []
+        for index, ref in enumerate(micro.samples):
+            name = str(ref.row)
+            with self.sandbox.sample(index):
+                self.sandbox.decode()
+                if name in self.skipped:
+                    found.append(self.skipped[name])
+                    continue
+                behaviour = self.samples[ref.row]
+                if behaviour in POISON:
+                    try:
+                        POISON[behaviour][0]()
+                    except RuntimeError as error:
+                        raise OutOfMemoryError(str(error)) from error
+                found.append(behaviour)
+        return found, torch.arange(8 + self.bytes)
+
+
+def make_tasks(count: int, per_batch: int) -> Iterator[Task]:
+    for start in range(0, count, per_batch):
+        refs = tuple(
+            SampleRef(0, 0, row, 0, 1, 1) for row in range(start, min(start + per_batch, count))
+        )
+        yield Task(MicroBatch(start, 0, 0, 1, refs), None)
+
+
+def read_all(reader: PoisonReader, workers: int, per_batch: int = 3, **keys: Any) -> list[Any]:
+    keys = {"prefetch": 2, "sample_seconds": LIMIT_S, "sample_mb": 200} | keys
+    tasks = make_tasks(len(reader.samples), per_batch)
+    found = []
+    with closing(WorkerPool(reader, tasks, workers=workers, **keys)) as pool:
+        while (item := pool.next()) is not None:
+            if isinstance(item[1], Exception):
+                raise item[1]
+            samples, tensor = item[1]
+            assert torch.equal(tensor, torch.arange(8 + reader.bytes))
+            found += samples
+    return found
+
+
+def expect(samples: list[str]) -> list[str]:
+    return [
+        f"{row}: its worker {POISON[name][1]}, twice" if name in POISON else name
+        for row, name in enumerate(samples)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    assert not set(psutil.Process().children(recursive=True)) - before
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_a_sample_that_ends_its_worker_is_skipped_and_named(name: str) -> None:
+    samples = ["a", "b", name, "c", "d", "e", "f", "g"]
+    assert read_all(PoisonReader(samples), 2) == expect(samples)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.sampled_from(["good", "good", "good", *QUICK]), min_size=1, max_size=10),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+def test_what_is_read_depends_on_the_samples_alone(
+    samples: list[str], workers: int, per_batch: int
+) -> None:
+    assert read_all(PoisonReader(samples), workers, per_batch) == expect(samples)
+
+
+def test_a_sample_that_fails_once_is_read(tmp_path: Any) -> None:
+    mark = tmp_path / "seen"
+
+    def once(micro: MicroBatch) -> None:
+        if micro.step == 3 and not mark.exists():
+            mark.touch()
+            reader.samples[4] = "crash"
+
+    reader = PoisonReader(["good"] * 6)
+    reader.before = once
+    assert read_all(reader, 1) == ["good"] * 6
+    assert mark.exists() and not reader.skipped
+
+
+def test_slow_is_not_hanging() -> None:
+    """Samples of a batch each have their own time, and waiting for the trainer is no time."""
+
+    def slow(micro: MicroBatch) -> None:
+        time.sleep(2 * LIMIT_S)  # a disk: not the sample's time
+
+    reader = PoisonReader(["good"] * 2)
+    reader.before = slow
+    assert read_all(reader, 1, 1) == ["good"] * 2
+    pool = WorkerPool(
+        PoisonReader(["good"] * 4), make_tasks(4, 1), workers=1, prefetch=1, sample_seconds=LIMIT_S
+    )
+    with closing(pool):
+        pool.next()
+        time.sleep(2 * LIMIT_S)
+        assert [pool.next() is None for _ in range(4)] == [False, False, False, True]
+
+
+def kill_workers(number: int = signal.SIGKILL) -> None:
+    for process in psutil.Process().children():
+        os.kill(process.pid, number)
+
+
+def test_workers_killed_from_outside_are_replaced_and_then_the_run_ends() -> None:
+    reader = PoisonReader(["good"] * 60)
+    pool = WorkerPool(reader, make_tasks(60, 1), workers=1, prefetch=1)
+    with closing(pool):
+        for killed in range(worker_pool.MOST_REPLACED):
+            assert pool.next() is not None, killed
+            wait_for_idle(pool)
+            kill_workers()
+            pool.next()  # read before the worker was killed
+            assert pool.next() is not None
+        wait_for_idle(pool)
+        kill_workers()
+        with pytest.raises(MachineError, match=r"was killed \(SIGKILL\), and 3 others"):
+            while True:
+                pool.next()
+    assert not reader.skipped
+
+
+def wait_for_idle(pool: WorkerPool) -> None:
+    """Until every worker has handed over what it was asked for."""
+    deadline = time.monotonic() + 10
+    while any(w.pending for w in pool._workers) and time.monotonic() < deadline:
+        pool._receive(0.05)
+
+
+def test_a_worker_killed_for_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel chose it; the sample that it was reading need not be large."""
+    count = iter([0, 1, 1, 1])
+    monkeypatch.setattr(worker_pool, "count_kills_for_memory", lambda: next(count))
+    reader = PoisonReader(["good", "kill", "good"])
+    with pytest.raises(MachineError, match="out of memory") as info:
+        read_all(reader, 1)
+    assert not reader.skipped and "data.workers" in info.value.do
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC, errno.EMFILE])
+def test_a_batch_that_cannot_be_handed_over_ends_the_run_with_the_cause(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, parent = handover.create_memory, os.getpid()
+    failed: list[int] = []
+
+    def fail() -> int:
+        if os.getpid() != parent and not failed:
+            failed.append(1)
+            raise OSError(number, os.strerror(number))
+        return create()
+
+    monkeypatch.setattr(handover, "create_memory", fail)
+    reader = PoisonReader(["good"] * 4)
+    started = time.monotonic()
+    with pytest.raises(MachineError, match=os.strerror(number)) as info:
+        read_all(reader, 2)
+    assert time.monotonic() - started < 10 and not reader.skipped
+    assert "cannot hand its batch" in info.value.what and "ulimit" in info.value.do
+
+
+@pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGABRT])
+def test_a_worker_that_dies_while_it_hands_over_ends_the_run(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, parent = handover.create_memory, os.getpid()
+
+    def die() -> int:
+        if os.getpid() != parent:
+            os.kill(os.getpid(), number)
+        return create()
+
+    monkeypatch.setattr(handover, "create_memory", die)
+    with pytest.raises(MachineError, match=f"crashed .{signal.Signals(number).name}"):
+        read_all(PoisonReader(["good"] * 4), 2)
+
+
+def test_errors_arrive_as_what_they_are() -> None:
+    def fail(micro: MicroBatch) -> None:
+        if micro.step == 1:
+            raise OneLLMError("what", "why", "do")
+
+    reader = PoisonReader(["good"] * 3)
+    reader.before = fail
+    with pytest.raises(OneLLMError) as info:
+        read_all(reader, 2, 1)
+    assert (info.value.what, info.value.why, info.value.do) == ("what", "why", "do")
+    reader.before = lambda micro: [][1]
+    with pytest.raises(RuntimeError, match="IndexError"):
+        read_all(reader, 2, 1)
+
+
+def test_a_batch_larger_than_any_pipe_arrives_and_leaves_nothing_in_shared_memory() -> None:
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    reader = PoisonReader(["good"] * 6)
+    reader.bytes = 1 << 21
+    assert read_all(reader, 2, 1) == ["good"] * 6
+    assert not os.path.isdir("/dev/shm") or set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_child_of_a_decoder_does_not_keep_a_dead_worker_alive() -> None:
+    """What a decoder started may hold the worker's socket open."""
+
+    def start_child(micro: MicroBatch) -> None:
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+
+    reader = PoisonReader(["leave", "good"])
+    reader.before = start_child
+    started = time.monotonic()
+    assert read_all(reader, 1, 1)[0] == expect(["leave"])[0]
+    assert time.monotonic() - started < 3
+    for process in psutil.Process().children(recursive=True):
+        process.kill()
+
+
+ORPHAN = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[1:2]
+import psutil
+import test_worker_pool as t
+from onellm_dist.data.worker_pool import WorkerPool
+reader = t.PoisonReader([sys.argv[2]] * 4)
+pool = WorkerPool(reader, t.make_tasks(4, 1), workers=2, prefetch=1)
+time.sleep(0.5)
+print(*(p.pid for p in psutil.Process().children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hang", "deadlock", "spin"])
+def test_workers_end_with_their_parent_even_inside_a_decoder(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHAN, os.path.dirname(__file__), name],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_signals_to_workers_change_nothing() -> None:
+    def signal_itself(micro: MicroBatch) -> None:
+        for number in IGNORED_SIGNALS:
+            os.kill(os.getpid(), number)
+
+    reader = PoisonReader(["good"] * 4)
+    reader.before = signal_itself
+    assert read_all(reader, 2, 1) == ["good"] * 4
