@@ -6,7 +6,14 @@ library.
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.argv[:1] == ["-m"] and sys.path[:1] == [os.getcwd()]:
+    # `python -m onellm_dist...` (the deepspeed launcher, torchrun): Python has put the working
+    # directory before its own library, where a random.py of the user's would be found first.
+    sys.path.append(sys.path.pop(0))
 
 if TYPE_CHECKING:
     from onellm_dist.config.load import load_config

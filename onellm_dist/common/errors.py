@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from onellm_dist.common.secrets import mask_text
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -18,7 +20,7 @@ EXIT_CODES = {
 
 
 class OneLLMError(Exception):
-    """An error with a message for the user.
+    """An error with a message for the user, in which secrets are masked.
 
     Args:
         what: what was wrong, with the file, key and value.
@@ -29,10 +31,8 @@ class OneLLMError(Exception):
     exit_code = EXIT_FAILED
 
     def __init__(self, what: str, why: str = "", do: str = "") -> None:
-        self.what = what
-        self.why = why
-        self.do = do
-        super().__init__("\n".join(line for line in (what, why, do) if line))
+        self.what, self.why, self.do = map(mask_text, (what, why, do))
+        super().__init__("\n".join(line for line in (self.what, self.why, self.do) if line))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own pickling would pass the joined message as `what`; loader workers send

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import select
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -11,11 +12,18 @@ if TYPE_CHECKING:
 else:
     _TextHandler = logging.StreamHandler  # takes no type before Python 3.11
 
+from onellm_dist.common.secrets import mask_text
+
 ROOT = "onellm_dist"
+BLOCKED_MS = 1000
+"""How long a write waits for a stream that does not take it."""
+_CHUNK = 1000
+"""Characters of a write: their bytes fit into a pipe that can be written to (4096)."""
+_blocked: set[int] = set()
 
 
 class _Format(logging.Formatter):
-    """INFO as the bare message; other levels with their name."""
+    """INFO as the bare message; other levels with their name. Secrets are masked."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
@@ -26,7 +34,7 @@ class _Format(logging.Formatter):
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"
         level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
-        return f"{self._prefix}{level}{message}"
+        return mask_text(f"{self._prefix}{level}{message}")
 
 
 class _CurrentStream(_TextHandler):
@@ -44,6 +52,13 @@ class _CurrentStream(_TextHandler):
     def stream(self, value: TextIO) -> None:
         """Ignored: the stream is looked up at every record."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, unless nobody reads the stream."""
+        try:
+            write_unless_blocked(self.stream, self.format(record) + self.terminator)
+        except Exception:
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Drop a record that cannot be written (a closed pipe, a full disk)."""
 
@@ -54,6 +69,41 @@ def _warnings(record: logging.LogRecord) -> bool:
 
 def _information(record: logging.LogRecord) -> bool:
     return not _warnings(record)
+
+
+def write_unless_blocked(stream: TextIO, text: str) -> bool:
+    """Write text to a stream that may be a pipe or a terminal.
+
+    A pipe that nobody reads, or a terminal on which Ctrl-S was pressed, would block the process for
+    ever. Here it has a second; after that, text is dropped until the stream takes some again.
+
+    Returns:
+        Whether all of it was written. It is not either where the stream is closed or its disk full.
+    """
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError, AttributeError):  # no file: a notebook, a test
+        descriptor = -1
+    try:
+        for start in range(0, len(text), _CHUNK):
+            if descriptor >= 0 and not _can_write(descriptor):
+                return False
+            stream.write(text[start : start + _CHUNK])
+            stream.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _can_write(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    patience = 0 if descriptor in _blocked else BLOCKED_MS
+    if poll.poll(patience):  # a closed pipe is ready too: the write says so
+        _blocked.discard(descriptor)
+        return True
+    _blocked.add(descriptor)
+    return False
 
 
 def get_logger(name: str) -> logging.Logger:

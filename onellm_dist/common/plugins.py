@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
@@ -65,7 +68,7 @@ def import_class(name: str, base: type, *, key: str, why: str) -> Any:
     """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        found = getattr(import_user_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"{key}: {name} cannot be imported: {error}", why, "check PYTHONPATH."
@@ -77,6 +80,13 @@ def import_class(name: str, base: type, *, key: str, why: str) -> Any:
             f"derive it from {base.__qualname__}.",
         )
     return found
+
+
+def import_user_module(name: str) -> ModuleType:
+    """Import a module that a recipe names; the working directory is the last place to look."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return import_module(name)
 
 
 def _describe(point: EntryPoint) -> str:

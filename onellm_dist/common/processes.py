@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +26,32 @@ def kill_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_module_command(module: str, *arguments: str) -> list[str]:
+    """A command that runs a module of this package in a new Python.
+
+    `python -m` looks for every module in the working directory first, so that a `random.py` there
+    takes the place of Python's own. Here the working directory is no place to look; the folder that
+    holds this package is the last one. Use `make_safe_environment` for its environment.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    code = (
+        "import sys\n"
+        "if sys.path[:1] == ['']: del sys.path[0]\n"
+        f"sys.path.append({root!r})\n"
+        "import runpy\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-u", "-c", code, *arguments]
+
+
+def make_safe_environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process whose own Python children do not look in its folder either.
+
+    Python 3.11 and later read `PYTHONSAFEPATH`.
+    """
+    return {"PYTHONSAFEPATH": "1", **env}
 
 
 def get_cpu_seconds(pid: int) -> float:

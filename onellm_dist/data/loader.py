@@ -20,7 +20,6 @@ from onellm_dist.data.worker import Task
 from onellm_dist.data.worker_pool import WorkerPool
 from onellm_dist.packed import PackedBatch
 
-
 _Item = tuple[MicroBatch, Any]
 """A micro-batch, and its batch or an error."""
 

@@ -114,7 +114,7 @@ class Sandbox:
         finally:
             if self._limit:
                 resource.setrlimit(resource.RLIMIT_DATA, old)
-            self.enter(IDLE)
+        self.enter(IDLE)  # not after an exception: the worker may end of it
 
     def decode(self) -> None:
         """Start the clock of the sample: its bytes are here, what follows is its own work."""

@@ -8,6 +8,7 @@ another reason is replaced, a few times; then the run ends, and no sample is hel
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -314,10 +315,8 @@ def _is_readable(connection: socket.socket) -> bool:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _wait(pid: int) -> int:

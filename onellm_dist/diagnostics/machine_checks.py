@@ -124,7 +124,7 @@ def check_shared_memory(folder: Path) -> CheckResult:
             str(folder),
             "warn",
             "not there",
-            "mount a tmpfs: loader workers and CPU ranks share memory through it.",
+            "mount a tmpfs: NCCL connects the GPUs of a node through it.",
         )
     patterns = [e.shared_memory_pattern for e in all_engines().values() if e.shared_memory_pattern]
     left = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
@@ -148,7 +148,7 @@ def check_shared_memory(folder: Path) -> CheckResult:
             str(folder),
             "warn",
             detail,
-            "docker run --shm-size=8g or larger: loader workers pass batches through it.",
+            "docker run --shm-size=8g or larger: NCCL connects the GPUs of a node through it.",
         )
     return CheckResult("host", str(folder), "ok", detail)
 

@@ -16,12 +16,12 @@ from types import FrameType
 from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
-from onellm_dist.common.logging import get_logger
-from onellm_dist.common.processes import kill_with_parent
+from onellm_dist.common.logging import get_logger, write_unless_blocked
+from onellm_dist.common.processes import kill_with_parent, make_safe_environment
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
 """Id of the process that a local rank must end with."""
-FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE_S = 20.0
 """Seconds that the other ranks have to end by themselves after one has failed."""
 TAIL_LINES = 60
@@ -32,8 +32,9 @@ logger = get_logger(__name__)
 def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     """Run `command` once per rank on this machine and wait for all of them.
 
-    Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM and INT are
-    forwarded to every rank. If a rank fails, its output is shown and the others are ended.
+    Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM, INT and
+    HUP (unless `nohup` has it ignored) are forwarded to every rank. If a rank fails, its output is
+    shown and the others are ended.
 
     Args:
         command: what each rank runs.
@@ -55,7 +56,11 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
             "choose a run.dir where you may write.",
         ) from None
     group = _LocalRanks(command, ranks, logs)
-    before = {number: signal.signal(number, group.forward) for number in FORWARDED}
+    before = {
+        number: signal.signal(number, group.forward)
+        for number in FORWARDED
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         return group.wait()
     finally:
@@ -99,11 +104,11 @@ class _LocalRanks:
             self._processes.append(process)
 
     def _pass_output_on(self) -> None:
+        """Pass rank 0's output on; a terminal that is gone or blocks does not hold up the rank."""
         assert self._first.stdout is not None
         for line in self._first.stdout:
             self._tail.append(line)
-            sys.stdout.write(line)
-            sys.stdout.flush()
+            write_unless_blocked(sys.stdout, line)
 
     def forward(self, number: int, _frame: FrameType | None) -> None:
         """Send a signal to every rank that still runs (a signal handler)."""
@@ -163,7 +168,7 @@ class _LocalRanks:
 
 def _make_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {
-        **os.environ,
+        **make_safe_environment(),
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.launch.slurm.environment import FIRST_PORT, PORTS
 from onellm_dist.launch.variables import read_number
 
-OPEN_MPI = (
+
+class _Names(NamedTuple):
+    """The variables of one kind of launcher; of several local ones the first counts."""
+
+    rank: str
+    world_size: str
+    local_rank: tuple[str, ...]
+    local_world_size: tuple[str, ...]
+
+
+OPEN_MPI = _Names(
     "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_SIZE",
     ("OMPI_COMM_WORLD_LOCAL_RANK",),
     ("OMPI_COMM_WORLD_LOCAL_SIZE",),
 )
-PMI = (
+PMI = _Names(
     "PMI_RANK",
     "PMI_SIZE",
     ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
@@ -50,21 +61,22 @@ def read_mpi_ranks(
         names = PMI
     else:
         return None
-    rank_name, size_name, *local_names = names
-    rank, world_size = read_number(env, rank_name), read_number(env, size_name)
-    source = f"{rank_name} and {size_name}"
+    rank, world_size = read_number(env, names.rank), read_number(env, names.world_size)
+    source = f"{names.rank} and {names.world_size}"
     if world_size == 1:
         return rank, 1, 0, 1, "127.0.0.1", _compute_port(env), source
-    local = [_read_first(env, found, rank_name) for found in local_names]
+    local_rank = _read_first(env, names.local_rank, names.rank)
+    local_world_size = _read_first(env, names.local_world_size, names.rank)
     address = env.get("MASTER_ADDR", "")
-    if not address and local[1] != world_size:
+    if not address and local_world_size != world_size:
         raise UsageError(
-            f"{rank_name}={rank} of {world_size} is on one of several machines, and MASTER_ADDR is "
-            "not set",
+            f"{names.rank}={rank} of {world_size} is on one of several machines, and MASTER_ADDR "
+            "is not set",
             "the ranks cannot find the host of rank 0.",
             "pass it to every rank: mpirun -x MASTER_ADDR=HOST (mpiexec -genv MASTER_ADDR HOST).",
         )
-    return rank, world_size, *local, address or "127.0.0.1", _compute_port(env), source
+    address = address or "127.0.0.1"
+    return rank, world_size, local_rank, local_world_size, address, _compute_port(env), source
 
 
 def _is_of_srun(env: Mapping[str, str]) -> bool:

@@ -161,7 +161,7 @@ def _check_ranks(ranks: Ranks) -> Ranks:
         )
     if not 0 <= local < ranks.local_world_size <= world_size:
         raise UsageError(
-            f"the environment says local rank {local} of {ranks.local_world_size}, and {world_size}"
+            f"LOCAL_RANK={local} of {ranks.local_world_size} on this machine, and {world_size}"
             " ranks in all",
             "local ranks count from 0, and no machine has more ranks than there are.",
             "correct LOCAL_RANK and LOCAL_WORLD_SIZE, or use a launcher.",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.plugins import import_user_module
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits [N, V], targets [N] int64) -> [N] fp32 loss of each supervised token."""
@@ -48,7 +48,7 @@ def get_loss(name: str) -> TokenLoss:
             f"use one of: {', '.join(list_losses())}; or module:function.",
         )
     try:
-        loss: TokenLoss = getattr(importlib.import_module(module), attribute)
+        loss: TokenLoss = getattr(import_user_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"loss {name!r} cannot be imported: {error}",

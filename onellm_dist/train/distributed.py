@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,10 +16,15 @@ from torch import distributed as torch_dist
 from torch.distributed import distributed_c10d
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.ranks import Ranks
+from onellm_dist.train.rendezvous import meet, restrict_to_loopback
 
 T = TypeVar("T")
+log = get_logger(__name__)
+NCCL_SHARED_MEMORY = 256 << 20
+"""Bytes of `/dev/shm` below which a warning is logged: NCCL takes about 10 MB per pair of GPUs."""
 SLACK_MINUTES = 5.0
 """A collective gives up this much later than the watchdog, so that a hang is reported by the
 watchdog, with stacks, and not by a timeout."""
@@ -103,6 +110,7 @@ def join(ranks: Ranks, stability: StabilitySection | None = None) -> Distributed
 
     Raises:
         UsageError: this process sees several GPUs, but fewer than the node has ranks.
+        OneLLMError: a rank did not come (see `rendezvous.meet`).
     """
     ranks.export()
     cuda = torch.cuda.is_available()
@@ -122,14 +130,40 @@ def join(ranks: Ranks, stability: StabilitySection | None = None) -> Distributed
     for name in GROUP_TIMEOUTS:
         setattr(distributed_c10d, name, timeout)
     if not torch_dist.is_initialized():
+        if ranks.are_on_one_machine:
+            os.environ.update(restrict_to_loopback())
+        if cuda and ranks.local_world_size > 1:
+            warn_about_shared_memory(Path("/dev/shm"))
         torch_dist.init_process_group(
             "nccl" if cuda else "gloo",
+            store=meet(ranks, timeout),
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,
             device_id=device if cuda else None,
         )
     return Distributed(ranks.rank, ranks.world_size, ranks.local_world_size, device)
+
+
+def warn_about_shared_memory(folder: Path) -> None:
+    """Warn where NCCL will not find room to connect the GPUs of this node.
+
+    Loader workers need none of it.
+
+    Args:
+        folder: `/dev/shm`.
+    """
+    try:
+        free = shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
+    except OSError:
+        free = 0
+    if free < NCCL_SHARED_MEMORY:
+        log.warning(
+            "%s has %.0f MiB free: NCCL connects the GPUs of a node through it and may fail. Give "
+            "the container more (--shm-size, --ipc=host), or set NCCL_SHM_DISABLE=1.",
+            folder,
+            free / (1 << 20),
+        )
 
 
 def leave() -> None:

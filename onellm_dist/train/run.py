@@ -5,6 +5,7 @@ Only this module ends a process. Every start ends with `exit.json`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.logging import configure_logging, get_logger
+from onellm_dist.common.processes import make_module_command
 from onellm_dist.common.run_files import LOGS
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
-from onellm_dist.launch.ranks import Ranks, discover_ranks
+from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.train.records.exit_file import ExitFile
 from onellm_dist.train.records.run_directory import move_hangs_aside
 
@@ -43,10 +45,10 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     Raises:
         UsageError: the recipe is wrong, and no rank was started yet.
     """
-    ranks = discover_ranks()
-    if ranks is not None:
-        run_rank(recipe, overrides, ranks)
     try:
+        ranks = discover_ranks()
+        if ranks is not None:
+            run_rank(recipe, overrides, ranks)
         config = load_config(recipe, overrides)
         check_before_ranks(config)
     except OneLLMError as error:
@@ -58,7 +60,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     count = config.launch.ranks or _count_gpus() or 1
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
-    command = [sys.executable, "-u", "-m", "onellm_dist.train", str(recipe), *overrides]
+    command = make_module_command("onellm_dist.train", str(recipe), *overrides)
     return launch_local(command, count, config.run.dir / LOGS)
 
 
@@ -78,7 +80,10 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
         move_hangs_aside(exit_file.run_dir)
     trainer: Trainer | None = None
     try:
-        trainer = _build_trainer(load_config(recipe, overrides), ranks, exit_file)
+        config = load_config(recipe, overrides)
+        typed = any(item.startswith("launch.ranks=") for item in overrides)
+        check_launch_ranks(config.launch.ranks, ranks, typed=typed)
+        trainer = _build_trainer(config, ranks, exit_file)
         code = trainer.fit().exit_code
     except OneLLMError as error:
         log.error("%s", error)
@@ -107,8 +112,9 @@ def end_process(code: int) -> NoReturn:
 
     gloo's threads abort in that clean-up in a fifth to a half of runs (torch 2.13, 2.15).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, a full disk
+            stream.flush()
     os._exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from typing import Any
@@ -27,9 +28,7 @@ def pass_on(value: Any) -> Any:
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3), st.booleans()
-        ),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3), st.booleans()),
         max_size=5,
     ),
     st.dictionaries(st.text(max_size=5), st.integers()),
@@ -76,7 +75,7 @@ def test_no_descriptor_left_is_an_error_and_no_wait() -> None:
         filled = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(used + 1, soft), hard))
         try:
-            with pytest.raises(OSError, match="Too many open files"):
+            with contextlib.suppress(OSError):
                 while True:
                     filled.append(os.dup(0))
             with pytest.raises(OSError, match="Too many open files"):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,9 +31,44 @@ def _change_sample(sample_id: str, change: Any) -> None:
     Reader._read = read_changed  # type: ignore[method-assign, assignment]  # the fault
 
 
-def _deadly(sample_id: str, rank: int) -> None:
-    """Decoding a sample kills its process, as a lack of memory or a crash in C would."""
-    _change_sample(sample_id, lambda sample: os.kill(os.getpid(), signal.SIGKILL))
+def _poison(samples: dict[str, str], rank: int) -> None:
+    """Decoding each sample crashes, hangs or uses up the memory of its process."""
+    for sample_id, what in samples.items():
+        _change_sample(sample_id, {"crash": _crash, "hang": _hang, "eat": _eat}[what])
+
+
+def _crash(sample: Any) -> None:
+    ctypes.string_at(0)
+
+
+def _hang(sample: Any) -> None:
+    ctypes.CDLL(None).pause()  # in C code, which no exception of Python ends
+
+
+def _eat(sample: Any) -> None:
+    kept = []
+    while True:
+        kept.append(bytearray(1 << 24))
+
+
+def _no_handover(step: int, rank: int) -> None:
+    """From a step on, a loader worker has no memory for its batch."""
+    from onellm_dist.data import handover, worker
+
+    create, read, failing = handover.create_memory, worker._read, [False]
+
+    def read_and_note(reader: Any, task: Any, sandbox: Any) -> Any:
+        failing[0] = failing[0] or task.micro.step == step
+        return read(reader, task, sandbox)
+
+    def fail() -> int:
+        if failing[0]:
+            failing[0] = False
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return create()
+
+    worker._read = read_and_note
+    handover.create_memory = fail
 
 
 def _nan(sample_id: str, rank: int) -> None:
@@ -123,7 +159,8 @@ def _slow_writes(seconds: float, rank: int) -> None:
 
 
 PLANTS: dict[str, Callable[[Any, int], None]] = {
-    "deadly": _deadly,
+    "poison": _poison,
+    "no_handover": _no_handover,
     "nan": _nan,
     "spike": _spike,
     "steep": _steep,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from onellm_dist.common.errors import MachineError
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.train.callbacks.startup_timing import PARTS, StartupTiming
 from onellm_dist.train.records.events import Events
@@ -80,16 +81,14 @@ def test_a_failure_outside_of_steps_names_no_sample_and_unreadable_names_hide_no
     )
 
 
-def test_when_a_loader_worker_died_samples_read_ahead_are_named_too(tmp_path: Path) -> None:
+def test_where_the_machine_failed_no_sample_is_named(tmp_path: Path) -> None:
     exit_file = ExitFile(tmp_path, rank=0)
     exit_file.heartbeat.sample_names = lambda m: [f"s{ref.row}" for ref in m.samples]
-    exit_file.heartbeat.read_ahead = lambda m: [micro(2, 5), micro(2)]
     exit_file.heartbeat.enter("data", step=1, micro_batch=micro(1, 3))
     assert exit_file.heartbeat.offending_samples() == ["s3"]
-    exit_file.write(
-        "failed", reason="RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."
-    )
-    assert json.loads((tmp_path / "exit.json").read_text())["offending_samples"] == ["s3", "s5"]
+    exit_file.write_failure(MachineError("no memory"))
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert (found["offending_samples"], found["failed_step"]) == ([], 1)
 
 
 def test_slurm_is_read_inside_a_job() -> None:

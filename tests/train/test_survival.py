@@ -17,6 +17,7 @@ from survival_runs import EVERY, STEPS, Runs, identical, same_stream, update_gap
 from zygote import Start, Zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
+from onellm_dist.train.records.skipped_samples import read_skipped_samples
 from onellm_dist.train.sample_log.stream import RunStream
 
 pytestmark = pytest.mark.slow
@@ -346,21 +347,37 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     assert [end["failure"] for end in runs.events("hang", "end")] == ["hang"]
 
 
-def test_a_sample_that_kills_its_loader_worker_is_named_and_the_pending_save_completes(
+def test_samples_that_crash_hang_or_eat_memory_are_skipped_alike_after_a_kill_at_other_ranks(
     runs: Runs, two: str
 ) -> None:
-    bad = find_sample(runs, two, 5)
-    assert runs.start("deadly", 1, {"deadly": bad, "slow_writes": 3.0}, data__workers=1).wait() == [
-        1
-    ]
-    found = runs.exit("deadly")
-    assert (
-        found["status"] == "failed"
-        and "DataLoader worker" in found["reason"]
-        and EVERY <= found["failed_step"] <= 5
-    )
-    assert runs.checkpoints("deadly") == [f"step-{EVERY:08d}"]
-    assert any(sample.startswith(f"{bad}@") for sample in found["offending_samples"])
+    bad = [find_sample(runs, two, step) for step in (2, 4, 7)]
+    plant: dict[str, Any] = {"poison": dict(zip(bad, ("crash", "hang", "eat"), strict=True))}
+    keys = {"data__workers": 1, "data__sample_seconds": 3, "data__sample_mb": 400}
+    runs.done("poison", 2, plant, **keys)
+    start = runs.start("poison_killed", 2, plant, **keys)
+    runs.wait_until(start, lambda: runs.steps_done("poison_killed") >= 5)
+    start.kill()
+    runs.done("poison_killed", 1, plant, **keys)
+    skipped = []
+    for name in ("poison", "poison_killed"):
+        same_stream(runs, name, two)
+        found = read_skipped_samples(runs.out / name / "samples")
+        assert {sample.partition("@")[0] for sample in found} == set(bad)
+        skipped.append(found)
+    assert skipped[0] == skipped[1]
+    reasons = " ".join(skipped[0].values())
+    assert all(word in reasons for word in ("SIGSEGV", "data.sample_seconds", "data.sample_mb"))
+
+
+def test_a_worker_without_memory_for_its_batch_ends_the_run_and_the_pending_save_completes(
+    runs: Runs,
+) -> None:
+    plant = {"no_handover": 5, "slow_writes": 3.0}
+    assert runs.start("no_handover", 1, plant, data__workers=1).wait() == [1]
+    found = runs.exit("no_handover")
+    assert found["status"] == "failed" and "cannot hand its batch" in found["reason"]
+    assert EVERY <= found["failed_step"] <= 5 and found["offending_samples"] == []
+    assert runs.checkpoints("no_handover") == [f"step-{EVERY:08d}"]
 
 
 def test_asynchronous_and_waiting_checkpoints_are_equal_and_kept_as_asked(

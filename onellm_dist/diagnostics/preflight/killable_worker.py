@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from onellm_dist.common.processes import kill_with_parent
 from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.diagnostics.preflight.rendezvous import TimeLimitError
-from onellm_dist.common.processes import kill_with_parent
 
 POLL_S = 0.02
 KILL_S = 2.0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onellm_dist
+from onellm_dist.common.secrets import mask_environment
 from onellm_dist.diagnostics.nccl import get_nccl_version
 from onellm_dist.diagnostics.preflight.options import SimulatedFaults
 from onellm_dist.train.engine.select import all_engines
@@ -56,14 +57,16 @@ def get_versions(simulated: SimulatedFaults) -> dict[str, str]:
 
 
 def get_environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables that should be the same on all nodes."""
+    """The variables that should be the same on all nodes; secrets are masked."""
     engines = [name for engine in all_engines().values() for name in engine.environment_prefixes]
     prefixes = (*PREFIXES, *engines)
-    return {
-        name: value
-        for name, value in sorted(env.items())
-        if name.startswith(prefixes) and not name.startswith(PER_NODE)
-    }
+    return mask_environment(
+        {
+            name: value
+            for name, value in sorted(env.items())
+            if name.startswith(prefixes) and not name.startswith(PER_NODE)
+        }
+    )
 
 
 def compute_code_digest(package: Path | None = None) -> str:

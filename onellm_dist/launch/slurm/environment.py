@@ -67,8 +67,9 @@ def read_slurm_ranks(
             "start with srun inside the job, or set MASTER_ADDR.",
         )
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
-    counts, node = parse_tasks_per_node(tasks or str(world_size)), read_number(
-        env, "SLURM_NODEID", 0
+    counts, node = (
+        parse_tasks_per_node(tasks or str(world_size)),
+        read_number(env, "SLURM_NODEID", 0),
     )
     if not 0 <= node < len(counts):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Requests to stop: USR1, TERM or INT, or a file `stop` in the run directory.
+"""Requests to stop: USR1, TERM, INT or HUP, or a file `stop` in the run directory.
 
 All ranks agree to stop at the end of a step. The job scheduler gives a grace period between its
 signal and the end of the job; a checkpoint that takes longer than that is warned about.
@@ -20,7 +20,8 @@ from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.exit_file import ExitFile
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""HUP: the terminal was closed, or the connection to it was lost."""
 COPY_SECONDS = 1.0
 """Signals within this time of the first are copies of it: Slurm signals every process of a step,
 and launchers signal their ranks once more."""
@@ -66,9 +67,14 @@ class Preemption(Callback):
         self._listen()
 
     def _listen(self) -> None:
-        """Install the signal handlers; Python allows it in the main thread alone."""
+        """Install the signal handlers; Python allows it in the main thread alone.
+
+        A HUP that is ignored (`nohup`) stays ignored.
+        """
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._replaced[number] = signal.signal(number, self._on_signal)
 
     def is_requested(self) -> bool:

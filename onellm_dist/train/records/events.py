@@ -10,6 +10,7 @@ from typing import Any
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import EVENTS
+from onellm_dist.common.secrets import mask_value
 from onellm_dist.train.records.json_lines import to_json
 
 log = get_logger(__name__)
@@ -43,7 +44,7 @@ class Events:
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "event": event,
-            **to_json(fields),
+            **mask_value(to_json(fields)),
         }
         with self._path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")

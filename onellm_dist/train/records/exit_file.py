@@ -19,6 +19,7 @@ from onellm_dist.common.errors import (
 )
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import EXIT
+from onellm_dist.common.secrets import mask_value
 from onellm_dist.train.heartbeat import Heartbeat
 
 log = get_logger(__name__)
@@ -98,7 +99,7 @@ class ExitFile:
             if "offending_samples" not in more:
                 more["offending_samples"] = self.heartbeat.offending_samples()
             found |= more
-        self._link(found)
+        self._link(mask_value(found))
         return code
 
     def _link(self, found: dict[str, Any]) -> None:

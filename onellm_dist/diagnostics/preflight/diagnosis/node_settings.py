@@ -72,8 +72,8 @@ def check_limits(found: NodeReports) -> Iterator[Fault]:
                 "warn",
                 node,
                 text,
-                "give the container more (--shm-size, --ipc=host): loader workers pass batches "
-                "through it.",
+                "give the container more (--shm-size, --ipc=host): NCCL connects the GPUs of a "
+                "node through it.",
             )
         if host["open_files"] < ENOUGH_OPEN_FILES:
             yield Fault(

@@ -1,0 +1,102 @@
+"""Passwords, tokens and keys are masked in whatever a run writes or shows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+MASK = "***"
+_WORDS = r"secret|passwd|password|passphrase|credentials?|authorization|signature"
+_KEYS = r"api|access|secret|private|account|storage|subscription|encryption|shared"
+_NAME = re.compile(
+    rf"(?:^|[^a-z])(?:{_WORDS})(?:$|[^a-z])"
+    rf"|(?:{_WORDS}|apikey|accesskey|secretkey)"
+    rf"|(?:^|[^a-z])(?:{_KEYS})[_.-]?key(?:$|[^a-z])"
+    r"|(?:^|[^a-z])(?:token|pat|pwd)$|(?:^|[^a-z])token[_.-]",
+    re.IGNORECASE,
+)
+_SHOUTED = re.compile(r"^[A-Z0-9_]*_KEY$")
+"""Environment variables such as WANDB_API_KEY or SSH_KEY; `key` alone is a sample's."""
+_HARMLESS = re.compile(
+    r"(?:^|[^a-z])(?:bos|eos|pad|unk|sep|cls|mask|image|video|audio|new|next|first|last|special|"
+    r"stop|end)[_.-]token|^(?:OLD)?PWD$|token[_.-](?:counts?|ids?|budget|embed|type|length|limit)",
+    re.IGNORECASE,
+)
+_USER_INFO = re.compile(
+    r"(\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@:'\"]*:(?!\d+/)[^\s@'\"]+|[^\s/@:'\"]+)@"
+)
+_PAIR = re.compile(
+    r"""(?P<quote>["']?)(?P<name>[A-Za-z][\w.-]*)(?P=quote)(?P<sign>\s*[=:]\s*|%3D)"""
+    r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&'"(){}\[\]<>]+)""",
+)
+_QUERY = re.compile(
+    r"([?&](?:key|sig|code|X-Goog-Signature|X-Amz-[\w-]+)=)[^&\s'\"]+", re.IGNORECASE
+)
+_BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+)
+"""Tokens that show what they are: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, JWT."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether the value of a variable, key or parameter of this name is a secret."""
+    if _HARMLESS.search(name):
+        return False
+    return bool(_SHOUTED.match(name) or _NAME.search(name))
+
+
+def mask_text(text: str) -> str:
+    """Mask user information in URLs, values of secret names, and tokens by their shape.
+
+    Names and hosts stay, so that the text still says what it is about.
+    """
+    if "://" in text:
+        text = _USER_INFO.sub(rf"\1{MASK}@", text)
+        text = _QUERY.sub(rf"\1{MASK}", text)
+    text = _BEARER.sub(rf"\1 {MASK}", text)
+    text = _PAIR.sub(_mask_pair, text)
+    return _SHAPES.sub(MASK, text)
+
+
+def mask_value(value: Any, name: str = "") -> Any:
+    """Mask the texts in a JSON-like value, by their keys and by what they look like."""
+    if isinstance(value, str):
+        return MASK if value and is_secret_name(name) else mask_text(value)
+    if isinstance(value, Mapping):
+        return {key: mask_value(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return (
+            type(value)(mask_value(item, name) for item in value)
+            if not hasattr(value, "_fields")
+            else type(value)(*(mask_value(item, name) for item in value))
+        )
+    return value
+
+
+def mask_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables with secrets masked, so that two different ones still differ."""
+    return {
+        name: f"{MASK}{_digest(value)}" if is_secret_name(name) else mask_text(value)
+        for name, value in env.items()
+    }
+
+
+def _mask_pair(match: re.Match[str]) -> str:
+    value = match["value"]
+    before = match[0][: match.start("value") - match.start()]
+    if not is_secret_name(match["name"]):  # `ValueError: password=...`
+        return before + _PAIR.sub(_mask_pair, value)
+    if value.strip("'\"") in ("", MASK):
+        return match[0]
+    quote = value[0] if value[0] in "'\"" else ""
+    return f"{before}{quote}{MASK}{quote}"
+
+
+def _digest(value: str) -> str:
+    """Four digits tell values apart, and are too few to find one by trying."""
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:4]

@@ -1,0 +1,48 @@
+"""Output that nobody reads never holds up a process."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from pathlib import Path
+
+from onellm_dist.common import logging as onellm_logging
+from onellm_dist.common.logging import write_unless_blocked
+
+
+def test_a_pipe_that_nobody_reads_loses_text_and_blocks_nobody(monkeypatch: object) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", 0) as pipe, os.fdopen(writing, "w") as stream:
+        started = time.monotonic()
+        written = [
+            write_unless_blocked(stream, f"{number} {'x' * 5000}\n") for number in range(200)
+        ]
+        assert time.monotonic() - started < onellm_logging.BLOCKED_MS / 1000 + 5
+        assert written[0] and not written[-1]
+        os.set_blocking(reading, False)
+        while pipe.read(1 << 16):
+            pass
+        assert write_unless_blocked(stream, "read again\n")
+        assert pipe.read(1 << 16) == b"read again\n"
+
+
+def test_a_closed_pipe_and_a_full_disk_are_no_errors() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    stream = os.fdopen(writing, "w")
+    assert not write_unless_blocked(stream, "x")
+    try:
+        stream.close()
+    except BrokenPipeError:
+        pass
+    assert not write_unless_blocked(stream, "x")
+    if Path("/dev/full").exists():
+        full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails)
+        assert not write_unless_blocked(full, "x")
+        os.close(full.fileno())
+
+
+def test_streams_without_a_file_are_written_to() -> None:
+    stream = io.StringIO()
+    assert write_unless_blocked(stream, "x" * 3000) and len(stream.getvalue()) == 3000
