@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -11,7 +12,7 @@ from onellm_dist.common import logging as onellm_logging
 from onellm_dist.common.logging import write_unless_blocked
 
 
-def test_a_pipe_that_nobody_reads_loses_text_and_blocks_nobody(monkeypatch: object) -> None:
+def test_a_pipe_that_nobody_reads_loses_text_and_blocks_nobody() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb", 0) as pipe, os.fdopen(writing, "w") as stream:
         started = time.monotonic()
@@ -32,10 +33,8 @@ def test_a_closed_pipe_and_a_full_disk_are_no_errors() -> None:
     os.close(reading)
     stream = os.fdopen(writing, "w")
     assert not write_unless_blocked(stream, "x")
-    try:
+    with contextlib.suppress(BrokenPipeError):
         stream.close()
-    except BrokenPipeError:
-        pass
     assert not write_unless_blocked(stream, "x")
     if Path("/dev/full").exists():
         full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails)
