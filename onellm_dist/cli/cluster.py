@@ -188,7 +188,7 @@ def _write_job(job: SlurmJob, out: Path | None, *, submit: bool) -> None:
         history = job.run_dir / run_files.ATTEMPTS
         print(f"submitted: job {submit_script(path)}; its history goes to {history}")
     else:
-        print(f"submit it: sbatch {path}")
+        print(f"submit it: sbatch {shlex.quote(str(path))}")
 
 
 @app.command(epilog=format_examples("onellm rehearse stage1_image --nodes 2 --ranks-per-node 2"))

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+from onellm_dist.common.secrets import mask_value
+
 
 def _to_location(value: Any) -> Any:
     return value if not isinstance(value, str) or "://" in value else Path(value)
@@ -335,5 +337,6 @@ class RunConfig(Section):
     """Local ranks, if no launcher started the process."""
 
     def to_yaml(self) -> str:
-        """Return the complete recipe, defaults included, as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+        """Return the complete recipe, defaults included and secrets masked, as YAML."""
+        values = mask_value(self.model_dump(mode="json", by_alias=True))
+        return yaml.safe_dump(values, sort_keys=False)

@@ -48,7 +48,8 @@ class ChunkCache:
         self._used = folder / "used"
         self._limit = limit
         try:
-            self._chunks.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # as private as the data
+            self._chunks.mkdir(exist_ok=True)
             self._lock.touch()
         except OSError as error:
             raise UsageError(

@@ -43,7 +43,7 @@ def send(connection: socket.socket, value: Any) -> None:
         OSError: there is no memory or no file descriptor left, or the other process has ended.
     """
     text = io.BytesIO()
-    pickler = _Pickler(text)
+    pickler = _TensorPickler(text)
     pickler.dump(value)
     memory = create_memory()
     try:
@@ -73,7 +73,7 @@ def receive(connection: socket.socket) -> Any:
         memory = mmap.mmap(descriptors[0], end)
     finally:
         os.close(descriptors[0])
-    return _Unpickler(memory, start).load()
+    return _TensorUnpickler(memory, start).load()
 
 
 def create_memory() -> int:
@@ -99,7 +99,7 @@ def _write(memory: int, offset: int, data: Any) -> None:
         view, offset = view[written:], offset + written
 
 
-class _Pickler(pickle.Pickler):
+class _TensorPickler(pickle.Pickler):
     """Replaces every tensor by where its bytes will lie."""
 
     def __init__(self, file: io.BytesIO) -> None:
@@ -116,7 +116,7 @@ class _Pickler(pickle.Pickler):
         return value.dtype, tuple(value.shape), offset
 
 
-class _Unpickler(pickle.Unpickler):
+class _TensorUnpickler(pickle.Unpickler):
     """Makes tensors of the memory that was received."""
 
     def __init__(self, memory: mmap.mmap, start: int) -> None:

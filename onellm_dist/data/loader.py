@@ -16,7 +16,7 @@ import torch
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.worker import Task
+from onellm_dist.data.worker import LoaderTask
 from onellm_dist.data.worker_pool import WorkerPool
 from onellm_dist.packed import PackedBatch
 
@@ -94,7 +94,8 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes."""
-        pool, self._pool = self._pool, None
+        pool = self._pool
+        self._pool = None
         if pool is not None:
             pool.close()
 
@@ -142,12 +143,12 @@ class _Schedule:
         self._steps = steps
         self._workers = workers
 
-    def __iter__(self) -> Iterator[Task]:
+    def __iter__(self) -> Iterator[LoaderTask]:
         waiting: deque[MicroBatch] = deque()
         for step in self._steps:
             for micro in self._plan.step(step, self._world_size).ranks[self._rank]:
                 waiting.append(micro)
                 if len(waiting) > self._workers:
-                    yield Task(waiting.popleft(), waiting[-1])
+                    yield LoaderTask(waiting.popleft(), waiting[-1])
         while waiting:
-            yield Task(waiting.popleft(), None)
+            yield LoaderTask(waiting.popleft(), None)

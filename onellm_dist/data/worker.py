@@ -29,7 +29,7 @@ CANNOT_HAND_OVER = 102
 """Exit code of a worker that can pass neither its batch nor an error to the training process."""
 
 
-class Task(NamedTuple):
+class LoaderTask(NamedTuple):
     """What a worker is asked for: a micro-batch, and the one it will be asked for next."""
 
     micro: MicroBatch
@@ -125,7 +125,7 @@ def _serve(reader: BatchReader, sandbox: Sandbox, connection: socket.socket) -> 
         sandbox.begin(number)
 
 
-def _read(reader: BatchReader, task: Task, sandbox: Sandbox) -> PackedBatch | Exception:
+def _read(reader: BatchReader, task: LoaderTask, sandbox: Sandbox) -> PackedBatch | Exception:
     """Read a micro-batch; an error is returned, so that it arrives as what it is."""
     try:
         return reader.read(*task)

@@ -37,7 +37,7 @@ from onellm_dist.data.worker import (
     CANNOT_HAND_OVER,
     OUT_OF_MEMORY,
     BatchReader,
-    Task,
+    LoaderTask,
     fork_worker,
     make_memory_error,
 )
@@ -53,12 +53,12 @@ REPLACED_S = 600.0
 log = get_logger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     pid: int
     connection: socket.socket
     status: StatusMemory
-    pending: deque[tuple[int, Task]] = field(default_factory=deque)
+    pending: deque[tuple[int, LoaderTask]] = field(default_factory=deque)
     """What it was asked for and has not handed over, with its number."""
     results: deque[Any] = field(default_factory=deque)
     over_time: bool = False
@@ -85,7 +85,7 @@ class WorkerPool:
     def __init__(
         self,
         reader: BatchReader,
-        tasks: Iterator[Task],
+        tasks: Iterator[LoaderTask],
         *,
         workers: int,
         prefetch: int,
@@ -166,7 +166,7 @@ class WorkerPool:
         self._asked += 1
         self._send(worker, worker.pending[-1])
 
-    def _send(self, worker: _Worker, request: tuple[int, Task]) -> None:
+    def _send(self, worker: _Worker, request: tuple[int, LoaderTask]) -> None:
         try:
             send(worker.connection, request)
         except (BrokenPipeError, ConnectionResetError):
@@ -212,7 +212,9 @@ class WorkerPool:
         except OSError:  # it has just died
             return
         if status.phase != DECODING or status != worker.seen:
-            worker.seen, worker.cpu_seconds, worker.idle_seconds = status, cpu, 0.0
+            worker.seen = status
+            worker.cpu_seconds = cpu
+            worker.idle_seconds = 0.0
             return
         if cpu - worker.cpu_seconds < IDLE_SHARE * passed and is_asleep(worker.pid):
             worker.idle_seconds += passed
@@ -250,10 +252,11 @@ class WorkerPool:
                 "it is skipped" if self._deaths[sample_id] > 1 else "it is read once more",
             )
         fresh = self._start()
-        worker.pid, worker.connection, worker.status = fresh.pid, fresh.connection, fresh.status
-        worker.over_time, worker.seen = False, None
-        for request in worker.pending:
-            self._send(worker, request)
+        fresh.pending = worker.pending
+        fresh.results = worker.results
+        self._workers[self._workers.index(worker)] = fresh
+        for request in fresh.pending:
+            self._send(fresh, request)
 
     def _check_machine(self, worker: _Worker, code: int, cause: str, sample_id: str | None) -> None:
         """Raise where the machine is at fault, or where too many workers died."""

@@ -19,6 +19,7 @@ from onellm_dist.common.processes import make_module_command
 from onellm_dist.common.run_files import LOGS
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.launch.arguments import decode_argument
 from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.train.records.exit_file import ExitFile
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
 
 log = get_logger(__name__)
+PRIVATE_UMASK = 0o027
 
 
 def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
@@ -45,6 +47,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     Raises:
         UsageError: the recipe is wrong, and no rank was started yet.
     """
+    restrict_new_files()
     try:
         ranks = discover_ranks()
         if ranks is not None:
@@ -73,6 +76,7 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
         ranks: this process's place among the ranks.
     """
     end_with_parent()
+    restrict_new_files()
     configure_logging(rank=ranks.rank, world_size=ranks.world_size)
     exit_file = ExitFile(find_run_dir(recipe, overrides), rank=ranks.rank)
     if ranks.rank == 0:
@@ -105,6 +109,14 @@ def _build_trainer(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> Trai
     timing.measure_imports()
     process = ProcessContext(exit_file, timing, end=os._exit)
     return Trainer.from_config(config, ranks=ranks, process=process)
+
+
+def restrict_new_files() -> None:
+    """Let the files of this process be read by its user and group alone.
+
+    Recipes, events and samples say more about people and their data than others need to know.
+    """
+    os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
 
 
 def end_process(code: int) -> NoReturn:
@@ -165,7 +177,7 @@ def drop_launcher_arguments(arguments: Sequence[str]) -> list[str]:
 
 def run_command_line(arguments: Sequence[str]) -> int:
     """Run `python -m onellm_dist.train RECIPE [key=value ...]`; return the exit code."""
-    given = drop_launcher_arguments(arguments)
+    given = [decode_argument(argument) for argument in drop_launcher_arguments(arguments)]
     if not given or given[0] in ("-h", "--help"):
         print(
             "usage: python -m onellm_dist.train RECIPE [key=value ...]\n"

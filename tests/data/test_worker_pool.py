@@ -24,7 +24,7 @@ from onellm_dist.common.errors import MachineError, OneLLMError
 from onellm_dist.data import handover, worker_pool
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.sandbox import OutOfMemoryError, Sandbox
-from onellm_dist.data.worker import IGNORED_SIGNALS, Task
+from onellm_dist.data.worker import IGNORED_SIGNALS, LoaderTask
 from onellm_dist.data.worker_pool import WorkerPool
 
 Sample = Callable[[], Any]
@@ -125,12 +125,12 @@ class PoisonReader:
         return found, torch.arange(8 + self.bytes)
 
 
-def make_tasks(count: int, per_batch: int) -> Iterator[Task]:
+def make_tasks(count: int, per_batch: int) -> Iterator[LoaderTask]:
     for start in range(0, count, per_batch):
         refs = tuple(
             SampleRef(0, 0, row, 0, 1, 1) for row in range(start, min(start + per_batch, count))
         )
-        yield Task(MicroBatch(start, 0, 0, 1, refs, 1), None)
+        yield LoaderTask(MicroBatch(start, 0, 0, 1, refs, 1), None)
 
 
 def read_all(reader: PoisonReader, workers: int, per_batch: int = 3, **keys: Any) -> list[Any]:
@@ -167,7 +167,8 @@ def test_a_sample_that_ends_its_worker_is_skipped_and_named(name: str) -> None:
     assert read_all(PoisonReader(samples), 2) == expect(samples)
 
 
-@settings(max_examples=6, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None)
 @given(
     st.lists(st.sampled_from(["good", "good", "good", *QUICK]), min_size=1, max_size=10),
     st.integers(1, 3),

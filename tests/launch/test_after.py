@@ -67,7 +67,8 @@ def test_done_and_usage_end_the_job(history: History) -> None:
     )
     history.begin()
     assert not (history.run_dir / "exit.json").exists()  # otherwise an older end would count
-    assert history.end(status=2) == ("halt", 0, 2)
+    assert history.end(status=2) == ("requeue", 60, 1)  # no rank has said that its usage was wrong
+    assert "the launcher's exit code is 2" in history.message
     assert history.start({"status": "usage", "steps_done": None, "reason": "unknown key"}) == (
         "halt",
         0,

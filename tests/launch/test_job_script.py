@@ -69,7 +69,10 @@ def test_every_variant_is_bash_and_starts_the_recipe_once(starter: str, containe
     check_job(job)
     text = render(job)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    training = r"onellm_dist\.train tune 'run\.dir=/a b' 'x=\$y'(; \})? &\nranks=\$!"
+    arguments = r"'run\.dir=/a b' 'x=\$y'"
+    if starter == "deepspeed":
+        arguments = "url:run.dir=/a%20b url:x=%24y"
+    training = rf"onellm_dist\.train tune {arguments}(; \}})? &\nranks=\$!"
     assert len(re.findall(training, text)) == 1
     assert ("in_container" in text) == bool(container)
     assert all(len(line) <= 140 for line in text.splitlines())

@@ -148,9 +148,7 @@ def describe_end(
     if stop_asked:
         reason = "stopped before the ranks could write a checkpoint"
         return replace(started, status="preempted", reason=reason)
-    if launcher_status == EXIT_USAGE:
-        reason = "the launcher or the recipe refused the command line (see above)"
-        return replace(started, status="usage", reason=reason)
+    # A status of 2 alone is no wrong usage: shells and srun use it for a command that is not there.
     reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
     return replace(started, status="failed", failed_step=started.steps_done, reason=reason)
 

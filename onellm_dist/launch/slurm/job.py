@@ -90,18 +90,51 @@ def check_job(job: SlurmJob) -> None:
         ("--qos", job.qos),
         ("--exclude", job.exclude),
     ):
-        if re.search(r"[\s'\"\\$`#]", value):
+        if re.search(r"[\s'\"\\$`#(){}<>|&;*?!~]", value):
             raise UsageError(
                 f"{option} {value!r} has spaces, quotes or shell characters",
                 "it would break the script's header.",
                 "write it without them.",
             )
-    if "\n" in " ".join(job.overrides):
+    _check_texts(job)
+    _check_mounts(job)
+
+
+def _check_texts(job: SlurmJob) -> None:
+    """Refuse line breaks and other control characters, which no quoting makes safe in a comment."""
+    texts = {
+        "the recipe": job.recipe,
+        "run.dir": str(job.run_dir),
+        "--python": job.python,
+        "--container": job.container,
+        "the command": job.command,
+        **{f"--mount {path!r}": path for path in job.mounts},
+        **{f"{item!r}": item for item in job.overrides},
+    }
+    for name, text in texts.items():
+        if any(ord(c) < 32 or ord(c) == 127 for c in text):
+            raise UsageError(
+                f"{name} has a line break or another control character",
+                "it would break the script.",
+                "put a key=value into a recipe file, and rename a path.",
+            )
+    unsafe = re.search(r"[^A-Za-z0-9_.,:/+=@%-]", job.python)
+    if job.starter == "deepspeed" and unsafe:
         raise UsageError(
-            "a key=value has a line break",
-            "it would break the script.",
-            "put it into a recipe file.",
+            f"--with deepspeed: {unsafe[0]!r} in the path of Python, {job.python}",
+            "the deepspeed runner passes it to a shell on each node without quotes.",
+            "use --with srun, or a Python whose path has no spaces and special characters.",
         )
+
+
+def _check_mounts(job: SlurmJob) -> None:
+    for path in job.mounts:
+        if job.container and re.search(r"[:,]", path):
+            raise UsageError(
+                f"--mount {path} has a colon or a comma",
+                "the container runtimes separate mounts by them.",
+                "rename the folder, or mount the one above it.",
+            )
 
 
 def _check_starter(job: SlurmJob) -> None:

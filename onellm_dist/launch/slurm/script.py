@@ -25,7 +25,7 @@ from onellm_dist.launch.slurm.start_commands import (
 def render(job: SlurmJob) -> str:
     """Render the whole script; the same job gives the same text."""
     enter = "in_container " if job.container else ""
-    after = f"{enter}{job.python} -m onellm_dist.launch.slurm.after"
+    after = f"{enter}{shlex.quote(job.python)} -m onellm_dist.launch.slurm.after"
     begin = BEGIN.format(
         after=after, ranks_per_node=job.ranks_per_node, grace_period_s=job.grace_period_s
     )
@@ -61,8 +61,11 @@ def _format_header(job: SlurmJob) -> str:
         lines.append(f"#SBATCH {option}" + (f"  # {comment}" if comment else ""))
     lines += [
         "",
-        "# sbatch passes your environment on. If a cluster does not, set it here:",
+        "# sbatch passes your environment on. If a cluster does not, or with --export=NONE, set it "
+        "here:",
         "# source .venv/bin/activate",
+        "export SLURM_EXPORT_ENV=ALL # the steps get this environment, also under --export=NONE",
+        "export PYTHONSAFEPATH=1 # a random.py in this folder is not imported for Python's own",
         "set -u",
     ]
     return "\n".join(lines) + "\n"
@@ -104,7 +107,10 @@ def _format_run_dir(job: SlurmJob) -> str:
     run_dir = shlex.quote(str(job.run_dir))
     if not job.recipe:
         run_dir = f'"${{1:?usage: {_format_usage(job)}}}"'
-    return f'run_dir={run_dir}\nmkdir -p "$run_dir"\n'
+    return (
+        f'run_dir={run_dir}\n[ "${{run_dir#-}}" = "$run_dir" ] || run_dir=./$run_dir\n'
+        'mkdir -p "$run_dir"\n'
+    )
 
 
 def _format_ranks(job: SlurmJob) -> str:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from onellm_dist.common import run_files
+from onellm_dist.launch.arguments import encode_argument
 from onellm_dist.launch.slurm.environment import FIRST_PORT, PORT_STRIDE, PORTS
 from onellm_dist.launch.slurm.job import SlurmJob
 from onellm_dist.launch.slurm.script_text import PREFLIGHT_WAIT, WAIT_FOR_SSH
@@ -29,7 +30,8 @@ def _start_with_srun(job: SlurmJob) -> str:
         "# are read from its variables. If a rank fails, Slurm ends the others. Ranks are not\n"
         "# bound to cores, because their loader workers need cores too.\n"
         + _format_srun(job, job.ranks_per_node, kill_on_bad_exit=True)
-        + f"    {_format_apptainer(job)}{job.python} -u -m {_format_training(job)} &\nranks=$!\n"
+        + f"    {_format_apptainer(job)}{shlex.quote(job.python)} -u -m {_format_training(job)} "
+        "&\nranks=$!\n"
     )
 
 
@@ -38,7 +40,7 @@ def _start_with_torchrun(job: SlurmJob) -> str:
         "# One torchrun per node, which starts one process per rank. They meet at the first node.\n"
         + _format_meeting_point()
         + _format_srun(job, 1, kill_on_bad_exit=True)
-        + f"    {_format_apptainer(job)}{job.python} -m torch.distributed.run \\\n"
+        + f"    {_format_apptainer(job)}{shlex.quote(job.python)} -m torch.distributed.run \\\n"
         f'    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={job.ranks_per_node} \\\n'
         '    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \\\n'
         '    --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \\\n'
@@ -49,13 +51,15 @@ def _start_with_torchrun(job: SlurmJob) -> str:
 def _start_with_deepspeed(job: SlurmJob) -> str:
     runner = "deepspeed"
     if job.python != "python":
-        runner = str(Path(job.python).with_name(runner))
+        runner = shlex.quote(str(Path(job.python).with_name(runner)))
     hostfile = f'"$run_dir/{run_files.HOSTFILE}"'
     return (
         "# The deepspeed runner starts the ranks through pdsh and ssh, so it needs ssh between\n"
         "# the nodes without a password. The hostfile is made from the allocation. Variables that\n"
         "# ssh does not carry over (PATH, NCCL settings) come from .deepspeed_env in the working\n"
-        "# directory.\n"
+        "# directory. Its arguments pass through a shell on each node: special characters are\n"
+        "# encoded, and paths that it does not quote must have none.\n"
+        f"{_format_path_check(runner)}{_format_encoding(job)}"
         + _format_meeting_point()
         + 'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)\n'
         'scontrol show hostnames "$SLURM_JOB_NODELIST" |\n'
@@ -63,8 +67,39 @@ def _start_with_deepspeed(job: SlurmJob) -> str:
         + WAIT_FOR_SSH
         + f"{{ nodes_answer && exec {runner} --hostfile {hostfile} --launcher pdsh \\\n"
         '    --master_addr "$first" --master_port "$port" --no_ssh_check \\\n'
-        f"    --module {_format_training(job)}; }} &\nranks=$!\n"
+        f"    --module {_format_encoded_training(job)}; }} &\nranks=$!\n"
     )
+
+
+def _format_path_check(runner: str) -> str:
+    """Refuse a job whose folder or Python the deepspeed runner would pass on unquoted."""
+    return (
+        f'case "$PWD:$(command -v {runner})" in\n'
+        "*[!A-Za-z0-9_.,:/+=@%-]*)\n"
+        '    echo "deepspeed cannot start from $PWD: it does not quote spaces and special '
+        'characters; use --with srun" >&2\n'
+        "    exit 2\n"
+        "    ;;\n"
+        "esac\n"
+    )
+
+
+def _format_encoding(job: SlurmJob) -> str:
+    """Encode the arguments of a script that takes any recipe; "" for one with its own."""
+    if job.recipe:
+        return ""
+    python = shlex.quote(job.python)
+    return (
+        f"mapfile -t arguments < <({python} -m onellm_dist.launch.arguments "
+        '"${@:2}" run.dir="$run_dir")\n'
+    )
+
+
+def _format_encoded_training(job: SlurmJob) -> str:
+    if not job.recipe:
+        return 'onellm_dist.train "${arguments[@]}"'
+    arguments = shlex.join(map(encode_argument, [job.recipe, *job.overrides]))
+    return f"onellm_dist.train {arguments}"
 
 
 def format_preflight(job: SlurmJob) -> str:
@@ -75,7 +110,7 @@ def format_preflight(job: SlurmJob) -> str:
         f'bad_nodes="$run_dir/{run_files.BAD_NODES}.$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"\n'
         f"timeout --foreground --kill-after=30 {PREFLIGHT_S} \\\n    "
         + _format_srun(job, job.ranks_per_node, kill_on_bad_exit=False)
-        + f"    {_format_apptainer(job)}{job.python} "
+        + f"    {_format_apptainer(job)}{shlex.quote(job.python)} "
         "-u -m onellm_dist.cli doctor --distributed \\\n"
         f'    --exclude-file "$bad_nodes" --recipe {_format_arguments(job)} &\n' + PREFLIGHT_WAIT
     )

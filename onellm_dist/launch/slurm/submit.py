@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +41,7 @@ def make_job(recipe: Path, overrides: Sequence[str], *, nodes: str, **options: A
     )
     defaults: dict[str, Any] = {
         "ranks_per_node": gpus,
-        "name": find_recipe(recipe).stem,
+        "name": re.sub(r"[^\w.+-]+", "_", find_recipe(recipe).stem),
         "python": "python" if given.get("container") else find_python(),
     }
     job = SlurmJob(
@@ -115,7 +117,7 @@ def submit_script(path: Path, options: Sequence[str] = ()) -> str:
         raise UsageError(
             "--submit: there is no sbatch here",
             "jobs are submitted from a machine of the cluster.",
-            f"copy {path} there and run: sbatch {path}",
+            f"copy {path} there and run: sbatch {shlex.quote(str(path))}",
         )
     done = _run(["sbatch", "--parsable", *options, str(path)])
     if done.returncode:
