@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.logging import configure_logging, get_logger
 from onellm_dist.common.processes import make_module_command
-from onellm_dist.common.run_files import LOGS
+from onellm_dist.common.run_files import EXIT, LOGS
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.arguments import decode_argument
@@ -64,7 +64,11 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
-    return launch_local(command, count, config.run.dir / LOGS)
+    code = launch_local(command, count, config.run.dir / LOGS)
+    if code and not (config.run.dir / EXIT).exists():
+        reason = f"a rank ended before it could say why (exit code {code}); see {LOGS}/"
+        ExitFile(config.run.dir, rank=0).write("failed", reason=reason)
+    return code
 
 
 def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:

@@ -300,7 +300,7 @@ def test_errors_arrive_as_what_they_are() -> None:
     with pytest.raises(OneLLMError) as info:
         read_all(reader, 2, 1)
     assert (info.value.what, info.value.why, info.value.do) == ("what", "why", "do")
-    reader.before = lambda micro: {}[micro.step]
+    reader.before = lambda micro: {-1: None}[micro.step]
     with pytest.raises(RuntimeError, match="KeyError"):
         read_all(reader, 2, 1)
 

@@ -194,10 +194,14 @@ JOB = SlurmJob("x", Path("run"), (1, 1), 8, 8)
 @pytest.mark.parametrize("field", ["recipe", "run_dir", "python", "container", "command"])
 def test_line_breaks_are_refused_wherever_they_are(field: str, character: str) -> None:
     value = f"a{character}rm -rf x"
-    changed = {field: Path(value) if field == "run_dir" else value}
+    changed: dict[str, Any] = {field: Path(value) if field == "run_dir" else value}
     with pytest.raises(UsageError, match="control character"):
         check_job(dataclasses.replace(JOB, **changed))
-    for more in ({"overrides": (value,)}, {"mounts": (value,), "container": "x"}):
+    lists: list[dict[str, Any]] = [
+        {"overrides": (value,)},
+        {"mounts": (value,), "container": "x"},
+    ]
+    for more in lists:
         with pytest.raises(UsageError, match="control character"):
             check_job(dataclasses.replace(JOB, **more))
 
@@ -205,8 +209,9 @@ def test_line_breaks_are_refused_wherever_they_are(field: str, character: str) -
 @pytest.mark.parametrize("value", ["a b", "a;b", "a}b", "$(x)", "a'b", "a>b"])
 def test_values_of_the_header_are_plain(value: str) -> None:
     for field in ("name", "partition", "account", "qos", "exclude"):
+        changed: dict[str, Any] = {field: value}
         with pytest.raises(UsageError, match="shell characters"):
-            check_job(dataclasses.replace(JOB, **{field: value}))
+            check_job(dataclasses.replace(JOB, **changed))
 
 
 def test_what_no_quoting_helps_is_refused() -> None:

@@ -160,10 +160,12 @@ def test_launch_ranks_beside_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None
     stray = discover_ranks({"RANK": "0", "WORLD_SIZE": "1"})
     slurm = discover_ranks(STEP)
     assert stray is not None and slurm is not None
-    for wanted, ranks, typed in ((2, stray, True), (2, stray, False), (3, slurm, True)):
+    refused = ((2, stray, True), (2, stray, False), (3, slurm, True))
+    for wanted, ranks, typed in refused:
         with pytest.raises(UsageError, match=f"launch.ranks={wanted}, but .*RANK|SLURM_PROCID"):
             check_launch_ranks(wanted, ranks, typed=typed)
-    for wanted, ranks in ((1, stray), (None, stray), (1, slurm), (6, slurm)):
+    check_launch_ranks(None, stray, typed=True)
+    for wanted, ranks in ((1, stray), (1, slurm), (6, slurm)):
         check_launch_ranks(wanted, ranks, typed=True)
     check_launch_ranks(2, slurm, typed=False)  # a recipe's own, for starts without a launcher
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -296,20 +298,22 @@ def test_exit_codes_pass_through(tmp_path: Path) -> None:
     assert launch_local(write_rank(tmp_path, "sys.exit(75)"), 2, tmp_path / "logs") == 75
 
 
-def test_signals_reach_every_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_signals_reach_every_rank(tmp_path: Path, number: signal.Signals) -> None:
     body = (
         "def on(n, f):\n"
         "    open(f'got-{rank}', 'w').write(signal.Signals(n).name)\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGUSR1, on)\nopen(f'ready-{rank}', 'w')\ntime.sleep(60)\n"
+        "for n in (signal.SIGUSR1, signal.SIGHUP):\n    signal.signal(n, on)\n"
+        "open(f'ready-{rank}', 'w')\ntime.sleep(60)\n"
     )
     launcher = start_launcher(tmp_path, write_rank(tmp_path, body))
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline and launcher.poll() is None
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGUSR1)
+    launcher.send_signal(number)
     assert launcher.wait(timeout=60) == 75
-    assert [(tmp_path / f"got-{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+    assert [(tmp_path / f"got-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parent-death signals are Linux's")

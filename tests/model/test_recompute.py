@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 
 import pytest
 import torch
 from packs import make_pack
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from onellm_dist.model import load_model
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.recompute import MODES, enable_activation_checkpointing
-
-FIELDS = (
-    "arena",
-    "ordblks",
-    "smblks",
-    "hblks",
-    "hblkhd",
-    "usmblks",
-    "fsmblks",
-    "uordblks",
-    "fordblks",
-    "keepcost",
-)
-
-
-class Mallinfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
-
-
-def get_allocated() -> int:
-    """Bytes that malloc has given out (glibc)."""
-    info = ctypes.CDLL("libc.so.6").mallinfo2
-    info.restype = Mallinfo
-    found = info()
-    return int(found.uordblks + found.hblkhd)
 
 
 def measure(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
@@ -45,11 +21,14 @@ def measure(mode: str) -> tuple[dict[str, torch.Tensor], int, int]:
     model.train()
     enable_activation_checkpointing(model, mode)
     pack = make_pack([("image",), ("image",), ("imu",)], [40, 50, 60])
-    before = get_allocated()
+    # What torch's allocator gives out and takes back, by its own count: malloc's moves with the
+    # garbage of earlier tests, which Python may collect at any moment.
+    gc.collect()
     with FlopCounterMode(display=False) as counter:
-        loss = model(packed=pack).loss
-        kept = get_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = model(packed=pack).loss
         loss.backward()
+    kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return gradients, kept, counter.get_total_flops()
 

@@ -86,6 +86,26 @@ def test_a_second_signal_ends_at_once(listener: Listener) -> None:
     assert listener.ended() == (143, "SIGTERM after SIGUSR1: ended at once")
 
 
+def test_a_closed_terminal_asks_for_a_checkpoint(listener: Listener) -> None:
+    listener.process.send_signal(signal.SIGHUP)
+    assert listener.line() == "SIGHUP"
+    assert listener.lives()
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        preemption = Preemption(tmp_path, ExitFile(tmp_path, rank=0), watch_file=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not preemption.is_requested()
+        preemption.close()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_copies_of_a_signal_are_one(listener: Listener) -> None:
     """Slurm signals all processes of a step; torchrun, signalled too, signals its ranks again."""
     listener.process.send_signal(signal.SIGTERM)
