@@ -166,6 +166,14 @@ def test_headers_of_ply_that_lie(layout: str, old: bytes, new: bytes) -> None:
     assert ".ply" in refusal(Part("ply", ply(layout=layout).replace(old, new)))
 
 
+@pytest.mark.parametrize("value", [b"300", b"-1", b"0.5", b"nan"])
+def test_text_that_does_not_fit_its_field_is_no_other_colour(value: bytes) -> None:
+    head, body = ply(layout="ascii").split(b"end_header\n")
+    rows = body.split(b"\n")
+    rows[9] = b" ".join([*rows[9].split()[:5], value])
+    assert "field blue" in refusal(Part("ply", head + b"end_header\n" + b"\n".join(rows)))
+
+
 def fmri(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
     with collect_damage() as damage:
         voxels: np.ndarray = FMRI.decode({"fmri": npy(array)}, {})

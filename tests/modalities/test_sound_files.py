@@ -95,6 +95,23 @@ def test_a_cut_file_is_read_to_its_end_or_refused(form: str, kept: float) -> Non
     assert np.array_equal(sound.wave, whole.wave[: len(sound.wave)])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_pages_of_an_ogg_that_are_damaged_cost_what_they_hold(subtype: str) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 9 * RATE).astype(np.float32)
+    data = written(noise, RATE, "OGG", subtype)
+    assert read(data)[1] == [] and read(data + bytes(3000))[1] == []
+    half = len(data) // 2
+    for damaged in (
+        data[:half] + bytes(500) + data[half + 500 :],
+        data[:half] + b"x" * 500 + data[half:],
+        data[:half] + bytes([data[half] ^ 4]) + data[half + 1 :],
+    ):
+        sound, damage = read(damaged)
+        assert 7 < seconds(sound) < 8.5 and len(damage) == 1 and "lost" in damage[0]
+    sound, damage = read(data[: int(0.9 * len(data))])
+    assert 7 < seconds(sound) < 8.5 and "its end is cut off" in damage[0]
+
+
 @pytest.mark.parametrize("codec", ["adpcm_ima_wav", "adpcm_swf", "adpcm_yamaha", "g726", "aac"])
 def test_codecs_in_wav_that_libsndfile_does_not_know(codec: str) -> None:
     rate = 8000 if codec == "g726" else 22050

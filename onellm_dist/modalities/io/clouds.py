@@ -194,6 +194,20 @@ def _parse_rows(text: bytes, columns: int, count: int) -> np.ndarray:
     return np.array(words, dtype=np.float64).reshape(count, columns)
 
 
+def _cast(column: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """[N] numbers that were written as text, in the type that the header states.
+
+    Raises:
+        ValueError: an integer field holds something else: a cast would make another number of it.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        cast: np.ndarray = column.astype(kind)
+    if cast.dtype.kind != "f" and (cast != column).any():
+        bad = column[cast != column][0]
+        raise ValueError(f"its field {name} is said to be {cast.dtype}, and holds {bad:g}")
+    return cast
+
+
 def _read_ply(data: bytes) -> Fields:
     """The vertex element, which must be the first one (every writer puts it first)."""
     lines, start = _read_header(data, b"end_header")
@@ -214,7 +228,7 @@ def _read_ply(data: bytes) -> Fields:
     if layout == "ascii":
         table = _parse_rows(data[start:], len(names), count)
         return {
-            name: table[:, i].astype(kind)
+            name: _cast(table[:, i], kind, name)
             for i, (name, kind) in enumerate(zip(names, types, strict=True))
         }
     order = {"binary_little_endian": "<", "binary_big_endian": ">"}[layout]
@@ -281,7 +295,7 @@ def _parse_ascii_pcd(text: bytes, layout: list[tuple[str, str, int]], total: int
     table = _parse_rows(text, sum(count for _, _, count in layout), total)
     fields, column = {}, 0
     for name, kind, count in layout:
-        fields[name] = table[:, column].astype(kind)
+        fields[name] = _cast(table[:, column], kind, name)
         column += count
     return fields
 

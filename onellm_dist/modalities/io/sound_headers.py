@@ -1,4 +1,4 @@
-"""What the headers of uncompressed sound files say about their length: WAV, AIFF and AU."""
+"""What sound files say about their length: the headers of WAV, AIFF and AU, the pages of Ogg."""
 
 from __future__ import annotations
 
@@ -73,6 +73,15 @@ def complete_header(data: bytes) -> bytes:
     struct.pack_into(chunk.order + "I", out, 4, len(data) - 8)
     struct.pack_into(chunk.order + "I", out, chunk.start - 4, size)
     return bytes(out)
+
+
+def is_cut_ogg(data: bytes) -> bool:
+    """Check for an Ogg whose last page is not complete (RFC 3533, section 6)."""
+    at = data.rfind(b"OggS")
+    if data[:4] != b"OggS" or at + 27 > len(data):
+        return data[:4] == b"OggS"
+    lengths = data[at + 27 : at + 27 + data[at + 26]]
+    return at + 27 + data[at + 26] + sum(lengths) > len(data)
 
 
 def _is_chunks(data: bytes, at: int, order: str) -> bool:

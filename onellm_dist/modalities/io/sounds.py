@@ -19,7 +19,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import open_media
 from onellm_dist.modalities.io.damage import note_damage
-from onellm_dist.modalities.io.sound_headers import complete_header, measure_data
+from onellm_dist.modalities.io.sound_headers import complete_header, is_cut_ogg, measure_data
 from onellm_dist.modalities.limits import LIMITS, check_count, check_rate
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ AUDIO_EXTENSIONS = (
 )
 """What the two libraries read: these are the names that sources look for."""
 _SOUNDFILE_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b".snd")
-_TIMED = {"mov", "mp4", "m4a", "matroska", "flac", "asf", "caf", "w64"}
+_TIMED = {"mov", "mp4", "m4a", "matroska", "flac", "ogg", "asf", "caf", "w64"}
 """Containers of FFmpeg whose stated duration is counted, not guessed from a bit rate."""
 _RAW = {"mp3", "aac", "ac3", "amr"}
 """Formats without a container: what cannot be decoded at either end is padding or a tag."""
@@ -99,7 +99,9 @@ def _read_soundfile(part: Part, seconds: float) -> tuple[np.ndarray, int]:
         expected = max(wanted, expected)
     missing = expected - len(wave)
     if len(wave) and missing > (0 if is_exact else _TOLERANCE * rate):
-        _note_missing(name, missing / rate, len(wave) / rate, "its end is cut off")
+        _note_missing(name, missing / rate, len(wave) / rate, "they are damaged or cut off")
+    if is_cut_ogg(part.data) and len(wave) < int(seconds * rate):
+        note_damage(f"{name}: its end is cut off; how much is lost is not known", 0.0)
     return np.ascontiguousarray(wave), rate
 
 
