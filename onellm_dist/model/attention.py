@@ -7,6 +7,7 @@ CUDA and bf16 or fp16. Everywhere else it runs scaled-dot-product attention, seq
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from onellm_dist.model.kernels.sdpa import compute_sdpa
 from onellm_dist.model.kernels.select import select_kernel
@@ -21,6 +22,9 @@ def packed_attention(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within each sequence of a pack.
 
@@ -29,10 +33,13 @@ def packed_attention(
     Args:
         q: [T, H, D/H] queries of all sequences, end to end.
         k: [S, Hkv, D/H] keys; Hkv may divide H (grouped-query attention).
-        v: [S, Hkv, D/H] values.
+        v: [S, Hkv, D/H] values; narrower heads than those of q are possible.
         seq_lengths: where each sequence begins and ends.
         causal: query i of a sequence sees keys 0 to i; query and key lengths must be equal.
         scale: factor on the scores; default: 1 / sqrt(D/H).
+        window: with `causal`, a query sees itself and the `window - 1` keys before it.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: [H] scores of a key without value that every query sees.
 
     Returns:
         [T, H, D/H].
@@ -43,10 +50,28 @@ def packed_attention(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    kernel = select_kernel(q)
+    if window is not None and window >= seq_lengths.max_seqlen_k:
+        window = None
+    kernel = select_kernel(q, softcap=softcap) if sinks is None else None
     if kernel is None or not q.shape[0]:
-        return compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
-    return kernel(q, k, v, seq_lengths, causal=causal, scale=scale)
+        return compute_sdpa(
+            q,
+            k,
+            v,
+            seq_lengths,
+            causal=causal,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+    width = v.shape[-1]
+    if width < q.shape[-1]:  # kernels want one head width (multi-head latent attention has two)
+        v = F.pad(v, (0, q.shape[-1] - width))
+    attended = kernel(
+        q, k, v, seq_lengths, causal=causal, scale=scale, window=window, softcap=softcap
+    )
+    return attended[..., :width]
 
 
 def varlen_attention(

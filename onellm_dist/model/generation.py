@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.model.llm_call import LLMSupport, check_call, split_prompts
+from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.padded import PaddedInputs
 
 REFERENCE_SHORTFALL = 2
@@ -17,6 +22,7 @@ REFERENCE_SHORTFALL = 2
 
 def generate_text(
     llm: Any,
+    support: LLMSupport,
     input_ids: torch.Tensor,
     inputs: PaddedInputs,
     decode_offset: str,
@@ -27,6 +33,7 @@ def generate_text(
 
     Args:
         llm: the causal LM.
+        support: how it runs exactly.
         input_ids: [B, S], the prompts' text.
         inputs: the prompts as the LLM reads them.
         decode_offset: `correct` or `reference`.
@@ -34,8 +41,19 @@ def generate_text(
         options: further arguments of transformers' `generate`.
 
     Raises:
-        UsageError: an unknown `decode_offset`, or an option that has no meaning here.
+        UsageError: an unknown `decode_offset`, an option that has no meaning here, or an LLM that
+            cannot continue embeddings.
+        OneLLMError: the LLM was changed after it was opened.
     """
+    check_call(llm, support, 0)
+    set_lengths(llm, None)
+    if not support.generation:
+        raise UsageError(
+            f"{type(llm).__name__} cannot generate text here",
+            "it does not give the logits of its own forward when it continues embeddings, and "
+            "media are embeddings.",
+            "choose another LLM of the table in docs/llms.md; training and scoring work.",
+        )
     if decode_offset not in ("correct", "reference"):
         raise UsageError(
             f"decode_offset={decode_offset!r}",
@@ -46,20 +64,56 @@ def generate_text(
         raise UsageError(
             "return_dict_in_generate is set", "generate returns token ids alone.", "leave it out."
         )
-    if decode_offset == "reference" and inputs.span_positions:
-        new = _generate_like_reference(llm, inputs, config, options)
-    else:
-        new = llm.generate(
-            inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
-            generation_config=config,
-            **options,
-        )
+    like_reference = decode_offset == "reference" and inputs.span_positions
+    parts: list[torch.Tensor] = []
+    with _own_config_alone(llm, config):
+        for embeds, mask in split_prompts(support, inputs.embeds, inputs.mask):
+            if like_reference:
+                parts.append(_generate_like_reference(llm, embeds, mask, config, options))
+            else:
+                parts.append(
+                    llm.generate(
+                        inputs_embeds=embeds,
+                        attention_mask=mask,
+                        generation_config=config,
+                        **options,
+                    )
+                )
+    new = _stack(parts, config)
     return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
 
 
+@contextmanager
+def _own_config_alone(llm: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let `config` decide alone.
+
+    transformers fills what is None in it from the LLM's own generation config, so that a caller's
+    `eos_token_id=None` would be ignored.
+    """
+    before = llm.generation_config
+    llm.generation_config = copy.deepcopy(config)
+    try:
+        yield
+    finally:
+        llm.generation_config = before
+
+
+def _stack(parts: list[torch.Tensor], config: GenerationConfig) -> torch.Tensor:
+    """New tokens of all prompts, [B, new]; shorter ones are padded on the right."""
+    longest = max(part.shape[1] for part in parts)
+    pad = config.pad_token_id
+    if pad is None:
+        ends = config.eos_token_id
+        pad = ends if isinstance(ends, int) else (ends or [0])[0]
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
+
+
 def _generate_like_reference(
-    llm: Any, inputs: PaddedInputs, config: GenerationConfig, options: dict[str, Any]
+    llm: Any,
+    embeds: torch.Tensor,
+    mask: torch.Tensor,
+    config: GenerationConfig,
+    options: dict[str, Any],
 ) -> torch.Tensor:
     """The first token from a correct prefill; the rest from a cache without its last two positions.
 
@@ -81,8 +135,8 @@ def _generate_like_reference(
         use_cache=True,
     )
     first = llm.generate(
-        inputs_embeds=inputs.embeds,
-        attention_mask=inputs.mask,
+        inputs_embeds=embeds,
+        attention_mask=mask,
         generation_config=prefill,
         **options,
     )
@@ -91,10 +145,10 @@ def _generate_like_reference(
         return sequences
     cache = first.past_key_values
     cache.crop(-REFERENCE_SHORTFALL)
-    kept = inputs.mask.shape[1] - REFERENCE_SHORTFALL
+    kept = mask.shape[1] - REFERENCE_SHORTFALL
     # Ids of cached positions are never read; transformers only counts them.
     ids = torch.cat([sequences.new_zeros((len(sequences), kept)), sequences], dim=1)
-    mask = torch.cat([inputs.mask[:, :kept], inputs.mask.new_ones((len(ids), 1))], dim=1)
+    mask = torch.cat([mask[:, :kept], mask.new_ones((len(ids), 1))], dim=1)
     decode = copy.deepcopy(config)
     decode.update(max_new_tokens=total - 1, min_new_tokens=max(least - 1, 0) or None)
     new: torch.Tensor = llm.generate(

@@ -21,6 +21,7 @@ from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import (
     build_config,
     check_directory,
+    check_vocabulary,
     load_preset_processor,
     load_smollm2_weights,
 )
@@ -88,7 +89,9 @@ def open_model(
         check_directory(path)
         model = build_empty_model(OneLLMConfig.from_pretrained(path))
         weights = InitialWeights(_open_directory(path, model))
-        return model, OneLLMProcessor.from_pretrained(path), weights
+        processor = OneLLMProcessor.from_pretrained(path)
+        check_vocabulary(path, model, processor)
+        return model, processor, weights
     name = str(preset)
     model = build_empty_model(build_config(name))
     llm: RowSource | None = None

@@ -18,7 +18,10 @@ from onellm_dist.model.configuration import OneLLMConfig
 from onellm_dist.model.encoder import Encoder
 from onellm_dist.model.generation import generate_text
 from onellm_dist.model.layout import PackedLayout
-from onellm_dist.model.llm_attention import ATTENTION_NAME, build_packed_mask
+from onellm_dist.model.llm_call import LLMSupport, run_packed, run_padded
+from onellm_dist.model.llm_check import check_llm
+from onellm_dist.model.llm_dropout import update_dropout
+from onellm_dist.model.llm_rope import split_rope
 from onellm_dist.model.losses import DEFAULT_LOSS, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
 from onellm_dist.model.padded import (
@@ -31,13 +34,16 @@ from onellm_dist.model.padded import (
     insert_spans,
 )
 from onellm_dist.model.projector import ModalityTokenizer, Projector
-from onellm_dist.model.sequence_lengths import SequenceLengths, to_device_tensor
+from onellm_dist.model.sequence_lengths import to_device_tensor
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
 
 class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """The complete model.
+
+    The LLM is checked before it is built (`llm_check.py`): an LLM that is not exact is refused with
+    a UsageError.
 
     Training calls it with `packed=`; everything else calls it with `input_ids`, `image_values` and
     so on. Every forward runs the same modules in the same order, on empty tensors where it was
@@ -68,9 +74,11 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         self.projectors = nn.ModuleDict({name: Projector(config) for name in config.modalities})
         self.upm = UPM(width, config.upm)
+        self.llm_support: LLMSupport = check_llm(config.text_config)
         self.llm = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=ATTENTION_NAME
+            config.text_config, attn_implementation=self.llm_support.attention
         )
+        split_rope(self.llm)
         self.encoder.requires_grad_(False)
         self._token_loss = get_loss(DEFAULT_LOSS)
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
@@ -145,6 +153,22 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             UsageError: there is no such loss.
         """
         self._token_loss = get_loss(name)
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[Any, Any], allow_all_kernels: bool = False
+    ) -> None:
+        """Refuse another attention: the LLM has been shown exact with its own alone.
+
+        Raises:
+            UsageError: always, but for the name that the LLM has already.
+        """
+        if attn_implementation != self.llm_support.attention:
+            raise UsageError(
+                f"set_attn_implementation({attn_implementation!r})",
+                f"the LLM is exact with {self.llm_support.attention!r}; with another attention, "
+                "samples of a pack could see each other.",
+                "leave it as it is; packs already take the fastest kernel of the machine.",
+            )
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -221,19 +245,21 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "give one of them.",
             )
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
-        output = self.llm(
-            inputs_embeds=inputs.embeds,
-            attention_mask=inputs.mask,
+        update_dropout(self.llm)
+        logits = run_padded(
+            self.llm,
+            self.llm_support,
+            inputs.embeds,
+            mask=inputs.mask,
             position_ids=inputs.position_ids,
-            use_cache=False,
         )
         loss = (
             None
             if labels is None
-            else compute_padded_loss(output.logits, labels, input_ids, attention_mask, inputs)
+            else compute_padded_loss(logits, labels, input_ids, attention_mask, inputs)
         )
         # torch annotates these fields as FloatTensor, which no tensor of autograd is.
-        return CausalLMOutputWithPast(loss=cast(Any, loss), logits=output.logits)
+        return CausalLMOutputWithPast(loss=cast(Any, loss), logits=cast(Any, logits))
 
     def build_inputs(
         self,
@@ -296,15 +322,16 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if batch.supervised is not None
             else (batch.labels != IGNORE).nonzero().squeeze(1)
         )
-        output = self.llm(
-            inputs_embeds=sequence[None],
-            position_ids=to_device_tensor(layout.position_ids, device)[None],
-            attention_mask=build_packed_mask(device),
-            use_cache=False,
-            seq_lengths=SequenceLengths.from_lengths(layout.lengths, device=device),
-            logits_to_keep=to_device_tensor(layout.predictor, device).index_select(0, supervised),
+        update_dropout(self.llm)
+        logits = run_packed(
+            self.llm,
+            self.llm_support,
+            sequence,
+            lengths=layout.lengths,
+            position_ids=to_device_tensor(layout.position_ids, device),
+            places=to_device_tensor(layout.predictor, device).index_select(0, supervised),
         )
-        return output.logits[0], supervised, router_weights
+        return logits, supervised, router_weights
 
     def _forward_packed(self, batch: PackedBatch) -> PackedOutput:
         logits, supervised, router_weights = self.compute_packed_logits(batch)
@@ -348,6 +375,12 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
         config = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)
-        options = config.update(**kwargs)
+        for name, value in self.llm.generation_config.to_diff_dict().items():
+            if getattr(config, name, None) is None:
+                setattr(config, name, value)
+        options = config.update(**kwargs)  # what is None here stays None
+        update_dropout(self.llm)
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
-        return generate_text(self.llm, input_ids, inputs, decode_offset, config, options)
+        return generate_text(
+            self.llm, self.llm_support, input_ids, inputs, decode_offset, config, options
+        )

@@ -223,12 +223,31 @@ def check_directory(path: Path) -> None:
         )
 
 
+def check_vocabulary(path: Path, model: Any, processor: OneLLMProcessor) -> None:
+    """Check that a model has an embedding of every token of its tokenizer.
+
+    Raises:
+        UsageError: the tokenizer is larger than the embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, largest = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        raise UsageError(
+            f"{path}: its tokenizer has token {largest} ({token!r}), its LLM {rows} embeddings",
+            "texts with this token could not be read.",
+            "use the LLM's own tokenizer, or enlarge the LLM's embedding "
+            "(resize_token_embeddings) and convert it again.",
+        )
+
+
 def _load_directory(
     path: Path, dtype: torch.dtype
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
     check_directory(path)
     model = OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    return model, OneLLMProcessor.from_pretrained(path)
+    processor = OneLLMProcessor.from_pretrained(path)
+    check_vocabulary(path, model, processor)
+    return model, processor
 
 
 def find_smollm2_gguf() -> Path:

@@ -18,7 +18,12 @@ WORDS = 97
 
 
 def small_model(
-    seed: int = 0, *, kv_heads: int = 2, modalities: Sequence[str] | None = None, **upm: Any
+    seed: int = 0,
+    *,
+    kv_heads: int = 2,
+    modalities: Sequence[str] | None = None,
+    words: int = WORDS,
+    **upm: Any,
 ) -> OneLLMForConditionalGeneration:
     """Real token counts at tiny widths, in fp32 and ready to align (LLM and encoder frozen)."""
     config = OneLLMConfig(
@@ -27,7 +32,7 @@ def small_model(
             **{"experts": 3, "blocks": 2, "heads": 2, "ffn": 64, "router_hidden": 48, **upm}
         ),
         text_config=LlamaConfig(
-            vocab_size=WORDS,
+            vocab_size=words,
             hidden_size=48,
             intermediate_size=96,
             num_hidden_layers=2,

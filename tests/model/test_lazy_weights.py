@@ -44,7 +44,7 @@ def same(model: torch.nn.Module, opened: tuple[torch.nn.Module, object, InitialW
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    small_model().save_pretrained(tmp_path / "model")
+    small_model(words=512).save_pretrained(tmp_path / "model")
     OneLLMProcessor(load_toy_tokenizer()).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

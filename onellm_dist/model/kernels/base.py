@@ -21,6 +21,8 @@ class VarlenKernel(Protocol):
         *,
         causal: bool,
         scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """[T, H, D/H], [S, Hkv, D/H], [S, Hkv, D/H] -> [T, H, D/H].
 
@@ -31,4 +33,6 @@ class VarlenKernel(Protocol):
             seq_lengths: where each sequence begins and ends.
             causal: query i of a sequence sees keys 0 to i.
             scale: factor on the scores; None: 1 / sqrt(D/H).
+            window: with `causal`, a query sees itself and the `window - 1` keys before it.
+            softcap: scores become softcap * tanh(score / softcap).
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -44,7 +45,14 @@ def _load(package: str) -> VarlenKernel:
         *,
         causal: bool,
         scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
+        options: dict[str, Any] = {}
+        if window is not None:
+            options["window_size"] = (window - 1, 0)  # keys before the query, keys behind it
+        if softcap is not None:
+            options["softcap"] = softcap
         output = function(
             q,
             k,
@@ -55,6 +63,7 @@ def _load(package: str) -> VarlenKernel:
             seq_lengths.max_seqlen_k,
             softmax_scale=scale,
             causal=causal,
+            **options,
         )
         # Betas of FlashAttention 3 before 2025-09 return (output, log-sum-exp).
         attended: torch.Tensor = output[0] if isinstance(output, tuple) else output

@@ -25,13 +25,16 @@ _LOADERS: dict[str, Callable[[], VarlenKernel]] = {
 """The variable-length kernels, in the order in which they are tried."""
 
 
-def select_kernel(q: torch.Tensor) -> VarlenKernel | None:
+def select_kernel(q: torch.Tensor, *, softcap: float | None = None) -> VarlenKernel | None:
     """The variable-length kernel for queries [T, H, D/H]; None: scaled-dot-product attention.
 
     Variable-length kernels take 16-bit CUDA tensors whose head width is a multiple of 8 up to 256.
+    torch's own has no soft cap.
     """
     name = _select_name(q.device.type, q.dtype, q.shape[-1])
-    return None if name == "sdpa" else _LOADERS[name]()
+    if name == "sdpa" or (name == "varlen" and softcap is not None):
+        return None
+    return _LOADERS[name]()
 
 
 @cache

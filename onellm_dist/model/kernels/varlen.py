@@ -32,12 +32,16 @@ def load_varlen() -> VarlenKernel:
         *,
         causal: bool,
         scale: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
+        if softcap is not None or (window is not None and "window_size" not in parameters):
+            raise NotImplementedError("this form of varlen_attn has no window or soft cap")
         options: dict[str, Any] = {}
         if "window_size" not in parameters:  # the form of torch 2.10
             options["is_causal"] = causal
         elif causal:
-            options["window_size"] = (-1, 0)
+            options["window_size"] = (-1 if window is None else window - 1, 0)
         if q.shape[1] != k.shape[1]:
             if "enable_gqa" in parameters:
                 options["enable_gqa"] = True

@@ -20,12 +20,31 @@ LENGTHS = (3, 1, 5)
 
 
 def run_library(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, causal: bool, scale: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    causal: bool,
+    scale: Any,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float | None = None,
 ) -> Any:
     """What every library computes from cumulative lengths."""
     q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     seq_lengths = SequenceLengths.from_lengths(q_lengths, k_lengths, device=q.device)
-    return compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=scale)
+    before, behind = window_size
+    assert behind in (-1, 0)
+    return compute_sdpa(
+        q,
+        k,
+        v,
+        seq_lengths,
+        causal=causal or behind == 0,
+        scale=scale,
+        window=None if before < 0 else before + 1,
+        softcap=softcap,
+    )
 
 
 def flash2(
@@ -39,10 +58,8 @@ def flash2(
     **options: Any,
 ) -> Any:
     assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
-    assert set(options) == {"softmax_scale", "causal"}
-    return run_library(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, options["causal"], options["softmax_scale"]
-    )
+    causal, scale = options.pop("causal"), options.pop("softmax_scale")
+    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, **options)
 
 
 def flash3(*arguments: Any, **options: Any) -> Any:
@@ -64,7 +81,7 @@ def varlen(
 ) -> Any:
     assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, window_size == (-1, 0), scale)
+    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, False, scale, window_size)
 
 
 def first_varlen(
@@ -127,6 +144,35 @@ def test_a_kernel_gives_what_its_library_computes(
     ours = load()(q, k, v, seq_lengths, causal=causal, scale=0.3)
     expected = compute_sdpa(q, k, v, seq_lengths, causal=causal, scale=0.3)
     assert torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(
+    "options", [{"window": 2}, {"softcap": 0.5}, {"window": 2, "softcap": 1.0}]
+)
+@pytest.mark.parametrize(("load", "module", "function", "library"), KERNELS[:3])
+def test_windows_and_soft_caps_reach_the_library(
+    load: Callable[[], VarlenKernel],
+    module: str,
+    function: str,
+    library: Callable[..., Any],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = ModuleType(module)
+    setattr(fake, function, library)
+    monkeypatch.setitem(sys.modules, module, fake)
+    q, k, v = (torch.randn(sum(LENGTHS), 4, 8) for _ in range(3))
+    seq_lengths = SequenceLengths.from_lengths(LENGTHS, device=q.device)
+    if load is load_varlen and "softcap" in options:
+        with pytest.raises(NotImplementedError, match="soft cap"):
+            load()(q, k, v, seq_lengths, causal=True, scale=0.3, **options)
+        return
+    ours = load()(q, k, v, seq_lengths, causal=True, scale=0.3, **options)
+    expected = compute_sdpa(q, k, v, seq_lengths, causal=True, scale=0.3, **options)
+    assert torch.allclose(ours, expected, atol=1e-6)
+    plain = compute_sdpa(q, k, v, seq_lengths, causal=True, scale=0.3)
+    assert not torch.allclose(ours, plain, atol=1e-3)
 
 
 @pytest.mark.usefixtures("fresh")
