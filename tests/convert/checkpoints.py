@@ -41,7 +41,7 @@ def parity_weights() -> Tensors:
 def llama(*, kv_heads: int = 4, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=512,  # as many as the toy tokenizer
         hidden_size=64,
         intermediate_size=176,
         num_hidden_layers=2,
