@@ -73,7 +73,9 @@ def test_windows_soft_caps_and_sinks_within_each_sample(
     mask = build_packed_mask(seq_lengths)
     ours, _ = compute_llm_attention(
         nn.Identity(),
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
         mask if through == "argument" else mask[:, :, :1].to(torch.bool),
         seq_lengths=seq_lengths if through == "argument" else None,
         **options,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, llm_attention, llm_check
+from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.llm_check import check_llm
@@ -47,7 +48,7 @@ def make_model(text_config: Any) -> OneLLMForConditionalGeneration:
     with own_context():
         state = build_llm(text_config, "eager", GAINS[0]).state_dict()
     model.llm.load_state_dict(state)
-    model.eval()
+    model.train(mode=False)
     return model
 
 
@@ -134,7 +135,7 @@ def test_attention_that_forgets_something_is_noticed(
     lost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fault is put into packed attention; the families that need it no longer run packed."""
-    right = llm_attention.packed_attention
+    right = packed_attention
 
     def wrong(q: Any, k: Any, v: Any, seq_lengths: Any, **options: Any) -> Any:
         if lost == "seq_lengths":
@@ -179,7 +180,12 @@ def test_results_are_kept_for_this_user_and_versions(
     assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
     tries: list[Any] = []
     real = llm_check._try_copies
-    monkeypatch.setattr(llm_check, "_try_copies", lambda *a: tries.append(a) or real(*a))
+
+    def try_copies(*arguments: Any) -> Any:
+        tries.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(llm_check, "_try_copies", try_copies)
 
     def check_again() -> Any:
         monkeypatch.setattr(llm_check, "_CHECKED", {})
@@ -214,9 +220,10 @@ def test_another_attention_after_opening_is_refused() -> None:
     model.set_attn_implementation("onellm_varlen")
     expected = model(packed=pack).loss
     model.llm.set_attn_implementation("eager")
-    for call in (lambda: model(packed=pack), lambda: model(pack.input_ids[None])):
-        with pytest.raises(OneLLMError, match="changed to 'eager'"):
-            call()
+    with pytest.raises(OneLLMError, match="changed to 'eager'"):
+        model(packed=pack)
+    with pytest.raises(OneLLMError, match="changed to 'eager'"):
+        model(pack.input_ids[None])
     with pytest.raises(OneLLMError, match="changed to 'eager'"):
         model.generate(pack.input_ids[None], max_new_tokens=1)
     model.llm.set_attn_implementation("onellm_varlen")
