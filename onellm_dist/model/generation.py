@@ -68,19 +68,23 @@ def generate_text(
     parts: list[torch.Tensor] = []
     with _own_config_alone(llm, config):
         for embeds, mask in split_prompts(support, inputs.embeds, inputs.mask):
-            if like_reference:
-                parts.append(_generate_like_reference(llm, embeds, mask, config, options))
-            else:
-                parts.append(
-                    llm.generate(
-                        inputs_embeds=embeds,
-                        attention_mask=mask,
-                        generation_config=config,
-                        **options,
-                    )
-                )
+            run = _generate_like_reference if like_reference else _generate
+            parts.append(run(llm, embeds, mask, config, options))
     new = _stack(parts, config)
     return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+
+
+def _generate(
+    llm: Any,
+    embeds: torch.Tensor,
+    mask: torch.Tensor,
+    config: GenerationConfig,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    new: torch.Tensor = llm.generate(
+        inputs_embeds=embeds, attention_mask=mask, generation_config=config, **options
+    )
+    return new
 
 
 @contextmanager

@@ -79,16 +79,10 @@ def compute_llm_attention(
     Raises:
         OneLLMError: the LLM asks for something that packed attention does not compute.
     """
-    if seq_lengths is None:
-        seq_lengths = getattr(attention_mask, "seq_lengths", None)
+    if seq_lengths is None and isinstance(attention_mask, PackedMask):
+        seq_lengths = _get_lengths(attention_mask, module)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if seq_lengths is None:
-        if isinstance(attention_mask, PackedMask):
-            raise OneLLMError(
-                f"the lengths of the samples do not reach {type(module).__name__}",
-                "the samples of a pack would see each other.",
-                "this is a fault of onellm_dist: report the LLM.",
-            )
         if softcap is not None or sinks is not None:
             return _compute_padded(
                 module, query, key, value, attention_mask, scaling, softcap, sinks
@@ -97,18 +91,7 @@ def compute_llm_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    unsupported = [name for name in ("position_bias",) if kwargs.get(name) is not None]
-    if dropout:
-        unsupported.append(f"attention dropout {dropout}")
-    if kwargs.get("is_causal") is False:
-        unsupported.append("attention that is not causal")
-    if unsupported:
-        raise OneLLMError(
-            f"packed attention cannot compute {', '.join(unsupported)}, "
-            f"which {type(module).__name__} asks for",
-            "its numbers would silently differ from the LLM's own.",
-            "use an LLM without it; a dropout can be set to 0 in its config.",
-        )
+    _check_options(module, dropout, kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     attended = packed_attention(
         q,
@@ -122,6 +105,32 @@ def compute_llm_attention(
         sinks=sinks,
     )
     return attended[None], None
+
+
+def _get_lengths(mask: PackedMask, module: torch.nn.Module) -> SequenceLengths:
+    lengths: SequenceLengths | None = getattr(mask, "seq_lengths", None)
+    if lengths is None:
+        raise OneLLMError(
+            f"the lengths of the samples do not reach {type(module).__name__}",
+            "the samples of a pack would see each other.",
+            "this is a fault of onellm_dist: report the LLM.",
+        )
+    return lengths
+
+
+def _check_options(module: torch.nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    unsupported = [name for name in ("position_bias",) if options.get(name) is not None]
+    if dropout:
+        unsupported.append(f"attention dropout {dropout}")
+    if options.get("is_causal") is False:
+        unsupported.append("attention that is not causal")
+    if unsupported:
+        raise OneLLMError(
+            f"packed attention cannot compute {', '.join(unsupported)}, "
+            f"which {type(module).__name__} asks for",
+            "its numbers would silently differ from the LLM's own.",
+            "use an LLM without it; a dropout can be set to 0 in its config.",
+        )
 
 
 def _compute_padded(
