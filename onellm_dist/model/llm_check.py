@@ -39,7 +39,7 @@ from onellm_dist.model.llm_probe import (
 )
 from onellm_dist.model.llm_reduction import (
     find_depth,
-    find_divisors,
+    find_ratios,
     get_positions,
     reduce_values,
 )
@@ -95,7 +95,7 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> LLMSupport | str:
         return AutoModelForCausalLM.from_config(config_class.from_dict(reduced))
 
     why = "transformers has no causal LM for it"
-    for width in range(len(find_divisors(values))):
+    for width in range(len(find_ratios(values))):
         for full_depth in (False, True):
             try:
                 reduced = reduce_values(values, width=width)

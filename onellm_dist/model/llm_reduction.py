@@ -70,17 +70,17 @@ def reduce_values(values: Values, *, width: int = 0, depth: int | None = None) -
 
     Args:
         values: `config.to_dict()`.
-        width: which of `find_divisors` divides widths and heads; the last one changes nothing.
+        width: which of `find_ratios` divides widths and heads; the last one changes nothing.
         depth: layers to keep; default: all.
     """
-    divisors = find_divisors(values)
-    divisor = divisors[min(width, len(divisors) - 1)]
+    ratios = find_ratios(values)
+    ratio = ratios[min(width, len(ratios) - 1)]
     full = get_depth(values)
     reduced: Values = {}
     for key, value in values.items():
         if _IGNORED.fullmatch(key):
             continue
-        reduced[key] = _reduce_value(key, value, values, divisor, width, depth)
+        reduced[key] = _reduce_value(key, value, values, ratio, width, depth)
         if depth is not None and full is not None:
             if key in _DEPTHS:
                 reduced[key] = min(full, depth)
@@ -93,7 +93,7 @@ def reduce_values(values: Values, *, width: int = 0, depth: int | None = None) -
 
 
 def _reduce_value(
-    key: str, value: Any, values: Values, divisor: int, width: int, depth: int | None
+    key: str, value: Any, values: Values, ratio: int, width: int, depth: int | None
 ) -> Any:
     if isinstance(value, dict):
         if key.endswith("_config"):
@@ -102,13 +102,13 @@ def _reduce_value(
         return {k: _reduce_value(k, v, values, 1, width, depth) for k, v in value.items()}
     if isinstance(value, list) and (key.endswith("_heads_per_layer") or _INNER.fullmatch(key)):
         name = key.removesuffix("_per_layer")
-        return [_reduce_value(name, item, values, divisor, width, depth) for item in value]
+        return [_reduce_value(name, item, values, ratio, width, depth) for item in value]
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if _HEADS.fullmatch(key) or _WIDTHS.fullmatch(key):
-        return _divide(value, divisor)
-    if _INNER.fullmatch(key) and divisor > 1:
-        return max(8, value // divisor // 8 * 8)
+        return _divide(value, ratio)
+    if _INNER.fullmatch(key) and ratio > 1:
+        return max(8, value // ratio // 8 * 8)
     if _TOKENS.fullmatch(key):
         return 0
     if _VOCABULARIES.fullmatch(key):
@@ -123,8 +123,8 @@ def _reduce_value(
     return min(value, POSITIONS) if key in _POSITIONS else value
 
 
-def _divide(value: int, divisor: int) -> int:
-    return value if value in (0, 1) else max(1, value // divisor)
+def _divide(value: int, ratio: int) -> int:
+    return value if value in (0, 1) else max(1, value // ratio)
 
 
 def _is_dynamic(values: Values) -> bool:
@@ -133,7 +133,7 @@ def _is_dynamic(values: Values) -> bool:
     return any("dynamic" in str(p.get("rope_type", p.get("type"))) for p in parts)
 
 
-def find_divisors(values: Values) -> list[int]:
+def find_ratios(values: Values) -> list[int]:
     """Numbers by which all widths and numbers of heads can be divided, from the largest to 1.
 
     At least 64 channels remain. Of fewer heads than the number (key heads), one remains.
@@ -143,17 +143,17 @@ def find_divisors(values: Values) -> list[int]:
     widths = [v for k, v in numbers.items() if _WIDTHS.fullmatch(k) and v > 1]
     main = next((numbers[k] for k in ("hidden_size", "n_embd", "d_model") if k in numbers), 64)
     found = [
-        divisor
-        for divisor in range(main // 64, 1, -1)
-        if all(v % divisor == 0 or divisor % v == 0 for v in heads)
-        and all(v % (2 * divisor) == 0 for v in widths)
+        ratio
+        for ratio in range(main // 64, 1, -1)
+        if all(v % ratio == 0 or ratio % v == 0 for v in heads)
+        and all(v % (2 * ratio) == 0 for v in widths)
     ]
-    # Several heads where that is possible; each try at least halves the divisor.
+    # Several heads where that is possible; each try at least halves the ratio.
     several = [d for d in found if max(heads, default=1) >= 2 * d] or found
     chosen: list[int] = []
-    for divisor in several:
-        if not chosen or divisor <= chosen[-1] // 2:
-            chosen.append(divisor)
+    for ratio in several:
+        if not chosen or ratio <= chosen[-1] // 2:
+            chosen.append(ratio)
     return [*chosen[:3], 1]
 
 
@@ -170,7 +170,7 @@ def get_positions(config: Any) -> int | None:
 
 
 def find_depth(values: Values, build: Callable[[Values], Any]) -> int | None:
-    """Number of layers after which no new kind of layer comes; None: it cannot be told.
+    """Number of layers after which no new kind of layer comes; None: the layers cannot be compared.
 
     Args:
         values: a config.
