@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 
@@ -60,8 +60,11 @@ def read_schema(path: Path) -> pyarrow.Schema:
     """
     with _open(path) as file:
         if is_parquet(path):
-            return _open_parquet(path, file).schema_arrow
-        return _open_arrow(file)[0]
+            schema = _open_parquet(path, file).schema_arrow
+        else:
+            schema = _open_arrow(file)[0]
+        _ = schema.names  # a name that is not UTF-8 is found here
+        return schema
 
 
 def list_parts(path: Path) -> list[ArrowPart]:
@@ -120,6 +123,37 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
+class _BoundedFile:
+    """A file for pyarrow that is never asked for more than it has.
+
+    Python sets memory aside for all that is asked for, and a damaged length asks for much.
+    """
+
+    closed = False
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._file.tell())
+        return self._file.read(left if size < 0 else min(size, left))
+
+    def close(self) -> None:
+        """Nothing: the file is closed by who opened it."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     """Open a file; pyarrow's errors become ours."""
@@ -127,7 +161,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
     try:
         with path.open("rb") as file:
-            yield file
+            yield cast("IO[bytes]", _BoundedFile(file, path.stat().st_size))
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         # Some of pyarrow's errors are OSErrors, ValueErrors or KeyErrors alone.
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -174,7 +208,9 @@ def _read_parquet(
     numbers = range(opened.metadata.num_row_groups) if parts is None else [p.first for p in parts]
     for number in numbers:
         size = _choose_batch_size(opened.metadata.row_group(number))
-        yield from opened.iter_batches(batch_size=size, row_groups=[number], columns=columns)
+        yield from opened.iter_batches(
+            batch_size=size, row_groups=[number], columns=columns, use_threads=False
+        )
 
 
 def _choose_batch_size(group: Any) -> int:
