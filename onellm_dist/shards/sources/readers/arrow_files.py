@@ -126,7 +126,7 @@ def is_parquet(path: Path) -> bool:
 class _BoundedFile:
     """A file for pyarrow that is never asked for more than it has.
 
-    Python sets memory aside for all that is asked for, and a damaged length asks for much.
+    Python allocates all that is asked for, and a damaged length asks for much.
     """
 
     closed = False
