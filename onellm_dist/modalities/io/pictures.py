@@ -1,17 +1,25 @@
-"""Decoding of pictures (JPEG, PNG, WebP), for images, depth maps and normal maps."""
+"""The one way to open a picture: for building, de-duplication, previews, training and serving."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.png_chunks import SIGNATURE, drop_metadata
+from onellm_dist.modalities.limits import LIMITS, Limits, check_size
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""Extensions of pictures. The bytes decide on the format, whatever the extension says."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Formats that are recognised by their first bytes.
 
+Others of Pillow's are left out: some start programs (EPS), some have no mark of their own (TGA)."""
+_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PPM"
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -22,47 +30,118 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_PNG_DEPTH = 24
+"""Place of the bits per sample in a PNG."""
 
 
-def open_picture(part: Part) -> Image.Image:
-    """Decode a JPEG, PNG or WebP and turn it upright, in the mode it was stored in.
+@dataclass(frozen=True)
+class UprightPicture:
+    """A decoded picture as viewers show it, in the mode in which it was stored.
 
-    Of an animation the first frame is returned. EXIF orientation is applied, because viewers and
-    the people who captioned the picture saw it so; the reference ignores it.
+    Attributes:
+        image: the picture, upright.
+        orientation: EXIF orientation of the stored pixels, 1 to 8; 1 is upright.
+        is_tagged: whether the file states its orientation, be it 1.
+    """
+
+    image: Image.Image
+    orientation: int
+    is_tagged: bool
+
+
+def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture:
+    """Decode a picture and turn it upright.
+
+    The format is told from the bytes. Of an animation or of several pages the first is taken. EXIF
+    orientation is applied, because viewers and the people who captioned the picture saw it so; the
+    reference ignores it. Texts and colour profiles decide nothing, whatever their size or state.
+
+    Args:
+        part: the file.
+        limits: how large it may be; checked before pixels are decoded.
 
     Raises:
-        SampleError: the bytes have another format, are cut short, or the picture is larger than
-            Pillow's limit against decompression bombs.
+        SampleError: the bytes have another format, are cut short, or exceed the limits.
     """
     try:
-        picture = Image.open(io.BytesIO(part.data), formats=("JPEG", "PNG", "WEBP"))
-        picture.load()
+        try:
+            picture, orientation = _decode(part.data, limits, part.extension)
+        except SampleError:
+            raise
+        except Exception:
+            if not part.data.startswith(SIGNATURE):
+                raise
+            pixels = drop_metadata(part.data)  # Pillow refuses a PNG for a text in it
+            picture, orientation = _decode(pixels, limits, part.extension)
+    except SampleError:
+        raise
     except Exception as error:  # Pillow's decoders raise anything (OSError, SyntaxError, ...)
         raise SampleError(
-            f".{part.extension} ({len(part.data)} bytes) is not a readable JPEG, PNG or WebP: "
-            f"{error or type(error).__name__}",
+            f".{part.extension} ({len(part.data)} bytes) is not a readable {_NAMES}: "
+            f"{_describe(error)}",
             "the sample has no picture.",
             "download or encode it again, or drop the sample.",
         ) from error
-    turn = _UPRIGHT.get(_read_orientation(picture))
+    return _turn_upright(picture, orientation)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):  # it prints the address of a buffer
+        return "its first bytes are those of none of these, or its header is damaged"
+    return str(error) or type(error).__name__
+
+
+def _decode(data: bytes, limits: Limits, extension: str) -> tuple[Image.Image, int | None]:
+    """The picture, and the orientation that Pillow applies by itself (to TIFF alone)."""
+    picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    check_size(limits, *picture.size, f".{extension}")
+    applied = _read_orientation(picture) if picture.format == "TIFF" else None
+    picture.load()
+    if picture.format == "PNG":
+        _scale_transparent_colour(picture, data[_PNG_DEPTH])
+    return picture, applied
+
+
+def _scale_transparent_colour(picture: Image.Image, depth: int) -> None:
+    """Scale the colour that a PNG calls transparent as Pillow scales its pixels to 8 bits."""
+    colour = picture.info.get("transparency")
+    if depth in (2, 4) and isinstance(colour, int) and picture.mode == "L":
+        picture.info["transparency"] = colour * (255 // (2**depth - 1))
+    elif depth == 16 and isinstance(colour, tuple):
+        picture.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def upright_picture(picture: Image.Image) -> UprightPicture:
+    """Turn a picture that a program holds upright, by the orientation that it carries."""
+    return _turn_upright(picture, None)
+
+
+def _turn_upright(picture: Image.Image, applied: int | None) -> UprightPicture:
+    stated = _read_orientation(picture) if applied is None else applied
+    orientation = stated if stated in _UPRIGHT else 1
+    if applied is None:
+        picture = turn_picture(picture, orientation)
+    return UprightPicture(picture, orientation, is_tagged=stated is not None)
+
+
+def turn_picture(picture: Image.Image, orientation: int) -> Image.Image:
+    """Turn stored pixels upright; `orientation` is EXIF's, 1 to 8."""
+    turn = _UPRIGHT.get(orientation)
     return picture if turn is None else picture.transpose(turn)
 
 
-def _read_orientation(picture: Image.Image) -> int:
+def _read_orientation(picture: Image.Image) -> int | None:
     try:
-        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+        found = picture.getexif().get(_ORIENTATION_TAG)
+        return None if found is None else int(found)
     except Exception:  # unreadable metadata of a readable picture: show it as stored, as viewers do
-        return 1
+        return None
 
 
-def decode_picture(part: Part) -> Image.Image:
-    """Decode a picture to 8-bit RGB: transparency is dropped, 16 bits are cut to their upper 8.
+def decode_picture(part: Part, limits: Limits = LIMITS["image"]) -> Image.Image:
+    """Decode a picture to upright 8-bit RGB (see `open_picture` and `colour.convert_to_rgb`).
 
     Raises:
         SampleError: as in `open_picture`.
     """
-    picture = open_picture(part)
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow's conversion clips all above 255
-        upper = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255)
-        picture = Image.fromarray(upper.astype(np.uint8))
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return convert_to_rgb(open_picture(part, limits).image)

@@ -21,6 +21,8 @@ _NORMALISED = ((np.arange(256, dtype=np.float32) / np.float32(255)) - _MEAN) / _
 """[3, 256]: the normalised value of each byte, per channel."""
 _WIDEST = 100
 """Ratio of long to short side above which a picture is cut to its middle first, to save memory."""
+_STRIP = 1 << 24
+"""Pixels of a large picture that are copied at once."""
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels."""
@@ -74,13 +76,24 @@ def crop_train(picture: Image.Image, box: Box) -> np.ndarray:
     (its pull request 9549) swaps them where the height shrinks much more than the width, which
     shows at hard edges.
     """
-    left, top, right, bottom = box
-    view = np.asarray(picture)[top:bottom, left:right]
-    pixels = torch.from_numpy(view.copy()).permute(2, 0, 1)  # copied: Pillow's array is read-only
+    pixels = torch.from_numpy(_copy_box(picture, box)).permute(2, 0, 1)
     resized = functional.interpolate(
         pixels[None], size=(SIDE, SIDE), mode="bicubic", antialias=True
     )
     return resized[0].permute(1, 2, 0).numpy()
+
+
+def _copy_box(picture: Image.Image, box: Box) -> np.ndarray:
+    """[height, width, 3] uint8 of a box; a large picture is read in strips, to save memory."""
+    left, top, right, bottom = box
+    if picture.width * picture.height <= _STRIP:
+        return np.asarray(picture)[top:bottom, left:right].copy()  # Pillow's array is read-only
+    pixels = np.empty((bottom - top, right - left, 3), np.uint8)
+    rows = max(1, _STRIP // picture.width)
+    for first in range(top, bottom, rows):
+        last = min(first + rows, bottom)
+        pixels[first - top : last - top] = picture.crop((left, first, right, last))
+    return pixels
 
 
 def crop_eval(picture: Image.Image) -> Image.Image:
