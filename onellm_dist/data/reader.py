@@ -186,7 +186,7 @@ class Reader:
             with _translate_errors(modality, sample_id):
                 raw = modality.decode(media, meta)
                 rng = self._build_rng(modality, sample_id)
-                values[name] = modality.transform(raw, train=corpus.config.augment, rng=rng)
+                values[name] = modality.make_value(raw, train=corpus.config.augment, rng=rng)
             _check_value(modality, values[name], sample_id)
         return _Sample(ids, labels, values)
 

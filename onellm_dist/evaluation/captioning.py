@@ -80,9 +80,8 @@ def read_questions(
         values = {}
         for modality in modalities:
             media = {role: parts[extension] for role, extension in modality.match(parts).items()}
-            raw = modality.decode(media, meta)
             rng = np.random.default_rng(0)
-            values[modality.name] = modality.transform(raw, train=False, rng=rng)
+            values[modality.name] = modality.read_value(media, meta, train=False, rng=rng)
         prompt, reference = _build_exchange(parts) if ask else ("", read_caption(parts))
         yield Question(dataset.index(shard).key(row), prompt, values, reference)
 

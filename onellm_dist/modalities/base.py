@@ -42,7 +42,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,7 +52,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.limits import Limits, check_input
 
 if TYPE_CHECKING:
@@ -183,6 +184,31 @@ class Modality(ABC):
         check_input(self.limits, value, self.name)
         return value
 
+    def make_raw(self, item: Any) -> Any:
+        """Take a signal that a program holds in memory, instead of a file, as the raw signal.
+
+        Args:
+            item: an object that this modality knows, such as a picture of any mode; others are
+                returned as they are.
+
+        Raises:
+            SampleError: the object cannot be media of this modality.
+        """
+        return item
+
+    def read_raw(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Any:
+        """Decode, with every fault of the file as a SampleError: what previews call.
+
+        Args:
+            parts: as of `decode`.
+            meta: as of `decode`.
+
+        Raises:
+            SampleError: as of `decode`, or a decoder failed in a way of its own.
+        """
+        with _translate_errors(self.name):
+            return self.decode(parts, meta)
+
     def read_value(
         self,
         parts: Mapping[str, Part],
@@ -200,9 +226,10 @@ class Modality(ABC):
             rng: as of `transform`.
 
         Raises:
-            SampleError: as of `decode` and `make_value`.
+            SampleError: as of `decode` and `make_value`, or a decoder failed in a way of its own.
         """
-        return self.make_value(self.decode(parts, meta), train=train, rng=rng)
+        with _translate_errors(self.name):
+            return self.make_value(self.decode(parts, meta), train=train, rng=rng)
 
     def match(self, extensions: Mapping[str, Any] | set[str]) -> dict[str, str]:
         """Choose the parts of a sample that this modality reads.
@@ -257,3 +284,21 @@ class Modality(ABC):
                     f"put the {role} file there under one of these names.",
                 )
         return parts
+
+
+@contextmanager
+def _translate_errors(name: str) -> Iterator[None]:
+    """Turn a decoder's unexpected exception into a SampleError: a strange file costs one sample.
+
+    Lack of memory and errors of the disk are the machine's and stay what they are.
+    """
+    try:
+        yield
+    except (OneLLMError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise SampleError(
+            f"unreadable {name}: {type(error).__name__}: {error}",
+            "it cannot be decoded.",
+            "encode it again, or drop the sample.",
+        ) from error

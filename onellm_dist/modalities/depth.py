@@ -9,11 +9,10 @@ import numpy as np
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError
-from onellm_dist.modalities.base import Part
-from onellm_dist.modalities.io.arrays import read_npy
-from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, open_picture
+from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
 from onellm_dist.modalities.limits import LIMITS
-from onellm_dist.modalities.pairs import PairModality
+from onellm_dist.modalities.pairs import PairModality, list_map_extensions, note_invalid_pixels
 
 
 class DepthModality(PairModality):
@@ -21,8 +20,8 @@ class DepthModality(PairModality):
 
     | | |
     |---|---|
-    | files | `depth`: depth.png, depth.jpg, depth.jpeg, depth.webp, depth.npy |
-    | | `image`: jpg, jpeg, png, webp |
+    | files | `depth`: depth.png, depth.npy, and depth. with the other extensions of images |
+    | | `image`: as of the modality image |
     | raw signal | `MapPair`: picture and map, both RGB, the map resized to the picture |
     | model input | [2, 3, 224, 224]: picture, map; CLIP's normalisation |
     | encoder tokens | 2 sequences of 256 patches and the class token |
@@ -31,39 +30,43 @@ class DepthModality(PairModality):
     and float maps are rendered to 8-bit grey: the smallest to the largest valid value (finite and
     above 0) becomes 1 to 255, all others 0. `"depth_is_distance": true` in the sample's json says
     that large values are far; their inverse is rendered then.
+
+    A picture with an EXIF orientation is turned upright, and its map with it if the map has the
+    size of the stored pixels. Where sizes do not tell (squares, half turns, mirrored pictures) the
+    sample is refused, unless the map's file states its own orientation.
     """
 
     name = "depth"
     order = 4
     limits = LIMITS["depth"]
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "depth": ("depth.png", "depth.jpg", "depth.jpeg", "depth.webp", "depth.npy"),
+        "depth": list_map_extensions("depth"),
         "image": IMAGE_EXTENSIONS,
     }
 
-    def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
-        """Render the map as RGB.
+    def render_picture(
+        self, picture: Image.Image, meta: Mapping[str, Any], name: str
+    ) -> Image.Image:
+        """Render a map that is stored as a picture: 8 bits as they are, more as numbers."""
+        if picture.mode.startswith(("I", "F")):
+            return self.render_array(np.asarray(picture), meta, name)
+        return convert_to_rgb(picture)
+
+    def render_array(self, values: np.ndarray, meta: Mapping[str, Any], name: str) -> Image.Image:
+        """Render a map of numbers.
 
         If `meta["depth_is_distance"]` is true, 16-bit and float values are distances. Near must be
         bright, as in DPT's maps that the paper trains on, so their inverse is rendered.
         """
-        if part.data[:6] == b"\x93NUMPY":
-            values = read_npy(part)
-        else:
-            picture = open_picture(part)
-            if not picture.mode.startswith(("I", "F")):
-                return picture.convert("RGB")
-            values = np.asarray(picture)
-        inverse = bool(meta.get("depth_is_distance", False))
-        return render_depth(values, inverse=inverse, name=f".{part.extension}")
+        return render_depth(values, inverse=bool(meta.get("depth_is_distance", False)), name=name)
 
 
 def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image:
     """Render numbers as grey RGB: valid values to 1..255 linearly, values <= 0 to 0.
 
     Args:
-        values: [H, W], [1, H, W] or [H, W, 1]: depth, or inverse depth; 0 and less means "not
-            measured".
+        values: [H, W], [1, H, W] or [H, W, 1]: depth, or inverse depth; 0 and less, NaN and
+            infinities mean "not measured".
         inverse: whether to render 1 / value.
         name: what an error calls the map.
 
@@ -77,16 +80,19 @@ def render_depth(values: np.ndarray, *, inverse: bool, name: str) -> Image.Image
             "it is not a depth map.",
             "store one value per pixel: [H, W] in .npy, or a grey picture.",
         )
-    valid = grid > 0
+    depth = grid.astype(np.float64)
+    if inverse:
+        with np.errstate(divide="ignore", over="ignore"):
+            depth = 1.0 / depth
+    valid = np.isfinite(grid) & np.isfinite(depth) & (grid > 0)
     if not valid.any():
         raise SampleError(
-            f"{name} has no value above 0",
+            f"{name} has no finite value above 0",
             "nothing in it was measured.",
             "drop the sample, or store depth as positive numbers.",
         )
-    depth = grid[valid].astype(np.float64)
-    if inverse:
-        depth = 1.0 / depth
+    note_invalid_pixels(~np.isfinite(grid), name)
+    depth = depth[valid]
     low, high = depth.min(), depth.max()
     grey = np.zeros(grid.shape, np.uint8)
     # A flat map has no range to stretch: it gets the middle of the scale.

@@ -1,4 +1,4 @@
-"""Still images: JPEG, PNG or WebP, as 224 x 224 RGB with CLIP's normalisation."""
+"""Still images as 224 x 224 RGB with CLIP's normalisation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import make_thumbnail
-from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture
+from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS, decode_picture, make_rgb_picture
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
@@ -28,10 +28,14 @@ class ImageModality(Modality):
 
     | | |
     |---|---|
-    | files | `image`: jpg, jpeg, png, webp; any size, colour mode and EXIF orientation |
+    | files | `image`: jpg, jpeg, png, webp, gif, bmp, tif, tiff, avif |
     | raw signal | RGB `PIL.Image` |
     | model input | [3, 224, 224], CLIP's mean and standard deviation |
     | encoder tokens | 256 patches of 14 x 14 and the class token |
+
+    The bytes decide on the format, whatever the extension says; of several frames or pages the
+    first is read. EXIF orientation is applied, transparency is composited on white, 16-bit grey
+    keeps its upper 8 bits. Texts and colour profiles in the file decide nothing.
     """
 
     name = "image"
@@ -43,8 +47,12 @@ class ImageModality(Modality):
     visual = True
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> Image.Image:
-        """Decode JPEG, PNG or WebP to RGB (see `io.pictures.decode_picture`)."""
-        return decode_picture(parts["image"])
+        """Decode to upright RGB (see `io.pictures.decode_picture`)."""
+        return decode_picture(parts["image"], self.limits)
+
+    def make_raw(self, item: Any) -> Any:
+        """Take a `PIL.Image` of any mode, or its array, as `decode` takes a file."""
+        return make_rgb_picture(item, self.limits)
 
     def transform(self, raw: Image.Image, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """Crop and normalise to [3, 224, 224].

@@ -40,8 +40,8 @@ class Limits:
     """Largest absolute value of the model's input; NaN and infinities are always refused."""
 
 
-_STILL = Limits(pixels=178_956_970, aspect=10_000, channels=5, values=600_000_000, magnitude=3)
-"""Pixels: the number at which Pillow refuses a picture (0.7 GB in memory).
+_STILL = Limits(pixels=110_000_000, aspect=10_000, channels=5, values=600_000_000, magnitude=3)
+"""Pixels: a telephone's 108 megapixels; decoded, cropped and composited they take 0.9 GB.
 
 Magnitude: CLIP's normalisation maps a byte to at most 2.2."""
 LIMITS: Mapping[str, Limits] = {
@@ -83,7 +83,7 @@ def check_size(limits: Limits, width: int, height: int, name: str) -> None:
         raise SampleError(size, "there is nothing to see in it.", "drop the sample.")
     if width * height > limits.pixels:
         raise SampleError(
-            f"{size}; the limit is {limits.pixels:,} pixels",
+            f"{size}; the limit is {limits.pixels:,.0f} pixels",
             "decoding it could take a worker's whole memory.",
             _DROP,
         )

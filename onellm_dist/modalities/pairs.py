@@ -18,7 +18,16 @@ from PIL import Image
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
-from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.modalities.io.alignment import align_map
+from onellm_dist.modalities.io.arrays import is_npy, read_npy
+from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.damage import note_damage
+from onellm_dist.modalities.io.pictures import (
+    IMAGE_EXTENSIONS,
+    make_rgb_picture,
+    open_picture,
+)
+from onellm_dist.modalities.limits import check_count
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
@@ -29,12 +38,38 @@ from onellm_dist.modalities.transforms.crops import (
 )
 
 
+def list_map_extensions(name: str) -> tuple[str, ...]:
+    """List the extensions of the maps of a modality, such as `depth.png`, the usual ones first."""
+    return tuple(
+        f"{name}.{e}" for e in ("png", "jpg", "jpeg", "webp", "npy", *IMAGE_EXTENSIONS[4:])
+    )
+
+
 @dataclass(frozen=True)
 class MapPair:
     """A picture and a map of it, both RGB and of one size."""
 
     picture: Image.Image
     map: Image.Image
+
+
+def note_invalid_pixels(invalid: np.ndarray, name: str) -> None:
+    """Note the pixels of a map that are not finite; the others are used, however few they are.
+
+    Args:
+        invalid: [H, W] of bool.
+        name: what the note calls the map.
+    """
+    count = int(invalid.sum())
+    if count:
+        what = f"{name}: {count:,} of {invalid.size:,} pixels are NaN or infinite, and taken as 0"
+        note_damage(what, 0.0)
+
+
+def _make_pair(picture: Image.Image, rendered: Image.Image) -> MapPair:
+    if rendered.size != picture.size:
+        rendered = rendered.resize(picture.size, Image.Resampling.BICUBIC)
+    return MapPair(picture, rendered)
 
 
 class PairModality(Modality):
@@ -45,9 +80,8 @@ class PairModality(Modality):
     tokens = PATCHES
     visual = True
 
-    @abstractmethod
     def render(self, part: Part, meta: Mapping[str, Any]) -> Image.Image:
-        """Render the map as an 8-bit RGB picture.
+        """Render the map as an 8-bit RGB picture, upright by its own orientation tag.
 
         Args:
             part: the file of the map.
@@ -56,13 +90,45 @@ class PairModality(Modality):
         Raises:
             SampleError: the file cannot be read as a map of this kind.
         """
+        name = f".{part.extension}"
+        if not is_npy(part):
+            return self.render_picture(open_picture(part, self.limits).image, meta, name)
+        values = read_npy(part, finite=False)
+        check_count(self.limits, "values", values.size, name)
+        return self.render_array(values, meta, name)
+
+    @abstractmethod
+    def render_picture(
+        self, picture: Image.Image, meta: Mapping[str, Any], name: str
+    ) -> Image.Image:
+        """Render a map that is stored as a picture of any mode, as `render` does."""
+
+    @abstractmethod
+    def render_array(self, values: np.ndarray, meta: Mapping[str, Any], name: str) -> Image.Image:
+        """Render a map that is stored as numbers; NaN and infinities are invalid pixels: 0."""
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> MapPair:
-        """Decode both; the map is resized to the picture's size (bicubic), as in the reference."""
-        picture, rendered = decode_picture(parts["image"]), self.render(parts[self.name], meta)
-        if rendered.size != picture.size:
-            rendered = rendered.resize(picture.size, Image.Resampling.BICUBIC)
-        return MapPair(picture, rendered)
+        """Decode both; the map is resized to the picture's size (bicubic), as in the reference.
+
+        A map of the stored pixels of a turned picture (EXIF) is turned like it.
+
+        Raises:
+            SampleError: as of `Modality.decode`, or the orientations disagree (see `align_map`).
+        """
+        part, photo = parts[self.name], open_picture(parts["image"], self.limits)
+        is_tagged = (
+            photo.orientation > 1 and not is_npy(part) and open_picture(part, self.limits).is_tagged
+        )
+        names = (f".{parts['image'].extension}", f".{part.extension}")
+        rendered = align_map(self.render(part, meta), photo, is_tagged=is_tagged, names=names)
+        return _make_pair(convert_to_rgb(photo.image), rendered)
+
+    def make_raw(self, item: Any) -> Any:
+        """Take a `MapPair` of pictures of any modes and sizes as `decode` takes files."""
+        if not isinstance(item, MapPair):
+            return item
+        rendered = self.render_picture(item.map, {}, f"the {self.name} map")
+        return _make_pair(make_rgb_picture(item.picture, self.limits), rendered)
 
     def transform(self, raw: MapPair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[2, 3, 224, 224]: picture, map, cropped alike (training: at random, else the middle)."""

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
+from onellm_dist.modalities.files import read_file_value
 from onellm_dist.model.configuration import OneLLMConfig
 
 
@@ -40,7 +41,8 @@ class OneLLMProcessor(ProcessorMixin):
         Args:
             text: a prompt, or B of them. BOS is put before each; batches are padded on the left.
             media: by name of a modality: a file, a tensor of the modality's value shape, the raw
-                signal that the modality's `transform` takes, or a list of B of these.
+                signal that the modality's `transform` takes, what its `make_raw` takes (a
+                `PIL.Image` of any mode, an array of its pixels), or a list of B of these.
 
         Returns:
             input_ids [B, S], attention_mask [B, S], and `<modality>_values` [B, *value_shape] for
@@ -108,8 +110,9 @@ def _read_value(name: str, item: Any) -> torch.Tensor:
         path = Path(item)
         if not path.is_file():
             raise UsageError(f"no file {path}", f"it was given as {name}.", "check the path.")
-        item = modality.decode(modality.read_parts(path), {})
-    return modality.transform(item, train=False, rng=np.random.default_rng(0))
+        return read_file_value(modality, path)
+    raw = modality.make_raw(item)
+    return modality.make_value(raw, train=False, rng=np.random.default_rng(0))
 
 
 AutoProcessor.register(OneLLMConfig, OneLLMProcessor, exist_ok=True)

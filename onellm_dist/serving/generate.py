@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
 from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
+from onellm_dist.modalities.files import read_file_value
 
 if TYPE_CHECKING:
     import torch
@@ -191,8 +192,6 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
         UsageError: a file or a modality does not exist.
         SampleError: a file cannot be decoded; the message begins with its name.
     """
-    import numpy as np
-
     values = {}
     for name, path in files:
         modality = get_modality(name)
@@ -200,35 +199,8 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
             raise UsageError(
                 f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
             )
-        try:
-            raw = modality.decode(modality.read_parts(path), _read_sidecar_json(path))
-            values[name] = modality.transform(raw, train=False, rng=np.random.default_rng(0))[None]
-        except SampleError as error:
-            message = error.what if str(path) in error.what else f"{path}: {error.what}"
-            raise SampleError(message, error.why, error.do) from error
-        except OSError as error:
-            raise OneLLMError(
-                f"{path}: {error.strerror or error}",
-                "the file cannot be read.",
-                "check its permissions and the disk.",
-            ) from error
+        values[name] = read_file_value(modality, path)[None]
     return values
-
-
-def _read_sidecar_json(path: Path) -> Mapping[str, Any]:
-    """Return the object in `<stem>.json` beside a file, like a sample's `.json`; else nothing."""
-    sidecar = path.with_name(f"{path.name.split('.', 1)[0]}.json")
-    if not sidecar.is_file():
-        return {}
-    try:
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SampleError(
-            f"{sidecar}: not JSON: {error}",
-            f"it describes {path.name}.",
-            "fix it, or move it away.",
-        ) from None
-    return meta if isinstance(meta, dict) else {}
 
 
 def choose_dtype(model: Path) -> dict[str, Any]:

@@ -13,6 +13,11 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 
 
+def is_npy(part: Part) -> bool:
+    """Check for a file of `numpy.save`, by its first bytes."""
+    return part.data[:6] == b"\x93NUMPY"
+
+
 def read_npy(part: Part, *, finite: bool = True) -> np.ndarray:
     """Read a numeric array; it is read-only, because it views the part's bytes.
 

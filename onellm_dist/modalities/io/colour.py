@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+_LARGEST_16_BIT = 65535
 _STRIP = 1 << 22
 """Pixels that are composited at once."""
 
@@ -52,18 +53,28 @@ def scale_to_bytes(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return (values >> 8).astype(np.uint8)
-    finite = np.isfinite(values)
-    known = values[finite].astype(np.float64)
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
-    if values.dtype.kind != "f" and 0 <= low and high <= 65535:
-        return (values >> 8).astype(np.uint8)
-    if 0 <= low and high <= 1:
-        low, high = 0.0, 1.0
-    elif 0 <= low and high <= 255:
-        low, high = 0.0, 255.0
-    bytes_ = np.zeros(values.shape, np.uint8)
-    bytes_[finite] = np.round((known - low) * (255 / ((high - low) or 1.0)))
-    return bytes_
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        low = float(values.min(where=finite, initial=np.inf))
+        high = float(values.max(where=finite, initial=-np.inf))
+    else:
+        low, high = float(values.min()), float(values.max())
+        if low >= 0 and high <= _LARGEST_16_BIT:
+            return (values >> 8).astype(np.uint8)
+    if low >= 0 and high <= 255:
+        low, high = 0.0, 1.0 if high <= 1 else 255.0
+    return _stretch(values, low, high)
+
+
+def _stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Map low..high to 0..255 as uint8, strip by strip; what is not finite becomes 0."""
+    scaled = np.zeros(values.shape, np.uint8)
+    rows = max(1, _STRIP // values.shape[1])
+    for top in range(0, len(values), rows):
+        strip = values[top : top + rows].astype(np.float64)
+        numbers = np.round((strip - low) * (255 / ((high - low) or 1.0)))
+        np.copyto(scaled[top : top + rows], numbers, where=np.isfinite(strip), casting="unsafe")
+    return scaled
 
 
 def _put_on_white(picture: Image.Image) -> Image.Image:

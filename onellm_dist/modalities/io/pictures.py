@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
@@ -29,6 +31,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_COSTLY_FORMATS = {"WEBP", "AVIF", "JPEG2000"}
+_COSTLY_MODES = {"F", "I"}
 _ORIENTATION_TAG = 0x0112
 _PNG_DEPTH = 24
 """Place of the bits per sample in a PNG."""
@@ -86,7 +90,7 @@ def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):  # it prints the address of a buffer
+    if isinstance(error, UnidentifiedImageError):  # it prints the address of a buffer
         return "its first bytes are those of none of these, or its header is damaged"
     return str(error) or type(error).__name__
 
@@ -94,12 +98,18 @@ def _describe(error: Exception) -> str:
 def _decode(data: bytes, limits: Limits, extension: str) -> tuple[Image.Image, int | None]:
     """The picture, and the orientation that Pillow applies by itself (to TIFF alone)."""
     picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-    check_size(limits, *picture.size, f".{extension}")
+    check_size(_get_limits(limits, picture), *picture.size, f".{extension}")
     applied = _read_orientation(picture) if picture.format == "TIFF" else None
     picture.load()
     if picture.format == "PNG":
         _scale_transparent_colour(picture, data[_PNG_DEPTH])
     return picture, applied
+
+
+def _get_limits(limits: Limits, picture: Image.Image) -> Limits:
+    """Halve the pixels for what takes twice the memory while it is decoded."""
+    is_costly = picture.format in _COSTLY_FORMATS or picture.mode in _COSTLY_MODES
+    return replace(limits, pixels=limits.pixels / 2) if is_costly else limits
 
 
 def _scale_transparent_colour(picture: Image.Image, depth: int) -> None:
@@ -109,11 +119,6 @@ def _scale_transparent_colour(picture: Image.Image, depth: int) -> None:
         picture.info["transparency"] = colour * (255 // (2**depth - 1))
     elif depth == 16 and isinstance(colour, tuple):
         picture.info["transparency"] = tuple(value >> 8 for value in colour)
-
-
-def upright_picture(picture: Image.Image) -> UprightPicture:
-    """Turn a picture that a program holds upright, by the orientation that it carries."""
-    return _turn_upright(picture, None)
 
 
 def _turn_upright(picture: Image.Image, applied: int | None) -> UprightPicture:
@@ -145,3 +150,43 @@ def decode_picture(part: Part, limits: Limits = LIMITS["image"]) -> Image.Image:
         SampleError: as in `open_picture`.
     """
     return convert_to_rgb(open_picture(part, limits).image)
+
+
+def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
+    """Convert a picture that a program holds as `decode_picture` converts a file.
+
+    Args:
+        item: a `PIL.Image` of any mode, or an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of
+            uint8 (or uint16, if [H, W]); anything else is returned as it is.
+        limits: how large it may be.
+
+    Raises:
+        SampleError: the array is no such picture, or it exceeds the limits.
+    """
+    if isinstance(item, np.ndarray):
+        item = _make_picture(item)
+    if not isinstance(item, Image.Image):
+        return item
+    check_size(limits, *item.size, "the picture")
+    try:
+        item.load()
+    except Exception as error:  # opened, but not yet decoded
+        raise SampleError(
+            f"the picture cannot be decoded: {_describe(error)}",
+            "there is nothing to show the model.",
+            "give another, or name its file.",
+        ) from error
+    return convert_to_rgb(_turn_upright(item, None).image)
+
+
+def _make_picture(array: np.ndarray) -> Image.Image:
+    grey = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    deep = grey.dtype == np.uint16 and grey.ndim == 2
+    bands = grey.ndim == 2 or (grey.ndim == 3 and grey.shape[2] in (3, 4))
+    if not deep and not (grey.dtype == np.uint8 and bands):
+        raise SampleError(
+            f"an array of {array.dtype} and shape {array.shape} is not a picture",
+            "pictures are [height, width, 3] of uint8; 4 bands have opacity, 1 is grey.",
+            "convert it, or give a PIL.Image.",
+        )
+    return Image.fromarray(np.ascontiguousarray(grey))

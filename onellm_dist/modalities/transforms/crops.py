@@ -21,7 +21,7 @@ _NORMALISED = ((np.arange(256, dtype=np.float32) / np.float32(255)) - _MEAN) / _
 """[3, 256]: the normalised value of each byte, per channel."""
 _WIDEST = 100
 """Ratio of long to short side above which a picture is cut to its middle first, to save memory."""
-_STRIP = 1 << 24
+_STRIP = 1 << 22
 """Pixels of a large picture that are copied at once."""
 
 Box = tuple[int, int, int, int]
@@ -92,7 +92,7 @@ def _copy_box(picture: Image.Image, box: Box) -> np.ndarray:
     rows = max(1, _STRIP // picture.width)
     for first in range(top, bottom, rows):
         last = min(first + rows, bottom)
-        pixels[first - top : last - top] = picture.crop((left, first, right, last))
+        pixels[first - top : last - top] = np.asarray(picture.crop((left, first, right, last)))
     return pixels
 
 

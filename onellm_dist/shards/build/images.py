@@ -6,9 +6,11 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from onellm_dist.modalities import get_modality
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.pictures import decode_picture
 from onellm_dist.shards.sources.base import BadSampleError
 
 DEFAULT_QUALITY = 95
@@ -31,14 +33,16 @@ def get_picture_extensions(modalities: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _open_picture(data: bytes) -> Image.Image:
+def _read_picture(extension: str, data: bytes) -> Image.Image:
+    """Read a picture as training does: upright RGB.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
     try:
-        picture = Image.open(io.BytesIO(data))
-        picture.load()
-    except Exception as error:
-        # Pillow's decoders raise many types; each means that this picture cannot be read.
-        raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
-    return picture
+        return decode_picture(Part(extension, data))
+    except SampleError as error:
+        raise BadSampleError(f"unreadable picture: {error.what}") from error
 
 
 def reencode_pictures(
@@ -46,7 +50,8 @@ def reencode_pictures(
 ) -> dict[str, bytes]:
     """Return the parts with their pictures re-encoded as JPEG.
 
-    EXIF's rotation is applied; other metadata is dropped.
+    The pixels are those that training would read (`io.pictures.decode_picture`); metadata is
+    dropped.
 
     Args:
         parts: extension to content.
@@ -63,7 +68,7 @@ def reencode_pictures(
         if extension not in pictures:
             result[extension] = data
             continue
-        picture = _open_picture(data)
+        picture = _read_picture(extension, data)
         too_large = resize is not None and min(picture.size) > resize
         if not too_large and quality is None:
             result[extension] = data
@@ -71,31 +76,35 @@ def reencode_pictures(
         size = resize if too_large else None
         try:
             result[STORED] = _encode_jpeg(picture, size, quality or DEFAULT_QUALITY)
-        except Exception as error:  # a broken EXIF, a mode or a size that JPEG does not have
+        except Exception as error:  # a size that JPEG does not have
             raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result
 
 
 def _encode_jpeg(picture: Image.Image, resize: int | None, quality: int) -> bytes:
-    upright = ImageOps.exif_transpose(picture).convert("RGB")
     if resize is not None:
-        shorter = min(upright.size)
-        width, height = (max(1, round(side * resize / shorter)) for side in upright.size)
-        upright = upright.resize((width, height), Image.Resampling.LANCZOS)
+        shorter = min(picture.size)
+        width, height = (max(1, round(side * resize / shorter)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    upright.save(buffer, format="JPEG", quality=quality)
+    picture.save(buffer, format="JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def compute_dhash(data: bytes) -> int:
+def compute_dhash(data: bytes, extension: str = STORED) -> int:
     """Compute the dHash of a picture (Krawetz 2013, "Kind of Like That").
 
-    Its 64 bits say which of 8 x 8 grey cells are darker than their right neighbours.
+    Its 64 bits say which of 8 x 8 grey cells are darker than their right neighbours. They are the
+    cells of the picture as training reads it: upright, transparency on white.
+
+    Args:
+        data: the file.
+        extension: what an error calls it.
 
     Raises:
         BadSampleError: the picture cannot be read.
     """
-    small = _open_picture(data).convert("L").resize((9, 8), Image.Resampling.BOX)
+    small = _read_picture(extension, data).convert("L").resize((9, 8), Image.Resampling.BOX)
     grey = np.asarray(small, dtype=np.int16)
     bits = (grey[:, :-1] < grey[:, 1:]).reshape(64)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

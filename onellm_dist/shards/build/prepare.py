@@ -153,7 +153,7 @@ def _hash_sample(
         )
     if settings.dedup == "perceptual":
         pictures = get_picture_extensions(modalities)
-        found = (compute_dhash(media[e]) for e in sorted(media) if e in pictures)
+        found = (compute_dhash(media[e], e) for e in sorted(media) if e in pictures)
         picture_hash = next(found, 0)
     return content_hash, picture_hash
 
@@ -313,11 +313,13 @@ def _make_disk_error(media: Media, error: OSError) -> OneLLMError:
 
 
 def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any]) -> None:
-    """Decode the media of one modality, and transform it, as training would."""
+    """Decode the media of one modality, and transform them as training and evaluation do."""
     modality = get_modality(name)
     media = {part: Part(e, parts[e]) for part, e in modality.match(set(parts)).items()}
     try:
-        modality.transform(modality.decode(media, meta), train=False, rng=np.random.default_rng(0))
+        raw = modality.read_raw(media, meta)
+        for train in (False, True):
+            modality.make_value(raw, train=train, rng=np.random.default_rng(0))
     except SampleError as error:
         raise BadSampleError(f"unreadable {name}: {error.what}") from error
     except Exception as error:

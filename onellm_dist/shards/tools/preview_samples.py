@@ -140,7 +140,9 @@ def render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
         for name in dataset.modalities:
             modality = get_modality(name)
             media = {part: parts[e] for part, e in modality.match(set(parts)).items()}
-            picture = modality.preview(modality.decode(media, _parse_meta(parts))).convert("RGB")
+            raw = modality.read_raw(media, _parse_meta(parts))
+            modality.make_value(raw, train=False, rng=np.random.default_rng(0))  # or it is refused
+            picture = modality.preview(raw).convert("RGB")
             picture.thumbnail((_WIDTH, _WIDTH))
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=85)

@@ -182,7 +182,7 @@ def _draw_modality(folder: Path, name: str, captions: Sequence[Caption]) -> list
                     continue
                 parts = read_parts(dataset, shard, row)
                 matched = {part: parts[e] for part, e in modality.match(parts).items()}
-                picture = modality.preview(modality.decode(matched, read_meta(parts)))
+                picture = modality.preview(modality.read_raw(matched, read_meta(parts)))
                 reference, prediction = caption.reference, caption.prediction
                 shown.append(ShownSample(name, picture, reference, prediction, split))
     return shown

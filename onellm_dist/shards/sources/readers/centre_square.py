@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
+from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part
-from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.pictures import open_picture
 from onellm_dist.shards.sources.base import Media
 
 _QUALITY = 95
@@ -25,9 +27,16 @@ class CentreSquare:
         """Cut out the square as JPEG of quality 95; it is not resized.
 
         Raises:
-            SampleError: the picture cannot be read.
+            SampleError: the picture cannot be read, or is turned by its EXIF orientation.
         """
-        picture = decode_picture(Part("jpg", self.picture.read_bytes()))
+        opened = open_picture(Part("jpg", self.picture.read_bytes()))
+        if opened.orientation > 1:
+            raise SampleError(
+                f"the picture has EXIF orientation {opened.orientation}, and its map is a square",
+                "nothing tells whether the map was made from the turned picture.",
+                "put the picture that the model was shown beside the map, as NAME_rgb.png.",
+            )
+        picture = convert_to_rgb(opened.image)
         side = min(picture.size)
         left, top = ((length - side) // 2 for length in picture.size)
         buffer = io.BytesIO()

@@ -23,10 +23,13 @@ from torch.nn import functional
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import sha256_file
 from onellm_dist.modalities import Part
-from onellm_dist.modalities.io.pictures import decode_picture
+from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.pictures import open_picture
 from onellm_dist.shards.sources.base import BadSampleError, Media
 from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
+_UPRIGHT = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\0\0\0\0"
+"""EXIF with the orientation 1 alone."""
 _SCHARR = np.array([3.0, 10.0, 3.0]) / 16
 
 
@@ -51,14 +54,17 @@ class EstimatedMap:
             BadSampleError: the picture cannot be read, or its map is flat or not finite.
             UsageError: the model cannot be loaded.
         """
-        picture = decode_picture(Part("jpg", self.picture.read_bytes()))
+        opened = open_picture(Part("jpg", self.picture.read_bytes()))
+        picture = convert_to_rgb(opened.image)
         nearness = _to_nearness(_estimate(self.model, self.device, picture), self.distance)
         array = np.round(nearness * 255).astype(np.uint8)
         if self.kind == "normal":
             vectors = estimate_normals(nearness, self.strength)
             array = np.round((vectors + 1) * 127.5).astype(np.uint8)
         buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "PNG")
+        # The map of a picture that EXIF turns says that it is upright; others need not.
+        tag = {"exif": _UPRIGHT} if opened.orientation > 1 else {}
+        Image.fromarray(array).save(buffer, "PNG", **tag)
         return buffer.getvalue()
 
 

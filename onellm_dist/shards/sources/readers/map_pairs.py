@@ -370,7 +370,7 @@ def _find_map(
             ),
         }
     if folders.maps != folders.pictures:
-        for map_extension in (extension, *(e for e in IMAGE_EXTENSIONS if e != extension)):
+        for map_extension in dict.fromkeys((extension, *IMAGE_EXTENSIONS, "npy")):
             if (tree := folders.maps / f"{stem}.{map_extension}").is_file():
                 return {extension: picture, f"{kind}.{map_extension}": tree}
     for base in dict.fromkeys((stem, stem.rpartition("/")[2])):

@@ -1,0 +1,57 @@
+"""From a file on disk to the model's input, for `onellm generate` and the processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.modalities.base import Modality
+
+
+def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
+    """Read a file, and those that belong to it beside it, with the evaluation transform.
+
+    The object in `<stem>.json` is read like a sample's `.json`.
+
+    Returns:
+        [*value_shape] fp32.
+
+    Raises:
+        SampleError: it cannot be decoded; the message begins with its name.
+        OneLLMError: the disk fails.
+    """
+    try:
+        parts = modality.read_parts(path)
+        meta = _read_sidecar_json(path)
+        return modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
+    except SampleError as error:
+        message = error.what if str(path) in error.what else f"{path}: {error.what}"
+        raise SampleError(message, error.why, error.do) from error
+    except OSError as error:
+        raise OneLLMError(
+            f"{path}: {error.strerror or error}",
+            "the file cannot be read.",
+            "check its permissions and the disk.",
+        ) from error
+
+
+def _read_sidecar_json(path: Path) -> Mapping[str, Any]:
+    """Return the object in `<stem>.json` beside a file, like a sample's `.json`; else nothing."""
+    sidecar = path.with_name(f"{path.name.split('.', 1)[0]}.json")
+    if not sidecar.is_file():
+        return {}
+    try:
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SampleError(
+            f"{sidecar}: not JSON: {error}",
+            f"it describes {path.name}.",
+            "fix it, or move it away.",
+        ) from None
+    return meta if isinstance(meta, dict) else {}
