@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
 from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
 from onellm_dist.modalities.files import read_file_value
+from onellm_dist.modalities.io.damage import collect_damage
 
 if TYPE_CHECKING:
     import torch
 
+_log = get_logger(__name__)
 FORMATS = ("auto", "conversation", "chat", "raw")
 OFFSETS = ("correct", "reference")
 Ending = Literal["eos", "stop string", "length"]
@@ -199,7 +202,10 @@ def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
             raise UsageError(
                 f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
             )
-        values[name] = read_file_value(modality, path)[None]
+        with collect_damage() as damage:
+            values[name] = read_file_value(modality, path)[None]
+        for what in damage:
+            _log.warning("%s: %s; the rest is used", path, what)
     return values
 
 

@@ -106,12 +106,14 @@ def test_a_broken_tensor_file_is_one_bad_sample(tmp_path: Path, damage: str) -> 
 def test_a_picture_that_cannot_be_encoded_again_is_a_bad_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(image: object) -> object:
-        raise TypeError("EXIF")
+    data = picture(1)
 
-    monkeypatch.setattr("onellm_dist.shards.build.images.ImageOps.exif_transpose", broken)
-    with pytest.raises(BadSampleError, match="unreadable picture: TypeError: EXIF"):
-        reencode_pictures({"jpg": picture(1)}, frozenset({"jpg"}), None, 80)
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("no encoder")
+
+    monkeypatch.setattr("PIL.Image.Image.save", broken)
+    with pytest.raises(BadSampleError, match="unreadable picture: TypeError: no encoder"):
+        reencode_pictures({"jpg": data}, frozenset({"jpg"}), None, 80)
 
 
 def test_half_a_surrogate_pair_costs_one_sample(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""Maps and their pictures: turned together, refused where nothing tells, holes left as holes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from media_samples import npy, photo, picture
+from PIL import Image
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities import Part, depth, normal
+from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.pairs import MapPair, PairModality
+from onellm_dist.shards.sources.readers.centre_square import CentreSquare
+
+DEPTH, NORMAL = depth.MODALITY, normal.MODALITY
+SIDEWAYS = [5, 6, 7, 8]
+
+
+def tag(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def halves(width: int, height: int) -> Image.Image:
+    """Red on the left, blue on the right; seen from its bright part, unlike in every turn."""
+    array = np.zeros((height, width, 3), np.uint8)
+    array[:, : width // 2, 0] = 250
+    array[:, width // 2 :, 2] = 250
+    array[: height // 2] //= 2
+    return Image.fromarray(array)
+
+
+def pair(photograph: Part, chart: Part, modality: PairModality = DEPTH) -> MapPair:
+    found: MapPair = modality.decode({"image": photograph, modality.name: chart}, {})
+    return found
+
+
+def lies_on(found: MapPair) -> bool:
+    """The map, a copy of the picture, still shows the same everywhere."""
+    apart = np.asarray(found.picture).astype(int) - np.asarray(found.map).astype(int)
+    return found.map.size == found.picture.size and float(np.abs(apart).mean()) < 8
+
+
+@pytest.mark.parametrize("modality", [DEPTH, NORMAL])
+@pytest.mark.parametrize("orientation", SIDEWAYS)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_map_of_the_stored_pixels_is_turned_with_its_picture(
+    modality: PairModality, orientation: int, scale: int
+) -> None:
+    image = halves(160, 90)
+    photograph = picture(image, "PNG", exif=tag(orientation))
+    chart = picture(image.resize((160 // scale, 90 // scale)), extension=f"{modality.name}.png")
+    found = pair(photograph, chart, modality)
+    assert found.picture.size == (90, 160) and lies_on(found)
+
+
+@pytest.mark.parametrize("orientation", SIDEWAYS)
+def test_a_map_of_the_upright_pixels_is_left_as_it_is(orientation: int) -> None:
+    photograph = picture(halves(160, 90), "PNG", exif=tag(orientation))
+    upright = pair(photograph, picture(Image.new("L", (90, 160), 5))).picture
+    assert lies_on(pair(photograph, picture(upright, extension="depth.png")))
+
+
+def test_a_float_map_is_turned_too() -> None:
+    values = np.asarray(halves(160, 90).convert("L")).astype(np.float32) + 1
+    photograph = picture(halves(160, 90).convert("L"), "PNG", exif=tag(6))
+    found = pair(photograph, npy(values, "depth.npy"))
+    shown, expected = (np.asarray(p.convert("L")).astype(float) for p in (found.map, found.picture))
+    assert np.corrcoef(shown.ravel(), expected.ravel())[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "chart"),
+    [
+        ((160, 90), 3, (160, 90)),
+        ((160, 90), 2, (80, 45)),
+        ((100, 100), 6, (100, 100)),
+        ((160, 90), 8, (64, 64)),
+    ],
+)
+def test_where_nothing_tells_the_sample_is_refused_with_both_names(
+    size: tuple[int, int], orientation: int, chart: tuple[int, int]
+) -> None:
+    photograph = picture(halves(*size), "JPEG", "jpg", exif=tag(orientation))
+    with pytest.raises(SampleError, match=r"\.jpg .* and \.depth\.png") as error:
+        pair(photograph, picture(Image.new("L", chart, 9), extension="depth.png"))
+    assert f"orientation {orientation}" in error.value.what and error.value.do
+    stated = picture(Image.new("L", chart, 9), extension="depth.png", exif=tag(1))
+    assert pair(photograph, stated).map.size == pair(photograph, stated).picture.size
+
+
+def test_a_map_with_an_orientation_of_its_own_is_turned_by_it() -> None:
+    image = halves(160, 90)
+    for orientation in (3, 6, 8):
+        photograph, chart = (
+            picture(image, "PNG", e, exif=tag(orientation)) for e in ("png", "depth.png")
+        )
+        assert lies_on(pair(photograph, chart))
+
+
+def test_a_map_on_its_side_is_refused_and_other_shapes_are_stretched() -> None:
+    photograph = picture(photo(160, 90))
+    with pytest.raises(SampleError, match="on its side"):
+        pair(photograph, picture(Image.new("L", (90, 160), 9), extension="depth.png"))
+    for size in ((64, 64), (160, 120), (80, 45)):
+        chart = picture(Image.new("L", size, 9), extension="depth.png")
+        assert pair(photograph, chart).map.size == (160, 90)
+
+
+@pytest.mark.parametrize("hole", [0.0, np.nan, np.inf, -np.inf, -3.0])
+@pytest.mark.parametrize("distance", [False, True])
+def test_pixels_of_a_depth_map_that_are_no_depth_become_0(hole: float, distance: bool) -> None:
+    values = np.linspace(1, 5, 90, dtype=np.float32)[:, None].repeat(120, 1)
+    plain = values.copy()
+    values[:20], plain[:20] = hole, 0
+    meta = {"depth_is_distance": distance}
+    with collect_damage() as damage:
+        shown = DEPTH.render(npy(values, "depth.npy"), meta)
+    assert shown.tobytes() == DEPTH.render(npy(plain, "depth.npy"), meta).tobytes()
+    assert np.asarray(shown)[:20].max() == 0 and np.asarray(shown)[20:].min() >= 1
+    assert len(damage) == (not np.isfinite(hole))
+    floats = picture(Image.fromarray(values), "TIFF", "depth.tif")
+    assert DEPTH.render(floats, meta).tobytes() == shown.tobytes()
+
+
+def test_depth_near_the_smallest_number_is_no_nan() -> None:
+    values = np.full((8, 8), 2.0)
+    values[0, 0] = 5e-324
+    shown = np.asarray(DEPTH.render(npy(values, "depth.npy"), {"depth_is_distance": True}))
+    assert shown[0, 0].max() == 0 and shown[1:].min() >= 1
+
+
+def test_pixels_of_a_normal_map_that_are_no_normal_become_black() -> None:
+    vectors = np.zeros((6, 8, 3), np.float32)
+    vectors[..., 2] = 1
+    vectors[1, 2, 0], vectors[3, 3, 2] = np.nan, np.inf
+    with collect_damage() as damage:
+        shown = np.asarray(NORMAL.render(npy(vectors, "normal.npy"), {}))
+    assert shown[1, 2].tolist() == shown[3, 3].tolist() == [0, 0, 0]
+    assert shown[0, 0].tolist() == [128, 128, 255] and "2 of 48 pixels" in damage[0]
+    with pytest.raises(SampleError, match="finite"):
+        NORMAL.render(npy(np.full((4, 4, 3), np.nan), "normal.npy"), {})
+
+
+def test_a_pair_in_memory_is_read_as_files_are() -> None:
+    image = photo(60, 40)
+    chart = Image.fromarray((np.arange(2400, dtype=np.uint16) * 20).reshape(40, 60))
+    files = pair(picture(image), picture(chart, extension="depth.png"))
+    held = DEPTH.make_raw(MapPair(image.convert("RGBA"), chart))
+    assert held.map.tobytes() == files.map.tobytes()
+    assert held.picture.tobytes() == files.picture.tobytes()
+
+
+class _Bytes:
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read_bytes(self) -> bytes:
+        return self.data
+
+
+def test_the_centre_square_of_a_turned_picture_is_refused() -> None:
+    assert CentreSquare(_Bytes(picture(photo(60, 40)).data)).read_bytes()
+    turned = picture(photo(60, 40), "JPEG", exif=tag(6))
+    with pytest.raises(SampleError, match="orientation 6"):
+        CentreSquare(_Bytes(turned.data)).read_bytes()
