@@ -15,15 +15,13 @@ from torch.nn import functional
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
-from onellm_dist.modalities.io.containers import read_frames
+from onellm_dist.modalities.io.frames import read_frames
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.crops import CLIP_MEAN, CLIP_STD, PATCHES, SIDE
 
 CLIPS = 5
 CROPS = 3
 CLIP_SECONDS = 1.0
-_WIDEST = 20
-"""Ratio of long to short side above which three crops of 224 show next to nothing of a frame."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,11 @@ class VideoModality(Modality):
     | model input | [15, 3, 224, 224]: frame by frame, three crops each, CLIP's normalisation |
     | encoder tokens | 15 sequences of 256 patches and the class token |
 
-    Sound is not read. Training does not augment, as in the reference.
+    Sound is not read. Training does not augment, as in the reference. Covers and thumbnails are no
+    film; of several films in a file the default one is read, else the longest. Rotation and
+    mirroring are followed. The frame rate is the stated one unless the presentation times differ
+    by more than a tenth. A film that is cut short, or of which a frame cannot be decoded, is used
+    and noted as damaged unless more than a quarter is missing.
     """
 
     name = "video"
@@ -65,15 +67,17 @@ class VideoModality(Modality):
     visual = True
 
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> VideoClip:
-        """Read the first frame of each of 5 one-second clips that are spread over the video."""
+        """Read the first frame of each of 5 one-second clips that are spread over the video.
+
+        Raises:
+            SampleError: as of `io.frames.read_frames`, or the frames have several sizes.
+        """
         part = parts["video"]
         frames, seconds = read_frames(part, compute_clip_starts)
-        height, width = frames[0].shape[:2]
-        sliver = max(height, width) > _WIDEST * min(height, width)
-        if sliver or any(f.shape != frames[0].shape for f in frames):
+        if any(f.shape != frames[0].shape for f in frames):
             raise SampleError(
                 f".{part.extension}: frames of {sorted({f.shape[1::-1] for f in frames})} pixels",
-                f"frames must have one size, and an aspect ratio of at most {_WIDEST} : 1.",
+                "frames must have one size.",
                 "encode the video again at one size, or drop the sample.",
             )
         return VideoClip(tuple(frames), tuple(seconds))

@@ -11,13 +11,13 @@ from collections import Counter
 from html import escape
 from itertools import accumulate
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.io.containers import measure_duration
 from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
@@ -25,8 +25,6 @@ from onellm_dist.shards.format.parts import read_parts
 _SHARDS = 200
 """Most shards whose indexes are read, evenly spread; the page says so if there are more."""
 TIMED = frozenset({"mp4", "webm", "mkv", "avi", "mov", *AUDIO_EXTENSIONS})
-_CONTAINERS = "mov,mp4,m4a,matroska,webm,avi,ogg,mp3,wav,flac,aiff,au,caf,w64,asf,aac,ac3,amr"
-"""The formats that FFmpeg may recognise: no playlists, which would open other files."""
 _WIDTH = 448
 """Pixels of the longer side of a preview, which is what the modalities draw."""
 _SPEAKERS = {"user": "Q", "assistant": "A", "system": "System"}
@@ -115,13 +113,7 @@ def _measure_duration(parts: dict[str, Part]) -> float | None:
     part = next((p for e, p in parts.items() if e.rsplit(".", 1)[-1] in TIMED), None)
     if part is None:
         return None
-    try:
-        with av.open(
-            io.BytesIO(part.data), "r", options={"format_whitelist": _CONTAINERS}
-        ) as container:
-            return container.duration / av.time_base if container.duration else None
-    except av.FFmpegError:
-        return None
+    return measure_duration(part)
 
 
 def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
