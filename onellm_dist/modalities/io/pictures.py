@@ -35,7 +35,7 @@ _COSTLY_FORMATS = {"WEBP", "AVIF", "JPEG2000"}
 _COSTLY_MODES = {"F", "I"}
 _ORIENTATION_TAG = 0x0112
 _PNG_DEPTH = 24
-"""Place of the bits per sample in a PNG."""
+"""Offset of the bits per sample in a PNG."""
 
 
 @dataclass(frozen=True)
