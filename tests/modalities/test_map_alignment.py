@@ -1,4 +1,4 @@
-"""Maps and their pictures: turned together, refused where nothing tells, holes left as holes."""
+"""Maps and their pictures: turned together, refused where nothing shows how, holes left as holes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whether a map lies on the stored or on the upright pixels of its picture.
 
 A camera stores pixels unturned and notes the orientation (EXIF). Tools that made the map either
-followed the note or ignored it, and the map's size mostly tells which.
+followed the note or ignored it, and the map's size mostly shows which.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.io.pictures import UprightPicture, turn_picture
 
 _SQUARE = 1.03
-"""Ratio of long to short side up to which a size tells nothing about its orientation."""
+"""Ratio of long to short side up to which a size says nothing about its orientation."""
 _TURNED_SIDEWAYS = (5, 6, 7, 8)
 
 
@@ -37,7 +37,7 @@ def align_map(
         The map, upright; its size is not changed otherwise.
 
     Raises:
-        SampleError: one of them is upright and the other one lies on its side, or nothing tells
+        SampleError: one of them is upright and the other one lies on its side, or nothing shows
             whether the map was made from the stored or from the upright pixels.
     """
     upright = picture.image.size
@@ -52,7 +52,10 @@ def align_map(
         lies_on_stored = _get_side(rendered.size) == _get_side(stored)
     else:
         raise _make_error(
-            rendered, picture, names, "nothing tells whether the map is turned like the picture"
+            rendered,
+            picture,
+            names,
+            "it cannot be known whether the map is turned like the picture",
         )
     return turn_picture(rendered, picture.orientation) if lies_on_stored else rendered
 

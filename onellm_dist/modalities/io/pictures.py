@@ -56,7 +56,7 @@ class UprightPicture:
 def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture:
     """Decode a picture and turn it upright.
 
-    The format is told from the bytes. Of an animation or of several pages the first is taken. EXIF
+    The bytes decide on the format. Of an animation or of several pages the first is taken. EXIF
     orientation is applied, because viewers and the people who captioned the picture saw it so; the
     reference ignores it. Texts and colour profiles decide nothing, whatever their size or state.
 

@@ -33,7 +33,7 @@ class CentreSquare:
         if opened.orientation > 1:
             raise SampleError(
                 f"the picture has EXIF orientation {opened.orientation}, and its map is a square",
-                "nothing tells whether the map was made from the turned picture.",
+                "it cannot be known whether the map was made from the turned picture.",
                 "put the picture that the model was shown beside the map, as NAME_rgb.png.",
             )
         picture = convert_to_rgb(opened.image)
