@@ -32,8 +32,8 @@ class DepthModality(PairModality):
     that large values are far; their inverse is rendered then.
 
     A picture with an EXIF orientation is turned upright, and its map with it if the map has the
-    size of the stored pixels. Where sizes do not show it (squares, half turns, mirrored pictures) the
-    sample is refused, unless the map's file states its own orientation.
+    size of the stored pixels. Where sizes do not show it (squares, half turns, mirrored pictures),
+    the sample is refused, unless the map's file states its own orientation.
     """
 
     name = "depth"

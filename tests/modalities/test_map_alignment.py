@@ -1,4 +1,4 @@
-"""Maps and their pictures: turned together, refused where nothing shows how, holes left as holes."""
+"""Maps and their pictures: turned together, or refused; holes stay holes."""
 
 from __future__ import annotations
 
