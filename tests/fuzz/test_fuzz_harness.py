@@ -43,7 +43,8 @@ def test_each_outcome_is_recognised(kind: int, outcome: str) -> None:
     def mutate(rng: random.Random, seeds: object) -> bytes:
         return bytes([kind]) if next(made, None) is None else b"\0"
 
-    report = fuzz("harness", behave, [b"\0"], mutate, cases=2, seconds=0.3)
+    seconds = 0.3 if kind == 4 else 10  # on a busy machine the first case is slow
+    report = fuzz("harness", behave, [b"\0"], mutate, cases=2, seconds=seconds)
     assert report.counts == {outcome: 2}
     assert [f.outcome for f in report.failures] == [outcome] * 2 * (outcome not in (FINE, REFUSED))
 

@@ -92,7 +92,9 @@ def instruction_tuning(root: Path) -> Path:
         f"{base}/fmri/fmri_fixed_train.json": to_json(
             [row(0, f"{base}/fmri/1.npy", "Describe the scene based on fMRI data.", "a cat")]
         ),
-        f"{base}/fmri/1.npy": make_npy(np.arange(3 * 15724).reshape(3, 15724).astype(np.float32)),
+        f"{base}/fmri/1.npy": make_npy(
+            (np.arange(3 * 15724) / 128).reshape(3, 15724).astype(np.float32)
+        ),
         f"{base}/image/cococap_train.json": to_json(
             [row(0, f"{base}/image/coco/train2017/1.jpg", "<image>\nCaption", "a dog")]
         ),
@@ -194,7 +196,9 @@ def test_onellms_own_files(tmp_path: Path) -> None:
         np.float32
     )
     assert np.array_equal(values["imu/imu_fixed_50k-0000000"].numpy(), expected)
-    assert values["fmri/fmri_fixed_train-0000000"][0, :3].tolist() == [15724.0, 15725.0, 15726.0]
+    assert values["fmri/fmri_fixed_train-0000000"][0, :3].tolist() == [
+        n / 128 for n in range(15724, 15727)
+    ]
     assert found["imu"]["imu_fixed_50k-0000000"]["json"]["video_uid"] == "v"
 
 
@@ -262,7 +266,7 @@ def test_bad_instruction_rows(tmp_path: Path) -> None:
     starts = [
         "missing file: point/none.npy",
         "unreadable row: the file name ../../etc/passwd leads out",
-        "unreadable point: .npy is an array of shape (8192, 3)",
+        "unreadable point: .npy (98432 bytes) is not a readable point cloud: it is an array of",
         "unreadable .pt: ee.pt",
         "wrong type: ff.pt holds torch.int64",
         "unreadable row: turn 1 is an empty answer",
