@@ -41,6 +41,10 @@ OverwriteOption = Annotated[
         "--overwrite", help="Replace a dataset at OUT, or an unfinished build of another."
     ),
 ]
+LinksOption = Annotated[
+    bool,
+    typer.Option("--follow-links", help="Also read tars that are links out of the folder."),
+]
 RestartOption = Annotated[
     bool,
     typer.Option(
@@ -118,6 +122,7 @@ def shards_index(
         bool,
         typer.Option("--again", help="Also index tars whose index fits (name, size, not older)."),
     ] = False,
+    follow_links: LinksOption = False,
 ) -> None:
     """Index existing WebDataset tars without rewriting them.
 
@@ -125,23 +130,31 @@ def shards_index(
     """
     from onellm_dist.shards.command import index_command
 
-    raise typer.Exit(index_command(paths, modality or [], workers=workers, again=again))
+    raise typer.Exit(
+        index_command(
+            paths, modality or [], workers=workers, again=again, follow_links=follow_links
+        )
+    )
 
 
 @app.command("verify")
 def shards_verify(
-    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or its URL.")],
     workers: Annotated[
         int, typer.Option(min=1, help="Processes, each with a shard at a time.")
     ] = 1,
+    follow_links: LinksOption = False,
 ) -> None:
     """Read every byte of a dataset, and name each fault with shard, key and offset.
 
-    Example: onellm shards verify toy/image --workers 8
+    Remote shards are copied to TMPDIR, one a process at a time.
+
+    Examples: onellm shards verify toy/image --workers 8
+              onellm shards verify s3://bucket/laion --workers 8
     """
     from onellm_dist.shards.tools.verify import verify_command
 
-    raise typer.Exit(verify_command(dataset, workers=workers))
+    raise typer.Exit(verify_command(dataset, workers=workers, follow_links=follow_links))
 
 
 @app.command("repair")

@@ -113,7 +113,12 @@ def _parse_options(options: list[str]) -> dict[str, str]:
 
 
 def index_command(
-    paths: list[Path], modalities: list[str], *, workers: int = 1, again: bool = False
+    paths: list[Path],
+    modalities: list[str],
+    *,
+    workers: int = 1,
+    again: bool = False,
+    follow_links: bool = False,
 ) -> int:
     """Run `onellm shards index`: index tars and folders of tars.
 
@@ -122,13 +127,16 @@ def index_command(
         modalities: what every sample has; empty: inferred.
         workers: processes.
         again: also index tars whose index fits.
+        follow_links: whether tars may be links that lead out of their folder.
 
     Returns:
         The exit code.
     """
     wanted = parse_modalities(",".join(modalities)) if modalities else None
     for path in paths:
-        done = index_existing_shards(path, modalities=wanted, workers=workers, again=again)
+        done = index_existing_shards(
+            path, modalities=wanted, workers=workers, again=again, follow_links=follow_links
+        )
         tars = f"{done.tars} tar{'s' if done.tars != 1 else ''}"
         kept = f" ({done.kept} had an index already)" if done.kept else ""
         state = (
@@ -137,4 +145,6 @@ def index_command(
             else "to train from it, index its folder"
         )
         print(f"{path}: {tars}, {done.samples} samples indexed{kept}; {state}")
+        for note in done.notes:
+            print(f"{path}: {note}")
     return EXIT_DONE

@@ -20,12 +20,13 @@ import base64
 import faulthandler
 import gc
 import json
+import mmap
 import os
 import random
 import resource
-import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -47,6 +48,9 @@ HANG = "hang"
 MEMORY = "memory"
 CRASH = "crash"
 """The process died (SIGSEGV, the interpreter's end)."""
+_MARKS = {1: FINE, 2: REFUSED}
+"""In shared memory: what became of a case."""
+_FAILED = 3
 SECONDS = 5.0
 MEGABYTES = 1024
 BATCH = 500
@@ -202,54 +206,54 @@ def _run_batch(
 ) -> Iterator[tuple[int, str, str]]:
     """Yield (case, outcome, detail) of the cases that one child runs.
 
-    A case that hangs or crashes ends the child, and with it the batch.
+    The child marks each case in shared memory when it is done, and writes a line about each that
+    failed. A case that hangs or crashes ends the child, and with it the batch.
     """
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        _be_child(run, make, numbers, allowed, megabytes, writing)
-    os.close(writing)
-    pending = b""
-    expected = numbers.start
-    hung = False
-    try:
-        while expected < numbers.stop:
-            ready = _wait(reading, child, seconds)
-            data = os.read(reading, 1 << 16) if ready else b""
-            if not data:
-                hung = not ready
-                break
-            *lines, pending = (pending + data).split(b"\n")
-            for line in lines:
-                case, outcome, detail = json.loads(line)
-                yield case, outcome, detail
-                expected = case + 1
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.close(reading)
-        status = os.waitpid(child, 0)[1]
-    if expected < numbers.stop:
-        if hung:
-            yield expected, HANG, f"longer than {seconds:g} s"
+    done = mmap.mmap(-1, len(numbers) + 1)
+    with tempfile.TemporaryFile() as failures:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _be_child(run, make, numbers, allowed, megabytes, done, failures.fileno())
+        status = _wait_for_child(child, done, len(numbers), seconds)
+        failures.seek(0)
+        details = dict(json.loads(line) for line in failures)
+    for place, number in enumerate(numbers):
+        mark = done[place]
+        if mark:
+            yield number, *((_MARKS[mark], "") if mark in _MARKS else details[number])
         else:
-            yield expected, CRASH, f"the process ended with wait status {status}"
+            if status is None:
+                yield number, HANG, f"longer than {seconds:g} s"
+            else:
+                yield number, CRASH, f"the process ended with wait status {status}"
+            return
 
 
-def _wait(reading: int, child: int, seconds: float) -> bool:
-    """Wait for the child's next line; False: it hangs.
+def _wait_for_child(child: int, done: mmap.mmap, cases: int, seconds: float) -> int | None:
+    """Wait until the child ends, and return its status; None: it hung, and was killed.
 
     On a busy machine a child that wants to run, and could not, has up to ten times as long.
     """
-    deadline = time.monotonic() + 10 * seconds
-    used = _get_cpu_seconds(child)[1]
+    place, since, used = 0, time.monotonic(), 0.0
     while True:
-        if select.select([reading], [], [], seconds)[0]:
-            return True
-        state, now = _get_cpu_seconds(child)
-        if state == "S" or now - used >= 0.8 * seconds or time.monotonic() > deadline:
-            return False
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return status
+        before = place
+        while place < cases and done[place]:
+            place += 1
+        waited = time.monotonic() - since
+        if place != before or not waited:
+            since, used = time.monotonic(), _get_cpu_seconds(child)[1]
+        elif waited > seconds:
+            state, now = _get_cpu_seconds(child)
+            if state == "S" or now - used >= 0.8 * seconds or waited > 10 * seconds:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+        time.sleep(0.01)
 
 
 def _get_cpu_seconds(process: int) -> tuple[str, float]:
@@ -264,9 +268,10 @@ def _be_child(
     numbers: range,
     allowed: tuple[type[BaseException], ...],
     megabytes: int,
-    writing: int,
+    done: mmap.mmap,
+    failures: int,
 ) -> None:
-    """Run the cases, write a line each, and end the process without any clean-up."""
+    """Run the cases, mark each, and end the process without any clean-up."""
     try:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
@@ -276,9 +281,12 @@ def _be_child(
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()
         gc.disable()
-        for number in numbers:
-            line = json.dumps([number, *classify(run, make(number), allowed)]) + "\n"
-            os.write(writing, line.encode())
+        for place, number in enumerate(numbers):
+            outcome, detail = classify(run, make(number), allowed)
+            mark = next((m for m, name in _MARKS.items() if name == outcome), _FAILED)
+            if mark == _FAILED:
+                os.write(failures, json.dumps([number, [outcome, detail]]).encode() + b"\n")
+            done[place] = mark
             if number % 50 == 0:
                 gc.collect()
     finally:

@@ -210,7 +210,7 @@ def _finish(
     final = base / DATASET if isinstance(base, Path) else request.out
     done = finish_dataset(job, built, final, workers=mode.workers)
     _write_energon(request, final, done.manifest, job.scratch)
-    write_file(final / MANIFEST, done.manifest.to_bytes())  # last: it completes the dataset
+    write_file(final / MANIFEST, done.manifest.to_file())  # last: it completes the dataset
     if isinstance(final, Path):
         for leftover in final.rglob(f"*{STAGED}"):  # of a process that was killed while it wrote
             leftover.unlink()

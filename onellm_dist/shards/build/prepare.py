@@ -22,7 +22,8 @@ from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.questions import add_conversation, list_questions
 from onellm_dist.shards.build.settings import BuildSettings
-from onellm_dist.shards.format.writer import check_names, check_parts
+from onellm_dist.shards.format.valid_names import check_names
+from onellm_dist.shards.format.writer import check_parts
 from onellm_dist.shards.sources.base import BadSampleError, Media, RawSample
 
 PAUSES = (0.1, 0.5, 2.0)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.shards.format.writer import MAX_BYTES, MAX_SAMPLES, check_name
+from onellm_dist.shards.format.valid_names import check_name
+from onellm_dist.shards.format.writer import MAX_BYTES, MAX_SAMPLES
 from onellm_dist.shards.sources.base import Option
 
 DEDUP = ("none", "exact", "perceptual")

@@ -11,118 +11,35 @@ The folder may be a URL. Manifest and indexes are then copied once to the user's
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shlex
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.resources import user_cache
-from onellm_dist.shards.format.index import ShardIndex, get_index_path
+from onellm_dist.shards.format.index import SUFFIX, ShardIndex
+from onellm_dist.shards.format.manifest import MANIFEST, SHARD_FOLDER, Manifest, ShardInfo
+from onellm_dist.shards.format.valid_names import find_outside_link
 from onellm_dist.shards.storage.paths import read_range
 from onellm_dist.shards.storage.remote import RemoteFolder, is_url, write_cached
 
-MANIFEST = "manifest.json"
-FORMAT = "onellm-shards"
-VERSION = 1
-SHARD_FOLDER = "shards"
+__all__ = [
+    "MANIFEST",
+    "SHARD_FOLDER",
+    "Dataset",
+    "Manifest",
+    "ShardInfo",
+    "explain_missing_dataset",
+    "list_files",
+    "open_dataset",
+    "read_manifest",
+    "refuse_outside_links",
+]
 _OPEN_INDEXES = 256
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One tar, as the manifest lists it."""
-
-    path: str
-    """Relative to the dataset's folder, with forward slashes."""
-    split: str
-    samples: int
-    bytes: int
-    """Size of the tar."""
-    sha256: str
-    """Hex digest of the tar."""
-
-    @property
-    def name(self) -> str:
-        """The shard's name in sample ids and sidecar files.
-
-        It is the path without `shards/` and `.tar`, with `__` for other slashes.
-        """
-        return self.path.removeprefix(f"{SHARD_FOLDER}/").removesuffix(".tar").replace("/", "__")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`manifest.json`, which a writer writes last: with it the dataset is complete."""
-
-    name: str
-    """The dataset's name: the first part of its samples' ids."""
-    modalities: tuple[str, ...]
-    """What every sample has, in this order; () is text alone."""
-    text: tuple[str, ...]
-    """Which of `.txt` and `.json` every sample has."""
-    licence: str
-    source: str
-    """What made the dataset (`toyworld`, `folder`, `index`)."""
-    shards: tuple[ShardInfo, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else about the dataset (of the toy world: its attributes and their values)."""
-
-    def to_bytes(self) -> bytes:
-        """Make the JSON, one shard a line. Equal manifests have equal bytes."""
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "modalities": list(self.modalities),
-            "text": list(self.text),
-            "licence": self.licence,
-            "source": self.source,
-            "attributes": dict(self.attributes),
-        }
-        lines = [
-            f"  {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, sort_keys=True)}"
-            for k, v in head.items()
-        ]
-        shards = ",\n".join("    " + json.dumps(asdict(s), ensure_ascii=False) for s in self.shards)
-        lines.append(f'  "shards": [\n{shards}\n  ]')
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, where: Path) -> Manifest:
-        """Parse a manifest; `where` is its path for messages.
-
-        Raises:
-            UsageError: it is not a manifest, or has another version.
-        """
-        try:
-            raw = json.loads(data)
-            if raw["format"] != FORMAT:
-                raise _make_manifest_error(
-                    where, f"its format is {raw['format']!r}, not {FORMAT!r}"
-                )
-            if raw["version"] != VERSION:
-                raise _make_manifest_error(
-                    where, f"its version is {raw['version']}, this program reads {VERSION}"
-                )
-            return cls(
-                raw["name"],
-                tuple(raw["modalities"]),
-                tuple(raw["text"]),
-                raw["licence"],
-                raw["source"],
-                tuple(ShardInfo(**s) for s in raw["shards"]),
-                raw.get("attributes", {}),
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise _make_manifest_error(
-                where, f"it cannot be read ({type(error).__name__}: {error})"
-            ) from error
 
 
 class Dataset:
@@ -148,6 +65,8 @@ class Dataset:
             splits.setdefault(shard.split, []).append(shard)
         self._splits = {split: tuple(shards) for split, shards in splits.items()}
         self._indexes: OrderedDict[str, ShardIndex] = OrderedDict()
+        self._checked: dict[str, tuple[int, int, int]] = {}
+        """Path of a shard to the stamp of its index file, for those that were found intact."""
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Dataset], tuple[Path, Manifest, RemoteFolder | None]]:
@@ -212,14 +131,22 @@ class Dataset:
     def _open_index(self, shard: ShardInfo) -> ShardIndex:
         tar = self.tar_path(shard)
         try:
-            index = self._open_cached(shard) if self.remote else ShardIndex(get_index_path(tar))
+            index = self._open_cached(shard) if self.remote else self._open_checked(shard)
             on_disk = shard.bytes if self.remote else tar.stat().st_size
         except OSError as error:
             how = f"{error.filename}: {error.strerror}" if error.strerror else error
             raise OneLLMError(
                 f"dataset {self.name}, shard {shard.path}: {how}.",
                 "no sample of this shard can be read.",
-                "restore the file; a lost index is made again by: onellm shards index",
+                "restore the file; a lost index is made again by: "
+                f"{self._get_index_command(shard)}",
+            ) from error
+        except OneLLMError as error:
+            raise OneLLMError(
+                f"dataset {self.name}, shard {shard.path}: {error.what}",
+                error.why,
+                "make the index again (the tar is only read, and training resumes with the same "
+                f"samples): {self._get_index_command(shard)}",
             ) from error
         indexed = (index.tar_sha256, index.samples, index.tar_bytes)
         if indexed != (shard.sha256, shard.samples, shard.bytes) or on_disk != shard.bytes:
@@ -229,27 +156,37 @@ class Dataset:
                 f"the manifest says {shard.bytes}; SHA-256 {index.tar_sha256[:12]} in the index, "
                 f"{shard.sha256[:12]} in the manifest).",
                 "reading through a stale index would return other samples than requested.",
-                f"see what differs: onellm shards verify {self.location}",
+                f"see what differs: onellm shards verify {shlex.quote(self.location)}",
             )
+        return index
+
+    def _get_index_command(self, shard: ShardInfo) -> str:
+        if self.remote is not None:
+            return f"onellm shards index on a copy of {self.location}/{shard.path}; then upload it"
+        return f"onellm shards index {shlex.quote(str(self.tar_path(shard)))}"
+
+    def _open_checked(self, shard: ShardInfo) -> ShardIndex:
+        """Open an index file; its columns are checked the first time that this object opens it."""
+        path = self.root / f"{shard.path}{SUFFIX}"
+        stat = path.stat()
+        stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        index = ShardIndex(path, check=self._checked.get(shard.path) != stamp)
+        self._checked[shard.path] = stamp
         return index
 
     def _open_cached(self, shard: ShardInfo) -> ShardIndex:
         """Open the cached copy of a remote index; a damaged or missing copy is fetched again."""
         assert self.remote is not None
-        name = str(get_index_path(Path(shard.path)))
-        copy = self.root / name
-        if copy.is_file():
-            with suppress(OneLLMError):
-                index = ShardIndex(copy)
-                if index.is_body_intact():
-                    return index
+        name = f"{shard.path}{SUFFIX}"
+        with suppress(OneLLMError, FileNotFoundError):
+            return self._open_checked(shard)
         size = self.remote.size(shard.path)
         if size != shard.bytes:
             raise OSError(
                 f"{self.remote.url}/{shard.path} has {size} bytes, the manifest says {shard.bytes}"
             )
-        self.remote.fetch(name, copy)
-        return ShardIndex(copy)
+        self.remote.fetch(name, self.root / name)
+        return self._open_checked(shard)
 
     def fingerprint(self) -> str:
         """Return the hex SHA-256 of the manifest.
@@ -259,25 +196,25 @@ class Dataset:
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
 
-def open_dataset(place: Path | str) -> Dataset:
+def open_dataset(place: Path | str, *, follow_links: bool = False) -> Dataset:
     """Open a dataset: a folder, or the URL of one.
+
+    Args:
+        place: the folder or URL.
+        follow_links: whether its tars and indexes may be links that lead out of the folder.
 
     Raises:
         UsageError: there is no dataset, or it is incomplete or has an unknown version, or a shard
-            or index is missing. (A missing file of a remote dataset is found when its shard is
-            first read, because listing a bucket takes minutes.)
+            or index is missing or leads out of the folder. (A missing file of a remote dataset is
+            found when its shard is first read, because listing a bucket takes minutes.)
     """
     if is_url(place):
         return _open_remote(str(place))
     path = Path(place)
-    try:
-        data = (path / MANIFEST).read_bytes()
-    except OSError as error:
-        raise explain_missing_dataset(path) from error
-    manifest = Manifest.from_bytes(data, path / MANIFEST)
-    listed = _list_files(path, {str(PurePosixPath(s.path).parent) for s in manifest.shards})
-    expected = [p for s in manifest.shards for p in (s.path, str(get_index_path(Path(s.path))))]
-    missing = [p for p in expected if p not in listed]
+    manifest = read_manifest(path)
+    paths = [shard.path for shard in manifest.shards]
+    listed, links = list_files(path, paths)
+    missing = [p for shard in paths for p in (shard, shard + SUFFIX) if p not in listed]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         tars = any(p.endswith(".tar") for p in missing)
@@ -287,9 +224,45 @@ def open_dataset(place: Path | str) -> Dataset:
             "their samples would be lost silently.",
             "restore the tars or build the dataset again."
             if tars
-            else f"make the indexes: onellm shards index {path}",
+            else f"make the indexes: onellm shards index {shlex.quote(str(path))}",
         )
+    if not follow_links:
+        refuse_outside_links(path, links)
     return Dataset(path, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest of a local dataset.
+
+    Raises:
+        UsageError: there is no dataset, or its manifest is not a valid one.
+    """
+    try:
+        data = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise explain_missing_dataset(path) from error
+    return Manifest.from_bytes(data, path / MANIFEST)
+
+
+def refuse_outside_links(root: Path, paths: Iterable[str]) -> None:
+    """Refuse files of a dataset that lead out of its folder through links.
+
+    Args:
+        root: the dataset's folder, which may itself be reached through a link.
+        paths: the files that are links or in folders that are.
+
+    Raises:
+        UsageError: one does.
+    """
+    outside = find_outside_link(root, paths)
+    if outside is not None:
+        raise UsageError(
+            f"dataset {root}: {outside} is a link that leads out of the folder, to "
+            f"{(root / outside).resolve()}.",
+            "a dataset reads and writes nothing outside its folder unless asked for.",
+            "copy the file there, or allow such links: data.follow_links=true in the recipe, "
+            "--follow-links for onellm shards.",
+        )
 
 
 def _open_remote(url: str) -> Dataset:
@@ -302,13 +275,14 @@ def _open_remote(url: str) -> Dataset:
             "a dataset is a folder with a manifest.json.",
             "check the URL (data.root, data.mixture), the credentials and the endpoint.",
         ) from error
-    manifest = Manifest.from_bytes(data, Path(f"{remote.url}/{MANIFEST}"))
+    manifest = Manifest.from_bytes(data, f"{remote.url}/{MANIFEST}")
     # Another manifest has other indexes.
     version = hashlib.sha256(remote.url.encode() + data).hexdigest()[:16]
     copies = user_cache() / "remote" / f"{manifest.name}-{version}"
     try:
         if not (copies / MANIFEST).is_file():
-            copies.mkdir(parents=True, exist_ok=True)
+            copies.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            copies.mkdir(exist_ok=True)
             write_cached(copies / MANIFEST, data)
     except OSError as error:
         raise UsageError(
@@ -319,17 +293,36 @@ def _open_remote(url: str) -> Dataset:
     return Dataset(copies, manifest, remote)
 
 
-def _list_files(root: Path, folders: set[str]) -> set[str]:
-    """List the relative paths of all files in some folders.
+def list_files(root: Path, shards: Iterable[str]) -> tuple[set[str], list[str]]:
+    """List the files in the folders of shards.
 
     It takes one directory read a folder; one stat a shard would be slow on network disks.
+
+    Args:
+        root: the dataset's folder.
+        shards: the paths of its shards.
+
+    Returns:
+        The relative paths of all files, and those that are links or in folders that are.
     """
-    found: set[str] = set()
-    for folder in folders:
-        if (root / folder).is_dir():
-            with os.scandir(root / folder) as entries:
-                found.update(str(PurePosixPath(folder) / entry.name) for entry in entries)
-    return found
+    found, links = set[str](), list[str]()
+    for folder in {path.rpartition("/")[0] for path in shards}:
+        place, prefix = root / folder, f"{folder}/" if folder else ""
+        if not place.is_dir():
+            continue
+        through_link = any((root / p).is_symlink() for p in _list_folders(folder))
+        with os.scandir(place) as entries:
+            for entry in entries:
+                found.add(prefix + entry.name)
+                if through_link or entry.is_symlink():
+                    links.append(prefix + entry.name)
+    return found, links
+
+
+def _list_folders(folder: str) -> list[str]:
+    """Return a relative folder and those above it."""
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def explain_missing_dataset(path: Path) -> UsageError:
@@ -340,7 +333,7 @@ def explain_missing_dataset(path: Path) -> UsageError:
             "a dataset is a folder with a manifest.json.",
             "check the path (data.root, data.mixture).",
         )
-    below = sorted(p.parent.name for p in path.glob(f"*/{MANIFEST}"))
+    below = sorted(p.parent.name for p in path.glob(f"[!.]*/{MANIFEST}"))
     if below:
         return UsageError(
             f"{path} holds {len(below)} datasets: {', '.join(below)}.",
@@ -358,18 +351,10 @@ def explain_missing_dataset(path: Path) -> UsageError:
         return UsageError(
             f"{path} holds tars and no {MANIFEST}.",
             "samples are found through an index beside each tar.",
-            f"make the indexes: onellm shards index {path}",
+            f"make the indexes: onellm shards index {shlex.quote(str(path))}",
         )
     return UsageError(
         f"{path} does not hold a dataset: it has no {MANIFEST}.",
         "nothing can be read from it.",
         "check the path, or build a dataset: onellm shards build --help",
-    )
-
-
-def _make_manifest_error(where: Path, how: str) -> UsageError:
-    return UsageError(
-        f"{where}: {how}.",
-        "the manifest says which shards the dataset has.",
-        "build the dataset again, or use the program version that made it.",
     )

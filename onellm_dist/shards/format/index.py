@@ -11,9 +11,10 @@ import itertools
 import json
 import mmap
 import os
+import shlex
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import write_atomic
 from onellm_dist.common.turns import find_conversation, parse_turns
+from onellm_dist.shards.format.index_checks import IndexFaultError, check_columns, parse_header
 from onellm_dist.shards.storage.paths import StoragePath
 
 MAGIC = b"ONELLMIX"
@@ -168,43 +170,53 @@ class ShardIndex:
 
     Rows are 0 .. samples - 1 in the order of the tar.
 
+    Args:
+        path: the index file.
+        check: whether to check the columns (their CRC-32, and `index_checks.check_columns`), which
+            reads the whole file; False for a file that this process has checked before.
+
     Raises:
-        OneLLMError: the file is not an index, has another version, or is shorter than it says.
+        OneLLMError: the file is not an index, has another version, is damaged, or has values that
+            no tar can have.
+        OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, check: bool = True) -> None:
         self.path = path
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < _FIXED.size:
                 raise _make_error(path, f"it has {size} bytes, fewer than the header of an index")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        magic, version, length, header_crc32, self._body_crc32 = _FIXED.unpack_from(self._map)
+        magic, version, length, header_crc32, body_crc32 = _FIXED.unpack_from(self._map)
         if magic != MAGIC:
             raise _make_error(path, f"it does not start with the bytes {MAGIC.decode()}")
         if version != VERSION:
             raise _make_error(path, f"its version is {version}, this program reads {VERSION}")
-        self._body = _FIXED.size + length
-        text = self._map[_FIXED.size : self._body]
+        body = _FIXED.size + length
+        text = self._map[_FIXED.size : body]
         if zlib.crc32(text) != header_crc32:
             raise _make_error(path, "its header fails its CRC-32")
-        self._read_header(json.loads(text), size)
-
-    def _read_header(self, header: Mapping[str, Any], size: int) -> None:
-        self.samples: int = header["samples"]
-        self.extensions: tuple[str, ...] = tuple(header["extensions"])
-        self.tar_name: str = header["tar"]["name"]
-        self.tar_bytes: int = header["tar"]["bytes"]
-        self.tar_sha256: str = header["tar"]["sha256"]
-        expected = self._body + header["body_bytes"]
-        if size != expected:
-            raise _make_error(self.path, f"it has {size} bytes, its header says {expected}")
-        self._columns = {
-            name: np.frombuffer(
-                self._map, dtype=c["dtype"], count=c["count"], offset=self._body + c["offset"]
-            )
-            for name, c in header["columns"].items()
-        }
+        try:
+            header = parse_header(text)
+            if size != body + header.body_bytes:
+                expected = body + header.body_bytes
+                raise IndexFaultError(f"it has {size} bytes, its header says {expected}")
+            if check and zlib.crc32(memoryview(self._map)[body:]) != body_crc32:
+                raise IndexFaultError("its columns fail their CRC-32: bytes were changed")
+            self._columns = {
+                name: np.frombuffer(self._map, place.dtype, place.length, body + place.offset)
+                for name, place in header.columns.items()
+            }
+            if check:
+                check_columns(self._columns, header)
+        except IndexFaultError as error:
+            raise _make_error(path, str(error)) from error
+        self.samples = header.samples
+        self.extensions = header.extensions
+        self.tar_name = header.tar_name
+        self.tar_bytes = header.tar_bytes
+        self.tar_sha256 = header.tar_sha256
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -280,16 +292,13 @@ class ShardIndex:
         """
         return self._columns["sample_start"]
 
-    def is_body_intact(self) -> bool:
-        """Check that the columns have the CRC-32 that the header gives; reads the whole file."""
-        return bool(zlib.crc32(memoryview(self._map)[self._body :]) == self._body_crc32)
-
 
 def _make_error(path: Path, how: str) -> OneLLMError:
     return OneLLMError(
         f"{path} is not a usable shard index: {how}.",
         "samples are found through the index, so nothing of this shard can be read.",
-        f"make the index again: onellm shards index {path.name.removesuffix(SUFFIX)}",
+        "make the index again (the tar is only read): "
+        f"onellm shards index {shlex.quote(str(path).removesuffix(SUFFIX))}",
     )
 
 

@@ -14,20 +14,28 @@ def index_tar(path: Path) -> Path:
 
     Raises:
         OneLLMError: the file is not a tar, or is truncated, damaged or compressed, or has a key or
-            a part twice. The message names tar, key and offset. No index is written, and an older
-            one stays as it was.
+            a part twice, or a key that no reader would find. The message names tar, key and
+            offset. No index is written, and an older one stays as it was.
     """
+    return _index_tar(path)[0]
+
+
+def _index_tar(path: Path) -> tuple[Path, int]:
     scan = scan_tar(path)
     data = pack_index(
         scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end
     )
-    return write_index(path, data)
+    return write_index(path, data), scan.hidden
 
 
-def try_index_tar(path: Path) -> OneLLMError | None:
-    """Index a tar, and return the error instead of raising it."""
+def try_index_tar(path: Path) -> OneLLMError | int:
+    """Index a tar.
+
+    Returns:
+        The number of its hidden files, which are skipped; or the error, which is not raised.
+    """
     try:
-        index_tar(path)
+        return _index_tar(path)[1]
     except OneLLMError as error:
         return error
     except OSError as error:
@@ -36,4 +44,3 @@ def try_index_tar(path: Path) -> OneLLMError | None:
             "the tar is not indexed.",
             "check the disk and its permissions; the index is written beside the tar.",
         )
-    return None

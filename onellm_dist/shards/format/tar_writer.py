@@ -99,7 +99,7 @@ class ShardWriter:
     def add(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Append a sample, its parts sorted by extension.
 
-        The names must be valid: the caller has checked them (`writer.check_names`).
+        The names must be valid: the caller has checked them (`valid_names.check_names`).
         """
         start, places = self._offset, {}
         for extension in sorted(parts):

@@ -5,7 +5,6 @@ Every fault is reported with its place: tar, key, offset.
 
 from __future__ import annotations
 
-import re
 import tarfile
 import zlib
 from contextlib import suppress
@@ -15,16 +14,17 @@ from typing import Any, BinaryIO
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import sha256_file
-from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.index import IndexRows, PartLocation, count_text_bytes
+from onellm_dist.shards.format.valid_names import find_stored_key_fault, split_name
 
 BLOCK = 512
 """Bytes of a tar header; contents are padded to a multiple of it."""
 _CHUNK = 1 << 20
-# webdataset 1.0.2, tariterators.base_plus_ext: the key runs to the first dot of the base name.
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-# webdataset 1.0.2, tar_file_iterator's skip_meta: members of such names belong to no sample.
-_META = re.compile(r"__[^/]*__($|/)")
+_LONGEST_JSON = 1 << 26
+"""Bytes of a `.json` up to which its text is measured; a longer one counts as without text."""
+_DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError)
+"""What Python's tarfile raises for damaged headers (3.11: also numbers that are no numbers)."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
 
@@ -45,7 +45,7 @@ class TarError(OneLLMError):
         self.how = how
         self.key = key
         self.offset = offset
-        where = f", key {key}" if key is not None else ""
+        where = f", key {key if key.isprintable() else repr(key)}" if key is not None else ""
         where += f", at offset {offset}" if offset is not None else ""
         super().__init__(
             f"{tar}{where}: {how}.",
@@ -69,18 +69,8 @@ class TarScan:
     """Hex digest of the file."""
     end: int
     """Offset of the end-of-archive marker."""
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Split the name of a tar member into key and lower-cased extension, by WebDataset's rule.
-
-    Returns:
-        None if the member belongs to no sample.
-    """
-    if _META.match(name):
-        return None
-    match = _NAME.match(name)
-    return (match.group(1), match.group(2).lower()) if match else None
+    hidden: int = 0
+    """Files that were skipped because a part of their path begins with a dot."""
 
 
 def scan_tar(path: Path) -> TarScan:
@@ -94,14 +84,17 @@ def scan_tar(path: Path) -> TarScan:
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                rows, end = _TarScanner(path, file).run(tar)
-        except tarfile.TarError as error:
+                scanner = _TarScanner(path, file)
+                rows, end = scanner.run(tar)
+        except TarError:
+            raise
+        except _DAMAGED as error:
             raise _make_unreadable_error(path, file, error) from error
         _check_end(path, file, end, rows)
         size = file.seek(0, 2)
     if not rows.keys:
         raise TarError(path, "it holds no sample (no regular file named KEY.EXTENSION)")
-    return TarScan(rows, size, sha256_file(path), end)
+    return TarScan(rows, size, sha256_file(path), end, scanner.hidden)
 
 
 def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
@@ -119,7 +112,7 @@ def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
         scanner = _TarScanner(path, file)
         # The samples that were closed before the error are intact.
         with (
-            suppress(TarError, tarfile.TarError),
+            suppress(TarError, *_DAMAGED),
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             scanner.run(tar)
@@ -136,7 +129,8 @@ class _TarScanner:
         self.first_at: dict[str, int] = {}
         self.key: str | None = None
         self.parts: dict[str, PartLocation] = {}
-        self.texts: dict[str, bytes] = {}
+        self.json: bytes | None = None
+        self.hidden = 0
 
     def run(self, tar: tarfile.TarFile) -> tuple[IndexRows, int]:
         """Read all members; return the rows and the offset behind the last one."""
@@ -144,10 +138,15 @@ class _TarScanner:
             for member in tar:
                 # Otherwise every header of a large tar stays in memory.
                 tar.members = []  # type: ignore[attr-defined]  # typeshed does not list it
+                if member.size < 0 or tar.offset <= member.offset:
+                    how = f"damaged: a header gives the size {member.size}"
+                    raise TarError(self.path, how, self.key, member.offset)
                 names = split_name(member.name) if member.isreg() else None
                 if names is not None:
                     self.add_part(member, *names)
-        except tarfile.TarError as error:
+                elif member.isreg():
+                    self.hidden += has_hidden_part(member.name)
+        except _DAMAGED as error:
             how = f"it is truncated or damaged ({error})"
             raise TarError(self.path, how, self.key, tar.offset) from error
         self.close_sample()
@@ -175,16 +174,21 @@ class _TarScanner:
             key.encode()
             extension.encode()
         except UnicodeEncodeError:
-            how = f"the member name {member.name!a} is not UTF-8"
+            how = f"the member name {member.name!a:.300} is not UTF-8"
             raise TarError(self.path, how, None, member.offset) from None
+        fault = find_stored_key_fault(key)
+        if fault is not None:
+            how = f"a key that readers would skip or take for another: {fault}"
+            raise TarError(self.path, how, key, member.offset)
         if member.issparse():
             how = f"part .{extension} is stored as a sparse file, which has no byte range"
             raise TarError(self.path, how, key, member.offset)
 
     def read_part(self, member: tarfile.TarInfo, key: str, extension: str) -> PartLocation:
-        """Read a part's content for its CRC-32, and keep it if it is text."""
+        """Read a part's content for its CRC-32, and keep it if it is JSON."""
         self.file.seek(member.offset_data)
         crc, left, kept = 0, member.size, bytearray()
+        is_kept = extension == "json" and member.size <= _LONGEST_JSON
         while left > 0:
             chunk = self.file.read(min(left, _CHUNK))
             if not chunk:
@@ -193,23 +197,24 @@ class _TarScanner:
                 raise TarError(self.path, how, key, member.offset_data)
             crc = zlib.crc32(chunk, crc)
             left -= len(chunk)
-            if extension in TEXT_EXTENSIONS:
+            if is_kept:
                 kept += chunk
-        if extension in TEXT_EXTENSIONS:
-            self.texts[extension] = bytes(kept)
+        if is_kept:
+            self.json = bytes(kept)
         return PartLocation(member.offset_data, member.size, crc)
 
     def close_sample(self) -> None:
         """Append the open sample to the rows."""
         if self.key is not None:
-            text_bytes = count_text_bytes(self.texts.get("txt"), self.texts.get("json"))
+            caption = self.parts.get("txt")
+            text_bytes = caption.size if caption else count_text_bytes(None, self.json)
             self.rows.add(self.key, self.first_at[self.key], self.parts, text_bytes)
         self.key = None
         self.parts = {}
-        self.texts = {}
+        self.json = None
 
 
-def _make_unreadable_error(path: Path, file: BinaryIO, error: tarfile.TarError) -> TarError:
+def _make_unreadable_error(path: Path, file: BinaryIO, error: Exception) -> TarError:
     file.seek(0)
     head = file.read(8)
     for magic, name in _COMPRESSED.items():

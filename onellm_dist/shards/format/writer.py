@@ -27,35 +27,17 @@ from onellm_dist.shards.format.dataset import (
 )
 from onellm_dist.shards.format.index import SUFFIX
 from onellm_dist.shards.format.tar_writer import ShardWriter
-from onellm_dist.shards.format.tars import split_name
+from onellm_dist.shards.format.valid_names import check_name, check_names, is_split_name
 
 MAX_SAMPLES = 10_000
 """Most samples a shard, by default."""
 MAX_BYTES = 1 << 30
 """Most bytes of content a shard, by default."""
-_NAME = re.compile(r"\w[\w.-]*")
-_SPLIT = re.compile(r"[A-Za-z0-9_-]+")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SHARD_FILE = re.compile(
     rf"[A-Za-z0-9_-]+-\d{{6}}(?:_\d{{2}})?\.tar(?:{re.escape(SUFFIX)})?"
     rf"(?:(?:\.[\w.-]+)?{re.escape(STAGED)})?"
 )
 """A file that a writer of this program makes, complete or temporary."""
-
-
-def check_name(name: str) -> None:
-    """Check that a dataset can have this name.
-
-    Raises:
-        UsageError: it has characters that a name cannot have.
-    """
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"dataset name {name!r} has characters other than letters, digits and ._-, or begins "
-            "with . or -",
-            "it is part of the id of every sample.",
-            "choose another.",
-        )
 
 
 class DatasetWriter:
@@ -167,7 +149,7 @@ class DatasetWriter:
 
     def _check(self, split: str, key: str, parts: Mapping[str, bytes]) -> None:
         where = f"dataset {self.name}, key {key!r}"
-        if not _SPLIT.fullmatch(split):
+        if not is_split_name(split):
             raise SampleError(
                 f"{where}: split {split!r} has characters other than letters, digits, _ and -.",
                 "it is part of the name of a tar.",
@@ -207,7 +189,7 @@ class DatasetWriter:
             tuple(sorted(self._shards, key=lambda s: s.path)),
             self._attributes,
         )
-        write_atomic(self.root / MANIFEST, manifest.to_bytes())
+        write_atomic(self.root / MANIFEST, manifest.to_file())
         return open_dataset(self.root)
 
     def abandon(self) -> None:
@@ -251,15 +233,6 @@ def refuse_occupied(root: Path) -> None:
     )
 
 
-def _is_printable(text: str) -> bool:
-    """Check for UTF-8 (which a file name need not be) without control characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return _CONTROL.search(text) is None
-
-
 def get_shard_path(split: str, number: int, piece: int = 0) -> str:
     """Return the path of a shard in the dataset.
 
@@ -270,39 +243,6 @@ def get_shard_path(split: str, number: int, piece: int = 0) -> str:
     """
     suffix = f"_{piece:02d}" if piece else ""
     return f"{SHARD_FOLDER}/{split}-{number:06d}{suffix}.tar"
-
-
-def check_names(where: str, key: str, parts: Collection[str]) -> None:
-    """Check that a WebDataset tar can hold this key with these extensions.
-
-    Raises:
-        SampleError: it cannot; `where` begins the message.
-    """
-    if not parts:
-        raise SampleError(
-            f"{where} has no parts.", "a sample of a tar is its files.", "give it at least one."
-        )
-    components = key.split("/")
-    invalid = any(c in ("", ".", "..") for c in components)
-    if not _is_printable(key) or key.startswith("__") or invalid:
-        raise SampleError(
-            f"{where}: a WebDataset tar cannot hold this key.",
-            "readers would skip it or read another name.",
-            "use plain relative names.",
-        )
-    for extension in parts:
-        if (
-            not extension
-            or split_name(f"{key}.{extension}") != (key, extension)
-            or extension.startswith(("_", "."))
-            or not _is_printable(extension)
-        ):
-            raise SampleError(
-                f"{where}, part {extension!r}: a reader of the tar would not find it by this name.",
-                "a key has no dot behind its last slash; an extension is lower-case and starts "
-                "with a letter or digit.",
-                "rename it (a dot in a key may become _).",
-            )
 
 
 def check_parts(where: str, modalities: Iterable[Modality], parts: Collection[str]) -> None:

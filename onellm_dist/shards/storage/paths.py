@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import glob
 import io
 import os
 import posixpath
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,9 @@ from onellm_dist.common.files import atomic_path, sync, write_atomic
 
 if TYPE_CHECKING:
     from fsspec.spec import AbstractFileSystem
+
+_THREADS = 16
+"""Requests at a time when many files are removed."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +149,29 @@ class RemotePath:
                 yield self._with_key(entry)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield the paths below this folder that match a pattern, sorted."""
-        for key in sorted(self._fs.glob(f"{self._key.rstrip('/')}/{pattern}")):
-            yield self._with_key(key)
+        """Yield the paths below this folder that match a pattern, sorted.
+
+        Only the pattern has wildcards (`*`, `?`, `[...]`, each within one component): a folder may
+        have brackets in its name, which fsspec's own glob would take for wildcards.
+        """
+        found: list[RemotePath] = [self]
+        for component in pattern.split("/"):
+            found = [
+                entry
+                for folder in found
+                for entry in folder._list_matching(component)
+                if fnmatch.fnmatchcase(entry.name, component)
+            ]
+        yield from sorted(found)
+
+    def _list_matching(self, component: str) -> list[RemotePath]:
+        if not any(sign in component for sign in "*?["):
+            entry = self / component
+            return [entry] if entry.exists() else []
+        try:
+            return list(self.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """Yield the files at any depth whose name matches a pattern, sorted."""
@@ -161,8 +186,15 @@ class RemotePath:
 
     def remove_tree(self) -> None:
         """Remove the folder with everything in it."""
-        if self.exists():
-            self._fs.rm(self._key, recursive=True)
+        if not self.exists():
+            return
+        # Not `rm(..., recursive=True)`: it takes brackets in names for wildcards.
+        fs = self._fs
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(fs.rm_file, fs.find(self._key)):
+                pass
+        if fs.isdir(self._key):  # stores have no folders of their own; file systems do
+            fs.rm(glob.escape(self._key), recursive=True)
 
     def mkdir(self, parents: bool = True, exist_ok: bool = True) -> None:
         """Make the folder. Object stores have no folders; file systems do."""
@@ -263,7 +295,9 @@ def move_file(source: StoragePath, target: StoragePath) -> None:
     assert isinstance(source, RemotePath)
     assert isinstance(target, RemotePath)
     try:
-        source._fs.mv(source._key, target._key)
+        # Not `mv`: it takes brackets in names for wildcards.
+        source._fs.cp_file(source._key, target._key)
+        source._fs.rm_file(source._key)
     except FileNotFoundError:  # another process that finishes the same build has moved it
         if not target.exists():
             raise

@@ -98,6 +98,19 @@ class RemoteFolder:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_cached(target, data)
 
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file of any size to `target`.
+
+        Raises:
+            OSError: the file cannot be read, or `target` cannot be written; FileNotFoundError if
+                the file does not exist, and then there is no `target`.
+        """
+        try:
+            self._call(name, lambda fs, path: fs.get_file(path, str(target)))
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+
     def _call(self, name: str, action: Callable[[Any, str], T]) -> T:
         fs, base = self._get_file_system()
         try:

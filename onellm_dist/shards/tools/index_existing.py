@@ -16,18 +16,30 @@ from typing import NamedTuple
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.files import write_atomic
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.common.progress import progress
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import MANIFEST, Dataset, Manifest, ShardInfo
+from onellm_dist.shards.format.dataset import (
+    MANIFEST,
+    Dataset,
+    Manifest,
+    ShardInfo,
+    list_files,
+    read_manifest,
+    refuse_outside_links,
+)
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.format.index_tar import try_index_tar
 from onellm_dist.shards.format.names import infer_modalities, make_dataset_name
+from onellm_dist.shards.format.valid_names import check_name, find_bad_shard_path
 
 SOURCE_NAME = "index"
 """The `source` of a manifest that was made for existing tars."""
 _SPLITS = re.compile(r"(?:^|[/_.-])(train|val|validation|test)(?=[/_.-])")
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+"""Ends of the names of compressed tars."""
 _SHOWN = 5
 """Errors that a message shows."""
 
@@ -42,6 +54,8 @@ class IndexedShards:
     """The manifest that makes the folder a dataset; None: a single tar was indexed."""
     kept: int = 0
     """Tars whose index already fitted."""
+    notes: tuple[str, ...] = ()
+    """What was skipped, in words."""
 
 
 class _ExtensionSet(NamedTuple):
@@ -63,6 +77,7 @@ def index_existing_shards(
     licence: str = "unknown",
     workers: int = 1,
     again: bool = True,
+    follow_links: bool = False,
 ) -> IndexedShards:
     """Index one tar, or all tars below a folder, which then gets a manifest and is a dataset.
 
@@ -81,38 +96,82 @@ def index_existing_shards(
         workers: processes, each with a tar at a time.
         again: False: skip the tars of a folder whose index is complete, as new as the tar, and made
             for its size.
+        follow_links: whether tars may be links that lead out of the folder.
 
     Raises:
-        UsageError: there is no tar, or the modality cannot be inferred.
+        UsageError: there is no tar, one leads out of the folder, or the modality cannot be
+            inferred.
         OneLLMError: a tar cannot be indexed, or a sample lacks a part; the message names tar, key
             and offset. The indexes of intact tars are kept; the manifest is not written.
     """
+    if name is not None:
+        check_name(name)
     if path.is_file():
-        _index_tars([path], workers=1)
-        return IndexedShards(1, ShardIndex(get_index_path(path)).samples, None)
+        hidden = _index_tars([path], workers=1)
+        samples = ShardIndex(get_index_path(path)).samples
+        return IndexedShards(1, samples, None, notes=_describe_hidden(hidden, "inside the tar"))
     if not path.is_dir():
         raise UsageError(
             f"{path}: there is no such file or folder.",
             "there is nothing to index.",
             "check the path.",
         )
-    tars = sorted(p for p in path.rglob("*.tar") if p.is_file())
-    if not tars:
-        raise UsageError(
-            f"{path}: there is no .tar below it.", "there is nothing to index.", "check the path."
-        )
+    tars, notes = _list_tars(path, follow_links=follow_links)
     old = _read_manifest(path)
     todo = tars if again else [tar for tar in tars if not _has_fitting_index(tar)]
     kept = len(tars) - len(todo)
-    _index_tars(todo, workers)
+    hidden = _index_tars(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
         _compare_indexes(path, old)
         manifest = old
     else:
         manifest = _make_manifest(path, tars, modalities, name, split, licence)
-        write_atomic(path / MANIFEST, manifest.to_bytes())
+        write_atomic(path / MANIFEST, manifest.to_file())
     samples = sum(s.samples for s in manifest.shards)
-    return IndexedShards(len(tars), samples, path / MANIFEST, kept)
+    notes += _describe_hidden(hidden, "inside tars")
+    return IndexedShards(len(tars), samples, path / MANIFEST, kept, notes)
+
+
+def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str, ...]]:
+    """List the tars below a folder, and say what else lies there that looks like one.
+
+    Raises:
+        UsageError: there is none, a path is not one that a manifest can name, or leads out.
+    """
+    found = sorted(p for end in ("*.tar*", "*.tgz") for p in root.rglob(end) if p.is_file())
+    paths = [p.relative_to(root).as_posix() for p in found]
+    visible = [p for p in paths if not has_hidden_part(p)]
+    tars = [p for p in visible if p.endswith(".tar")]
+    packed = [p for p in visible if p.endswith(_PACKED)]
+    hidden = sum(p.endswith(".tar") for p in paths) - len(tars)
+    notes = _describe_hidden(hidden, "beside the tars")
+    if packed:
+        notes += (
+            f"{len(packed)} compressed tar{'s' if len(packed) > 1 else ''} not read "
+            f"({', '.join(packed[:3])}{', ...' if len(packed) > 3 else ''}): samples cannot be "
+            "reached by byte range; unpack to .tar first",
+        )
+    if not tars:
+        raise UsageError(
+            f"{root}: there is no .tar below it{f' ({notes[0]})' if notes else ''}.",
+            "there is nothing to index.",
+            "check the path.",
+        )
+    bad = find_bad_shard_path(tars)
+    if bad is not None:
+        raise UsageError(
+            f"{root}: the name of the tar {bad!a} has control characters or is not UTF-8.",
+            "a manifest cannot list it.",
+            "rename it.",
+        )
+    if not follow_links:
+        refuse_outside_links(root, list_files(root, tars)[1])
+    return [root / tar for tar in tars], notes
+
+
+def _describe_hidden(count: int, where: str) -> tuple[str, ...]:
+    names = f"{count} hidden file{'s' if count > 1 else ''}"
+    return (f"{names} {where} skipped (names that begin with a dot)",) if count else ()
 
 
 def _has_fitting_index(tar: Path) -> bool:
@@ -123,32 +182,34 @@ def _has_fitting_index(tar: Path) -> bool:
         made = path.stat().st_mtime_ns
     except (OneLLMError, OSError):
         return False
-    return (
-        (index.tar_name, index.tar_bytes) == (tar.name, written.st_size)
-        and made >= written.st_mtime_ns
-        and index.is_body_intact()
-    )
+    return (index.tar_name, index.tar_bytes) == (
+        tar.name,
+        written.st_size,
+    ) and made >= written.st_mtime_ns
 
 
 def _read_manifest(path: Path) -> Manifest | None:
-    try:
-        return Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
-    except FileNotFoundError:
-        return None
+    return read_manifest(path) if (path / MANIFEST).exists() else None
 
 
-def _index_tars(tars: Sequence[Path], workers: int) -> None:
-    errors: list[OneLLMError] = []
+def _index_tars(tars: Sequence[Path], workers: int) -> int:
+    """Index tars, and return the number of hidden files inside them.
+
+    Raises:
+        OneLLMError: one cannot be indexed; the others are.
+    """
+    results: list[OneLLMError | int] = []
     with progress(len(tars), "Indexing", unit="tars") as bar:
         if workers == 1 or len(tars) < 2:
             for tar in tars:
-                errors += filter(None, [try_index_tar(tar)])
+                results.append(try_index_tar(tar))
                 bar.advance()
         else:
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for error in pool.map(try_index_tar, tars):
-                    errors += filter(None, [error])
+                for result in pool.map(try_index_tar, tars):
+                    results.append(result)
                     bar.advance()
+    errors = [result for result in results if isinstance(result, OneLLMError)]
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -158,6 +219,7 @@ def _index_tars(tars: Sequence[Path], workers: int) -> None:
             f"{len(errors)} of {len(tars)} tars cannot be used; no manifest was written.",
             errors[0].do,
         )
+    return sum(result for result in results if isinstance(result, int))
 
 
 def _compare_indexes(root: Path, manifest: Manifest) -> None:
@@ -191,6 +253,7 @@ def _make_manifest(
         for extensions, (count, row) in index.extension_sets().items():
             first = sets.get(extensions, _ExtensionSet(0, tar, index.key(row), index.span(row)[0]))
             sets[extensions] = first._replace(samples=first.samples + count)
+    _check_splits(root, shards)
     _check_names(root, shards)
     if modalities is None:
         media: Counter[frozenset[str]] = Counter()
@@ -212,6 +275,17 @@ def _make_manifest(
 def _infer_split(relative: str) -> str:
     named = _SPLITS.search(relative)
     return named.group(1) if named else "train"
+
+
+def _check_splits(root: Path, shards: Sequence[ShardInfo]) -> None:
+    """Check that the names of the splits are names; Energon's file may say anything."""
+    bad = next((s for s in shards if not s.split or not s.split.isprintable()), None)
+    if bad is not None:
+        raise UsageError(
+            f"{root}: the split of {bad.path} is {bad.split!r}, which is not a name.",
+            "a mixture names splits.",
+            "name it with letters, digits, _ and -.",
+        )
 
 
 def _check_names(root: Path, shards: Sequence[ShardInfo]) -> None:

@@ -7,12 +7,14 @@ Every good sample is kept.
 | a lost, damaged or stale index | made again from the tar |
 | a sample with a part that fails its CRC-32, a sample cut off by the end of the tar, a damaged
 header | the tar is written again without it | | a key that exists twice (in one tar, or in two) |
-the first sample is kept | | a sample without the parts of the dataset's modalities | left out |
+the first sample is kept | | a sample without the parts of the dataset's modalities, or with a key
+that readers would skip or take for another | left out |
 | a tar of the manifest that is missing, or holds no good sample any more | removed from the
-manifest | | files of a stopped writer | removed |
+manifest | | files of a stopped writer or repair | removed |
 
-A tar that is written again keeps its old bytes beside it as `NAME.tar.damaged` until the user
-removes them.
+A tar is written again under a name of its own, and takes effect with the manifest, which is
+replaced at the end (repair_transaction.py); the old bytes stay as `NAME.tar.damaged` until the
+user removes them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -28,40 +30,30 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError
-from onellm_dist.common.files import STAGED, sha256_file, write_atomic
+from onellm_dist.common.errors import EXIT_DONE, OneLLMError, SampleError, UsageError
+from onellm_dist.common.files import sha256_file
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.build.finish import format_quarantine
 from onellm_dist.shards.format.dataset import (
-    MANIFEST,
-    SHARD_FOLDER,
     Manifest,
     ShardInfo,
-    explain_missing_dataset,
+    list_files,
+    read_manifest,
+    refuse_outside_links,
 )
 from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path
-from onellm_dist.shards.format.index_tar import index_tar
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import salvage_tar
+from onellm_dist.shards.format.valid_names import find_stored_key_fault
 from onellm_dist.shards.sources.base import QuarantinedSample
+from onellm_dist.shards.storage.remote import is_url
+from onellm_dist.shards.tools.repair_transaction import (
+    RepairTransaction,
+    clean_up,
+    hold_dataset,
+)
 from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, hash_keys
-
-DAMAGED = ".damaged"
-"""Suffix of a tar's old bytes."""
-REPAIRED = "repaired.jsonl"
-"""The samples that repairs left out, with reasons; every repair appends to it."""
-
-
-@dataclass
-class _Log:
-    """What a repair has done so far."""
-
-    done: list[str] = field(default_factory=list)
-    """A line for the user a repair."""
-    lost: list[QuarantinedSample] = field(default_factory=list)
-    """Samples that are left out."""
 
 
 class _Survey(NamedTuple):
@@ -86,36 +78,48 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         What was done, a line each; empty: there was nothing to do.
 
     Raises:
-        UsageError: there is no dataset.
+        UsageError: there is no dataset, its manifest is not valid, or a file leads out of its
+            folder through a link; then nothing was changed.
         OneLLMError: no good sample is left; then nothing was changed.
     """
-    try:
-        manifest = Manifest.from_bytes((root / MANIFEST).read_bytes(), root / MANIFEST)
-    except OSError as error:
-        raise explain_missing_dataset(root) from error
-    log, shards = _Log(), list[ShardInfo]()
+    manifest = read_manifest(root)
+    refuse_outside_links(root, list_files(root, (s.path for s in manifest.shards))[1])
+    with hold_dataset(root):
+        change = RepairTransaction(root)
+        try:
+            shards = _repair_shards(root, manifest, workers, change)
+        except BaseException:
+            change.abandon()
+            raise
+        repaired = replace(manifest, shards=tuple(shards))
+        clean_up(root, manifest, change.done, keep=change.get_created())
+        change.commit(repaired, changed=repaired != manifest)
+        if change.done and (root / META).is_dir():
+            write_energon(root)
+    return change.done
+
+
+def _repair_shards(
+    root: Path, manifest: Manifest, workers: int, change: RepairTransaction
+) -> list[ShardInfo]:
+    """Repair every shard, and return those that are left.
+
+    Raises:
+        OneLLMError: none is.
+    """
+    shards = list[ShardInfo]()
     intact, repeated = _survey_dataset(root, manifest, workers)
     for number, shard in enumerate(manifest.shards):
         rows = repeated.get(number, {})
-        repaired = _repair_shard(root, manifest, shard, intact[number], rows, log)
+        repaired = _repair_shard(root, manifest, shard, intact[number], rows, change)
         shards += [repaired] if repaired is not None else []
     if not shards:
         raise OneLLMError(
             f"{root}: no good sample is left.",
-            "an empty dataset cannot be read.",
+            "an empty dataset cannot be read, so nothing was changed.",
             "restore the tars, or build again.",
         )
-    for path in sorted((root / SHARD_FOLDER).glob(f"*{STAGED}")):
-        path.unlink()
-        log.done.append(f"{path.relative_to(root)}: left by a writer that was stopped; removed")
-    if log.lost:
-        old = (root / REPAIRED).read_bytes() if (root / REPAIRED).exists() else b""
-        write_atomic(root / REPAIRED, old + format_quarantine(log.lost))
-    if tuple(shards) != manifest.shards:
-        write_atomic(root / MANIFEST, replace(manifest, shards=tuple(shards)).to_bytes())
-    if log.done and (root / META).is_dir():
-        write_energon(root)
-    return log.done
+    return shards
 
 
 def _survey_dataset(
@@ -168,19 +172,18 @@ def _repair_shard(
     shard: ShardInfo,
     intact: bool,
     repeated: Mapping[int, str],
-    log: _Log,
+    change: RepairTransaction,
 ) -> ShardInfo | None:
     """Repair one shard, and return what it is then; None: it no longer exists."""
     tar = root / shard.path
     if not tar.is_file():
-        log.done.append(
+        change.done.append(
             f"{shard.path}: missing; removed from the manifest ({shard.samples} samples)"
         )
         return None
-    index = _open_index(tar)
+    index, trusted = _open_index(tar), _open_trusted_index(tar, shard)
     samples, faults = dict[str, dict[str, PartLocation]](), list[QuarantinedSample]()
-    listed = _list_samples(tar, _open_trusted_index(tar, shard), intact)
-    for row, (key, parts, fault) in enumerate(listed):
+    for row, (key, parts, fault) in enumerate(_list_samples(tar, trusted, intact)):
         reason = fault or _find_missing_part(manifest, parts)
         if reason is None and row in repeated:
             reason = f"duplicate key: {repeated[row]} has it"
@@ -188,28 +191,27 @@ def _repair_shard(
             samples[key] = parts
         else:
             faults.append(QuarantinedSample(key, shard.path, reason))
-    if not faults and not intact and salvage_tar(tar)[1] is None:
-        return _accept_tar(tar, shard, len(samples), log)
     if not faults and intact:
         if (
             index is None
-            or not index.is_body_intact()
-            or index.tar_sha256 != shard.sha256
-            or index.samples != len(samples)
+            or (index.tar_sha256, index.samples) != (shard.sha256, len(samples))
+            or index.tar_name != tar.name
         ):
-            index_tar(tar)
-            log.done.append(f"{shard.path}: index made again")
+            change.renew_index(tar)
+            change.done.append(f"{shard.path}: index made again")
         return shard
-    log.lost += faults
-    log.done += [f"{shard.path}, key {q.key}: {q.reason}; left out" for q in faults]
-    return _rewrite_shard(root, shard, samples, log)
+    if not faults and trusted is None and salvage_tar(tar)[1] is None:
+        return _accept_tar(tar, shard, len(samples), change)
+    change.lost += faults
+    change.done += [f"{shard.path}, key {q.key}: {q.reason}; left out" for q in faults]
+    return _rewrite_shard(root, shard, samples, change)
 
 
-def _accept_tar(tar: Path, shard: ShardInfo, samples: int, log: _Log) -> ShardInfo:
-    """Accept a tar with only good samples: its headers changed, or it is another tar."""
-    index_tar(tar)
+def _accept_tar(tar: Path, shard: ShardInfo, samples: int, change: RepairTransaction) -> ShardInfo:
+    """Accept another tar, which has only good samples."""
+    change.renew_index(tar)
     info = ShardInfo(shard.path, shard.split, samples, tar.stat().st_size, sha256_file(tar))
-    log.done.append(
+    change.done.append(
         f"{shard.path}: accepted as it is now ({info.samples} samples, {shard.samples} before); "
         "index and manifest updated"
     )
@@ -218,10 +220,9 @@ def _accept_tar(tar: Path, shard: ShardInfo, samples: int, log: _Log) -> ShardIn
 
 def _open_index(tar: Path) -> ShardIndex | None:
     try:
-        index = ShardIndex(get_index_path(tar))
+        return ShardIndex(get_index_path(tar))
     except (OSError, OneLLMError):
         return None
-    return index if index.is_body_intact() else None
 
 
 def _open_trusted_index(tar: Path, shard: ShardInfo) -> ShardIndex | None:
@@ -254,14 +255,15 @@ def _list_samples(
         return
     with tar.open("rb") as file:
         for row in range(index.samples):
-            parts = index.parts(row)
-            fault = None
+            parts, key = index.parts(row), index.key(row)
+            reason = find_stored_key_fault(key)
+            fault = f"invalid key: {reason}" if reason else None
             for extension, location in parts.items() if not intact else ():
                 file.seek(location.offset)
                 if zlib.crc32(file.read(location.size)) != location.crc32:
                     where = f".{extension} at offset {location.offset}"
                     fault = f"damaged part: {where} fails its CRC-32"
-            yield index.key(row), parts, fault
+            yield key, parts, fault
 
 
 def _find_missing_part(manifest: Manifest, parts: Mapping[str, PartLocation]) -> str | None:
@@ -279,14 +281,14 @@ def _rewrite_shard(
     root: Path,
     shard: ShardInfo,
     samples: Mapping[str, Mapping[str, PartLocation]],
-    log: _Log,
+    change: RepairTransaction,
 ) -> ShardInfo | None:
-    """Write the tar again from its good samples; the old bytes stay beside it."""
+    """Write the good samples of a tar again, into a tar that the new manifest will list."""
     tar = root / shard.path
-    damaged = tar.with_name(tar.name + DAMAGED)
     info: ShardInfo | None = None
     if samples:
-        writer = ShardWriter(tar, path=shard.path, split=shard.split)
+        path = change.create(shard)
+        writer = ShardWriter(root / path, path=path, split=shard.split)
         with tar.open("rb") as file:
             for key, parts in samples.items():
                 content = {}
@@ -294,15 +296,12 @@ def _rewrite_shard(
                     file.seek(location.offset)
                     content[extension] = file.read(location.size)
                 writer.add(key, content)
-        damaged.unlink(missing_ok=True)
-        damaged.hardlink_to(tar)
         info = writer.close()
-        result = f"written again with {len(samples)} of its {shard.samples} samples"
+        result = f"written again with {len(samples)} of its {shard.samples} samples, as {path}"
     else:
-        tar.replace(damaged)
-        get_index_path(tar).unlink(missing_ok=True)
         result = "it holds no good sample; removed from the manifest"
-    log.done.append(f"{shard.path}: {result} (the old bytes: {damaged.name})")
+    damaged = change.retire(tar)
+    change.done.append(f"{shard.path}: {result} (the old bytes: {damaged.name})")
     return info
 
 
@@ -312,6 +311,12 @@ def repair_command(root: Path, *, workers: int = 1) -> int:
     Returns:
         The exit code.
     """
+    if is_url(str(root)) or ":/" in str(root):
+        raise UsageError(
+            f"{root}: a dataset in a store is not repaired in place.",
+            "a repair replaces the manifest in one step, which stores do not promise.",
+            "copy the dataset to a disk, repair it there, and upload it again.",
+        )
     done = repair_dataset(root, workers=workers)
     for line in done:
         print(line)

@@ -9,19 +9,33 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, SampleError
 from onellm_dist.common.files import STAGED, sha256_file
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.common.progress import progress
 from onellm_dist.modalities import get_modality
-from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo, explain_missing_dataset
-from onellm_dist.shards.format.index import IndexRows, PartLocation, ShardIndex, get_index_path
+from onellm_dist.shards.format.dataset import Manifest, ShardInfo
+from onellm_dist.shards.format.index import (
+    SUFFIX,
+    IndexRows,
+    PartLocation,
+    ShardIndex,
+    get_index_path,
+)
 from onellm_dist.shards.format.tars import TarError, scan_tar
 from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, SampleRow, hash_keys
+from onellm_dist.shards.tools.shard_files import (
+    DatasetRoot,
+    find_datasets,
+    list_names,
+    open_root,
+    open_shard_files,
+)
 
 
 @dataclass(frozen=True)
@@ -42,46 +56,46 @@ class ShardProblem:
         return f"{self.shard}{key}{offset}: {self.what}"
 
 
-def verify_dataset(path: Path, *, workers: int = 1) -> list[ShardProblem]:
+def verify_dataset(
+    path: Path | str, *, workers: int = 1, follow_links: bool = False
+) -> list[ShardProblem]:
     """Check a dataset.
 
-    Faults are flipped bytes, truncated tars, duplicate keys, missing parts, stale indexes, stray
-    files. Memory does not grow with the number of samples (see `RepeatedKeyFinder`); the rows of
-    one shard a worker are held.
+    Faults are flipped bytes, truncated tars, duplicate keys, keys that no reader would find,
+    missing parts, stale indexes, stray files. Memory does not grow with the number of samples (see
+    `RepeatedKeyFinder`); the rows of one shard a worker are held.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder, or its URL; a remote shard is copied to the folder for temporary
+            files while it is checked.
         workers: processes, each with a shard at a time.
+        follow_links: whether files may be links that lead out of the folder.
 
     Returns:
         The faults, in the manifest's order of shards; empty: every byte is as it was written.
 
     Raises:
-        UsageError: there is no dataset, or its manifest cannot be read.
+        UsageError: there is no dataset, or its manifest cannot be read, or a file leads out.
     """
-    path = Path(path)
-    try:
-        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes(), path / MANIFEST)
-    except OSError as error:
-        raise explain_missing_dataset(path) from error
+    root, manifest = open_root(path, follow_links=follow_links)
     problems, count = dict[int, list[ShardProblem]](), 0
     with RepeatedKeyFinder(sum(s.samples for s in manifest.shards)) as finder:
         with progress(len(manifest.shards), f"Verifying {manifest.name}", unit="shards") as bar:
-            for number, (found, keys) in enumerate(_verify_shards(path, manifest, workers)):
+            for number, (found, keys) in enumerate(_verify_shards(root, manifest, workers)):
                 if found:
                     problems[number] = found
                     count += len(found)
                 finder.add(number, keys)
                 bar.advance()
                 bar.note(f"{count} problems" if count else "")
-        for number, found in _name_repeated_keys(path, manifest, finder.find_repeats()):
+        for number, found in _name_repeated_keys(root, manifest, finder.find_repeats()):
             problems.setdefault(number, []).extend(found)
     listed = [p for number in sorted(problems) for p in problems[number]]
-    return listed + _find_stray_files(path, manifest)
+    return listed + _find_stray_files(root, manifest)
 
 
 def _name_repeated_keys(
-    root: Path, manifest: Manifest, repeats: Sequence[tuple[SampleRow, SampleRow]]
+    root: DatasetRoot, manifest: Manifest, repeats: Sequence[tuple[SampleRow, SampleRow]]
 ) -> Iterator[tuple[int, list[ShardProblem]]]:
     """Yield (number of a shard, its samples whose key an earlier shard has).
 
@@ -89,7 +103,8 @@ def _name_repeated_keys(
     """
     for number, pairs in groupby(repeats, key=lambda pair: pair[1].shard):
         shard = manifest.shards[number]
-        rows = read_shard_rows(root / shard.path)
+        with open_shard_files(root, shard) as folder:
+            rows = read_shard_rows(folder / shard.path)
         keys = rows.keys if rows is not None else []
         yield (
             number,
@@ -119,7 +134,7 @@ def read_shard_rows(tar: Path) -> IndexRows | None:
 
 
 def _verify_shards(
-    root: Path, manifest: Manifest, workers: int
+    root: DatasetRoot, manifest: Manifest, workers: int
 ) -> Iterator[tuple[list[ShardProblem], NDArray[np.uint64]]]:
     arguments = (
         [root] * len(manifest.shards),
@@ -135,7 +150,7 @@ def _verify_shards(
 
 
 def verify_shard(
-    root: Path, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
+    root: DatasetRoot, shard: ShardInfo, modalities: Sequence[str], text: Sequence[str]
 ) -> tuple[list[ShardProblem], NDArray[np.uint64]]:
     """Verify one shard.
 
@@ -148,12 +163,15 @@ def verify_shard(
     Returns:
         The faults, and the hashes of the keys, [samples, 2].
     """
-    if not (root / shard.path).is_file():
-        return [ShardProblem(shard.path, "missing: the manifest lists it")], hash_keys([])
     try:
-        problems, keys = _verify_tar(root / shard.path, shard, modalities, text)
+        with open_shard_files(root, shard) as folder:
+            tar = folder / shard.path
+            if not tar.is_file():
+                return [ShardProblem(shard.path, "missing: the manifest lists it")], hash_keys([])
+            problems, keys = _verify_tar(tar, shard, modalities, text)
     except OSError as error:
-        how = f"cannot be read: {error.strerror or error} ({error.filename})"
+        where = f" ({error.filename})" if error.filename else ""
+        how = f"cannot be read: {error.strerror or error}{where}"
         return [ShardProblem(shard.path, how)], hash_keys([])
     return problems, hash_keys(keys)
 
@@ -200,10 +218,8 @@ def _open_index(
         problems.append(ShardProblem(name, "missing index"))
         return None
     except OneLLMError as error:
-        problems.append(ShardProblem(name, error.what))
-        return None
-    if not index.is_body_intact():
-        problems.append(ShardProblem(name, "damaged index: its columns fail their CRC-32"))
+        how = error.what.removeprefix(f"{get_index_path(tar)} is ").removesuffix(".")
+        problems.append(ShardProblem(name, f"damaged index: {how}"))
         return None
     if shard is None:
         return index
@@ -321,35 +337,30 @@ def _find_missing_parts(
                 )
 
 
-def _find_stray_files(root: Path, manifest: Manifest) -> list[ShardProblem]:
-    listed = {p for s in manifest.shards for p in (s.path, str(get_index_path(Path(s.path))))}
+def _find_stray_files(root: DatasetRoot, manifest: Manifest) -> list[ShardProblem]:
+    listed = {p for s in manifest.shards for p in (s.path, s.path + SUFFIX)}
     problems = []
-    for folder in sorted({str(PurePosixPath(s.path).parent) for s in manifest.shards}):
-        for entry in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
-            relative = (PurePosixPath(folder) / entry.name).as_posix()
-            if entry.name.endswith(STAGED):
-                problems.append(
-                    ShardProblem(relative, "left by a writer that was stopped; it may be removed")
-                )
-            elif entry.name.endswith((".tar", ".tar.index")) and relative not in listed:
-                problems.append(ShardProblem(relative, "not in the manifest: nothing reads it"))
+    for path in sorted(list_names(root, (s.path for s in manifest.shards))):
+        if has_hidden_part(path):
+            continue
+        if path.endswith(STAGED):
+            problems.append(
+                ShardProblem(path, "left by a writer that was stopped; it may be removed")
+            )
+        elif path.endswith((".tar", f".tar{SUFFIX}")) and path not in listed:
+            problems.append(ShardProblem(path, "not in the manifest: nothing reads it"))
     return problems
 
 
-def verify_command(path: Path, *, workers: int = 1) -> int:
+def verify_command(path: Path | str, *, workers: int = 1, follow_links: bool = False) -> int:
     """Run `onellm shards verify`: print the faults of a dataset, or of all datasets in a folder.
 
     Returns:
         The exit code: 1 if there are faults.
     """
-    datasets = (
-        [path]
-        if (path / MANIFEST).exists()
-        else sorted(p.parent for p in path.glob(f"*/{MANIFEST}")) or [path]
-    )
     total = 0
-    for dataset in datasets:
-        problems = verify_dataset(dataset, workers=workers)
+    for dataset in find_datasets(path):
+        problems = verify_dataset(str(dataset), workers=workers, follow_links=follow_links)
         total += len(problems)
         for problem in problems:
             print(problem)

@@ -18,6 +18,7 @@ from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 
 
@@ -64,6 +65,11 @@ class ShardOpener:
         if self.dataset.remote is not None:
             return self.dataset.remote.open(path)
         return (self.dataset.root / path).open("rb")
+
+
+def _is_visible(name: str) -> bool:
+    """Check whether a member of a tar belongs to the dataset, as for the index."""
+    return not has_hidden_part(name)
 
 
 def as_webdataset(
@@ -119,7 +125,7 @@ def as_webdataset(
         wds.split_by_node,
         wds.split_by_worker,
         opener,
-        expand(handler=handler),
+        expand(handler=handler, select_files=_is_visible),
         group(handler=handler),
         wds.detshuffle(shuffle, min(shuffle, 100), seed=seed) if shuffle else None,
     )

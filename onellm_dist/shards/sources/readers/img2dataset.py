@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.names import make_safe_key
-from onellm_dist.shards.format.tars import BLOCK, split_name
+from onellm_dist.shards.format.tars import BLOCK
+from onellm_dist.shards.format.valid_names import split_name
 from onellm_dist.shards.sources.base import (
     FileRange,
     InputSplit,
