@@ -128,8 +128,8 @@ def test_indexes(dataset: Dataset, times: int) -> None:
         open_index_with(dataset.root),
         [path.read_bytes()],
         mutate_bytes,
-        cases=2500 * times,
-    ).require_clean(least_refused=2000)
+        cases=1500 * times,
+    ).require_clean(least_refused=1000)
 
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_indexes_with_right_checksums(dataset: Dataset, times: int) -> None:
         for row in range(index.samples):
             read_parts(opened, opened.shards()[0], row)
 
-    fuzz("sealed-index", run, [path.read_bytes()], mutate_index, cases=2500 * times).require_clean(
+    fuzz("sealed-index", run, [path.read_bytes()], mutate_index, cases=1500 * times).require_clean(
         least_refused=1000
     )
 
@@ -181,8 +181,8 @@ def test_manifests(dataset: Dataset, times: int) -> None:
         assert found in (SAMPLES, {})
 
     fuzz(
-        "manifest", run, [whole], mutate_any(mutate_sealed_manifest), cases=4000 * times
-    ).require_clean(least_refused=2000)
+        "manifest", run, [whole], mutate_any(mutate_sealed_manifest), cases=2000 * times
+    ).require_clean(least_refused=1000)
 
 
 @pytest.mark.parametrize("place", range(100))
@@ -277,7 +277,7 @@ def scan(folder: Path) -> Any:
 @pytest.mark.parametrize("times", QUICK_AND_SOAK)
 def test_tars(tmp_path: Path, tar_seeds: list[bytes], times: int) -> None:
     mutate = mutate_any(mutate_tar, mutate_bytes)
-    fuzz("tar", scan(tmp_path), tar_seeds, mutate, cases=4000 * times).require_clean(1000)
+    fuzz("tar", scan(tmp_path), tar_seeds, mutate, cases=2000 * times).require_clean(1000)
 
 
 def test_the_corpus_of_tars(tmp_path: Path) -> None:
