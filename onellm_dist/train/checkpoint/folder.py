@@ -43,18 +43,27 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
     Returns:
         None if the checkpoint is not complete (its manifest is missing, damaged or of an unknown
-        version, or one of its files is missing or cut short); otherwise the manifest.
+        version, lacks the checksum of a file, or one of its files is missing or cut short);
+        otherwise the manifest.
     """
     try:
         manifest = json.loads((folder / CHECKPOINT_MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
         complete = (
             manifest["version"] in READABLE_VERSIONS
             and is_intact(manifest)
-            and all((folder / n).stat().st_size == size for n, size in manifest["files"].items())
+            and (manifest["version"] == 1 or files.keys() == manifest["sha256"].keys())
+            and all(_is_file_name(name) for name in files)
+            and all((folder / n).stat().st_size == size for n, size in files.items())
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return manifest if complete else None
+
+
+def _is_file_name(name: str) -> bool:
+    """Check that a name of the manifest is one of a file in the checkpoint's own folder."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def get_steps_done(manifest: dict[str, Any]) -> int:

@@ -2,9 +2,9 @@
 
 Checkpoints hold the trainable state alone. The manifest's `frozen` is
 `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
-`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Files that still
-have their size and time are not read again; a copy elsewhere is hashed, each file by one of the
-ranks.
+`{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Before a run
+resumes, every file is hashed, by one of the ranks: bytes that rotted on the disk keep their size
+and time.
 """
 
 from __future__ import annotations
@@ -93,26 +93,22 @@ def _compare_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed)
     if root is None:
         return f"model.path was {frozen['path']}, now model.preset={config.model.preset}"
     there: dict[str, list[Any]] = frozen["files"]
-    problem, doubtful = _compare_stamps(root, there) if dist.is_rank_zero else ("", [])
-    problem, doubtful = dist.broadcast((problem, doubtful))
+    problem = dist.broadcast(_compare_names(root, there) if dist.is_rank_zero else "")
     if problem:
         return problem
-    records = [(root / name, FileRecord(there[name][0], there[name][2])) for name in doubtful]
+    records = [(root / name, FileRecord(size, digest)) for name, (size, _, digest) in there.items()]
     damage = find_damage(records, dist)
     return f"in {root}: {'; '.join(damage[:3])}" if damage else ""
 
 
-def _compare_stamps(root: Path, there: dict[str, list[Any]]) -> tuple[str, list[str]]:
-    """(what is certainly wrong, the files that must be hashed to know)."""
+def _compare_names(root: Path, there: dict[str, list[Any]]) -> str:
     try:
-        here = {path.name: path.stat() for path in _list_weight_files(root)}
+        here = {path.name for path in _list_weight_files(root)}
     except OSError as error:
-        return str(error), []
-    if here.keys() != there.keys():
-        return f"{root} has other files: {', '.join(sorted(here.keys() ^ there.keys())[:3])}", []
-    return "", [
-        name for name, stat in here.items() if there[name][:2] != [stat.st_size, stat.st_mtime_ns]
-    ]
+        return str(error)
+    if here != there.keys():
+        return f"{root} has other files: {', '.join(sorted(here ^ there.keys())[:3])}"
+    return ""
 
 
 def _list_weight_files(root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.train.checkpoint.folder import make_tensor_name, read_manifest
@@ -29,7 +29,7 @@ def load_state(folder: Path, engine: Engine, dist: Distributed) -> dict[str, Any
     Raises:
         UsageError: the checkpoint's parameters are not those that train here, or its optimizer is
             not this run's.
-        OneLLMError: the checkpoint is not complete.
+        OneLLMError: the checkpoint is not complete, or its files are not what its manifest says.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -112,12 +112,9 @@ class _CheckpointFiles:
             end = min(start + length, own.start + own.length)
             if first >= end:
                 continue
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(
-                    safe_open(self._folder / file, framework="pt")
-                )
-            piece = self._open[file].get_slice(make_tensor_name(own.name, start, key))
-            values[first - own.start : end - own.start] = piece[first - start : end - start]
+            values[first - own.start : end - own.start] = self._read_piece(
+                file, make_tensor_name(own.name, start, key), first - start, end - start
+            )
             missing -= end - first
         if missing:
             raise OneLLMError(
@@ -126,3 +123,26 @@ class _CheckpointFiles:
                 "give another checkpoint directory.",
             )
         return values
+
+    def _read_piece(self, file: str, name: str, first: int, end: int) -> torch.Tensor:
+        """[end - first] fp32: a range of a tensor of one file."""
+        try:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(
+                    safe_open(self._folder / file, framework="pt")
+                )
+            values: torch.Tensor = self._open[file].get_slice(name)[first:end]
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise self._make_error(f"{file} cannot be read: {error}") from error
+        if values.dtype != torch.float32 or values.shape != (end - first,):
+            raise self._make_error(
+                f"{file} has {name} as {tuple(values.shape)} {values.dtype} in {first}..{end}"
+            )
+        return values
+
+    def _make_error(self, how: str) -> OneLLMError:
+        return OneLLMError(
+            f"checkpoint {self._folder}: {how}",
+            "it cannot be resumed.",
+            "give another checkpoint directory.",
+        )
