@@ -175,7 +175,7 @@ def shards_repair(
 
 @app.command("stats")
 def shards_stats(
-    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or its URL.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("stats.html"),
     seed: Annotated[int, typer.Option(help="Seed of the random examples.")] = 0,
 ) -> None:
@@ -190,18 +190,27 @@ def shards_stats(
 
 @app.command("preview")
 def shards_preview(
-    dataset: Annotated[Path, typer.Argument(help="A dataset folder.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset folder, or its URL.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("preview.html"),
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Samples to draw.")] = 24,
     seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--key",
+            "-k",
+            help="Show this sample instead: its key, or its id as a run names it. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
-    """Write the page of stats, with pictures of random samples.
+    """Write the page of stats, with pictures of random samples, or of the samples with given keys.
 
-    Example: onellm shards preview toy/depth -n 40
+    Examples: onellm shards preview toy/depth -n 40
+              onellm shards preview toy/depth --key depth/train-000000/train_0000007@0
     """
     from onellm_dist.shards.tools.preview import preview_command
 
-    raise typer.Exit(preview_command(dataset, out, previews=samples, seed=seed))
+    raise typer.Exit(preview_command(dataset, out, previews=samples, seed=seed, keys=key or []))
 
 
 @app.command("energon")

@@ -97,6 +97,9 @@ class DataSection(Section):
     """The datasets and their weights."""
     global_batch: PositiveInt
     """Samples per optimizer step, over all ranks."""
+    follow_links: bool = False
+    """Whether the tars and indexes of a dataset may be links that lead out of its folder. Default:
+    such a dataset is refused."""
     workers: int = Field(2, ge=0)
     """Loader processes per rank; 0 reads in the training process. The number never changes what is
     read."""

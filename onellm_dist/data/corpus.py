@@ -162,7 +162,7 @@ def open_datasets(
     datasets: list[Dataset] = []
     for entry in config.mixture:
         try:
-            dataset = open_dataset(config.locate(entry))
+            dataset = open_dataset(config.locate(entry), follow_links=config.follow_links)
             _check_dataset(dataset, entry.weight, modalities, split, datasets)
             datasets.append(dataset)
         except UsageError as error:

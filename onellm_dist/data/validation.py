@@ -45,7 +45,8 @@ def open_validation_plan(
     entries = tuple(
         entry
         for entry in config.mixture
-        if wanted.split in open_dataset(config.locate(entry)).splits
+        if wanted.split
+        in open_dataset(config.locate(entry), follow_links=config.follow_links).splits
     )
     if not entries:
         raise UsageError(

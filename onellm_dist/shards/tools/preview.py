@@ -24,9 +24,12 @@ from onellm_dist.shards.build.finish import STATISTICS
 from onellm_dist.shards.build.staging import DAMAGED, QUARANTINE
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.names import get_modality_parts
+from onellm_dist.shards.storage.paths import to_storage_path
+from onellm_dist.shards.tools.named_samples import NamedSample, describe_sample, find_samples
 from onellm_dist.shards.tools.preview_samples import (
     TIMED,
     DatasetOverview,
+    find_media_faults,
     render_sample,
     render_text,
 )
@@ -273,11 +276,11 @@ def _read_statistics(root: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def build_page(root: Path, *, previews: int, seed: int = 0) -> str:
+def build_page(root: Path | str, *, previews: int, seed: int = 0) -> str:
     """Build the HTML of the page.
 
     Args:
-        root: a dataset's folder.
+        root: a dataset's folder or URL.
         previews: number of samples that are drawn; with 0, texts are listed instead.
         seed: which samples are shown.
 
@@ -285,6 +288,7 @@ def build_page(root: Path, *, previews: int, seed: int = 0) -> str:
         UsageError: there is no dataset.
     """
     dataset = open_dataset(root)
+    root = dataset.root
     overview, statistics = DatasetOverview(dataset, seed), _read_statistics(root)
     part = (
         f" ({len(overview.shards)} of {overview.shard_count} shards, evenly spread)"
@@ -317,16 +321,35 @@ def build_page(root: Path, *, previews: int, seed: int = 0) -> str:
     return build_html_page(dataset.name, html, style=_STYLE)
 
 
-def preview_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
+def preview_command(
+    root: Path | str, out: Path, *, previews: int, seed: int = 0, keys: Sequence[str] = ()
+) -> int:
     """Run `onellm shards stats` (`previews` is 0) or `onellm shards preview`.
+
+    Args:
+        root: a dataset's folder or URL.
+        out: the page.
+        previews: number of samples that are drawn.
+        seed: which samples are drawn.
+        keys: show these samples instead, and describe them on the terminal.
 
     Returns:
         The exit code.
 
     Raises:
-        UsageError: there is no dataset, or the page cannot be written.
+        UsageError: there is no dataset, it has no such key, or the page cannot be written.
     """
-    html = build_page(root, previews=previews, seed=seed)
+    location = str(to_storage_path(root))
+    if keys:
+        dataset = open_dataset(location)
+        samples = find_samples(dataset, keys)
+        for sample in samples:
+            print(describe_sample(dataset, sample), flush=True)  # before a decoder may crash
+            for fault in find_media_faults(dataset, sample.shard, sample.row):
+                print(f"  {fault}")
+        html = build_samples_page(dataset, samples)
+    else:
+        html = build_page(location, previews=previews, seed=seed)
     try:
         write_page(out, html)
     except OSError as error:
@@ -335,3 +358,21 @@ def preview_command(root: Path, out: Path, *, previews: int, seed: int) -> int:
         ) from error
     print(f"{out}: {len(html):,} bytes; open it in a browser")
     return EXIT_DONE
+
+
+def build_samples_page(dataset: Dataset, samples: Sequence[NamedSample]) -> str:
+    """Build the HTML of a page about named samples.
+
+    Args:
+        dataset: an open dataset.
+        samples: some of its samples.
+    """
+    figures = "".join(render_sample(dataset, s.shard, s.row) for s in samples)
+    texts = "".join(f"<pre>{escape(describe_sample(dataset, s))}</pre>" for s in samples)
+    html = [
+        f"<h1>{escape(dataset.name)}</h1>",
+        *_explain_previews(dataset.modalities),
+        f'<div class="gallery">{figures}</div>',
+        f"<h2>Where they lie</h2>{texts}",
+    ]
+    return build_html_page(dataset.name, html, style=_STYLE)

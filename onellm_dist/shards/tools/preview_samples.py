@@ -116,6 +116,23 @@ def _measure_duration(parts: dict[str, Part]) -> float | None:
     return measure_duration(part)
 
 
+def find_media_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:
+    """Decode a sample's media, and say why each that cannot be decoded cannot; [] if all can."""
+    faults = []
+    try:
+        parts = read_parts(dataset, shard, row)
+    except OneLLMError as error:
+        return [f"cannot be read: {error.what}", error.do]
+    for name in dataset.modalities:
+        modality = get_modality(name)
+        try:
+            media = {role: parts[e] for role, e in modality.match(set(parts)).items()}
+            modality.decode(media, _parse_meta(parts))
+        except OneLLMError as error:
+            faults.append(f"{name} cannot be decoded: {error.what}")
+    return faults
+
+
 def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
     """Format a sample's text as HTML, or why it cannot be read."""
     try:

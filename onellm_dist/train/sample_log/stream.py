@@ -253,7 +253,8 @@ class RunStream:
                 f"{CONFIG} no longer names it either.",
                 f'add it to {SAMPLES}/{DATASETS}: {{"{name}": "/path/to/{name}"}}.',
             )
-        dataset = open_dataset(self._locations[name])
+        # The run's recipe decided about links when the run read the dataset.
+        dataset = open_dataset(self._locations[name], follow_links=True)
         shards = dataset.shards(data_phase.split)
         if compute_shards_fingerprint(shards) != data_phase.shards[name]:
             raise OneLLMError(
