@@ -5,6 +5,7 @@ One file per shard and (tokenizer, text format, maximum length):
 [n, 2] array of unsigned integers: the text tokens (BOS included) and supervised tokens of each
 row. If a row of the shard has several captions, it is an [m, 3] array with one line per caption
 instead: row, text tokens, supervised tokens; rows ascend, and a row's captions keep their order.
+A CRC-32 follows the array (token_count_file.py).
 
 A rebuilt shard or another tokenizer has another file name, so a file is never out of date. Files
 are written atomically, so each is complete or absent. If the dataset's folder is read-only, they
@@ -26,10 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
-from onellm_dist.common.files import atomic_path
 from onellm_dist.common.progress import progress
 from onellm_dist.common.resources import user_cache
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
@@ -37,6 +36,13 @@ from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.read_ahead import ByteRange, ReadAhead
 from onellm_dist.data.retry import open_index_with_retries, read_parts_with_retries
 from onellm_dist.data.text import TextEncoder
+from onellm_dist.data.token_count_file import (
+    Counts,
+    Ints,
+    ShardCounts,
+    load_token_counts,
+    save_token_counts,
+)
 from onellm_dist.modalities.base import Part
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_sample_span
@@ -52,9 +58,6 @@ MAX_MEMORY = 256 << 20
 WINDOW_BYTES = 64 << 20
 """Part of a remote shard whose texts are fetched together."""
 
-Counts = NDArray[np.unsignedinteger]
-Ints = NDArray[np.int64]
-
 
 class _Row(NamedTuple):
     """A sample of a remote shard, and where its text parts lie."""
@@ -62,20 +65,6 @@ class _Row(NamedTuple):
     row: int
     parts: SampleSpan
     bytes: ByteRange
-
-
-class _ShardCounts(NamedTuple):
-    """The token counts of a shard's texts."""
-
-    counts: Counts
-    """[m, 2] text and supervised tokens of each text, row by row."""
-    starts: Ints | None
-    """[n + 1] first text of each row; None if every row has one text."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory in use."""
-        return self.counts.nbytes + (0 if self.starts is None else self.starts.nbytes)
 
 
 class TokenCounts:
@@ -97,7 +86,7 @@ class TokenCounts:
         self._fingerprint = fingerprint
         self._seed = seed
         self._shards = [dataset.shards(split) for dataset in datasets]
-        self._kept: OrderedDict[tuple[int, int], _ShardCounts] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int], ShardCounts] = OrderedDict()
         self._bytes = 0
 
     def get(self, dataset: int, shard: int, rows: Ints, epochs: Ints) -> Counts:
@@ -124,13 +113,15 @@ class TokenCounts:
         chosen = first + choose_captions(self._seed, *names, rows, epochs, captions)
         return np.asarray(texts.counts[chosen])
 
-    def _get_shard(self, dataset: int, shard: int) -> _ShardCounts:
+    def _get_shard(self, dataset: int, shard: int) -> ShardCounts:
         kept = self._kept.get((dataset, shard))
         if kept is not None:
             self._kept.move_to_end((dataset, shard))
             return kept
         info = self._shards[dataset][shard]
-        texts = _load(_fetch_if_remote(self._datasets[dataset], info, self._fingerprint), info)
+        texts = load_token_counts(
+            _fetch_if_remote(self._datasets[dataset], info, self._fingerprint), info
+        )
         self._kept[dataset, shard] = texts
         self._bytes += texts.nbytes
         while self._bytes > MAX_MEMORY and len(self._kept) > 1:
@@ -167,34 +158,6 @@ def _fetch_if_remote(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Pa
         with contextlib.suppress(FileNotFoundError):
             dataset.remote.fetch(f"{FOLDER}/{fingerprint}/{path.name}", path)
     return path
-
-
-def _load(path: Path, shard: ShardInfo) -> _ShardCounts:
-    try:
-        counts: Counts = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise OneLLMError(
-            f"{path}: {error}",
-            f"the token counts of shard {shard.path} cannot be read.",
-            "delete the file, if it exists, and restart.",
-        ) from None
-    if counts.shape == (shard.samples, 2):
-        return _ShardCounts(counts, None)
-    rows = (
-        counts[:, 0].astype(np.int64)
-        if counts.ndim == 2 and counts.shape[1] == 3
-        else np.zeros(0, dtype=np.int64)
-    )
-    ascending = bool((np.diff(rows) >= 0).all())
-    if not ascending or not np.array_equal(np.unique(rows), np.arange(shard.samples)):
-        raise OneLLMError(
-            f"{path}: its shape is {counts.shape}, not {(shard.samples, 2)}",
-            "it does not belong to this shard.",
-            "delete it and restart.",
-        )
-    starts = np.searchsorted(rows, np.arange(shard.samples + 1)).astype(np.int64)
-    # A copy: a view would keep the column of rows in memory too.
-    return _ShardCounts(counts[:, 1:].copy(), starts)
 
 
 def find_missing_token_counts(
@@ -337,7 +300,7 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
         table = table[:, 1:]
         if encoder.max_tokens <= np.iinfo(np.uint16).max:
             table = table.astype(np.uint16)
-    _write(get_token_count_path(dataset, shard, encoder.fingerprint), table)
+    save_token_counts(get_token_count_path(dataset, shard, encoder.fingerprint), table)
     return shard.samples
 
 
@@ -382,17 +345,3 @@ def _read_fetched(ahead: ReadAhead, row: _Row) -> dict[str, Part]:
         with contextlib.suppress(SampleError):
             return extract_parts(dataset, shard, row.row, row.parts, data)
     return read_parts_with_retries(dataset, shard, row.row, TEXT_EXTENSIONS)
-
-
-def _write(path: Path, counts: Counts) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, counts, allow_pickle=False)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: the token counts cannot be written: {error.strerror or error}",
-            "plans are computed from them.",
-            "free some space or make the folder writable; if the dataset is read-only, set "
-            "ONELLM_CACHE to a folder that all ranks share.",
-        ) from error

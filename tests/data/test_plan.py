@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from data_worlds import open_plan, section, tokenizer, write
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.config.schema import DataSection
 from onellm_dist.data.corpus import open_datasets
 from onellm_dist.data.micro_batch import SampleRef
 from onellm_dist.data.plan import Plan
@@ -306,3 +308,16 @@ def test_the_loss_of_a_step_without_readable_texts_is_divided_by_one(tmp_path: P
     with DatasetWriter(tmp_path / "bad", name="bad", modalities=()) as writer:
         writer.add("train", "only", {"txt": b"\xff"})
     assert open_plan(tmp_path, {"bad": 1}, global_batch=2).step(0, 1).global_valid_tokens == 1
+
+
+def test_a_dataset_of_links_is_read_if_the_recipe_says_so(root: Path, tmp_path: Path) -> None:
+    name = "pic"
+    shutil.copytree(root / name, tmp_path / name)
+    shutil.rmtree(tmp_path / name / "shards")
+    (tmp_path / name / "shards").symlink_to(root / name / "shards")
+    keys: dict[str, Any] = {"root": tmp_path, "mixture": [{"path": name}], "global_batch": 1}
+    modalities = ["image"]
+    with pytest.raises(UsageError, match=r"leads out of the folder(.|\n)*data\.follow_links=true"):
+        open_datasets(DataSection(**keys), modalities)
+    (dataset,) = open_datasets(DataSection(**keys, follow_links=True), modalities)
+    assert dataset.name == name

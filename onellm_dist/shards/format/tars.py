@@ -10,7 +10,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import sha256_file
@@ -21,6 +21,8 @@ from onellm_dist.shards.format.valid_names import find_stored_key_fault, split_n
 BLOCK = 512
 """Bytes of a tar header; contents are padded to a multiple of it."""
 _CHUNK = 1 << 20
+_LONGEST_HEADER = 1 << 20
+"""Bytes of a long name or of PAX records."""
 _LONGEST_JSON = 1 << 26
 """Bytes of a `.json` up to which its text is measured; a longer one counts as without text."""
 _DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError)
@@ -73,6 +75,32 @@ class TarScan:
     """Files that were skipped because a part of their path begins with a dot."""
 
 
+class HeaderReads:
+    """A file as tarfile reads it: headers, long names and PAX records, but no contents.
+
+    tarfile asks for as many bytes as a header says (a long name of 8 GB), and memory is reserved
+    for them before the file is found to have fewer.
+
+    Args:
+        file: the file of a tar.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek = file.seek
+        self.tell = file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes.
+
+        Raises:
+            tarfile.ReadError: it is more than any header has.
+        """
+        if not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header says that {size} bytes of names follow it")
+        return self._file.read(size)
+
+
 def scan_tar(path: Path) -> TarScan:
     """Read a whole tar and return its rows.
 
@@ -83,7 +111,7 @@ def scan_tar(path: Path) -> TarScan:
     """
     with path.open("rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with _open_tar(file) as tar:
                 scanner = _TarScanner(path, file)
                 rows, end = scanner.run(tar)
         except TarError:
@@ -113,10 +141,14 @@ def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
         # The samples that were closed before the error are intact.
         with (
             suppress(TarError, *_DAMAGED),
-            tarfile.open(fileobj=file, mode="r:") as tar,
+            _open_tar(file) as tar,
         ):
             scanner.run(tar)
     return scanner.rows, how
+
+
+def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+    return tarfile.open(fileobj=cast("BinaryIO", HeaderReads(file)), mode="r:")
 
 
 class _TarScanner:
