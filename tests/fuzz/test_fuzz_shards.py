@@ -24,6 +24,7 @@ from onellm_dist.shards.format.manifest import Manifest, add_checksum
 from onellm_dist.shards.format.parts import read_parts
 from onellm_dist.shards.format.tars import BLOCK, salvage_tar, scan_tar
 from onellm_dist.shards.format.writer import DatasetWriter
+from onellm_dist.shards.sources.readers.img2dataset import list_tar_members
 
 SAMPLES = {
     f"folder/k{i}": {
@@ -262,6 +263,7 @@ def scan(folder: Path) -> Any:
 
     def run(data: bytes) -> None:
         with tar_file(folder, data) as path:
+            list_tar_members(path)
             rows, _ = salvage_tar(path)
             for parts in rows.parts:
                 for place in parts.values():

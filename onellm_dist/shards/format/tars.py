@@ -25,7 +25,7 @@ _LONGEST_HEADER = 1 << 20
 """Bytes of a long name or of PAX records."""
 _LONGEST_JSON = 1 << 26
 """Bytes of a `.json` up to which its text is measured; a longer one counts as without text."""
-_DAMAGED = (tarfile.TarError, ValueError, OverflowError, EOFError)
+TAR_FAULTS = (tarfile.TarError, ValueError, OverflowError, EOFError)
 """What Python's tarfile raises for damaged headers (3.11: also numbers that are no numbers)."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
 
@@ -111,12 +111,12 @@ def scan_tar(path: Path) -> TarScan:
     """
     with path.open("rb") as file:
         try:
-            with _open_tar(file) as tar:
+            with open_tar_headers(file) as tar:
                 scanner = _TarScanner(path, file)
                 rows, end = scanner.run(tar)
         except TarError:
             raise
-        except _DAMAGED as error:
+        except TAR_FAULTS as error:
             raise _make_unreadable_error(path, file, error) from error
         _check_end(path, file, end, rows)
         size = file.seek(0, 2)
@@ -140,14 +140,19 @@ def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
         scanner = _TarScanner(path, file)
         # The samples that were closed before the error are intact.
         with (
-            suppress(TarError, *_DAMAGED),
-            _open_tar(file) as tar,
+            suppress(TarError, *TAR_FAULTS),
+            open_tar_headers(file) as tar,
         ):
             scanner.run(tar)
     return scanner.rows, how
 
 
-def _open_tar(file: BinaryIO) -> tarfile.TarFile:
+def open_tar_headers(file: BinaryIO) -> tarfile.TarFile:
+    """Open a tar for reading its headers; its contents are read from `file` itself.
+
+    Raises:
+        Any of TAR_FAULTS: it is not a tar.
+    """
     return tarfile.open(fileobj=cast("BinaryIO", HeaderReads(file)), mode="r:")
 
 
@@ -178,7 +183,7 @@ class _TarScanner:
                     self.add_part(member, *names)
                 elif member.isreg():
                     self.hidden += has_hidden_part(member.name)
-        except _DAMAGED as error:
+        except TAR_FAULTS as error:
             how = f"it is truncated or damaged ({error})"
             raise TarError(self.path, how, self.key, tar.offset) from error
         self.close_sample()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards.format.names import make_safe_key
-from onellm_dist.shards.format.tars import BLOCK
+from onellm_dist.shards.format.tars import BLOCK, TAR_FAULTS, open_tar_headers
 from onellm_dist.shards.format.valid_names import split_name
 from onellm_dist.shards.sources.base import (
     FileRange,
@@ -286,10 +285,15 @@ def list_tar_members(tar: Path) -> TarMembers:
     """
     found = TarMembers({}, None, [])
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with tar.open("rb") as file, open_tar_headers(file) as archive:
             for member in archive:
                 # type: the stubs lack the attribute. Emptied, or every header stays in memory.
                 archive.members = []  # type: ignore[attr-defined]
+                if member.size < 0 or archive.offset <= member.offset:
+                    return found._replace(
+                        fault=f"damaged tar: {tar.name} has a header of {member.size} bytes at "
+                        f"offset {member.offset}"
+                    )
                 if not member.isreg():
                     continue
                 name = member.name.removeprefix("./")
@@ -306,7 +310,7 @@ def list_tar_members(tar: Path) -> TarMembers:
                     fault=f"truncated tar: {tar.name} has neither a header nor an end marker "
                     f"at offset {archive.offset}"
                 )
-    except (tarfile.TarError, EOFError) as error:
+    except TAR_FAULTS as error:
         return found._replace(
             fault=f"truncated tar: {tar.name} cannot be read to its end ({error})"
         )
