@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -249,3 +250,18 @@ print(samples, seconds, int(peak.split()[1]) / 1024)
     assert samples == 41_400 * 9662
     assert seconds < 5
     assert megabytes < 500
+
+
+def test_a_manifest_of_0_1_0_has_the_same_fingerprint(tmp_path: Path) -> None:
+    """Its bytes are those of today's without the checksum."""
+    dataset = text_dataset(tmp_path / "set", {"a": {"txt": b"x"}})
+    path = dataset.root / "manifest.json"
+    new = path.read_bytes()
+    assert hashlib.sha256(dataset.manifest.to_bytes()).hexdigest() == dataset.fingerprint()
+    path.write_bytes(dataset.manifest.to_bytes())
+    old = open_dataset(dataset.root)
+    assert (old.fingerprint(), old.manifest) == (dataset.fingerprint(), dataset.manifest)
+    assert new.startswith(path.read_bytes().removesuffix(b"\n}\n")) and b"checksum" in new
+    path.write_bytes(new.replace(b'"train"', b'"trial"'))
+    with pytest.raises(UsageError, match="it was changed after it was written"):
+        open_dataset(dataset.root)
