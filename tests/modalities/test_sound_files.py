@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import sys
 import tracemalloc
 from collections.abc import Callable
 
@@ -274,6 +276,20 @@ def test_loud_floats_are_kept_or_refused_and_never_nan(power: float, seed: int) 
         assert sound.wave.max() == np.float32(10**power)  # nothing is clipped
         value = AUDIO.make_value(sound, train=True, rng=np.random.default_rng(seed))
         assert torch.isfinite(value).all()
+
+
+def test_damaged_files_print_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libsndfile seeks before the start of some damaged AIFFs, from a callback."""
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    data = wav("AIFF", length=0.2)
+    for at in range(4, 60):
+        for value in (0, 0x80, 0xFF):
+            damaged = bytearray(data)
+            damaged[at] = value
+            with contextlib.suppress(SampleError):
+                read(bytes(damaged))
+    assert printed == []
 
 
 def test_names_follow_the_decoders() -> None:

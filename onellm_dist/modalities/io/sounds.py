@@ -81,9 +81,24 @@ def read_sound(part: Part, seconds: float) -> tuple[np.ndarray, int]:
         raise SampleError(f"{second.what} (libsndfile: {said})", second.why, second.do) from first
 
 
+class _QuietBytes(io.BytesIO):
+    """Bytes in which a place before the start is not gone to.
+
+    libsndfile asks for such places in damaged files, and an exception in its callback prints a
+    traceback that nothing can catch.
+    """
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """As of BytesIO, or stay."""
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return self.tell()
+
+
 def _read_soundfile(part: Part, seconds: float) -> tuple[np.ndarray, int]:
     name = f".{part.extension}"
-    with soundfile.SoundFile(io.BytesIO(part.data)) as file:
+    with soundfile.SoundFile(_QuietBytes(part.data)) as file:
         rate, channels = int(file.samplerate), int(file.channels)
         check_rate(LIMITS["audio"], rate, name)
         check_count(LIMITS["audio"], "channels", channels, name)
