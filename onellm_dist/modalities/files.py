@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Modality
+from onellm_dist.modalities.io.damage import collect_damage
+
+_log = logging.getLogger(__name__)
 
 
 def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
     """Read a file, and those that belong to it beside it, with the evaluation transform.
 
-    The object in `<stem>.json` is read like a sample's `.json`.
+    The object in `<stem>.json` is read like a sample's `.json`. A warning says what is missing of a
+    damaged file that is used all the same.
 
     Returns:
         [*value_shape] fp32.
@@ -29,7 +34,8 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
     try:
         parts = modality.read_parts(path)
         meta = _read_sidecar_json(path)
-        return modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
+        with collect_damage() as damage:
+            value = modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
     except SampleError as error:
         message = error.what if str(path) in error.what else f"{path}: {error.what}"
         raise SampleError(message, error.why, error.do) from error
@@ -39,6 +45,9 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
             "the file cannot be read.",
             "check its permissions and the disk.",
         ) from error
+    for what in dict.fromkeys(damage):
+        _log.warning("%s is damaged, and is used as it is: %s", path, what)
+    return value
 
 
 def _read_sidecar_json(path: Path) -> Mapping[str, Any]:

@@ -110,6 +110,17 @@ def test_many_damaged_files_are_read_alike_everywhere(
     assert used > 0
 
 
+def test_generate_says_what_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    modality, part = signal("wav")
+    (tmp_path / "a.wav").write_bytes(part.data)
+    (tmp_path / "b.wav").write_bytes(part.data[: int(0.9 * len(part.data))])
+    read_files([(modality, tmp_path / "a.wav")])
+    assert caplog.messages == []
+    read_files([(modality, tmp_path / "b.wav")])
+    (said,) = caplog.messages
+    assert "b.wav is damaged" in said and "of 1.000 s of sound are lost" in said
+
+
 @given(st.floats(0, 1))
 def test_damage_is_noted_up_to_a_quarter_and_refused_beyond(share: float) -> None:
     with collect_damage() as damage:
