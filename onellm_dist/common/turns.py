@@ -4,7 +4,10 @@ A sample's `.json` part holds a conversation under `conversations`, in LLaVA's o
 
     [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cube."}, ...]
 
-`role` and `content` may stand for `from` and `value`, and `messages` for `conversations`.
+`role` and `content` may stand for `from` and `value`, and `messages` for `conversations`. Content
+may be a list of parts as OpenAI has them, `{"type": "text", "text": ...}`; media among them are
+left out, because they stand before the text anyway. `"weight": 0` (OpenAI's) keeps an answer from
+being trained on.
 """
 
 from __future__ import annotations
@@ -38,6 +41,12 @@ class ConversationTurn(NamedTuple):
     """Who speaks; `system` only in the first turn."""
     text: str
     """What is said, exactly as it is stored."""
+    weight: int = 1
+    """0 for an answer that is not trained on."""
+
+
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
+_MEDIA_PARTS = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
 
 
 class TurnsError(ValueError):
@@ -74,8 +83,14 @@ def parse_turns(raw: Any) -> list[ConversationTurn]:
 
 def _parse_turn(number: int, raw: Any) -> ConversationTurn:
     fields = raw if isinstance(raw, dict) else {}
-    role = ROLES.get(str(fields.get("from", fields.get("role"))).lower())
-    text = fields.get("value", fields.get("content"))
+    speaker = str(fields.get("from", fields.get("role"))).lower()
+    if speaker in _TOOL_ROLES or fields.get("tool_calls") or fields.get("function_call"):
+        raise TurnsError(
+            f"turn {number} calls a tool or is a tool's answer, which no text format here can "
+            "express exactly"
+        )
+    role = ROLES.get(speaker)
+    text = _join_parts(number, fields.get("value", fields.get("content")))
     if role is None or not isinstance(text, str):
         raise TurnsError(
             f'turn {number} is not {{"from": speaker, "value": text}} with the speaker '
@@ -91,4 +106,27 @@ def _parse_turn(number: int, raw: Any) -> ConversationTurn:
         ) from None
     if role == "system" and number:
         raise TurnsError(f"turn {number} is a system turn, and only the first turn may be one")
-    return ConversationTurn(role, text)
+    return ConversationTurn(role, text, _parse_weight(number, fields) if role == "assistant" else 1)
+
+
+def _join_parts(number: int, content: Any) -> Any:
+    """The text of content parts; other content as it is."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    texts: list[str] = []
+    for part in content:
+        kind, text = part.get("type"), part.get("text")
+        if kind == "text" and isinstance(text, str):
+            texts.append(text)
+        elif kind not in _MEDIA_PARTS:
+            raise TurnsError(
+                f"turn {number} has a content part of type {kind!r}; text and media can be read"
+            )
+    return "".join(texts)
+
+
+def _parse_weight(number: int, fields: Mapping[str, Any]) -> int:
+    weight = fields.get("weight", 1)
+    if weight is None or weight not in (0, 1):
+        raise TurnsError(f"turn {number} has weight {weight!r}; an answer has weight 0 or 1")
+    return int(weight)

@@ -16,6 +16,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import choose_captions
 from onellm_dist.data.micro_batch import SampleRef, SampleTable, group_by_shard
+from onellm_dist.data.refused_texts import report_refused_texts
 from onellm_dist.data.retry import open_index_with_retries
 from onellm_dist.data.text import TextEncoder
 from onellm_dist.data.token_counts import (
@@ -106,6 +107,7 @@ class Corpus:
         text_encoder = TextEncoder(tokenizer, config.text_format, config.max_text_tokens)
         if build_counts:
             build_token_counts(datasets, text_encoder, split=split, show=show)
+            report_refused_texts(datasets, text_encoder, split)
         else:
             _require_token_counts(datasets, text_encoder, split)
         return cls(datasets, config, text_encoder, seed, modalities, split=split, sizes=sizes)

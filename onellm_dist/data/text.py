@@ -25,6 +25,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from onellm_dist.common.errors import SampleError, UsageError
+from onellm_dist.common.start_token import get_start_id
 from onellm_dist.common.turns import ConversationTurn, Role
 from onellm_dist.data.chat import ChatTemplate
 from onellm_dist.data.text_parts import read_captions, read_turns
@@ -64,7 +65,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, max_tokens: int) -> None:
         backend = _check_arguments(tokenizer, text_format, max_tokens)
-        self.bos: int = tokenizer.bos_token_id
+        self.bos: int = get_start_id(tokenizer) or 0  # checked above
         """First token of every text."""
         self.eos: int = tokenizer.eos_token_id
         """Last token of a caption or conversation that was not cut."""
@@ -72,7 +73,11 @@ class TextEncoder:
         self.max_tokens = max_tokens
         self._chat = ChatTemplate(tokenizer) if text_format == "chat" else None
         self._backend = _copy_tokenizer(backend, special_tokens=self._chat is not None)
-        template = (self._chat.source, tokenizer.special_tokens_map) if self._chat else None
+        template = (
+            (self._chat.source, tokenizer.special_tokens_map, *self._chat.identity)
+            if self._chat
+            else None
+        )
         identity = (
             self._backend.to_str(),
             self.bos,
@@ -132,9 +137,15 @@ class TextEncoder:
     @property
     def end_ids(self) -> list[int]:
         """Ids that end an answer in the format `chat`: EOS and the template's own end token."""
-        example = [ConversationTurn("user", "a"), ConversationTurn("assistant", "b")]
-        _, labels = self._encode_conversation(example)
-        return sorted({self.eos, next(label for label in reversed(labels) if label != IGNORE)})
+        end = self._chat.end if self._chat else ""
+        id_of_end = self._backend.token_to_id(end)
+        return sorted({self.eos} if id_of_end is None else {self.eos, id_of_end})
+
+    @property
+    def end_text(self) -> str | None:
+        """Text that ends an answer in the format `chat`; None: a token does (`end_ids`)."""
+        end = self._chat.end if self._chat else ""
+        return end if end and self._backend.token_to_id(end) is None else None
 
     def _encode_caption(self, caption: str) -> tuple[list[int], list[int]]:
         ids = [*self._backend.encode(caption, add_special_tokens=False).ids, self.eos]
@@ -144,6 +155,12 @@ class TextEncoder:
         self, turns: Sequence[ConversationTurn]
     ) -> tuple[list[int], list[int]]:
         text, answers = self._chat.render(turns) if self._chat else render_conversation(turns)
+        if not answers:
+            raise SampleError(
+                "every answer of its conversation has weight 0",
+                "nothing would be supervised.",
+                "leave the sample out.",
+            )
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         labels = [IGNORE] * len(ids)
@@ -194,7 +211,7 @@ def _check_arguments(tokenizer: Any, text_format: str, max_tokens: int) -> Token
         )
     missing = [
         name
-        for name, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id))
+        for name, token in (("BOS", get_start_id(tokenizer)), ("EOS", tokenizer.eos_token_id))
         if token is None
     ]
     if missing:
@@ -241,7 +258,7 @@ def render_conversation(turns: Sequence[ConversationTurn]) -> tuple[str, list[tu
     answers = []
     for turn in turns:
         rendered = render_turn(turn)
-        if turn.role == "assistant":
+        if turn.role == "assistant" and turn.weight:
             start = len(text) + len(f"{STOP} {SPEAKERS[turn.role]}:")
             answers.append((start, len(text) + len(rendered) + len(STOP)))
         text += rendered

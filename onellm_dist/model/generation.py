@@ -52,7 +52,7 @@ def generate_text(
             f"{type(llm).__name__} cannot generate text here",
             "it does not give the logits of its own forward when it continues embeddings, and "
             "media are embeddings.",
-            "choose another LLM of the table in docs/llms.md; training and scoring work.",
+            "choose another LLM of the table in docs/reference/llms.md; training and scoring work.",
         )
     if decode_offset not in ("correct", "reference"):
         raise UsageError(

@@ -67,7 +67,7 @@ def check_llm(config: Any) -> LLMSupport:
             f"the LLM {config.model_type} cannot be used: {found}",
             "packed samples would see each other or later tokens, and training and answers would "
             "be silently wrong.",
-            "choose an LLM of the table in docs/llms.md.",
+            "choose an LLM of the table in docs/reference/llms.md.",
         )
     limit = get_positions(config) if found.position_limit is not None else None
     return replace(found, position_limit=limit)

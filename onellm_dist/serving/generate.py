@@ -262,7 +262,8 @@ def generate(
         ids = encode_prompt(tokenizer, text)
     _check_inputs(model, ids.shape[1], list(values), decoding.max_new_tokens)
     end_ids = encoder.end_ids if encoder else [tokenizer.eos_token_id]
-    stop = None if chat else _StopString(tokenizer)
+    stop_text = (encoder.end_text if encoder else STOP) or ""
+    stop = _StopString(tokenizer, stop_text) if stop_text else None
     options = _build_options(tokenizer, end_ids, stop, decoding)
     media = {f"{name}_values": value.to(model.device) for name, value in values.items()}
     torch.manual_seed(decoding.seed)
@@ -279,9 +280,9 @@ def generate(
     ended: Ending = "length"
     if set(end_ids) & set(new):
         ended = "eos"
-    elif stop and STOP in decoded:
+    elif stop and stop_text in decoded:
         ended = "stop string"
-    answer = decoded.split(STOP)[0] if stop else decoded
+    answer = decoded.split(stop_text)[0] if stop else decoded
     return Answer(text=answer.strip(), tokens=len(new), ended=ended, seconds=seconds)
 
 
@@ -328,7 +329,7 @@ def _build_options(
     return {
         "decode_offset": decoding.decode_offset,
         "max_new_tokens": decoding.max_new_tokens,
-        "eos_token_id": list(end_ids) if stop is None else end_ids[0],
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else end_ids[0],
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
         "stopping_criteria": StoppingCriteriaList([stop] if stop else []),
         **sampling,
@@ -340,8 +341,9 @@ class _StopString:
 
     TAIL_TOKENS = 8
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokenizer = tokenizer
+        self.text = text
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         import torch
@@ -349,4 +351,4 @@ class _StopString:
         tails = self.tokenizer.batch_decode(
             input_ids[:, -self.TAIL_TOKENS :].tolist(), skip_special_tokens=True
         )
-        return torch.tensor([STOP in tail for tail in tails], device=input_ids.device)
+        return torch.tensor([self.text in tail for tail in tails], device=input_ids.device)

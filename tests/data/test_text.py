@@ -263,7 +263,7 @@ def test_bad_text_says_what_is_wrong(parts: dict[str, Part], text_format: Any, s
 
 def test_tokenizers_that_cannot_serve_are_refused() -> None:
     without_bos = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE()), eos_token="</s>"
+        tokenizer_object=Tokenizer(models.BPE()), unk_token="<unk>"
     )
     with pytest.raises(UsageError, match="no BOS"):
         TextEncoder(without_bos, "caption", 96)
