@@ -46,7 +46,7 @@ class ConversationTurn(NamedTuple):
 
 
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_call")
-_MEDIA_PARTS = ("image", "image_url", "video", "video_url", "audio", "audio_url", "input_audio")
+_WORDS_OF_OTHER_KINDS = ("thinking", "reasoning", "refusal")
 
 
 class TurnsError(ValueError):
@@ -118,7 +118,8 @@ def _join_parts(number: int, content: Any) -> Any:
         kind, text = part.get("type"), part.get("text")
         if kind == "text" and isinstance(text, str):
             texts.append(text)
-        elif kind not in _MEDIA_PARTS:
+        elif kind in _WORDS_OF_OTHER_KINDS or not (kind in part or set(part) == {"type"}):
+            # A medium stands under the name of its type, or its place alone is given.
             raise TurnsError(
                 f"turn {number} has a content part of type {kind!r}; text and media can be read"
             )

@@ -43,6 +43,41 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "system alone": ([{"from": "system", "value": "x"}], "the conversation has no answer"),
 }
 
+PARTS: dict[str, tuple[Any, str]] = {
+    "text": ([{"type": "text", "text": "what"}, {"type": "text", "text": " is it"}], "what is it"),
+    "openai": (
+        [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "q"}],
+        "q",
+    ),
+    "place of a medium": ([{"type": "image"}, {"type": "text", "text": "q"}], "q"),
+}
+
+
+@pytest.mark.parametrize(("content", "text"), PARTS.values(), ids=PARTS)
+def test_content_parts_are_read(content: Any, text: str) -> None:
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    assert parse_turns(turns)[0] == ConversationTurn("user", text)
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"role": "tool", "content": "4"}, "turn 1 calls a tool"),
+        ({"from": "function_call", "value": "{}"}, "turn 1 calls a tool"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "turn 1 calls a tool"),
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "hm"}]}, "type 'thinking'"),
+        ({"role": "user", "content": [{"type": "tool_use", "input": 1}]}, "type 'tool_use'"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, "turn 1 has weight 0.5"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused_by_name(turn: Any, says: str) -> None:
+    with pytest.raises(TurnsError, match=says):
+        parse_turns([HUMAN, turn, GPT])
+
+
+def test_weights_of_answers_are_kept() -> None:
+    assert [turn.weight for turn in parse_turns([HUMAN, GPT | {"weight": 0}, GPT])] == [1, 0, 1]
+
 
 def stored(turns: Any) -> bytes:
     return json.dumps({"conversations": turns}).encode()
