@@ -390,7 +390,7 @@ def test_a_tokenizer_without_bos_begins_texts_as_pretraining_did() -> None:
     start = tok.convert_tokens_to_ids("<|endoftext|>")
     tok.bos_token = None
     for text_format in ("caption", "conversation", "chat"):
-        ids, labels = TextEncoder(tok, text_format, 2018).encode(  # type: ignore[arg-type]
+        ids, labels = TextEncoder(tok, text_format, 2018).encode(
             {**talk(*VALUES), "txt": Part("txt", b"a cube")}
         )
         assert ids[0] == start and labels[0] == IGNORE
