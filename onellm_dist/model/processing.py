@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.start_token import get_start_id
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.model.configuration import OneLLMConfig
@@ -74,7 +75,7 @@ class OneLLMProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def _encode(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        start = self.tokenizer.bos_token_id
+        start = get_start_id(self.tokenizer)
         if start is None:
             raise UsageError(
                 "the tokenizer has no BOS token",
