@@ -1,7 +1,7 @@
 """Which LLM families of the installed transformers are exact: the table of docs/reference/llms.md.
 
-    python benchmarks/llm_families.py [FAMILY ...]      print rows
-    python benchmarks/llm_families.py --write           write the page's table (10 minutes)
+    python benchmarks/llm_table.py [FAMILY ...]      print rows
+    python benchmarks/llm_table.py --write           write the page's table (10 minutes)
 
 Each family is checked with the default config of its class, as a OneLLM checks its LLM.
 """
