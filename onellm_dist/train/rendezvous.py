@@ -50,7 +50,7 @@ def meet(ranks: Ranks, timeout: timedelta, *, patience_s: float | None = None) -
     if ranks.are_on_one_machine and not agent:
         address = LOOPBACK
     if ranks.rank == 0 and not agent:
-        store = _host_store(ranks, address, timeout)
+        store = host_store(address, ranks.port, timeout)
     else:
         waiting.wait_for_port(address)
         store = TCPStore(address, ranks.port, None, False, timeout, wait_for_workers=False)
@@ -77,28 +77,28 @@ def restrict_to_loopback(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {name: "lo" for name in names if not env.get(name)}
 
 
-def _host_store(ranks: Ranks, address: str, timeout: timedelta) -> TCPStore:
-    """The store of rank 0.
+def host_store(address: str, port: int, timeout: timedelta) -> TCPStore:
+    """The store of rank 0. At the loopback address it listens on that interface alone.
 
     Raises:
         OneLLMError: its port is in use.
     """
+    listener = None
     try:
-        if address != LOOPBACK:
-            return TCPStore(address, ranks.port, None, True, timeout, wait_for_workers=False)
-        listener = socket.create_server((LOOPBACK, ranks.port))
+        if address == LOOPBACK:  # torch would listen on all interfaces
+            listener = socket.create_server((LOOPBACK, port)).detach()  # the store closes it
         return TCPStore(
             address,
-            ranks.port,
+            port,
             None,
             True,
             timeout,
             wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the store closes it
+            master_listen_fd=listener,
         )
     except (DistError, RuntimeError, OSError) as error:
         raise OneLLMError(
-            f"rank 0 cannot listen on port {ranks.port}: {str(error).splitlines()[0]}",
+            f"rank 0 cannot listen on port {port}: {str(error).splitlines()[0]}",
             "the ranks meet there (MASTER_PORT); another process may use it, perhaps a rank of an "
             "earlier start.",
             "end that process, or choose another MASTER_PORT.",

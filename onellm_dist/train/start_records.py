@@ -12,6 +12,7 @@ import torch
 
 from onellm_dist import __version__
 from onellm_dist.common.run_files import SAMPLES
+from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
@@ -39,7 +40,7 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     if dist.is_rank_zero:
         prepare_directory(config, inputs.target.folder)
         apply_resume(config, inputs.target)
-        datasets = {d.name: _to_absolute(d.location) for d in plan.corpus.datasets}
+        datasets = {d.name: mask_text(_to_absolute(d.location)) for d in plan.corpus.datasets}
         write_data_phases(run_dir / SAMPLES, plan.data_phases, datasets)
     dist.barrier()
     events = Events(run_dir, enabled=dist.is_rank_zero)

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.diagnostics.error_text import get_first_line
 from onellm_dist.launch.ranks import Ranks
+from onellm_dist.train.rendezvous import LOOPBACK, host_store
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -41,18 +42,21 @@ class Rendezvous:
 
     def __init__(self, ranks: Ranks, wait: float, *, agent: bool = False) -> None:
         self.rank = ranks.rank
-        self._address = ranks.address
+        local = ranks.are_on_one_machine and not agent
+        self._address = LOOPBACK if local else ranks.address
         self._port = ranks.port
         host = ranks.rank == 0 and not agent
         self._store = PrefixStore("preflight", self._connect(wait, host=host))
 
     def _connect(self, wait: float, *, host: bool) -> TCPStore:
+        if host:
+            return host_store(self._address, self._port, timedelta(seconds=wait))
         try:
             return TCPStore(
                 self._address,
                 self._port,
                 None,
-                host,
+                False,
                 timeout=timedelta(seconds=wait),
                 wait_for_workers=False,
             )
