@@ -31,6 +31,7 @@ class Heartbeat:
         count: number of phases entered so far; the rank with the fewest is furthest behind.
         sample_names: gives the sample ids of a micro-batch.
         spans: the modalities of each dataset's samples.
+        loader_workers: number of processes that read for this rank; 0: it reads by itself.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class Heartbeat:
         self.count = 0
         self.sample_names: SampleNames = lambda micro: [str(tuple(ref)) for ref in micro.samples]
         self.spans: Sequence[tuple[str, ...]] = ()
+        self.loader_workers = 0
         self._lock = threading.Lock()
 
     def enter(

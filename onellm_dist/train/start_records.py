@@ -47,6 +47,7 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     session.exit_file.on_failure = partial(write_failed_end, run_dir)
     session.heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
     session.heartbeat.spans = plan.corpus.spans
+    session.heartbeat.loader_workers = config.data.workers
     write_damaged_checkpoints(events, inputs.target)
     if inputs.new_phase:
         write_data_phase(events, plan.data_phases[-1], len(plan.data_phases))

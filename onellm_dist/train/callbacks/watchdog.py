@@ -162,7 +162,9 @@ class HangWatchdog(Callback):
             out.write(format_stacks(sys._current_frames()))
             samples = "\n".join(map(str, rows)) or "none"
             out.write(f"\nthe samples of the micro-batch:\n{samples}\n")
-        report = {**status, "samples": [row["sample"] for row in rows]}
+        # Loader workers end a sample that hangs; what hangs there is a disk.
+        is_reading = status["phase"] == "data" and self._heartbeat.loader_workers > 0
+        report = {**status, "samples": [] if is_reading else [row["sample"] for row in rows]}
         staged = self._folder / f".rank-{self._rank:05d}.json"
         staged.write_text(json.dumps(report), encoding="utf-8")  # not synced: the disk may hang
         staged.rename(_report_path(self._folder, self._rank))

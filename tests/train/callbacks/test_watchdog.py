@@ -19,6 +19,7 @@ from small_model import pack, sample
 
 from onellm_dist.common.run_files import HANGS
 from onellm_dist.config.schema import StabilitySection
+from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.train.callbacks.callback_list import CallbackList
 from onellm_dist.train.callbacks.watchdog import (
     HangWatchdog,
@@ -196,3 +197,33 @@ def test_nobody_watches_with_hang_minutes_zero(tmp_path: Path) -> None:
     watchdog.start()
     assert not watchdog.is_watching
     watchdog.close()
+
+
+@pytest.mark.parametrize(
+    ("workers", "phase", "named"), [(2, "data", 0), (0, "data", 1), (2, "forward", 1)]
+)
+def test_a_hang_of_the_loader_names_no_sample(
+    tmp_path: Path, workers: int, phase: str, named: int
+) -> None:
+    """Its workers end a sample that hangs by themselves: what is left is a disk."""
+    exit_file = ExitFile(tmp_path, rank=0)
+    heartbeat = exit_file.heartbeat
+    heartbeat.loader_workers = workers
+    heartbeat.sample_names = lambda micro: ["imu/a/1@0"]
+    heartbeat.enter(
+        phase, step=3, micro_batch=MicroBatch(3, 0, 0, 1, (SampleRef(0, 0, 1, 0, 5, 4),), 4)
+    )
+    watchdog = HangWatchdog(
+        tmp_path,
+        rank=0,
+        world_size=1,
+        config=StabilitySection(first_step_minutes=0.002, hang_minutes=0.002),
+        exit_file=exit_file,
+    )
+    watchdog.start()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "exit.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    watchdog.close()
+    found = json.loads((tmp_path / "exit.json").read_text())
+    assert found["failure"] == "hang" and len(found["offending_samples"]) == named
