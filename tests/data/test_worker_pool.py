@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ def make_tasks(count: int, per_batch: int) -> Iterator[LoaderTask]:
 
 
 def read_all(reader: PoisonReader, workers: int, per_batch: int = 3, **keys: Any) -> list[Any]:
-    keys = {"prefetch": 2, "sample_seconds": LIMIT_S, "sample_mb": 200} | keys
+    keys = {"prefetch": 2, "sample_seconds": 60.0, "sample_mb": 200} | keys
     tasks = make_tasks(len(reader.samples), per_batch)
     found = []
     with closing(WorkerPool(reader, tasks, workers=workers, **keys)) as pool:
@@ -166,7 +167,8 @@ def no_worker_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("name", POISON)
 def test_a_sample_that_ends_its_worker_is_skipped_and_named(name: str) -> None:
     samples = ["a", "b", name, "c", "d", "e", "f", "g"]
-    assert read_all(PoisonReader(samples), 2) == expect(samples)
+    seconds = LIMIT_S if "sample_seconds" in POISON[name][1] else 60.0
+    assert read_all(PoisonReader(samples), 2, sample_seconds=seconds) == expect(samples)
 
 
 @pytest.mark.slow
@@ -204,7 +206,7 @@ def test_slow_is_not_hanging() -> None:
 
     reader = PoisonReader(["good"] * 2)
     reader.before = slow
-    assert read_all(reader, 1, 1) == ["good"] * 2
+    assert read_all(reader, 1, 1, sample_seconds=LIMIT_S) == ["good"] * 2
     pool = WorkerPool(
         PoisonReader(["good"] * 4), make_tasks(4, 1), workers=1, prefetch=1, sample_seconds=LIMIT_S
     )
@@ -316,21 +318,25 @@ def test_a_batch_larger_than_any_pipe_arrives_and_leaves_nothing_in_shared_memor
     assert not os.path.isdir("/dev/shm") or set(os.listdir("/dev/shm")) <= before
 
 
-def test_a_child_of_a_decoder_does_not_keep_a_dead_worker_alive() -> None:
+def test_a_child_of_a_decoder_does_not_keep_a_dead_worker_alive(tmp_path: Path) -> None:
     """What a decoder started may hold the worker's socket open."""
 
     def start_child(micro: MicroBatch) -> None:
-        if os.fork() == 0:
-            time.sleep(3)
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
             os._exit(0)
+        (tmp_path / str(child)).touch()
 
     reader = PoisonReader(["leave", "good"])
     reader.before = start_child
     started = time.monotonic()
-    assert read_all(reader, 1, 1)[0] == expect(["leave"])[0]
-    assert time.monotonic() - started < 3
-    for process in psutil.Process().children(recursive=True):
-        process.kill()
+    try:
+        assert read_all(reader, 1, 1)[0] == expect(["leave"])[0]
+        assert time.monotonic() - started < 30
+    finally:
+        for path in tmp_path.iterdir():
+            os.kill(int(path.name), signal.SIGKILL)
 
 
 ORPHAN = """

@@ -79,13 +79,13 @@ def test_rank_0_names_who_is_missing_at_once_and_gives_up(caplog: pytest.LogCapt
 
     def meet_in_vain() -> None:
         with contextlib.suppress(OneLLMError):
-            meet(make_ranks(2, 4, port), TIMEOUT, patience_s=1.5)
+            meet(make_ranks(2, 4, port), TIMEOUT, patience_s=4)
 
     threading.Thread(target=meet_in_vain, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(OneLLMError, match=r"rank 0 of 4 waited .* for ranks 1, 3") as info:
-        meet(make_ranks(0, 4, port), TIMEOUT, patience_s=1.5)
-    assert time.monotonic() - started < 10
+        meet(make_ranks(0, 4, port), TIMEOUT, patience_s=3)
+    assert time.monotonic() - started < 20
     assert "RANK and WORLD_SIZE" in info.value.why and "unset" in info.value.do
     assert any("waits for ranks 1" in record.message for record in caplog.records)
 
