@@ -28,3 +28,17 @@ def test_a_recipe_can_be_built_as_it_stands(recipe: Path) -> None:
 
 def test_every_source_has_a_recipe() -> None:
     assert {read_recipe(r)[0]["source"] for r in RECIPES} == set(all_sources())
+
+
+@pytest.mark.parametrize("text", ["22_05", "010", "no", "2024-01-01", "1.50", "0x1F", "1e3"])
+def test_text_in_a_recipe_stays_as_it_is_typed(tmp_path: Path, text: str) -> None:
+    """YAML alone reads 2205, 8, false, a date, 1.5 and 31."""
+    recipe = tmp_path / "r.yaml"
+    options = f"options: {{name: {text}, limit: 10, check: no, captions: {text}, question: [a, b]}}"
+    recipe.write_text(f"source: folder\ninputs: {text}\nout: {text}\n{options}\n")
+    values, given = read_recipe(recipe)
+    assert (values["inputs"], values["out"], given["name"]) == (text, text, text)
+    own, settings = complete_options(get_source("folder"), given, name="x")
+    assert own["captions"] == Path(text)
+    assert settings is not None
+    assert (settings.limit, settings.check, settings.question) == (10, False, "a|b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.build.build_dataset import build_dataset
+from onellm_dist.shards.build.registry import all_sources, get_options
 from onellm_dist.shards.build.workers import ArrayTask
 from onellm_dist.shards.sources.base import BuildReport
 
@@ -30,7 +32,9 @@ def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[st
         UsageError: the recipe cannot be read, or has a key that is not understood.
     """
     try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        text = recipe.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        typed = yaml.load(text, yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(
             f"{recipe}: {error}",
@@ -45,6 +49,8 @@ def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[st
         )
     values = {k: v for k, v in content.items() if k != "options"}
     options = dict(content.get("options") or {})
+    _keep_text(values, typed, ("source", "inputs", "out"))
+    _keep_text(options, typed.get("options"), _list_text_options(values.get("source")))
     for key, value in overrides.items():
         (values if key in KEYS else options)[key] = value
     unknown, missing = sorted(set(values) - KEYS), sorted({"source", "out"} - values.keys())
@@ -56,6 +62,24 @@ def read_recipe(recipe: Path, **overrides: Any) -> tuple[dict[str, Any], dict[st
             f"its keys are: {', '.join(sorted(KEYS))}.",
         )
     return values, options
+
+
+def _list_text_options(source: object) -> list[str]:
+    """List the options of a source that are text or paths; none of an unknown source."""
+    known = all_sources().get(str(source))
+    options = get_options(known) if known is not None else {}
+    return [name for name, option in options.items() if option.kind in (str, Path)]
+
+
+def _keep_text(values: dict[Any, Any], typed: Any, names: Iterable[str]) -> None:
+    """Put back the text of values that are text, and that YAML takes for something else.
+
+    YAML reads `22_05` as 2205, `010` as 8 and `no` as false. Null stays null.
+    """
+    for name in names:
+        value = values.get(name)
+        if value is not None and not isinstance(value, (str, list, dict)):
+            values[name] = typed[name]
 
 
 def build_recipe(
