@@ -8,7 +8,7 @@ promises more than its bytes can hold is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -63,8 +63,24 @@ def read_schema(path: Path) -> pyarrow.Schema:
             schema = _open_parquet(path, file).schema_arrow
         else:
             schema = _open_arrow(file)[0]
-        _ = schema.names  # a name that is not UTF-8 is found here
+        _check_names(schema)
         return schema
+
+
+def _check_names(fields: Iterable[pyarrow.Field]) -> None:
+    """Read all names, those of nested columns too.
+
+    Raises:
+        UnicodeDecodeError: one is not UTF-8, which pyarrow notices where it is used.
+    """
+    from pyarrow import types
+
+    for field in fields:
+        _ = field.name
+        if types.is_struct(field.type):
+            _check_names([field.type.field(i) for i in range(field.type.num_fields)])
+        elif hasattr(field.type, "value_field"):
+            _check_names([field.type.value_field])
 
 
 def list_parts(path: Path) -> list[ArrowPart]:
@@ -186,8 +202,8 @@ def _open_parquet(path: Path, file: IO[bytes]) -> Any:
     if meta.num_rows > _MOST_ROWS_A_BYTE * size:
         raise _make_bomb_error(path, f"{size} bytes hold {meta.num_rows} rows")
     for number in range(meta.num_row_groups):
-        group = meta.row_group(number)
-        unpacked = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+        # Not of its columns: for some damaged footers pyarrow ends the process there.
+        unpacked = meta.row_group(number).total_byte_size
         if unpacked > max(_LARGE, size * _MOST_PACKED):
             raise _make_bomb_error(path, f"{size} bytes unpack to {unpacked} in row group {number}")
     return opened
@@ -216,14 +232,10 @@ def _read_parquet(
 def _choose_batch_size(group: Any) -> int:
     """Choose how many rows to decode at a time, at most about _BUDGET bytes.
 
-    A value of a dictionary is stored once, and decoded for every row that has it.
+    A value of a dictionary is stored once, and decoded for every row that has it: each row counts
+    as if it had all of the row group.
     """
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    total = sum(c.total_uncompressed_size for c in chunks)
-    shared = sum(c.total_uncompressed_size for c in chunks if c.has_dictionary_page)
-    rows = min(_MOST_ROWS, _BUDGET // max(1, shared))
-    if total > _BUDGET:
-        rows = min(rows, group.num_rows * _BUDGET // total)
+    rows = min(_MOST_ROWS, _BUDGET // max(1, group.total_byte_size))
     return max(1, int(rows))
 
 
