@@ -6,18 +6,22 @@ them, never all.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
+from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync
+from onellm_dist.model.card import CARD, build_card
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
@@ -42,8 +46,9 @@ def export_model(
     processor: Any,
     dist: Distributed,
     extra_files: Mapping[str, str] = MappingProxyType({}),
+    notes: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """Write the trained model and its processor to `folder`, completely or not at all.
+    """Write the trained model, its processor, a model card and checksums, or nothing at all.
 
     All ranks call it together; rank 0 writes.
 
@@ -54,6 +59,7 @@ def export_model(
         processor: saved beside the weights.
         dist: the ranks.
         extra_files: name to text of small files that belong to the model (rank 0's count).
+        notes: what the model card says about the training.
 
     Raises:
         OneLLMError: rank 0 could not write; every rank raises.
@@ -66,9 +72,12 @@ def export_model(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _write_configs(partial, model, processor, engine.compute_dtype)
-            write_weights(partial, weights, _get_shapes(engine))
+            shapes = _get_shapes(engine)
+            digests = write_weights(partial, weights, shapes)
+            (partial / CARD).write_text(_build_card(model, engine, shapes, notes), "utf-8")
             for name, text in extra_files.items():
                 (partial / name).write_text(text, encoding="utf-8")
+            write_sums(partial, digests)
             for path in partial.iterdir():
                 sync(path)
             replace_folder(partial, folder)
@@ -91,7 +100,7 @@ def write_weights(
     weights: Iterator[tuple[str, torch.Tensor]],
     shapes: Shapes,
     file_bytes: int = FILE_BYTES,
-) -> None:
+) -> dict[str, str]:
     """Write `model.safetensors`, or several files with an index, as transformers names them.
 
     Args:
@@ -99,24 +108,34 @@ def write_weights(
         weights: each of `shapes`, in the same order; held one at a time.
         shapes: what will come.
         file_bytes: largest file.
+
+    Returns:
+        Name of each file -> its SHA-256.
     """
     files = _split_files(shapes, file_bytes)
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = (
             "model.safetensors"
             if len(files) == 1
             else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         )
+        digest = hashlib.sha256()
         with (folder / file).open("wb") as out:
-            _write_header(out, {name: shapes[name] for name in names})
+            header = _build_header({name: shapes[name] for name in names})
+            out.write(header)
+            digest.update(header)
             for wanted in names:
                 name, tensor = next(weights)
                 if name != wanted or tuple(tensor.shape) != shapes[name][0]:
                     raise RuntimeError(
                         f"the engine yielded {name} {list(tensor.shape)}, expected {wanted}"
                     )
-                out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+                out.write(data)
+                digest.update(data)
+        digests[file] = digest.hexdigest()
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         total = sum(_count_bytes(*shape) for shape in shapes.values())
@@ -124,6 +143,7 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
+    return digests
 
 
 def _get_shapes(engine: Engine) -> Shapes:
@@ -146,8 +166,8 @@ def _split_files(shapes: Shapes, file_bytes: int) -> list[list[str]]:
     return files
 
 
-def _write_header(out: IO[bytes], shapes: Shapes) -> None:
-    """Write the start of a safetensors file: length, and JSON that is padded to 8 bytes."""
+def _build_header(shapes: Shapes) -> bytes:
+    """The start of a safetensors file: length, and JSON that is padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in shapes.items():
@@ -156,7 +176,14 @@ def _write_header(out: IO[bytes], shapes: Shapes) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    out.write(len(text).to_bytes(8, "little") + text)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _build_card(model: Any, engine: Engine, shapes: Shapes, notes: Mapping[str, object]) -> str:
+    counts: Counter[str] = Counter()
+    for name, (shape, _) in shapes.items():
+        counts[name.split(".", 1)[0]] += math.prod(shape)
+    return build_card(model.config, counts, engine.compute_dtype, "from a training run", notes)
 
 
 def _write_configs(folder: Path, model: Any, processor: Any, dtype: torch.dtype) -> None:

@@ -370,7 +370,8 @@ class Trainer:
     def _export(self) -> None:
         """Write the trained model to `<run.dir>/model`."""
         folder = self.config.run.dir / MODEL
-        export_model(folder, self.engine, self.model, self.processor, self.dist)
+        notes = {"stage": self.config.train.stage, "steps done": self.state.steps_done}
+        export_model(folder, self.engine, self.model, self.processor, self.dist, notes=notes)
         self.events.write("export", folder=str(folder), message=f"the trained model is in {folder}")
 
     def _finish(self, outcome: Outcome) -> None:

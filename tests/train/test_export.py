@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from one_rank import ONE_RANK
 
+from onellm_dist.common.checksums import read_sums
 from onellm_dist.train.export import write_weights
 
 
@@ -37,3 +42,36 @@ def test_weights_are_written_as_transformers_reads_them(
     )
     with pytest.raises(RuntimeError, match="expected one"):
         write_weights(tmp_path, iter([("other", torch.zeros(1))]), {"one": ((1,), torch.float32)})
+
+
+class _OneRank:
+    """What `export_model` asks an engine for, on one rank."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, model: Any) -> None:
+        self._state = {name: p.detach() for name, p in model.named_parameters()}
+
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._state.items()
+
+    def full_weight_shapes(self) -> list[tuple[str, torch.Size, torch.dtype]]:
+        return [(name, p.shape, p.dtype) for name, p in self._state.items()]
+
+
+def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
+    """As `RUN/model`: `sha256sum --check SHA256SUMS` finds every file as it was written."""
+    from onellm_dist.model.presets import load_model
+    from onellm_dist.train.export import export_model
+
+    model, processor = load_model(path=None, preset="toy", seed=2)
+    engine: Any = _OneRank(model)
+    export_model(tmp_path / "model", engine, model, processor, ONE_RANK, notes={"stage": "tune"})
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert all(words in card for words in ("- stage: tune", "| llm |", "## Licences", "## Use"))
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    done = subprocess.run(
+        command, cwd=tmp_path / "model", check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["config.json: OK", "model.safetensors: OK"]
+    assert read_sums(tmp_path / "model").keys() == {"config.json", "model.safetensors"}

@@ -66,7 +66,10 @@ class BestModel(Callback):
         # bad, would overwrite them.
         record = {"steps_done": steps_done, "loss": loss, "sample_digest": self._digest}
         beside = {BEST_RECORD: json.dumps(record) + "\n"}
-        export_model(self._folder, self._engine, self._model, self._processor, self._dist, beside)
+        notes = {"steps done": steps_done, "validation loss": loss}
+        export_model(
+            self._folder, self._engine, self._model, self._processor, self._dist, beside, notes
+        )
         return True
 
 
