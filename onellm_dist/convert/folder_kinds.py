@@ -20,6 +20,11 @@ _DEQUANTISE = (
 )
 _SAFETENSORS = "download the safetensors of the same model."
 
+MOST_MODULES = 4096
+"""Layers, experts and the like of the largest models are some hundreds."""
+LARGEST_SIZE = 1 << 40
+"""Any other number of a config."""
+
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is none that can be read."""
@@ -56,6 +61,31 @@ def refuse_quantised(folder: Path, config: dict[str, Any]) -> None:
         "their bytes are codes, which mean nothing without that library's scales and layout.",
         _DEQUANTISE,
     )
+
+
+def refuse_impossible_sizes(folder: Path, config: Any) -> None:
+    """Refuse a config whose model could not even be built without its weights.
+
+    Raises:
+        UsageError: it has more layers, experts or heads than any model.
+    """
+    waiting = [config]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, list):
+            waiting += found
+        if not isinstance(found, dict):
+            continue
+        waiting += found.values()
+        for key, value in found.items():
+            counts = any(word in key for word in ("layer", "block", "expert", "depth", "n_head"))
+            most = MOST_MODULES if counts else LARGEST_SIZE
+            if type(value) in (int, float) and not abs(value) <= most:
+                raise UsageError(
+                    f"{folder}/config.json: {key}={str(value)[:40]}",
+                    "no model is that large: the file is damaged.",
+                    "download it again.",
+                )
 
 
 def _find_adapter(folder: Path) -> FileKind | None:

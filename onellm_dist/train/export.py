@@ -45,8 +45,8 @@ def export_model(
     model: Any,
     processor: Any,
     dist: Distributed,
-    extra_files: Mapping[str, str] = MappingProxyType({}),
     notes: Mapping[str, object] = MappingProxyType({}),
+    extra_files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the trained model, its processor, a model card and checksums, or nothing at all.
 
@@ -58,8 +58,8 @@ def export_model(
         model: the transformers model; only its class and config are used.
         processor: saved beside the weights.
         dist: the ranks.
-        extra_files: name to text of small files that belong to the model (rank 0's count).
         notes: what the model card says about the training.
+        extra_files: name to text of small files that belong to the model (rank 0's count).
 
     Raises:
         OneLLMError: rank 0 could not write; every rank raises.
@@ -71,10 +71,9 @@ def export_model(
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write_configs(partial, model, processor, engine.compute_dtype)
             shapes = _get_shapes(engine)
+            _write_configs(partial, model, processor, engine.compute_dtype, shapes, notes)
             digests = write_weights(partial, weights, shapes)
-            (partial / CARD).write_text(_build_card(model, engine, shapes, notes), "utf-8")
             for name, text in extra_files.items():
                 (partial / name).write_text(text, encoding="utf-8")
             write_sums(partial, digests)
@@ -179,15 +178,20 @@ def _build_header(shapes: Shapes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _build_card(model: Any, engine: Engine, shapes: Shapes, notes: Mapping[str, object]) -> str:
+def _write_configs(
+    folder: Path,
+    model: Any,
+    processor: Any,
+    dtype: torch.dtype,
+    shapes: Shapes,
+    notes: Mapping[str, object],
+) -> None:
+    """Write what `save_pretrained` adds to the weights (configs, processor), and a model card."""
     counts: Counter[str] = Counter()
     for name, (shape, _) in shapes.items():
         counts[name.split(".", 1)[0]] += math.prod(shape)
-    return build_card(model.config, counts, engine.compute_dtype, "from a training run", notes)
-
-
-def _write_configs(folder: Path, model: Any, processor: Any, dtype: torch.dtype) -> None:
-    """Write config, generation config and processor: what `save_pretrained` adds to the weights."""
+    card = build_card(model.config, counts, dtype, "from a training run", notes)
+    (folder / CARD).write_text(card, encoding="utf-8")
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,10 @@ def run_plain(tmp_path: Path, cases: int) -> None:
 def run_gguf(tmp_path: Path, cases: int) -> None:
     seed = write(tmp_path / "seed.gguf", tensors_of(llama())).read_bytes()
 
-    def mutate_header(rng: object, seeds: object) -> bytes:
+    def mutate_header(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
         # The weights are 96% of the file; what they are cannot be wrong in a way that is seen.
-        return mutate_bytes(rng, [seed[:1800]]) + seed[1800:]  # type: ignore[arg-type]
+        header: bytes = mutate_bytes(rng, [seed[:1800]])
+        return header + seed[1800:]
 
     def read(path: Path) -> None:
         read_all(open_checkpoint(path, format_name="gguf"))

@@ -20,7 +20,12 @@ from onellm_dist.convert.checkpoint import (
     drop_tied_copies,
     fit_tensors,
 )
-from onellm_dist.convert.folder_kinds import identify_folder, read_json, refuse_quantised
+from onellm_dist.convert.folder_kinds import (
+    identify_folder,
+    read_json,
+    refuse_impossible_sizes,
+    refuse_quantised,
+)
 from onellm_dist.convert.names.from_pretrained import rename_state
 from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.safetensors_files import read_folder
@@ -73,6 +78,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             "give a directory that save_pretrained wrote." if kind is None else kind.do,
         )
     refuse_quantised(path, raw)
+    refuse_impossible_sizes(path, raw)
     if (kind := identify_folder(path)) is not None:
         raise UsageError(f"{path} is {kind.what}", "a causal LM alone can be read here.", kind.do)
     try:

@@ -17,7 +17,7 @@ from onellm_dist.convert.checkpoint import (
     fit_tensors,
     get_parameter_shapes,
 )
-from onellm_dist.convert.folder_kinds import refuse_quantised
+from onellm_dist.convert.folder_kinds import refuse_impossible_sizes, refuse_quantised
 from onellm_dist.convert.formats.hf import read_config
 from onellm_dist.convert.names.from_pretrained import rename_state
 from onellm_dist.convert.tensors.lazy import Shapes
@@ -59,6 +59,9 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             "its config.json is missing or of another model.",
             "give a onellm directory.",
         )
+    raw = read_config(path) or {}
+    refuse_quantised(path, raw)
+    refuse_impossible_sizes(path, raw)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model = build_on_meta(lambda: OneLLMForConditionalGeneration(config))
@@ -68,7 +71,6 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             "the model cannot be built.",
             "restore the config.json of these weights.",
         ) from None
-    refuse_quantised(path, read_config(path) or {})
     state, files = read_folder(path)
     kept, copies, problems = drop_tied_copies(rename_state(state, model), model)
     tensors, ignored, more = fit_tensors(

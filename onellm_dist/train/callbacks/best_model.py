@@ -68,7 +68,7 @@ class BestModel(Callback):
         beside = {BEST_RECORD: json.dumps(record) + "\n"}
         notes = {"steps done": steps_done, "validation loss": loss}
         export_model(
-            self._folder, self._engine, self._model, self._processor, self._dist, beside, notes
+            self._folder, self._engine, self._model, self._processor, self._dist, notes, beside
         )
         return True
 
