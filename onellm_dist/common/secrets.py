@@ -24,21 +24,26 @@ _HARMLESS = re.compile(
     r"stop|end)[_.-]token|^(?:OLD)?PWD$|token[_.-](?:counts?|ids?|budget|embed|type|length|limit)",
     re.IGNORECASE,
 )
+# Every repetition that may have to be given up again has an end: else a long word in an error
+# would take minutes.
 _USER_INFO = re.compile(
-    r"(\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/@:'\"]*:(?!\d+/)[^\s@'\"]+|[^\s/@:'\"]+)@"
+    r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)"
+    r"(?:[^\s/@:'\"]{0,500}:(?!\d+/)[^\s@'\"]{1,2000}|[^\s/@:'\"]{1,2000})@"
 )
 _PAIR = re.compile(
-    r"""(?P<quote>["']?)(?P<name>[A-Za-z][\w.-]*)(?P=quote)(?P<sign>\s*[=:]\s*|%3D)"""
+    r"""(?P<quote>["']?)(?P<name>[A-Za-z][\w.-]{0,99})(?P=quote)(?P<sign>\s{0,9}[=:]\s{0,9}|%3D)"""
     r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&'"(){}\[\]<>]+)""",
 )
 _QUERY = re.compile(
     r"([?&](?:key|sig|code|X-Goog-Signature|X-Amz-[\w-]+)=)[^&\s'\"]+", re.IGNORECASE
 )
+_DEEPEST = 20
+"""Pairs within pairs (`a=b=c=...`) from which on everything is masked."""
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+    r"|eyJ[\w-]{8,2000}\.eyJ[\w-]{8,}\.[\w-]+)"
 )
 """Tokens that show what they are: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, JWT."""
 
@@ -86,11 +91,13 @@ def mask_environment(env: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _mask_pair(match: re.Match[str]) -> str:
+def _mask_pair(match: re.Match[str], depth: int = 0) -> str:
     value = match["value"]
     before = match[0][: match.start("value") - match.start()]
     if not is_secret_name(match["name"]):  # `ValueError: password=...`
-        return before + _PAIR.sub(_mask_pair, value)
+        if depth == _DEEPEST:
+            return before + MASK
+        return before + _PAIR.sub(lambda inner: _mask_pair(inner, depth + 1), value)
     if value.strip("'\"") in ("", MASK):
         return match[0]
     quote = value[0] if value[0] in "'\"" else ""

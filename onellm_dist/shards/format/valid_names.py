@@ -37,8 +37,8 @@ def check_name(name: str) -> None:
     """
     if not isinstance(name, str) or not _DATASET.fullmatch(name) or len(name.encode()) > _LONGEST:
         raise UsageError(
-            f"dataset name {name!r} has characters other than letters, digits and ._-, or begins "
-            "with . or -, or is too long.",
+            f"dataset name {name!r:.120} has characters other than letters, digits and ._-, or "
+            "begins with . or -, or is too long.",
             "it is part of the id of every sample, and of file names.",
             "choose another.",
         )
