@@ -16,10 +16,13 @@ from av.video.stream import VideoStream
 from media_samples import every_frame, picture, video
 from PIL import Image
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.video import VideoClip
+from onellm_dist.shards.build.prepare import prepare_sample
+from onellm_dist.shards.build.settings import OPTIONS, BuildSettings
+from onellm_dist.shards.sources.base import RawSample
 
 VIDEO = get_modality("video")
 SIZE = (64, 48)
@@ -241,3 +244,18 @@ def test_a_large_frame_is_refused_from_its_header() -> None:
         data[at + 5 : at + 9] = struct.pack(">HH", 60000, 60000)
     with pytest.raises(SampleError):
         decode(bytes(data), "mov")
+
+
+def test_a_library_that_does_not_fit_is_no_fault_of_the_sample(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyAV 14.0 had no `rotation`: every film was called bad."""
+    monkeypatch.setattr("onellm_dist.modalities.io.frames._to_upright_rgb", lambda f: f.not_there)
+    (tmp_path / "x.mp4").write_bytes(video(frames=5, size=SIZE))
+    options = {name: option.default for name, option in OPTIONS.items()}
+    settings = BuildSettings(**{**options, "name": "n", "licence": ""})
+    with pytest.raises(OneLLMError, match="not_there") as error:
+        prepare_sample(
+            RawSample("x", "x", {"mp4": tmp_path / "x.mp4"}, "a caption"), ("video",), settings
+        )
+    assert not isinstance(error.value, SampleError) and "PyAV" in error.value.what

@@ -323,6 +323,8 @@ def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any])
             modality.make_value(raw, train=train, rng=np.random.default_rng(0))
     except SampleError as error:
         raise BadSampleError(f"unreadable {name}: {error.what}") from error
+    except OneLLMError:  # a library that does not fit is no fault of the sample
+        raise
     except Exception as error:
         # A decoder that fails at a strange file costs one bad sample, not the build.
         raise BadSampleError(f"unreadable {name}: {type(error).__name__}: {error}") from error
