@@ -310,3 +310,27 @@ def test_clip_of_another_activation_keeps_it(tmp_path: Path) -> None:
     opened = open_checkpoint(tmp_path / "open", ConversionOptions())
     assert (opened.config.act, opened.config.heads) == ("gelu", 4)
     assert compare(opened, open_checkpoint(tmp_path / "clip", ConversionOptions())).is_equal(0)
+
+
+def test_what_a_clips_folder_says_beside_its_weights_is_kept(tmp_path: Path) -> None:
+    """Epsilon, pixels and heads change every number; an unknown key might."""
+    clip().save_pretrained(tmp_path / "clip")
+    path = tmp_path / "clip" / "config.json"
+    stated = json.loads(path.read_text())
+    path.write_text(json.dumps({**stated, "layer_norm_eps": 1e-6}))
+    pixels = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(pixels))
+    config = open_checkpoint(tmp_path / "clip").config
+    assert (config.norm_eps, config.image_mean, config.image_std) == (1e-6, *pixels.values())
+    with pytest.raises(UsageError, match="--encoder-heads=8, but"):
+        open_checkpoint(tmp_path / "clip", ConversionOptions(encoder_heads=8))
+    path.write_text(json.dumps(stated))
+    convert("hf-clip", tmp_path / "clip", tmp_path / "open", quiet=True)
+    again = open_checkpoint(tmp_path / "open")
+    assert (again.config.image_mean, again.config.image_std) == tuple(pixels.values())
+    path = tmp_path / "open" / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    content["model_cfg"]["vision_cfg"]["attentional_pool"] = True
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="attentional_pool=True"):
+        convert("open-clip", tmp_path / "open", tmp_path / "out", quiet=True)

@@ -18,8 +18,11 @@ from onellm_dist.convert.checkpoint import (
     fit_tensors,
     get_parameter_shapes,
 )
+from onellm_dist.convert.folder_kinds import refuse_quantised
 from onellm_dist.convert.formats.hf import read_config
 from onellm_dist.convert.names.clip import from_hf, require_clip, to_hf
+from onellm_dist.convert.pixels import read_pixels, refuse_other_act, write_pixels
+from onellm_dist.convert.sidecar import choose_heads
 from onellm_dist.convert.tensors.lazy import Tensors
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
@@ -55,6 +58,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
             "its config.json is missing or of another model.",
             "give a directory of such a CLIP.",
         )
+    refuse_quantised(path, raw)
     state, files = read_folder(path)
     config = _build_config(raw, state, options, path)
     wanted = get_parameter_shapes(lambda: Encoder(config))
@@ -80,22 +84,40 @@ def _build_config(
     """Our config for transformers' config.json of a CLIP."""
     vision: dict[str, Any] = raw.get("vision_config") or raw
     dropped = ("model_type", "dtype", "torch_dtype", "architectures")
-    theirs: Any = CLIPVisionConfig(**{k: v for k, v in vision.items() if k not in dropped})
+    try:
+        theirs: Any = CLIPVisionConfig(**{k: v for k, v in vision.items() if k not in dropped})
+        mlp_ratio = theirs.intermediate_size / theirs.hidden_size
+        eps = float(theirs.layer_norm_eps)
+    except Exception as error:  # whatever values of any kind make transformers raise
+        raise UsageError(
+            f"{path}/config.json: {(str(error).splitlines() or [type(error).__name__])[0][:200]}",
+            "the encoder's sizes are in it.",
+            "download it again.",
+        ) from None
     if theirs.hidden_act not in ("quick_gelu", "gelu"):
         raise UsageError(
             f"{path}: activation {theirs.hidden_act}",
             "the encoder has quick_gelu and gelu.",
             "use another CLIP.",
         )
+    stated = path / "config.json"
+    heads = choose_heads(
+        "--encoder-heads", options.encoder_heads, theirs.num_attention_heads, stated
+    )
+    refuse_other_act(options, theirs.hidden_act, stated)
     projection = state.get("visual_projection.weight")
+    mean, std = read_pixels(path)
     return OneLLMVisionConfig(
         width=theirs.hidden_size,
         layers=theirs.num_hidden_layers,
-        heads=options.encoder_heads or theirs.num_attention_heads,
-        mlp_ratio=theirs.intermediate_size / theirs.hidden_size,
+        heads=heads or theirs.num_attention_heads,
+        mlp_ratio=mlp_ratio,
         patch_size=theirs.patch_size,
         image_size=theirs.image_size,
         act=theirs.hidden_act,
+        norm_eps=eps,
+        image_mean=mean,
+        image_std=std,
         output_dim=projection.shape[0]
         if projection is not None
         else int(raw.get("projection_dim", theirs.projection_dim)),
@@ -127,6 +149,7 @@ def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputP
         theirs.architectures = ["CLIPVisionModelWithProjection"]
         theirs.dtype = opened.dtype
         theirs.save_pretrained(folder)
+        write_pixels(folder, config)
         write_index(folder, files)
 
     return OutputPlan(files, finish)
