@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from onellm_dist.cli.help import format_examples
+from onellm_dist.common.errors import UsageError
 
 app = typer.Typer(no_args_is_help=True)
 """Holds commands of `onellm` itself: it is added to the main app without a name."""
@@ -84,15 +85,22 @@ def report(
 
 
 @app.command(
+    context_settings={"allow_interspersed_args": True},
     epilog=format_examples(
         "onellm samples runs/stage1_image",
         "onellm samples runs/stage1_image --step 120",
         "onellm samples runs/stage1_image --sample laion400m/00042/000421337",
-    )
+        "onellm samples exclude runs/stage1_image laion400m/00042/000421337 laion400m/00043",
+    ),
 )
 def samples(
-    run: Annotated[
-        Path, typer.Argument(help="The directory of a run, running or ended.", metavar="RUN")
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            help="The directory of a run, running or ended; or `exclude`, the directory, and the "
+            "samples or whole shards to leave out from its next start on.",
+            metavar="[exclude] RUN [KEY...]",
+        ),
     ],
     step: Annotated[
         int | None, typer.Option(help="Show the samples of this step; the first is 0.")
@@ -108,8 +116,19 @@ def samples(
     """Show which samples a step trained on, or which steps train on a sample.
 
     Without options: how far the run is, and how many of its steps are in a
-    checkpoint.
+    checkpoint. With `exclude`: leave samples or whole shards out of the run
+    from its next start on; all other samples stay where they are.
     """
+    if arguments[0] == "exclude" and len(arguments) > 1:
+        from onellm_dist.train.sample_log.exclude import exclude_command
+
+        raise typer.Exit(exclude_command(Path(arguments[1]), arguments[2:]))
     from onellm_dist.train.sample_log.command import samples_command
 
-    raise typer.Exit(samples_command(run, step, sample, as_json=as_json))
+    if len(arguments) > 1:
+        raise UsageError(
+            f"{arguments[1]!r} is one argument too many",
+            "the samples of one run are shown.",
+            "give one run directory; --step or --sample ask about its samples.",
+        )
+    raise typer.Exit(samples_command(Path(arguments[0]), step, sample, as_json=as_json))

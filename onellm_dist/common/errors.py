@@ -50,5 +50,9 @@ class MachineError(OneLLMError):
     """The machine failed (memory, a disk, a process): no sample and no key of the recipe did."""
 
 
+class RunInUseError(OneLLMError):
+    """Another start of the run is still running: this one is refused, and has changed nothing."""
+
+
 class SampleError(OneLLMError):
     """One sample cannot be read; the message names dataset, shard and key if they are known."""

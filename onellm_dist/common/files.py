@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 STAGED = ".staged"
 """Suffix of a file that is still being written; only a crash leaves one behind."""
@@ -25,6 +26,22 @@ def staged_path(path: Path) -> Path:
 def unique_name() -> str:
     """A name that no other process uses, on any machine that shares the disk."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+class FileStamp(NamedTuple):
+    """What distinguishes a file from another one that took its name."""
+
+    modified_ns: int
+    size: int
+
+
+def stamp_file(path: Path) -> FileStamp | None:
+    """The stamp of a file; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return FileStamp(found.st_mtime_ns, found.st_size)
 
 
 def sync(path: Path) -> None:

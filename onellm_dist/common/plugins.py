@@ -6,6 +6,7 @@ import os
 import sys
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +88,29 @@ def import_user_module(name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return import_module(name)
+
+
+def find_module(name: str, *, key: str) -> None:
+    """Look for the module of `module:Class` without importing it.
+
+    Args:
+        name: `module:Class`.
+        key: the recipe's key, for the message.
+
+    Raises:
+        UsageError: there is no such module.
+    """
+    module = name.partition(":")[0]
+    try:
+        found = find_spec(module) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise UsageError(
+            f"{key}: {name} cannot be imported: no module named {module}",
+            "the run would go without it.",
+            "check PYTHONPATH.",
+        )
 
 
 def _describe(point: EntryPoint) -> str:

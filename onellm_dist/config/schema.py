@@ -10,32 +10,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from onellm_dist.common.secrets import mask_value
+from onellm_dist.config.paths import LocalPath, Location
 
 
-def _to_location(value: Any) -> Any:
-    return value if not isinstance(value, str) or "://" in value else Path(value)
+def _check_decay_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 <= rate < 1 for rate in rates):
+        raise ValueError("a decay rate lies from 0 to below 1")
+    return rates
 
 
-Location = Annotated[Path | str, BeforeValidator(_to_location)]
-"""A local path, or a URL that fsspec can read (`s3://bucket/folder`), which is kept as written."""
+DecayRates = Annotated[tuple[float, float], AfterValidator(_check_decay_rates)]
+"""Decay rates of the averages of the gradient and of its square."""
 
 
 class Section(BaseModel):
     """A section of the recipe. It is immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunSection(Section):
     """`run.*`: the run directory and the seed."""
 
-    dir: Path = Path("runs/default")
+    dir: LocalPath = Path("runs/default")
     """The run directory. It receives `config.yaml`, `metrics.jsonl`, `events.jsonl`, `samples/`,
     `checkpoints/`, `tensorboard/` and `exit.json`."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     """Seed of the sample order, the mixture, augmentation and initialization. Two runs with the
     same seed and data read the same samples in the same steps."""
 
@@ -43,7 +48,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """`model.*`: where the model comes from. Exactly one of `path` and `preset` is set."""
 
-    path: Path | None = None
+    path: LocalPath | None = None
     """A `save_pretrained` directory: a converted or assembled model, or the `model/` folder that an
     earlier stage exported."""
     preset: Literal["onellm-7b", "toy", "smollm2-135m"] | None = None
@@ -66,7 +71,7 @@ class MixtureEntry(Section):
     path: Location
     """The dataset's folder (the one with `manifest.json`) or its URL. A relative path is resolved
     against `data.root`."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, allow_inf_nan=True)  # named with its dataset
     """Share of the samples, relative to the weights of the other datasets."""
 
 
@@ -108,7 +113,7 @@ class DataSection(Section):
     read_ahead_mb: PositiveInt = 256
     """Maximum amount of remote shard data, in MiB, that each loader process fetches ahead of
     need."""
-    cache_dir: Path | None = None
+    cache_dir: LocalPath | None = None
     """Folder on a local disk of the node that caches what is read from remote shards; all processes
     of the node share it. Default: nothing is cached."""
     cache_gb: float = Field(100.0, gt=0)
@@ -136,6 +141,11 @@ class DataSection(Section):
     needs more is read once more in a fresh process, and then skipped. 0: any amount."""
     max_skipped_samples: int = Field(100, ge=0)
     """The run stops when more samples than this could not be read."""
+    exclude: LocalPath | None = None
+    """A list of samples to leave out, one `dataset/shard/key` a line (`dataset/shard`: a whole
+    shard). They keep their places with zero weight, so that all other samples stay where they
+    were; a changed list holds from the next start on. `onellm samples exclude` keeps such a list in
+    the run directory, which is always read. Default: none."""
     validation: ValidationSection | None = None
     """The validation set; its losses are written to `validation.jsonl`. Default: no validation."""
     new_phase: bool = False
@@ -203,16 +213,25 @@ class OptimSection(Section):
     """Steps over which the learning rate rises linearly from 0. Default: no warm-up."""
     decay_steps: int | None = Field(None, gt=0)
     """Step at which the schedule ends. Default: `train.steps`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: DecayRates = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon, added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay. It is not applied to biases and norm weights (as in the
     reference)."""
     grad_clip: float = Field(2.0, ge=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. 0 turns clipping
     off."""
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> OptimSection:
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"optim.min_lr={self.min_lr:g} is above optim.lr={self.lr:g}: the learning rate "
+                "would rise over the run"
+            )
+        return self
 
 
 class EngineSection(Section):
@@ -220,7 +239,7 @@ class EngineSection(Section):
 
     name: Literal["deepspeed", "fsdp"] = "deepspeed"
     """The engine. Both give the same training result; checkpoints of either load in the other."""
-    config: Path | None = None
+    config: LocalPath | None = None
     """`deepspeed` only: a DeepSpeed JSON, as a path or as a name in `ds_configs/`. Default:
     `zero3`."""
     shard_ranks: PositiveInt | None = None
@@ -251,7 +270,7 @@ class CheckpointSection(Section):
     asynchronous: bool = True
     """Whether checkpoints are written in the background from a copy in host memory (12 bytes per
     trainable element, divided among the ranks). False: training waits, and no copy is made."""
-    resume: Literal["auto", "never"] | Path = "auto"
+    resume: Literal["auto", "never"] | LocalPath = "auto"
     """What the run resumes from. `auto`: the latest complete checkpoint of `run.dir`, if there is
     one. `never`: nothing. A path: that checkpoint directory. The last two apply to the first start
     of a job; when it is requeued, it resumes as with `auto`."""
@@ -277,6 +296,15 @@ class TrackSection(Section):
     weight."""
     underused_expert_steps: PositiveInt = 200
     """A warning is logged when an expert has been underused for this many steps."""
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> TrackSection:
+        first, last = self.profile_steps or (0, 0)
+        if not 0 <= first <= last:
+            raise ValueError(
+                f"track.profile_steps=[{first}, {last}]: give the first and the last step"
+            )
+        return self
 
 
 class StabilitySection(Section):

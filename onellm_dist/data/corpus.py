@@ -15,6 +15,7 @@ import numpy as np
 from onellm_dist.common.errors import UsageError
 from onellm_dist.config.schema import DataSection
 from onellm_dist.data.captions import choose_captions
+from onellm_dist.data.exclusions import Exclusions
 from onellm_dist.data.micro_batch import SampleRef, SampleTable, group_by_shard
 from onellm_dist.data.refused_texts import report_refused_texts
 from onellm_dist.data.retry import open_index_with_retries
@@ -72,6 +73,8 @@ class Corpus:
         """The modalities of each dataset's samples, in span order."""
         self.token_counts = TokenCounts(datasets, text_encoder.fingerprint, split, seed)
         """Text and supervised tokens of every sample."""
+        self.exclusions = Exclusions()
+        """Samples that are read with zero weight; the trainer sets them before it reads."""
 
     @classmethod
     def open(

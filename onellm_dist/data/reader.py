@@ -161,6 +161,7 @@ class Reader:
 
     def _read_or_skip(self, ref: SampleRef, sample_id: str) -> _Sample:
         reason = self._skipped_samples.get(sample_id)
+        reason = reason or self._corpus.exclusions.find(sample_id)
         if reason is not None:
             return self._skip(ref, reason)
         try:

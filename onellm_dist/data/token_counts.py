@@ -113,6 +113,25 @@ class TokenCounts:
         chosen = first + choose_captions(self._seed, *names, rows, epochs, captions)
         return np.asarray(texts.counts[chosen])
 
+    def get_texts(self, dataset: int, shard: int) -> tuple[Ints, Counts]:
+        """Return the token counts of every text of a shard.
+
+        Args:
+            dataset: index of the dataset.
+            shard: index of the shard in the dataset's split.
+
+        Returns:
+            [m] row of each text, and [m, 2] its text tokens and supervised tokens.
+
+        Raises:
+            OneLLMError: the shard's file is missing or damaged.
+        """
+        texts = self._get_shard(dataset, shard)
+        if texts.starts is None:
+            return np.arange(len(texts.counts), dtype=np.int64), np.asarray(texts.counts)
+        rows = np.repeat(np.arange(len(texts.starts) - 1, dtype=np.int64), np.diff(texts.starts))
+        return rows, np.asarray(texts.counts)
+
     def _get_shard(self, dataset: int, shard: int) -> ShardCounts:
         kept = self._kept.get((dataset, shard))
         if kept is not None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from onellm_dist.common import run_files
 from onellm_dist.report.entries import to_number
 from onellm_dist.report.records import RunRecords
 from onellm_dist.report.starts import Start
+
+BROKEN = ("failed", "lost")
+"""Statuses of a start that did not end in good order."""
 
 
 def assign_steps(records: RunRecords, starts: Sequence[Start]) -> None:
@@ -57,6 +61,35 @@ def count_lost_steps(records: RunRecords, starts: Sequence[Start]) -> None:
     if not records.overwritten:  # the lines of rolled-back steps are gone: the events count them
         for start in trained:
             _count_rolled_back_steps(start, median_seconds)
+
+
+def count_unsaved_steps(records: RunRecords, starts: Sequence[Start]) -> None:
+    """Count the steps that the latest start lost, before another start has to repeat them.
+
+    They are the steps after its newest checkpoint, if it was killed or failed.
+    """
+    last = starts[-1] if starts else None
+    if last is None or last.first_step is None or last.status not in BROKEN:
+        return
+    saved = max(last.first_step, count_saved_steps(records))
+    unsaved = [line for line in last.steps if line["step"] >= saved]
+    last.steps = last.steps[: len(last.steps) - len(unsaved)]
+    last.lost_steps += len(unsaved)
+    last.lost_seconds += sum(to_number(line.get("seconds")) for line in unsaved)
+
+
+def count_saved_steps(records: RunRecords) -> int:
+    """Steps that the newest complete checkpoint contains; 0 without one.
+
+    Events tell where the folder is not there (a copy of the run's records alone).
+    """
+    checkpoints = records.directory / run_files.CHECKPOINTS
+    if not checkpoints.is_dir():
+        saved = records.select_events("checkpoint")
+        return max((int(to_number(event.get("steps_done"))) for event in saved), default=0)
+    complete = checkpoints.glob(f"{run_files.CHECKPOINT_PREFIX}*/{run_files.CHECKPOINT_MANIFEST}")
+    names = [path.parent.name.removeprefix(run_files.CHECKPOINT_PREFIX) for path in complete]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _count_rolled_back_steps(start: Start, median_seconds: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onellm_dist.report.entries import to_number
-from onellm_dist.report.lost_work import assign_steps, count_lost_steps
+from onellm_dist.report.lost_work import assign_steps, count_lost_steps, count_unsaved_steps
 from onellm_dist.report.records import RunRecords
 from onellm_dist.report.start_sources import CLOCK_TOLERANCE_S, collect_starts
 from onellm_dist.report.starts import Start, compute_process_seconds, get_stall_seconds
@@ -22,6 +22,7 @@ def build_starts(records: RunRecords) -> list[Start]:
             start.begin -= compute_process_seconds(start)
     count_lost_steps(records, starts)
     _fill_ends(records, starts)
+    count_unsaved_steps(records, starts)
     for index, start in enumerate(starts):
         start.number = index + 1
         _add_outer_startup(start, starts[index - 1] if index else None)

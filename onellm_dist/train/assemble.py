@@ -18,6 +18,7 @@ from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.flops import FlopCounter
 from onellm_dist.train.records.metrics import MetricSet
 from onellm_dist.train.records.old_runs import check_manifest, check_run_directory
+from onellm_dist.train.records.run_directory import check_inputs_stay
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.session import Session
 from onellm_dist.train.start_records import open_records, write_start
@@ -51,13 +52,13 @@ def assemble_trainer(
     callbacks = [*load_callbacks(config.train.callbacks), *callbacks]
     target, preemption = _find_target(config, session)
     inputs, weights = setup.open_inputs(config, target=target, session=session)
-    events = open_records(config, inputs=inputs, session=session)
     meter = _build_meter(config, inputs, dist)  # counts weights before they are sharded
     engine, router = setup.shard_model(
         config, inputs=inputs, weights=weights, settings=settings, session=session
     )
     del weights
-    first_step = setup.restore_checkpoint(inputs, engine=engine, session=session, events=events)
+    first_step = setup.restore_checkpoint(inputs, engine=engine, session=session)
+    events = open_records(config, inputs=inputs, session=session)
     sample_log = SampleLog(config.run.dir / SAMPLES, rank=dist.rank)
     monitor = setup.build_monitor(config, inputs=inputs, sample_log=sample_log)
     checkpoints = setup.build_checkpoints(
@@ -105,6 +106,7 @@ def _find_target(config: RunConfig, session: Session) -> tuple[ResumeTarget, Pre
     check_run_directory(run_dir)
     with session.timing.measure("checkpoint"):
         target = find_checkpoint(config, run_dir / CHECKPOINTS, session.dist)
+    check_inputs_stay(config, target.folder)
     if target.folder is not None:
         check_manifest(target.folder, read_manifest(target.folder) or {})
     return target, session.listen()

@@ -5,9 +5,10 @@ Only this module ends a process. Every start ends with `exit.json`.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,21 +16,28 @@ from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.logging import configure_logging, get_logger
+from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
 from onellm_dist.common.processes import make_module_command
+from onellm_dist.common.refusals import was_refused
 from onellm_dist.common.run_files import EXIT, LOGS
-from onellm_dist.config.load import load_config
+from onellm_dist.config.load import find_run_dir
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.arguments import decode_argument
 from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
+from onellm_dist.train.recipe_check import load_checked_config
 from onellm_dist.train.records.exit_file import ExitFile
-from onellm_dist.train.records.run_directory import move_hangs_aside
+from onellm_dist.train.records.run_directory import is_in_use
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
 
 log = get_logger(__name__)
 PRIVATE_UMASK = 0o027
+DISK_FAULTS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)
+)
+"""Errors of a disk that is full, read-only, gone, or not the user's."""
 
 
 def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
@@ -52,23 +60,34 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
         ranks = discover_ranks()
         if ranks is not None:
             run_rank(recipe, overrides, ranks)
-        config = load_config(recipe, overrides)
-        check_before_ranks(config)
+        config = load_checked_config(recipe, overrides)
     except OneLLMError as error:
-        exit_file = ExitFile(find_run_dir(recipe, overrides), rank=0)
-        exit_file.clear()
-        exit_file.write_failure(error)
+        ExitFile(find_run_dir(recipe, overrides), rank=0).write_failure(error)
         raise
     configure_logging()
     count = config.launch.ranks or _count_gpus() or 1
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
-    code = launch_local(command, count, config.run.dir / LOGS)
-    if code and not (config.run.dir / EXIT).exists():
-        reason = f"a rank ended before it could say why (exit code {code}); see {LOGS}/"
-        ExitFile(config.run.dir, rank=0).write("failed", reason=reason)
+    began = time.time()
+    with patient_output():
+        code = launch_local(command, count, config.run.dir / LOGS)
+    write_missing_exit(config.run.dir, code, began)
     return code
+
+
+def write_missing_exit(run_dir: Path, code: int, began: float) -> None:
+    """Record that local ranks failed, where none of them could.
+
+    Args:
+        run_dir: the run directory.
+        code: the exit code of the ranks.
+        began: when they were started, in seconds since 1970.
+    """
+    refused = was_refused(run_dir, "", since=began - 1.0)
+    if code and not refused and not (run_dir / EXIT).exists() and not is_in_use(run_dir):
+        reason = f"a rank ended before it could say why (exit code {code}); see {LOGS}/"
+        ExitFile(run_dir, rank=0).write("failed", reason=reason)
 
 
 def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
@@ -81,14 +100,14 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
     """
     end_with_parent()
     restrict_new_files()
+    replace_output()
     configure_logging(rank=ranks.rank, world_size=ranks.world_size)
-    exit_file = ExitFile(find_run_dir(recipe, overrides), rank=ranks.rank)
-    if ranks.rank == 0:
-        exit_file.clear()
-        move_hangs_aside(exit_file.run_dir)
+    exit_file = ExitFile(
+        find_run_dir(recipe, overrides), rank=ranks.rank, start=f"{ranks.address}:{ranks.port}"
+    )
     trainer: Trainer | None = None
     try:
-        config = load_config(recipe, overrides)
+        config = load_checked_config(recipe, overrides)
         typed = any(item.startswith("launch.ranks=") for item in overrides)
         check_launch_ranks(config.launch.ranks, ranks, typed=typed)
         trainer = _build_trainer(config, ranks, exit_file)
@@ -97,7 +116,7 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
         log.error("%s", error)
         code = exit_file.write_failure(error)
     except Exception as error:
-        log.error("%s", traceback.format_exc())
+        log.error("%s", describe_disk_fault(error) or traceback.format_exc())
         code = exit_file.write_failure(error)
     if code == EXIT_FAILED and trainer is not None:
         trainer.checkpoints.drain()
@@ -111,7 +130,7 @@ def _build_trainer(config: RunConfig, ranks: Ranks, exit_file: ExitFile) -> Trai
 
     timing = StartupTiming(exit_file.heartbeat)
     timing.measure_imports()
-    process = ProcessContext(exit_file, timing, end=os._exit)
+    process = ProcessContext(exit_file, timing, end=end_process)
     return Trainer.from_config(config, ranks=ranks, process=process)
 
 
@@ -123,49 +142,25 @@ def restrict_new_files() -> None:
     os.umask(os.umask(PRIVATE_UMASK) | PRIVATE_UMASK)
 
 
+def describe_disk_fault(error: BaseException) -> str:
+    """An error of the disk in words; "" for any other error."""
+    if not isinstance(error, OSError) or error.errno not in DISK_FAULTS or not error.filename:
+        return ""
+    return (
+        f"{error.filename}: {error.strerror}\n"
+        "the run cannot record what it does there.\n"
+        "free space or repair the disk, and start the run again: it resumes from its latest "
+        "checkpoint."
+    )
+
+
 def end_process(code: int) -> NoReturn:
     """Flush and leave without Python's clean-up.
 
     gloo's threads abort in that clean-up in a fifth to a half of runs (torch 2.13, 2.15).
     """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, a full disk
-            stream.flush()
+    drain_output()
     os._exit(code)
-
-
-def check_before_ranks(config: RunConfig) -> None:
-    """Refuse what can be refused in a second, before ranks spend ten on their imports.
-
-    Raises:
-        UsageError: the recipe names an engine, optimizer or tracker that does not exist or fit.
-    """
-    from onellm_dist.train.engine.select import get_engine
-    from onellm_dist.train.optim.optimizers import check_optim
-
-    if config.track.trackers:
-        from onellm_dist.train.callbacks.trackers import check_trackers
-
-        check_trackers(config.track)
-    get_engine(config.engine.name).check(config.engine, bf16=config.train.precision == "bf16")
-    check_optim(config.optim)
-
-
-def find_run_dir(recipe: Path, overrides: Sequence[str]) -> Path:
-    """`run.dir`, also where the recipe is wrong elsewhere: `exit.json` must have a place."""
-    import yaml
-
-    from onellm_dist.config.load import find_recipe
-    from onellm_dist.config.schema import RunSection
-
-    for item in reversed(overrides):
-        key, _, value = item.partition("=")
-        if key == "run.dir" and value:
-            return Path(value)
-    try:
-        return Path(yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))["run"]["dir"])
-    except (OneLLMError, OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return RunSection().dir
 
 
 def _count_gpus() -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.files import FileStamp
 from onellm_dist.common.logging import ROOT, configure_logging
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.local import find_free_port
@@ -55,14 +57,14 @@ class Session:
     ) -> None:
         self.run_dir: Path = config.run.dir
         self._stack = ExitStack()
+        self._preemption: Preemption | None = None
         ranks = ranks or discover_ranks() or Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port())
         if process is None:
             if not logging.getLogger(ROOT).hasHandlers():  # a script or a notebook
                 configure_logging(rank=ranks.rank, world_size=ranks.world_size)
-            exit_file = ExitFile(self.run_dir, rank=ranks.rank)
-            if ranks.rank == 0:
-                exit_file.clear()
-                move_hangs_aside(self.run_dir)
+            exit_file = ExitFile(
+                self.run_dir, rank=ranks.rank, start=f"{ranks.address}:{ranks.port}"
+            )
             process = ProcessContext(exit_file, StartupTiming(exit_file.heartbeat))
         self.end_process = process.end
         self.exit_file = process.exit_file
@@ -84,24 +86,50 @@ class Session:
         self.watchdog.start()
 
     def lock(self) -> None:
-        """Hold the run directory, on rank 0.
+        """Hold the run directory, on rank 0. All ranks call it together.
 
         Raises:
-            OneLLMError: another start of the run is still running.
+            RunInUseError: another start of the run is still running.
+            UsageError: the directory cannot be made or written to.
+        """
+        problem: OneLLMError | None = None
+        earlier: FileStamp | None = None
+        if self.dist.is_rank_zero:
+            try:
+                self._stack.enter_context(lock_directory(self.run_dir))
+                earlier = self.exit_file.find_earlier()
+            except OneLLMError as error:
+                problem = error
+        problem, earlier = self.dist.broadcast((problem, earlier))
+        if problem is not None:
+            raise problem
+        self.exit_file.hold(earlier)
+
+    def begin(self, prepare: Callable[[], None]) -> None:
+        """Make the run directory that of this start. All ranks call it together.
+
+        Args:
+            prepare: called on rank 0: changes what is in the directory.
         """
         if self.dist.is_rank_zero:
-            self._stack.enter_context(lock_directory(self.run_dir))
+            prepare()
+            move_hangs_aside(self.run_dir)
+            self.exit_file.remove_earlier()
+            if self._preemption is not None:
+                self._preemption.discard_earlier()
+        self.dist.barrier()
+        self.exit_file.begin()
 
     def listen(self) -> Preemption:
         """Listen for requests to stop."""
-        preemption = Preemption(
+        self._preemption = Preemption(
             self.run_dir,
             self.exit_file,
             watch_file=self.dist.is_rank_zero,
             end_process=self.end_process,
         )
-        self.hold(preemption.close)
-        return preemption
+        self.hold(self._preemption.close)
+        return self._preemption
 
     def hold(self, release: Callable[[], Any]) -> None:
         """Call `release` when the session is closed, before what is held already is released."""

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist import __version__
-from onellm_dist.common.errors import OneLLMError
-from onellm_dist.common.run_files import CHECKPOINTS
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.run_files import CHECKPOINTS, EXCLUDE_LIST
 from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
+from onellm_dist.data.exclusions import Exclusions, read_exclusions
+from onellm_dist.data.length_check import check_corpus
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation_plan
@@ -42,6 +44,7 @@ from onellm_dist.train.optim.stages import (
 )
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
+from onellm_dist.train.resume_changes import check_steps_left
 from onellm_dist.train.session import Session
 from onellm_dist.train.stability.monitor import StabilityMonitor
 
@@ -73,6 +76,14 @@ class Inputs:
         """The modalities of the mixture."""
         return {name for spans in self.plan.corpus.spans for name in spans}
 
+    @property
+    def plan_changed(self) -> bool:
+        """Whether a checkpoint of 0.1.0, which has no data phases, was written with other data."""
+        manifest = self.manifest
+        if self.target.folder is None or "data_phases" in manifest:
+            return False
+        return bool(manifest["plan"] != self.plan.fingerprint())
+
 
 def check_recipe(config: RunConfig, dist: Distributed) -> EngineSettings:
     """Refuse what can be refused without reading anything; return the settings of the engine.
@@ -102,6 +113,8 @@ def open_inputs(
         UsageError: the model or a dataset does not exist, or the recipe does not fit the
             checkpoint.
     """
+    manifest = {} if target.folder is None else read_manifest(target.folder) or {}
+    check_steps_left(config, target, manifest)
     with session.timing.measure("model"):
         model, processor, weights = open_model(
             path=config.model.path, preset=config.model.preset, seed=config.run.seed
@@ -114,9 +127,12 @@ def open_inputs(
             model=model,
             dist=session.dist,
         )
+        exclusions = read_run_exclusions(config, session.dist)
+        for opened in filter(None, (plan, validation_plan)):
+            opened.corpus.exclusions = exclusions
     inputs = Inputs(
         target=target,
-        manifest={} if target.folder is None else read_manifest(target.folder) or {},
+        manifest=manifest,
         model=model,
         processor=processor,
         plan=plan,
@@ -143,20 +159,64 @@ def open_plans(
     """
     arguments = (data, tokenizer, seed, list(model.config.modalities))
     sizes = model.config.vision.patches, model.config.vision.prefix
-    plan = _open_on_rank_zero_first(dist, partial(Plan.open, *arguments, sizes=sizes))
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+
+    def check(plan: Plan) -> None:
+        check_corpus(plan.corpus, positions=positions)
+
+    plan = _open_on_rank_zero_first(dist, partial(Plan.open, *arguments, sizes=sizes), check)
     if data.validation is None:
         return plan, None
     open_validation = partial(open_validation_plan, *arguments, sizes=sizes)
-    return plan, _open_on_rank_zero_first(dist, open_validation)
+    return plan, _open_on_rank_zero_first(dist, open_validation, check_validation_lengths)
 
 
-def _open_on_rank_zero_first(dist: Distributed, open_plan: Callable[..., Plan]) -> Plan:
-    """Rank 0 counts the tokens of shards that have no counts yet; the others wait for it."""
+def check_validation_lengths(plan: Plan) -> None:
+    """Refuse a validation set that cannot be run.
+
+    Raises:
+        UsageError: a sample is larger than a micro-batch may be, or no sample has a supervised
+            token.
+    """
+    totals = plan.step(0, 1).totals
+    if not totals.supervised_tokens:
+        raise UsageError(
+            f"data.validation: none of its {totals.samples} samples has a supervised token",
+            "its loss would always be 0.",
+            "raise data.max_text_tokens, or use another split.",
+        )
+
+
+def read_run_exclusions(config: RunConfig, dist: Distributed) -> Exclusions:
+    """Read the lists of samples that are left out: as rank 0 sees them. All ranks call it together.
+
+    Raises:
+        UsageError: a list cannot be read.
+    """
+    found: Exclusions | OneLLMError = Exclusions()
+    if dist.is_rank_zero:
+        own = config.run.dir / EXCLUDE_LIST
+        lists = [*filter(None, (config.data.exclude,)), *([own] if own.exists() else [])]
+        try:
+            found = read_exclusions(*lists)
+        except OneLLMError as error:
+            found = error
+    found = dist.broadcast(found)
+    if isinstance(found, OneLLMError):
+        raise found
+    return found
+
+
+def _open_on_rank_zero_first(
+    dist: Distributed, open_plan: Callable[..., Plan], check: Callable[[Plan], None]
+) -> Plan:
+    """Rank 0 counts the tokens of shards that have no counts yet, and checks; the others wait."""
     problem: OneLLMError | None = None
     plan: Plan | None = None
     if dist.is_rank_zero:
         try:
             plan = open_plan()
+            check(plan)
         except OneLLMError as error:
             problem = error
     problem = dist.broadcast(problem)
@@ -253,14 +313,13 @@ def prepare_model(
     model.train()
 
 
-def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session, events: Events) -> int:
+def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session) -> int:
     """Load the checkpoint that is resumed into the engine. All ranks call it together.
 
     Args:
         inputs: what this start has read.
         engine: receives the state.
         session: what this start holds.
-        events: where a changed plan is recorded.
 
     Returns:
         The index of the first step.
@@ -272,18 +331,7 @@ def restore_checkpoint(inputs: Inputs, *, engine: Engine, session: Session, even
     if folder is None:
         return 0
     with session.timing.measure("checkpoint"):
-        manifest = load_state(folder, engine, session.dist)
-    steps_done = get_steps_done(manifest)
-    if "data_phases" not in manifest and manifest["plan"] != inputs.plan.fingerprint():
-        events.write(
-            "plan_changed",
-            step=steps_done,
-            checkpoint=folder.name,
-            message=f"mixture, shards, seed or batch are not those of {folder}: other samples "
-            f"come from step {steps_done} on",
-            warning=True,
-        )
-    return steps_done
+        return get_steps_done(load_state(folder, engine, session.dist))
 
 
 def build_monitor(config: RunConfig, *, inputs: Inputs, sample_log: SampleLog) -> StabilityMonitor:

@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onellm_dist import __version__
-from onellm_dist.common.run_files import SAMPLES
+from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.phases import DataPhase
+from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
+from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoints
 from onellm_dist.train.checkpoint.inherit import apply_resume
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
+from onellm_dist.train.resume_changes import find_resume_changes, write_changes
 from onellm_dist.train.session import Session
 from onellm_dist.train.setup import Inputs
+
+SHOWN = 5
+"""Entries that a message names."""
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -31,24 +37,37 @@ if TYPE_CHECKING:
 def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Events:
     """Make the run directory that of this start, and open its events. All ranks call it together.
 
+    Everything that can be refused has been checked before: nothing is written until here.
+
     Args:
         config: the recipe.
         inputs: what this start has read.
         session: its exit file and heartbeat learn about events and samples.
     """
     run_dir, dist, plan = config.run.dir, session.dist, inputs.plan
-    if dist.is_rank_zero:
-        prepare_directory(config, inputs.target.folder)
+    changes, earlier = (
+        find_resume_changes(config, inputs.target) if dist.is_rank_zero else ([], None)
+    )
+
+    def prepare() -> None:
+        recover_checkpoints(run_dir / CHECKPOINTS)
+        prepare_directory(config, inputs.target.folder, get_steps_done(inputs.manifest))
         apply_resume(config, inputs.target)
         datasets = {d.name: mask_text(_to_absolute(d.location)) for d in plan.corpus.datasets}
         write_data_phases(run_dir / SAMPLES, plan.data_phases, datasets)
-    dist.barrier()
+
+    session.begin(prepare)
     events = Events(run_dir, enabled=dist.is_rank_zero)
     session.exit_file.on_failure = partial(write_failed_end, run_dir)
     session.heartbeat.sample_names = lambda micro: plan.corpus.sample_ids(micro.samples)
     session.heartbeat.spans = plan.corpus.spans
     session.heartbeat.loader_workers = config.data.workers
     write_damaged_checkpoints(events, inputs.target)
+    write_changes(events, config, changes, earlier, get_steps_done(inputs.manifest))
+    if dist.is_rank_zero:
+        write_exclusions(events, plan)
+    if inputs.plan_changed:
+        write_plan_changed(events, inputs.target, get_steps_done(inputs.manifest))
     if inputs.new_phase:
         write_data_phase(events, plan.data_phases[-1], len(plan.data_phases))
     return events
@@ -115,6 +134,37 @@ def write_damaged_checkpoints(events: Events, target: ResumeTarget) -> None:
             message=f"checkpoint {name} is damaged and passed over: {problem}",
             warning=True,
         )
+
+
+def write_plan_changed(events: Events, target: ResumeTarget, steps_done: int) -> None:
+    """Write the event of a checkpoint without data phases that was written with other data."""
+    assert target.folder is not None
+    events.write(
+        "plan_changed",
+        step=steps_done,
+        checkpoint=target.folder.name,
+        message=f"mixture, shards, seed or batch are not those of {target.folder}: other samples "
+        f"come from step {steps_done} on",
+        warning=True,
+    )
+
+
+def write_exclusions(events: Events, plan: Plan) -> None:
+    """Write the event of the lists of excluded samples, if there are entries."""
+    corpus = plan.corpus
+    entries = corpus.exclusions.entries
+    if not entries:
+        return
+    unmatched = corpus.exclusions.find_unmatched(corpus.datasets, corpus.shards)
+    shown = ", ".join(unmatched[:SHOWN]) + (" ..." if len(unmatched) > SHOWN else "")
+    events.write(
+        "exclusions",
+        entries=len(entries),
+        unmatched=unmatched,
+        message=f"{len(entries)} entries of samples or shards are left out"
+        + (f"; {len(unmatched)} of them name nothing in the datasets: {shown}" if shown else ""),
+        warning=bool(unmatched),
+    )
 
 
 def write_data_phase(events: Events, data_phase: DataPhase, number: int) -> None:

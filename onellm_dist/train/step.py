@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,16 @@ class LocalPass:
             for part in self.losses
             for i, reason in part.batch.skipped_samples.items()
         }
+
+    def count_modalities(self, sample_ids: Collection[str]) -> Counter[str]:
+        """Modality -> how many of the given samples have it."""
+        return Counter(
+            name
+            for part in self.losses
+            for sample, modalities in zip(part.batch.sample_ids, part.batch.modalities, strict=True)
+            if sample in sample_ids
+            for name in modalities or ("text",)
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class StepValues:
         stop: whether some rank was asked to stop.
         checkpoint_failed: whether some rank could not write its part of the pending checkpoint.
         checkpoint_due: whether a checkpoint is due by rank 0's clock.
+        unreadable: modality to samples that could not be read and were not known before.
         metrics: metrics of callbacks, by name.
     """
 
@@ -43,6 +44,7 @@ class StepValues:
     stop: bool = False
     checkpoint_failed: bool = False
     checkpoint_due: bool = False
+    unreadable: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -65,7 +67,9 @@ class StepTotals:
         self._combinations = {names: i for i, names in enumerate(combinations)}
         self._dist = dist
         self._metrics = metrics
-        self._first_metric = FIXED + 2 * len(combinations)
+        self._modalities = sorted({name for c in combinations for name in c or ("text",)})
+        self._first_unreadable = FIXED + 2 * len(combinations)
+        self._first_metric = self._first_unreadable + len(self._modalities)
         size = self._first_metric + sum(self._slots(metric) for metric in metrics)
         self._sums = torch.zeros(size, dtype=torch.float64, device=dist.device)
 
@@ -104,6 +108,7 @@ class StepTotals:
         stop: bool = False,
         checkpoint_failed: bool = False,
         checkpoint_due: bool = False,
+        unreadable: Mapping[str, int] | None = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Sum over the ranks. On a GPU this is queued, not waited for.
@@ -113,11 +118,14 @@ class StepTotals:
             stop: see `StepValues`; this rank's.
             checkpoint_failed: see `StepValues`; this rank's.
             checkpoint_due: see `StepValues`; this rank's.
+            unreadable: see `StepValues`; this rank's.
             metrics: this rank's values of the metrics; missing ones do not count.
         """
         signals = (new_skipped_samples, stop, checkpoint_failed, checkpoint_due)
         for i, signal in enumerate(signals, FIXED - len(SIGNALS)):
             self._sums[i] = float(signal)
+        for i, name in enumerate(self._modalities, self._first_unreadable):
+            self._sums[i] = float((unreadable or {}).get(name, 0))
         place = self._first_metric
         given = metrics or {}
         for metric in self._metrics:
@@ -134,7 +142,7 @@ class StepTotals:
         """The sums, on the host: the step's one wait for the device."""
         values = self._sums.tolist()
         count = len(self._combinations)
-        nll, weight = values[FIXED : FIXED + count], values[FIXED + count : self._first_metric]
+        nll, weight = values[FIXED : FIXED + count], values[FIXED + count : self._first_unreadable]
         means = {
             "+".join(names) or "text": nll[i] / weight[i]
             for names, i in self._combinations.items()
@@ -149,6 +157,11 @@ class StepTotals:
             stop=stop > 0,
             checkpoint_failed=failed > 0,
             checkpoint_due=due > 0,
+            unreadable={
+                name: int(values[i])
+                for i, name in enumerate(self._modalities, self._first_unreadable)
+                if values[i]
+            },
             metrics=self._read_metrics(values),
         )
 

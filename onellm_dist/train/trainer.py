@@ -32,6 +32,7 @@ from onellm_dist.train.session import ProcessContext, Session
 from onellm_dist.train.stability.monitor import Anomaly, StabilityMonitor
 from onellm_dist.train.stability.offending_samples import MicroBatchLosses, find_offending_samples
 from onellm_dist.train.stability.policy import RollbackError, apply_policy
+from onellm_dist.train.stability.unreadable import UnreadableSamples, check_supervision
 from onellm_dist.train.state import Outcome, TrainState
 from onellm_dist.train.step import Decision, LocalPass, StepMeter, compare_plans
 from onellm_dist.train.totals import StepTotals, StepValues
@@ -84,6 +85,7 @@ class Trainer:
             left_out=self.sample_log.left_out,
         )
         self._combinations = sorted(set(self.plan.corpus.spans))
+        self._unreadable = UnreadableSamples(self.config.stability.max_skipped)
         for callback in self.callbacks:
             self.meter.metrics.add(callback.metrics)
         self.callbacks.attach(self)
@@ -242,6 +244,7 @@ class Trainer:
         step = self.state.step
         self.heartbeat.enter("plan", step=step)
         plan = self.plan.step(step, self.dist.world_size)
+        check_supervision(plan, self.config.data.max_text_tokens)
         if step == self.state.first_step or step % COMPARE_EVERY == 0:
             compare_plans(plan, self.dist)
         self.callbacks.on_step_start(step)
@@ -287,6 +290,7 @@ class Trainer:
         new_skipped_samples = self.sample_log.record_step(plan.step, local.skipped_samples)
         local.totals.reduce(
             new_skipped_samples=new_skipped_samples,
+            unreadable=local.count_modalities(self.sample_log.new_unreadable),
             stop=self.preemption.is_requested(),
             checkpoint_failed=self.checkpoints.failed,
             checkpoint_due=self.checkpoints.is_overdue,
@@ -301,6 +305,7 @@ class Trainer:
         """Decide about the step, from values that are equal on every rank."""
         norms = self.engine.grad_norms()
         loss = values.loss / plan.global_valid_tokens
+        self._unreadable.check(plan, values, self.sample_log.new_unreadable, self.dist)
         anomaly = self.monitor.check(math.nan if values.not_finite else loss, norms.total)
         lr = compute_learning_rate(plan.step, self.config.optim, self.config.train.steps)
         return Decision(loss, norms, lr, anomaly)

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,6 +159,65 @@ def _slow_writes(seconds: float, rank: int) -> None:
     module.write_tensors = slow
 
 
+def _slow_steps(seconds: float, rank: int) -> None:
+    """Every forward takes this much longer."""
+    from onellm_dist.train.engine.deepspeed.engine import DeepSpeedEngine
+
+    forward = DeepSpeedEngine.forward
+
+    def slow(self: DeepSpeedEngine, batch: Any, *, last: bool) -> Any:
+        time.sleep(seconds)
+        return forward(self, batch, last=last)
+
+    DeepSpeedEngine.forward = slow  # type: ignore[method-assign]  # the fault
+
+
+def _impatient(seconds: float, rank: int) -> None:
+    """A start waits this long for the ranks of an earlier one."""
+    from onellm_dist.train.records import run_directory
+
+    run_directory.LOCK_PATIENCE_S = seconds
+
+
+def _unreadable(modality: str, rank: int) -> None:
+    """No sample of a modality can be decoded, as where a library is missing."""
+    from onellm_dist.modalities import get_modality
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("planted")
+
+    type(get_modality(modality)).decode = fail  # type: ignore[method-assign, assignment]  # the fault
+
+
+def _blocked_outputs(_: bool, rank: int) -> None:
+    """A tracker does not answer, and the disk is full for the first lines of metrics."""
+    from onellm_dist.train.callbacks import trackers
+
+    trackers.PATIENCE_S = 1.0
+    trackers.tracker_class = lambda name: BlockedTracker
+    open_path, left = Path.open, [2]
+
+    def fail_first(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if self.name == "metrics.jsonl" and mode == "ab" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return open_path(self, mode, *arguments, **options)
+
+    Path.open = fail_first  # type: ignore[method-assign]  # the fault
+
+
+class BlockedTracker:
+    """A tracker whose service never answers."""
+
+    requires_logging_directory = False
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+
+    def start(self) -> None:
+        time.sleep(3600)
+
+
 PLANTS: dict[str, Callable[[Any, int], None]] = {
     "poison": _poison,
     "no_handover": _no_handover,
@@ -166,4 +226,8 @@ PLANTS: dict[str, Callable[[Any, int], None]] = {
     "steep": _steep,
     "sleep": _sleep,
     "slow_writes": _slow_writes,
+    "slow_steps": _slow_steps,
+    "impatient": _impatient,
+    "unreadable": _unreadable,
+    "blocked_outputs": _blocked_outputs,
 }

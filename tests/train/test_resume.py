@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,76 @@ def test_a_requeued_job_resumes_its_own_checkpoints_not_the_path(
     assert start(own) == later
     monkeypatch.delenv("SLURM_JOB_ID")
     assert start(own) == source and not later.exists()
+
+
+ALIASES: Mapping[str, Callable[[Path], Path]] = {
+    "itself": lambda folder: folder,
+    "latest": lambda folder: link(folder.parent / "latest", folder),
+    "latest_elsewhere": lambda folder: link(folder.parents[2] / "current", folder),
+    "link_to_link": lambda folder: link(folder.parent / "a", link(folder.parent / "b", folder)),
+    "run_dir_behind_a_link": lambda folder: (
+        link(folder.parents[2] / "alias", folder.parents[1]) / CHECKPOINTS / folder.name
+    ),
+    "checkpoints_behind_a_link": lambda folder: (
+        link(folder.parents[2] / "saved", folder.parent) / folder.name
+    ),
+    "dots": lambda folder: folder.parent / ".." / CHECKPOINTS / "." / folder.name,
+    "trailing_slash": lambda folder: Path(f"{folder}//"),
+    "relative": lambda folder: Path(os.path.relpath(folder)),
+    "proc": lambda folder: Path(f"/proc/self/root{folder}"),
+}
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_any_path_to_an_own_checkpoint_resumes_it_and_moves_only_later_ones(
+    tmp_path: Path, alias: str
+) -> None:
+    run_dir = tmp_path / "run"
+    earlier, wanted, later = (checkpoint(run_dir, step) for step in (3, 7, 11))
+    given = ALIASES[alias](wanted)
+    found = start(config(run_dir, str(given)))
+    assert found is not None and found.samefile(wanted)
+    assert earlier.is_dir() and wanted.is_dir() and not later.exists()
+    assert [path.name for path in run_dir.glob("before-*/*")] == [later.name]
+    assert not (run_dir / SAMPLES / "skipped-inherited.jsonl").exists(), "its own"
+
+
+def test_an_own_checkpoint_under_another_name_is_compared_by_its_steps(tmp_path: Path) -> None:
+    earlier, later = checkpoint(tmp_path, 3), checkpoint(tmp_path, 11)
+    kept = tmp_path / CHECKPOINTS / "good"
+    checkpoint(tmp_path, 7).rename(kept)
+    own = config(tmp_path, str(kept))
+    found = find_checkpoint(own, tmp_path / CHECKPOINTS, ONE_RANK)
+    assert found.folder == kept
+    prepare_directory(own, kept, 7)
+    assert earlier.is_dir() and kept.is_dir() and not later.exists()
+
+
+def test_the_run_dir_itself_may_be_a_link(tmp_path: Path) -> None:
+    saved = checkpoint(tmp_path / "real", 5)
+    alias = link(tmp_path / "alias", tmp_path / "real")
+    assert start(config(alias, str(saved))) == saved and saved.is_dir()
+    assert start(config(alias, "auto")) == alias / CHECKPOINTS / saved.name
+
+
+def test_a_link_that_moves_on_is_applied_once_per_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, latest = checkpoint(tmp_path, 3), tmp_path / CHECKPOINTS / "latest"
+    link(latest, first)
+    own = config(tmp_path, str(latest))
+    slurm(monkeypatch, "12")
+    assert start(own) == first
+    newer = checkpoint(tmp_path, 9)
+    latest.unlink()
+    link(latest, first)
+    slurm(monkeypatch, "12", 1)
+    assert start(own) == newer and newer.is_dir(), "the requeued job resumes, as with auto"
 
 
 def test_what_counts_as_the_same_job(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_CODES, EXIT_DONE, EXIT_USAGE
+from onellm_dist.common.refusals import find_refusal
 from onellm_dist.launch.slurm.attempts import (
     LOST,
     RUNNING,
@@ -113,7 +114,7 @@ def record_end(
         ended = describe_end(
             run_dir, started, launcher_status=launcher_status, stop_asked=stop_asked
         )
-    action = choose_action(ended, earlier, max_requeues=max_requeues)
+    action = choose_action(ended, earlier, max_requeues=max_requeues, run_dir=run_dir)
     append_attempt(run_dir, replace(ended, action=action.action, delay_s=action.delay_s))
     return action
 
@@ -121,7 +122,7 @@ def record_end(
 def describe_end(
     run_dir: Path, started: Attempt, *, launcher_status: int, stop_asked: float
 ) -> Attempt:
-    """Complete an attempt from `exit.json`, or from the launcher's status if no rank wrote one.
+    """Complete an attempt from `exit.json`, else from its refusal or the launcher's status.
 
     Args:
         run_dir: the run directory.
@@ -144,6 +145,10 @@ def describe_end(
             reason=str(found.get("reason", "")),
             offending_samples=tuple(str(s) for s in found.get("offending_samples") or ()),
         )
+    job = f"{started.job_id}.{started.restart_count}"
+    refusal = find_refusal(run_dir, job, since=started.start)
+    if refusal is not None and refusal.get("status") in EXIT_CODES:
+        return replace(started, status=refusal["status"], reason=str(refusal.get("reason", "")))
     started = replace(started, steps_done=count_steps_done(run_dir, started))
     if stop_asked:
         reason = "stopped before the ranks could write a checkpoint"

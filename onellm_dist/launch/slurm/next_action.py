@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USAGE
 from onellm_dist.launch.slurm.attempts import LOST, Attempt
+from onellm_dist.launch.slurm.run_progress import read_json
 
 FIRST_DELAY_S = 60
 LONGEST_DELAY_S = 3600
@@ -14,6 +18,7 @@ PREEMPTED_DELAY_S = 15
 """A node refuses a job that it ended within the same second ("credential revoked", Slurm 22.05),
 and the nodes' clocks differ slightly."""
 SHOWN_SAMPLES = 8
+SHOWN_COMMANDS = 3
 NO_BAD_NODE = "preflight: see above; no single node is at fault"
 """Reason of an attempt whose preflight failed without naming a node to avoid."""
 
@@ -31,7 +36,13 @@ class NextAction:
     """Explanation for people."""
 
 
-def choose_action(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: int) -> NextAction:
+def choose_action(
+    ended: Attempt,
+    earlier: Sequence[Attempt],
+    *,
+    max_requeues: int,
+    run_dir: Path = Path("RUN"),
+) -> NextAction:
     """Choose between done, requeue with a back-off, and halt.
 
     The job halts if the command line is wrong, if the preflight failed without naming a bad node,
@@ -44,6 +55,7 @@ def choose_action(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: i
         ended: the attempt that has just ended.
         earlier: the attempts before it, in order.
         max_requeues: allowed failures in a row without a new checkpoint.
+        run_dir: the run directory, for the commands that a message gives.
     """
     if ended.status == "done":
         return NextAction("done", 0, EXIT_DONE, f"done: {ended.reason}")
@@ -67,7 +79,7 @@ def choose_action(ended: Attempt, earlier: Sequence[Attempt], *, max_requeues: i
         return _halt(f"{ended.reason}\n{remedy}")
     earlier_failure = _find_same_failure(ended, earlier)
     if earlier_failure is not None:
-        return _halt(_describe_crash_loop(ended, earlier_failure))
+        return _halt(_describe_crash_loop(ended, earlier_failure, run_dir))
     return _retry(ended, 1 + _count_failures_in_a_row(ended, earlier), max_requeues)
 
 
@@ -130,7 +142,7 @@ def _count_failures_in_a_row(ended: Attempt, earlier: Sequence[Attempt]) -> int:
     return count
 
 
-def _describe_crash_loop(ended: Attempt, earlier: Attempt) -> str:
+def _describe_crash_loop(ended: Attempt, earlier: Attempt, run_dir: Path) -> str:
     at = _format_step(_get_failure_step(ended))
     lines = [f"two starts failed {at}; another one would fail too.", f"Now: {ended.reason}"]
     if earlier.reason != ended.reason:
@@ -142,8 +154,7 @@ def _describe_crash_loop(ended: Attempt, earlier: Attempt) -> str:
         rest = f" and {more} more (attempts.jsonl)" if more > 0 else ""
         lines += [
             f"Samples of the micro-batch that failed: {', '.join(samples[:SHOWN_SAMPLES])}{rest}",
-            "Look at them (`onellm samples RUN --sample ID` shows where each one is stored), "
-            "fix the cause, and submit the job again.",
+            *_make_commands(samples, run_dir),
         ]
     else:
         lines.append(
@@ -151,3 +162,26 @@ def _describe_crash_loop(ended: Attempt, earlier: Attempt) -> str:
             "the job again."
         )
     return "\n".join(lines)
+
+
+def _make_commands(samples: Sequence[str], run_dir: Path) -> list[str]:
+    """The way out: commands that show the samples, and that leave them out of the run.
+
+    Args:
+        samples: their ids, `dataset/shard/key@epoch`.
+        run_dir: the run directory.
+    """
+    folders = read_json(run_dir / run_files.SAMPLES / run_files.DATASETS)
+    lines = ["Look at them:"]
+    for sample in samples[:SHOWN_COMMANDS]:
+        dataset, _, rest = sample.rpartition("@")[0].partition("/")
+        key = rest.partition("/")[2]
+        folder = str(folders.get(dataset, dataset))
+        lines.append(f"  onellm shards preview {shlex.quote(folder)} --key {shlex.quote(key)}")
+    names = " ".join(shlex.quote(sample) for sample in samples)
+    return [
+        *lines,
+        "Leave the bad ones out (all others stay where they are):",
+        f"  onellm samples exclude {shlex.quote(str(run_dir))} {names}",
+        "Then submit the job again: it resumes from the latest checkpoint.",
+    ]

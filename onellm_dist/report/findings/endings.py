@@ -10,11 +10,9 @@ from onellm_dist.common.progress import format_seconds
 from onellm_dist.launch.slurm.environment import expand_hosts
 from onellm_dist.report.facts import RunFacts
 from onellm_dist.report.findings.finding import Finding
+from onellm_dist.report.lost_work import BROKEN
 from onellm_dist.report.starts import Start
 from onellm_dist.report.wording import format_count
-
-BROKEN = ("failed", "lost")
-"""Statuses of a start that did not end in good order."""
 
 
 def check_latest_start(facts: RunFacts) -> Iterator[Finding]:

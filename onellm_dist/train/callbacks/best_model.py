@@ -10,11 +10,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import BEST, BEST_RECORD
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 from onellm_dist.train.export import export_model
+
+log = get_logger(__name__)
 
 
 class BestModel(Callback):
@@ -61,15 +65,19 @@ class BestModel(Callback):
         """Export the weights if `loss` is the lowest so far; return whether it is."""
         if not math.isfinite(loss) or (self.loss is not None and loss >= self.loss):
             return False
-        self.loss = loss
         # The record is renamed into place with the weights: without it the next validation, however
         # bad, would overwrite them.
         record = {"steps_done": steps_done, "loss": loss, "sample_digest": self._digest}
         beside = {BEST_RECORD: json.dumps(record) + "\n"}
         notes = {"steps done": steps_done, "validation loss": loss}
-        export_model(
-            self._folder, self._engine, self._model, self._processor, self._dist, notes, beside
-        )
+        model, processor = self._model, self._processor
+        try:  # it fails on every rank or on none
+            export_model(self._folder, self._engine, model, processor, self._dist, notes, beside)
+        except OneLLMError as error:
+            if self._dist.is_rank_zero:
+                log.warning("the best model after %d steps is not kept: %s", steps_done, error.what)
+            return False
+        self.loss = loss
         return True
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onellm_dist.common.background import BackgroundCalls
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.progress import format_seconds
 from onellm_dist.common.run_files import TENSORBOARD
@@ -38,15 +40,24 @@ class MetricsWriter(Callback):
         self._recent: deque[StepMetrics] = deque(maxlen=RATE_STEPS)
         self._file: MetricsFile | None = None
         self._board: SummaryWriter | None = None
+        self._calls: BackgroundCalls | None = None
+        """Writes to TensorBoard, whose disk may be full or hang."""
 
     def open(self, first_step: int) -> None:
         """Open the files; lines of `first_step` and later must have been dropped."""
         self.close()
         if self._enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
             self._file = MetricsFile(self._run_dir)
-            self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=first_step)
+            self._calls = BackgroundCalls("tensorboard", self._drop_board)
+            self._calls.call("open", self._open_board, first_step)
+
+    def _open_board(self, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._run_dir / TENSORBOARD), purge_step=first_step)
+
+    def _drop_board(self, call: str, problem: str) -> None:
+        log.warning("TensorBoard is no longer written: %s: %s", call, problem)
 
     def on_fit_start(self) -> None:
         self.open(self.trainer.state.first_step)
@@ -56,24 +67,36 @@ class MetricsWriter(Callback):
         self.open(self.trainer.state.first_step)
 
     def on_metrics(self, metrics: StepMetrics) -> None:
-        if self._file is None or self._board is None:
+        if self._file is None or self._calls is None:
             return
         self._recent.append(metrics)
         self._file.write(metrics.build_line())
-        for name, value in metrics.build_charts().items():
-            self._board.add_scalar(name, value, metrics.step)
+        self._calls.call("write", self._add_scalars, metrics.build_charts(), metrics.step)
         done = metrics.step + 1
         if done % self._log_every == 0 or done == self._steps:
             log.info("%s", self._format(metrics))
 
+    def _add_scalars(self, charts: Mapping[str, float], step: int) -> None:
+        assert self._board is not None
+        for name, value in charts.items():
+            self._board.add_scalar(name, value, step)
+
     def on_text(self, name: str, text: str, steps_done: int) -> None:
-        if self._board is not None:
-            self._board.add_text(name, text, steps_done)
+        if self._calls is not None:
+            self._calls.call("write", self._add_text, name, text, steps_done)
+
+    def _add_text(self, name: str, text: str, steps_done: int) -> None:
+        assert self._board is not None
+        self._board.add_text(name, text, steps_done)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file = None
+        if self._calls is not None:
+            self._calls.call("close", self._close_board)
+            self._calls.close()
+            self._calls = None
+
+    def _close_board(self) -> None:
         if self._board is not None:
             self._board.close()
             self._board = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from onellm_dist.common.files import stamp_file
 from onellm_dist.common.run_files import STOP
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.records.events import Events
@@ -62,8 +63,8 @@ class Preemption(Callback):
         self._replaced: dict[signal.Signals, Any] = {}
         self.reason = ""
         """Why this rank was asked to stop; "" where it was not."""
-        if watch_file:
-            self._file.unlink(missing_ok=True)  # from before this start: it meant another one
+        self._earlier = stamp_file(self._file) if watch_file else None
+        """Of a file from before this start: it meant another one."""
         self._listen()
 
     def _listen(self) -> None:
@@ -79,9 +80,18 @@ class Preemption(Callback):
 
     def is_requested(self) -> bool:
         """Whether this rank was asked to stop."""
-        if not self.reason and self._watch_file and self._file.exists():
+        if not self.reason and self._watch_file and self._file_is_new():
             self.reason = f"the file {self._file}"
         return bool(self.reason)
+
+    def discard_earlier(self) -> None:
+        """Remove a file from before this start."""
+        if self._earlier is not None and not self._file_is_new():
+            self._file.unlink(missing_ok=True)
+        self._earlier = None
+
+    def _file_is_new(self) -> bool:
+        return stamp_file(self._file) not in (None, self._earlier)
 
     def on_fit_end(self, outcome: object) -> None:
         """Remove the file, so that the next start trains."""

@@ -1,16 +1,18 @@
 """Weights & Biases, MLflow, Aim ... beside TensorBoard: accelerate's trackers (1.15), on rank 0.
 
-A tracker that fails while the run goes on is dropped with an event: a number on a web page is not
-worth a step.
+Each tracker lives in a thread of its own. One that fails, or does not answer for a minute, is
+dropped with an event: a number on a web page is not worth a step.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.background import BackgroundCalls
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.plugins import import_class
 from onellm_dist.common.run_files import TRACKERS
@@ -19,6 +21,8 @@ from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.metrics import StepMetrics
 
+PATIENCE_S = 60.0
+"""Seconds that a call of a tracker may take."""
 WHY = "the metrics of the run would not arrive there."
 _PACKAGES = {"comet_ml": "comet-ml"}
 
@@ -85,18 +89,24 @@ class Trackers(Callback):
         enabled: bool = True,
     ) -> None:
         self._events = events
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, BackgroundCalls] = {}
+        self._trackers: dict[str, Any] = {}
         for name in track.trackers if enabled else ():
-            kind = tracker_class(name)
-            folder = [str(run_dir / TRACKERS)] if kind.requires_logging_directory else []
-            tracker = kind(track.project, *folder, **dict(track.options.get(name, {})))
-            # Only rank 0 comes here. Left on, each call would make accelerate's PartialState, which
-            # sets this process's threads.
-            tracker.main_process_only = False
-            self._open[name] = tracker
-        for name in list(self._open):
+            self._open[name] = BackgroundCalls(
+                f"tracker {name}", partial(self._drop, name), patience=PATIENCE_S
+            )
+            self._open[name].call("create", self._create, name, track, run_dir)
             self._call(name, "start")
             self._call(name, "store_init_configuration", _flatten(config))
+
+    def _create(self, name: str, track: TrackSection, run_dir: Path) -> None:
+        kind = tracker_class(name)
+        folder = [str(run_dir / TRACKERS)] if kind.requires_logging_directory else []
+        tracker = kind(track.project, *folder, **dict(track.options.get(name, {})))
+        # Only rank 0 comes here. Left on, each call would make accelerate's PartialState, which
+        # sets this process's threads.
+        tracker.main_process_only = False
+        self._trackers[name] = tracker
 
     def on_metrics(self, metrics: StepMetrics) -> None:
         if self._open:
@@ -113,25 +123,29 @@ class Trackers(Callback):
     def close(self) -> None:
         for name in list(self._open):
             self._call(name, "finish")
+        for calls in list(self._open.values()):
+            calls.close()
         self._open.clear()
 
     def _call(self, name: str, method: str, *arguments: Any, **options: Any) -> None:
-        tracker = self._open.get(name)
-        if tracker is None:
-            return
-        try:
-            getattr(tracker, method)(*arguments, **options)
-        except Exception as error:  # of an external service: a lost network, a full account
-            del self._open[name]
-            problem = f"{type(error).__name__}: {error}"
-            self._events.write(
-                "tracker_dropped",
-                tracker=name,
-                call=method,
-                problem=problem,
-                message=f"tracker {name} is dropped: {problem}",
-                warning=True,
+        """Let a tracker's thread call a method of it."""
+        calls = self._open.get(name)
+        if calls is not None:
+            calls.call(
+                method,
+                lambda: getattr(self._trackers[name], method)(*arguments, **options),
             )
+
+    def _drop(self, name: str, call: str, problem: str) -> None:
+        self._open.pop(name, None)
+        self._events.write(
+            "tracker_dropped",
+            tracker=name,
+            call=call,
+            problem=problem,
+            message=f"tracker {name} is dropped: {call}: {problem}",
+            warning=True,
+        )
 
 
 def _flatten(config: Mapping[str, Any], before: Sequence[str] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ without a backward, so that the collectives of a sharded model meet.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
-from onellm_dist.train.records.json_lines import append_lines
+from onellm_dist.train.records.json_lines import to_json
+from onellm_dist.train.records.patient_file import PatientFile
 from onellm_dist.train.totals import StepTotals, StepValues
 
 
@@ -52,7 +54,7 @@ class Validation(Callback):
         self._engine = engine
         self._model = model
         self._dist = dist
-        self._path = run_dir / VALIDATION
+        self._file = PatientFile(run_dir / VALIDATION)
         self._steps = steps
 
     def after_step(self, steps_done: int, *, stopping: bool) -> None:
@@ -89,7 +91,7 @@ class Validation(Callback):
                 "sample_digest": self._plan.digest(0),
                 "seconds": time.perf_counter() - started,
             }
-            append_lines(self._path, [line])
+            self._file.append(json.dumps(to_json(line)) + "\n")
         losses = " ".join(f"{name} {value:.3f}" for name, value in values.nll.items())
         self.trainer.events.write(
             "validation",

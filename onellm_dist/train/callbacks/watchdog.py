@@ -22,12 +22,14 @@ from typing import Any
 
 import psutil
 
+from onellm_dist.common.files import stamp_file
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import HANGS
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.train.callbacks.base import Callback
 from onellm_dist.train.engine.select import all_engines
 from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.run_directory import move_hangs_aside
 
 log = get_logger(__name__)
 ALARM = "alarm"
@@ -81,6 +83,8 @@ class HangWatchdog(Callback):
         self._exit_file = exit_file
         self._heartbeat = exit_file.heartbeat
         self._end_process = end_process
+        self._earlier_alarm = stamp_file(self._folder / ALARM)
+        """Of a hang of an earlier start, which is moved aside when this one has begun."""
         self._poll = min(5.0, max(0.05, 60 * config.hang_minutes / 20))
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -124,9 +128,12 @@ class HangWatchdog(Callback):
             count = self._heartbeat.count
             idle = idle + passed if count == seen else 0.0
             seen = count
-            if idle >= self.limit_seconds() or (self._folder / ALARM).exists():
+            if idle >= self.limit_seconds() or self._is_alarm_raised():
                 self._report_hang(idle)
                 return
+
+    def _is_alarm_raised(self) -> bool:
+        return stamp_file(self._folder / ALARM) not in (None, self._earlier_alarm)
 
     def _report_hang(self, idle: float) -> None:
         if self._end_process is not None:
@@ -134,6 +141,8 @@ class HangWatchdog(Callback):
             last_resort.daemon = True
             last_resort.start()
         try:
+            if self._earlier_alarm is not None and not self._is_alarm_raised():
+                move_hangs_aside(self._folder.parent)
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / ALARM).touch()
             self._write_own(idle)

@@ -171,10 +171,16 @@ def _read_time(folder: Path, modified: float) -> float | None:
     return None if manifest is None else float(manifest.get("written", modified))
 
 
-def recover_checkpoints(checkpoints: Path) -> None:
-    """Restore checkpoints that a killed start was replacing; remove unfinished ones."""
+def restore_checkpoints(checkpoints: Path) -> None:
+    """Restore checkpoints that a killed start was replacing: they would not be found otherwise."""
     for backup in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
         restore_folder(backup.with_name(backup.name[1:].removesuffix(".before")))
+
+
+def recover_checkpoints(checkpoints: Path) -> None:
+    """Restore checkpoints that a killed start was replacing; remove unfinished ones."""
+    restore_checkpoints(checkpoints)
+    for backup in checkpoints.glob(f".{CHECKPOINT_PREFIX}*.before"):
         shutil.rmtree(backup, ignore_errors=True)
     _remove_partial(checkpoints)
 

@@ -14,7 +14,7 @@ from onellm_dist.train.checkpoint.folder import (
     get_file_records,
     list_checkpoints,
     read_manifest,
-    recover_checkpoints,
+    restore_checkpoints,
 )
 from onellm_dist.train.checkpoint.source import check_source
 from onellm_dist.train.distributed import Distributed
@@ -53,11 +53,13 @@ def find_checkpoint(config: RunConfig, checkpoints: Path, dist: Distributed) -> 
     """
     wanted = config.checkpoint.resume
     if dist.is_rank_zero and checkpoints.is_dir():
-        recover_checkpoints(checkpoints)
+        restore_checkpoints(checkpoints)
     dist.barrier()
     already_applied = dist.broadcast(
         dist.is_rank_zero and wanted != "auto" and was_applied(config.run.dir, wanted, os.environ)
     )
+    if isinstance(wanted, Path):
+        wanted = wanted.resolve()  # a link such as `latest` may point elsewhere tomorrow
     if wanted == "never" and not already_applied:
         return ResumeTarget(None)
     if isinstance(wanted, Path) and not already_applied:

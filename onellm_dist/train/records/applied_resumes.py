@@ -9,6 +9,7 @@ a new job) is applied again.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def _describe_start(run_dir: Path, wanted: str | Path, env: Mapping[str, str]) -
         if started and started[0].status == RUNNING:
             job = started[0].job_id
             requeues = started[0].restart_count
-    resume = str(wanted.resolve()) if isinstance(wanted, Path) else wanted
+    # As it was typed: a link such as `latest` may point elsewhere when the job is requeued.
+    resume = os.path.abspath(wanted) if isinstance(wanted, Path) else wanted
     return {
         "resume": resume,
         "job": job,

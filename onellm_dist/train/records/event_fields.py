@@ -45,6 +45,18 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         "`process_group`, `model`, `engine`, `checkpoint`, `data`, `first_step`.",
         ("name", "seconds"),
     ),
+    "config_changed": EventDescription(
+        "A resume changed keys of the recipe; `config_history.jsonl` has the same.",
+        ("step", "changes"),
+    ),
+    "learning_rate_jump": EventDescription(
+        "At a resume, the learning rate is another one than by the recipe before.",
+        ("step", "old", "new"),
+    ),
+    "exclusions": EventDescription(
+        "Lists of excluded samples were read; `unmatched` entries name nothing in the datasets.",
+        ("entries", "unmatched"),
+    ),
     "data_phase": EventDescription("A data phase begins.", ("step", "counts", "global_batch")),
     "plan_changed": EventDescription(
         "The resumed checkpoint has no data phases and was written with other data.",

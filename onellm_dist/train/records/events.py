@@ -12,12 +12,13 @@ from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import EVENTS
 from onellm_dist.common.secrets import mask_value
 from onellm_dist.train.records.json_lines import to_json
+from onellm_dist.train.records.patient_file import PatientFile
 
 log = get_logger(__name__)
 
 
 class Events:
-    """Appends to `events.jsonl`.
+    """Appends to `events.jsonl`; lines that the disk has no room for wait.
 
     Args:
         run_dir: the run directory.
@@ -26,9 +27,9 @@ class Events:
     """
 
     def __init__(self, run_dir: Path, *, enabled: bool, repair: bool = True) -> None:
-        self._path = run_dir / EVENTS if enabled else None
-        if self._path is not None and repair:
-            repair_last_line(self._path)
+        self._file = PatientFile(run_dir / EVENTS) if enabled else None
+        if enabled and repair:
+            repair_last_line(run_dir / EVENTS)
 
     def write(self, event: str, *, message: str = "", warning: bool = False, **fields: Any) -> None:
         """Record an event.
@@ -39,14 +40,13 @@ class Events:
             warning: whether the message is a warning.
             fields: what the event says, as JSON values; numbers that are not finite become null.
         """
-        if self._path is None:
+        if self._file is None:
             return
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "event": event,
             **mask_value(to_json(fields)),
         }
-        with self._path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+        self._file.append(json.dumps(line) + "\n")
         if message:
             (log.warning if warning else log.info)("%s", message)

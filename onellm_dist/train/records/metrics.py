@@ -10,11 +10,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from onellm_dist.common.run_files import METRICS as METRICS_FILE
 from onellm_dist.train.records.json_lines import to_json
+from onellm_dist.train.records.patient_file import PatientFile
 
 MetricType = Literal["integer", "number", "boolean", "text", "map", "map of lists"]
 Reduction = Literal["none", "sum", "mean", "max"]
@@ -272,31 +272,15 @@ class StepMetrics:
 
 
 class MetricsFile:
-    """Appends to `metrics.jsonl`; use it as a context manager, or close it.
+    """Appends to `metrics.jsonl`; lines that the disk has no room for wait.
 
     Args:
         run_dir: the run directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._file = PatientFile(run_dir / METRICS_FILE)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line and flush it."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        """Append a line."""
+        self._file.append(json.dumps(line) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from onellm_dist.data.exclusions import PREFIX
 from onellm_dist.train.records.excluded_samples import ExcludedSamples
 from onellm_dist.train.records.skipped_samples import SkippedSamples
 from onellm_dist.train.records.stream_progress import StreamProgress
@@ -20,11 +21,18 @@ class SampleLog:
 
     def __init__(self, folder: Path, *, rank: int) -> None:
         self.skipped = SkippedSamples(folder, rank=rank)
+        self.listed = SkippedSamples(folder, rank=rank, listed=True)
         self.excluded = ExcludedSamples(folder, writes=rank == 0)
         self.unreadable = len(self.skipped.known.keys() - self.excluded.known.keys())
         """Samples that earlier starts could not read."""
-        self.left_out: dict[str, str] = {**self.skipped.known, **self.excluded.known}
+        self.left_out: dict[str, str] = {
+            **self.skipped.known,
+            **self.listed.known,
+            **self.excluded.known,
+        }
         """Sample id -> reason, of every sample that is read with zero weight."""
+        self.new_unreadable: dict[str, str] = {}
+        """Sample id -> reason, of this rank's samples of the latest step that could not be read."""
         self._progress = StreamProgress(folder, writes=rank == 0)
 
     def begin(self, first_step: int) -> int:
@@ -36,16 +44,21 @@ class SampleLog:
 
         Args:
             step: index of the step.
-            skipped: sample id -> reason, of this rank's samples that could not be read.
+            skipped: sample id -> reason, of this rank's samples that could not be read, or that a
+                list leaves out.
 
         Returns:
-            How many of them were not left out before.
+            How many could not be read and were not left out before; see `new_unreadable`.
         """
         self._progress.update(step + 1)
         new = {name: reason for name, reason in skipped.items() if name not in self.left_out}
-        self.skipped.record(step, new)
+        listed = {name: reason for name, reason in new.items() if reason.startswith(PREFIX)}
+        unreadable = {name: reason for name, reason in new.items() if name not in listed}
+        self.skipped.record(step, unreadable)
+        self.listed.record(step, listed)
         self.left_out.update(new)
-        return len(new)
+        self.new_unreadable = unreadable
+        return len(unreadable)
 
     def exclude(self, step: int, reason: str, sample_ids: Collection[str]) -> int:
         """Take samples out of the run; see `ExcludedSamples.exclude`."""

@@ -1,4 +1,7 @@
-"""Samples that could not be read: recorded before their step is applied, replayed on resume."""
+"""Samples that could not be read, or that a list left out: recorded before their step is applied.
+
+They are replayed on resume.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onellm_dist.common.files import repair_last_line
-from onellm_dist.common.run_files import SKIPPED_PATTERN, skipped_name
+from onellm_dist.common.run_files import LISTED_PATTERN, SKIPPED_PATTERN, listed_name, skipped_name
 from onellm_dist.train.records.json_lines import append_lines, read_lines
 
 
@@ -17,16 +20,21 @@ class SkippedSamples:
     rank writes its own file. `samples/skipped-inherited.jsonl` has those of the run whose
     checkpoint this one continued.
 
+    Samples that a list left out have files of their own (`samples/listed-rank00000.jsonl`, ...).
+
     Args:
         folder: `RUN_DIR/samples`.
         rank: this rank.
+        listed: whether these are the samples that a list left out.
     """
 
-    def __init__(self, folder: Path, *, rank: int) -> None:
+    def __init__(self, folder: Path, *, rank: int, listed: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / skipped_name(rank)
+        self._path = folder / (listed_name(rank) if listed else skipped_name(rank))
         repair_last_line(self._path)
-        self.known: dict[str, str] = read_skipped_samples(folder)
+        self.known: dict[str, str] = read_skipped_samples(
+            folder, LISTED_PATTERN if listed else SKIPPED_PATTERN
+        )
         """Sample id (with its epoch) -> reason."""
 
     def record(self, step: int, skipped: Mapping[str, str]) -> int:
@@ -52,14 +60,14 @@ class SkippedSamples:
         return len(new)
 
 
-def read_skipped_samples(folder: Path) -> dict[str, str]:
+def read_skipped_samples(folder: Path, pattern: str = SKIPPED_PATTERN) -> dict[str, str]:
     """Sample id -> reason, from the files of all ranks.
 
     A line that a kill cut short is ignored: its step was not applied.
     """
     return {
         entry["sample_id"]: entry["reason"]
-        for path in sorted(folder.glob(SKIPPED_PATTERN))
+        for path in sorted(folder.glob(pattern))
         for entry in read_lines(path)
         if {"sample_id", "reason"} <= entry.keys()
     }

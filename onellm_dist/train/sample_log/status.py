@@ -11,6 +11,7 @@ from onellm_dist.common.run_files import (
     CHECKPOINT_PREFIX,
     CHECKPOINTS,
     EXCLUDED,
+    LISTED_PATTERN,
     METRICS,
     PROGRESS,
     SAMPLES,
@@ -42,7 +43,11 @@ class RunStatus:
         folder = run_dir / SAMPLES
         self.left_out: dict[str, str] = {
             entry["sample_id"]: entry["reason"]
-            for path in [*sorted(folder.glob(SKIPPED_PATTERN)), folder / EXCLUDED]
+            for path in [
+                *sorted(folder.glob(SKIPPED_PATTERN)),
+                *sorted(folder.glob(LISTED_PATTERN)),
+                folder / EXCLUDED,
+            ]
             for entry in read_lines(path)
             if {"sample_id", "reason"} <= entry.keys()
         }

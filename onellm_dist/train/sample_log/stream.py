@@ -175,6 +175,13 @@ class RunStream:
             ]
         return sorted(found, key=lambda use: (use.step, use.epoch))
 
+    def has_shard(self, name: str) -> bool:
+        """Whether `name` is `dataset/shard` of a shard that the run reads."""
+        dataset, _, shard = name.partition("/")
+        return dataset in self.names and any(
+            info.name == shard for info in self._open_dataset(dataset)[1]
+        )
+
     def find_sample(self, key: str) -> StoredSample:
         """Find the sample that `key` names.
 

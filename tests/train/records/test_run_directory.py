@@ -12,6 +12,7 @@ import pytest
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.run_files import CHECKPOINT_MANIFEST
+from onellm_dist.config.load import find_run_dir
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.checkpoint.folder import list_checkpoints, make_checkpoint_name
 from onellm_dist.train.records.exit_file import ExitFile
@@ -22,7 +23,7 @@ from onellm_dist.train.records.run_directory import (
     prepare_directory,
 )
 from onellm_dist.train.records.sample_log import SampleLog
-from onellm_dist.train.run import drop_launcher_arguments, find_run_dir
+from onellm_dist.train.run import drop_launcher_arguments
 
 
 def test_the_sample_log_is_read_back_by_any_rank_and_counts_once(tmp_path: Path) -> None:

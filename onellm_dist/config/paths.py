@@ -1,0 +1,54 @@
+"""Paths and locations in a recipe: `~` and environment variables are expanded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z_0-9]*))")
+
+
+def expand_variables(text: str) -> str:
+    """Replace `${NAME}`, and `$NAME` where it is set, by environment variables.
+
+    Raises:
+        ValueError: a variable in braces is not set.
+    """
+
+    def get(found: re.Match[str]) -> str:
+        braced, bare = found.groups()
+        if braced is None:
+            return os.environ.get(bare, found.group())
+        if braced not in os.environ:
+            raise ValueError(f"the environment variable {braced} is not set")
+        return os.environ[braced]
+
+    return _VARIABLE.sub(get, text)
+
+
+def _expand_path(value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        return value
+    text = expand_variables(str(value))
+    if not text.strip():
+        raise ValueError("an empty path")
+    expanded = Path(text).expanduser() if text.startswith("~") else Path(text)
+    if "\0" in text:
+        raise ValueError("a path with a NUL")
+    return expanded
+
+
+def _to_location(value: Any) -> Any:
+    if isinstance(value, str) and "://" in value:
+        return expand_variables(value)
+    return _expand_path(value)
+
+
+LocalPath = Annotated[Path, BeforeValidator(_expand_path)]
+"""A local path; `~` and environment variables are expanded."""
+Location = Annotated[Path | str, BeforeValidator(_to_location)]
+"""A local path, or a URL that fsspec can read (`s3://bucket/folder`), which is kept as written."""

@@ -1,0 +1,141 @@
+"""Samples that a user leaves out of a run: lists of samples and of whole shards.
+
+A list has one entry a line: `dataset/shard/key` (the sample in every epoch), the same with `@epoch`
+(one use of it), or `dataset/shard` (the whole shard). Lines that begin with `#` and empty lines are
+skipped. A sample that is left out keeps its place with zero weight: every other sample stays where
+it was, at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.files import write_atomic
+from onellm_dist.shards.format.dataset import Dataset, ShardInfo
+
+PREFIX = "excluded by "
+"""Beginning of the reason of every sample that a list leaves out."""
+SHOWN = 5
+_EPOCH = re.compile(r"@[0-9]+$")
+
+
+@dataclass(frozen=True)
+class Exclusions:
+    """The entries of some lists.
+
+    Attributes:
+        entries: sample, use of a sample, or shard -> the list that names it.
+    """
+
+    entries: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, sample_id: str) -> str | None:
+        """Why a sample is left out; None if it is not.
+
+        Args:
+            sample_id: `dataset/shard/key@epoch`.
+        """
+        if not self.entries:
+            return None
+        name = sample_id.rpartition("@")[0]
+        shard = "/".join(name.split("/", 2)[:2])
+        for entry in (sample_id, name, shard):
+            if entry in self.entries:
+                return f"{PREFIX}{self.entries[entry]}"
+        return None
+
+    def find_unmatched(
+        self, datasets: Sequence[Dataset], shards: Sequence[Sequence[ShardInfo]]
+    ) -> list[str]:
+        """Entries of these datasets that name no sample and no shard of them.
+
+        Args:
+            datasets: the datasets of a run; entries of others are of other runs.
+            shards: the shards that the run reads of each.
+        """
+        known = {
+            dataset.name: (dataset, {shard.name: shard for shard in own})
+            for dataset, own in zip(datasets, shards, strict=True)
+        }
+        keys: dict[tuple[str, str], set[str]] = {}
+        unmatched: list[str] = []
+        for entry in self.entries:
+            name, shard, *rest = entry.split("/", 2)
+            if name not in known:
+                continue
+            dataset, own = known[name]
+            if shard not in own:
+                unmatched.append(entry)
+            elif rest:
+                if (name, shard) not in keys:
+                    keys[name, shard] = set(dataset.index(own[shard]).keys())
+                if not {rest[0], _EPOCH.sub("", rest[0])} & keys[name, shard]:
+                    unmatched.append(entry)
+        return unmatched
+
+
+def read_exclusions(*paths: Path) -> Exclusions:
+    """Read lists; of an entry that several have, the first one counts.
+
+    Raises:
+        UsageError: a list cannot be read, or a line is not an entry.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        for entry in read_entries(path):
+            found.setdefault(entry, str(path))
+    return Exclusions(found)
+
+
+def read_entries(path: Path) -> list[str]:
+    """The entries of one list, in order.
+
+    Raises:
+        UsageError: it cannot be read, or a line is not an entry.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"data.exclude={path}: it cannot be read: {error}",
+            "samples that it names would be trained on.",
+            "give a text file with one sample or shard a line.",
+        ) from None
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    entries = [(n, line) for n, line in lines if line.strip() and not line.startswith("#")]
+    wrong = [number for number, line in entries if not all(line.rstrip("/").split("/", 2)[:2])]
+    wrong += [number for number, line in entries if "/" not in line.rstrip("/")]
+    if wrong:
+        numbers = ", ".join(map(str, sorted(set(wrong))[:SHOWN]))
+        raise UsageError(
+            f"data.exclude={path}: line {numbers} names no sample and no shard",
+            "what it means to leave out would be trained on.",
+            "write dataset/shard/key, or dataset/shard for a whole shard.",
+        )
+    return [line.rstrip("/") for _, line in entries]
+
+
+def add_entries(path: Path, entries: Iterable[str]) -> Sequence[str]:
+    """Add entries to a list, which is made if missing; return those that are new.
+
+    Raises:
+        UsageError: the list cannot be read or written.
+    """
+    known = set(read_entries(path)) if path.exists() else set()
+    new = [entry for entry in dict.fromkeys(entries) if entry not in known]
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):
+            text += "\n"
+        write_atomic(path, text + "".join(f"{entry}\n" for entry in new))
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror or error}",
+            "the samples would be trained on again.",
+            "make the folder writable, or write the list yourself and set data.exclude to it.",
+        ) from None
+    return new

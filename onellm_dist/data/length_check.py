@@ -1,0 +1,145 @@
+"""Checks before step 0 that every sample fits, and that there is something to learn.
+
+Both follow from the token counts; no text and no medium is read. Counts are opened only where the
+recipe leaves the answer open: texts are cut to `data.max_text_tokens`, so with large enough budgets
+no sample can be too long, and a dataset with a supervised token in its first shard needs no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import get_logger
+from onellm_dist.data.corpus import Corpus
+from onellm_dist.data.micro_batch import SampleRef
+from onellm_dist.data.token_counts import UNREADABLE
+from onellm_dist.modalities.base import SPAN_TOKENS
+
+log = get_logger(__name__)
+CENSUS_SHARDS = 100
+"""Shards of a dataset whose samples without a supervised token are counted."""
+
+
+class Limit(NamedTuple):
+    """The largest number of LLM positions of a sample."""
+
+    name: str
+    """The key, or the property of the model, that sets it."""
+    positions: int
+    do: str
+    """What a user does about it."""
+
+
+def check_corpus(corpus: Corpus, *, positions: int | None = None) -> None:
+    """Refuse a corpus with a sample that fits in no micro-batch, or with nothing to learn.
+
+    Args:
+        corpus: the datasets of the run.
+        positions: positions that the LLM knows; None: any number.
+
+    Raises:
+        UsageError: a sample is longer than a budget or the LLM's positions, or a dataset has no
+            supervised token. All problems are listed.
+    """
+    problems: list[UsageError] = []
+    for number in range(len(corpus.datasets)):
+        problems += _find_too_large(corpus, number, positions)
+        problems += _find_unsupervised(corpus, number)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UsageError(
+            f"{len(problems)} problems with the samples of data.mixture\n"
+            + "\n".join(f"  - {p.what}; {p.do}" for p in problems),
+            "no step could be trained as the recipe says.",
+            "change the keys that the lines name.",
+        )
+
+
+def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Iterator[UsageError]:
+    config, spans = corpus.config, corpus.spans[number]
+    media = ", ".join(spans) or "text"
+    encoder = sum(corpus.modalities[name].encoder_tokens for name in spans)
+    if encoder > config.pack_encoder_tokens:
+        yield UsageError(
+            f"every sample of dataset {corpus.datasets[number].name} ({media}) needs {encoder} "
+            f"encoder tokens; data.pack_encoder_tokens is {config.pack_encoder_tokens}",
+            "a micro-batch holds whole samples, so none of them fits in any.",
+            f"raise data.pack_encoder_tokens to {encoder} or more",
+        )
+    limit = Limit("data.pack_llm_tokens", config.pack_llm_tokens, "raise data.pack_llm_tokens")
+    if positions is not None and positions < limit.positions:
+        limit = Limit("the LLM's max_position_embeddings", positions, "use another LLM")
+    fixed = SPAN_TOKENS * len(spans)
+    if fixed + config.max_text_tokens <= limit.positions:
+        return
+    longest, ref = _find_longest(corpus, number)
+    if fixed + longest > limit.positions:
+        yield UsageError(
+            f"sample {corpus.sample_id(ref)} ({media}, {longest} text tokens) needs "
+            f"{fixed + longest} tokens; {limit.name} is {limit.positions}",
+            "a micro-batch holds whole samples, so this one does not fit in any.",
+            f"{limit.do} to {fixed + longest} or more, or lower data.max_text_tokens."
+            if limit.name.startswith("data.")
+            else f"lower data.max_text_tokens to {limit.positions - fixed}, or {limit.do}.",
+        )
+
+
+def _find_longest(corpus: Corpus, number: int) -> tuple[int, SampleRef]:
+    """The longest text of a dataset, and its sample."""
+    longest, found = -1, SampleRef(number, 0, 0, 0, 0, 0)
+    for shard in range(len(corpus.shards[number])):
+        rows, counts = corpus.token_counts.get_texts(number, shard)
+        if not len(counts):
+            continue
+        at = int(counts[:, 0].argmax())
+        text, supervised = (int(count) for count in counts[at])
+        if text > longest:
+            longest = text
+            found = SampleRef(number, shard, int(rows[at]), 0, text, supervised)
+    return longest, found
+
+
+def _find_unsupervised(corpus: Corpus, number: int) -> Iterator[UsageError]:
+    """A problem where no sample has a supervised token; a warning where some have none."""
+    samples = without = unreadable = 0
+    some = False
+    # Of a remote dataset each shard is a request.
+    census = CENSUS_SHARDS if corpus.datasets[number].remote is None else 1
+    for shard in range(len(corpus.shards[number])):
+        if some and shard >= census:
+            break
+        rows, counts = corpus.token_counts.get_texts(number, shard)
+        some = some or bool(counts[:, 1].any())
+        best = np.zeros(int(rows[-1]) + 1 if len(rows) else 0, dtype=np.int64)
+        np.maximum.at(best, rows, counts[:, 1].astype(np.int64))
+        samples += len(best)
+        without += int((best == 0).sum())
+        unreadable += int((counts == np.asarray(UNREADABLE)).all(axis=1).sum())
+    if not without:
+        return
+    name, config = corpus.datasets[number].name, corpus.config
+    share = f"{without} of {samples}"
+    reasons = []
+    if unreadable:
+        reasons.append(
+            f"{unreadable} have no text that data.text_format={config.text_format} can read"
+        )
+    if without > unreadable:
+        reasons.append(
+            f"{without - unreadable} lose their answer to "
+            f"data.max_text_tokens={config.max_text_tokens}"
+        )
+    if some:
+        log.warning("dataset %s: %s samples teach nothing: %s", name, share, "; ".join(reasons))
+        return
+    yield UsageError(
+        f"dataset {name}: none of its {samples} samples has a supervised token: "
+        + "; ".join(reasons),
+        "training on it would change nothing.",
+        "raise data.max_text_tokens, use another data.text_format, or remove the dataset.",
+    )

@@ -1,0 +1,140 @@
+"""What a recipe names must exist: looked for before ranks spend their time on imports.
+
+Nothing here imports torch or opens more than a dataset's manifest. What lies at a URL is found out
+when it is opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.common.plugins import find_module
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import (
+    CheckpointSection,
+    DataSection,
+    EngineSection,
+    ModelSection,
+    OptimSection,
+    RunConfig,
+    RunSection,
+    Section,
+    TrackSection,
+    TrainSection,
+)
+from onellm_dist.data.exclusions import read_exclusions
+from onellm_dist.shards.format.dataset import open_dataset
+
+Sections = Mapping[str, Section]
+
+
+def load_checked_config(recipe: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a recipe, and look for everything that it names.
+
+    Raises:
+        UsageError: the recipe is wrong, or something that it names is missing; all problems are
+            listed.
+    """
+    return load_config(recipe, overrides, find_problems=find_problems)
+
+
+def find_problems(sections: Sections) -> list[str]:
+    """What is wrong with the parts of a recipe that are valid by themselves, one line each."""
+    return [
+        _format(error)
+        for check in (_check_run, _check_model, _check_data, _check_parts, _check_checkpoint)
+        for error in check(sections)
+    ]
+
+
+def _format(error: UsageError) -> str:
+    """The first line of an error and its remedy, as the other problems of a recipe."""
+    what = error.what.rstrip(".")
+    return f"{what}: {error.do}" if error.do else what
+
+
+def _collect(check: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[UsageError]:
+    try:
+        check(*arguments, **options)
+    except UsageError as error:
+        yield error
+
+
+def _check_run(sections: Sections) -> Iterator[UsageError]:
+    run = cast("RunSection | None", sections.get("run"))
+    if run is None:
+        return
+    above = (run.dir, *run.dir.absolute().parents)
+    existing = next((path for path in above if path.exists()), None)
+    if existing is not None and not existing.is_dir():
+        yield UsageError(
+            f"run.dir={run.dir} cannot be created: {existing} is not a directory",
+            do="choose another run.dir",
+        )
+
+
+def _check_model(sections: Sections) -> Iterator[UsageError]:
+    model = cast("ModelSection | None", sections.get("model"))
+    if model is None or model.path is None:
+        return
+    if not (model.path / "config.json").is_file():
+        what = "has no config.json" if model.path.is_dir() else "no such folder"
+        yield UsageError(
+            f"model.path={model.path}: {what}",
+            do="give a directory written by save_pretrained, `onellm convert` or a finished run",
+        )
+
+
+def _check_data(sections: Sections) -> Iterator[UsageError]:
+    data = cast("DataSection | None", sections.get("data"))
+    if data is None:
+        return
+    for entry in data.mixture:
+        location = data.locate(entry)
+        if not math.isfinite(entry.weight):
+            yield UsageError(
+                f"data.mixture: the weight {entry.weight} of {location} is not a finite number",
+                do="use a number above 0",
+            )
+        if isinstance(location, Path):
+            yield from _collect(open_dataset, location)
+    if data.exclude is not None:
+        yield from _collect(read_exclusions, data.exclude)
+
+
+def _check_parts(sections: Sections) -> Iterator[UsageError]:
+    """The engine, the optimizer, trackers and callbacks."""
+    from onellm_dist.train.engine.select import get_engine
+    from onellm_dist.train.optim.optimizers import check_optim
+
+    engine = cast("EngineSection | None", sections.get("engine"))
+    train = cast("TrainSection | None", sections.get("train"))
+    if engine is not None:
+        bf16 = train is None or train.precision == "bf16"
+        yield from _collect(get_engine(engine.name).check, engine, bf16=bf16)
+    optim = cast("OptimSection | None", sections.get("optim"))
+    if optim is not None:
+        yield from _collect(check_optim, optim)
+    track = cast("TrackSection | None", sections.get("track"))
+    if track is not None and track.trackers:
+        from onellm_dist.train.callbacks.trackers import tracker_class
+
+        for name in track.trackers:
+            yield from _collect(tracker_class, name)
+    for name in () if train is None else train.callbacks:
+        if ":" in name:
+            yield from _collect(find_module, name, key="train.callbacks")
+
+
+def _check_checkpoint(sections: Sections) -> Iterator[UsageError]:
+    checkpoint = cast("CheckpointSection | None", sections.get("checkpoint"))
+    resume = None if checkpoint is None else checkpoint.resume
+    if isinstance(resume, Path) and not resume.is_dir():
+        yield UsageError(
+            f"checkpoint.resume={resume}: no complete checkpoint there (no such folder)",
+            do="give a step-... folder of a run's checkpoints/, or auto",
+        )

@@ -1,0 +1,94 @@
+"""Lists of samples that are left out: what they name, and that nothing else moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_worlds import open_plan, write
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.data.exclusions import Exclusions, add_entries, read_entries, read_exclusions
+from onellm_dist.data.reader import Reader
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("exclusions")
+    write(root, "imu", ["imu"], 14)
+    write(root, "talk", [], 14)
+    return root
+
+
+def read_all(root: Path, exclusions: Exclusions, world_size: int) -> dict[str, tuple[float, int]]:
+    """Sample id -> (weight, text tokens) of three steps (three epochs and a half)."""
+    plan = open_plan(root, {"imu": 1, "talk": 1}, global_batch=28)
+    plan.corpus.exclusions = exclusions
+    reader = Reader(plan.corpus)
+    found = {}
+    for step in range(3):
+        for rank in plan.step(step, world_size).ranks:
+            for micro in rank:
+                batch = reader.read(micro)
+                for i, name in enumerate(batch.sample_ids):
+                    found[name] = float(batch.weights[i]), batch.text_token_counts[i]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_exactly_what_is_listed_has_no_weight_and_everything_keeps_its_place(
+    root: Path, world_size: int
+) -> None:
+    before = read_all(root, Exclusions(), 1)
+    sample, use, shard = (
+        "imu/train-000000/imu-0003",
+        "talk/train-000001/talk-0009@1",
+        "imu/train-000001",
+    )
+    exclusions = Exclusions(dict.fromkeys((sample, use, shard, "other/train-000000/x"), "LIST"))
+    after = read_all(root, exclusions, world_size)
+    assert {name: tokens for name, (_, tokens) in after.items()} == {
+        name: tokens for name, (_, tokens) in before.items()
+    }
+    left_out = {name for name, (weight, _) in after.items() if weight == 0}
+    assert left_out == {
+        name for name in before if name.startswith((f"{sample}@", f"{shard}/")) or name == use
+    }
+    assert f"{sample}@0" in left_out and f"{sample}@1" in left_out
+
+
+def test_entries_that_name_nothing_are_found(root: Path) -> None:
+    corpus = open_plan(root, {"imu": 1, "talk": 1}).corpus
+    good = [
+        "imu/train-000000/imu-0003",
+        "imu/train-000000/imu-0003@7",
+        "talk/train-000001",
+        "other/x/y",
+    ]
+    bad = ["imu/train-000000/imu-9999", "talk/train-000099", "imu/train-000000/imu-0003@x"]
+    exclusions = Exclusions(dict.fromkeys([*good, *bad], "LIST"))
+    assert exclusions.find_unmatched(corpus.datasets, corpus.shards) == bad
+
+
+def test_a_list_is_text_with_comments_and_any_key(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("# why\r\n\na/b/c d\u2028e\r\na/b\na/b/x@y@3\na/b/\n", encoding="utf-8")
+    assert read_entries(path) == ["a/b/c d\u2028e", "a/b", "a/b/x@y@3", "a/b"]
+    other = tmp_path / "other"
+    assert add_entries(other, ["d/s/k", "a/b", "d/s/k"]) == ["d/s/k", "a/b"]
+    assert add_entries(other, ["a/b", "d/s/l"]) == ["d/s/l"]
+    assert read_entries(other) == ["d/s/k", "a/b", "d/s/l"]
+    both = read_exclusions(path, other)
+    assert both.entries["a/b"] == str(path) and both.entries["d/s/k"] == str(other)
+    assert both.find("a/b/anything@0") == f"excluded by {path}"
+    assert both.find("a/bc/anything@0") is None
+
+
+@pytest.mark.parametrize("text", ["sample\n", "a/b/c\n/x\n", "/\n", b"\xff\xfe"])
+def test_a_list_that_names_nothing_is_refused(tmp_path: Path, text: str | bytes) -> None:
+    path = tmp_path / "list"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=r"data\.exclude"):
+        read_exclusions(path)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_exclusions(tmp_path / "missing")

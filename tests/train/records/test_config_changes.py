@@ -1,0 +1,84 @@
+"""What a resume changed, key by key, and what the learning rate would have been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from onellm_dist.config.load import load_config
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.train.records.config_changes import find_changes, read_earlier_recipe
+from onellm_dist.train.resume_changes import compute_earlier_rate
+
+
+def load(tmp_path: Path, *overrides: str) -> RunConfig:
+    return load_config("toy/align_image", [f"run.dir={tmp_path}", *overrides])
+
+
+def dump(config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(config.to_yaml())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "new"),
+    [
+        ("optim.lr=5e-3", "optim.lr", 5e-3),
+        ("optim.betas=[0.8, 0.9]", "optim.betas", [0.8, 0.9]),
+        ("train.precision=bf16", "train.precision", "bf16"),
+        ("checkpoint.keep_every=7", "checkpoint.keep_every", 7),
+        ("data.validation={split: x, samples: 1, every: 1}", "data.validation", None),
+        ("track.with=[aim]", "track.with", ["aim"]),
+        ("model.path=/m", "model.path", "/m"),
+    ],
+)
+def test_each_changed_key_has_its_old_and_new_value(
+    tmp_path: Path, override: str, key: str, new: object
+) -> None:
+    before, after = load(tmp_path), load(tmp_path, override)
+    found = {change.key: change for change in find_changes(dump(before), after)}
+    assert found.keys() == {key} | ({"model.preset"} if key == "model.path" else set())
+    section, name = key.split(".")
+    assert found[key].old == dump(before)[section][name]
+    assert found[key].new == (dump(after)[section][name] if new is None else new)
+    assert find_changes(dump(after), after) == []
+
+
+def test_a_key_that_the_earlier_recipe_lacks_had_its_default(tmp_path: Path) -> None:
+    before = dump(load(tmp_path))
+    del before["checkpoint"]["keep"], before["launch"], before["optim"]["lr"]
+    same = find_changes(before, load(tmp_path, "launch.ranks="))
+    assert same == [], "a required key has no default"
+    found = find_changes(before, load(tmp_path, "checkpoint.keep=9", "launch.ranks=3"))
+    assert {(c.key, c.old, c.new) for c in found} == {
+        ("checkpoint.keep", 2, 9),
+        ("launch.ranks", None, 3),
+    }
+
+
+def test_another_runs_recipe_is_that_beside_its_checkpoint(tmp_path: Path) -> None:
+    other, own = tmp_path / "other", tmp_path / "own"
+    for folder, rate in ((other, "1e-4"), (own, "2e-4")):
+        (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+        (folder / "config.yaml").write_text(load(folder, f"optim.lr={rate}").to_yaml())
+    link = tmp_path / "latest"
+    link.symlink_to(other / "checkpoints" / "step-00000003")
+    earlier = read_earlier_recipe(own, link)
+    assert earlier is not None and earlier["optim"]["lr"] == 1e-4
+    keys = {c.key for c in find_changes(earlier, load(own, "checkpoint.resume=auto"))}
+    assert keys == {"optim.lr"}, "another run.dir is no change of the recipe"
+    (other / "config.yaml").write_text("- not a recipe")
+    assert read_earlier_recipe(own, link) is None
+
+
+def test_the_rate_by_the_recipe_before_is_computed_or_unknown(tmp_path: Path) -> None:
+    rates = ("optim.lr=1e-3", "optim.min_lr=0", "optim.warmup_steps=0", "optim.schedule=cosine")
+    before = dump(load(tmp_path, *rates, "train.steps=10"))
+    assert compute_earlier_rate(before, 5) == pytest.approx(5e-4)
+    assert compute_earlier_rate(before, 10) == 0
+    before["optim"]["schedule"] = "gone"
+    assert compute_earlier_rate(before, 5) is None
+    assert compute_earlier_rate({}, 5) is None

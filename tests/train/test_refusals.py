@@ -1,0 +1,198 @@
+"""Starts that are refused change nothing; starts that change something say what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from survival_runs import Runs
+from zygote import Zygote
+
+from onellm_dist.common.run_files import LOCK, REFUSALS
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+
+pytestmark = pytest.mark.slow
+DONE: dict[str, Any] = {"train__steps": 4, "checkpoint__every": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    toy, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("refusals")
+    build_toyworld(
+        toy, seed=0, train_per_modality=16, test_per_modality=2, modalities=("imu", "fmri")
+    )
+    with Zygote(out / "logs") as zygote:
+        yield Runs(toy, out, zygote)
+
+
+@pytest.fixture(scope="module")
+def done(runs: Runs) -> str:
+    runs.done("done", 1, **DONE)
+    return "done"
+
+
+def digest(folder: Path) -> str:
+    """Names, bytes and times of everything but the log of refusals."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.name == REFUSALS:
+            continue
+        found.update(f"{path.relative_to(folder)} {path.lstat().st_mtime_ns}\n".encode())
+        if path.is_file():
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "parameters": (
+        {
+            "train__steps": 8,
+            "data__mixture": "[{path: imu}, {path: fmri}]",
+            "data__new_phase": True,
+        },
+        "other trainable parameters",
+    ),
+    "mixture": ({"data__global_batch": 2, "train__steps": 8}, "data.global_batch was 4 and is 2"),
+    "optimizer": ({"optim__name": "sgd", "train__steps": 8}, "optim.name=adamw"),
+    "steps": ({"train__steps": 3}, "has 4 steps done"),
+    "seed": ({"run__seed": 5, "train__steps": 8}, "run.seed was 0, now 5"),
+    "length": ({"data__pack_llm_tokens": 33, "train__steps": 8}, "data.pack_llm_tokens is 33"),
+    "recipe": ({"train__stepz": 8, "model__path": "/no/model"}, "2 problems"),
+    "list": ({"data__exclude": "/no/list", "train__steps": 8}, "data.exclude=/no/list"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_resume_leaves_the_run_as_it_was(runs: Runs, done: str, name: str) -> None:
+    keys, says = REFUSED[name]
+    folder = runs.out / done
+    # What a killed start leaves, and what was meant for another start, is not tidied away either.
+    (folder / "checkpoints" / ".step-00000009.partial").mkdir(exist_ok=True)
+    (folder / "stop").touch()
+    before, refusals = digest(folder), len(runs.lines(done, REFUSALS))
+    ranks = 2 if name in ("parameters", "recipe") else 1
+    start = runs.start(done, ranks, **{**DONE, **keys})
+    assert start.wait() == [2] * ranks, start.output()
+    assert says in start.output() and "Traceback" not in start.output()
+    assert digest(folder) == before
+    lines = runs.lines(done, REFUSALS)[refusals:]
+    assert [line["status"] for line in lines] == ["usage"], "one line, whichever rank was first"
+    assert says in lines[0]["reason"]
+    assert runs.exit(done)["status"] == "done", "that of the start that ran"
+
+
+def test_a_second_start_is_refused_and_the_first_one_keeps_its_exit_file(runs: Runs) -> None:
+    name, plant = "twice", {"impatient": 0.2, "slow_steps": 0.5}
+    first = runs.start(name, 1, plant, train__steps=40)
+    runs.wait_until(first, lambda: runs.steps_done(name) >= 1)
+    hangs = runs.out / name / "hangs"
+    hangs.mkdir()
+    second = runs.start(name, 2, plant, train__steps=40)
+    assert second.wait() == [1, 1], second.output()
+    assert "in use by another start" in second.output()
+    assert hangs.is_dir() and not (runs.out / name / "exit.json").exists()
+    wrong = runs.start(name, 1, plant, train__steps=0)
+    assert wrong.wait() == [2]
+    assert not (runs.out / name / "exit.json").exists() and not first.ended
+    (runs.out / name / "stop").touch()
+    assert first.wait() == [75]
+    assert runs.exit(name)["status"] == "preempted"
+    assert [line["status"] for line in runs.lines(name, REFUSALS)] == ["failed", "usage"]
+    assert len(runs.events(name, "start")) == 1
+
+
+def test_a_refused_first_start_says_so_in_exit_json_and_the_next_one_clears_it(runs: Runs) -> None:
+    start = runs.start("fresh", 1, data__pack_llm_tokens=33, **DONE)
+    assert start.wait() == [2]
+    assert runs.exit("fresh")["status"] == "usage"
+    names = {path.name for path in (runs.out / "fresh").iterdir()}
+    assert names == {"exit.json", REFUSALS, LOCK}
+    runs.done("fresh", 1, **DONE)
+    assert runs.exit("fresh")["status"] == "done"
+
+
+def test_changed_keys_and_a_jump_are_shown_and_kept(runs: Runs) -> None:
+    name, keys = "changed", {**DONE, "optim__schedule": "cosine", "optim__min_lr": 0}
+    runs.done(name, 1, **keys)
+    start = runs.start(name, 1, **{**keys, "train__steps": 6})
+    start.done()
+    (event,) = runs.events(name, "config_changed")
+    assert event["step"] == 4
+    assert event["changes"] == [{"key": "train.steps", "old": 4, "new": 6}]
+    (jump,) = runs.events(name, "learning_rate_jump")
+    assert jump["old"] == 0 and jump["new"] == pytest.approx(2.5e-4)
+    assert "train.steps: 4 -> 6" in start.output()
+    assert "WARNING: the learning rate jumps at step 4" in start.output()
+    runs.done(name, 1, **{**keys, "train__steps": 6})
+    assert len(runs.events(name, "config_changed")) == 1, "nothing changed"
+    (line,) = runs.lines(name, "config_history.jsonl")
+    assert (line["first_step"], line["changes"]) == (4, event["changes"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_excluded_sample_is_left_out_from_the_next_start_on(runs: Runs, world_size: int) -> None:
+    from onellm_dist.train.sample_log.exclude import exclude_command
+    from onellm_dist.train.sample_log.stream import RunStream
+
+    name = "excluded"
+    runs.done("reference", 1, **{**DONE, "train__steps": 8})
+    runs.done(name, 1, **DONE)
+    keys = {**DONE, "train__steps": 8}
+    uses = [use for step in range(4) for use in RunStream(runs.out / name).list_samples(step)]
+    sample = uses[5].sample
+    exclude_command(runs.out / name, [uses[5].sample_id])
+    runs.done(name, 2, **keys)
+    expected = [
+        (use.step, use.sample_id)
+        for use in RunStream(runs.out / name).list_uses(sample)
+        if use.step >= 4
+    ]
+    listed = [
+        (line["step"], line["sample_id"])
+        for path in (runs.out / name / "samples").glob("listed-*.jsonl")
+        for line in map(json.loads, path.read_text().splitlines())
+    ]
+    assert expected and sorted(listed) == expected
+    assert [line["sample_digest"] for line in runs.lines(name, "metrics.jsonl")] == [
+        line["sample_digest"] for line in runs.lines("reference", "metrics.jsonl")
+    ], "every sample keeps its place"
+    (event,) = runs.events(name, "exclusions")
+    assert (event["entries"], event["unmatched"]) == (1, [])
+
+
+def test_a_run_of_which_nothing_can_be_read_fails_at_its_first_step(runs: Runs) -> None:
+    start = runs.start("unreadable", 1, {"unreadable": "imu"}, **DONE)
+    assert start.wait() == [1]
+    assert (
+        "none of its 4 samples could be read: unreadable imu: RuntimeError: planted"
+        in start.output()
+    )
+    found = runs.exit("unreadable")
+    assert found["status"] == "failed" and "step 0" in found["reason"]
+    assert runs.steps_done("unreadable") == 0 and not (runs.out / "unreadable" / "model").exists()
+
+
+def test_a_modality_of_which_nothing_can_be_read_blames_the_library(runs: Runs) -> None:
+    keys = {**DONE, "data__mixture": "[{path: imu}, {path: fmri}]", "train__steps": 20}
+    start = runs.start("one_modality", 2, {"unreadable": "imu"}, **keys)
+    assert start.wait() == [1, 1]
+    assert "no sample of modality imu could be read so far; all fail alike" in start.output()
+    assert "a library" in start.output() and 3 <= runs.steps_done("one_modality") <= 4
+
+
+def test_outputs_that_fail_or_block_do_not_end_a_run(runs: Runs) -> None:
+    started = time.monotonic()
+    keys = {**DONE, "track__with": "[wandb]"}
+    runs.done("outputs", 1, {"blocked_outputs": True}, **keys)
+    assert time.monotonic() - started < 120
+    assert runs.exit("outputs")["status"] == "done"
+    (event,) = runs.events("outputs", "tracker_dropped")
+    assert event["problem"].startswith("no answer for")
+    assert [line["step"] for line in runs.lines("outputs", "metrics.jsonl")] == [0, 1, 2, 3], (
+        "lines that the disk had no room for were written when it had"
+    )
