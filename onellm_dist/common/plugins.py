@@ -85,9 +85,13 @@ def import_class(name: str, base: type, *, key: str, why: str) -> Any:
 
 def import_user_module(name: str) -> ModuleType:
     """Import a module that a recipe names; the working directory is the last place to look."""
+    _add_working_directory()
+    return import_module(name)
+
+
+def _add_working_directory() -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return import_module(name)
 
 
 def find_module(name: str, *, key: str) -> None:
@@ -101,6 +105,7 @@ def find_module(name: str, *, key: str) -> None:
         UsageError: there is no such module.
     """
     module = name.partition(":")[0]
+    _add_working_directory()
     try:
         found = find_spec(module) is not None
     except (ImportError, ValueError):
