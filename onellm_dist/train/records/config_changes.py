@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from onellm_dist.common.run_files import CHECKPOINTS, CONFIG, CONFIG_HISTORY
+from onellm_dist.common.secrets import mask_value
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.train.records.json_lines import append_lines
 
@@ -59,7 +60,8 @@ def read_earlier_recipe(run_dir: Path, checkpoint: Path) -> dict[str, Any] | Non
 
 def find_changes(earlier: Mapping[str, Any], config: RunConfig) -> list[KeyChange]:
     """The keys whose values differ; a key that the earlier recipe lacks had its default."""
-    now = config.model_dump(mode="json", by_alias=True)
+    # As config.yaml has it: masked, so that no secret is shown, or taken for a changed one.
+    now = mask_value(config.model_dump(mode="json", by_alias=True))
     defaults = _make_defaults(config)
     other_run = earlier.get("run", {}).get("dir") != now["run"]["dir"]
     changes = []

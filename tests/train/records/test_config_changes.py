@@ -59,6 +59,14 @@ def test_a_key_that_the_earlier_recipe_lacks_had_its_default(tmp_path: Path) -> 
     }
 
 
+def test_secrets_are_neither_shown_nor_changes(tmp_path: Path) -> None:
+    secret = "track.options={wandb: {api_key: abcdefgh12345}}"
+    config = load(tmp_path, secret)
+    assert find_changes(dump(config), config) == []
+    (change,) = find_changes(dump(load(tmp_path)), config)
+    assert "abcdefgh" not in str(change) and change.key == "track.options"
+
+
 def test_another_runs_recipe_is_that_beside_its_checkpoint(tmp_path: Path) -> None:
     other, own = tmp_path / "other", tmp_path / "own"
     for folder, rate in ((other, "1e-4"), (own, "2e-4")):
