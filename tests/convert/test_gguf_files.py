@@ -61,7 +61,7 @@ def write(
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(theta)
-    writer.add_vocab_size(96)
+    writer.add_vocab_size(llama().config.vocab_size)
     change(writer)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())

@@ -130,7 +130,7 @@ def test_what_metas_code_computes_otherwise_is_refused(changes: dict[str, Any], 
 def test_llama3_scaling_survives_params_json(factor: float) -> None:
     stated = config(rope_parameters={**LLAMA3, "factor": factor})
     shapes = {
-        "tok_embeddings.weight": (96, 64),
+        "tok_embeddings.weight": (stated.vocab_size, 64),
         "layers.0.attention.wq.weight": (64, 64),
         "layers.0.attention.wk.weight": (64, 64),
         "layers.0.feed_forward.w1.weight": (176, 64),
