@@ -61,12 +61,12 @@ def test_the_page_and_the_terminal_show_the_named_samples(
     out = tmp_path / "page.html"
     keys = ["set/train-000001/a/k2@3", "k5@7", "k5@7"]
     assert preview_command(dataset.root, out, previews=24, keys=keys) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     shard = dataset.shards()[1]
     start, end = dataset.index(shard).span(0)
-    assert f"{dataset.root}/{shard.path}, row 0, bytes {start} to {end}" in told
-    assert ".jpg, 10 bytes" in told and ".txt, 6 bytes: text 2" in told
-    assert "image cannot be decoded" in told and "\x1b" not in told
+    assert f"{dataset.root}/{shard.path}, row 0, bytes {start} to {end}" in printed
+    assert ".jpg, 10 bytes" in printed and ".txt, 6 bytes: text 2" in printed
+    assert "image cannot be decoded" in printed and "\x1b" not in printed
     page = out.read_text()
     assert page.count("<figure>") == 2 and page.count("data:image/jpeg") == 1
     assert "cannot be drawn" in page and "Lengths" not in page

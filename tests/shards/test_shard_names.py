@@ -70,11 +70,11 @@ def test_hidden_files_are_skipped_inside_tars_and_beside_them_and_counted(
     (tmp_path / "1.tar.gz").write_bytes(gzip.compress(b"x"))
     (tmp_path / "2.tgz").write_bytes(gzip.compress(b"x"))
     assert index_command([tmp_path], ["image"]) == 0
-    told = capsys.readouterr().out
-    assert "1 tar, 3 samples indexed" in told
-    assert "6 hidden files inside tars skipped" in told
-    assert "2 hidden files beside the tars skipped" in told
-    assert "2 compressed tars not read (1.tar.gz, 2.tgz)" in told
+    printed = capsys.readouterr().out
+    assert "1 tar, 3 samples indexed" in printed
+    assert "6 hidden files inside tars skipped" in printed
+    assert "2 hidden files beside the tars skipped" in printed
+    assert "2 compressed tars not read (1.tar.gz, 2.tgz)" in printed
     assert verify_dataset(tmp_path) == [] and repair_dataset(tmp_path) == []
     dataset = open_dataset(tmp_path)
     assert list(contents(dataset)) == ["train/0", "train/1", "train/2"]

@@ -107,9 +107,7 @@ def index_existing_shards(
     if name is not None:
         check_name(name)
     if path.is_file():
-        hidden = _index_tars([path], workers=1)
-        samples = ShardIndex(get_index_path(path)).samples
-        return IndexedShards(1, samples, None, notes=_describe_hidden(hidden, "inside the tar"))
+        return _index_one_tar(path)
     if not path.is_dir():
         raise UsageError(
             f"{path}: there is no such file or folder.",
@@ -130,6 +128,12 @@ def index_existing_shards(
     samples = sum(s.samples for s in manifest.shards)
     notes += _describe_hidden(hidden, "inside tars")
     return IndexedShards(len(tars), samples, path / MANIFEST, kept, notes)
+
+
+def _index_one_tar(path: Path) -> IndexedShards:
+    hidden = _index_tars([path], workers=1)
+    samples = ShardIndex(get_index_path(path)).samples
+    return IndexedShards(1, samples, None, notes=_describe_hidden(hidden, "inside the tar"))
 
 
 def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str, ...]]:
