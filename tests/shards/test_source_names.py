@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from shard_worlds import contents, picture, split_arguments, write_tree
 
 from onellm_dist.common.errors import UsageError
@@ -281,3 +283,14 @@ def test_what_a_table_does_not_name_is_counted(tmp_path: Path) -> None:
         "not named by t.csv: 1 x .txt, 1 x .jpg, 1 x .csv",
         "hidden files and folders skipped: 1",
     )
+
+
+def test_keys_that_a_program_stored_as_numbers_get_their_zeros_back(tmp_path: Path) -> None:
+    rows = [{"key": k, "caption": f"picture {k}", "status": "success"} for k in range(3)]
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    members = {f"{k:09d}.jpg": picture(k) for k in range(3)}
+    files: dict[str, bytes | str] = {"0.tar": tar(members), "0_stats.json": "{}"}
+    files["0.parquet"] = buffer.getvalue()
+    _, dataset = build(tmp_path, files, "laion400m")
+    assert captions(dataset) == {f"{k:09d}": f"picture {k}" for k in range(3)}
