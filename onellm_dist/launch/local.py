@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from onellm_dist.common.logging import get_logger, write_unless_blocked
-from onellm_dist.common.processes import kill_with_parent, make_safe_environment
+from onellm_dist.common.processes import kill_with_parent
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
 """Id of the process that a local rank must end with."""
@@ -29,7 +29,9 @@ TAIL_LINES = 60
 logger = get_logger(__name__)
 
 
-def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
+def launch_local(
+    command: Sequence[str], ranks: int, logs: Path, env: Mapping[str, str] | None = None
+) -> int:
     """Run `command` once per rank on this machine and wait for all of them.
 
     Rank 0's output is passed through; the others write to `logs/rank-N.log`. USR1, TERM, INT and
@@ -40,6 +42,8 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
         command: what each rank runs.
         ranks: number of ranks.
         logs: folder of the ranks' output; made if missing.
+        env: their environment, to which the variables of a launcher are added; default: that of
+            this process.
 
     Returns:
         0, or the exit code of the first rank that failed (1 if a signal ended it).
@@ -55,7 +59,7 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
             "the ranks' output and everything else of the run goes there.",
             "choose a run.dir where you may write.",
         ) from None
-    group = _LocalRanks(command, ranks, logs)
+    group = _LocalRanks(command, ranks, logs, os.environ if env is None else env)
     before = {
         number: signal.signal(number, group.forward)
         for number in FORWARDED
@@ -72,11 +76,13 @@ def launch_local(command: Sequence[str], ranks: int, logs: Path) -> int:
 class _LocalRanks:
     """The processes of one start, in the order of their ranks."""
 
-    def __init__(self, command: Sequence[str], ranks: int, logs: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], ranks: int, logs: Path, env: Mapping[str, str]
+    ) -> None:
         self._logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         port = find_free_port()
-        environments = [_make_environment(rank, ranks, port) for rank in range(ranks)]
+        environments = [_make_environment(env, rank, ranks, port) for rank in range(ranks)]
         # Each rank has its own session: Ctrl-C must reach it once, through us, and not a second
         # time from the terminal.
         self._first = subprocess.Popen(
@@ -166,9 +172,9 @@ class _LocalRanks:
             process.wait()
 
 
-def _make_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def _make_environment(env: Mapping[str, str], rank: int, ranks: int, port: int) -> dict[str, str]:
     return {
-        **make_safe_environment(),
+        **env,
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(rank),

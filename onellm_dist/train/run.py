@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
 from onellm_dist.common.logging import configure_logging, get_logger
 from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
-from onellm_dist.common.processes import make_module_command
+from onellm_dist.common.processes import make_module_command, make_safe_environment
 from onellm_dist.common.refusals import was_refused
 from onellm_dist.common.run_files import EXIT, LOGS
 from onellm_dist.config.load import find_run_dir
@@ -71,7 +71,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
     began = time.time()
     with patient_output():
-        code = launch_local(command, count, config.run.dir / LOGS)
+        code = launch_local(command, count, config.run.dir / LOGS, make_safe_environment())
     write_missing_exit(config.run.dir, code, began)
     return code
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
+from checkpoints import onellm
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-sys.path.insert(0, str(Path(__file__).parent))  # ranks are started with PYTHONSAFEPATH
-from checkpoints import onellm
 
 from onellm_dist.launch.local import end_with_parent
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, OneLLMError, UsageError
 from onellm_dist.common.files import write_atomic
-from onellm_dist.common.processes import make_module_command
+from onellm_dist.common.processes import make_module_command, make_safe_environment
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.diagnostics.preflight.options import (
@@ -87,7 +87,7 @@ def _start_local(options: PreflightOptions, count: int) -> int:
         module = "onellm_dist.diagnostics.preflight"
         command = make_module_command(module, _format_options(options))
         try:
-            code = launch_local(command, count, Path(folder))
+            code = launch_local(command, count, Path(folder), make_safe_environment())
         finally:
             del os.environ[EXIT_CODE_FILE]
         if code_file.exists():
