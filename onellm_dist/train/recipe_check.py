@@ -101,7 +101,7 @@ def _check_data(sections: Sections) -> Iterator[UsageError]:
                 do="use a number above 0",
             )
         if isinstance(location, Path):
-            yield from _collect(open_dataset, location)
+            yield from _collect(open_dataset, location, follow_links=data.follow_links)
     if data.exclude is not None:
         yield from _collect(read_exclusions, data.exclude)
 

@@ -1,0 +1,44 @@
+"""What a recipe names is looked for before the ranks begin, as the run itself will look for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from onellm_dist.common.errors import UsageError
+from onellm_dist.shards.format.writer import DatasetWriter
+from onellm_dist.train.recipe_check import load_checked_config
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    with DatasetWriter(folder, name="texts", modalities=()) as writer:
+        writer.add("train", "only", {"txt": b"a caption"})
+    return folder
+
+
+def write_recipe(dataset: Path) -> Path:
+    """A recipe beside the dataset, with `run.dir` there too."""
+    folder = dataset.parent
+    recipe = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"preset": "toy"},
+        "data": {"root": str(folder), "mixture": [{"path": dataset.name}], "global_batch": 1},
+        "train": {"stage": "align", "steps": 1},
+        "optim": {"lr": 1.0},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def test_a_dataset_of_links_is_taken_if_the_recipe_says_so(dataset: Path) -> None:
+    (dataset / "shards").rename(dataset.parent / "elsewhere")
+    (dataset / "shards").symlink_to(dataset.parent / "elsewhere")
+    recipe = write_recipe(dataset)
+    with pytest.raises(UsageError, match=r"leads out of the folder(.|\n)*data\.follow_links=true"):
+        load_checked_config(recipe)
+    assert load_checked_config(recipe, ["data.follow_links=true"]).data.follow_links
