@@ -184,7 +184,9 @@ class WorkerPool:
             worker = waiting[descriptor]
             try:
                 number, found = receive(worker.connection)
-            except (EOFError, ConnectionResetError):
+            except ConnectionResetError:
+                pass  # it died with requests unread; what it had sent comes next, then the end
+            except EOFError:
                 self._replace(worker)
             except OSError as error:
                 raise make_memory_error(f"{type(error).__name__}: {error}") from None
@@ -296,12 +298,10 @@ class WorkerPool:
 
     def _find_sample(self, worker: _Worker, status: WorkerStatus) -> str | None:
         """Id of the sample that a worker died over; None: it was not reading one."""
-        if status.phase not in (READING, DECODING) or not worker.pending:
+        if status.phase not in (READING, DECODING):
             return None
-        number, task = worker.pending[0]
-        if number != status.micro_batch:
-            return None
-        return self._reader.get_sample_id(task.micro, status.sample)
+        task = dict(worker.pending).get(status.micro_batch)
+        return None if task is None else self._reader.get_sample_id(task.micro, status.sample)
 
 
 def _has_ended(pid: int) -> bool:

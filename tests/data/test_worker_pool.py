@@ -198,6 +198,23 @@ def test_a_sample_that_fails_once_is_read(tmp_path: Any) -> None:
     assert mark.exists() and not reader.skipped
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_with_requests_unread_names_its_sample(workers: int) -> None:
+    """The kernel reports the unread requests before the batches that the worker had sent."""
+    samples = ["a", "b", "leave", "c", "crash", "d", "e", "leave", "f", "crash", "leave", "g"]
+    reader = PoisonReader(samples)
+    pool = WorkerPool(reader, make_tasks(len(samples), 1), workers=workers, prefetch=4)
+    found = []
+    with closing(pool):
+        for _ in samples:
+            time.sleep(0.15)  # the workers are ahead
+            item = pool.next()
+            assert item is not None
+            found += item[1][0]
+        assert pool.next() is None and not pool._replaced
+    assert found == expect(samples)
+
+
 def test_slow_is_not_hanging() -> None:
     """Samples of a batch each have their own time, and waiting for the trainer is no time."""
 
