@@ -7,6 +7,7 @@ when it is opened.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from onellm_dist.config.schema import (
 )
 from onellm_dist.data.exclusions import read_exclusions
 from onellm_dist.shards.format.dataset import open_dataset
+from onellm_dist.train.records.applied_resumes import was_applied
 
 Sections = Mapping[str, Section]
 
@@ -131,9 +133,13 @@ def _check_parts(sections: Sections) -> Iterator[UsageError]:
 
 
 def _check_checkpoint(sections: Sections) -> Iterator[UsageError]:
+    """A named checkpoint; a requeued job that has applied it may have removed it since."""
     checkpoint = cast("CheckpointSection | None", sections.get("checkpoint"))
+    run = cast("RunSection | None", sections.get("run"))
     resume = None if checkpoint is None else checkpoint.resume
-    if isinstance(resume, Path) and not resume.is_dir():
+    if not isinstance(resume, Path) or resume.is_dir():
+        return
+    if run is None or not was_applied(run.dir, resume, os.environ):
         yield UsageError(
             f"checkpoint.resume={resume}: no complete checkpoint there (no such folder)",
             do="give a step-... folder of a run's checkpoints/, or auto",

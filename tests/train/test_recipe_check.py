@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.shards.format.writer import DatasetWriter
+from onellm_dist.train.checkpoint.folder import make_checkpoint_name
 from onellm_dist.train.recipe_check import load_checked_config
+from onellm_dist.train.records.applied_resumes import record_applied
 
 
 @pytest.fixture
@@ -42,3 +46,23 @@ def test_a_dataset_of_links_is_taken_if_the_recipe_says_so(dataset: Path) -> Non
     with pytest.raises(UsageError, match=r"leads out of the folder(.|\n)*data\.follow_links=true"):
         load_checked_config(recipe)
     assert load_checked_config(recipe, ["data.follow_links=true"]).data.follow_links
+
+
+def test_a_requeued_job_may_have_removed_the_checkpoint_that_it_began_with(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run_dir = write_recipe(dataset), dataset.parent / "run"
+    wanted = run_dir / CHECKPOINTS / make_checkpoint_name(1000)
+    command = [f"checkpoint.resume={wanted}"]
+    run_dir.mkdir()
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    record_applied(run_dir, wanted, os.environ)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert load_checked_config(recipe, command).checkpoint.resume == wanted
+    with pytest.raises(UsageError, match="no such folder"):
+        load_checked_config(recipe, [f"checkpoint.resume={wanted}x"])
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    with pytest.raises(UsageError, match="no such folder"):
+        load_checked_config(recipe, command)
