@@ -259,3 +259,27 @@ def test_a_library_that_does_not_fit_is_no_fault_of_the_sample(
             RawSample("x", "x", {"mp4": tmp_path / "x.mp4"}, "a caption"), ("video",), settings
         )
     assert not isinstance(error.value, SampleError) and "PyAV" in error.value.what
+
+
+def edit_list(mp4: bytes, share: float, start: int) -> bytes:
+    """A film trimmed as telephones do: an edit shows a share of it, from this time on."""
+    at = mp4.index(b"elst") + 12
+    (length,) = struct.unpack_from(">I", mp4, at)
+    return mp4[:at] + struct.pack(">Ii", int(length * share), start) + mp4[at + 8 :]
+
+
+@pytest.mark.parametrize("start", [0, 10240])
+def test_what_an_edit_list_leaves_out_is_not_missing(tmp_path: Path, start: int) -> None:
+    """FFmpeg hands out the packets of the edit alone; the header counts all that are stored."""
+    whole = cut(tmp_path, "mp4", 1.0)
+    with collect_damage() as damage:
+        clip = decode(edit_list(whole, 0.5, start))
+    assert damage == []
+    first = start // 512
+    shown = [every_frame(whole)[first + round(s * 20)].mean() for s in clip.seconds]
+    assert brightness(clip) == pytest.approx(shown, abs=2)
+    with collect_damage() as damage:
+        decode(edit_list(whole, 0.98, 0)[: int(len(whole) * 0.9)])
+    assert "8% of the film is missing" in damage[0]
+    with pytest.raises(SampleError, match="missing"):
+        decode(edit_list(whole, 0.9, 0)[: int(len(whole) * 0.5)])

@@ -104,6 +104,8 @@ class _Packets:
     keys: list[int]
     seen: int = 0
     """All packets, those that are not shown and those without bytes included."""
+    end: int = 0
+    """Where the last shown packet ends, in the stream's time base."""
 
 
 def _choose_film(container: InputContainer, name: str) -> FrameTable:
@@ -146,6 +148,7 @@ def _read_packets(
             found.seen += packet.size > 0 or packet.dts is not None  # not the one behind the end
             if packet.size and not packet.is_discard:
                 found.times.append(packet.pts)
+                found.end = max(found.end, (packet.pts or 0) + (packet.duration or 0))
                 if packet.is_keyframe and packet.pts is not None:
                     found.keys.append(packet.pts)
     except av.error.FFmpegError as error:
@@ -166,7 +169,7 @@ def _make_table(
     if not times or not rate:
         return None
     end = (known[-1] * step + 1 / rate) if known else len(times) / rate
-    missing = _compute_missing(container, film, packets.seen, end)
+    missing = _compute_missing(container, film, packets, end)
     if not complete or not _SEEKABLE & set(container.format.name.split(",")):
         return FrameTable(film.index, tuple(range(len(times))), (), rate, True, missing)
     keys = tuple(sorted(packets.keys))
@@ -182,11 +185,19 @@ def _choose_rate(stated: float, times: Sequence[int], step: float) -> float:
     return stated if abs(stated - measured) <= _CONTRADICTION * measured else measured
 
 
-def _compute_missing(container: InputContainer, film: VideoStream, seen: int, end: float) -> float:
+def _compute_missing(
+    container: InputContainer, film: VideoStream, packets: _Packets, end: float
+) -> float:
     """Share of a film that its container promises and does not have; 0 where it promises none."""
-    formats = set(container.format.name.split(","))
+    formats, seen = set(container.format.name.split(",")), packets.seen
     if film.frames > 0 and formats & {"mov", "mp4", "avi"}:
-        return max(0.0, 1 - seen / film.frames)
+        if seen >= film.frames or not film.duration or "avi" in formats:
+            return max(0.0, 1 - seen / film.frames)
+        # An edit list leaves stored samples out on purpose; the duration is that of its edits,
+        # counted from 0, or from the first frame where nothing is left out.
+        starts = film.start_time or 0 if packets.end > film.duration * (1 + 1 / seen) else 0
+        share = 1 - (packets.end - starts) / film.duration
+        return share if share > 1 / max(seen, 20) else 0.0
     promised = _parse_seconds(film.metadata.get("DURATION", ""))
     if not promised and len(container.streams) == 1 and formats & {"matroska", "webm"}:
         promised = (container.duration or 0) / av.time_base
