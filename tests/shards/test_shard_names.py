@@ -19,6 +19,7 @@ from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards import as_webdataset
 from onellm_dist.shards.command import index_command
+from onellm_dist.shards.format import tars
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.format.index import ShardIndex
 from onellm_dist.shards.format.index_tar import index_tar
@@ -26,11 +27,14 @@ from onellm_dist.shards.format.tars import TarError
 from onellm_dist.shards.format.valid_names import check_names, find_bad_shard_path
 from onellm_dist.shards.storage.paths import move_file, remove_tree, to_storage_path
 from onellm_dist.shards.tools.index_existing import index_existing_shards
+from onellm_dist.shards.tools.named_samples import find_samples
 from onellm_dist.shards.tools.repair import repair_dataset
 from onellm_dist.shards.tools.verify import verify_command, verify_dataset
 
 ODD = ["a[1]", "sp ace", "caf\u00e9", "cafe\u0301", "a*b", "h#y", "p%20q", "{x}", "日本", "a,b"]
-BAD_KEYS = ["../x", "/x", "a//b", "a/../b", "a\nb", "a\x1b[31mb", "__x", "a/./b"]
+BAD_KEYS = ["../x", "a/../b", "/../x", "a\nb", "a\x1b[31mb", "__x"]
+FOREIGN_KEYS = ["./a", "./sub/b", "/data/img/001", "//x", "a//b", "a/./b"]
+"""Building refuses them, but other tools write them (`tar -C folder .`, `tar -P`, TarWriter)."""
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
@@ -50,9 +54,48 @@ def test_index_verify_and_repair_refuse_the_keys_that_building_refuses(
     assert any("would skip or take" in p.what for p in verify_dataset(tmp_path))
 
 
-def test_what_tar_writes_of_a_folder_is_accepted(tmp_path: Path) -> None:
-    tar = foreign_tar(tmp_path / "0.tar", [("./a.txt", b"1"), ("./sub/b.txt", b"2")])
-    assert ShardIndex(index_tar(tar)).keys() == ["./a", "./sub/b"]
+def test_keys_that_other_tools_write_are_accepted_as_they_are(tmp_path: Path) -> None:
+    foreign_tar(tmp_path / "0.tar", [(f"{key}.txt", key.encode()) for key in FOREIGN_KEYS])
+    index_existing_shards(tmp_path, modalities=())
+    assert verify_dataset(tmp_path) == [] and repair_dataset(tmp_path) == []
+    dataset = open_dataset(tmp_path)
+    assert {k: parts["txt"].decode() for k, parts in contents(dataset).items()} == {
+        key: key for key in FOREIGN_KEYS
+    }
+    assert [s["__key__"] for s in as_webdataset(dataset)] == FOREIGN_KEYS
+    ids = [f"{dataset.name}/0/{key}@3" for key in FOREIGN_KEYS]
+    assert [s.key for s in find_samples(dataset, ids)] == FOREIGN_KEYS
+    for key in FOREIGN_KEYS:
+        with pytest.raises(SampleError, match="cannot hold this key"):
+            check_names("here", key, ["txt"])
+
+
+@pytest.mark.parametrize("damage", ["none", "index", "part", "part and index"])
+def test_repair_keeps_every_intact_sample_whatever_its_key_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Version 0.1.0 indexed them all."""
+    keys = [*FOREIGN_KEYS, *BAD_KEYS]
+    members = [("bad.txt", b"bad"), *((f"{key}.txt", key.encode()) for key in keys)]
+    tar = foreign_tar(tmp_path / "0.tar", [*members, ("last.txt", b"last")])
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "find_stored_key_fault", lambda _: None)
+        index_existing_shards(tmp_path, modalities=())
+    before = contents(open_dataset(tmp_path))
+    assert list(before) == ["bad", *keys, "last"]
+    if "part" in damage:
+        tar.write_bytes(tar.read_bytes().replace(b"bad\0", b"dab\0", 1))
+    if "index" in damage:
+        (tmp_path / "0.tar.index").unlink()
+    done = repair_dataset(tmp_path)
+    assert bool(done) == (damage != "none")
+    after = contents(open_dataset(tmp_path))
+    if damage == "part":
+        assert "bad" not in after
+    if "part" in damage:  # without its index, no checksum says that it was changed
+        del before["bad"]
+    assert {key: after[key] for key in before} == before
+    assert repair_dataset(tmp_path) == []
 
 
 def test_hidden_files_are_skipped_inside_tars_and_beside_them_and_counted(

@@ -9,19 +9,23 @@ from onellm_dist.shards.format.index import pack_index, write_index
 from onellm_dist.shards.format.tars import scan_tar
 
 
-def index_tar(path: Path) -> Path:
+def index_tar(path: Path, *, any_key: bool = False) -> Path:
     """Index a tar, which is only read, and return the path of the index.
+
+    Args:
+        path: the tar.
+        any_key: whether keys are accepted that readers may skip or take for another.
 
     Raises:
         OneLLMError: the file is not a tar, or is truncated, damaged or compressed, or has a key or
             a part twice, or a key that no reader would find. The message names tar, key and
             offset. No index is written, and an older one stays as it was.
     """
-    return _index_tar(path)[0]
+    return _index_tar(path, any_key=any_key)[0]
 
 
-def _index_tar(path: Path) -> tuple[Path, int]:
-    scan = scan_tar(path)
+def _index_tar(path: Path, *, any_key: bool = False) -> tuple[Path, int]:
+    scan = scan_tar(path, any_key=any_key)
     data = pack_index(
         scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end
     )

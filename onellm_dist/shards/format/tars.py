@@ -101,18 +101,22 @@ class HeaderReads:
         return self._file.read(size)
 
 
-def scan_tar(path: Path) -> TarScan:
+def scan_tar(path: Path, *, any_key: bool = False) -> TarScan:
     """Read a whole tar and return its rows.
+
+    Args:
+        path: the tar.
+        any_key: whether keys are accepted that readers may skip or take for another.
 
     Raises:
         TarError: the file is not a tar, is compressed or truncated, has a damaged header, a key or
-            part twice or a name that is not UTF-8, or holds no sample.
+            part twice or a name that is not UTF-8, or holds no sample; or such a key.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         try:
             with open_tar_headers(file) as tar:
-                scanner = _TarScanner(path, file)
+                scanner = _TarScanner(path, file, any_key=any_key)
                 rows, end = scanner.run(tar)
         except TarError:
             raise
@@ -126,18 +130,18 @@ def scan_tar(path: Path) -> TarScan:
 
 
 def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
-    """Read the samples of a tar as far as it can be read.
+    """Read the samples of a tar as far as it can be read, whatever their keys are.
 
     Returns:
         The samples, and why the tar cannot be read farther (None: it is intact). The last sample
         may lack parts if a damaged header hid them; no sample behind it is included.
     """
     try:
-        return scan_tar(path).rows, None
+        return scan_tar(path, any_key=True).rows, None
     except TarError as error:
         how = error.how
     with path.open("rb") as file:
-        scanner = _TarScanner(path, file)
+        scanner = _TarScanner(path, file, any_key=True)
         # The samples that were closed before the error are intact.
         with (
             suppress(TarError, *TAR_FAULTS),
@@ -159,7 +163,8 @@ def open_tar_headers(file: BinaryIO) -> tarfile.TarFile:
 class _TarScanner:
     """Groups the members of a tar into samples, in one pass."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, *, any_key: bool) -> None:
+        self.any_key = any_key
         self.path = path
         self.file = file
         self.rows = IndexRows()
@@ -213,7 +218,7 @@ class _TarScanner:
         except UnicodeEncodeError:
             how = f"the member name {member.name!a:.300} is not UTF-8"
             raise TarError(self.path, how, None, member.offset) from None
-        fault = find_stored_key_fault(key)
+        fault = None if self.any_key else find_stored_key_fault(key)
         if fault is not None:
             how = f"a key that readers would skip or take for another: {fault}"
             raise TarError(self.path, how, key, member.offset)

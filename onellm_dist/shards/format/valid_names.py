@@ -93,9 +93,11 @@ def find_key_fault(key: str) -> str | None:
 def find_stored_key_fault(key: str) -> str | None:
     """Return why a key of an existing tar is refused; None: it is accepted.
 
-    The rule is that of `find_key_fault`, but for a leading `./`, which `tar -C folder .` writes.
+    The rule is that of `find_key_fault`, but for what other tools write and readers take as it is:
+    a leading `./` (`tar -C folder .`) or `/` (`tar -P`), and `//` and `/./` between components. No
+    reader makes a path of a key.
     """
-    return find_key_fault(key.removeprefix("./"))
+    return find_key_fault("/".join(part for part in key.split("/") if part not in ("", ".")))
 
 
 def check_names(where: str, key: str, parts: Collection[str]) -> None:

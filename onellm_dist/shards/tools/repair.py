@@ -7,10 +7,11 @@ Every good sample is kept.
 | a lost, damaged or stale index | made again from the tar |
 | a sample with a part that fails its CRC-32, a sample cut off by the end of the tar, a damaged
 header | the tar is written again without it | | a key that exists twice (in one tar, or in two) |
-the first sample is kept | | a sample without the parts of the dataset's modalities, or with a key
-that readers would skip or take for another | left out |
+the first sample is kept | | a sample without the parts of the dataset's modalities | left out |
 | a tar of the manifest that is missing, or holds no good sample any more | removed from the
 manifest | | files of a stopped writer or repair | removed |
+
+A sample whose key `index` refuses, and an older program accepted, is kept: its bytes are good.
 
 A tar is written again under a name of its own, and takes effect with the manifest, which is
 replaced at the end (repair_transaction.py); the old bytes stay as `NAME.tar.damaged` until the
@@ -45,7 +46,6 @@ from onellm_dist.shards.format.energon import META, write_energon
 from onellm_dist.shards.format.index import PartLocation, ShardIndex, get_index_path
 from onellm_dist.shards.format.tar_writer import ShardWriter
 from onellm_dist.shards.format.tars import salvage_tar
-from onellm_dist.shards.format.valid_names import find_stored_key_fault
 from onellm_dist.shards.sources.base import QuarantinedSample
 from onellm_dist.shards.storage.remote import is_url
 from onellm_dist.shards.tools.repair_transaction import (
@@ -256,8 +256,7 @@ def _list_samples(
     with tar.open("rb") as file:
         for row in range(index.samples):
             parts, key = index.parts(row), index.key(row)
-            reason = find_stored_key_fault(key)
-            fault = f"invalid key: {reason}" if reason else None
+            fault = None
             for extension, location in parts.items() if not intact else ():
                 file.seek(location.offset)
                 if zlib.crc32(file.read(location.size)) != location.crc32:

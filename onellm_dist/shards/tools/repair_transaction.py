@@ -95,7 +95,7 @@ class RepairTransaction:
         if changed:
             write_atomic(self.root / MANIFEST, manifest.to_file())
         for tar in self._stale:
-            index_tar(tar)
+            index_tar(tar, any_key=True)
         for tar in self._retired:
             move_to_damaged(tar)
 
