@@ -134,8 +134,7 @@ def test_changed_keys_and_a_jump_are_shown_and_kept(runs: Runs) -> None:
     assert (line["first_step"], line["changes"]) == (4, event["changes"])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_an_excluded_sample_is_left_out_from_the_next_start_on(runs: Runs, world_size: int) -> None:
+def test_an_excluded_sample_is_left_out_from_the_next_start_on(runs: Runs) -> None:
     from onellm_dist.train.sample_log.exclude import exclude_command
     from onellm_dist.train.sample_log.stream import RunStream
 
