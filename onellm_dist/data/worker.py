@@ -80,11 +80,11 @@ def fork_worker(
         code = 0
     except OutOfMemoryError:
         code = OUT_OF_MEMORY
-    except BrokenPipeError:  # the training process has ended
+    except (BrokenPipeError, ConnectionResetError):  # the training process has ended
         code = 0
     except OSError:
-        traceback.print_exc()
         code = CANNOT_HAND_OVER
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -110,17 +110,19 @@ def _serve(reader: BatchReader, sandbox: Sandbox, connection: socket.socket) -> 
     while True:
         try:
             number, task = receive(connection)
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # reset: it had not read the last batch
             return
         sandbox.begin(number)
         found = _read(reader, task, sandbox)
         sandbox.enter(HANDING_OVER)
         try:
             send(connection, (number, found))
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return
         except (OSError, MemoryError) as error:
             _report(connection, number, error)
+        except Exception:  # a value that cannot be pickled
+            send(connection, (number, _make_program_error()))
         del found, task
         sandbox.begin(number)
 
@@ -138,7 +140,11 @@ def _read(reader: BatchReader, task: LoaderTask, sandbox: Sandbox) -> PackedBatc
     except MemoryError as error:
         return make_memory_error(str(error))
     except Exception:
-        return RuntimeError(f"in a loader worker:\n{traceback.format_exc()}")
+        return _make_program_error()
+
+
+def _make_program_error() -> RuntimeError:
+    return RuntimeError(f"in a loader worker:\n{traceback.format_exc()}")
 
 
 def _report(connection: socket.socket, number: int, error: Exception) -> None:

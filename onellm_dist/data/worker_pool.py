@@ -49,6 +49,8 @@ IDLE_SHARE = 0.02
 MOST_REPLACED = 3
 """Workers that may die for reasons of their own within `REPLACED_S` before the run ends."""
 REPLACED_S = 600.0
+CLOSE_S = 5.0
+"""Seconds that workers are waited for once they have been killed."""
 
 log = get_logger(__name__)
 
@@ -133,12 +135,17 @@ class WorkerPool:
         return found
 
     def close(self) -> None:
-        """End the workers; later calls do nothing."""
+        """End the workers; later calls do nothing.
+
+        One that the kernel cannot end now, as when its disk does not answer, is left behind.
+        """
+        for worker in self._workers:  # first: one whose socket is closed would say that it failed
+            _kill(worker.pid)
+        deadline = time.monotonic() + CLOSE_S
         for worker in self._workers:
             worker.connection.close()
-            _kill(worker.pid)
-        for worker in self._workers:
-            _wait(worker.pid)
+            while not _reap(worker.pid) and time.monotonic() < deadline:
+                time.sleep(0.005)
         self._workers.clear()
 
     def _start(self) -> _Worker:
@@ -320,6 +327,14 @@ def _is_readable(connection: socket.socket) -> bool:
 def _kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _reap(pid: int) -> bool:
+    """Whether a child has ended and needs no more waiting for."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:  # somebody else has waited for it
+        return True
 
 
 def _wait(pid: int) -> int:

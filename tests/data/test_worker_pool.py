@@ -312,6 +312,13 @@ def test_a_worker_that_dies_while_it_hands_over_ends_the_run(
         read_all(PoisonReader(["good"] * 4), 2)
 
 
+def test_a_batch_that_cannot_be_pickled_is_no_lack_of_memory() -> None:
+    reader = PoisonReader(["good"] * 2)
+    reader.samples[1] = lambda: None  # type: ignore[call-overload]
+    with pytest.raises(RuntimeError, match=r"in a loader worker(.|\n)*lambda"):
+        read_all(reader, 1, 1)
+
+
 def test_errors_arrive_as_what_they_are() -> None:
     def fail(micro: MicroBatch) -> None:
         if micro.step == 1:
@@ -354,6 +361,48 @@ def test_a_child_of_a_decoder_does_not_keep_a_dead_worker_alive(tmp_path: Path) 
     finally:
         for path in tmp_path.iterdir():
             os.kill(int(path.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+@pytest.mark.parametrize("seconds", [0.0, 0.1], ids=["idle", "busy"])
+def test_workers_whose_batches_nobody_took_end_without_a_word(
+    killed: bool,
+    seconds: float,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes: list[int] = []
+    reap = os.waitpid
+
+    def wait(pid: int, options: int) -> tuple[int, int]:
+        found = reap(pid, options)
+        if found[0]:
+            codes.append(os.waitstatus_to_exitcode(found[1]))
+        return found
+
+    monkeypatch.setattr(os, "waitpid", wait)
+    if not killed:
+        monkeypatch.setattr(worker_pool, "_kill", lambda pid: None)
+    reader = PoisonReader(["good"] * 12)
+    reader.before = lambda micro: time.sleep(seconds)
+    pool = WorkerPool(reader, make_tasks(12, 1), workers=2, prefetch=6)
+    time.sleep(0.25)
+    pool.close()
+    assert codes == [-signal.SIGKILL if killed else 0] * 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = WorkerPool(PoisonReader(["deadlock"]), make_tasks(1, 1), workers=1, prefetch=1)
+    (worker,) = pool._workers
+    started = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_pool, "CLOSE_S", 0.2)
+        patch.setattr(worker_pool, "_kill", lambda pid: None)  # as in an uninterruptible call
+        pool.close()
+    assert time.monotonic() - started < 5
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitpid(worker.pid, 0)
 
 
 ORPHAN = """
