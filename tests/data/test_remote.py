@@ -13,6 +13,7 @@ import fsspec
 import pytest
 import torch
 from data_worlds import section, tokenizer, write
+from stores import local_s3
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.data import retry
@@ -259,26 +260,13 @@ def test_a_missing_shard_is_an_error_and_skips_no_sample(memory: str) -> None:
 @pytest.fixture(scope="module")
 def s3(local: Path) -> Iterator[str]:
     """The datasets in a bucket of a local S3 (moto's server)."""
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    environment = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-    }.items():
-        environment.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="sets")
-    for path in local.rglob("*"):
-        if path.is_file() and "token_counts" not in path.parts:
-            client.upload_file(str(path), "sets", f"all/{path.relative_to(local)}")
-    yield "s3://sets/all"
-    running.stop()
-    environment.undo()
+    boto3 = pytest.importorskip("boto3")
+    with local_s3("sets") as url:
+        client = boto3.client("s3")
+        for path in local.rglob("*"):
+            if path.is_file() and "token_counts" not in path.parts:
+                client.upload_file(str(path), "sets", f"all/{path.relative_to(local)}")
+        yield f"{url}/all"
 
 
 @pytest.mark.slow

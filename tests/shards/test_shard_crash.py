@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
-from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, picture, write_tree
+from stores import local_s3, stored, upload
 
 from onellm_dist.shards import build_dataset
 

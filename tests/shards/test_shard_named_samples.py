@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from shard_stores import upload
 from shard_worlds import picture
+from stores import upload
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.format.dataset import Dataset, open_dataset

@@ -12,8 +12,8 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, contents, foreign_tar, picture, text_dataset
+from stores import local_s3, stored, upload
 
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part

@@ -11,10 +11,10 @@ from typing import Any
 
 import fsspec
 import pytest
-from shard_stores import local_s3, stored, upload
 from shard_worlds import all_bytes, write_tree
 from source_checks import make_cloud, make_film, make_npy, make_photo, make_tone
 from source_trees import write_download
+from stores import local_s3, stored, upload
 
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import ArrayTask

@@ -1,4 +1,4 @@
-"""Stores for the tests of this folder."""
+"""A local S3, and files in stores."""
 
 from __future__ import annotations
 
