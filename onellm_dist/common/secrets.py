@@ -28,8 +28,14 @@ _HARMLESS = re.compile(
 # would take minutes.
 _USER_INFO = re.compile(
     r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)"
-    r"(?:[^\s/@:'\"]{0,500}:(?!\d+/)[^\s@'\"]{1,2000}|[^\s/@:'\"]{1,2000})@"
+    r"(?:[^\s/@:'\"]{0,500}:(?!\d+/)[^\s@'\"]{1,2000}|(?P<user>[^\s/@:'\"]{1,2000}))@"
 )
+_LIKE_TOKEN = re.compile(
+    r"(?=.*[a-z])(?=.*[A-Z])(?=.*[A-Za-z][0-9]+[A-Za-z]).{12,}"
+    r"|(?=.*[0-9])(?=.*[A-Za-z])[A-Za-z0-9]{24,}"
+)
+"""A user without a password that is a token: long, with digits among its letters. Others are names
+of people and containers, and the address could not be used again without them."""
 _PAIR = re.compile(
     r"""(?P<quote>["']?)(?P<name>[A-Za-z][\w.-]{0,99})(?P=quote)(?P<sign>\s{0,9}[=:]\s{0,9}|%3D)"""
     r"""(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s,;&'"(){}\[\]<>]+)""",
@@ -41,11 +47,14 @@ _DEEPEST = 20
 """Pairs within pairs (`a=b=c=...`) from which on everything is masked."""
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
+    r"(?<!/)\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|sk-(?=[\w-]{0,300}[A-Za-z0-9]{16})(?=[\w-]{0,300}[0-9])[\w-]{20,}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}"
     r"|eyJ[\w-]{8,2000}\.eyJ[\w-]{8,}\.[\w-]+)"
 )
-"""Tokens that show what they are: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, JWT."""
+"""Tokens that show what they are: Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack, Google, JWT.
+
+The component of a path is a file's name, whatever it looks like.
+"""
 
 
 def is_secret_name(name: str) -> bool:
@@ -61,7 +70,7 @@ def mask_text(text: str) -> str:
     Names and hosts stay, so that the text still says what it is about.
     """
     if "://" in text:
-        text = _USER_INFO.sub(rf"\1{MASK}@", text)
+        text = _USER_INFO.sub(_mask_user, text)
         text = _QUERY.sub(rf"\1{MASK}", text)
     text = _BEARER.sub(rf"\1 {MASK}", text)
     text = _PAIR.sub(_mask_pair, text)
@@ -89,6 +98,13 @@ def mask_environment(env: Mapping[str, str]) -> dict[str, str]:
         name: f"{MASK}{_digest(value)}" if is_secret_name(name) else mask_text(value)
         for name, value in env.items()
     }
+
+
+def _mask_user(match: re.Match[str]) -> str:
+    user = match["user"]
+    if user is None or _LIKE_TOKEN.fullmatch(user) or _SHAPES.fullmatch(user):
+        return f"{match[1]}{MASK}@"
+    return match[0]
 
 
 def _mask_pair(match: re.Match[str], depth: int = 0) -> str:

@@ -82,6 +82,8 @@ def test_values_of_secret_names_are_masked(name: str, template: str, value: str)
         "s3://KEY:{}@bucket/path",
         "s3://AKIAX:a/{}/b@bucket/x",
         "https://{}@github.com/a/b",
+        "sftp://alice:{}@host/x",
+        "hdfs://user:{}@nn/x",
         "postgres://me:{}@host:5432/db",
         "https://user:{}@host:8080/x?y=z",
         "https://host/x?X-Amz-Signature={}&b=1",
@@ -97,10 +99,18 @@ def test_urls_and_headers_are_masked(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "token", ["hf_" + "aB3" * 11, "ghp_" + "x1Y" * 12, "AKIA" + "ABCD" * 4, "sk-proj-" + "ab1" * 9]
+    "token",
+    [
+        "hf_" + "aB3" * 11,
+        "ghp_" + "x1Y" * 12,
+        "AKIA" + "ABCD" * 4,
+        "sk-proj-" + "ab1" * 9,
+        "sk-" + "a1" * 24,
+    ],
 )
 def test_tokens_are_known_by_their_shape(token: str) -> None:
     assert token not in mask_text(f"the hub refuses {token} (401)")
+    assert token not in mask_text(f"https://{token}@host/x")
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -118,6 +128,15 @@ def test_other_names_stay(name: str) -> None:
         "sample image/shard-000001/k00012@3: unreadable",
         "step 12: 40 tokens: too few",
         "mail me@host",
+        "abfss://container@account.dfs.core.windows.net/x",
+        "abfss://training-data-2024-01-captions@account.dfs.core.windows.net/x",
+        "sftp://alice@host:22/x",
+        "sftp://AliceSmith2024@host/x",
+        "hdfs://user@nn:8020/x@2",
+        "ssh://git@host/a/b",
+        "/data/sk-vision-captions-2024-01/x",
+        "s3://bucket/hf_" + "captions2024" * 3,
+        "data.root=sk-vision-captions-2024-01",
         "rank 0 at 10.0.0.1:29500",
     ],
 )
