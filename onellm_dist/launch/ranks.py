@@ -29,11 +29,13 @@ class Ranks:
     port: int
     source: str = field(default="", compare=False)
     """The environment variables that say so; "" where none does."""
+    local_size_is_known: bool = True
+    """False where no variable says it: `local_world_size` is then the least that it can be."""
 
     @property
     def are_on_one_machine(self) -> bool:
         """Whether all ranks are on this machine."""
-        return self.local_world_size == self.world_size
+        return self.local_size_is_known and self.local_world_size == self.world_size
 
     def export(self) -> None:
         """Set the environment variables that torch and DeepSpeed read.
@@ -110,23 +112,34 @@ def check_launch_ranks(wanted: int | None, ranks: Ranks, *, typed: bool) -> None
 
 def _read_torch_ranks(env: Mapping[str, str]) -> Ranks:
     rank, world_size = read_number(env, "RANK"), read_number(env, "WORLD_SIZE")
-    local = _read_local_rank(env, rank, world_size)
+    local_rank, size = _read_local_rank(env, rank, world_size)
     address = env.get("MASTER_ADDR") or "127.0.0.1"
     port = read_number(env, "MASTER_PORT", DEFAULT_PORT)
-    return Ranks(rank, world_size, *local, address, port, "RANK and WORLD_SIZE")
+    return Ranks(
+        rank,
+        world_size,
+        local_rank,
+        local_rank + 1 if size is None else size,
+        address,
+        port,
+        "RANK and WORLD_SIZE",
+        local_size_is_known=size is not None,
+    )
 
 
-def _read_local_rank(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int]:
-    """Local rank and local world size: said, or what they must be."""
+def _read_local_rank(env: Mapping[str, str], rank: int, world_size: int) -> tuple[int, int | None]:
+    """Local rank and local world size: said, or what they must be (the size: None if unknown)."""
     size_name = "LOCAL_WORLD_SIZE" if env.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
-    if env.get("LOCAL_RANK"):
-        return (
-            read_number(env, "LOCAL_RANK"),
-            read_number(env, size_name, world_size),
-        )
+    if env.get("LOCAL_RANK") and env.get(size_name):
+        return read_number(env, "LOCAL_RANK"), read_number(env, size_name)
     slurm = read_slurm_ranks(env)
     if slurm is not None and slurm[:2] == (rank, world_size):
-        return slurm[2], slurm[3]
+        return read_number(env, "LOCAL_RANK", slurm[2]), slurm[3]
+    if env.get("LOCAL_RANK"):
+        # MASTER_ADDR is the name of rank 0's machine, also in a run on several: only a loopback
+        # address says that there is one.
+        one = world_size == 1 or _is_this_machine(env.get("MASTER_ADDR", ""))
+        return read_number(env, "LOCAL_RANK"), world_size if one else None
     if "PET_NNODES" in env:  # a PyTorchJob starts one process per pod
         processes = env.get("PET_NPROC_PER_NODE", "1")
         if processes in ("1", ""):

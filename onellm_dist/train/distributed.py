@@ -19,7 +19,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.config.schema import StabilitySection
 from onellm_dist.launch.ranks import Ranks
-from onellm_dist.train.rendezvous import meet, restrict_to_loopback
+from onellm_dist.train.rendezvous import count_ranks_here, meet, restrict_to_loopback
 
 T = TypeVar("T")
 log = get_logger(__name__)
@@ -121,28 +121,33 @@ def join(ranks: Ranks, stability: StabilitySection | None = None) -> Distributed
         # DeepSpeed 0.19 uses the GPU of this number, and uses the variable for nothing else here.
         os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
-    # torchrun sets OMP_NUM_THREADS=1; deepspeed leaves it unset (every rank then uses all cores).
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads_per_rank(ranks.local_world_size))
     timeout = collective_timeout(stability or StabilitySection())
     # torch 2.15 gives a group that is made without a timeout its own default: 10 minutes with
     # NCCL, less than stability.hang_minutes.
     for name in GROUP_TIMEOUTS:
         setattr(distributed_c10d, name, timeout)
+    local_world_size = ranks.local_world_size
     if not torch_dist.is_initialized():
         if ranks.are_on_one_machine:
             os.environ.update(restrict_to_loopback())
         if cuda and ranks.local_world_size > 1:
             warn_about_shared_memory(Path("/dev/shm"))
+        store = meet(ranks, timeout)
+        if not ranks.local_size_is_known:
+            local_world_size = count_ranks_here(store, ranks)
+            os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)
         torch_dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=meet(ranks, timeout),
+            store=store,
             rank=ranks.rank,
             world_size=ranks.world_size,
             timeout=timeout,
             device_id=device if cuda else None,
         )
-    return Distributed(ranks.rank, ranks.world_size, ranks.local_world_size, device)
+    # torchrun sets OMP_NUM_THREADS=1; deepspeed leaves it unset (every rank then uses all cores).
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_rank(local_world_size))
+    return Distributed(ranks.rank, ranks.world_size, local_world_size, device)
 
 
 def warn_about_shared_memory(folder: Path) -> None:

@@ -68,6 +68,12 @@ def meet(ranks: Ranks, timeout: timedelta, *, patience_s: float | None = None) -
     return joined
 
 
+def count_ranks_here(store: Store, ranks: Ranks) -> int:
+    """Ranks on this machine, by the host names that all have left in the store of `meet`."""
+    hosts = store.multi_get([f"here/{rank}" for rank in range(ranks.world_size)])
+    return hosts.count(hosts[ranks.rank])
+
+
 def restrict_to_loopback(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables that keep the ranks of one machine on its loopback interface.
 

@@ -7,6 +7,7 @@ import os
 import pty
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,37 @@ def test_incomplete_variables_are_understood(
     ) == place
 
 
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_without_a_local_size_only_a_loopback_address_means_one_machine(local_rank: str) -> None:
+    """A script that exports RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR; a pod with one GPU."""
+    env = {**TORCH, "LOCAL_RANK": local_rank}
+    for address in ("node-1", "10.0.0.7", socket.gethostname()):
+        ranks = discover_ranks({**env, "MASTER_ADDR": address})
+        assert ranks is not None and ranks.address == address
+        assert not ranks.are_on_one_machine and not ranks.local_size_is_known
+        # The least that it can be: no GPU is asked for that the machine need not have.
+        assert (ranks.local_rank, ranks.local_world_size) == (int(local_rank), int(local_rank) + 1)
+    for here in ({}, {"MASTER_ADDR": "localhost"}, {"MASTER_ADDR": "127.0.0.1"}):
+        ranks = discover_ranks({**env, **here})
+        assert ranks is not None and ranks.are_on_one_machine and ranks.local_world_size == 6
+
+
+def test_the_last_rank_does_not_take_several_machines_for_one() -> None:
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node-1"}
+    ranks = discover_ranks(env)
+    assert ranks is not None and not ranks.are_on_one_machine, "as rank 0 sees it"
+    alone = discover_ranks({**env, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    assert alone is not None and alone.are_on_one_machine
+
+
+def test_slurm_says_the_local_size_of_its_own_ranks_alone() -> None:
+    env = {**STEP, "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu08"}
+    assert discover_ranks(env) == Ranks(5, 6, 1, 2, "gpu08", 29500)
+    assert discover_ranks({**env, "LOCAL_RANK": "0"}) == Ranks(5, 6, 0, 2, "gpu08", 29500)
+    other = discover_ranks({**env, "RANK": "3", "WORLD_SIZE": "8"})
+    assert other is not None and not other.local_size_is_known
+
+
 def test_the_ranks_of_an_mpi_start_meet_at_one_port_and_two_starts_at_two() -> None:
     ports = {
         discover_ranks({**HYDRA, "PMI_RANK": rank, "MPI_LOCALRANKID": rank, "PMI_JOBID": job}).port  # type: ignore[union-attr]
@@ -131,6 +163,7 @@ def test_the_ranks_of_an_mpi_start_meet_at_one_port_and_two_starts_at_two() -> N
         ({**TORCH, "MASTER_ADDR": "node-1"}, "LOCAL_RANK"),
         ({**TORCH, "LOCAL_RANK": "6"}, "LOCAL_RANK"),
         ({**TORCH, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK"),
+        ({**TORCH, "LOCAL_RANK": "6", "MASTER_ADDR": "node-1"}, "LOCAL_RANK"),
         ({**TORCH, "LOCAL_RANK": "one"}, "LOCAL_RANK=one"),
         ({**TORCH, "MASTER_PORT": "http"}, "MASTER_PORT=http"),
         ({**TORCH, "MASTER_PORT": "70000"}, "MASTER_PORT=70000"),

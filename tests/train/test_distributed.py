@@ -82,6 +82,14 @@ def test_a_process_is_after_a_run_what_it_was_before(monkeypatch: pytest.MonkeyP
         assert [getattr(distributed_c10d, name) for name in GROUP_TIMEOUTS] == timeouts
 
 
+def test_a_local_size_that_no_variable_says_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("onellm_dist.train.distributed.count_ranks_here", lambda *_: 3)
+    port = find_free_port()
+    with process_group(Ranks(0, 1, 0, 1, "127.0.0.1", port, local_size_is_known=False)) as ranks:
+        assert ranks.local_world_size == 3 and os.environ["LOCAL_WORLD_SIZE"] == "3"
+
+
 def test_a_process_group_of_the_caller_is_used_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(os, "environ", {**os.environ, "OMP_NUM_THREADS": "1"})

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from onellm_dist.common.errors import OneLLMError
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.launch.ranks import Ranks
 from onellm_dist.train import distributed, rendezvous
-from onellm_dist.train.rendezvous import meet, restrict_to_loopback
+from onellm_dist.train.rendezvous import count_ranks_here, meet, restrict_to_loopback
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -72,6 +73,19 @@ def test_ranks_of_one_machine_meet_on_the_loopback_interface_alone() -> None:
     assert listening(port) == {"127.0.0.1"}
     stores[1].set("x", "y")
     assert stores[2].get("x") == b"y"
+
+
+def test_the_ranks_of_each_machine_are_counted_by_their_names() -> None:
+    port = find_free_port()
+    ranks = [
+        Ranks(r, 3, r % 2, 1 + r % 2, "localhost", port, local_size_is_known=False)
+        for r in range(3)
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(lambda own: meet(own, TIMEOUT), ranks))
+    assert [count_ranks_here(stores[0], own) for own in ranks] == [3, 3, 3]
+    stores[1].set("here/2", "another-machine")
+    assert [count_ranks_here(stores[0], own) for own in ranks] == [2, 2, 1]
 
 
 def test_rank_0_names_who_is_missing_at_once_and_gives_up(caplog: pytest.LogCaptureFixture) -> None:
