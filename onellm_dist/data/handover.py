@@ -23,6 +23,9 @@ import torch
 _HEADER = struct.Struct("<QQ")
 """Offset of the pickle in the memory, and bytes in all."""
 _ALIGNMENT = 64
+_SMALL_BYTES = 1 << 20
+"""A tensor of up to so many bytes is copied on receipt: it may be kept for long, and would keep
+the whole message and its file descriptor."""
 _MOST_BYTES = 1 << 30
 """Bytes of one write: Linux takes at most 2 GiB."""
 
@@ -57,7 +60,9 @@ def send(connection: socket.socket, value: Any) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """Receive what the other process sent; its tensors share the memory that was sent.
+    """Receive what the other process sent; its large tensors share the memory that was sent.
+
+    That memory and one file descriptor are freed with the last of these tensors.
 
     Raises:
         EOFError: the other process has ended.
@@ -129,4 +134,4 @@ class _TensorUnpickler(pickle.Unpickler):
         if not count:
             return torch.empty(shape, dtype=dtype)
         found = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
-        return found.view(shape)
+        return (found.clone() if found.nbytes <= _SMALL_BYTES else found).view(shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from onellm_dist.common.errors import MachineError, UsageError
 from onellm_dist.data.handover import make_pair, receive, send
+from onellm_dist.packed import PackedBatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 
@@ -48,6 +51,29 @@ def test_what_arrives_may_be_written_to_and_outlives_its_sockets() -> None:
     found = pass_on({"a": torch.zeros(5)})
     found["a"] += 1
     assert found["a"].sum() == 5
+
+
+def test_what_is_kept_of_a_step_keeps_neither_media_nor_descriptors() -> None:
+    """The trainer keeps every micro-batch of a step without its media."""
+    before = len(os.listdir("/proc/self/fd"))
+    memory = get_mapped_bytes()
+    kept, ids, media = [], torch.arange(4096), torch.ones(1, 3, 512, 512)
+    for _ in range(30):
+        batch = PackedBatch(ids, ids + 1, (4096,), (("image",),), {"image": media}, torch.ones(1))
+        found = pass_on(batch).to("cpu")
+        assert torch.equal(found.values["image"], media)
+        kept.append(replace(found, values={}))
+        del found
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert get_mapped_bytes() - memory < 2 * media.nbytes
+    assert all(torch.equal(b.input_ids, ids) and torch.equal(b.labels, ids + 1) for b in kept)
+
+
+def get_mapped_bytes() -> int:
+    """Bytes of messages that this process holds."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    spans = [line.split()[0].split("-") for line in maps if "memfd:onellm" in line]
+    return sum(int(end, 16) - int(start, 16) for start, end in spans)
 
 
 def test_errors_keep_their_parts() -> None:
