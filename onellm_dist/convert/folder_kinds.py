@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,16 @@ _DEQUANTISE = (
 _SAFETENSORS = "download the safetensors of the same model."
 
 MOST_MODULES = 4096
-"""Layers, experts and the like of the largest models are some hundreds."""
+"""Layers and heads of the largest models are some hundreds."""
+MOST_EXPERTS = 1 << 17
+"""Doge has 16,384 experts of one vector each."""
 LARGEST_SIZE = 1 << 40
 """Any other number of a config."""
+
+_MODULES = re.compile(
+    r"((num|n)_)?((hidden|decoder|encoder|attention|key_value|kv)_)*(layers?|blocks|heads?)|depth"
+)
+_EXPERTS = re.compile(r"(moe_)?((num|n)_)?((local|routed|shared)_)?experts")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -78,14 +86,18 @@ def refuse_impossible_sizes(folder: Path, config: Any) -> None:
             continue
         waiting += found.values()
         for key, value in found.items():
-            counts = any(word in key for word in ("layer", "block", "expert", "depth", "n_head"))
-            most = MOST_MODULES if counts else LARGEST_SIZE
-            if type(value) in (int, float) and not abs(value) <= most:
+            if type(value) in (int, float) and not abs(value) <= _get_largest(key):
                 raise UsageError(
                     f"{folder}/config.json: {key}={str(value)[:40]}",
                     "no model is that large: the file is damaged.",
                     "download it again.",
                 )
+
+
+def _get_largest(key: str) -> int:
+    if _MODULES.fullmatch(key):
+        return MOST_MODULES
+    return MOST_EXPERTS if _EXPERTS.fullmatch(key) else LARGEST_SIZE
 
 
 def _find_adapter(folder: Path) -> FileKind | None:

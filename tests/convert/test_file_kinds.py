@@ -13,6 +13,7 @@ import torch
 from checkpoints import clip, llama
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,6 +26,7 @@ from transformers import (
 from onellm_dist.common.errors import UsageError
 from onellm_dist.convert.assemble import assemble
 from onellm_dist.convert.conversion import convert
+from onellm_dist.convert.folder_kinds import refuse_impossible_sizes
 from onellm_dist.convert.opening import open_checkpoint
 
 FILES = {
@@ -97,6 +99,8 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "TensorFlow weights": keep_only("tf_model.h5"),
     "Flax weights": keep_only("flax_model.msgpack"),
     "no model is that large": rewrite(num_hidden_layers=2**64),
+    "num_attention_heads=5000": rewrite(num_attention_heads=5000),
+    "max_position_embeddings=1e\\+30": rewrite(max_position_embeddings=1e30),
 }
 
 
@@ -107,6 +111,34 @@ def test_a_folder_is_called_what_it_is(words: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         convert("hf", tmp_path / "hf", tmp_path / "out", to="hf", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+LARGE = {"layers": 4097, "n_layer": 4097, "num_kv_heads": 10**5, "n_routed_experts": 10**6}
+
+
+@pytest.mark.parametrize("key", LARGE)
+def test_counts_beyond_any_model_are_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"{key}={LARGE[key]}"):
+        refuse_impossible_sizes(tmp_path, {"text_config": [{key: LARGE[key]}]})
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gemma3n_text", "nemotron_h", "doge"])
+def test_sizes_named_like_counts_are_no_counts(family: str, tmp_path: Path) -> None:
+    """5632 units of a shared expert, 262,144 tokens per layer, 16,384 experts."""
+    refuse_impossible_sizes(tmp_path, CONFIG_MAPPING[family]().to_dict())
+
+
+@pytest.mark.slow
+def test_every_family_of_transformers_has_possible_sizes(tmp_path: Path) -> None:
+    checked = 0
+    for family in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[family]().to_dict()
+        except Exception:  # it needs a package or a value that is not given here
+            continue
+        refuse_impossible_sizes(tmp_path, json.loads(json.dumps(config, default=str)))
+        checked += 1
+    assert checked > 0.9 * len(CONFIG_MAPPING)
 
 
 def gpt2(folder: Path) -> Any:
