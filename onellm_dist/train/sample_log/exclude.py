@@ -9,7 +9,7 @@ from pathlib import Path
 from onellm_dist.common.errors import EXIT_DONE, OneLLMError, UsageError
 from onellm_dist.common.run_files import EXCLUDE_LIST
 from onellm_dist.data.exclusions import add_entries
-from onellm_dist.train.sample_log.stream import RunStream
+from onellm_dist.train.sample_log.stream import RunStream, UnopenedDatasetError
 
 _EPOCH = re.compile(r"@[0-9]+$")
 _FULL_ID = re.compile(r"[^/]+/[^/]+/.+")
@@ -52,10 +52,10 @@ def _find_entry(stream: RunStream, key: str) -> str:
         if stream.has_shard(name):
             return name
         return stream.find_sample(name).name
-    except UsageError:
-        raise
-    except OneLLMError:
-        # The shards are not those that the run has read: an id in full says what is meant.
-        if _FULL_ID.fullmatch(name):
-            return name
-        raise
+    except OneLLMError as error:
+        refused = isinstance(error, UsageError) and not isinstance(error, UnopenedDatasetError)
+        # A dataset cannot be opened, or its shards are not those that the run has read: an id in
+        # full says what is meant.
+        if refused or not _FULL_ID.fullmatch(name) or name.split("/")[0] not in stream.names:
+            raise
+        return name

@@ -33,6 +33,10 @@ SHOWN = 5
 """Number of candidates that the message about an ambiguous key names."""
 
 
+class UnopenedDatasetError(UsageError):
+    """A dataset of the run cannot be opened now."""
+
+
 class StoredSample(NamedTuple):
     """One sample of a dataset, by place and by name."""
 
@@ -261,8 +265,11 @@ class RunStream:
                 f'add it to {SAMPLES}/{DATASETS}: {{"{name}": "/path/to/{name}"}}.',
             )
         # The run's recipe decided about links when the run read the dataset.
-        dataset = open_dataset(self._locations[name], follow_links=True)
-        shards = dataset.shards(data_phase.split)
+        try:
+            dataset = open_dataset(self._locations[name], follow_links=True)
+            shards = dataset.shards(data_phase.split)
+        except OneLLMError as error:
+            raise UnopenedDatasetError(error.what, error.why, error.do) from error
         if compute_shards_fingerprint(shards) != data_phase.shards[name]:
             raise OneLLMError(
                 f"dataset {self._locations[name]}: its shards are not those that the run reads",

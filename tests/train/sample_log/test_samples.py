@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.sample_log.command import samples_command
+from onellm_dist.train.sample_log.exclude import exclude_command
 from onellm_dist.train.sample_log.status import RunStatus
 from onellm_dist.train.sample_log.stream import RunStream
 
@@ -243,3 +245,21 @@ def test_it_needs_no_torch() -> None:
 
     code = "import onellm_dist.train.sample_log.command, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_an_id_in_full_is_left_out_although_its_dataset_cannot_be_opened(
+    run: tuple[Path, list[list[str]]], tmp_path: Path
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run[0], copied)
+    path = copied / "samples" / "datasets.json"
+    gone = {name: str(tmp_path / "gone" / name) for name in SIZES}
+    path.write_text(json.dumps(gone), encoding="utf-8")
+    assert exclude_command(copied, ["c/train-000000/c001x@2"]) == 0
+    assert (copied / "exclude.txt").read_text() == "c/train-000000/c001x\n"
+    for key in ("c001x", "c/train-000000", "typo/train-000000/c001x"):
+        with pytest.raises(UsageError, match="gone"):
+            exclude_command(copied, [key])
+    path.write_text(json.dumps(json.loads((run[0] / "samples/datasets.json").read_text())))
+    with pytest.raises(UsageError, match="no sample"):
+        exclude_command(copied, ["c/train-000000/c999x"])
