@@ -10,6 +10,8 @@ import contextlib
 import io
 import os
 import queue
+import select
+import stat
 import sys
 import threading
 import time
@@ -27,15 +29,18 @@ DRAIN_S = 5.0
 class PatientStream(io.TextIOBase):
     """Stands in for `sys.stdout` or `sys.stderr`.
 
+    In a forked process it has no thread: what cannot be written at once is dropped.
+
     Args:
         stream: the stream that it replaces; it must have a file descriptor.
+        threaded: whether a thread writes; else it is as in a forked process.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, threaded: bool = True) -> None:
         self._descriptor = stream.fileno()
         self._encoding = stream.encoding or "utf-8"
         self._terminal = stream.isatty()
-        self._pid = os.getpid()
+        self._pid = os.getpid() if threaded else -1
         # A SimpleQueue may be used in a signal handler that has interrupted itself.
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._dropped = 0
@@ -44,7 +49,8 @@ class PatientStream(io.TextIOBase):
         """Whether the reader has not read for so long that nobody waits for it."""
         self._broken = False
         self._thread = threading.Thread(target=self._write_all, name="output", daemon=True)
-        self._thread.start()
+        if threaded:
+            self._thread.start()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -64,8 +70,8 @@ class PatientStream(io.TextIOBase):
         """Do nothing: the thread writes as soon as it can."""
 
     def write(self, text: str) -> int:
-        if os.getpid() != self._pid:  # a forked loader worker has no thread
-            self._write(text)
+        if os.getpid() != self._pid:
+            self._write_or_drop(text)
         elif text and self._has_room():
             self._queue.put(text)
         elif text:
@@ -112,6 +118,13 @@ class PatientStream(io.TextIOBase):
                 self._broken = self._is_closed()
                 return
 
+    def _write_or_drop(self, text: str) -> None:
+        data = text.encode(self._encoding, errors="backslashreplace")
+        with contextlib.suppress(OSError):  # the reader has gone or lags, or the disk is full
+            while data and _is_writable(self._descriptor):
+                # So much goes into a pipe with room at once.
+                data = data[os.write(self._descriptor, data[: select.PIPE_BUF]) :]
+
     def _is_closed(self) -> bool:
         """Whether no later write can succeed."""
         try:
@@ -142,6 +155,38 @@ def replace_output() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # captured, or closed
             stream.flush()
             setattr(sys, name, PatientStream(stream))
+
+
+def drop_unread_output() -> None:
+    """Let stdout and stderr of a forked process never block: what nobody reads is dropped.
+
+    Pipes and terminals are opened anew, for what C code writes; other processes keep theirs.
+    """
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # closed, or another user's terminal
+            _open_anew(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not isinstance(stream, PatientStream):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # captured, or closed
+                setattr(sys, name, PatientStream(stream, threaded=False))
+
+
+def _open_anew(descriptor: int) -> None:
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):  # a file would lose its position
+        return
+    # O_NONBLOCK belongs to what is opened, which the training process shares.
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+    fresh = os.open(f"/proc/self/fd/{descriptor}", flags)
+    os.dup2(fresh, descriptor)
+    os.close(fresh)
+
+
+def _is_writable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def drain_output() -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn, Protocol
 import torch
 
 from onellm_dist.common.errors import MachineError, OneLLMError
+from onellm_dist.common.patient_stream import drop_unread_output
 from onellm_dist.common.processes import kill_with_parent
 from onellm_dist.data.handover import receive, send
 from onellm_dist.data.micro_batch import MicroBatch
@@ -100,6 +101,7 @@ def _prepare_process(parent: int) -> None:
     # A crash of a decoder is expected and reported: it leaves no core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    drop_unread_output()  # a worker that waits for a reader would seem to hang over its sample
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +79,69 @@ def test_what_is_read_arrives_complete_and_in_order() -> None:
         env=env,
     )
     assert done.stdout.splitlines() == [*(f"line {i} ä" for i in range(5000)), "after"]
+
+
+FORKS = """
+import os, sys, time
+from onellm_dist.common import patient_stream
+if sys.argv[1] == "patient":
+    patient_stream.replace_output()
+pid = os.fork()
+if pid == 0:
+    code = 1
+    try:
+        patient_stream.drop_unread_output()
+        print("first", flush=True)
+        for i in range(3000):
+            print("by print", "x" * 100)
+            print("x" * 9000, file=sys.stderr)
+            for descriptor in (1, 2):
+                try:
+                    os.write(descriptor, b"by C code" * 100)
+                except OSError:
+                    pass
+        code = 7
+    finally:
+        os._exit(code)
+_, status = os.waitpid(pid, 0)
+assert os.get_blocking(1) and os.get_blocking(2)
+os._exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize("stream", ["patient", "plain"])
+@pytest.mark.parametrize("reader", ["pipe", "terminal", "closes", "full_disk", "file"])
+def test_a_forked_process_never_waits_for_a_reader(
+    tmp_path: Path, reader: str, stream: str
+) -> None:
+    if reader == "terminal":
+        ours, target = os.openpty()
+        termios.tcflow(target, termios.TCOOFF)  # Ctrl-S
+    elif reader == "full_disk":
+        ours = target = os.open("/dev/full", os.O_WRONLY)
+    elif reader == "file":
+        ours = target = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    else:
+        ours, target = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS, stream], stdout=target, stderr=target, start_new_session=True
+    )
+    if ours != target:
+        os.close(target)
+    if reader == "closes":
+        os.close(ours)
+    try:
+        assert process.wait(30) == 7
+        if reader == "pipe":
+            assert os.read(ours, 6) == b"first\n"
+        elif reader == "file":
+            assert (tmp_path / "log").read_text("utf-8").count("by print") == 3000
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        if reader != "closes":
+            os.close(ours)
 
 
 def test_calls_are_made_in_order_and_waited_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -99,6 +100,7 @@ class PoisonReader:
         self.skipped: dict[str, str] = {}
         self.sandbox = Sandbox()
         self.before: Callable[[MicroBatch], None] = lambda micro: None
+        self.during: Callable[[], object] = lambda: None
         self.bytes = 0
 
     def get_sample_id(self, micro: MicroBatch, index: int) -> str:
@@ -115,6 +117,7 @@ class PoisonReader:
             name = str(ref.row)
             with self.sandbox.sample(index):
                 self.sandbox.decode()
+                self.during()
                 if name in self.skipped:
                     found.append(self.skipped[name])
                     continue
@@ -317,6 +320,28 @@ def test_a_batch_that_cannot_be_pickled_is_no_lack_of_memory() -> None:
     reader.samples[1] = lambda: None  # type: ignore[call-overload]
     with pytest.raises(RuntimeError, match=r"in a loader worker(.|\n)*lambda"):
         read_all(reader, 1, 1)
+
+
+def test_a_sample_that_prints_where_nobody_reads_is_read() -> None:
+    """A worker that waited for room in a pipe would seem to hang."""
+    unread, full = os.pipe()
+    before = os.dup(2)
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, b"x")
+    os.set_blocking(full, True)
+
+    libc = ctypes.CDLL(None)
+    reader = PoisonReader(["good"] * 3)
+    reader.during = lambda: libc.write(2, b"a warning", 9)
+    os.dup2(full, 2)
+    try:
+        assert read_all(reader, 1, 1, sample_seconds=LIMIT_S) == ["good"] * 3
+    finally:
+        os.dup2(before, 2)
+        for descriptor in (unread, full, before):
+            os.close(descriptor)
 
 
 def test_errors_arrive_as_what_they_are() -> None:
