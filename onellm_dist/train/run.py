@@ -27,7 +27,7 @@ from onellm_dist.launch.local import end_with_parent, find_free_port, launch_loc
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.train.recipe_check import load_checked_config
 from onellm_dist.train.records.exit_file import ExitFile
-from onellm_dist.train.records.run_directory import is_in_use
+from onellm_dist.train.records.run_directory import is_in_use, lock_directory
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -54,6 +54,7 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
 
     Raises:
         UsageError: the recipe is wrong, and no rank was started yet.
+        RunInUseError: the same, because another start of the run is still running.
     """
     restrict_new_files()
     try:
@@ -61,11 +62,13 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
         if ranks is not None:
             run_rank(recipe, overrides, ranks)
         config = load_checked_config(recipe, overrides)
+        count = config.launch.ranks or _count_gpus() or 1
+        if count > 1:  # their logs replace those of an earlier start, which must have ended
+            lock_directory(config.run.dir).close()
     except OneLLMError as error:
         ExitFile(find_run_dir(recipe, overrides), rank=0).write_failure(error)
         raise
     configure_logging()
-    count = config.launch.ranks or _count_gpus() or 1
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
