@@ -178,6 +178,7 @@ def shards_stats(
     dataset: Annotated[str, typer.Argument(help="A dataset folder, or its URL.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("stats.html"),
     seed: Annotated[int, typer.Option(help="Seed of the random examples.")] = 0,
+    follow_links: LinksOption = False,
 ) -> None:
     """Write one HTML page: counts, lengths, durations, captions, and what was left out, and why.
 
@@ -185,7 +186,9 @@ def shards_stats(
     """
     from onellm_dist.shards.tools.preview import preview_command
 
-    raise typer.Exit(preview_command(dataset, out, previews=0, seed=seed))
+    raise typer.Exit(
+        preview_command(dataset, out, previews=0, seed=seed, follow_links=follow_links)
+    )
 
 
 @app.command("preview")
@@ -202,6 +205,7 @@ def shards_preview(
             help="Show this sample instead: its key, or its id as a run names it. Repeatable.",
         ),
     ] = None,
+    follow_links: LinksOption = False,
 ) -> None:
     """Write the page of stats, with pictures of random samples, or of the samples with given keys.
 
@@ -210,7 +214,11 @@ def shards_preview(
     """
     from onellm_dist.shards.tools.preview import preview_command
 
-    raise typer.Exit(preview_command(dataset, out, previews=samples, seed=seed, keys=key or []))
+    raise typer.Exit(
+        preview_command(
+            dataset, out, previews=samples, seed=seed, keys=key or [], follow_links=follow_links
+        )
+    )
 
 
 @app.command("energon")

@@ -183,6 +183,7 @@ def caption_datasets(
     limit: int | None = None,
     ask: bool = True,
     new_tokens: int = NEW_TOKENS,
+    follow_links: bool = False,
 ) -> None:
     """Caption splits of datasets with a saved model, and write one JSON line per sample.
 
@@ -194,13 +195,14 @@ def caption_datasets(
         limit: maximum number of samples per split; default: all.
         ask: see `read_questions`.
         new_tokens: maximum length of a caption, in tokens.
+        follow_links: whether files of the datasets may be links that lead out of their folders.
 
     Raises:
         UsageError: the model, a dataset or a split does not exist.
     """
     from onellm_dist.model.presets import load_model
 
-    opened = [open_dataset(path) for path in datasets]
+    opened = [open_dataset(path, follow_links=follow_links) for path in datasets]
     total = sum(min(d.samples(s), limit or d.samples(s)) for d in opened for s in splits)
     loaded, processor = load_model(path=model_path, preset=None, seed=0)
     model: Any = loaded
@@ -248,6 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="leave the prompt empty to ask for the caption, as align trains it",
     )
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="also read tars that are links out of their dataset's folder",
+    )
     given = parser.parse_args(arguments)
     task = get_task(given.task)
     caption_datasets(
@@ -258,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limit=given.limit,
         ask=task.ask and not given.no_question,
         new_tokens=task.new_tokens,
+        follow_links=given.follow_links,
     )
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,24 @@ def test_every_sample_is_captioned_once(toy: Path, model_path: Path, tmp_path: P
     assert all(s.split == "test_held_out" and min(s.picture.size) > 50 for s in shown)
     with pytest.raises(UsageError, match="no split 'nonsense'"):
         caption_datasets(model_path, [toy / "image"], out, splits=["nonsense"])
+
+
+def test_a_linked_dataset_is_captioned_on_request(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy / "imu", tmp_path / "imu")
+    (tar, *_) = (tmp_path / "imu").rglob("*.tar")
+    tar.unlink()
+    tar.symlink_to(toy / tar.relative_to(tmp_path))
+    call = partial(
+        caption_datasets,
+        tmp_path / "no model",
+        [tmp_path / "imu"],
+        tmp_path / "out",
+        splits=["test_seen"],
+    )
+    with pytest.raises(UsageError, match="leads out of the folder"):
+        call()
+    with pytest.raises(UsageError, match="no model"):
+        call(follow_links=True)
 
 
 def test_answers_do_not_depend_on_the_batch(toy: Path, model_path: Path) -> None:

@@ -127,6 +127,28 @@ def test_the_same_step_twice_halts_and_names_the_offending_samples(history: Hist
     )
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("follow_links: true", True),
+        ("follow_links: false", False),
+        ("global_batch: 8", False),
+        (None, False),
+    ],
+)
+def test_the_commands_follow_links_if_the_run_does(
+    history: History, recipe: str | None, expected: bool
+) -> None:
+    history.begin()
+    if recipe is not None:
+        text = f"data:\n  root: /data\n  {recipe}\ntrain:\n  steps: 3\n"
+        (history.run_dir / "config.yaml").write_text(text)
+    for _ in range(2):
+        failed(history, 10, samples=("image/a/1@0",))
+    assert ("onellm shards preview image --key 1 --follow-links" in history.message) == expected
+    assert "onellm shards preview image --key 1" in history.message
+
+
 def test_the_same_step_after_progress_beyond_it_is_not_a_crash_loop(history: History) -> None:
     assert failed(history, 10)[0] == "requeue"
     assert preempted(history, 20)[0] == "requeue"

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from shard_kills import CONTEXT, KilledAt
 from shard_worlds import all_bytes, contents, text_dataset
+from typer.testing import CliRunner
 
+from onellm_dist.cli import app
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.shards import as_webdataset
 from onellm_dist.shards.format.dataset import open_dataset
 from onellm_dist.shards.format.index import SUFFIX
 from onellm_dist.shards.format.manifest import Manifest
@@ -155,9 +158,31 @@ def test_a_link_out_of_the_folder_is_refused_and_followed_on_request(
             use(tmp_path / "set")
     assert verify_dataset(tmp_path / "set", follow_links=True) == []
     assert contents(open_dataset(tmp_path / "set", follow_links=True)) == SAMPLES
+    with pytest.raises(UsageError, match="repair the dataset in which the file lies") as caught:
+        repair_dataset(tmp_path / "set")
+    assert "--follow-links" not in str(caught.value)
     assert all_bytes(tmp_path) == before
     (tmp_path / "moved").symlink_to(tmp_path / "victim")  # the dataset's own place may be a link
     assert contents(open_dataset(tmp_path / "moved")) == SAMPLES
+
+
+def test_pages_and_pipelines_of_a_linked_dataset_are_made_on_request(tmp_path: Path) -> None:
+    text_dataset(tmp_path / "victim", SAMPLES, max_samples=2)
+    shutil.copytree(tmp_path / "victim", tmp_path / "set")
+    (tmp_path / "set" / TARS[0]).unlink()
+    (tmp_path / "set" / TARS[0]).symlink_to(tmp_path / "victim" / TARS[0])
+    place, out = str(tmp_path / "set"), str(tmp_path / "page.html")
+    runner = CliRunner()
+    for command in (["stats"], ["preview"], ["preview", "--key", "k1"]):
+        arguments = ["shards", command[0], place, "--out", out, *command[1:]]
+        refused = runner.invoke(app, arguments)
+        assert refused.exit_code != 0 and "leads out of the folder" in str(refused.exception)
+        assert runner.invoke(app, [*arguments, "--follow-links"]).exit_code == 0
+        assert "text 1" in Path(out).read_text() or command == ["preview"]
+        Path(out).unlink()
+    with pytest.raises(UsageError, match="leads out of the folder"):
+        as_webdataset(place)
+    assert [s["__key__"] for s in as_webdataset(place, follow_links=True)] == list(SAMPLES)
 
 
 def test_a_link_inside_the_folder_is_read(tmp_path: Path) -> None:

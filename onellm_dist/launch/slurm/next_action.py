@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,12 +173,14 @@ def _make_commands(samples: Sequence[str], run_dir: Path) -> list[str]:
         run_dir: the run directory.
     """
     folders = read_json(run_dir / run_files.SAMPLES / run_files.DATASETS)
+    links = " --follow-links" if _follows_links(run_dir) else ""
     lines = ["Look at them:"]
     for sample in samples[:SHOWN_COMMANDS]:
         dataset, _, rest = sample.rpartition("@")[0].partition("/")
         key = rest.partition("/")[2]
         folder = str(folders.get(dataset, dataset))
-        lines.append(f"  onellm shards preview {shlex.quote(folder)} --key {shlex.quote(key)}")
+        command = f"onellm shards preview {shlex.quote(folder)} --key {shlex.quote(key)}"
+        lines.append(f"  {command}{links}")
     names = " ".join(shlex.quote(sample) for sample in samples)
     return [
         *lines,
@@ -185,3 +188,13 @@ def _make_commands(samples: Sequence[str], run_dir: Path) -> list[str]:
         f"  onellm samples exclude {shlex.quote(str(run_dir))} {names}",
         "Then submit the job again: it resumes from the latest checkpoint.",
     ]
+
+
+def _follows_links(run_dir: Path) -> bool:
+    """Whether the run reads tars that are links out of their dataset's folder."""
+    try:
+        text = (run_dir / run_files.CONFIG).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    # As RunConfig.to_yaml writes it: the job script's Python needs no PyYAML.
+    return re.search(r"^  follow_links: true$", text, re.MULTILINE) is not None

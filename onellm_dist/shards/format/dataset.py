@@ -244,12 +244,20 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_bytes(data, path / MANIFEST)
 
 
-def refuse_outside_links(root: Path, paths: Iterable[str]) -> None:
+_ALLOW_LINKS = (
+    "copy the file there, or allow such links: data.follow_links=true in the recipe, "
+    "--follow-links for onellm shards index, verify, stats and preview, follow_links=True in "
+    "Python."
+)
+
+
+def refuse_outside_links(root: Path, paths: Iterable[str], *, remedy: str = _ALLOW_LINKS) -> None:
     """Refuse files of a dataset that lead out of its folder through links.
 
     Args:
         root: the dataset's folder, which may itself be reached through a link.
         paths: the files that are links or in folders that are.
+        remedy: what the message says to do.
 
     Raises:
         UsageError: one does.
@@ -260,8 +268,7 @@ def refuse_outside_links(root: Path, paths: Iterable[str]) -> None:
             f"dataset {root}: {outside} is a link that leads out of the folder, to "
             f"{(root / outside).resolve()}.",
             "a dataset reads and writes nothing outside its folder unless asked for.",
-            "copy the file there, or allow such links: data.follow_links=true in the recipe, "
-            "--follow-links for onellm shards.",
+            remedy,
         )
 
 

@@ -276,18 +276,21 @@ def _read_statistics(root: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def build_page(root: Path | str, *, previews: int, seed: int = 0) -> str:
+def build_page(
+    root: Path | str, *, previews: int, seed: int = 0, follow_links: bool = False
+) -> str:
     """Build the HTML of the page.
 
     Args:
         root: a dataset's folder or URL.
         previews: number of samples that are drawn; with 0, texts are listed instead.
         seed: which samples are shown.
+        follow_links: whether its files may be links that lead out of the folder.
 
     Raises:
         UsageError: there is no dataset.
     """
-    dataset = open_dataset(root)
+    dataset = open_dataset(root, follow_links=follow_links)
     root = dataset.root
     overview, statistics = DatasetOverview(dataset, seed), _read_statistics(root)
     part = (
@@ -322,7 +325,13 @@ def build_page(root: Path | str, *, previews: int, seed: int = 0) -> str:
 
 
 def preview_command(
-    root: Path | str, out: Path, *, previews: int, seed: int = 0, keys: Sequence[str] = ()
+    root: Path | str,
+    out: Path,
+    *,
+    previews: int,
+    seed: int = 0,
+    keys: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> int:
     """Run `onellm shards stats` (`previews` is 0) or `onellm shards preview`.
 
@@ -332,6 +341,7 @@ def preview_command(
         previews: number of samples that are drawn.
         seed: which samples are drawn.
         keys: show these samples instead, and describe them on the terminal.
+        follow_links: whether its files may be links that lead out of the folder.
 
     Returns:
         The exit code.
@@ -341,7 +351,7 @@ def preview_command(
     """
     location = str(to_storage_path(root))
     if keys:
-        dataset = open_dataset(location)
+        dataset = open_dataset(location, follow_links=follow_links)
         samples = find_samples(dataset, keys)
         for sample in samples:
             print(describe_sample(dataset, sample), flush=True)  # before a decoder may crash
@@ -349,7 +359,7 @@ def preview_command(
                 print(f"  {fault}")
         html = build_samples_page(dataset, samples)
     else:
-        html = build_page(location, previews=previews, seed=seed)
+        html = build_page(location, previews=previews, seed=seed, follow_links=follow_links)
     try:
         write_page(out, html)
     except OSError as error:

@@ -83,7 +83,12 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
         OneLLMError: no good sample is left; then nothing was changed.
     """
     manifest = read_manifest(root)
-    refuse_outside_links(root, list_files(root, (s.path for s in manifest.shards))[1])
+    refuse_outside_links(
+        root,
+        list_files(root, (s.path for s in manifest.shards))[1],
+        remedy="a repair would change what lies there: repair the dataset in which the file lies, "
+        "or put a copy in place of each link (cp --remove-destination FILE LINK).",
+    )
     with hold_dataset(root):
         change = RepairTransaction(root)
         try:

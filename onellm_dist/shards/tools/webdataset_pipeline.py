@@ -79,6 +79,7 @@ def as_webdataset(
     shuffle: int = 0,
     seed: int = 0,
     handler: Callable[[Exception], bool] = reraise_exception,
+    follow_links: bool = False,
 ) -> ShardPipeline:
     """Return a `webdataset` pipeline over one split of a dataset, local or remote.
 
@@ -102,6 +103,7 @@ def as_webdataset(
         seed: seed of the shuffling; it must be the same on all ranks.
         handler: webdataset's error handler, called with an error; True skips what is at fault,
             False ends the epoch. Default: raise the error.
+        follow_links: whether its files may be links that lead out of the folder.
 
     Raises:
         UsageError: there is no dataset, it has no such split, or `shuffle` is negative.
@@ -112,9 +114,10 @@ def as_webdataset(
             "it is a number of samples in a buffer.",
             "give 0 for no shuffling, or some thousand samples.",
         )
-    opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
-    opener = ShardOpener(opened, handler)
-    urls = [opener.get_url(shard) for shard in opened.shards(split)]
+    if not isinstance(dataset, Dataset):
+        dataset = open_dataset(dataset, follow_links=follow_links)
+    opener = ShardOpener(dataset, handler)
+    urls = [opener.get_url(shard) for shard in dataset.shards(split)]
     expand = pipelinefilter(tar_file_expander)
     group = pipelinefilter(group_by_keys)
     # Shards are shuffled before they are distributed, with one seed, so that all ranks and workers
