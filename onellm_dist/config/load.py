@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.secrets import MASK
 from onellm_dist.config.keys import find_section, list_key_names
 from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.schema import RunConfig, RunSection, Section
@@ -49,7 +50,7 @@ def load_config(
     """
     path = find_recipe(recipe)
     raw = read_recipe(path, overrides)
-    problems: list[str] = []
+    problems = _find_masked(raw)
     config: RunConfig | None = None
     try:
         config = RunConfig.model_validate(raw)
@@ -110,6 +111,22 @@ def find_run_dir(recipe: Path | str, overrides: Sequence[str]) -> Path:
         return RunSection(dir=run["dir"]).dir if isinstance(run, dict) else RunSection().dir
     except (ValidationError, KeyError):
         return RunSection().dir
+
+
+def _find_masked(value: Any, key: str = "") -> list[str]:
+    """A problem for each value in which a secret was masked, as in a run's `config.yaml`."""
+    if isinstance(value, str) and MASK in value:
+        return [
+            f"{key}: {value!r} holds {MASK}, which stands for a secret that was masked; "
+            "write the value again"
+        ]
+    if isinstance(value, Mapping):
+        items = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list | tuple):
+        items = [(f"{key}[{number}]", item) for number, item in enumerate(value)]
+    else:
+        return []
+    return [problem for name, item in items for problem in _find_masked(item, name)]
 
 
 def _list_valid_sections(raw: Mapping[str, Any], config: RunConfig | None) -> dict[str, Section]:

@@ -41,6 +41,25 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.checkpoint.resume == "auto"
 
 
+def test_a_masked_value_is_refused_by_its_key(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, GOOD),
+        ["data.root=s3://me:Sw0rdf1sh@bucket/x", "track.options={wandb: {api_key: abcdefgh12}}",
+         "data.mixture=[{path: a}, {path: 's3://me:Sw0rdf1sh@b/c'}]"],
+    )  # fmt: skip
+    masked = tmp_path / "config.yaml"
+    masked.write_text(config.to_yaml())
+    with pytest.raises(UsageError, match="3 problems") as caught:
+        load_config(masked)
+    for key in ("data.root", "track.options.wandb.api_key", "data.mixture[1].path"):
+        assert f"  - {key}: " in caught.value.what
+    assert caught.value.what.count("write the value again") == 3
+    again = [
+        "data.root=s3://bucket/x", "track.options={}", "data.mixture=[{path: a}, {path: b}]",
+    ]  # fmt: skip
+    assert load_config(masked, again).data.root is not None
+
+
 def test_resolved_recipe_reads_back_the_same(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, GOOD), ["checkpoint.resume=some/where"])
     again = tmp_path / "again.yaml"

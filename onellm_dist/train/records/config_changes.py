@@ -61,6 +61,8 @@ def read_earlier_recipe(run_dir: Path, checkpoint: Path) -> dict[str, Any] | Non
 def find_changes(earlier: Mapping[str, Any], config: RunConfig) -> list[KeyChange]:
     """The keys whose values differ; a key that the earlier recipe lacks had its default."""
     # As config.yaml has it: masked, so that no secret is shown, or taken for a changed one.
+    # An older program may not have masked the earlier recipe.
+    earlier = mask_value(earlier)
     now = mask_value(config.model_dump(mode="json", by_alias=True))
     defaults = _make_defaults(config)
     other_run = earlier.get("run", {}).get("dir") != now["run"]["dir"]
@@ -102,6 +104,11 @@ def append_history(run_dir: Path, first_step: int, changes: list[KeyChange]) -> 
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "first_step": first_step,
-        "changes": [change.to_json() for change in changes],
+        "changes": [_mask_change(change) for change in changes],
     }
     append_lines(run_dir / CONFIG_HISTORY, [line])
+
+
+def _mask_change(change: KeyChange) -> dict[str, Any]:
+    values = {name: mask_value(value, change.key) for name, value in change.to_json().items()}
+    return {**values, "key": change.key}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ import yaml
 
 from onellm_dist.config.load import load_config
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.records.config_changes import find_changes, read_earlier_recipe
+from onellm_dist.train.records.config_changes import (
+    KeyChange,
+    append_history,
+    find_changes,
+    read_earlier_recipe,
+)
 from onellm_dist.train.resume_changes import compute_earlier_rate
 
 
@@ -65,6 +71,22 @@ def test_secrets_are_neither_shown_nor_changes(tmp_path: Path) -> None:
     assert find_changes(dump(config), config) == []
     (change,) = find_changes(dump(load(tmp_path)), config)
     assert "abcdefgh" not in str(change) and change.key == "track.options"
+
+
+def test_old_values_are_masked_too(tmp_path: Path) -> None:
+    """Version 0.1.0 wrote `config.yaml` without masks."""
+    before = dump(load(tmp_path))
+    before["track"]["options"] = {"wandb": {"api_key": "abcdefgh12345"}}
+    before["data"]["root"] = "s3://me:abcdefgh12345@bucket"
+    config = load(tmp_path)
+    changes = find_changes(before, config)
+    assert {c.key for c in changes} == {"track.options", "data.root"}
+    assert "abcdefgh" not in "".join(map(str, changes))
+    raw = KeyChange("track.options", before["track"]["options"], {"api_key": "abcdefgh54321"})
+    append_history(tmp_path, 3, [*changes, raw, KeyChange("train.steps", 3, 4)])
+    text = (tmp_path / "config_history.jsonl").read_text()
+    assert "abcdefgh" not in text and text.count("***") >= 4
+    assert json.loads(text)["changes"][-1] == {"key": "train.steps", "old": 3, "new": 4}
 
 
 def test_another_runs_recipe_is_that_beside_its_checkpoint(tmp_path: Path) -> None:
