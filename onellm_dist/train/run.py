@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from onellm_dist.common.errors import EXIT_FAILED, EXIT_USAGE, OneLLMError
+from onellm_dist.common.files import FileStamp, stamp_file
 from onellm_dist.common.logging import configure_logging, get_logger
 from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
 from onellm_dist.common.processes import make_module_command, make_safe_environment
@@ -72,25 +73,29 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
-    began = time.time()
+    began, earlier = time.time(), stamp_file(config.run.dir / EXIT)
     with patient_output():
         code = launch_local(command, count, config.run.dir / LOGS, make_safe_environment())
-    write_missing_exit(config.run.dir, code, began)
+    write_missing_exit(config.run.dir, code, began, earlier)
     return code
 
 
-def write_missing_exit(run_dir: Path, code: int, began: float) -> None:
+def write_missing_exit(run_dir: Path, code: int, began: float, earlier: FileStamp | None) -> None:
     """Record that local ranks failed, where none of them could.
 
     Args:
         run_dir: the run directory.
         code: the exit code of the ranks.
         began: when they were started, in seconds since 1970.
+        earlier: the `exit.json` that was there then; it says nothing about these ranks.
     """
     refused = was_refused(run_dir, "", since=began - 1.0)
-    if code and not refused and not (run_dir / EXIT).exists() and not is_in_use(run_dir):
+    found = stamp_file(run_dir / EXIT)
+    if code and not refused and found in (None, earlier) and not is_in_use(run_dir):
         reason = f"a rank ended before it could say why (exit code {code}); see {LOGS}/"
-        ExitFile(run_dir, rank=0).write("failed", reason=reason)
+        exit_file = ExitFile(run_dir, rank=0)
+        exit_file.hold(earlier)
+        exit_file.write("failed", reason=reason)
 
 
 def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:

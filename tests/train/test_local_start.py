@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,37 @@ def test_a_refused_second_start_leaves_the_logs_of_the_running_one(recipe: Path)
     assert "in use by another start" in line["reason"]
     assert {path: path.read_bytes() for path in before} == before
     assert not (run_dir / EXIT).exists()
+
+
+WRITES = 'open({path!r}, \'w\').write(\'{{"status": "failed", "reason": "own words"}}\')'
+
+
+@pytest.mark.parametrize("earlier", ["done", None])
+@pytest.mark.parametrize(
+    ("rank", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "before it could say why"),
+        ("import sys; {write}; sys.exit(1)", "own words"),
+        ("import sys; sys.exit(0)", None),
+    ],
+    ids=["killed", "failed", "done"],
+)
+def test_ranks_that_are_killed_early_do_not_leave_the_earlier_end(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: str,
+    reason: str | None,
+    earlier: str | None,
+) -> None:
+    run_dir = recipe.parent / "run"
+    run_dir.mkdir()
+    if earlier:
+        (run_dir / EXIT).write_text(json.dumps({"status": earlier, "reason": "all steps"}))
+    code = rank.replace("{write}", WRITES.format(path=str(run_dir / EXIT)))
+    monkeypatch.setattr(run, "make_module_command", lambda *_: [sys.executable, "-c", code])
+    assert run.main(recipe) == (0 if reason is None else 1)
+    if reason is None:
+        assert (run_dir / EXIT).exists() == bool(earlier)
+        return
+    found = json.loads((run_dir / EXIT).read_text())
+    assert found["status"] == "failed" and reason in found["reason"]
