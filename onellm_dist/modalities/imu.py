@@ -88,8 +88,9 @@ class ImuModality(Modality):
     g half of the time, or a gyroscope beyond 50 rad/s.
 
     *Times.* A time without a unit is in the one that makes 5 to 5000 samples per second; there is
-    only one. A stated unit that makes another rate is refused: seconds under `timestamp_ms` do not
-    become milliseconds.
+    only one, unless samples come in bursts: these need a stated unit. A stated unit that makes
+    another rate is refused: seconds under `timestamp_ms` do not become milliseconds. Times in
+    `timestamps.npy` are in milliseconds, and in another unit only if milliseconds cannot be.
 
     *Two seconds.* A recording with times is cut to the window that the sample's json gives:
     `{"window_start": 1.0, "window_end": 3.0}`, in seconds, 2 s apart. `onellm generate` reads them

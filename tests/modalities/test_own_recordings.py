@@ -167,6 +167,40 @@ def test_one_unit_of_time_is_plausible(rate: float, unit: float, start: float) -
     np.testing.assert_allclose(np.diff(got), np.diff(times) * 1000 / unit, rtol=1e-5)
 
 
+def bursts(count: int = 1200) -> np.ndarray:
+    """Times in ms of a sensor at 200 Hz that hands over four samples at once, every 20 ms."""
+    at = np.arange(count)
+    return at // 4 * 20.0 + at % 4 * 0.05
+
+
+def burst_csv(column: str, unit: float) -> bytes:
+    lines = imu_csv(f"{column},ax,ay,az,gx,gy,gz", 6.0, 200.0).decode().splitlines()
+    times = bursts() * unit / 1000
+    rows = [f"{t:.9g},{row.split(',', 1)[1]}" for t, row in zip(times, lines[1:], strict=True)]
+    return "\n".join([lines[0], *rows]).encode()
+
+
+@pytest.mark.parametrize("name", ["s", "ms", "us", "ns"])
+def test_samples_in_bursts_need_a_stated_unit(name: str) -> None:
+    """The median step, 0.05 ms, would be 20 Hz if it were in seconds."""
+    unit = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}[name]
+    stated = read_recording(Part("csv", burst_csv(f"timestamp_{name}", unit)), None).times
+    meta = {"time_unit": name}
+    by_json = read_recording(Part("csv", burst_csv("time", unit)), None, meta).times
+    assert stated is not None and by_json is not None
+    np.testing.assert_allclose(stated, bursts(), rtol=1e-6)
+    np.testing.assert_array_equal(by_json, stated)
+    if name in ("ms", "us"):
+        said = refusal(burst_csv("time", unit), WINDOW)
+        assert "come in bursts" in said and "time_unit" in said and f"{name}:" in said
+
+
+def test_times_of_npy_in_bursts_are_in_milliseconds() -> None:
+    times = npy(bursts(), "timestamps.npy")
+    recording = read_recording(npy(walk(np.arange(1200) / 200)), times)
+    np.testing.assert_array_equal(recording.times, bursts())
+
+
 def test_times_of_a_clock_count_from_the_start() -> None:
     epoch = 1_764_000_000.0
     rows = imu_csv("timestamp_ns,ax,ay,az,gx,gy,gz", 6.0, time=1e9).decode().splitlines()

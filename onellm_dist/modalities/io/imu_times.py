@@ -13,6 +13,8 @@ PLAUSIBLE_HZ = (5.0, 5000.0)
 
 Windows need 5 Hz (10 samples in 2 s), and the units of time are a factor of 1000 apart: for any
 recording exactly one unit gives a rate in this range."""
+_STRETCH = 1000
+"""Samples over which the mean distance is taken, at most; bursts are much shorter."""
 _SHOWN = ("s", "ms", "us", "ns")
 
 
@@ -28,35 +30,52 @@ def scale_times(times: np.ndarray, scale: float | None, usual: float | None = No
         [N] fp64 in milliseconds.
 
     Raises:
-        ValueError: no unit gives a plausible rate, or the stated one does not.
+        ValueError: no unit gives a plausible rate, or several do, or the stated one does not.
     """
-    step = _get_typical_step(times)
-    if step <= 0:
+    steps = _list_typical_steps(times)
+    if not steps:
         return times * (scale or usual or 1.0)
     if scale is not None:
-        if not _is_plausible(step * scale):
+        if not any(_is_plausible(step * scale) for step in steps):
             raise ValueError(
                 f"its times are stated in {_get_name(scale)}, which makes "
-                f"{1000 / (step * scale):.6g} samples a second{_suggest(step, scale)}"
+                f"{1000 / (steps[-1] * scale):.6g} samples a second{_suggest(steps[-1], scale)}"
             )
         return times * scale
-    fitting = [u for u in (TIME_UNITS[n] for n in _SHOWN) if _is_plausible(step * u)]
-    chosen = usual if usual in fitting else next(iter(fitting), None)
-    if chosen is None:
+    fitting = {
+        TIME_UNITS[n]: n for n in _SHOWN if any(_is_plausible(s * TIME_UNITS[n]) for s in steps)
+    }
+    if usual in fitting:
+        return times * usual
+    if not fitting:
         raise ValueError(
-            f"its times are {step:.6g} apart: in no unit from s to ns are these the "
+            f"its times are {steps[0]:.6g} apart: in no unit from s to ns are these the "
             f"{PLAUSIBLE_HZ[0]:g} to {PLAUSIBLE_HZ[1]:g} samples a second of an inertial sensor"
         )
-    return times * chosen
+    if len(fitting) > 1:
+        raise ValueError(
+            f"its samples come in bursts: neighbours are {steps[0]:.6g} apart, and on average "
+            f"{steps[-1]:.6g}, so that its times may be in {' or '.join(fitting.values())}: name "
+            f"the unit in the column, as in 'timestamp_ms', or set time_unit"
+        )
+    return times * next(iter(fitting))
 
 
-def _get_typical_step(times: np.ndarray) -> float:
-    """Median distance of neighbours; their mean where most have none (0 if that is unknown)."""
+def _list_typical_steps(times: np.ndarray) -> list[float]:
+    """Distances of samples: the median one, and the mean of a stretch; those above 0.
+
+    Where samples come in bursts the median is the distance within a burst. The mean is that of the
+    typical stretch: one gap or one wrong time does not change it. The mean of the whole recording
+    stands in where neither is above 0.
+    """
     finite = times[np.isfinite(times)]
     if len(finite) < 2:
-        return 0.0
+        return []
+    length = max(1, min(len(finite) // 4, _STRETCH))
     median = float(np.median(np.diff(finite)))
-    return median if median > 0 else float(finite[-1] - finite[0]) / (len(finite) - 1)
+    mean = float(np.median(finite[length:] - finite[:-length])) / length
+    whole = float(finite[-1] - finite[0]) / (len(finite) - 1)
+    return [s for s in (median, mean) if s > 0] or [s for s in (whole,) if s > 0]
 
 
 def _is_plausible(step_ms: float) -> bool:
