@@ -98,7 +98,7 @@ def read_entries(path: Path) -> list[str]:
         UsageError: it cannot be read, or a line is not an entry.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"data.exclude={path}: it cannot be read: {error}",

@@ -74,6 +74,9 @@ def test_a_list_is_text_with_comments_and_any_key(tmp_path: Path) -> None:
     path = tmp_path / "list"
     path.write_text("# why\r\n\na/b/c d\u2028e\r\na/b\na/b/x@y@3\na/b/\n", encoding="utf-8")
     assert read_entries(path) == ["a/b/c d\u2028e", "a/b", "a/b/x@y@3", "a/b"]
+    path.write_text("\ufeffa/b/c\n", encoding="utf-8")
+    assert read_entries(path) == ["a/b/c"]
+    path.write_text("a/b\n", encoding="utf-8")
     other = tmp_path / "other"
     assert add_entries(other, ["d/s/k", "a/b", "d/s/k"]) == ["d/s/k", "a/b"]
     assert add_entries(other, ["a/b", "d/s/l"]) == ["d/s/l"]
