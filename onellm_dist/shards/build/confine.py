@@ -43,6 +43,7 @@ def find_allowed_roots(
     """
     if follow == ANYWHERE:
         return None
+    _resolve_folder.cache_clear()  # links may have changed since an earlier build
     is_folder = inputs.is_dir()
     start = inputs if is_folder else inputs.parent
     roots = [start]
@@ -137,7 +138,8 @@ def _resolve(path: StoragePath) -> str:
             return os.path.realpath(path)
     except (OSError, ValueError):  # a name that no file can have: reading it will say so
         return os.path.abspath(str(path).replace("\0", "?"))
-    return os.path.join(_resolve_folder(str(path.parent)), path.name)
+    # From the working directory, and not normalised: `..` behind a link is the link's parent.
+    return os.path.join(_resolve_folder(os.path.join(os.getcwd(), path.parent)), path.name)
 
 
 @lru_cache(maxsize=4096)
