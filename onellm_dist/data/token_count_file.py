@@ -6,8 +6,10 @@ too. Files of 0.1.0 have none, and are checked by their shape and values.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.files import write_atomic
+from onellm_dist.common.files import atomic_path
 from onellm_dist.shards.format.dataset import ShardInfo
 
 _TRAILER = struct.Struct("<8sI")
@@ -92,8 +94,14 @@ def _parse(data: bytes) -> Counts:
     return counts
 
 
-def save_token_counts(path: Path, counts: Counts) -> None:
+def save_token_counts(path: Path, counts: Counts, root: Path | None = None) -> None:
     """Write the token counts of a shard, atomically.
+
+    Args:
+        path: the file.
+        counts: its array.
+        root: folder above it whose permissions it gets, and what is made in between: whoever reads
+            a dataset reads its token counts. None: the process's umask decides.
 
     Raises:
         UsageError: the file cannot be written.
@@ -102,8 +110,12 @@ def save_token_counts(path: Path, counts: Counts) -> None:
     np.save(file, counts, allow_pickle=False)
     data = file.getvalue()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, data + _TRAILER.pack(_MAGIC, zlib.crc32(data)))
+        permissions = None if root is None else stat.S_IMODE(root.stat().st_mode) & ~stat.S_ISVTX
+        _make_folder(path.parent, permissions)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(data + _TRAILER.pack(_MAGIC, zlib.crc32(data)))
+            if permissions is not None:
+                _set_permissions(temporary, permissions & 0o666)
     except OSError as error:
         raise UsageError(
             f"{path}: the token counts cannot be written: {error.strerror or error}",
@@ -111,3 +123,20 @@ def save_token_counts(path: Path, counts: Counts) -> None:
             "free some space or make the folder writable; if the dataset is read-only, set "
             "ONELLM_CACHE to a folder that all ranks share.",
         ) from error
+
+
+def _make_folder(folder: Path, permissions: int | None) -> None:
+    if permissions is None:
+        folder.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_dir():
+        _make_folder(folder.parent, permissions)
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another process has made it
+            return
+        _set_permissions(folder, permissions)
+
+
+def _set_permissions(path: Path, permissions: int) -> None:
+    with contextlib.suppress(OSError):  # not every file system keeps them
+        path.chmod(permissions)

@@ -8,7 +8,8 @@ instead: row, text tokens, supervised tokens; rows ascend, and a row's captions 
 A CRC-32 follows the array (token_count_file.py).
 
 A rebuilt shard or another tokenizer has another file name, so a file is never out of date. Files
-are written atomically, so each is complete or absent. If the dataset's folder is read-only, they
+are written atomically, so each is complete or absent. Beside the shards they have the permissions
+of the dataset's folder. If that is read-only, or another user's token counts cannot be read, they
 go to the user's cache: `<cache>/token_counts/<dataset>/<fingerprint>/`, where `<cache>` is
 `$ONELLM_CACHE`, `$XDG_CACHE_HOME/onellm_dist` or `~/.cache/onellm_dist`. Ranks on several machines
 must then share that folder.
@@ -159,10 +160,24 @@ def get_token_count_folders(dataset: Dataset, fingerprint: str) -> tuple[Path, P
 def get_token_count_path(dataset: Dataset, shard: ShardInfo, fingerprint: str) -> Path:
     """Return the file with a shard's token counts: where it is, or where it will be written."""
     name = _get_file_name(shard)
-    beside, cached = (folder / name for folder in get_token_count_folders(dataset, fingerprint))
-    if beside.exists() or (os.access(dataset.root, os.W_OK) and not cached.exists()):
-        return beside
-    return cached
+    beside, cached = get_token_count_folders(dataset, fingerprint)
+    if _is_readable(beside) and (beside / name).exists():
+        return beside / name
+    if _is_readable(cached) and (cached / name).exists():
+        return cached / name
+    return (beside if _is_writable(beside, dataset.root) else cached) / name
+
+
+def _is_readable(folder: Path) -> bool:
+    """Whether a folder's files can be listed and opened; what another user keeps is absent."""
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)
+
+
+def _is_writable(folder: Path, root: Path) -> bool:
+    """Whether files can be written into a folder below `root`, which may have to be made."""
+    while folder != root and not os.path.lexists(folder):
+        folder = folder.parent
+    return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
 
 
 def _get_file_name(shard: ShardInfo) -> str:
@@ -188,7 +203,7 @@ def find_missing_token_counts(
         present = {
             name
             for folder in get_token_count_folders(dataset, fingerprint)
-            if folder.is_dir()
+            if _is_readable(folder)
             for name in os.listdir(folder)
         }
         if dataset.remote is not None:
@@ -319,7 +334,8 @@ def count_shard_tokens(dataset: Dataset, shard: ShardInfo, encoder: TextEncoder)
         table = table[:, 1:]
         if encoder.max_tokens <= np.iinfo(np.uint16).max:
             table = table.astype(np.uint16)
-    save_token_counts(get_token_count_path(dataset, shard, encoder.fingerprint), table)
+    path = get_token_count_path(dataset, shard, encoder.fingerprint)
+    save_token_counts(path, table, dataset.root if path.is_relative_to(dataset.root) else None)
     return shard.samples
 
 

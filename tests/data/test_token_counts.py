@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,44 @@ def test_a_damaged_file_is_named(talk: Dataset) -> None:
     for number, path in enumerate((first, second)):
         with pytest.raises(OneLLMError, match=path.name):
             read_all(TokenCounts([talk], text.fingerprint, "train", seed=0), number, 1)
+
+
+@pytest.mark.parametrize("permissions", [0o755, 0o2775, 0o750, 0o700])
+def test_counts_have_the_permissions_of_their_dataset(talk: Dataset, permissions: int) -> None:
+    """A run keeps its own files from others; a shared dataset stays one."""
+    talk.root.chmod(permissions)
+    before = os.umask(0o027)
+    try:
+        build_token_counts([talk], encoder(), show=False)
+    finally:
+        os.umask(before)
+    made = [talk.root / FOLDER, *(talk.root / FOLDER).rglob("*")]
+    assert len(made) == 2 + 3
+    for path in made:
+        wanted = permissions if path.is_dir() else permissions & 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_counts_that_another_user_keeps_are_counted_into_the_cache(
+    talk: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setenv("ONELLM_CACHE", str(tmp_path / "cache"))
+    text, access = encoder(), os.access
+    build_token_counts([talk], text, show=False)
+    closed = (talk.root / FOLDER, talk.root / FOLDER / text.fingerprint)[depth]
+    kept = [path.read_bytes() for path in sorted(closed.rglob("*.npy"))]
+    closed.chmod(0)
+    if os.geteuid() == 0:  # root may do everything
+        monkeypatch.setattr("os.access", lambda p, m: closed not in (p, p.parent) and access(p, m))
+    try:
+        assert build_token_counts([talk], text, show=False) == 17
+        assert build_token_counts([talk], text, show=False) == 0
+        read_all(TokenCounts([talk], text.fingerprint, "train", seed=0), 0, 1)
+        assert len(list((tmp_path / "cache").rglob("token_counts/talk/*/*.npy"))) == 3
+    finally:
+        closed.chmod(0o755)
+    assert [path.read_bytes() for path in sorted(closed.rglob("*.npy"))] == kept
 
 
 @pytest.mark.parametrize("variable", ["ONELLM_CACHE", "XDG_CACHE_HOME"])
