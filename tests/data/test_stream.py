@@ -64,7 +64,7 @@ def decode(self: Modality, parts: Mapping[str, Part], meta: Mapping[str, Any]) -
 
 
 def transform(self: Modality, raw: int, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
-    return torch.tensor([raw % 1000, *rng.uniform(size=3)], dtype=torch.float32)
+    return torch.tensor([raw % 1000 / 1000, *rng.uniform(size=3)], dtype=torch.float32)
 
 
 def build(root: Path, *, broken: bool) -> Path:

@@ -117,10 +117,10 @@ class PoisonReader:
             name = str(ref.row)
             with self.sandbox.sample(index):
                 self.sandbox.decode()
-                self.during()
                 if name in self.skipped:
                     found.append(self.skipped[name])
                     continue
+                self.during()
                 behaviour = self.samples[ref.row]
                 if behaviour in POISON:
                     try:
