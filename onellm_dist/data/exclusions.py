@@ -8,19 +8,16 @@ it was, at any number of ranks.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.files import write_atomic
-from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 
 PREFIX = "excluded by "
 """Beginning of the reason of every sample that a list leaves out."""
 SHOWN = 5
-_EPOCH = re.compile(r"@[0-9]+$")
 
 
 @dataclass(frozen=True)
@@ -47,35 +44,6 @@ class Exclusions:
             if entry in self.entries:
                 return f"{PREFIX}{self.entries[entry]}"
         return None
-
-    def find_unmatched(
-        self, datasets: Sequence[Dataset], shards: Sequence[Sequence[ShardInfo]]
-    ) -> list[str]:
-        """Entries of these datasets that name no sample and no shard of them.
-
-        Args:
-            datasets: the datasets of a run; entries of others are of other runs.
-            shards: the shards that the run reads of each.
-        """
-        known = {
-            dataset.name: (dataset, {shard.name: shard for shard in own})
-            for dataset, own in zip(datasets, shards, strict=True)
-        }
-        keys: dict[tuple[str, str], set[str]] = {}
-        unmatched: list[str] = []
-        for entry in self.entries:
-            name, shard, *rest = entry.split("/", 2)
-            if name not in known:
-                continue
-            dataset, own = known[name]
-            if shard not in own:
-                unmatched.append(entry)
-            elif rest:
-                if (name, shard) not in keys:
-                    keys[name, shard] = set(dataset.index(own[shard]).keys())
-                if not {rest[0], _EPOCH.sub("", rest[0])} & keys[name, shard]:
-                    unmatched.append(entry)
-        return unmatched
 
 
 def read_exclusions(*paths: Path) -> Exclusions:

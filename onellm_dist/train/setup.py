@@ -13,9 +13,8 @@ from typing import Any
 
 from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.run_files import CHECKPOINTS, EXCLUDE_LIST
+from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
-from onellm_dist.data.exclusions import Exclusions, read_exclusions
 from onellm_dist.data.length_check import check_corpus
 from onellm_dist.data.phases import DataPhase
 from onellm_dist.data.plan import Plan
@@ -45,6 +44,7 @@ from onellm_dist.train.optim.stages import (
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.sample_log import SampleLog
 from onellm_dist.train.resume_changes import check_steps_left
+from onellm_dist.train.run_exclusions import read_run_exclusions
 from onellm_dist.train.session import Session
 from onellm_dist.train.stability.monitor import StabilityMonitor
 
@@ -127,7 +127,7 @@ def open_inputs(
             model=model,
             dist=session.dist,
         )
-        exclusions = read_run_exclusions(config, session.dist)
+        exclusions = read_run_exclusions(config, target, session.dist)
         for opened in filter(None, (plan, validation_plan)):
             opened.corpus.exclusions = exclusions
     inputs = Inputs(
@@ -185,26 +185,6 @@ def check_validation_lengths(plan: Plan) -> None:
             "its loss would always be 0.",
             "raise data.max_text_tokens, or use another split.",
         )
-
-
-def read_run_exclusions(config: RunConfig, dist: Distributed) -> Exclusions:
-    """Read the lists of samples that are left out: as rank 0 sees them. All ranks call it together.
-
-    Raises:
-        UsageError: a list cannot be read.
-    """
-    found: Exclusions | OneLLMError = Exclusions()
-    if dist.is_rank_zero:
-        own = config.run.dir / EXCLUDE_LIST
-        lists = [*filter(None, (config.data.exclude,)), *([own] if own.exists() else [])]
-        try:
-            found = read_exclusions(*lists)
-        except OneLLMError as error:
-            found = error
-    found = dist.broadcast(found)
-    if isinstance(found, OneLLMError):
-        raise found
-    return found
 
 
 def _open_on_rank_zero_first(

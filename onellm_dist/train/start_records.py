@@ -15,7 +15,6 @@ from onellm_dist.common.run_files import CHECKPOINTS, SAMPLES
 from onellm_dist.common.secrets import mask_text
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.data.phases import DataPhase
-from onellm_dist.data.plan import Plan
 from onellm_dist.train.callbacks.preemption import grace_period_seconds
 from onellm_dist.train.checkpoint.folder import get_steps_done, recover_checkpoints
 from onellm_dist.train.checkpoint.inherit import apply_resume
@@ -24,11 +23,9 @@ from onellm_dist.train.records.data_phases import write_data_phases
 from onellm_dist.train.records.events import Events
 from onellm_dist.train.records.run_directory import prepare_directory
 from onellm_dist.train.resume_changes import find_resume_changes, write_changes
+from onellm_dist.train.run_exclusions import write_exclusions
 from onellm_dist.train.session import Session
 from onellm_dist.train.setup import Inputs
-
-SHOWN = 5
-"""Entries that a message names."""
 
 if TYPE_CHECKING:
     from onellm_dist.train.trainer import Trainer
@@ -65,7 +62,7 @@ def open_records(config: RunConfig, *, inputs: Inputs, session: Session) -> Even
     write_damaged_checkpoints(events, inputs.target)
     write_changes(events, config, changes, earlier, get_steps_done(inputs.manifest))
     if dist.is_rank_zero:
-        write_exclusions(events, plan)
+        write_exclusions(events, plan, inputs.validation_plan)
     if inputs.plan_changed:
         write_plan_changed(events, inputs.target, get_steps_done(inputs.manifest))
     if inputs.new_phase:
@@ -146,24 +143,6 @@ def write_plan_changed(events: Events, target: ResumeTarget, steps_done: int) ->
         message=f"mixture, shards, seed or batch are not those of {target.folder}: other samples "
         f"come from step {steps_done} on",
         warning=True,
-    )
-
-
-def write_exclusions(events: Events, plan: Plan) -> None:
-    """Write the event of the lists of excluded samples, if there are entries."""
-    corpus = plan.corpus
-    entries = corpus.exclusions.entries
-    if not entries:
-        return
-    unmatched = corpus.exclusions.find_unmatched(corpus.datasets, corpus.shards)
-    shown = ", ".join(unmatched[:SHOWN]) + (" ..." if len(unmatched) > SHOWN else "")
-    events.write(
-        "exclusions",
-        entries=len(entries),
-        unmatched=unmatched,
-        message=f"{len(entries)} entries of samples or shards are left out"
-        + (f"; {len(unmatched)} of them name nothing in the datasets: {shown}" if shown else ""),
-        warning=bool(unmatched),
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from data_worlds import open_plan, write
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.data.exclusion_check import find_unused_entries
 from onellm_dist.data.exclusions import Exclusions, add_entries, read_entries, read_exclusions
 from onellm_dist.data.reader import Reader
 
@@ -57,17 +58,32 @@ def test_exactly_what_is_listed_has_no_weight_and_everything_keeps_its_place(
     assert f"{sample}@0" in left_out and f"{sample}@1" in left_out
 
 
-def test_entries_that_name_nothing_are_found(root: Path) -> None:
-    corpus = open_plan(root, {"imu": 1, "talk": 1}).corpus
-    good = [
-        "imu/train-000000/imu-0003",
-        "imu/train-000000/imu-0003@7",
-        "talk/train-000001",
-        "other/x/y",
-    ]
-    bad = ["imu/train-000000/imu-9999", "talk/train-000099", "imu/train-000000/imu-0003@x"]
-    exclusions = Exclusions(dict.fromkeys([*good, *bad], "LIST"))
-    assert exclusions.find_unmatched(corpus.datasets, corpus.shards) == bad
+def test_entries_that_leave_nothing_out_are_found_with_similar_names(root: Path) -> None:
+    train = open_plan(root, {"imu": 1}).corpus
+    other = open_plan(root, {"talk": 1}).corpus
+    used = ["imu/train-000000/imu-0003", "imu/train-000000/imu-0003@7", "talk/train-000001"]
+    similar = {
+        "imu/train-000000/imu-0003@x": "imu/train-000000/imu-0003",
+        "imu/train-00000/imu-0003": "imu/train-00000",
+        "talk/train-00009": "talk/train-00000",
+    }
+    nothing = ["imu/train-000000/of no such name", "imu/of no such name"]
+    elsewhere = ["imo/train-000000/imu-0003", "train-000001/imu-0009", "laion/a/b", "laion/a/c"]
+    entries = [*used, *similar, *nothing, *elsewhere]
+    found = find_unused_entries(entries, [(c.datasets, c.shards) for c in (train, other)])
+    assert found.other_datasets == {"imo": 1, "train-000001": 1, "laion": 2}
+    assert found.unmatched == [*similar, *nothing]
+    told = found.describe()
+    for name, near in {"imo": "imu", "train-000001": "imu/train-000001"}.items():
+        assert f"{name} (did you mean {near}?)" in told
+    for entry, near in similar.items():
+        assert f"{entry} (did you mean {near}" in told
+    assert "4 of them name datasets that this run does not read" in told
+    assert "5 of them name no sample and no shard" in told
+    assert not found.similar.keys() & {*nothing, "laion"}
+    only_train = find_unused_entries(used, [(train.datasets, train.shards)])
+    assert only_train.other_datasets == {"talk": 1} and not only_train.unmatched
+    assert find_unused_entries(used[:2], [(train.datasets, train.shards)]).describe() == ""
 
 
 def test_a_list_is_text_with_comments_and_any_key(tmp_path: Path) -> None:

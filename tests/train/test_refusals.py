@@ -161,7 +161,56 @@ def test_an_excluded_sample_is_left_out_from_the_next_start_on(runs: Runs) -> No
         line["sample_digest"] for line in runs.lines("reference", "metrics.jsonl")
     ], "every sample keeps its place"
     (event,) = runs.events(name, "exclusions")
-    assert (event["entries"], event["unmatched"]) == (1, [])
+    assert (event["entries"], event["other_datasets"], event["unmatched"]) == (1, {}, [])
+
+
+def listed(runs: Runs, name: str) -> set[tuple[int, str]]:
+    """(step, sample id) of every use that a list left out of a run."""
+    return {
+        (line["step"], line["sample_id"])
+        for path in (runs.out / name / "samples").glob("listed-*.jsonl")
+        for line in map(json.loads, path.read_text().splitlines())
+    }
+
+
+def test_another_run_that_continues_a_checkpoint_leaves_the_same_samples_out(runs: Runs) -> None:
+    """First, then two ways on: the run itself, and another one, which is stopped on the way."""
+    from onellm_dist.train.sample_log.exclude import exclude_command
+    from onellm_dist.train.sample_log.stream import RunStream
+
+    first, second = "inherit_first", "inherit_second"
+    (runs.out / first).mkdir()
+    by_hand = ["imu/train-000000/imu_train_000003", "imo/a/b", "other/x"]
+    (runs.out / first / "exclude.txt").write_text("# by hand\n" + "\n".join(by_hand))
+    runs.done(first, 1, **DONE)
+    uses = [use for step in range(4) for use in RunStream(runs.out / first).list_samples(step)]
+    exclude_command(runs.out / first, [uses[5].sample_id])  # after its checkpoint
+    keys: dict[str, Any] = {"train__steps": 8, "checkpoint__every": 2}
+    source = runs.out / first / "checkpoints" / "step-00000004"
+    (runs.out / second).mkdir()
+    (runs.out / second / "exclude.txt").write_text("imu/train-000099\n")
+    start = runs.start(second, 1, checkpoint__resume=source, **{**keys, "train__steps": 6})
+    start.done()
+    assert "2 of them name datasets that this run does not read" in start.output()
+    assert "imo (did you mean imu?)" in start.output()
+    (event,) = runs.events(second, "exclusions")
+    assert event["entries"] == 5 and event["other_datasets"] == {"imo": 1, "other": 1}
+    assert event["unmatched"] == ["imu/train-000099"]
+    runs.done(second, 1, **keys)
+    runs.done(first, 1, **keys)
+    assert listed(runs, second) == listed(runs, first)
+    left_out = {name.rpartition("@")[0] for step, name in listed(runs, first) if step >= 4}
+    assert left_out == {by_hand[0], uses[5].sample.name}
+    assert (runs.out / second / "exclude.txt").read_text().splitlines() == [
+        "imu/train-000099",
+        *by_hand,
+        uses[5].sample.name,
+    ]
+    continued = [line for line in runs.lines(first, "metrics.jsonl") if line["step"] >= 4]
+    for field in ("sample_digest", "loss", "grad_norm"):
+        assert [line[field] for line in runs.lines(second, "metrics.jsonl")] == [
+            line[field] for line in continued
+        ], field
 
 
 def test_a_run_of_which_nothing_can_be_read_fails_at_its_first_step(runs: Runs) -> None:

@@ -1,9 +1,12 @@
 """What a run inherits beside the weights when it resumes the checkpoint of another run.
 
 Samples that were left out of the other run by then stay left out here. `skipped-inherited.jsonl`
-has those that could not be read; excluded samples are added to this run's own `excluded.jsonl`.
-What was found after the checkpoint is not inherited: the weights have not met it, and it will be
-found again where it still holds.
+has those that could not be read, `listed-inherited.jsonl` the uses that a list left out; excluded
+samples are added to this run's own `excluded.jsonl`. What was found after the checkpoint is not
+inherited: the weights have not met it, and it will be found again where it still holds.
+
+The entries of the other run's `exclude.txt` are added to this run's, whenever they were made: that
+run would have left them out from this checkpoint on.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from onellm_dist.common.files import write_atomic
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.run_files import (
     CHECKPOINTS,
+    EXCLUDE_LIST,
     EXCLUDED,
+    LISTED_INHERITED,
+    LISTED_PATTERN,
     SAMPLES,
     SKIPPED_INHERITED,
     SKIPPED_PATTERN,
 )
 from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.exclusions import add_entries, read_entries
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.records.applied_resumes import record_applied
@@ -40,17 +47,15 @@ def apply_resume(config: RunConfig, target: ResumeTarget) -> None:
     """
     run_dir = config.run.dir
     wanted = config.checkpoint.resume
-    source = None if target.folder is None else target.folder.resolve().parent
-    if (
-        target.folder is not None
-        and source is not None
-        and source.name == CHECKPOINTS
-        and not is_own(run_dir / CHECKPOINTS, target.folder)
-    ):
+    source = find_source_run(run_dir, target)
+    if source is not None and target.folder is not None:
         steps_done = get_steps_done(read_manifest(target.folder) or {})
-        count = inherit_samples(source.parent / SAMPLES, run_dir / SAMPLES, steps_done)
+        count = inherit_samples(source / SAMPLES, run_dir / SAMPLES, steps_done)
         if count:
-            log.info("%s: %d samples stay left out, as in %s", run_dir, count, source.parent)
+            log.info("%s: %d samples stay left out, as in %s", run_dir, count, source)
+        entries = inherit_list(source / EXCLUDE_LIST, run_dir / EXCLUDE_LIST)
+        if entries:
+            log.info("%s: inherits %d entries of %s", run_dir, entries, source / EXCLUDE_LIST)
     if target.already_applied:
         log.info(
             "checkpoint.resume=%s was applied by an earlier start of this job: the run resumes",
@@ -58,6 +63,19 @@ def apply_resume(config: RunConfig, target: ResumeTarget) -> None:
         )
     elif wanted != "auto":
         record_applied(run_dir, wanted, os.environ)
+
+
+def find_source_run(run_dir: Path, target: ResumeTarget) -> Path | None:
+    """The directory of the other run whose checkpoint is resumed; None: there is no other run."""
+    if target.folder is None or is_own(run_dir / CHECKPOINTS, target.folder):
+        return None
+    checkpoints = target.folder.resolve().parent
+    return checkpoints.parent if checkpoints.name == CHECKPOINTS else None
+
+
+def inherit_list(source: Path, own: Path) -> int:
+    """Add the entries of another run's list to this run's; return how many are new here."""
+    return len(add_entries(own, read_entries(source))) if source.exists() else 0
 
 
 def inherit_samples(source: Path, own: Path, steps_done: int) -> int:
@@ -71,20 +89,24 @@ def inherit_samples(source: Path, own: Path, steps_done: int) -> int:
     Returns:
         How many samples were inherited.
     """
-    skipped = {
-        entry["sample_id"]: entry
-        for path in sorted(source.glob(SKIPPED_PATTERN))
-        for entry in _read_entries(path)
-        if entry["step"] < steps_done
-    }
+    skipped, listed = (
+        {
+            entry["sample_id"]: entry
+            for path in sorted(source.glob(pattern))
+            for entry in _read_entries(path)
+            if entry["step"] < steps_done
+        }
+        for pattern in (SKIPPED_PATTERN, LISTED_PATTERN)
+    )
     excluded = [entry for entry in _read_entries(source / EXCLUDED) if entry["step"] < steps_done]
     own.mkdir(parents=True, exist_ok=True)
     kept = _read_entries(own / EXCLUDED)
     known = {entry["sample_id"] for entry in kept}
     new = [entry for entry in excluded if entry["sample_id"] not in known]
     _replace(own / SKIPPED_INHERITED, list(skipped.values()))
+    _replace(own / LISTED_INHERITED, list(listed.values()))
     _replace(own / EXCLUDED, kept + new)
-    return len(skipped) + len(excluded)
+    return len(skipped) + len(listed) + len(excluded)
 
 
 def _read_entries(path: Path) -> list[dict[str, Any]]:

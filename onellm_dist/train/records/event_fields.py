@@ -54,8 +54,9 @@ EVENT_FIELDS: Mapping[str, EventDescription] = {
         ("step", "old", "new"),
     ),
     "exclusions": EventDescription(
-        "Lists of excluded samples were read; `unmatched` entries name nothing in the datasets.",
-        ("entries", "unmatched"),
+        "Lists of excluded samples were read. `other_datasets` counts the entries of datasets that "
+        "the run does not read; `unmatched` entries name nothing that it reads.",
+        ("entries", "other_datasets", "unmatched"),
     ),
     "data_phase": EventDescription("A data phase begins.", ("step", "counts", "global_batch")),
     "plan_changed": EventDescription(

@@ -1,0 +1,68 @@
+"""Lists of excluded samples of a run: those that a start reads, and what it says about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.run_files import EXCLUDE_LIST
+from onellm_dist.config.schema import RunConfig
+from onellm_dist.data.exclusion_check import find_unused_entries
+from onellm_dist.data.exclusions import Exclusions, read_exclusions
+from onellm_dist.data.plan import Plan
+from onellm_dist.train.checkpoint.inherit import find_source_run
+from onellm_dist.train.distributed import Distributed
+from onellm_dist.train.records.events import Events
+
+if TYPE_CHECKING:
+    from onellm_dist.train.checkpoint.resume import ResumeTarget
+
+
+def read_run_exclusions(config: RunConfig, target: ResumeTarget, dist: Distributed) -> Exclusions:
+    """Read the lists of samples that are left out: as rank 0 sees them. All ranks call it together.
+
+    They are `data.exclude`, the run's own list, and that of another run whose checkpoint is
+    resumed (`apply_resume` adds its entries to the own list, once nothing is left to refuse).
+
+    Raises:
+        UsageError: a list cannot be read.
+    """
+    found: Exclusions | OneLLMError = Exclusions()
+    if dist.is_rank_zero:
+        try:
+            found = read_exclusions(*_find_lists(config, target))
+        except OneLLMError as error:
+            found = error
+    found = dist.broadcast(found)
+    if isinstance(found, OneLLMError):
+        raise found
+    return found
+
+
+def _find_lists(config: RunConfig, target: ResumeTarget) -> list[Path]:
+    source = find_source_run(config.run.dir, target)
+    runs = [config.run.dir, *([] if source is None else [source])]
+    kept = [run / EXCLUDE_LIST for run in runs if (run / EXCLUDE_LIST).exists()]
+    return [*([] if config.data.exclude is None else [config.data.exclude]), *kept]
+
+
+def write_exclusions(events: Events, plan: Plan, validation_plan: Plan | None) -> None:
+    """Write the event of the lists of excluded samples, if there are entries. Rank 0 calls it."""
+    entries = plan.corpus.exclusions.entries
+    if not entries:
+        return
+    corpora = [opened.corpus for opened in (plan, validation_plan) if opened is not None]
+    unused = find_unused_entries(entries, [(c.datasets, c.shards) for c in corpora])
+    count = len(entries)
+    text = f"{count} {'entry' if count == 1 else 'entries'} of excluded samples or shards"
+    told = unused.describe()
+    left = count - sum(unused.other_datasets.values()) - len(unused.unmatched)
+    events.write(
+        "exclusions",
+        entries=count,
+        other_datasets=unused.other_datasets,
+        unmatched=unused.unmatched,
+        message=f"{text}; {told}" if told else text,
+        warning=bool(unused.unmatched or unused.similar) or left == 0,
+    )
