@@ -56,13 +56,13 @@ def write_exclusions(events: Events, plan: Plan, validation_plan: Plan | None) -
     unused = find_unused_entries(entries, [(c.datasets, c.shards) for c in corpora])
     count = len(entries)
     text = f"{count} {'entry' if count == 1 else 'entries'} of excluded samples or shards"
-    told = unused.describe()
+    details = unused.describe()
     left = count - sum(unused.other_datasets.values()) - len(unused.unmatched)
     events.write(
         "exclusions",
         entries=count,
         other_datasets=unused.other_datasets,
         unmatched=unused.unmatched,
-        message=f"{text}; {told}" if told else text,
+        message=f"{text}; {details}" if details else text,
         warning=bool(unused.unmatched or unused.similar) or left == 0,
     )

@@ -73,13 +73,13 @@ def test_entries_that_leave_nothing_out_are_found_with_similar_names(root: Path)
     found = find_unused_entries(entries, [(c.datasets, c.shards) for c in (train, other)])
     assert found.other_datasets == {"imo": 1, "train-000001": 1, "laion": 2}
     assert found.unmatched == [*similar, *nothing]
-    told = found.describe()
+    text = found.describe()
     for name, near in {"imo": "imu", "train-000001": "imu/train-000001"}.items():
-        assert f"{name} (did you mean {near}?)" in told
+        assert f"{name} (did you mean {near}?)" in text
     for entry, near in similar.items():
-        assert f"{entry} (did you mean {near}" in told
-    assert "4 of them name datasets that this run does not read" in told
-    assert "5 of them name no sample and no shard" in told
+        assert f"{entry} (did you mean {near}" in text
+    assert "4 of them name datasets that this run does not read" in text
+    assert "5 of them name no sample and no shard" in text
     assert not found.similar.keys() & {*nothing, "laion"}
     only_train = find_unused_entries(used, [(train.datasets, train.shards)])
     assert only_train.other_datasets == {"talk": 1} and not only_train.unmatched
