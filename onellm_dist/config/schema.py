@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from onellm_dist.common.secrets import mask_value
+from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.config.paths import LocalPath, Location
 
 
@@ -133,10 +134,10 @@ class DataSection(Section):
     augment: bool = True
     """Whether the training transforms are used (random crops, spectrogram masking); false uses the
     evaluation transforms."""
-    sample_seconds: float = Field(60.0, ge=0)
+    sample_seconds: float = Field(SAMPLE_SECONDS, ge=0)
     """Seconds that a sample may take to decode in a loader process: CPU time, or time asleep. One
     that takes longer is read once more in a fresh process, and then skipped. 0: any time."""
-    sample_mb: int = Field(1500, ge=0)
+    sample_mb: int = Field(SAMPLE_MB, ge=0)
     """Memory, in MiB, that a sample may need while a loader process reads and decodes it. One that
     needs more is read once more in a fresh process, and then skipped. 0: any amount."""
     max_skipped_samples: int = Field(100, ge=0)

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from onellm_dist.common.workers.pool import WorkerPool
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.reader import Reader
-from onellm_dist.data.worker import LoaderTask
-from onellm_dist.data.worker_pool import WorkerPool
+from onellm_dist.data.worker import LOADER, BatchReader, LoaderTask
 from onellm_dist.packed import PackedBatch
 
 _Item = tuple[MicroBatch, Any]
@@ -62,7 +62,7 @@ class Loader:
             plan, world_size, rank, range(first_step, last_step), max(1, self._workers)
         )
         self._pin = torch.cuda.is_available() if pin is None else pin
-        self._pool: WorkerPool | None = None
+        self._pool: WorkerPool[LoaderTask, PackedBatch] | None = None
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, PackedBatch]]:
         self.close()
@@ -79,8 +79,9 @@ class Loader:
     def _read_in_workers(self) -> Iterator[_Item]:
         config = self._plan.config
         pool = self._pool = WorkerPool(
-            self._reader,
-            iter(self._schedule),
+            BatchReader(self._reader),
+            self._schedule,
+            LOADER,
             workers=self._workers,
             prefetch=config.prefetch,
             sample_seconds=config.sample_seconds,
@@ -88,7 +89,8 @@ class Loader:
         )
         try:
             while self._pool is pool and (item := pool.next()) is not None:
-                yield item
+                task, found = item
+                yield task.micro, found
         finally:
             pool.close()
 

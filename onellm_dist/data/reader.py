@@ -7,7 +7,6 @@ text tokens as planned, weight 0. No other sample replaces it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ import torch
 
 from onellm_dist.common.errors import MachineError, OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
+from onellm_dist.common.workers.sandbox import OutOfMemoryError, Sandbox, is_out_of_memory
 from onellm_dist.data.cache import ChunkCache
 from onellm_dist.data.corpus import Corpus
 from onellm_dist.data.micro_batch import MicroBatch, SampleRef
 from onellm_dist.data.order import derive_key
 from onellm_dist.data.read_ahead import ByteRange, ReadAhead
 from onellm_dist.data.retry import open_index_with_retries, read_span_with_retries
-from onellm_dist.data.sandbox import OutOfMemoryError, Sandbox
 from onellm_dist.data.text_parts import read_meta
 from onellm_dist.data.token_counts import UNREADABLE, get_token_count_path
 from onellm_dist.modalities import Modality
@@ -273,14 +272,13 @@ def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
     except OneLLMError:
         raise
     except (MemoryError, OSError) as error:
-        out_of_memory = isinstance(error, MemoryError) or error.errno == errno.ENOMEM
-        raise (OutOfMemoryError if out_of_memory else MachineError)(
+        raise (OutOfMemoryError if is_out_of_memory(error) else MachineError)(
             f"sample {sample_id}, {modality.name}: {type(error).__name__}: {error}",
             "the machine failed, not the sample, so the sample is not skipped.",
             "check the node's memory, its limit of open files and its disks, and restart.",
         ) from error
     except Exception as error:
-        if "allocate memory" in str(error):  # torch raises a RuntimeError
+        if is_out_of_memory(error):
             raise OutOfMemoryError(
                 f"sample {sample_id}, {modality.name}: {error}",
                 "the machine failed, not the sample, so the sample is not skipped.",

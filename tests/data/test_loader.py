@@ -18,11 +18,11 @@ import torch
 from data_worlds import open_plan, write
 
 from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.workers.process import IGNORED_SIGNALS
 from onellm_dist.data.loader import Loader
 from onellm_dist.data.micro_batch import MicroBatch
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.token_counts import get_token_count_path
-from onellm_dist.data.worker import IGNORED_SIGNALS
 from onellm_dist.packed import PackedBatch
 
 MIXTURE = {"pic": 2.0, "imu": 1.0, "talk": 1.0, "both": 0.5}

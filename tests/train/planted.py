@@ -54,13 +54,14 @@ def _eat(sample: Any) -> None:
 
 def _no_handover(step: int, rank: int) -> None:
     """From a step on, a loader worker has no memory for its batch."""
-    from onellm_dist.data import handover, worker
+    from onellm_dist.common.workers import handover
+    from onellm_dist.data.worker import BatchReader
 
-    create, read, failing = handover.create_memory, worker._read, [False]
+    create, read, failing = handover.create_memory, BatchReader.read, [False]
 
-    def read_and_note(reader: Any, task: Any, sandbox: Any) -> Any:
+    def read_and_note(reader: Any, task: Any) -> Any:
         failing[0] = failing[0] or task.micro.step == step
-        return read(reader, task, sandbox)
+        return read(reader, task)
 
     def fail() -> int:
         if failing[0]:
@@ -68,7 +69,7 @@ def _no_handover(step: int, rank: int) -> None:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return create()
 
-    worker._read = read_and_note
+    BatchReader.read = read_and_note  # type: ignore[assignment,method-assign]
     handover.create_memory = fail
 
 

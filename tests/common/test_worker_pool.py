@@ -1,4 +1,4 @@
-"""Loader workers: a sample that ends its worker is skipped; the number of workers is no matter."""
+"""A pool of workers: a sample that ends its worker is skipped, whatever their number."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onellm_dist.common.errors import MachineError, OneLLMError
-from onellm_dist.data import handover, worker_pool
-from onellm_dist.data.micro_batch import MicroBatch, SampleRef
-from onellm_dist.data.sandbox import OutOfMemoryError, Sandbox
-from onellm_dist.data.worker import IGNORED_SIGNALS, LoaderTask
-from onellm_dist.data.worker_pool import WorkerPool
+from onellm_dist.common.workers import children, handover
+from onellm_dist.common.workers import pool as worker_pool
+from onellm_dist.common.workers.pool import WorkerPool
+from onellm_dist.common.workers.process import IGNORED_SIGNALS
+from onellm_dist.common.workers.sandbox import OutOfMemoryError, Sandbox
+from onellm_dist.common.workers.words import PoolWords
 
-Sample = Callable[[], Any]
 LIMIT_S = 0.6
+WORDS = PoolWords(
+    "loader worker", "batch", "parent", "sample_seconds", "sample_mb", "use fewer workers"
+)
 
 
 def crash() -> None:
@@ -80,11 +83,11 @@ def kill() -> None:
 POISON: dict[str, tuple[Callable[[], None], str]] = {
     "crash": (crash, "crashed (SIGSEGV)"),
     "abort": (abort, "crashed (SIGABRT)"),
-    "hang": (hang, "took more than 0.6 s (data.sample_seconds)"),
-    "deadlock": (deadlock, "took more than 0.6 s (data.sample_seconds)"),
-    "spin": (spin, "took more than 0.6 s (data.sample_seconds)"),
-    "eat": (eat_memory, "needed more than 200 MiB (data.sample_mb)"),
-    "eat slowly": (eat_memory_slowly, "needed more than 200 MiB (data.sample_mb)"),
+    "hang": (hang, "took more than 0.6 s (sample_seconds)"),
+    "deadlock": (deadlock, "took more than 0.6 s (sample_seconds)"),
+    "spin": (spin, "took more than 0.6 s (sample_seconds)"),
+    "eat": (eat_memory, "needed more than 200 MiB (sample_mb)"),
+    "eat slowly": (eat_memory_slowly, "needed more than 200 MiB (sample_mb)"),
     "leave": (leave, "ended with exit code 3"),
     "end": (end, "ended with exit code 1"),
     "kill": (kill, "was killed (SIGKILL)"),
@@ -93,35 +96,35 @@ QUICK = ("crash", "abort", "leave", "end", "kill", "eat")
 
 
 class PoisonReader:
-    """Reads micro-batches of named samples; what a sample does stands in `samples`."""
+    """Reads samples by their number; what a sample does stands in `samples`."""
 
     def __init__(self, samples: list[str]) -> None:
         self.samples = samples
         self.skipped: dict[str, str] = {}
         self.sandbox = Sandbox()
-        self.before: Callable[[MicroBatch], None] = lambda micro: None
+        self.before: Callable[[range], object] = lambda task: None
         self.during: Callable[[], object] = lambda: None
         self.bytes = 0
 
-    def get_sample_id(self, micro: MicroBatch, index: int) -> str:
-        return str(micro.samples[index].row)
+    def get_sample_id(self, task: range, index: int) -> str:
+        return str(task[index])
 
     def skip(self, sample_id: str, reason: str) -> None:
-        self.skipped[sample_id] = reason
+        self.skipped[sample_id] = f"{sample_id}: {reason}"
 
-    def read(self, micro: MicroBatch, ahead: MicroBatch | None = None) -> Any:
+    def read(self, task: range) -> Any:
         faulthandler.disable()  # pytest's; the crashes are meant
-        self.before(micro)
+        self.before(task)
         found = []
-        for index, ref in enumerate(micro.samples):
-            name = str(ref.row)
+        for index, row in enumerate(task):
+            name = str(row)
             with self.sandbox.sample(index):
                 self.sandbox.decode()
                 if name in self.skipped:
                     found.append(self.skipped[name])
                     continue
                 self.during()
-                behaviour = self.samples[ref.row]
+                behaviour = self.samples[row]
                 if behaviour in POISON:
                     try:
                         POISON[behaviour][0]()
@@ -131,26 +134,30 @@ class PoisonReader:
         return found, torch.arange(8 + self.bytes)
 
 
-def make_tasks(count: int, per_batch: int) -> Iterator[LoaderTask]:
+def make_tasks(count: int, per_batch: int) -> Iterator[range]:
     for start in range(0, count, per_batch):
-        refs = tuple(
-            SampleRef(0, 0, row, 0, 1, 1) for row in range(start, min(start + per_batch, count))
-        )
-        yield LoaderTask(MicroBatch(start, 0, 0, 1, refs, 1), None)
+        yield range(start, min(start + per_batch, count))
+
+
+def make_pool(reader: PoisonReader, per_batch: int = 1, **keys: Any) -> WorkerPool[range, Any]:
+    return WorkerPool(reader, make_tasks(len(reader.samples), per_batch), WORDS, **keys)
 
 
 def read_all(reader: PoisonReader, workers: int, per_batch: int = 3, **keys: Any) -> list[Any]:
     keys = {"prefetch": 2, "sample_seconds": 60.0, "sample_mb": 200} | keys
-    tasks = make_tasks(len(reader.samples), per_batch)
     found = []
-    with closing(WorkerPool(reader, tasks, workers=workers, **keys)) as pool:
+    with closing(make_pool(reader, per_batch, workers=workers, **keys)) as pool:
         while (item := pool.next()) is not None:
-            if isinstance(item[1], Exception):
-                raise item[1]
-            samples, tensor = item[1]
-            assert torch.equal(tensor, torch.arange(8 + reader.bytes))
-            found += samples
+            found += open_batch(reader, item[1])
     return found
+
+
+def open_batch(reader: PoisonReader, batch: Any) -> list[Any]:
+    if isinstance(batch, Exception):
+        raise batch
+    samples, tensor = batch
+    assert torch.equal(tensor, torch.arange(8 + reader.bytes))
+    return list(samples)
 
 
 def expect(samples: list[str]) -> list[str]:
@@ -190,8 +197,8 @@ def test_what_is_read_depends_on_the_samples_alone(
 def test_a_sample_that_fails_once_is_read(tmp_path: Any) -> None:
     mark = tmp_path / "seen"
 
-    def once(micro: MicroBatch) -> None:
-        if micro.step == 3 and not mark.exists():
+    def once(task: range) -> None:
+        if task.start == 3 and not mark.exists():
             mark.touch()
             reader.samples[4] = "crash"
 
@@ -206,14 +213,14 @@ def test_a_worker_that_dies_with_requests_unread_names_its_sample(workers: int) 
     """The kernel reports the unread requests before the batches that the worker had sent."""
     samples = ["a", "b", "leave", "c", "crash", "d", "e", "leave", "f", "crash", "leave", "g"]
     reader = PoisonReader(samples)
-    pool = WorkerPool(reader, make_tasks(len(samples), 1), workers=workers, prefetch=4)
+    pool = make_pool(reader, workers=workers, prefetch=4)
     found = []
     with closing(pool):
         for _ in samples:
             time.sleep(0.15)  # the workers are ahead
             item = pool.next()
             assert item is not None
-            found += item[1][0]
+            found += open_batch(reader, item[1])
         assert pool.next() is None and not pool._replaced
     assert found == expect(samples)
 
@@ -221,19 +228,59 @@ def test_a_worker_that_dies_with_requests_unread_names_its_sample(workers: int) 
 def test_slow_is_not_hanging() -> None:
     """Samples of a batch each have their own time, and waiting for the trainer is no time."""
 
-    def slow(micro: MicroBatch) -> None:
+    def slow(task: range) -> None:
         time.sleep(2 * LIMIT_S)  # a disk: not the sample's time
 
     reader = PoisonReader(["good"] * 2)
     reader.before = slow
     assert read_all(reader, 1, 1, sample_seconds=LIMIT_S) == ["good"] * 2
-    pool = WorkerPool(
-        PoisonReader(["good"] * 4), make_tasks(4, 1), workers=1, prefetch=1, sample_seconds=LIMIT_S
-    )
+    pool = make_pool(PoisonReader(["good"] * 4), workers=1, prefetch=1, sample_seconds=LIMIT_S)
     with closing(pool):
         pool.next()
         time.sleep(2 * LIMIT_S)
         assert [pool.next() is None for _ in range(4)] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pool_reads_other_tasks_after_its_last(workers: int) -> None:
+    reader = PoisonReader(["a", "b", "crash", "c", "d", "leave", "e"])
+    found = []
+    with closing(make_pool(reader, 2, workers=workers, prefetch=2)) as pool:
+        for tasks in ((), make_tasks(7, 3)):
+            if tasks:
+                pool.restart(tasks)
+            while (item := pool.next()) is not None:
+                found.append(open_batch(reader, item[1]))
+    rows = expect(reader.samples)
+    assert [row for batch in found for row in batch] == 2 * rows and len(found) == 4 + 3
+
+
+def disconnect() -> None:
+    """Leave the pool's connection, as a process that is ending does, and do not end."""
+    os.closerange(3, 256)
+    time.sleep(3600)
+
+
+@pytest.mark.parametrize("name", ["disconnect", "spin"])
+def test_a_worker_that_does_not_end_is_not_waited_for_for_ever(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that was killed while it waits for a disk: signals do not reach it."""
+    monkeypatch.setitem(POISON, "disconnect", (disconnect, ""))
+    pids = set[int]()
+    reader = PoisonReader(["good", name, "good"])
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_pool, "END_S", 0.5)
+        patch.setattr(worker_pool, "CLOSE_S", 0.1)
+        patch.setattr(children, "kill", pids.add)
+        started = time.monotonic()
+        with pytest.raises(MachineError, match="was killed and has not ended") as info:
+            read_all(reader, 1, 1, sample_seconds=LIMIT_S)
+    (pid,) = pids
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert time.monotonic() - started < 15
+    assert f"process {pid}" in info.value.what and not reader.skipped
 
 
 def kill_workers(number: int = signal.SIGKILL) -> None:
@@ -243,7 +290,7 @@ def kill_workers(number: int = signal.SIGKILL) -> None:
 
 def test_workers_killed_from_outside_are_replaced_and_then_the_run_ends() -> None:
     reader = PoisonReader(["good"] * 60)
-    pool = WorkerPool(reader, make_tasks(60, 1), workers=1, prefetch=1)
+    pool = make_pool(reader, workers=1, prefetch=1)
     with closing(pool):
         for killed in range(worker_pool.MOST_REPLACED):
             assert pool.next() is not None, killed
@@ -259,7 +306,7 @@ def test_workers_killed_from_outside_are_replaced_and_then_the_run_ends() -> Non
     assert not reader.skipped
 
 
-def wait_for_idle(pool: WorkerPool) -> None:
+def wait_for_idle(pool: WorkerPool[range, Any]) -> None:
     """Until every worker has handed over what it was asked for."""
     deadline = time.monotonic() + 10
     while any(w.pending for w in pool._workers) and time.monotonic() < deadline:
@@ -273,7 +320,7 @@ def test_a_worker_killed_for_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch
     reader = PoisonReader(["good", "kill", "good"])
     with pytest.raises(MachineError, match="out of memory") as info:
         read_all(reader, 1)
-    assert not reader.skipped and "data.workers" in info.value.do
+    assert not reader.skipped and "use fewer workers" in info.value.do
 
 
 @pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOSPC, errno.EMFILE])
@@ -345,8 +392,8 @@ def test_a_sample_that_prints_where_nobody_reads_is_read() -> None:
 
 
 def test_errors_arrive_as_what_they_are() -> None:
-    def fail(micro: MicroBatch) -> None:
-        if micro.step == 1:
+    def fail(task: range) -> None:
+        if task.start == 1:
             raise OneLLMError("what", "why", "do")
 
     reader = PoisonReader(["good"] * 3)
@@ -354,7 +401,7 @@ def test_errors_arrive_as_what_they_are() -> None:
     with pytest.raises(OneLLMError) as info:
         read_all(reader, 2, 1)
     assert (info.value.what, info.value.why, info.value.do) == ("what", "why", "do")
-    reader.before = lambda micro: {-1: None}[micro.step]
+    reader.before = lambda task: {-1: None}[task.start]
     with pytest.raises(RuntimeError, match="KeyError"):
         read_all(reader, 2, 1)
 
@@ -370,7 +417,7 @@ def test_a_batch_larger_than_any_pipe_arrives_and_leaves_nothing_in_shared_memor
 def test_a_child_of_a_decoder_does_not_keep_a_dead_worker_alive(tmp_path: Path) -> None:
     """What a decoder started may hold the worker's socket open."""
 
-    def start_child(micro: MicroBatch) -> None:
+    def start_child(task: range) -> None:
         child = os.fork()
         if child == 0:
             time.sleep(60)
@@ -407,10 +454,10 @@ def test_workers_whose_batches_nobody_took_end_without_a_word(
 
     monkeypatch.setattr(os, "waitpid", wait)
     if not killed:
-        monkeypatch.setattr(worker_pool, "_kill", lambda pid: None)
+        monkeypatch.setattr(children, "kill", lambda pid: None)
     reader = PoisonReader(["good"] * 12)
-    reader.before = lambda micro: time.sleep(seconds)
-    pool = WorkerPool(reader, make_tasks(12, 1), workers=2, prefetch=6)
+    reader.before = lambda task: time.sleep(seconds)
+    pool = make_pool(reader, workers=2, prefetch=6)
     time.sleep(0.25)
     pool.close()
     assert codes == [-signal.SIGKILL if killed else 0] * 2
@@ -418,12 +465,12 @@ def test_workers_whose_batches_nobody_took_end_without_a_word(
 
 
 def test_a_worker_that_cannot_be_killed_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = WorkerPool(PoisonReader(["deadlock"]), make_tasks(1, 1), workers=1, prefetch=1)
+    pool = make_pool(PoisonReader(["deadlock"]), workers=1, prefetch=1)
     (worker,) = pool._workers
     started = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(worker_pool, "CLOSE_S", 0.2)
-        patch.setattr(worker_pool, "_kill", lambda pid: None)  # as in an uninterruptible call
+        patch.setattr(children, "kill", lambda pid: None)  # as in an uninterruptible call
         pool.close()
     assert time.monotonic() - started < 5
     os.kill(worker.pid, signal.SIGKILL)
@@ -435,9 +482,8 @@ import os, signal, sys, time
 sys.path[:0] = sys.argv[1:2]
 import psutil
 import test_worker_pool as t
-from onellm_dist.data.worker_pool import WorkerPool
 reader = t.PoisonReader([sys.argv[2]] * 4)
-pool = WorkerPool(reader, t.make_tasks(4, 1), workers=2, prefetch=1)
+pool = t.make_pool(reader, workers=2, prefetch=1)
 time.sleep(0.5)
 print(*(p.pid for p in psutil.Process().children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -471,7 +517,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_signals_to_workers_change_nothing() -> None:
-    def signal_itself(micro: MicroBatch) -> None:
+    def signal_itself(task: range) -> None:
         for number in IGNORED_SIGNALS:
             os.kill(os.getpid(), number)
 

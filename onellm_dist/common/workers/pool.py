@@ -1,31 +1,35 @@
-"""The loader workers of a rank: who reads what, and what happens when one hangs or dies.
+"""A pool of workers: who reads which samples, and what happens when a worker hangs or dies.
 
-Micro-batches go to workers in turn, so their order depends on nothing. A sample that makes its
-worker crash, hang or run out of memory is read once more in a fresh worker; if that ends the same
-way, the sample is skipped with its reason, as one that cannot be decoded. A worker that dies for
-another reason is replaced, a few times; then the run ends, and no sample is held responsible.
+Tasks go to workers in turn, so their order depends on nothing. A sample that makes its worker
+crash, hang or run out of memory is read once more in a fresh worker; if that ends the same way, the
+sample is left out with its reason, as one that cannot be decoded. A worker that dies for another
+reason is replaced, a few times; then an error is raised, and no sample is held responsible.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import select
 import signal
 import socket
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from onellm_dist.common.errors import MachineError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.processes import count_kills_for_memory, get_cpu_seconds, is_asleep
-from onellm_dist.data.handover import make_pair, receive, send
-from onellm_dist.data.micro_batch import MicroBatch
-from onellm_dist.data.sandbox import (
+from onellm_dist.common.workers import children
+from onellm_dist.common.workers.handover import make_pair, receive, send
+from onellm_dist.common.workers.process import (
+    CANNOT_HAND_OVER,
+    OUT_OF_MEMORY,
+    SampleReader,
+    fork_worker,
+)
+from onellm_dist.common.workers.sandbox import (
     DECODING,
     HANDING_OVER,
     READING,
@@ -33,26 +37,23 @@ from onellm_dist.data.sandbox import (
     StatusMemory,
     WorkerStatus,
 )
-from onellm_dist.data.worker import (
-    CANNOT_HAND_OVER,
-    OUT_OF_MEMORY,
-    BatchReader,
-    LoaderTask,
-    fork_worker,
-    make_memory_error,
-)
+from onellm_dist.common.workers.words import PoolWords, make_endless_error, make_memory_error
 
 POLL_S = 0.25
-"""Seconds between two looks at workers while a batch is waited for."""
+"""Seconds between two looks at workers while a result is waited for."""
 IDLE_SHARE = 0.02
 """A process that uses less than this share of a core hangs, if it is asleep."""
 MOST_REPLACED = 3
-"""Workers that may die for reasons of their own within `REPLACED_S` before the run ends."""
+"""Workers that may die for reasons of their own within `REPLACED_S` before the pool gives up."""
 REPLACED_S = 600.0
 CLOSE_S = 5.0
-"""Seconds that workers are waited for once they have been killed."""
+"""Seconds that a pool that is closed waits for the workers that it has killed."""
+END_S = 60.0
+"""Seconds that a worker may take to end once it is killed, or has closed its connection."""
 
 log = get_logger(__name__)
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -60,24 +61,25 @@ class _Worker:
     pid: int
     connection: socket.socket
     status: StatusMemory
-    pending: deque[tuple[int, LoaderTask]] = field(default_factory=deque)
+    pending: deque[tuple[int, Any]] = field(default_factory=deque)
     """What it was asked for and has not handed over, with its number."""
     results: deque[Any] = field(default_factory=deque)
-    over_time: bool = False
-    """Whether it was killed because a sample took too long."""
+    killed_at: float | None = None
+    """When it was killed because a sample took too long; None: it was not."""
     seen: WorkerStatus | None = None
     cpu_seconds: float = 0.0
     idle_seconds: float = 0.0
 
 
-class WorkerPool:
-    """Reads micro-batches in worker processes, in order.
+class WorkerPool(Generic[Task, Result]):
+    """Reads the samples of tasks in worker processes, in order.
 
     Create and use it in one thread.
 
     Args:
         reader: what the workers read with.
         tasks: what they read, in order; the next task of a worker is `workers` tasks later.
+        words: what workers and limits are called in messages.
         workers: number of processes, at least 1.
         prefetch: tasks that each process is given ahead.
         sample_seconds: time that a sample may take to decode: CPU time, or time asleep; 0: any.
@@ -86,8 +88,9 @@ class WorkerPool:
 
     def __init__(
         self,
-        reader: BatchReader,
-        tasks: Iterator[LoaderTask],
+        reader: SampleReader[Task, Result],
+        tasks: Iterable[Task],
+        words: PoolWords,
         *,
         workers: int,
         prefetch: int,
@@ -95,12 +98,14 @@ class WorkerPool:
         sample_mb: int = 0,
     ) -> None:
         self._reader = reader
-        self._tasks = tasks
+        self._tasks = iter(tasks)
+        self._words = words
+        self._prefetch = prefetch
         self._sample_seconds = sample_seconds
         self._sample_mb = sample_mb
         self._asked = 0
         self._given = 0
-        self._deaths: Counter[str] = Counter()
+        self._deaths: Counter[Hashable] = Counter()
         self._replaced: deque[float] = deque(maxlen=MOST_REPLACED)
         """When workers died that were not reading a sample."""
         self._looked = time.monotonic()
@@ -109,17 +114,23 @@ class WorkerPool:
         try:
             for _ in range(workers):
                 self._workers.append(self._start())
-            for _ in range(prefetch * workers):
-                self._ask()
+            self._ask_ahead()
         except BaseException:
             self.close()
             raise
 
-    def next(self) -> tuple[MicroBatch, Any] | None:
-        """The next micro-batch and what its worker returned; None after the last.
+    def restart(self, tasks: Iterable[Task]) -> None:
+        """Read other tasks, with the same workers, after the last of those before."""
+        assert self._given == self._asked
+        self._tasks = iter(tasks)
+        self._ask_ahead()
+
+    def next(self) -> tuple[Task, Result | Exception] | None:
+        """Return the next task with its result, or the error that it raised; None after the last.
 
         Raises:
-            MachineError: a worker could not hand over its batch, or died for want of memory.
+            MachineError: a worker could not hand over its result, died for want of memory, or does
+                not end.
         """
         if self._given == self._asked:
             return None
@@ -130,7 +141,7 @@ class WorkerPool:
             self._receive(POLL_S)
             self._check_limits()
         self._given += 1
-        found: tuple[MicroBatch, Any] = worker.results.popleft()
+        found: tuple[Task, Result | Exception] = worker.results.popleft()
         self._ask()
         return found
 
@@ -140,11 +151,11 @@ class WorkerPool:
         One that the kernel cannot end now, as when its disk does not answer, is left behind.
         """
         for worker in self._workers:  # first: one whose socket is closed would say that it failed
-            _kill(worker.pid)
+            children.kill(worker.pid)
         deadline = time.monotonic() + CLOSE_S
         for worker in self._workers:
             worker.connection.close()
-            while not _reap(worker.pid) and time.monotonic() < deadline:
+            while not children.reap(worker.pid) and time.monotonic() < deadline:
                 time.sleep(0.005)
         self._workers.clear()
 
@@ -159,9 +170,14 @@ class WorkerPool:
 
         with warnings.catch_warnings():  # Python 3.12 warns where the process has threads
             warnings.simplefilter("ignore", DeprecationWarning)
-            pid = fork_worker(self._reader, Sandbox(status, self._sample_mb), theirs, close_others)
+            sandbox = Sandbox(status, self._sample_mb)
+            pid = fork_worker(self._reader, sandbox, theirs, self._words, close_others)
         theirs.close()
         return _Worker(pid, ours, status)
+
+    def _ask_ahead(self) -> None:
+        for _ in range(self._prefetch * len(self._workers)):
+            self._ask()
 
     def _ask(self) -> None:
         """Give the next task to the worker whose turn it is."""
@@ -173,13 +189,13 @@ class WorkerPool:
         self._asked += 1
         self._send(worker, worker.pending[-1])
 
-    def _send(self, worker: _Worker, request: tuple[int, LoaderTask]) -> None:
+    def _send(self, worker: _Worker, request: tuple[int, Task]) -> None:
         try:
             send(worker.connection, request)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it died: found when its answer is read
         except OSError as error:
-            raise make_memory_error(f"{type(error).__name__}: {error}") from None
+            raise self._make_memory_error(error) from None
 
     def _receive(self, timeout: float) -> None:
         """Take what has arrived, after at most `timeout` seconds; replace workers that died."""
@@ -196,11 +212,11 @@ class WorkerPool:
             except EOFError:
                 self._replace(worker)
             except OSError as error:
-                raise make_memory_error(f"{type(error).__name__}: {error}") from None
+                raise self._make_memory_error(error) from None
             else:
                 asked, task = worker.pending.popleft()
                 assert asked == number
-                worker.results.append((task.micro, found))
+                worker.results.append((task, found))
 
     def _check_limits(self) -> None:
         """Kill the workers whose sample takes too long."""
@@ -209,9 +225,12 @@ class WorkerPool:
         passed = min(now - self._looked, 2 * POLL_S)
         self._looked = now
         for worker in self._workers:
-            if _has_ended(worker.pid) and not _is_readable(worker.connection):
+            if children.has_ended(worker.pid) and not _is_readable(worker.connection):
                 self._replace(worker)  # a process that it started holds its socket open
-            elif self._sample_seconds and worker.pending and not worker.over_time:
+            elif worker.killed_at is not None:
+                if now - worker.killed_at > END_S:
+                    raise make_endless_error(self._words, worker.pid, END_S)
+            elif self._sample_seconds and worker.pending:
                 self._check_time(worker, passed)
 
     def _check_time(self, worker: _Worker, passed: float) -> None:
@@ -231,17 +250,20 @@ class WorkerPool:
             worker.idle_seconds = 0.0
         worker.cpu_seconds = cpu
         if max(cpu - status.cpu_seconds, worker.idle_seconds) > self._sample_seconds:
-            worker.over_time = True
-            _kill(worker.pid)
+            worker.killed_at = time.monotonic()
+            children.kill(worker.pid)
 
     def _replace(self, worker: _Worker) -> None:
         """Start a fresh worker in the place of one that died, with the same tasks.
 
         Raises:
-            MachineError: its death is not a sample's fault, and it was not the first.
+            MachineError: its death is not a sample's fault, and it was not the first; or it does
+                not end.
         """
-        _kill(worker.pid)  # one that has only closed its socket
-        code = _wait(worker.pid)
+        children.kill(worker.pid)  # one that has only closed its socket
+        code = children.wait(worker.pid, END_S)
+        if code is None:
+            raise make_endless_error(self._words, worker.pid, END_S)
         worker.connection.close()
         status = worker.status.read()
         cause = self._describe_death(worker, code)
@@ -249,14 +271,15 @@ class WorkerPool:
         self._check_machine(worker, code, cause, sample_id)
         if sample_id is None:
             self._replaced.append(time.monotonic())
-            log.warning("a loader worker %s; it is replaced", cause)
+            log.warning("a %s %s; it is replaced", self._words.worker, cause)
         else:
             self._deaths[sample_id] += 1
             if self._deaths[sample_id] > 1:
-                self._reader.skip(sample_id, f"{sample_id}: its worker {cause}, twice")
+                self._reader.skip(sample_id, f"its worker {cause}, twice")
             log.warning(
-                "sample %s: its loader worker %s; %s",
+                "sample %s: its %s %s; %s",
                 sample_id,
+                self._words.worker,
                 cause,
                 "it is skipped" if self._deaths[sample_id] > 1 else "it is read once more",
             )
@@ -267,79 +290,56 @@ class WorkerPool:
         for request in fresh.pending:
             self._send(fresh, request)
 
-    def _check_machine(self, worker: _Worker, code: int, cause: str, sample_id: str | None) -> None:
+    def _check_machine(
+        self, worker: _Worker, code: int, cause: str, sample_id: Hashable | None
+    ) -> None:
         """Raise where the machine is at fault, or where too many workers died."""
+        words = self._words
         kills, before = count_kills_for_memory(), self._kills
         self._kills = kills
         killed = code == -signal.SIGKILL
         if code == CANNOT_HAND_OVER or (worker.status.read().phase == HANDING_OVER and not killed):
-            raise make_memory_error(f"it {cause}")
-        if killed and not worker.over_time and kills > before:
-            doing = f"it was reading {sample_id}, which need not be large; " if sample_id else ""
+            raise make_memory_error(words, f"it {cause}")
+        if killed and worker.killed_at is None and kills > before:
+            doing = ""
+            if sample_id is not None:
+                doing = f"it was reading {sample_id}, which need not be large; "
             raise MachineError(
-                "a loader worker was killed by the kernel, which was out of memory",
-                f"{doing}the machine or its container has too little memory for the run.",
-                "use fewer loader processes (data.workers) or fewer batches ahead "
-                "(data.prefetch), lower data.sample_mb, or give the job more memory.",
+                f"a {words.worker} was killed by the kernel, which was out of memory",
+                f"{doing}the machine or its container has too little memory.",
+                f"{words.fewer}, lower {words.megabytes}, or give the job more memory.",
             )
         recent = [died for died in self._replaced if time.monotonic() - died < REPLACED_S]
         if sample_id is None and len(recent) >= MOST_REPLACED:
             raise MachineError(
-                f"a loader worker {cause}, and {len(recent)} others had died shortly before",
+                f"a {words.worker} {cause}, and {len(recent)} others had died shortly before",
                 "none of them was decoding a sample at the time; something ends them from outside.",
                 "look for the out-of-memory killer in the kernel's log (dmesg), for limits of the "
                 "job, and for failing disks; then start again.",
             )
 
+    def _make_memory_error(self, error: OSError) -> MachineError:
+        return make_memory_error(self._words, f"{type(error).__name__}: {error}")
+
     def _describe_death(self, worker: _Worker, code: int) -> str:
         """How a worker ended, for `its worker ...`."""
-        if worker.over_time:
-            return f"took more than {self._sample_seconds:g} s (data.sample_seconds)"
+        if worker.killed_at is not None:
+            return f"took more than {self._sample_seconds:g} s ({self._words.seconds})"
         if code == OUT_OF_MEMORY:
-            return f"needed more than {self._sample_mb} MiB (data.sample_mb)"
+            return f"needed more than {self._sample_mb} MiB ({self._words.megabytes})"
         if code == -signal.SIGKILL:
             return "was killed (SIGKILL)"
         if code < 0:
             return f"crashed ({signal.Signals(-code).name})"
         return f"ended with exit code {code}"
 
-    def _find_sample(self, worker: _Worker, status: WorkerStatus) -> str | None:
+    def _find_sample(self, worker: _Worker, status: WorkerStatus) -> Hashable | None:
         """Id of the sample that a worker died over; None: it was not reading one."""
         if status.phase not in (READING, DECODING):
             return None
-        task = dict(worker.pending).get(status.micro_batch)
-        return None if task is None else self._reader.get_sample_id(task.micro, status.sample)
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether a child has ended; it can still be waited for."""
-    try:
-        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, pid, options) is not None
-    except ChildProcessError:
-        return True
+        task = dict(worker.pending).get(status.task)
+        return None if task is None else self._reader.get_sample_id(task, status.sample)
 
 
 def _is_readable(connection: socket.socket) -> bool:
     return bool(select.select([connection], [], [], 0)[0])
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _reap(pid: int) -> bool:
-    """Whether a child has ended and needs no more waiting for."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:  # somebody else has waited for it
-        return True
-
-
-def _wait(pid: int) -> int:
-    """Exit code of a child that has ended or is about to; negative: the signal that ended it."""
-    try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except ChildProcessError:  # somebody else has waited for it
-        return 1

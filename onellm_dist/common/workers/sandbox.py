@@ -1,12 +1,13 @@
-"""The limits of one sample in a loader worker: its memory, and what it says about itself.
+"""The limits of one sample in a worker: its memory, and what the worker says about itself.
 
-A worker writes what it is doing into a small piece of memory that it shares with the training
-process. That process reads it to end a sample that takes too long, and after the worker has died.
+A worker writes what it is doing into a small piece of memory that it shares with its parent
+process, which reads it to end a sample that takes too long, and after the worker has died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import resource
 import struct
@@ -17,8 +18,12 @@ from typing import NamedTuple
 
 from onellm_dist.common.errors import MachineError
 
+SAMPLE_SECONDS = 60.0
+"""Default of the time that a sample may take to decode, in seconds."""
+SAMPLE_MB = 1500
+"""Default of the memory that a sample may need, in MiB."""
 IDLE, READING, DECODING, HANDING_OVER = range(4)
-"""What a worker does. IDLE: it waits for a micro-batch, or puts one together."""
+"""What a worker does. IDLE: it waits for a task, or puts a result together."""
 _STATUS = struct.Struct("<qqqd")
 _STATM = Path("/proc/self/statm")
 _DATA_FIELD = 5
@@ -33,10 +38,10 @@ class WorkerStatus(NamedTuple):
     """What a worker is doing."""
 
     phase: int
-    micro_batch: int
-    """Number of the micro-batch in the order of the loader."""
+    task: int
+    """Number of the task in the order of the pool."""
     sample: int
-    """Position of the sample in the micro-batch."""
+    """Position of the sample in the task."""
     cpu_seconds: float
     """CPU time of the process when it began to decode the sample."""
 
@@ -70,7 +75,7 @@ class Sandbox:
     def __init__(self, status: StatusMemory | None = None, memory_mb: int = 0) -> None:
         self._status = status
         self._limit = memory_mb << 20
-        self._micro_batch = 0
+        self._task = 0
         self._index = -1
 
     @property
@@ -78,16 +83,16 @@ class Sandbox:
         """Whether a failed allocation means that the sample is too large, not the machine full."""
         return self._limit > 0 and not _is_overcommit_strict()
 
-    def begin(self, micro_batch: int) -> None:
-        """Begin with a micro-batch."""
-        self._micro_batch = micro_batch
+    def begin(self, task: int) -> None:
+        """Begin with a task."""
+        self._task = task
         self.enter(IDLE)
 
     def enter(self, phase: int, sample: int = -1) -> None:
         """Write what the process does now."""
         if self._status is not None:
             cpu = time.process_time()
-            self._status.write(WorkerStatus(phase, self._micro_batch, sample, cpu))
+            self._status.write(WorkerStatus(phase, self._task, sample, cpu))
 
     @contextlib.contextmanager
     def sample(self, index: int) -> Iterator[None]:
@@ -120,6 +125,14 @@ class Sandbox:
         """Start the clock of the sample: its bytes are here, what follows is its own work."""
         if self._status is not None:
             self.enter(DECODING, self._index)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library says that an allocation failed."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch raises a RuntimeError, cv2 an error of its own.
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 def get_data_bytes() -> int:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onellm_dist.common.errors import MachineError, UsageError
-from onellm_dist.data.handover import make_pair, receive, send
+from onellm_dist.common.workers.handover import make_pair, receive, send
 from onellm_dist.packed import PackedBatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
