@@ -21,7 +21,7 @@ from onellm_dist.common.secrets import MASK
 from onellm_dist.config.keys import find_section, list_key_names
 from onellm_dist.config.old_keys import explain_old_key, explain_old_value
 from onellm_dist.config.schema import RunConfig, RunSection, Section
-from onellm_dist.config.values import get_fields, parse_override, resolve
+from onellm_dist.config.values import get_fields, list_ambiguous, parse_override, resolve
 from onellm_dist.config.yaml_text import parse_yaml
 
 FindProblems = Callable[[Mapping[str, Section]], Sequence[str]]
@@ -50,7 +50,7 @@ def load_config(
     """
     path = find_recipe(recipe)
     raw = read_recipe(path, overrides)
-    problems = _find_masked(raw)
+    problems = [*_find_masked(raw), *list_ambiguous(raw)]
     config: RunConfig | None = None
     try:
         config = RunConfig.model_validate(raw)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from onellm_dist.common.secrets import mask_value
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.config.paths import LocalPath, Location
+from onellm_dist.config.yaml_text import dump_yaml
 
 
 def _check_decay_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
@@ -371,4 +371,4 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Return the complete recipe, defaults included and secrets masked, as YAML."""
         values = mask_value(self.model_dump(mode="json", by_alias=True))
-        return yaml.safe_dump(values, sort_keys=False)
+        return dump_yaml(values)

@@ -17,6 +17,8 @@ QUOTES = ("'", '"')
 def resolve(raw: Any, annotation: Any = RunConfig) -> Any:
     """Replace each `Plain` by its text or by its value, as the key wants it.
 
+    One that has two meanings stays where any value is wanted: `list_ambiguous` finds it.
+
     Args:
         raw: what `parse_yaml` gave.
         annotation: the type of the key; default: a whole recipe.
@@ -33,8 +35,32 @@ def resolve(raw: Any, annotation: Any = RunConfig) -> Any:
     return raw
 
 
+def list_ambiguous(value: Any, key: str = "") -> list[str]:
+    """A problem for each `yes`, `no`, `on` and `off` whose key takes any value.
+
+    Args:
+        value: what `resolve` gave.
+        key: where it stands.
+    """
+    if isinstance(value, Plain):
+        return [
+            f"{key}: {value.text} is a truth value to some readers of YAML and a text to others; "
+            f"write true or false, or '{value.text}' in quotes"
+        ]
+    if isinstance(value, dict):
+        items = [(f"{key}.{name}" if key else str(name), item) for name, item in value.items()]
+    elif isinstance(value, list):
+        items = [(f"{key}[{number}]", item) for number, item in enumerate(value)]
+    else:
+        return []
+    return [problem for name, item in items for problem in list_ambiguous(item, name)]
+
+
 def parse_override(text: str, annotation: Any) -> Any:
     """The value of `key=TEXT`: for a key that takes text, all of TEXT; else YAML.
+
+    For a key that takes any value, TEXT is YAML where it begins like a list, a mapping or a quoted
+    text; else all of it is one scalar, also with `#` or `: ` in it.
 
     Args:
         text: what stands behind the equals sign.
@@ -47,7 +73,9 @@ def parse_override(text: str, annotation: Any) -> Any:
         if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES:
             return yaml.safe_load(text)
         return Plain(text)
-    return parse_yaml(text) if text else Plain("")
+    if not text or (annotation is Any and not text.lstrip().startswith((*QUOTES, "[", "{"))):
+        return Plain(text.strip())
+    return parse_yaml(text)
 
 
 def get_fields(annotation: Any) -> dict[str, Any]:
@@ -74,9 +102,9 @@ def _find_section(annotation: Any) -> type[Section] | None:
 
 
 def _resolve_plain(plain: Plain, annotation: Any) -> Any:
-    value = plain.value
     if annotation is Any:
-        return value
+        return plain if plain.has_two_meanings else plain.free_value
+    value = plain.value
     if value is None:
         optional = not _takes_text(annotation) or type(None) in _list_choices(annotation)
         return None if optional or not plain.text else plain.text

@@ -1,12 +1,13 @@
 """YAML as recipes use it: a repeated key is refused, and every plain scalar keeps its text.
 
 YAML alone does not know what a key wants: it reads `22_05` as a number, `on` as true and `1:30` as
-90. A plain scalar stays a `Plain` here, until the schema has said whether the key takes text
-(config/values.py).
+90. A plain scalar stays a `Plain` here, until the schema has said what the key takes
+(config/values.py). `dump_yaml` writes what `parse_yaml` reads as the same values.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -14,8 +15,20 @@ from typing import Any
 
 import yaml
 
-_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,999}")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
+_FREE_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
+_FREE_NUMBER = re.compile(
+    r"[-+]?((0|[1-9][0-9]*)\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]{1,3}[eE][-+]?[0-9]{1,2}"
+)
+"""An exponent without a point is short: `8e42137` is a commit, as are all of seven characters."""
+_FREE_SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FREE_CONSTANTS: dict[str, bool | None] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+}
+_TWO_MEANINGS = ("yes", "no", "on", "off")
 _SPECIAL = {".inf": float("inf"), ".nan": float("nan")}
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "yes", "on"), True),
@@ -33,7 +46,7 @@ class Plain:
 
     @property
     def value(self) -> bool | int | float | str | None:
-        """The truth value, number or null that the text stands for; else the text."""
+        """What it stands for where a key takes truth values or numbers; else the text."""
         lower = self.text.lower()
         if lower in _CONSTANTS:
             return _CONSTANTS[lower]
@@ -45,6 +58,27 @@ class Plain:
         if unsigned in _SPECIAL and len(lower) - len(unsigned) <= 1:
             return -_SPECIAL[unsigned] if lower.startswith("-") else _SPECIAL[unsigned]
         return self.text
+
+    @property
+    def free_value(self) -> bool | int | float | str | None:
+        """What it stands for where a key takes any value: YAML 1.2, but only what loses nothing.
+
+        `007`, `1_000`, `0o17`, `12:30:00` and `8e42137` are texts.
+        """
+        if self.text in _FREE_CONSTANTS:
+            return _FREE_CONSTANTS[self.text]
+        if _FREE_INTEGER.fullmatch(self.text):
+            return int(self.text)
+        if _FREE_SPECIAL.fullmatch(self.text):
+            return float(self.text.replace(".", ""))
+        if _FREE_NUMBER.fullmatch(self.text) and math.isfinite(number := float(self.text)):
+            return number
+        return self.text
+
+    @property
+    def has_two_meanings(self) -> bool:
+        """Whether it is a truth value in YAML 1.1, and a text in YAML 1.2."""
+        return self.text.lower() in _TWO_MEANINGS
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,7 +108,7 @@ def _construct_map(loader: _Loader, node: yaml.MappingNode) -> Any:
     return loader.construct_mapping(node, deep=True)
 
 
-for _tag in ("null", "bool", "int", "float", "timestamp", "str"):
+for _tag in ("null", "bool", "int", "float", "timestamp", "str", "value", "merge"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_scalar)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_map)
 
@@ -86,3 +120,21 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is not YAML, or a key is there twice.
     """
     return yaml.load(text, Loader=_Loader)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that would be read as something else without them."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    plain = Plain(text)
+    is_text = plain.value == plain.free_value == text and not plain.has_two_meanings
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump_yaml(value: Any) -> str:
+    """Write mappings, lists, texts, numbers, truth values and null as YAML."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

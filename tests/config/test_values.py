@@ -168,11 +168,84 @@ def test_integers_are_decimal(recipe: Path, override: str, value: int) -> None:
     assert load_config(recipe, [override]).train.steps == value
 
 
-def test_options_without_a_type_keep_theirs(recipe: Path) -> None:
-    options: Any = load_config(
-        recipe, ["optim.name=sgd", "optim.options={momentum: 1e-1, nesterov: yes, x: '1', y: a b}"]
-    ).optim.options
-    assert options == {"momentum": 0.1, "nesterov": True, "x": "1", "y": "a b"}
+FREE: dict[str, Any] = {
+    **{text: text for text in (
+        "8e42137", "12345e6", "1e400", "1.5e999", "1_000", "1_0.5", "007", "-007", "0o17", "0x1f",
+        "0b11", "12:30:00", "1:30", "2024-01-01", "2024-01-01T00:00:00Z", "y", "n", "tRue", "<<",
+        "inf", "nan", "1e", "1.2.3", "22_05", "+", "=", "1" * 1001, "s3://bucket/x", "a:b", "1e1e1",
+    )},
+    "true": True, "False": False, "null": None, "~": None, "0": 0, "-7": -7, "+7": 7, "1e3": 1e3,
+    "1e-1": 0.1, "2.5e6": 2.5e6, "100e6": 1e8, ".5": 0.5, "0.90": 0.9, "1.": 1.0, "1.10": 1.1,
+    "1.0e+300": 1e300, ".inf": float("inf"), "-.inf": float("-inf"), str(2**70): 2**70,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FREE, ids=lambda text: text[:30])
+def test_where_any_value_may_stand_only_what_loses_nothing_is_a_number(
+    recipe: Path, tmp_path: Path, text: str
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(f"{RECIPE}track: {{options: {{wandb: {{key: {text}}}}}}}\n")
+    block = tmp_path / "block.yaml"
+    block.write_text(f"{RECIPE}track:\n  options:\n    wandb:\n      key: {text}\n")
+    for config in (
+        load_config(other),
+        load_config(block),
+        load_config(recipe, [f"track.options={{wandb: {{key: {text}}}}}"]),
+        load_config(recipe, [f"track.options.wandb.key={text}"]),
+    ):
+        found = config.track.options["wandb"]["key"]
+        assert found == FREE[text] and type(found) is type(FREE[text])
+
+
+@pytest.mark.parametrize("text", ["yes", "No", "on", "OFF"])
+def test_a_scalar_of_two_meanings_is_refused_where_any_value_may_stand(
+    recipe: Path, text: str
+) -> None:
+    for override in (
+        f"track.options.wandb.sync={text}",
+        f"track.options={{wandb: {{sync: [{text}]}}}}",
+        f"optim.options={{nesterov: {text}}}",
+    ):
+        with pytest.raises(UsageError, match=f"{text} is a truth value to some") as caught:
+            load_config(recipe, [override])
+        assert f"write true or false, or '{text}' in quotes" in str(caught.value)
+    quoted = load_config(recipe, [f"track.options.wandb.sync='{text}'"])
+    assert quoted.track.options == {"wandb": {"sync": text}}
+    assert load_config(recipe, ["data.augment=no"]).data.augment is False, "the key says which"
+
+
+@pytest.mark.parametrize("text", ["lr: high #3", "a, b", "- x", "50%", "&a", "*a", "|", "!x", "?"])
+def test_a_text_for_any_value_is_taken_whole(recipe: Path, text: str) -> None:
+    config = load_config(recipe, [f"track.options.wandb.notes={text}"])
+    assert config.track.options["wandb"]["notes"] == text
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
+    | st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(sorted(FREE))
+    | st.from_regex(r"[-+.0-9_exo:yn]{1,8}", fullmatch=True)
+    | st.sampled_from(["yes", "No", "on", "OFF", "<<", "=", "'", '"', "# x", "- a", "a: b"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text("ab01 ~", max_size=3), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(JSON)
+def test_any_option_is_the_same_in_config_yaml(tmp_path_factory: Any, value: Any) -> None:
+    options = {"wandb": {"key": value}}
+    config = load_config("toy/align_image", ["run.dir=x"])
+    track = config.track.model_copy(update={"options": options})
+    path = tmp_path_factory.getbasetemp() / "again.yaml"
+    path.write_text(config.model_copy(update={"track": track}).to_yaml(), encoding="utf-8")
+    assert load_config(path).track.options == options
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["track"]["options"] == options
+
+
+def test_options_of_an_optimizer_take_the_types_of_its_own(recipe: Path) -> None:
+    overrides = ["optim.name=sgd", "optim.options={momentum: 1e-1, nesterov: true}"]
+    assert load_config(recipe, overrides).optim.options == {"momentum": 0.1, "nesterov": True}
 
 
 def test_the_last_of_two_overrides_of_a_key_counts_in_every_place(recipe: Path) -> None:
