@@ -20,6 +20,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from onellm_dist.common.control_tokens import find_control_token, list_control_tokens
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.turns import ConversationTurn
@@ -65,9 +66,7 @@ class ChatTemplate:
         """The template's text, with FIXED_DATE for today."""
         self._marked = _MARK.search(self.source) is not None
         self._thinks = "enable_thinking" in self.source
-        self._control_tokens = [
-            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        self._control_tokens = list(list_control_tokens(tokenizer).values())
         self._closes = False
         text, answers = self._render_example()
         self.end: str = self._find_end(text[slice(*answers[-1])])
@@ -144,13 +143,7 @@ class ChatTemplate:
 
         Answers of weight 0 have no characters.
         """
-        found = [token for turn in turns for token in self._control_tokens if token in turn.text]
-        if found:
-            raise SampleError(
-                f"a turn of its conversation contains the control token {found[0]!r}",
-                "in the chat template it would begin or end a turn.",
-                "remove it from the text, or leave the sample out.",
-            )
+        self._check_turns(turns)
         messages = _to_messages(turns)
         if self._marked:
             text, marks = self._read_marks(messages)
@@ -164,9 +157,19 @@ class ChatTemplate:
         """Render the text after which the next answer is generated.
 
         Raises:
-            SampleError: the template refuses the turns.
+            SampleError: the template refuses the turns, or one contains a control token.
         """
+        self._check_turns(turns)
         return self._apply(_to_messages(turns), prompt=True)
+
+    def _check_turns(self, turns: Sequence[ConversationTurn]) -> None:
+        for turn in turns:
+            if token := find_control_token(turn.text, self._control_tokens):
+                raise SampleError(
+                    f"a turn of its conversation contains the control token {token!r}",
+                    "in the chat template it would begin or end a turn.",
+                    "remove it from the text, or leave the sample out.",
+                )
 
     def _read_marks(self, messages: list[Message]) -> tuple[str, CharacterSpans]:
         """Render with a template that marks answers: the text, and what it marks."""

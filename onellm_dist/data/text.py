@@ -22,8 +22,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
+from onellm_dist.common.control_tokens import describe_control_token, list_forbidden_ids
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.start_token import get_start_id
 from onellm_dist.common.turns import ConversationTurn, Role
@@ -73,6 +74,7 @@ class TextEncoder:
         self.max_tokens = max_tokens
         self._chat = ChatTemplate(tokenizer) if text_format == "chat" else None
         self._backend = _copy_tokenizer(backend, special_tokens=self._chat is not None)
+        self._forbidden = {} if self._chat else list_forbidden_ids(tokenizer)
         template = (
             (self._chat.source, tokenizer.special_tokens_map, *self._chat.identity)
             if self._chat
@@ -147,8 +149,23 @@ class TextEncoder:
         end = self._chat.end if self._chat else ""
         return end if end and self._backend.token_to_id(end) is None else None
 
+    def _encode(self, text: str) -> Encoding:
+        """Encode text; in captions and conversations, control tokens are text.
+
+        Raises:
+            SampleError: the tokenizer reads a control token nevertheless.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        if problem := describe_control_token(encoding.ids, self._forbidden):
+            raise SampleError(
+                problem,
+                "the LLM would take it for the end or the beginning of a text.",
+                "remove it from the text, or leave the sample out.",
+            )
+        return encoding
+
     def _encode_caption(self, caption: str) -> tuple[list[int], list[int]]:
-        ids = [*self._backend.encode(caption, add_special_tokens=False).ids, self.eos]
+        ids = [*self._encode(caption).ids, self.eos]
         return [self.bos, *ids][: self.max_tokens], [IGNORE, *ids][: self.max_tokens]
 
     def _encode_conversation(
@@ -161,7 +178,7 @@ class TextEncoder:
                 "nothing would be supervised.",
                 "leave the sample out.",
             )
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         ids: list[int] = encoding.ids
         labels = [IGNORE] * len(ids)
         token = 0

@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
+from onellm_dist.common.control_tokens import (
+    describe_control_token,
+    find_control_token,
+    list_control_tokens,
+    list_forbidden_ids,
+)
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.logging import get_logger
 from onellm_dist.common.start_token import get_start_id
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.model.configuration import OneLLMConfig
+
+_log = get_logger(__name__)
 
 
 class OneLLMProcessor(ProcessorMixin):
@@ -41,6 +50,7 @@ class OneLLMProcessor(ProcessorMixin):
 
         Args:
             text: a prompt, or B of them. BOS is put before each; batches are padded on the left.
+                Control tokens in it (`</s>`) are read as text, as in training.
             media: by name of a modality: a file, a tensor of the modality's value shape, the raw
                 signal that the modality's `transform` takes, what its `make_raw` takes (a
                 `PIL.Image` of any mode, an array of its pixels), or a list of B of these.
@@ -50,7 +60,8 @@ class OneLLMProcessor(ProcessorMixin):
             each modality given.
 
         Raises:
-            UsageError: an unknown modality, a missing file, or a list whose length is not B.
+            UsageError: an unknown modality, a missing file, a list whose length is not B, or a
+                control token that the tokenizer cannot read as text.
             SampleError: a file is not readable media of its modality.
         """
         prompts = [text] if isinstance(text, str) else list(text)
@@ -82,7 +93,7 @@ class OneLLMProcessor(ProcessorMixin):
                 "media spans stand behind it.",
                 "set `tokenizer.bos_token`.",
             )
-        rows = [[start, *self.tokenizer(p, add_special_tokens=False)["input_ids"]] for p in prompts]
+        rows = [[start, *self._encode_prompt(prompt)] for prompt in prompts]
         longest = max(map(len, rows))
         pad = next(
             i
@@ -92,6 +103,49 @@ class OneLLMProcessor(ProcessorMixin):
         ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
         return {"input_ids": ids, "attention_mask": mask}
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        """Ids of a prompt; control tokens in it are text, as in training."""
+        ids: list[int] = self.tokenizer(
+            prompt, add_special_tokens=False, split_special_tokens=True
+        )["input_ids"]
+        if problem := describe_control_token(ids, list_forbidden_ids(self.tokenizer)):
+            raise UsageError(
+                problem,
+                "the LLM would take it for the end or the beginning of a text.",
+                "remove it from the prompt.",
+            )
+        written = find_control_token(prompt, list_control_tokens(self.tokenizer).values())
+        if written is not None:
+            _log.warning(
+                "the prompt contains %r, which is read as text, as in training; a conversation in "
+                "the LLM's chat template is encoded by onellm_dist.data.text.TextEncoder "
+                "(encode_prompt)",
+                written,
+            )
+        return ids
+
+    def apply_chat_template(self, *args: Any, tokenize: bool = False, **kwargs: Any) -> Any:
+        """Render a conversation in the tokenizer's chat template.
+
+        Args:
+            args: as of the tokenizer's method.
+            tokenize: must be false: turns could write control tokens, and BOS would be missing or
+                doubled.
+            kwargs: as of the tokenizer's method.
+
+        Raises:
+            UsageError: `tokenize` is true.
+        """
+        if tokenize:
+            raise UsageError(
+                "apply_chat_template(tokenize=True)",
+                "its ids differ from those of training: control tokens in a turn would count, and "
+                "BOS would be missing or doubled.",
+                "use TextEncoder(tokenizer, 'chat', n).encode_prompt(turns) of "
+                "onellm_dist.data.text, or `onellm generate --format chat`.",
+            )
+        return self.tokenizer.apply_chat_template(*args, tokenize=False, **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Turn rows of token ids into texts, as the tokenizer does."""
