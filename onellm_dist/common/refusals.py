@@ -18,6 +18,8 @@ from typing import Any
 
 from onellm_dist.common.run_files import REFUSALS
 
+START_VARIABLE = "ONELLM_LOCAL_START"
+"""Name of a start whose ranks `onellm train` started on this machine."""
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
 
@@ -41,7 +43,7 @@ def append_refusal(
         exit_code: the exit code of the refused start.
         reason: why, for people.
         rank: the rank that was refused.
-        start: the same text on every rank of one start; "" is a start of its own.
+        start: see `describe_start`; "" is a start of its own.
         since: lines before this time (seconds since 1970) are of other starts.
 
     Returns:
@@ -87,34 +89,51 @@ def read_refusals(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
+def describe_start(address: str, port: int, env: Mapping[str, str]) -> str:
+    """Name a start: the same text on all of its ranks, and another one for every other start.
+
+    Args:
+        address: host of rank 0.
+        port: where the ranks meet.
+        env: environment variables.
+    """
+    if env.get(START_VARIABLE):
+        return env[START_VARIABLE]
+    if address in ("localhost", "::1") or address.startswith("127."):  # of which machine?
+        address = f"{socket.gethostname()}/{address}"
+    return f"{address}:{port}"
+
+
 def was_refused(run_dir: Path, start: str, *, since: float) -> bool:
     """Whether a rank of a start was refused.
 
     Args:
         run_dir: the run directory.
-        start: the `start` of its lines; "" means any start.
+        start: see `describe_start`.
         since: lines before this time (seconds since 1970) are of other starts.
     """
     return any(
-        start in ("", entry.get("start")) and _parse_time(entry) >= since
+        entry.get("start") == start and _parse_time(entry) >= since
         for entry in read_refusals(run_dir)
     )
 
 
-def find_refusal(run_dir: Path, job: str, *, since: str) -> dict[str, Any] | None:
+def find_refusal(run_dir: Path, job: str, *, start: str, since: str) -> dict[str, Any] | None:
     """The last refusal of a start of a job.
 
     Args:
         run_dir: the run directory.
         job: see `describe_job`.
-        since: local time with its UTC offset. Ranks that ssh started do not know their job: of
-            their lines those that are not older count.
+        start: see `describe_start`. Ranks that ssh started do not know their job: their lines count
+            if they have this name.
+        since: local time with its UTC offset; older lines without a job are of other starts.
     """
     earliest = _parse_time({"time": since})
     own = [
         entry
         for entry in read_refusals(run_dir)
-        if entry.get("job") == job or (not entry.get("job") and _parse_time(entry) >= earliest)
+        if entry.get("job") == job
+        or (not entry.get("job") and entry.get("start") == start and _parse_time(entry) >= earliest)
     ]
     return own[-1] if own else None
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UsageError
 from onellm_dist.common.logging import get_logger, write_unless_blocked
 from onellm_dist.common.processes import kill_with_parent
+from onellm_dist.launch.rank_logs import LOG_VARIABLE
 
 PARENT_VARIABLE = "ONELLM_LOCAL_PARENT"
 """Id of the process that a local rank must end with."""
@@ -83,6 +84,8 @@ class _LocalRanks:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         port = find_free_port()
         environments = [_make_environment(env, rank, ranks, port) for rank in range(ranks)]
+        for log, environment in zip(self._logs[1:], environments[1:], strict=True):
+            environment[LOG_VARIABLE] = str(log)
         # Each rank has its own session: Ctrl-C must reach it once, through us, and not a second
         # time from the terminal.
         self._first = subprocess.Popen(
@@ -147,7 +150,7 @@ class _LocalRanks:
         if first is None:
             return EXIT_DONE
         code = codes[first]
-        if code < 0 or code == EXIT_FAILED:
+        if code < 0 or code == EXIT_FAILED or (first > 0 and code == EXIT_USAGE):
             self._report(first, code)
         return code if code > 0 else EXIT_FAILED
 

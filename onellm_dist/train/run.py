@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import time
+import tempfile
 import traceback
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -19,15 +20,16 @@ from onellm_dist.common.files import FileStamp, stamp_file
 from onellm_dist.common.logging import configure_logging, get_logger
 from onellm_dist.common.patient_stream import drain_output, patient_output, replace_output
 from onellm_dist.common.processes import make_module_command, make_safe_environment
-from onellm_dist.common.refusals import was_refused
+from onellm_dist.common.refusals import START_VARIABLE, describe_start, was_refused
 from onellm_dist.common.run_files import EXIT, LOGS
 from onellm_dist.config.load import find_run_dir
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.arguments import decode_argument
 from onellm_dist.launch.local import end_with_parent, find_free_port, launch_local
+from onellm_dist.launch.rank_logs import LOGS_VARIABLE, keep_logs
 from onellm_dist.launch.ranks import Ranks, check_launch_ranks, discover_ranks
 from onellm_dist.train.recipe_check import load_checked_config
-from onellm_dist.train.records.exit_file import ExitFile
+from onellm_dist.train.records.exit_file import ExitFile, is_of_refused_start
 from onellm_dist.train.records.run_directory import is_in_use, lock_directory
 
 if TYPE_CHECKING:
@@ -72,26 +74,37 @@ def main(recipe: Path, overrides: Sequence[str] = ()) -> int:
     configure_logging()
     if count == 1:
         run_rank(recipe, overrides, Ranks(0, 1, 0, 1, "127.0.0.1", find_free_port()))
+    return _run_local_ranks(recipe, overrides, config.run.dir, count)
+
+
+def _run_local_ranks(recipe: Path, overrides: Sequence[str], run_dir: Path, count: int) -> int:
+    """Start the ranks on this machine, wait for them, and record what none of them could."""
     command = make_module_command("onellm_dist.train", str(recipe), *overrides)
-    began, earlier = time.time(), stamp_file(config.run.dir / EXIT)
-    with patient_output():
-        code = launch_local(command, count, config.run.dir / LOGS, make_safe_environment())
-    write_missing_exit(config.run.dir, code, began, earlier)
+    start, earlier = uuid.uuid4().hex, stamp_file(run_dir / EXIT)
+    env = make_safe_environment() | {
+        START_VARIABLE: start,
+        LOGS_VARIABLE: str((run_dir / LOGS).absolute()),
+    }
+    with tempfile.TemporaryDirectory(prefix="onellm-logs-") as folder:
+        with patient_output():
+            code = launch_local(command, count, Path(folder), env)
+        # A refused start has changed nothing; another start may be using the directory.
+        if code and not was_refused(run_dir, start, since=0) and not is_in_use(run_dir):
+            keep_logs(Path(folder), run_dir / LOGS)
+            write_missing_exit(run_dir, code, earlier)
     return code
 
 
-def write_missing_exit(run_dir: Path, code: int, began: float, earlier: FileStamp | None) -> None:
+def write_missing_exit(run_dir: Path, code: int, earlier: FileStamp | None) -> None:
     """Record that local ranks failed, where none of them could.
 
     Args:
         run_dir: the run directory.
         code: the exit code of the ranks.
-        began: when they were started, in seconds since 1970.
-        earlier: the `exit.json` that was there then; it says nothing about these ranks.
+        earlier: the `exit.json` before they were started; it says nothing about them.
     """
-    refused = was_refused(run_dir, "", since=began - 1.0)
-    found = stamp_file(run_dir / EXIT)
-    if code and not refused and found in (None, earlier) and not is_in_use(run_dir):
+    path = run_dir / EXIT
+    if stamp_file(path) in (None, earlier) or is_of_refused_start(path):
         reason = f"a rank ended before it could say why (exit code {code}); see {LOGS}/"
         exit_file = ExitFile(run_dir, rank=0)
         exit_file.hold(earlier)
@@ -110,9 +123,8 @@ def run_rank(recipe: Path, overrides: Sequence[str], ranks: Ranks) -> NoReturn:
     restrict_new_files()
     replace_output()
     configure_logging(rank=ranks.rank, world_size=ranks.world_size)
-    exit_file = ExitFile(
-        find_run_dir(recipe, overrides), rank=ranks.rank, start=f"{ranks.address}:{ranks.port}"
-    )
+    start = describe_start(ranks.address, ranks.port, os.environ)
+    exit_file = ExitFile(find_run_dir(recipe, overrides), rank=ranks.rank, start=start)
     trainer: Trainer | None = None
     try:
         config = load_checked_config(recipe, overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import Any
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import FileStamp
 from onellm_dist.common.logging import ROOT, configure_logging
+from onellm_dist.common.refusals import describe_start
 from onellm_dist.config.schema import RunConfig
 from onellm_dist.launch.local import find_free_port
+from onellm_dist.launch.rank_logs import move_own_log
 from onellm_dist.launch.ranks import Ranks, discover_ranks
 from onellm_dist.train.callbacks.preemption import Preemption
 from onellm_dist.train.callbacks.startup_timing import StartupTiming
@@ -62,9 +65,8 @@ class Session:
         if process is None:
             if not logging.getLogger(ROOT).hasHandlers():  # a script or a notebook
                 configure_logging(rank=ranks.rank, world_size=ranks.world_size)
-            exit_file = ExitFile(
-                self.run_dir, rank=ranks.rank, start=f"{ranks.address}:{ranks.port}"
-            )
+            start = describe_start(ranks.address, ranks.port, os.environ)
+            exit_file = ExitFile(self.run_dir, rank=ranks.rank, start=start)
             process = ProcessContext(exit_file, StartupTiming(exit_file.heartbeat))
         self.end_process = process.end
         self.exit_file = process.exit_file
@@ -119,6 +121,7 @@ class Session:
                 self._preemption.discard_earlier()
         self.dist.barrier()
         self.exit_file.begin()
+        move_own_log()
 
     def listen(self) -> Preemption:
         """Listen for requests to stop."""

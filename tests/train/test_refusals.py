@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from survival_runs import Runs
 from zygote import Zygote
 
+from onellm_dist.common.processes import make_module_command
 from onellm_dist.common.run_files import LOCK, REFUSALS
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
@@ -244,3 +247,36 @@ def test_outputs_that_fail_or_block_do_not_end_a_run(runs: Runs) -> None:
     assert [line["step"] for line in runs.lines("outputs", "metrics.jsonl")] == [0, 1, 2, 3], (
         "lines that the disk had no room for were written when it had"
     )
+
+
+def test_local_ranks_that_refuse_their_start_leave_the_run_as_it_was(runs: Runs) -> None:
+    def start(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        command = make_module_command(
+            "onellm_dist.train",
+            "toy/align_image",
+            f"data.root={runs.toy}",
+            f"run.dir={runs.out / name}",
+            "data.mixture=[{path: imu}]",
+            "data.global_batch=4",
+            "data.workers=0",
+            "optim.lr=1e-3",
+            "train.steps=1",
+            "launch.ranks=2",
+            *more,
+        )
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=600, check=False
+        )
+
+    assert start("local").returncode == 0
+    folder = runs.out / "local"
+    assert (folder / "logs" / "rank-1.log").is_file()
+    before = digest(folder)
+    refused = start("local", "train.steps=2", "run.seed=5")
+    assert refused.returncode == 2 and "run.seed was 0, now 5" in refused.stdout + refused.stderr
+    assert digest(folder) == before
+    refused = start("local_fresh", "data.pack_llm_tokens=33")
+    assert refused.returncode == 2 and "data.pack_llm_tokens is 33" in refused.stdout
+    names = {path.name for path in (runs.out / "local_fresh").iterdir()}
+    assert names == {"exit.json", REFUSALS, LOCK}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from onellm_dist.common import run_files
 from onellm_dist.common.errors import EXIT_CODES, EXIT_DONE, EXIT_USAGE
-from onellm_dist.common.refusals import find_refusal
+from onellm_dist.common.refusals import describe_start, find_refusal
 from onellm_dist.launch.slurm.attempts import (
     LOST,
     RUNNING,
@@ -30,6 +30,7 @@ from onellm_dist.launch.slurm.attempts import (
     make_attempt,
     read_attempts,
 )
+from onellm_dist.launch.slurm.environment import compute_port
 from onellm_dist.launch.slurm.next_action import NO_BAD_NODE, NextAction, choose_action
 from onellm_dist.launch.slurm.run_progress import (
     count_steps_done,
@@ -146,7 +147,7 @@ def describe_end(
             offending_samples=tuple(str(s) for s in found.get("offending_samples") or ()),
         )
     job = f"{started.job_id}.{started.restart_count}"
-    refusal = find_refusal(run_dir, job, since=started.start)
+    refusal = find_refusal(run_dir, job, start=name_meeting_point(started), since=started.start)
     if refusal is not None and refusal.get("status") in EXIT_CODES:
         return replace(started, status=refusal["status"], reason=str(refusal.get("reason", "")))
     started = replace(started, steps_done=count_steps_done(run_dir, started))
@@ -156,6 +157,14 @@ def describe_end(
     # A status of 2 alone is no wrong usage: shells and srun use it for a command that is not there.
     reason = f"the ranks ended without exit.json; the launcher's exit code is {launcher_status}"
     return replace(started, status="failed", failed_step=started.steps_done, reason=reason)
+
+
+def name_meeting_point(attempt: Attempt) -> str:
+    """The name of a start whose ranks meet where the job script says, as they know it."""
+    if not attempt.nodes or not attempt.job_id.isdigit():
+        return ""
+    port = compute_port(int(attempt.job_id), attempt.restart_count)
+    return describe_start(attempt.nodes[0], port, {})
 
 
 def describe_preflight_failure(

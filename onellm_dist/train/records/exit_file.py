@@ -67,7 +67,7 @@ class ExitFile:
         run_dir: the run directory.
         rank: this rank.
         heartbeat: what this rank is doing.
-        start: the same text on every rank of this start.
+        start: names this start (`refusals.describe_start`).
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ExitFile:
 
         Rank 0 calls it. What a rank of this start has written stays.
         """
-        if self._is_earlier() or _was_refused(self._path):
+        if self._is_earlier() or is_of_refused_start(self._path):
             self._path.unlink(missing_ok=True)
 
     def write_failure(self, error: BaseException) -> int:
@@ -192,7 +192,7 @@ class ExitFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            if self._is_earlier():
+            if self._is_earlier() or self._is_of_other_refused_start():
                 own.replace(self._path)
             else:
                 os.link(own, self._path)
@@ -211,6 +211,10 @@ class ExitFile:
             self.run_dir, self._start, since=self._began - START_SPREAD_S
         )
 
+    def _is_of_other_refused_start(self) -> bool:
+        """Whether a start was refused and wrote the file while this one held the directory."""
+        return self._hold is not DirectoryHold.OUTSIDE and is_of_refused_start(self._path)
+
     def _is_earlier(self) -> bool:
         """Whether the file there is that of an earlier start, and this start may replace it."""
         return (
@@ -220,8 +224,8 @@ class ExitFile:
         )
 
 
-def _was_refused(path: Path) -> bool:
-    """Whether an `exit.json` is that of a refused start."""
+def is_of_refused_start(path: Path) -> bool:
+    """Whether an `exit.json` is that of a refused start: one of a directory without a run."""
     try:
         return bool(json.loads(path.read_text(encoding="utf-8")).get(REFUSED))
     except (OSError, ValueError, AttributeError):

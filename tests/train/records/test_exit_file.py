@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from onellm_dist.common.errors import OneLLMError, RunInUseError, UsageError
-from onellm_dist.common.refusals import find_refusal, read_refusals
+from onellm_dist.common.refusals import (
+    START_VARIABLE,
+    describe_start,
+    find_refusal,
+    read_refusals,
+)
 from onellm_dist.common.run_files import CONFIG, EXIT
 from onellm_dist.train.records.exit_file import ExitFile
 
@@ -102,17 +107,43 @@ def test_in_a_directory_without_a_run_a_refusal_has_an_exit_file_until_a_start_b
     assert not (folder / EXIT).exists()
 
 
+def test_a_failure_replaces_the_file_of_another_start_that_was_refused_meanwhile(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    first = ranks(folder)
+    ExitFile(folder, rank=0, start="other:2").write_failure(UsageError("no model"))
+    assert read(folder)["status"] == "usage"
+    first[1].write_failure(MemoryError("no room"))
+    assert read(folder)["status"] == "failed"
+
+
 def test_a_job_finds_its_own_refusal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    since = "2020-01-01T00:00:00+0000"
-    for job, reason in (("7", "first"), ("8", "other"), ("", "through ssh")):
+    since, meets = "2020-01-01T00:00:00+0000", "node1:12345"
+    for job, start, reason, found_reason in (
+        ("7", "node1:1", "first", "first"),
+        ("8", "node2:1", "of another job", "first"),
+        ("", "login:29500", "by hand, in the same directory", "first"),
+        ("", meets, "through ssh", "through ssh"),
+    ):
         if job:
             monkeypatch.setenv("SLURM_JOB_ID", job)
         else:
-            monkeypatch.delenv("SLURM_JOB_ID")
+            monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        ExitFile(run_dir, rank=0).write_failure(UsageError(reason))
-        found = find_refusal(run_dir, "7.2", since=since)
-        assert found is not None and found["reason"] == (reason if job != "8" else "first")
-    found = find_refusal(run_dir, "7.2", since="2999-01-01T00:00:00+0000")
+        ExitFile(run_dir, rank=0, start=start).write_failure(UsageError(reason))
+        found = find_refusal(run_dir, "7.2", start=meets, since=since)
+        assert found is not None and found["reason"] == found_reason
+    late = "2999-01-01T00:00:00+0000"
+    found = find_refusal(run_dir, "7.2", start=meets, since=late)
     assert found is not None and found["reason"] == "first"
-    assert find_refusal(run_dir, "7.3", since="2999-01-01T00:00:00+0000") is None
+    assert find_refusal(run_dir, "7.3", start=meets, since=late) is None
+
+
+def test_a_start_has_one_name_that_no_other_start_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_start("node1", 12345, {}) == "node1:12345"
+    assert describe_start("127.0.0.1", 29500, {START_VARIABLE: "abc"}) == "abc"
+    here = describe_start("127.0.0.1", 29500, {})
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert describe_start("127.0.0.1", 29500, {}) != here
