@@ -46,8 +46,7 @@ def commands() -> str:
     from onellm_dist.cli import app
     from onellm_dist.cli.generate import add_modality_options, generate
 
-    if all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(add_modality_options(generate))
+    add_modality_options(generate)
     return "\n".join(_command_pages(typer.main.get_command(app), ["onellm"]))
 
 

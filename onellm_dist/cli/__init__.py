@@ -6,6 +6,7 @@ It only wires: each command imports its room when it is called, so that `--help`
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import NoReturn
 
@@ -22,6 +23,9 @@ for _commands in (runs, cluster):
     app.add_typer(_commands.app)
 app.add_typer(shards.app, name="shards")
 app.add_typer(convert.app, name="convert")
+app.command("generate")(generate)
+COMPLETION_VARIABLE = "_ONELLM_COMPLETE"
+"""Set by the shell that wants a command line completed (click)."""
 
 
 @app.callback()
@@ -43,11 +47,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         # A locale such as ISO-8859-1 has no character for much of what a model may answer.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # `generate` has an option per modality. Importing the modalities takes time, which other
-    # commands do not spend.
-    wanted = arguments[:1] == ["generate"] or not arguments or arguments[0].startswith("-")
-    if wanted and all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(add_modality_options(generate))
+    # Importing the modalities takes seconds, which other commands do not spend.
+    if arguments[:1] == ["generate"] or COMPLETION_VARIABLE in os.environ:
+        add_modality_options(generate)
     try:
         app(arguments, prog_name="onellm")
     except OneLLMError as error:

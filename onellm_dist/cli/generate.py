@@ -68,8 +68,8 @@ def generate(
         typer.echo(ending, err=True)
 
 
-def add_modality_options(function: Any) -> Any:
-    """Replace `**files` by an option `--NAME FILE` for each modality.
+def add_modality_options(function: Any) -> None:
+    """Replace `**files` by an option `--NAME FILE` for each modality, once.
 
     Args:
         function: a command with `**files`.
@@ -77,9 +77,9 @@ def add_modality_options(function: Any) -> Any:
     from onellm_dist.modalities import all_modalities
 
     signature = inspect.signature(function, eval_str=True)
-    fixed = [
-        p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    *fixed, last = signature.parameters.values()
+    if last.kind is not inspect.Parameter.VAR_KEYWORD:
+        return
     options = [
         inspect.Parameter(
             name,
@@ -95,4 +95,3 @@ def add_modality_options(function: Any) -> Any:
     ]
     function.__signature__ = signature.replace(parameters=[*fixed, *options])
     function.__annotations__ = {p.name: p.annotation for p in [*fixed, *options]}
-    return function

@@ -54,6 +54,13 @@ def test_help_shows_every_default() -> None:
 
 def test_the_shell_can_complete_commands() -> None:
     assert "--install-completion" in run_onellm("--help").stdout
+    command = Path(sys.executable).parent / "onellm"
+    typed = {"_ONELLM_COMPLETE": "complete_bash", "COMP_WORDS": "onellm generate --im"}
+    done = subprocess.run(
+        [command], env={**os.environ, **typed, "COMP_CWORD": "2"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert {"--image", "--imu"} <= set(done.stdout.split())
 
 
 def test_generate_has_an_option_for_every_modality() -> None:

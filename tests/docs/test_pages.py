@@ -25,8 +25,7 @@ SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
 @pytest.fixture(scope="module")
 def onellm() -> Any:
     """The command tree of `onellm`."""
-    if all(command.name != "generate" for command in app.registered_commands):
-        app.command("generate")(add_modality_options(generate))
+    add_modality_options(generate)
     return typer.main.get_command(app)
 
 

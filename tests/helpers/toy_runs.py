@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from zygote import get_zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
 
 class Runs:
-    """Runs of a recipe over the toy world: fp32, constant rate 1e-3, keys as `train__steps=3`."""
+    """Runs of a recipe over the toy world: fp32, constant rate 1e-3, keys as `train__steps=3`.
+
+    Without a launcher a zygote forks the ranks.
+    """
 
     def __init__(
         self,
@@ -49,17 +52,17 @@ class Runs:
             "launch.ranks": ranks,
         }
         fixed |= {key.replace("__", "."): value for key, value in {**self.keys, **keys}.items()}
-        command = [
-            *(launcher or [sys.executable, "-m", "onellm_dist.train"]),
-            self.recipe,
-            *(f"{k}={v}" for k, v in fixed.items()),
-        ]
+        overrides = [f"{key}={value}" for key, value in fixed.items()]
+        if launcher is None:
+            get_zygote().start(ranks, overrides, recipe=self.recipe).done(3600)
+            return self.root / name
         env = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        command = [*launcher, self.recipe, *overrides]
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=3600, check=False
         )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zygote import get_zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 
@@ -22,11 +20,7 @@ def start(
     mixture = [
         f"{{path: {n}, weight: {w}}}" for n, w in zip(("image", "imu"), weights, strict=True)
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "onellm_dist.train",
-        "toy/align_image",
+    overrides = [
         f"data.root={toy}",
         f"run.dir={run_dir}",
         f"train.steps={steps}",
@@ -36,20 +30,11 @@ def start(
         "data.validation={split: test_seen, samples: 5, every: 2}",
         "optim.schedule=constant",
         "checkpoint.every=2",
-        f"launch.ranks={ranks}",
         "engine.config=zero3",
         *more,
     ]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=800, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
+    started = get_zygote().start(ranks, overrides)
+    return max(started.wait(800)), started.output()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from survival_runs import Runs
-from zygote import Zygote
+from zygote import get_zygote
 
 from onellm_dist.common.processes import make_module_command
 from onellm_dist.common.run_files import LOCK, REFUSALS
@@ -24,13 +23,12 @@ DONE: dict[str, Any] = {"train__steps": 4, "checkpoint__every": 2}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     toy, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("refusals")
     build_toyworld(
         toy, seed=0, train_per_modality=16, test_per_modality=2, modalities=("imu", "fmri")
     )
-    with Zygote(out / "logs") as zygote:
-        yield Runs(toy, out, zygote)
+    return Runs(toy, out, get_zygote())
 
 
 @pytest.fixture(scope="module")

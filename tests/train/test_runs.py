@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from zygote import get_zygote
 
 from onellm_dist.launch.local import find_free_port
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
@@ -74,6 +75,12 @@ class Runner:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def fork(self, name: str, ranks: int = 2, **keys: Any) -> tuple[int, str]:
+        """Run to the end, without a launcher: a zygote forks the ranks."""
+        recipe, *overrides = self.overrides(name, **keys)
+        start = get_zygote().start(ranks, overrides, recipe=recipe)
+        return max(start.wait(TIMEOUT_S)), start.output()
 
     def run(
         self, name: str, ranks: int = 2, launcher: list[str] | None = None, **keys: Any
@@ -191,9 +198,10 @@ def test_one_and_four_ranks_see_the_same_samples_and_losses(
         "-m",
         "onellm_dist.train",
     ]
-    code, output = runner.run(
-        f"ranks{ranks}", ranks, torchrun if ranks == 4 else None, engine__config=zero
-    )
+    if ranks == 4:
+        code, output = runner.run("ranks4", 4, torchrun, engine__config=zero)
+    else:
+        code, output = runner.fork("ranks1", 1, engine__config=zero)
     assert code == 0, output
     for one, other in zip(runner.metrics(two), runner.metrics(f"ranks{ranks}"), strict=True):
         assert one["sample_digest"] == other["sample_digest"]
@@ -231,7 +239,7 @@ def test_the_exported_model_loads_and_the_next_stage_trains_the_llm(
         "data__text_format": "conversation",
         "data__max_text_tokens": 200,
     }
-    code, output = runner.run("tuned", 1, **keys)
+    code, output = runner.fork("tuned", 1, **keys)
     assert code == 0, output
     before, after = exported(runner.out / two), exported(runner.out / "tuned")
     moved = {name for name in after if not torch.equal(before[name], after[name])}
@@ -278,7 +286,7 @@ def test_preempted_runs_resume_bit_identically(runner: Runner, two: str, how: st
     assert not (runner.out / name / "stop").exists()
     assert (runner.out / name / "checkpoints" / f"step-{found['steps_done']:08d}").is_dir()
 
-    code, output = runner.run(name)
+    code, output = runner.fork(name)
     assert code == 0, output
     assert_same_run(runner, name, two)
 
@@ -330,9 +338,9 @@ def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired
 ) -> None:
     repair = unreadable_sample(runner.toy)
     try:
-        code, output = runner.run("skipped_sample", 2, train__steps=STEPS)
+        code, output = runner.fork("skipped_sample", 2, train__steps=STEPS)
         assert code == 0, output
-        strict_code, strict_output = runner.run("strict", 2, data__max_skipped_samples=0)
+        strict_code, strict_output = runner.fork("strict", 2, data__max_skipped_samples=0)
     finally:
         repair()
     lines = [
@@ -356,7 +364,7 @@ def test_an_unreadable_sample_is_recorded_and_stays_skipped_after_it_is_repaired
         {"checkpoint__resume": back} if first >= EVERY else {"checkpoint__resume": "auto"}
     )
     before = trainable_state(runner.out / "skipped_sample", STEPS)
-    code, output = runner.run("skipped_sample", 2, **again)
+    code, output = runner.fork("skipped_sample", 2, **again)
     assert code == 0, output
     assert same(trainable_state(runner.out / "skipped_sample", STEPS), before)
 

@@ -8,13 +8,12 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 from survival_runs import EVERY, STEPS, Runs, identical, same_stream, update_gap
-from zygote import Start, Zygote
+from zygote import Start, get_zygote
 
 from onellm_dist.shards.sources.toyworld.build import build_toyworld
 from onellm_dist.train.records.skipped_samples import read_skipped_samples
@@ -24,11 +23,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     toy, out = tmp_path_factory.mktemp("toy"), tmp_path_factory.mktemp("survival")
     build_toyworld(toy, seed=0, train_per_modality=64, test_per_modality=4, modalities=("imu",))
-    with Zygote(out / "logs") as zygote:
-        yield Runs(toy, out, zygote)
+    return Runs(toy, out, get_zygote())
 
 
 @pytest.fixture(scope="module")

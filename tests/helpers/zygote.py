@@ -2,20 +2,23 @@
 
 Run as a program, it reads a JSON line per start, and answers one, then one for each process that
 ends. `Zygote` is its client. A start of two ranks costs a second on two cores instead of fifteen:
-the kill tests need dozens.
+the kill tests need dozens. `get_zygote` gives the one of this test process.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 
@@ -85,11 +88,19 @@ def _be_rank(order: dict[str, Any], rank: int, parent: int) -> NoReturn:
     plant(order["plant"], rank)
     ranks = discover_ranks()
     assert ranks is not None
-    run_rank(Path("toy/align_image"), order["overrides"], ranks)
+    run_rank(Path(order["recipe"]), order["overrides"], ranks)
+
+
+@cache
+def get_zygote() -> Zygote:
+    """The zygote that all tests of this process share; it ends with the process."""
+    zygote = Zygote(Path(tempfile.mkdtemp(prefix="zygote-")))
+    atexit.register(zygote.close)
+    return zygote
 
 
 class Zygote:
-    """Starts runs of the toy recipe through the program; use it as a context manager."""
+    """Starts runs through the program."""
 
     def __init__(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -113,26 +124,32 @@ class Zygote:
         self._heard = b""
         assert self._hear(300) is not None, (logs / "zygote.log").read_text()
 
-    def __enter__(self) -> Zygote:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the program, and remove what it and its ranks printed."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        shutil.rmtree(self._logs, ignore_errors=True)
 
     def start(
-        self, world_size: int, overrides: list[str], plant: dict[str, Any] | None = None
+        self,
+        world_size: int,
+        overrides: list[str],
+        plant: dict[str, Any] | None = None,
+        *,
+        recipe: str = "toy/align_image",
     ) -> Start:
-        """Fork the ranks of a start."""
+        """Fork the ranks of a start.
+
+        Args:
+            world_size: number of ranks.
+            overrides: keys of the recipe, as `train.steps=3`.
+            plant: faults, as in planted.py.
+            recipe: name or path of the recipe.
+        """
         from onellm_dist.launch.local import find_free_port
 
         self._number += 1
@@ -140,6 +157,7 @@ class Zygote:
         order = {
             "world_size": world_size,
             "overrides": overrides,
+            "recipe": recipe,
             "port": find_free_port(),
             "plant": plant or {},
             "logs": str(logs),
