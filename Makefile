@@ -8,6 +8,8 @@ SLURM := $(VENV)/.slurm
 PYTEST := $(BIN)/python -m pytest
 DEMO_OUT ?= demo_run
 INTEGRATION_OUT ?= integration_run
+# Three processes on two cores: many tests wait for others. tests/conftest.py orders the files.
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 
@@ -35,10 +37,10 @@ demo-full: $(STAMP)  ## the same with three times the training (about an hour on
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
 test: $(STAMP) $(SLURM) lint types docs  ## every check except the long random ones, with coverage
-	$(PYTEST) -m "not soak" -n 2 --dist loadfile $(SLOW_REPORT) $(COVERAGE)
+	$(PYTEST) -m "not soak" $(PARALLEL) $(SLOW_REPORT) $(COVERAGE)
 
 test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
-	$(PYTEST) -m "not slow and not soak" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
 
 soak: $(STAMP) $(SLURM)  ## long random runs (hours)
 	$(PYTEST) -m soak --timeout 7200

@@ -15,9 +15,30 @@ HELPERS = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
 
 
+TESTS = Path(__file__).parent
+LONGEST = (
+    "train/test_survival.py",
+    "testing/slurm_cluster/test_rehearsal.py",
+    "train/engine/test_engine_matrix.py",
+    "docs/test_pages.py",
+    "train/test_runs.py",
+    "train/test_refusals.py",
+    "train/engine/test_engine_memory.py",
+    "train/engine/test_engine_runs.py",
+    "train/test_handover.py",
+    "data/test_stream.py",
+    "train/test_data_changes.py",
+    "shards/test_shard_stores.py",
+    "train/engine/test_engine.py",
+)
+"""Files that take minutes, longest first: one that starts last would run alone at the end."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A soak test is slow too, so `-m "not slow"` leaves it out."""
+    """A soak test is slow too, so `-m "not slow"` leaves it out. The longest files come first."""
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker("slow")
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
