@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from onellm_dist.common.secrets import mask_text
@@ -54,5 +55,21 @@ class RunInUseError(OneLLMError):
     """Another start of the run is still running: this one is refused, and has changed nothing."""
 
 
+_ADDRESS = re.compile(r" (?:at|@) 0x[0-9a-fA-F]{4,}(?=[>\]])")
+"""Where an object lies in memory, as libraries print it: `<_io.BytesIO object at 0x7f...>`."""
+
+
 class SampleError(OneLLMError):
-    """One sample cannot be read; the message names dataset, shard and key if they are known."""
+    """One sample cannot be read; the message names dataset, shard and key if they are known.
+
+    The same bytes give the same message in every process: it is recorded, compared and counted. So
+    what libraries say is kept without the addresses of their objects.
+
+    Args:
+        what: as of `OneLLMError`.
+        why: as of `OneLLMError`.
+        do: as of `OneLLMError`.
+    """
+
+    def __init__(self, what: str, why: str = "", do: str = "") -> None:
+        super().__init__(_ADDRESS.sub("", what), _ADDRESS.sub("", why), do)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,10 +43,6 @@ _LASTING = frozenset(
     }
 )
 """Errors that are the fault of the file itself; a retry does not help."""
-_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
-"""Libraries print objects with their addresses ("<_io.BytesIO object at 0x7f...>").
-
-They differ each time, so they are cut out of reasons."""
 
 
 class PreparedSample(NamedTuple):
@@ -98,7 +93,7 @@ def prepare_sample(
     except _SkippedError as reason:
         return PreparedSample(key, where, reason=str(reason), skipped=True)
     except SampleError as error:
-        return PreparedSample(key, where, reason=_ADDRESS.sub("", error.what))
+        return PreparedSample(key, where, reason=error.what)
 
 
 def _read_sample(
