@@ -268,7 +268,7 @@ def test_bad_instruction_rows(tmp_path: Path) -> None:
         "unreadable row: the file name ../../etc/passwd leads out",
         "unreadable point: .npy (98432 bytes) is not a readable point cloud: it is an array of",
         "unreadable .pt: ee.pt",
-        "wrong type: ff.pt holds torch.int64",
+        "wrong type: ff.pt holds int64",
         "unreadable row: turn 1 is an empty answer",
         "unreadable row: no 'image'",
         "unreadable row: a str, not an object",

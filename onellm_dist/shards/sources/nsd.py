@@ -9,6 +9,7 @@ sample with `.nsdgeneral.npy` [repetitions, voxels] and `.coco73k.npy`, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,18 @@ class _CaptionTable:
                 }[version]
                 self.shape, fortran, self.dtype = read(file)
                 self.start = file.tell()
-        except (ValueError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy parses the header as Python: it may raise anything
             raise self._make_error(f"it is not a .npy ({error})") from error
         if len(self.shape) != 2 or self.dtype.kind not in "US" or fortran:
             raise self._make_error(f"it is an array of {self.dtype}, shape {self.shape}")
+        promised, there = math.prod(self.shape) * self.dtype.itemsize, path.stat().st_size
+        if min(self.shape) < 1 or self.start + promised != there:
+            raise self._make_error(
+                f"its header says {self.shape} {self.dtype}, which is not the "
+                f"{there - self.start:,} bytes that follow"
+            )
 
     def _make_error(self, why: str) -> UsageError:
         return UsageError(

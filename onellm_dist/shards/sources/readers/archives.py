@@ -36,6 +36,8 @@ _STORED = 0
 _DEFLATED = 8
 _ENCRYPTED = 1
 _CHUNK = 1 << 20
+_LARGEST_UNPACKED = 2 << 30
+"""Bytes of a deflated member: 2 MB of an archive can promise that much, and more costs a worker."""
 _ROW = np.dtype(
     [
         ("stem", "<u8"),
@@ -98,6 +100,11 @@ class ArchiveMember:
                 f"unreadable archive: {where} is packed by method {self.method}; "
                 f"stored and deflated are supported"
             )
+        if self.method == _DEFLATED and self.size > _LARGEST_UNPACKED:
+            raise BadSampleError(
+                f"too large: {where} would unpack to {self.size:,} bytes; "
+                f"the limit is {_LARGEST_UNPACKED:,}"
+            )
         head = self._read_span(0, _LOCAL.size)
         if len(head) < _LOCAL.size or head[:4] != b"PK\x03\x04":
             raise BadSampleError(
@@ -128,11 +135,13 @@ class ArchiveMember:
         found, place = b"", self.offset + start
         for volume in self.volumes:
             with volume.open("rb") as file:
-                file.seek(place)
-                piece = file.read(size - len(found))
-                if not piece and not found:
-                    place -= volume.stat().st_size  # it begins in a later volume
+                there = volume.stat().st_size
+                if place >= there and not found:  # it begins in a later volume
+                    place -= there
                     continue
+                file.seek(place)
+                # A directory may promise any size, and memory is reserved for what is asked for.
+                piece = file.read(max(0, min(size - len(found), there - place)))
             found, place = found + piece, 0
             if len(found) == size:
                 break

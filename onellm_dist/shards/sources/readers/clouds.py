@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onellm_dist.common.errors import OneLLMError
+from onellm_dist.modalities.limits import LIMITS, check_count
 from onellm_dist.shards.sources.base import BadSampleError, Media
+from onellm_dist.shards.sources.readers.tensor_files import read_tensor
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,19 @@ class TensorCloud:
             BadSampleError: the file is not a tensor (pickled code is never run), or has another
                 shape or type of numbers.
         """
-        import torch
-
         data = self.source.read_bytes()
         try:
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except MemoryError:
+            value = read_tensor(data)
+        except (MemoryError, OneLLMError):
             raise
         except Exception as error:  # broken pickles and zips raise nearly anything
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadSampleError(f"unreadable .pt: {self.where}: {first[:200]}") from error
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, np.ndarray):
             raise BadSampleError(
                 f"wrong type: {self.where} holds a {type(value).__name__}, not a tensor"
             )
-        if not (value.is_floating_point() or value.dtype == torch.uint8):
+        if not (value.dtype.kind == "f" or value.dtype == np.uint8):
             raise BadSampleError(
                 f"wrong type: {self.where} holds {value.dtype}, not floating-point numbers"
             )
@@ -51,7 +52,9 @@ class TensorCloud:
                 f"wrong shape: {self.where} holds {list(value.shape)}, not [6, points]"
             )
         if value.shape[0] == 6 and value.shape[1] != 6:
-            value = value.t()
+            value = value.T
+        check_count(LIMITS["point"], "points", len(value), self.where)
         buffer = io.BytesIO()
-        np.save(buffer, np.ascontiguousarray(value.float().numpy()))
+        with np.errstate(over="ignore"):  # what overflows is not finite, which the check finds
+            np.save(buffer, np.ascontiguousarray(value, np.float32))
         return buffer.getvalue()
