@@ -29,6 +29,7 @@ from onellm_dist.data.text_parts import read_meta
 from onellm_dist.data.token_counts import UNREADABLE, get_token_count_path
 from onellm_dist.modalities import Modality
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.packed import IGNORE, PackedBatch
 from onellm_dist.shards.format.parts import SampleSpan, extract_parts, get_parts_span
 
@@ -284,6 +285,7 @@ def _translate_errors(modality: Modality, sample_id: str) -> Iterator[None]:
                 "the machine failed, not the sample, so the sample is not skipped.",
                 "use fewer loader processes (data.workers).",
             ) from error
+        require_library(error)
         raise SampleError(
             f"unreadable {modality.name}: {type(error).__name__}: {error}",
             "it cannot be decoded.",

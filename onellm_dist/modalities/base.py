@@ -53,6 +53,7 @@ import torch
 from torch import nn
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import Limits, check_input
 
 if TYPE_CHECKING:
@@ -297,6 +298,7 @@ def _translate_errors(name: str) -> Iterator[None]:
     except (OneLLMError, MemoryError, OSError):
         raise
     except Exception as error:
+        require_library(error)
         raise SampleError(
             f"unreadable {name}: {type(error).__name__}: {error}",
             "it cannot be decoded.",

@@ -255,6 +255,19 @@ def test_bad_samples_beyond_those_held_in_memory_are_counted_and_listed(
     assert len(caught.value.bad) == 7
 
 
+def test_samples_that_all_fail_alike_are_not_the_datas_fault(tmp_path: Path) -> None:
+    inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(f"k{i}:" for i in range(100))})
+    with pytest.raises(TooManyFailuresError, match=r"all fail alike \(empty caption\)") as caught:
+        build(inputs, tmp_path / "out")
+    assert "a library, the environment or the recipe" in caught.value.why
+    assert "max_failures" not in caught.value.do
+    lines = ["k:text", *(f"k{i}:" for i in range(99))]
+    inputs = write_tree(tmp_path / "mixed", {"rows.txt": "\n".join(lines)})
+    with pytest.raises(TooManyFailuresError) as caught:
+        build(inputs, tmp_path / "out")
+    assert "alike" not in caught.value.what and "max_failures" in caught.value.do
+
+
 def test_too_many_failures_count_over_all_shards(tmp_path: Path) -> None:
     lines = [f"k{i}:{'' if i % 6 == 5 else 'text'}" for i in range(60)]
     inputs = write_tree(tmp_path / "in", {"rows.txt": "\n".join(lines)})

@@ -11,6 +11,7 @@ import numpy as np
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.library_faults import require_library
 
 
 def is_npy(part: Part) -> bool:
@@ -48,6 +49,7 @@ def read_npy(part: Part, *, finite: bool = True) -> np.ndarray:
         flat = np.frombuffer(part.data, dtype, count, stream.tell())
         array = flat.reshape(shape, order="F" if fortran else "C")
     except Exception as error:  # numpy parses the header as Python: broken bytes raise anything
+        require_library(error)
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is not a readable NumPy array: "
             f"{error or type(error).__name__}",

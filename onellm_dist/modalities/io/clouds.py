@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.damage import note_damage
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, check_count
 
 Fields = dict[str, np.ndarray]
@@ -55,9 +56,10 @@ def read_cloud(part: Part) -> np.ndarray:
         positions, colours = _read_columns(part)
         check_count(LIMITS["point"], "points", max(1, len(positions)), name)
         return _join_columns(positions, colours, name)
-    except (SampleError, MemoryError):
+    except (OneLLMError, MemoryError):
         raise
     except Exception as error:  # headers are parsed as text: broken ones raise anything
+        require_library(error)
         said = f"its header lacks or misspells {error}" if isinstance(error, KeyError) else ""
         said = said or str(error) or type(error).__name__
         raise _cloud_error(

@@ -11,6 +11,7 @@ import av
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
+from onellm_dist.modalities.library_faults import require_library
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -51,23 +52,12 @@ def open_media(part: Part, kind: str) -> Iterator[InputContainer]:
     except OneLLMError:
         raise
     except Exception as error:  # FFmpegError, and anything that PyAV raises for broken bytes
-        _require_library(error)
+        require_library(error)
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is not readable {kind}: "
             f"{error or type(error).__name__}",
             f"the sample has no usable {kind}.",
             "download or encode it again, or drop the sample.",
-        ) from error
-
-
-def _require_library(error: Exception) -> None:
-    """Raise OneLLMError if an error shows that PyAV lacks an attribute."""
-    lacks = isinstance(error, AttributeError) and getattr(error, "obj", None) is not None
-    if lacks or isinstance(error, ImportError):
-        raise OneLLMError(
-            f"PyAV {av.__version__}: {error}",
-            "the installed library does not fit; every film and many sounds would be called bad.",
-            "pip install -U av; `onellm doctor` shows which version is needed.",
         ) from error
 
 

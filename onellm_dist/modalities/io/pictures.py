@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+import PIL
+from PIL import Image, UnidentifiedImageError, features
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.png_chunks import SIGNATURE, drop_metadata
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, Limits, check_size
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -33,6 +35,15 @@ _UPRIGHT = {
 }
 _COSTLY_FORMATS = {"WEBP", "AVIF", "JPEG2000"}
 _COSTLY_MODES = {"F", "I"}
+_CODECS = {
+    "jpg": (0, (b"\xff\xd8\xff",)),
+    "zlib": (0, (SIGNATURE,)),
+    "webp": (8, (b"WEBP",)),
+    "libtiff": (0, (b"II*\0", b"MM\0*")),
+    "avif": (4, (b"ftypavif", b"ftypavis")),
+    "jpg_2000": (0, (b"\0\0\0\x0cjP  ", b"\xffO\xffQ\0\0\0\0")),
+}
+"""Codec that Pillow may be built without to where its pictures have which marks."""
 _ORIENTATION_TAG = 0x0112
 _PNG_DEPTH = 24
 """Offset of the bits per sample in a PNG."""
@@ -80,6 +91,8 @@ def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture
     except SampleError:
         raise
     except Exception as error:  # Pillow's decoders raise anything (OSError, SyntaxError, ...)
+        require_library(error)
+        _require_codec(part.data)
         raise SampleError(
             f".{part.extension} ({len(part.data)} bytes) is not a readable {_NAMES}: "
             f"{_describe(error)}",
@@ -87,6 +100,17 @@ def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture
             "download or encode it again, or drop the sample.",
         ) from error
     return _turn_upright(picture, orientation)
+
+
+def _require_codec(data: bytes) -> None:
+    """Raise OneLLMError if the installed Pillow was built without the codec of a picture."""
+    for codec, (place, marks) in _CODECS.items():
+        if data[place : place + len(marks[0])] in marks and not features.check(codec):
+            raise OneLLMError(
+                f"the installed Pillow {PIL.__version__} cannot read {codec.upper()} pictures",
+                "every one of them would be called bad.",
+                "pip install -U pillow: its wheels can (AVIF from 11.3 on).",
+            )
 
 
 def _describe(error: Exception) -> str:

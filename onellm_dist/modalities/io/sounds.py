@@ -20,6 +20,7 @@ from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.containers import open_media
 from onellm_dist.modalities.io.damage import note_damage
 from onellm_dist.modalities.io.sound_headers import complete_header, is_cut_ogg, measure_data
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, check_count, check_rate
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def read_sound(part: Part, seconds: float) -> tuple[np.ndarray, int]:
     except SampleError:
         raise
     except Exception as error:  # LibsndfileError; ValueError or RuntimeError on broken headers
+        require_library(error)
         first = error
     try:
         return _read_ffmpeg(part, seconds, known_codecs=True)

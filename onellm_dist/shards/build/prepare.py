@@ -17,6 +17,7 @@ from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.questions import add_conversation, list_questions
@@ -271,6 +272,7 @@ def _read(media: Media) -> bytes:
             time.sleep(pause)
         except Exception as error:
             # A name with a NUL, or an archive or a tensor file that is broken in a new way.
+            require_library(error)
             raise BadSampleError(
                 f"unreadable file: {_get_name(media)}: {type(error).__name__}: {error}"
             ) from error
@@ -322,4 +324,5 @@ def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any])
         raise
     except Exception as error:
         # A decoder that fails at a strange file costs one bad sample, not the build.
+        require_library(error)
         raise BadSampleError(f"unreadable {name}: {type(error).__name__}: {error}") from error

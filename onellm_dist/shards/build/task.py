@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import unique_name
+from onellm_dist.common.reasons import find_shared_reason
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.build.confine import confine, find_allowed_roots
 from onellm_dist.shards.build.plan import BuildPlan, ShardTask, read_raw_samples
@@ -366,11 +367,20 @@ class TooManyFailuresError(OneLLMError):
         allowed = count_allowed_failures(max_failures, total)
         shown = "\n".join(f"  {q.file}: {q.reason}" for q in bad[:5])
         more = f"\n  and {failures - 5} more" if failures > 5 else ""
+        reason = find_shared_reason(q.reason for q in bad) if failures >= seen else None
+        alike = f", and all fail alike ({reason})" if reason else ""
         super().__init__(
-            f"{failures} of the first {seen} samples are bad; max_failures={max_failures:g} allows "
-            f"{allowed} of all {total}:\n{shown}{more}",
-            "so many failures mean a wrong input rather than a few broken files; nothing is built.",
-            "repair the samples (listed in OUT.quarantine.jsonl), or allow more: "
+            f"{failures} of the first {seen} samples are bad{alike}; max_failures={max_failures:g} "
+            f"allows {allowed} of all {total}:\n{shown}{more}",
+            "broken files do not fail like this: a library, the environment or the recipe is the "
+            "cause, not the data; nothing is built."
+            if reason
+            else "so many failures mean a wrong input rather than a few broken files; nothing is "
+            "built.",
+            "check the source, the modality and the options against what IN holds, and run `onellm "
+            "doctor`."
+            if reason
+            else "repair the samples (listed in OUT.quarantine.jsonl), or allow more: "
             "-o max_failures=0.2",
         )
 

@@ -6,19 +6,15 @@ is not the cause but a missing decoder, a library or the recipe, and skipping wo
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.reasons import ALIKE, MIN_SAMPLES, normalize_reason
 from onellm_dist.data.micro_batch import StepPlan
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.totals import StepValues
 
-MIN_SAMPLES = 8
-"""Fewer samples of a modality say nothing about it."""
-ALIKE = 0.9
-"""Share of the reasons that are the same where samples fail alike."""
 SHOWN = 3
 
 
@@ -110,13 +106,6 @@ def explain_failures(modalities: Iterable[str], reasons: Iterable[str]) -> OneLL
         "run `onellm doctor` and `onellm shards preview` on this machine, and compare the versions "
         "of the libraries with those of the machine that built the shards.",
     )
-
-
-def normalize_reason(reason: str) -> str:
-    """A reason without the sample's id, addresses and numbers, so that equal faults are equal."""
-    text = reason.split(": ", 1)[1] if re.match(r"[^ ]*/[^ ]*@\d+: ", reason) else reason
-    text = re.sub(r"0x[0-9a-f]+", "0x...", text)
-    return re.sub(r"\d+", "N", text)
 
 
 def check_supervision(plan: StepPlan, max_text_tokens: int) -> None:

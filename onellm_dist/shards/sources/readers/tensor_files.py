@@ -50,7 +50,7 @@ class _StorageKind(NamedTuple):
         return np.dtype("<u2" if self.dtype == _BFLOAT16 else self.dtype)
 
 
-class _Storage(NamedTuple):
+class _StoredNumbers(NamedTuple):
     kind: _StorageKind
     values: np.ndarray
     """[N], a view of the file's bytes."""
@@ -70,7 +70,7 @@ def read_tensor(data: bytes) -> Any:
         Exception: nearly anything, of a file that is damaged, hostile or no such file; the text
             says what is wrong.
     """
-    return _TensorUnpickler(_Archive(data)).load()
+    return _ArrayUnpickler(_Archive(data)).load()
 
 
 class _Archive:
@@ -116,7 +116,7 @@ class _Archive:
         return content
 
 
-class _TensorUnpickler(BoundedUnpickler):
+class _ArrayUnpickler(BoundedUnpickler):
     buildable = (OrderedDict,)
 
     def __init__(self, archive: _Archive) -> None:
@@ -134,7 +134,7 @@ class _TensorUnpickler(BoundedUnpickler):
             raise ValueError(f"it asks for {module}.{name}, which may run code")
         return found
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> _StoredNumbers:
         mark, kind, key, _, count = pid
         if mark != "storage" or not isinstance(kind, _StorageKind) or type(count) is not int:
             raise ValueError("it has a storage of an unknown kind")
@@ -145,13 +145,13 @@ class _TensorUnpickler(BoundedUnpickler):
                 f"its header says {count:,} numbers of {kind.dtype}, and {len(content):,} bytes "
                 "follow"
             )
-        return _Storage(kind, np.frombuffer(content[:size], kind.stored))
+        return _StoredNumbers(kind, np.frombuffer(content[:size], kind.stored))
 
 
 def _build_array(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
     numbers = (start, *shape, *strides)
     if (
-        not isinstance(storage, _Storage)
+        not isinstance(storage, _StoredNumbers)
         or len(shape) != len(strides)
         or len(shape) > _MOST_DIMENSIONS
         or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
