@@ -133,7 +133,7 @@ def test_what_a_library_says_of_broken_bytes_is_no_fault_of_the_library() -> Non
         lambda: (1).read,  # type: ignore[attr-defined]
         lambda: int("x"),
         lambda: io.BytesIO("text"),  # type: ignore[arg-type]
-        lambda: {}["missing"],
+        lambda: dict[str, int]()["missing"],
     ):
         with pytest.raises(Exception, match=r".") as error:
             action()

@@ -212,31 +212,43 @@ def test_folders_of_splits(tmp_path: Path, kind: str) -> None:
         }
         if kind in tables:
             files[f"{folder}/metadata.{kind}"] = tables[kind]
-    if kind == "classes":  # one class alone is no class
-        files["test/cat/1.png"] = picture(1, "PNG")
-    report, dataset = build(tmp_path, files)
+    options = {"class_captions": "true"} if kind == "classes" else {}
+    report, dataset = build(tmp_path, files, **options)
     assert report.failures == 0
     for folder, (split, count) in SPLITS.items():
         found = captions(dataset, split)
         assert all(key.startswith(f"{folder}/") for key in found)
         if kind == "classes":
-            assert {k.split("/")[1] for k, v in found.items()} == {"cat", "dog"}
+            assert {k.split("/")[1] for k, v in found.items()} <= {"cat", "dog"}
             assert all(k.split("/")[1] == v for k, v in found.items())
         else:
             assert found == {f"{folder}/{i}": f"{folder} {i}" for i in range(count)}
-    _, dataset = build(tmp_path, {}, overwrite=True, split="val")
-    assert len(captions(dataset, "val")) == 6 + (kind == "classes")
+    _, dataset = build(tmp_path, {}, overwrite=True, split="val", **options)
+    assert len(captions(dataset, "val")) == 6
 
 
 def test_class_folders_without_splits(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {f"{c}/{i}.jpg": picture(i) for i, c in enumerate("abab")}
-    report, dataset = build(tmp_path, files)
+    for options in ({}, {"class_captions": "false"}):
+        with pytest.raises(UsageError, match=r"no sample has a caption; .* folders a, b") as error:
+            build(tmp_path, files, **options)
+        assert "-o class_captions=true" in error.value.do
+    report, dataset = build(tmp_path, files, class_captions="true")
     assert captions(dataset) == {"a/0": "a", "a/2": "a", "b/1": "b", "b/3": "b"}
     assert report.notes == (
-        "captions are the names of the folders (a, b); -o class_captions=false",
+        "captions are the names of the folders (a, b), as class_captions=true says",
     )
+
+
+def test_classes_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
+    files: dict[str, bytes | str] = {"a/0.jpg": picture(0), "b/c/1.jpg": picture(1)}
+    with pytest.raises(UsageError, match=r"b/c/1 lies in no class folder"):
+        build(tmp_path, files, class_captions="true")
     with pytest.raises(TooManyFailuresError, match="no caption"):
-        build(tmp_path, {}, overwrite=True, class_captions="false")
+        build(tmp_path, {})
+    texts: dict[str, bytes | str] = {"a/0.txt": "x", "b/c/1.txt": "y"}
+    report, dataset = build(tmp_path, texts, class_captions="true")
+    assert captions(dataset) == {"a/0": "x", "b/c/1": "y"} and report.notes == ()
 
 
 def test_folders_of_splits_beside_other_media_are_no_splits(tmp_path: Path) -> None:

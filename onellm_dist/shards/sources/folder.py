@@ -49,8 +49,8 @@ class FolderOptions:
     file_column: str | None = None
     media: Path | None = None
     """The folder at which the table's paths begin."""
-    class_captions: bool = True
-    """Whether class folders name captions where nothing else has any."""
+    class_captions: bool = False
+    """Whether class folders name captions, where nothing else has any."""
 
 
 Found = tuple[tuple[str, ...], list[RawSample], list[str]]
@@ -239,9 +239,9 @@ SOURCE = Source(
         "caption_column": Option(None, "the table's column of captions"),
         "file_column": Option(None, "the table's column of files"),
         "class_captions": Option(
-            True,
-            "where no sample has a text and all lie in folders (cat/, dog/): the folder's name is "
-            "the caption",
+            False,
+            "if no sample has a text and each lies in a folder of its class (cat/, dog/): the "
+            "folder's name is the caption",
             bool,
         ),
         "split": Option(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,13 +189,14 @@ def find_side_file_samples(
     Args:
         root: the folder.
         wanted: the modalities; None to infer them.
-        class_captions: whether the names of class folders are captions where there is no text.
+        class_captions: whether the names of class folders are captions, if no sample has a text.
 
     Returns:
         Modalities, raw samples sorted by key, and notes on files that were ignored.
 
     Raises:
-        UsageError: there are no media of a known modality, or of several.
+        UsageError: there are no media of a known modality, or of several; or no sample has a text,
+            and the folders that they lie in name captions if the user says so.
     """
     groups = group_files(root)
     if wanted != ():
@@ -215,7 +217,7 @@ def find_side_file_samples(
             groups.ignored.update(f".{e}" for e in files)
         else:
             stems.append(stem)
-    classes = _find_classes(groups, stems) if class_captions and wanted else None
+    classes = _find_classes(root, groups, stems, is_wanted=class_captions) if wanted else None
     safe = [make_safe_key(stem) for stem in stems]
     keys = make_keys_unique(safe, [k == s for k, s in zip(safe, stems, strict=True)])
     raw_samples = [
@@ -232,7 +234,9 @@ def find_side_file_samples(
     notes = groups.make_notes()
     if classes is not None:
         names = ", ".join(sorted(set(classes.values())))
-        notes.append(f"captions are the names of the folders ({names}); -o class_captions=false")
+        notes.append(
+            f"captions are the names of the folders ({names}), as class_captions=true says"
+        )
     if renamed := sum(key != old for key, old in zip(keys, safe, strict=True)):
         notes.append(f"names that differ in dots alone: {renamed} keys got a number")
     return (
@@ -262,15 +266,34 @@ def _require_media(root: Path, groups: FileGroups) -> None:
     )
 
 
-def _find_classes(groups: FileGroups, stems: Sequence[str]) -> dict[str, str] | None:
-    """Return stem to class, if no sample has a text and all lie in two or more class folders."""
-    if any(set(TEXT_EXTENSIONS) & groups.files[stem].keys() for stem in stems):
+def _find_classes(
+    root: Path, groups: FileGroups, stems: Sequence[str], *, is_wanted: bool
+) -> dict[str, str] | None:
+    """Return stem to class if that is wanted; None: the samples have texts, or no classes.
+
+    Raises:
+        UsageError: no sample has a text, and their folders are classes or are none, whichever is
+            not what the user says.
+    """
+    if not stems or any(set(TEXT_EXTENSIONS) & groups.files[stem].keys() for stem in stems):
         return None
     found = {stem: PurePosixPath(stem).parts for stem in stems}
-    if any(len(parts) != 2 for parts in found.values()):
-        return None
-    classes = {stem: parts[0] for stem, parts in found.items()}
-    return classes if len(set(classes.values())) > 1 else None
+    other = next((stem for stem, parts in found.items() if len(parts) != 2), None)
+    if is_wanted and other is not None:
+        raise UsageError(
+            f"{root}: class_captions=true, and {other} lies in no class folder.",
+            "a sample's caption would be the name of the one folder that it lies in (cat/1.jpg).",
+            "move it there, put texts beside the media, or name a table: -o captions=FILE.",
+        )
+    if not is_wanted and other is None:
+        names = textwrap.shorten(", ".join(sorted({p[0] for p in found.values()})), 120)
+        raise UsageError(
+            f"{root}: no sample has a caption; all lie in the folders {names}.",
+            "names of folders are captions only if you say so.",
+            "-o class_captions=true takes them as captions; else put texts beside the media "
+            "(cat.jpg + cat.txt), or name a table: -o captions=FILE.",
+        )
+    return {stem: parts[0] for stem, parts in found.items()} if is_wanted else None
 
 
 def _make_raw_sample(
