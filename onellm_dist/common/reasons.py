@@ -1,7 +1,7 @@
 """Comparing the reasons for which samples could not be read.
 
 One bad sample is the data's fault. Where none can be read, and all for one reason, a library, the
-environment or the recipe is to blame.
+environment or the recipe is the cause.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Telling a library that does not fit from a file that is bad.
 
 Decoders raise nearly anything for broken bytes, so what they raise makes a bad sample. A library
-that is too old or half installed fails for every file, and no file is to blame then.
+that is too old or half installed fails for every file, and none of them is bad.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def require_library(error: BaseException) -> None:
         error: what a decoder raised.
 
     Raises:
-        OneLLMError: the library is to blame.
+        OneLLMError: the library is the cause.
     """
     library = _find_library(error)
     if library is not None:
@@ -40,7 +40,7 @@ def require_library(error: BaseException) -> None:
 
 
 def _find_library(error: BaseException) -> str | None:
-    """The library that an exception blames, with its version; None: the bytes may be broken."""
+    """The library that an exception shows at fault, with its version; None: the bytes may be."""
     asking = _get_place(error).partition(".")[0]
     if isinstance(error, ImportError):
         return _describe(error.name or "")

@@ -205,18 +205,7 @@ def find_side_file_samples(
     if wanted is None:
         _require_media(root, groups)
         wanted = infer_modalities(Counter(frozenset(m) for m in media.values() if m), root)
-    useful = {
-        e
-        for name in wanted
-        for accepted in get_modality_parts(get_modality(name)).values()
-        for e in accepted
-    }
-    stems = []
-    for stem, files in sorted(groups.files.items(), key=lambda item: os.fsencode(item[0])):
-        if wanted and media[stem] and not media[stem].keys() & useful:
-            groups.ignored.update(f".{e}" for e in files)
-        else:
-            stems.append(stem)
+    stems = _select_stems(groups, media, wanted)
     classes = _find_classes(root, groups, stems, is_wanted=class_captions) if wanted else None
     safe = [make_safe_key(stem) for stem in stems]
     keys = make_keys_unique(safe, [k == s for k, s in zip(safe, stems, strict=True)])
@@ -244,6 +233,25 @@ def find_side_file_samples(
         sorted(raw_samples, key=lambda c: (os.fsencode(c.key), os.fsencode(c.where))),
         notes,
     )
+
+
+def _select_stems(
+    groups: FileGroups, media: Mapping[str, Mapping[str, Path]], wanted: Sequence[str]
+) -> list[str]:
+    """List the stems in their order, and count those whose media no modality of these reads."""
+    useful = {
+        e
+        for name in wanted
+        for accepted in get_modality_parts(get_modality(name)).values()
+        for e in accepted
+    }
+    stems = []
+    for stem, files in sorted(groups.files.items(), key=lambda item: os.fsencode(item[0])):
+        if wanted and media[stem] and not media[stem].keys() & useful:
+            groups.ignored.update(f".{e}" for e in files)
+        else:
+            stems.append(stem)
+    return stems
 
 
 def _require_media(root: Path, groups: FileGroups) -> None:
