@@ -37,13 +37,17 @@ def check_family(name: str) -> tuple[str, str, str]:
     """(`exact`, `exact, as rows` or `refused`; how texts are generated or why it is refused)."""
     from transformers import CONFIG_MAPPING
 
-    from onellm_dist.common.errors import UsageError
+    from onellm_dist.common.errors import MachineError, UsageError
     from onellm_dist.model.llm_check import check_llm
 
     try:
         config = CONFIG_MAPPING[name](**COMPLETE.get(name, {}))
         support = check_llm(config)
+    except MachineError:
+        raise
     except UsageError as error:
+        if "cannot be used: " not in error.what:  # a library is missing here
+            raise
         why = error.what.partition("cannot be used: ")[2].split("; ")[0]
         return name, "refused", why.replace("|", "\\|")[:110]
     except Exception as error:  # a default config that its own class refuses

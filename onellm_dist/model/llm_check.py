@@ -6,30 +6,25 @@ small copy of the LLM's own config is tried before a model is built (`llm_probe.
 way to run it that gives what its own forward gives for each sample alone is used (`llm_call.py`).
 An LLM with no such way is refused.
 
-The result depends on the reduced config, on the versions of torch and transformers, and on the code
-of the check and of packed attention. It is kept in the user's cache (`llm_check/` in it, see
-`common/resources.py`).
+Results are kept in the user's cache (`llm_check_cache.py`); failures of the machine are not
+(`llm_faults.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import write_atomic
-from onellm_dist.common.resources import user_cache
 from onellm_dist.model.llm_call import LLMSupport
+from onellm_dist.model.llm_check_cache import Result, get_cache_path, read_result, write_result
+from onellm_dist.model.llm_faults import make_fault_error, raise_machine_fault
 from onellm_dist.model.llm_probe import (
     ProbeError,
     Reference,
@@ -55,44 +50,56 @@ def check_llm(config: Any) -> LLMSupport:
         config: config of the LLM, of any size; nothing of its full size is allocated.
 
     Raises:
-        UsageError: transformers has no causal LM for the config, or none of the ways to run it
-            gives what it gives for each sample alone.
+        UsageError: transformers has no causal LM for the config, none of the ways to run it gives
+            what it gives for each sample alone, or a library that it needs cannot be imported.
+        MachineError: it could not be tried, for want of memory or because a disk failed.
     """
     kept = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if kept not in _CHECKED:
-        _CHECKED[kept] = _check(config)
-    found = _CHECKED[kept]
+        try:
+            _CHECKED[kept] = _check(config)
+        except Exception as error:
+            fault = make_fault_error(config.model_type, error)
+            if fault is None:
+                raise
+            raise fault from error
+    found, path = _CHECKED[kept]
     if isinstance(found, str):
+        again = f" To check again, remove {path}, where this result is kept." if path else ""
         raise UsageError(
             f"the LLM {config.model_type} cannot be used: {found}",
             "packed samples would see each other or later tokens, and training and answers would "
             "be silently wrong.",
-            "choose an LLM of the table in docs/reference/llms.md.",
+            f"choose an LLM of the table in docs/reference/llms.md.{again}",
         )
     limit = get_positions(config) if found.position_limit is not None else None
     return replace(found, position_limit=limit)
 
 
-_CHECKED: dict[str, LLMSupport | str] = {}
-"""Config as JSON -> how it runs exactly, or why it does not."""
+_CHECKED: dict[str, tuple[Result, Path | None]] = {}
+"""Config as JSON -> (the result, the file where it is kept)."""
 
 
-def _check(config: Any) -> LLMSupport | str:
+def _check(config: Any) -> tuple[Result, Path | None]:
     values = json.loads(json.dumps(config.to_dict(), default=str))
-    path = _get_cache_path(values, type(config).__name__)
-    if (found := _read(path)) is not None:
-        return found
+    try:
+        path = get_cache_path(values, type(config).__name__)
+    except RuntimeError:  # no home directory
+        path = None
+    if path is not None and (found := read_result(path)) is not None:
+        return found, path
     with own_context():
         found = _try_copies(values, type(config))
-    _write(path, found)
-    return found
+    return found, path if path is not None and write_result(path, found) else None
 
 
-def _try_copies(values: dict[str, Any], config_class: Any) -> LLMSupport | str:
+def _try_copies(values: dict[str, Any], config_class: Any) -> Result:
     """Find a copy that runs, the smallest first, and how it runs exactly."""
 
     def build(reduced: dict[str, Any]) -> Any:
-        return AutoModelForCausalLM.from_config(config_class.from_dict(reduced))
+        return AutoModelForCausalLM.from_config(
+            config_class.from_dict(reduced), trust_remote_code=False
+        )
 
     why = "transformers has no causal LM for it"
     for width in range(len(find_ratios(values))):
@@ -107,6 +114,7 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> LLMSupport | str:
                     continue
                 reference = Reference(config_class.from_dict(reduced))
             except Exception as error:  # whatever transformers' code raises
+                raise_machine_fault(error)
                 why = describe(error)
                 if isinstance(error, ProbeError):
                     return why
@@ -118,40 +126,3 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> LLMSupport | str:
 def _count_parameters(build: Callable[[dict[str, Any]], Any], reduced: dict[str, Any]) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build(reduced).parameters())
-
-
-def _get_cache_path(values: dict[str, Any], class_name: str) -> Path:
-    """Where the result for a config is kept; configs with the same small copy share it."""
-    identity = [
-        _hash_sources(),
-        class_name,
-        reduce_values(values),
-        torch.__version__,
-        transformers.__version__,
-    ]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
-    return user_cache() / "llm_check" / f"{digest[:32]}.json"
-
-
-@cache
-def _hash_sources() -> str:
-    """Hash of the code that decides whether an LLM is exact."""
-    folder = Path(__file__).parent
-    names = ["attention.py", "sequence_lengths.py", "llm_*.py", "kernels/*.py"]
-    files = sorted(file for name in names for file in folder.glob(name))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _read(path: Path) -> LLMSupport | str | None:
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return kept if isinstance(kept, str) else LLMSupport(**kept)
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write(path: Path, found: LLMSupport | str) -> None:
-    """Keep a result, for this user alone. Without a place to write, the next process checks."""
-    with suppress(OSError, RuntimeError):  # RuntimeError: no home directory
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(found if isinstance(found, str) else asdict(found)))

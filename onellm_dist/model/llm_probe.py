@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from onellm_dist.model.llm_attention import ATTENTION_NAME
 from onellm_dist.model.llm_call import LLMSupport, Packing, run_packed, run_padded, split_prompts
+from onellm_dist.model.llm_faults import raise_machine_fault
 from onellm_dist.model.llm_reduction import POSITIONS, get_positions
 from onellm_dist.model.llm_rope import set_lengths, split_rope
 
@@ -87,7 +88,9 @@ def build_llm(config: Any, attention: str, gain: float) -> Any:
     """
     config = type(config).from_dict(config.to_dict())
     with no_init_weights():
-        llm: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        llm: Any = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, trust_remote_code=False
+        )
     llm.tie_weights()
     filled: dict[int, nn.Parameter] = {}
     for module in llm.modules():
@@ -300,6 +303,7 @@ def find_support(reference: Reference) -> LLMSupport | str:
         try:
             llm = build_llm(reference.config, attention, reference.gain)
         except Exception as error:  # the class does not know this attention
+            raise_machine_fault(error)
             found.append(f"{packing} with {attention}: {describe(error)}")
             continue
         support = LLMSupport(attention, packing)
@@ -328,7 +332,8 @@ def find_position_limit(reference: Reference) -> int | None:
     try:
         with torch.no_grad():
             reference.run(torch.ones(limit + 1, dtype=torch.int64))
-    except Exception:  # IndexError, RuntimeError, ...: it has no such position
+    except Exception as error:  # IndexError, RuntimeError, ...: it has no such position
+        raise_machine_fault(error)
         return limit
     return None
 
@@ -341,6 +346,7 @@ def find_difference(probe: Callable[..., None], *args: Any) -> str | None:
     try:
         probe(*args)
     except Exception as error:  # whatever transformers' code raises
+        raise_machine_fault(error)
         return describe(error)
     return None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -169,48 +167,6 @@ def test_a_large_llm_is_checked_in_seconds_and_leaves_no_trace() -> None:
         torch.set_default_dtype(torch.float32)
     assert support.packing == "varlen"
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_results_are_kept_for_this_user_and_versions(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config("llama")
-    first = check_llm(config)
-    (kept,) = fresh.iterdir()
-    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
-    tries: list[Any] = []
-    real = llm_check._try_copies
-
-    def try_copies(*arguments: Any) -> Any:
-        tries.append(arguments)
-        return real(*arguments)
-
-    monkeypatch.setattr(llm_check, "_try_copies", try_copies)
-
-    def check_again() -> Any:
-        monkeypatch.setattr(llm_check, "_CHECKED", {})
-        return check_llm(config)
-
-    assert check_again() == first and not tries
-    kept.write_text("{")
-    assert check_again() == first and len(tries) == 1
-    monkeypatch.setattr(torch, "__version__", "2.99")
-    assert check_again() == first and len(tries) == 2
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_cache_that_cannot_be_written_costs_time_alone(fresh: Path) -> None:
-    fresh.parent.chmod(0o500)
-    assert check_llm(tiny_config("llama")).packing == "varlen"
-
-
-def test_a_cache_that_is_a_file_costs_time_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ONELLM_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(llm_check, "_CHECKED", {})
-    assert check_llm(tiny_config("llama")).packing == "varlen"
 
 
 def test_another_attention_after_opening_is_refused() -> None:
