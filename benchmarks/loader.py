@@ -156,7 +156,8 @@ def load_tokenizer() -> Any:
     import onellm_dist
 
     return AutoTokenizer.from_pretrained(
-        Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer"
+        Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer",
+        trust_remote_code=False,
     )
 
 

@@ -140,7 +140,9 @@ def build_encoder() -> TextEncoder:
     from onellm_dist.data.text import TextEncoder
 
     folder = Path(onellm_dist.__file__).parent / "model" / "assets" / "toy_tokenizer"
-    return TextEncoder(AutoTokenizer.from_pretrained(folder), "caption", 96)
+    return TextEncoder(
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False), "caption", 96
+    )
 
 
 def measure(root: Path) -> dict[str, float]:

@@ -1,22 +1,19 @@
-"""Tokenizer and generation settings: find them beside weights, load them, copy them."""
+"""Tokenizers: find them beside weights, load them, copy them."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     LlamaTokenizer,
     PreTrainedTokenizerBase,
 )
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.convert.folder_kinds import read_json
+from onellm_dist.common.remote_code import make_remote_code_error
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,7 +25,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-GENERATION = "generation_config.json"
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -38,7 +34,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         path: a directory, a `tokenizer.model` or `tokenizer.json` in one, or a GGUF file.
 
     Raises:
-        UsageError: there is no tokenizer that transformers can read.
+        UsageError: there is no tokenizer that transformers can read, or it needs code of its own.
     """
     folder = path if path.is_dir() else path.parent
     reason = "no such file"
@@ -46,6 +42,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         try:
             return _load(path, folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if (told := make_remote_code_error(folder, error)) is not None:
+                raise told from None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UsageError(
         f"{path}: no tokenizer ({reason})",
@@ -96,37 +94,3 @@ def copy_tokenizer(source: Path, folder: Path) -> bool:
         if (root / name).is_file():
             shutil.copyfile(root / name, folder / name)
     return True
-
-
-def read_generation(folder: Path) -> dict[str, Any] | None:
-    """The generation settings of a model folder; None if it has none.
-
-    Raises:
-        UsageError: they cannot be read: answers would end at the wrong token.
-    """
-    path = folder / GENERATION
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    if found is None:
-        raise UsageError(
-            f"{path} is not a JSON object",
-            "the tokens that end an answer are in it.",
-            "download it again, or remove it.",
-        )
-    return found
-
-
-def write_generation(folder: Path, generation: Mapping[str, Any] | None, config: Any) -> None:
-    """Write the generation settings of an LLM, all of its end tokens included.
-
-    Args:
-        folder: the folder.
-        generation: its settings, kept as they are; None: what its config implies.
-        config: the LLM's config.
-    """
-    if generation is None:
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        return
-    text = json.dumps(dict(generation), indent=2, sort_keys=True)
-    (folder / GENERATION).write_text(text + "\n", encoding="utf-8")

@@ -148,7 +148,7 @@ def build_model(opened: OpenedCheckpoint) -> torch.nn.Module:
         model: Any = (
             OneLLMForConditionalGeneration(opened.config)
             if opened.kind == "onellm"
-            else AutoModelForCausalLM.from_config(opened.config)
+            else AutoModelForCausalLM.from_config(opened.config, trust_remote_code=False)
         )
     names = {name for name, _ in model.named_parameters()}
     state = {n: t.read().float() for n, t in opened.tensors.items() if n in names}

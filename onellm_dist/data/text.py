@@ -27,6 +27,10 @@ from tokenizers import Encoding, Tokenizer
 from onellm_dist.common.control_tokens import describe_control_token, list_forbidden_ids
 from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.start_token import get_start_id
+from onellm_dist.common.token_limit import (
+    describe_tokens_without_embedding,
+    find_tokens_without_embedding,
+)
 from onellm_dist.common.turns import ConversationTurn, Role
 from onellm_dist.data.chat import ChatTemplate
 from onellm_dist.data.text_parts import read_captions, read_turns
@@ -61,7 +65,8 @@ class TextEncoder:
 
     Raises:
         UsageError: the tokenizer is not a fast one, has no BOS or EOS, or lacks a usable chat
-            template; or the text format is unknown.
+            template; the text format is unknown; or the LLM has no embedding of a token that
+            begins or ends every text.
     """
 
     def __init__(self, tokenizer: Any, text_format: TextFormat, max_tokens: int) -> None:
@@ -75,6 +80,8 @@ class TextEncoder:
         self._chat = ChatTemplate(tokenizer) if text_format == "chat" else None
         self._backend = _copy_tokenizer(backend, special_tokens=self._chat is not None)
         self._forbidden = {} if self._chat else list_forbidden_ids(tokenizer)
+        self._beyond = find_tokens_without_embedding(tokenizer)
+        self._check_ends()
         template = (
             (self._chat.source, tokenizer.special_tokens_map, *self._chat.identity)
             if self._chat
@@ -88,6 +95,7 @@ class TextEncoder:
             max_tokens,
             FORMAT_VERSION,
             template,
+            *([sorted(self._beyond)] if self._beyond else []),
         )
         self.fingerprint = hashlib.sha256(repr(identity).encode("utf-8")).hexdigest()[:16]
         """Hash of everything that token counts depend on besides the text."""
@@ -105,8 +113,8 @@ class TextEncoder:
             Ids and labels (IGNORE where a token is not supervised), equally long, BOS first.
 
         Raises:
-            SampleError: there is no text part, it is not UTF-8 or JSON, or it does not fit the
-                text format.
+            SampleError: there is no text part, it is not UTF-8 or JSON, it does not fit the text
+                format, or it has a token that the LLM has no embedding of.
         """
         if self.text_format == "caption":
             captions = read_captions(parts)
@@ -128,12 +136,13 @@ class TextEncoder:
         """Encode what comes before the next answer, exactly as in training (format `chat` only).
 
         Raises:
-            SampleError: the chat template refuses the turns.
+            SampleError: the chat template refuses the turns, or a token has no embedding.
         """
         if self._chat is None:
             raise ValueError(f"the format {self.text_format} has no chat template")
         text = self._chat.render_prompt(turns)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        self._check_embeddings(ids)
         return ids if self._chat.has_bos else [self.bos, *ids]
 
     @property
@@ -149,11 +158,33 @@ class TextEncoder:
         end = self._chat.end if self._chat else ""
         return end if end and self._backend.token_to_id(end) is None else None
 
+    def _check_ends(self) -> None:
+        """Refuse a tokenizer whose BOS, EOS or end of an answer has no embedding."""
+        found = describe_tokens_without_embedding([self.bos, *self.end_ids], self._beyond)
+        if found is not None:
+            raise UsageError(
+                f"the tokenizer begins or ends texts with {found}, which the LLM has no embedding "
+                "of",
+                "no text could be read or written.",
+                "enlarge the LLM's embedding (resize_token_embeddings) and convert it again, or "
+                "use another data.text_format.",
+            )
+
+    def _check_embeddings(self, ids: Sequence[int]) -> None:
+        found = describe_tokens_without_embedding(ids, self._beyond)
+        if found is not None:
+            raise SampleError(
+                f"its text has {found}, which the LLM has no embedding of",
+                "the LLM cannot read it.",
+                "remove it from the text, leave the sample out, or enlarge the LLM's embedding.",
+            )
+
     def _encode(self, text: str) -> Encoding:
         """Encode text; in captions and conversations, control tokens are text.
 
         Raises:
-            SampleError: the tokenizer reads a control token nevertheless.
+            SampleError: the tokenizer reads a control token nevertheless, or the LLM has no
+                embedding of a token.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         if problem := describe_control_token(encoding.ids, self._forbidden):
@@ -162,6 +193,7 @@ class TextEncoder:
                 "the LLM would take it for the end or the beginning of a text.",
                 "remove it from the text, or leave the sample out.",
             )
+        self._check_embeddings(encoding.ids)
         return encoding
 
     def _encode_caption(self, caption: str) -> tuple[list[int], list[int]]:

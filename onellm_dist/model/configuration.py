@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities, get_modality
+from onellm_dist.model.saving import KeepsSums
 
 ROUTERS = ("soft", "constant", "sparse")
 EXPERT_INITS = ("separate", "copied")
@@ -184,7 +185,7 @@ class OneLLMUPMConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class OneLLMConfig(PretrainedConfig):
+class OneLLMConfig(KeepsSums, PretrainedConfig):
     """A complete OneLLM: encoder, UPM, any causal LM of transformers, and the modalities it reads.
 
     Args:

@@ -15,6 +15,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.model.llm_call import LLMSupport, check_call, split_prompts
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.padded import PaddedInputs
+from onellm_dist.model.token_ids import choose_padding, count_embeddings
 
 REFERENCE_SHORTFALL = 2
 """Positions by which the reference's decoding falls short after a span: it counts 30 of the 32."""
@@ -64,6 +65,9 @@ def generate_text(
         raise UsageError(
             "return_dict_in_generate is set", "generate returns token ids alone.", "leave it out."
         )
+    config.pad_token_id = choose_padding(
+        config.pad_token_id, config.eos_token_id, count_embeddings(llm.get_input_embeddings())
+    )
     like_reference = decode_offset == "reference" and inputs.span_positions
     parts: list[torch.Tensor] = []
     with _own_config_alone(llm, config):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.generation_settings import set_generation
 from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.presets import (
@@ -23,6 +24,7 @@ from onellm_dist.model.presets import (
     check_directory,
     check_vocabulary,
     load_preset_processor,
+    load_processor,
     load_smollm2_weights,
 )
 from onellm_dist.model.processing import OneLLMProcessor
@@ -88,8 +90,9 @@ def open_model(
     if path is not None:
         check_directory(path)
         model = build_empty_model(OneLLMConfig.from_pretrained(path))
+        set_generation(model, path)
         weights = InitialWeights(_open_directory(path, model))
-        processor = OneLLMProcessor.from_pretrained(path)
+        processor = load_processor(path)
         check_vocabulary(path, model, processor)
         return model, processor, weights
     name = str(preset)

@@ -34,12 +34,14 @@ from onellm_dist.model.padded import (
     insert_spans,
 )
 from onellm_dist.model.projector import ModalityTokenizer, Projector
+from onellm_dist.model.saving import KeepsSums, check_source
 from onellm_dist.model.sequence_lengths import to_device_tensor
+from onellm_dist.model.token_ids import check_tokens, count_embeddings, replace_padding
 from onellm_dist.model.upm import UPM
 from onellm_dist.packed import IGNORE, PackedBatch, PackedOutput
 
 
-class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin):
     """The complete model.
 
     The LLM is checked before it is built (`llm_check.py`): an LLM that is not exact is refused with
@@ -76,11 +78,15 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.upm = UPM(width, config.upm)
         self.llm_support: LLMSupport = check_llm(config.text_config)
         self.llm = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=self.llm_support.attention
+            config.text_config,
+            attn_implementation=self.llm_support.attention,
+            trust_remote_code=False,
         )
         split_rope(self.llm)
         self.encoder.requires_grad_(False)
         self._token_loss = get_loss(DEFAULT_LOSS)
+        self.generation_settings: Mapping[str, Any] | None = None
+        """As in the `generation_config.json` of the model's folder (`open_model`)."""
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no annotation
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,16 +97,19 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load as transformers does, but refuse a checkpoint with missing or unknown keys.
+        """Load as transformers does, but refuse other bytes than recorded, and other keys.
 
         Args:
             args: as of transformers' `from_pretrained`.
             kwargs: as of transformers' `from_pretrained`.
 
         Raises:
+            UsageError: a file does not have the SHA-256 that its folder records.
             OneLLMError: the checkpoint does not fit the model of its config; all keys are named.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_source(source, kwargs.get("subfolder"))
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         problems = [
@@ -109,7 +118,6 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if info.get(kind)
         ]
         if problems:
-            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise OneLLMError(
                 f"{source}: the weights do not fit the config\n" + "\n".join(problems),
                 "parts of the model would be random or lost.",
@@ -277,13 +285,15 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             modality_order: order of the spans; default: the model's own.
 
         Raises:
-            UsageError: values that do not fit the texts, or an order that does not fit the values.
+            UsageError: values that do not fit the texts, an order that does not fit the values, or
+                a token that the LLM has no embedding of.
         """
         batch = len(input_ids)
         by_name = check_values(values, self.config.modalities, batch)
         order = get_span_order(by_name, self.config.modalities, modality_order)
         tokens, _ = self.encode(by_name)
-        text = self.llm.get_input_embeddings()(input_ids)
+        embedding = self.llm.get_input_embeddings()
+        text = embedding(replace_padding(input_ids, attention_mask, count_embeddings(embedding)))
         tags = self._get_tags().to(text.dtype)
         spans = [text[:, :0]]
         for name in order:
@@ -313,7 +323,10 @@ class OneLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         layout.check(batch)
         tokens, router_weights = self.encode(batch.values)
-        text = self.llm.get_input_embeddings()(batch.input_ids)
+        embedding = self.llm.get_input_embeddings()
+        if device.type == "cpu":  # elsewhere, looking at the ids would wait for the device
+            check_tokens(batch.input_ids, count_embeddings(embedding))
+        text = embedding(batch.input_ids)
         media = [t.flatten(0, 1).to(text.dtype) for t in tokens.values()]
         table = torch.cat([text, *media, self._get_tags().to(text.dtype)])
         sequence = table.index_select(0, to_device_tensor(layout.gather, device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from onellm_dist.common.checksums import check_small_files
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.remote_code import refuse_remote_code
+from onellm_dist.common.start_token import get_start_id
+from onellm_dist.common.token_limit import set_token_limit
 from onellm_dist.model.configuration import OneLLMConfig, OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
 from onellm_dist.model.llm_attention import ATTENTION_NAME
@@ -167,7 +172,9 @@ def load_preset_processor(preset: str) -> OneLLMProcessor:
     """
     if preset == "smollm2-135m":
         gguf = find_smollm2_gguf()
-        return OneLLMProcessor(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+        return OneLLMProcessor(
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        )
     if preset != "toy":
         warnings.warn(
             f"{preset} has no tokenizer of its own: with random weights it reads text with the "
@@ -185,7 +192,11 @@ def load_smollm2_weights() -> dict[str, torch.Tensor]:
     """
     gguf = find_smollm2_gguf()
     pretrained = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        attn_implementation=ATTENTION_NAME,
+        trust_remote_code=False,
     )
     state: dict[str, torch.Tensor] = pretrained.state_dict()
     return state
@@ -206,7 +217,7 @@ def check_directory(path: Path) -> None:
     """Check that a directory holds a model.
 
     Raises:
-        UsageError: it has no config or no tokenizer.
+        UsageError: it has no config or no tokenizer, or its config was changed or damaged.
     """
     if not (path / "config.json").is_file():
         raise UsageError(
@@ -221,23 +232,61 @@ def check_directory(path: Path) -> None:
             "convert again with --tokenizer, or copy tokenizer.json and tokenizer_config.json "
             "there.",
         )
+    check_small_files(path)
+    try:
+        is_object = isinstance(json.loads((path / "config.json").read_text("utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise UsageError(
+            f"{path / 'config.json'} is not a JSON object",
+            "it says which model the weights are of.",
+            "copy it again.",
+        )
 
 
 def check_vocabulary(path: Path, model: Any, processor: OneLLMProcessor) -> None:
-    """Check that a model has an embedding of every token of its tokenizer.
+    """Check that a model has an embedding of every token that any text may have.
+
+    Tokens that were added to the tokenizer alone are allowed: a text with one of them is refused
+    where it is encoded.
 
     Raises:
-        UsageError: the tokenizer is larger than the embedding.
+        UsageError: the tokenizer is empty, or its own vocabulary is larger than the embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    token, largest = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= rows:
+    tokenizer = processor.tokenizer
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
         raise UsageError(
-            f"{path}: its tokenizer has token {largest} ({token!r}), its LLM {rows} embeddings",
+            f"{path}: its tokenizer has an empty vocabulary",
+            "texts cannot be read or written.",
+            "use the LLM's own tokenizer (tokenizer.json).",
+        )
+    set_token_limit(tokenizer, rows)
+    added = tokenizer.added_tokens_decoder
+    start = {get_start_id(tokenizer), tokenizer.eos_token_id}
+    beyond = {i: t for t, i in vocabulary.items() if i >= rows and (i not in added or i in start)}
+    if beyond:
+        largest = max(beyond)
+        raise UsageError(
+            f"{path}: its tokenizer has token {largest} ({beyond[largest]!r}), its LLM {rows} "
+            "embeddings",
             "texts with this token could not be read.",
             "use the LLM's own tokenizer, or enlarge the LLM's embedding "
             "(resize_token_embeddings) and convert it again.",
         )
+
+
+def load_processor(path: Path) -> OneLLMProcessor:
+    """The processor of a model directory.
+
+    Raises:
+        UsageError: its tokenizer needs code of its own.
+    """
+    with refuse_remote_code(path):
+        processor: OneLLMProcessor = OneLLMProcessor.from_pretrained(path, trust_remote_code=False)
+    return processor
 
 
 def _load_directory(
@@ -245,7 +294,7 @@ def _load_directory(
 ) -> tuple[OneLLMForConditionalGeneration, OneLLMProcessor]:
     check_directory(path)
     model = OneLLMForConditionalGeneration.from_pretrained(path, dtype=dtype)
-    processor = OneLLMProcessor.from_pretrained(path)
+    processor = load_processor(path)
     check_vocabulary(path, model, processor)
     return model, processor
 

@@ -19,14 +19,19 @@ from onellm_dist.common.control_tokens import (
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.start_token import get_start_id
+from onellm_dist.common.token_limit import (
+    describe_tokens_without_embedding,
+    find_tokens_without_embedding,
+)
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.saving import KeepsSums
 
 _log = get_logger(__name__)
 
 
-class OneLLMProcessor(ProcessorMixin):
+class OneLLMProcessor(KeepsSums, ProcessorMixin):
     """A tokenizer and the evaluation transforms of all modalities.
 
     `processor(text="Describe the image.", image="x.jpg")` gives `input_ids`, `attention_mask` and
@@ -61,7 +66,8 @@ class OneLLMProcessor(ProcessorMixin):
 
         Raises:
             UsageError: an unknown modality, a missing file, a list whose length is not B, or a
-                control token that the tokenizer cannot read as text.
+                prompt with a control token that the tokenizer cannot read as text, or with a token
+                that the LLM has no embedding of.
             SampleError: a file is not readable media of its modality.
         """
         prompts = [text] if isinstance(text, str) else list(text)
@@ -94,11 +100,19 @@ class OneLLMProcessor(ProcessorMixin):
                 "set `tokenizer.bos_token`.",
             )
         rows = [[start, *self._encode_prompt(prompt)] for prompt in prompts]
+        beyond = find_tokens_without_embedding(self.tokenizer)
+        found = describe_tokens_without_embedding({i for row in rows for i in row}, beyond)
+        if found is not None:
+            raise UsageError(
+                f"a prompt has {found}, which the LLM has no embedding of",
+                "the LLM cannot read it.",
+                "leave it out of the prompt.",
+            )
         longest = max(map(len, rows))
         pad = next(
             i
             for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-            if i is not None
+            if i is not None and i not in beyond
         )
         ids = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
         mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])

@@ -214,9 +214,15 @@ def choose_dtype(model: Path) -> dict[str, Any]:
 
     On a GPU it is a 16-bit type. On a CPU it is fp32, or bf16 if the model was saved in bf16 and
     the CPU computes in bf16.
+
+    Raises:
+        UsageError: the directory's config is damaged.
     """
     import torch
 
+    from onellm_dist.model.presets import check_directory
+
+    check_directory(model)
     if torch.cuda.is_available():
         return {"dtype": torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16}
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.files import replace_folder, sync
 from onellm_dist.model.card import CARD, build_card
+from onellm_dist.model.generation_settings import write_generation
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
 
@@ -55,7 +56,7 @@ def export_model(
     Args:
         folder: the directory, which may exist.
         engine: holds the weights.
-        model: the transformers model; only its class and config are used.
+        model: the transformers model; only its class, config and generation settings are used.
         processor: saved beside the weights.
         dist: the ranks.
         notes: what the model card says about the training.
@@ -195,5 +196,5 @@ def _write_configs(
     model.config.architectures = [type(model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    write_generation(folder, model.generation_settings, model.config.text_config)
     processor.save_pretrained(folder)

@@ -29,6 +29,7 @@ from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.checkpoint.source import describe_source
 from onellm_dist.train.checkpoint.state import load_state
+from onellm_dist.train.checkpoint.weights import check_weights
 from onellm_dist.train.checkpoint.writer import Checkpoints
 from onellm_dist.train.distributed import Distributed
 from onellm_dist.train.engine.base import Engine
@@ -116,6 +117,8 @@ def open_inputs(
     manifest = {} if target.folder is None else read_manifest(target.folder) or {}
     check_steps_left(config, target, manifest)
     with session.timing.measure("model"):
+        if config.model.path is not None:
+            check_weights(config.model.path, session.dist)
         model, processor, weights = open_model(
             path=config.model.path, preset=config.model.preset, seed=config.run.seed
         )

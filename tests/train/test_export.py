@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from one_rank import ONE_RANK
 
 from onellm_dist.common.checksums import read_sums
+from onellm_dist.common.errors import UsageError
 from onellm_dist.train.export import write_weights
 
 
@@ -75,3 +77,37 @@ def test_an_exported_model_has_a_card_and_checksums(tmp_path: Path) -> None:
     )
     assert done.stdout.splitlines() == ["config.json: OK", "model.safetensors: OK"]
     assert read_sums(tmp_path / "model").keys() == {"config.json", "model.safetensors"}
+
+
+def test_the_export_keeps_the_generation_settings_of_its_source(tmp_path: Path) -> None:
+    """All end tokens, through training and conversion, also where transformers would not save."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from onellm_dist.convert.conversion import convert
+    from onellm_dist.model.lazy_weights import open_model
+    from onellm_dist.model.presets import load_model
+    from onellm_dist.train.export import export_model
+
+    settings = {"eos_token_id": [2, 7, 9], "temperature": 0.6, "do_sample": False, "own": [1]}
+    model, processor = load_model(path=None, preset="toy", seed=2)
+    model.save_pretrained(tmp_path / "source")
+    processor.save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "generation_config.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="invalid"):
+        GenerationConfig.from_dict(dict(settings)).save_pretrained(tmp_path / "other")
+    opened, processor, _ = open_model(path=tmp_path / "source", preset=None, seed=0)
+    assert opened.generation_config.eos_token_id == [2, 7, 9]
+    engine: Any = _OneRank(model)
+    export_model(tmp_path / "model", engine, opened, processor, ONE_RANK)
+    convert("onellm", tmp_path / "model", tmp_path / "again", to="onellm", quiet=True)
+    convert("onellm", tmp_path / "again", tmp_path / "llm", to="hf", quiet=True)
+    for name in ("model", "again", "llm"):
+        assert json.loads((tmp_path / name / "generation_config.json").read_text()) == settings
+    loaded, _ = load_model(path=tmp_path / "again", preset=None, seed=0)
+    assert loaded.generation_config.eos_token_id == [2, 7, 9]
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm", trust_remote_code=False)
+    assert llm.generation_config.eos_token_id == [2, 7, 9]
+    path.write_text("[")
+    with pytest.raises(UsageError, match=r"generation_config\.json is not a JSON object"):
+        open_model(path=tmp_path / "source", preset=None, seed=0)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.remote_code import REASON, REMEDY
 from onellm_dist.convert.checkpoint import (
     ConversionOptions,
     KeyProblem,
@@ -30,7 +31,8 @@ from onellm_dist.convert.names.from_pretrained import rename_state
 from onellm_dist.convert.tensors.lazy import LazyTensor
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
-from onellm_dist.convert.tokenizers import copy_tokenizer, read_generation, write_generation
+from onellm_dist.convert.tokenizers import copy_tokenizer
+from onellm_dist.model.generation_settings import read_generation, write_generation
 
 NAME = "hf"
 KIND = "llm"
@@ -96,7 +98,7 @@ def open_checkpoint(path: Path, options: ConversionOptions) -> OpenedCheckpoint:
 
 def get_llm_model(config: Any) -> Any:
     """The causal LM of a config, on the meta device."""
-    return build_on_meta(lambda: AutoModelForCausalLM.from_config(config))
+    return build_on_meta(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def _make_config_error(path: Path, raw: dict[str, Any], error: Exception) -> UsageError:
@@ -104,8 +106,8 @@ def _make_config_error(path: Path, raw: dict[str, Any], error: Exception) -> Usa
         return UsageError(
             f"{path}: its config.json names code of its own (auto_map), and this transformers does "
             f"not know the model type {str(raw.get('model_type'))[:80]!r}",
-            "code from a model's folder is never run here.",
-            "use an LLM that transformers has itself.",
+            REASON,
+            REMEDY,
         )
     kind = identify_folder(path)
     reason = kind.what if kind else (str(error).splitlines() or [type(error).__name__])[0][:300]
@@ -167,7 +169,7 @@ def _compare_frequencies(stored: LazyTensor, model: Any, config: Any) -> str:
 def get_architecture(config: Any) -> str:
     """Name of the class that `AutoModelForCausalLM` builds for a config."""
     with torch.device("meta"):
-        return type(AutoModelForCausalLM.from_config(config)).__name__
+        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=False)).__name__
 
 
 def plan_output(opened: OpenedCheckpoint, options: ConversionOptions) -> OutputPlan:

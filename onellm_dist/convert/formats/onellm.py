@@ -23,13 +23,9 @@ from onellm_dist.convert.names.from_pretrained import rename_state
 from onellm_dist.convert.tensors.lazy import Shapes
 from onellm_dist.convert.tensors.safetensors_files import read_folder
 from onellm_dist.convert.tensors.writers import split_into_files, write_index
-from onellm_dist.convert.tokenizers import (
-    has_tokenizer,
-    load_tokenizer,
-    read_generation,
-    write_generation,
-)
+from onellm_dist.convert.tokenizers import has_tokenizer, load_tokenizer
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.generation_settings import read_generation, write_generation
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
 from onellm_dist.model.processing import OneLLMProcessor
 

@@ -3,8 +3,8 @@
 Checkpoints hold the trainable state alone. The manifest's `frozen` is
 `{"preset": ..., "seed": ...}` for weights that are drawn or come with a preset, or
 `{"path": ..., "files": {name: [bytes, mtime_ns, sha256]}}` for a `model.path`. Before a run
-resumes, every file is hashed, by one of the ranks: bytes that rotted on the disk keep their size
-and time.
+resumes, every file is hashed (`weights.py`): bytes that rotted on the disk keep their size and
+time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from onellm_dist.common.checksums import hash_once
 from onellm_dist.common.errors import OneLLMError, UsageError
-from onellm_dist.common.files import sha256_file
 from onellm_dist.config.schema import RunConfig
-from onellm_dist.train.checkpoint.files import FileRecord, find_damage
+from onellm_dist.train.checkpoint.weights import hash_on_node, is_digest
 from onellm_dist.train.distributed import Distributed
 
 PATTERNS = ("*.safetensors", "config.json")
@@ -25,7 +25,8 @@ PATTERNS = ("*.safetensors", "config.json")
 def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> dict[str, Any]:
     """Build the manifest's `frozen`.
 
-    It hashes every weight file of `model.path` once (seconds per 10 GB, in the background).
+    It hashes every weight file of `model.path` that this process has not hashed yet (seconds per
+    10 GB, in the background).
 
     Args:
         config: the recipe.
@@ -43,7 +44,7 @@ def describe_source(config: RunConfig, known: dict[str, Any] | None = None) -> d
         stat = path.stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
         old = before.get(path.name)
-        digest = old[2] if old is not None and old[:2] == stamp else sha256_file(path)
+        digest = old[2] if old is not None and old[:2] == stamp else hash_once(path)
         after = path.stat()
         if [after.st_size, after.st_mtime_ns] != stamp:
             raise OSError(f"{path} was changed while the run that reads it is running")
@@ -96,9 +97,23 @@ def _compare_files(frozen: dict[str, Any], config: RunConfig, dist: Distributed)
     problem = dist.broadcast(_compare_names(root, there) if dist.is_rank_zero else "")
     if problem:
         return problem
-    records = [(root / name, FileRecord(size, digest)) for name, (size, _, digest) in there.items()]
-    damage = find_damage(records, dist)
+    digests = hash_on_node([root / name for name in there], dist)
+    own = [
+        problem
+        for name, (_, _, digest) in there.items()
+        if (problem := _compare_digest(name, digests[root / name], digest))
+    ]
+    damage = sorted({problem for problems in dist.gather(own) for problem in problems})
     return f"in {root}: {'; '.join(damage[:3])}" if damage else ""
+
+
+def _compare_digest(name: str, found: str, recorded: str) -> str:
+    """What is wrong with one file; "" if nothing is."""
+    if not is_digest(found):
+        return found
+    if found == recorded:
+        return ""
+    return f"{name} has sha256 {found[:16]}..., the manifest says {recorded[:16]}..."
 
 
 def _compare_names(root: Path, there: dict[str, list[Any]]) -> str:

@@ -301,7 +301,7 @@ def test_known_files_are_not_hashed_again(tmp_path: Path, monkeypatch: pytest.Mo
     own = config(tmp_path, model={"path": str(tmp_path)})
     known = describe_source(own)
     monkeypatch.setattr(
-        "onellm_dist.train.checkpoint.source.sha256_file", lambda path: pytest.fail("hashed")
+        "onellm_dist.train.checkpoint.source.hash_once", lambda path: pytest.fail("hashed")
     )
     assert describe_source(own, known) == known
 

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import sha256_file
+from onellm_dist.common.remote_code import make_remote_code_error
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import open_picture
@@ -93,9 +94,11 @@ def check_model(folder: Path) -> dict[str, str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_DEPTH_ESTIMATION_MAPPING
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
-        raise _model_error(folder, error) from error
+        raise make_remote_code_error(folder, error) or _model_error(folder, error) from error
     if type(config) not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING:
         raise _model_error(folder, f"a {config.model_type} model does not estimate depth")
     return {"depth_model": folder.resolve().name, "depth_model_sha256": sha256_file(*weights)}
@@ -120,13 +123,15 @@ def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()  # the builder shows its own
     try:
-        processor = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         model = AutoModelForDepthEstimation.from_pretrained(
-            str(folder), local_files_only=True, dtype=torch.float32
+            str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )
         return processor, model.eval().to(device)
     except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        raise _model_error(folder, error) from error
+        raise make_remote_code_error(folder, error) or _model_error(folder, error) from error
 
 
 def _estimate(folder: Path, device: str, picture: Image.Image) -> np.ndarray:
