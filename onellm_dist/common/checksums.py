@@ -165,7 +165,7 @@ def get_hash(path: Path) -> str | None:
 
 
 def remember_hash(path: Path, digest: str) -> None:
-    """Take over the SHA-256 that another process of this machine has computed.
+    """Keep the SHA-256 that another process of this machine has computed.
 
     Args:
         path: the file.

@@ -52,7 +52,7 @@ def refuse_remote_code(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        told = make_remote_code_error(path, error)
-        if told is None:
+        refusal = make_remote_code_error(path, error)
+        if refusal is None:
             raise
-        raise told from None
+        raise refusal from None

@@ -42,8 +42,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         try:
             return _load(path, folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if (told := make_remote_code_error(folder, error)) is not None:
-                raise told from None
+            if (refusal := make_remote_code_error(folder, error)) is not None:
+                raise refusal from None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UsageError(
         f"{path}: no tokenizer ({reason})",
