@@ -13,7 +13,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Modality
-from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.io.damage import ASSUMED, collect_damage
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +46,10 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
             "check its permissions and the disk.",
         ) from error
     for what in dict.fromkeys(damage):
-        _log.warning("%s is damaged, and is used as it is: %s", path, what)
+        if what.startswith(ASSUMED):
+            _log.warning("%s: %s", path, what)
+        else:
+            _log.warning("%s is damaged, and is used as it is: %s", path, what)
     return value
 
 

@@ -34,8 +34,13 @@ class ImageModality(Modality):
     | encoder tokens | 256 patches of 14 x 14 and the class token |
 
     The bytes decide on the format, whatever the extension says; of several frames or pages the
-    first is read. EXIF orientation is applied, transparency is composited on white, 16-bit grey
-    keeps its upper 8 bits. Texts and colour profiles in the file decide nothing.
+    first is read. EXIF orientation is applied, transparency is composited on white. Texts and
+    colour profiles in the file decide nothing.
+
+    Of 16-bit values the upper 8 bits are kept. Cameras and scanners store 10, 12 or 14 bits in 16:
+    what the file says is white then (TIFF's SMaxSampleValue or BitsPerSample, PNG's sBIT), else the
+    fewest of 1, 2, 4, 8, 10, 12, 14 or 16 bits that hold its largest value; that is noted in the
+    dataset's `damaged.jsonl` as `assumed`. 32-bit integers within 0..65535 are read alike.
     """
 
     name = "image"

@@ -26,7 +26,7 @@ class NormalModality(PairModality):
     | model input | [2, 3, 224, 224]: picture, map; CLIP's normalisation |
     | encoder tokens | 2 sequences of 256 patches and the class token |
 
-    Picture files are used as they are (16-bit ones lose their lower 8 bits). Float arrays
+    Picture files are used as they are (16-bit ones as of the modality image). Float arrays
     [H, W, 3] or [3, H, W] hold unit vectors with components in [-1, 1]; they are rendered as
     round((n + 1) / 2 * 255), the usual picture of normals; pixels that are not finite are black.
 

@@ -16,6 +16,9 @@ from onellm_dist.common.errors import SampleError
 DAMAGED_SHARE = 0.25
 """Share of what the model reads of a file that may be missing; with more, the file is refused."""
 
+ASSUMED = "assumed: "
+"""How a note begins that tells of no damage."""
+
 _notes: ContextVar[list[str] | None] = ContextVar("damage", default=None)
 
 
@@ -28,6 +31,17 @@ def collect_damage() -> Iterator[list[str]]:
         yield found
     finally:
         _notes.reset(token)
+
+
+def note_assumption(what: str) -> None:
+    """Note what a decoder took for granted because the file does not say it.
+
+    Args:
+        what: what was assumed, as in "16-bit values of at most 4,000 are taken as 12 bits".
+    """
+    notes = _notes.get()
+    if notes is not None:
+        notes.append(f"{ASSUMED}{what}")
 
 
 def note_damage(what: str, share: float) -> None:

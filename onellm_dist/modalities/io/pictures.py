@@ -13,6 +13,12 @@ from PIL import Image, UnidentifiedImageError, features
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
+from onellm_dist.modalities.io.deep_colours import (
+    brighten_dark_colours,
+    check_dark_greys,
+    find_deep_mode,
+    note_white_level,
+)
 from onellm_dist.modalities.io.png_chunks import SIGNATURE, drop_metadata
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import LIMITS, Limits, check_size
@@ -80,14 +86,14 @@ def open_picture(part: Part, limits: Limits = LIMITS["image"]) -> UprightPicture
     """
     try:
         try:
-            picture, orientation = _decode(part.data, limits, part.extension)
+            picture, orientation = _decode(part.data, part, limits)
         except SampleError:
             raise
         except Exception:
             if not part.data.startswith(SIGNATURE):
                 raise
             pixels = drop_metadata(part.data)  # Pillow refuses a PNG for a text in it
-            picture, orientation = _decode(pixels, limits, part.extension)
+            picture, orientation = _decode(pixels, part, limits)
     except SampleError:
         raise
     except Exception as error:  # Pillow's decoders raise anything (OSError, SyntaxError, ...)
@@ -119,13 +125,25 @@ def _describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _decode(data: bytes, limits: Limits, extension: str) -> tuple[Image.Image, int | None]:
-    """The picture, and the orientation that Pillow applies by itself (to TIFF alone)."""
+def _decode(data: bytes, part: Part, limits: Limits) -> tuple[Image.Image, int | None]:
+    """The picture, and the orientation that Pillow applies by itself (to TIFF alone).
+
+    `data` is the part's, as a rule.
+    """
     picture = Image.open(io.BytesIO(data), formats=_FORMATS)
-    check_size(_get_limits(limits, picture), *picture.size, f".{extension}")
-    applied = _read_orientation(picture) if picture.format == "TIFF" else None
+    check_size(_get_limits(limits, picture), *picture.size, f".{part.extension}")
+    form = picture.format
+    applied = _read_orientation(picture) if form == "TIFF" else None
+    note_white_level(picture, part.data)
+    deep = find_deep_mode(picture)
     picture.load()
-    if picture.format == "PNG":
+    if deep.startswith("LA"):
+        check_dark_greys(picture, f".{part.extension}")
+    elif deep:
+        bright = brighten_dark_colours(picture, data, _FORMATS)
+        if bright is not picture:
+            return bright, applied
+    if form == "PNG":
         _scale_transparent_colour(picture, data[_PNG_DEPTH])
     return picture, applied
 

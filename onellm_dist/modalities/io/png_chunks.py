@@ -39,6 +39,17 @@ def drop_metadata(data: bytes) -> bytes:
     return b"".join(kept)
 
 
+def read_significant_bits(data: bytes) -> tuple[int, ...]:
+    """Read sBIT: how many bits of each sample a PNG calls significant; () if it says nothing."""
+    for kind, begin, end in _list_chunks(data):
+        if kind in (b"IDAT", b"PLTE"):
+            break
+        checksum = struct.pack(">I", zlib.crc32(data[begin + 4 : end - 4]))
+        if kind == b"sBIT" and 13 <= end - begin <= 16 and data[end - 4 : end] == checksum:
+            return tuple(data[begin + 8 : end - 4])
+    return ()
+
+
 def _states_orientation(data: bytes, kind: bytes, begin: int, end: int) -> bool:
     """Whether a chunk is undamaged EXIF or XMP of an ordinary size."""
     if kind == b"iTXt":

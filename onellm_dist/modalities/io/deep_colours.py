@@ -1,0 +1,154 @@
+"""Which value of a picture of more than 8 bits is white, and dark colours of 16 bits.
+
+Pillow keeps the upper 8 bits of 16-bit colours, so that 12-bit colours stored in 16 bits would
+come out nearly black. Their lower 8 bits are read too.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image, TiffImagePlugin
+
+from onellm_dist.common.errors import SampleError
+from onellm_dist.modalities.io.colour import (
+    WHITE_LEVEL,
+    choose_white_level,
+    get_white_level,
+    scale_levels,
+)
+from onellm_dist.modalities.io.png_chunks import SIGNATURE, read_significant_bits
+
+_BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341
+_DARK = 64
+"""Upper bytes below this are those of at most 14 bits."""
+_NATIVE = "L" if sys.byteorder == "little" else "B"
+_STRIP = 1 << 22
+
+
+def note_white_level(picture: Image.Image, data: bytes) -> None:
+    """Put what a file says of its white into `picture.info`, if it says anything.
+
+    A PNG has its number of significant bits (sBIT), a TIFF its largest sample (SMaxSampleValue)
+    and its bits per sample, where these are no 8 or 16.
+
+    Args:
+        picture: an opened picture, loaded or not.
+        data: its file.
+    """
+    picture.info.pop(WHITE_LEVEL, None)
+    bits: int | None = None
+    if data.startswith(SIGNATURE):
+        bits = max(read_significant_bits(data)[:3], default=None)
+    elif isinstance(picture, TiffImagePlugin.TiffImageFile):
+        largest = _read_tag(picture, _LARGEST_SAMPLE)
+        if largest and all(0 < v <= 65535 and v == int(v) for v in largest):
+            picture.info[WHITE_LEVEL] = int(max(largest))
+            return
+        bits = int(max(_read_tag(picture, _BITS_PER_SAMPLE), default=0))
+    if bits is not None and 8 < bits < 16:
+        picture.info[WHITE_LEVEL] = (1 << bits) - 1
+
+
+def find_deep_mode(picture: Image.Image) -> str:
+    """How an opened picture stores several bands of 16 bits, as `RGB;16B`; empty: it has none."""
+    tiles = getattr(picture, "tile", None)
+    mode = _split_arguments(tiles[0].args)[0] if tiles else ""
+    return mode if ";16" in mode and picture.mode in ("RGB", "RGBA", "LA") else ""
+
+
+def _split_arguments(arguments: Any) -> tuple[str, tuple[Any, ...]]:
+    """The raw mode of a tile, and its decoder's other arguments."""
+    first, *more = arguments if isinstance(arguments, tuple) else (arguments,)
+    return str(first), tuple(more)
+
+
+def _read_tag(picture: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[float, ...]:
+    try:
+        found = picture.tag_v2.get(tag, ())
+        return tuple(float(v) for v in (found if isinstance(found, tuple) else (found,)))
+    except Exception:  # a tag that is damaged says nothing
+        return ()
+
+
+def brighten_dark_colours(
+    picture: Image.Image, data: bytes, formats: tuple[str, ...]
+) -> Image.Image:
+    """Show 10-, 12- and 14-bit colours that are stored in 16 bits as bright as they are.
+
+    Args:
+        picture: a loaded picture of the upper 8 bits of 16-bit colours.
+        data: its file.
+        formats: the formats that Pillow may take it for.
+
+    Returns:
+        A picture of the same mode and info; the same one if its colours are bright.
+    """
+    upper = picture.split()[:3]
+    if max(int(np.asarray(band).max()) for band in upper) >= _DARK:
+        return picture
+    lower = _load_lower_bytes(data, formats)
+    if lower is None or lower.size != picture.size:
+        return picture
+    pairs = list(zip(upper, lower.split()[:3], strict=True))
+    largest = max(int(strip.max()) for high, low in pairs for strip in _join_bytes(high, low))
+    white = choose_white_level(largest, get_white_level(picture.info))
+    scaled = [
+        Image.fromarray(np.concatenate([scale_levels(s, white) for s in _join_bytes(high, low)]))
+        for high, low in pairs
+    ]
+    bright = Image.merge(picture.mode, [*scaled, *picture.split()[3:]])
+    bright.info, bright.format = dict(picture.info), picture.format
+    colour = bright.info.get("transparency")
+    if isinstance(colour, tuple):
+        scaled_colour = scale_levels(np.array([colour]), white)
+        bright.info["transparency"] = tuple(int(value) for value in scaled_colour[0])
+    return bright
+
+
+def check_dark_greys(picture: Image.Image, name: str) -> None:
+    """Refuse dark 16-bit grey with opacity: Pillow gives its upper 8 bits alone.
+
+    Args:
+        picture: a loaded picture of which Pillow read 16-bit grey with opacity.
+        name: what the error calls it.
+
+    Raises:
+        SampleError: nothing in it is bright, so that it may have 8, 10, 12 or 14 bits.
+    """
+    if int(np.asarray(picture.getchannel(0)).max()) < _DARK:
+        raise SampleError(
+            f"{name} is 16-bit grey with opacity, and none of its values reaches {_DARK << 8:,}",
+            "they may be of 8 to 14 bits, and would come out nearly black.",
+            "store it without opacity, or in 8 bits.",
+        )
+
+
+def _load_lower_bytes(data: bytes, formats: tuple[str, ...]) -> Image.Image | None:
+    """Load the lower 8 bits of 16-bit colours: as if the bytes had the other order."""
+    picture = Image.open(io.BytesIO(data), formats=formats)
+    tiles = []
+    for tile in picture.tile:
+        mode, more = _split_arguments(tile.args)
+        kind, _, order = mode.partition(";16")
+        order = _NATIVE if order == "N" else order
+        if order not in ("B", "L"):
+            return None
+        swapped = f"{kind};16{'L' if order == 'B' else 'B'}"
+        tiles.append(tile._replace(args=(swapped, *more) if more else swapped))
+    picture.tile = tiles
+    picture.load()
+    return picture
+
+
+def _join_bytes(high: Image.Image, low: Image.Image) -> Iterator[np.ndarray]:
+    """Yield strips [h, W] of uint16 from two bands of 8 bits."""
+    rows = max(1, _STRIP // high.width)
+    for top in range(0, high.height, rows):
+        box = (0, top, high.width, min(top + rows, high.height))
+        upper = np.asarray(high.crop(box)).astype(np.uint16)
+        yield upper << 8 | np.asarray(low.crop(box))
