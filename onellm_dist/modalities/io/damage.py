@@ -17,7 +17,7 @@ DAMAGED_SHARE = 0.25
 """Share of what the model reads of a file that may be missing; with more, the file is refused."""
 
 ASSUMED = "assumed: "
-"""How a note begins that tells of no damage."""
+"""How a note begins that is about no damage."""
 
 _notes: ContextVar[list[str] | None] = ContextVar("damage", default=None)
 

@@ -102,7 +102,8 @@ def brighten_dark_colours(
         for high, low in pairs
     ]
     bright = Image.merge(picture.mode, [*scaled, *picture.split()[3:]])
-    bright.info, bright.format = dict(picture.info), picture.format
+    bright.info = dict(picture.info)
+    bright.format = picture.format
     colour = bright.info.get("transparency")
     if isinstance(colour, tuple):
         scaled_colour = scale_levels(np.array([colour]), white)
