@@ -93,6 +93,19 @@ def test_starts_without_timing_or_lost_steps_are_estimated(tmp_path: Path) -> No
     assert "recorded no start-up timing" in page
 
 
+def test_steps_that_a_kill_lost_are_there_before_the_run_is_started_again(tmp_path: Path) -> None:
+    run = RecordedRun(tmp_path / "run", slurm=False)
+    run.allocate()
+    run.start(0)
+    run.train(51, every=45)
+    later = run.set_file_times() + 24 * 3600  # nothing was written for a day
+    facts = load_facts(run.directory, now=later)
+    (start,) = facts.starts
+    assert (start.status, start.lost_steps, len(start.steps)) == ("lost", 6, 45)
+    assert start.lost_seconds > 0
+    assert build_summary(facts).lost_steps == 6
+
+
 def test_steps_repeated_within_a_start_are_lost(tmp_path: Path) -> None:
     run = RecordedRun(tmp_path / "run")
     run.allocate()
