@@ -24,7 +24,7 @@ from onellm_dist.common.errors import (
     OneLLMError,
     RunInUseError,
 )
-from onellm_dist.common.files import FileStamp, stamp_file, write_atomic
+from onellm_dist.common.files import FileStamp, stamp_file
 from onellm_dist.common.logging import get_logger
 from onellm_dist.common.refusals import append_refusal, was_refused
 from onellm_dist.common.run_files import CHECKPOINTS, CONFIG, EXIT
@@ -178,11 +178,23 @@ class ExitFile:
             )
             if is_first and fresh and not isinstance(error, RunInUseError):
                 found = mask_value({**self._describe(status, error.what), REFUSED: True})
-                write_atomic(self._path, json.dumps(found, indent=1) + "\n")
+                self._write_refused(found)
         except OSError as problem:  # it must not hide why the start was refused
             if self.run_dir.is_dir():
                 log.warning("%s cannot be written to: %s", self.run_dir, problem)
         return code
+
+    def _write_refused(self, found: dict[str, Any]) -> None:
+        """Write the file of a refused start, unless a start that ran has written one meanwhile."""
+        own = self._path.with_name(f".{EXIT}.refused.{self._rank}.{os.getpid()}")
+        try:
+            own.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            os.link(own, self._path)
+        except FileExistsError:
+            if is_of_refused_start(self._path):
+                own.replace(self._path)
+        finally:
+            own.unlink(missing_ok=True)
 
     def _record(self, found: dict[str, Any]) -> None:
         """Give the file its name, if no other rank has: a hard link is taken once."""

@@ -14,7 +14,7 @@ from onellm_dist.common.refusals import (
     find_refusal,
     read_refusals,
 )
-from onellm_dist.common.run_files import CONFIG, EXIT
+from onellm_dist.common.run_files import CONFIG, EXIT, REFUSALS
 from onellm_dist.train.records.exit_file import ExitFile
 
 EARLIER = {"status": "preempted", "reason": "SIGTERM"}
@@ -117,6 +117,9 @@ def test_a_failure_replaces_the_file_of_another_start_that_was_refused_meanwhile
     assert read(folder)["status"] == "usage"
     first[1].write_failure(MemoryError("no room"))
     assert read(folder)["status"] == "failed"
+    ExitFile(folder, rank=0, start="third:3").write_failure(UsageError("no model"))
+    assert read(folder)["status"] == "failed", "it stays"
+    assert {path.name for path in folder.iterdir()} == {EXIT, REFUSALS}
 
 
 def test_a_job_finds_its_own_refusal(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
