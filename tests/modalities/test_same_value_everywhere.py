@@ -25,7 +25,7 @@ from onellm_dist.shards.build.settings import OPTIONS, BuildSettings
 from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.format.writer import DatasetWriter
 from onellm_dist.shards.sources.base import RawSample
-from onellm_dist.shards.tools.preview_samples import render_sample
+from onellm_dist.shards.tools.preview_samples import render_samples
 
 _SETTINGS = BuildSettings(
     **{**{name: option.default for name, option in OPTIONS.items()}, "name": "n", "licence": ""}
@@ -89,7 +89,7 @@ def check_alike(folder: Path, modality: str, seeds: Sequence[int]) -> int:
         own = folder / f"{number}"
         own.mkdir()
         reason = read_as_builder(own, modality, parts)
-        page = render_sample(dataset, shard, number)
+        page = render_samples(dataset, [(shard, number)])
         path = own / f"x.{parts[modality].extension}"
         seen = trained[number]
         if isinstance(seen, str):

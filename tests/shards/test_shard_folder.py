@@ -334,7 +334,7 @@ def test_an_interrupted_build_leaves_nothing(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onellm_dist.shards.build.task.prepare_sample", interrupt)
+    monkeypatch.setattr("onellm_dist.shards.build.task._TaskWriter.add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, FINE)
     assert os.listdir(tmp_path) == ["in"]

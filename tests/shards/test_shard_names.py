@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shard_worlds import all_bytes, contents, foreign_tar, picture, text_dataset
 from stores import local_s3, stored, upload
+from typer.testing import CliRunner
 
+from onellm_dist.cli import app
 from onellm_dist.common.errors import OneLLMError, SampleError, UsageError
 from onellm_dist.common.hidden_files import has_hidden_part
 from onellm_dist.shards import as_webdataset
@@ -254,3 +257,24 @@ def test_a_damaged_index_names_dataset_shard_and_the_command_that_makes_it_again
     assert command == f"onellm shards index '{dataset.root}/shards/train-000000.tar'"
     assert index_command([dataset.root / "shards/train-000000.tar"], []) == 0
     assert all_bytes(dataset.root) == before
+
+
+def test_what_an_index_of_another_tar_advises_mends_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands of the messages, followed to the end as a shell reads them."""
+    samples = {key: {"txt": key.encode()} for key in "abcd"}
+    root = text_dataset(tmp_path / "a set", samples, max_samples=2).root
+    before = all_bytes(root)
+    first, second = (root / f"shards/train-00000{i}.tar.index" for i in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(OneLLMError, match="dataset texts, shard shards/train-000001") as caught:
+        contents(open_dataset(root))
+    runner, told = CliRunner(), caught.value.do
+    for verb, code in (("verify", 1), ("repair", 0), ("verify", 0)):
+        command = shlex.split(told.splitlines()[-1].rpartition(": ")[2])
+        assert command == ["onellm", "shards", verb, str(root)]
+        done = runner.invoke(app, command[1:])
+        assert done.exit_code == code
+        told = done.stdout.strip()
+    assert all_bytes(root) == before

@@ -88,15 +88,16 @@ def test_a_plan_of_another_version_is_replaced_where_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = write_rows(tmp_path / "in")
-    monkeypatch.setattr(plan_module, "VERSION", plan_module.VERSION - 1)
+    made = plan_module.VERSION - 1
+    monkeypatch.setattr(plan_module, "VERSION", made)
     build(inputs, tmp_path / "out", task=ArrayTask(0, 2))
     monkeypatch.undo()
     register_rows(monkeypatch)
-    with pytest.raises(UsageError, match=r"plan of version 4.*\n.*\n.*--overwrite"):
+    with pytest.raises(UsageError, match=rf"plan of version {made}.*\n.*\n.*--overwrite"):
         build(inputs, tmp_path / "out")
     with (
         lock_folder(tmp_path / ".out.building", tmp_path / "out", shared=True),
-        pytest.raises(UsageError, match="plan of version 4"),
+        pytest.raises(UsageError, match=f"plan of version {made}"),
     ):
         build(inputs, tmp_path / "out", overwrite=True)  # another process works on it
     assert build(inputs, tmp_path / "out", overwrite=True).samples == 56

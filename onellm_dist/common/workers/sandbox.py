@@ -77,6 +77,7 @@ class Sandbox:
         self._limit = memory_mb << 20
         self._task = 0
         self._index = -1
+        self._phase = IDLE
 
     @property
     def is_limited(self) -> bool:
@@ -90,6 +91,7 @@ class Sandbox:
 
     def enter(self, phase: int, sample: int = -1) -> None:
         """Write what the process does now."""
+        self._phase = phase
         if self._status is not None:
             cpu = time.process_time()
             self._status.write(WorkerStatus(phase, self._task, sample, cpu))
@@ -106,25 +108,80 @@ class Sandbox:
             return
         self._index = index
         self.enter(READING, index)
-        if self._limit:
-            old = resource.getrlimit(resource.RLIMIT_DATA)
-            soft = get_data_bytes() + self._limit
-            if old[1] != resource.RLIM_INFINITY:
-                soft = min(soft, old[1])
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, old[1]))
+        _active.append(self)
         try:
-            yield
+            with self._limit_memory():
+                yield
         except MemoryError as error:
             raise OutOfMemoryError(f"MemoryError: {error}") from error
         finally:
-            if self._limit:
-                resource.setrlimit(resource.RLIMIT_DATA, old)
+            _active.pop()
         self.enter(IDLE)  # not after an exception: the worker may end of it
+
+    @contextlib.contextmanager
+    def _limit_memory(self) -> Iterator[None]:
+        if not self._limit:
+            yield
+            return
+        old = resource.getrlimit(resource.RLIMIT_DATA)
+        self._set_memory_limit(old[1])
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, old)
+
+    def _set_memory_limit(self, hard: int) -> None:
+        soft = get_data_bytes() + self._limit
+        if hard != resource.RLIM_INFINITY:
+            soft = min(soft, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    @contextlib.contextmanager
+    def lift(self) -> Iterator[None]:
+        """Lift the limits of the sample within the context."""
+        phase = self._phase
+        self.enter(IDLE)
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        if self._limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        yield
+        if self._limit:
+            self._set_memory_limit(hard)
+        self.enter(phase, self._index)
 
     def decode(self) -> None:
         """Start the clock of the sample: its bytes are here, what follows is its own work."""
         if self._status is not None:
             self.enter(DECODING, self._index)
+
+    def read(self) -> None:
+        """Stop the clock of the sample: it waits for bytes again."""
+        self.enter(READING, self._index)
+
+
+_active: list[Sandbox] = []
+"""The sandbox whose sample this process reads now."""
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Count what is done within the context as the time of the sample that is read now, if any.
+
+    The sample's bytes are here; reading them is the disk's time.
+    """
+    if not _active:
+        yield
+        return
+    _active[-1].decode()
+    yield
+    _active[-1].read()
+
+
+@contextlib.contextmanager
+def unlimited() -> Iterator[None]:
+    """Lift the limits of the sample that is read now, to load something that all samples share."""
+    with _active[-1].lift() if _active else contextlib.nullcontext():
+        yield
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.shards.sources.base import RawSample, Source
@@ -130,6 +131,8 @@ def _resolve(path: StoragePath) -> str:
     """Return the real path of a local file, or a normal form of a URL."""
     if isinstance(path, RemotePath):
         scheme, _, rest = path.url.partition("://")
+        if scheme in ("http", "https"):
+            rest = unquote(rest)  # a server reads `%2e%2e` as `..`
         return f"{scheme}://{posixpath.normpath(rest)}"
     try:
         if path.is_symlink():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from onellm_dist.shards.build.make_plan import make_plan
 from onellm_dist.shards.build.plan import save_plan
-from onellm_dist.shards.build.prepare import prepare_sample
 from onellm_dist.shards.build.request import BuildRequest
+from onellm_dist.shards.build.sample_pool import Preparation
 from onellm_dist.shards.build.task import BuildJob
 
 _TRIED = 64
@@ -43,7 +43,8 @@ def describe_build(request: BuildRequest, *, workers: int) -> str:
         chosen = plan.tasks[:: max(1, len(plan.tasks) // _TASKS)][:_TASKS]
         each = _TRIED // len(chosen)
         tried = [s for task in chosen for s in islice(job.read_raw_samples(task), each)]
-        prepared = [prepare_sample(s, plan.modalities, plan.settings) for s in tried]
+        with Preparation(plan, workers=1) as preparation:
+            prepared = list(preparation.prepare(tried))
     good = [sample.parts for sample in prepared if sample.parts is not None]
     size = sum(len(data) for parts in good for data in parts.values())
     shards = Counter(task.split for task in plan.tasks)

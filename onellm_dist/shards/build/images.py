@@ -76,6 +76,8 @@ def reencode_pictures(
         size = resize if too_large else None
         try:
             result[STORED] = _encode_jpeg(picture, size, quality or DEFAULT_QUALITY)
+        except MemoryError:
+            raise
         except Exception as error:  # a size that JPEG does not have
             raise BadSampleError(f"unreadable picture: {type(error).__name__}: {error}") from error
     return result

@@ -15,6 +15,7 @@ import numpy as np
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
+from onellm_dist.common.workers.sandbox import decoding, is_out_of_memory
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.library_faults import require_library
@@ -111,6 +112,18 @@ def _read_sample(
     for extension, media in raw_sample.parts.items():
         if extension not in parts:
             parts[extension] = _read(media)
+    with decoding():
+        return _finish_sample(raw_sample, parts, meta, modalities, settings)
+
+
+def _finish_sample(
+    raw_sample: RawSample,
+    parts: dict[str, bytes],
+    meta: Mapping[str, Any],
+    modalities: Sequence[str],
+    settings: BuildSettings,
+) -> PreparedSample:
+    """Hash, re-encode and check what was read."""
     content_hash, picture_hash = _hash_sample(parts, modalities, settings)
     if settings.resize is not None or settings.quality is not None:
         pictures = get_picture_extensions(modalities)
@@ -320,9 +333,11 @@ def _check_media(name: str, parts: Mapping[str, bytes], meta: Mapping[str, Any])
             modality.make_value(raw, train=train, rng=np.random.default_rng(0))
     except SampleError as error:
         raise BadSampleError(f"unreadable {name}: {error.what}") from error
-    except OneLLMError:  # a library that does not fit is no fault of the sample
-        raise
+    except (OneLLMError, MemoryError):
+        raise  # a library that does not fit, or too little memory, is no fault of the file
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         # A decoder that fails at a strange file costs one bad sample, not the build.
         require_library(error)
         raise BadSampleError(f"unreadable {name}: {type(error).__name__}: {error}") from error

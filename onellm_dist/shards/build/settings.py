@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS
 from onellm_dist.shards.format.valid_names import check_name
 from onellm_dist.shards.format.writer import MAX_BYTES, MAX_SAMPLES
 from onellm_dist.shards.sources.base import Option
@@ -88,6 +89,18 @@ OPTIONS: Mapping[str, Option] = {
         "`any`: anywhere; default: samples whose media lie outside are bad",
         separator=",",
     ),
+    "sample_seconds": Option(
+        SAMPLE_SECONDS,
+        "seconds that a sample may take to decode: CPU time, or time asleep; one that takes longer "
+        "twice is a bad sample; 0: any time",
+        float,
+    ),
+    "sample_mb": Option(
+        SAMPLE_MB,
+        "memory in MiB that a sample may need while it is read and decoded; one that needs more "
+        "is a bad sample; 0: any amount",
+        int,
+    ),
     "energon": Option(True, "write Megatron-Energon's metadata too (.nv-meta/, .tar.idx)", bool),
 }
 
@@ -118,6 +131,8 @@ class BuildSettings:
     min_similarity: float | None
     question: str | None
     follow: str | None
+    sample_seconds: float
+    sample_mb: int
     energon: bool
 
     def __post_init__(self) -> None:
@@ -140,6 +155,7 @@ class BuildSettings:
             raise UsageError(
                 f"limit={self.limit} is below 1.", "nothing would be built.", "raise it."
             )
+        self._check_limits()
         if self.dedup not in DEDUP:
             raise UsageError(
                 f"dedup={self.dedup} is none of {', '.join(DEDUP)}.",
@@ -174,6 +190,21 @@ class BuildSettings:
                 "nothing would be left out.",
                 "check the option denylist.",
             )
+
+    def _check_limits(self) -> None:
+        if not (self.sample_seconds >= 0 and self.sample_mb >= 0):
+            raise UsageError(
+                f"sample_seconds={self.sample_seconds:g}, sample_mb={self.sample_mb}: neither may "
+                "be below 0.",
+                "they are what one sample may take.",
+                "0 sets no limit.",
+            )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the builder decodes media."""
+        pictures = self.resize is not None or self.quality is not None
+        return self.check or pictures or self.dedup == "perceptual"
 
     def to_json(self) -> dict[str, Any]:
         """Return the values for the plan file; `from_json` is the inverse."""

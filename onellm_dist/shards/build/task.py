@@ -25,7 +25,7 @@ from onellm_dist.common.reasons import find_shared_reason
 from onellm_dist.common.sample_parts import TEXT_EXTENSIONS
 from onellm_dist.shards.build.confine import confine, find_allowed_roots
 from onellm_dist.shards.build.plan import BuildPlan, ShardTask, read_raw_samples
-from onellm_dist.shards.build.prepare import PreparedSample, prepare_sample
+from onellm_dist.shards.build.prepare import PreparedSample
 from onellm_dist.shards.build.registry import get_source
 from onellm_dist.shards.format.dataset import ShardInfo
 from onellm_dist.shards.format.index import get_index_path
@@ -70,12 +70,6 @@ class BuildJob:
     def _allowed_roots(self) -> tuple[str, ...] | None:
         source, follow = get_source(self.plan.source), self.plan.settings.follow
         return find_allowed_roots(source, self.inputs, self.options, follow)
-
-    def prepare(self, task: ShardTask) -> Iterator[PreparedSample]:
-        """Yield the raw samples of a task, prepared in this process."""
-        plan = self.plan
-        for raw_sample in self.read_raw_samples(task):
-            yield prepare_sample(raw_sample, plan.modalities, plan.settings)
 
 
 @dataclass

@@ -12,20 +12,19 @@ import fcntl
 import multiprocessing
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import Progress
 from onellm_dist.shards.build.plan import ShardTask
-from onellm_dist.shards.build.prepare import PreparedSample, prepare_sample
-from onellm_dist.shards.build.settings import BuildSettings
+from onellm_dist.shards.build.prepare import PreparedSample
+from onellm_dist.shards.build.sample_pool import Preparation
 from onellm_dist.shards.build.task import (
     BuildCounts,
     BuildJob,
@@ -33,15 +32,10 @@ from onellm_dist.shards.build.task import (
     build_shard_task,
     read_record,
 )
-from onellm_dist.shards.sources.base import RawSample
 from onellm_dist.shards.storage.paths import StoragePath
 
 LEASES = "leases"
 """Folder of the lock files of an unfinished build."""
-_CHUNK = 8
-"""Raw samples that a worker receives at once where workers share a task."""
-_WINDOW = 4
-"""Chunks a worker that may be pending: it bounds the memory of samples that wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,8 @@ class Lease:
     def release(self) -> None:
         """Give the lease back: the task is done, or given up."""
         if self._descriptor is not None:
+            with suppress(OSError):  # closing is not enough: forked workers have it open too
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -128,35 +124,22 @@ def build_shard_tasks(
         elif one.number % task.count == task.index:
             pending.append(one)
     counts.check()
-    if workers == 1:
-        _build_in_turn(job, pending, bar, counts, job.prepare)
+    if len(pending) < 2 * workers or workers == 1:
+        with Preparation(job.plan, workers=workers) as preparation:
+            _build_in_turn(job, pending, bar, counts, preparation)
         return
-    # spawn: forking a process that has torch's threads can hang the child.
+    # spawn: what this process has open and cached stays its own.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(job,)
     ) as pool:
         try:
-            if len(pending) >= 2 * workers:
-                _build_in_parallel(job, pending, bar, counts, pool, workers)
-            else:
-                settings, modalities = job.plan.settings, job.plan.modalities
-                _build_in_turn(
-                    job,
-                    pending,
-                    bar,
-                    counts,
-                    lambda one: _prepare_in_pool(
-                        job.read_raw_samples(one), modalities, settings, pool, workers
-                    ),
-                )
+            _build_in_parallel(job, pending, bar, counts, pool, workers)
         except BrokenProcessPool as error:
             raise OneLLMError(
-                "a worker process of the builder died (killed, out of memory, or crashed in a "
-                "decoder).",
+                "a worker process of the builder died (killed, or out of memory).",
                 "its samples would be missing.",
-                "run again with --workers 1 to see where, or with fewer workers to save memory; "
-                "finished shards are kept.",
+                "run again with fewer workers to save memory; finished shards are kept.",
             ) from error
 
 
@@ -165,9 +148,9 @@ def _build_in_turn(
     tasks: Iterable[ShardTask],
     bar: Progress[object],
     counts: BuildCounts,
-    prepare: Callable[[ShardTask], Iterator[PreparedSample]],
+    preparation: Preparation,
 ) -> None:
-    """Build one task after the other in this process."""
+    """Build one task after the other in this process, with the samples of all workers."""
     for task in tasks:
         lease = acquire_lease(job.base, f"{task.number:06d}")
         if lease is None:
@@ -175,8 +158,8 @@ def _build_in_turn(
         try:
             # Another process may have finished it since the list was made.
             if read_record(job.base, task, job.plan) is None:
-                samples = _show_progress(prepare(task), bar, counts)
-                build_shard_task(task, job, samples, counts)
+                with closing(preparation.prepare(job.read_raw_samples(task))) as prepared:
+                    build_shard_task(task, job, _show_progress(prepared, bar, counts), counts)
         finally:
             lease.release()
 
@@ -189,33 +172,6 @@ def _show_progress(
         bar.advance()
         if counts.failures:
             bar.note(f"{counts.failures} bad")
-
-
-def _prepare_in_pool(
-    raw_samples: Iterator[RawSample],
-    modalities: tuple[str, ...],
-    settings: BuildSettings,
-    pool: ProcessPoolExecutor,
-    workers: int,
-) -> Iterator[PreparedSample]:
-    """Yield the samples of one task in order, prepared by all workers together."""
-    waiting: deque[Future[list[PreparedSample]]] = deque()
-    try:
-        for chunk in iter(lambda: list(islice(raw_samples, _CHUNK)), []):
-            waiting.append(pool.submit(_prepare_chunk, chunk, modalities, settings))
-            if len(waiting) >= workers * _WINDOW:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-
-
-def _prepare_chunk(
-    chunk: list[RawSample], modalities: tuple[str, ...], settings: BuildSettings
-) -> list[PreparedSample]:
-    return [prepare_sample(raw_sample, modalities, settings) for raw_sample in chunk]
 
 
 def _build_in_parallel(
@@ -252,12 +208,12 @@ def _build_in_parallel(
             lease.release()
 
 
-_jobs: list[BuildJob] = []
-"""In a worker process: the build that it works for."""
+_jobs: list[tuple[BuildJob, Preparation]] = []
+"""In a worker process: the build that it works for, and the process that decodes for it."""
 
 
 def _start_worker(job: BuildJob) -> None:
-    _jobs.append(job)
+    _jobs.append((job, Preparation(job.plan, workers=1)))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
@@ -274,9 +230,10 @@ def _end_with_parent() -> None:
 
 
 def _build_in_worker(task: ShardTask) -> TaskRecord:
-    job = _jobs[0]
+    job, preparation = _jobs[0]
     done = read_record(job.base, task, job.plan)
     if done is not None:
         return done
     counts = BuildCounts(job.plan.total, job.plan.settings.max_failures)
-    return build_shard_task(task, job, job.prepare(task), counts)
+    with closing(preparation.prepare(job.read_raw_samples(task))) as prepared:
+        return build_shard_task(task, job, prepared, counts)

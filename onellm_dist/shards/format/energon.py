@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 import sqlite3
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,22 @@ from braceexpand import braceexpand
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import unique_name
-from onellm_dist.shards.format.dataset import MANIFEST, Manifest, ShardInfo
+from onellm_dist.shards.format.dataset import (
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    refuse_outside_links,
+)
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
 from onellm_dist.shards.storage.paths import StoragePath, store_file, write_file
 
 ENERGON_VERSION = "7.4.1"
 META = ".nv-meta"
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+_MOST_NAMES = 100_000
+"""Most tars that one entry of a split may stand for."""
+_MOST_BRACES = 16
+"""Most pairs of braces in such an entry."""
 _TEMPORARY = ".making-"
 """Prefix of a folder where the database is made."""
 _SPLITS = ("train", "val", "test")
@@ -86,7 +99,12 @@ def write_energon(
             ) from None
         manifest = Manifest.from_bytes(data, Path(str(root / MANIFEST)))
     meta = root / META
-    if isinstance(meta, Path):
+    if isinstance(root, Path) and isinstance(meta, Path):
+        refuse_outside_links(
+            root,
+            [META, *(f"{shard.path}.idx" for shard in manifest.shards)],
+            remedy="the files would be written there: put a folder in place of the link.",
+        )
         meta.mkdir(exist_ok=True)
         for leftover in meta.glob(f"{_TEMPORARY}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -205,14 +223,14 @@ def read_energon_splits(root: Path) -> dict[str, str] | None:
         return None
     try:
         content: Any = yaml.safe_load(path.read_bytes())
-        excluded = {e for given in content.get("exclude") or [] for e in braceexpand(str(given))}
+        excluded = {e for given in content.get("exclude") or [] for e in _expand(str(given))}
         splits = {
             tar: str(split)
             for split, tars in content["split_parts"].items()
             for given in tars
-            for tar in braceexpand(str(given))
+            for tar in _expand(str(given))
         }
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path}: {type(error).__name__}: {error}",
             "it says which tar belongs to which split.",
@@ -225,3 +243,19 @@ def read_energon_splits(root: Path) -> dict[str, str] | None:
             "write the tars again without them, or exclude whole tars.",
         )
     return {tar: split for tar, split in splits.items() if tar not in excluded}
+
+
+def _expand(text: str) -> list[str]:
+    """Expand the ranges and lists of names in braces.
+
+    Raises:
+        ValueError: they are too many names (a range of 10^10 would take all memory).
+    """
+    ranges = ((int(first), int(last)) for first, last in _RANGE.findall(text))
+    product = math.prod(abs(last - first) + 1 for first, last in ranges)
+    names = []
+    if product <= _MOST_NAMES and text.count("{") <= _MOST_BRACES:
+        names = list(islice(braceexpand(text), _MOST_NAMES + 1))
+    if not 0 < len(names) <= _MOST_NAMES:
+        raise ValueError(f"{text!r:.80} stands for too many names")
+    return names

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.shards.format.index import pack_index, write_index
 from onellm_dist.shards.format.tars import scan_tar
+
+
+class SkippedMembers(NamedTuple):
+    """Members of tars that belong to no sample, although some of them look so."""
+
+    hidden: int = 0
+    """Files with a name that begins with a dot."""
+    links: int = 0
+    """Hard and symbolic links, which hold no bytes."""
 
 
 def index_tar(path: Path, *, any_key: bool = False) -> Path:
@@ -24,19 +34,19 @@ def index_tar(path: Path, *, any_key: bool = False) -> Path:
     return _index_tar(path, any_key=any_key)[0]
 
 
-def _index_tar(path: Path, *, any_key: bool = False) -> tuple[Path, int]:
+def _index_tar(path: Path, *, any_key: bool = False) -> tuple[Path, SkippedMembers]:
     scan = scan_tar(path, any_key=any_key)
     data = pack_index(
         scan.rows, tar_name=path.name, tar_bytes=scan.bytes, tar_sha256=scan.sha256, end=scan.end
     )
-    return write_index(path, data), scan.hidden
+    return write_index(path, data), SkippedMembers(scan.hidden, scan.links)
 
 
-def try_index_tar(path: Path) -> OneLLMError | int:
+def try_index_tar(path: Path) -> OneLLMError | SkippedMembers:
     """Index a tar.
 
     Returns:
-        The number of its hidden files, which are skipped; or the error, which is not raised.
+        What was skipped in it; or the error, which is not raised.
     """
     try:
         return _index_tar(path)[1]

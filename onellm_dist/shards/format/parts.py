@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -111,7 +112,7 @@ def extract_parts(
                 f"dataset {dataset.name}, shard {shard.path}, key {key}, "
                 f"part .{extension} at offset {offset}: {how}.",
                 "the tar was damaged or changed after it was indexed.",
-                f"find every damaged part: onellm shards verify {dataset.location}",
+                f"find every damaged part: onellm shards verify {shlex.quote(dataset.location)}",
             )
         found[extension] = Part(extension, part)
     return found

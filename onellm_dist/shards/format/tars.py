@@ -73,6 +73,8 @@ class TarScan:
     """Offset of the end-of-archive marker."""
     hidden: int = 0
     """Files that were skipped because a part of their path begins with a dot."""
+    links: int = 0
+    """Hard and symbolic links that were skipped, although their names are those of parts."""
 
 
 class HeaderReads:
@@ -126,7 +128,7 @@ def scan_tar(path: Path, *, any_key: bool = False) -> TarScan:
         size = file.seek(0, 2)
     if not rows.keys:
         raise TarError(path, "it holds no sample (no regular file named KEY.EXTENSION)")
-    return TarScan(rows, size, sha256_file(path), end, scanner.hidden)
+    return TarScan(rows, size, sha256_file(path), end, scanner.hidden, scanner.links)
 
 
 def salvage_tar(path: Path) -> tuple[IndexRows, str | None]:
@@ -173,6 +175,7 @@ class _TarScanner:
         self.parts: dict[str, PartLocation] = {}
         self.json: bytes | None = None
         self.hidden = 0
+        self.links = 0
 
     def run(self, tar: tarfile.TarFile) -> tuple[IndexRows, int]:
         """Read all members; return the rows and the offset behind the last one."""
@@ -188,6 +191,8 @@ class _TarScanner:
                     self.add_part(member, *names)
                 elif member.isreg():
                     self.hidden += has_hidden_part(member.name)
+                elif member.islnk() or member.issym():
+                    self.links += split_name(member.name) is not None
         except TAR_FAULTS as error:
             how = f"it is truncated or damaged ({error})"
             raise TarError(self.path, how, self.key, tar.offset) from error

@@ -163,4 +163,5 @@ SOURCE = Source(
         "missing": MISSING_OPTION,
     },
     licence="MIT (captions); clips under YouTube's terms",
+    reads_as_stored=True,
 )

@@ -31,6 +31,11 @@ failed_to_download`, a blacklist, a split that is not wanted): it is only counte
 reasons short, with their category before the first colon: `missing file: videos/a/1.mp4`. Keys are
 unique in the data set; a repeated key is a failure of the later sample.
 
+Media that decode what they read (a window of a recording) do so within
+`onellm_dist.common.workers.sandbox.decoding()`, so that the limits of a sample hold for it, and
+load what all samples share within `unlimited()`. Files that are cached open must be opened once a
+process (compare `os.getpid()`): workers are forked.
+
 *Inputs.* `inputs` is a `pathlib.Path`, or for URLs (`s3://...`, `memory://...`) a `RemotePath`
 (shards/storage/paths.py) with the same methods. Use only these: `/`, name, stem, suffix, parent,
 open("rb" or text), read_bytes, read_text, exists, is_file, is_dir, iterdir, glob, rglob,
@@ -264,5 +269,8 @@ class Source:
     """Options, besides those of kind Path, that name folders or URLs where media may lie."""
     licence: str = "unknown"
     """The licence in the manifest, unless the user gives one."""
+    reads_as_stored: bool = False
+    """Whether the media are the input's bytes. False: reading decodes some of them (a window of a
+    recording, a model's map), and is done in worker processes even with `check=false`."""
     needs_input: bool = True
     """Whether there is an input; if false, `inputs` is None (generated data)."""

@@ -253,4 +253,5 @@ SOURCE = Source(
             False, "write in random order (by the seed) instead of sorting by key", bool
         ),
     },
+    reads_as_stored=True,
 )

@@ -48,4 +48,5 @@ SOURCE = Source(
     raw_samples=raw_samples,
     options={"unfinished": UNFINISHED_OPTION},
     licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",
+    reads_as_stored=True,
 )

@@ -109,4 +109,5 @@ SOURCE = Source(
         "unfinished": UNFINISHED_OPTION,
     },
     licence="metadata CC-BY 4.0 (LAION); pictures under their owners' copyright",
+    reads_as_stored=True,
 )

@@ -138,4 +138,5 @@ SOURCE = Source(
         "missing": MISSING_OPTION,
     },
     licence="LLaVA: research only; pictures of COCO, GQA, OCR-VQA, TextVQA, Visual Genome",
+    reads_as_stored=True,
 )

@@ -322,6 +322,7 @@ def _make_source(
             "several": Option("fail", "rows with several media of one kind: fail, or skip"),
         },
         licence=licence,
+        reads_as_stored=True,
     )
 
 

@@ -147,6 +147,7 @@ def _make_source(name: str) -> Source:
             "missing": MISSING_OPTION,
         },
         licence="RefCOCO: research only; COCO's pictures under Flickr's terms",
+        reads_as_stored=True,
     )
 
 

@@ -69,4 +69,5 @@ SOURCE = Source(
     plan=plan,
     raw_samples=raw_samples,
     licence="unknown",
+    reads_as_stored=True,
 )

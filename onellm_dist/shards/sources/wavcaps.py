@@ -212,4 +212,5 @@ SOURCE = Source(
         "missing": MISSING_OPTION,
     },
     licence="WavCaps: academic use only; clips under their own licences",
+    reads_as_stored=True,
 )

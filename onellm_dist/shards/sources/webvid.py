@@ -170,4 +170,5 @@ SOURCE = Source(
         "unfinished": UNFINISHED_OPTION,
     },
     licence="WebVid terms: research only, never redistribute (watermarked)",
+    reads_as_stored=True,
 )

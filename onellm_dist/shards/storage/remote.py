@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
+from urllib.parse import quote
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.files import staged_path
@@ -113,6 +114,10 @@ class RemoteFolder:
 
     def _call(self, name: str, action: Callable[[Any, str], T]) -> T:
         fs, base = self._get_file_system()
+        if self.url.startswith(("http://", "https://")):
+            # Elsewhere a name is a key. Here `%2e%2e` would lead out of the folder, and `?` and
+            # `#` would end the name.
+            name = quote(name)
         try:
             return action(fs, f"{base}/{name}" if name else base)
         except OSError:

@@ -31,7 +31,7 @@ from onellm_dist.shards.format.dataset import (
 )
 from onellm_dist.shards.format.energon import read_energon_splits
 from onellm_dist.shards.format.index import ShardIndex, get_index_path
-from onellm_dist.shards.format.index_tar import try_index_tar
+from onellm_dist.shards.format.index_tar import SkippedMembers, try_index_tar
 from onellm_dist.shards.format.names import infer_modalities, make_dataset_name
 from onellm_dist.shards.format.valid_names import check_name, find_bad_shard_path
 
@@ -118,7 +118,7 @@ def index_existing_shards(
     old = _read_manifest(path)
     todo = tars if again else [tar for tar in tars if not _has_fitting_index(tar)]
     kept = len(tars) - len(todo)
-    hidden = _index_tars(todo, workers)
+    skipped = _index_tars(todo, workers)
     if old is not None and old.source != SOURCE_NAME:
         _compare_indexes(path, old)
         manifest = old
@@ -126,14 +126,14 @@ def index_existing_shards(
         manifest = _make_manifest(path, tars, modalities, name, split, licence)
         write_atomic(path / MANIFEST, manifest.to_file())
     samples = sum(s.samples for s in manifest.shards)
-    notes += _describe_hidden(hidden, "inside tars")
+    notes += _describe_skipped(skipped, "inside tars")
     return IndexedShards(len(tars), samples, path / MANIFEST, kept, notes)
 
 
 def _index_one_tar(path: Path) -> IndexedShards:
-    hidden = _index_tars([path], workers=1)
+    skipped = _index_tars([path], workers=1)
     samples = ShardIndex(get_index_path(path)).samples
-    return IndexedShards(1, samples, None, notes=_describe_hidden(hidden, "inside the tar"))
+    return IndexedShards(1, samples, None, notes=_describe_skipped(skipped, "inside the tar"))
 
 
 def _list_tars(root: Path, *, follow_links: bool) -> tuple[list[Path], tuple[str, ...]]:
@@ -178,6 +178,17 @@ def _describe_hidden(count: int, where: str) -> tuple[str, ...]:
     return (f"{names} {where} skipped (names that begin with a dot)",) if count else ()
 
 
+def _describe_skipped(skipped: SkippedMembers, where: str) -> tuple[str, ...]:
+    notes = _describe_hidden(skipped.hidden, where)
+    if skipped.links:
+        names = f"{skipped.links} link{'s' if skipped.links > 1 else ''}"
+        notes += (
+            f"{names} {where} skipped: they hold no bytes, so their samples lack these parts "
+            "(tar --dereference --hard-dereference stores the files instead)",
+        )
+    return notes
+
+
 def _has_fitting_index(tar: Path) -> bool:
     """Check for a complete index, made for a file of this name and size after its last change."""
     path = get_index_path(tar)
@@ -196,13 +207,13 @@ def _read_manifest(path: Path) -> Manifest | None:
     return read_manifest(path) if (path / MANIFEST).exists() else None
 
 
-def _index_tars(tars: Sequence[Path], workers: int) -> int:
-    """Index tars, and return the number of hidden files inside them.
+def _index_tars(tars: Sequence[Path], workers: int) -> SkippedMembers:
+    """Index tars, and return what was skipped inside them.
 
     Raises:
         OneLLMError: one cannot be indexed; the others are.
     """
-    results: list[OneLLMError | int] = []
+    results: list[OneLLMError | SkippedMembers] = []
     with progress(len(tars), "Indexing", unit="tars") as bar:
         if workers == 1 or len(tars) < 2:
             for tar in tars:
@@ -223,7 +234,8 @@ def _index_tars(tars: Sequence[Path], workers: int) -> int:
             f"{len(errors)} of {len(tars)} tars cannot be used; no manifest was written.",
             errors[0].do,
         )
-    return sum(result for result in results if isinstance(result, int))
+    found = [result for result in results if isinstance(result, SkippedMembers)]
+    return SkippedMembers(sum(one.hidden for one in found), sum(one.links for one in found))
 
 
 def _compare_indexes(root: Path, manifest: Manifest) -> None:

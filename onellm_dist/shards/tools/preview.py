@@ -30,7 +30,7 @@ from onellm_dist.shards.tools.preview_samples import (
     TIMED,
     DatasetOverview,
     find_media_faults,
-    render_sample,
+    render_samples,
     render_text,
 )
 
@@ -303,8 +303,7 @@ def build_page(
         shown = overview.draw_rows(previews)
         html.append(f"<h2>{len(shown)} samples drawn at random</h2>")
         html += _explain_previews(dataset.modalities)
-        figures = "".join(render_sample(dataset, *sample) for sample in shown)
-        html.append(f'<div class="gallery">{figures}</div>')
+        html.append(f'<div class="gallery">{render_samples(dataset, shown)}</div>')
     html += ["<h2>Splits</h2>", _make_splits(dataset)]
     html.append(f"<h2>What a sample holds{part}</h2>")
     html.append(_make_parts(dataset, overview.counts, statistics))
@@ -353,10 +352,9 @@ def preview_command(
     if keys:
         dataset = open_dataset(location, follow_links=follow_links)
         samples = find_samples(dataset, keys)
-        for sample in samples:
-            print(describe_sample(dataset, sample), flush=True)  # before a decoder may crash
-            for fault in find_media_faults(dataset, sample.shard, sample.row):
-                print(f"  {fault}")
+        faults = find_media_faults(dataset, [(s.shard, s.row) for s in samples])
+        for sample, found in zip(samples, faults, strict=True):
+            print("\n".join([describe_sample(dataset, sample), *(f"  {fault}" for fault in found)]))
         html = build_samples_page(dataset, samples)
     else:
         html = build_page(location, previews=previews, seed=seed, follow_links=follow_links)
@@ -377,7 +375,7 @@ def build_samples_page(dataset: Dataset, samples: Sequence[NamedSample]) -> str:
         dataset: an open dataset.
         samples: some of its samples.
     """
-    figures = "".join(render_sample(dataset, s.shard, s.row) for s in samples)
+    figures = render_samples(dataset, [(s.shard, s.row) for s in samples])
     texts = "".join(f"<pre>{escape(describe_sample(dataset, s))}</pre>" for s in samples)
     html = [
         f"<h1>{escape(dataset.name)}</h1>",

@@ -8,6 +8,7 @@ import json
 import random
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from html import escape
 from itertools import accumulate
 
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 
 from onellm_dist.common.errors import OneLLMError
 from onellm_dist.common.turns import TurnsError, find_conversation, parse_turns
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.containers import measure_duration
 from onellm_dist.modalities.io.sounds import AUDIO_EXTENSIONS
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo
 from onellm_dist.shards.format.parts import read_parts
+from onellm_dist.shards.tools.safe_decoding import Row, map_rows
 
 _SHARDS = 200
 """Most shards whose indexes are read, evenly spread; the page says so if there are more."""
@@ -69,12 +72,9 @@ class DatasetOverview:
 
     def measure_durations(self, count: int) -> list[float]:
         """Measure the sounds and films of `count` random samples, in seconds."""
-        durations = []
-        for shard, row in self.draw_rows(count):
-            duration = _measure_duration(read_parts(self.dataset, shard, row))
-            if duration is not None:
-                durations.append(duration)
-        return durations
+        rows = self.draw_rows(count)
+        found = map_rows(self.dataset, rows, _measure_duration, lambda *_: None)
+        return [duration for duration in found if duration is not None]
 
 
 def format_text(parts: dict[str, Part]) -> str:
@@ -108,16 +108,24 @@ def _parse_meta(parts: dict[str, Part]) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _measure_duration(parts: dict[str, Part]) -> float | None:
+def _measure_duration(dataset: Dataset, shard: ShardInfo, row: int) -> float | None:
     """Measure a sample's sound or film, in seconds; None: it has none, or cannot be opened."""
+    parts = read_parts(dataset, shard, row)
     part = next((p for e, p in parts.items() if e.rsplit(".", 1)[-1] in TIMED), None)
     if part is None:
         return None
-    return measure_duration(part)
+    with decoding():
+        return measure_duration(part)
 
 
-def find_media_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:
-    """Decode a sample's media, and say why each that cannot be decoded cannot; [] if all can."""
+def find_media_faults(dataset: Dataset, rows: Sequence[Row]) -> list[list[str]]:
+    """Decode the media of some samples; list for each why those that cannot be decoded cannot."""
+    return map_rows(
+        dataset, rows, _find_faults, lambda *refused: [f"cannot be decoded: {refused[-1]}"]
+    )
+
+
+def _find_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:
     faults = []
     try:
         parts = read_parts(dataset, shard, row)
@@ -127,7 +135,8 @@ def find_media_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]
         modality = get_modality(name)
         try:
             media = {role: parts[e] for role, e in modality.match(set(parts)).items()}
-            modality.decode(media, _parse_meta(parts))
+            with decoding():
+                modality.decode(media, _parse_meta(parts))
         except OneLLMError as error:
             faults.append(f"{name} cannot be decoded: {error.what}")
     return faults
@@ -141,25 +150,41 @@ def render_text(dataset: Dataset, shard: ShardInfo, row: int) -> str:
         return f'<span class="wrong">cannot be read: {escape(error.what)}</span>'
 
 
-def render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
-    """Make the HTML figure of one sample: a picture of each of its modalities, and its text."""
-    pictures = []
+def render_samples(dataset: Dataset, rows: Sequence[Row]) -> str:
+    """Make the HTML figures of samples: a picture of each of their modalities, and their text."""
+    return "".join(map_rows(dataset, rows, _render_sample, _render_refused))
+
+
+def _render_sample(dataset: Dataset, shard: ShardInfo, row: int) -> str:
     try:
         parts = read_parts(dataset, shard, row)
-        for name in dataset.modalities:
-            modality = get_modality(name)
-            media = {part: parts[e] for part, e in modality.match(set(parts)).items()}
-            raw = modality.read_raw(media, _parse_meta(parts))
-            modality.make_value(raw, train=False, rng=np.random.default_rng(0))  # or it is refused
-            picture = modality.preview(raw).convert("RGB")
-            picture.thumbnail((_WIDTH, _WIDTH))
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            data = base64.b64encode(buffer.getvalue()).decode()
-            pictures.append(f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{data}">')
-        text = format_text(parts)
+        with decoding():
+            pictures = [_draw(name, parts) for name in dataset.modalities]
+        return _make_figure(dataset, shard, row, "".join(pictures), format_text(parts))
     except OneLLMError as error:
-        text = f'<span class="wrong">cannot be drawn: {escape(error.what)}</span>'
+        return _render_refused(dataset, shard, row, error.what)
+
+
+def _render_refused(dataset: Dataset, shard: ShardInfo, row: int, reason: str) -> str:
+    text = f'<span class="wrong">cannot be drawn: {escape(reason)}</span>'
+    return _make_figure(dataset, shard, row, "", text)
+
+
+def _draw(name: str, parts: dict[str, Part]) -> str:
+    """Draw the media of one modality, as an HTML image."""
+    modality = get_modality(name)
+    media = {part: parts[e] for part, e in modality.match(set(parts)).items()}
+    raw = modality.read_raw(media, _parse_meta(parts))
+    modality.make_value(raw, train=False, rng=np.random.default_rng(0))  # or it is refused
+    picture = modality.preview(raw).convert("RGB")
+    picture.thumbnail((_WIDTH, _WIDTH))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _make_figure(dataset: Dataset, shard: ShardInfo, row: int, pictures: str, text: str) -> str:
     key = f"{escape(shard.name)}/{escape(dataset.index(shard).key(row))}"
     caption = f'<figcaption>{text}<div class="key">{key}</div></figcaption>'
-    return f"<figure>{''.join(pictures)}{caption}</figure>"
+    return f"<figure>{pictures}{caption}</figure>"

@@ -20,6 +20,7 @@ user removes them.
 
 from __future__ import annotations
 
+import shlex
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -49,6 +50,7 @@ from onellm_dist.shards.format.tars import salvage_tar
 from onellm_dist.shards.sources.base import QuarantinedSample
 from onellm_dist.shards.storage.remote import is_url
 from onellm_dist.shards.tools.repair_transaction import (
+    REPAIRED,
     RepairTransaction,
     clean_up,
     hold_dataset,
@@ -85,7 +87,7 @@ def repair_dataset(root: Path, *, workers: int = 1) -> list[str]:
     manifest = read_manifest(root)
     refuse_outside_links(
         root,
-        list_files(root, (s.path for s in manifest.shards))[1],
+        [*list_files(root, (s.path for s in manifest.shards))[1], META, REPAIRED],
         remedy="a repair would change what lies there: repair the dataset in which the file lies, "
         "or put a copy in place of each link (cp --remove-destination FILE LINK).",
     )
@@ -324,9 +326,6 @@ def repair_command(root: Path, *, workers: int = 1) -> int:
     done = repair_dataset(root, workers=workers)
     for line in done:
         print(line)
-    print(
-        f"{root}: {len(done)} repairs; see what is left: onellm shards verify {root}"
-        if done
-        else f"{root}: nothing to repair"
-    )
+    left = f"see what is left: onellm shards verify {shlex.quote(str(root))}"
+    print(f"{root}: {len(done)} repairs; {left}" if done else f"{root}: nothing to repair")
     return EXIT_DONE

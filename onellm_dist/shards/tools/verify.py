@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +29,7 @@ from onellm_dist.shards.format.index import (
     get_index_path,
 )
 from onellm_dist.shards.format.tars import TarError, scan_tar
+from onellm_dist.shards.storage.remote import is_url
 from onellm_dist.shards.tools.repeated_keys import RepeatedKeyFinder, SampleRow, hash_keys
 from onellm_dist.shards.tools.shard_files import (
     DatasetRoot,
@@ -364,6 +366,9 @@ def verify_command(path: Path | str, *, workers: int = 1, follow_links: bool = F
         total += len(problems)
         for problem in problems:
             print(problem)
+        where = str(dataset)
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        print(f"{dataset}: {count if problems else 'every byte is as it was written'}")
+        if problems and not is_url(where):
+            count += f"; repair what can be repaired: onellm shards repair {shlex.quote(where)}"
+        print(f"{where}: {count if problems else 'every byte is as it was written'}")
     return EXIT_FAILED if total else EXIT_DONE

@@ -163,6 +163,7 @@ class AnnotationSet:
             raw_samples=self._raw_samples,
             options=options,
             licence=self.licence,
+            reads_as_stored=True,
         )
 
     def _plan(

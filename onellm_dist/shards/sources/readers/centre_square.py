@@ -6,6 +6,7 @@ import io
 from dataclasses import dataclass
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import open_picture
@@ -29,7 +30,12 @@ class CentreSquare:
         Raises:
             SampleError: the picture cannot be read, or is turned by its EXIF orientation.
         """
-        opened = open_picture(Part("jpg", self.picture.read_bytes()))
+        data = self.picture.read_bytes()
+        with decoding():
+            return self._cut(data)
+
+    def _cut(self, data: bytes) -> bytes:
+        opened = open_picture(Part("jpg", data))
         if opened.orientation > 1:
             raise SampleError(
                 f"the picture has EXIF orientation {opened.orientation}, and its map is a square",

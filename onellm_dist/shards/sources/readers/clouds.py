@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onellm_dist.common.errors import OneLLMError
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities.limits import LIMITS, check_count
 from onellm_dist.shards.sources.base import BadSampleError, Media
 from onellm_dist.shards.sources.readers.tensor_files import read_tensor
@@ -32,6 +33,10 @@ class TensorCloud:
                 shape or type of numbers.
         """
         data = self.source.read_bytes()
+        with decoding():
+            return self._convert(data)
+
+    def _convert(self, data: bytes) -> bytes:
         try:
             value = read_tensor(data)
         except (MemoryError, OneLLMError):

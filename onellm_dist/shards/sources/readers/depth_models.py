@@ -23,6 +23,7 @@ from torch.nn import functional
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import sha256_file
 from onellm_dist.common.remote_code import make_remote_code_error
+from onellm_dist.common.workers.sandbox import decoding, unlimited
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import open_picture
@@ -55,7 +56,12 @@ class EstimatedMap:
             BadSampleError: the picture cannot be read, or its map is flat or not finite.
             UsageError: the model cannot be loaded.
         """
-        opened = open_picture(Part("jpg", self.picture.read_bytes()))
+        data = self.picture.read_bytes()
+        with decoding():
+            return self._convert(data)
+
+    def _convert(self, data: bytes) -> bytes:
+        opened = open_picture(Part("jpg", data))
         picture = convert_to_rgb(opened.image)
         nearness = _to_nearness(_estimate(self.model, self.device, picture), self.distance)
         array = np.round(nearness * 255).astype(np.uint8)
@@ -118,10 +124,16 @@ def _load(folder: Path, device: str, written: int) -> tuple[Any, Any]:
 
     `written` changes with the files, so that what the manifest says about the weights stays true.
     """
-    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the builder shows its own
+    with unlimited():
+        return _load_unlimited(folder, device)
+
+
+def _load_unlimited(folder: Path, device: str) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
     try:
         processor = AutoImageProcessor.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

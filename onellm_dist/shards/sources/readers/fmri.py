@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.responses import average_repetitions
@@ -26,8 +27,13 @@ class MeanOfRepetitions:
         Raises:
             BadSampleError: the content is not an array of finite floats [repetitions, voxels].
         """
+        data = self.voxels.read_bytes()
+        with decoding():
+            return self._average(data)
+
+    def _average(self, data: bytes) -> bytes:
         try:
-            array = read_npy(Part("nsdgeneral.npy", self.voxels.read_bytes()), finite=False)
+            array = read_npy(Part("nsdgeneral.npy", data), finite=False)
             if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
                 raise BadSampleError(
                     f"unreadable fMRI: {array.dtype} of shape {array.shape}, "

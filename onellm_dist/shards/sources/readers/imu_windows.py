@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from onellm_dist.common.errors import SampleError
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
 from onellm_dist.modalities.io.imu import ImuRecording, read_recording
@@ -88,7 +89,9 @@ def _load_recording(
     """
     try:
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
-        found = read_recording(Part(f"imu{path.suffix}", path.read_bytes()), times)
+        recording = Part(f"imu{path.suffix}", path.read_bytes())
+        with decoding():
+            found = read_recording(recording, times)
     except SampleError as error:
         return f"unreadable recording: {path.name}: {error.what}"
     if found.times is None:
