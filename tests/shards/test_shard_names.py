@@ -270,11 +270,11 @@ def test_what_an_index_of_another_tar_advises_mends_it(
     second.write_bytes(first.read_bytes())
     with pytest.raises(OneLLMError, match="dataset texts, shard shards/train-000001") as caught:
         contents(open_dataset(root))
-    runner, told = CliRunner(), caught.value.do
+    runner, printed = CliRunner(), caught.value.do
     for verb, code in (("verify", 1), ("repair", 0), ("verify", 0)):
-        command = shlex.split(told.splitlines()[-1].rpartition(": ")[2])
+        command = shlex.split(printed.splitlines()[-1].rpartition(": ")[2])
         assert command == ["onellm", "shards", verb, str(root)]
         done = runner.invoke(app, command[1:])
         assert done.exit_code == code
-        told = done.stdout.strip()
+        printed = done.stdout.strip()
     assert all_bytes(root) == before

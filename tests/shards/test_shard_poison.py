@@ -218,5 +218,5 @@ def test_a_preview_shows_the_other_samples(
     html = page.read_text()
     assert html.count("<img") == 4 and html.count("its worker crashed (SIGSEGV), twice") == 1
     assert preview_command(tmp_path / "out", page, previews=0, keys=["000-crash", "001"]) == 0
-    html, told = page.read_text(), capsys.readouterr().out
-    assert html.count("<img") == 1 and "its worker crashed (SIGSEGV), twice" in told
+    html, printed = page.read_text(), capsys.readouterr().out
+    assert html.count("<img") == 1 and "its worker crashed (SIGSEGV), twice" in printed
