@@ -8,6 +8,7 @@ key of 0.1.0 with its name today.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -151,11 +152,11 @@ def find_recipe(recipe: Path | str) -> Path:
     from onellm_dist.common.resources import recipes_dir
 
     recipe = Path(recipe)
-    if recipe.is_file():
+    if os.path.isfile(recipe):  # false, too, for what cannot be a path
         return recipe
     known = recipes_dir()
     for candidate in (known / recipe, known / f"{recipe}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     names = sorted(str(p.relative_to(known).with_suffix("")) for p in known.rglob("*.yaml"))
     raise UsageError(

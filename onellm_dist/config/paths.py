@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+MOST_PATH, MOST_NAME = 4000, 255
+"""Bytes that a path, and each name in it, may have: on Linux 4096, some for names below it."""
 _VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z_0-9]*))")
 
 
@@ -39,7 +41,20 @@ def _expand_path(value: Any) -> Any:
     expanded = Path(text).expanduser() if text.startswith("~") else Path(text)
     if "\0" in text:
         raise ValueError("a path with a NUL")
+    if not _can_be_a_path(expanded):
+        raise ValueError("longer than a path or a name can be, or not text")
     return expanded
+
+
+def _can_be_a_path(path: Path) -> bool:
+    try:
+        names = [os.fsencode(name) for name in path.parts]
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    return (
+        sum(map(len, names)) + len(names) < MOST_PATH
+        and max(map(len, names), default=0) <= MOST_NAME
+    )
 
 
 def _to_location(value: Any) -> Any:

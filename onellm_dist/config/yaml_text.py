@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+MOST_VALUES = 100_000
+MOST_LEVELS = 50
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]{0,999}")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _FREE_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
@@ -117,9 +119,25 @@ def parse_yaml(text: str) -> Any:
     """Mappings, lists, texts that were quoted, and `Plain` scalars; None for an empty text.
 
     Raises:
-        yaml.YAMLError: it is not YAML, or a key is there twice.
+        yaml.YAMLError: it is not YAML, a key is there twice, or it is larger or deeper than any
+            recipe (aliases of aliases make few lines large).
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError(f"values lie in more than {MOST_LEVELS} others") from None
+    left = MOST_VALUES
+    waiting = [(value, 0)]
+    while waiting:
+        inner, level = waiting.pop()
+        left -= 1
+        if left < 0 or level > MOST_LEVELS:
+            limit = f"values lie in more than {MOST_LEVELS} others"
+            raise yaml.YAMLError(f"there are more than {MOST_VALUES} values" if left < 0 else limit)
+        if isinstance(inner, dict | list):
+            members = inner.values() if isinstance(inner, dict) else inner
+            waiting += [(member, level + 1) for member in members]
+    return value
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,27 +12,37 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any
 
-from onellm_dist.common.errors import UsageError
-from onellm_dist.data.mixture import Mixture
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.data.mixture import EXACT_PERIOD, Mixture
+
+MOST_STEPS = 1 << 40
+MOST_SAMPLES = 1 << 22
+MOST_COUNT = 1 << 53
+"""No run has more steps, more samples in one, or a longer period of its mixture."""
 
 
 @dataclass(frozen=True)
 class DataPhase:
     """What the stream depends on from step `start` on."""
 
-    start: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    start: Annotated[int, Field(strict=True, ge=0, le=MOST_STEPS)]
     """First step of the phase."""
-    seed: int
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
     """The run's seed."""
     split: str
     """The split that is read."""
-    global_batch: int
+    global_batch: Annotated[int, Field(strict=True, gt=0, le=MOST_SAMPLES)]
     """Samples per optimizer step."""
     text: str
     """`TextEncoder.fingerprint`: tokenizer, text format and maximum text length."""
-    counts: Mapping[str, int]
+    counts: Annotated[Mapping[str, Annotated[int, Field(strict=True, gt=0)]], Field(min_length=1)]
     """Dataset to how often it occurs in one period of the mixture, in the mixture's order."""
     shards: Mapping[str, str]
     """Dataset to the fingerprint of its shards in this split."""
@@ -43,7 +53,7 @@ class DataPhase:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> DataPhase:
-        """Build the phase that `to_json` returned."""
+        """Build the phase that `to_json` returned; see `parse_data_phases`."""
         return cls(**raw)
 
     def same_stream(self, other: DataPhase) -> bool:
@@ -53,6 +63,45 @@ class DataPhase:
     def _get_identity(self) -> dict[str, Any]:
         """Everything but the start; the order of the mixture matters."""
         return {**self.to_json(), "start": 0, "counts": [*self.counts.items()]}
+
+
+def parse_data_phases(raw: Any, where: str) -> list[DataPhase]:
+    """Build the data phases of a run from JSON.
+
+    Args:
+        raw: what `to_json` returned of each.
+        where: the file, for the message.
+
+    Raises:
+        OneLLMError: it is something else, or no run can have such phases.
+    """
+    try:
+        return _PHASES.validate_python(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise OneLLMError(
+            f"{where}: the data phases are damaged: {f'{key}: ' if key else ''}{message}",
+            "which samples the steps of the run have read is computed from them.",
+            "restore the file from a copy, or from the manifest of a checkpoint (data_phases).",
+        ) from None
+
+
+def _check_phases(phases: list[DataPhase]) -> list[DataPhase]:
+    for phase in phases:
+        if phase.counts.keys() != phase.shards.keys():
+            raise ValueError("counts and shards do not name the same datasets")
+        most = EXACT_PERIOD if len(phase.counts) == 1 else MOST_COUNT
+        if sum(phase.counts.values()) > most:
+            raise ValueError("the counts are too large")
+    starts = [phase.start for phase in phases]
+    if starts[:1] not in ([], [0]) or any(a >= b for a, b in pairwise(starts)):
+        raise ValueError("the phases do not begin at step 0 and follow each other")
+    return phases
+
+
+_PHASES = TypeAdapter(Annotated[list[DataPhase], AfterValidator(_check_phases)])
 
 
 def count_consumed(data_phases: Sequence[DataPhase], step: int) -> dict[str, int]:

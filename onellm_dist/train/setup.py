@@ -16,7 +16,7 @@ from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
 from onellm_dist.data.length_check import check_corpus
-from onellm_dist.data.phases import DataPhase
+from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.modalities import all_modalities
@@ -224,7 +224,7 @@ def follow_checkpoint(plan: Plan, folder: Path | None) -> bool:
     if folder is None:
         return False
     manifest = read_manifest(folder) or {}
-    history = [DataPhase.from_json(raw) for raw in manifest.get("data_phases", ())]
+    history = parse_data_phases(manifest.get("data_phases", []), f"{folder}/manifest.json")
     return plan.follow(history, get_steps_done(manifest))
 
 

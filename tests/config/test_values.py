@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onellm_dist.common.errors import UsageError
@@ -232,6 +232,8 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
+@settings(max_examples=40, deadline=None)
+@example(float("inf"))
 @given(JSON)
 def test_any_option_is_the_same_in_config_yaml(tmp_path_factory: Any, value: Any) -> None:
     options = {"wandb": {"key": value}}

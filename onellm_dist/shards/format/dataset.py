@@ -239,7 +239,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     try:
         data = (path / MANIFEST).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what cannot be a path
         raise explain_missing_dataset(path) from error
     return Manifest.from_bytes(data, path / MANIFEST)
 
@@ -315,7 +315,7 @@ def list_files(root: Path, shards: Iterable[str]) -> tuple[set[str], list[str]]:
     found, links = set[str](), list[str]()
     for folder in {path.rpartition("/")[0] for path in shards}:
         place, prefix = root / folder, f"{folder}/" if folder else ""
-        if not place.is_dir():
+        if not os.path.isdir(place):
             continue
         through_link = any((root / p).is_symlink() for p in _list_folders(folder))
         with os.scandir(place) as entries:
@@ -334,7 +334,7 @@ def _list_folders(folder: str) -> list[str]:
 
 def explain_missing_dataset(path: Path) -> UsageError:
     """Make the error that says why `path`, which has no manifest, is not a dataset."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return UsageError(
             f"{path}: there is no such folder.",
             "a dataset is a folder with a manifest.json.",

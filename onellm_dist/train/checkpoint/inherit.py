@@ -34,7 +34,7 @@ from onellm_dist.data.exclusions import add_entries, read_entries
 from onellm_dist.train.checkpoint.folder import get_steps_done, read_manifest
 from onellm_dist.train.checkpoint.resume import ResumeTarget
 from onellm_dist.train.records.applied_resumes import record_applied
-from onellm_dist.train.records.json_lines import read_lines
+from onellm_dist.train.records.left_out import read_left_out
 from onellm_dist.train.records.run_directory import is_own
 
 log = get_logger(__name__)
@@ -93,25 +93,20 @@ def inherit_samples(source: Path, own: Path, steps_done: int) -> int:
         {
             entry["sample_id"]: entry
             for path in sorted(source.glob(pattern))
-            for entry in _read_entries(path)
+            for entry in read_left_out(path)
             if entry["step"] < steps_done
         }
         for pattern in (SKIPPED_PATTERN, LISTED_PATTERN)
     )
-    excluded = [entry for entry in _read_entries(source / EXCLUDED) if entry["step"] < steps_done]
+    excluded = [entry for entry in read_left_out(source / EXCLUDED) if entry["step"] < steps_done]
     own.mkdir(parents=True, exist_ok=True)
-    kept = _read_entries(own / EXCLUDED)
+    kept = read_left_out(own / EXCLUDED)
     known = {entry["sample_id"] for entry in kept}
     new = [entry for entry in excluded if entry["sample_id"] not in known]
     _replace(own / SKIPPED_INHERITED, list(skipped.values()))
     _replace(own / LISTED_INHERITED, list(listed.values()))
     _replace(own / EXCLUDED, kept + new)
     return len(skipped) + len(listed) + len(excluded)
-
-
-def _read_entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file; a line that a kill cut short is ignored: its step was not applied."""
-    return [entry for entry in read_lines(path) if {"sample_id", "reason", "step"} <= entry.keys()]
 
 
 def _replace(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.run_files import EXCLUDED
-from onellm_dist.train.records.json_lines import append_lines, read_lines
+from onellm_dist.train.records.json_lines import append_lines
+from onellm_dist.train.records.left_out import read_left_out
 
 
 class ExcludedSamples:
@@ -31,10 +32,10 @@ class ExcludedSamples:
         """Sample id (with its epoch) -> reason."""
         self.rollbacks = 0
         """Rollbacks of the whole run."""
-        for entry in read_lines(self._path):
-            if {"sample_id", "reason", "rollback"} <= entry.keys():
+        for entry in read_left_out(self._path):
+            if type(entry.get("rollback")) is int:
                 self.known[entry["sample_id"]] = entry["reason"]
-                self.rollbacks = max(self.rollbacks, int(entry["rollback"]))
+                self.rollbacks = max(self.rollbacks, entry["rollback"])
 
     def exclude(self, step: int, reason: str, sample_ids: Collection[str]) -> int:
         """Exclude samples durably. Called by all ranks, which then must wait for rank 0.

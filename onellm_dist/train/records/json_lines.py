@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +37,19 @@ def append_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, without lines that a kill cut short; [] without a file."""
-    found = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(entry, dict):
-                found.append(entry)
-    return found
+    return [entry for _, entry in _parse_lines(path)] if path.is_file() else []
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines that are whole JSON objects, and these."""
+    # A line ends at LF alone: keys of samples may have other ends of lines in them.
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            entry = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):  # ValueError: also integers of over 4300 digits
+            continue
+        if isinstance(entry, dict):
+            yield line, entry
 
 
 def drop_lines_from(path: Path, first: int, *, key: str = "step") -> list[dict[str, Any]]:
@@ -59,17 +62,16 @@ def drop_lines_from(path: Path, first: int, *, key: str = "step") -> list[dict[s
     """
     if not path.is_file():
         return []
-    kept: list[str] = []
+    kept: list[bytes] = []
     dropped: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line, entry in _parse_lines(path):
         try:
-            entry = json.loads(line)
             earlier = entry[key] < first
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (KeyError, TypeError):
             continue
         if earlier:
-            kept.append(line + "\n")
+            kept.append(line + b"\n")
         else:
             dropped.append(entry)
-    write_atomic(path, "".join(kept))
+    write_atomic(path, b"".join(kept))
     return dropped

@@ -162,7 +162,8 @@ def drop_repeated_lines(run_dir: Path, first_step: int) -> tuple[int, float]:
     dropped = drop_lines_from(run_dir / METRICS, first_step)
     for name in (VALIDATION, VALIDATION_SAMPLES):
         drop_lines_from(run_dir / name, first_step + 1, key="steps_done")
-    return len(dropped), sum(float(line.get("seconds", 0.0)) for line in dropped)
+    seconds = [line.get("seconds") for line in dropped]
+    return len(dropped), sum(float(s) for s in seconds if isinstance(s, int | float))
 
 
 def move_aside(run_dir: Path, paths: Sequence[Path]) -> Path:

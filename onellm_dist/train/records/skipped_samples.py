@@ -10,7 +10,8 @@ from pathlib import Path
 
 from onellm_dist.common.files import repair_last_line
 from onellm_dist.common.run_files import LISTED_PATTERN, SKIPPED_PATTERN, listed_name, skipped_name
-from onellm_dist.train.records.json_lines import append_lines, read_lines
+from onellm_dist.train.records.json_lines import append_lines
+from onellm_dist.train.records.left_out import read_left_out
 
 
 class SkippedSamples:
@@ -68,6 +69,5 @@ def read_skipped_samples(folder: Path, pattern: str = SKIPPED_PATTERN) -> dict[s
     return {
         entry["sample_id"]: entry["reason"]
         for path in sorted(folder.glob(pattern))
-        for entry in read_lines(path)
-        if {"sample_id", "reason"} <= entry.keys()
+        for entry in read_left_out(path)
     }

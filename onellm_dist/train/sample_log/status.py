@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from onellm_dist.common.run_files import (
     STARTS,
 )
 from onellm_dist.train.records.json_lines import read_lines
+from onellm_dist.train.records.left_out import read_left_out
+from onellm_dist.train.records.stream_progress import PROGRESS_BYTES
 
 
 class StepStatus(NamedTuple):
@@ -48,14 +52,13 @@ class RunStatus:
                 *sorted(folder.glob(LISTED_PATTERN)),
                 folder / EXCLUDED,
             ]
-            for entry in read_lines(path)
-            if {"sample_id", "reason"} <= entry.keys()
+            for entry in read_left_out(path)
         }
         """Sample id (with its epoch) -> reason, of skipped and excluded samples."""
         self.lost = [
             (entry["first_step"], entry["lost_to"])
             for entry in read_lines(folder / STARTS)
-            if entry.get("lost_to")
+            if type(entry.get("lost_to")) is int and type(entry.get("first_step")) is int
         ]
         """Ranges of steps [first, end) that a start repeated."""
         self.steps_done = _read_number(folder / PROGRESS)
@@ -75,7 +78,7 @@ class RunStatus:
 
 def _read_number(path: Path) -> int:
     try:
-        return int(path.read_text(encoding="utf-8"))
+        return int(path.read_bytes()[:PROGRESS_BYTES])
     except (FileNotFoundError, ValueError):
         return 0
 
@@ -90,9 +93,10 @@ def _find_skipped_steps(path: Path) -> frozenset[int]:
     """Steps of `metrics.jsonl` that were not applied; of 10^5 lines only those few are parsed."""
     if not path.is_file():
         return frozenset()
-    with path.open(encoding="utf-8") as lines:
-        return frozenset(
-            int(json.loads(line)["step"])
-            for line in lines
-            if '"applied": false' in line and line.endswith("}\n")
-        )
+    found: set[int] = set()
+    with path.open("rb") as lines:
+        for line in lines:
+            if b'"applied": false' in line and line.endswith(b"}\n"):
+                with suppress(ValueError, RecursionError, KeyError, TypeError):  # damaged
+                    found.add(operator.index(json.loads(line)["step"]))
+    return frozenset(found)

@@ -7,16 +7,13 @@ nothing is written.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import yaml
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.progress import progress
@@ -25,7 +22,9 @@ from onellm_dist.data.mixture import Mixture
 from onellm_dist.data.order import Order, derive_key
 from onellm_dist.data.phases import DataPhase, compute_shards_fingerprint, count_consumed
 from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
+from onellm_dist.train.records.data_phases import read_data_phases
 from onellm_dist.train.records.old_runs import check_run_directory
+from onellm_dist.train.sample_log.run_recipe import read_recorded_locations, read_run_recipe
 
 MANY_SHARDS = 200
 """A search through more indexes than this shows its progress."""
@@ -93,18 +92,20 @@ class RunStream:
         check_run_directory(run_dir)
         folder = run_dir / SAMPLES
         try:
-            phases = json.loads((folder / DATA_PHASES).read_text(encoding="utf-8"))
-            config: dict[str, Any] = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+            data_phases = read_data_phases(folder)
+            recipe = read_run_recipe(run_dir / CONFIG)
         except FileNotFoundError as error:
             raise UsageError(
                 f"{error.filename}: no such file",
                 f"the samples of a run are computed from its {CONFIG} and {SAMPLES}/{DATA_PHASES}.",
                 "give a run directory (run.dir) in which training has started.",
             ) from None
-        data_phases = [DataPhase.from_json(raw) for raw in phases]
-        self.steps = int(config["train"]["steps"])
+        self.steps = recipe.steps
         """Optimizer steps of the whole run, by its recipe."""
-        self._locations = _read_locations(folder / DATASETS, config)
+        self._locations = {
+            **recipe.locations,
+            **read_recorded_locations(folder / DATASETS),
+        }
         self._open: dict[str, tuple[Dataset, tuple[ShardInfo, ...], Order]] = {}
         ends = [*(data_phase.start for data_phase in data_phases[1:]), self.steps]
         self._phases = [
@@ -286,23 +287,3 @@ def _match_shard(key: str, dataset: str, shard: str) -> list[str]:
         return []
     prefixes = (f"{dataset}/{shard}/", f"{shard}/")
     return [p for p in prefixes if key.startswith(p) or p.startswith(key)][:1]
-
-
-def _read_locations(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Dataset -> path or URL: as recorded, else as the recipe's mixture names it.
-
-    A dataset's folder usually has the dataset's name.
-    """
-    data = config["data"]
-    root = str(data["root"]).rstrip("/")
-    named = {}
-    for entry in data["mixture"]:
-        location = str(entry["path"])
-        absolute = "://" in location or location.startswith("/")
-        name = re.split(r"[/\\]", location.rstrip("/"))[-1]
-        named[name] = location if absolute else f"{root}/{location}"
-    try:
-        recorded: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return named
-    return named | recorded

@@ -6,13 +6,18 @@ Nothing here imports DeepSpeed.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.resources import ds_configs_dir
 
 DEFAULT = "zero3"
+SHOWN = 5
+"""Problems that a message names."""
 RECIPE_KEYS = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "data.pack_llm_tokens and data.pack_encoder_tokens",
@@ -26,6 +31,33 @@ RECIPE_KEYS = {
 """Keys of the JSON that the recipe decides, and the recipe's own key for each."""
 
 
+class _Checked(BaseModel):
+    """A part of the JSON; keys that are not read here are DeepSpeed's to check."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class _Offload(_Checked):
+    device: str | None = None
+    ratio: float = 1.0
+
+
+class _Zero(_Checked):
+    stage: int = Field(0, ge=0, le=3)
+    offload_param: _Offload | None = None
+    offload_optimizer: _Offload | None = None
+
+
+class _Timers(_Checked):
+    throughput: dict[str, Any] = Field(default_factory=dict)
+
+
+class _CheckedConfig(_Checked):
+    zero_optimization: _Zero = _Zero()
+    data_types: dict[str, Any] = Field(default_factory=dict)
+    timers: _Timers = _Timers()
+
+
 def load_ds_config(name: Path | None) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
@@ -33,13 +65,15 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
         name: a file, or a name in `ds_configs/`; default: `zero3`.
 
     Raises:
-        UsageError: there is no such file, it is not a JSON object, it sets a key that the recipe
-            decides, or it offloads state to where checkpoints cannot read it.
+        UsageError: there is no such file, it is not a JSON object or has a key twice, a value has
+            the wrong type, it sets a key that the recipe decides, or it offloads state to where
+            checkpoints cannot read it.
     """
     path = _find_config(Path(DEFAULT) if name is None else name)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        config = json.loads(text, object_pairs_hook=_refuse_repeated_key)
+    except (OSError, ValueError, RecursionError) as error:  # also integers of over 4300 digits
         raise UsageError(
             f"{path}: not JSON: {error}",
             "DeepSpeed cannot be configured.",
@@ -58,8 +92,40 @@ def load_ds_config(name: Path | None) -> dict[str, Any]:
             "two places would say different things.",
             "remove these keys from the JSON.",
         )
+    _check_values(path, config)
     _check_offload(path, config.get("zero_optimization", {}))
     return config
+
+
+def _refuse_repeated_key(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated!r} is there twice")
+    return found
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    """Refuse values of another type than the keys have that are read here."""
+    try:
+        _CheckedConfig.model_validate(config)
+    except ValidationError as error:
+        raise UsageError(
+            f"{path}: {format_problems(error)}",
+            "DeepSpeed cannot be configured.",
+            "see DeepSpeed's documentation of its JSON, and ds_configs/ for examples.",
+        ) from None
+
+
+def format_problems(error: ValidationError) -> str:
+    """What pydantic found in a DeepSpeed JSON, with the keys, on one line."""
+    found = []
+    for problem in error.errors(include_url=False):
+        key = ".".join(map(str, problem["loc"]))
+        given = problem["input"]
+        shown = "" if isinstance(given, dict | list) else f" (given: {given!r:.80})"
+        found.append(f"{key}: {problem['msg']}{shown}")
+    return "; ".join(found[:SHOWN]) + (" ..." if len(found) > SHOWN else "")
 
 
 def _check_offload(path: Path, zero: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from onellm_dist.packed import PackedBatch
 from onellm_dist.train.engine.base import Engine, GradNorms, LocalRange, PackedLoss, WeightSource
 from onellm_dist.train.engine.deepspeed.config import complete_config, get_zero_stage
+from onellm_dist.train.engine.deepspeed.library_check import check_with_deepspeed
 from onellm_dist.train.engine.deepspeed.process_groups import forget_process_groups
 from onellm_dist.train.engine.deepspeed.ranges import (
     add_optimizer_state,
@@ -80,6 +81,7 @@ class DeepSpeedEngine(Engine):
     ) -> DeepSpeedEngine:
         deepspeed = import_deepspeed()
         config = complete_config(settings.options, bf16=settings.bf16, grad_clip=settings.grad_clip)
+        check_with_deepspeed(config)
         if weights is not None:
             names = name_groups(model, groups)
             dtype = settings.compute_dtype
