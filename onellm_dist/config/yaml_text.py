@@ -86,6 +86,16 @@ class Plain:
 class _Loader(yaml.SafeLoader):
     """Builds mappings, lists, quoted texts and `Plain`."""
 
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            raise _make_depth_error()
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         known = set[str]()
         for key, _ in node.value:
@@ -100,6 +110,10 @@ class _Loader(yaml.SafeLoader):
 
 def _make_error(problem: str, node: yaml.Node) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def _make_depth_error() -> yaml.YAMLError:
+    return yaml.YAMLError(f"values lie in more than {MOST_LEVELS} others")
 
 
 def _construct_scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
@@ -122,18 +136,16 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is not YAML, a key is there twice, or it is larger or deeper than any
             recipe (aliases of aliases make few lines large).
     """
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except RecursionError:
-        raise yaml.YAMLError(f"values lie in more than {MOST_LEVELS} others") from None
+    value = yaml.load(text, Loader=_Loader)
     left = MOST_VALUES
     waiting = [(value, 0)]
     while waiting:
         inner, level = waiting.pop()
         left -= 1
-        if left < 0 or level > MOST_LEVELS:
-            limit = f"values lie in more than {MOST_LEVELS} others"
-            raise yaml.YAMLError(f"there are more than {MOST_VALUES} values" if left < 0 else limit)
+        if left < 0:
+            raise yaml.YAMLError(f"there are more than {MOST_VALUES} values")
+        if level > MOST_LEVELS:  # through an alias of what it is in
+            raise _make_depth_error()
         if isinstance(inner, dict | list):
             members = inner.values() if isinstance(inner, dict) else inner
             waiting += [(member, level + 1) for member in members]
