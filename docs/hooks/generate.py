@@ -44,9 +44,9 @@ def commands() -> str:
     import typer
 
     from onellm_dist.cli import app
-    from onellm_dist.cli.generate import add_modality_options, generate
+    from onellm_dist.cli.generate import add_modality_options
 
-    add_modality_options(generate)
+    add_modality_options()
     return "\n".join(_command_pages(typer.main.get_command(app), ["onellm"]))
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     # Importing the modalities takes seconds, which other commands do not spend.
     if arguments[:1] == ["generate"] or COMPLETION_VARIABLE in os.environ:
-        add_modality_options(generate)
+        add_modality_options()
     try:
         app(arguments, prog_name="onellm")
     except OneLLMError as error:

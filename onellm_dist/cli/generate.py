@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,18 +69,8 @@ def generate(
         typer.echo(ending, err=True)
 
 
-def add_modality_options(function: Any) -> None:
-    """Replace `**files` by an option `--NAME FILE` for each modality, once.
-
-    Args:
-        function: a command with `**files`.
-    """
-    from onellm_dist.modalities import all_modalities
-
-    signature = inspect.signature(function, eval_str=True)
-    *fixed, last = signature.parameters.values()
-    if last.kind is not inspect.Parameter.VAR_KEYWORD:
-        return
+def _set_options(function: Any, modalities: Sequence[str]) -> None:
+    """Replace `**files`, of which typer makes nothing, by an option `--NAME FILE` for each name."""
     options = [
         inspect.Parameter(
             name,
@@ -91,7 +82,19 @@ def add_modality_options(function: Any) -> None:
                 typer.Option(f"--{name}", help=f"A file of modality {name}.", metavar="FILE"),
             ],
         )
-        for name in all_modalities()
+        for name in modalities
     ]
-    function.__signature__ = signature.replace(parameters=[*fixed, *options])
-    function.__annotations__ = {p.name: p.annotation for p in [*fixed, *options]}
+    parameters = [*_FIXED, *options]
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+
+
+def add_modality_options() -> None:
+    """Give `generate` an option for each modality; until then it has none."""
+    from onellm_dist.modalities import all_modalities
+
+    _set_options(generate, list(all_modalities()))
+
+
+*_FIXED, _ = inspect.signature(generate, eval_str=True).parameters.values()
+_set_options(generate, ())

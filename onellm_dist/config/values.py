@@ -93,7 +93,12 @@ def _get_annotation(field: Any) -> Any:
 
 
 def _find_section(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    # Python 3.10 takes `dict[str, Any]` for a type, but not for a class.
+    if (
+        isinstance(annotation, type)
+        and not get_origin(annotation)
+        and issubclass(annotation, Section)
+    ):
         return annotation
     if get_origin(annotation) in (Union, UnionType):
         found = (_find_section(choice) for choice in get_args(annotation))

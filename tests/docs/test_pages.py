@@ -14,7 +14,7 @@ import typer
 from pages import ROOT, Block, blocks, commands, pages, script
 
 from onellm_dist.cli import app
-from onellm_dist.cli.generate import add_modality_options, generate
+from onellm_dist.cli.generate import add_modality_options
 
 RUN = [page for page in pages() if any(not block.reason for block in blocks(page))]
 CONTINUES = {"docs/quickstart.md": "README.md"}
@@ -25,7 +25,7 @@ SHELL_END = ("|", ">", "&&", ";", "&", "<", "2>&1")
 @pytest.fixture(scope="module")
 def onellm() -> Any:
     """The command tree of `onellm`."""
-    add_modality_options(generate)
+    add_modality_options()
     return typer.main.get_command(app)
 
 

@@ -70,9 +70,8 @@ def several(
             assert isinstance(film, VideoStream)
             film.width, film.height = SIZE
             film.pix_fmt = "yuv420p"
-            film.disposition = (
-                av.stream.Disposition.default if is_default else (av.stream.Disposition(0))
-            )
+            marks = av.stream.Disposition.default if is_default else av.stream.Disposition(0)
+            film.disposition = marks.value  # type: ignore[assignment]  # PyAV 15 wants a number
             films.append(film)
         if sound:
             silence = np.zeros((1, 1024), np.float32)

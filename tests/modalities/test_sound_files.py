@@ -206,10 +206,9 @@ def several_sounds(marked: int | None, comment: int | None = None) -> bytes:
         streams = [out.add_stream("flac", rate=RATE, layout="mono") for _ in range(3)]
         for number, stream in enumerate(streams):
             assert isinstance(stream, AudioStream)
-            stream.disposition = av.stream.Disposition(
-                (number == marked) * int(av.stream.Disposition.default)
-                + (number == comment) * int(av.stream.Disposition.comment)
-            )
+            marks = (number == marked) * av.stream.Disposition.default.value
+            marks += (number == comment) * av.stream.Disposition.comment.value
+            stream.disposition = marks  # type: ignore[assignment]  # PyAV 15 wants a number
         for number, stream in enumerate(streams):
             wave = (tone(RATE, 1.0, 300 * 2**number) * 32000).astype(np.int16)
             for start in range(0, RATE, 4000):
