@@ -308,6 +308,7 @@ def test_a_cpu_computes_in_bf16_only_where_the_model_was_saved_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "tokenizer.json").touch()
     found = {}
     for saved in ("float32", "bfloat16"):
         (tmp_path / "config.json").write_text(f'{{"dtype": "{saved}"}}')
