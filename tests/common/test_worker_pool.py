@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import faulthandler
+import gc
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -223,6 +225,38 @@ def test_a_worker_that_dies_with_requests_unread_names_its_sample(workers: int) 
             found += open_batch(reader, item[1])
         assert pool.next() is None and not pool._replaced
     assert found == expect(samples)
+
+
+class Native:
+    """Waits for a thread when it is freed, as PyAV's scaler does; a fork has no such thread."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.cycle = self
+
+    def __del__(self) -> None:
+        if os.getpid() != self.pid:
+            deadlock()
+
+
+def test_a_worker_does_not_free_the_garbage_of_its_parent() -> None:
+    def use() -> None:
+        film = av.VideoFrame(64, 64, "yuv420p").reformat(96, 96, "rgb24")
+        kept.append([film, kept])
+
+    kept: list[Any] = []
+    use()
+    reader = PoisonReader(["good"] * 4)
+    reader.before = lambda task: gc.collect()
+    gc.disable()
+    try:
+        Native()
+        kept = []
+        assert read_all(reader, 2) == ["good"] * 4
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
+    gc.collect()
 
 
 def test_slow_is_not_hanging() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -68,7 +69,7 @@ def fork_worker(
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    pid = os.fork()
+    pid = _fork()
     if pid:
         return pid
     code = 1
@@ -89,6 +90,20 @@ def fork_worker(
         traceback.print_exc()
     finally:
         _exit(code)
+
+
+def _fork() -> int:
+    """Fork; the child never collects the garbage of its parent.
+
+    Some of it waits for its threads when it is freed (the scaler of PyAV 15 and newer), and threads
+    do not survive a fork.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    pid = os.fork()
+    if pid and not was_frozen:
+        gc.unfreeze()
+    return pid
 
 
 def _prepare_process(parent: int) -> None:
