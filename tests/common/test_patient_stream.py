@@ -124,7 +124,10 @@ def test_a_forked_process_never_waits_for_a_reader(
     else:
         ours, target = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", FORKS, stream], stdout=target, stderr=target, start_new_session=True
+        [sys.executable, "-Wignore", "-c", FORKS, stream],
+        stdout=target,
+        stderr=target,
+        start_new_session=True,
     )
     if ours != target:
         os.close(target)
