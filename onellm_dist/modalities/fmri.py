@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,11 +16,11 @@ from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.responses import average_repetitions
-from onellm_dist.modalities.limits import LIMITS
+from onellm_dist.modalities.limits import LIMITS, check_count
 
 VOXELS = 15724
 FMRI_TOKENS = 8
-_LARGEST = 1000.0
+_SCALE_KEY = "fmri_scale"
 
 
 class FmriTokenizer(nn.Module):
@@ -48,8 +49,9 @@ class FmriModality(Modality):
 
     *Units.* The model learns from the numbers as they are, so all files of a data set must use the
     same units: z-scores, as MindEye's files have, or percent signal change. Values beyond 1000 are
-    neither, and are refused; NSD's own files hold percent times 300 as 16-bit integers, so divide
-    these by 300. A repetition with NaN is left out and noted; the mean is over the others.
+    neither, and are refused. So are whole numbers: NSD's own files hold percent times 300 as 16-bit
+    integers. `{"fmri_scale": 300}` in the sample's json says so; the numbers are divided by it
+    then. A repetition with NaN is left out and noted; the mean is over the others.
     """
 
     name = "fmri"
@@ -64,23 +66,33 @@ class FmriModality(Modality):
     def decode(self, parts: Mapping[str, Part], meta: Mapping[str, Any]) -> np.ndarray:
         """Average [voxels] or [repetitions, voxels] to [15724] fp32."""
         part = parts["fmri"]
+        name = f".{part.extension}"
         array = read_npy(part, finite=False)
         if array.ndim == 2 and array.shape[0] == VOXELS:
             array = array.T
         if array.shape[-1:] != (VOXELS,) or array.ndim > 2 or array.size == 0:
             raise SampleError(
-                f".{part.extension} has shape {array.shape}, "
-                f"not [{VOXELS}] or [repetitions, {VOXELS}]",
+                f"{name} has shape {array.shape}, not [{VOXELS}] or [repetitions, {VOXELS}]",
                 "the tokenizer is made for the nsdgeneral voxels of NSD subject 1.",
                 "use that subject's voxels; other subjects have other numbers of them.",
             )
-        voxels = average_repetitions(array, f".{part.extension}")
-        largest = float(np.abs(voxels).max())
-        if largest > _LARGEST:
+        check_count(self.limits, "values", array.size, name)
+        scale = _get_scale(meta)
+        if scale is None and _is_whole(array):
             raise SampleError(
-                f".{part.extension} has a response of {largest:g}; the limit is {_LARGEST:g}",
+                f"{name} holds whole numbers ({array.dtype}), not z-scores or percent",
+                "they are responses times an unknown factor, or something else than responses.",
+                f'NSD\'s own files hold percent times 300: write {{"{_SCALE_KEY}": 300}} in the '
+                "sample's json, or store the quotient as floats.",
+            )
+        voxels = average_repetitions(array, name, scale or 1.0)
+        largest = float(np.abs(voxels).max())
+        if largest > self.limits.magnitude:
+            raise SampleError(
+                f"{name} has a response of {largest:g}; the limit is {self.limits.magnitude:g}",
                 "it is neither a z-score nor percent signal change, or a number is damaged.",
-                "divide NSD's 16-bit integers by 300, or drop the sample.",
+                f"state the factor of its numbers ({_SCALE_KEY}) in the sample's json, or drop the "
+                "sample.",
             )
         return voxels
 
@@ -97,6 +109,32 @@ class FmriModality(Modality):
         rows = np.zeros((-(-VOXELS // 448), 448), np.float32)
         rows.reshape(-1)[:VOXELS] = raw
         return draw_heatmap(rows, (448, 216), signed=True)
+
+
+def _get_scale(meta: Mapping[str, Any]) -> float | None:
+    """The factor that the sample's json states; None if it states none.
+
+    Raises:
+        SampleError: it is not a number above 0.
+    """
+    value = meta.get(_SCALE_KEY)
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise SampleError(
+            f"{_SCALE_KEY} is {value!r}, not a number above 0",
+            "the file's numbers are divided by it.",
+            f'write {{"{_SCALE_KEY}": 300}} for NSD\'s 16-bit integers, or remove the key.',
+        )
+    return float(value)
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    """Whether all values are whole numbers, and not all 0: no measured response is."""
+    if array.dtype.kind != "f":
+        return True
+    return bool(np.all(array == np.round(array)) and np.any(array))
 
 
 MODALITY = FmriModality()

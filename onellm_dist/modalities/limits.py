@@ -60,8 +60,8 @@ LIMITS: Mapping[str, Limits] = {
     "imu": Limits(
         rate=(1, 100_000), duration=7 * 86_400, channels=6, values=500_000_000, magnitude=10_000
     ),
-    # NSD's betas: percent signal change, z-scores, or these times 300 as 16-bit integers.
-    "fmri": Limits(values=200_000_000, magnitude=32_768),
+    # z-scores, or percent signal change; NSD stores the latter times 300 as 16-bit integers.
+    "fmri": Limits(values=200_000_000, magnitude=1000),
 }
 """Name of a modality to its limits. A modality of another package states its own (`limits`)."""
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
+from onellm_dist.modalities.limits import check_input
 
 PARITY = load_file(Path(__file__).parents[1] / "fixtures/parity_preprocess/preprocess.safetensors")
 IMU, FMRI = get_modality("imu"), get_modality("fmri")
@@ -208,9 +209,43 @@ def test_bad_fmri_is_refused(array: np.ndarray) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["<f4", ">f8", "<i2", "<f2"]), st.booleans())
 def test_every_numeric_npy_is_read(kind: str, fortran: bool) -> None:
-    scans = np.random.default_rng(0).integers(-9, 9, (2, 15724)).astype(kind)
-    got = FMRI.decode({"fmri": npy(np.asfortranarray(scans) if fortran else scans)}, {})
-    np.testing.assert_allclose(got, scans.astype(np.float64).mean(0), atol=1e-6)
+    scans = (np.random.default_rng(0).normal(size=(2, 15724)) * 900).astype(kind)
+    stored = {"fmri": npy(np.asfortranarray(scans) if fortran else scans)}
+    got = FMRI.decode(stored, {"fmri_scale": 300})
+    np.testing.assert_allclose(got, scans.astype(np.float64).mean(0) / 300, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["<i2", "<i4", "|u1", "<f4", "<f8"])
+@pytest.mark.parametrize("size", [1, 300])
+def test_whole_numbers_are_no_responses_unless_their_factor_is_stated(kind: str, size: int) -> None:
+    """NSD's betas are percent times 300 as int16: small ones pass for percent otherwise."""
+    scans = np.random.default_rng(0).integers(0, 3 * size, (2, 15724)).clip(0, 250).astype(kind)
+    with pytest.raises(SampleError, match=r"whole numbers") as error:
+        FMRI.decode({"fmri": npy(scans)}, {})
+    assert '{"fmri_scale": 300}' in error.value.do
+    got = FMRI.decode({"fmri": npy(scans)}, {"fmri_scale": 300})
+    np.testing.assert_allclose(got, scans.mean(0) / 300, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0, -300, "300", True, float("nan"), float("inf"), [300]])
+def test_a_factor_that_is_none_is_refused(scale: object) -> None:
+    with pytest.raises(SampleError, match=r"fmri_scale is .*, not a number above 0"):
+        FMRI.decode({"fmri": npy(np.ones(15724, np.int16))}, {"fmri_scale": scale})
+
+
+@pytest.mark.parametrize("largest", [999.0, 1001.0])
+def test_one_limit_of_responses_holds_before_and_after_the_transform(largest: float) -> None:
+    scan = np.random.default_rng(0).normal(size=15724).astype(np.float32)
+    scan[7] = largest
+    value = torch.from_numpy(scan)[None]
+    if largest < FMRI.limits.magnitude:
+        assert FMRI.decode({"fmri": npy(scan)}, {})[7] == largest
+        check_input(FMRI.limits, value, "fmri")
+        return
+    with pytest.raises(SampleError, match="a response of 1001; the limit is 1000"):
+        FMRI.decode({"fmri": npy(scan)}, {})
+    with pytest.raises(SampleError, match="limit is 1000"):
+        check_input(FMRI.limits, value, "fmri")
 
 
 def test_pickled_and_lying_npy_files_are_refused() -> None:

@@ -8,7 +8,7 @@ from onellm_dist.modalities.io.arrays import require_finite
 from onellm_dist.modalities.io.damage import note_damage
 
 
-def average_repetitions(array: np.ndarray, name: str) -> np.ndarray:
+def average_repetitions(array: np.ndarray, name: str, scale: float = 1.0) -> np.ndarray:
     """Average over repetitions in fp64.
 
     Repetitions with values that are not finite are left out and noted as damage.
@@ -16,6 +16,7 @@ def average_repetitions(array: np.ndarray, name: str) -> np.ndarray:
     Args:
         array: [voxels] or [repetitions, voxels], any numbers, not empty.
         name: what messages call the array.
+        scale: what the values are divided by.
 
     Returns:
         [voxels] fp32.
@@ -34,6 +35,6 @@ def average_repetitions(array: np.ndarray, name: str) -> np.ndarray:
         )
         rows = rows[good]
     with np.errstate(over="ignore"):
-        mean: np.ndarray = rows.mean(0, dtype=np.float64).astype(np.float32)
+        mean: np.ndarray = (rows.mean(0, dtype=np.float64) / scale).astype(np.float32)
     require_finite(mean, f"{name} (in fp32)")
     return mean

@@ -37,7 +37,7 @@ class MeanOfRepetitions:
             if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
                 raise BadSampleError(
                     f"unreadable fMRI: {array.dtype} of shape {array.shape}, "
-                    f"not floats [repetitions, voxels]"
+                    f"not floats [repetitions, voxels] as MindEye's"
                 )
             mean = average_repetitions(array, ".nsdgeneral.npy")
         except BadSampleError:
