@@ -55,6 +55,7 @@ from torch import nn
 from onellm_dist.common.errors import OneLLMError, SampleError
 from onellm_dist.modalities.library_faults import require_library
 from onellm_dist.modalities.limits import Limits, check_input
+from onellm_dist.modalities.meta_keys import MetaKey
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,6 +102,10 @@ class Modality(ABC):
     """Tokens that the encoder puts before them: the class token, in some encoders registers too."""
     visual: ClassVar[bool] = False
     """Whether the encoder's own frozen patch embedding reads the input; no tokenizer then."""
+    meta_keys: ClassVar[Mapping[str, MetaKey]] = {}
+    """The keys of a sample's `.json` that say how its media are read, as `depth_is_distance`.
+
+    Only those that may hold for a whole dataset."""
     limits: ClassVar[Limits] = Limits()
     """How large its media may be; those of this package are in `limits.LIMITS`."""
 

@@ -12,7 +12,13 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
 from onellm_dist.modalities.limits import LIMITS
-from onellm_dist.modalities.pairs import PairModality, list_map_extensions, note_invalid_pixels
+from onellm_dist.modalities.meta_keys import MetaKey, parse_flag
+from onellm_dist.modalities.pairs import (
+    MAP_KEYS,
+    PairModality,
+    list_map_extensions,
+    note_invalid_pixels,
+)
 
 
 class DepthModality(PairModality):
@@ -33,12 +39,18 @@ class DepthModality(PairModality):
 
     A picture with an EXIF orientation is turned upright, and its map with it if the map has the
     size of the stored pixels. Where sizes do not show it (squares, half turns, mirrored pictures),
-    the sample is refused, unless the map's file states its own orientation.
+    the sample is refused, unless the map's file states its own orientation or the sample's json
+    says which pixels its map was made from: `"map_orientation": "stored"` (as they lie in the
+    file, which most programs read) or `"upright"` (as viewers show them).
     """
 
     name = "depth"
     order = 4
     limits = LIMITS["depth"]
+    meta_keys: ClassVar[Mapping[str, MetaKey]] = {
+        **MAP_KEYS,
+        "depth_is_distance": MetaKey("true where large values are far", parse_flag),
+    }
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "depth": list_map_extensions("depth"),
         "image": IMAGE_EXTENSIONS,

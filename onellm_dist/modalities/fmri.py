@@ -17,6 +17,7 @@ from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.responses import average_repetitions
 from onellm_dist.modalities.limits import LIMITS, check_count
+from onellm_dist.modalities.meta_keys import MetaKey, parse_factor
 
 VOXELS = 15724
 FMRI_TOKENS = 8
@@ -50,13 +51,17 @@ class FmriModality(Modality):
     *Units.* The model learns from the numbers as they are, so all files of a data set must use the
     same units: z-scores, as MindEye's files have, or percent signal change. Values beyond 1000 are
     neither, and are refused. So are whole numbers: NSD's own files hold percent times 300 as 16-bit
-    integers. `{"fmri_scale": 300}` in the sample's json says so; the numbers are divided by it
-    then. A repetition with NaN is left out and noted; the mean is over the others.
+    integers. `{"fmri_scale": 300}` in the sample's json says so, or `-o describe=fmri_scale=300`
+    for a whole build; the numbers are divided by it then. A repetition with NaN is left out and
+    noted; the mean is over the others.
     """
 
     name = "fmri"
     order = 7
     limits = LIMITS["fmri"]
+    meta_keys: ClassVar[Mapping[str, MetaKey]] = {
+        _SCALE_KEY: MetaKey("what the file's numbers are divided by", parse_factor)
+    }
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fmri": ("fmri.npy", "nsdgeneral.npy", "npy")
     }

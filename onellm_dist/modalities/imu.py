@@ -16,7 +16,7 @@ from torch import nn
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_traces
-from onellm_dist.modalities.io.imu import ImuFault, ImuRecording, read_recording
+from onellm_dist.modalities.io.imu import UNIT_KEYS, ImuFault, ImuRecording, read_recording
 from onellm_dist.modalities.io.imu_columns import CHANNELS
 from onellm_dist.modalities.limits import LIMITS
 from onellm_dist.modalities.transforms.resample import resample
@@ -82,10 +82,12 @@ class ImuModality(Modality):
 
     *Units.* The model learns from the numbers as they are, so they must be m/s^2 and rad/s. A
     column may name its unit, `ax (g)`, `accl_x_mg` or `gyro_x [deg/s]`, or the sample's json may:
-    `{"accel_unit": "g", "gyro_unit": "deg/s", "time_unit": "s"}`. The signal is then converted;
-    known are m/s^2, g, mg; rad/s, deg/s, mdps; s, ms, us, ns. Without a unit, m/s^2 and rad/s are
-    assumed. A CSV that cannot be in these is refused: an accelerometer that reads 1 at rest, or 20
-    g half of the time, or a gyroscope beyond 50 rad/s.
+    `{"accel_unit": "g", "gyro_unit": "deg/s", "time_unit": "s"}`. For a whole build,
+    `-o describe=accel_unit=g,time_unit=s` says so. The signal is then converted; known are m/s^2,
+    g, mg; rad/s, deg/s, mdps; s, ms, us, ns. Without a unit, m/s^2 and rad/s are assumed. What
+    cannot be in its unit, stated or assumed, is refused: an accelerometer at rest that would read
+    right in another one, one that exceeds 20 g half of the time, or a gyroscope beyond 50 rad/s.
+    Of a NumPy file this is checked where a unit is stated.
 
     *Times.* A time without a unit is in the one that makes 5 to 5000 samples per second; there is
     only one, unless samples come in bursts: these need a stated unit. A stated unit that makes
@@ -105,6 +107,7 @@ class ImuModality(Modality):
     name = "imu"
     order = 6
     limits = LIMITS["imu"]
+    meta_keys = UNIT_KEYS
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "imu": ("imu.npy", "imu.csv", "npy", "csv")
     }

@@ -12,7 +12,12 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
 from onellm_dist.modalities.limits import LIMITS
-from onellm_dist.modalities.pairs import PairModality, list_map_extensions, note_invalid_pixels
+from onellm_dist.modalities.pairs import (
+    MAP_KEYS,
+    PairModality,
+    list_map_extensions,
+    note_invalid_pixels,
+)
 
 
 class NormalModality(PairModality):
@@ -36,6 +41,7 @@ class NormalModality(PairModality):
     name = "normal"
     order = 5
     limits = LIMITS["normal"]
+    meta_keys = MAP_KEYS
     required_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "normal": list_map_extensions("normal"),
         "image": IMAGE_EXTENSIONS,

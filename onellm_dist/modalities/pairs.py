@@ -18,7 +18,7 @@ from PIL import Image
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import join_pictures, make_thumbnail
-from onellm_dist.modalities.io.alignment import align_map
+from onellm_dist.modalities.io.alignment import MAP_ORIENTATIONS, align_map
 from onellm_dist.modalities.io.arrays import is_npy, read_npy
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.damage import note_damage
@@ -28,6 +28,7 @@ from onellm_dist.modalities.io.pictures import (
     open_picture,
 )
 from onellm_dist.modalities.limits import check_count
+from onellm_dist.modalities.meta_keys import MetaKey, make_choice_parser
 from onellm_dist.modalities.transforms.crops import (
     PATCHES,
     SIDE,
@@ -36,6 +37,15 @@ from onellm_dist.modalities.transforms.crops import (
     crop_train,
     normalise,
 )
+
+_ORIENTATION_KEY = "map_orientation"
+MAP_KEYS: Mapping[str, MetaKey] = {
+    _ORIENTATION_KEY: MetaKey(
+        "stored or upright: which pixels of a turned picture (EXIF) its map was made from",
+        make_choice_parser(*MAP_ORIENTATIONS),
+    )
+}
+"""Keys of a sample's `.json` that hold for maps of every kind."""
 
 
 def list_map_extensions(name: str) -> tuple[str, ...]:
@@ -64,6 +74,22 @@ def note_invalid_pixels(invalid: np.ndarray, name: str) -> None:
     if count:
         what = f"{name}: {count:,} of {invalid.size:,} pixels are NaN or infinite, and taken as 0"
         note_damage(what, 0.0)
+
+
+def _get_orientation(meta: Mapping[str, Any]) -> str | None:
+    """Which pixels the map was made from, as the sample's json says; None: it does not.
+
+    Raises:
+        SampleError: it says something else.
+    """
+    stated = meta.get(_ORIENTATION_KEY)
+    if stated is not None and stated not in MAP_ORIENTATIONS:
+        raise SampleError(
+            f"{_ORIENTATION_KEY} is {stated!r}, not {' or '.join(MAP_ORIENTATIONS)}",
+            "it says which pixels of a turned picture the map was made from.",
+            "correct it in the sample's json, or remove it.",
+        )
+    return stated
 
 
 def _make_pair(picture: Image.Image, rendered: Image.Image) -> MapPair:
@@ -120,7 +146,13 @@ class PairModality(Modality):
             photo.orientation > 1 and not is_npy(part) and open_picture(part, self.limits).is_tagged
         )
         names = (f".{parts['image'].extension}", f".{part.extension}")
-        rendered = align_map(self.render(part, meta), photo, is_tagged=is_tagged, names=names)
+        rendered = align_map(
+            self.render(part, meta),
+            photo,
+            is_tagged=is_tagged,
+            names=names,
+            stated=_get_orientation(meta),
+        )
         return _make_pair(convert_to_rgb(photo.image), rendered)
 
     def make_raw(self, item: Any) -> Any:

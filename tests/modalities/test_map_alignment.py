@@ -10,6 +10,7 @@ from PIL import Image
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, depth, normal
 from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities.io.pictures import open_picture
 from onellm_dist.modalities.pairs import MapPair, PairModality
 from onellm_dist.shards.sources.readers.centre_square import CentreSquare
 
@@ -86,9 +87,37 @@ def test_where_nothing_tells_the_sample_is_refused_with_both_names(
     photograph = picture(halves(*size), "JPEG", "jpg", exif=tag(orientation))
     with pytest.raises(SampleError, match=r"\.jpg .* and \.depth\.png") as error:
         pair(photograph, picture(Image.new("L", chart, 9), extension="depth.png"))
-    assert f"orientation {orientation}" in error.value.what and error.value.do
+    assert f"orientation {orientation}" in error.value.what
+    assert '"map_orientation": "stored"' in error.value.do
+    assert "-o describe=map_orientation=stored" in error.value.do
     stated = picture(Image.new("L", chart, 9), extension="depth.png", exif=tag(1))
     assert pair(photograph, stated).map.size == pair(photograph, stated).picture.size
+
+
+@pytest.mark.parametrize("modality", [DEPTH, NORMAL])
+@pytest.mark.parametrize("size", [(100, 100), (160, 90)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("stated", ["stored", "upright"])
+def test_the_samples_json_says_which_pixels_the_map_was_made_from(
+    modality: PairModality, size: tuple[int, int], orientation: int, stated: str
+) -> None:
+    image = halves(*size)
+    photograph = picture(image, "PNG", exif=tag(orientation))
+    drawn = image if stated == "stored" else open_picture(photograph).image
+    meta = {"map_orientation": stated}
+    chart = picture(drawn, extension=f"{modality.name}.png")
+    assert lies_on(modality.decode({"image": photograph, modality.name: chart}, meta))
+    if orientation in SIDEWAYS and size[0] != size[1]:  # the sizes show that it is not so
+        wrong = {"map_orientation": "upright" if stated == "stored" else "stored"}
+        with pytest.raises(SampleError, match="lie across each other"):
+            modality.decode({"image": photograph, modality.name: chart}, wrong)
+
+
+@pytest.mark.parametrize("stated", ["sideways", 6, True, ["stored"], ""])
+def test_another_word_for_the_pixels_is_refused(stated: object) -> None:
+    parts = {"image": picture(photo(60, 40)), "depth": picture(Image.new("L", (60, 40), 9))}
+    with pytest.raises(SampleError, match="not stored or upright"):
+        DEPTH.decode(parts, {"map_orientation": stated})
 
 
 def test_a_map_with_an_orientation_of_its_own_is_turned_by_it() -> None:
@@ -164,5 +193,19 @@ class _Bytes:
 def test_the_centre_square_of_a_turned_picture_is_refused() -> None:
     assert CentreSquare(_Bytes(picture(photo(60, 40)).data)).read_bytes()
     turned = picture(photo(60, 40), "JPEG", exif=tag(6))
-    with pytest.raises(SampleError, match="orientation 6"):
+    with pytest.raises(SampleError, match="orientation 6") as error:
         CentreSquare(_Bytes(turned.data)).read_bytes()
+    assert "-o map_orientation=stored" in error.value.do
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("stated", ["stored", "upright"])
+def test_the_centre_square_of_the_pixels_that_are_named(orientation: int, stated: str) -> None:
+    image = halves(160, 90)
+    photograph = picture(image, "PNG", exif=tag(orientation))
+    seen = image if stated == "stored" else open_picture(photograph).image
+    left, top = ((length - 90) // 2 for length in seen.size)
+    chart = picture(seen.crop((left, top, left + 90, top + 90)), extension="depth.png")
+    square = Part("jpg", CentreSquare(_Bytes(photograph.data), stated).read_bytes())
+    found = DEPTH.decode({"image": square, "depth": chart}, {"map_orientation": stated})
+    assert found.picture.size == (90, 90) and lies_on(found)

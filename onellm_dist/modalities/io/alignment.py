@@ -13,6 +13,8 @@ from PIL import Image
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.io.pictures import UprightPicture, turn_picture
 
+MAP_ORIENTATIONS = ("stored", "upright")
+"""What `map_orientation` in a sample's `.json` may say: which pixels its map was made from."""
 _SQUARE = 1.03
 """Ratio of long to short side up to which a size says nothing about its orientation."""
 _TURNED_SIDEWAYS = (5, 6, 7, 8)
@@ -24,6 +26,7 @@ def align_map(
     *,
     is_tagged: bool,
     names: tuple[str, str],
+    stated: str | None = None,
 ) -> Image.Image:
     """Turn a map as its picture was turned, if it was made from the stored pixels.
 
@@ -32,6 +35,7 @@ def align_map(
         picture: the picture, upright.
         is_tagged: whether the map's file states an orientation, be it 1.
         names: what errors call the picture and the map.
+        stated: one of MAP_ORIENTATIONS if the sample says which; the map's own tag goes first.
 
     Returns:
         The map, upright; its size is not changed otherwise.
@@ -45,6 +49,12 @@ def align_map(
         if _get_side(rendered.size) * _get_side(upright) < 0:
             raise _make_error(rendered, picture, names, "one is upright, the other on its side")
         return rendered
+    if stated is not None:
+        turned = turn_picture(rendered, picture.orientation) if stated == "stored" else rendered
+        if _get_side(turned.size) * _get_side(upright) < 0:
+            what = f"map_orientation is {stated!r}, and so they lie across each other"
+            raise _make_error(rendered, picture, names, what)
+        return turned
     stored = upright[::-1] if picture.orientation in _TURNED_SIDEWAYS else upright
     if stored != upright and rendered.size in (stored, upright):
         lies_on_stored = rendered.size == stored
@@ -75,5 +85,7 @@ def _make_error(
         f"{names[0]} is {width} x {height} pixels{turned} and {names[1]} {rendered.width} x "
         f"{rendered.height}: {what}",
         "a map that does not lie on its picture would teach the model nothing.",
-        "turn both upright and remove the orientation from the picture, or state it in both.",
+        'say which pixels the map was made from: "map_orientation": "stored" (as they lie in '
+        'the file) or "upright" in the sample\'s json, or -o describe=map_orientation=stored for a '
+        "whole build; or turn both upright and remove the orientation from the picture.",
     )

@@ -19,17 +19,32 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.arrays import read_npy
 from onellm_dist.modalities.io.damage import DAMAGED_SHARE
-from onellm_dist.modalities.io.imu_columns import CHANNELS, ImuColumns, find_columns, parse_unit
+from onellm_dist.modalities.io.imu_columns import (
+    CHANNELS,
+    UNITS,
+    ImuColumns,
+    find_columns,
+    parse_unit,
+)
 from onellm_dist.modalities.io.imu_times import find_ascending, scale_times
+from onellm_dist.modalities.io.imu_units import check_units
 from onellm_dist.modalities.limits import LIMITS, check_count
+from onellm_dist.modalities.meta_keys import MetaKey
 
 _UNIT_KEYS = {"accelerometer": "accel_unit", "gyroscope": "gyro_unit", "time": "time_unit"}
 """What is measured to the key of a sample's json that states its unit."""
-_STILL_IN_G = (0.9, 1.1)
-_STRONGEST = 200.0
-"""m/s^2 that half of a recording's samples do not exceed: 20 g."""
-_FASTEST = 50.0
-"""rad/s that 99% of the samples do not exceed: usual gyroscopes end at 2000 deg/s, 35 rad/s."""
+
+
+def _make_unit_key(kind: str) -> MetaKey:
+    def parse(text: str) -> str:
+        parse_unit(kind, text)
+        return text
+
+    return MetaKey(f"the unit of the {kind}: {UNITS[kind][1]}", parse)
+
+
+UNIT_KEYS: Mapping[str, MetaKey] = {key: _make_unit_key(kind) for kind, key in _UNIT_KEYS.items()}
+"""The keys of a sample's json that state units."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +121,8 @@ def read_recording(
         is_npy = part.data[:6] == b"\x93NUMPY"
         table = _read_npy_table(part, timestamps, name) if is_npy else _read_csv(part.data)
         scales, time_scale = _get_scales(table, meta or {})
-        if not is_npy:
-            _check_units(table.signal, scales)
+        if not is_npy or any(scale is not None for scale in scales):
+            check_units(table.signal, scales)
         times = None
         if table.times is not None:
             if len(table.times) != table.signal.shape[1]:
@@ -230,43 +245,6 @@ def _merge(kind: str, own: float | None, stated: Mapping[str, float]) -> float |
             f"sample's json; remove one"
         )
     return other if own is None else own
-
-
-def _check_units(signal: np.ndarray, scales: tuple[float | None, ...]) -> None:
-    """Check that numbers whose unit is not stated can be m/s^2 and rad/s.
-
-    Raises:
-        ValueError: they look like another unit.
-    """
-    if scales[:3] == (None,) * 3:
-        size = _get_sizes(signal[:3])
-        if len(size) and _STILL_IN_G[0] < np.median(size) < _STILL_IN_G[1]:
-            low, high = np.percentile(size, (5, 95))
-            if low > _STILL_IN_G[0] and high < _STILL_IN_G[1]:
-                raise ValueError(
-                    f"its accelerometer reads {np.median(size):.3g} all the time, which is gravity "
-                    f"in g and not in m/s^2: name the unit, as in 'accl_x (g)', or set accel_unit"
-                )
-        if len(size) and np.median(size) > _STRONGEST:
-            raise ValueError(
-                f"half of its accelerations exceed {_STRONGEST:g} m/s^2: name their unit, as in "
-                f"'accl_x (mg)', or set accel_unit"
-            )
-    if scales[3:] == (None,) * 3:
-        size = _get_sizes(signal[3:])
-        if len(size) and np.percentile(size, 99) > _FASTEST:
-            raise ValueError(
-                f"its gyroscope reads up to {size.max():.4g}, which is too fast for rad/s: name "
-                f"the unit, as in 'gyro_x (deg/s)', or set gyro_unit"
-            )
-
-
-def _get_sizes(vectors: np.ndarray) -> np.ndarray:
-    """[M]: lengths of the finite ones of the vectors [3, N]."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        lengths: np.ndarray = np.sqrt((vectors**2).sum(0))
-    finite: np.ndarray = lengths[np.isfinite(lengths)]
-    return finite
 
 
 def _leave_out_faults(

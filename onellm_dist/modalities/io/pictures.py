@@ -50,7 +50,8 @@ _CODECS = {
     "jpg_2000": (0, (b"\0\0\0\x0cjP  ", b"\xffO\xffQ\0\0\0\0")),
 }
 """Codec that Pillow may be built without to where its pictures have which marks."""
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112
+"""EXIF: how stored pixels must be turned to be upright."""
 _PNG_DEPTH = 24
 """Offset of the bits per sample in a PNG."""
 
@@ -177,9 +178,14 @@ def turn_picture(picture: Image.Image, orientation: int) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
+def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
+    """Turn an upright picture to the pixels that are stored; the inverse of `turn_picture`."""
+    return turn_picture(picture, {6: 8, 8: 6}.get(orientation, orientation))
+
+
 def _read_orientation(picture: Image.Image) -> int | None:
     try:
-        found = picture.getexif().get(_ORIENTATION_TAG)
+        found = picture.getexif().get(ORIENTATION_TAG)
         return None if found is None else int(found)
     except Exception:  # unreadable metadata of a readable picture: show it as stored, as viewers do
         return None

@@ -12,6 +12,7 @@ from typing import Any
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.progress import progress
 from onellm_dist.shards.build.confine import find_allowed_roots
+from onellm_dist.shards.build.descriptions import check_description
 from onellm_dist.shards.build.images import get_picture_extensions
 from onellm_dist.shards.build.plan import BuildPlan, PlannedSplit, to_json_options
 from onellm_dist.shards.build.questions import list_questions
@@ -50,13 +51,14 @@ def make_plan(
 
     Raises:
         UsageError: the input is not what the source reads, or is empty; `dedup` compares what its
-            samples do not have, or `follow` or `question` cannot be used.
+            samples do not have, or `follow`, `question` or `describe` cannot be used.
     """
     assert source.plan is not None
     find_allowed_roots(source, inputs, options, settings.follow)
     found: DatasetDescription = source.plan(inputs, seed=seed, **options)
     _check_dedup(settings, found)
     list_questions(settings.question, found.modalities)
+    check_description(settings.describe, found.modalities, source)
     listed = list(_take_enough(found.input_splits, settings.limit))
     counted = _count_unknown(source, inputs, listed, options, workers)
     splits = [s for s in _cut_at_limit(counted, settings.limit) if s.count]

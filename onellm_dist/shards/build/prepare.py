@@ -19,6 +19,7 @@ from onellm_dist.common.workers.sandbox import decoding, is_out_of_memory
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.library_faults import require_library
+from onellm_dist.shards.build.descriptions import add_description, parse_description
 from onellm_dist.shards.build.filters import filter_by_hash, filter_by_meta
 from onellm_dist.shards.build.images import compute_dhash, get_picture_extensions, reencode_pictures
 from onellm_dist.shards.build.questions import add_conversation, list_questions
@@ -102,6 +103,8 @@ def _read_sample(
     raw_sample: RawSample, modalities: Sequence[str], settings: BuildSettings
 ) -> PreparedSample:
     parts, meta = _read_texts(raw_sample)
+    described = parse_description(settings.describe, tuple(modalities))
+    meta = add_description(parts, meta, described)
     if questions := list_questions(settings.question, modalities):
         asked = add_conversation(raw_sample.key, meta, parts.get("txt"), questions)
         if asked is not None:

@@ -83,6 +83,13 @@ OPTIONS: Mapping[str, Option] = {
         "paper's prompt for the modality",
         separator="|",
     ),
+    "describe": Option(
+        None,
+        "what no file says of its media: KEY=VALUE, several separated by commas, for each sample's "
+        ".json that does not say it; the keys of a modality stand in the documentation of media "
+        "formats, as accel_unit=g,time_unit=ms or map_orientation=stored",
+        separator=",",
+    ),
     "follow": Option(
         None,
         "folders outside of IN to which paths and links in it may lead, separated by commas; "
@@ -134,6 +141,7 @@ class BuildSettings:
     sample_seconds: float
     sample_mb: int
     energon: bool
+    describe: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -267,6 +267,9 @@ class Source:
     max_punsafe, max_pwatermark, ..."""
     places: tuple[str, ...] = ()
     """Options, besides those of kind Path, that name folders or URLs where media may lie."""
+    own_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the builder's option `describe` that hold for what this source reads, not for what it
+    stores, with the option of its own that says the same."""
     licence: str = "unknown"
     """The licence in the manifest, unless the user gives one."""
     reads_as_stored: bool = False

@@ -19,9 +19,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.modalities.io.imu import UNIT_KEYS
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
     InputSplit,
@@ -32,9 +33,11 @@ from onellm_dist.shards.sources.base import (
 )
 from onellm_dist.shards.sources.readers.conversations import make_caption_turns
 from onellm_dist.shards.sources.readers.imu_windows import (
+    IMU_UNITS_OPTION,
     CutImuWindow,
     RecordingFiles,
     find_recording,
+    parse_imu_units,
 )
 from onellm_dist.shards.sources.readers.json_stream import (
     has_key,
@@ -59,19 +62,34 @@ _MARK = re.compile(r"#[CO]\b\s*(?:C(?:\s+|$))?", re.IGNORECASE)
 _UNSURE = re.compile(r"#unsure", re.IGNORECASE)
 
 
+class _CutOptions(NamedTuple):
+    """How windows are cut."""
+
+    min_samples: int
+    units: tuple[tuple[str, str], ...]
+
+
 def clean_narration(text: str) -> str:
     """Remove Ego4D's marks from a narration: `#C C picks #unsure` becomes `picks something`."""
     return _UNSURE.sub("something", _MARK.sub("", text)).strip()
 
 
 def plan(
-    inputs: Path, *, seed: int, windows: Path | None, narrations: Path | None, passes: str, **_: Any
+    inputs: Path,
+    *,
+    seed: int,
+    windows: Path | None,
+    narrations: Path | None,
+    passes: str,
+    imu_units: str | None,
+    **_: Any,
 ) -> DatasetDescription:
     """List windows by video, from either list.
 
     Raises:
         UsageError: neither list exists, or an option is wrong.
     """
+    parse_imu_units(imu_units)
     if passes not in ("1", "2", "both"):
         raise UsageError(
             f"passes={passes} is none of 1, 2, both.",
@@ -146,8 +164,15 @@ def raw_samples(inputs: Path, description: SplitDescription, **options: Any) -> 
 
 
 def _read_windows(
-    inputs: Path, description: SplitDescription, *, imu: Path | None, min_samples: int, **_: Any
+    inputs: Path,
+    description: SplitDescription,
+    *,
+    imu: Path | None,
+    min_samples: int,
+    imu_units: str | None,
+    **_: Any,
 ) -> Iterator[RawSample]:
+    cut = _CutOptions(min_samples, parse_imu_units(imu_units))
     last: tuple[str, RecordingFiles | None] | None = (
         None  # the windows of an input split are of one video
     )
@@ -163,7 +188,7 @@ def _read_windows(
             continue
         if last is None or last[0] != uid:
             last = uid, find_recording(inputs if imu is None else resolve_below(inputs, imu), uid)
-        yield _make_raw_sample(last[1], key, where, uid, times, row["text"], min_samples)
+        yield _make_raw_sample(last[1], key, where, uid, times, row["text"], cut)
 
 
 def _parse_window(row: Any) -> tuple[str | None, tuple[float, float] | None]:
@@ -182,7 +207,7 @@ def _make_raw_sample(
     uid: str,
     times: tuple[float, float],
     text: Any,
-    min_samples: int,
+    cut: _CutOptions,
 ) -> RawSample:
     texts = text if isinstance(text, list) and text else [text]
     if not all(isinstance(t, str) for t in texts):
@@ -201,7 +226,7 @@ def _make_raw_sample(
     return RawSample(
         key,
         where,
-        {"imu.npy": CutImuWindow(*found, *times, min_samples)},
+        {"imu.npy": CutImuWindow(*found, *times, cut.min_samples, cut.units)},
         captions[0] if len(captions) == 1 else None,
         meta,
     )
@@ -228,8 +253,10 @@ def _read_narrations(
     others: bool,
     passes: str,
     min_samples: int,
+    imu_units: str | None,
     **_: Any,
 ) -> Iterator[RawSample]:
+    cut = _CutOptions(min_samples, parse_imu_units(imu_units))
     for item in read_rows(inputs, description):
         uid, video = item.key, item.value
         narrations = _list_narrations(video, passes)
@@ -252,9 +279,7 @@ def _read_narrations(
                 yield RawSample(key, where, skip="about another person (#O)")
             else:
                 start = max(0.0, float(second) - _SECONDS / 2)
-                yield _make_raw_sample(
-                    found, key, where, uid, (start, start + _SECONDS), text, min_samples
-                )
+                yield _make_raw_sample(found, key, where, uid, (start, start + _SECONDS), text, cut)
 
 
 SOURCE = Source(
@@ -263,6 +288,7 @@ SOURCE = Source(
     "narrations",
     plan=plan,
     raw_samples=raw_samples,
+    own_keys=dict.fromkeys(UNIT_KEYS, "imu_units"),
     options={
         "windows": Option(
             None, "the list of windows; default: IN/window_idx_train.json if it exists", Path
@@ -273,6 +299,7 @@ SOURCE = Source(
             Path,
         ),
         "imu": Option(None, "the folder of the recordings, if it is not IN", Path),
+        "imu_units": IMU_UNITS_OPTION,
         "passes": Option("both", "narrations of the first narrator (1), the second (2), or both"),
         "others": Option(True, "whether to keep narrations about another person (#O)", bool),
         "min_samples": Option(

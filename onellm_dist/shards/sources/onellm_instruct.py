@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import get_modality
+from onellm_dist.modalities.io.imu import UNIT_KEYS
 from onellm_dist.shards.format.names import TEXT_ONLY
 from onellm_dist.shards.sources.base import (
     BadSampleError,
@@ -47,7 +48,12 @@ from onellm_dist.shards.sources.readers.annotations import (
 from onellm_dist.shards.sources.readers.clouds import TensorCloud
 from onellm_dist.shards.sources.readers.conversations import clean_turns, require_conversation
 from onellm_dist.shards.sources.readers.fmri import MeanOfRepetitions
-from onellm_dist.shards.sources.readers.imu_windows import CutImuWindow, find_recording
+from onellm_dist.shards.sources.readers.imu_windows import (
+    IMU_UNITS_OPTION,
+    CutImuWindow,
+    find_recording,
+    parse_imu_units,
+)
 from onellm_dist.shards.sources.readers.json_stream import JsonItem, read_rows, split_rows
 from onellm_dist.shards.sources.readers.media_files import find_first_file, require_one_file
 from onellm_dist.shards.sources.readers.missing_media import MISSING_OPTION, check_missing
@@ -253,6 +259,7 @@ def _find_window(
     context: AnnotationContext, row: Mapping[str, Any], meta: dict[str, Any]
 ) -> dict[str, Media]:
     """The row's window; `imu_path` is the folder of the recordings, or a recording."""
+    units = parse_imu_units(context.options.get("imu_units"))
     uid = require_text(row["video_uid"], "video_uid")
     path = str(row.get("imu_path", "")).rstrip("/")
     window = float(row["window_start"]), float(row["window_end"])
@@ -264,7 +271,7 @@ def _find_window(
     for root in context.folders:
         for name in places:
             if (found := find_recording(root / name if name else root, uid)) is not None:
-                return {"imu.npy": CutImuWindow(*found, *window, _MIN_SAMPLES)}
+                return {"imu.npy": CutImuWindow(*found, *window, _MIN_SAMPLES, units)}
     raise MediaNotFetchedError(f"missing file: no recording of video {uid} in {path or 'IN'}")
 
 
@@ -274,6 +281,7 @@ SOURCE = Source(
     "(-o modality=image|text|video|audio|point|depth|normal|imu|fmri)",
     plan=plan,
     raw_samples=raw_samples,
+    own_keys=dict.fromkeys(UNIT_KEYS, "imu_units"),
     options={
         "modality": Option(None, f"required: which rows are built: {', '.join(_MODALITIES)}"),
         "files": Option(
@@ -283,6 +291,7 @@ SOURCE = Source(
         "include_test": Option(
             False, "use MSR-VTT's test split too, as the reference's training list does", bool
         ),
+        "imu_units": IMU_UNITS_OPTION,
         "missing": MISSING_OPTION,
     },
     licence="OneLLM: research only; media under the licences of their datasets",

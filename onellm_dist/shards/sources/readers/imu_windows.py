@@ -12,17 +12,46 @@ from pathlib import Path
 
 import numpy as np
 
-from onellm_dist.common.errors import SampleError
+from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.imu import MODALITY, cut_window
-from onellm_dist.modalities.io.imu import ImuRecording, read_recording
-from onellm_dist.shards.sources.base import BadSampleError
+from onellm_dist.modalities.io.imu import UNIT_KEYS, ImuRecording, read_recording
+from onellm_dist.shards.sources.base import BadSampleError, Option
 from onellm_dist.shards.sources.readers.media_files import get_write_stamp
 
 RecordingFiles = tuple[Path, Path | None]
 """A recording and, if imu2clip made it, its timestamps."""
 _FOLDERS = ("", "v2/processed_imu/", "processed_imu/", "v2/imu/", "imu/")
+
+
+IMU_UNITS_OPTION = Option(
+    None,
+    "the recordings' units if they are others than m/s^2, rad/s and ms, separated by commas: of "
+    "the accelerometer (m/s^2, g, mg), the gyroscope (rad/s, deg/s, mdps) and time (s, ms, us, ns);"
+    " one that is left empty is not stated: g,,s",
+    separator=",",
+)
+
+
+def parse_imu_units(text: str | None) -> tuple[tuple[str, str], ...]:
+    """Parse the option `imu_units` to keys of a sample's json and their values.
+
+    Raises:
+        UsageError: it is not three units, or one is not known.
+    """
+    units = [unit.strip() for unit in text.split(",")] if text is not None else []
+    stated = [(k, u) for k, u in zip(UNIT_KEYS, units, strict=False) if u]
+    try:
+        if text is not None and (len(units) != len(UNIT_KEYS) or not stated):
+            raise ValueError(f"{len(units)} units instead of {len(UNIT_KEYS)}")
+        for key, unit in stated:
+            UNIT_KEYS[key].parse(unit)
+    except ValueError as error:
+        raise UsageError(
+            f"imu_units={text}: {error}.", IMU_UNITS_OPTION.help, "as in -o imu_units=g,deg/s,ms"
+        ) from None
+    return tuple(stated)
 
 
 @dataclass(frozen=True)
@@ -42,6 +71,8 @@ class CutImuWindow:
     """End in seconds of the video."""
     min_samples: int
     """Samples below which the window is bad."""
+    units: tuple[tuple[str, str], ...] = ()
+    """What the user says of the recording's units, as keys of a sample's json and their values."""
 
     def read_bytes(self) -> bytes:
         """Cut and resample as the modality does.
@@ -55,6 +86,7 @@ class CutImuWindow:
             times,
             get_write_stamp(self.recording),
             0 if times is None else get_write_stamp(times),
+            self.units,
         )
         if isinstance(recording, str):
             raise BadSampleError(recording)
@@ -81,7 +113,11 @@ class CutImuWindow:
 
 @lru_cache(maxsize=2)
 def _load_recording(
-    path: Path, timestamps: Path | None, path_stamp: int, times_stamp: int
+    path: Path,
+    timestamps: Path | None,
+    path_stamp: int,
+    times_stamp: int,
+    units: tuple[tuple[str, str], ...],
 ) -> ImuRecording | str:
     """A video's complete recording (1 hour: 35 MB), or why it cannot be used.
 
@@ -91,7 +127,7 @@ def _load_recording(
         times = Part("timestamps.npy", timestamps.read_bytes()) if timestamps is not None else None
         recording = Part(f"imu{path.suffix}", path.read_bytes())
         with decoding():
-            found = read_recording(recording, times)
+            found = read_recording(recording, times, dict(units))
     except SampleError as error:
         return f"unreadable recording: {path.name}: {error.what}"
     if found.times is None:

@@ -24,12 +24,12 @@ from typing import Any
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
+from onellm_dist.modalities.pairs import MAP_KEYS
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
     InputSplit,
     Media,
-    Option,
     RawSample,
     Source,
     SplitDescription,
@@ -46,10 +46,13 @@ from onellm_dist.shards.sources.readers.delimited import (
 )
 from onellm_dist.shards.sources.readers.depth_models import EstimatedMap, check_model
 from onellm_dist.shards.sources.readers.img2dataset import (
-    UNFINISHED_OPTION,
     find_tars,
     read_tar_samples,
     split_tars,
+)
+from onellm_dist.shards.sources.readers.map_options import (
+    check_map_orientation,
+    make_map_options,
 )
 from onellm_dist.shards.sources.readers.media_files import get_picture_extension, resolve_below
 
@@ -85,51 +88,11 @@ def make_map_source(kind: str) -> Source:
         f"(-o depth_model=DIR)",
         plan=plan,
         raw_samples=raw_samples,
-        options=_make_options(kind),
+        options=make_map_options(kind),
         places=("images", "maps"),
+        own_keys=dict.fromkeys(MAP_KEYS, "map_orientation"),
         licence="CC3M: free for any purpose, pictures of their owners",
     )
-
-
-def _make_options(kind: str) -> dict[str, Option]:
-    options = {
-        "images": Option(
-            None, "the folder of the pictures; default: IN/cc3m if it exists, else IN", Path
-        ),
-        "maps": Option(
-            None,
-            f"the folder of the maps; default: IN/cc3m_{kind}, else the pictures' folder",
-            Path,
-        ),
-        "captions": Option(
-            None,
-            "a table with the columns caption and url (a local path); "
-            "default: x.txt is the caption of x.jpg",
-            Path,
-        ),
-        "depth_model": Option(
-            None,
-            "make the maps here: the folder of a depth-estimation model of transformers (DPT, ...)",
-            Path,
-        ),
-        "depth_is_distance": Option(
-            False,
-            "depth_model estimates distances (metric models), not inverse depth as DPT does",
-            bool,
-        ),
-        "unfinished": UNFINISHED_OPTION,
-        "device": Option(
-            "cpu",
-            "where depth_model runs: cpu, or cuda (a few pixels differ from those of a CPU)",
-        ),
-    }
-    if kind == "normal":
-        options["strength"] = Option(
-            0.5,
-            "of normals from depth: the relief's height in shares of the picture's shorter side",
-            float,
-        )
-    return options
 
 
 def _find_folders(kind: str, inputs: Path, images: Path | None, maps: Path | None) -> _MapFolders:
@@ -154,8 +117,10 @@ def _plan(
     captions: Path | None,
     depth_model: Path | None,
     unfinished: str,
+    map_orientation: str | None,
     **_: Any,
 ) -> DatasetDescription:
+    check_map_orientation(map_orientation)
     folders = _find_folders(kind, inputs, images, maps)
     for folder in (folders.pictures, *([] if depth_model is not None else [folders.maps])):
         if not folder.is_dir():
@@ -309,7 +274,15 @@ def _add_map(
         return replace(
             sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
         )
-    return replace(sample, parts=found)
+    return replace(sample, parts=found, meta={**sample.meta, **_make_meta(model)})
+
+
+def _make_meta(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `.json` of each sample says of its map."""
+    stated = options["map_orientation"]
+    return (
+        {} if stated is None or options["depth_model"] is not None else {"map_orientation": stated}
+    )
 
 
 def _strip_pictures_folder(url: str, pictures: Path) -> str:
@@ -346,7 +319,7 @@ def _make_raw_sample(
     parts: dict[str, Media] = dict(found)
     if side is not None:
         parts["txt"] = side
-    return RawSample(key, where, parts, caption)
+    return RawSample(key, where, parts, caption, _make_meta(model))
 
 
 def _find_map(
@@ -358,6 +331,7 @@ def _find_map(
     depth_model: Path | None,
     depth_is_distance: bool,
     device: str,
+    map_orientation: str | None,
     strength: float = 0.0,
 ) -> dict[str, Media] | None:
     """The parts of the picture and its map (`KIND.EXTENSION`); None if there is no map."""
@@ -377,7 +351,9 @@ def _find_map(
         if (square := folders.maps / f"{base}_{kind}.png").is_file():
             shown = folders.maps / f"{base}_rgb.png"
             own: dict[str, Media] = (
-                {"png": shown} if shown.is_file() else {"jpg": CentreSquare(picture)}
+                {"png": shown}
+                if shown.is_file()
+                else {"jpg": CentreSquare(picture, map_orientation)}
             )
             return {**own, f"{kind}.png": square}
     return None
