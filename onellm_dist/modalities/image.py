@@ -38,9 +38,10 @@ class ImageModality(Modality):
     colour profiles in the file decide nothing.
 
     Of 16-bit values the upper 8 bits are kept. Cameras and scanners store 10, 12 or 14 bits in 16:
-    what the file says is white then (TIFF's SMaxSampleValue or BitsPerSample, PNG's sBIT), else the
-    fewest of 1, 2, 4, 8, 10, 12, 14 or 16 bits that hold its largest value; that is noted in the
-    dataset's `damaged.jsonl` as `assumed`. 32-bit integers within 0..65535 are read alike.
+    white is what the file says then (TIFF's SMaxSampleValue or BitsPerSample, PNG's sBIT, PGM's
+    maximum), else the fewest of 1, 2, 4, 8, 10, 12, 14 or 16 bits that hold its largest value; that
+    is noted in the dataset's `damaged.jsonl` as `assumed`. 32-bit integers within 0..65535 are read
+    alike.
     """
 
     name = "image"

@@ -130,6 +130,16 @@ def test_a_statement_that_the_values_contradict_is_none() -> None:
     assert np.abs(shown[..., 0] - expected(values, 16)).max() <= 1 and notes == []
 
 
+@pytest.mark.parametrize("white", [1023, 4095, 65535])
+@pytest.mark.parametrize(("magic", "bands"), [(b"P5", 1), (b"P6", 3)])
+def test_the_maximum_of_a_pgm_and_ppm_is_white(white: int, magic: bytes, bands: int) -> None:
+    values = ramp(10, bands)
+    data = magic + b" 64 48 %d\n" % white + values.astype(">u2").tobytes()
+    shown, notes = decode(data, "png")
+    wanted = values if bands > 1 else values[..., None].repeat(3, 2)
+    assert np.abs(shown - wanted / white * 255).max() <= 1 and notes == []
+
+
 def test_dark_16_bit_grey_with_opacity_is_refused() -> None:
     values = np.stack([ramp(12), np.full((48, 64), 65535, np.uint16)], -1)
     with pytest.raises(SampleError, match="16-bit grey with opacity"):

@@ -34,7 +34,7 @@ def note_white_level(picture: Image.Image, data: bytes) -> None:
     """Put what a file says of its white into `picture.info`, if it says anything.
 
     A PNG has its number of significant bits (sBIT), a TIFF its largest sample (SMaxSampleValue)
-    and its bits per sample, where these are no 8 or 16.
+    and its bits per sample, where these are no 8 or 16; a PGM its maximum, which Pillow scales by.
 
     Args:
         picture: an opened picture, loaded or not.
@@ -42,6 +42,9 @@ def note_white_level(picture: Image.Image, data: bytes) -> None:
     """
     picture.info.pop(WHITE_LEVEL, None)
     bits: int | None = None
+    if picture.format == "PPM":
+        picture.info[WHITE_LEVEL] = 65535
+        return
     if data.startswith(SIGNATURE):
         bits = max(read_significant_bits(data)[:3], default=None)
     elif isinstance(picture, TiffImagePlugin.TiffImageFile):
