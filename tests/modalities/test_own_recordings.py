@@ -122,6 +122,45 @@ def test_unstated_units_must_be_plausible(
     assert message in said and "name" in said
 
 
+@pytest.mark.parametrize(
+    ("accelerometer", "gyroscope", "stated", "message"),
+    [
+        (1000 / G, 1.0, {}, "accelerations exceed 200"),
+        (1.0, 180 / np.pi, {}, "too fast for rad/s"),
+        (1.0, 180_000 / np.pi, {"gyro_unit": "deg/s"}, "too fast for its unit"),
+        (1.0, 180 / np.pi, {"gyro_unit": "rad/s"}, "too fast for its unit"),
+        (1000 / G, 1.0, {"accel_unit": "g"}, "accelerations exceed 20.3943 g"),
+        (1.0, 1.0, {"accel_unit": ["g"]}, "not the name of a unit"),
+        (1.0, 1.0, {"time_unit": 1000}, "not the name of a unit"),
+    ],
+)
+def test_units_of_numpy_files_must_be_plausible_too(
+    accelerometer: float, gyroscope: float, stated: dict[str, Any], message: str
+) -> None:
+    signal = walk(np.arange(400) / 200)
+    signal[:3] *= accelerometer
+    signal[3:] *= gyroscope
+    with pytest.raises(SampleError) as error:
+        IMU.read_value({"imu": npy(signal)}, stated, train=False, rng=RNG)
+    assert message in error.value.what
+
+
+@pytest.mark.parametrize("unit", ["m/s^2", "g", "mg"])
+@pytest.mark.parametrize("said", ["m/s^2", "g", "mg"])
+def test_gravity_at_rest_holds_a_stated_unit_to_its_word(unit: str, said: str) -> None:
+    size = {"m/s^2": G, "g": 1.0, "mg": 1000.0}[unit]
+    signal = np.zeros((6, 400))
+    signal[2], signal[3] = size, np.sin(np.arange(400) / 50)
+    parts = {"imu": npy(signal)}
+    if unit == said:
+        got = IMU.read_value(parts, {"accel_unit": said}, train=False, rng=RNG)
+        assert got[2].mean().item() == pytest.approx(G, rel=1e-4)
+        return
+    with pytest.raises(SampleError) as error:
+        IMU.read_value(parts, {"accel_unit": said}, train=False, rng=RNG)
+    assert f"gravity in {unit} and not in {said}" in error.value.what
+
+
 def test_gravity_in_g_is_recognised() -> None:
     rows = "".join(f"{5 * i},0.01,{0.02 * (i % 2)},0.999,0,0,0\n" for i in range(400))
     assert "in g" in refusal(f"t,ax,ay,az,gx,gy,gz\n{rows}".encode())

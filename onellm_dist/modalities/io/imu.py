@@ -121,8 +121,7 @@ def read_recording(
         is_npy = part.data[:6] == b"\x93NUMPY"
         table = _read_npy_table(part, timestamps, name) if is_npy else _read_csv(part.data)
         scales, time_scale = _get_scales(table, meta or {})
-        if not is_npy or any(scale is not None for scale in scales):
-            check_units(table.signal, scales)
+        check_units(table.signal, scales, is_raw=is_npy)
         times = None
         if table.times is not None:
             if len(table.times) != table.signal.shape[1]:
@@ -228,8 +227,11 @@ def _get_scales(
     """
     stated: dict[str, float] = {}
     for kind, key in _UNIT_KEYS.items():
-        if meta.get(key) is not None:
-            stated[kind] = parse_unit(kind, str(meta[key]))
+        unit = meta.get(key)
+        if unit is not None and not isinstance(unit, str):
+            raise ValueError(f"{key} in the sample's json is {unit!r}, not the name of a unit")
+        if unit is not None:
+            stated[kind] = parse_unit(kind, unit)
     scales = []
     for channel, own in zip(CHANNELS, table.scales, strict=True):
         scales.append(_merge(channel.split()[0], own, stated))

@@ -17,30 +17,35 @@ _FASTEST = 50.0
 """rad/s that 99% of the samples do not exceed: usual gyroscopes end at 2000 deg/s, 35 rad/s."""
 
 
-def check_units(signal: np.ndarray, scales: Sequence[float | None]) -> None:
+def check_units(
+    signal: np.ndarray, scales: Sequence[float | None], *, is_raw: bool = False
+) -> None:
     """Check that numbers can be in their units: the stated ones, else m/s^2 and rad/s.
 
     Args:
         signal: [6, N] as it is stored.
         scales: the size of each channel's unit; None where none is stated.
+        is_raw: whether the file is an array, whose numbers are the model's input as they are. Where
+            no unit is stated, gravity may be 1 in it (the toy world's recordings are in g).
 
     Raises:
         ValueError: they look like another unit.
     """
     if len(set(scales[:3])) == 1:
-        _check_accelerometer(_get_sizes(signal[:3]), scales[0])
+        _check_accelerometer(_get_sizes(signal[:3]), scales[0], is_raw=is_raw)
     if len(set(scales[3:])) == 1:
         _check_gyroscope(_get_sizes(signal[3:]), scales[3])
 
 
-def _check_accelerometer(size: np.ndarray, stated: float | None) -> None:
+def _check_accelerometer(size: np.ndarray, stated: float | None, *, is_raw: bool) -> None:
     if not len(size):
         return
     scale = stated or 1.0
     unit = next(name for name, known in _OTHER_UNITS.items() if known == scale)
     typical = float(np.median(size))
     low, high = np.percentile(size, (5, 95))
-    if typical > 0 and low > (1 - _STILL) * typical and high < (1 + _STILL) * typical:
+    is_known = stated is not None or not is_raw
+    if is_known and typical > 0 and low > (1 - _STILL) * typical and high < (1 + _STILL) * typical:
         for other, known in _OTHER_UNITS.items():
             if known != scale and abs(typical * known / GRAVITY - 1) < _STILL:
                 raise ValueError(
