@@ -33,7 +33,7 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
     """
     try:
         parts = modality.read_parts(path)
-        meta = _read_sidecar_json(path)
+        meta = _read_sidecar_json(path, modality.name)
         with collect_damage() as damage:
             value = modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
     except SampleError as error:
@@ -53,10 +53,15 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
     return value
 
 
-def _read_sidecar_json(path: Path) -> Mapping[str, Any]:
-    """Return the object in `<stem>.json` beside a file, like a sample's `.json`; else nothing."""
-    sidecar = path.with_name(f"{path.name.split('.', 1)[0]}.json")
-    if not sidecar.is_file():
+def _read_sidecar_json(path: Path, modality: str) -> Mapping[str, Any]:
+    """Return the object in `<stem>.json` beside a file, like a sample's `.json`; else nothing.
+
+    Beside `<stem>_<modality>.png` (Omnidata's names), `<stem>.json` is read too.
+    """
+    stem = path.name.split(".", 1)[0]
+    names = dict.fromkeys((stem, stem.removesuffix(f"_{modality}")))
+    sidecar = next((p for n in names if (p := path.with_name(f"{n}.json")).is_file()), None)
+    if sidecar is None:
         return {}
     try:
         meta = json.loads(sidecar.read_text(encoding="utf-8"))

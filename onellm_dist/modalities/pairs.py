@@ -24,7 +24,7 @@ from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.damage import note_damage
 from onellm_dist.modalities.io.pictures import (
     IMAGE_EXTENSIONS,
-    make_rgb_picture,
+    make_upright_picture,
     open_picture,
 )
 from onellm_dist.modalities.limits import check_count
@@ -57,10 +57,18 @@ def list_map_extensions(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class MapPair:
-    """A picture and a map of it, both RGB and of one size."""
+    """A picture and a map of it; those that `decode` returns are RGB, upright and of one size.
+
+    Attributes:
+        picture: the picture.
+        map: its map.
+        map_orientation: of a pair that a program holds: which pixels of a turned picture the map
+            was made from, as in a sample's json.
+    """
 
     picture: Image.Image
     map: Image.Image
+    map_orientation: str | None = None
 
 
 def note_invalid_pixels(invalid: np.ndarray, name: str) -> None:
@@ -159,8 +167,22 @@ class PairModality(Modality):
         """Take a `MapPair` of pictures of any modes and sizes as `decode` takes files."""
         if not isinstance(item, MapPair):
             return item
-        rendered = self.render_picture(item.map, {}, f"the {self.name} map")
-        return _make_pair(make_rgb_picture(item.picture, self.limits), rendered)
+        names = ("the picture", f"the {self.name} map")
+        photo, held = (make_upright_picture(p, self.limits) for p in (item.picture, item.map))
+        if photo is None or held is None:
+            raise SampleError(
+                f"{names[photo is not None]} is not a picture",
+                "a pair is a picture and a map of it.",
+                "give a PIL.Image, or an array of pixels.",
+            )
+        rendered = align_map(
+            self.render_picture(held.image, {}, names[1]),
+            photo,
+            is_tagged=held.is_tagged and photo.orientation > 1,
+            names=names,
+            stated=_get_orientation({_ORIENTATION_KEY: item.map_orientation}),
+        )
+        return _make_pair(convert_to_rgb(photo.image), rendered)
 
     def transform(self, raw: MapPair, *, train: bool, rng: np.random.Generator) -> torch.Tensor:
         """[2, 3, 224, 224]: picture, map, cropped alike (training: at random, else the middle)."""

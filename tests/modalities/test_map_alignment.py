@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from media_samples import npy, photo, picture
 from PIL import Image
 
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, depth, normal
+from onellm_dist.modalities.files import read_file_value
 from onellm_dist.modalities.io.damage import collect_damage
 from onellm_dist.modalities.io.pictures import open_picture
 from onellm_dist.modalities.pairs import MapPair, PairModality
@@ -180,6 +185,34 @@ def test_a_pair_in_memory_is_read_as_files_are() -> None:
     held = DEPTH.make_raw(MapPair(image.convert("RGBA"), chart))
     assert held.map.tobytes() == files.map.tobytes()
     assert held.picture.tobytes() == files.picture.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(160, 90), (100, 100)])
+def test_a_pair_in_memory_is_aligned_as_files_are(size: tuple[int, int], orientation: int) -> None:
+    """A turned photograph and a map of its stored pixels, as PIL opens them."""
+    image = halves(*size)
+    turned, chart = picture(image, "PNG", exif=tag(orientation)), picture(image)
+    held = [Image.open(io.BytesIO(part.data)) for part in (turned, chart)]
+    assert lies_on(DEPTH.make_raw(MapPair(held[0], held[1], "stored")))
+    if orientation in (1, *SIDEWAYS[: 4 * (size[0] != size[1])]):
+        assert lies_on(DEPTH.make_raw(MapPair(held[0], held[1])))
+    else:
+        with pytest.raises(SampleError, match=r"the picture is .* and the depth map"):
+            DEPTH.make_raw(MapPair(held[0], held[1]))
+    with pytest.raises(SampleError, match="the depth map is not a picture"):
+        DEPTH.make_raw(MapPair(held[0], "x"))  # type: ignore[arg-type]
+
+
+def test_generate_reads_what_is_said_of_a_map_with_omnidatas_name(tmp_path: Path) -> None:
+    image = halves(100, 100)
+    (tmp_path / "a.png").write_bytes(picture(image, "PNG", exif=tag(6)).data)
+    (tmp_path / "a_depth.png").write_bytes(picture(image).data)
+    with pytest.raises(SampleError, match="cannot be known"):
+        read_file_value(DEPTH, tmp_path / "a_depth.png")
+    (tmp_path / "a.json").write_text('{"map_orientation": "stored"}')
+    value = read_file_value(DEPTH, tmp_path / "a_depth.png")
+    assert torch.equal(value[0], value[1])
 
 
 class _Bytes:

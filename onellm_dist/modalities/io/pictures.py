@@ -211,10 +211,27 @@ def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
     Raises:
         SampleError: the array is no such picture, or it exceeds the limits.
     """
+    held = make_upright_picture(item, limits)
+    return item if held is None else convert_to_rgb(held.image)
+
+
+def make_upright_picture(item: Any, limits: Limits = LIMITS["image"]) -> UprightPicture | None:
+    """Turn a picture that a program holds upright, as `open_picture` does a file.
+
+    Args:
+        item: as of `make_rgb_picture`.
+        limits: how large it may be.
+
+    Returns:
+        The picture in its own mode; None if the item is no picture.
+
+    Raises:
+        SampleError: as of `make_rgb_picture`.
+    """
     if isinstance(item, np.ndarray):
         item = _make_picture(item)
     if not isinstance(item, Image.Image):
-        return item
+        return None
     check_size(limits, *item.size, "the picture")
     try:
         item.load()
@@ -224,7 +241,7 @@ def make_rgb_picture(item: Any, limits: Limits = LIMITS["image"]) -> Any:
             "there is nothing to show the model.",
             "give another, or name its file.",
         ) from error
-    return convert_to_rgb(_turn_upright(item, None).image)
+    return _turn_upright(item, None)
 
 
 def _make_picture(array: np.ndarray) -> Image.Image:
