@@ -240,6 +240,22 @@ def test_class_folders_without_splits(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("column", ["label", "text"])
+def test_numbers_of_classes_are_captions_only_if_the_user_says_so(
+    tmp_path: Path, column: str
+) -> None:
+    files: dict[str, bytes | str] = {f"{i}.jpg": picture(i) for i in range(3)}
+    files["metadata.csv"] = f"file_name,{column}\n0.jpg,0\n1.jpg,1\n2.jpg,0\n"
+    with pytest.raises(UsageError, match=r"are numbers alone \(0, 1\)") as error:
+        build(tmp_path, files)
+    assert f"-o caption_column={column}" in error.value.do
+    _, dataset = build(tmp_path, {}, caption_column=column)
+    assert captions(dataset) == {"0": "0", "1": "1", "2": "0"}
+    files["metadata.csv"] = f"file_name,{column}\n0.jpg,0\n1.jpg,1\n2.jpg,a dog\n"
+    _, dataset = build(tmp_path, files, overwrite=True)
+    assert captions(dataset)["2"] == "a dog"
+
+
 def test_classes_are_asked_for_where_there_are_none(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {"a/0.jpg": picture(0), "b/c/1.jpg": picture(1)}
     with pytest.raises(UsageError, match=r"b/c/1 lies in no class folder"):

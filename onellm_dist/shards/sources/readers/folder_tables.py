@@ -201,7 +201,8 @@ def read_table_samples(
         Modalities, raw samples in the order of the table, and notes.
 
     Raises:
-        UsageError: the table lacks columns, or none of its files is there.
+        UsageError: the table lacks columns, its captions are numbers that nobody asked for, or none
+            of its files is there.
     """
     rows = list(read_rows(table))
     names = {name for row in rows for name in row.values}
@@ -211,6 +212,8 @@ def read_table_samples(
         normalise_column(file_column) if file_column else None,
     )
     _require_columns(table, names, columns, wanted)
+    if caption_column is None:
+        _require_words(table, rows, columns.caption)
     folders = (media,) if media is not None else tuple(dict.fromkeys((table.parent, root)))
     parts = [
         ({}, row.problem) if row.problem or wanted == () else _find_parts(row, columns, folders)
@@ -298,6 +301,32 @@ def _require_columns(
             f"name it one of {', '.join(CAPTION_COLUMNS)}, or `conversations` or `messages`; "
             f"or use -o caption_column=NAME.",
         )
+
+
+def _require_words(table: Path, rows: Sequence[TableRow], column: str | None) -> None:
+    """Refuse a column of captions that nobody named and that holds numbers alone.
+
+    Raises:
+        UsageError: all its cells are numbers, such as those of classes.
+    """
+    cells = [row.values.get(column) for row in rows] if column is not None else []
+    texts = [c.strip() for c in cells if isinstance(c, str) and c.strip() not in ("", *NO_VALUE)]
+    if texts and all(map(_is_number, texts)):
+        shown = ", ".join(list(dict.fromkeys(texts))[:_SHOWN])
+        raise UsageError(
+            f"{table}: its captions, in column {column!r}, are numbers alone ({shown}).",
+            "numbers of classes are no captions: the model would learn to say them.",
+            "write what they mean into a column `caption`, or use -o caption_column="
+            f"{column} if they are meant.",
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _make_raw_sample(
