@@ -66,7 +66,7 @@ def find_deep_mode(picture: Image.Image) -> str:
 
 def _split_arguments(arguments: Any) -> tuple[str, tuple[Any, ...]]:
     """The raw mode of a tile, and its decoder's other arguments."""
-    first, *more = arguments if isinstance(arguments, tuple) else (arguments,)
+    first, *more = arguments if isinstance(arguments, tuple) and arguments else (arguments,)
     return str(first), tuple(more)
 
 
@@ -79,68 +79,64 @@ def _read_tag(picture: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[float, 
 
 
 def brighten_dark_colours(
-    picture: Image.Image, data: bytes, formats: tuple[str, ...]
+    picture: Image.Image, data: bytes, formats: tuple[str, ...], name: str
 ) -> Image.Image:
     """Show 10-, 12- and 14-bit colours that are stored in 16 bits as bright as they are.
 
     Args:
-        picture: a loaded picture of the upper 8 bits of 16-bit colours.
+        picture: a loaded picture of the upper 8 bits of 16-bit colours: RGB, RGBA or LA.
         data: its file.
         formats: the formats that Pillow may take it for.
+        name: what errors call it.
 
     Returns:
         A picture of the same mode and info; the same one if its colours are bright.
+
+    Raises:
+        SampleError: they are dark, and Pillow gives their upper 8 bits alone.
     """
-    upper = picture.split()[:3]
-    if max(int(np.asarray(band).max()) for band in upper) >= _DARK:
+    colours = range(1 if picture.mode == "LA" else 3)
+    if max(int(np.asarray(picture.getchannel(i)).max()) for i in colours) >= _DARK:
         return picture
     lower = _load_lower_bytes(data, formats)
     if lower is None or lower.size != picture.size:
-        return picture
-    pairs = list(zip(upper, lower.split()[:3], strict=True))
-    largest = max(int(strip.max()) for high, low in pairs for strip in _join_bytes(high, low))
+        raise SampleError(
+            f"{name} has 16 bits, and none of its colours reaches {_DARK << 8:,}",
+            "they may be of 8 to 14 bits, and would come out nearly black.",
+            "store it without opacity, or in 8 bits.",
+        )
+    largest = max(int(strip.max()) for i in colours for strip in _join_bytes(picture, lower, i))
     white = choose_white_level(largest, get_white_level(picture.info))
-    scaled = [
-        Image.fromarray(np.concatenate([scale_levels(s, white) for s in _join_bytes(high, low)]))
-        for high, low in pairs
+    bands = [
+        Image.fromarray(
+            np.concatenate([scale_levels(strip, white) for strip in _join_bytes(picture, lower, i)])
+        )
+        for i in colours
     ]
-    bright = Image.merge(picture.mode, [*scaled, *picture.split()[3:]])
+    del lower
+    bands += [picture.getchannel(i) for i in range(len(colours), len(picture.getbands()))]
+    bright = Image.merge(picture.mode, bands)
     bright.info = dict(picture.info)
     bright.format = picture.format
     colour = bright.info.get("transparency")
     if isinstance(colour, tuple):
-        scaled_colour = scale_levels(np.array([colour]), white)
-        bright.info["transparency"] = tuple(int(value) for value in scaled_colour[0])
+        scaled = scale_levels(np.array([colour]), white)
+        bright.info["transparency"] = tuple(int(value) for value in scaled[0])
     return bright
 
 
-def check_dark_greys(picture: Image.Image, name: str) -> None:
-    """Refuse dark 16-bit grey with opacity: Pillow gives its upper 8 bits alone.
-
-    Args:
-        picture: a loaded picture of which Pillow read 16-bit grey with opacity.
-        name: what the error calls it.
-
-    Raises:
-        SampleError: nothing in it is bright, so that it may have 8, 10, 12 or 14 bits.
-    """
-    if int(np.asarray(picture.getchannel(0)).max()) < _DARK:
-        raise SampleError(
-            f"{name} is 16-bit grey with opacity, and none of its values reaches {_DARK << 8:,}",
-            "they may be of 8 to 14 bits, and would come out nearly black.",
-            "store it without opacity, or in 8 bits.",
-        )
-
-
 def _load_lower_bytes(data: bytes, formats: tuple[str, ...]) -> Image.Image | None:
-    """Load the lower 8 bits of 16-bit colours: as if the bytes had the other order."""
+    """Load the lower 8 bits of 16-bit colours, as if their bytes had the other order.
+
+    None: Pillow cannot (grey or colours that are mixed with their opacity).
+    """
     picture = Image.open(io.BytesIO(data), formats=formats)
     tiles = []
     for tile in picture.tile:
         mode, more = _split_arguments(tile.args)
         kind, _, order = mode.partition(";16")
         order = _NATIVE if order == "N" else order
-        if order not in ("B", "L"):
+        if order not in ("B", "L") or kind not in ("RGB", "RGBA", "RGBX"):
             return None
         swapped = f"{kind};16{'L' if order == 'B' else 'B'}"
         tiles.append(tile._replace(args=(swapped, *more) if more else swapped))
@@ -149,10 +145,10 @@ def _load_lower_bytes(data: bytes, formats: tuple[str, ...]) -> Image.Image | No
     return picture
 
 
-def _join_bytes(high: Image.Image, low: Image.Image) -> Iterator[np.ndarray]:
-    """Yield strips [h, W] of uint16 from two bands of 8 bits."""
+def _join_bytes(upper: Image.Image, lower: Image.Image, band: int) -> Iterator[np.ndarray]:
+    """Yield strips [h, W] of uint16 of one band, from two pictures of 8 bits."""
+    high, low = upper.getchannel(band), lower.getchannel(band)
     rows = max(1, _STRIP // high.width)
     for top in range(0, high.height, rows):
         box = (0, top, high.width, min(top + rows, high.height))
-        upper = np.asarray(high.crop(box)).astype(np.uint16)
-        yield upper << 8 | np.asarray(low.crop(box))
+        yield np.asarray(high.crop(box)).astype(np.uint16) << 8 | np.asarray(low.crop(box))

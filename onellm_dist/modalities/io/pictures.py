@@ -15,7 +15,6 @@ from onellm_dist.modalities.base import Part
 from onellm_dist.modalities.io.colour import convert_to_rgb
 from onellm_dist.modalities.io.deep_colours import (
     brighten_dark_colours,
-    check_dark_greys,
     find_deep_mode,
     note_white_level,
 )
@@ -138,10 +137,8 @@ def _decode(data: bytes, part: Part, limits: Limits) -> tuple[Image.Image, int |
     note_white_level(picture, part.data)
     deep = find_deep_mode(picture)
     picture.load()
-    if deep.startswith("LA"):
-        check_dark_greys(picture, f".{part.extension}")
-    elif deep:
-        bright = brighten_dark_colours(picture, data, _FORMATS)
+    if deep:
+        bright = brighten_dark_colours(picture, data, _FORMATS, f".{part.extension}")
         if bright is not picture:
             return bright, applied
     if form == "PNG":
