@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from shard_worlds import all_bytes, foreign_tar, write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
@@ -71,6 +72,54 @@ def test_parallel_trees(tmp_path: Path, kind: str) -> None:
     picture, rendered = decode_sample(dataset, "00000/000000000")[kind]
     assert rendered[0, 112, 200] > rendered[0, 112, 20]  # brighter to the right, as the map
     assert not picture.equal(rendered)
+
+
+def turned_photo() -> bytes:
+    """A square that the camera noted as turned (EXIF 6)."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(make_photo((64, 64)))).save(buffer, "JPEG", quality=95, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("stated", ["stored", "upright"])
+def test_maps_of_turned_squares_and_of_distances(tmp_path: Path, stated: str) -> None:
+    """Parallel trees and Omnidata's squares: both are told by one option, and kept in the .json."""
+    far = np.tile(np.linspace(1000, 60000, 64).astype(np.uint16), (64, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(far).save(buffer, "PNG")
+    files: dict[str, bytes | str] = {
+        "cc3m/a.jpg": turned_photo(),
+        "cc3m/a.txt": "x",
+        "cc3m_depth/a.png": buffer.getvalue(),
+        "cc3m/b.jpg": turned_photo(),
+        "cc3m/b.txt": "y",
+        "cc3m_depth/b_depth.png": buffer.getvalue(),
+    }
+    inputs = write_tree(tmp_path / "in", files)
+    report, dataset = build_source(
+        "cc3m-depth",
+        inputs,
+        tmp_path / "out",
+        map_orientation=stated,
+        depth_is_distance=True,
+        max_failures=0.5,
+    )
+    assert not report.quarantined
+    for key, sample in read_samples(dataset).items():
+        assert sample["json"] == {"map_orientation": stated, "depth_is_distance": True}
+        shown = decode_sample(dataset, key)["depth"][1, 0]
+        shown = shown if stated == "upright" else torch.rot90(shown, 1)
+        assert shown[112, 20] > shown[112, 200]  # near is bright, on the left of what was stored
+    with pytest.raises(OneLLMError, match="are bad"):
+        build_source("cc3m-depth", inputs, tmp_path / "no")
+    for options, words in (
+        ({"map_orientation": "sideways"}, "none of stored, upright"),
+        ({"describe": "map_orientation=stored"}, "settled"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build_source("cc3m-depth", inputs, tmp_path / "no", **options)
 
 
 def test_bad_pairs_are_left_out_with_their_reasons(tmp_path: Path) -> None:

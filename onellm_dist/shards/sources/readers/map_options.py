@@ -34,7 +34,8 @@ def make_map_options(kind: str) -> dict[str, Option]:
         ),
         "depth_is_distance": Option(
             False,
-            "depth_model estimates distances (metric models), not inverse depth as DPT does",
+            "depth_model estimates distances (metric models), not inverse depth as DPT does; or "
+            "depth maps that exist hold distances, in 16 bits or as floats",
             bool,
         ),
         "map_orientation": Option(

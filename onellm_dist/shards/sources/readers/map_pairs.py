@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.modalities import get_modality
 from onellm_dist.modalities.io.pictures import IMAGE_EXTENSIONS
-from onellm_dist.modalities.pairs import MAP_KEYS
 from onellm_dist.shards.format.names import make_safe_key
 from onellm_dist.shards.sources.base import (
     DatasetDescription,
@@ -90,7 +90,7 @@ def make_map_source(kind: str) -> Source:
         raw_samples=raw_samples,
         options=make_map_options(kind),
         places=("images", "maps"),
-        own_keys=dict.fromkeys(MAP_KEYS, "map_orientation"),
+        own_keys={key: key for key in get_modality(kind).meta_keys},
         licence="CC3M: free for any purpose, pictures of their owners",
     )
 
@@ -274,15 +274,17 @@ def _add_map(
         return replace(
             sample, parts={}, problem=f"missing map: no {kind} map of {name} in {folders.maps}"
         )
-    return replace(sample, parts=found, meta={**sample.meta, **_make_meta(model)})
+    return replace(sample, parts=found, meta={**sample.meta, **_make_meta(kind, model)})
 
 
-def _make_meta(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the `.json` of each sample says of its map."""
-    stated = options["map_orientation"]
-    return (
-        {} if stated is None or options["depth_model"] is not None else {"map_orientation": stated}
-    )
+def _make_meta(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `.json` of each sample says of its map; a map that is made here needs no word."""
+    meta: dict[str, Any] = {}
+    if options["depth_model"] is None and options["map_orientation"] is not None:
+        meta["map_orientation"] = options["map_orientation"]
+    if options["depth_model"] is None and options["depth_is_distance"] and kind == "depth":
+        meta["depth_is_distance"] = True
+    return meta
 
 
 def _strip_pictures_folder(url: str, pictures: Path) -> str:
@@ -319,7 +321,7 @@ def _make_raw_sample(
     parts: dict[str, Media] = dict(found)
     if side is not None:
         parts["txt"] = side
-    return RawSample(key, where, parts, caption, _make_meta(model))
+    return RawSample(key, where, parts, caption, _make_meta(kind, model))
 
 
 def _find_map(
