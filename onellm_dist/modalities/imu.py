@@ -87,7 +87,7 @@ class ImuModality(Modality):
     g, mg; rad/s, deg/s, mdps; s, ms, us, ns. Without a unit, m/s^2 and rad/s are assumed. What
     cannot be in its unit, stated or assumed, is refused: an accelerometer at rest that would read
     right in another one, one that exceeds 20 g half of the time, or a gyroscope beyond 50 rad/s.
-    (A NumPy file in g is not told from one of gentle motion in m/s^2: state its unit.)
+    (A NumPy file in g looks like one of gentle motion in m/s^2: state its unit.)
 
     *Times.* A time without a unit is in the one that makes 5 to 5000 samples per second; there is
     only one, unless samples come in bursts: these need a stated unit. A stated unit that makes

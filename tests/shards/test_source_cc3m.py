@@ -85,7 +85,7 @@ def turned_photo() -> bytes:
 
 @pytest.mark.parametrize("stated", ["stored", "upright"])
 def test_maps_of_turned_squares_and_of_distances(tmp_path: Path, stated: str) -> None:
-    """Parallel trees and Omnidata's squares: both are told by one option, and kept in the .json."""
+    """Parallel trees and Omnidata's squares: one option says it of both, and the .json keeps it."""
     far = np.tile(np.linspace(1000, 60000, 64).astype(np.uint16), (64, 1))
     buffer = io.BytesIO()
     Image.fromarray(far).save(buffer, "PNG")
@@ -116,7 +116,7 @@ def test_maps_of_turned_squares_and_of_distances(tmp_path: Path, stated: str) ->
         build_source("cc3m-depth", inputs, tmp_path / "no")
     for options, words in (
         ({"map_orientation": "sideways"}, "none of stored, upright"),
-        ({"describe": "map_orientation=stored"}, "settled"),
+        ({"describe": "map_orientation=stored"}, "decides on map_orientation"),
     ):
         with pytest.raises(UsageError, match=words):
             build_source("cc3m-depth", inputs, tmp_path / "no", **options)

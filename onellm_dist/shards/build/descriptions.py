@@ -71,7 +71,7 @@ def check_description(text: str | None, modalities: tuple[str, ...], source: Sou
     for key in parse_description(text, modalities):
         if key in source.own_keys:
             raise UsageError(
-                f"describe={text}: source {source.name!r} stores media for which {key} is settled.",
+                f"describe={text}: source {source.name!r} decides on {key} itself.",
                 f"its own option says how its input is read: {source.own_keys[key]}.",
                 f"use -o {source.own_keys[key]}.",
             )
