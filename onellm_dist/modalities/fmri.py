@@ -136,10 +136,11 @@ def _get_scale(meta: Mapping[str, Any]) -> float | None:
 
 
 def _is_whole(array: np.ndarray) -> bool:
-    """Whether all values are whole numbers, and not all 0: no measured response is."""
+    """Whether all finite values are whole numbers, and not all 0: no measured response is."""
     if array.dtype.kind != "f":
         return True
-    return bool(np.all(array == np.round(array)) and np.any(array))
+    finite = array[np.isfinite(array)]
+    return bool(np.any(finite) and np.all(finite == np.round(finite)))
 
 
 MODALITY = FmriModality()

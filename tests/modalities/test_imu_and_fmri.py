@@ -74,9 +74,9 @@ def test_other_rates_are_resampled(rate: int) -> None:
 
 
 def test_the_window_is_half_open() -> None:
-    signal = np.arange(2000.0)[None].repeat(6, 0)
+    signal = (np.arange(2000.0) / 128)[None].repeat(6, 0)
     got = values(timed(signal, np.arange(2000) * 5.0), WINDOW)
-    assert got[0, 0] == 200 and got[0, -1] == 599
+    assert got[0, 0] == 200 / 128 and got[0, -1] == 599 / 128
 
 
 @pytest.mark.parametrize(
@@ -225,6 +225,10 @@ def test_whole_numbers_are_no_responses_unless_their_factor_is_stated(kind: str,
     assert '{"fmri_scale": 300}' in error.value.do
     got = FMRI.decode({"fmri": npy(scans)}, {"fmri_scale": 300})
     np.testing.assert_allclose(got, scans.mean(0) / 300, atol=1e-6)
+    if scans.dtype.kind == "f":  # a missing value makes them no responses
+        scans[0, 3] = np.nan
+        with pytest.raises(SampleError, match=r"whole numbers"):
+            FMRI.decode({"fmri": npy(scans)}, {})
 
 
 @pytest.mark.parametrize("scale", [0, -300, "300", True, float("nan"), float("inf"), [300]])

@@ -174,9 +174,9 @@ def test_text_that_does_not_fit_its_field_is_no_other_colour(value: bytes) -> No
     assert "field blue" in refusal(Part("ply", head + b"end_header\n" + b"\n".join(rows)))
 
 
-def fmri(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def fmri(array: np.ndarray, scale: float | None = None) -> tuple[np.ndarray, list[str]]:
     with collect_damage() as damage:
-        voxels: np.ndarray = FMRI.decode({"fmri": npy(array)}, {})
+        voxels: np.ndarray = FMRI.decode({"fmri": npy(array)}, {"fmri_scale": scale})
     return voxels, damage
 
 
@@ -204,7 +204,11 @@ def test_a_repetition_that_is_not_finite_is_left_out_and_noted(value: float) -> 
 @pytest.mark.parametrize("value", [1001.0, 12_000.0, 3e38])
 @pytest.mark.parametrize("kind", [np.float32, np.int16])
 def test_responses_in_another_unit_are_refused(value: float, kind: type) -> None:
-    scans = np.zeros((2, 15724), np.float64)
+    scans = SCANS[:2].astype(np.float64)
     scans[:, 5] = min(value, 32_000.0) if kind is np.int16 else value
+    whole = kind is np.int16  # no responses unless a factor says how they were stored
     with pytest.raises(SampleError, match="the limit is 1000"):
-        fmri(scans.astype(kind))
+        fmri(scans.astype(kind), 1.0 if whole else None)
+    if whole:
+        with pytest.raises(SampleError, match="holds whole numbers"):
+            fmri(scans.astype(kind))

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from shard_worlds import write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_npy, read_samples
+from test_source_onellm_instruct import instruction_tuning
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.modalities import get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.shards.build.task import TooManyFailuresError
-from onellm_dist.shards.tools.preview_samples import render_sample
+from onellm_dist.shards.tools.preview_samples import render_samples
 
 G = 9.80665
 
@@ -61,7 +62,7 @@ def test_maps_of_square_pictures_that_are_turned(tmp_path: Path) -> None:
     trained = decode_sample(dataset, "a")["depth"]
     assert torch.equal(trained[0], trained[1])  # the map shows what the picture shows
     [shard] = dataset.shards("train")
-    assert "cannot be drawn" not in render_sample(dataset, shard, 0)
+    assert "cannot be drawn" not in render_samples(dataset, [(shard, 0)])
     (inputs / "a.json").write_text('{"map_orientation": "stored"}')
     assert torch.equal(read_file_value(get_modality("depth"), inputs / "a.depth.png"), trained)
     (inputs / "a.json").write_text('{"map_orientation": "upright"}')
@@ -150,3 +151,23 @@ def test_ego4ds_recordings_in_other_units(tmp_path: Path) -> None:
         assert words in error.value.do
     with pytest.raises(TooManyFailuresError, match="gravity in g and not in mg"):
         build_source("ego4d-imu", inputs, tmp_path / "no", imu_units="mg,,")
+
+
+def test_onellms_own_recordings_in_other_units(tmp_path: Path) -> None:
+    """Its windows are cut and converted as Ego4D's are."""
+    inputs = instruction_tuning(tmp_path / "in")
+    windows: list[torch.Tensor] = []
+    for units in (None, "g,deg/s,ms"):
+        out = tmp_path / f"out-{len(windows)}"
+        _, dataset = build_source("onellm-instruct", inputs, out, modality="imu", imu_units=units)
+        (key,) = read_samples(dataset)
+        windows.append(decode_sample(dataset, key)["imu"])
+    factors = torch.tensor([[G]] * 3 + [[np.pi / 180]] * 3)
+    torch.testing.assert_close(windows[1], windows[0] * factors, rtol=1e-5, atol=1e-6)
+    for options, words in (
+        ({"describe": "gyro_unit=deg/s"}, "use -o imu_units"),
+        ({"imu_units": "g,deg/s,furlong"}, "imu_units=g,deg/s,ms"),
+    ):
+        with pytest.raises(UsageError) as error:
+            build_source("onellm-instruct", inputs, tmp_path / "no", modality="imu", **options)
+        assert words in error.value.do

@@ -105,14 +105,16 @@ def plan(
     files: str | None,
     media: Path | None,
     include_test: bool,
+    imu_units: str | None,
     missing: str,
 ) -> DatasetDescription:
     """Divide the files of one modality into ranges of rows.
 
     Raises:
-        UsageError: no modality is chosen, or none of its files exists.
+        UsageError: no modality is chosen, none of its files exists, or an option is wrong.
     """
     check_missing(missing)
+    parse_imu_units(imu_units)
     if modality not in _MODALITIES:
         raise UsageError(
             f"modality={modality} is not one of {', '.join(_MODALITIES)}.",
