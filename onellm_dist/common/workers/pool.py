@@ -225,10 +225,11 @@ class WorkerPool(Generic[Task, Result]):
         passed = min(now - self._looked, 2 * POLL_S)
         self._looked = now
         for worker in self._workers:
-            if children.has_ended(worker.pid) and not _is_readable(worker.connection):
+            ended = children.has_ended(worker.pid)
+            if ended and not _is_readable(worker.connection):
                 self._replace(worker)  # a process that it started holds its socket open
             elif worker.killed_at is not None:
-                if now - worker.killed_at > END_S:
+                if not ended and now - worker.killed_at > END_S:
                     raise make_endless_error(self._words, worker.pid, END_S)
             elif self._sample_seconds and worker.pending:
                 self._check_time(worker, passed)

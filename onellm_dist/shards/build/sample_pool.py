@@ -24,7 +24,8 @@ BUILDER = PoolWords(
     fewer="use fewer processes (--workers)",
 )
 _CHUNK = 8
-"""Raw samples that a worker receives at once."""
+"""Raw samples that each of several workers receives at once. A single one receives one: it serves
+one of several builders, and a chunk of long films from each would fill the memory."""
 
 
 class Preparation:
@@ -43,7 +44,7 @@ class Preparation:
             BUILDER,
             SampleLimits(settings.sample_seconds, settings.sample_mb),
             workers=workers,
-            chunk=_CHUNK,
+            chunk=_CHUNK if workers > 1 else 1,
         )
         as_stored = get_source(plan.source).reads_as_stored
         self._here = workers == 1 and as_stored and not settings.decodes
