@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.files import read_file_value
 from onellm_dist.modalities.io.colour import scale_to_bytes
@@ -140,13 +139,20 @@ def test_the_maximum_of_a_pgm_and_ppm_is_white(white: int, magic: bytes, bands: 
     assert np.abs(shown - wanted / white * 255).max() <= 1 and notes == []
 
 
-def test_dark_16_bit_grey_with_opacity_is_refused() -> None:
-    values = np.stack([ramp(12), np.full((48, 64), 65535, np.uint16)], -1)
-    with pytest.raises(SampleError, match="has 16 bits, and none of its colours reaches"):
-        decode(png(values))
-    values[..., 0] = ramp(16)
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_grey_with_opacity_is_as_bright_as_it_is(bits: int) -> None:
+    values = np.stack([ramp(bits), np.full((48, 64), 65535, np.uint16)], -1)
     shown, notes = decode(png(values))
-    assert np.abs(shown[..., 0] - expected(values[..., 0], 16)).max() <= 1 and notes == []
+    assert np.abs(shown[..., 0] - expected(values[..., 0], bits)).max() <= 1
+    assert len(notes) == (bits < 16)
+
+
+def test_black_on_transparent_stays_black_on_white() -> None:
+    """Line art and signatures: grey is 0 everywhere, and the drawing is in the opacity."""
+    values = np.zeros((48, 64, 2), np.uint16)
+    values[10:20, 10:20, 1] = 65535
+    shown, notes = decode(png(values))
+    assert notes == [] and (shown[10:20, 10:20] == 0).all() and (shown[30:] == 255).all()
 
 
 def test_a_transparent_colour_stays_transparent() -> None:

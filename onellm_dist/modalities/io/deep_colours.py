@@ -28,6 +28,8 @@ _DARK = 64
 """Upper bytes below this are those of at most 14 bits."""
 _NATIVE = "L" if sys.byteorder == "little" else "B"
 _STRIP = 1 << 22
+_GREY_WITH_OPACITY = "LA;16B"
+"""Pillow reads it as RGBA, from PNG alone."""
 
 
 def note_white_level(picture: Image.Image, data: bytes) -> None:
@@ -128,9 +130,13 @@ def brighten_dark_colours(
 def _load_lower_bytes(data: bytes, formats: tuple[str, ...]) -> Image.Image | None:
     """Load the lower 8 bits of 16-bit colours, as if their bytes had the other order.
 
-    None: Pillow cannot (grey or colours that are mixed with their opacity).
+    Grey with opacity becomes RGBA of the lower 8 bits of grey. None: Pillow cannot (colours that
+    are mixed with their opacity).
     """
     picture = Image.open(io.BytesIO(data), formats=formats)
+    if picture.mode == "RGBA" and [tile.args for tile in picture.tile] == [_GREY_WITH_OPACITY]:
+        picture.tile = [picture.tile[0]._replace(args="RGBA")]  # the four bytes of a pixel
+        return Image.merge("RGBA", [picture.getchannel(1)] * 4)
     tiles = []
     for tile in picture.tile:
         mode, more = _split_arguments(tile.args)
