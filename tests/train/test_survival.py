@@ -311,7 +311,7 @@ def test_a_rank_that_sleeps_ends_the_run_with_stacks_and_its_name(runs: Runs) ->
     start = runs.start(
         "hang",
         plant={"sleep": {"rank": 1, "step": 4}},
-        stability__hang_minutes=0.15,
+        stability__hang_minutes=0.3,
         data__workers=2,
     )
     runs.wait_until(start, lambda: runs.steps_done("hang") >= 4)
