@@ -516,6 +516,8 @@ def test_a_worker_that_dies_stops_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onellm_dist.shards.build.workers._start_worker", _abort)
+    files: dict[str, bytes | str] = {f"{i}.jpg": picture(i) for i in range(4)}
+    files |= {f"{i}.txt": "x" for i in range(4)}  # as many shards as 2 workers build apart
     with pytest.raises(OneLLMError, match="a worker process of the builder died"):
-        build(tmp_path, FINE, workers=2)
+        build(tmp_path, files, workers=2, max_samples=1)
     assert os.listdir(tmp_path) == ["in"]
