@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.configuration import OneLLMConfig
+from onellm_dist.model.converted_weights import ConvertedWeights
 from onellm_dist.model.generation_settings import set_generation
 from onellm_dist.model.initialisation import draw_parameter, get_drawn_name
 from onellm_dist.model.onellm import OneLLMForConditionalGeneration
@@ -180,13 +181,13 @@ def _open_directory(path: Path, model: OneLLMForConditionalGeneration) -> RowSou
         # Weights of an older format (.bin): transformers reads all of them.
         return InMemoryWeights(OneLLMForConditionalGeneration.from_pretrained(path).state_dict())
     files = find_weight_files(path)
-    source = SafetensorsWeights(files)
+    source = ConvertedWeights(model, SafetensorsWeights(files), files)
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     known = set(model.state_dict())
     groups: dict[str, Iterable[str]] = {
-        "missing_keys": own.keys() - files.keys(),
-        "unexpected_keys": files.keys() - known,
-        "mismatched_keys": (n for n in own.keys() & files.keys() if source.shape(n) != own[n]),
+        "missing_keys": own.keys() - source.names,
+        "unexpected_keys": source.names - known,
+        "mismatched_keys": (n for n in own.keys() & source.names if source.shape(n) != own[n]),
     }
     problems = [
         f"{kind}: {', '.join(found)}" for kind, names in groups.items() if (found := sorted(names))
