@@ -8,6 +8,7 @@ no sample can be too long, and a dataset with a supervised token in its first sh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from onellm_dist.common.errors import UsageError
 from onellm_dist.common.logging import get_logger
 from onellm_dist.data.corpus import Corpus
-from onellm_dist.data.micro_batch import SampleRef
+from onellm_dist.data.micro_batch import SampleRef, SampleTable
 from onellm_dist.data.token_counts import UNREADABLE
 from onellm_dist.modalities.base import SPAN_TOKENS
 
@@ -60,6 +61,42 @@ def check_corpus(corpus: Corpus, *, positions: int | None = None) -> None:
         )
 
 
+def check_batch(corpus: Corpus, samples: SampleTable, *, positions: int | None) -> None:
+    """Refuse a batch with a sample that is longer than the LLM's positions.
+
+    Args:
+        corpus: the datasets of the samples.
+        samples: any samples of them.
+        positions: positions that the LLM knows; None: any number.
+
+    Raises:
+        UsageError: a sample is longer; the longest is named.
+    """
+    spans = np.array([SPAN_TOKENS * len(names) for names in corpus.spans], dtype=np.int64)
+    lengths = spans[samples.dataset] + samples.text_tokens
+    if positions is None or not (lengths > positions).any():
+        return
+    (longest,) = samples.refs(np.array([lengths.argmax()]))
+    media = len(corpus.spans[longest.dataset])
+    found = TooLong(longest, int((lengths > positions).sum()), len(lengths))
+    raise _describe(corpus, found, _limit_positions(positions), SPAN_TOKENS * media)
+
+
+@dataclass(frozen=True)
+class TooLong:
+    """Samples that are longer than a limit."""
+
+    longest: SampleRef
+    count: int
+    """How many samples are longer than the limit."""
+    total: int
+    """Of how many."""
+
+
+def _limit_positions(positions: int) -> Limit:
+    return Limit("the LLM's context (positions)", positions, "use an LLM with more positions")
+
+
 def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Iterator[UsageError]:
     config, spans = corpus.config, corpus.spans[number]
     media = ", ".join(spans) or "text"
@@ -73,35 +110,62 @@ def _find_too_large(corpus: Corpus, number: int, positions: int | None) -> Itera
         )
     limit = Limit("data.pack_llm_tokens", config.pack_llm_tokens, "raise data.pack_llm_tokens")
     if positions is not None and positions < limit.positions:
-        limit = Limit("the LLM's max_position_embeddings", positions, "use another LLM")
+        limit = _limit_positions(positions)
     fixed = SPAN_TOKENS * len(spans)
     if fixed + config.max_text_tokens <= limit.positions:
         return
-    longest, ref = _find_longest(corpus, number)
-    if fixed + longest > limit.positions:
-        yield UsageError(
-            f"sample {corpus.sample_id(ref)} ({media}, {longest} text tokens) needs "
-            f"{fixed + longest} tokens; {limit.name} is {limit.positions}",
-            "a micro-batch holds whole samples, so this one does not fit in any.",
-            f"{limit.do} to {fixed + longest} or more, or lower data.max_text_tokens."
-            if limit.name.startswith("data.")
-            else f"lower data.max_text_tokens to {limit.positions - fixed}, or {limit.do}.",
-        )
+    found = _find_too_long(corpus, number, limit.positions - fixed)
+    if found.count:
+        yield _describe(corpus, found, limit, fixed)
 
 
-def _find_longest(corpus: Corpus, number: int) -> tuple[int, SampleRef]:
-    """The longest text of a dataset, and its sample."""
-    longest, found = -1, SampleRef(number, 0, 0, 0, 0, 0)
+def _describe(corpus: Corpus, found: TooLong, limit: Limit, fixed: int) -> UsageError:
+    """The problem of a dataset's samples that are longer than a limit.
+
+    Args:
+        corpus: the datasets.
+        found: the samples.
+        limit: what they exceed.
+        fixed: positions of a sample's media spans.
+    """
+    ref = found.longest
+    media = ", ".join(corpus.spans[ref.dataset]) or "text"
+    needed = fixed + ref.text_tokens
+    text = limit.positions - fixed
+    shorten = (
+        f"lower data.max_text_tokens to {text}"
+        if text > 1
+        else f"leave out media: their spans alone take {fixed} positions"
+    )
+    key = limit.name.startswith("data.")
+    return UsageError(
+        f"sample {corpus.sample_id(ref)} ({media}, {ref.text_tokens} text tokens) needs "
+        f"{needed} tokens; {limit.name} is {limit.positions} ({found.count} of {found.total} "
+        f"samples of the dataset {'are' if found.count > 1 else 'is'} too long)",
+        "a micro-batch holds whole samples, so these do not fit in any."
+        if key
+        else "it knows no later position.",
+        f"{limit.do} to {needed} or more, or {shorten}."
+        if key
+        else f"{shorten} (longer texts are cut), or {limit.do}.",
+    )
+
+
+def _find_too_long(corpus: Corpus, number: int, most: int) -> TooLong:
+    """The samples of a dataset with more than `most` text tokens, in the longest of their texts."""
+    longest, ref, count, total = -1, SampleRef(number, 0, 0, 0, 0, 0), 0, 0
     for shard in range(len(corpus.shards[number])):
         rows, counts = corpus.token_counts.get_texts(number, shard)
         if not len(counts):
             continue
+        total += len(np.unique(rows))
+        count += len(np.unique(rows[counts[:, 0] > most]))
         at = int(counts[:, 0].argmax())
-        text, supervised = (int(count) for count in counts[at])
+        text, supervised = (int(value) for value in counts[at])
         if text > longest:
             longest = text
-            found = SampleRef(number, shard, int(rows[at]), 0, text, supervised)
-    return longest, found
+            ref = SampleRef(number, shard, int(rows[at]), 0, text, supervised)
+    return TooLong(ref, count, total)
 
 
 def _find_unsupervised(corpus: Corpus, number: int) -> Iterator[UsageError]:

@@ -13,10 +13,14 @@ from transformers import GenerationConfig
 
 from onellm_dist.common.errors import UsageError
 from onellm_dist.model.llm_call import LLMSupport, check_call, split_prompts
+from onellm_dist.model.llm_per_layer import give_token_ids
+from onellm_dist.model.llm_positions import check_new_tokens, get_context
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.padded import PaddedInputs
 from onellm_dist.model.token_ids import choose_padding, count_embeddings
 
+DEFAULT_NEW_TOKENS = 20
+"""New tokens of transformers' `generate` where no number is given."""
 REFERENCE_SHORTFALL = 2
 """Positions by which the reference's decoding falls short after a span: it counts 30 of the 32."""
 
@@ -42,11 +46,13 @@ def generate_text(
         options: further arguments of transformers' `generate`.
 
     Raises:
-        UsageError: an unknown `decode_offset`, an option that has no meaning here, or an LLM that
-            cannot continue embeddings.
+        UsageError: an unknown `decode_offset`, an option that has no meaning here, an LLM that
+            cannot continue embeddings, or prompt and new tokens longer than its context.
         OneLLMError: the LLM was changed after it was opened.
     """
     check_call(llm, support, 0)
+    context, prompt = get_context(llm.config, support), inputs.embeds.shape[1]
+    check_new_tokens(type(llm).__name__, context, prompt, _count_new(config, prompt))
     set_lengths(llm, None)
     if not support.generation:
         raise UsageError(
@@ -71,11 +77,22 @@ def generate_text(
     like_reference = decode_offset == "reference" and inputs.span_positions
     parts: list[torch.Tensor] = []
     with _own_config_alone(llm, config):
-        for embeds, mask in split_prompts(support, inputs.embeds, inputs.mask):
+        ids = inputs.get_token_ids(input_ids)
+        for embeds, part, mask in split_prompts(support, inputs.embeds, ids, inputs.mask):
             run = _generate_like_reference if like_reference else _generate
-            parts.append(run(llm, embeds, mask, config, options))
+            with give_token_ids(llm, part):
+                parts.append(run(llm, embeds, mask, config, options))
     new = _stack(parts, config)
     return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+
+
+def _count_new(config: GenerationConfig, prompt: int) -> int:
+    """The most new tokens; transformers takes `max_length` for prompt and new tokens together."""
+    if config.max_new_tokens is not None:
+        return int(config.max_new_tokens)
+    if config.max_length is not None:
+        return max(int(config.max_length) - prompt, 0)
+    return DEFAULT_NEW_TOKENS
 
 
 def _generate(
@@ -134,7 +151,7 @@ def _generate_like_reference(
             "the reference has neither.",
             "ask for one sequence.",
         )
-    total, least = config.max_new_tokens or 20, config.min_new_tokens or 0
+    total, least = config.max_new_tokens or DEFAULT_NEW_TOKENS, config.min_new_tokens or 0
     prefill = copy.deepcopy(config)
     prefill.update(
         max_new_tokens=1,

@@ -19,6 +19,7 @@ import torch
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.model.llm_attention import ATTENTION_NAME, build_packed_mask
+from onellm_dist.model.llm_per_layer import give_token_ids
 from onellm_dist.model.llm_rope import set_lengths
 from onellm_dist.model.sequence_lengths import SequenceLengths, to_device_tensor
 
@@ -35,13 +36,16 @@ class LLMSupport:
         padding: whether padded batches are exact with a mask; if not, their rows are moved to the
             left and run without one, and texts are generated one at a time.
         generation: whether it can continue embeddings (media) at all.
-        position_limit: the length at which it fails (learned positions); None: none is known.
+        spare_positions: how many more rows its table of positions has than its config names; None:
+            it has no such table.
+        position_limit: rows of its table of positions, beyond which it fails; None: it has none.
     """
 
     attention: str = ATTENTION_NAME
     packing: Packing = "varlen"
     padding: bool = True
     generation: bool = True
+    spare_positions: int | None = None
     position_limit: int | None = None
 
 
@@ -50,6 +54,7 @@ def run_packed(
     support: LLMSupport,
     sequence: torch.Tensor,
     *,
+    token_ids: torch.Tensor,
     lengths: Sequence[int],
     position_ids: torch.Tensor,
     places: torch.Tensor,
@@ -60,6 +65,7 @@ def run_packed(
         llm: the causal LM.
         support: how it runs exactly.
         sequence: [T, d] embeddings of all samples, end to end.
+        token_ids: [T], id of each token; MEDIA inside a span (see `llm_per_layer.py`).
         lengths: positions of each sample.
         position_ids: [T], 0, 1, ... within each sample.
         places: [N] int64 positions whose logits are wanted.
@@ -71,14 +77,14 @@ def run_packed(
     check_call(llm, support, max(lengths, default=0))
     if support.packing == "rows":
         set_lengths(llm, None)
-        return _run_rows(llm, sequence, lengths, places)
+        return _run_rows(llm, sequence, token_ids, lengths, places)
     set_lengths(llm, lengths)
     seq_lengths = SequenceLengths.from_lengths(lengths, device=sequence.device)
     options: dict[str, Any] = {}
     keeps = takes_logits_to_keep(type(llm))
     if keeps:
         options["logits_to_keep"] = places
-    with _keep_positions(llm, None if keeps else places):
+    with _keep_positions(llm, None if keeps else places), give_token_ids(llm, token_ids[None]):
         output = llm(
             inputs_embeds=sequence[None],
             position_ids=position_ids[None],
@@ -92,7 +98,11 @@ def run_packed(
 
 
 def _run_rows(
-    llm: Any, sequence: torch.Tensor, lengths: Sequence[int], places: torch.Tensor
+    llm: Any,
+    sequence: torch.Tensor,
+    token_ids: torch.Tensor,
+    lengths: Sequence[int],
+    places: torch.Tensor,
 ) -> torch.Tensor:
     """A pack as the rows of one batch; rows are filled up with their last token."""
     count = torch.tensor(lengths)
@@ -103,8 +113,10 @@ def _run_rows(
     # The place in [n * longest] of each position of the pack.
     flat = torch.arange(len(lengths))[:, None] * longest + column
     at = to_device_tensor(flat[column < count[:, None]], sequence.device)
-    embeds = sequence.index_select(0, to_device_tensor(rows.flatten(), sequence.device))
-    with _keep_positions(llm, at.index_select(0, places)):
+    source = to_device_tensor(rows.flatten(), sequence.device)
+    embeds, ids = sequence.index_select(0, source), token_ids.index_select(0, source)
+    kept = _keep_positions(llm, at.index_select(0, places))
+    with kept, give_token_ids(llm, ids.reshape(len(lengths), longest)):
         output = llm(
             inputs_embeds=embeds.reshape(len(lengths), longest, sequence.shape[-1]), use_cache=False
         )
@@ -117,6 +129,7 @@ def run_padded(
     support: LLMSupport,
     embeds: torch.Tensor,
     *,
+    token_ids: torch.Tensor,
     mask: torch.Tensor,
     position_ids: torch.Tensor,
 ) -> torch.Tensor:
@@ -126,6 +139,7 @@ def run_padded(
         llm: the causal LM.
         support: how it runs exactly.
         embeds: [B, S, d] embeddings.
+        token_ids: [B, S], id of each token; MEDIA inside a span.
         mask: [B, S], 1 for real positions.
         position_ids: [B, S]; real positions count 0, 1, ...
 
@@ -136,37 +150,43 @@ def run_padded(
     check_call(llm, support, embeds.shape[1])
     set_lengths(llm, None)
     if support.padding:
-        output = llm(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
-        )
+        with give_token_ids(llm, token_ids):
+            output = llm(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
         return output.logits  # type: ignore[no-any-return]  # transformers' output
     # Real positions first, in their order; what stands behind them, nothing causal sees.
     order = (mask == 0).to(torch.int8).sort(dim=1, stable=True).indices
     moved = embeds.gather(1, order[..., None].expand_as(embeds))
-    logits: torch.Tensor = llm(inputs_embeds=moved, use_cache=False).logits
+    with give_token_ids(llm, token_ids.gather(1, order)):
+        logits: torch.Tensor = llm(inputs_embeds=moved, use_cache=False).logits
     back = order.argsort(dim=1)
     return logits.gather(1, back[..., None].expand(*back.shape, logits.shape[-1]))
 
 
 def split_prompts(
-    support: LLMSupport, embeds: torch.Tensor, mask: torch.Tensor
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    support: LLMSupport, embeds: torch.Tensor, token_ids: torch.Tensor, mask: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The batches in which prompts are continued: all at once, or one at a time without padding.
 
     Args:
         support: how the LLM runs exactly.
         embeds: [B, S, d] embeddings of the prompts.
+        token_ids: [B, S], id of each token; MEDIA inside a span.
         mask: [B, S], 1 for real positions.
 
     Returns:
-        (embeddings, mask) of each batch, in the order of the prompts.
+        (embeddings, ids, mask) of each batch, in the order of the prompts.
     """
     if support.padding or bool(mask.all()):
-        return [(embeds, mask)]
+        return [(embeds, token_ids, mask)]
     kept = [row.nonzero().squeeze(1) for row in mask]
     return [
-        (row[None].index_select(1, at), mask.new_ones((1, len(at))))
-        for row, at in zip(embeds, kept, strict=True)
+        (row[None].index_select(1, at), ids[None].index_select(1, at), mask.new_ones((1, len(at))))
+        for row, ids, at in zip(embeds, token_ids, kept, strict=True)
     ]
 
 
@@ -217,6 +237,6 @@ def check_call(llm: Any, support: LLMSupport, longest: int) -> None:
     if support.position_limit is not None and longest > support.position_limit:
         raise UsageError(
             f"a sequence of {longest} positions (text and media)",
-            f"{type(llm).__name__} has learned {support.position_limit} positions.",
+            f"{type(llm).__name__} has a table of {support.position_limit} positions.",
             "shorten the texts (data.max_text_tokens), or use an LLM with more positions.",
         )

@@ -25,6 +25,7 @@ from onellm_dist.common.errors import UsageError
 from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.llm_check_cache import Result, get_cache_path, read_result, write_result
 from onellm_dist.model.llm_faults import make_fault_error, raise_machine_fault
+from onellm_dist.model.llm_positions import get_positions
 from onellm_dist.model.llm_probe import (
     ProbeError,
     Reference,
@@ -32,12 +33,7 @@ from onellm_dist.model.llm_probe import (
     find_support,
     own_context,
 )
-from onellm_dist.model.llm_reduction import (
-    find_depth,
-    find_ratios,
-    get_positions,
-    reduce_values,
-)
+from onellm_dist.model.llm_reduction import find_depth, find_ratios, reduce_values
 
 MOST_PARAMETERS = 400_000_000
 """Parameters of the largest copy that is tried (1.6 GB)."""
@@ -72,7 +68,12 @@ def check_llm(config: Any) -> LLMSupport:
             "be silently wrong.",
             f"choose an LLM of the table in docs/reference/llms.md.{again}",
         )
-    limit = get_positions(config) if found.position_limit is not None else None
+    if found.spare_positions is None:
+        return found
+    limit = (get_positions(config) or 0) + found.spare_positions
+    if found.spare_positions < 0:
+        # Rows up to the padding token's id hold no token (RoBERTa); in the copy it is 0.
+        limit -= getattr(config, "pad_token_id", None) or 0
     return replace(found, position_limit=limit)
 
 
@@ -101,7 +102,7 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> Result:
             config_class.from_dict(reduced), trust_remote_code=False
         )
 
-    why = "transformers has no causal LM for it"
+    why, fault = "transformers has no causal LM for it", None
     for width in range(len(find_ratios(values))):
         for full_depth in (False, True):
             try:
@@ -115,12 +116,12 @@ def _try_copies(values: dict[str, Any], config_class: Any) -> Result:
                 reference = Reference(config_class.from_dict(reduced))
             except Exception as error:  # whatever transformers' code raises
                 raise_machine_fault(error)
-                why = describe(error)
                 if isinstance(error, ProbeError):
-                    return why
+                    return describe(error)
+                fault = fault or describe(error)  # of the smallest copy that could not be run
                 continue
             return find_support(reference)
-    return f"no small copy of it could be run ({why})"
+    return f"no small copy of it could be run ({fault or why})"
 
 
 def _count_parameters(build: Callable[[dict[str, Any]], Any], reduced: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from transformers.utils import logging
 from onellm_dist.model.llm_attention import ATTENTION_NAME
 from onellm_dist.model.llm_call import LLMSupport, Packing, run_packed, run_padded, split_prompts
 from onellm_dist.model.llm_faults import raise_machine_fault
-from onellm_dist.model.llm_reduction import POSITIONS, get_positions
+from onellm_dist.model.llm_per_layer import MEDIA, give_token_ids
+from onellm_dist.model.llm_positions import find_spare_positions, get_positions
+from onellm_dist.model.llm_reduction import POSITIONS
 from onellm_dist.model.llm_rope import set_lengths, split_rope
 
 TOLERANCE = 2e-4
@@ -203,14 +206,7 @@ def probe_packed(reference: Reference, llm: Any, support: LLMSupport) -> None:
         ProbeError: logits or gradients differ.
     """
     ids = torch.cat(reference.samples)
-    logits = run_packed(
-        llm,
-        support,
-        llm.get_input_embeddings()(ids),
-        lengths=LENGTHS,
-        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]),
-        places=torch.arange(len(ids)),
-    )
+    logits = _run_pack(llm, support, llm.get_input_embeddings()(ids), ids)
     if logits.shape[0] != len(ids):
         raise ProbeError(f"a pack gives logits of {logits.shape[0]} positions for {len(ids)}")
     for number, (ours, alone) in enumerate(
@@ -230,6 +226,40 @@ def probe_packed(reference: Reference, llm: Any, support: LLMSupport) -> None:
         )
         if not off <= GRADIENT_TOLERANCE:
             raise ProbeError(f"packed, the gradient of {name} is another than alone ({off:.1%})")
+
+
+def _run_pack(
+    llm: Any, support: LLMSupport, embeds: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    return run_packed(
+        llm,
+        support,
+        embeds,
+        token_ids=ids,
+        lengths=LENGTHS,
+        position_ids=torch.cat([torch.arange(length) for length in LENGTHS]),
+        places=torch.arange(len(ids)),
+    )
+
+
+@torch.no_grad()
+def probe_media(reference: Reference, llm: Any, support: LLMSupport) -> None:
+    """Compare a pack whose samples contain embeddings of no token with each sample alone.
+
+    Raises:
+        ProbeError: logits differ.
+    """
+    ids = torch.cat(reference.samples)
+    embeds = llm.get_input_embeddings()(ids)
+    media = torch.cat([(torch.arange(n) > 0) & (torch.arange(n) < 4) for n in LENGTHS])
+    embeds = torch.where(media[:, None], 0.7 * embeds.roll(5, 0) + 0.1 * embeds, embeds)
+    ids = torch.where(media, MEDIA, ids)
+    logits = _run_pack(llm, support, embeds.clone(), ids)  # CTRL scales its input in place
+    for ours, part, tokens in zip(*(x.split(LENGTHS) for x in (logits, embeds, ids)), strict=True):
+        with give_token_ids(reference.llm, tokens[None]):
+            alone = reference.llm(inputs_embeds=part[None], use_cache=False).logits[0]
+        if (off := differ(ours, alone)) > TOLERANCE:
+            raise ProbeError(f"packed with media, a sample has other logits than alone ({off:.1%})")
 
 
 def pad(reference: Reference, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,6 +286,7 @@ def probe_padded(reference: Reference, llm: Any, support: LLMSupport) -> None:
                 llm,
                 support,
                 llm.get_input_embeddings()(ids),
+                token_ids=ids,
                 mask=mask,
                 position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             )
@@ -286,8 +317,12 @@ def probe_generation(reference: Reference, llm: Any, support: LLMSupport) -> Non
     sequences: list[torch.Tensor] = []
     logits: list[torch.Tensor] = []
     with torch.no_grad():
-        for embeds, real in split_prompts(support, llm.get_input_embeddings()(ids), mask):
-            out = llm.generate(inputs_embeds=embeds, attention_mask=real, generation_config=config)
+        embedded = llm.get_input_embeddings()(ids)
+        for embeds, tokens, real in split_prompts(support, embedded, ids, mask):
+            with give_token_ids(llm, tokens):
+                out = llm.generate(
+                    inputs_embeds=embeds, attention_mask=real, generation_config=config
+                )
             sequences += list(out.sequences)
             logits += list(torch.stack(out.logits, 1))
         for sample, new, ours in zip(reference.samples, sequences, logits, strict=True):
@@ -307,7 +342,9 @@ def find_support(reference: Reference) -> LLMSupport | str:
             found.append(f"{packing} with {attention}: {describe(error)}")
             continue
         support = LLMSupport(attention, packing)
-        difference = find_difference(probe_packed, reference, llm, support)
+        difference = find_difference(probe_packed, reference, llm, support) or find_difference(
+            probe_media, reference, llm, support
+        )
         if difference is not None:
             found.append(f"{packing} with {attention}: {difference}")
             continue
@@ -320,22 +357,23 @@ def find_support(reference: Reference) -> LLMSupport | str:
             generates = find_difference(probe_generation, reference, llm, alone) is None
             support = alone if padded or generates else support
             support = replace(support, generation=generates)
-        return replace(support, position_limit=find_position_limit(reference))
+        positions = get_positions(reference.config)
+        if positions is None or positions > 2 * POSITIONS:  # the copy's are fewer where it has any
+            return support
+        spare = find_spare_positions(positions, partial(takes_length, reference))
+        return replace(support, spare_positions=spare)
     return "; ".join(found)
 
 
-def find_position_limit(reference: Reference) -> int | None:
-    """The number of positions beyond which an LLM fails; None: it takes one more."""
-    limit = get_positions(reference.config)
-    if limit is None or limit > 2 * POSITIONS:
-        return None
+def takes_length(reference: Reference, length: int) -> bool:
+    """Whether an LLM can be run on a number of tokens."""
     try:
         with torch.no_grad():
-            reference.run(torch.ones(limit + 1, dtype=torch.int64))
+            reference.run(torch.ones(length, dtype=torch.int64))
     except Exception as error:  # IndexError, RuntimeError, ...: it has no such position
         raise_machine_fault(error)
-        return limit
-    return None
+        return False
+    return True
 
 
 def find_difference(probe: Callable[..., None], *args: Any) -> str | None:

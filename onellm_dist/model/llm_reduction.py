@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onellm_dist.model.llm_positions import POSITION_KEYS
+
 Values = dict[str, Any]
 
 WINDOW = 8
@@ -49,13 +51,6 @@ _EXPERTS = re.compile(r"(moe_|n_|num_)*(routed_|local_)?experts|moe_num_experts"
 _WINDOWS = re.compile(
     r"(\w+_)?sliding_window(_size)?|(\w+_)?window_size|attention_chunk_size|index_topk|floor_scale"
 )
-_POSITIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_sequence_length",
-)
 _ORIGINAL = "original_max_position_embeddings"
 _TOKENS = re.compile(r"\w+_token_id")
 _IGNORED = re.compile(
@@ -87,7 +82,7 @@ def reduce_values(values: Values, *, width: int = 0, depth: int | None = None) -
             elif isinstance(value, list) and len(value) == full:
                 reduced[key] = reduced[key][:depth]
     if _is_dynamic(values):
-        for key in set(_POSITIONS) & reduced.keys():
+        for key in set(POSITION_KEYS) & reduced.keys():
             reduced[key] = ORIGINAL_POSITIONS
     return reduced
 
@@ -120,7 +115,7 @@ def _reduce_value(
         return min(value, WINDOW)
     if key == _ORIGINAL:
         return min(value, ORIGINAL_POSITIONS)
-    return min(value, POSITIONS) if key in _POSITIONS else value
+    return min(value, POSITIONS) if key in POSITION_KEYS else value
 
 
 def _divide(value: int, ratio: int) -> int:
@@ -162,11 +157,6 @@ def get_depth(values: Values) -> int | None:
     own = next((values[k] for k in _DEPTHS if isinstance(values.get(k), int)), None)
     text = values.get("text_config")
     return get_depth(text) if own is None and isinstance(text, dict) else own
-
-
-def get_positions(config: Any) -> int | None:
-    """Number of positions that the config of an LLM names."""
-    return next((v for n in _POSITIONS if isinstance(v := getattr(config, n, None), int)), None)
 
 
 def find_depth(values: Values, build: Callable[[Values], Any]) -> int | None:

@@ -21,6 +21,7 @@ from onellm_dist.model.layout import PackedLayout
 from onellm_dist.model.llm_call import LLMSupport, run_packed, run_padded
 from onellm_dist.model.llm_check import check_llm
 from onellm_dist.model.llm_dropout import update_dropout
+from onellm_dist.model.llm_per_layer import get_token_ids
 from onellm_dist.model.llm_rope import split_rope
 from onellm_dist.model.losses import DEFAULT_LOSS, get_loss
 from onellm_dist.model.modality_tokens import compute_modality_tokens
@@ -254,13 +255,9 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
             )
         inputs = self.build_inputs(input_ids, attention_mask, values, modality_order)
         update_dropout(self.llm)
-        logits = run_padded(
-            self.llm,
-            self.llm_support,
-            inputs.embeds,
-            mask=inputs.mask,
-            position_ids=inputs.position_ids,
-        )
+        ids = inputs.get_token_ids(input_ids)
+        at = {"mask": inputs.mask, "position_ids": inputs.position_ids}
+        logits = run_padded(self.llm, self.llm_support, inputs.embeds, token_ids=ids, **at)
         loss = (
             None
             if labels is None
@@ -329,7 +326,8 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
         text = embedding(batch.input_ids)
         media = [t.flatten(0, 1).to(text.dtype) for t in tokens.values()]
         table = torch.cat([text, *media, self._get_tags().to(text.dtype)])
-        sequence = table.index_select(0, to_device_tensor(layout.gather, device))
+        gather = to_device_tensor(layout.gather, device)
+        sequence = table.index_select(0, gather)
         supervised = (
             batch.supervised
             if batch.supervised is not None
@@ -340,6 +338,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
             self.llm,
             self.llm_support,
             sequence,
+            token_ids=get_token_ids(batch.input_ids, gather),
             lengths=layout.lengths,
             position_ids=to_device_tensor(layout.position_ids, device),
             places=to_device_tensor(layout.predictor, device).index_select(0, supervised),
@@ -384,7 +383,7 @@ class OneLLMForConditionalGeneration(KeepsSums, PreTrainedModel, GenerationMixin
                 length as `max_new_tokens`.
 
         Raises:
-            UsageError: values that do not fit the texts, or an unknown option.
+            UsageError: values that do not fit the texts, an unknown option, or too long a prompt.
         """
         values = {key: kwargs.pop(key) for key in list(kwargs) if key.endswith(VALUES_SUFFIX)}
         config = copy.deepcopy(kwargs.pop("generation_config", None) or self.generation_config)

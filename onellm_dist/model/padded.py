@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from onellm_dist.common.errors import UsageError
+from onellm_dist.model.llm_per_layer import MEDIA
 from onellm_dist.packed import IGNORE
 
 VALUES_SUFFIX = "_values"
@@ -33,6 +34,15 @@ class PaddedInputs:
     position_ids: torch.Tensor
     text: torch.Tensor
     span_positions: int
+
+    def get_token_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Id of the token at each position; MEDIA inside a span: [B, S + R].
+
+        Args:
+            input_ids: [B, S], the text.
+        """
+        ids = input_ids.gather(1, self.text.clamp(0, input_ids.shape[1] - 1))
+        return torch.where(self.text < 0, MEDIA, ids)
 
 
 def check_values(

@@ -310,7 +310,9 @@ def _check_inputs(
             "it cannot read the file.",
             "use a model that was trained on it.",
         )
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    from onellm_dist.model.llm_positions import get_context
+
+    context = get_context(model.config.text_config, model.llm_support)
     length = prompt_tokens + SPAN_TOKENS * len(modalities) + max_new_tokens
     if context is not None and length > context:
         raise UsageError(

@@ -15,12 +15,13 @@ from onellm_dist import __version__
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.run_files import CHECKPOINTS
 from onellm_dist.config.schema import DataSection, RunConfig, TrainSection
-from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.phases import parse_data_phases
 from onellm_dist.data.plan import Plan
 from onellm_dist.data.validation import open_validation_plan
 from onellm_dist.modalities import all_modalities
 from onellm_dist.model.lazy_weights import InitialWeights, open_model
+from onellm_dist.model.llm_positions import get_context
 from onellm_dist.model.recompute import enable_activation_checkpointing
 from onellm_dist.train.callbacks.experts import RouterWatch
 from onellm_dist.train.callbacks.preemption import grace_period_seconds, warn_about_grace_period
@@ -158,28 +159,32 @@ def open_plans(
         dist: the ranks.
 
     Raises:
-        UsageError: something is wrong with the mixture or the validation set.
+        UsageError: something is wrong with the mixture or the validation set, or a sample is longer
+            than a micro-batch or the LLM's context.
     """
     arguments = (data, tokenizer, seed, list(model.config.modalities))
     sizes = model.config.vision.patches, model.config.vision.prefix
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    positions = get_context(model.config.text_config, model.llm_support)
 
     def check(plan: Plan) -> None:
         check_corpus(plan.corpus, positions=positions)
+
+    def check_validation(plan: Plan) -> None:
+        check_batch(plan.corpus, plan.step(0, 1).samples, positions=positions)
+        check_validation_targets(plan)
 
     plan = _open_on_rank_zero_first(dist, partial(Plan.open, *arguments, sizes=sizes), check)
     if data.validation is None:
         return plan, None
     open_validation = partial(open_validation_plan, *arguments, sizes=sizes)
-    return plan, _open_on_rank_zero_first(dist, open_validation, check_validation_lengths)
+    return plan, _open_on_rank_zero_first(dist, open_validation, check_validation)
 
 
-def check_validation_lengths(plan: Plan) -> None:
-    """Refuse a validation set that cannot be run.
+def check_validation_targets(plan: Plan) -> None:
+    """Refuse a validation set whose loss would always be 0.
 
     Raises:
-        UsageError: a sample is larger than a micro-batch may be, or no sample has a supervised
-            token.
+        UsageError: no sample has a supervised token.
     """
     totals = plan.step(0, 1).totals
     if not totals.supervised_tokens:

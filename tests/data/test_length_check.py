@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from data_worlds import open_plan, write
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.data.length_check import check_corpus
+from onellm_dist.data.length_check import check_batch, check_corpus
 from onellm_dist.data.token_counts import TokenCounts
 
 
@@ -36,8 +37,41 @@ def test_the_longest_sample_decides_wherever_it_is(root: Path, name: str, spans:
     check_corpus(open_plan(root, mixture).corpus, positions=max(size, 32))
     with pytest.raises(UsageError, match=rf"sample {name}/.* {size} tokens; data.pack_llm_tokens"):
         check_corpus(open_plan(root, {name: 1.0}, pack_llm_tokens=size - 1).corpus)
-    with pytest.raises(UsageError, match=rf"{size} tokens; the LLM's max_position_embeddings"):
+    with pytest.raises(UsageError, match=rf"{size} tokens; the LLM's context .* of 9 samples"):
         check_corpus(open_plan(root, {name: 1.0}).corpus, positions=size - 1)
+
+
+def test_the_samples_that_are_too_long_are_counted(root: Path) -> None:
+    corpus = open_plan(root, {"both": 1.0}).corpus
+    lengths = np.concatenate(
+        [corpus.token_counts.get_texts(0, s)[1][:, 0] for s in range(len(corpus.shards[0]))]
+    )
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    wanted = int((lengths > shortest).sum())
+    assert 1 < wanted < 9
+    says = (
+        rf"sample both/\S+ \(image, imu, {longest} text tokens\) needs {longest + 64} tokens; "
+        rf"the LLM's context \(positions\) is {shortest + 64} \({wanted} of 9 samples of the "
+        rf"dataset are too long\)\n(.*\n)*.*lower data.max_text_tokens to {shortest} "
+    )
+    with pytest.raises(UsageError, match=says):
+        check_corpus(corpus, positions=shortest + 64)
+    with pytest.raises(UsageError, match=r"9 of 9 .*\n(.*\n)*.*their spans alone take 64"):
+        check_corpus(corpus, positions=60)
+
+
+def test_a_batch_is_checked_sample_by_sample(root: Path) -> None:
+    plan = open_plan(root, {"imu": 1, "talk": 1, "both": 1})
+    samples = plan.step(0, 2).samples
+    spans = [32 * len(plan.corpus.spans[number]) for number in samples.dataset.tolist()]
+    lengths = samples.text_tokens + spans
+    size = int(lengths.max())
+    check_batch(plan.corpus, samples, positions=size)
+    check_batch(plan.corpus, samples, positions=None)
+    count = int((lengths == size).sum())
+    says = rf"sample both/.* needs {size} tokens; .* is {size - 1} \({count} of 12 samples"
+    with pytest.raises(UsageError, match=says):
+        check_batch(plan.corpus, samples, positions=size - 1)
 
 
 def test_an_encoder_budget_below_one_sample_is_refused(root: Path) -> None:

@@ -18,7 +18,9 @@ from onellm_dist.model import OneLLMConfig, OneLLMForConditionalGeneration, llm_
 from onellm_dist.model.attention import packed_attention
 from onellm_dist.model.configuration import OneLLMUPMConfig, OneLLMVisionConfig
 from onellm_dist.model.initialisation import initialise
+from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.llm_check import check_llm
+from onellm_dist.model.llm_positions import get_context
 from onellm_dist.model.llm_probe import GAINS, build_llm, own_context
 from onellm_dist.packed import IGNORE, PackedBatch
 
@@ -116,7 +118,7 @@ def test_how_families_run() -> None:
         "mixtral",
     }
     assert {name for name, way in ways.items() if way.position_limit} == {"gpt_neo", "opt", "gpt2"}
-    assert ways["gpt2"].position_limit == 128
+    assert ways["gpt2"].position_limit == ways["opt"].position_limit == 128
 
 
 def test_an_llm_that_sees_later_tokens_is_refused_by_name() -> None:
@@ -204,13 +206,63 @@ def test_a_frozen_llm_has_no_dropout(family: str) -> None:
     assert torch.equal(model(packed=pack).loss, expected)
 
 
-def test_a_text_longer_than_the_learned_positions_is_refused_in_words() -> None:
-    model = make_model(tiny_config("gpt2"))
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_text_longer_than_the_table_of_positions_is_refused_in_words(family: str) -> None:
+    """The table of opt has two rows more, for padding."""
+    model = make_model(tiny_config(family))
     text = torch.ones(129, dtype=torch.int64)
-    with pytest.raises(UsageError, match=r"129 positions.*\n.*128 positions"):
-        model(packed=make_pack([text]))
-    with pytest.raises(UsageError, match="129 positions"):
-        model(text[None])
+    with torch.no_grad():
+        model(packed=make_pack([text[:128]]))
+        with pytest.raises(UsageError, match=r"129 positions.*\n.*128 positions"):
+            model(packed=make_pack([text]))
+        with pytest.raises(UsageError, match="129 positions"):
+            model(text[None])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_prompt_media_and_new_tokens_longer_than_the_context_are_refused(family: str) -> None:
+    model = make_model(tiny_config(family))
+    prompt, imu = torch.ones(1, 90, dtype=torch.int64), torch.zeros(1, 6, 400)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert get_context(model.config.text_config, model.llm_support) == 128
+    new = model.generate(prompt, imu_values=imu, max_new_tokens=6, **options)
+    assert new.shape == (1, 96)
+    says = rf"129 positions \(122 \+ 7\)\n.*{type(model.llm).__name__} has 128.*\n.*at most 6 new"
+    for length in ({"max_new_tokens": 7}, {"max_length": 129}):
+        with pytest.raises(UsageError, match=says):
+            model.generate(prompt, imu_values=imu, **length, **options)
+    with pytest.raises(UsageError, match="shorten the prompt"):
+        model.generate(prompt.repeat(1, 2), max_new_tokens=1, **options)
+
+
+def test_a_table_of_positions_whose_first_rows_are_no_positions() -> None:
+    """As RoBERTa, which counts positions from behind the id of its padding token."""
+    for pad in (1, 3):
+        config = tiny_config("roberta", is_decoder=True, pad_token_id=pad)
+        limit = check_llm(config).position_limit
+        assert limit == 128 - 1 - pad
+        llm = AutoModelForCausalLM.from_config(config)
+        text = torch.full((1, limit + 1), 5)
+        assert llm(text[:, :limit]).logits.shape[1] == limit
+        with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+            llm(text)
+
+
+def test_the_context_of_scaled_rope_is_the_scaled_one() -> None:
+    def find(rope: dict[str, Any], positions: int = 128) -> int | None:
+        rope = {"rope_theta": 1e4, **rope}
+        config = tiny_config("llama", max_position_embeddings=positions, rope_parameters=rope)
+        return get_context(config, LLMSupport())
+
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    assert find(yarn) == find(yarn, 512) == 512
+    assert find({"rope_type": "linear", "factor": 2.0}) == 256
+    assert find({"rope_type": "dynamic", "factor": 2.0}) == 256
+    assert find({"rope_type": "default"}) == 128
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **yarn, "rope_type": "llama3"}
+    assert find(llama3, 256) == 256
+    assert get_context(tiny_config("mamba"), LLMSupport()) is None
+    assert get_context(tiny_config("gpt2"), LLMSupport(position_limit=126)) == 126
 
 
 def test_activation_checkpointing_knows_the_samples() -> None:

@@ -38,6 +38,7 @@ def train(family: str) -> float:
             llm,
             model.llm_support,
             llm.get_input_embeddings()(ids),
+            token_ids=ids,
             lengths=(LENGTH,) * SAMPLES,
             position_ids=torch.arange(LENGTH).repeat(SAMPLES),
             places=places,

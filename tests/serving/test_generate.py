@@ -17,6 +17,7 @@ from onellm_dist.cli import main as cli
 from onellm_dist.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, SampleError, UsageError
 from onellm_dist.data.text import STOP
 from onellm_dist.modalities import all_modalities
+from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
 from onellm_dist.testing.integration.ask import ask_questions
@@ -208,6 +209,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, config: Any, script: list[int]) -> None:
         super().__init__()
         self.config, self.script, self.device = config, script, torch.device("cpu")
+        self.llm_support = LLMSupport()
 
     def generate(self, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
         new = ids[:, :0]
