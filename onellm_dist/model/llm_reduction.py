@@ -81,6 +81,8 @@ def reduce_values(values: Values, *, width: int = 0, depth: int | None = None) -
                 reduced[key] = min(full, depth)
             elif isinstance(value, list) and len(value) == full:
                 reduced[key] = reduced[key][:depth]
+            elif key == "per_layer_config" and isinstance(value, dict):
+                reduced[key] = {k: v for k, v in reduced[key].items() if int(k) < depth}
     if _is_dynamic(values):
         for key in set(POSITION_KEYS) & reduced.keys():
             reduced[key] = ORIGINAL_POSITIONS
