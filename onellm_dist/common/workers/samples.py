@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from onellm_dist.common.workers.pool import WorkerPool
 from onellm_dist.common.workers.sandbox import SAMPLE_MB, SAMPLE_SECONDS, Sandbox
@@ -43,7 +43,8 @@ class SampleLimits:
     """Memory in MiB that it may need; 0: any."""
 
 
-class _Chunk(NamedTuple, Generic[Sample]):
+@dataclass(frozen=True)
+class _Chunk(Generic[Sample]):
     """Some samples, and the number of the first in the life of the pool."""
 
     first: int

@@ -170,7 +170,7 @@ def _build_array(storage: Any, start: Any, shape: Any, strides: Any, *_: Any) ->
         values[start : start + span], tuple(shape), [s * size for s in strides], writeable=False
     )
     if storage.kind.dtype == _BFLOAT16:
-        return (view.astype(np.uint32) << 16).view(np.float32)
+        return (np.atleast_1d(view).astype(np.uint32) << 16).view(np.float32).reshape(view.shape)
     return view
 
 
