@@ -223,12 +223,13 @@ def test_a_text_longer_than_the_table_of_positions_is_refused_in_words(family: s
 def test_prompt_media_and_new_tokens_longer_than_the_context_are_refused(family: str) -> None:
     model = make_model(tiny_config(family))
     prompt, imu = torch.ones(1, 90, dtype=torch.int64), torch.zeros(1, 6, 400)
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert get_context(model.config.text_config, model.llm_support) == 128
     new = model.generate(prompt, imu_values=imu, max_new_tokens=6, **options)
     assert new.shape == (1, 96)
     says = rf"129 positions \(122 \+ 7\)\n.*{type(model.llm).__name__} has 128.*\n.*at most 6 new"
-    for length in ({"max_new_tokens": 7}, {"max_length": 129}):
+    lengths: list[dict[str, Any]] = [{"max_new_tokens": 7}, {"max_length": 129}]
+    for length in lengths:
         with pytest.raises(UsageError, match=says):
             model.generate(prompt, imu_values=imu, **length, **options)
     with pytest.raises(UsageError, match="shorten the prompt"):
