@@ -64,6 +64,8 @@ def generate(
         ),
     )
     typer.echo(answer.text)
+    if not answer.text.strip():
+        typer.echo(f"(the answer is empty; it was ended by {answer.ended})", err=True)
     if sys.stderr.isatty():
         ending = f"({answer.tokens} tokens in {answer.seconds:.1f} s, ended by {answer.ended})"
         typer.echo(ending, err=True)

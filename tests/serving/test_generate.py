@@ -87,6 +87,14 @@ def run(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return int(ended.value.code or 0), said.out, said.err
 
 
+def test_an_empty_answer_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = g.Answer(text="", tokens=1, ended="eos", seconds=0.1)
+    monkeypatch.setattr(g, "answer_files", lambda *args, **keys: empty)
+    assert run(["model"], capsys) == (0, "\n", "(the answer is empty; it was ended by eos)\n")
+
+
 def test_every_modality_has_a_file_here(media: dict[str, Path]) -> None:
     assert set(media) == set(all_modalities())
 

@@ -24,10 +24,11 @@ from onellm_dist.shards.storage.paths import StoragePath, write_file
 
 PLAN = "plan.json"
 INPUT_SPLITS = "input_splits.jsonl"
-VERSION = 6
+VERSION = 7
 """2: the settings have max_pwatermark. 3: input splits of a picture tree hold names, and the
 denylist's SHA-256 is kept. 4: `input_splits` (was `groups`). 5: the settings have
-question and follow. 6: they have sample_seconds and sample_mb."""
+question and follow. 6: they have sample_seconds and sample_mb. 7: they have describe, and some
+sources map_orientation or imu_units."""
 
 
 class PlannedSplit(NamedTuple):
