@@ -17,6 +17,7 @@ from typing import Any
 import poison_reader
 import psutil
 import pytest
+from forked import forked_children
 from poison_reader import (
     LIMIT_S,
     POISON,
@@ -69,7 +70,7 @@ def test_a_worker_that_does_not_end_is_not_waited_for_for_ever(
 
 
 def kill_workers(number: int = signal.SIGKILL) -> None:
-    for process in psutil.Process().children():
+    for process in forked_children():
         os.kill(process.pid, number)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 from data_worlds import open_plan, write
+from forked import forked_children
 
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.workers.process import IGNORED_SIGNALS
@@ -142,13 +142,6 @@ def test_a_loader_can_start_at_any_step(root: Path) -> None:
     ] == whole
 
 
-def is_worker(process: psutil.Process) -> bool:
-    """Children that are neither Python's resource tracker nor left over from another test."""
-    with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-        return "resource_tracker" not in " ".join(process.cmdline())
-    return False
-
-
 @pytest.mark.slow
 def test_workers_continue_when_the_job_is_signalled(root: Path) -> None:
     plan = open_plan(root, MIXTURE, pack_llm_tokens=160)
@@ -158,7 +151,7 @@ def test_workers_continue_when_the_job_is_signalled(root: Path) -> None:
         for number, (_, batch) in enumerate(loader):
             found.append(fingerprint(batch))
             if number == 0:
-                workers = [p for p in psutil.Process().children() if is_worker(p)]
+                workers = forked_children()
                 assert len(workers) == 2
                 for worker in workers:
                     for sent in IGNORED_SIGNALS:
