@@ -22,6 +22,7 @@ LONGEST = (
     "train/engine/test_engine_matrix.py",
     "docs/test_pages.py",
     "train/test_runs.py",
+    "train/test_bad_steps.py",
     "train/test_refusals.py",
     "train/engine/test_engine_memory.py",
     "train/engine/test_engine_runs.py",

@@ -1,9 +1,7 @@
-"""`onellm shards build folder`: side files, modalities, bad input, and the files it leaves."""
+"""`onellm shards build folder`: side files, modalities, bad input, options and recipes."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -12,29 +10,20 @@ from typing import Any
 
 import pytest
 import webdataset
-from shard_worlds import all_bytes, array, contents, picture, sound, split_arguments, write_tree
+from folder_builds import FINE, build
+from shard_worlds import all_bytes, array, contents, picture, sound, write_tree
 
-from onellm_dist.common.errors import OneLLMError, UsageError
+from onellm_dist.common.errors import UsageError
 from onellm_dist.modalities import all_modalities
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.build_dataset import format_summary
 from onellm_dist.shards.build.recipe import build_recipe
 from onellm_dist.shards.build.task import TooManyFailuresError
 from onellm_dist.shards.command import build_command
-from onellm_dist.shards.format.dataset import Dataset, open_dataset
 from onellm_dist.shards.sources.base import BuildReport
 from onellm_dist.shards.sources.toyworld.render import render_sample
 
 TALK = '{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}'
-
-
-def build(
-    tmp_path: Path, files: Mapping[str, bytes | str], **options: Any
-) -> tuple[BuildReport, Dataset]:
-    report = build_dataset(
-        "folder", write_tree(tmp_path / "in", files), tmp_path / "out", **split_arguments(options)
-    )
-    return report, open_dataset(tmp_path / "out")
 
 
 def reasons(report: BuildReport) -> dict[str, str]:
@@ -272,89 +261,6 @@ def test_media_that_decodes_but_does_not_fit_the_model_is_bad(tmp_path: Path) ->
     assert reasons(report)["b"].startswith("unreadable fmri: ")
 
 
-FINE: dict[str, bytes | str] = {"a.jpg": picture(0), "a.txt": "x"}
-
-
-def test_output_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
-    build(tmp_path, FINE)
-    before = all_bytes(tmp_path / "out")
-    with pytest.raises(UsageError, match="already holds a dataset"):
-        build(tmp_path, {"b.jpg": picture(1), "b.txt": "y"})
-    assert all_bytes(tmp_path / "out") == before
-    _, dataset = build(tmp_path, {}, overwrite=True)
-    assert list(contents(dataset)) == ["a", "b"]
-    with pytest.raises(TooManyFailuresError):
-        build(tmp_path, {"b.jpg": b"broken"}, overwrite=True)
-    assert list(contents(open_dataset(tmp_path / "out"))) == ["a", "b"]
-
-
-def test_foreign_folders_are_refused_even_with_overwrite(tmp_path: Path) -> None:
-    write_tree(tmp_path / "out", {"thesis.tex": "years of work"})
-    with pytest.raises(UsageError, match="not empty"):
-        build(tmp_path, FINE, overwrite=True)
-    assert all_bytes(tmp_path / "out") == {"thesis.tex": b"years of work"}
-    write_tree(tmp_path / "holder", {"manifest.json": "{}", "thesis.tex": "more"})
-    with pytest.raises(UsageError):
-        build_dataset("folder", tmp_path / "in", tmp_path / "holder", overwrite=True)
-    assert set(all_bytes(tmp_path / "holder")) == {"manifest.json", "thesis.tex"}
-
-
-def test_what_a_builder_that_was_killed_while_it_planned_left_is_cleared(tmp_path: Path) -> None:
-    write_tree(
-        tmp_path / ".out.building", {"built/train-000000.tar": b"half", "input_splits.jsonl": b""}
-    )
-    _, dataset = build(tmp_path, FINE)
-    assert list(contents(dataset)) == ["a"]
-    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
-
-
-def test_a_builder_killed_between_its_last_renames_loses_nothing(tmp_path: Path) -> None:
-    build(tmp_path, FINE)
-    (tmp_path / "out").rename(tmp_path / ".out.replaced")
-    with pytest.raises(UsageError, match="already holds a dataset"):
-        build(tmp_path, FINE)
-    assert list(contents(open_dataset(tmp_path / "out"))) == ["a"]
-
-
-def test_two_builders_of_one_output(tmp_path: Path) -> None:
-    (tmp_path / ".out.building").mkdir()
-    other = os.open(tmp_path / ".out.building", os.O_RDONLY)
-    fcntl.flock(
-        other, fcntl.LOCK_EX
-    )  # as a source that builds by itself does; planned builds of one request share the work
-    with pytest.raises(UsageError, match="being built by another process"):
-        build(tmp_path, FINE)
-    os.close(other)
-    build(tmp_path, FINE)
-
-
-def test_an_interrupted_build_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("onellm_dist.shards.build.task._TaskWriter.add", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, FINE)
-    assert os.listdir(tmp_path) == ["in"]
-
-
-def test_a_full_disk_is_reported_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("onellm_dist.shards.format.tar_writer.os.fsync", full)
-    with pytest.raises(
-        OneLLMError, match=r"No space left on device(.|\n)*nothing is kept at"
-    ) as caught:
-        build(tmp_path, FINE)
-    assert caught.value.exit_code == 1
-    assert os.listdir(tmp_path) == ["in"]
-
-
 def test_shards_are_cut_and_shuffled_as_asked(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {f"{i:02d}.txt": f"text {i}" for i in range(20)}
     options: dict[str, Any] = {
@@ -485,39 +391,3 @@ def test_real_media_of_every_modality_come_through_unchanged(tmp_path: Path, nam
     )
     assert reasons(report) == {}
     assert contents(dataset)[name] == sample.parts
-
-
-@pytest.mark.slow
-def test_two_workers_write_the_same_bytes(tmp_path: Path) -> None:
-    files: dict[str, bytes | str] = {
-        f"{i:03d}{e}": d
-        for i in range(60)
-        for e, d in ((".jpg", picture(i)), (".txt", f"caption {i}"))
-    }
-    write_tree(tmp_path / "in", {**files, "017.jpg": b"broken", "033.txt": b"\xff"})
-    for workers in (1, 2):
-        build_dataset(
-            "folder",
-            tmp_path / "in",
-            tmp_path / str(workers),
-            options={"name": "same", "max_samples": 20},
-            workers=workers,
-        )
-    assert all_bytes(tmp_path / "1") == all_bytes(tmp_path / "2")
-    assert open_dataset(tmp_path / "1").samples() == 58
-
-
-def _abort(_: object) -> None:
-    os.abort()
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_stops_the_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("onellm_dist.shards.build.workers._start_worker", _abort)
-    files: dict[str, bytes | str] = {f"{i}.jpg": picture(i) for i in range(4)}
-    files |= {f"{i}.txt": "x" for i in range(4)}  # as many shards as 2 workers build apart
-    with pytest.raises(OneLLMError, match="a worker process of the builder died"):
-        build(tmp_path, files, workers=2, max_samples=1)
-    assert os.listdir(tmp_path) == ["in"]

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from zygote import Start, Zygote
+from zygote import Start, Zygote, get_zygote
+
+from onellm_dist.shards.sources.toyworld.build import build_toyworld
+from onellm_dist.train.sample_log.stream import RunStream
 
 STEPS, EVERY, BATCH = 12, 3, 4
 
@@ -76,6 +79,17 @@ class Runs:
         while not what():
             assert not start.ended and time.monotonic() < deadline, start.output()
             time.sleep(0.005)
+
+
+def make_runs(toy: Path, out: Path) -> Runs:
+    """Build the toy world of the runs in `toy`; the runs go to `out`."""
+    build_toyworld(toy, seed=0, train_per_modality=64, test_per_modality=4, modalities=("imu",))
+    return Runs(toy, out, get_zygote())
+
+
+def find_sample(runs: Runs, reference: str, step: int) -> str:
+    """A sample of a step, without its epoch."""
+    return RunStream(runs.out / reference).list_samples(step)[1].sample.name
 
 
 def exported(run_dir: Path) -> dict[str, torch.Tensor]:
