@@ -8,12 +8,16 @@ it was, at any number of ranks.
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.files import write_atomic
+from onellm_dist.common.files import sync
 
 PREFIX = "excluded by "
 """Beginning of the reason of every sample that a list leaves out."""
@@ -46,32 +50,44 @@ class Exclusions:
         return None
 
 
-def read_exclusions(*paths: Path) -> Exclusions:
+def read_exclusions(recipe_list: Path | None, *lists: Path) -> Exclusions:
     """Read lists; of an entry that several have, the first one counts.
+
+    Args:
+        recipe_list: the recipe's `data.exclude`, and what errors call it.
+        lists: others, called by their paths.
 
     Raises:
         UsageError: a list cannot be read, or a line is not an entry.
     """
+    named = [(path, str(path)) for path in lists]
+    if recipe_list is not None:
+        named.insert(0, (recipe_list, f"data.exclude={recipe_list}"))
     found: dict[str, str] = {}
-    for path in paths:
-        for entry in read_entries(path):
+    for path, name in named:
+        for entry in read_entries(path, name):
             found.setdefault(entry, str(path))
     return Exclusions(found)
 
 
-def read_entries(path: Path) -> list[str]:
+def read_entries(path: Path, name: str = "") -> list[str]:
     """The entries of one list, in order.
+
+    Args:
+        path: the list.
+        name: what errors call it; default: its path.
 
     Raises:
         UsageError: it cannot be read, or a line is not an entry.
     """
+    name = name or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"data.exclude={path}: it cannot be read: {error}",
+            f"{name}: the list of excluded samples cannot be read: {error}",
             "samples that it names would be trained on.",
-            "give a text file with one sample or shard a line.",
+            "make it a text file with one sample or shard a line.",
         ) from None
     lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
     entries = [(n, line) for n, line in lines if line.strip() and not line.startswith("#")]
@@ -80,7 +96,7 @@ def read_entries(path: Path) -> list[str]:
     if wrong:
         numbers = ", ".join(map(str, sorted(set(wrong))[:SHOWN]))
         raise UsageError(
-            f"data.exclude={path}: line {numbers} names no sample and no shard",
+            f"{name}: line {numbers} names no sample and no shard",
             "what it means to leave out would be trained on.",
             "write dataset/shard/key, or dataset/shard for a whole shard.",
         )
@@ -90,16 +106,19 @@ def read_entries(path: Path) -> list[str]:
 def add_entries(path: Path, entries: Iterable[str]) -> Sequence[str]:
     """Add entries to a list, which is made if missing; return those that are new.
 
+    Two processes may add at once: each waits for the other.
+
     Raises:
         UsageError: the list cannot be read or written.
     """
-    known = set(read_entries(path)) if path.exists() else set()
-    new = [entry for entry in dict.fromkeys(entries) if entry not in known]
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):
-            text += "\n"
-        write_atomic(path, text + "".join(f"{entry}\n" for entry in new))
+        with path.open("a+b", buffering=0) as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            known = set(read_entries(path))
+            new = [entry for entry in dict.fromkeys(entries) if entry not in known]
+            _append(file, "".join(f"{entry}\n" for entry in new).encode())
+        sync(path.parent)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be written: {error.strerror or error}",
@@ -107,3 +126,17 @@ def add_entries(path: Path, entries: Iterable[str]) -> Sequence[str]:
             "make the folder writable, or write the list yourself and set data.exclude to it.",
         ) from None
     return new
+
+
+def _append(file: RawIOBase, lines: bytes) -> None:
+    """Append whole lines, or nothing."""
+    file.seek(0)
+    text = file.read() or b""
+    left = (b"" if not text or text.endswith(b"\n") else b"\n") + lines
+    try:
+        while left:
+            left = left[file.write(left) or 0 :]
+        os.fsync(file.fileno())
+    except OSError:
+        file.truncate(len(text))
+        raise

@@ -31,7 +31,7 @@ def read_run_exclusions(config: RunConfig, target: ResumeTarget, dist: Distribut
     found: Exclusions | OneLLMError = Exclusions()
     if dist.is_rank_zero:
         try:
-            found = read_exclusions(*_find_lists(config, target))
+            found = read_exclusions(config.data.exclude, *_find_kept_lists(config, target))
         except OneLLMError as error:
             found = error
     found = dist.broadcast(found)
@@ -40,11 +40,10 @@ def read_run_exclusions(config: RunConfig, target: ResumeTarget, dist: Distribut
     return found
 
 
-def _find_lists(config: RunConfig, target: ResumeTarget) -> list[Path]:
+def _find_kept_lists(config: RunConfig, target: ResumeTarget) -> list[Path]:
     source = find_source_run(config.run.dir, target)
     runs = [config.run.dir, *([] if source is None else [source])]
-    kept = [run / EXCLUDE_LIST for run in runs if (run / EXCLUDE_LIST).exists()]
-    return [*([] if config.data.exclude is None else [config.data.exclude]), *kept]
+    return [run / EXCLUDE_LIST for run in runs if (run / EXCLUDE_LIST).exists()]
 
 
 def write_exclusions(events: Events, plan: Plan, validation_plan: Plan | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,44 @@ def test_a_list_is_text_with_comments_and_any_key(tmp_path: Path) -> None:
 def test_a_list_that_names_nothing_is_refused(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "list"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UsageError, match=r"data\.exclude"):
+    with pytest.raises(UsageError, match=rf"^data\.exclude={path}: "):
         read_exclusions(path)
+    with pytest.raises(UsageError, match=rf"^{path}: "):  # not a key of the recipe
+        read_exclusions(None, path)
     with pytest.raises(UsageError, match="cannot be read"):
         read_exclusions(tmp_path / "missing")
+
+
+def test_processes_that_add_at_once_lose_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("# kept\na/b/first", encoding="utf-8")  # without an end of line
+    lists = [[f"d/s/{writer}-{n}" for n in range(25)] for writer in range(4)]
+    children = []
+    for entries in lists:
+        pid = os.fork()
+        if not pid:
+            for entry in entries:
+                add_entries(path, [entry, "d/s/shared"])
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    found = read_entries(path)
+    assert sorted(found) == sorted(
+        ["a/b/first", "d/s/shared", *(e for entries in lists for e in entries)]
+    )
+    assert path.read_text(encoding="utf-8").startswith("# kept\na/b/first\n")
+
+
+def test_a_full_disk_leaves_the_list_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list"
+    path.write_text("a/b/first\n", encoding="utf-8")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UsageError, match="No space left"):
+        add_entries(path, ["a/b/second"])
+    assert path.read_text(encoding="utf-8") == "a/b/first\n"
