@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from onellm_dist.common.errors import SampleError
 from onellm_dist.common.progress import progress
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.data.text import (
     STOP,
     TextEncoder,
@@ -32,8 +34,9 @@ from onellm_dist.data.text_parts import read_caption, read_meta, read_turns
 from onellm_dist.evaluation.report import Caption
 from onellm_dist.evaluation.tasks import get_task
 from onellm_dist.modalities import Part, get_modality
-from onellm_dist.shards.format.dataset import Dataset, open_dataset
+from onellm_dist.shards.format.dataset import Dataset, ShardInfo, open_dataset
 from onellm_dist.shards.format.parts import read_parts
+from onellm_dist.shards.tools.safe_decoding import map_rows
 
 BATCH = 20
 NEW_TOKENS = 24
@@ -58,7 +61,7 @@ class Question:
 def read_questions(
     dataset: Dataset, split: str, limit: int | None = None, *, ask: bool = True
 ) -> Iterator[Question]:
-    """Read the samples of a split, with the evaluation transforms.
+    """Read the samples of a split with the evaluation transforms, each within its limits.
 
     Args:
         dataset: the dataset.
@@ -68,22 +71,33 @@ def read_questions(
             prompt empty, which asks for the caption.
 
     Raises:
-        SampleError: a sample cannot be read; a test set must be complete.
+        SampleError: a sample cannot be read, or not within the limits of a sample; a test set
+            must be complete.
     """
-    modalities = [get_modality(name) for name in dataset.modalities]
-    rows = ((shard, row) for shard in dataset.shards(split) for row in range(shard.samples))
-    for number, (shard, row) in enumerate(rows):
-        if limit is not None and number >= limit:
-            return
-        parts = read_parts(dataset, shard, row)
-        meta = read_meta(parts)
-        values = {}
-        for modality in modalities:
-            media = {role: parts[extension] for role, extension in modality.match(parts).items()}
-            rng = np.random.default_rng(0)
+    rows = [(shard, row) for shard in dataset.shards(split) for row in range(shard.samples)]
+
+    def read(dataset: Dataset, shard: ShardInfo, row: int) -> Question:
+        return _read_question(dataset, shard, row, ask=ask)
+
+    yield from map_rows(dataset, rows[:limit], read, _refuse)
+
+
+def _read_question(dataset: Dataset, shard: ShardInfo, row: int, *, ask: bool) -> Question:
+    parts = read_parts(dataset, shard, row)
+    meta = read_meta(parts)
+    values = {}
+    for modality in map(get_modality, dataset.modalities):
+        media = {role: parts[extension] for role, extension in modality.match(parts).items()}
+        rng = np.random.default_rng(0)
+        with decoding():
             values[modality.name] = modality.read_value(media, meta, train=False, rng=rng)
-        prompt, reference = _build_exchange(parts) if ask else ("", read_caption(parts))
-        yield Question(dataset.index(shard).key(row), prompt, values, reference)
+    prompt, reference = _build_exchange(parts) if ask else ("", read_caption(parts))
+    return Question(dataset.index(shard).key(row), prompt, values, reference)
+
+
+def _refuse(dataset: Dataset, shard: ShardInfo, row: int, reason: str) -> Question:
+    key = dataset.index(shard).key(row)
+    raise SampleError(f"{dataset.name}/{shard.name}/{key}: its decoder failed: {reason}")
 
 
 def _build_exchange(parts: dict[str, Part]) -> tuple[str, str]:

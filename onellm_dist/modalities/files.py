@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from onellm_dist.common.errors import OneLLMError, SampleError
+from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities.base import Modality
 from onellm_dist.modalities.io.damage import ASSUMED, collect_damage
 
@@ -31,10 +32,23 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
         SampleError: it cannot be decoded; the message begins with its name.
         OneLLMError: the disk fails.
     """
+    value, notes = read_file(modality, path)
+    for note in notes:
+        _log.warning("%s", note)
+    return value
+
+
+def read_file(modality: Modality, path: Path) -> tuple[torch.Tensor, list[str]]:
+    """Read a file as `read_file_value` does, and return its warnings instead of logging them.
+
+    Raises:
+        SampleError: as of `read_file_value`.
+        OneLLMError: as of `read_file_value`.
+    """
     try:
         parts = modality.read_parts(path)
         meta = _read_sidecar_json(path, modality.name)
-        with collect_damage() as damage:
+        with collect_damage() as damage, decoding():
             value = modality.read_value(parts, meta, train=False, rng=np.random.default_rng(0))
     except SampleError as error:
         message = error.what if str(path) in error.what else f"{path}: {error.what}"
@@ -45,12 +59,12 @@ def read_file_value(modality: Modality, path: Path) -> torch.Tensor:
             "the file cannot be read.",
             "check its permissions and the disk.",
         ) from error
-    for what in dict.fromkeys(damage):
-        if what.startswith(ASSUMED):
-            _log.warning("%s: %s", path, what)
-        else:
-            _log.warning("%s is damaged, and is used as it is: %s", path, what)
-    return value
+    return value, [
+        f"{path}: {what}"
+        if what.startswith(ASSUMED)
+        else f"{path} is damaged, and is used as it is: {what}"
+        for what in dict.fromkeys(damage)
+    ]
 
 
 def _read_sidecar_json(path: Path, modality: str) -> Mapping[str, Any]:

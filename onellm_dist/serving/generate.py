@@ -23,17 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onellm_dist.common.errors import UsageError
-from onellm_dist.common.logging import get_logger
 from onellm_dist.common.turns import ConversationTurn
 from onellm_dist.data.text import HEADER, STOP, TextEncoder, render_answer_prefix, render_turn
-from onellm_dist.modalities import SPAN_TOKENS, Part, get_modality
-from onellm_dist.modalities.files import read_file_value
-from onellm_dist.modalities.io.damage import collect_damage
+from onellm_dist.modalities import SPAN_TOKENS, Part
+from onellm_dist.serving.media import read_files
 
 if TYPE_CHECKING:
     import torch
 
-_log = get_logger(__name__)
 FORMATS = ("auto", "conversation", "chat", "raw")
 OFFSETS = ("correct", "reference")
 Ending = Literal["eos", "stop string", "length"]
@@ -183,30 +180,6 @@ def parse_order(order: str, names: Sequence[str]) -> list[str] | None:
             "separate them by commas.",
         )
     return wanted
-
-
-def read_files(files: Sequence[tuple[str, Path]]) -> dict[str, torch.Tensor]:
-    """Read files as model inputs, with the evaluation transforms.
-
-    Returns:
-        Modality to [1, *value_shape] fp32.
-
-    Raises:
-        UsageError: a file or a modality does not exist.
-        SampleError: a file cannot be decoded; the message begins with its name.
-    """
-    values = {}
-    for name, path in files:
-        modality = get_modality(name)
-        if not path.is_file():
-            raise UsageError(
-                f"--{name} {path}: no such file", "there is nothing to read.", "check the path."
-            )
-        with collect_damage() as damage:
-            values[name] = read_file_value(modality, path)[None]
-        for what in damage:
-            _log.warning("%s: %s; the rest is used", path, what)
-    return values
 
 
 def choose_dtype(model: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from onellm_dist.common.errors import UsageError
+from onellm_dist.common.errors import SampleError, UsageError
 from onellm_dist.evaluation.captioning import (
     caption_datasets,
     caption_split,
@@ -18,6 +21,7 @@ from onellm_dist.evaluation.captioning import (
     read_captions,
     read_questions,
 )
+from onellm_dist.modalities import get_modality
 from onellm_dist.model.presets import load_model
 from onellm_dist.shards import open_dataset
 from onellm_dist.shards.sources.toyworld import world
@@ -198,3 +202,25 @@ def test_a_resume_is_read_from_the_events(tmp_path: Path) -> None:
     assert list_resumes(tmp_path) == []
     events.write_text("\n".join(lines) + "\n")
     assert list_resumes(tmp_path) == [8]
+
+
+def test_a_sample_that_crashes_its_decoder_is_named(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(toy / "image")
+    [first, second, _] = read_questions(dataset, "test_seen")
+    modality = type(get_modality("image"))
+    read_value = modality.read_value
+
+    def planted(self: Any, *args: Any, **options: Any) -> torch.Tensor:
+        value = read_value(self, *args, **options)
+        if torch.equal(value, second.values["image"]):
+            faulthandler.disable()  # pytest's; the crash is meant
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return value
+
+    monkeypatch.setattr(modality, "read_value", planted)
+    asked = read_questions(dataset, "test_seen")
+    assert torch.equal(next(asked).values["image"], first.values["image"])
+    with pytest.raises(SampleError, match=rf"{second.key}: its decoder failed: .*SIGSEGV"):
+        list(asked)

@@ -16,7 +16,7 @@ from signal_mutations import SIGNALS, Mutation, mutate, mutations, signal
 from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities import Part, get_modality
 from onellm_dist.modalities.io.damage import DAMAGED_SHARE, collect_damage, note_damage
-from onellm_dist.serving.generate import read_files
+from onellm_dist.serving.media import read_files
 from onellm_dist.shards.build.prepare import prepare_sample
 from onellm_dist.shards.build.settings import OPTIONS, BuildSettings
 from onellm_dist.shards.sources.base import RawSample

@@ -19,7 +19,7 @@ from onellm_dist.data.reader import Reader
 from onellm_dist.modalities import Part
 from onellm_dist.model.presets import load_toy_tokenizer
 from onellm_dist.model.processing import OneLLMProcessor
-from onellm_dist.serving.generate import read_files
+from onellm_dist.serving.media import read_files
 from onellm_dist.shards.build.prepare import prepare_sample
 from onellm_dist.shards.build.settings import OPTIONS, BuildSettings
 from onellm_dist.shards.format.dataset import Dataset, open_dataset

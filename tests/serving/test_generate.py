@@ -20,6 +20,7 @@ from onellm_dist.modalities import all_modalities
 from onellm_dist.model.llm_call import LLMSupport
 from onellm_dist.model.presets import load_model
 from onellm_dist.serving import generate as g
+from onellm_dist.serving.media import read_files
 from onellm_dist.testing.integration.ask import ask_questions
 
 
@@ -104,7 +105,7 @@ def test_a_file_of_each_modality_changes_what_the_model_reads(
     name: str, loaded: tuple[Any, Any], media: dict[str, Path]
 ) -> None:
     model, processor = loaded
-    values = g.read_files([(name, media[name])])
+    values = read_files([(name, media[name])])
     assert {k: tuple(v.shape) for k, v in values.items()} == {
         name: (1, *all_modalities()[name].value_shape)
     }
@@ -150,7 +151,7 @@ def test_greedy_is_deterministic_and_sampling_follows_its_seed(
     loaded: tuple[Any, Any], media: dict[str, Path]
 ) -> None:
     model, processor = loaded
-    values = g.read_files([("image", media["image"])])
+    values = read_files([("image", media["image"])])
 
     def said(**options: Any) -> str:
         return g.generate(
@@ -173,7 +174,7 @@ def test_the_reference_offset_gives_the_same_first_token_and_another_rest(
     loaded: tuple[Any, Any], media: dict[str, Path]
 ) -> None:
     model, processor = loaded
-    values = g.read_files([("audio", media["audio"])])
+    values = read_files([("audio", media["audio"])])
     text = g.build_prompt("What do you hear?", "conversation")
     ids = g.encode_prompt(processor.tokenizer, text)
     new = {
@@ -293,7 +294,7 @@ def test_a_broken_json_beside_a_file_is_named(media: dict[str, Path], tmp_path: 
     (tmp_path / "cat.jpg").write_bytes(media["image"].read_bytes())
     (tmp_path / "cat.json").write_text("{")
     with pytest.raises(SampleError, match=r"cat\.json"):
-        g.read_files([("image", tmp_path / "cat.jpg")])
+        read_files([("image", tmp_path / "cat.jpg")])
 
 
 def test_a_prompt_longer_than_the_context_is_refused(loaded: tuple[Any, Any]) -> None:
@@ -310,7 +311,7 @@ def test_a_webp_and_a_stream_of_bytes_read_alike(tmp_path: Path) -> None:
     picture.save(buffer, "WEBP", lossless=True)
     (tmp_path / "a.webp").write_bytes(buffer.getvalue())
     picture.save(tmp_path / "a_b.png")
-    webp, png = (g.read_files([("image", tmp_path / f)])["image"] for f in ("a.webp", "a_b.png"))
+    webp, png = (read_files([("image", tmp_path / f)])["image"] for f in ("a.webp", "a_b.png"))
     torch.testing.assert_close(webp, png)
 
 

@@ -120,9 +120,10 @@ def _measure_duration(dataset: Dataset, shard: ShardInfo, row: int) -> float | N
 
 def find_media_faults(dataset: Dataset, rows: Sequence[Row]) -> list[list[str]]:
     """Decode the media of some samples; list for each why those that cannot be decoded cannot."""
-    return map_rows(
+    found = map_rows(
         dataset, rows, _find_faults, lambda *refused: [f"cannot be decoded: {refused[-1]}"]
     )
+    return list(found)
 
 
 def _find_faults(dataset: Dataset, shard: ShardInfo, row: int) -> list[str]:

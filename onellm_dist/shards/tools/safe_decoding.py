@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ Row = tuple[ShardInfo, int]
 
 _WORDS = PoolWords(
     worker="worker",
-    result="picture",
+    result="sample",
     parent="command",
     seconds="the limit of a sample",
     megabytes="the limit of a sample",
@@ -29,8 +29,8 @@ def map_rows(
     rows: Sequence[Row],
     apply: Callable[[Dataset, ShardInfo, int], Outcome],
     refuse: Callable[[Dataset, ShardInfo, int, str], Outcome],
-) -> list[Outcome]:
-    """Apply a function that decodes media to some samples, in a worker process.
+) -> Iterator[Outcome]:
+    """Apply a function that decodes media to some samples in order, in a worker process.
 
     Args:
         dataset: an open dataset.
@@ -53,4 +53,4 @@ def map_rows(
         get_name,
     )
     with closing(SamplePool(function, _WORDS, SampleLimits())) as pool:
-        return list(pool.map(range(len(rows))))
+        yield from pool.map(range(len(rows)))

@@ -20,8 +20,8 @@ from onellm_dist.serving.generate import (
     build_prompt,
     choose_dtype,
     generate,
-    read_files,
 )
+from onellm_dist.serving.media import read_files
 
 
 def ask_questions(
