@@ -15,7 +15,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.modalities.base import Modality, Part
 from onellm_dist.modalities.drawing import draw_heatmap
 from onellm_dist.modalities.io.arrays import read_npy
-from onellm_dist.modalities.io.responses import average_repetitions
+from onellm_dist.modalities.io.responses import average_repetitions, holds_whole_numbers
 from onellm_dist.modalities.limits import LIMITS, check_count
 from onellm_dist.modalities.meta_keys import MetaKey, parse_factor
 
@@ -83,7 +83,7 @@ class FmriModality(Modality):
             )
         check_count(self.limits, "values", array.size, name)
         scale = _get_scale(meta)
-        if scale is None and _is_whole(array):
+        if scale is None and holds_whole_numbers(array):
             raise SampleError(
                 f"{name} holds whole numbers ({array.dtype}), not z-scores or percent",
                 "they are responses times an unknown factor, or something else than responses.",
@@ -133,14 +133,6 @@ def _get_scale(meta: Mapping[str, Any]) -> float | None:
             f'write {{"{_SCALE_KEY}": 300}} for NSD\'s 16-bit integers, or remove the key.',
         )
     return float(value)
-
-
-def _is_whole(array: np.ndarray) -> bool:
-    """Whether all finite values are whole numbers, and not all 0: no measured response is."""
-    if array.dtype.kind != "f":
-        return True
-    finite = array[np.isfinite(array)]
-    return bool(np.any(finite) and np.all(finite == np.round(finite)))
 
 
 MODALITY = FmriModality()

@@ -26,6 +26,11 @@ def voxels(seed: int, repetitions: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(repetitions, VOXELS)).astype(np.float16)
 
 
+def whole_numbers(seed: int) -> np.ndarray:
+    """Percent times 300, as NSD's own files hold it; the mean of three repetitions is not whole."""
+    return (voxels(seed) * 300).astype(np.int16)
+
+
 def sample(key: str, picture: int, seed: int) -> list[tuple[str, bytes]]:
     """The parts in the order of MindEye's tars."""
     return [
@@ -129,9 +134,10 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
     )
     cut = foreign_tar(folder / "train_subj01_12.tar", [*sample("a", 1, 1), *sample("b", 2, 2)])
     cut.write_bytes(cut.read_bytes()[:-60_000])  # within b's voxels
-    integers = sample("i", 1, 1)
+    integers, floats = sample("i", 1, 1), sample("w", 1, 1)
     integers[2] = (integers[2][0], make_npy(np.zeros((3, VOXELS), np.int64)))
-    foreign_tar(folder / "train_subj01_13.tar", integers)
+    floats[2] = (floats[2][0], make_npy(whole_numbers(1).astype(np.float32)))
+    foreign_tar(folder / "train_subj01_13.tar", [*integers, *floats])
     report, dataset = build_source("nsd", root, tmp_path / "out", max_failures=0.6)
     why = {k.removeprefix("train_subj01_"): r for k, r in get_reasons(report).items()}
     starts = {
@@ -142,13 +148,30 @@ def test_bad_samples_are_left_out_with_their_reasons(tmp_path: Path) -> None:
         "11-s5": "no such picture: coco73k is [73000]",
         "12-b": "truncated file",
         "12-end": "truncated tar",
-        "13-i": "unreadable fMRI: int64",
+        "13-i": "unreadable fmri: .fmri.npy holds whole numbers (int64)",
+        "13-w": "unreadable fmri: .fmri.npy holds whole numbers (float32)",
     }
     assert why.keys() == starts.keys()
     assert {n: r for n, r in why.items() if not r.startswith(starts[n])} == {}
     assert {"train_subj01_11-s0", "train_subj01_12-a"} < set(read_samples(dataset))
     with pytest.raises(OneLLMError, match="are bad"):
         build_source("nsd", root, tmp_path / "none")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_whole_numbers_are_divided_by_the_factor_that_the_build_states(
+    dtype: type, tmp_path: Path
+) -> None:
+    root = tmp_path / "in"
+    one = sample("s0", 1, 1)
+    one[2] = (one[2][0], make_npy(whole_numbers(1).astype(dtype)))
+    foreign_tar(root / "webdataset_avg_split/train/train_subj01_0.tar", one)
+    captions = np.array([["a", "b"]] * 4)
+    (root / "COCO_73k_annots_curated.npy").write_bytes(make_npy(captions))
+    _, dataset = build_source("nsd", root, tmp_path / "out", describe="fmri_scale=300")
+    mean = (whole_numbers(1).mean(0, dtype=np.float64) / 300).astype(np.float32)
+    found = decode_sample(dataset, "train_subj01_0-s0")["fmri"].numpy()
+    assert np.array_equal(found, mean[None])
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

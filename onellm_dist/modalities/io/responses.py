@@ -38,3 +38,11 @@ def average_repetitions(array: np.ndarray, name: str, scale: float = 1.0) -> np.
         mean: np.ndarray = (rows.mean(0, dtype=np.float64) / scale).astype(np.float32)
     require_finite(mean, f"{name} (in fp32)")
     return mean
+
+
+def holds_whole_numbers(array: np.ndarray) -> bool:
+    """Whether all finite values are whole numbers, and not all 0: no measured response is."""
+    if array.dtype.kind != "f":
+        return True
+    finite = array[np.isfinite(array)]
+    return bool(np.any(finite) and np.all(finite == np.round(finite)))

@@ -11,7 +11,7 @@ from onellm_dist.common.errors import SampleError
 from onellm_dist.common.workers.sandbox import decoding
 from onellm_dist.modalities import Part
 from onellm_dist.modalities.io.arrays import read_npy
-from onellm_dist.modalities.io.responses import average_repetitions
+from onellm_dist.modalities.io.responses import average_repetitions, holds_whole_numbers
 from onellm_dist.shards.sources.base import BadSampleError, Media
 
 
@@ -24,8 +24,11 @@ class MeanOfRepetitions:
     def read_bytes(self) -> bytes:
         """Average over the first axis in fp64.
 
+        Whole numbers are returned as they are: the modality divides them by the factor that the
+        build states, or refuses them, and could no longer tell them by their mean.
+
         Raises:
-            BadSampleError: the content is not an array of finite floats [repetitions, voxels].
+            BadSampleError: the content is not an array of finite numbers [repetitions, voxels].
         """
         data = self.voxels.read_bytes()
         with decoding():
@@ -34,11 +37,13 @@ class MeanOfRepetitions:
     def _average(self, data: bytes) -> bytes:
         try:
             array = read_npy(Part("nsdgeneral.npy", data), finite=False)
-            if array.ndim not in (1, 2) or not array.size or array.dtype.kind != "f":
+            if array.ndim not in (1, 2) or not array.size or array.dtype.kind not in "fiu":
                 raise BadSampleError(
                     f"unreadable fMRI: {array.dtype} of shape {array.shape}, "
-                    f"not floats [repetitions, voxels] as MindEye's"
+                    f"not numbers [repetitions, voxels] as MindEye's"
                 )
+            if holds_whole_numbers(array):
+                return data
             mean = average_repetitions(array, ".nsdgeneral.npy")
         except BadSampleError:
             raise
