@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from shard_worlds import all_bytes, foreign_tar, write_tree
 from source_checks import build_source, decode_sample, get_reasons, make_photo, read_samples
 
+from onellm_dist.common.checksums import write_sums
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.shards import build_dataset
 from onellm_dist.shards.build.workers import ArrayTask
@@ -365,6 +367,23 @@ def test_a_model_that_is_none_is_refused_before_anything_is_built(tmp_path: Path
     (tmp_path / "vit/model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match=r"a vit model does not estimate depth"):
         build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(tmp_path / "vit"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
+def test_a_damaged_model_is_refused_before_anything_is_built(
+    name: str, tmp_path: Path, dpt: Path
+) -> None:
+    model = shutil.copytree(dpt, tmp_path / "dpt")
+    write_sums(model, names=["preprocessor_config.json"])
+    data = bytearray((model / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (model / name).write_bytes(data)
+    inputs = parallel(tmp_path / "in", "depth")
+    with pytest.raises(UsageError, match=rf"dpt/{name}"):
+        build_source("cc3m-depth", inputs, tmp_path / "out", depth_model=str(model))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_half_written_tar(tmp_path: Path) -> None:

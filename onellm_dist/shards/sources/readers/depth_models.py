@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from onellm_dist.common.checksums import check_folder
 from onellm_dist.common.errors import OneLLMError, UsageError
 from onellm_dist.common.files import sha256_file
 from onellm_dist.common.remote_code import make_remote_code_error
@@ -82,7 +83,8 @@ def check_model(folder: Path) -> dict[str, str]:
         What the manifest says about the model: its name and the SHA-256 of its weights.
 
     Raises:
-        UsageError: the folder does not hold a depth model of transformers.
+        UsageError: the folder does not hold a depth model of transformers, or one of its files
+            is not what the folder's SHA256SUMS says.
     """
     weights = (
         sorted(p for p in folder.glob("*") if p.suffix in (".safetensors", ".bin"))
@@ -96,6 +98,7 @@ def check_model(folder: Path) -> dict[str, str]:
             "name the folder of a depth-estimation model that save_pretrained wrote, "
             "such as a copy of Intel/dpt-large.",
         )
+    check_folder(folder)
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_DEPTH_ESTIMATION_MAPPING
 
