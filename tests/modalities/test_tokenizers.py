@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onellm_dist.modalities import all_modalities, get_modality
 from onellm_dist.modalities.point import CENTRES, NEIGHBOURS, PointTokenizer
@@ -232,3 +234,26 @@ def test_point_indices_on_cuda_are_the_references() -> None:
         find_nearest_neighbours(colours, centres, NEIGHBOURS)[0, :8].cpu(),
         PARITY["point.knn_idx_first8"],
     )
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts calls of operations: launches, on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls += 1
+        return func(*args, **kwargs or {})
+
+
+def test_no_clouds_cost_no_search() -> None:
+    """As on a GPU: the meta device takes the same way."""
+    tokenizer = PointTokenizer(WIDTH).to("meta")
+    with CountCalls() as counted:
+        tokens = tokenizer(torch.empty((0, 8192, 6), device="meta"))
+    assert tokens.shape == (0, CENTRES, WIDTH)
+    assert counted.calls < 40

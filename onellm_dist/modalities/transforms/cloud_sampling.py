@@ -31,6 +31,8 @@ def sample_farthest_points(coordinates: torch.Tensor, count: int) -> torch.Tenso
         raise ValueError(
             f"sample_farthest_points needs a multiple of {_STRIDE} points, got {total}"
         )
+    if not n:  # an absent modality in every micro-batch: thousands of empty kernels otherwise
+        return coordinates.new_empty((0, count), dtype=torch.int64)
     rows = total // _STRIDE
     # Planar [n, 3, N], in an order in which the first maximum is the one the reference keeps.
     planar = coordinates.float().view(n, rows, _STRIDE, 3).permute(0, 3, 2, 1).reshape(n, 3, total)

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onellm_dist.model.kernels.base import VarlenKernel
 from onellm_dist.model.sequence_lengths import SequenceLengths
@@ -15,7 +16,7 @@ from onellm_dist.model.sequence_lengths import SequenceLengths
 
 @cache
 def load_varlen() -> VarlenKernel:
-    """`varlen_attn`, whatever form this torch has it in.
+    """`varlen_attn`, whatever form this torch has it in, on torch's FlashAttention.
 
     Raises:
         ImportError: this torch has none.
@@ -47,17 +48,20 @@ def load_varlen() -> VarlenKernel:
                 options["enable_gqa"] = True
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        attended: torch.Tensor = function(
-            q.contiguous(),
-            k.contiguous(),
-            v.contiguous(),
-            seq_lengths.cu_seqlens_q,
-            seq_lengths.cu_seqlens_k,
-            seq_lengths.max_seqlen_q,
-            seq_lengths.max_seqlen_k,
-            scale=scale,
-            **options,
-        )
+        # torch 2.15 prefers cuDNN where it can. cuDNN builds a graph for every new shape, and packs
+        # have new shapes all the time: 42 ms each, kept for ever (pytorch PR 191576).
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            attended: torch.Tensor = function(
+                q.contiguous(),
+                k.contiguous(),
+                v.contiguous(),
+                seq_lengths.cu_seqlens_q,
+                seq_lengths.cu_seqlens_k,
+                seq_lengths.max_seqlen_q,
+                seq_lengths.max_seqlen_k,
+                scale=scale,
+                **options,
+            )
         return attended
 
     return kernel

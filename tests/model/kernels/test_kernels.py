@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from onellm_dist.model.kernels.base import VarlenKernel
 from onellm_dist.model.kernels.flash import load_flash2, load_flash3
@@ -81,7 +83,8 @@ def varlen(
 ) -> Any:
     assert (longest_q, longest_k) == (max(LENGTHS), max(LENGTHS))
     assert enable_gqa == (q.shape[1] != k.shape[1])
-    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, False, scale, window_size)
+    with flash_alone():
+        return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, False, scale, window_size)
 
 
 def first_varlen(
@@ -98,7 +101,17 @@ def first_varlen(
 ) -> Any:
     """The form of torch 2.10, which wants as many key heads as query heads."""
     assert q.shape[1] == k.shape[1] == v.shape[1]
-    return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)
+    with flash_alone():
+        return run_library(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)
+
+
+@contextmanager
+def flash_alone() -> Iterator[None]:
+    """`varlen_attn` would choose FlashAttention on any GPU; this library may choose anything."""
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 KERNELS = [
