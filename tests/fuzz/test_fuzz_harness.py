@@ -7,8 +7,10 @@ import random
 import time
 
 import pytest
-from harness import CRASH, FINE, HANG, MEMORY, RAW, REFUSED, WRONG, fuzz
+from guided import VARIABLE
+from harness import fuzz
 from mutators import flip_bit, mutate_any, mutate_bytes, mutate_json, mutate_lines
+from outcomes import CRASH, FINE, HANG, MEMORY, RAW, REFUSED, WRONG
 
 from onellm_dist.common.errors import UsageError
 
@@ -66,3 +68,22 @@ def test_cases_repeat_and_differ(mutate: object) -> None:
     made = [[mutate(random.Random(i), seeds) for i in range(300)] for _ in range(2)]  # type: ignore[operator]
     assert made[0] == made[1]
     assert len(set(made[0])) > 100
+
+
+def stumble(data: bytes) -> None:
+    """Fails at one of four billion beginnings."""
+    for place, right in enumerate(b"DEEP"):
+        if place >= len(data) or data[place] != right:
+            raise UsageError(f"byte {place} is wrong")
+    raise KeyError("found")
+
+
+@pytest.mark.slow
+def test_a_search_by_coverage_finds_what_chance_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("atheris")
+    assert not fuzz("stumble", stumble, [b"DOOR"], flip_bit, cases=200).failures
+    monkeypatch.setenv(VARIABLE, "20")
+    report = fuzz("stumble", stumble, [b"DOOR"], flip_bit, cases=200)
+    [failure] = report.failures
+    assert failure.outcome == RAW and failure.data[:4] == b"DEEP"
+    assert report.counts[REFUSED] > 200
