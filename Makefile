@@ -8,8 +8,8 @@ SLURM := $(VENV)/.slurm
 PYTEST := $(BIN)/python -m pytest
 DEMO_OUT ?= demo_run
 INTEGRATION_OUT ?= integration_run
-# Three processes on two cores: many tests wait for others. tests/conftest.py orders the files.
-PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+# Four processes on two cores: many tests wait for others. tests/conftest.py orders the files.
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 SLOW_REPORT := --durations=10
 COVERAGE := --cov=onellm_dist --cov-report=term:skip-covered --cov-report=xml
 
@@ -36,14 +36,17 @@ demo: $(STAMP)  ## shards, toy towers, align, tune, captions and an HTML report 
 demo-full: $(STAMP)  ## the same with three times the training (about an hour on 2 cores)
 	$(BIN)/onellm demo --full --out $(DEMO_OUT)_full
 
-test: $(STAMP) $(SLURM) lint types docs  ## every check except the long random ones, with coverage
+test: $(STAMP) $(SLURM)  ## every check except the long random ones, with coverage
+	$(MAKE) --no-print-directory --jobs 2 lint types docs
 	$(PYTEST) -m "not soak" $(PARALLEL) $(SLOW_REPORT) $(COVERAGE)
 
 test-fast: $(STAMP) $(SLURM)  ## under three minutes: for every edit
 	$(PYTEST) -m "not slow and not soak" $(PARALLEL)
 
 soak: $(STAMP) $(SLURM)  ## long random runs (hours)
-	$(PYTEST) -m soak --timeout 7200
+	$(BIN)/python -m pip install --quiet "atheris>=3" || echo "no atheris for this Python: nothing is fuzzed by coverage"
+	ONELLM_HYPOTHESIS=random $(PYTEST) -m "not slow and not soak" $(PARALLEL)
+	ONELLM_FUZZ_GUIDED=$${ONELLM_FUZZ_GUIDED-60} $(PYTEST) -m soak --timeout 7200
 
 lint: $(STAMP)  ## style, formatting, and the contracts of the import graph
 	$(BIN)/ruff check .

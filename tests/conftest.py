@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 HELPERS = str(Path(__file__).parent / "helpers")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [HELPERS, os.environ.get("PYTHONPATH")]))
 
+# The same examples in every run; `make soak` draws new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random", max_examples=400, print_blob=True)
+settings.load_profile(os.environ.get("ONELLM_HYPOTHESIS", "repeatable"))
 
 TESTS = Path(__file__).parent
 LONGEST = (
